@@ -1,0 +1,22 @@
+"""Sparsely gated mixture of experts for PyTorch."""
+
+from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
+from mixture_of_experts.gating import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE
+from mixture_of_experts.routing import Routing
+
+__version__ = "1.0.0"
+
+__all__ = [
+    "ExpertChoiceGating",
+    "ExpertList",
+    "Experts",
+    "GatedExperts",
+    "HeirarchicalMoE",
+    "HierarchicalMoE",
+    "MoE",
+    "NoisyTopKGating",
+    "Routing",
+    "Top2Gating",
+    "TopKGating",
+]

@@ -1,0 +1,85 @@
+"""Checks of arguments: every message names the value, what is allowed and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+
+def check_size(name: str, value: object) -> int:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
+    return value
+
+
+def check_sizes(name: str, value: object) -> tuple[int, ...]:
+    """One size or a tuple of sizes; always returned as a tuple."""
+    sizes = value if isinstance(value, tuple | list) else (value,)
+    return tuple(check_size(name, size) for size in sizes)
+
+
+def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
+    """One of a few words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
+    """A finite number, optionally bounded below."""
+    bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if good:
+        good = (above is None or value > above) and (at_least is None or value >= at_least)
+    if not good:
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return value  # type: ignore[return-value]
+
+
+def check_capacity_factor(name: str, value: object) -> float | None:
+    """A finite number above 0, or None for dropless."""
+    if value is None:
+        return None
+    try:
+        return check_number(name, value, above=0.0)
+    except ValueError as error:
+        raise ValueError(f"{error}; use None to drop no token (dropless)") from None
+
+
+def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
+    """A floating tensor (..., n, dim)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
+    if x.ndim < min_ndim or x.shape[-1] != dim:
+        wanted = ", ".join(["..."] if min_ndim == 2 else ["..."] + ["b"] * (min_ndim > 2))
+        raise ValueError(
+            f"{name} must have shape ({wanted}, n, {dim}), got {tuple(x.shape)}: "
+            f"the last dimension is the model dimension dim={dim}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}: embed or cast the tokens first")
+
+
+def check_mask(mask: Tensor, shape: torch.Size) -> None:
+    """A boolean tensor with one entry for each token."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"mask must be a boolean tensor, True where the token is real, got {kind}: "
+            "write mask.bool() (and ~mask if yours is True at padding)"
+        )
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
+
+
+def check_importance(importance: Tensor, shape: torch.Size) -> None:
+    """A floating tensor with one entry for each token."""
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(f"importance must be a floating point tensor of values 0, 0.5 or 1, got {kind}")
+    if importance.shape != shape:
+        raise ValueError(f"importance must have shape {tuple(shape)}, one entry a token, got {tuple(importance.shape)}")

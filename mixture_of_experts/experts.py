@@ -1,0 +1,250 @@
+"""Expert networks: stacked weights for all experts, or a list of plain modules.
+
+Axes: e experts (one or two dimensions, `*e`), s slots of an expert, r rows sorted by expert, d model dim, h hidden dim.
+
+Every kind of experts maps slots `(*e, s, d)` to the same shape. Those that also take `(rows, counts)`, rows sorted by
+expert and the number of each expert's, say so by a method `prefers_rows`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_size, check_sizes
+from mixture_of_experts.grouped import bias_of_rows, expert_matmul
+
+Activation = Callable[..., nn.Module] | Callable[[Tensor], Tensor]
+
+
+class StackedExperts(nn.Module):
+    """Base of experts whose weights are stacked: checks of shapes, initialisation, and the choice of slots or rows."""
+
+    def __init__(self, dim: int, num_experts: int | tuple[int, ...], hidden_dim: int | None, activation: Activation):
+        super().__init__()
+        self.dim = check_size("dim", dim)
+        self.num_experts = num_experts
+        self.expert_dims = check_sizes("num_experts", num_experts)
+        self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
+        self.act = make_activation(activation)
+
+    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
+        """Whether `num_rows` rows without gaps beat `num_slots` slots."""
+        if dropless:
+            return True
+        # while a graph is traced the answer must not depend on a length that the graph leaves open
+        return num_rows < num_slots and not torch.compiler.is_compiling()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name.startswith("b"):
+                nn.init.zeros_(parameter)
+            else:
+                bound = math.sqrt(3 / parameter.shape[-2])
+                nn.init.uniform_(parameter, -bound, bound)
+
+    def _enter(self, x: Tensor, counts: Tensor | None) -> Tensor:
+        """Slots as `(e, s, d)`, or rows; in the weights' dtype unless autocast is to choose."""
+        wanted = (*self.expert_dims, "s", self.dim) if counts is None else ("r", self.dim)
+        fits = x.ndim == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, x.shape, strict=True))
+        if not fits:
+            raise ValueError(
+                f"{type(self).__name__} of {self.num_experts} experts reads x of shape "
+                f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}"
+            )
+        weight = next(self.parameters())
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            x = x.to(weight.dtype)
+        return x if counts is not None else x.flatten(0, -3)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None) -> Tensor:
+        """Every expert's rows times its weight `(*e, p, q)`, plus its bias `(*e, q)`."""
+        product = expert_matmul(x, weight.flatten(0, -3), counts)
+        if bias is None:
+            return product
+        return product + bias_of_rows(bias.flatten(0, -2), counts, x.shape[-2]).to(product.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
+
+
+class Experts(StackedExperts):
+    """Two-layer feed-forward experts, `act(x w1) w2`, all computed by batched products.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e, or a tuple for a grid of experts.
+        hidden_dim: h; 4 d by default.
+        activation: a class such as `nn.GELU`, a module, or a function of a tensor.
+        bias: adds `b1 (*e, h)` and `b2 (*e, d)`.
+
+    Shape:
+        slots `(*e, s, d)` to the same, or rows `(r, d)` with counts `(e,)` to `(r, d)`. `w1` is `(*e, d, h)`, `w2`
+        `(*e, h, d)`.
+
+    Example:
+        >>> import torch
+        >>> experts = Experts(dim=8, num_experts=4)
+        >>> experts(torch.randn(4, 5, 8)).shape
+        torch.Size([4, 5, 8])
+        >>> experts(torch.randn(6, 8), torch.tensor([3, 0, 2, 1])).shape
+        torch.Size([6, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int | tuple[int, ...] = 16,
+        hidden_dim: int | None = None,
+        activation: Activation = nn.GELU,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, hidden_dim, activation)
+        self.w1 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim, dim))
+        self.b1 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
+        self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        shape = x.shape
+        x = self._enter(x, counts)
+        hidden = self.act(self._product(x, self.w1, self.b1, counts))
+        return self._product(hidden, self.w2, self.b2, counts).reshape(shape)
+
+
+class GatedExperts(StackedExperts):
+    """Gated feed-forward experts, `(act(x w1) * (x w3)) w2`: SwiGLU, or GEGLU with `activation=nn.GELU`
+    (arXiv 2002.05202).
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e, or a tuple for a grid of experts.
+        hidden_dim: h; 4 d by default.
+        activation: a class such as `nn.SiLU`, a module, or a function of a tensor.
+        bias: adds `b1, b3 (*e, h)` and `b2 (*e, d)`.
+
+    Shape:
+        as `Experts`; `w1` and `w3` are `(*e, d, h)`, `w2` is `(*e, h, d)`.
+
+    Example:
+        >>> import torch
+        >>> experts = GatedExperts(dim=8, num_experts=4, hidden_dim=16)
+        >>> experts(torch.randn(4, 5, 8)).shape
+        torch.Size([4, 5, 8])
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int | tuple[int, ...] = 16,
+        hidden_dim: int | None = None,
+        activation: Activation = nn.SiLU,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(dim, num_experts, hidden_dim, activation)
+        self.w1 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim, dim))
+        self.b1 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
+        self.b3 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
+        self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
+        self.reset_parameters()
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        shape = x.shape
+        x = self._enter(x, counts)
+        gate = self.act(self._product(x, self.w1, self.b1, counts))
+        hidden = gate * self._product(x, self.w3, self.b3, counts)
+        return self._product(hidden, self.w2, self.b2, counts).reshape(shape)
+
+
+class ExpertList(nn.ModuleList):
+    """Any modules that map `(n, d)` to `(n, d)` as experts; of a grid of experts the list is outer-major.
+
+    With slots (limited capacity) empty slots reach the modules as zeros. Dropless, every module gets just its own
+    rows, at the price of one host sync to learn their numbers (not while a graph is traced: then slots again).
+
+    Args:
+        experts: the modules, one for each expert.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> experts = ExpertList(nn.Linear(8, 8) for _ in range(4))
+        >>> experts(torch.randn(4, 5, 8)).shape
+        torch.Size([4, 5, 8])
+    """
+
+    def __init__(self, experts: Iterable[nn.Module]) -> None:
+        super().__init__(experts)
+        if len(self) == 0:
+            raise ValueError("ExpertList needs at least one module, got none")
+
+    @property
+    def num_experts(self) -> int:
+        return len(self)
+
+    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
+        """Rows are used only where slots would be n for each expert."""
+        return dropless and not torch.compiler.is_compiling()
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        if counts is not None:
+            parts = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+            results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
+            return torch.cat([*results, torch.zeros_like(parts[-1], dtype=results[0].dtype)])
+        slots = x.flatten(0, -3)
+        if slots.shape[0] != len(self):
+            raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
+        return torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))]).view(x.shape)
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        result = self[index](x)
+        if result.shape != x.shape:
+            raise ValueError(
+                f"expert {index} ({type(self[index]).__name__}) returned shape {tuple(result.shape)} for tokens of "
+                f"shape {tuple(x.shape)}: an expert must keep the shape"
+            )
+        return result
+
+
+def make_activation(activation: Activation) -> nn.Module:
+    """A module from a class (or other factory of no arguments), a module, or a function of a tensor."""
+    if isinstance(activation, nn.Module):
+        return activation
+    if not callable(activation):
+        raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
+    made = activation() if _takes_nothing(activation) else FunctionActivation(activation)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
+    return made
+
+
+def _takes_nothing(function: Callable) -> bool:
+    if isinstance(function, type):
+        return True
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError):  # it wants a tensor, or is built in and has no signature
+        return False
+    return True
+
+
+class FunctionActivation(nn.Module):
+    """A function of a tensor as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))

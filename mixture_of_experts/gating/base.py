@@ -1,0 +1,250 @@
+"""What gates share: reading their arguments, the float32 product, capacity, and writing the `Routing`.
+
+Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts, k choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import (
+    check_capacity_factor,
+    check_choice,
+    check_importance,
+    check_mask,
+    check_size,
+    check_sizes,
+    check_tokens,
+)
+from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
+
+
+class Tokens(NamedTuple):
+    """The tokens a gate decides on, with everything that is known of them."""
+
+    x: Tensor  # (..., b, n, d); masked tokens are zeros
+    real: Tensor | None  # (..., b, n) bool: not padding; None if all are real
+    first: Tensor | None  # (..., b, n) bool: takes part with all choices and in the losses; None if all do
+    some: Tensor | None  # (..., b, n) bool: makes at least one choice; None if all do
+    length: Tensor  # (..., b) number of real tokens, the divisor of every mean
+    varying: bool  # whether `length` may differ from n
+
+    @property
+    def num_tokens(self) -> int:
+        return self.x.shape[-2]
+
+
+class Gate(nn.Module):
+    """Base of every gate: sizes, the reading of arguments, and the router's product.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e.
+        outer_expert_dims: leading dimensions of the weights (and of the input), one router for each.
+        process_group: the ranks that share the batch, so that losses are those of the whole batch; None: this rank.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        outer_expert_dims: Sequence[int] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim)
+        self.num_experts = check_size("num_experts", num_experts)
+        self.outer_expert_dims = check_sizes("outer_expert_dims", tuple(outer_expert_dims))
+        self.process_group = process_group
+
+    def read(
+        self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, length: Tensor | None = None
+    ) -> Tokens:
+        """Check the arguments of `forward` and join mask and importance. See `TokenChoiceGate.forward`."""
+        outer = self.outer_expert_dims
+        check_tokens("x", x, self.dim, min_ndim=3)
+        if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
+            wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
+            raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
+        first = some = None
+        if importance is not None:
+            check_importance(importance, x.shape[:-1])
+            first, some = importance == 1, importance > 0
+        if mask is not None:
+            check_mask(mask, x.shape[:-1])
+            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN in the padding would reach the weights' gradient
+            first, some = (mask, mask) if first is None or some is None else (first & mask, some & mask)
+        varying = length is not None or mask is not None
+        if length is None:
+            length = x.new_full(x.shape[:-2], x.shape[-2], dtype=torch.int64) if mask is None else mask.sum(dim=-1)
+        return Tokens(x, mask, first, some, length, varying)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
+        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        device = x.device.type
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if autocast else nullcontext():
+            # (..., b n, d) x (..., d, e): one product for each outer expert
+            logits = x.to(dtype).flatten(-3, -2) @ weight.to(dtype)
+            if bias is not None:
+                logits = logits + bias.to(dtype).unsqueeze(-2)
+        return logits.unflatten(-2, x.shape[-3:-1])
+
+
+class TokenChoiceGate(Gate):
+    """Base of the gates in which every token chooses its experts.
+
+    A gate of one's own computes `probs`, and `expert` and `weight` of each choice, and calls `self.route`: capacity,
+    priorities, masks, levels and statistics follow from that.
+
+    Args:
+        dim, num_experts, outer_expert_dims, process_group: see `Gate`.
+        choices: k.
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of `choices_counted * n / e`; None is
+            dropless.
+        min_expert_capacity: the least number of slots, applied last.
+        priority: who gets the slots when an expert overflows; see `routing.queue_positions`.
+    """
+
+    #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
+    capacity_per_choice = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        choices: int,
+        *,
+        capacity_factor_train: float | None = None,
+        capacity_factor_eval: float | None = None,
+        min_expert_capacity: int = 4,
+        priority: Priority = "choice",
+        outer_expert_dims: Sequence[int] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(dim, num_experts, outer_expert_dims=outer_expert_dims, process_group=process_group)
+        self.choices = check_size("k", choices)
+        self.capacity_factor_train = check_capacity_factor("capacity_factor_train", capacity_factor_train)
+        self.capacity_factor_eval = check_capacity_factor("capacity_factor_eval", capacity_factor_eval)
+        self.min_expert_capacity = check_size("min_expert_capacity", min_expert_capacity)
+        self.priority = check_choice("priority", priority, PRIORITIES)
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """The factor of the present mode."""
+        return self.capacity_factor_train if self.training else self.capacity_factor_eval
+
+    def allowed(self, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
+        if tokens.first is None or tokens.some is None:
+            return None
+        rest = tokens.first.unsqueeze(-1).expand(*tokens.first.shape, self.choices - 1)
+        return torch.cat([tokens.some.unsqueeze(-1), rest], dim=-1)
+
+    def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
+        """Slots of an expert, and each group's own limit `(..., b)` where the real length is not n."""
+        factor = self.capacity_factor
+        if factor is None:
+            return None, None
+        counted = self.choices if self.capacity_per_choice else 1
+        sizes = (factor, self.num_experts, self.min_expert_capacity, counted)
+        limit = group_capacity(tokens.length, *sizes) if tokens.varying else None
+        return expert_capacity(tokens.num_tokens, *sizes), limit
+
+    def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
+        """`(..., b, e)` int64: number of choices `(..., b, n, k)` (those `counted`) of each expert."""
+        ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
+        zeros = torch.zeros(*expert.shape[:-2], self.num_experts, dtype=torch.int64, device=expert.device)
+        return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
+
+    def handed_on(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """`(..., b, n, k)`: the importance a second level gives each choice: 1 for the first, 0.5 for the rest."""
+        importance = torch.full_like(weight, 0.5)
+        importance[..., 0] = 1.0
+        return torch.where(kept, importance, 0.0)
+
+    def route(
+        self,
+        tokens: Tokens,
+        probs: Tensor,
+        expert: Tensor,
+        weight: Tensor,
+        *,
+        chosen: Tensor | None = None,
+        balance_loss: Tensor,
+        z_loss: Tensor,
+        losses: dict[str, Tensor] | None = None,
+    ) -> Routing:
+        """Give the choices their slots and write the decision down.
+
+        Args:
+            tokens: what `read` returned.
+            probs: `(..., b, n, e)`.
+            expert, weight: `(..., b, n, k)`, best choice first.
+            chosen: `(..., b, n, k)` bool, the choices that are made at all (mask, importance, policy).
+            balance_loss, z_loss: 0-dim.
+            losses: the parts of `balance_loss` by name; by default that loss itself, as "balance".
+        """
+        if chosen is None:
+            chosen = torch.ones_like(expert, dtype=torch.bool)
+        capacity, limit = self.capacity(tokens)
+        score = probs.amax(dim=-1) if self.priority == "score" else None
+        slot, queued = queue_positions(expert, chosen, self.num_experts, self.priority, score)
+        kept = chosen & (weight != 0)  # a weight of exactly 0 holds its slot, but nothing is dispatched
+        if limit is not None:
+            kept = kept & (slot < limit[..., None, None])
+        elif capacity is not None:
+            kept = kept & (slot < capacity)
+        weight = torch.where(kept, weight, 0.0)
+        token = torch.arange(tokens.num_tokens, device=expert.device).unsqueeze(-1).expand_as(expert)
+        return Routing(
+            token=token.flatten(-2),
+            expert=expert.flatten(-2),
+            slot=slot.flatten(-2),
+            kept=kept.flatten(-2),
+            weight=weight.flatten(-2),
+            probs=probs,
+            balance_loss=balance_loss,
+            z_loss=z_loss,
+            num_tokens=tokens.num_tokens,
+            num_experts=self.num_experts,
+            capacity=capacity,
+            choices=self.choices,
+            chosen=chosen.flatten(-2),
+            queued=queued,
+            limit=limit,
+            real=tokens.real,
+            primary=self.handed_on(weight.detach(), kept).flatten(-2),
+            losses={"balance": balance_loss} if losses is None else losses,
+        )
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.dim}, {self.num_experts}, k={self.choices}"]
+        factors = (self.capacity_factor_train, self.capacity_factor_eval)
+        parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
+        parts.append(f"priority={self.priority!r}")
+        if self.outer_expert_dims:
+            parts.append(f"outer_expert_dims={self.outer_expert_dims}")
+        return ", ".join(parts)
+
+
+def top_choices(score: Tensor, choices: int) -> Tensor:
+    """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
+
+    `torch.topk` promises no order among equals; `argmax` does, and for a few choices it is as fast.
+    """
+    picked = []
+    score = score.detach()
+    for _ in range(choices):
+        best = score.argmax(dim=-1, keepdim=True)
+        picked.append(best)
+        score = score.scatter(-1, best, -torch.inf)
+    return torch.cat(picked, dim=-1)

@@ -1,0 +1,101 @@
+"""Expert choice: the experts choose their tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_capacity_factor
+from mixture_of_experts.gating.base import Gate
+from mixture_of_experts.losses import z_loss
+from mixture_of_experts.routing import Routing, expert_capacity, group_capacity
+
+
+class ExpertChoiceGating(Gate):
+    """Each expert takes its top tokens of a group (Zhou et al. 2022, arXiv 2202.09368).
+
+    Load is balanced by construction (`balance_loss` is 0); a token may get no expert or all of them.
+
+    NOT CAUSAL: an expert looks at the whole group to choose. In a language model later tokens then decide whether an
+    earlier token is computed; use it where the whole group is known, as in encoders.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e.
+        capacity_factor: experts a token gets on average: an expert takes `min(n, max(1, int(n * factor / e)))` tokens.
+
+    Example:
+        >>> import torch
+        >>> gate = ExpertChoiceGating(dim=8, num_experts=4)
+        >>> gate(torch.randn(2, 16, 8)).expert.shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0, process_group=None) -> None:
+        super().__init__(dim, num_experts, process_group=process_group)
+        if capacity_factor is None:
+            raise ValueError("capacity_factor must be a finite number above 0, got None: experts take a fixed number")
+        self.capacity_factor = check_capacity_factor("capacity_factor", capacity_factor)
+        self.w_gating = nn.Parameter(torch.empty(dim, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: standard deviation 1 / sqrt(d)."""
+        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+
+    def forward(self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None) -> Routing:
+        """Decide.
+
+        Args:
+            x: `(b, n, d)`.
+            importance: not for this gate: raises ValueError (it cannot be a level of a hierarchy).
+            mask: `(b, n)` bool, True where the token is real: limits the choice and, by the real length, the number
+                of tokens an expert takes.
+        """
+        if importance is not None:
+            raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
+        tokens = self.read(x, None, mask)
+        n, e = tokens.num_tokens, self.num_experts
+        logits = self.product(tokens.x, self.w_gating)
+        probs = logits.softmax(dim=-1)
+        capacity, limit = self._capacity(n, tokens.length if tokens.varying else None)
+
+        score = probs.transpose(-2, -1)  # (b, e, n)
+        ranked = score.detach()
+        if mask is not None:
+            ranked = torch.where(mask.unsqueeze(-2), ranked, -1.0)
+        token = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+        slot = torch.arange(token.shape[-1], device=token.device).expand_as(token)
+        expert = torch.arange(e, device=token.device).unsqueeze(-1).expand_as(token)
+        chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]
+        weight = torch.where(chosen, score.gather(-1, token), 0.0)
+        kept = chosen & (weight != 0)
+        balance = probs.new_zeros(())
+        return Routing(
+            token=token.flatten(-2),
+            expert=expert.flatten(-2),
+            slot=slot.flatten(-2),
+            kept=kept.flatten(-2),
+            weight=weight.flatten(-2),
+            probs=probs,
+            balance_loss=balance,
+            z_loss=z_loss(logits, tokens.real, self.process_group),
+            num_tokens=n,
+            num_experts=e,
+            capacity=capacity,
+            choices=None,
+            chosen=chosen.flatten(-2),
+            queued=chosen.sum(dim=-1),
+            limit=limit,
+            real=tokens.real,
+            losses={"balance": balance},
+        )
+
+    def _capacity(self, n: int, length: Tensor | None) -> tuple[int, Tensor | None]:
+        """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""
+        sizes = (self.capacity_factor, self.num_experts, 1)
+        capacity = torch.sym_min(n, expert_capacity(n, *sizes))
+        return capacity, None if length is None else torch.minimum(length, group_capacity(length, *sizes))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, {self.num_experts}, capacity_factor={self.capacity_factor}, causal=False"

@@ -1,0 +1,132 @@
+"""The noisy top-k router of the first sparsely gated mixture of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixture_of_experts import losses
+from mixture_of_experts.gating.base import TokenChoiceGate, Tokens, top_choices
+from mixture_of_experts.routing import Priority, Routing
+
+
+class NoisyTopKGating(TokenChoiceGate):
+    """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538, section 2.1 and appendix A).
+
+    In training, `H = x w_gating + eps * softplus(x w_noise)` with standard normal noise; in eval without it. The
+    weights are the softmax over the k largest of H. Both matrices start at zero: equal load, chosen by the noise.
+    `balance_loss` is the sum of `losses["importance"]` and `losses["load"]`, squared coefficients of variation.
+
+    At k = 1 the weight is the constant 1: only the noise and the losses train the router.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e.
+        k: choices of a token, fewer than e (the load's probability needs the next best score).
+        capacity_factor_train, capacity_factor_eval, min_expert_capacity, priority, outer_expert_dims, process_group:
+            see `TopKGating`; dropless by default.
+
+    Example:
+        >>> import torch
+        >>> gate = NoisyTopKGating(dim=8, num_experts=4, k=2)
+        >>> sorted(gate(torch.randn(2, 16, 8)).losses)
+        ['importance', 'load']
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        capacity_factor_train: float | None = None,
+        capacity_factor_eval: float | None = None,
+        min_expert_capacity: int = 4,
+        priority: Priority = "choice",
+        outer_expert_dims: Sequence[int] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_experts,
+            k,
+            capacity_factor_train=capacity_factor_train,
+            capacity_factor_eval=capacity_factor_eval,
+            min_expert_capacity=min_expert_capacity,
+            priority=priority,
+            outer_expert_dims=outer_expert_dims,
+            process_group=process_group,
+        )
+        if k >= num_experts:
+            raise ValueError(
+                f"k must be below num_experts={num_experts}, got {k}: the load of an expert is measured against the "
+                "next best score (use TopKGating to choose all experts)"
+            )
+        self.w_gating = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_experts))
+        self.w_noise = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_experts))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Both matrices start at zero, as the paper says."""
+        nn.init.zeros_(self.w_gating)
+        nn.init.zeros_(self.w_noise)
+
+    def forward(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Routing:
+        """Decide; arguments as `TopKGating.forward`."""
+        tokens = self.read(x, importance, mask, length)
+        clean = self.product(tokens.x, self.w_gating)
+        spread = F.softplus(self.product(tokens.x, self.w_noise))
+        noisy = clean + torch.randn_like(clean) * spread if self.training else clean
+
+        best = top_choices(noisy, self.choices + 1)
+        expert = best[..., : self.choices]
+        allowed = self.allowed(tokens)
+        top = noisy.gather(-1, expert)
+        if allowed is not None:
+            top = torch.where(allowed | ~tokens.some.unsqueeze(-1), top, -torch.inf)
+        weight = top.softmax(dim=-1)
+        probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
+
+        parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
+        return self.route(
+            tokens,
+            probs,
+            expert,
+            weight,
+            chosen=allowed,
+            balance_loss=parts["importance"] + parts["load"],
+            z_loss=losses.z_loss(clean, tokens.first, self.process_group),
+            losses=parts,
+        )
+
+    def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
+        """Squared variation of importance and load, each summed over the call."""
+        parts = {}
+        for name, value in (("importance", probs), ("load", load)):
+            if tokens.first is not None:
+                value = torch.where(tokens.first.unsqueeze(-1), value, 0.0)
+            parts[name] = losses.squared_variation(value.sum(dim=(-3, -2)), self.process_group)
+        return parts
+
+
+def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor) -> Tensor:
+    """P(x, i): probability that expert i would be chosen with fresh noise on its own score (appendix A, equation 9).
+
+    Args:
+        clean, noisy, spread: `(..., e)` scores without and with noise, and the noise's standard deviation.
+        best: `(..., k + 1)` the experts of the largest noisy scores.
+    """
+    within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)
+    last, following = noisy.gather(-1, best[..., -2:]).split(1, dim=-1)
+    threshold = torch.where(within, following, last)  # the k-th largest of the other experts' scores
+    return torch.special.ndtr((clean - threshold) / spread)

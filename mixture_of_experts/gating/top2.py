@@ -1,0 +1,202 @@
+"""The router of GShard, as the TensorFlow mixture-of-experts code has it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixture_of_experts import losses
+from mixture_of_experts.checks import check_choice, check_number
+from mixture_of_experts.gating.base import TokenChoiceGate
+from mixture_of_experts.routing import Priority, Routing
+
+SecondPolicy = Literal["all", "none", "threshold", "random"]
+
+
+def keep_all(gate: Tensor, threshold: float, eps: float) -> Tensor:
+    """Every second choice is kept."""
+    return torch.ones_like(gate, dtype=torch.bool)
+
+
+def keep_none(gate: Tensor, threshold: float, eps: float) -> Tensor:
+    """No second choice is kept."""
+    return torch.zeros_like(gate, dtype=torch.bool)
+
+
+def keep_above_threshold(gate: Tensor, threshold: float, eps: float) -> Tensor:
+    """Second choices with a gate strictly above the threshold."""
+    return gate > threshold
+
+
+def keep_at_random(gate: Tensor, threshold: float, eps: float) -> Tensor:
+    """Second choices with probability gate / threshold: one uniform a token, in float32."""
+    uniform = torch.rand(gate.shape, device=gate.device, dtype=torch.float32)
+    return uniform < gate / max(threshold, eps)
+
+
+POLICIES = {"all": keep_all, "none": keep_none, "threshold": keep_above_threshold, "random": keep_at_random}
+
+
+class Top2Gating(TokenChoiceGate):
+    """Top-2 gating with limited capacity (GShard, arXiv 2006.16668, algorithm 1).
+
+    Args:
+        dim: d, model dimension.
+        num_gates: e, number of experts.
+        eps: guards the normalisation of the two gates and the threshold of policy "random".
+        outer_expert_dims: leading dimensions of weights and inputs (the second level of a hierarchy).
+        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (gate above
+            the threshold) or "random" (with probability gate / threshold).
+        second_threshold_train, second_threshold_eval: that threshold.
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (for each token, not each
+            choice); None is dropless.
+        min_expert_capacity: the least number of slots, applied last.
+        second_place_loss: adds half of the same balancing loss over second choices.
+        priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
+        process_group: the ranks that share the batch; see `Gate`.
+
+    Shape:
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices a token. `w_gating` is
+        `(*outer_expert_dims, d, e)`, drawn with standard deviation 1 / sqrt(d).
+
+    Example:
+        >>> import torch
+        >>> gate = Top2Gating(dim=8, num_gates=4, second_policy_train="all")
+        >>> routing = gate(torch.randn(2, 16, 8))
+        >>> routing.expert.shape, routing.capacity
+        (torch.Size([2, 32]), 5)
+    """
+
+    capacity_per_choice = False
+
+    def __init__(
+        self,
+        dim: int,
+        num_gates: int,
+        eps: float = 1e-9,
+        outer_expert_dims: Sequence[int] = (),
+        second_policy_train: SecondPolicy = "random",
+        second_policy_eval: SecondPolicy = "random",
+        second_threshold_train: float = 0.2,
+        second_threshold_eval: float = 0.2,
+        capacity_factor_train: float | None = 1.25,
+        capacity_factor_eval: float | None = 2.0,
+        *,
+        min_expert_capacity: int = 4,
+        second_place_loss: bool = False,
+        priority: Priority = "choice",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_gates,
+            2,
+            capacity_factor_train=capacity_factor_train,
+            capacity_factor_eval=capacity_factor_eval,
+            min_expert_capacity=min_expert_capacity,
+            priority=priority,
+            outer_expert_dims=outer_expert_dims,
+            process_group=process_group,
+        )
+        self.eps = check_number("eps", eps, above=0.0)
+        self.second_policy_train = check_choice("second_policy_train", second_policy_train, POLICIES)
+        self.second_policy_eval = check_choice("second_policy_eval", second_policy_eval, POLICIES)
+        self.second_threshold_train = check_number("second_threshold_train", second_threshold_train, at_least=0.0)
+        self.second_threshold_eval = check_number("second_threshold_eval", second_threshold_eval, at_least=0.0)
+        self.second_place_loss = second_place_loss
+        self.w_gating = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_gates))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew: standard deviation 1 / sqrt(d), as the TensorFlow code."""
+        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+
+    @property
+    def num_gates(self) -> int:
+        return self.num_experts
+
+    def forward(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Routing:
+        """Decide. The numbered steps are those of the GShard algorithm.
+
+        Args:
+            x: `(*outer, b, n, d)`.
+            importance: `(*outer, b, n)`: 1 takes part fully, between 0 and 1 with the top expert as second choice
+                only and in no loss, 0 not at all.
+            mask: `(*outer, b, n)` bool, True where the token is real.
+            length: `(*outer, b)` number of tokens that capacity and means reckon with, if it is neither n nor what
+                the mask says.
+        """
+        tokens = self.read(x, importance, mask, length)
+        logits = self.product(tokens.x, self.w_gating)
+        probs = logits.softmax(dim=-1)
+        first = tokens.first if tokens.first is not None else torch.ones_like(probs[..., 0], dtype=torch.bool)
+
+        # the first choice, and the second among what it leaves
+        expert_1 = probs.argmax(dim=-1, keepdim=True)
+        taken = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first.unsqueeze(-1))
+        rest = torch.where(taken, 0.0, probs)
+        expert_2 = rest.argmax(dim=-1, keepdim=True)
+        expert = torch.cat([expert_1, expert_2], dim=-1)
+
+        gate_1 = torch.where(first, probs.gather(-1, expert_1).squeeze(-1), 0.0)
+        gate_2 = rest.gather(-1, expert_2).squeeze(-1)
+        total = gate_1 + gate_2 + self.eps
+        gate_1, gate_2 = gate_1 / total, gate_2 / total
+
+        second = tokens.some
+        parts = self._losses(tokens.length, probs, rest, expert, first, second, tokens.real)
+        kept_second = self._policy(gate_2.detach())
+        chosen = torch.stack([first, kept_second if second is None else kept_second & second], dim=-1)
+        return self.route(
+            tokens,
+            probs,
+            expert,
+            torch.stack([gate_1, gate_2], dim=-1),
+            chosen=chosen,
+            balance_loss=sum(parts.values(), torch.zeros_like(parts["balance"])),
+            z_loss=losses.z_loss(logits, tokens.first, self.process_group),
+            losses=parts,
+        )
+
+    def _policy(self, gate: Tensor) -> Tensor:
+        """`(..., b, n)` bool: the second choices that the policy of the present mode keeps."""
+        if self.training:
+            return POLICIES[self.second_policy_train](gate, self.second_threshold_train, self.eps)
+        return POLICIES[self.second_policy_eval](gate, self.second_threshold_eval, self.eps)
+
+    def _losses(
+        self,
+        length: Tensor,
+        probs: Tensor,
+        rest: Tensor,
+        expert: Tensor,
+        first: Tensor,
+        second: Tensor | None,
+        real: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
+        load = self.load(expert[..., :1], first.unsqueeze(-1))
+        proxy = torch.where(first.unsqueeze(-1), probs, 0.0).sum(dim=-2)
+        parts = {"balance": losses.load_balance(load, proxy, length, group=self.process_group)}
+        if self.second_place_loss:
+            load = self.load(expert[..., 1:], None if second is None else second.unsqueeze(-1))
+            proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
+            if real is not None:
+                proxy = torch.where(real.unsqueeze(-1), proxy, 0.0)
+            balance = losses.load_balance(load, proxy.sum(dim=-2), length, group=self.process_group)
+            parts["second_place"] = 0.5 * balance
+        return parts
+
+    def handed_on(self, weight: Tensor, kept: Tensor) -> Tensor:
+        """0.5 ([s > 0.5] + [s > 0]), so that an exact tie of the two gates gives 0.5 to both."""
+        return 0.5 * ((weight > 0.5).to(weight.dtype) + (weight > 0).to(weight.dtype))

@@ -1,0 +1,216 @@
+"""Top-k gating: softmax or sigmoid scores, with or without normalisation, expert groups and expert bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixture_of_experts import losses
+from mixture_of_experts.checks import check_choice, check_number, check_size
+from mixture_of_experts.gating.base import TokenChoiceGate, top_choices
+from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.routing import Priority, Routing
+
+Score = Literal["softmax", "sigmoid"]
+SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+BALANCES = {"group": losses.load_balance, "batch": losses.load_balance_over_batch}
+
+
+class TopKGating(TokenChoiceGate):
+    """Every token goes to the k experts of the largest scores: the router of Switch, Mixtral, OLMoE, Qwen, DeepSeek.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e.
+        k: choices of a token.
+        score: "softmax" over all experts, or "sigmoid" of each logit.
+        normalize: divide the k weights by their sum; by default for k > 1 (one normalised weight is the constant 1,
+            which gives the router no gradient).
+        scale: multiplies the weights.
+        bias: adds a router bias `b_gating`.
+        jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e; None is dropless.
+        min_expert_capacity: the least number of slots, applied last.
+        priority: "choice", "token" (causal) or "score"; see `routing.queue_positions`.
+        num_groups, top_groups: experts stand in `num_groups` equal groups, and only the `top_groups` groups with the
+            largest sum of their two best scores may be chosen from (DeepSeek-V3, arXiv 2412.19437).
+        expert_bias: a buffer added to the scores for choosing only, moved by `update_bias` (arXiv 2408.15664).
+        balance_over: the balancing loss for each "group", averaged, or over the whole "batch".
+        outer_expert_dims: leading dimensions of weights and inputs.
+        process_group: the ranks that share the batch; see `Gate`.
+
+    Shape:
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
+        `(*outer_expert_dims, d, e)`.
+
+    Example:
+        >>> import torch
+        >>> gate = TopKGating(dim=8, num_experts=4, k=2)
+        >>> routing = gate(torch.randn(2, 16, 8))
+        >>> routing.capacity is None, bool(routing.kept.all())
+        (True, True)
+    """
+
+    expert_bias: Tensor | None
+    expert_counts: Tensor | None
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        score: Score = "softmax",
+        normalize: bool | None = None,
+        scale: float = 1.0,
+        bias: bool = False,
+        jitter: float = 0.0,
+        capacity_factor_train: float | None = None,
+        capacity_factor_eval: float | None = None,
+        min_expert_capacity: int = 4,
+        priority: Priority = "choice",
+        num_groups: int | None = None,
+        top_groups: int | None = None,
+        expert_bias: bool = False,
+        balance_over: Literal["group", "batch"] = "group",
+        outer_expert_dims: Sequence[int] = (),
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_experts,
+            k,
+            capacity_factor_train=capacity_factor_train,
+            capacity_factor_eval=capacity_factor_eval,
+            min_expert_capacity=min_expert_capacity,
+            priority=priority,
+            outer_expert_dims=outer_expert_dims,
+            process_group=process_group,
+        )
+        if k > num_experts:
+            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
+        self.score = check_choice("score", score, SCORES)
+        self.normalize = k > 1 if normalize is None else normalize
+        self.scale = check_number("scale", scale, above=0.0)
+        self.jitter = check_number("jitter", jitter, at_least=0.0)
+        self.balance_over = check_choice("balance_over", balance_over, BALANCES)
+        self.num_groups, self.top_groups = check_expert_groups(num_experts, k, num_groups, top_groups)
+        outer = self.outer_expert_dims
+        self.w_gating = nn.Parameter(torch.empty(*outer, dim, num_experts))
+        self.b_gating = nn.Parameter(torch.empty(*outer, num_experts)) if bias else None
+        buffer = (*outer, num_experts)
+        self.register_buffer("expert_bias", torch.zeros(buffer) if expert_bias else None)
+        self.register_buffer("expert_counts", torch.zeros(buffer, dtype=torch.int64) if expert_bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew (standard deviation 1 / sqrt(d)); biases and counts start at 0."""
+        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+        for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts):
+            if start_at_zero is not None:
+                nn.init.zeros_(start_at_zero)
+
+    def forward(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Routing:
+        """Decide; arguments as `Top2Gating.forward` (importance between 0 and 1: the top choice only)."""
+        tokens = self.read(x, importance, mask, length)
+        router_input = tokens.x
+        if self.training and self.jitter:
+            noise = torch.empty_like(router_input).uniform_(1 - self.jitter, 1 + self.jitter)
+            router_input = router_input * noise
+        logits = self.product(router_input, self.w_gating, self.b_gating)
+        score = SCORES[self.score](logits)
+        expert = self._choose(score)
+        allowed = self.allowed(tokens)
+
+        weight = score.gather(-1, expert)
+        if allowed is not None:
+            weight = torch.where(allowed, weight, 0.0)
+        if self.normalize:
+            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        weight = weight * self.scale
+
+        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
+        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
+        load = self.load(expert, first)
+        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
+        balance = BALANCES[self.balance_over](load, proxy, tokens.length, self.choices, self.process_group)
+        if self.expert_counts is not None:
+            chosen = load if allowed is None else self.load(expert, allowed)
+            weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
+        z_loss = losses.z_loss(logits, tokens.first, self.process_group)
+        return self.route(tokens, probs, expert, weight, chosen=allowed, balance_loss=balance, z_loss=z_loss)
+
+    def _choose(self, score: Tensor) -> Tensor:
+        """`(..., b, n, k)` experts by the biased scores, from the best groups of experts only."""
+        score = score.detach()
+        if self.expert_bias is not None:
+            score = score + self.expert_bias[..., None, None, :].to(score.dtype)
+        if self.num_groups is not None and self.top_groups is not None:
+            grouped = score.unflatten(-1, (self.num_groups, -1))
+            best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+            open_groups = torch.zeros_like(best_two, dtype=torch.bool)
+            open_groups = open_groups.scatter(-1, top_choices(best_two, self.top_groups), True)
+            score = torch.where(open_groups.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
+        return top_choices(score, self.choices)
+
+    @torch.no_grad()
+    def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
+        """Move the expert bias by `rate * sign(mean load - load)` and start counting anew.
+
+        Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
+        tokens, before capacity, of the forwards whose backward ran since the last call; with `group` they are summed
+        over its ranks, without it there is no collective.
+        """
+        check_number("rate", rate, above=0.0)
+        if self.expert_bias is None or self.expert_counts is None:
+            raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
+        load = losses.global_sum(self.expert_counts, group).to(torch.float64)
+        self.expert_bias += rate * torch.sign(load.mean(dim=-1, keepdim=True) - load).to(self.expert_bias.dtype)
+        self.expert_counts.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        """Casts of the module (`.bfloat16()`) leave the expert bias in float32: its steps are too small for less."""
+        bias = self.expert_bias
+        super()._apply(fn, recurse)
+        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
+            self.expert_bias = bias.to(self.expert_bias.device)
+        return self
+
+    def extra_repr(self) -> str:
+        parts = [super().extra_repr(), f"score={self.score!r}"]
+        parts += [f"normalize={self.normalize}"] if self.normalize != (self.choices > 1) else []
+        parts += [f"scale={self.scale}"] if self.scale != 1 else []
+        parts += [f"jitter={self.jitter}"] if self.jitter else []
+        parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
+        parts += ["expert_bias=True"] if self.expert_bias is not None else []
+        return ", ".join(parts)
+
+
+def check_expert_groups(
+    num_experts: int, choices: int, num_groups: int | None, top_groups: int | None
+) -> tuple[int | None, int | None]:
+    """Groups of experts are equal, and those open to choice hold at least k experts."""
+    if num_groups is None and top_groups is None:
+        return None, None
+    if num_groups is None or top_groups is None:
+        raise ValueError(f"num_groups and top_groups go together, got {num_groups!r} and {top_groups!r}: give both")
+    check_size("num_groups", num_groups)
+    check_size("top_groups", top_groups)
+    if num_experts % num_groups:
+        raise ValueError(f"num_groups={num_groups} must divide num_experts={num_experts}")
+    if top_groups > num_groups or top_groups * (num_experts // num_groups) < choices:
+        raise ValueError(
+            f"top_groups={top_groups} of num_groups={num_groups} must hold at least k={choices} of the "
+            f"{num_experts} experts and be at most num_groups"
+        )
+    return num_groups, top_groups

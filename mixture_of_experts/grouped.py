@@ -1,0 +1,169 @@
+"""Matrix products of experts: the one place where a kernel is chosen.
+
+Axes: e experts, r rows (sorted by expert), s slots of an expert, p inner and q outer dimension of a weight.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Product of every expert's rows with its own weight.
+
+    Args:
+        x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
+        weight: `(e, p, q)`.
+        counts: `(e,)` int64, the rows of each expert; rows past their sum give zeros.
+
+    Returns:
+        `(e, s, q)` or `(r, q)`. Under autocast both are cast as for any matrix product.
+    """
+    if counts is None:
+        return torch.matmul(x, weight)
+    x, weight = _autocast(x, weight)
+    if _has_kernel(x, weight):
+        return _Grouped.apply(x, weight, counts)
+    return _in_blocks(x, weight, counts)
+
+
+def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Grouped products are not registered for autocast: cast here what it casts for other products."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return x, weight
+    dtype = torch.get_autocast_dtype(device)
+    return x.to(dtype), weight.to(dtype)
+
+
+def _has_kernel(x: Tensor, weight: Tensor) -> bool:
+    """Whether `_Grouped` can take it; the products in blocks, plain operators, can take anything."""
+    if x.device.type == "cpu":
+        return not torch.compiler.is_compiling()
+    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[-2:])
+
+
+class _Grouped(torch.autograd.Function):
+    """Rows times their expert's weight; its gradients are products of the same two kinds."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        return _rows_by_weights(x, weight, counts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, counts = ctx.saved_tensors
+        grad_x = _Grouped.apply(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
+        grad_weight = _Outer.apply(x, grad, counts) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_weight, None
+
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, weight: Tensor, counts: Tensor):
+        return torch.vmap(_in_blocks, in_dims, randomness=info.randomness)(x, weight, counts), 0
+
+
+class _Outer(torch.autograd.Function):
+    """For every expert `x^T y` over its rows: the gradient of a weight."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        return _rows_by_rows(x, y, counts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, y, counts = ctx.saved_tensors
+        grad_x = _Grouped.apply(y, grad.mT, counts) if ctx.needs_input_grad[0] else None
+        grad_y = _Grouped.apply(x, grad, counts) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_y, None
+
+
+def _rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`(r, q)`; on CUDA torch's grouped kernel, on the CPU a product for each expert that has rows."""
+    if x.is_cuda:
+        ends = counts.cumsum(0).to(torch.int32)
+        out = F.grouped_mm(x.contiguous(), weight, offs=ends)
+        return out.masked_fill_(_past(ends[-1], x), 0)
+    out = x.new_empty(x.shape[0], weight.shape[-1])
+    start = 0
+    for count, matrix in zip(counts.tolist(), weight.unbind(0), strict=True):
+        if count:
+            torch.mm(x[start : start + count], matrix, out=out[start : start + count])
+        start += count
+    out[start:] = 0
+    return out
+
+
+def _rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """`(e, p, q)`; experts without rows give zeros."""
+    if x.is_cuda:
+        ends = counts.cumsum(0).to(torch.int32)
+        return F.grouped_mm(x.mT, y.contiguous(), offs=ends)
+    out = x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
+    start = 0
+    for count, matrix in zip(counts.tolist(), out.unbind(0), strict=True):
+        if count:
+            torch.mm(x[start : start + count].mT, y[start : start + count], out=matrix)
+        else:
+            matrix.zero_()
+        start += count
+    return out
+
+
+def _past(end: Tensor, x: Tensor) -> Tensor:
+    """`(r, 1)` bool: rows past the last expert's."""
+    return (torch.arange(x.shape[0], device=x.device) >= end).unsqueeze(-1)
+
+
+def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """The same product with plain operators: no host sync, any dtype; compiles, exports and maps.
+
+    Every expert's rows are padded to whole blocks, and a block reads its expert's weight. `r / size + e` blocks are
+    enough whatever the counts, so that no shape depends on them.
+    """
+    rows, experts = x.shape[0], weight.shape[0]
+    size = torch.sym_max(1, rows // experts)  # about what an expert has: at most about 2 e blocks
+    num_blocks = torch.sym_min(rows, rows // size + experts)
+    blocks = (counts + size - 1) // size  # (e,) blocks of each expert
+    last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
+    block = torch.arange(num_blocks, device=x.device)
+    expert = torch.searchsorted(last_block, block, right=True).clamp(max=experts - 1)
+
+    # (blocks, size): the row of x in each place, `rows` where there is none
+    first = (last_row - counts)[expert] + (block - (last_block - blocks)[expert]) * size
+    row = first.unsqueeze(-1) + torch.arange(size, device=x.device)
+    inside = (row < last_row[expert].unsqueeze(-1)) & (block < last_block[-1]).unsqueeze(-1)
+    row = torch.where(inside, row, rows)
+    out = torch.bmm(_take(_with_zero(x), row.flatten()).unflatten(0, (num_blocks, size)), _take(weight, expert))
+
+    places = num_blocks * size
+    place = torch.full((rows + 1,), places, device=x.device)
+    place = place.scatter(0, row.flatten(), torch.arange(places, device=x.device))[:rows]
+    return _take(_with_zero(out.flatten(0, 1)), place)
+
+
+def _with_zero(rows: Tensor) -> Tensor:
+    """One more row, of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]` with a gradient that adds in the same order on every run."""
+    return values[index] if values.is_cuda else values.index_select(0, index)
+
+
+def bias_of_rows(bias: Tensor, counts: Tensor | None, rows: int) -> Tensor:
+    """`(e, q)` biases as `(e, 1, q)` for slots or `(r, q)` for rows."""
+    if counts is None:
+        return bias.unsqueeze(-2)
+    expert = torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=bias.device), right=True)
+    return _take(bias, expert.clamp(max=bias.shape[0] - 1))

@@ -1,0 +1,111 @@
+"""Losses of a router: pure functions on the numbers of tokens and the probabilities.
+
+Axes: b groups (with outer experts before it: `...`), n tokens of a group, e experts.
+
+Every loss is one mean of a total over a count, so that it stays exact over several ranks: `mean` is the only place
+where a process group is asked anything. An empty mean is 0.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Sum of `value` over the ranks of `group`; carries no gradient. Without a group: the value itself."""
+    value = value.detach()
+    if group is None:
+        return value
+    from torch.distributed._functional_collectives import all_reduce
+
+    return all_reduce(value, "sum", group)
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    """Number of ranks that share the batch."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def mean(total: Tensor, count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """`total / count`, 0 where nothing was counted.
+
+    Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
+    is the value of the whole batch, however unequal the ranks' shares are.
+    """
+    count = global_sum(count.to(total.dtype), group)
+    return total * world_size(group) / torch.where(count > 0, count, torch.ones_like(count))
+
+
+def load_balance(
+    load: Tensor, proxy: Tensor, length: Tensor, choices: int = 1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
+
+    `e / k * sum_e f_e P_e` for each group, averaged over the groups that have a token; 1.0 at uniform f and P.
+
+    Args:
+        load: `(..., b, e)` number of choices that each expert got; carries no gradient.
+        proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
+        length: `(..., b)` number of real tokens of each group, the divisor of both means.
+        choices: k, the choices that a token makes.
+        group: process group that shares the batch.
+    """
+    num_experts = load.shape[-1]
+    length = length.to(proxy.dtype)
+    divisor = torch.where(length > 0, length, torch.ones_like(length))
+    product = (load.detach().to(proxy.dtype) * proxy).sum(dim=-1)
+    per_group = product / divisor.square() * (num_experts / choices)
+    return mean(per_group.sum(), (length > 0).sum(), group)
+
+
+def load_balance_over_batch(
+    load: Tensor, proxy: Tensor, length: Tensor, choices: int = 1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
+
+    `f` is summed over the ranks of `group` and carries no gradient. Arguments as `load_balance`; with outer experts
+    (`...`) it is computed for each of them and averaged over those that have a token.
+    """
+    num_experts = load.shape[-1]
+    load, proxy, length = load.sum(dim=-2), proxy.sum(dim=-2), length.sum(dim=-1).to(proxy.dtype)
+    load, length = global_sum(load.to(proxy.dtype), group), global_sum(length, group)
+    divisor = torch.where(length > 0, length, torch.ones_like(length))
+    product = (load * proxy).sum(dim=-1) * world_size(group)
+    per_router = product / divisor.square() * (num_experts / choices)
+    return mean(per_router.sum(), (length > 0).sum())
+
+
+def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Router z-loss (ST-MoE, arXiv 2202.08906, equation 5): mean of `logsumexp(logits)^2` over the counted tokens.
+
+    Args:
+        logits: `(..., n, e)`.
+        counted: `(..., n)` boolean, the tokens that count; all without it.
+        group: process group that shares the batch.
+    """
+    square = logits.logsumexp(dim=-1).square()
+    if counted is None:
+        return mean(square.sum(), torch.ones_like(square).sum(), group)
+    return mean(torch.where(counted, square, 0.0).sum(), counted.sum(), group)
+
+
+def squared_variation(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Squared coefficient of variation over experts (arXiv 1701.06538, equations 7 and 11): variance / mean^2.
+
+    It is computed from the (population) variance, so its gradient is finite, 0, at perfect balance.
+
+    Args:
+        values: `(..., e)` importance or load of each expert, summed over the call.
+        group: process group that shares the batch: the sum over its ranks is what is measured.
+
+    Returns:
+        0-dim; averaged over the outer experts (`...`) that got anything.
+    """
+    total = global_sum(values, group) + (values - values.detach()) * world_size(group)
+    centre = total.mean(dim=-1)
+    used = centre.detach() != 0
+    square = torch.where(used, centre.square(), torch.ones_like(centre))
+    variation = torch.where(used, total.var(dim=-1, unbiased=False) / square, 0.0)
+    return mean(variation.sum(), used.sum())
