@@ -182,7 +182,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, token: Tensor, row: Tensor, choices: int | None, num_tokens: int) -> Tensor:
-        return _sum(rows, None, token, row, choices, num_tokens)
+        return sum_rows(rows, None, token, row, choices, num_tokens)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -211,7 +211,7 @@ class _Combine(torch.autograd.Function):
         num_tokens: int,
     ) -> Tensor:
         row_weight = _with_zero(weight)[assignment] if choices is None else None
-        return _sum(rows, weight if row_weight is None else row_weight, token, row, choices, num_tokens)
+        return sum_rows(rows, weight if row_weight is None else row_weight, token, row, choices, num_tokens)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -238,7 +238,7 @@ def _read(x: Tensor, index: Tensor) -> Tensor:
     return rows.masked_fill((index == length).unsqueeze(-1), 0)
 
 
-def _sum(
+def sum_rows(
     rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, choices: int | None, num_tokens: int
 ) -> Tensor:
     """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment (by row for None)."""

@@ -3,7 +3,8 @@
 Axes: e experts (one or two dimensions, `*e`), s slots of an expert, r rows sorted by expert, d model dim, h hidden dim.
 
 Every kind of experts maps slots `(*e, s, d)` to the same shape. Those that also take `(rows, counts)`, rows sorted by
-expert and the number of each expert's, say so by a method `prefers_rows`.
+expert and the number of each expert's, say so by a method `prefers_rows`; those that take the tokens of a whole call
+and its plan, `(x, plan=plan)`, by a method `takes_tokens`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_size, check_sizes
-from mixture_of_experts.grouped import bias_of_rows, expert_matmul
+from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.fused import fused_experts, takes
+from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 
 Activation = Callable[..., nn.Module] | Callable[[Tensor], Tensor]
 
@@ -39,6 +42,15 @@ class StackedExperts(nn.Module):
         # while a graph is traced the answer must not depend on a length that the graph leaves open
         return num_rows < num_slots and not torch.compiler.is_compiling()
 
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Whether tokens `(t, d)` of a whole call can be computed at once, from dispatch to combine (`fused.py`)."""
+        parameters = dict(self.named_parameters(recurse=False))
+        return takes(x, self.act, list(parameters.values())) and not any(name.startswith("b") for name in parameters)
+
+    def _whole_call(self, x: Tensor, plan: Plan, first: list[Tensor], last: Tensor) -> Tensor:
+        x, *weights = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
+        return fused_experts(x, plan, self.act, weights[:-1], weights[-1])
+
     def reset_parameters(self) -> None:
         """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""
         for name, parameter in self.named_parameters(recurse=False):
@@ -49,7 +61,7 @@ class StackedExperts(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _enter(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Slots as `(e, s, d)`, or rows; in the weights' dtype unless autocast is to choose."""
+        """Slots as `(e, s, d)`, or rows."""
         wanted = (*self.expert_dims, "s", self.dim) if counts is None else ("r", self.dim)
         fits = x.ndim == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, x.shape, strict=True))
         if not fits:
@@ -57,14 +69,12 @@ class StackedExperts(nn.Module):
                 f"{type(self).__name__} of {self.num_experts} experts reads x of shape "
                 f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}"
             )
-        weight = next(self.parameters())
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            x = x.to(weight.dtype)
         return x if counts is not None else x.flatten(0, -3)
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None) -> Tensor:
         """Every expert's rows times its weight `(*e, p, q)`, plus its bias `(*e, q)`."""
-        product = expert_matmul(x, weight.flatten(0, -3), counts)
+        x, weight = matching(x, weight.flatten(0, -3))
+        product = expert_matmul(x, weight, counts)
         if bias is None:
             return product
         return product + bias_of_rows(bias.flatten(0, -2), counts, x.shape[-2]).to(product.dtype)
@@ -111,7 +121,9 @@ class Experts(StackedExperts):
         self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
+        if plan is not None:
+            return self._whole_call(x, plan, [self.w1], self.w2)
         shape = x.shape
         x = self._enter(x, counts)
         hidden = self.act(self._product(x, self.w1, self.b1, counts))
@@ -156,7 +168,9 @@ class GatedExperts(StackedExperts):
         self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
+        if plan is not None:
+            return self._whole_call(x, plan, [self.w1, self.w3], self.w2)
         shape = x.shape
         x = self._enter(x, counts)
         gate = self.act(self._product(x, self.w1, self.b1, counts))

@@ -19,23 +19,22 @@ def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Te
         counts: `(e,)` int64, the rows of each expert; rows past their sum give zeros.
 
     Returns:
-        `(e, s, q)` or `(r, q)`. Under autocast both are cast as for any matrix product.
+        `(e, s, q)` or `(r, q)`. Operands have one dtype; see `matching`.
     """
     if counts is None:
         return torch.matmul(x, weight)
-    x, weight = _autocast(x, weight)
     if _has_kernel(x, weight):
         return _Grouped.apply(x, weight, counts)
     return _in_blocks(x, weight, counts)
 
 
-def _autocast(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Grouped products are not registered for autocast: cast here what it casts for other products."""
+def matching(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Operands in one dtype: autocast's where it is on (grouped products are not registered for it), else the weights'."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return x, weight
-    dtype = torch.get_autocast_dtype(device)
-    return x.to(dtype), weight.to(dtype)
+    dtype = weights[0].dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
+        dtype = torch.get_autocast_dtype(device)
+    return [operand.to(dtype) for operand in (x, *weights)]
 
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
@@ -85,6 +84,10 @@ class _Outer(torch.autograd.Function):
         grad_x = _Grouped.apply(y, grad.mT, counts) if ctx.needs_input_grad[0] else None
         grad_y = _Grouped.apply(x, grad, counts) if ctx.needs_input_grad[1] else None
         return grad_x, grad_y, None
+
+    @staticmethod
+    def vmap(info, in_dims, x: Tensor, y: Tensor, counts: Tensor):  # noqa: ANN001, ANN205
+        return torch.vmap(_outer_in_blocks, in_dims, randomness=info.randomness)(x, y, counts), 0
 
 
 def _rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -149,6 +152,13 @@ def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     place = torch.full((rows + 1,), places, device=x.device)
     place = place.scatter(0, row.flatten(), torch.arange(places, device=x.device))[:rows]
     return _take(_with_zero(out.flatten(0, 1)), place)
+
+
+def _outer_in_blocks(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """For every expert `x^T y`, by the gradient of the product in blocks."""
+    weight = x.new_zeros(counts.shape[0], x.shape[-1], y.shape[-1])
+    _, back = torch.func.vjp(lambda weight: _in_blocks(x, weight, counts), weight)
+    return back(y)[0]
 
 
 def _with_zero(rows: Tensor) -> Tensor:

@@ -288,18 +288,35 @@ def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict
 
 def compute(experts: nn.Module, groups: Tensor, levels: Sequence[Routing]) -> Tensor:
     """Dispatch the tokens `(b, n, d)` to the experts' rows, run the experts, and combine: `(t, d)`."""
+    x = groups.flatten(0, 1)
+    if takes_tokens(experts, x):
+        return experts(x, plan=make_plan(levels, ragged=True))
+    where = make_plan(levels, ragged=prefers_rows(experts, x, levels))
+    return combine(run(experts, dispatch(x, where), where), where)
+
+
+def make_plan(levels: Sequence[Routing], ragged: bool) -> Plan:
+    """Plan of one level or two."""
+    return compose(*levels, ragged=ragged) if len(levels) == 2 else plan(*levels, ragged=ragged)
+
+
+def takes_tokens(experts: nn.Module, x: Tensor) -> bool:
+    """Whether the experts do dispatch and combine themselves."""
+    method = getattr(experts, "takes_tokens", None)
+    return method is not None and method(x)
+
+
+def prefers_rows(experts: nn.Module, x: Tensor, levels: Sequence[Routing]) -> bool:
+    """Whether the experts would rather have rows without gaps than slots."""
+    method = getattr(experts, "prefers_rows", None)
+    if method is None:
+        return False
     last = levels[-1]
-    num_rows = groups.shape[:2].numel()
+    num_slots = last.expert.shape[:-1].numel() * last.num_experts * last.slots
+    num_rows = num_slots if last.choices is None else x.shape[0]
     for routing in levels:
         num_rows = num_rows * (routing.choices or 1)
-    num_slots = last.expert.shape[:-1].numel() * last.num_experts * last.slots
-    prefers_rows = getattr(experts, "prefers_rows", None)
-    if last.choices is None:
-        num_rows = num_slots
-    ragged = prefers_rows is not None and prefers_rows(num_rows, num_slots, last.capacity is None)
-    where = compose(*levels, ragged=ragged) if len(levels) == 2 else plan(*levels, ragged=ragged)
-    rows = dispatch(groups.flatten(0, 1), where)
-    return combine(run(experts, rows, where), where)
+    return method(num_rows, num_slots, last.capacity is None)
 
 
 def run(experts: nn.Module, rows: Tensor, where: Plan) -> Tensor:

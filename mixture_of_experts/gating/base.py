@@ -179,6 +179,7 @@ class TokenChoiceGate(Gate):
         weight: Tensor,
         *,
         chosen: Tensor | None = None,
+        score: Tensor | None = None,
         balance_loss: Tensor,
         z_loss: Tensor,
         losses: dict[str, Tensor] | None = None,
@@ -190,13 +191,15 @@ class TokenChoiceGate(Gate):
             probs: `(..., b, n, e)`.
             expert, weight: `(..., b, n, k)`, best choice first.
             chosen: `(..., b, n, k)` bool, the choices that are made at all (mask, importance, policy).
+            score: `(..., b, n)` by which tokens queue with priority "score"; by default the top probability.
             balance_loss, z_loss: 0-dim.
             losses: the parts of `balance_loss` by name; by default that loss itself, as "balance".
         """
         if chosen is None:
             chosen = torch.ones_like(expert, dtype=torch.bool)
         capacity, limit = self.capacity(tokens)
-        score = probs.amax(dim=-1) if self.priority == "score" else None
+        if self.priority == "score" and score is None:
+            score = probs.detach().amax(dim=-1)
         slot, queued = queue_positions(expert, chosen, self.num_experts, self.priority, score)
         kept = chosen & (weight != 0)  # a weight of exactly 0 holds its slot, but nothing is dispatched
         if limit is not None:

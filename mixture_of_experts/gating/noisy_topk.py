@@ -129,4 +129,6 @@ def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor)
     within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)
     last, following = noisy.gather(-1, best[..., -2:]).split(1, dim=-1)
     threshold = torch.where(within, following, last)  # the k-th largest of the other experts' scores
-    return torch.special.ndtr((clean - threshold) / spread)
+    # noise that underflows makes the quotient infinite and its gradient NaN; beyond 100 deviations P is 0 or 1 exactly
+    deviations = (clean - threshold) / spread.clamp(min=1e-6)
+    return torch.special.ndtr(deviations.clamp(-100.0, 100.0))

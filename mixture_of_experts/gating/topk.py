@@ -148,7 +148,8 @@ class TopKGating(TokenChoiceGate):
             chosen = load if allowed is None else self.load(expert, allowed)
             weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
         z_loss = losses.z_loss(logits, tokens.first, self.process_group)
-        return self.route(tokens, probs, expert, weight, chosen=allowed, balance_loss=balance, z_loss=z_loss)
+        top = score.detach().amax(dim=-1) if self.priority == "score" else None
+        return self.route(tokens, probs, expert, weight, chosen=allowed, score=top, balance_loss=balance, z_loss=z_loss)
 
     def _choose(self, score: Tensor) -> Tensor:
         """`(..., b, n, k)` experts by the biased scores, from the best groups of experts only."""
