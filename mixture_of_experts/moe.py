@@ -10,20 +10,51 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_mask, check_number, check_size, check_tokens
 from mixture_of_experts.dispatch import Plan, combine, compose, dispatch, plan
-from mixture_of_experts.experts import Activation, ExpertList, Experts
+from mixture_of_experts.experts import Activation, ExpertList, Experts, StackedExperts
 from mixture_of_experts.gating import ExpertChoiceGating, Top2Gating
 from mixture_of_experts.gating.top2 import SecondPolicy
 from mixture_of_experts.routing import Priority, Routing, split_groups
 
 
-class MoE(nn.Module):
+class Layer(nn.Module):
+    """What both layers share."""
+
+    dim: int
+    num_experts: int | tuple[int, int]
+    loss_coef: float
+    z_loss_coef: float
+    group_size: int | None
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):  # noqa: ANN201
+        """As `nn.Module.load_state_dict`, but a state that does not fit changes nothing: torch fills what fits and
+        only then complains."""
+        own = self.state_dict()
+        problems = [
+            f"{name} has shape {tuple(state_dict[name].shape)} in the state and {tuple(value.shape)} here"
+            for name, value in own.items()
+            if name in state_dict and state_dict[name].shape != value.shape
+        ]
+        if strict:
+            problems += [f"{name} is missing" for name in sorted(own.keys() - state_dict.keys())]
+            problems += [f"{name} is not of this layer" for name in sorted(state_dict.keys() - own.keys())]
+        if problems:
+            raise RuntimeError(f"cannot load into {type(self).__name__}, nothing was changed: " + "; ".join(problems))
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def extra_repr(self) -> str:
+        group = "" if self.group_size is None else f", group_size={self.group_size}"
+        return f"{self.dim}, {self.num_experts}, loss_coef={self.loss_coef}, z_loss_coef={self.z_loss_coef}{group}"
+
+
+class MoE(Layer):
     """Sparsely gated mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668).
 
     A drop-in for a transformer's feed-forward layer: every token is computed by a few of the experts, so that
@@ -120,12 +151,8 @@ class MoE(nn.Module):
         aux_loss = self.loss_coef * routing.balance_loss + self.z_loss_coef * routing.z_loss
         return leave(out, x, mask, self.shared_expert), aux_loss
 
-    def extra_repr(self) -> str:
-        group = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f"{self.dim}, {self.num_experts}, loss_coef={self.loss_coef}, z_loss_coef={self.z_loss_coef}{group}"
 
-
-class HeirarchicalMoE(nn.Module):
+class HeirarchicalMoE(Layer):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
     Level one sends a token to groups of experts, level two, with its own weights for each group, to the experts in
@@ -222,8 +249,6 @@ class HeirarchicalMoE(nn.Module):
         balance_loss, z_loss = outer.balance_loss + inner.balance_loss, outer.z_loss + inner.z_loss
         aux_loss = self.loss_coef * balance_loss + self.z_loss_coef * z_loss
         return leave(out, x, mask, self.shared_expert), aux_loss
-
-    extra_repr = MoE.extra_repr
 
 
 HierarchicalMoE = HeirarchicalMoE
@@ -411,5 +436,5 @@ def check_experts(experts: nn.Module | None, dim: int, num_experts: tuple[int, .
         allowed = (torch.Size(num_experts).numel(),)
     if got not in allowed:
         raise ValueError(f"experts has num_experts={got}, the layer num_experts={count}: give both the same")
-    if isinstance(experts, Experts) and experts.dim != dim:
+    if isinstance(experts, StackedExperts) and experts.dim != dim:
         raise ValueError(f"experts has dim={experts.dim}, the layer dim={dim}: give both the same")

@@ -200,8 +200,11 @@ class TokenChoiceGate(Gate):
         capacity, limit = self.capacity(tokens)
         if self.priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
-        slot, queued = queue_positions(expert, chosen, self.num_experts, self.priority, score)
-        kept = chosen & (weight != 0)  # a weight of exactly 0 holds its slot, but nothing is dispatched
+        # a weight of exactly 0 holds a slot of limited capacity though nothing is dispatched; dropless it does not queue
+        computed = chosen & (weight != 0)
+        queues = computed if capacity is None else chosen
+        slot, queued = queue_positions(expert, queues, self.num_experts, self.priority, score)
+        kept = computed
         if limit is not None:
             kept = kept & (slot < limit[..., None, None])
         elif capacity is not None:

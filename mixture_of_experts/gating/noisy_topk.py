@@ -92,6 +92,7 @@ class NoisyTopKGating(TokenChoiceGate):
         expert = best[..., : self.choices]
         allowed = self.allowed(tokens)
         top = noisy.gather(-1, expert)
+        score = top.detach().softmax(dim=-1)[..., 0]
         if allowed is not None:
             top = torch.where(allowed | ~tokens.some.unsqueeze(-1), top, -torch.inf)
         weight = top.softmax(dim=-1)
@@ -104,6 +105,7 @@ class NoisyTopKGating(TokenChoiceGate):
             expert,
             weight,
             chosen=allowed,
+            score=score,
             balance_loss=parts["importance"] + parts["load"],
             z_loss=losses.z_loss(clean, tokens.first, self.process_group),
             losses=parts,

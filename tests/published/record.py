@@ -1,0 +1,54 @@
+"""Record what the published mixture-of-experts 0.2.3 computes, for `tests/test_published.py`.
+
+That package has our import name, so it is installed into a folder of its own and this file is run with it alone:
+
+    pip install --no-deps --target /tmp/published mixture-of-experts==0.2.3
+    PYTHONPATH=/tmp/published python tests/published/record.py
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from mixture_of_experts import HeirarchicalMoE, MoE  # the published one
+from torch import nn
+
+CASES = {
+    "moe_all": (MoE, 4, dict(second_policy_train="all", second_policy_eval="all")),
+    "moe_none": (MoE, 4, dict(second_policy_train="none", second_policy_eval="none")),
+    "moe_random": (MoE, 4, dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
+    "moe_drops": (MoE, 3, dict(second_policy_train="all", capacity_factor_train=0.7, capacity_factor_eval=0.9)),
+    "moe_few_tokens": (MoE, 16, {}),
+    "moe_gelu": (MoE, 4, dict(activation=nn.GELU, hidden_dim=12, loss_coef=0.1)),
+    "hierarchy_all": (HeirarchicalMoE, (2, 3), dict(second_policy_train="all", second_policy_eval="all")),
+    "hierarchy_random": (HeirarchicalMoE, (3, 2), dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
+}
+
+
+def record(kind: type, num_experts, options: dict, training: bool) -> dict:
+    """One forward and backward of `sum(out * cotangent) + loss` from fixed seeds."""
+    torch.manual_seed(0)
+    # its uniforms have the dtype of the layer, ours are float32: where they matter the layer is float32
+    dtype = torch.double if options.get("second_policy_train") in ("all", "none") else torch.float
+    layer = kind(6, num_experts, **options).to(dtype).train(training)
+    x = torch.randn(2, 24, 6, dtype=dtype, requires_grad=True)
+    cotangent = torch.randn(2, 24, 6, dtype=dtype)
+    torch.manual_seed(1)
+    out, loss = layer(x)
+    ((out * cotangent).sum() + loss).backward()
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    state = {name: value.detach() for name, value in layer.state_dict().items()}
+    return dict(
+        state=state, x=x.detach(), cotangent=cotangent, out=out.detach(), loss=loss.detach(), grad_x=x.grad, grads=grads
+    )
+
+
+if __name__ == "__main__":
+    assert version("mixture-of-experts") == "0.2.3", "run this with the published package alone, see above"
+    cases = {
+        f"{name}_{mode}": record(*case, training=mode == "train")
+        for name, case in CASES.items()
+        for mode in ("train", "eval")
+    }
+    torch.save(cases, Path(__file__).with_name("cases.pt"))
+    print(f"recorded {len(cases)} cases")

@@ -1,0 +1,242 @@
+"""Bad input gets an error that names the value, what is allowed and what to do, and changes nothing."""
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    ExpertList,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    HierarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Top2Gating,
+    TopKGating,
+)
+
+LAYERS = [MoE, HeirarchicalMoE]
+
+
+def layer(kind, **options):
+    return kind(8, (2, 2) if kind is HeirarchicalMoE else 4, **options)
+
+
+BAD_ARGUMENTS = [
+    ({"second_policy_train": "sometimes"}, "'sometimes'.*|.*'all', 'none', 'threshold', 'random'"),
+    ({"second_policy_eval": None}, "None"),
+    ({"priority": "first"}, "'choice', 'token', 'score'.*'first'"),
+    ({"capacity_factor_train": float("inf")}, "inf.*None to drop no token"),
+    ({"capacity_factor_train": float("nan")}, "nan"),
+    ({"capacity_factor_eval": 0.0}, "above 0.0, got 0.0"),
+    ({"capacity_factor_eval": -1}, "-1"),
+    ({"capacity_factor_eval": "2"}, "'2'"),
+    ({"second_threshold_train": -0.1}, "at least 0.0, got -0.1"),
+    ({"second_threshold_eval": float("nan")}, "nan"),
+    ({"min_expert_capacity": 0}, "at least 1, got 0"),
+    ({"min_expert_capacity": 1.5}, "integer.*1.5"),
+    ({"loss_coef": float("nan")}, "loss_coef.*nan"),
+    ({"z_loss_coef": -1.0}, "z_loss_coef.*-1.0"),
+    ({"group_size": 0}, "group_size.*0"),
+    ({"hidden_dim": 0}, "hidden_dim.*0"),
+]
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("options", "message"), BAD_ARGUMENTS, ids=lambda value: str(value)[:40])
+def test_bad_argument(kind, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        layer(kind, **options)
+    assert next(iter(options)) in str(error.value)
+
+
+@pytest.mark.parametrize("num_experts", [0, -1, 1.5, "4", True])
+def test_bad_number_of_experts(num_experts):
+    with pytest.raises(ValueError, match="num_experts must be an integer of at least 1"):
+        MoE(8, num_experts)
+    with pytest.raises(ValueError, match="num_experts"):
+        Experts(8, num_experts)
+
+
+@pytest.mark.parametrize("num_experts", [4, (4,), (2, 2, 2), "ab", (2, 0)])
+def test_hierarchy_needs_a_pair(num_experts):
+    with pytest.raises(ValueError, match="num_experts"):
+        HeirarchicalMoE(8, num_experts)
+
+
+def test_both_spellings_are_one_class():
+    assert HierarchicalMoE is HeirarchicalMoE
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_unknown_keyword(kind):
+    with pytest.raises(TypeError, match="second_policy"):
+        layer(kind, second_policy="all")
+    moe = layer(kind)
+    with pytest.raises(TypeError, match="attention_mask"):
+        moe(torch.randn(1, 5, 8), attention_mask=None)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_bad_inputs(kind):
+    moe = layer(kind)
+    before = {name: value.clone() for name, value in moe.state_dict().items()}
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"n, 8\), got \(2, 5, 7\)"):
+        moe(torch.randn(2, 5, 7))
+    with pytest.raises(ValueError, match=r"got \(8,\)"):
+        moe(torch.zeros(8))
+    with pytest.raises(TypeError, match="floating point, got torch.int64"):
+        moe(torch.zeros(2, 5, 8, dtype=torch.int64))
+    with pytest.raises(TypeError, match="tensor"):
+        moe([[0.0] * 8])
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\).*got \(5,\)"):
+        moe(x, mask=torch.ones(5, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"boolean.*float32.*mask.bool\(\)"):
+        moe(x, mask=torch.ones(2, 5))
+    with pytest.raises(TypeError, match="list"):
+        moe(x, mask=[True] * 5)
+    assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
+    torch.set_rng_state(state)
+
+
+def test_gate_inputs():
+    gate = Top2Gating(8, 4)
+    with pytest.raises(ValueError, match=r"\(b, n, 8\), got \(5, 8\)|got \(5, 8\)"):
+        gate(torch.zeros(5, 8))
+    with pytest.raises(ValueError, match=r"importance must have shape \(2, 5\)"):
+        gate(torch.zeros(2, 5, 8), importance=torch.ones(2, 4))
+    with pytest.raises(TypeError, match="importance.*int64"):
+        gate(torch.zeros(2, 5, 8), importance=torch.ones(2, 5, dtype=torch.int64))
+    inner = Top2Gating(8, 4, outer_expert_dims=(3,))
+    with pytest.raises(ValueError, match=r"\(3, b, n, 8\), got \(2, 1, 5, 8\)"):
+        inner(torch.zeros(2, 1, 5, 8))
+
+
+def test_gate_beside_gating_arguments():
+    with pytest.raises(ValueError, match="capacity_factor_train=1.0 would do nothing"):
+        MoE(8, gate=TopKGating(8, 4), capacity_factor_train=1.0)
+    with pytest.raises(ValueError, match="priority='token'"):
+        MoE(8, gate=TopKGating(8, 4), priority="token")
+    outer, inner = TopKGating(8, 2), TopKGating(8, 3, outer_expert_dims=(2,))
+    with pytest.raises(ValueError, match="second_place_loss=True"):
+        HeirarchicalMoE(8, (2, 3), gate_outer=outer, gate_inner=inner, second_place_loss=True)
+    with pytest.raises(ValueError, match="capacity_factor_second_level=2.0"):
+        HeirarchicalMoE(8, (2, 3), gate_inner=inner, capacity_factor_second_level=2.0)
+
+
+def test_sizes_that_disagree():
+    with pytest.raises(ValueError, match="gate has num_experts=8, the layer num_experts=4"):
+        MoE(8, 4, gate=TopKGating(8, 8))
+    with pytest.raises(ValueError, match="gate has dim=16, the layer dim=8"):
+        MoE(8, gate=TopKGating(16, 4))
+    with pytest.raises(ValueError, match="experts has num_experts=3, the layer num_experts=4"):
+        MoE(8, 4, experts=Experts(8, 3))
+    with pytest.raises(ValueError, match="experts has dim=16, the layer dim=8"):
+        MoE(8, 4, experts=GatedExperts(16, 4))
+    with pytest.raises(ValueError, match="experts has num_experts=3"):
+        MoE(8, 4, experts=[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(ValueError, match="experts has num_experts=3"):
+        HeirarchicalMoE(8, (2, 2), experts=[nn.Linear(8, 8) for _ in range(3)])
+    with pytest.raises(ValueError, match=r"gate_inner has outer_expert_dims=\(\)"):
+        HeirarchicalMoE(8, (2, 2), gate_inner=TopKGating(8, 2))
+    with pytest.raises(ValueError, match="token choice"):
+        HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))
+
+
+def test_numbers_follow_the_parts_that_are_given():
+    assert MoE(8).num_experts == 16
+    assert MoE(8, gate=TopKGating(8, 6)).experts.num_experts == 6
+    assert MoE(8, experts=[nn.Linear(8, 8) for _ in range(5)]).gate.num_gates == 5
+    assert HeirarchicalMoE(8).num_experts == (4, 4)
+    assert HeirarchicalMoE(8, gate_outer=TopKGating(8, 3)).num_experts == (3, 4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_experts_that_change_the_shape(kind):
+    class Wrong(nn.Module):
+        def forward(self, x):
+            return x[..., :-1]
+
+    with pytest.raises(ValueError, match=r"experts must return the shape they are given, \(.*8\), got \(.*7\)"):
+        layer(kind, experts=Wrong())(torch.randn(1, 6, 8))
+    with pytest.raises(ValueError, match=r"expert 0 \(Linear\) returned shape \(\d+, 7\).*\(\d+, 8\)"):
+        layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
+    with pytest.raises(ValueError, match="shared_expert must keep the shape"):
+        layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
+
+
+def test_things_that_are_no_modules():
+    with pytest.raises(TypeError, match="experts must be a module or a list of modules, got str"):
+        MoE(8, 4, experts="relu")
+    with pytest.raises(TypeError, match="gate must be a gate"):
+        MoE(8, 4, gate=torch.nn.functional.relu)
+    with pytest.raises(TypeError, match="activation"):
+        MoE(8, 4, activation="gelu")
+    with pytest.raises(ValueError, match="at least one module"):
+        ExpertList([])
+
+
+def test_routers():
+    with pytest.raises(ValueError, match="k must be at most num_experts=4, got 5"):
+        TopKGating(8, 4, 5)
+    with pytest.raises(ValueError, match="score must be one of 'softmax', 'sigmoid', got 'relu'"):
+        TopKGating(8, 4, score="relu")
+    with pytest.raises(ValueError, match="num_groups and top_groups go together"):
+        TopKGating(8, 4, num_groups=2)
+    with pytest.raises(ValueError, match="num_groups=3 must divide num_experts=4"):
+        TopKGating(8, 4, num_groups=3, top_groups=1)
+    with pytest.raises(ValueError, match="top_groups=1 of num_groups=4 must hold at least k=2"):
+        TopKGating(8, 4, 2, num_groups=4, top_groups=1)
+    with pytest.raises(RuntimeError, match="expert_bias=True"):
+        TopKGating(8, 4).update_bias(0.001)
+    with pytest.raises(ValueError, match="rate"):
+        TopKGating(8, 4, expert_bias=True).update_bias(-1.0)
+    with pytest.raises(ValueError, match="k must be below num_experts=4, got 4"):
+        NoisyTopKGating(8, 4, 4)
+    with pytest.raises(ValueError, match="capacity_factor.*None"):
+        ExpertChoiceGating(8, 4, capacity_factor=None)
+    with pytest.raises(ValueError, match="importance"):
+        ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_nan_stays_in_its_token(kind):
+    moe = layer(kind, capacity_factor_train=None, second_policy_train="all").double()
+    x = torch.randn(2, 9, 8, dtype=torch.double)
+    clean, _ = moe(x)
+    x[1, 3] = torch.nan
+    dirty, _ = moe(x)
+    assert dirty[1, 3].isnan().all()
+    others = torch.ones(2, 9, dtype=torch.bool)
+    others[1, 3] = False
+    torch.testing.assert_close(dirty[others], clean[others], rtol=1e-12, atol=1e-12)
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    moe = MoE(8, 4)
+    before = {name: value.clone() for name, value in moe.state_dict().items()}
+    torch.save(moe.state_dict(), tmp_path / "good.pt")
+    moe.load_state_dict(torch.load(tmp_path / "good.pt", weights_only=True))
+    data = (tmp_path / "good.pt").read_bytes()
+    (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
+    with pytest.raises((RuntimeError, OSError)):
+        moe.load_state_dict(torch.load(tmp_path / "cut.pt", weights_only=True))
+    with pytest.raises(RuntimeError, match="gate.w_gating is missing.*weight is not of this layer"):
+        moe.load_state_dict(nn.Linear(8, 8).state_dict())
+    with pytest.raises(RuntimeError, match=r"experts.w1 has shape \(4, 8, 5\) in the state and \(4, 8, 32\) here"):
+        moe.load_state_dict(MoE(8, 4, hidden_dim=5).state_dict())
+    with pytest.raises(RuntimeError, match="nothing was changed"):
+        moe.load_state_dict({"gate.w_gating": torch.zeros(8, 4)})
+    assert moe.load_state_dict({"experts.w1": moe.experts.w1 * 2}, strict=False).missing_keys
+    moe.load_state_dict(before)
+    assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
+
+
+def test_short_groups_warn():
+    moe = MoE(8, 2, group_size=10)
+    with pytest.warns(UserWarning, match="group_size=10 splits 41 positions into 41 groups of 1"):
+        moe(torch.randn(1, 41, 8))

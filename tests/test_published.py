@@ -1,0 +1,47 @@
+"""A checkpoint of the published mixture-of-experts 0.2.3 loads and gives the numbers it gave there."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import HeirarchicalMoE, MoE
+
+CASES = torch.load(Path(__file__).parent / "published" / "cases.pt", weights_only=True)
+OPTIONS = {
+    "moe_all": (MoE, 4, dict(second_policy_train="all", second_policy_eval="all")),
+    "moe_none": (MoE, 4, dict(second_policy_train="none", second_policy_eval="none")),
+    "moe_random": (MoE, 4, dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
+    "moe_drops": (MoE, 3, dict(second_policy_train="all", capacity_factor_train=0.7, capacity_factor_eval=0.9)),
+    "moe_few_tokens": (MoE, 16, {}),
+    "moe_gelu": (MoE, 4, dict(activation=nn.GELU, hidden_dim=12, loss_coef=0.1)),
+    "hierarchy_all": (HeirarchicalMoE, (2, 3), dict(second_policy_train="all", second_policy_eval="all")),
+    "hierarchy_random": (HeirarchicalMoE, (3, 2), dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_same_outputs_losses_and_gradients(name):
+    case = CASES[name]
+    kind, num_experts, options = OPTIONS[name.rpartition("_")[0]]
+    layer = kind(6, num_experts, **{"activation": nn.ReLU, **options}).to(case["x"].dtype)
+    layer.train(name.endswith("train"))
+    layer.load_state_dict(case["state"], strict=True)
+    x = case["x"].requires_grad_()
+    torch.manual_seed(1)  # policy random draws the same second choices
+    out, loss = layer(x)
+    ((out * case["cotangent"]).sum() + loss).backward()
+    tolerance = 1e-9 if out.dtype == torch.double else 2e-6
+    close = dict(rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(out, case["out"], **close)
+    torch.testing.assert_close(loss, case["loss"], **close)
+    torch.testing.assert_close(x.grad, case["grad_x"], **close)
+    for parameter_name, parameter in layer.named_parameters():
+        torch.testing.assert_close(parameter.grad, case["grads"][parameter_name], **close, msg=parameter_name)
+
+
+def test_the_recorded_cases_exercise_drops_and_policies():
+    everything, some = CASES["moe_all_train"], CASES["moe_random_train"]
+    assert not torch.allclose(everything["out"], some["out"].double())
+    assert (CASES["moe_drops_train"]["out"] == 0).all(dim=-1).any()
