@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Word = TypeVar("Word")
 
 
 def check_size(name: str, value: object) -> int:
@@ -22,14 +25,14 @@ def check_sizes(name: str, value: object) -> tuple[int, ...]:
     return tuple(check_size(name, size) for size in sizes)
 
 
-def check_choice(name: str, value: object, allowed: Collection[str]) -> str:
+def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
     """One of a few words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
 
 
-def check_number(name: str, value: object, *, above: float | None = None, at_least: float | None = None) -> float:
+def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
     """A finite number, optionally bounded below."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
     good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
@@ -37,7 +40,7 @@ def check_number(name: str, value: object, *, above: float | None = None, at_lea
         good = (above is None or value > above) and (at_least is None or value >= at_least)
     if not good:
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
-    return value  # type: ignore[return-value]
+    return value
 
 
 def check_capacity_factor(name: str, value: object) -> float | None:

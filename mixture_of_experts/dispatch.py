@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.routing import Routing, smallest
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def compose(outer: Routing, inner: Routing, *, ragged: bool = False) -> Plan:
     num_tokens = outer.expert.shape[:-1].numel() * outer.num_tokens
     num_rows = most_rows
     if ragged:  # most slots may be empty: tokens bound the rows too
-        num_rows = torch.sym_min(most_rows, row.numel())
+        num_rows = smallest(most_rows, row.numel())
         row = torch.where(row < most_rows, row, num_rows)
     experts = (outer.num_experts, inner.num_experts)
     return _plan(row.flatten(), weight.flatten(), None, choices, counts, num_tokens, num_rows, experts)

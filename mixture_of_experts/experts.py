@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mixture_of_experts.dispatch import Plan
 from mixture_of_experts.fused import fused_experts, takes
 from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 
-Activation = Callable[..., nn.Module] | Callable[[Tensor], Tensor]
+Activation = Callable[..., Any]  # a class or factory of modules, a module, or a function of a tensor
 
 
 class StackedExperts(nn.Module):

@@ -15,52 +15,17 @@ The result is that of `combine(experts(dispatch(x)))`, which is also what runs u
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.activations import Activation, find_activation
+from mixture_of_experts.chunks import Buffers, Chunk, Layout, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
-
-aten = torch.ops.aten
-
-
-class Activation(NamedTuple):
-    """An activation that writes where it is told to, and its gradient likewise."""
-
-    function: Callable[[Tensor], Tensor]
-    write: Callable[[Tensor, Tensor], object]  # (h, out)
-    write_grad: Callable[[Tensor, Tensor, Tensor], object]  # (grad, h, out)
-
-
-def _gelu(approximate: str) -> Activation:
-    return Activation(
-        lambda h: F.gelu(h, approximate=approximate),
-        lambda h, out: aten.gelu.out(h, approximate=approximate, out=out),
-        lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=out),
-    )
-
-
-_SILU = Activation(
-    F.silu,
-    lambda h, out: aten.silu.out(h, out=out),
-    lambda grad, h, out: aten.silu_backward.grad_input(grad, h, grad_input=out),
-)
-_RELU = Activation(
-    torch.relu,
-    lambda h, out: torch.clamp_min(h, 0, out=out),
-    lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
-)
-
-
-def find_activation(act: nn.Module) -> Activation | None:
-    """The activation in the form needed here; None if there is none for it."""
-    if type(act) is nn.GELU:
-        return _gelu(act.approximate)
-    return {nn.SiLU: _SILU, nn.ReLU: _RELU}.get(type(act))
 
 
 def takes(x: Tensor, act: nn.Module, weights: list[Tensor]) -> bool:
@@ -82,6 +47,7 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     """
     assert plan.counts is not None
     activation = find_activation(act)
+    assert activation is not None
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
     call = Call(plan.choices, plan.num_tokens, activation, keep)
@@ -96,100 +62,6 @@ class Call(NamedTuple):
     num_tokens: int
     activation: Activation
     keep: bool  # whether to keep what the backward reads (else it is computed anew)
-
-
-class Chunk(NamedTuple):
-    """Neighbouring experts computed together, each with as many rows as the fullest of them."""
-
-    start: int  # first expert
-    stop: int
-    width: int
-    row: int  # first row in the padded layout
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + (self.stop - self.start) * self.width)
-
-
-def chunks_of(counts: list[int], row_bytes: int) -> list[Chunk]:
-    """Experts in chunks that are large enough to keep all cores busy and waste few rows on padding.
-
-    Experts without rows are in no chunk.
-    """
-    chunks: list[Chunk] = []
-    row = start = 0
-    while start < len(counts):
-        if counts[start] == 0:
-            start += 1
-            continue
-        stop, width, used = start + 1, counts[start], counts[start]
-        while stop < len(counts) and not ((stop - start) >= 8 and (stop - start) * width * row_bytes >= CHUNK_BYTES):
-            wider = max(width, counts[stop])
-            if wider * (stop + 1 - start) > (used + counts[stop]) * MOST_PADDING:
-                break
-            stop, width, used = stop + 1, wider, used + counts[stop]
-        chunks.append(Chunk(start, stop, width, row))
-        row += (stop - start) * width
-        start = stop
-    return chunks
-
-
-CHUNK_BYTES = 16 << 20
-MOST_PADDING = 1.15
-
-
-class Layout(NamedTuple):
-    """The padded rows of all chunks and their tables; `rows` is also the sentinel of `row`."""
-
-    chunks: list[Chunk]
-    rows: int
-    row: Tensor  # (a,) padded row of each assignment, `rows` where it has none
-    token: Tensor  # (rows,) token of each padded row, 0 where it is empty
-    empty: Tensor  # (rows,) bool
-    weight: Tensor  # (rows,) weight of each padded row, 0 where it is empty
-
-
-def lay_out(call: Call, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor, width: int):
-    """Make the padded layout of rows `width` elements wide."""
-    numbers = counts.tolist()
-    chunks = chunks_of(numbers, width * weight.element_size())
-    total = sum(numbers)
-    rows = sum((chunk.stop - chunk.start) * chunk.width for chunk in chunks)
-    shift, first = [0] * len(numbers), 0
-    firsts = []
-    for number in numbers:
-        firsts.append(first)
-        first += number
-    for chunk in chunks:
-        for expert in range(chunk.start, chunk.stop):
-            shift[expert] = chunk.row + (expert - chunk.start) * chunk.width - firsts[expert]
-    shifts = torch.repeat_interleave(torch.tensor(shift), counts, output_size=total)
-    padded = torch.arange(total) + shifts  # padded row of each row
-    table = torch.full((assignment.shape[0] + 1,), rows)
-    table[:total] = padded
-    weight_of = torch.cat([weight, weight.new_zeros(1)])[assignment[:total]]
-    token_of = token[:total]
-    filled = token_of < call.num_tokens
-    tokens = torch.zeros(rows, dtype=torch.int64).index_copy_(0, padded, torch.where(filled, token_of, 0))
-    empty = torch.ones(rows, dtype=torch.bool).index_copy_(0, padded, ~filled)
-    weights = weight.new_zeros(rows).index_copy_(0, padded, weight_of)
-    return Layout(chunks, rows, table[row], tokens, empty, weights)
-
-
-class Buffers:
-    """Memory for one chunk, used again for the next."""
-
-    def __init__(self, like: Tensor, chunks: list[Chunk]) -> None:
-        self.like = like
-        self.most = max(((chunk.stop - chunk.start) * chunk.width for chunk in chunks), default=0)
-        self.held: dict[tuple[str, int], Tensor] = {}
-
-    def get(self, name: str, chunk: Chunk, width: int) -> Tensor:
-        """`(experts, w, width)` uninitialised."""
-        if (name, width) not in self.held:
-            self.held[name, width] = self.like.new_empty(self.most, width)
-        count = chunk.stop - chunk.start
-        return self.held[name, width][: count * chunk.width].view(count, chunk.width, width)
 
 
 def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
@@ -215,9 +87,9 @@ class _Fused(torch.autograd.Function):
     """Returns the tokens' outputs `(t, d)`, and what is kept for the backward."""
 
     @staticmethod
-    def forward(call: Call, x, weight, row, assignment, token, counts, *weights):  # noqa: ANN001, ANN205
+    def forward(call: Call, x, weight, row, assignment, token, counts, *weights):
         *first, last = weights
-        layout = lay_out(call, weight, row, assignment, token, counts, last.shape[-2])
+        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
@@ -232,7 +104,7 @@ class _Fused(torch.autograd.Function):
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs, output) -> None:
         ctx.call, *tensors = inputs
         kept = output[1:]
         ctx.mark_non_differentiable(*kept)
@@ -241,18 +113,19 @@ class _Fused(torch.autograd.Function):
         ctx.num_kept = len(kept)
 
     @staticmethod
-    def backward(ctx, grad, *_):  # noqa: ANN001, ANN205
+    def backward(ctx, grad, *_):
         if grad is None:
             return (None,) * (7 + ctx.num_kept + 1)
         wanted = ctx.needs_input_grad
         needs = (wanted[1], wanted[2], any(wanted[7:]))
         grads = _FusedBackward.apply(ctx.call, needs, ctx.num_kept, grad, *ctx.saved_tensors)
-        grad_x, grad_weight, *grad_weights = (g if need else None for g, need in zip(grads, wanted[1:3] + wanted[7:]))
+        of = zip(grads, wanted[1:3] + wanted[7:], strict=True)
+        grad_x, grad_weight, *grad_weights = (gradient if need else None for gradient, need in of)
         return None, grad_x, grad_weight, None, None, None, None, *grad_weights
 
     @staticmethod
-    def vmap(info, in_dims, call, *tensors):  # noqa: ANN001, ANN205
-        out = torch.vmap(lambda *t: _plain(call, *t), in_dims[1:], randomness=info.randomness)(*tensors)
+    def vmap(info, in_dims, call, *tensors):
+        out = torch.vmap(partial(_plain, call), in_dims[1:], randomness=info.randomness)(*tensors)
         number = len(tensors) - 7
         return (out, *(out.new_empty(0, 0) for _ in range(number))), (0, *([None] * number))
 
@@ -261,17 +134,17 @@ class _FusedBackward(torch.autograd.Function):
     """Gradients of x, the assignments' weights and the experts' weights. See `_Fused.backward`."""
 
     @staticmethod
-    def forward(call: Call, needs, num_kept: int, grad, x, weight, row, assignment, token, counts, *rest):  # noqa: ANN001, ANN205
+    def forward(call: Call, needs, num_kept: int, grad, x, weight, row, assignment, token, counts, *rest):
         *first, last = rest[: num_kept + 1]
         kept = rest[num_kept + 1 :]
-        layout = lay_out(call, weight, row, assignment, token, counts, last.shape[-2])
+        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         grad = grad.contiguous()
         need_x, _, need_weights = needs
-        grad_x_rows = x.new_empty(layout.rows + 1, dim) if need_x else None
+        grad_x_rows = x.new_empty(layout.rows + 1 if need_x else 0, dim)
         grad_row_weight = weight.new_zeros(layout.rows + 1)
-        grad_weights = [torch.empty_like(w) if need_weights else None for w in (*first, last)]
+        grad_weights = [torch.empty_like(w) if need_weights else w.new_empty(0) for w in (*first, last)]
         if need_weights:
             _zero_unused(grad_weights, layout.chunks)
         for chunk in layout.chunks:
@@ -300,39 +173,37 @@ class _FusedBackward(torch.autograd.Function):
         if need_x:
             grad_x_rows[-1] = 0
             grad_x = _collect(call, grad_x_rows, weight, layout)
-        grad_weights = [x.new_empty(0) if g is None else g for g in grad_weights]
         return grad_x, grad_row_weight[layout.row], *grad_weights
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs, output) -> None:
         ctx.call, ctx.needs, ctx.num_kept, *tensors = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, *grads):  # noqa: ANN001, ANN205
+    def backward(ctx, *grads):
         """Of the gradients' gradients the plain operators take care."""
         call = ctx.call
         tensors = ctx.saved_tensors
         grad, x, weight, *rest = tensors
         tables, weights = rest[:4], rest[4 : 4 + ctx.num_kept + 1]
 
-        def gradients(grad, x, weight, *weights):  # noqa: ANN001, ANN202
+        def gradients(grad, x, weight, *weights):
             return _plain_backward(call, grad, x, weight, *tables, *weights)
 
         inputs = (x, weight, *weights)
         given = [g if g.shape == t.shape else torch.zeros_like(t) for g, t in zip(grads, inputs, strict=True)]
-        _, back = torch.func.vjp(gradients, grad, x, weight, *weights)
-        second = back(tuple(given))
+        second = torch.func.vjp(gradients, grad, x, weight, *weights)[1](tuple(given))
         return None, None, None, *second[:3], None, None, None, None, *second[3:], *([None] * ctx.num_kept)
 
     @staticmethod
-    def vmap(info, in_dims, call, needs, num_kept, *tensors):  # noqa: ANN001, ANN205
+    def vmap(info, in_dims, call, needs, num_kept, *tensors):
         number = 7 + num_kept + 1
-        back = torch.vmap(lambda *t: _plain_backward(call, *t), in_dims[3 : 3 + number], randomness=info.randomness)
+        back = torch.vmap(partial(_plain_backward, call), in_dims[3 : 3 + number], randomness=info.randomness)
         return back(*tensors[:number]), (0,) * (num_kept + 3)
 
 
-def _plain(call: Call, x, weight, row, assignment, token, counts, *weights):  # noqa: ANN001, ANN202
+def _plain(call: Call, x, weight, row, assignment, token, counts, *weights):
     """The same with the operators of `dispatch` and `grouped`."""
     *first, last = weights
     num_rows = assignment.shape[0]
@@ -345,14 +216,13 @@ def _plain(call: Call, x, weight, row, assignment, token, counts, *weights):  # 
     return combine(expert_matmul(hidden, last, counts), plan)
 
 
-def _plain_backward(call: Call, grad, x, weight, row, assignment, token, counts, *weights):  # noqa: ANN001, ANN202
+def _plain_backward(call: Call, grad, x, weight, row, assignment, token, counts, *weights):
     """Gradients of x, weight and weights, by the operators of `_plain`."""
 
-    def function(x, weight, *weights):  # noqa: ANN001, ANN202
+    def function(x, weight, *weights):
         return _plain(call, x, weight, row, assignment, token, counts, *weights)
 
-    _, back = torch.func.vjp(function, x, weight, *weights)
-    return back(grad)
+    return torch.func.vjp(function, x, weight, *weights)[1](grad)
 
 
 def _first_products(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixture_of_experts.routing import largest, smallest
+
 
 def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
     """Product of every expert's rows with its own weight.
@@ -29,7 +31,7 @@ def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Te
 
 
 def matching(x: Tensor, *weights: Tensor) -> list[Tensor]:
-    """Operands in one dtype: autocast's where it is on (grouped products are not registered for it), else the weights'."""
+    """Operands in one dtype: autocast's where it is on (it knows no grouped products), else the weights'."""
     device = x.device.type
     dtype = weights[0].dtype
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
@@ -86,7 +88,7 @@ class _Outer(torch.autograd.Function):
         return grad_x, grad_y, None
 
     @staticmethod
-    def vmap(info, in_dims, x: Tensor, y: Tensor, counts: Tensor):  # noqa: ANN001, ANN205
+    def vmap(info, in_dims, x: Tensor, y: Tensor, counts: Tensor):
         return torch.vmap(_outer_in_blocks, in_dims, randomness=info.randomness)(x, y, counts), 0
 
 
@@ -134,8 +136,8 @@ def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     enough whatever the counts, so that no shape depends on them.
     """
     rows, experts = x.shape[0], weight.shape[0]
-    size = torch.sym_max(1, rows // experts)  # about what an expert has: at most about 2 e blocks
-    num_blocks = torch.sym_min(rows, rows // size + experts)
+    size = largest(1, rows // experts)  # about what an expert has: at most about 2 e blocks
+    num_blocks = smallest(rows, rows // size + experts)
     blocks = (counts + size - 1) // size  # (e,) blocks of each expert
     last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
     block = torch.arange(num_blocks, device=x.device)
@@ -157,8 +159,7 @@ def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 def _outer_in_blocks(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     """For every expert `x^T y`, by the gradient of the product in blocks."""
     weight = x.new_zeros(counts.shape[0], x.shape[-1], y.shape[-1])
-    _, back = torch.func.vjp(lambda weight: _in_blocks(x, weight, counts), weight)
-    return back(y)[0]
+    return torch.func.vjp(lambda weight: _in_blocks(x, weight, counts), weight)[1](y)[0]
 
 
 def _with_zero(rows: Tensor) -> Tensor:

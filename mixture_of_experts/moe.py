@@ -7,33 +7,49 @@ A gate decides (`Routing`), tokens are dispatched to rows, experts compute, and 
 
 from __future__ import annotations
 
-import inspect
-import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_mask, check_number, check_size, check_tokens
-from mixture_of_experts.dispatch import Plan, combine, compose, dispatch, plan
-from mixture_of_experts.experts import Activation, ExpertList, Experts, StackedExperts
-from mixture_of_experts.gating import ExpertChoiceGating, Top2Gating
+from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.compute import compute, second_level
+from mixture_of_experts.experts import Activation, Experts
+from mixture_of_experts.gating import Top2Gating
 from mixture_of_experts.gating.top2 import SecondPolicy
-from mixture_of_experts.routing import Priority, Routing, split_groups
+from mixture_of_experts.groups import enter, leave
+from mixture_of_experts.parts import (
+    as_experts,
+    check_experts,
+    check_gate,
+    refuse_gating_arguments,
+    settle_grid,
+    settle_num_experts,
+)
+from mixture_of_experts.routing import Priority
 
 
 class Layer(nn.Module):
     """What both layers share."""
 
-    dim: int
     num_experts: int | tuple[int, int]
-    loss_coef: float
-    z_loss_coef: float
-    group_size: int | None
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):  # noqa: ANN201
+    def __init__(
+        self,
+        dim: int,
+        loss_coef: float,
+        z_loss_coef: float,
+        group_size: int | None,
+        shared_expert: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.dim = check_size("dim", dim)
+        self.loss_coef = check_number("loss_coef", loss_coef, at_least=0.0)
+        self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
+        self.group_size = None if group_size is None else check_size("group_size", group_size)
+        self.shared_expert = shared_expert
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As `nn.Module.load_state_dict`, but a state that does not fit changes nothing: torch fills what fits and
         only then complains."""
         own = self.state_dict()
@@ -116,8 +132,8 @@ class MoE(Layer):
         z_loss_coef: float = 0.0,
         shared_expert: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        gating = dict(
+        super().__init__(dim, loss_coef, z_loss_coef, group_size, shared_expert)
+        gating: dict[str, Any] = dict(
             second_policy_train=second_policy_train,
             second_policy_eval=second_policy_eval,
             second_threshold_train=second_threshold_train,
@@ -129,7 +145,6 @@ class MoE(Layer):
             priority=priority,
         )
         experts = as_experts(experts)
-        self.dim = check_size("dim", dim)
         self.num_experts = settle_num_experts(num_experts, gate, experts)
         if gate is None:
             gate = Top2Gating(dim, self.num_experts, **gating)
@@ -139,10 +154,6 @@ class MoE(Layer):
         check_experts(experts, dim, (self.num_experts,))
         self.gate = gate
         self.experts = Experts(dim, self.num_experts, hidden_dim, activation) if experts is None else experts
-        self.loss_coef = check_number("loss_coef", loss_coef, at_least=0.0)
-        self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
-        self.group_size = None if group_size is None else check_size("group_size", group_size)
-        self.shared_expert = shared_expert
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
@@ -202,8 +213,8 @@ class HeirarchicalMoE(Layer):
         z_loss_coef: float = 0.0,
         shared_expert: nn.Module | None = None,
     ) -> None:
-        super().__init__()
-        gating = dict(
+        super().__init__(dim, loss_coef, z_loss_coef, group_size, shared_expert)
+        gating: dict[str, Any] = dict(
             second_policy_train=second_policy_train,
             second_policy_eval=second_policy_eval,
             second_threshold_train=second_threshold_train,
@@ -215,7 +226,6 @@ class HeirarchicalMoE(Layer):
             priority=priority,
         )
         experts = as_experts(experts)
-        self.dim = check_size("dim", dim)
         outer, inner = self.num_experts = settle_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner
         if gate_outer is not None and gate_inner is not None:
@@ -236,10 +246,6 @@ class HeirarchicalMoE(Layer):
         check_gate("gate_inner", self.gate_inner, dim, inner, (outer,), level=True)
         check_experts(experts, dim, (outer, inner))
         self.experts = Experts(dim, (outer, inner), hidden_dim, activation) if experts is None else experts
-        self.loss_coef = check_number("loss_coef", loss_coef, at_least=0.0)
-        self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
-        self.group_size = None if group_size is None else check_size("group_size", group_size)
-        self.shared_expert = shared_expert
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
@@ -252,189 +258,3 @@ class HeirarchicalMoE(Layer):
 
 
 HierarchicalMoE = HeirarchicalMoE
-
-
-def enter(
-    inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the arguments; give the inputs with masked tokens zeroed, the same as groups `(b, n, d)`, and their mask."""
-    check_tokens("inputs", inputs, dim, min_ndim=2)
-    x = inputs
-    if mask is not None:
-        check_mask(mask, inputs.shape[:-1])
-        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # NaN in the padding would survive a product with 0
-    lead = inputs.shape[:-1] if inputs.ndim > 2 else (1, *inputs.shape[:-1])
-    shape = (lead[:-1].numel() if isinstance(lead, torch.Size) else 1, lead[-1])
-    if group_size is not None:
-        shape = group_shape(shape[0] * shape[1], group_size)
-    return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
-
-
-def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
-    """`(m, n)` of the groups that `group_size` makes; warns when they come out much shorter than asked for."""
-    groups = split_groups(num_positions, group_size)
-    length = num_positions // groups
-    if 0 < length < group_size / 2 and groups > 1:
-        warnings.warn(
-            f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
-            "nearer to it divides them. Pad the input or choose a group_size that divides it",
-            stacklevel=3,
-        )
-    return groups, length
-
-
-def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict[str, Tensor | None]:
-    """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
-
-    If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
-    the length that capacity and means reckon with is each expert's fair share of the choices.
-    """
-    b, n, d = groups.shape
-    eo, c = outer.num_experts, outer.slots
-    if outer.primary is None or outer.choices is None:
-        raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
-    slots = plan(outer)
-    x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
-    importance = torch.cat([outer.primary.flatten(), outer.primary.new_zeros(1)])[slots.assignment].view(eo, b, c)
-    mask = length = None
-    if outer.capacity is None:
-        mask = importance > 0
-        real = groups.new_full((b,), n, dtype=torch.float64) if outer.real is None else outer.real.sum(dim=-1)
-        length = (real.to(torch.float64) * outer.choices / eo).expand(eo, b)
-    elif outer.limit is not None:
-        mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
-    if group_size is not None and outer.capacity is not None:
-        shape = (eo, *group_shape(b * c, group_size))
-        x, importance = x.reshape(*shape, d), importance.reshape(shape)
-        mask = None if mask is None else mask.reshape(shape)
-    arguments = {"x": x, "importance": importance, "mask": mask}
-    return arguments if length is None else {**arguments, "length": length}
-
-
-def compute(experts: nn.Module, groups: Tensor, levels: Sequence[Routing]) -> Tensor:
-    """Dispatch the tokens `(b, n, d)` to the experts' rows, run the experts, and combine: `(t, d)`."""
-    x = groups.flatten(0, 1)
-    if takes_tokens(experts, x):
-        return experts(x, plan=make_plan(levels, ragged=True))
-    where = make_plan(levels, ragged=prefers_rows(experts, x, levels))
-    return combine(run(experts, dispatch(x, where), where), where)
-
-
-def make_plan(levels: Sequence[Routing], ragged: bool) -> Plan:
-    """Plan of one level or two."""
-    return compose(*levels, ragged=ragged) if len(levels) == 2 else plan(*levels, ragged=ragged)
-
-
-def takes_tokens(experts: nn.Module, x: Tensor) -> bool:
-    """Whether the experts do dispatch and combine themselves."""
-    method = getattr(experts, "takes_tokens", None)
-    return method is not None and method(x)
-
-
-def prefers_rows(experts: nn.Module, x: Tensor, levels: Sequence[Routing]) -> bool:
-    """Whether the experts would rather have rows without gaps than slots."""
-    method = getattr(experts, "prefers_rows", None)
-    if method is None:
-        return False
-    last = levels[-1]
-    num_slots = last.expert.shape[:-1].numel() * last.num_experts * last.slots
-    num_rows = num_slots if last.choices is None else x.shape[0]
-    for routing in levels:
-        num_rows = num_rows * (routing.choices or 1)
-    return method(num_rows, num_slots, last.capacity is None)
-
-
-def run(experts: nn.Module, rows: Tensor, where: Plan) -> Tensor:
-    """Experts on rows `(r, d)`: as slots `(*e, s, d)`, or as rows with counts."""
-    if where.counts is not None:
-        return experts(rows, where.counts)
-    each = where.num_rows // math.prod(where.num_experts)
-    slots = rows.view(*where.num_experts, each, rows.shape[-1])
-    result = experts(slots)
-    if not isinstance(result, Tensor) or result.shape != slots.shape:
-        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        raise ValueError(f"experts must return the shape they are given, {tuple(slots.shape)}, got {got}")
-    return result.flatten(0, -2)
-
-
-def leave(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
-    out = out.view(x.shape).to(x.dtype)
-    if shared_expert is None:
-        return out
-    shared = shared_expert(x)
-    if shared.shape != x.shape:
-        raise ValueError(f"shared_expert must keep the shape {tuple(x.shape)}, it returned {tuple(shared.shape)}")
-    out = (out + shared).to(x.dtype)
-    return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
-
-
-def as_experts(experts: object) -> nn.Module | None:
-    """A module of all experts, from such a module or a list of single ones."""
-    if experts is None:
-        return None
-    if isinstance(experts, list | tuple | nn.ModuleList) and not isinstance(experts, ExpertList):
-        return ExpertList(experts)
-    if not isinstance(experts, nn.Module):
-        raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
-    return experts
-
-
-def settle_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
-    """The number asked for, else the gate's, else the experts', else 16; the parts are checked against it later."""
-    if num_experts is None:
-        num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
-    return check_size("num_experts", num_experts)
-
-
-def settle_grid(
-    num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
-) -> tuple[int, int]:
-    """The pair asked for, else the gates', else the experts', else (4, 4)."""
-    if num_experts is None:
-        default = getattr(experts, "num_experts", None)
-        default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
-        num_experts = tuple(
-            getattr(gate, "num_experts", None) or size
-            for gate, size in zip((gate_outer, gate_inner), default, strict=True)
-        )
-    if not isinstance(num_experts, tuple | list) or len(num_experts) != 2:
-        raise ValueError(f"num_experts must be a pair (outer, inner) for two levels, got {num_experts!r}")
-    return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
-
-
-def refuse_gating_arguments(name: str, gating: dict[str, object]) -> None:
-    """A gate that is given has its own settings: arguments for the default one would be ignored."""
-    defaults = inspect.signature(MoE.__init__).parameters
-    given = [f"{key}={value!r}" for key, value in gating.items() if value != defaults[key].default]
-    if given:
-        raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
-
-
-def check_gate(
-    name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), level: bool = False
-) -> None:
-    """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
-    if not isinstance(gate, nn.Module):
-        raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
-    if level and isinstance(gate, ExpertChoiceGating):
-        raise ValueError(f"{name} must be a router of token choice, got {type(gate).__name__}")
-    for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
-        got = getattr(gate, what, wanted)
-        if got != wanted:
-            raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: give both the same")
-
-
-def check_experts(experts: nn.Module | None, dim: int, num_experts: tuple[int, ...]) -> None:
-    """Sizes of the experts, where they tell them, agree with the layer's."""
-    if experts is None:
-        return
-    got = getattr(experts, "num_experts", None)
-    count = num_experts[0] if len(num_experts) == 1 else num_experts
-    allowed = (None, count, num_experts)
-    if isinstance(experts, ExpertList):
-        allowed = (torch.Size(num_experts).numel(),)
-    if got not in allowed:
-        raise ValueError(f"experts has num_experts={got}, the layer num_experts={count}: give both the same")
-    if isinstance(experts, StackedExperts) and experts.dim != dim:
-        raise ValueError(f"experts has dim={experts.dim}, the layer dim={dim}: give both the same")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Routing:
         choices: k when the assignments are token-major (assignment i belongs to token i // k); None for expert choice.
         chosen: `(..., b, a)` bool, the assignments that queued: chosen and not kept is what capacity dropped.
         queued: `(..., b, e)` int64, length of each expert's queue before capacity.
-        limit: `(..., b)` int64, each group's own capacity where a mask makes it shorter than `capacity`; None otherwise.
+        limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
         real: `(..., b, n)` bool, the real tokens under a mask; None if all are.
         primary: `(..., b, a)` the importance that a second level gives to each assignment; None for expert choice.
         losses: the parts of `balance_loss` by name.
@@ -98,12 +98,19 @@ torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_expert
 
 
 def expert_capacity(num_tokens: int, factor: float, num_experts: int, minimum: int, choices: int = 1) -> int:
-    """Slots of an expert for a group of `num_tokens`: `max(min(n, int(k n factor / e)), minimum)`.
+    """Slots of an expert for a group of `num_tokens`: `max(min(n, int(k n factor / e)), minimum)`."""
+    wanted: Any = torch.sym_int(choices * num_tokens * factor / num_experts)
+    return largest(smallest(num_tokens, wanted), minimum)
 
-    Written with torch's symbolic helpers, so that it stays a formula when the length is dynamic.
-    """
-    wanted = torch.sym_int(choices * num_tokens * factor / num_experts)
-    return torch.sym_max(torch.sym_min(num_tokens, wanted), minimum)
+
+def smallest(first: int, second: int) -> int:
+    """`min` that stays a formula when a length is dynamic under export or compile."""
+    return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
+
+
+def largest(first: int, second: int) -> int:
+    """`max` likewise."""
+    return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 
 
 def group_capacity(length: Tensor, factor: float, num_experts: int, minimum: int, choices: int = 1) -> Tensor:
@@ -138,6 +145,7 @@ def queue_positions(
     if priority == "token":
         slot, queued = _positions(key.flatten(-2), num_experts)
         return slot.unflatten(-1, (n, k)), queued
+    order = key
     if priority == "score":
         assert score is not None
         order = score.sort(dim=-1, descending=True, stable=True).indices.unsqueeze(-1).expand_as(key)
@@ -161,11 +169,3 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     start = torch.searchsorted(key, experts.expand(*key.shape[:-1], -1).contiguous())
     position = torch.arange(key.shape[-1], device=key.device) - start.gather(-1, key.to(torch.int64))
     return torch.empty_like(position).scatter(-1, order, position), start.diff(dim=-1)
-
-
-def split_groups(num_positions: int, group_size: int) -> int:
-    """Number of groups that `group_size` makes of all positions: `max(1, positions // g)`, raised until it divides."""
-    groups = max(1, num_positions // group_size)
-    while num_positions % groups:
-        groups += 1
-    return groups

@@ -54,15 +54,15 @@ def test_bad_argument(kind, options, message):
 
 @pytest.mark.parametrize("num_experts", [0, -1, 1.5, "4", True])
 def test_bad_number_of_experts(num_experts):
-    with pytest.raises(ValueError, match="num_experts must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"num_experts must be an integer of at least 1"):
         MoE(8, num_experts)
-    with pytest.raises(ValueError, match="num_experts"):
+    with pytest.raises(ValueError, match=r"num_experts"):
         Experts(8, num_experts)
 
 
 @pytest.mark.parametrize("num_experts", [4, (4,), (2, 2, 2), "ab", (2, 0)])
 def test_hierarchy_needs_a_pair(num_experts):
-    with pytest.raises(ValueError, match="num_experts"):
+    with pytest.raises(ValueError, match=r"num_experts"):
         HeirarchicalMoE(8, num_experts)
 
 
@@ -72,10 +72,10 @@ def test_both_spellings_are_one_class():
 
 @pytest.mark.parametrize("kind", LAYERS)
 def test_unknown_keyword(kind):
-    with pytest.raises(TypeError, match="second_policy"):
+    with pytest.raises(TypeError, match=r"second_policy"):
         layer(kind, second_policy="all")
     moe = layer(kind)
-    with pytest.raises(TypeError, match="attention_mask"):
+    with pytest.raises(TypeError, match=r"attention_mask"):
         moe(torch.randn(1, 5, 8), attention_mask=None)
 
 
@@ -88,16 +88,16 @@ def test_bad_inputs(kind):
         moe(torch.randn(2, 5, 7))
     with pytest.raises(ValueError, match=r"got \(8,\)"):
         moe(torch.zeros(8))
-    with pytest.raises(TypeError, match="floating point, got torch.int64"):
+    with pytest.raises(TypeError, match=r"floating point, got torch.int64"):
         moe(torch.zeros(2, 5, 8, dtype=torch.int64))
-    with pytest.raises(TypeError, match="tensor"):
+    with pytest.raises(TypeError, match=r"tensor"):
         moe([[0.0] * 8])
     x = torch.zeros(2, 5, 8)
     with pytest.raises(ValueError, match=r"mask must have shape \(2, 5\).*got \(5,\)"):
         moe(x, mask=torch.ones(5, dtype=torch.bool))
     with pytest.raises(TypeError, match=r"boolean.*float32.*mask.bool\(\)"):
         moe(x, mask=torch.ones(2, 5))
-    with pytest.raises(TypeError, match="list"):
+    with pytest.raises(TypeError, match=r"list"):
         moe(x, mask=[True] * 5)
     assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
     torch.set_rng_state(state)
@@ -109,7 +109,7 @@ def test_gate_inputs():
         gate(torch.zeros(5, 8))
     with pytest.raises(ValueError, match=r"importance must have shape \(2, 5\)"):
         gate(torch.zeros(2, 5, 8), importance=torch.ones(2, 4))
-    with pytest.raises(TypeError, match="importance.*int64"):
+    with pytest.raises(TypeError, match=r"importance.*int64"):
         gate(torch.zeros(2, 5, 8), importance=torch.ones(2, 5, dtype=torch.int64))
     inner = Top2Gating(8, 4, outer_expert_dims=(3,))
     with pytest.raises(ValueError, match=r"\(3, b, n, 8\), got \(2, 1, 5, 8\)"):
@@ -117,33 +117,33 @@ def test_gate_inputs():
 
 
 def test_gate_beside_gating_arguments():
-    with pytest.raises(ValueError, match="capacity_factor_train=1.0 would do nothing"):
+    with pytest.raises(ValueError, match=r"capacity_factor_train=1.0 would do nothing"):
         MoE(8, gate=TopKGating(8, 4), capacity_factor_train=1.0)
-    with pytest.raises(ValueError, match="priority='token'"):
+    with pytest.raises(ValueError, match=r"priority='token'"):
         MoE(8, gate=TopKGating(8, 4), priority="token")
     outer, inner = TopKGating(8, 2), TopKGating(8, 3, outer_expert_dims=(2,))
-    with pytest.raises(ValueError, match="second_place_loss=True"):
+    with pytest.raises(ValueError, match=r"second_place_loss=True"):
         HeirarchicalMoE(8, (2, 3), gate_outer=outer, gate_inner=inner, second_place_loss=True)
-    with pytest.raises(ValueError, match="capacity_factor_second_level=2.0"):
+    with pytest.raises(ValueError, match=r"capacity_factor_second_level=2.0"):
         HeirarchicalMoE(8, (2, 3), gate_inner=inner, capacity_factor_second_level=2.0)
 
 
 def test_sizes_that_disagree():
-    with pytest.raises(ValueError, match="gate has num_experts=8, the layer num_experts=4"):
+    with pytest.raises(ValueError, match=r"gate has num_experts=8, the layer num_experts=4"):
         MoE(8, 4, gate=TopKGating(8, 8))
-    with pytest.raises(ValueError, match="gate has dim=16, the layer dim=8"):
+    with pytest.raises(ValueError, match=r"gate has dim=16, the layer dim=8"):
         MoE(8, gate=TopKGating(16, 4))
-    with pytest.raises(ValueError, match="experts has num_experts=3, the layer num_experts=4"):
+    with pytest.raises(ValueError, match=r"experts has num_experts=3, the layer num_experts=4"):
         MoE(8, 4, experts=Experts(8, 3))
-    with pytest.raises(ValueError, match="experts has dim=16, the layer dim=8"):
+    with pytest.raises(ValueError, match=r"experts has dim=16, the layer dim=8"):
         MoE(8, 4, experts=GatedExperts(16, 4))
-    with pytest.raises(ValueError, match="experts has num_experts=3"):
+    with pytest.raises(ValueError, match=r"experts has num_experts=3"):
         MoE(8, 4, experts=[nn.Linear(8, 8) for _ in range(3)])
-    with pytest.raises(ValueError, match="experts has num_experts=3"):
+    with pytest.raises(ValueError, match=r"experts has num_experts=3"):
         HeirarchicalMoE(8, (2, 2), experts=[nn.Linear(8, 8) for _ in range(3)])
     with pytest.raises(ValueError, match=r"gate_inner has outer_expert_dims=\(\)"):
         HeirarchicalMoE(8, (2, 2), gate_inner=TopKGating(8, 2))
-    with pytest.raises(ValueError, match="token choice"):
+    with pytest.raises(ValueError, match=r"token choice"):
         HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))
 
 
@@ -165,41 +165,41 @@ def test_experts_that_change_the_shape(kind):
         layer(kind, experts=Wrong())(torch.randn(1, 6, 8))
     with pytest.raises(ValueError, match=r"expert 0 \(Linear\) returned shape \(\d+, 7\).*\(\d+, 8\)"):
         layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
-    with pytest.raises(ValueError, match="shared_expert must keep the shape"):
+    with pytest.raises(ValueError, match=r"shared_expert must keep the shape"):
         layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
 
 
 def test_things_that_are_no_modules():
-    with pytest.raises(TypeError, match="experts must be a module or a list of modules, got str"):
+    with pytest.raises(TypeError, match=r"experts must be a module or a list of modules, got str"):
         MoE(8, 4, experts="relu")
-    with pytest.raises(TypeError, match="gate must be a gate"):
+    with pytest.raises(TypeError, match=r"gate must be a gate"):
         MoE(8, 4, gate=torch.nn.functional.relu)
-    with pytest.raises(TypeError, match="activation"):
+    with pytest.raises(TypeError, match=r"activation"):
         MoE(8, 4, activation="gelu")
-    with pytest.raises(ValueError, match="at least one module"):
+    with pytest.raises(ValueError, match=r"at least one module"):
         ExpertList([])
 
 
 def test_routers():
-    with pytest.raises(ValueError, match="k must be at most num_experts=4, got 5"):
+    with pytest.raises(ValueError, match=r"k must be at most num_experts=4, got 5"):
         TopKGating(8, 4, 5)
-    with pytest.raises(ValueError, match="score must be one of 'softmax', 'sigmoid', got 'relu'"):
+    with pytest.raises(ValueError, match=r"score must be one of 'softmax', 'sigmoid', got 'relu'"):
         TopKGating(8, 4, score="relu")
-    with pytest.raises(ValueError, match="num_groups and top_groups go together"):
+    with pytest.raises(ValueError, match=r"num_groups and top_groups go together"):
         TopKGating(8, 4, num_groups=2)
-    with pytest.raises(ValueError, match="num_groups=3 must divide num_experts=4"):
+    with pytest.raises(ValueError, match=r"num_groups=3 must divide num_experts=4"):
         TopKGating(8, 4, num_groups=3, top_groups=1)
-    with pytest.raises(ValueError, match="top_groups=1 of num_groups=4 must hold at least k=2"):
+    with pytest.raises(ValueError, match=r"top_groups=1 of num_groups=4 must hold at least k=2"):
         TopKGating(8, 4, 2, num_groups=4, top_groups=1)
-    with pytest.raises(RuntimeError, match="expert_bias=True"):
+    with pytest.raises(RuntimeError, match=r"expert_bias=True"):
         TopKGating(8, 4).update_bias(0.001)
-    with pytest.raises(ValueError, match="rate"):
+    with pytest.raises(ValueError, match=r"rate"):
         TopKGating(8, 4, expert_bias=True).update_bias(-1.0)
-    with pytest.raises(ValueError, match="k must be below num_experts=4, got 4"):
+    with pytest.raises(ValueError, match=r"k must be below num_experts=4, got 4"):
         NoisyTopKGating(8, 4, 4)
-    with pytest.raises(ValueError, match="capacity_factor.*None"):
+    with pytest.raises(ValueError, match=r"capacity_factor.*None"):
         ExpertChoiceGating(8, 4, capacity_factor=None)
-    with pytest.raises(ValueError, match="importance"):
+    with pytest.raises(ValueError, match=r"importance"):
         ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))
 
 
@@ -225,11 +225,11 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises((RuntimeError, OSError)):
         moe.load_state_dict(torch.load(tmp_path / "cut.pt", weights_only=True))
-    with pytest.raises(RuntimeError, match="gate.w_gating is missing.*weight is not of this layer"):
+    with pytest.raises(RuntimeError, match=r"gate.w_gating is missing.*weight is not of this layer"):
         moe.load_state_dict(nn.Linear(8, 8).state_dict())
     with pytest.raises(RuntimeError, match=r"experts.w1 has shape \(4, 8, 5\) in the state and \(4, 8, 32\) here"):
         moe.load_state_dict(MoE(8, 4, hidden_dim=5).state_dict())
-    with pytest.raises(RuntimeError, match="nothing was changed"):
+    with pytest.raises(RuntimeError, match=r"nothing was changed"):
         moe.load_state_dict({"gate.w_gating": torch.zeros(8, 4)})
     assert moe.load_state_dict({"experts.w1": moe.experts.w1 * 2}, strict=False).missing_keys
     moe.load_state_dict(before)
@@ -238,5 +238,5 @@ def test_files_that_are_no_checkpoints(tmp_path):
 
 def test_short_groups_warn():
     moe = MoE(8, 2, group_size=10)
-    with pytest.warns(UserWarning, match="group_size=10 splits 41 positions into 41 groups of 1"):
+    with pytest.warns(UserWarning, match=r"group_size=10 splits 41 positions into 41 groups of 1"):
         moe(torch.randn(1, 41, 8))

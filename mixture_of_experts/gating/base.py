@@ -135,7 +135,7 @@ class TokenChoiceGate(Gate):
         self.capacity_factor_train = check_capacity_factor("capacity_factor_train", capacity_factor_train)
         self.capacity_factor_eval = check_capacity_factor("capacity_factor_eval", capacity_factor_eval)
         self.min_expert_capacity = check_size("min_expert_capacity", min_expert_capacity)
-        self.priority = check_choice("priority", priority, PRIORITIES)
+        self.priority: Priority = check_choice("priority", priority, PRIORITIES)
 
     @property
     def capacity_factor(self) -> float | None:
@@ -200,7 +200,7 @@ class TokenChoiceGate(Gate):
         capacity, limit = self.capacity(tokens)
         if self.priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
-        # a weight of exactly 0 holds a slot of limited capacity though nothing is dispatched; dropless it does not queue
+        # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
         computed = chosen & (weight != 0)
         queues = computed if capacity is None else chosen
         slot, queued = queue_positions(expert, queues, self.num_experts, self.priority, score)

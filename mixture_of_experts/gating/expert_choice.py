@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_capacity_factor
+from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.losses import z_loss
-from mixture_of_experts.routing import Routing, expert_capacity, group_capacity
+from mixture_of_experts.routing import Routing, expert_capacity, group_capacity, smallest
 
 
 class ExpertChoiceGating(Gate):
@@ -35,7 +35,7 @@ class ExpertChoiceGating(Gate):
         super().__init__(dim, num_experts, process_group=process_group)
         if capacity_factor is None:
             raise ValueError("capacity_factor must be a finite number above 0, got None: experts take a fixed number")
-        self.capacity_factor = check_capacity_factor("capacity_factor", capacity_factor)
+        self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0.0)
         self.w_gating = nn.Parameter(torch.empty(dim, num_experts))
         self.reset_parameters()
 
@@ -94,7 +94,7 @@ class ExpertChoiceGating(Gate):
     def _capacity(self, n: int, length: Tensor | None) -> tuple[int, Tensor | None]:
         """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""
         sizes = (self.capacity_factor, self.num_experts, 1)
-        capacity = torch.sym_min(n, expert_capacity(n, *sizes))
+        capacity = smallest(n, expert_capacity(n, *sizes))
         return capacity, None if length is None else torch.minimum(length, group_capacity(length, *sizes))
 
     def extra_repr(self) -> str:

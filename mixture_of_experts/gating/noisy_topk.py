@@ -93,7 +93,7 @@ class NoisyTopKGating(TokenChoiceGate):
         allowed = self.allowed(tokens)
         top = noisy.gather(-1, expert)
         score = top.detach().softmax(dim=-1)[..., 0]
-        if allowed is not None:
+        if allowed is not None and tokens.some is not None:
             top = torch.where(allowed | ~tokens.some.unsqueeze(-1), top, -torch.inf)
         weight = top.softmax(dim=-1)
         probs = torch.zeros_like(noisy).scatter(-1, expert, weight)

@@ -10,8 +10,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from mixture_of_experts import HeirarchicalMoE, MoE  # the published one
 from torch import nn
+
+from mixture_of_experts import HeirarchicalMoE, MoE  # the published one
 
 CASES = {
     "moe_all": (MoE, 4, dict(second_policy_train="all", second_policy_eval="all")),

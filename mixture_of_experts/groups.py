@@ -1,0 +1,58 @@
+"""From the caller's inputs to groups of tokens, and back.
+
+Axes: b groups, n tokens of a group, m groups after a split, d model dim.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_mask, check_tokens
+
+
+def enter(
+    inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the arguments; the inputs with masked tokens zeroed, the same as groups `(b, n, d)`, and their mask."""
+    check_tokens("inputs", inputs, dim, min_ndim=2)
+    x = inputs
+    if mask is not None:
+        check_mask(mask, inputs.shape[:-1])
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # NaN in the padding would survive a product with 0
+    shape = (inputs.shape[:-2].numel(), inputs.shape[-2])
+    if group_size is not None:
+        shape = group_shape(shape[0] * shape[1], group_size)
+    return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
+
+
+def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
+    """`(m, n)`: m is `max(1, positions // group_size)`, raised until it divides the positions.
+
+    Warns when the groups come out much shorter than asked for.
+    """
+    groups = max(1, num_positions // group_size)
+    while num_positions % groups:
+        groups += 1
+    length = num_positions // groups
+    if 0 < length < group_size / 2 and groups > 1:
+        warnings.warn(
+            f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
+            "nearer to it divides them. Pad the input or choose a group_size that divides it",
+            stacklevel=3,
+        )
+    return groups, length
+
+
+def leave(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
+    """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
+    out = out.view(x.shape).to(x.dtype)
+    if shared_expert is None:
+        return out
+    shared = shared_expert(x)
+    if shared.shape != x.shape:
+        raise ValueError(f"shared_expert must keep the shape {tuple(x.shape)}, it returned {tuple(shared.shape)}")
+    out = (out + shared).to(x.dtype)
+    return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

@@ -1,0 +1,84 @@
+"""The parts a layer is given, gates and experts: made, and checked against each other and the layer's sizes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.checks import check_size
+from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.gating import ExpertChoiceGating, Top2Gating
+
+
+def as_experts(experts: Any) -> nn.Module | None:
+    """A module of all experts, from such a module or a list of single ones."""
+    if experts is None:
+        return None
+    if isinstance(experts, list | tuple | nn.ModuleList) and not isinstance(experts, ExpertList):
+        return ExpertList(experts)
+    if not isinstance(experts, nn.Module):
+        raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
+    return experts
+
+
+def settle_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
+    """The number asked for, else the gate's, else the experts', else 16; the parts are checked against it later."""
+    if num_experts is None:
+        num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
+    return check_size("num_experts", num_experts)
+
+
+def settle_grid(
+    num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
+) -> tuple[int, int]:
+    """The pair asked for, else the gates', else the experts', else (4, 4)."""
+    if num_experts is None:
+        default = getattr(experts, "num_experts", None)
+        default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
+        num_experts = tuple(
+            getattr(gate, "num_experts", None) or size
+            for gate, size in zip((gate_outer, gate_inner), default, strict=True)
+        )
+    if not isinstance(num_experts, tuple | list) or len(num_experts) != 2:
+        raise ValueError(f"num_experts must be a pair (outer, inner) for two levels, got {num_experts!r}")
+    return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
+
+
+def refuse_gating_arguments(name: str, gating: dict[str, Any]) -> None:
+    """A gate that is given has its own settings: arguments for the default one would be ignored."""
+    defaults = inspect.signature(Top2Gating.__init__).parameters
+    given = [f"{key}={value!r}" for key, value in gating.items() if value != defaults[key].default]
+    if given:
+        raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
+
+
+def check_gate(
+    name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), level: bool = False
+) -> None:
+    """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
+    if not isinstance(gate, nn.Module):
+        raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
+    if level and isinstance(gate, ExpertChoiceGating):
+        raise ValueError(f"{name} must be a router of token choice, got {type(gate).__name__}")
+    for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
+        got = getattr(gate, what, wanted)
+        if got != wanted:
+            raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: give both the same")
+
+
+def check_experts(experts: nn.Module | None, dim: int, num_experts: tuple[int, ...]) -> None:
+    """Sizes of the experts, where they tell them, agree with the layer's."""
+    if experts is None:
+        return
+    got = getattr(experts, "num_experts", None)
+    count = num_experts[0] if len(num_experts) == 1 else num_experts
+    allowed = (None, count, num_experts)
+    if isinstance(experts, ExpertList):
+        allowed = (torch.Size(num_experts).numel(),)
+    if got not in allowed:
+        raise ValueError(f"experts has num_experts={got}, the layer num_experts={count}: give both the same")
+    if isinstance(experts, StackedExperts) and experts.dim != dim:
+        raise ValueError(f"experts has dim={experts.dim}, the layer dim={dim}: give both the same")
