@@ -1,0 +1,123 @@
+"""The documentation is true: its Python blocks run, its tables match the code, its links lead somewhere."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import runpy
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import mixture_of_experts
+from mixture_of_experts import HeirarchicalMoE, MoE
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+LARGE = 12 * 2**30  # bytes of memory a machine should have to run a block marked "large"
+
+# an optional mark, `<!-- test: cuda -->` or `<!-- test: large -->`, then the block
+BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>\w+) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    """A Python block of a document."""
+
+    file: Path
+    line: int  # of its first line of code
+    mark: str | None
+    code: str
+
+    def run(self) -> None:
+        """Run it alone, as a reader who copies it would; tracebacks show the document's own lines."""
+        program = compile("\n" * (self.line - 1) + self.code, str(self.file), "exec")
+        exec(program, {"__name__": "__main__"})
+
+
+def blocks_of(file: Path) -> list[Block]:
+    text = file.read_text(encoding="utf-8")
+    found = []
+    for match in BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start("code")) + 1
+        found.append(Block(file, line, match["mark"], match["code"]))
+    return found
+
+
+BLOCKS = [block for file in DOCUMENTS for block in blocks_of(file)]
+
+
+def why_not(block: Block) -> str | None:
+    """Why a marked block cannot run on this machine."""
+    if block.mark == "cuda" and not torch.cuda.is_available():
+        return "needs a CUDA device"
+    if block.mark == "large" and os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < LARGE:
+        return "needs a machine with 12 GB of memory"
+    return None
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
+def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert block.mark in (None, "cuda", "large")
+    if reason := why_not(block):
+        pytest.skip(reason)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    block.run()
+
+
+def test_every_python_block_is_found():
+    """A fence that the pattern above misses would be a block that nobody runs."""
+    fences = sum(file.read_text(encoding="utf-8").count("```python") for file in DOCUMENTS)
+    assert len(BLOCKS) == fences > 10
+
+
+def argument_rows() -> dict[str, str]:
+    """Name and default of every row of the README's table of arguments."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Arguments")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE))
+
+
+def default_of(parameter: inspect.Parameter) -> str:
+    if parameter.default is inspect.Parameter.empty:
+        return "required"
+    if parameter.default is torch.nn.GELU:
+        return "nn.GELU"
+    return repr(parameter.default)
+
+
+def test_table_of_arguments_matches_the_signature():
+    parameters = inspect.signature(MoE).parameters
+    assert argument_rows() == {name: default_of(parameter) for name, parameter in parameters.items()}
+    two_levels = set(inspect.signature(HeirarchicalMoE).parameters)
+    assert two_levels - set(parameters) == {"gate_outer", "gate_inner", "capacity_factor_second_level"}
+    assert set(parameters) - two_levels == {"gate"}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_relative_links_lead_to_files(file: Path):
+    targets = re.findall(r"(?:\]\(|src=\")(?!http|#)([^)#\"]+)", file.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (file.parent / target).exists()]
+    assert not missing
+
+
+def test_changelog_begins_with_this_version():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == mixture_of_experts.__version__
+
+
+def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The script finds the story that the picture tells in the gate's own numbers, and writes an image."""
+    picture = tmp_path / "moe.png"
+    monkeypatch.setattr(sys, "argv", ["draw_moe.py", str(picture)])
+    script = runpy.run_path(str(ROOT / "docs" / "draw_moe.py"), run_name="__main__")
+    _, choices, capacity = script["route"]()
+    kept = {word: [c.kept for c in choices if c.token == token] for token, word in enumerate(script["TOKENS"])}
+    assert capacity == 3
+    assert kept[script["FOLLOWED"]] == [True, True]
+    assert kept[script["DROPPED"]] == [False, False]
+    assert picture.read_bytes().startswith(b"\x89PNG")
