@@ -1,0 +1,672 @@
+"""The slow, obvious reference: every router and both layers, one token at a time.
+
+Decisions are made with plain Python lists, loops and `sorted`; numbers are torch tensors, so that autograd gives every
+gradient. Nothing here is shared with the package: this file is a second reading of the same definitions, to compare the
+fast paths with.
+
+Padding is *removed* before anything is decided: a `Group` holds its real tokens only. That a padded sequence behaves as
+the same sequence without its padding is therefore true here by construction, and is what the package is compared with.
+
+Axes: b groups, n tokens of a group, d model dim, e experts, k choices a token, h hidden dim;
+eo, ei outer and inner experts of the two-level layer, c slots of an outer expert.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Tokens, groups, choices
+
+
+@dataclass(eq=False)
+class Token:
+    """A real token (or a slot of an outer expert) as a router sees it."""
+
+    x: Tensor  # (d,)
+    position: int  # its place in the group, padding counted: the order in which tokens queue
+    importance: float = 1.0
+    uniform: Tensor | None = None  # (), the draw of Top2's policy 'random'
+    noise: Tensor | None = None  # (e,), the draw of the noisy router
+    jitter: Tensor | None = None  # (d,), the factors on the router's input
+
+
+@dataclass(eq=False)
+class Group:
+    """Tokens that compete for the same slots."""
+
+    tokens: list[Token]
+    length: float  # n: the number of real positions, over which capacity and means are taken
+    index: tuple[int, ...]  # (*outer, group)
+
+    @property
+    def outer(self) -> tuple[int, ...]:
+        """The outer expert whose gate weights decide; () for a gate without outer experts."""
+        return self.index[:-1]
+
+
+@dataclass(eq=False)
+class Choice:
+    """One expert that one token asks for."""
+
+    group: Group
+    token: Token
+    order: int  # 0 is the token's first choice
+    expert: int
+    weight: Tensor  # ()
+    score: float = 0.0  # the token's top probability, for priority 'score'
+    slot: int = -1
+    kept: bool = True
+
+
+@dataclass
+class Decision:
+    """What a router decided for a list of groups."""
+
+    choices: list[Choice]
+    balance_loss: Tensor
+    z_loss: Tensor
+    losses: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_groups(x, importance=None, mask=None, *, uniforms=None, noise=None, jitter=None) -> list[Group]:
+    """Groups of real tokens from x (*outer, b, n, d); importance, mask and uniforms have the shape of the tokens."""
+    groups = []
+    n = x.shape[-2]
+    for index in all_indices(x.shape[:-2]):
+        real = [t for t in range(n) if mask is None or mask[index][t]]
+        tokens = [
+            Token(
+                x[index][t],
+                t,
+                1.0 if importance is None else float(importance[index][t]),
+                None if uniforms is None else uniforms[index][t],
+                None if noise is None else noise[index][t],
+                None if jitter is None else jitter[index][t],
+            )
+            for t in real
+        ]
+        groups.append(Group(tokens, len(real), index))
+    return groups
+
+
+def all_indices(shape: Sequence[int]) -> list[tuple[int, ...]]:
+    """Every index of an array of this shape, in row-major order."""
+    indices: list[tuple[int, ...]] = [()]
+    for size in shape:
+        indices = [(*index, i) for index in indices for i in range(size)]
+    return indices
+
+
+# Capacity and slots
+
+
+def capacity(length: float, per_token: float, factor: float | None, num_experts: int, minimum: int) -> float:
+    """Slots an expert has in a group of `length` tokens: infinite without a factor, 0 without real positions."""
+    if factor is None:
+        return math.inf
+    if length == 0:
+        return 0
+    return max(int(min(length, per_token * length * factor / num_experts)), minimum)
+
+
+def queue_key(priority: str) -> Callable[[Choice], tuple]:
+    """The order in which a group's choices queue for slots."""
+    return {
+        "choice": lambda choice: (choice.order, choice.token.position),
+        "token": lambda choice: (choice.token.position, choice.order),
+        "score": lambda choice: (choice.order, -choice.score, choice.token.position),
+    }[priority]
+
+
+def assign_slots(choices: list[Choice], priority: str, limit: float) -> None:
+    """Give every choice of one group its slot: the number of choices before it that ask for the same expert.
+
+    A choice of weight 0 holds a slot though nothing is computed in it; without a capacity there is none to hold.
+    """
+    waiting: dict[int, int] = defaultdict(int)
+    for choice in sorted(choices, key=queue_key(priority)):
+        if limit == math.inf and choice.weight == 0:
+            choice.kept = False
+            continue
+        choice.slot = waiting[choice.expert]
+        choice.kept = choice.slot < limit
+        waiting[choice.expert] += 1
+
+
+# Small numbers
+
+
+def mean(values: list[Tensor], like: Tensor) -> Tensor:
+    """Mean of 0-dim tensors; an empty mean is 0."""
+    return sum(values) / len(values) if values else like.new_zeros(())
+
+
+def squared_variation(values: Tensor) -> Tensor:
+    """CV² of a vector: population variance over squared mean; 0 when the mean is 0."""
+    center = values.mean()
+    if center == 0:
+        return values.sum() * 0
+    return ((values - center) ** 2).mean() / center**2
+
+
+def largest(values: Tensor, count: int) -> list[int]:
+    """Indices of the `count` largest values, the lowest index first on a tie."""
+    listed = values.tolist()
+    return sorted(range(len(listed)), key=lambda i: (-listed[i], i))[:count]
+
+
+def z_loss(groups: list[Group], logits: dict[Token, Tensor], like: Tensor) -> Tensor:
+    """Mean of logsumexp(logits)² over the tokens of importance 1, pooled over all groups."""
+    counted = [logits[t] for g in groups for t in g.tokens if t.importance == 1]
+    return mean([torch.logsumexp(row, 0) ** 2 for row in counted], like)
+
+
+def router_input(token: Token) -> Tensor:
+    return token.x if token.jitter is None else token.x * token.jitter
+
+
+def by_outer(groups: list[Group]) -> list[list[Group]]:
+    """The groups of each outer expert."""
+    found: dict[tuple, list[Group]] = defaultdict(list)
+    for group in groups:
+        found[group.outer].append(group)
+    return list(found.values())
+
+
+# Routers. Each is a plain record of its settings for *one* mode (train or eval); `w_gating` is (*outer, d, e).
+
+
+@dataclass
+class TokenChoice:
+    """What the routers share in which a token chooses its experts."""
+
+    w_gating: Tensor
+    capacity_factor: float | None = None
+    min_expert_capacity: int = 4
+    priority: str = "choice"
+
+    @property
+    def num_experts(self) -> int:
+        return self.w_gating.shape[-1]
+
+    @property
+    def num_choices(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def per_token(self) -> float:
+        """How many slots a token is given by a capacity factor of 1."""
+        return self.num_choices
+
+    def limit(self, length: float) -> float:
+        return capacity(length, self.per_token, self.capacity_factor, self.num_experts, self.min_expert_capacity)
+
+    def hand_on(self, choice: Choice) -> float:
+        """The importance that a second level sees in this choice."""
+        return 1.0 if choice.order == 0 else 0.5
+
+    def placed(self, groups: list[Group], choices: list[Choice]) -> list[Choice]:
+        """The same choices with their slots."""
+        for group in groups:
+            assign_slots([c for c in choices if c.group is group], self.priority, self.limit(group.length))
+        return choices
+
+
+@dataclass
+class Top2(TokenChoice):
+    """Two choices with a policy for the second (GShard, arXiv 2006.16668)."""
+
+    policy: str = "all"
+    threshold: float = 0.2
+    eps: float = 1e-9
+    second_place_loss: bool = False
+
+    @property
+    def num_choices(self) -> int:
+        return 2
+
+    @property
+    def per_token(self) -> float:
+        return 1
+
+    def hand_on(self, choice: Choice) -> float:
+        return 0.5 * ((choice.weight.item() > 0.5) + (choice.weight.item() > 0))
+
+    def decide(self, groups: list[Group]) -> Decision:
+        choices, logits, losses = [], {}, []
+        for group in groups:
+            probs, firsts, seconds = {}, {}, {}
+            for token in group.tokens:
+                logits[token] = router_input(token) @ self.w_gating[group.outer]
+                probs[token] = logits[token].softmax(0)
+                choices += self.choose(group, token, probs[token], firsts, seconds)
+            if group.length > 0:
+                losses.append(self.group_loss(group, probs, firsts, seconds))
+        balance = mean(losses, self.w_gating)
+        z = z_loss(groups, logits, self.w_gating)
+        return Decision(self.placed(groups, choices), balance, z)
+
+    def choose(self, group, token, probs, firsts, seconds) -> list[Choice]:
+        """Choices of one token that queue for slots; notes its first and second expert for the losses."""
+        top = largest(probs, 1)[0]
+        takes_first = token.importance == 1
+        rest = probs * torch.tensor([not (takes_first and e == top) for e in range(self.num_experts)])
+        second = largest(rest, 1)[0]
+        takes_second = token.importance > 0
+        first_gate = probs[top] if takes_first else probs[top] * 0
+        second_gate = rest[second]
+        total = first_gate + second_gate + self.eps
+        first_gate, second_gate = first_gate / total, second_gate / total
+        made = []
+        if takes_first:
+            firsts[token] = top
+            made.append(Choice(group, token, 0, top, first_gate, probs[top].item()))
+        if takes_second:
+            seconds[token] = second
+            if self.allows(second_gate, token):
+                made.append(Choice(group, token, 1, second, second_gate, probs[top].item()))
+        return made
+
+    def allows(self, gate: Tensor, token: Token) -> bool:
+        if self.policy == "random":
+            return bool(token.uniform < gate / max(self.threshold, self.eps))
+        return {"all": True, "none": False, "threshold": bool(gate > self.threshold)}[self.policy]
+
+    def group_loss(self, group, probs, firsts, seconds) -> Tensor:
+        """Balance loss of one group, with the second-place loss if it is on."""
+        e, n = self.num_experts, group.length
+        proxy = [sum((probs[t][i] for t in group.tokens if t.importance == 1), 0.0) / n for i in range(e)]
+        load = [sum(expert == i for expert in firsts.values()) / n for i in range(e)]
+        loss = e**2 * sum(p * f for p, f in zip(proxy, load, strict=True)) / e
+        if self.second_place_loss:
+            rests = []
+            for token in group.tokens:
+                keep = torch.tensor([firsts.get(token) != i for i in range(e)])
+                rest = probs[token] * keep
+                rests.append(rest / (rest.sum() + 1e-9))
+            load = [sum(expert == i for expert in seconds.values()) / n for i in range(e)]
+            second_proxy = [sum((r[i] for r in rests), 0.0) / n for i in range(e)]
+            loss = loss + 0.5 * e**2 * sum(p * f for p, f in zip(second_proxy, load, strict=True)) / e
+        return torch.as_tensor(loss, dtype=self.w_gating.dtype)
+
+
+@dataclass
+class TopK(TokenChoice):
+    """The k largest scores, softmax or sigmoid, with everything that published models put around them."""
+
+    k: int = 2
+    score: str = "softmax"
+    normalize: bool | None = None
+    scale: float = 1.0
+    b_gating: Tensor | None = None  # (*outer, e)
+    expert_bias: Tensor | None = None  # (*outer, e)
+    num_groups: int | None = None
+    top_groups: int | None = None
+    balance_over: str = "group"
+
+    @property
+    def num_choices(self) -> int:
+        return self.k
+
+    def decide(self, groups: list[Group]) -> Decision:
+        choices, logits, scores = [], {}, {}
+        for group in groups:
+            for token in group.tokens:
+                logits[token] = self.logits(group, token)
+                scores[token] = logits[token].softmax(0) if self.score == "softmax" else logits[token].sigmoid()
+                choices += self.choose(group, token, scores[token])
+        units = [[g] for g in groups] if self.balance_over == "group" else by_outer(groups)
+        losses = [self.balance(unit, scores, choices) for unit in units if sum(g.length for g in unit) > 0]
+        balance = mean(losses, self.w_gating)
+        z = z_loss(groups, logits, self.w_gating)
+        return Decision(self.placed(groups, choices), balance, z)
+
+    def logits(self, group: Group, token: Token) -> Tensor:
+        logits = router_input(token) @ self.w_gating[group.outer]
+        return logits if self.b_gating is None else logits + self.b_gating[group.outer]
+
+    def choose(self, group: Group, token: Token, scores: Tensor) -> list[Choice]:
+        biased = scores.detach()
+        if self.expert_bias is not None:
+            biased = biased + self.expert_bias[group.outer]
+        experts = largest(self.allowed(biased), self.choices_of(token))
+        weights = [scores[i] for i in experts]
+        if self.k > 1 if self.normalize is None else self.normalize:
+            weights = [w / (sum(weights) + 1e-20) for w in weights]
+        top = scores.max().item()
+        return [
+            Choice(group, token, order, expert, weight * self.scale, top)
+            for order, (expert, weight) in enumerate(zip(experts, weights, strict=True))
+        ]
+
+    def choices_of(self, token: Token) -> int:
+        if token.importance == 1:
+            return self.k
+        return 1 if token.importance > 0 else 0
+
+    def allowed(self, biased: Tensor) -> Tensor:
+        """Scores with -inf for the experts of groups that may not be chosen from."""
+        if self.num_groups is None:
+            return biased
+        size = self.num_experts // self.num_groups
+        parts = biased.split(size)
+        sums = torch.stack([torch.stack([part[i] for i in largest(part, 2)]).sum() for part in parts])
+        chosen = largest(sums, self.top_groups)
+        return torch.cat([part if i in chosen else torch.full_like(part, -math.inf) for i, part in enumerate(parts)])
+
+    def balance(self, groups: list[Group], scores: dict[Token, Tensor], choices: list[Choice]) -> Tensor:
+        """e/k · Σ_e f_e · P_e over the tokens of these groups."""
+        n = sum(group.length for group in groups)
+        counted = [t for group in groups for t in group.tokens if t.importance == 1]
+        loads = [0.0] * self.num_experts
+        for choice in choices:
+            if choice.group in groups and choice.token.importance == 1:
+                loads[choice.expert] += 1 / n
+        probs = sum((scores[t] / scores[t].sum() for t in counted), self.w_gating.new_zeros(self.num_experts)) / n
+        return self.num_experts / self.k * sum(load * probs[i] for i, load in enumerate(loads))
+
+
+@dataclass
+class NoisyTopK(TokenChoice):
+    """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538). Tokens without noise are routed as in eval."""
+
+    w_noise: Tensor | None = None  # (*outer, d, e)
+    k: int = 2
+
+    @property
+    def num_choices(self) -> int:
+        return self.k
+
+    def decide(self, groups: list[Group]) -> Decision:
+        choices, logits = [], {}
+        importance: dict[tuple, Tensor] = {}
+        load: dict[tuple, Tensor] = {}
+        for group in groups:
+            for token in group.tokens:
+                logits[token], spread, noisy = self.logits(group, token)
+                made = self.choose(group, token, noisy)
+                choices += made
+                if token.importance == 1:
+                    zeros = torch.zeros_like(noisy)
+                    importance[group.outer] = importance.get(group.outer, zeros) + self.gates(made)
+                    chances = self.chances(logits[token], spread, noisy)
+                    load[group.outer] = load.get(group.outer, zeros) + chances
+        losses = {
+            "importance": mean([squared_variation(v) for v in importance.values()], self.w_gating),
+            "load": mean([squared_variation(v) for v in load.values()], self.w_gating),
+        }
+        z = z_loss(groups, logits, self.w_gating)  # of the scores before noise
+        return Decision(self.placed(groups, choices), losses["importance"] + losses["load"], z, losses)
+
+    def logits(self, group: Group, token: Token) -> tuple[Tensor, Tensor, Tensor]:
+        x = router_input(token)
+        clean = x @ self.w_gating[group.outer]
+        spread = torch.nn.functional.softplus(x @ self.w_noise[group.outer])
+        return clean, spread, clean if token.noise is None else clean + token.noise * spread
+
+    def choose(self, group: Group, token: Token, noisy: Tensor) -> list[Choice]:
+        best = largest(noisy.detach(), self.k)
+        top = torch.stack([noisy[i] for i in best]).softmax(0)[0].item()
+        experts = best if token.importance == 1 else best[: 1 if token.importance > 0 else 0]
+        if not experts:
+            return []
+        weights = torch.stack([noisy[i] for i in experts]).softmax(0)
+        return [Choice(group, token, order, expert, weights[order], top) for order, expert in enumerate(experts)]
+
+    def gates(self, choices: list[Choice]) -> Tensor:
+        """G(x): the weights of one token's choices, 0 elsewhere."""
+        weight = {choice.expert: choice.weight for choice in choices}
+        return torch.stack([weight.get(i, self.w_gating.new_zeros(())) for i in range(self.num_experts)])
+
+    def chances(self, clean: Tensor, spread: Tensor, noisy: Tensor) -> Tensor:
+        """P(x, i): the chance that expert i is among the k best if only its own noise were drawn again."""
+        rows = []
+        for i in range(self.num_experts):
+            others = [noisy[j] for j in range(self.num_experts) if j != i]
+            kth = sorted(others, key=lambda value: -value.item())[self.k - 1]
+            rows.append(0.5 * (1 + torch.erf((clean[i] - kth) / spread[i] / math.sqrt(2))))
+        return torch.stack(rows)
+
+
+@dataclass
+class ExpertChoice:
+    """Every expert takes its best tokens (Zhou et al. 2022, arXiv 2202.09368)."""
+
+    w_gating: Tensor
+    capacity_factor: float = 2.0
+
+    @property
+    def num_experts(self) -> int:
+        return self.w_gating.shape[-1]
+
+    def limit(self, length: int) -> int:
+        return min(length, max(1, int(length * self.capacity_factor / self.num_experts)))
+
+    def decide(self, groups: list[Group]) -> Decision:
+        choices, logits = [], {}
+        for group in groups:
+            for token in group.tokens:
+                logits[token] = token.x @ self.w_gating
+            scores = [logits[token].softmax(0) for token in group.tokens]
+            for expert in range(self.num_experts if scores else 0):
+                best = largest(torch.stack([s[expert] for s in scores]), self.limit(len(scores)))
+                for slot, t in enumerate(best):
+                    choices.append(Choice(group, group.tokens[t], expert, expert, scores[t][expert], slot=slot))
+        return Decision(choices, self.w_gating.new_zeros(()), z_loss(groups, logits, self.w_gating))
+
+
+# Experts: callables (expert, x (d,)) -> (d,)
+
+
+def feed_forward(w1, w2, activation, b1=None, b2=None):
+    """Two-layer experts from stacked weights w1 (*e, d, h), w2 (*e, h, d)."""
+
+    def expert(index, x: Tensor) -> Tensor:
+        hidden = x @ w1[index]
+        hidden = activation(hidden if b1 is None else hidden + b1[index])
+        out = hidden @ w2[index]
+        return out if b2 is None else out + b2[index]
+
+    return expert
+
+
+def gated_feed_forward(w1, w3, w2, activation, b1=None, b3=None, b2=None):
+    """Gated experts: activation(x·w1) · (x·w3), then ·w2."""
+
+    def expert(index, x: Tensor) -> Tensor:
+        gate, value = x @ w1[index], x @ w3[index]
+        gate = gate if b1 is None else gate + b1[index]
+        value = value if b3 is None else value + b3[index]
+        out = (activation(gate) * value) @ w2[index]
+        return out if b2 is None else out + b2[index]
+
+    return expert
+
+
+def listed(modules):
+    """Experts that are separate modules (rows, d) -> (rows, d)."""
+    return lambda index, x: modules[index](x.unsqueeze(0)).squeeze(0)
+
+
+# Layers
+
+
+def split(positions: int, group_size: int) -> int:
+    """Number of groups that `positions` are cut into: at least `group_size` long, all of one length."""
+    groups = max(1, positions // group_size)
+    while positions % groups:
+        groups += 1
+    return groups
+
+
+def regroup(x: Tensor, mask: Tensor | None, group_size: int | None) -> tuple[Tensor, Tensor | None]:
+    """(..., n, d) as (b, n, d), cut anew if `group_size` is set; mask likewise."""
+    *leading, n, d = x.shape
+    b = math.prod(leading)
+    if group_size is not None:
+        b, n = (b2 := split(b * n, group_size)), b * n // b2
+    return x.reshape(b, n, d), None if mask is None else mask.reshape(b, n)
+
+
+@dataclass
+class Output:
+    """What a layer computed."""
+
+    out: Tensor  # the shape of the inputs
+    aux_loss: Tensor
+    decisions: list[Decision]  # one a level
+
+
+def finish(inputs, mask, parts: dict, shared_expert) -> Tensor:
+    """Sum of each position's parts (flat position -> vectors), plus the shared expert; 0 where it is masked."""
+    rows = []
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    for position in range(len(flat)):
+        if mask is not None and not mask.reshape(-1)[position]:
+            rows.append(torch.zeros_like(flat[position]))
+            continue
+        total = sum(parts[position], torch.zeros_like(flat[position]))
+        if shared_expert is not None:
+            total = total + shared_expert(flat[position].unsqueeze(0)).squeeze(0)
+        rows.append(total)
+    return torch.stack(rows).reshape(inputs.shape) if rows else inputs * 1
+
+
+def weighted_losses(decisions: list[Decision], loss_coef: float, z_loss_coef: float) -> Tensor:
+    balance, z = sum(d.balance_loss for d in decisions), sum(d.z_loss for d in decisions)
+    return loss_coef * balance + z_loss_coef * z
+
+
+def moe(
+    inputs,
+    gate,
+    experts,
+    *,
+    mask=None,
+    group_size=None,
+    shared_expert=None,
+    loss_coef=1e-2,
+    z_loss_coef=0.0,
+    draws=None,
+):
+    """The one-level layer. `draws`: random numbers by name (uniforms, noise, jitter), each shaped like the groups."""
+    x, real = regroup(inputs, mask, group_size)
+    decision = gate.decide(make_groups(x, mask=real, **(draws or {})))
+    parts = defaultdict(list)
+    for choice in decision.choices:
+        if choice.kept and choice.weight != 0:
+            position = choice.group.index[-1] * x.shape[1] + choice.token.position
+            parts[position].append(choice.weight * experts(choice.expert, choice.token.x))
+    out = finish(inputs, mask, parts, shared_expert)
+    return Output(out, weighted_losses([decision], loss_coef, z_loss_coef), [decision])
+
+
+def hierarchical_moe(
+    inputs,
+    outer_gate,
+    inner_gate,
+    experts,
+    *,
+    mask=None,
+    group_size=None,
+    shared_expert=None,
+    loss_coef=1e-2,
+    z_loss_coef=0.0,
+    draws=None,
+    inner_draws=None,
+):
+    """The two-level layer; experts are called with the pair (outer expert, inner expert).
+
+    `inner_draws` are shaped (eo, groups, slots of a group, ...), as level two sees its tokens.
+    """
+    x, real = regroup(inputs, mask, group_size)
+    groups = make_groups(x, mask=real, **(draws or {}))
+    first = outer_gate.decide(groups)
+    inner_groups, source = second_level_groups(outer_gate, groups, first.choices, x, group_size, inner_draws or {})
+    second = inner_gate.decide(inner_groups)
+    parts = defaultdict(list)
+    for choice in second.choices:
+        above = source.get(choice.token)
+        if choice.kept and choice.weight != 0:
+            position = above.group.index[-1] * x.shape[1] + above.token.position
+            pair = (choice.group.outer[0], choice.expert)
+            parts[position].append(above.weight * choice.weight * experts(pair, above.token.x))
+    out = finish(inputs, mask, parts, shared_expert)
+    return Output(out, weighted_losses([first, second], loss_coef, z_loss_coef), [first, second])
+
+
+def second_level_groups(gate, groups, choices, x, group_size, draws) -> tuple[list[Group], dict[Token, Choice]]:
+    """Level two's groups, and for each of their tokens that is not an empty slot the level-one choice it came from."""
+    source: dict[Token, Choice] = {}
+    slots = {(c.expert, c.group.index[-1], c.slot): c for c in choices if c.kept and c.weight != 0}
+    dropless = gate.capacity_factor is None
+    made = []
+    for outer in range(gate.num_experts):
+        if dropless:
+            made += [dropless_group(gate, outer, group, slots, source) for group in groups]
+        else:
+            made += slot_groups(gate, outer, groups, slots, source, x, group_size)
+    for group in made:
+        for token in group.tokens:
+            for name, values in draws.items():
+                value = values[group.index][token.position]
+                setattr(token, {"uniforms": "uniform"}.get(name, name), value)
+    return made, source
+
+
+def dropless_group(gate, outer: int, group: Group, slots: dict, source: dict) -> Group:
+    """What a level without a capacity hands on: its choices in slot order, and the length of a balanced share."""
+    mine = sorted((slot, c) for (e, g, slot), c in slots.items() if (e, g) == (outer, group.index[-1]))
+    tokens = []
+    for slot, choice in mine:
+        tokens.append(Token(choice.token.x, slot, gate.hand_on(choice)))
+        source[tokens[-1]] = choice
+    choices = min(gate.num_choices, gate.num_experts)  # of a token, among different outer experts
+    return Group(tokens, group.length * choices / gate.num_experts, (outer, group.index[-1]))
+
+
+def slot_groups(gate, outer: int, groups, slots: dict, source: dict, x: Tensor, group_size) -> list[Group]:
+    """The slots of one outer expert as groups: one for each group of level one, or cut anew by `group_size`."""
+    b, n, d = x.shape
+    c = gate.limit(n)
+    places: list[Token | None] = []  # every slot of the padded layout, None beyond what a group's real length gives
+    for group in groups:
+        for slot in range(c):
+            choice = slots.get((outer, group.index[-1], slot))
+            token = None
+            if choice is not None:
+                token = Token(choice.token.x, 0, gate.hand_on(choice))
+                source[token] = choice
+            elif slot < gate.limit(group.length):
+                token = Token(x.new_zeros(d), 0, 0.0)
+            places.append(token)
+    count = b if group_size is None else split(b * c, group_size)
+    length = len(places) // count if count else 0
+    made = []
+    for index in range(count):
+        part = places[index * length : (index + 1) * length]
+        for position, token in enumerate(part):
+            if token is not None:
+                token.position = position
+        tokens = [token for token in part if token is not None]
+        made.append(Group(tokens, len(tokens), (outer, index)))
+    return made
+
+
+# Views
+
+
+def dense(decision: Decision, shape: Sequence[int], slots: int) -> Tensor:
+    """The combine tensor (*outer, b, n, e, slots) of a decision; `shape` is (*outer, b, n, e)."""
+    combine = decision.balance_loss.new_zeros((*shape, slots))
+    kept = [c for c in decision.choices if c.kept and c.weight != 0]
+    if not kept:
+        return combine
+    places = [(*c.group.index, c.token.position, c.expert, c.slot) for c in kept]
+    return combine.index_put(tuple(torch.tensor(places).unbind(1)), torch.stack([c.weight for c in kept]))

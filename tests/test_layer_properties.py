@@ -1,0 +1,391 @@
+"""Both layers against the slow reference, and what they guarantee, over many random configurations (float64)."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import reference
+import strategies as make
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE
+
+LEVEL = st.sampled_from([3, 2, 4, 1])  # experts of one level of two
+
+
+@dataclass
+class Setup:
+    """A layer with the slow counterpart of its parts."""
+
+    layer: nn.Module
+    routers: list  # one a level
+    bank: make.Bank
+    options: dict = field(default_factory=dict)  # what the reference's layer takes too
+
+    @property
+    def dim(self) -> int:
+        return self.layer.dim
+
+    def run_both(self, x: Tensor, mask: Tensor | None):
+        """(out, aux_loss) of the layer and the reference's Output, on the same draws."""
+        training = self.layer.training
+        with make.RecordDraws() as draws, make.uneven_groups_allowed():
+            out, aux_loss = self.layer(x, mask=mask)
+        arguments = {**self.options, "mask": mask, "draws": draws.take(self.routers[0], training)}
+        if len(self.routers) == 1:
+            gate = self.routers[0].reference(self.layer.gate)
+            expected = reference.moe(x, gate, self.bank.reference(self.layer.experts), **arguments)
+        else:
+            gates = [r.reference(g) for r, g in zip(self.routers, self.gates, strict=True)]
+            experts = self.bank.reference(self.layer.experts, self.layer.num_experts_inner)
+            arguments["inner_draws"] = draws.take(self.routers[1], training)
+            expected = reference.hierarchical_moe(x, *gates, experts, **arguments)
+        assert not draws.values
+        return out, aux_loss, expected
+
+    @property
+    def gates(self) -> list[nn.Module]:
+        layer = self.layer
+        return [layer.gate] if len(self.routers) == 1 else [layer.gate_outer, layer.gate_inner]
+
+    def compare(self, x: Tensor, mask: Tensor | None) -> None:
+        """Outputs, the auxiliary loss and all gradients: inputs, gates, experts, shared expert."""
+        x = make.poisoned(x, mask).requires_grad_()
+        out, aux_loss, expected = self.run_both(x, mask)
+        make.assert_same(out, expected.out, "out")
+        make.assert_same(aux_loss, expected.aux_loss, "aux_loss")
+        assert mask is None or out[~mask].count_nonzero() == 0
+        cotangent = make.normal(make.generator(1), *out.shape)
+        make.assert_same_gradients(
+            (out * cotangent).sum() + aux_loss,
+            (expected.out * cotangent).sum() + expected.aux_loss,
+            {"x": x, **dict(self.layer.named_parameters())},
+        )
+
+
+@st.composite
+def layer_options(draw, group_sizes=(None, None, None, 8, 12, 3, 1)) -> dict:
+    return {
+        "loss_coef": draw(st.sampled_from([1e-2, 0.5])),
+        "z_loss_coef": draw(st.sampled_from([0.0, 0.1])),
+        "group_size": draw(st.sampled_from(group_sizes)),
+    }
+
+
+def shared(dim: int, seed: int) -> nn.Module:
+    module = nn.Linear(dim, dim).double()
+    with torch.no_grad():
+        module.weight.copy_(make.normal(make.generator(seed), dim, dim))
+    return module
+
+
+@st.composite
+def one_level(draw, kind: str, options=layer_options, **limits) -> Setup:
+    dim, e = draw(make.dims), draw(make.counts_for(kind))
+    router, bank, chosen = draw(make.routers(kind, e, **limits)), draw(make.banks()), draw(options())
+    if draw(st.booleans()):
+        chosen["shared_expert"] = shared(dim, draw(make.seeds))
+    gate, experts = router.build(dim, e, draw(make.seeds)), bank.build(dim, e, draw(make.seeds))
+    layer = MoE(dim, e, gate=gate, experts=experts, **chosen)
+    return Setup(layer.train(draw(st.booleans())), [router], bank, chosen)
+
+
+@st.composite
+def two_level(draw, kinds: tuple[str, str], options=layer_options, **limits) -> Setup:
+    dim, (eo, ei) = draw(make.dims), [draw(make.counts_for(kind, LEVEL)) for kind in kinds]
+    outer, inner = (draw(make.routers(kind, e, **limits)) for kind, e in zip(kinds, (eo, ei), strict=True))
+    bank, chosen = draw(make.banks()), draw(options())
+    if draw(st.booleans()):
+        chosen["shared_expert"] = shared(dim, draw(make.seeds))
+    layer = HeirarchicalMoE(
+        dim,
+        (eo, ei),
+        gate_outer=outer.build(dim, eo, draw(make.seeds)),
+        gate_inner=inner.build(dim, ei, draw(make.seeds), outer=(eo,)),
+        experts=bank.build(dim, (eo, ei), draw(make.seeds)),
+        **chosen,
+    )
+    return Setup(layer.train(draw(st.booleans())), [outer, inner], bank, chosen)
+
+
+@st.composite
+def inputs(draw, dim: int) -> tuple[Tensor, Tensor | None]:
+    """(..., n, d) with any number of leading axes, none empty of surprises; and a mask or none."""
+    leading = draw(st.sampled_from([(2,), (3,), (1,), (2, 2), (2,), (), (1, 3), (2,), (0,)]))
+    shape = (*leading, draw(make.lengths))
+    x = make.normal(make.generator(draw(make.seeds)), *shape, dim)
+    return x, draw(make.masks(*shape))
+
+
+@pytest.mark.parametrize("kind", [*make.TOKEN_CHOICE, "expert_choice"])
+@given(data=st.data())
+@settings(max_examples=40)
+def test_one_level_equals_reference(kind, data):
+    setup = data.draw(one_level(kind))
+    setup.compare(*data.draw(inputs(setup.dim)))
+
+
+@pytest.mark.parametrize("inner", make.TOKEN_CHOICE)
+@pytest.mark.parametrize("outer", make.TOKEN_CHOICE)
+@given(data=st.data())
+@settings(max_examples=25)
+def test_two_levels_equal_reference(outer, inner, data):
+    setup = data.draw(two_level((outer, inner)))
+    setup.compare(*data.draw(inputs(setup.dim)))
+
+
+# The layers' own gating arguments, without gates from outside
+
+
+@st.composite
+def with_arguments(draw, levels: int) -> Setup:
+    router = draw(make.top2_routers())
+    dim, sizes = draw(make.dims), [draw(LEVEL) for _ in range(levels)]
+    bank, chosen = make.Bank("ffn"), draw(layer_options())
+    arguments = {"hidden_dim": bank.hidden_dim, **router.arguments, **chosen}
+    if levels == 1:
+        layer, routers = MoE(dim, *sizes, **arguments), [router]
+    else:
+        factor = draw(st.sampled_from([None, 0.7, 1.5]))
+        layer = HeirarchicalMoE(dim, tuple(sizes), capacity_factor_second_level=factor, **arguments)
+        inner = dict(router.arguments)
+        if factor is not None:
+            inner.update(capacity_factor_train=factor, capacity_factor_eval=factor)
+        routers = [router, make.Router("top2", inner)]
+    return Setup(layer.double().train(draw(st.booleans())), routers, bank, chosen)
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+@given(data=st.data())
+def test_gating_arguments(levels, data):
+    setup = data.draw(with_arguments(levels))
+    setup.compare(*data.draw(inputs(setup.dim)))
+
+
+# Guarantees of both layers, in eval with routers that draw nothing, a sequence being a group
+
+PAIRS = [(outer, inner) for outer in make.TOKEN_CHOICE for inner in make.TOKEN_CHOICE]
+
+
+def each_layer(*more):
+    """Parametrize over layers: a kind of router, or a pair of kinds for two levels."""
+    kinds = [*make.TOKEN_CHOICE, *more, *PAIRS]
+    return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind if isinstance(kind, str) else "-".join(kind))
+
+
+def quiet_layers(kind, **limits):
+    strategy = one_level if isinstance(kind, str) else two_level
+    return strategy(kind, lambda: layer_options(group_sizes=(None,)), policies=make.QUIET, **limits)
+
+
+@each_layer("expert_choice")
+@given(data=st.data())
+@settings(max_examples=12)
+def test_padding_changes_nothing(kind, data):
+    """Outputs, losses and gradients of a padded batch are those of the batch, NaN in the padding notwithstanding."""
+    setup = data.draw(quiet_layers(kind))
+    layer = setup.layer.eval()
+    batch = data.draw(make.padded_batches(setup.dim))
+    (out, aux_loss), (expected, expected_loss) = layer(batch.x, mask=batch.mask), layer(batch.plain)
+    real = batch.tokens(out)
+    make.assert_same(real, expected, "out")
+    make.assert_same(aux_loss, expected_loss, "aux_loss")
+    assert out[~batch.mask].count_nonzero() == 0
+    cotangent = make.normal(make.generator(1), *expected.shape)
+    loss = (out.masked_fill(~batch.mask.unsqueeze(-1), 0) * 0).sum() + (real * cotangent).sum() + aux_loss
+    (of_padding,) = make.gradients(loss, [batch.x])
+    assert of_padding[~batch.mask].count_nonzero() == 0
+    parameters = dict(layer.named_parameters())
+    make.assert_same_gradients(loss, (expected * cotangent).sum() + expected_loss, {"x": batch.plain, **parameters})
+
+
+@each_layer("expert_choice")
+@given(data=st.data())
+@settings(max_examples=10)
+def test_a_batch_of_mixed_lengths_is_its_sequences(kind, data):
+    """Every sequence comes out as if it had been alone."""
+    setup = data.draw(quiet_layers(kind))
+    layer = setup.layer.eval()
+    gen = make.generator(data.draw(make.seeds))
+    lengths = data.draw(st.lists(make.lengths, min_size=2, max_size=4))
+    sequences = [make.normal(gen, 1, n, setup.dim) for n in lengths]
+    parts = [make.pad(x, max(lengths) + 1 - x.shape[1], gen) for x in sequences]
+    out, _ = layer(torch.cat([p.x for p in parts]), mask=torch.cat([p.mask for p in parts]))
+    for i, (x, part) in enumerate(zip(sequences, parts, strict=True)):
+        make.assert_same(part.tokens(out[i : i + 1]), layer(x)[0], f"sequence {i}")
+
+
+@each_layer()
+@given(data=st.data())
+@settings(max_examples=10)
+def test_token_priority_is_causal(kind, data):
+    """Changing tokens after t changes no output up to t."""
+    setup = data.draw(quiet_layers(kind, priority="token"))
+    layer = setup.layer.eval()
+    n = data.draw(st.sampled_from([8, 5, 3, 2]))
+    t = data.draw(st.sampled_from([n // 2, 0, n - 2]))
+    gen = make.generator(data.draw(make.seeds))
+    x = make.normal(gen, 2, n, setup.dim)
+    changed = torch.cat([x[:, : t + 1], 3 * make.normal(gen, 2, n - t - 1, setup.dim)], dim=1)
+    mask = data.draw(make.masks(2, n))
+    before, after = (layer(v, mask=mask)[0][:, : t + 1] for v in (x, changed))
+    make.assert_same(after, before, "out")
+
+
+@each_layer()
+@given(data=st.data())
+@settings(max_examples=10)
+def test_dropless_layers_do_not_depend_on_length(kind, data):
+    """A prefix gives the prefix of the outputs."""
+    setup = data.draw(quiet_layers(kind, dropless=True))
+    layer = setup.layer.eval()
+    n = data.draw(make.lengths)
+    m = data.draw(st.sampled_from([n // 2, n, 0]))
+    x = make.normal(make.generator(data.draw(make.seeds)), 2, n, setup.dim)
+    make.assert_same(layer(x)[0][:, :m], layer(x[:, :m])[0], "out")
+
+
+@each_layer()
+@given(data=st.data())
+@settings(max_examples=8)
+def test_a_nan_stays_in_its_token_when_dropless(kind, data):
+    setup = data.draw(quiet_layers(kind, dropless=True))
+    layer = setup.layer.eval()
+    n = data.draw(st.sampled_from([8, 5, 2]))
+    x = make.normal(make.generator(data.draw(make.seeds)), 2, n, setup.dim)
+    broken = x.clone()
+    broken[0, n // 2] = torch.nan
+    expected, found = layer(x)[0], layer(broken)[0]
+    assert found[0, n // 2].isnan().all()
+    others = torch.ones(2, n, dtype=torch.bool)
+    others[0, n // 2] = False
+    make.assert_same(found[others], expected[others], "other tokens")
+
+
+def build_layer(kind: str, name: str, **options) -> nn.Module:
+    """A small layer of one or two levels with a router of ANY_ROUTER."""
+    router, bank = ANY_ROUTER[name], make.Bank("gated")
+    if kind == "one level":
+        return MoE(3, 4, gate=router.build(3, 4, 5), experts=bank.build(3, 4, 6), **options)
+    return HeirarchicalMoE(
+        3,
+        (4, 4),
+        gate_outer=router.build(3, 4, 5),
+        gate_inner=router.build(3, 4, 7, outer=(4,)),
+        experts=bank.build(3, (4, 4), 6),
+        **options,
+    )
+
+
+ANY_ROUTER = {
+    "top2": make.Router("top2", {"second_place_loss": True, "second_policy_train": "all"}),
+    "top2 random": make.Router("top2", {}),
+    "top2 dropless": make.Router("top2", {"capacity_factor_train": None, "capacity_factor_eval": None}),
+    "softmax k=1": make.Router("topk", {"k": 1}),
+    "softmax": make.Router("topk", {"k": 2, "capacity_factor_train": 1.0, "balance_over": "batch"}),
+    "sigmoid": make.Router("topk", {"k": 2, "score": "sigmoid", "num_groups": 2, "top_groups": 1, "expert_bias": True}),
+    "noisy": make.Router("noisy", {"k": 2}),
+    "expert choice": make.Router("expert_choice", {}),
+}
+LAYERS = ("one level", "two levels")
+COMBINATIONS = [
+    (kind, name) for kind in LAYERS for name in ANY_ROUTER if (kind, name) != ("two levels", "expert choice")
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), COMBINATIONS)
+def test_router_learns_from_the_task_alone(kind, name):
+    """With both loss coefficients 0 every gate still gets a gradient, through the weights of the combination."""
+    layer = build_layer(kind, name, loss_coef=0.0, z_loss_coef=0.0).train()
+    x = make.normal(make.generator(2), 2, 9, 3)
+    out, aux_loss = layer(x)
+    assert aux_loss == 0
+    (out.square().sum() + aux_loss).backward()
+    for path, parameter in layer.named_parameters():
+        if path.endswith("w_gating"):
+            assert parameter.grad.abs().max() > 1e-6, path
+
+
+def test_noisy_router_of_one_choice_learns_from_its_losses_only():
+    """The documented exception: at k = 1 the weight is the constant 1."""
+    gate = make.Router("noisy", {"k": 1}).build(3, 4, 5)
+    layer = MoE(3, 4, gate=gate, experts=make.Bank("ffn").build(3, 4, 6), loss_coef=0.0).train()
+    out, _ = layer(make.normal(make.generator(2), 2, 9, 3))
+    out.square().sum().backward()
+    assert gate.w_gating.grad is None or gate.w_gating.grad.count_nonzero() == 0
+
+
+EXTREMES = {
+    "saturated": lambda x: x * 1e4,
+    "equal tokens": torch.zeros_like,
+    "all masked": lambda x: x * torch.nan,
+    "no tokens": lambda x: x[:, :0],
+    "no groups": lambda x: x[:0],
+}
+
+
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize(("kind", "name"), COMBINATIONS)
+def test_no_nan(kind, name, extreme):
+    for training in (True, False):
+        layer = build_layer(kind, name, z_loss_coef=0.1, shared_expert=shared(3, 8)).train(training)
+        x = EXTREMES[extreme](make.normal(make.generator(2), 2, 5, 3)).requires_grad_()
+        mask = torch.zeros(x.shape[:-1], dtype=torch.bool) if extreme == "all masked" else None
+        out, aux_loss = layer(x, mask=mask)
+        loss = (out * make.normal(make.generator(1), *out.shape)).sum() + aux_loss
+        assert loss.isfinite()
+        for gradient in make.gradients(loss, [x, *layer.parameters()]):
+            assert gradient.isfinite().all()
+        if extreme in ("all masked", "no tokens", "no groups"):
+            assert aux_loss == 0
+            assert out.count_nonzero() == 0
+
+
+class Unchanged(nn.Module):
+    """Batched experts that return what they are given."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("num_experts", [1, 2])
+def test_choices_of_weight_zero_take_no_room_when_dropless(num_experts):
+    """Saturated, a token's second choice is its first expert again, with weight 0; an expert still has n slots."""
+    settings = {"capacity_factor_train": None, "capacity_factor_eval": None, "second_policy_eval": "all"}
+    layer = MoE(1, num_experts, experts=Unchanged(), priority="token", **settings).eval()
+    layer.gate.w_gating.data.copy_(torch.tensor([[200.0, 0.0]])[:, :num_experts])
+    x = torch.arange(1.0, 5.0).view(2, 2, 1)
+    torch.testing.assert_close(layer(x)[0], x)
+
+
+def test_one_outer_expert_hands_on_no_more_than_its_tokens():
+    """Two choices among one expert are one: level two's capacity is that of n tokens, not of 2n."""
+    settings = {"capacity_factor_train": None, "capacity_factor_eval": None, "second_policy_eval": "all"}
+    inner = make.Router("topk", {"k": 2, "capacity_factor_eval": 0.6, "min_expert_capacity": 1})
+    layer = HeirarchicalMoE(3, (1, 3), gate_inner=inner.build(3, 3, 1, outer=(1,)), **settings).double().eval()
+    x = make.normal(make.generator(1), 2, 7, 3)
+    make.assert_same(layer(x)[0][:1], layer(x[:1])[0], "first sequence")
+
+
+def test_a_tie_of_level_one_has_no_first_choice_at_level_two():
+    """Weights of exactly 0.5 are handed on with importance 0.5 each: one choice at level two, and no loss."""
+    layer = HeirarchicalMoE(2, (2, 3), second_policy_eval="all").eval()
+    layer.gate_outer.w_gating.data.zero_()
+    seen = []
+    layer.gate_inner.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    outer = layer.gate_outer(torch.ones(1, 2, 2))
+    assert outer.weight.tolist() == [[0.5] * 4]
+    layer(torch.ones(1, 2, 2))
+    assert seen[0].balance_loss == 0
+    assert seen[0].kept.sum() == 4  # two tokens at each of two outer experts
+
+
+def test_two_levels_refuse_expert_choice():
+    """A slot has no list of choices that a second level could follow."""
+    gate = ExpertChoiceGating(3, 4)
+    with pytest.raises(ValueError, match=r"[Ee]xpert.?[Cc]hoice|token.choice"):
+        HeirarchicalMoE(3, (4, 4), gate_outer=gate)
+    with pytest.raises(ValueError, match="importance"):
+        gate(torch.randn(1, 5, 3), importance=torch.ones(1, 5))
