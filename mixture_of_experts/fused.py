@@ -87,8 +87,8 @@ class _Fused(torch.autograd.Function):
     """Returns the tokens' outputs `(t, d)`, and what is kept for the backward."""
 
     @staticmethod
-    def forward(call: Call, x, weight, row, assignment, token, counts, *weights):
-        *first, last = weights
+    def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
+        x, weight, row, assignment, token, counts, *first, last = tensors
         layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
@@ -134,9 +134,9 @@ class _FusedBackward(torch.autograd.Function):
     """Gradients of x, the assignments' weights and the experts' weights. See `_Fused.backward`."""
 
     @staticmethod
-    def forward(call: Call, needs, num_kept: int, grad, x, weight, row, assignment, token, counts, *rest):
-        *first, last = rest[: num_kept + 1]
-        kept = rest[num_kept + 1 :]
+    def forward(call: Call, needs, num_kept: int, *tensors):
+        grad, x, weight, row, assignment, token, counts, *rest = tensors
+        (*first, last), kept = rest[: num_kept + 1], rest[num_kept + 1 :]
         layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]

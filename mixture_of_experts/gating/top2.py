@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_number
-from mixture_of_experts.gating.base import TokenChoiceGate
+from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.routing import Priority, Routing
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
@@ -134,39 +134,52 @@ class Top2Gating(TokenChoiceGate):
                 only and in no loss, 0 not at all.
             mask: `(*outer, b, n)` bool, True where the token is real.
             length: `(*outer, b)` number of tokens that capacity and means reckon with, if it is neither n nor what
-                the mask says.
+                the mask says; at most n.
         """
         tokens = self.read(x, importance, mask, length)
         logits = self.product(tokens.x, self.w_gating)
         probs = logits.softmax(dim=-1)
-        first = tokens.first if tokens.first is not None else torch.ones_like(probs[..., 0], dtype=torch.bool)
 
-        # the first choice, and the second among what it leaves
-        expert_1 = probs.argmax(dim=-1, keepdim=True)
-        taken = torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first.unsqueeze(-1))
-        rest = torch.where(taken, 0.0, probs)
-        expert_2 = rest.argmax(dim=-1, keepdim=True)
-        expert = torch.cat([expert_1, expert_2], dim=-1)
+        # the first choice, and the second among what it leaves (a token without a first choice leaves all)
+        expert_1 = probs.detach().argmax(dim=-1, keepdim=True)
+        rest = self._without_first(probs.detach(), expert_1, tokens.first)
+        expert = torch.cat([expert_1, rest.argmax(dim=-1, keepdim=True)], dim=-1)
+        gate = probs.gather(-1, expert)
+        gate = torch.where(self._counts(expert, tokens.first), gate, 0.0)
+        gate = gate / (gate.sum(dim=-1, keepdim=True) + self.eps)
 
-        gate_1 = torch.where(first, probs.gather(-1, expert_1).squeeze(-1), 0.0)
-        gate_2 = rest.gather(-1, expert_2).squeeze(-1)
-        total = gate_1 + gate_2 + self.eps
-        gate_1, gate_2 = gate_1 / total, gate_2 / total
-
-        second = tokens.some
-        parts = self._losses(tokens.length, probs, rest, expert, first, second, tokens.real)
-        kept_second = self._policy(gate_2.detach())
-        chosen = torch.stack([first, kept_second if second is None else kept_second & second], dim=-1)
+        parts = self._losses(tokens, probs, expert)
+        first, second = tokens.first, self._policy(gate[..., 1].detach())
+        chosen = [torch.ones_like(second) if first is None else first]
+        chosen += [second if tokens.some is None else second & tokens.some]
         return self.route(
             tokens,
             probs,
             expert,
-            torch.stack([gate_1, gate_2], dim=-1),
-            chosen=chosen,
+            gate,
+            chosen=torch.stack(chosen, dim=-1),
             balance_loss=sum(parts.values(), torch.zeros_like(parts["balance"])),
             z_loss=losses.z_loss(logits, tokens.first, self.process_group),
             losses=parts,
         )
+
+    def _without_first(self, probs: Tensor, expert_1: Tensor, first: Tensor | None) -> Tensor:
+        """The probabilities with that of the first choice, where it is one, set to 0."""
+        if first is None:
+            return probs.scatter(-1, expert_1, 0.0)
+        return torch.where(
+            torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first[..., None]), 0.0, probs
+        )
+
+    def _counts(self, expert: Tensor, first: Tensor | None) -> Tensor:
+        """`(..., b, n, 2)` bool: choices with a gate: first ones that are made, second ones of another expert.
+
+        Where all that the first choice leaves is exactly 0, the second falls on the same expert, with a gate of 0.
+        """
+        other = expert[..., 0] != expert[..., 1]
+        if first is None:
+            return torch.stack([torch.ones_like(other), other], dim=-1)
+        return torch.stack([first, other | ~first], dim=-1)
 
     def _policy(self, gate: Tensor) -> Tensor:
         """`(..., b, n)` bool: the second choices that the policy of the present mode keeps."""
@@ -174,26 +187,19 @@ class Top2Gating(TokenChoiceGate):
             return POLICIES[self.second_policy_train](gate, self.second_threshold_train, self.eps)
         return POLICIES[self.second_policy_eval](gate, self.second_threshold_eval, self.eps)
 
-    def _losses(
-        self,
-        length: Tensor,
-        probs: Tensor,
-        rest: Tensor,
-        expert: Tensor,
-        first: Tensor,
-        second: Tensor | None,
-        real: Tensor | None,
-    ) -> dict[str, Tensor]:
+    def _losses(self, tokens: Tokens, probs: Tensor, expert: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
-        load = self.load(expert[..., :1], first.unsqueeze(-1))
-        proxy = torch.where(first.unsqueeze(-1), probs, 0.0).sum(dim=-2)
-        parts = {"balance": losses.load_balance(load, proxy, length, group=self.process_group)}
+        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
+        load = self.load(expert[..., :1], first)
+        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
+        parts = {"balance": losses.load_balance(load, proxy, tokens.length, group=self.process_group)}
         if self.second_place_loss:
-            load = self.load(expert[..., 1:], None if second is None else second.unsqueeze(-1))
+            load = self.load(expert[..., 1:], None if tokens.some is None else tokens.some.unsqueeze(-1))
+            rest = self._without_first(probs, expert[..., :1], tokens.first)
             proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
-            if real is not None:
-                proxy = torch.where(real.unsqueeze(-1), proxy, 0.0)
-            balance = losses.load_balance(load, proxy.sum(dim=-2), length, group=self.process_group)
+            if tokens.real is not None:
+                proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
+            balance = losses.load_balance(load, proxy.sum(dim=-2), tokens.length, group=self.process_group)
             parts["second_place"] = 0.5 * balance
         return parts
 
