@@ -43,7 +43,7 @@ def prefers_rows(experts: nn.Module, x: Tensor, levels: Sequence[Routing]) -> bo
     if method is None:
         return False
     last = levels[-1]
-    num_slots = last.expert.shape[:-1].numel() * last.num_experts * last.slots
+    num_slots = math.prod(last.expert.shape[:-1]) * last.num_experts * last.slots
     num_rows = num_slots if last.choices is None else x.shape[0]
     for routing in levels:
         num_rows = num_rows * (routing.choices or 1)
@@ -60,14 +60,15 @@ def run(experts: nn.Module, rows: Tensor, where: Plan) -> Tensor:
     if not isinstance(result, Tensor) or result.shape != slots.shape:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise ValueError(f"experts must return the shape they are given, {tuple(slots.shape)}, got {got}")
-    return result.flatten(0, -2)
+    return result.flatten().view(rows.shape)  # `flatten(0, -2)` asks of a dynamic length whether it is 1
 
 
 def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict[str, Tensor | None]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
-    the length that capacity and means reckon with is each expert's fair share of the choices.
+    the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
+    once, so a single expert has n of them).
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots
@@ -80,7 +81,7 @@ def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict
     if outer.capacity is None:
         mask = importance > 0
         real = groups.new_full((b,), n, dtype=torch.float64) if outer.real is None else outer.real.sum(dim=-1)
-        length = (real.to(torch.float64) * outer.choices / eo).expand(eo, b)
+        length = (real.to(torch.float64) * min(outer.choices, eo) / eo).expand(eo, b)
     elif outer.limit is not None:
         mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
     if group_size is not None and outer.capacity is not None:

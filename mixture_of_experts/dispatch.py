@@ -76,7 +76,7 @@ def compose(outer: Routing, inner: Routing, *, ragged: bool = False) -> Plan:
     row = _with_sentinel(row_of_slot.reshape(num_slots, inner.choices), most_rows)[slot]  # (t k1, k2)
     weight = outer.weight.flatten().unsqueeze(-1) * _with_zero(inner.weight.reshape(num_slots, inner.choices))[slot]
     choices = outer.choices * inner.choices
-    num_tokens = outer.expert.shape[:-1].numel() * outer.num_tokens
+    num_tokens = math.prod(outer.expert.shape[:-1]) * outer.num_tokens
     num_rows = most_rows
     if ragged:  # most slots may be empty: tokens bound the rows too
         num_rows = smallest(most_rows, row.numel())

@@ -141,7 +141,7 @@ def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     blocks = (counts + size - 1) // size  # (e,) blocks of each expert
     last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
     block = torch.arange(num_blocks, device=x.device)
-    expert = torch.searchsorted(last_block, block, right=True).clamp(max=experts - 1)
+    expert = _owner(last_block, block)
 
     # (blocks, size): the row of x in each place, `rows` where there is none
     first = (last_row - counts)[expert] + (block - (last_block - blocks)[expert]) * size
@@ -162,6 +162,14 @@ def _outer_in_blocks(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return torch.func.vjp(lambda weight: _in_blocks(x, weight, counts), weight)[1](y)[0]
 
 
+def _owner(ends: Tensor, index: Tensor) -> Tensor:
+    """Which range holds each index, if range i ends before `ends[i]`; the last one for those past the end.
+
+    By comparisons, not searchsorted, which ONNX does not have.
+    """
+    return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
+
+
 def _with_zero(rows: Tensor) -> Tensor:
     """One more row, of zeros."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
@@ -176,5 +184,4 @@ def bias_of_rows(bias: Tensor, counts: Tensor | None, rows: int) -> Tensor:
     """`(e, q)` biases as `(e, 1, q)` for slots or `(r, q)` for rows."""
     if counts is None:
         return bias.unsqueeze(-2)
-    expert = torch.searchsorted(counts.cumsum(0), torch.arange(rows, device=bias.device), right=True)
-    return _take(bias, expert.clamp(max=bias.shape[0] - 1))
+    return _take(bias, _owner(counts.cumsum(0), torch.arange(rows, device=bias.device)))

@@ -5,6 +5,7 @@ Axes: b groups, n tokens of a group, m groups after a split, d model dim.
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
@@ -22,7 +23,7 @@ def enter(
     if mask is not None:
         check_mask(mask, inputs.shape[:-1])
         x = torch.where(mask.unsqueeze(-1), inputs, 0)  # NaN in the padding would survive a product with 0
-    shape = (inputs.shape[:-2].numel(), inputs.shape[-2])
+    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would freeze a dynamic length
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)

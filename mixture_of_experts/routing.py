@@ -114,7 +114,7 @@ def largest(first: int, second: int) -> int:
 
 
 def group_capacity(length: Tensor, factor: float, num_experts: int, minimum: int, choices: int = 1) -> Tensor:
-    """The same for groups whose real length is read from a mask; 0 for a group without a token.
+    """The same for groups whose real length, at most n, is read from a mask; 0 for a group without a token.
 
     The product is taken in float64, so that it truncates as Python's does.
     """
@@ -148,7 +148,7 @@ def queue_positions(
     order = key
     if priority == "score":
         assert score is not None
-        order = score.sort(dim=-1, descending=True, stable=True).indices.unsqueeze(-1).expand_as(key)
+        order = stable_order(score, descending=True).unsqueeze(-1).expand_as(key)
         key = key.gather(-2, order)
     slot, queued = _positions(key.transpose(-2, -1).flatten(-2), num_experts)
     slot = slot.unflatten(-1, (k, n)).transpose(-2, -1)
@@ -162,10 +162,32 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
     A key of `num_experts` is in no queue.
     """
+    if exporting_to_onnx():
+        return _positions_by_counting(key, num_experts)
     if num_experts < torch.iinfo(torch.int16).max:
         key = key.to(torch.int16)  # a stable sort of int16 is several times faster than one of int64
     key, order = key.sort(dim=-1, stable=True)
-    experts = torch.arange(num_experts + 1, device=key.device, dtype=key.dtype)
-    start = torch.searchsorted(key, experts.expand(*key.shape[:-1], -1).contiguous())
+    # added to zeros, not expanded, so that it is contiguous also under vmap, as searchsorted wants it
+    experts = key.new_zeros(*key.shape[:-1], 1) + torch.arange(num_experts + 1, device=key.device, dtype=key.dtype)
+    start = torch.searchsorted(key, experts)
     position = torch.arange(key.shape[-1], device=key.device) - start.gather(-1, key.to(torch.int64))
     return torch.empty_like(position).scatter(-1, order, position), start.diff(dim=-1)
+
+
+def _positions_by_counting(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The same with a table `(..., a, e)`, by operators that ONNX has."""
+    queues = (key.unsqueeze(-1) == torch.arange(num_experts, device=key.device)).to(torch.int64)
+    place = queues.cumsum(dim=-2).gather(-1, key.clamp(max=num_experts - 1).unsqueeze(-1))
+    return place.squeeze(-1) - 1, queues.sum(dim=-2)
+
+
+def stable_order(values: Tensor, descending: bool = False) -> Tensor:
+    """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    if exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
+        return values.topk(values.shape[-1], dim=-1, largest=descending).indices
+    return values.sort(dim=-1, descending=descending, stable=True).indices
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` traces: ONNX has neither a stable sort nor searchsorted."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.losses import z_loss
-from mixture_of_experts.routing import Routing, expert_capacity, group_capacity, smallest
+from mixture_of_experts.routing import Routing, expert_capacity, group_capacity, smallest, stable_order
 
 
 class ExpertChoiceGating(Gate):
@@ -64,7 +64,7 @@ class ExpertChoiceGating(Gate):
         ranked = score.detach()
         if mask is not None:
             ranked = torch.where(mask.unsqueeze(-2), ranked, -1.0)
-        token = ranked.sort(dim=-1, descending=True, stable=True).indices[..., :capacity]
+        token = stable_order(ranked, descending=True)[..., :capacity]
         slot = torch.arange(token.shape[-1], device=token.device).expand_as(token)
         expert = torch.arange(e, device=token.device).unsqueeze(-1).expand_as(token)
         chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]

@@ -103,7 +103,7 @@ class TopKGating(TokenChoiceGate):
         self.w_gating = nn.Parameter(torch.empty(*outer, dim, num_experts))
         self.b_gating = nn.Parameter(torch.empty(*outer, num_experts)) if bias else None
         buffer = (*outer, num_experts)
-        self.register_buffer("expert_bias", torch.zeros(buffer) if expert_bias else None)
+        self.register_buffer("expert_bias", torch.zeros(buffer, dtype=torch.float32) if expert_bias else None)
         self.register_buffer("expert_counts", torch.zeros(buffer, dtype=torch.int64) if expert_bias else None)
         self.reset_parameters()
 
@@ -123,11 +123,7 @@ class TopKGating(TokenChoiceGate):
     ) -> Routing:
         """Decide; arguments as `Top2Gating.forward` (importance between 0 and 1: the top choice only)."""
         tokens = self.read(x, importance, mask, length)
-        router_input = tokens.x
-        if self.training and self.jitter:
-            noise = torch.empty_like(router_input).uniform_(1 - self.jitter, 1 + self.jitter)
-            router_input = router_input * noise
-        logits = self.product(router_input, self.w_gating, self.b_gating)
+        logits = self.product(self._jittered(tokens.x), self.w_gating, self.b_gating)
         score = SCORES[self.score](logits)
         expert = self._choose(score)
         allowed = self.allowed(tokens)
@@ -144,12 +140,19 @@ class TopKGating(TokenChoiceGate):
         load = self.load(expert, first)
         proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
         balance = BALANCES[self.balance_over](load, proxy, tokens.length, self.choices, self.process_group)
-        if self.expert_counts is not None:
+        if self.expert_counts is not None and self.training:
             chosen = load if allowed is None else self.load(expert, allowed)
             weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
         z_loss = losses.z_loss(logits, tokens.first, self.process_group)
         top = score.detach().amax(dim=-1) if self.priority == "score" else None
         return self.route(tokens, probs, expert, weight, chosen=allowed, score=top, balance_loss=balance, z_loss=z_loss)
+
+    def _jittered(self, x: Tensor) -> Tensor:
+        """In training x times U(1 - jitter, 1 + jitter); in float32 at least, as bfloat16 has no number near 1.005."""
+        if not (self.training and self.jitter):
+            return x
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
     def _choose(self, score: Tensor) -> Tensor:
         """`(..., b, n, k)` experts by the biased scores, from the best groups of experts only."""
@@ -169,22 +172,25 @@ class TopKGating(TokenChoiceGate):
         """Move the expert bias by `rate * sign(mean load - load)` and start counting anew.
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
-        tokens, before capacity, of the forwards whose backward ran since the last call; with `group` they are summed
-        over its ranks, without it there is no collective.
+        tokens, before capacity, of the forwards in training mode whose backward ran since the last call; with `group`
+        they are summed over its ranks, without it there is no collective.
         """
         check_number("rate", rate, above=0.0)
         if self.expert_bias is None or self.expert_counts is None:
             raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
-        load = losses.global_sum(self.expert_counts, group).to(torch.float64)
-        self.expert_bias += rate * torch.sign(load.mean(dim=-1, keepdim=True) - load).to(self.expert_bias.dtype)
+        load = losses.global_sum(self.expert_counts, group)
+        below_mean = load.sum(dim=-1, keepdim=True) - self.num_experts * load  # in integers: no rounding at balance
+        self.expert_bias += rate * torch.sign(below_mean)
         self.expert_counts.zero_()
 
     def _apply(self, fn, recurse: bool = True):
-        """Casts of the module (`.bfloat16()`) leave the expert bias in float32: its steps are too small for less."""
-        bias = self.expert_bias
+        """Casts of the module (`.bfloat16()`) leave bias and counts as they are: the bias' steps are small."""
+        before = {"expert_bias": self.expert_bias, "expert_counts": self.expert_counts}
         super()._apply(fn, recurse)
-        if bias is not None and self.expert_bias is not None and self.expert_bias.dtype != bias.dtype:
-            self.expert_bias = bias.to(self.expert_bias.device)
+        for name, buffer in before.items():
+            cast = getattr(self, name)
+            if buffer is not None and cast.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
         return self
 
     def extra_repr(self) -> str:

@@ -1,0 +1,408 @@
+"""The expert bias: what it counts, what it survives, and that it balances."""
+
+from __future__ import annotations
+
+import copy
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+from recipes import recipe
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating
+
+DIM, EXPERTS = 6, 4
+
+
+def build(k: int = 2, seed: int = 0, **settings) -> MoE:
+    torch.manual_seed(seed)
+    gate = TopKGating(DIM, EXPERTS, k=k, expert_bias=True, **settings)
+    return MoE(DIM, gate=gate, experts=GatedExperts(DIM, EXPERTS, 8))
+
+
+def tokens(seed: int = 1, sequences: int = 2) -> Tensor:
+    return torch.randn(sequences, 9, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def load(moe: MoE, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
+    """What should be counted, found without counting: the choices before capacity."""
+    with torch.no_grad():
+        return sum(moe.gate(x, mask=mask).queued.sum(dim=0) for x in inputs)
+
+
+def step(moe: nn.Module, x: Tensor, **arguments) -> None:
+    out, aux_loss = moe(x, **arguments)
+    (out.square().sum() + aux_loss).backward()
+
+
+# What is counted
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"k": 1}, {"k": 1, "normalize": True}, {"score": "sigmoid"}, {"capacity_factor_train": 0.5}],
+    ids=str,
+)
+def test_counts_the_choices_before_capacity(settings):
+    moe, x = build(**settings), tokens()
+    expected = load(moe, x)
+    step(moe, x)
+    assert torch.equal(moe.gate.expert_counts, expected)
+    assert moe.gate.expert_counts.sum() == x.shape[0] * x.shape[1] * moe.gate.choices
+
+
+def test_counts_when_the_backward_runs():
+    moe, x = build(), tokens()
+    out, _ = moe(x)
+    assert not moe.gate.expert_counts.any()
+    out.sum().backward()
+    assert moe.gate.expert_counts.any()
+
+
+def test_micro_batches_add_up():
+    moe, parts = build(), [tokens(seed) for seed in range(3)]
+    for part in parts:
+        step(moe, part)
+    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+
+
+def test_two_forwards_before_one_backward_add_up():
+    moe, parts = build(), [tokens(seed) for seed in range(2)]
+    sum(moe(part)[0].sum() for part in parts).backward()
+    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+
+
+def test_a_graph_kept_for_a_second_backward_counts_once():
+    moe, x = build(), tokens()
+    out, _ = moe(x)
+    out.sum().backward(retain_graph=True)
+    out.square().sum().backward()
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+
+
+def test_eval_and_no_grad_count_nothing():
+    moe, x = build(), tokens()
+    with torch.no_grad():
+        moe(x)
+    with torch.inference_mode():
+        moe(x)
+    moe.eval()
+    step(moe, x)
+    assert not moe.gate.expert_counts.any()
+
+
+def test_masked_tokens_are_not_counted():
+    moe, x = build(), tokens()
+    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)) < 0.6
+    step(moe, torch.where(mask.unsqueeze(-1), x, torch.nan), mask=mask)
+    assert torch.equal(moe.gate.expert_counts, load(moe, x, mask=mask))
+    assert moe.gate.expert_counts.sum() == mask.sum() * 2
+
+
+def test_two_levels_count_for_each_outer_expert():
+    torch.manual_seed(0)
+    moe = HeirarchicalMoE(
+        DIM,
+        gate_outer=TopKGating(DIM, 3, k=1, expert_bias=True),
+        gate_inner=TopKGating(DIM, EXPERTS, k=2, expert_bias=True, outer_expert_dims=(3,)),
+    )
+    step(moe, tokens())
+    outer, inner = moe.gate_outer.expert_counts, moe.gate_inner.expert_counts
+    assert outer.sum() == 18
+    assert torch.equal(inner.sum(dim=-1), 2 * outer)
+
+
+# A frozen router, frozen experts
+
+
+@pytest.mark.parametrize("input_has_gradient", [False, True])
+def test_frozen_router_counts(input_has_gradient):
+    """Its experts may be training; the weights then depend on no parameter, or only on the input."""
+    moe, x = build(), tokens().requires_grad_(input_has_gradient)
+    moe.gate.requires_grad_(False)
+    step(moe, x)
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+    assert moe.gate.w_gating.grad is None
+    assert moe.experts.w1.grad.any()
+
+
+def test_frozen_experts_count():
+    moe, x = build(), tokens()
+    moe.experts.requires_grad_(False)
+    step(moe, x)
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+
+
+def test_frozen_layer_rests_in_eval():
+    moe = build().requires_grad_(False).eval()
+    assert not moe(tokens())[0].requires_grad
+
+
+# Checkpointing, compilation, function transforms
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_counts_once(use_reentrant):
+    moe, plain = build(), build()
+    x = tokens().requires_grad_()
+    out = checkpoint(lambda x: moe(x)[0], x, use_reentrant=use_reentrant)
+    out.square().sum().backward()
+    plain(tokens())[0].square().sum().backward()
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+    torch.testing.assert_close(moe.gate.w_gating.grad, plain.gate.w_gating.grad)
+
+
+def test_checkpointing_two_micro_batches():
+    moe, parts = build(), [tokens(seed) for seed in range(2)]
+    for part in parts:
+        checkpoint(lambda x: moe(x)[0], part, use_reentrant=False).sum().backward()
+    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+
+
+# torch's own deprecated calls while it traces an autograd.Function or imports a backend
+compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@compiles
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_counts_once(frozen):
+    moe, parts = build(), [tokens(seed) for seed in range(2)]
+    moe.gate.requires_grad_(not frozen)
+    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    for part in parts:
+        step(compiled, part)
+    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+    compiled.eval()
+    step(compiled, parts[0])
+    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
+
+
+@compiles
+def test_compiled_checkpoint_counts_once():
+    moe, x = build(), tokens().requires_grad_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def block(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: moe(x)[0], x, use_reentrant=False)
+
+    block(x).square().sum().backward()
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
+def test_function_transforms_count():
+    """`torch.func.grad`, and per-sample gradients by `vmap` of it."""
+    moe, x = build(), tokens()
+    parameters = dict(moe.named_parameters())
+
+    def loss(parameters: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
+
+    torch.func.grad(loss)(parameters, x)
+    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
+    assert torch.equal(moe.gate.expert_counts, 2 * load(moe, x))
+
+
+# Casts, copies, checkpoints
+
+
+def trained() -> MoE:
+    """A layer whose bias has steps that bfloat16 could not hold, and with counts under way."""
+    moe = build()
+    moe.gate.expert_bias.copy_(1 + 1e-3 * torch.arange(1, EXPERTS + 1))
+    step(moe, tokens())
+    return moe
+
+
+def assert_same_buffers(moe: MoE, original: MoE) -> None:
+    for name, dtype in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
+        buffer = getattr(moe.gate, name)
+        assert buffer.dtype == dtype
+        assert torch.equal(buffer, getattr(original.gate, name))
+
+
+CASTS = {
+    "bfloat16": lambda moe: moe.bfloat16(),
+    "half": lambda moe: moe.half(),
+    "double": lambda moe: moe.double(),
+    "to dtype": lambda moe: moe.to(torch.bfloat16),
+    "to device and dtype": lambda moe: moe.to("cpu", torch.bfloat16),
+    "type": lambda moe: moe.type(torch.bfloat16),
+    "back and forth": lambda moe: moe.bfloat16().float().half().float(),
+    "deepcopy": copy.deepcopy,
+    "deepcopy of a cast": lambda moe: copy.deepcopy(moe).bfloat16(),
+}
+
+
+@pytest.mark.parametrize("cast", CASTS)
+def test_bias_and_counts_survive(cast):
+    original = trained()
+    assert_same_buffers(CASTS[cast](copy.deepcopy(original)), original)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_state_dict_round_trip(dtype, tmp_path):
+    original = trained()
+    torch.save(original.to(dtype).state_dict(), tmp_path / "moe.pt")
+    for target in (torch.float32, torch.bfloat16):
+        moe = build(seed=5).to(target)
+        moe.load_state_dict(torch.load(tmp_path / "moe.pt", weights_only=True), strict=True)
+        assert_same_buffers(moe, original)
+
+
+def test_another_default_dtype():
+    """A model that is built in bfloat16 outright."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert moe.gate.w_gating.dtype == torch.bfloat16
+    assert moe.gate.expert_bias.dtype == torch.float32
+
+
+def test_a_copy_counts_for_itself():
+    original = trained()
+    moe = copy.deepcopy(original)
+    step(moe, tokens())
+    assert torch.equal(moe.gate.expert_counts, 2 * original.gate.expert_counts)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_module_counts_and_moves_in_float32(dtype):
+    moe, x = build().to(dtype), tokens().to(dtype)
+    for _ in range(100):
+        step(moe, x)
+        moe.gate.update_bias(1e-4)
+    steps = moe.gate.expert_bias.double() / 1e-4
+    assert steps.abs().max() > 10
+    torch.testing.assert_close(steps, steps.round(), atol=1e-2, rtol=0)
+
+
+# Moving the bias
+
+
+def test_update_moves_towards_the_mean_and_counts_anew():
+    gate = build().gate
+    gate.expert_counts.copy_(torch.tensor([5, 3, 1, 3]))  # the mean is 3
+    gate.update_bias(0.25)
+    assert gate.expert_bias.tolist() == [-0.25, 0.0, 0.25, 0.0]
+    assert gate.expert_counts.tolist() == [0, 0, 0, 0]
+    gate.update_bias(0.25)  # nothing was counted
+    assert gate.expert_bias.tolist() == [-0.25, 0.0, 0.25, 0.0]
+
+
+def test_update_compares_large_counts_exactly():
+    gate = build().gate
+    gate.expert_counts.copy_(torch.tensor([2**40 + 1, 2**40, 2**40, 2**40 - 1]))  # float32 sees four equal numbers
+    gate.update_bias(1.0)
+    assert gate.expert_bias.tolist() == [-1.0, 0.0, 0.0, 1.0]
+
+
+def test_bias_is_for_choosing_only():
+    """It changes who is chosen; the weights are those of the scores as they are."""
+    moe, x = build(score="sigmoid", normalize=False), tokens()
+    moe.gate.expert_bias.copy_(torch.tensor([0.0, 10.0, 0.0, 0.0]))
+    routing = moe.gate(x)
+    assert (routing.expert == 1).sum() == 18
+    chosen_first = routing.weight[..., ::2]
+    torch.testing.assert_close(chosen_first, (x @ moe.gate.w_gating).sigmoid()[..., 1])
+
+
+def test_update_without_a_bias_and_with_a_bad_rate():
+    with pytest.raises(RuntimeError, match="expert_bias=True"):
+        TopKGating(DIM, EXPERTS).update_bias(1e-3)
+    for rate in (0.0, -1e-3, float("nan"), "fast"):
+        with pytest.raises(ValueError, match="rate must be a finite number above 0"):
+            build().gate.update_bias(rate)
+
+
+def test_recipe_moves_the_bias_once_for_each_step():
+    names = recipe("DeepSeek-V3")
+    moe, gate, optimizer = names["moe"], names["gate"], names["optimizer"]
+    for number in (1, 2):
+        for _ in range(2):  # two micro-batches
+            step(moe, torch.randn(2, 32, 64))
+        assert gate.expert_counts.sum() == 2 * 2 * 32 * 8
+        optimizer.step()
+        assert not gate.expert_counts.any()
+        assert gate.expert_bias.abs().max() <= number * 1e-3 + 1e-9
+    assert gate.expert_bias.any()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_balances_a_skewed_router_without_a_loss(seed):
+    train = recipe("Expert bias")["train"]
+    before, after = train(rate=2e-3, seed=seed)
+    assert before > 4
+    assert after < 1.2
+
+
+# Two processes
+
+
+def run_two(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=timedelta(minutes=3)
+    )
+    try:
+        check_update_over_group(rank)
+        check_no_hidden_collective(rank)
+        check_data_parallel(rank)
+    finally:
+        dist.destroy_process_group()
+
+
+def of_rank(rank: int) -> list[Tensor]:
+    """Two micro-batches; the second rank's are larger."""
+    return [tokens(10 * rank + number, sequences=2 + rank) for number in range(2)]
+
+
+def check_update_over_group(rank: int) -> None:
+    """The bias moves by the loads of both ranks, and is the same on both."""
+    moe, alone = build(), build()
+    for part in of_rank(rank):
+        step(moe, part)
+    alone.gate.expert_counts.copy_(load(alone, *of_rank(0), *of_rank(1)))
+    moe.gate.update_bias(1e-2, group=dist.group.WORLD)
+    alone.gate.update_bias(1e-2)
+    assert torch.equal(moe.gate.expert_bias, alone.gate.expert_bias)
+    assert not moe.gate.expert_counts.any()
+
+
+def check_no_hidden_collective(rank: int) -> None:
+    """A rank that updates alone waits for nobody: the other one never calls."""
+    moe = build()
+    step(moe, of_rank(rank)[0])
+    if rank == 0:
+        moe.gate.update_bias(1e-2)
+        assert moe.gate.expert_bias.any()
+    dist.barrier()
+
+
+def check_data_parallel(rank: int) -> None:
+    """Gradient accumulation in DDP: with `no_sync()`, or with every micro-batch synchronised and no buffers copied."""
+    for use_no_sync in (True, False):
+        moe = build()
+        parallel = DistributedDataParallel(moe, broadcast_buffers=use_no_sync)
+        first, last = of_rank(rank)
+        for _ in range(2):  # the second round starts from a bias that has moved
+            expected = load(moe, first, last)
+            if use_no_sync:
+                with parallel.no_sync():
+                    step(parallel, first)
+            else:
+                step(parallel, first)
+            step(parallel, last)
+            assert torch.equal(moe.gate.expert_counts, expected)
+            moe.gate.update_bias(1e-2, group=dist.group.WORLD)
+
+
+def test_two_processes(tmp_path):
+    torch.multiprocessing.spawn(run_two, args=(str(tmp_path),), nprocs=2)

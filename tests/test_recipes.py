@@ -1,0 +1,459 @@
+"""What docs/routers.md says: its recipes, two levels of any two routers, and its tables of losses and capacities."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from recipes import ROUTERS, recipe
+from torch import Tensor, nn
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Routing,
+    Top2Gating,
+    TopKGating,
+)
+
+# Recipes: heading, choices of a token, experts, sum of a token's weights (None: whatever the scores are)
+RECIPES = {
+    "GShard": (2, 8, 1.0),
+    "Switch": (1, 8, None),
+    "Shazeer 2017": (4, 16, 1.0),
+    "Expert choice": (None, 8, None),
+    "Mixtral": (2, 8, 1.0),
+    "OLMoE": (8, 64, None),
+    "Qwen3-MoE": (8, 64, 1.0),
+    "DeepSeek-V3": (8, 64, 2.5),
+    "GPT-OSS": (4, 32, 1.0),
+    "Llama 4": (1, 16, None),
+    "Gated shared expert": (4, 60, None),
+}
+TITLES = {"Gated shared expert": "Qwen2-MoE"}  # where the table of recipes uses another name than the heading
+
+
+def causal_column() -> dict[str, str]:
+    """The last column of the table of recipes, by recipe."""
+    table = ROUTERS.read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
+    return dict(re.findall(r"^\| \[([^\]]+)\].*\| ([^|]+) \|$", table, re.MULTILINE))
+
+
+def test_table_and_sections_name_the_same_recipes():
+    assert set(causal_column()) == {TITLES.get(name, name) for name in RECIPES}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_routes_as_its_row_says(name):
+    torch.manual_seed(0)
+    choices, num_experts, total = RECIPES[name]
+    moe = recipe(name)["moe"]
+    routing = moe.gate.eval()(torch.randn(2, 32, 64))
+    assert (routing.num_experts, routing.choices) == (num_experts, choices)
+    assert tuple(routing.losses) == (("importance", "load") if name == "Shazeer 2017" else ("balance",))
+    if name in ("GShard", "Switch"):
+        factors = (moe.gate.capacity_factor_train, moe.gate.capacity_factor_eval)
+        assert factors == ((2.0, 2.0) if name == "GShard" else (1.25, 2.0))
+        assert routing.capacity == 2 * 32 // 8
+    elif name == "Expert choice":
+        assert routing.capacity == 2 * 32 // 8
+        assert (routing.expert.flatten().bincount() == 2 * routing.capacity).all()
+    else:
+        assert routing.capacity is None
+        assert routing.kept.all()
+    if total is not None and name != "GShard":  # there the second choice may be left out
+        weight = routing.weight.unflatten(-1, (32, choices)).sum(dim=-1)
+        torch.testing.assert_close(weight, torch.full_like(weight, total))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_is_causal_as_its_row_says(name):
+    """A later token that changes leaves the outputs before it as they were, or does not."""
+    claim = causal_column()[TITLES.get(name, name)]
+    assert claim in ("yes", 'with `priority="token"`', "**no**")
+    torch.manual_seed(0)
+    moe = recipe(name)["moe"].eval()
+    if claim.startswith("with"):
+        moe.gate.priority = "token"
+        moe.gate.capacity_factor_eval = 0.5  # so that experts overflow
+    common = torch.randn(64)
+    past, future, other_future = (
+        torch.randn(1, 20, 64) + common,
+        torch.randn(1, 12, 64),
+        torch.randn(1, 12, 64) + common,
+    )
+    outputs = []
+    for later in (future, other_future):
+        torch.manual_seed(1)  # GShard's second choices are drawn at random
+        outputs.append(moe(torch.cat([past, later], dim=1))[0][:, :20])
+    assert torch.allclose(*outputs, atol=1e-5) == (claim != "**no**")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_every_parameter_by_the_task_alone(name):
+    torch.manual_seed(0)
+    moe = recipe(name)["moe"]
+    out, _ = moe(torch.randn(4, 64, 64))
+    (out - torch.randn_like(out)).square().sum().backward()
+    without = [name for name, p in moe.named_parameters() if p.grad is None or not p.grad.any()]
+    # in Shazeer's router the noise has a gradient too; it starts at zero, as does the mean
+    assert without == []
+
+
+def test_jitter_is_for_the_router_alone():
+    """Switch: experts read the tokens as they are; in eval there is no noise."""
+    moe = MoE(4, gate=TopKGating(4, 3, k=1, normalize=True, jitter=0.5), experts=[nn.Identity() for _ in range(3)])
+    x = torch.randn(2, 9, 4)
+    torch.testing.assert_close(moe(x)[0], x)
+    assert not torch.equal(moe.gate(x).probs, moe.gate(x).probs)
+    assert torch.equal(moe.eval().gate(x).probs, moe.gate(x).probs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_jitter_is_uniform_in_low_precision_too(dtype):
+    """bfloat16 itself has four numbers between 0.99 and 1.01."""
+    torch.manual_seed(0)
+    gate = TopKGating(1, 2, jitter=0.01).to(dtype)
+    gate.w_gating.data.copy_(torch.tensor([[1.0, 0.0]]))
+    factor = gate(torch.ones(1, 2000, 1, dtype=dtype)).probs[..., 0].logit()  # what the logit 1 was multiplied by
+    assert len(factor.unique()) > 1000
+    assert (factor.min().item(), factor.max().item()) == pytest.approx((0.99, 1.01), abs=1e-4)
+    assert factor.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
+
+
+# Two levels of any two routers, against the same composition of dense tensors
+
+
+def build(kind: str, num_experts: int, factor: float | None, outer: tuple[int, ...] = ()) -> nn.Module:
+    """A small router of every kind, with settings of its own."""
+    common = {
+        "capacity_factor_train": factor,
+        "min_expert_capacity": 1,
+        "priority": {"top2": "choice", "top1": "token", "sigmoid": "score"}.get(kind, "token"),
+        "outer_expert_dims": outer,
+    }
+    builders = {
+        "top2": lambda: Top2Gating(4, num_experts, second_policy_train="random", **common),
+        "top1": lambda: TopKGating(4, num_experts, k=1, **common),
+        "sigmoid": lambda: TopKGating(4, num_experts, k=2, score="sigmoid", scale=1.5, expert_bias=True, **common),
+        "noisy": lambda: NoisyTopKGating(4, num_experts, k=2, **common),
+        "top_p": lambda: recipe("A router of your own")["TopPGating"](4, num_experts, k=3, p=0.6, **common),
+    }
+    gate = builders[kind]().double()
+    for parameter in gate.parameters():
+        nn.init.normal_(parameter)
+    return gate
+
+
+def importance_of_slots(gate: nn.Module, routing: Routing) -> Tensor:
+    """`(eo, b, c)`: 1 for a slot that holds a first choice, 0.5 for a later one, 0 for an empty one."""
+    importance = torch.zeros(routing.num_experts, routing.expert.shape[0], routing.slots, dtype=torch.float64)
+    for group, assignment in routing.kept.nonzero().tolist():
+        expert, slot = routing.expert[group, assignment], routing.slot[group, assignment]
+        is_first = assignment % routing.choices == 0
+        if isinstance(gate, Top2Gating):
+            is_first = routing.weight[group, assignment] > 0.5
+        importance[expert, group, slot] = 1.0 if is_first else 0.5
+    return importance
+
+
+def dense_two_levels(moe: HeirarchicalMoE, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer as the papers write it: dispatch and combine tensors, and one product for each step.
+
+    Letters: b groups, n tokens, o outer and i inner experts, c outer and s inner slots, d model dim.
+    """
+    outer = moe.gate_outer(x)
+    slots = torch.einsum("bnoc,bnd->obcd", outer.dispatch_tensor(), x)
+    importance = importance_of_slots(moe.gate_outer, outer)
+    only_occupied = {}
+    if outer.capacity is None:
+        share = x.shape[1] * outer.choices / outer.num_experts
+        only_occupied = {"mask": importance > 0, "length": torch.full(importance.shape[:2], share, dtype=torch.float64)}
+    inner = moe.gate_inner(slots, importance=importance, **only_occupied)
+    rows = torch.einsum("obcis,obcd->oibsd", inner.dispatch_tensor(), slots)
+    results = moe.experts(rows.flatten(2, 3)).view_as(rows)
+    of_slots = torch.einsum("obcis,oibsd->obcd", inner.combine_tensor(), results)
+    out = torch.einsum("bnoc,obcd->bnd", outer.combine_tensor(), of_slots)
+    return out, moe.loss_coef * (outer.balance_loss + inner.balance_loss)
+
+
+KINDS = ("top2", "top1", "sigmoid", "noisy", "top_p")
+LEVELS = list(itertools.product(KINDS, (0.8, None)))  # a capacity that overflows, or dropless
+
+
+@pytest.mark.parametrize("outer", LEVELS, ids=lambda level: f"{level[0]}-{level[1]}")
+@pytest.mark.parametrize("inner", LEVELS, ids=lambda level: f"{level[0]}-{level[1]}")
+def test_any_two_routers(outer, inner):
+    torch.manual_seed(0)
+    moe = HeirarchicalMoE(
+        4,
+        gate_outer=build(outer[0], 3, outer[1]),
+        gate_inner=build(inner[0], 4, inner[1], outer=(3,)),
+        experts=Experts(4, (3, 4), 5).double(),
+        loss_coef=0.1,
+    )
+    x = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *moe.parameters()]
+    found = []
+    for layer in (moe, lambda x: dense_two_levels(moe, x)):
+        torch.manual_seed(1)  # the same draws, outer before inner
+        out, aux_loss = layer(x)
+        loss = (out * torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)).sum() + aux_loss
+        found.append([out, aux_loss, *torch.autograd.grad(loss, wanted)])
+    assert found[0][0].abs().max() > 0.01
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-10, rtol=1e-10)
+
+
+def test_expert_choice_is_refused_at_both_levels():
+    for level in ("gate_outer", "gate_inner"):
+        with pytest.raises(ValueError, match=rf"{level} must be a router of token choice"):
+            HeirarchicalMoE(8, (4, 4), **{level: ExpertChoiceGating(8, 4)})
+
+
+# The table of losses
+
+
+def cyclic(num_experts: int, scale: float) -> Tensor:
+    """Logits of e tokens, each preferring another expert, the next one after it, and so on."""
+    return scale * torch.stack([torch.arange(num_experts, 0.0, -1).roll(shift) for shift in range(num_experts)])
+
+
+def losses_of(gate: nn.Module, logits: Tensor) -> dict[str, float]:
+    """Losses of a gate that sees these logits `(n, e)`: the tokens are unit vectors."""
+    gate.eval().w_gating.data.copy_(logits)
+    routing = gate(torch.eye(len(logits)).unsqueeze(0))
+    parts = {name: value.item() for name, value in routing.losses.items()}
+    return {**parts, "total": routing.balance_loss.item(), "z": routing.z_loss.item()}
+
+
+def of_everyone(*logits: float) -> Tensor:
+    """Every token has the same logits."""
+    return torch.tensor(logits).expand(len(logits), -1)
+
+
+@pytest.mark.parametrize("e", [4, 6])
+def test_losses_of_top2(e):
+    nearly_uniform, collapsed = cyclic(e, 1e-5), of_everyone(30.0, 22.0, *[-10.0] * (e - 2))
+    gate, with_second = Top2Gating(e, e), Top2Gating(e, e, second_place_loss=True)
+    assert losses_of(gate, nearly_uniform)["total"] == pytest.approx(1.0, rel=1e-4)
+    assert losses_of(gate, collapsed)["total"] == pytest.approx(e, rel=1e-3)
+    assert losses_of(with_second, nearly_uniform)["total"] == pytest.approx(1.5, rel=1e-4)
+    assert losses_of(with_second, collapsed) == pytest.approx(
+        {"balance": e, "second_place": e / 2, "total": 1.5 * e, "z": 30.0**2}, rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("over", ["group", "batch"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_losses_of_topk(k, over, score):
+    e = 8
+    gate = TopKGating(e, e, k=k, score=score, balance_over=over)
+    assert losses_of(gate, cyclic(e, 1e-5))["total"] == pytest.approx(1.0, rel=1e-4)
+    assert losses_of(gate, of_everyone(*[60.0] * k, *[-60.0] * (e - k)))["total"] == pytest.approx(e / k, rel=1e-4)
+    assert losses_of(gate, cyclic(e, 5.0))["total"] == pytest.approx(1.0, rel=1e-4)  # f uniform, P of one token not
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_losses_of_noisy_topk(k):
+    e = 6
+    gate = NoisyTopKGating(e, e, k=k)
+    balanced = losses_of(gate, cyclic(e, 1.0))
+    assert balanced["importance"] == pytest.approx(0.0, abs=1e-6)
+    assert balanced["load"] == pytest.approx(0.0, abs=1e-6)
+    shared = losses_of(gate, of_everyone(*[60.0] * k, *[0.0] * (e - k)))
+    assert shared["importance"] == pytest.approx(e / k - 1, rel=1e-4)
+    assert shared["load"] == pytest.approx(e / k - 1, rel=1e-4)
+    one_takes_all = losses_of(gate, of_everyone(*[90.0 - 30 * i for i in range(k)], *[-90.0] * (e - k)))
+    assert one_takes_all["importance"] == pytest.approx(e - 1, rel=1e-4)
+
+
+def test_losses_of_expert_choice():
+    gate = ExpertChoiceGating(4, 4)
+    for logits in (cyclic(4, 1e-5), of_everyone(90.0, 0.0, 0.0, 0.0)):
+        assert losses_of(gate, logits)["total"] == 0.0
+
+
+@pytest.mark.parametrize("kind", [TopKGating, Top2Gating, NoisyTopKGating, ExpertChoiceGating])
+def test_z_loss_at_logits_zero(kind):
+    assert losses_of(kind(5, 5), torch.zeros(5, 5))["z"] == pytest.approx(math.log(5) ** 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("k", "factor", "share"), [(1, None, 1.0), (2, None, 0.5), (2, 1.0, 0.5), (2, 2.0, 0.25)])
+def test_losses_of_two_levels(k, factor, share):
+    """The inner loss is q² of its own when balanced, q the share of its tokens that are first choices."""
+    outer = TopKGating(4, 4, k=k, capacity_factor_train=factor, min_expert_capacity=1)
+    moe = HeirarchicalMoE(4, gate_outer=outer, gate_inner=TopKGating(4, 3, k=1, outer_expert_dims=(4,)), loss_coef=1.0)
+    outer.w_gating.data.copy_(cyclic(4, 1e-3))
+    moe.gate_inner.w_gating.data.zero_()  # P is uniform
+    _, aux_loss = moe(torch.eye(4).repeat(1, 8, 1))
+    assert aux_loss.item() == pytest.approx(1.0 + share**2, rel=1e-4)
+
+
+# Coefficients from other systems; those of transformers are in test_transformers_blocks.py
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Tokens `(b, n, d)` of two sequences that differ, and router weights `(d, e)`."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 12, 6)
+    x[1] += 2 * torch.randn(6)
+    return x, torch.randn(6, 8)
+
+
+def counts_and_probs(x: Tensor, weights: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Written out for one set of tokens: choices that each expert got `(e,)`, and probabilities `(n, e)`."""
+    probs = (x.flatten(0, -2) @ weights).softmax(dim=-1)
+    return probs.topk(k).indices.flatten().bincount(minlength=8), probs
+
+
+def with_weights(gate: nn.Module, weights: Tensor) -> nn.Module:
+    gate.w_gating.data.copy_(weights)
+    return gate
+
+
+def test_coefficient_of_the_published_layer_and_mesh_tensorflow(batch):
+    """0.2.3 and Mesh TensorFlow: mean over groups and experts of (mean of p) (share of first choices), times e²."""
+    x, weights = batch
+    terms = []
+    for sequence in x:
+        counts, probs = counts_and_probs(sequence, weights, 1)
+        terms.append(probs.mean(dim=0) * counts / len(sequence))
+    expected = torch.stack(terms).mean() * 8**2
+    torch.testing.assert_close(with_weights(Top2Gating(6, 8), weights)(x).balance_loss, expected)
+    torch.testing.assert_close(with_weights(TopKGating(6, 8, k=1), weights)(x).balance_loss, expected)
+
+
+def test_coefficient_of_gshard(batch):
+    """As printed in the paper, for one group of S tokens: (1 / E) Σ (c_e / S) m_e."""
+    x, weights = batch
+    counts, probs = counts_and_probs(x[0], weights, 1)
+    printed = (counts / 12 * probs.mean(dim=0)).mean()
+    torch.testing.assert_close(with_weights(Top2Gating(6, 8), weights)(x[:1]).balance_loss / 8**2, printed)
+
+
+def test_coefficient_of_megatron(batch):
+    """aux_loss: Σ (sum of p) (tokens of the expert) · e / (k T²) of the micro-batch; seq_aux_loss: of each sequence."""
+    x, weights = batch
+
+    def aux_loss(tokens: Tensor) -> Tensor:
+        counts, probs = counts_and_probs(tokens, weights, 2)
+        return (probs.sum(dim=0) * counts).sum() * 8 / (2 * len(probs) ** 2)
+
+    over_batch = with_weights(TopKGating(6, 8, k=2, balance_over="batch"), weights)
+    torch.testing.assert_close(over_batch(x).balance_loss, aux_loss(x))
+    by_sequence = with_weights(TopKGating(6, 8, k=2), weights)
+    torch.testing.assert_close(by_sequence(x).balance_loss, (aux_loss(x[0]) + aux_loss(x[1])) / 2)
+
+
+def test_coefficient_of_megablocks(batch):
+    """e / (L T k) Σ over layers and experts of (tokens of the expert) (mean of p): the mean over layers."""
+    x, weights = batch
+    layers = [weights, weights.flip(1) * 2]
+    counted = [counts_and_probs(x, layer, 2) for layer in layers]
+    expected = sum((counts * probs.mean(dim=0)).sum() for counts, probs in counted) * 8 / (2 * 24 * 2)
+    gates = [with_weights(TopKGating(6, 8, k=2, balance_over="batch"), layer) for layer in layers]
+    torch.testing.assert_close(sum(gate(x).balance_loss for gate in gates) / 2, expected)
+
+
+def test_coefficient_of_deepseek_v3(batch):
+    """Equations 17 to 20 of its report, of one sequence: Σ f_i P_i, f scaled by N / (K T), P of normalised sigmoids."""
+    x, weights = batch
+    terms = []
+    for sequence in x:
+        scores = (sequence @ weights).sigmoid()
+        f = scores.topk(2).indices.flatten().bincount(minlength=8) * 8 / (2 * len(sequence))
+        terms.append((f * (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
+    gate = with_weights(TopKGating(6, 8, k=2, score="sigmoid"), weights)
+    torch.testing.assert_close(gate(x).balance_loss, torch.stack(terms).mean())
+
+
+def test_coefficients_of_shazeer(batch):
+    """w_importance and w_load times squared coefficients of variation, over the whole batch."""
+    x, weights = batch
+    gate = with_weights(NoisyTopKGating(6, 8, k=2), weights).eval()
+    routing = gate(x)
+    importance = routing.combine_tensor().sum(dim=(0, 1, 3))
+    torch.testing.assert_close(routing.losses["importance"], importance.var(unbiased=False) / importance.mean() ** 2)
+    moe = MoE(6, gate=gate, experts=Experts(6, 8, 4), loss_coef=0.1).eval()
+    torch.testing.assert_close(moe(x)[1], 0.1 * routing.losses["importance"] + 0.1 * routing.losses["load"])
+
+
+def test_coefficient_of_the_z_loss(batch):
+    """ST-MoE, equation 5: mean over tokens of (log Σ exp logits)²."""
+    x, weights = batch
+    gate = with_weights(TopKGating(6, 8), weights)
+    moe = MoE(6, gate=gate, experts=Experts(6, 8, 4), loss_coef=0.0, z_loss_coef=1e-3)
+    torch.testing.assert_close(moe(x)[1], 1e-3 * (x @ weights).exp().sum(dim=-1).log().square().mean())
+
+
+# Capacity
+
+
+@pytest.mark.parametrize("n", [16, 33, 64])
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 2.0])
+def test_capacity_factors(n, factor):
+    x = torch.randn(1, n, 4)
+    least = {"capacity_factor_train": factor, "min_expert_capacity": 1}
+    assert Top2Gating(4, 8, **least)(x).capacity == int(n * factor / 8)
+    assert TopKGating(4, 8, k=2, **least)(x).capacity == int(2 * n * factor / 8)
+    assert NoisyTopKGating(4, 8, k=3, **least)(x).capacity == int(3 * n * factor / 8)
+    assert ExpertChoiceGating(4, 8, capacity_factor=factor)(x).capacity == int(n * factor / 8)
+    half = {**least, "capacity_factor_train": factor / 2}
+    assert TopKGating(4, 8, k=2, **half)(x).capacity == Top2Gating(4, 8, **least)(x).capacity
+
+
+def test_factor_that_keeps_all_when_balanced():
+    """Top2 at 2 and TopK at 1 have just enough slots; Top2 at its published 1.25 drops even then."""
+    x = torch.eye(4).repeat(1, 4, 1)
+    dropped = {}
+    for name, gate in {
+        "top2 at 2": Top2Gating(4, 4, second_policy_train="all", capacity_factor_train=2.0),
+        "top2 at 1.25": Top2Gating(4, 4, second_policy_train="all", capacity_factor_train=1.25),
+        "topk at 1": TopKGating(4, 4, k=2, capacity_factor_train=1.0),
+    }.items():
+        dropped[name] = int((~with_weights(gate, cyclic(4, 1.0))(x).kept).sum())
+    assert dropped == {"top2 at 2": 0, "top2 at 1.25": 4 * 3, "topk at 1": 0}
+
+
+# The task trains the router
+
+
+ROUTERS_BY_NAME = {
+    "top2": lambda: Top2Gating(8, 4),
+    "topk, k = 1": lambda: TopKGating(8, 4, k=1),
+    "topk, k = 2": lambda: TopKGating(8, 4, k=2),
+    "topk, not normalised": lambda: TopKGating(8, 4, k=2, normalize=False),
+    "topk, sigmoid": lambda: TopKGating(8, 4, k=2, score="sigmoid", bias=True, expert_bias=True),
+    "topk, sigmoid, k = 1": lambda: TopKGating(8, 4, k=1, score="sigmoid"),
+    "noisy, k = 2": lambda: NoisyTopKGating(8, 4, k=2),
+    "expert choice": lambda: ExpertChoiceGating(8, 4),
+    "top-p": lambda: recipe("A router of your own")["TopPGating"](8, 4, k=2),
+}
+
+
+def router_gradients(gate: nn.Module) -> list[float]:
+    """Largest entry of each router parameter's gradient after a step with loss coefficients 0."""
+    torch.manual_seed(0)
+    moe = MoE(8, gate=gate, experts=Experts(8, 4, 16), loss_coef=0.0).double()
+    out, aux_loss = moe(torch.randn(2, 12, 8, dtype=torch.float64))
+    (out.square().sum() + aux_loss).backward()
+    return [parameter.grad.abs().max().item() for parameter in gate.parameters()]
+
+
+@pytest.mark.parametrize("name", ROUTERS_BY_NAME)
+def test_task_alone_trains_the_router(name):
+    assert min(router_gradients(ROUTERS_BY_NAME[name]())) > 1e-4
+
+
+def test_task_alone_does_not_train_a_single_normalised_choice():
+    assert max(router_gradients(NoisyTopKGating(8, 4, k=1))) == 0.0
+    assert max(router_gradients(TopKGating(8, 4, k=1, normalize=True))) < 1e-12
