@@ -24,7 +24,7 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + (self.stop - self.start) * self.width)
 
 
-ENOUGH_EXPERTS, ENOUGH_BYTES = 8, 16 << 20  # of hidden layer: a larger chunk is no faster
+ENOUGH_EXPERTS, ENOUGH_BYTES = 8, 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
 MOST_PADDING = 1.15  # padded rows for each row: more costs more than a smaller chunk
 
 

@@ -154,13 +154,12 @@ class _FusedBackward(torch.autograd.Function):
             grads = _gather(grad, layout, chunk, buffers.get("grad", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers, again=True)
             grad_hidden = _product(grads, last[experts].mT, buffers.get("grad_hidden", chunk, hidden_dim))
-            hidden = buffers.get("hidden", chunk, hidden_dim)
-            spare = buffers.get("spare", chunk, hidden_dim)
-            grad_pre, products = _hidden_backward(call.activation, pre, hidden, grad_hidden, spare, buffers, chunk)
-            grad_row_weight[:-1][chunk.rows] = products.to(weight.dtype).flatten()
+            hidden, grad_up = _hidden_again(call.activation, pre, grad_hidden, buffers, chunk)
             if need_weights:
-                grads.mul_(scale)
-                _product(hidden.mT, grads, grad_weights[-1][experts])
+                _product(hidden.mT, grads.mul_(scale), grad_weights[-1][experts])
+            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype).flatten()
+            grad_pre = _pre_backward(call.activation, pre, grad_hidden, grad_up)
+            if need_weights:
                 tokens.mul_(scale)
                 for which, part in enumerate(grad_pre):
                     _product(tokens.mT, part, grad_weights[which][experts])
@@ -253,27 +252,25 @@ def _hidden(activation: Activation, pre: list[Tensor], out: Tensor) -> Tensor:
     return out.mul_(pre[1]) if len(pre) == 2 else out
 
 
-def _hidden_backward(
-    activation: Activation,
-    pre: list[Tensor],
-    hidden: Tensor,
-    grad: Tensor,
-    spare: Tensor,
-    buffers: Buffers,
-    chunk: Chunk,
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of `pre`, and `sum_h hidden * grad` of each row; fills `hidden`; `grad` and `spare` are used up."""
+def _hidden_again(
+    activation: Activation, pre: list[Tensor], grad: Tensor, buffers: Buffers, chunk: Chunk
+) -> tuple[Tensor, Tensor | None]:
+    """The hidden layer anew, and for gated experts the gradient of `pre[1]`, which needs its factor."""
+    hidden = buffers.get("hidden", chunk, grad.shape[-1])
     activation.write(pre[0], hidden)
     if len(pre) == 1:
-        products = torch.mul(hidden, grad, out=spare).sum(dim=-1)
-        activation.write_grad(grad, pre[0], grad)
-        return [grad], products
+        return hidden, None
     grad_up = torch.mul(hidden, grad, out=buffers.get("grad_up", chunk, grad.shape[-1]))
-    products = torch.mul(grad_up, pre[1], out=spare).sum(dim=-1)
-    hidden.mul_(pre[1])
-    grad.mul_(pre[1])
-    activation.write_grad(grad, pre[0], grad)
-    return [grad, grad_up], products
+    return hidden.mul_(pre[1]), grad_up
+
+
+def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_up: Tensor | None) -> list[Tensor]:
+    """Gradients of `pre` from that of the hidden layer, written over it."""
+    if grad_up is None:
+        activation.write_grad(grad, pre[0], grad)
+        return [grad]
+    activation.write_grad(grad.mul_(pre[1]), pre[0], grad)
+    return [grad, grad_up]
 
 
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
