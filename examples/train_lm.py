@@ -1,0 +1,83 @@
+"""Train a byte-level language model with mixture-of-experts layers beside its dense twin of equal active parameters.
+
+    python examples/train_lm.py                          # under five minutes on two CPU cores
+    python examples/train_lm.py --steps 20               # a smoke test
+    python examples/train_lm.py --text book.txt log.txt  # one's own text
+    python examples/train_lm.py --router mixtral --out runs/mixtral
+    python examples/train_lm.py --resume                 # after Ctrl-C, a kill or a power cut
+
+Both models begin with the same attention and see the same batches in the same order. What they cost and how well they
+predict files that neither has seen is printed as a table and drawn to a picture; `result.json` holds the numbers.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from corpus import load_corpus
+from report import RESULT, draw, table, write_result
+from settings import add_options, settings_from
+from training import CHECKPOINT, Training
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    settings = settings_from(args)
+    corpus = load_corpus(args.text)
+    print(corpus)
+    training = Training(settings, corpus, args.out)
+    if not args.resume:
+        refuse_to_overwrite(args.out, args.overwrite)
+    elif (args.out / CHECKPOINT).exists():
+        training.load()
+        print(f"going on after step {training.step}")
+    try:
+        training.run(args.stop_at)
+    except KeyboardInterrupt:
+        print(f"\nstopped; the last checkpoint is in {args.out}: --resume goes on from it")
+        return 130
+    if training.finished:
+        report(training)
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    description, _, examples = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--text", nargs="+", type=Path, default=[], help="files to learn from in place of Python's")
+    parser.add_argument("--out", type=Path, default=Path("runs/train_lm"), help="folder of the checkpoint and results")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="start again though --out has an unfinished run")
+    parser.add_argument("--stop-at", type=int, help="save a checkpoint and stop after this step")
+    add_options(parser)
+    return parser.parse_args(argv)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the examples as they are written."""
+
+
+def refuse_to_overwrite(out: Path, overwrite: bool) -> None:
+    """An unfinished run is not thrown away by forgetting an option."""
+    path = out / CHECKPOINT
+    if path.exists() and not overwrite:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["step"] < state["settings"]["steps"]:
+            sys.exit(f"{path} is of an unfinished run: give --resume to go on, --overwrite to start again, or --out")
+
+
+def report(training: Training) -> None:
+    """Print the table; write the numbers and the picture."""
+    result = write_result(training)
+    print(table(result["results"]))
+    picture = training.out / "train_lm.png"
+    draw(training.trainees, picture)
+    print(f"wrote {training.out / RESULT} and {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

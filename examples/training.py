@@ -1,0 +1,265 @@
+"""Training that can be stopped at any moment: models that learn side by side from the same batches, and checkpoints."""
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from corpus import Batches, Corpus, held_out_windows
+from model import ByteLM, FeedForward, count_parameters
+from routers import ROUTERS, update_bias_after_steps
+from settings import Settings
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from mixture_of_experts import MoE, Routing
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class LoadRecorder:
+    """Counts, for every mixture layer of a model, the choices that each expert computed in a training step.
+
+    It reads the `Routing` that each gate returns, by a forward hook: nothing is stored on the model.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._counts: list[Tensor] = []
+        for layer in model.modules():
+            if isinstance(layer, MoE):
+                layer.gate.register_forward_hook(self._count)
+
+    def _count(self, gate: nn.Module, args: tuple[Tensor, ...], routing: Routing) -> None:
+        if gate.training:
+            kept = routing.kept.flatten().long()
+            counts = torch.zeros(routing.num_experts, dtype=torch.int64, device=kept.device)
+            self._counts.append(counts.scatter_add(0, routing.expert.flatten().long(), kept))
+
+    def take(self) -> Tensor:
+        """The counts since the last call, (layers, experts), as int32 on the CPU."""
+        counts = torch.stack(self._counts).int().cpu() if self._counts else torch.empty(0, 0, dtype=torch.int32)
+        self._counts.clear()
+        return counts
+
+
+@dataclass
+class History:
+    """What happened to one model: one entry a step, but for `held_out`, which has (step, bits per byte)."""
+
+    train: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    held_out: list[tuple[int, float]] = field(default_factory=list)
+    loads: list[Tensor] = field(default_factory=list)  # (layers, experts) each: choices computed by every expert
+
+
+class Trainee:
+    """One model in training: its parameters, its optimizer and its history."""
+
+    def __init__(self, name: str, model: ByteLM, settings: Settings):
+        self.name, self.settings = name, settings
+        self.device = torch.device(settings.device)
+        self.model = model.to(self.device)
+        self.optimizer = make_optimizer(self.model, settings.learning_rate)
+        self.history = History()
+        self._recorder = LoadRecorder(self.model)  # before compiling, which has to see the hooks
+        self._forward = torch.compile(self.model) if settings.compile else self.model
+
+    def train_step(self, windows: Tensor, learning_rate: float) -> None:
+        """One step of the optimizer on windows (b, n + 1) of bytes."""
+        begin = time.perf_counter()
+        self.model.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        nats, aux_loss = self._loss(windows)
+        (nats + aux_loss).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        bits = nats.item() / math.log(2)  # waits for the device: the time below is that of the whole step
+        if not math.isfinite(bits):
+            raise FloatingPointError(f"the {self.name} model's loss is {bits}: try a smaller --learning-rate")
+        self.history.train.append(bits)
+        self.history.seconds.append(time.perf_counter() - begin)
+        self.history.loads.append(self._recorder.take())
+
+    @torch.no_grad()
+    def evaluate(self, windows: Tensor) -> float:
+        """Bits per byte over windows (count, n + 1); leaves the random numbers of training as they were."""
+        self.model.eval()
+        nats = 0.0
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(0)  # a router that draws numbers in evaluation draws the same ones every time
+            for batch in windows.split(self.settings.batch_size):
+                nats += self._loss(batch)[0].item() * len(batch)
+        bits = nats / len(windows) / math.log(2)
+        self.history.held_out.append((len(self.history.train), bits))
+        return bits
+
+    def _loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean nats per byte of predicting each byte from those before it, and the auxiliary loss."""
+        windows = windows.to(self.device)
+        dtype = getattr(torch, self.settings.dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            logits, aux_loss = self._forward(windows[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten()), aux_loss
+
+    def state_dict(self) -> dict[str, Any]:
+        history = {**vars(self.history), "loads": torch.stack(self.history.loads)}
+        return {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "history": history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.history = History(**{**state["history"], "loads": list(state["history"]["loads"].unbind())})
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers of the final table."""
+        total, active = count_parameters(self.model, ROUTERS[self.settings.router].choices)
+        return {
+            "model": self.name,
+            "total_parameters": total,
+            "active_parameters": active,
+            "step_seconds": median(self.history.seconds),
+            "training_seconds": sum(self.history.seconds),
+            "held_out_bits_per_byte": self.history.held_out[-1][1],
+        }
+
+
+def make_trainee(name: str, settings: Settings) -> Trainee:
+    """The model `name`, 'dense' or 'moe'. Both begin with the same parameters but for their feed-forward layers."""
+    router = ROUTERS[settings.router]
+    torch.manual_seed(settings.seed)
+
+    def make_moe() -> nn.Module:
+        return router.build(settings.dim, settings.experts, settings.width)
+
+    def make_dense() -> nn.Module:
+        return FeedForward(settings.dim, dense_hidden_dim(settings), router.gated)
+
+    shape = {"dim": settings.dim, "layers": settings.layers, "heads": settings.heads, "context": settings.context}
+    model = ByteLM({"moe": make_moe, "dense": make_dense}[name], **shape)
+    return Trainee(name, model, settings)
+
+
+def dense_hidden_dim(settings: Settings) -> int:
+    """Hidden units that give a dense layer the active parameters of the mixture layer, its router's included."""
+    router = ROUTERS[settings.router]
+    with torch.device("meta"):
+        layer = router.build(settings.dim, settings.experts, settings.width)
+    active = count_parameters(layer, router.choices)[1]
+    return round(active / (settings.dim * (3 if router.gated else 2)))
+
+
+def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW; norms and biases are not decayed. Routers with an expert bias get it updated after each step."""
+    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=True)
+    update_bias_after_steps(model, optimizer)
+    return optimizer
+
+
+def learning_rate_at(step: int, settings: Settings) -> float:
+    """Linear warm-up over a twentieth of the steps, then half a cosine down to a twentieth of the peak."""
+    warmup = settings.steps / 20
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / (settings.steps - warmup)
+    return settings.learning_rate * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+
+
+class Training:
+    """A run: its models, the batches they share and the step they have reached."""
+
+    def __init__(self, settings: Settings, corpus: Corpus, out: Path):
+        self.settings, self.corpus, self.out = settings, corpus, out
+        self.step = 0
+        self.batches = Batches(corpus.train, settings.context, settings.batch_size, settings.seed)
+        self.windows = held_out_windows(corpus.held_out, settings.context, settings.eval_windows)
+        self.trainees = [make_trainee(name, settings) for name in settings.models]
+        torch.manual_seed(settings.seed)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.settings.steps
+
+    def run(self, stop_at: int | None = None) -> None:
+        """Train up to the last step, or to `stop_at`; leaves a checkpoint."""
+        stop = min(self.settings.steps, stop_at or self.settings.steps)
+        with self._progress() as bar:
+            while self.step < stop:
+                self._train_step()
+                bar.update()
+                bar.set_postfix({t.name: f"{t.history.train[-1]:.3f} bits" for t in self.trainees}, refresh=False)
+                if self.step % self.settings.eval_every == 0 or self.finished:
+                    self._evaluate()
+                if self.step % self.settings.checkpoint_every == 0 or self.step == stop:
+                    self.save()
+
+    def _train_step(self) -> None:
+        windows = self.batches.next()
+        for trainee in self.trainees:
+            trainee.train_step(windows, learning_rate_at(self.step, self.settings))
+        self.step += 1
+
+    def _evaluate(self) -> None:
+        results = (f"{trainee.name} {trainee.evaluate(self.windows):.4f}" for trainee in self.trainees)
+        tqdm.write(f"step {self.step}: held-out bits per byte: {', '.join(results)}")
+
+    @contextmanager
+    def _progress(self) -> Iterator[tqdm]:
+        """A progress bar; where the output is not a terminal, the lines of the evaluations are the progress."""
+        with tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=None) as bar:
+            yield bar
+
+    def save(self) -> None:
+        """Everything that the rest of the run depends on, in one file."""
+        cuda = torch.cuda.get_rng_state(self.settings.device) if self.settings.device.startswith("cuda") else None
+        state = {
+            "settings": asdict(self.settings),
+            "corpus": self.corpus.digest,
+            "step": self.step,
+            "data_position": self.batches.position,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+            "trainees": {trainee.name: trainee.state_dict() for trainee in self.trainees},
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        save_atomically(state, self.out / CHECKPOINT)
+
+    def load(self) -> None:
+        """Go on from the checkpoint in `out`."""
+        state = torch.load(self.out / CHECKPOINT, map_location="cpu", weights_only=True)
+        self._check_same_run(state)
+        for trainee in self.trainees:
+            trainee.load_state_dict(state["trainees"][trainee.name])
+        self.step, self.batches.position = state["step"], state["data_position"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] is not None and self.settings.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state["rng"]["cuda"], self.settings.device)
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        path = self.out / CHECKPOINT
+        for f in fields(Settings):
+            was, now = state["settings"][f.name], getattr(self.settings, f.name)
+            if was != now and not f.metadata.get("free"):
+                raise ValueError(f"{path} is of a run with {f.name} = {was}, not {now}: resume with the same settings")
+        if state["corpus"] != self.corpus.digest:
+            raise ValueError(f"{path} is of a run on another text: resume with the same text")
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    """Write a file so that, whenever the process dies, `path` holds either the old content or the new, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

@@ -1,0 +1,397 @@
+"""The language-model example: causal as a whole, resumable to the bit, honest about parameters and text."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixture_of_experts import MoE, Routing
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import compare_seeds  # noqa: E402
+import corpus as corpora  # noqa: E402
+import report  # noqa: E402
+import train_lm  # noqa: E402
+import training as trainings  # noqa: E402
+from model import ByteLM, count_parameters  # noqa: E402
+from routers import ROUTERS  # noqa: E402
+from settings import Settings  # noqa: E402
+
+TINY = Settings(dim=16, width=32, layers=2, heads=2, context=32, batch_size=4, steps=12, eval_every=6, eval_windows=6)
+TINY_OPTIONS = ["--dim=16", "--width=32", "--layers=2", "--heads=2", "--context=32", "--batch-size=4"]
+TINY_OPTIONS += ["--eval-every=20", "--eval-windows=6"]
+
+
+@pytest.fixture(scope="module")
+def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A dozen small files of real text."""
+    folder = tmp_path_factory.mktemp("text")
+    source = (EXAMPLES / "training.py").read_bytes()
+    paths = [folder / f"part{i}.txt" for i in range(12)]
+    for i, path in enumerate(paths):
+        path.write_bytes(source[i * 500 : (i + 1) * 500])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def corpus(text_files: list[Path]) -> corpora.Corpus:
+    return corpora.load_corpus(text_files)
+
+
+def run_in_new_process(*options: str) -> str:
+    """What `train_lm.py` printed."""
+    result = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, "-W", "error", str(EXAMPLES / "train_lm.py"), *TINY_OPTIONS, *options]
+
+
+def environment() -> dict[str, str]:
+    """One thread, and the package that the tests import."""
+    package = str(Path(sys.modules["mixture_of_experts"].__file__ or "").parent.parent)
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
+
+
+# ---- causality ----
+
+
+def make_model(router: str) -> ByteLM:
+    """A small model with parameters large enough that everything acts on everything."""
+    model = trainings.make_trainee("moe", replace(TINY, router=router)).model.double()
+    torch.nn.init.normal_(model.to_logits.weight)
+    return model
+
+
+def logits_before_and_after(model: ByteLM, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of a text, of the same text with other bytes after `position`, and the share of choices computed."""
+    torch.manual_seed(0)
+    text = torch.randint(256, (3, 32)).repeat_interleave(2, dim=1)[:, :32]  # repeats: experts overflow
+    changed = text.clone()
+    changed[:, position + 1 :] = torch.randint(256, (3, 31 - position))
+    kept = []
+    hooks = [
+        module.gate.register_forward_hook(lambda gate, args, routing: kept.append(routing.kept.double().mean()))
+        for module in model.modules()
+        if isinstance(module, MoE)
+    ]
+    logits = []
+    for version in (text, changed):
+        torch.manual_seed(1)  # routers that draw numbers draw the same ones for both
+        logits.append(model(version)[0])
+    for hook in hooks:
+        hook.remove()
+    return logits[0], logits[1], torch.stack(kept).min()
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("training", [True, False])
+def test_no_logit_depends_on_a_later_byte(router: str, training: bool) -> None:
+    model = make_model(router).train(training)
+    for position in (0, 7, 20, 30):
+        before, after, _ = logits_before_and_after(model, position)
+        torch.testing.assert_close(before[:, : position + 1], after[:, : position + 1], rtol=0, atol=1e-10)
+        assert not torch.allclose(before[:, position + 1 :], after[:, position + 1 :])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_causality_holds_where_choices_are_dropped_and_the_test_would_see_a_leak(training: bool) -> None:
+    def make(priority: str) -> ByteLM:
+        torch.manual_seed(0)
+        tight = {"capacity_factor_train": 1.0, "capacity_factor_eval": 1.0, "min_expert_capacity": 1}
+        policy = {"second_policy_train": "all", "second_policy_eval": "all"}
+        shape = {"dim": 16, "layers": 2, "heads": 2, "context": 32}
+        model = ByteLM(lambda: MoE(16, 4, 16, priority=priority, **tight, **policy), **shape).double()
+        torch.nn.init.normal_(model.to_logits.weight)
+        return model.train(training)
+
+    before, after, computed = logits_before_and_after(make("token"), 15)
+    assert computed < 0.8
+    torch.testing.assert_close(before[:, :16], after[:, :16], rtol=0, atol=1e-10)
+    before, after, computed = logits_before_and_after(make("choice"), 15)
+    assert computed < 0.8
+    assert (before[:, :16] - after[:, :16]).abs().max() > 1e-3
+
+
+# ---- the two models ----
+
+
+def test_models_share_their_start_and_their_active_parameters() -> None:
+    dense, moe = (trainings.make_trainee(name, TINY).model for name in ("dense", "moe"))
+    assert count_parameters(dense, 2)[0] == count_parameters(dense, 2)[1] == count_parameters(moe, 2)[1]
+    others = dict(moe.named_parameters())
+    shared = [name for name, _ in dense.named_parameters() if ".ffn." not in name]
+    assert len(shared) == 3 + 4 * TINY.layers
+    for name in shared:
+        assert torch.equal(dense.get_parameter(name), others[name]), name
+
+
+def test_active_parameters_by_hand() -> None:
+    """8 experts of 2 · 16 · 16 parameters, 2 of them chosen, a router of 16 · 8; twice."""
+    moe = trainings.make_trainee("moe", TINY).model
+    total, active = count_parameters(moe, 2)
+    assert total - active == 2 * 6 * (2 * 16 * 16)
+    attention, norms, bytes_in_and_out = 4 * 16 * 16, 16, 2 * 256 * 16
+    assert active == 2 * (2 * (2 * 16 * 16) + 16 * 8 + attention + 2 * norms) + norms + bytes_in_and_out
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path) -> None:
+    training = trainings.Training(replace(TINY, router=router, steps=30, eval_every=30), corpus, tmp_path)
+    training.run()
+    dense, moe = (trainee.summary() for trainee in training.trainees)
+    assert moe["held_out_bits_per_byte"] < 7.5
+    assert moe["active_parameters"] == pytest.approx(dense["active_parameters"], rel=0.02)
+    assert moe["total_parameters"] > 1.5 * dense["total_parameters"] - 2 * 256 * 16
+
+
+def test_loads_count_the_choices_that_experts_compute(corpus: corpora.Corpus, tmp_path: Path) -> None:
+    training = trainings.Training(replace(TINY, steps=1), corpus, tmp_path)
+    moe = training.trainees[1]
+    seen: list[Routing] = []
+    hook = moe.model.blocks[0].ffn.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    training.run()
+    hook.remove()
+    load = moe.history.loads[0]
+    assert load.shape == (TINY.layers, 8)
+    kept = seen[0].expert[seen[0].kept].tolist()
+    assert load[0].tolist() == [kept.count(expert) for expert in range(8)]
+
+
+# ---- stopping and going on ----
+
+
+def checkpoint(folder: Path) -> dict:
+    return torch.load(folder / trainings.CHECKPOINT, weights_only=True)
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Both folders' checkpoints agree in everything but times, to the bit."""
+    first, second = checkpoint(one), checkpoint(other)
+    for name, trainee in first["trainees"].items():
+        twin = second["trainees"][name]
+        for part in ("model", "optimizer"):
+            assert_equal(trainee[part], twin[part], f"{name}.{part}")
+        for part in ("train", "held_out", "loads"):
+            assert_equal(trainee["history"][part], twin["history"][part], f"{name}.{part}")
+    for part in ("step", "data_position", "rng"):
+        assert_equal(first[part], second[part], part)
+
+
+def assert_equal(one: object, other: object, where: str) -> None:
+    """Nested dicts and lists of tensors and numbers are the same, to the bit."""
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}[{index}]")
+    else:
+        assert one == other, where
+
+
+@pytest.fixture(scope="module")
+def straight(text_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 60 steps without a stop, of a router that draws random numbers."""
+    out = tmp_path_factory.mktemp("straight")
+    run_in_new_process(*run_options(text_files, out))
+    return out
+
+
+def run_options(text_files: list[Path], out: Path) -> list[str]:
+    texts = [str(path) for path in text_files]
+    return ["--steps", "60", "--router", "gshard", "--checkpoint-every", "4", "--out", str(out), "--text", *texts]
+
+
+def test_stopped_and_resumed_in_a_new_process_is_bit_equal(
+    straight: Path, text_files: list[Path], tmp_path: Path
+) -> None:
+    options = run_options(text_files, tmp_path)
+    run_in_new_process("--stop-at", "30", *options)
+    assert checkpoint(tmp_path)["step"] == 30
+    assert "going on after step 30" in run_in_new_process("--resume", *options)
+    assert_same_state(straight, tmp_path)
+
+
+def test_killed_and_resumed_is_bit_equal(straight: Path, text_files: list[Path], tmp_path: Path) -> None:
+    options = run_options(text_files, tmp_path)
+    process = subprocess.Popen(
+        command(*options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / trainings.CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < checkpoint(tmp_path)["step"] < 60
+    run_in_new_process("--resume", *options)
+    assert_same_state(straight, tmp_path)
+
+
+def test_a_finished_run_reports_a_table_numbers_and_a_picture(
+    straight: Path, text_files: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in ("result.json", "train_lm.png"):
+        (straight / file).unlink()
+    options = [*TINY_OPTIONS, *run_options(text_files, straight)]
+    assert train_lm.main(["--resume", *options]) == 0  # trains no more, only reports again
+    lines = capsys.readouterr().out.splitlines()
+    start = next(index for index, line in enumerate(lines) if "held-out bits/byte" in line)
+    assert [line.split()[0] for line in lines[start + 2 : start + 4]] == ["dense", "mixture"]
+    numbers = json.loads((straight / "result.json").read_text())
+    assert [entry["model"] for entry in numbers["results"]] == ["dense", "moe"]
+    assert (straight / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ctrl_c_says_how_to_go_on(
+    text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_step = trainings.Trainee.train_step
+
+    def interrupted_at_step_9(trainee: trainings.Trainee, *args: object) -> None:
+        if len(trainee.history.train) == 9 and trainee.name == "moe":
+            raise KeyboardInterrupt
+        train_step(trainee, *args)
+
+    monkeypatch.setattr(trainings.Trainee, "train_step", interrupted_at_step_9)
+    assert train_lm.main([*TINY_OPTIONS, *run_options(text_files, tmp_path)]) == 130
+    assert "--resume" in capsys.readouterr().out
+    assert checkpoint(tmp_path)["step"] == 8  # the last multiple of --checkpoint-every 4
+
+
+def test_an_unfinished_run_is_not_overwritten_by_mistake(text_files: list[Path], tmp_path: Path) -> None:
+    options = [*TINY_OPTIONS, *run_options(text_files, tmp_path), "--stop-at", "1"]
+    assert train_lm.main(options) == 0
+    with pytest.raises(SystemExit, match="unfinished run: give --resume"):
+        train_lm.main(options)
+    assert train_lm.main([*options, "--overwrite"]) == 0
+
+
+def test_resume_refuses_other_settings_and_other_text(corpus: corpora.Corpus, tmp_path: Path) -> None:
+    trainings.Training(TINY, corpus, tmp_path).run(stop_at=1)
+    with pytest.raises(ValueError, match=r"learning_rate = 0.003, not 0.1: resume with the same settings"):
+        trainings.Training(replace(TINY, learning_rate=0.1), corpus, tmp_path).load()
+    other = replace(corpus, train=corpus.train.flip(0))
+    with pytest.raises(ValueError, match="another text"):
+        trainings.Training(TINY, other, tmp_path).load()
+    trainings.Training(replace(TINY, checkpoint_every=3), corpus, tmp_path).load()
+
+
+def test_a_save_that_fails_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    trainings.save_atomically({"step": 1}, path)
+
+    class Unsaveable:
+        def __reduce__(self) -> str:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        trainings.save_atomically({"step": torch.ones(10**5), "rest": Unsaveable()}, path)
+    assert torch.load(path, weights_only=True) == {"step": 1}
+
+
+def test_a_diverged_run_stops_with_advice(corpus: corpora.Corpus, tmp_path: Path) -> None:
+    training = trainings.Training(TINY, corpus, tmp_path)
+    with torch.no_grad():
+        training.trainees[0].model.embed.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="smaller --learning-rate"):
+        training.run()
+
+
+# ---- text ----
+
+
+def test_standard_library_is_split_by_whole_files() -> None:
+    files = corpora.standard_library_files()
+    names = [name for name, _ in files]
+    assert names == sorted(names)
+    assert {"ast.py", "json/decoder.py"} <= set(names)
+    assert not any(name.startswith(("site-packages/", "test/")) for name in names)
+    split = corpora.split_files(files)
+    assert split.digest == corpora.split_files(files[::-1]).digest
+    assert split.num_train_files + split.num_held_out_files == len(files)
+    assert 0.05 < split.num_held_out_files / len(files) < 0.15
+    size = sum(len(content) + 1 for _, content in files)
+    assert split.train.numel() + split.held_out.numel() == size
+
+
+def test_few_files_still_give_both_parts() -> None:
+    two = corpora.split_files([("a", b"aaaa"), ("b", b"bbbb")])
+    assert sorted([two.train.tolist(), two.held_out.tolist()]) == [[97] * 4 + [0], [98] * 4 + [0]]
+    one = corpora.split_files([("a", bytes(range(100)))])
+    assert one.train.tolist() == [*range(90), 0]
+    assert one.held_out.tolist() == [*range(90, 100), 0]
+
+
+def test_batches_show_every_window_once_an_epoch_and_go_on_from_a_position() -> None:
+    text = torch.arange(250, dtype=torch.uint8)
+    batches = corpora.Batches(text, context=9, batch_size=4, seed=0)
+    assert batches.windows_per_epoch == 24  # 25 windows of 10 bytes; the last batch would be incomplete
+    epoch = torch.cat([batches.next() for _ in range(6)])
+    assert sorted(epoch[:, 0].tolist()) == list(range(epoch[:, 0].min(), 240 + epoch[:, 0].min(), 10))
+    assert torch.equal(epoch[:, 1:], epoch[:, :-1] + 1)
+    second = [batches.next() for _ in range(3)]
+    later = corpora.Batches(text, context=9, batch_size=4, seed=0)
+    later.position = 24 + 4
+    assert torch.equal(later.next(), second[1])
+    assert not torch.equal(torch.cat(second), epoch[:12])
+    with pytest.raises(ValueError, match="fewer than one batch of 40"):
+        corpora.Batches(text, context=9, batch_size=40, seed=0)
+    with pytest.raises(ValueError, match="shorter than one window"):
+        corpora.held_out_windows(text[:9], context=9, count=3)
+
+
+def test_evaluation_by_hand_and_without_a_trace(corpus: corpora.Corpus, tmp_path: Path) -> None:
+    """A new model gives every byte the same probability: 8 bits. Evaluating draws no number from training's."""
+    training = trainings.Training(replace(TINY, router="gshard"), corpus, tmp_path)
+    state = torch.get_rng_state()
+    assert training.trainees[1].evaluate(training.windows) == pytest.approx(8.0, abs=1e-5)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- pictures and the comparison of seeds ----
+
+
+def test_moving_average_by_hand() -> None:
+    assert report.moving_average(torch.arange(5.0).numpy(), window=2).tolist() == [0, 0.5, 1.5, 2.5, 3.5]
+
+
+def test_compare_seeds_prints_every_seed_and_repeats_no_run(
+    text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["--seeds", "0", "1", "--learning-rates", "1e-3", "4e-3", "--steps", "3", "--out", str(tmp_path)]
+    options = [*TINY_OPTIONS, *sweep, "--text", *map(str, text_files)]
+    assert compare_seeds.main(options) == 0
+    runs = json.loads((tmp_path / "compare_seeds.json").read_text())
+    grid = [(run["settings"]["seed"], run["settings"]["learning_rate"]) for run in runs]
+    assert grid == [(0, 1e-3), (0, 4e-3), (1, 1e-3), (1, 4e-3)]
+    shown = [f"{entry['held_out_bits_per_byte']:.4f}" for run in runs for entry in run["results"]]
+    printed = capsys.readouterr().out
+    assert all(number in printed for number in shown)
+    assert compare_seeds.main(options) == 0
+    assert runs == json.loads((tmp_path / "compare_seeds.json").read_text())  # times too: nothing was trained again
+
+
+def test_best_table_by_hand() -> None:
+    """Dense is best at 0.2 (mean 2.0), the mixture at 0.1 (mean 1.5); the difference is taken seed by seed."""
+    results = {("dense", 0.1): [3, 3], ("dense", 0.2): [1, 3], ("moe", 0.1): [1, 2], ("moe", 0.2): [0, 4]}
+    rows = [line.split() for line in compare_seeds.best_table(results, seeds=[0, 1]).splitlines()]
+    assert rows[2][-5:] == ["0.2", "1.0000", "3.0000", "2.0000", "1.4142"]
+    assert rows[3][-5:] == ["0.1", "1.0000", "2.0000", "1.5000", "0.7071"]
+    assert rows[4] == ["difference", "0.0000", "-1.0000", "-0.5000", "0.7071"]
