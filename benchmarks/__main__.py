@@ -1,0 +1,142 @@
+"""The command. Each half runs in a child process: torch reads THP_MEM_ALLOC_ENABLE when it is imported."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.cases import HALVES, Case, choose
+
+ROOT = Path(__file__).resolve().parents[1]
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+SUPPORT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser("python -m benchmarks", description="Time and memory beside rivals and the floor.")
+    made.add_argument("--quick", action="store_true", help="the headline cases only, ordinary pages, no extra rivals")
+    made.add_argument("--figures-only", action="store_true", help="without the rivals that no figure reads")
+    made.add_argument("--only", metavar="PATTERN", help="cases whose name contains PATTERN (or matches its wildcards)")
+    made.add_argument("--rounds", type=int, default=15, help="timed rounds; a figure needs at least 15 to count")
+    made.add_argument("--attempts", type=int, default=3, help="most times a case is timed while A/A disagrees")
+    made.add_argument("--threads", type=int, help="torch.set_num_threads")
+    made.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine, with --threads 1"
+    )
+    made.add_argument("--half", choices=HALVES, help="ordinary or huge pages only")
+    made.add_argument("--count", action="store_true", help="FLOPs, bytes kept, page faults and peak memory instead")
+    made.add_argument("--list", action="store_true", help="print the cases and stop")
+    made.add_argument("--json", metavar="FILE", help="save everything")
+    made.add_argument("--plot", metavar="FILE", help="save the picture (needs matplotlib)")
+    made.add_argument("--published", metavar="FOLDER", help="where mixture-of-experts 0.2.3 lies")
+    made.add_argument("--st-moe", metavar="FOLDER", help="where st-moe-pytorch lies")
+    made.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    return made
+
+
+def chosen(options: argparse.Namespace) -> list[Case]:
+    return choose(options.only, options.quick, options.figures_only)
+
+
+def halves(options: argparse.Namespace) -> list[str]:
+    """Which halves to run here."""
+    if options.half:
+        return [options.half]
+    if options.quick or options.count:
+        return ["ordinary"]
+    if not SUPPORT.exists() or "[never]" in SUPPORT.read_text():
+        print("no huge pages on this machine: that half is skipped")
+        return ["ordinary"]
+    return list(HALVES)
+
+
+def environment(half: str, options: argparse.Namespace) -> dict[str, str]:
+    """The child's environment: huge pages on or off whatever they are here, and where the rivals lie."""
+    given = {key: value for key, value in os.environ.items() if key != HUGE_PAGES}
+    given.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler that counts memory talks of its starts and stops
+    if half == "huge":
+        given[HUGE_PAGES] = "1"
+    for variable, folder in (("BENCHMARKS_PUBLISHED", options.published), ("BENCHMARKS_ST_MOE", options.st_moe)):
+        if folder:
+            given[variable] = str(Path(folder).resolve())
+    return given
+
+
+def parent(options: argparse.Namespace, arguments: list[str]) -> int:
+    """Run the halves one after the other, save what they found."""
+    result: dict = {"records": [], "counts": []}
+    for half in halves(options):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "half.json"
+            command = [sys.executable, "-m", "benchmarks", *arguments, "--half", half, "--child", str(path)]
+            done = subprocess.run(command, cwd=ROOT, env=environment(half, options), check=False)
+            if done.returncode:
+                return done.returncode
+            found = json.loads(path.read_text())
+        result |= {"machine": found["machine"]}
+        result["records"] += found["records"]
+        result["counts"] += found["counts"]
+    return save(result, options)
+
+
+def save(result: dict, options: argparse.Namespace) -> int:
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=1))
+    if options.plot:
+        from benchmarks.plot import draw
+
+        draw(result, options.plot)
+    if result["records"]:
+        from benchmarks.report import summary
+
+        print(summary(result["records"]))
+    return 0
+
+
+def child(options: argparse.Namespace) -> int:
+    """Run one half in this process, printing as it goes."""
+    import torch
+
+    from benchmarks import counting, machine, report
+    from benchmarks.run import run_case
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    result: dict = {"machine": machine.describe(), "records": [], "counts": []}
+    print(report.heading(result["machine"]), f"; {report.pages(options.half)}", sep="", flush=True)
+    if options.count:
+        for row in counting.count(options.only):
+            print(report.count_line(row), flush=True)
+            result["counts"].append(row)
+    else:
+        for case in chosen(options):
+            record = run_case(case, options.half, options.rounds, options.attempts, options.clock)
+            print(report.case_block(record), flush=True)
+            result["records"].append(record)
+    Path(options.child).write_text(json.dumps(result))
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = parser().parse_args(arguments)
+    if options.clock == "cpu" and options.threads != 1:
+        parser().error("--clock cpu counts threads that wait for each other: give it --threads 1")
+    if options.list:
+        print("\n".join(f"{case.name:44} {case.mode:10} {', '.join(case.contestants)}" for case in chosen(options)))
+        return 0
+    if options.child:
+        return child(options)
+    if not options.count and not chosen(options):
+        print(f"no case matches {options.only!r}: --list shows them", file=sys.stderr)
+        return 2
+    return parent(options, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

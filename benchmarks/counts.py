@@ -1,0 +1,127 @@
+"""Figures without noise: floating-point operations, bytes kept for backward, peak memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.contest import Contestant
+
+SEEN_THROUGH = ("aten", "prim", "prims", "profiler", "inductor")
+
+
+def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
+    """2 x rows x inner x columns of a grouped product (shapes), which torch's counter does not know.
+
+    (rows, i) x (e, i, o), (m, rows) x (rows, o) and (e, m, i) x (i, o) all do every row once; only 3-D x 3-D batches.
+    """
+    batches = a[0] if len(a) == len(b) == 3 else 1
+    return 2 * batches * a[-2] * a[-1] * b[-1]
+
+
+class OpNames(TorchDispatchMode):
+    """Collects the names of operators from outside torch: products inside them cannot be counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace not in SEEN_THROUGH:
+            self.opaque.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def flops(contestant: Contestant) -> int:
+    """Floating-point operations of one step's matrix products (FlopCounterMode)."""
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
+    formula = {grouped: grouped_mm_flops} if grouped is not None else {}
+    counter, names = FlopCounterMode(display=False, custom_mapping=formula), OpNames()
+    with counter, names:
+        contestant.step()
+    contestant.release()
+    if names.opaque:
+        raise RuntimeError(f"{contestant.name} has operators whose products cannot be counted: {sorted(names.opaque)}")
+    return counter.get_total_flops()
+
+
+def storage(tensor: Tensor) -> tuple[int, int]:
+    """Address and bytes of a tensor's storage."""
+    held = tensor.untyped_storage()
+    return held.data_ptr(), held.nbytes()
+
+
+def kept_bytes(contestant: Contestant) -> int:
+    """Bytes that autograd keeps between forward and backward: every storage once, without parameters and the input."""
+    own = {storage(leaf)[0] for leaf in (*contestant.inputs, *contestant.parameters)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        address, size = storage(tensor)
+        if address not in own:
+            kept[address] = size
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        contestant.step()
+    contestant.release()
+    return sum(kept.values())
+
+
+@dataclass(frozen=True)
+class Event:
+    """An allocation (bytes > 0) or its release (bytes < 0)."""
+
+    address: int
+    bytes: int
+
+
+def memory_events(work: Callable[[], None]) -> list[Event]:
+    """Every allocation and release of torch's CPU allocator while `work` runs, in order."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        trace = json.loads(path.read_text())["traceEvents"]
+    rows = sorted((e for e in trace if e["name"] == "[memory]"), key=lambda e: (e["ts"], e["args"]["Ev Idx"]))
+    return [Event(row["args"]["Addr"], row["args"]["Bytes"]) for row in rows]
+
+
+def peak_bytes(contestant: Contestant) -> int:
+    """The most memory that one step holds at a time beyond what stood before it, its weights' gradients left out.
+
+    Counted from the allocator's own events, so it is exact, repeatable and not blurred by what the process keeps for
+    reuse, as the resident size would be. What kernels allocate behind torch's back is not in it. The buffers that end
+    as the parameters' gradients are left out from their start; the input's gradient and the output are in.
+    """
+    contestant.step()
+    contestant.release()
+    events = memory_events(contestant.step)
+    gradients = {storage(leaf.grad)[0] for leaf in contestant.parameters if leaf.grad is not None}
+    contestant.release()
+    return peak_of(events, gradients)
+
+
+def peak_of(events: list[Event], lasting: set[int]) -> int:
+    """The largest sum of live allocations, without the last allocation at each address in `lasting`."""
+    final = {event.address: i for i, event in enumerate(events) if event.bytes > 0 and event.address in lasting}
+    live: dict[int, int] = {}
+    now = peak = 0
+    for i, event in enumerate(events):
+        if event.bytes < 0:
+            now -= live.pop(event.address, 0)
+        elif final.get(event.address) != i:
+            live[event.address] = event.bytes
+            now += event.bytes
+            peak = max(peak, now)
+    return peak

@@ -1,0 +1,98 @@
+"""The picture for the docs: every case's times over the time of its reference."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
+
+from benchmarks.report import heading
+
+# Okabe and Ito's colours, which stay apart for colour-blind readers; shapes say the same a second time.
+STYLES = {
+    "layer": ("#0072B2", "o"),
+    "0.2.3": ("#D55E00", "s"),
+    "st-moe": ("#E69F00", "D"),
+    "loop": ("#CC79A7", "^"),
+    "dense": ("#000000", "|"),
+    "eager": ("#009E73", "v"),
+    "grouped_mm": ("#009E73", "P"),
+    "batched_mm": ("#009E73", "X"),
+}
+NAMES = {name: f"transformers, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
+NAMES["layer"] = "mixture_of_experts"
+FLOORS = ("products", "router + products", "by hand")
+
+
+def floor_of(record: dict) -> str | None:
+    return next((name for name in FLOORS if name in record["contestants"]), None)
+
+
+def style_of(name: str) -> str | None:
+    """The legend entry of a contestant, None for those that are not drawn."""
+    last = name.split()[-1]
+    return next((key for key in (name, last) if key in STYLES), None)
+
+
+def points(record: dict) -> dict[str, float]:
+    """Median times over the floor's, by legend entry."""
+    contestants = record["contestants"]
+    floor = contestants[floor_of(record)]["median_s"]
+    times = {style_of(name): row["median_s"] / floor for name, row in contestants.items()}
+    return {key: ratio for key, ratio in times.items() if key is not None}
+
+
+def drawable(record: dict) -> bool:
+    """A case of which no figure counts is not drawn."""
+    return floor_of(record) is not None and any(figure["valid"] for figure in record["figures"])
+
+
+def draw(result: dict, path: str) -> None:
+    """Save the picture: one line a case, ordinary pages, the layer with huge pages as a hollow mark."""
+    cases: dict[str, dict[str, dict]] = {}
+    for record in filter(drawable, result["records"]):
+        cases.setdefault(record["case"]["name"], {})[record["half"]] = record
+    names = [name for name, halves in cases.items() if "ordinary" in halves]
+    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.36 * len(names)), layout="constrained")
+    for y, name in enumerate(names):
+        draw_row(axes, y, cases[name])
+    axes.axvline(1, color="#555555", linewidth=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("time ÷ the experts' products alone (decode: ÷ the chosen experts by hand); left is faster")
+    axes.set_title(heading(result["machine"]), fontsize=8)
+    axes.legend(handles=legend(cases), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def draw_row(axes, y: int, halves: dict[str, dict]) -> None:
+    for key, ratio in points(halves["ordinary"]).items():
+        colour, marker = STYLES[key]
+        axes.plot(ratio, y, marker, color=colour, markersize=7, zorder=4 if key == "layer" else 3)
+    if "huge" in halves and "layer" in points(halves["huge"]):
+        ratio = points(halves["huge"])["layer"]
+        axes.plot(ratio, y, "o", color=STYLES["layer"][0], markersize=11, fillstyle="none", zorder=4)
+
+
+def legend(cases: dict[str, dict[str, dict]]) -> list[Line2D]:
+    drawn = {key for halves in cases.values() for record in halves.values() for key in points(record)}
+    handles = [
+        Line2D([], [], color=colour, marker=marker, linestyle="", label=NAMES.get(key, key))
+        for key, (colour, marker) in STYLES.items()
+        if key in drawn
+    ]
+    if any("huge" in halves for halves in cases.values()):
+        hollow = {"marker": "o", "fillstyle": "none", "markersize": 11, "linestyle": ""}
+        handles.append(Line2D([], [], color=STYLES["layer"][0], label="the same, huge pages", **hollow))
+    return handles

@@ -1,0 +1,99 @@
+"""Yardsticks: what the layer's arithmetic costs without the layer. They compute no routed output, so none is compared.
+
+e experts, s rows of each, d model dim, h hidden dim
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import Case
+from benchmarks.contest import Contestant, of_forward
+from benchmarks.loop import feed_forward, route
+from benchmarks.problem import Inputs, Weights, generator
+
+
+def leaves(*tensors: Tensor | None) -> list[Tensor]:
+    return [t.detach().requires_grad_() for t in tensors if t is not None]
+
+
+def activated(first: Tensor, gate: Tensor | None) -> Tensor:
+    return F.gelu(first) if gate is None else F.silu(first) * gate
+
+
+def expert_products(slots: Tensor, w1: Tensor, w2: Tensor, w3: Tensor | None = None) -> Tensor:
+    """bmm, activation, bmm on slots (e, s, d)."""
+    gate = None if w3 is None else torch.bmm(slots, w3)
+    return torch.bmm(activated(torch.bmm(slots, w1), gate), w2)
+
+
+def slots_like(case: Case) -> tuple[Inputs, tuple[int, int, int]]:
+    """Filled slots and a gradient for what comes out of them."""
+    shape = (case.all_experts, case.rows_per_expert, case.d)
+    dtype = getattr(torch, case.dtype)
+    slots, grad = (torch.randn(shape, generator=generator(i)).to(dtype) for i in (6, 7))
+    return Inputs(slots, grad, 0.0), shape
+
+
+def products(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """The experts' products alone."""
+    filled, (e, s, d) = slots_like(case)
+    parameters = leaves(*(w.view(e, *w.shape[-2:]) for w in (weights.w1, weights.w2, weights.w3) if w is not None))
+    note = f"bmm, activation, bmm through autograd on {e} x {s} x {d} slots filled beforehand; all gradients"
+    return of_forward(
+        "products", case, filled, lambda x: (expert_products(x, *parameters), None), parameters, note=note
+    )
+
+
+def router_and_products(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """The gate's product and softmax, and the experts' products."""
+    made = products(case, weights, inputs)
+    slots, grad = made.inputs[0], slots_like(case)[0].grad
+    x, w_gating = leaves(inputs.x, weights.w_gating)
+    probs_grad = torch.randn(case.b, case.n, case.e, generator=generator(8))
+
+    def step() -> None:
+        probs = (x @ w_gating).float().softmax(-1)
+        torch.autograd.backward((probs, expert_products(slots, *made.parameters)), (probs_grad, grad))
+
+    note = made.note + "; x · w_gating and its softmax, forward and backward (no top-k)"
+    parameters = [*made.parameters, w_gating]
+    return Contestant("router + products", step, case, None, [slots, x], parameters, note)
+
+
+def dense(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """One FFN of the same width over the same number of rows."""
+    filled, (e, s, d) = slots_like(case)
+    flat = Inputs(filled.x.view(e * s, d), filled.grad.view(e * s, d), 0.0)
+    first = [w.reshape(e, *w.shape[-2:])[0].T.clone() for w in (weights.w1, weights.w2, weights.w3) if w is not None]
+    w1, w2, *w3 = parameters = [nn.Parameter(w) for w in first]
+
+    def forward(x: Tensor) -> tuple[Tensor, None]:
+        gate = F.linear(x, w3[0]) if w3 else None
+        return F.linear(activated(F.linear(x, w1), gate), w2), None
+
+    note = f"one dense FFN of {e * s} rows through autograd"
+    return of_forward("dense", case, flat, forward, parameters, note=note)
+
+
+def by_hand(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """Decode: the chosen experts of each token, known beforehand, and their weighted sum."""
+    choices = route(case, inputs.x.float() @ weights.w_gating.float(), inputs.threshold)
+    chosen = choices.expert[:, 0].tolist(), choices.weight[:, 0].tolist()
+    w1, w2 = weights.w1.unbind(0), weights.w2.unbind(0)
+    w3 = weights.w3.unbind(0) if weights.w3 is not None else [None] * case.e
+    tokens = inputs.x.view(case.b, 1, case.d).unbind(0)
+
+    @torch.no_grad()
+    def output() -> Tensor:
+        return torch.stack(
+            [
+                sum(g * feed_forward(token, w1[i], w2[i], w3[i]) for i, g in zip(experts, gates, strict=True))
+                for token, experts, gates in zip(tokens, *chosen, strict=True)
+            ]
+        )
+
+    note = "the chosen experts' products and weighted sum; which experts and weights is known beforehand, no router"
+    return Contestant("by hand", lambda: (output(), None)[1], case, output, note=note)

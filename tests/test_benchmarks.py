@@ -1,0 +1,243 @@
+"""The benchmark harness: it runs, compares before it times, and counts exactly. No time is asserted."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import counting, counts, field, problem, timing  # noqa: E402
+from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
+from benchmarks.contest import Contestant, MissingError  # noqa: E402
+from benchmarks.loop import load_of  # noqa: E402
+from benchmarks.rivals import PUBLISHED, ST_MOE  # noqa: E402
+from benchmarks.timing import AGAIN, Samples  # noqa: E402
+
+TOYS = {case.name: case for case in choose("toy", quick=False)}
+
+
+@pytest.fixture(autouse=True)
+def no_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tests need none of the optional packages."""
+    monkeypatch.delenv(PUBLISHED, raising=False)
+    monkeypatch.delenv(ST_MOE, raising=False)
+
+
+def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
+    return field.enter(replace(TOYS[name], figures=(), extras=contestants, **changed))[0]
+
+
+def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
+    saved, drawn = tmp_path / "result.json", tmp_path / "picture.png"
+    arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--json", str(saved)]
+    if importlib.util.find_spec("matplotlib"):
+        arguments += ["--plot", str(drawn)]
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr
+    assert "layer ÷ products" in run.stdout
+    result = json.loads(saved.read_text())
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["threads"] >= 1
+    (record,) = result["records"]
+    assert {"layer", "products", "products" + AGAIN, "loop", "dense"} <= record["contestants"].keys()
+    assert record["contestants"]["layer"]["error"] <= 1e-4
+    assert record["contestants"]["layer"]["peak_bytes"] > 0
+    assert len(record["contestants"]["layer"]["seconds"]) == 2
+    assert not record["figures"][0]["valid"], "two rounds are too few for a figure to count"
+    assert drawn.exists() == ("--plot" in arguments)
+
+
+@pytest.mark.parametrize("name", sorted(TOYS))
+def test_the_layer_computes_what_the_plain_loop_computes(name: str) -> None:
+    contestants = entered(name, "layer", "loop")
+    errors = field.check_all(contestants)
+    assert errors.keys() == {"layer", "loop"}
+    for contestant in contestants.values():
+        contestant.step()
+        contestant.release()
+
+
+@pytest.mark.parametrize("changed", [{"skew": 1.0, "policy": "none"}, {"k": 3}, {"dtype": "bfloat16"}, {"factor": 0.5}])
+def test_variants_agree_with_the_plain_loop(changed: dict) -> None:
+    contestants = entered("toy/train", "layer", **changed)
+    contestants["layer"].tolerance = 3e-2 if "dtype" in changed else 1e-4
+    assert field.check_all(contestants).keys() == {"layer"}
+
+
+def test_a_rival_that_computes_something_else_is_refused() -> None:
+    contestants = entered("toy/train", "layer", "loop")
+    right = contestants["loop"].output
+    contestants["loop"].output = lambda: right().roll(1, dims=1)
+    with pytest.raises(AssertionError, match="loop computes something else"):
+        field.check_all(contestants)
+
+
+def test_missing_rivals_say_how_to_get_them() -> None:
+    _, missing = field.enter(replace(TOYS["toy/train"], figures=(), extras=("0.2.3",)))
+    assert "pip install --no-deps --target" in missing["0.2.3"]
+    with pytest.raises(MissingError, match=r"mixture-of-experts==0\.2\.3"):
+        field.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
+
+
+def test_the_wrong_version_of_the_published_package_is_refused(monkeypatch, tmp_path: Path) -> None:
+    info = tmp_path / "mixture_of_experts-0.2.2.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mixture-of-experts\nVersion: 0.2.2\n")
+    monkeypatch.setenv(PUBLISHED, str(tmp_path))
+    with pytest.raises(MissingError, match=r"0\.2\.2"):
+        field.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
+
+
+def test_every_case_has_known_contestants_and_a_name_of_its_own() -> None:
+    cases = every_case()
+    assert max(Counter(case.name for case in cases).values()) == 1
+    assert {name for case in cases for name in case.contestants} <= field.BUILDERS.keys()
+    assert all(case.figures for case in cases)
+    assert choose(None, quick=True)
+    assert [case.name for case in choose("train/4x1024-d512*", quick=False)] == ["train/4x1024-d512-e16"]
+
+
+def test_rounds_are_interleaved_and_references_run_twice() -> None:
+    calls: list[str] = []
+    case = TOYS["toy/train"]
+    contestants = {name: Contestant(name, lambda name=name: calls.append(name), case) for name in "abc"}
+    samples = timing.rounds_of(contestants, twice=["a", "absent"], rounds=4, warmup=1)
+    assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4, "a" + AGAIN: 4}
+    rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
+    assert len(rounds) == 5
+    assert all(sorted(turn) == ["a", "a", "b", "c"] for turn in rounds)
+    assert len({tuple(turn) for turn in rounds}) > 1, "the order changes from round to round"
+
+
+def samples_of(**seconds: list[float]) -> dict[str, Samples]:
+    return {name.replace("_again", AGAIN): Samples(s, [0] * len(s)) for name, s in seconds.items()}
+
+
+def test_a_figure_counts_only_where_the_reference_agrees_with_itself() -> None:
+    figure = Figure("layer", "floor", target=1.5)
+    slow_and_fast = [1.0, 5.0] * 8  # a whole round slowed down cancels
+    layer = [1.4 * s for s in slow_and_fast]
+    calm = samples_of(layer=layer, floor=slow_and_fast, floor_again=[1.01 * s for s in slow_and_fast])
+    row = timing.time_figure(figure, calm, "ordinary")
+    assert row is not None
+    assert row["value"] == pytest.approx(1.4 / 1.01**0.5)
+    assert row["aa"] == pytest.approx(1.01)
+    assert (row["valid"], row["met"]) == (True, True)
+    noisy = calm | samples_of(floor_again=[1.04 * s for s in slow_and_fast])
+    assert timing.time_figure(figure, noisy, "ordinary")["valid"] is False
+    assert timing.time_figure(figure, noisy, "ordinary")["met"] is None
+    short = {name: Samples(s.seconds[:14], s.faults[:14]) for name, s in calm.items()}
+    assert timing.time_figure(figure, short, "ordinary")["valid"] is False
+    assert timing.time_figure(figure, samples_of(layer=layer), "ordinary") is None
+
+
+def test_fastest_of_several_references() -> None:
+    figure = Figure("layer", ("a", "b", "absent"))
+    both = samples_of(layer=[3.0] * 15, a=[2.0] * 15, a_again=[2.0] * 15, b=[1.0] * 15, b_again=[1.0] * 15)
+    row = timing.time_figure(figure, both, "ordinary")
+    assert (row["reference"], row["value"]) == ("b", pytest.approx(3.0))
+
+
+def test_flops_of_products_forward_and_backward() -> None:
+    products = entered("toy/train", "products")["products"]
+    case = TOYS["toy/train"]
+    rows = 2 * slots(64, 1.25, 8) * 8
+    assert products.case.rows == rows
+    assert counts.flops(products) == 3 * 2 * (2 * rows * case.d * case.h)
+
+
+def test_flops_of_grouped_products_are_those_of_the_rows() -> None:
+    x, w = torch.randn(12, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
+    ends = torch.tensor([4, 8, 12], dtype=torch.int32)
+
+    def step() -> None:
+        out = F.grouped_mm(x, w, offs=ends)
+        out.backward(torch.ones(12, 4))
+
+    assert counts.flops(Contestant("grouped", step, TOYS["toy/train"], parameters=[x, w])) == 3 * 2 * 12 * 8 * 4
+
+
+def test_opaque_operators_are_reported_not_counted_as_nothing() -> None:
+    @torch.library.custom_op("benchmarks_test::hidden_product", mutates_args=())
+    def hidden_product(x: torch.Tensor) -> torch.Tensor:
+        return x @ x
+
+    step = lambda: hidden_product(torch.eye(3))  # noqa: E731
+    with pytest.raises(RuntimeError, match="hidden_product"):
+        counts.flops(Contestant("hidden", step, TOYS["toy/train"]))
+
+
+def test_bytes_kept_count_each_storage_once_without_parameters_and_input() -> None:
+    x, w = torch.randn(16, 8, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+
+    def step() -> None:
+        hidden = x @ w  # keeps x and w: not counted
+        (hidden * hidden.T.T).sum().backward()  # keeps hidden twice: counted once
+
+    assert counts.kept_bytes(Contestant("twice", step, TOYS["toy/train"], inputs=[x], parameters=[w])) == 16 * 4 * 4
+
+
+def test_peak_leaves_out_what_ends_as_a_gradient() -> None:
+    a, b, c = 1, 2, 3
+    events = [(a, 100), (b, 50), (a, -100), (a, 70), (c, 20), (b, -50), (9, -1000), (c, -20)]
+    events = [counts.Event(address, size) for address, size in events]
+    assert counts.peak_of(events, lasting=set()) == 150  # 100 + 50; what was there before (9) does not count
+    assert counts.peak_of(events, lasting={a}) == 150  # the first buffer at `a` was no gradient
+    assert counts.peak_of(events[1:], lasting={a}) == 70  # 50 + 20
+
+
+def test_peak_of_a_known_step() -> None:
+    x, w = torch.randn(256, 64), torch.randn(64, 64, requires_grad=True)
+    grad = torch.randn(256, 64)
+
+    def step() -> None:
+        (x @ w).exp().backward(grad)
+
+    peak = counts.peak_bytes(Contestant("known", step, TOYS["toy/train"], parameters=[w]))
+    assert peak == 2 * 256 * 64 * 4  # product and exponential, then exponential and the product's gradient
+
+
+def test_loads_are_what_the_cases_say() -> None:
+    case = Case("load", "forward", 4, 512, 64, 8, 16, factor=2.0)
+    zipf = replace(case, skew=1.0)
+    busiest = "first choices of the busiest expert ÷ mean"
+    assert load_of(case, problem.weights(case), problem.inputs(case))[busiest] < 1.3
+    expected = 16 / sum(1 / i for i in range(1, 17))
+    assert load_of(zipf, problem.weights(zipf), problem.inputs(zipf))[busiest] == pytest.approx(expected, rel=0.1)
+    partly = replace(case, fill=0.65, policy="threshold")
+    filled = load_of(partly, problem.weights(partly), problem.inputs(partly))["slots filled"]
+    assert filled == pytest.approx(0.65, abs=0.02)
+
+
+def test_more_experts_than_dimensions_stay_balanced() -> None:
+    case = Case("wide", "forward", 1, 8192, 64, 8, 128, factor=None)
+    load = load_of(case, problem.weights(case), problem.inputs(case))
+    assert load["first choices of the busiest expert ÷ mean"] < 2
+
+
+def test_the_halves_differ_in_huge_pages_whatever_the_caller_has(monkeypatch) -> None:
+    options = command.parser().parse_args(["--published", "here"])
+    monkeypatch.setenv(command.HUGE_PAGES, "1")
+    assert command.HUGE_PAGES not in command.environment("ordinary", options)
+    monkeypatch.delenv(command.HUGE_PAGES)
+    assert command.environment("huge", options)[command.HUGE_PAGES] == "1"
+    assert command.environment("huge", options)[PUBLISHED] == str(Path("here").resolve())
+
+
+def test_counts_of_a_toy() -> None:
+    rows = {(row["what"], row["note"]): row for row in counting.against_rivals(TOYS["toy/train"])}
+    assert rows["FLOPs", "layer ÷ router + products"]["value"] <= 1.0
+    assert rows["bytes kept for backward", "layer ÷ dense"]["over"] > 0
+    assert all(row["met"] == (row["value"] <= row["limit"]) for row in rows.values() if row["limit"] is not None)
