@@ -85,11 +85,11 @@ def lay_out(
     return Layout(
         chunks,
         rows,
-        row=table[row],
+        row=table.index_select(0, row),
         token=torch.zeros(rows, dtype=torch.int64).index_copy_(0, padded, torch.where(filled, token[:total], 0)),
         empty=torch.ones(rows, dtype=torch.bool).index_copy_(0, padded, ~filled),
         weight=weight.new_zeros(rows).index_copy_(
-            0, padded, torch.cat([weight, weight.new_zeros(1)])[assignment[:total]]
+            0, padded, torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
         ),
     )
 

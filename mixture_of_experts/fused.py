@@ -172,7 +172,7 @@ class _FusedBackward(torch.autograd.Function):
         if need_x:
             grad_x_rows[-1] = 0
             grad_x = _collect(call, grad_x_rows, weight, layout)
-        return grad_x, grad_row_weight[layout.row], *grad_weights
+        return grad_x, grad_row_weight.index_select(0, layout.row), *grad_weights
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

@@ -148,6 +148,8 @@ class Top2Gating(TokenChoiceGate):
         gate = torch.where(self._counts(expert, tokens.first), gate, 0.0)
         gate = gate / (gate.sum(dim=-1, keepdim=True) + self.eps)
 
+        # logsumexp(logits) = logit - log p of any expert: read at the largest it costs no pass over all
+        log_total = logits.gather(-1, expert_1) - probs.gather(-1, expert_1).log()
         parts = self._losses(tokens, probs, expert)
         first, second = tokens.first, self._policy(gate[..., 1].detach())
         chosen = [torch.ones_like(second) if first is None else first]
@@ -159,7 +161,7 @@ class Top2Gating(TokenChoiceGate):
             gate,
             chosen=torch.stack(chosen, dim=-1),
             balance_loss=sum(parts.values(), torch.zeros_like(parts["balance"])),
-            z_loss=losses.z_loss(logits, tokens.first, self.process_group),
+            z_loss=losses.z_loss(log_total, tokens.first, self.process_group),
             losses=parts,
         )
 
