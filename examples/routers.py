@@ -142,7 +142,7 @@ def update_bias_after_steps(model: nn.Module, optimizer: Optimizer, rate: float 
 
     def update(*_: object) -> None:
         for gate in gates:
-            gate.update_bias(rate)
+            gate.update_bias(rate, gate.process_group)
 
     if gates:
         optimizer.register_step_post_hook(update)

@@ -27,7 +27,7 @@ class Settings:
     heads: int = option(4, "attention heads")
     context: int = option(256, "bytes in a window")
     batch_size: int = option(8, "windows in a step")
-    steps: int = option(1600, "steps of the optimizer")
+    steps: int = option(1000, "steps of the optimizer")
     learning_rate: float = option(3e-3, "its peak, after the warm-up")
     seed: int = option(0, "decides the initial parameters and the order of the batches")
     eval_every: int = option(200, "steps between two evaluations on the held-out files")

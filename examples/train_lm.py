@@ -5,6 +5,7 @@
     python examples/train_lm.py --text book.txt log.txt  # one's own text
     python examples/train_lm.py --router mixtral --out runs/mixtral
     python examples/train_lm.py --resume                 # after Ctrl-C, a kill or a power cut
+    torchrun --nproc-per-node 2 examples/train_lm.py --expert-parallel 2   # experts on two ranks
 
 Both models begin with the same attention and see the same batches in the same order. What they cost and how well they
 predict files that neither has seen is printed as a table and drawn to a picture; `result.json` holds the numbers.
@@ -15,31 +16,31 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from corpus import load_corpus
+from corpus import Corpus, load_corpus
 from report import RESULT, draw, table, write_result
-from settings import add_options, settings_from
-from training import CHECKPOINT, Training
+from settings import Settings, add_options, settings_from
+from training import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     settings = settings_from(args)
     corpus = load_corpus(args.text)
-    print(corpus)
-    training = Training(settings, corpus, args.out)
-    if not args.resume:
-        refuse_to_overwrite(args.out, args.overwrite)
-    elif (args.out / CHECKPOINT).exists():
+    training = make_training(args, settings, corpus)
+    training.say(corpus)
+    if not args.resume and not args.overwrite:
+        training.refuse_to_overwrite()
+    elif args.resume and training.has_checkpoint():
         training.load()
-        print(f"going on after step {training.step}")
+        training.say(f"going on after step {training.step}")
     try:
         training.run(args.stop_at)
     except KeyboardInterrupt:
         print(f"\nstopped; the last checkpoint is in {args.out}: --resume goes on from it")
         return 130
-    if training.finished:
+    if training.finished and training.first:
         report(training)
+    training.close()
     return 0
 
 
@@ -53,6 +54,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     parser.add_argument("--overwrite", action="store_true", help="start again though --out has an unfinished run")
     parser.add_argument("--stop-at", type=int, help="save a checkpoint and stop after this step")
+    parser.add_argument(
+        "--expert-parallel", type=int, metavar="RANKS", help="spread experts and batch over the processes of torchrun"
+    )
     add_options(parser)
     return parser.parse_args(argv)
 
@@ -61,13 +65,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows defaults, and the examples as they are written."""
 
 
-def refuse_to_overwrite(out: Path, overwrite: bool) -> None:
-    """An unfinished run is not thrown away by forgetting an option."""
-    path = out / CHECKPOINT
-    if path.exists() and not overwrite:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["step"] < state["settings"]["steps"]:
-            sys.exit(f"{path} is of an unfinished run: give --resume to go on, --overwrite to start again, or --out")
+def make_training(args: argparse.Namespace, settings: Settings, corpus: Corpus) -> Training:
+    """A run in this process, or one that several processes share."""
+    if args.expert_parallel is None:
+        return Training(settings, corpus, args.out)
+    from spread import SpreadTraining
+
+    return SpreadTraining(settings, corpus, args.out, args.expert_parallel)
 
 
 def report(training: Training) -> None:

@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mixture_of_experts import MoE, Routing
 
 CHECKPOINT = "checkpoint.pt"
+REMEDIES = "give --resume to go on, --overwrite to start again, or --out"
 
 
 class LoadRecorder:
@@ -66,7 +67,7 @@ class Trainee:
         self.name, self.settings = name, settings
         self.device = torch.device(settings.device)
         self.model = model.to(self.device)
-        self.optimizer = make_optimizer(self.model, settings.learning_rate)
+        self.optimizer = self._make_optimizer()
         self.history = History()
         self._recorder = LoadRecorder(self.model)  # before compiling, which has to see the hooks
         self._forward = torch.compile(self.model) if settings.compile else self.model
@@ -77,12 +78,14 @@ class Trainee:
         self.model.train()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        nats, aux_loss = self._loss(windows)
+        own = self._own(windows)
+        nats, aux_loss = self._loss(own)
         (nats + aux_loss).backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        bits = nats.item() / math.log(2)  # waits for the device: the time below is that of the whole step
+        # waits for the device: the time below is that of the whole step
+        bits = self._sum(nats.item() * len(own)) / len(windows) / math.log(2)
         if not math.isfinite(bits):
             raise FloatingPointError(f"the {self.name} model's loss is {bits}: try a smaller --learning-rate")
         self.history.train.append(bits)
@@ -97,10 +100,27 @@ class Trainee:
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # a router that draws numbers in evaluation draws the same ones every time
             for batch in windows.split(self.settings.batch_size):
-                nats += self._loss(batch)[0].item() * len(batch)
-        bits = nats / len(windows) / math.log(2)
+                own = self._own(batch)
+                nats += self._loss(own)[0].item() * len(own)
+        bits = self._sum(nats) / len(windows) / math.log(2)
         self.history.held_out.append((len(self.history.train), bits))
         return bits
+
+    # ---- what is different when several processes share a batch: see spread.py ----
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        return make_optimizer(self.model, self.settings.learning_rate)
+
+    def _own(self, windows: Tensor) -> Tensor:
+        """This process' part of a batch."""
+        return windows
+
+    def _sum(self, value: float) -> float:
+        """The sum of a number over all processes."""
+        return value
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
 
     def _loss(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Mean nats per byte of predicting each byte from those before it, and the auxiliary loss."""
@@ -132,7 +152,7 @@ class Trainee:
         }
 
 
-def make_trainee(name: str, settings: Settings) -> Trainee:
+def make_trainee(name: str, settings: Settings, kind: type[Trainee] = Trainee) -> Trainee:
     """The model `name`, 'dense' or 'moe'. Both begin with the same parameters but for their feed-forward layers."""
     router = ROUTERS[settings.router]
     torch.manual_seed(settings.seed)
@@ -145,7 +165,7 @@ def make_trainee(name: str, settings: Settings) -> Trainee:
 
     shape = {"dim": settings.dim, "layers": settings.layers, "heads": settings.heads, "context": settings.context}
     model = ByteLM({"moe": make_moe, "dense": make_dense}[name], **shape)
-    return Trainee(name, model, settings)
+    return kind(name, model, settings)
 
 
 def dense_hidden_dim(settings: Settings) -> int:
@@ -157,12 +177,17 @@ def dense_hidden_dim(settings: Settings) -> int:
     return round(active / (settings.dim * (3 if router.gated else 2)))
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW; norms and biases are not decayed. Routers with an expert bias get it updated after each step."""
+def make_optimizer(
+    model: nn.Module, learning_rate: float, split: Callable[[list[dict]], list[dict]] = list
+) -> torch.optim.Optimizer:
+    """AdamW; norms and biases are not decayed. Routers with an expert bias get it updated after each step.
+
+    `split` may divide the groups of parameters further.
+    """
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(split(groups), learning_rate, betas=(0.9, 0.98), fused=True)
     update_bias_after_steps(model, optimizer)
     return optimizer
 
@@ -179,12 +204,14 @@ def learning_rate_at(step: int, settings: Settings) -> float:
 class Training:
     """A run: its models, the batches they share and the step they have reached."""
 
+    trainee: type[Trainee] = Trainee
+
     def __init__(self, settings: Settings, corpus: Corpus, out: Path):
         self.settings, self.corpus, self.out = settings, corpus, out
         self.step = 0
         self.batches = Batches(corpus.train, settings.context, settings.batch_size, settings.seed)
         self.windows = held_out_windows(corpus.held_out, settings.context, settings.eval_windows)
-        self.trainees = [make_trainee(name, settings) for name in settings.models]
+        self.trainees = [make_trainee(name, settings, self.trainee) for name in settings.models]
         torch.manual_seed(settings.seed)
 
     @property
@@ -212,13 +239,37 @@ class Training:
 
     def _evaluate(self) -> None:
         results = (f"{trainee.name} {trainee.evaluate(self.windows):.4f}" for trainee in self.trainees)
-        tqdm.write(f"step {self.step}: held-out bits per byte: {', '.join(results)}")
+        text = f"step {self.step}: held-out bits per byte: {', '.join(results)}"  # all processes evaluate
+        if self.first:
+            tqdm.write(text)
 
     @contextmanager
     def _progress(self) -> Iterator[tqdm]:
         """A progress bar; where the output is not a terminal, the lines of the evaluations are the progress."""
-        with tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=None) as bar:
+        hidden = None if self.first else True
+        with tqdm(total=self.settings.steps, initial=self.step, unit="step", disable=hidden) as bar:
             yield bar
+
+    first = True  # of several processes the one that reports
+
+    def say(self, text: object) -> None:
+        """Print, once however many processes there are."""
+        if self.first:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Nothing to take leave of."""
+
+    def has_checkpoint(self) -> bool:
+        return (self.out / CHECKPOINT).exists()
+
+    def refuse_to_overwrite(self) -> None:
+        """An unfinished run is not thrown away by forgetting an option."""
+        path = self.out / CHECKPOINT
+        if path.exists():
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if state["step"] < state["settings"]["steps"]:
+                raise SystemExit(f"{path} is of an unfinished run: {REMEDIES}")
 
     def save(self) -> None:
         """Everything that the rest of the run depends on, in one file."""

@@ -16,11 +16,17 @@ from torch import Tensor
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Sum of `value` over the ranks of `group`; carries no gradient. Without a group: the value itself."""
     value = value.detach()
-    if group is None:
+    if group is None or world_size(group) == 1:
         return value
-    from torch.distributed._functional_collectives import all_reduce
+    from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
-    return all_reduce(value, "sum", group)
+    try:
+        return wait_tensor(all_reduce(value, "sum", group))
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"a gate could not sum over the {world_size(group)} ranks of its process group: {error}\n"
+            "Another rank has raised, is stuck or ran other layers: look for the first error among the ranks"
+        ) from error
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:

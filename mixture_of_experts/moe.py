@@ -26,7 +26,7 @@ from mixture_of_experts.parts import (
     settle_grid,
     settle_num_experts,
 )
-from mixture_of_experts.routing import Priority
+from mixture_of_experts.routing import Priority, Routing
 
 
 class Layer(nn.Module):
@@ -49,6 +49,13 @@ class Layer(nn.Module):
         self.group_size = None if group_size is None else check_size("group_size", group_size)
         self.shared_expert = shared_expert
 
+    def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
+        """0-dim: the losses of all levels times their coefficients. A z-loss nobody asked for is not differentiated."""
+        loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
+        if self.z_loss_coef:
+            loss = loss + self.z_loss_coef * sum((routing.z_loss for routing in levels[1:]), levels[0].z_loss)
+        return loss
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """As `nn.Module.load_state_dict`, but a state that does not fit changes nothing: torch fills what fits and
         only then complains."""
@@ -60,10 +67,16 @@ class Layer(nn.Module):
         ]
         if strict:
             problems += [f"{name} is missing" for name in sorted(own.keys() - state_dict.keys())]
-            problems += [f"{name} is not of this layer" for name in sorted(state_dict.keys() - own.keys())]
+            more = (name for name in sorted(state_dict.keys() - own.keys()) if not self._is_elsewhere(name))
+            problems += [f"{name} is not of this layer" for name in more]
         if problems:
             raise RuntimeError(f"cannot load into {type(self).__name__}, nothing was changed: " + "; ".join(problems))
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def _is_elsewhere(self, name: str) -> bool:
+        """Whether a key is of an expert that another rank keeps: a state of one process has those too."""
+        has_elsewhere = getattr(self.experts, "has_elsewhere", None)
+        return has_elsewhere is not None and name.startswith("experts.") and has_elsewhere(name[len("experts.") :])
 
     def extra_repr(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
@@ -159,8 +172,7 @@ class MoE(Layer):
         x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
         routing = self.gate(groups, mask=group_mask)
         out = compute(self.experts, groups, [routing])
-        aux_loss = self.loss_coef * routing.balance_loss + self.z_loss_coef * routing.z_loss
-        return leave(out, x, mask, self.shared_expert), aux_loss
+        return leave(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
 
 class HeirarchicalMoE(Layer):
@@ -252,9 +264,7 @@ class HeirarchicalMoE(Layer):
         outer = self.gate_outer(groups, mask=group_mask)
         inner = self.gate_inner(**second_level(groups, outer, self.group_size))
         out = compute(self.experts, groups, [outer, inner])
-        balance_loss, z_loss = outer.balance_loss + inner.balance_loss, outer.z_loss + inner.z_loss
-        aux_loss = self.loss_coef * balance_loss + self.z_loss_coef * z_loss
-        return leave(out, x, mask, self.shared_expert), aux_loss
+        return leave(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 
 
 HierarchicalMoE = HeirarchicalMoE

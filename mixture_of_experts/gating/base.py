@@ -22,6 +22,7 @@ from mixture_of_experts.checks import (
     check_sizes,
     check_tokens,
 )
+from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
 
 
@@ -63,6 +64,15 @@ class Gate(nn.Module):
         self.num_experts = check_size("num_experts", num_experts)
         self.outer_expert_dims = check_sizes("outer_expert_dims", tuple(outer_expert_dims))
         self.process_group = process_group
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """The ranks that share the batch; copies of the gate keep it, pickles only where it can be found again."""
+        return self._ranks.group
+
+    @process_group.setter
+    def process_group(self, group: dist.ProcessGroup | None) -> None:
+        self._ranks = Ranks(group)
 
     def read(
         self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, length: Tensor | None = None

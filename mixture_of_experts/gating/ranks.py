@@ -1,0 +1,44 @@
+"""A process group as an attribute of a module that is copied and pickled."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch.distributed as dist
+
+
+class Ranks:
+    """Holds a process group, or None. Copies share it; a pickle keeps only its name and who is in it.
+
+    Unpickled in the same job it is the same group; in a process without process groups, None; elsewhere None with a
+    warning, as losses would then be those of one rank.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo: dict) -> Ranks:
+        return Ranks(self.group)
+
+    def __reduce__(self) -> tuple:
+        if self.group is None:
+            return Ranks, (None,)
+        return find_ranks, (self.group.group_name, dist.get_process_group_ranks(self.group))
+
+
+def find_ranks(name: str, ranks: list[int]) -> Ranks:
+    """The group of that name, if there is one and it has just these ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return Ranks(None)
+    try:
+        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (LookupError, RuntimeError, ValueError):
+        group = None
+    if group is None or dist.get_process_group_ranks(group) != ranks:
+        warnings.warn(
+            f"a gate was saved with the process group of ranks {ranks}, which is not here: set gate.process_group, or "
+            "its losses are those of this rank alone",
+            stacklevel=2,
+        )
+        return Ranks(None)
+    return Ranks(group)

@@ -1,0 +1,218 @@
+"""Moving tokens between the ranks that own the experts: all-to-all, there and back.
+
+Axes: p ranks of the group, e experts of all ranks, l = e / p experts of one rank, s slots of an expert on one rank,
+r rows of one rank sorted by expert, d model dim.
+
+Experts lie in order: rank q owns experts `q l` to `(q + 1) l - 1`, so that what goes to a rank is one block of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+SLOTS, ROWS = 0, 1
+FORMS = ("slots (limited capacity)", "rows (dropless)")
+
+Compute = Callable[..., Tensor]
+
+
+class Header(NamedTuple):
+    """What every rank tells every other before its tokens: enough to check, and to know the sizes to receive."""
+
+    form: int  # SLOTS or ROWS
+    dtype: int  # index into DTYPES
+    dim: int  # d
+    size: int  # s; 0 for rows
+
+    def describe(self) -> str:
+        return f"{FORMS[self.form]} of {DTYPES[self.dtype]}, dim={self.dim}"
+
+
+class Channel(NamedTuple):
+    """The way between the ranks of a group; `debug` has every rank named that does not come to a transfer."""
+
+    group: dist.ProcessGroup
+    debug: bool
+    timeout: timedelta
+
+    @property
+    def size(self) -> int:
+        return self.group.size()
+
+    def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Blocks of rows `(sum(send), ...)`, one for each rank, to those that the ranks sent here, in their order."""
+        if torch.compiler.is_compiling():
+            return all_to_all_single(x.contiguous(), receive, send, self.group)
+        if self.debug:
+            self.muster()
+        try:
+            result = all_to_all_single(x.contiguous(), receive, send, self.group)
+            return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"expert parallelism: rank {self.group.rank()} of {self.size} could not exchange tokens: {error}\n"
+                "Another rank has raised, is stuck or ran other layers: look for the first error among the ranks"
+                + ("" if self.debug else "; ExpertParallel(debug=True) names the ranks that are missing (gloo)")
+            ) from error
+
+    def muster(self, *_: object) -> None:
+        """Wait for all ranks and name those that do not come; gloo only. Also a forward pre-hook."""
+        if dist.get_backend(self.group) == "gloo":
+            try:
+                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
+            except RuntimeError as error:
+                raise RuntimeError(f"expert parallelism: not all {self.size} ranks came to a layer: {error}") from error
+
+    def move(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """`transfer` with a gradient, which travels back the same way."""
+        return _Move.apply(x, send, receive, self)
+
+
+class _Move(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, send: list[int], receive: list[int], channel: Channel) -> Tensor:
+        return channel.transfer(x, send, receive)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, ctx.send, ctx.receive, ctx.channel = inputs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _Move.apply(grad, ctx.receive, ctx.send, ctx.channel), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order; the gradient is a gather too."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, order)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, order, inverse = inputs
+        ctx.save_for_backward(order, inverse)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        order, inverse = ctx.saved_tensors
+        return _Permute.apply(grad, inverse, order), None, None
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, factor: float) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x itself; its gradient is multiplied by `factor`."""
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
+
+
+def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, equal: bool) -> Tensor:
+    """Slots of all experts on this rank through the experts of every rank.
+
+    Args:
+        x: `(*e, s, d)`, this rank's slots of every expert.
+        dims: `*e`, of which the first is divided among the ranks.
+        compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to the same shape.
+        channel: the way to the other ranks.
+        equal: s is the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host sync.
+    """
+    ranks = channel.size
+    if ranks == 1:
+        return compute(x)
+    s, d = x.shape[-2:]
+    sizes = [s] * ranks
+    if not equal or channel.debug:
+        header = Header(SLOTS, DTYPES.index(x.dtype), d, s)
+        sizes = tell(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel).sizes
+        if equal and len(set(sizes)) > 1:
+            raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
+    local_dims = (dims[0] // ranks, *dims[1:])
+    send = [math.prod(local_dims) * s] * ranks
+    receive = [math.prod(local_dims) * size for size in sizes]
+    rows = channel.move(x.reshape(-1, d), send, receive)
+    blocks = [block.view(*local_dims, size, d) for block, size in zip(rows.split(receive), sizes, strict=True)]
+    result = compute(torch.cat(blocks, dim=-2))
+    result = torch.cat([block.reshape(-1, d) for block in result.split(sizes, dim=-2)])
+    # as `view`, but not recorded as one: FSDP2 warns of modules that return views
+    return torch.ops.aten._unsafe_view(channel.move(result, receive, send), x.shape)
+
+
+def through_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) -> Tensor:
+    """Rows of this rank through the experts of every rank; one host sync, to learn how many rows come.
+
+    Args:
+        x: `(r, d)`, rows sorted by expert; those past the sum of the counts give zeros.
+        counts: `(e,)` int64.
+        compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', d)`.
+        channel: the way to the other ranks.
+    """
+    if channel.size == 1:
+        return compute(x, counts)
+    _, send, receive, received = tell(Header(ROWS, DTYPES.index(x.dtype), x.shape[-1], 0), counts, channel)
+    rows = channel.move(x[: sum(send)], send, receive)
+    order, inverse = by_expert(received, sum(receive))
+    result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0))
+    result = channel.move(_Permute.apply(result, inverse, order), receive, send)
+    return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), x.shape[-1])])
+
+
+def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """Order that brings rows from rank-major to expert-major, and its inverse; `received` is `(p, l)` counts."""
+    expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
+    order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
+    index = torch.arange(num_rows, device=order.device)
+    return order, torch.empty_like(order).scatter(0, order, index)
+
+
+class Told(NamedTuple):
+    """What the ranks told each other."""
+
+    sizes: list[int]  # (p) s of every rank
+    send: list[int]  # (p) rows that go to each rank
+    receive: list[int]  # (p) rows that come from it
+    counts: Tensor  # (p, l) the same for each expert of this rank
+
+
+def tell(header: Header, counts: Tensor, channel: Channel) -> Told:
+    """Exchange headers and counts `(e,)`, with one host sync.
+
+    All ranks see all headers, so that where they differ all of them raise and none is left waiting.
+    """
+    ranks, width = channel.size, len(header)
+    sent = counts.view(ranks, -1)
+    own = torch.tensor(header, device=counts.device).expand(ranks, -1)
+    told = channel.transfer(torch.cat([own, sent], dim=1), [1] * ranks, [1] * ranks)
+    received = told[:, width:]
+    sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
+    table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
+    for rank, row in enumerate(table):
+        other = Header(*row[:width])
+        if other[:3] != header[:3]:
+            raise ValueError(
+                f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
+                f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension"
+            )
+    size, send, receive = ([row[column] for row in table] for column in range(width - 1, width + 2))
+    return Told(size, send, receive, received)

@@ -1,0 +1,294 @@
+"""Experts that are spread over ranks: a class made from the experts' own, with the same two forms of forward.
+
+A `Layout` says which experts are here. In a forward the tokens travel (`exchange.py`), and a view of the module that
+holds only this rank's experts runs its own unchanged forward on them.
+
+Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
+expert, r rows.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.parallel.exchange import Channel, scale_gradient, through_rows, through_slots
+
+Gradient = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the experts of one layer are.
+
+    Attributes:
+        mesh: 1-D, the ranks that share the experts.
+        dims: `*e`, number of experts of all ranks.
+        gradient: "mean" or "sum" over the ranks' losses.
+        static_shapes: every rank has as many slots as every other.
+        debug: check at every call what is otherwise trusted.
+        timeout: how long a rank waits for the others.
+        stacked: names of the parameters that are sharded; empty for a list of modules.
+    """
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+    gradient: Gradient
+    static_shapes: bool
+    debug: bool
+    timeout: timedelta
+    stacked: frozenset[str] = frozenset()
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def local_dims(self) -> tuple[int, ...]:
+        """`*e` of one rank."""
+        return (self.dims[0] // self.ranks, *self.dims[1:])
+
+    @property
+    def experts(self) -> range:
+        """The (flat, outer-major) indices of this rank's experts."""
+        each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
+        return range(rank * each, (rank + 1) * each)
+
+    @property
+    def factor(self) -> float:
+        """What an expert's gradient is multiplied by: it is the sum over the losses of all ranks."""
+        return 1 / self.ranks if self.gradient == "mean" else 1.0
+
+    @property
+    def channel(self) -> Channel:
+        return Channel(self.mesh.get_group(), self.debug, self.timeout)
+
+    def __deepcopy__(self, memo: dict) -> Layout:
+        return self  # a copy of a layer is on the same ranks
+
+
+class SpreadExperts(nn.Module):
+    """What is added in front of a class of experts; see `spread`."""
+
+    expert_parallel: Layout
+    local_class: type[nn.Module]
+
+    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Slots `(*e, s, d)`, or rows `(r, d)` sorted by expert with counts `(e,)`, to the same shape.
+
+        All ranks of the mesh must call it together, in the same form.
+        """
+        layout = self.expert_parallel
+        x = self._as_sent(x)
+        if counts is not None:
+            return through_rows(x, counts, self._compute, layout.channel)
+
+        if x.ndim != len(layout.dims) + 2 or tuple(x.shape[: len(layout.dims)]) != layout.dims:
+            wanted = (*layout.dims, "s", "d")
+            raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
+        return through_slots(x, layout.dims, self._compute, layout.channel, layout.static_shapes)
+
+    def _as_sent(self, x: Tensor) -> Tensor:
+        """Under autocast stacked experts begin with a cast: it is made before the journey, which halves the bytes."""
+        autocast = isinstance(self, StackedExperts) and torch.is_autocast_enabled(x.device.type)
+        if not autocast or x.dtype == torch.float64:
+            return x
+        return x.to(torch.get_autocast_dtype(x.device.type))
+
+    def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        """This rank's experts on slots `(*l, s, d)` or rows."""
+        forward = self._local().forward  # hooks run around the whole, at the call of the layer's own module
+        result = forward(x) if counts is None else forward(x, counts)
+        if not isinstance(result, Tensor) or result.shape != x.shape:
+            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+            raise ValueError(f"experts must return the shape they are given, {tuple(x.shape)}, got {got}")
+        return result
+
+    def _local(self) -> nn.Module:
+        """The module as it would be if this rank's experts were all there are."""
+        return local_view(self, self.expert_parallel)
+
+    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
+        """Rows when dropless, slots otherwise: what is true of one rank's batch must not decide for all ranks."""
+        return dropless and hasattr(self.local_class, "prefers_rows")
+
+    def takes_tokens(self, x: Tensor) -> bool:
+        """Never: the tokens of a whole call are on other ranks."""
+        return False
+
+    def own_names(self) -> set[str]:
+        """Names of the parameters of which every rank has a part of its own."""
+        return set(self.expert_parallel.stacked)
+
+    def mark(self) -> None:
+        """Have parameters that only their module tells to be a rank's own tell it themselves; see `SpreadList`."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of one process holds whole weights: take this rank's part."""
+        for name, parameter in self.named_parameters():
+            whole = state_dict.get(prefix + name)
+            if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+                continue
+            if whole.shape == parameter.shape:  # a wrong shape is reported by what follows
+                mesh, placements = parameter.device_mesh, parameter.placements
+                state_dict[prefix + name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        here = self.expert_parallel.experts
+        place = f"experts {here.start} to {here.stop - 1} of {math.prod(self.expert_parallel.dims)} here"
+        return ", ".join(part for part in (super().extra_repr(), place) if part)
+
+
+class SpreadList(SpreadExperts):
+    """The same for a list of modules: a rank keeps its own, under the keys they have in the whole list."""
+
+    num_experts: int
+
+    def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        # scaling what comes and goes is scaling the parameters' gradients, and leaves the modules alone
+        factor = self.expert_parallel.factor
+        return scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
+
+    def _local(self) -> nn.Module:
+        own = {str(i): module for i, module in enumerate(self._modules.values())}
+        return view_of(self, self.local_class, _modules=own)
+
+    def own_names(self) -> set[str]:
+        return {name for name, _ in self.named_parameters()}
+
+    def mark(self) -> None:
+        for parameter in self.parameters():
+            parameter.expert_mesh = self.expert_parallel.mesh  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+        super()._apply(fn, recurse)
+        self.mark()  # a conversion may have made new parameters
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.mark()  # so has a copy
+
+    def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]
+        here = self.expert_parallel.experts
+        if index not in here:
+            raise IndexError(f"expert {index} is on another rank: here are {here.start} to {here.stop - 1}")
+        return self._modules[str(index)]  # type: ignore[return-value]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """A state dict of one process holds all modules: leave out the other ranks'."""
+        for key in list(state_dict):
+            if key.startswith(prefix) and self.has_elsewhere(key.removeprefix(prefix)):
+                del state_dict[key]
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def has_elsewhere(self, key: str) -> bool:
+        """Whether a key of the whole list's state dict is of an expert that another rank keeps."""
+        index, layout = key.partition(".")[0], self.expert_parallel
+        return index.isdigit() and int(index) < math.prod(layout.dims) and int(index) not in layout.experts
+
+
+@cache
+def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of `cls` spread over ranks; still a `cls`, so that checks of types go on working."""
+    kind = SpreadList if issubclass(cls, ExpertList) else SpreadExperts
+    members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
+    if kind is SpreadList:
+        members["num_experts"] = property(lambda self: math.prod(self.expert_parallel.dims))
+    if hasattr(cls, "reset_parameters"):
+        members["reset_parameters"] = reset_parameters
+    return type(f"Parallel{cls.__name__}", (kind, cls), members)  # type: ignore[return-value]
+
+
+def reset_parameters(experts: SpreadExperts) -> None:
+    """Draw the weights anew, other numbers on every rank whatever the ranks' seeds are."""
+    reset: Any = experts.local_class.reset_parameters  # type: ignore[attr-defined]
+    parameter = next(experts.parameters())
+    if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
+        return reset(experts)  # on CUDA DTensor gives every rank its own numbers itself
+    seed = int(torch.randint(2**40, ()))
+    for size, place in zip(parameter.device_mesh.shape, parameter.device_mesh.get_coordinate() or (), strict=True):
+        seed = seed * size + place
+    with torch.random.fork_rng([]), warnings.catch_warnings():
+        # it draws the same numbers on every rank of a CPU mesh, but for the seed
+        warnings.filterwarnings("ignore", message="DTensor random operators")
+        torch.manual_seed(seed)
+        return reset(experts)
+
+
+def local_view(module: nn.Module, layout: Layout) -> nn.Module:
+    """A module that shares everything with `module` but holds this rank's part of what is stacked over experts."""
+    view = _local_part(module, layout, "")
+    assert view is not None
+    return view
+
+
+def _local_part(module: nn.Module, layout: Layout, prefix: str) -> nn.Module | None:
+    """View of a module of the tree; None where nothing in it depends on the rank."""
+    children = {
+        name: child and _local_part(child, layout, f"{prefix}{name}.") for name, child in module._modules.items()
+    }
+    stacked = {name for name in module._parameters if prefix + name in layout.stacked}
+    buffers = {name: _local_buffer(buffer, layout) for name, buffer in module._buffers.items()}
+    sizes = _local_sizes(module, layout)
+    changed = stacked or sizes or any(children.values()) or any(buffers[n] is not b for n, b in module._buffers.items())
+    if not changed and prefix:
+        return None
+    parameters = {
+        name: _local_shard(parameter, layout) if name in stacked else parameter
+        for name, parameter in module._parameters.items()
+    }
+    # buffers are shared as a dict where possible, so that a buffer that a forward assigns anew stays
+    same = all(buffers[name] is buffer for name, buffer in module._buffers.items())
+    return view_of(
+        module,
+        getattr(module, "local_class", type(module)),
+        _parameters=parameters,
+        _buffers=module._buffers if same else buffers,
+        _modules={name: children[name] or child for name, child in module._modules.items()},
+        **sizes,
+    )
+
+
+def _local_shard(parameter: Tensor | None, layout: Layout) -> Tensor | None:
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return None if local is None else scale_gradient(local, layout.factor)
+
+
+def _local_buffer(buffer: Tensor | None, layout: Layout) -> Tensor | None:
+    """A buffer with an entry for each expert is whole on every rank; a part of it is what an expert sees."""
+    if buffer is None or tuple(buffer.shape[: len(layout.dims)]) != layout.dims:
+        return buffer
+    each = layout.local_dims[0]
+    return buffer.narrow(0, layout.mesh.get_local_rank() * each, each)
+
+
+def _local_sizes(module: nn.Module, layout: Layout) -> Mapping[str, Any]:
+    """Attributes that tell the number of experts, as they are for one rank's."""
+    sizes = {}
+    for name in ("num_experts", "expert_dims"):
+        size = module.__dict__.get(name)
+        if size == layout.dims:
+            sizes[name] = layout.local_dims
+        elif isinstance(size, int) and size == math.prod(layout.dims):
+            sizes[name] = math.prod(layout.local_dims)
+    return sizes
+
+
+def view_of(module: nn.Module, cls: type[nn.Module], **different: Any) -> nn.Module:
+    """Another object of class `cls` with the attributes of `module`, but for those given; nothing is copied."""
+    view = object.__new__(cls)
+    view.__dict__.update({**module.__dict__, **different})
+    return view

@@ -1,0 +1,207 @@
+"""What a training loop does with gradients when some parameters are a rank's own: the norm, averages, groups.
+
+A parameter is *whole* (the same on every rank), a DTensor (each rank has a part, along the mesh dimensions on which it
+is sharded), or a plain parameter of a rank's own, in a list of modules of which every rank keeps some.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from mixture_of_experts.parallel.experts import SpreadExperts
+
+Parameters = nn.Module | Iterable[Tensor]
+
+
+def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name of which every rank has its own part: those that DDP has to ignore."""
+    own = set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, SpreadExperts):
+            module.mark()
+            own |= {f"{prefix}.{name}".lstrip(".") for name in module.own_names()}
+    return {name: parameter for name, parameter in model.named_parameters() if name in own}
+
+
+def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """All other parameters by name: whole on every rank (or sharded by FSDP2)."""
+    own = expert_parameters(model)
+    return {name: parameter for name, parameter in model.named_parameters() if name not in own}
+
+
+def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
+    """Have `DistributedDataParallel(model)` leave the experts alone; call it before. Returns the model."""
+    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | set(expert_parameters(model))
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]  # what DDP looks for
+    return model
+
+
+def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
+    """Replace gradients by their mean (or "sum") over the ranks of a group; a missing one counts as 0.
+
+    For whole parameters under expert parallelism alone, and for the experts of data-parallel replicas beside DDP. Call
+    it once before the optimizer's step.
+    """
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    if group.size() == 1:
+        return
+    for bucket in _buckets(parameters):
+        flat = torch.cat([_local(_gradient(parameter)).flatten() for parameter in bucket])
+        dist.all_reduce(flat, group=group)
+        if op == "mean":
+            flat /= group.size()
+        for parameter, part in zip(bucket, flat.split([_local(p).numel() for p in bucket]), strict=True):
+            _local(_gradient(parameter)).copy_(part.view_as(_local(parameter)))
+
+
+def broadcast_parameters(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh) -> None:
+    """Give every rank of a group the first one's values: experts of data-parallel replicas, which DDP ignores."""
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    for parameter in parameters:
+        dist.broadcast(_local(parameter.detach()), group=group, group_src=0)
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scale all gradients so that the norm of all of them together, over all ranks, is at most `max_norm`.
+
+    Args:
+        parameters: the model, or its parameters: whole ones and DTensors of any meshes. All ranks give the same ones.
+            (Give the model where FSDP2 shards a list of expert modules: only the model tells whose those are.)
+        max_norm: the largest norm.
+        norm_type: p of the norm, above 0, or inf.
+        error_if_nonfinite: raise RuntimeError for a norm that is infinite or no number.
+
+    Returns:
+        The norm before, 0-dim: that of `torch.nn.utils.clip_grad_norm_` in one process.
+    """
+    norm_type = float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
+    every = _as_list(parameters)
+    totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
+    totals = [total.to(totals[0].device) for total in totals]
+    total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
+    if error_if_nonfinite and not bool(torch.isfinite(total)):
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {total}: it cannot be clipped")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for parameter in every:
+        if parameter.grad is not None:
+            gradient = _local(parameter.grad)
+            gradient.mul_(factor.to(gradient.device))
+    return total
+
+
+def param_groups(parameters: Parameters | Iterable[Mapping[str, Any]], **options: Any) -> list[dict[str, Any]]:
+    """Groups for an optimizer, each of one kind of parameter: fused and foreach steps take no mixture of kinds.
+
+    Args:
+        parameters: a model, parameters, or groups of one's own (dicts with "params"), whose options stay.
+        options: options of all groups that have none of that name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts.parallel import param_groups
+        >>> optimizer = torch.optim.AdamW(param_groups(nn.Linear(2, 2), weight_decay=0.1), lr=1e-3)
+    """
+    given: list[Any] = _as_list(parameters)  # type: ignore[arg-type]
+    if not given or not isinstance(given[0], Mapping):
+        given = [{"params": given}]
+    made = []
+    for group in given:
+        kinds: dict[Any, list[Tensor]] = {}
+        for parameter in group["params"]:
+            kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        made += [{**options, **group, "params": members} for members in kinds.values()]
+    return made
+
+
+def _as_list(parameters: Parameters) -> list[Tensor]:
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    if not isinstance(parameters, nn.Module):
+        return list(parameters)
+    expert_parameters(parameters)  # marks those that are a rank's own
+    return list(parameters.parameters())
+
+
+def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
+    """Parameters by the groups of ranks over which their parts are spread: none for whole ones.
+
+    Every parameter counts, with a gradient or without, so that all ranks come to the same collectives.
+    """
+    owners: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    for parameter in parameters:
+        groups = []
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            groups = [mesh.get_group(i) for i, p in enumerate(parameter.placements) if not isinstance(p, Replicate)]
+        mesh = getattr(parameter, "expert_mesh", None)
+        groups += [mesh.get_group()] if mesh is not None else []
+        owners.setdefault(tuple(groups), []).append(parameter)
+    return owners  # in the order of the model, which is that of every rank
+
+
+def _norm_of_group(parameters: list[Tensor], norm_type: float) -> Tensor:
+    """Norm of the gradients of parameters whose parts are spread over the same groups of ranks."""
+    norms = []
+    for parameter in parameters:
+        if parameter.grad is not None:
+            gradient = _local(parameter.grad)
+            dtype = torch.promote_types(gradient.dtype, torch.float32)
+            norms.append(torch.linalg.vector_norm(gradient, norm_type, dtype=dtype))
+    local = _local(parameters[0])
+    total = torch.zeros((), dtype=torch.promote_types(local.dtype, torch.float32), device=local.device)
+    if norms:
+        total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+    for group in next(iter(_by_owners(parameters[:1]))):
+        total = _norm_over_ranks(total, norm_type, group)
+    return total
+
+
+def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
+    if math.isinf(norm_type):
+        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
+        return norm
+    power = norm**norm_type
+    dist.all_reduce(power, group=group)
+    return power ** (1 / norm_type)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part, which shares memory with the tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if any(isinstance(placement, Partial) for placement in tensor.placements):
+        raise ValueError(f"a gradient with placements {tensor.placements} is no finished sum: reduce it first")
+    return tensor._local_tensor
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:
+    """Parameters of one dtype and device together, about `most` elements at a time: few collectives, little memory."""
+    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for parameter in parameters:
+        local = _local(parameter)
+        kind = (local.dtype, local.device)
+        bucket = open_buckets.setdefault(kind, [])
+        bucket.append(parameter)
+        if sum(_local(member).numel() for member in bucket) >= most:
+            yield open_buckets.pop(kind)
+    yield from open_buckets.values()

@@ -1,0 +1,269 @@
+"""`ExpertParallel`: how `parallelize_module` spreads the experts of a layer over the ranks of a mesh."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from fnmatch import fnmatch
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.tensor.parallel as tensor_parallel
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from mixture_of_experts.checks import check_choice
+from mixture_of_experts.experts import ExpertList
+from mixture_of_experts.gating import Gate
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.parallel.experts import Gradient, Layout, SpreadExperts, parallel_class
+
+GRADIENTS = ("mean", "sum")
+
+
+class ExpertParallel(ParallelStyle):
+    """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
+
+    Stacked expert parameters become DTensors sharded on the expert dimension (the outer one of two); names in the state
+    dict stay. Of an `ExpertList` each rank keeps its own modules, and so a part of the keys. Everything else in the
+    layer (gates, shared experts) stays whole on every rank and starts as it is on the mesh's first rank.
+
+    Args:
+        gradient: what an expert's gradient is when every rank calls backward on its own loss: that of the "mean" of
+            the ranks' losses (right where the other parameters' gradients are averaged: DDP, FSDP2), or of their "sum".
+        static_shapes: every rank brings batches of the same shape, always. Then limited capacity needs neither the
+            exchange of sizes nor its host sync. Dropless routing needs them all the same.
+        batch_group: the ranks that share the batch, a process group or 1-D mesh, given to the gates: losses are then
+            those of the whole batch. By default gates that have none get the mesh's own group; beside data
+            parallelism give the group of both.
+        replicated: names of parameters of the experts that are no stack over experts though their first sizes look
+            so, such as a bias `(d,)` that all share where d = e.
+        debug: check at every call what costs a collective or a wait: sizes under `static_shapes`, and on gloo which
+            ranks are missing.
+        timeout: how long a rank waits for the others in the mesh's group, and in `batch_group`; by default, and in the
+            default group always, what was given to `init_process_group` (a mesh of several dimensions makes its
+            groups with 30 minutes, whatever was given there).
+
+    Raises:
+        ValueError: for a mesh that is not 1-D, experts it does not divide, or ranks whose layers differ.
+
+    Example:
+        >>> from torch import nn
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+        >>> def spread(model, mesh):
+        ...     return parallelize_module(model, mesh["ep"], {"layers.*.ffn": ExpertParallel()})
+    """
+
+    def __init__(
+        self,
+        *,
+        gradient: Gradient = "mean",
+        static_shapes: bool = False,
+        batch_group: dist.ProcessGroup | DeviceMesh | None = None,
+        replicated: Collection[str] = (),
+        debug: bool = False,
+        timeout: timedelta | None = None,
+    ) -> None:
+        super().__init__()
+        self.gradient: Gradient = check_choice("gradient", gradient, GRADIENTS)  # type: ignore[assignment]
+        self.static_shapes = static_shapes
+        self.batch_group = batch_group.get_group() if isinstance(batch_group, DeviceMesh) else batch_group
+        self.replicated = frozenset(replicated)
+        self.debug = debug
+        self.timeout = timeout
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Spread one layer; called by `parallelize_module`."""
+        dims = check_layer(module, device_mesh)
+        experts: nn.Module = module.experts  # type: ignore[assignment]
+        group = device_mesh.get_group()
+        timeout = default_timeout(group) if self.timeout is None else self.timeout
+        layout = Layout(device_mesh, dims, self.gradient, self.static_shapes, self.debug, timeout)
+        if layout.ranks > 1:
+            for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
+                dist.distributed_c10d._set_pg_timeout(timeout, waiting)
+            check_ranks_agree(describe(module, layout), group)
+            if self.debug:
+                module.register_forward_pre_hook(layout.channel.muster)
+        self._prepare_gates(module, group)
+        if isinstance(experts, ExpertList):
+            check_nothing_shared(experts, layout)
+            self._replicate(module, (), device_mesh)
+            keep_modules(experts, layout)
+        else:
+            layout = replace(layout, stacked=stacked_names(experts, dims, self.replicated))
+            self._replicate(module, {f"experts.{name}" for name in layout.stacked}, device_mesh)
+            for name in sorted(layout.stacked):
+                shard(experts, name, device_mesh, self.src_data_rank)
+        experts.__dict__["expert_parallel"] = layout
+        experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
+        assert isinstance(experts, SpreadExperts)
+        experts.mark()
+        return module
+
+    def _prepare_gates(self, module: nn.Module, group: dist.ProcessGroup) -> None:
+        for gate in module.modules():
+            if isinstance(gate, Gate):
+                if self.batch_group is not None:
+                    gate.process_group = self.batch_group
+                elif gate.process_group is None and group.size() > 1:
+                    gate.process_group = group
+
+    def _replicate(self, module: nn.Module, but: Collection[str], mesh: DeviceMesh) -> None:
+        """Parameters and buffers that stay whole start as they are on the mesh's first rank."""
+        whole = {name: tensor for name, tensor in named_tensors(module) if name not in but}
+        if self.src_data_rank is None or mesh.size() == 1:
+            return
+        for tensor in whole.values():
+            if not tensor.is_meta and not isinstance(tensor, DTensor):
+                value = tensor.detach().to(mesh.device_type).contiguous()
+                dist.broadcast(value, group=mesh.get_group(), group_src=self.src_data_rank)
+                tensor.detach().copy_(value)
+
+    def __repr__(self) -> str:
+        return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes}, debug={self.debug})"
+
+
+def parallelize_module(
+    module: nn.Module,
+    device_mesh: DeviceMesh,
+    parallelize_plan: ParallelStyle | dict[str, ParallelStyle],
+    *,
+    src_data_rank: int | None = 0,
+) -> nn.Module:
+    """`torch.distributed.tensor.parallel.parallelize_module`, but a key that matches nothing is an error.
+
+    Args:
+        module: the model, changed in place and returned.
+        device_mesh: 1-D.
+        parallelize_plan: a style, or styles by the names of submodules (`layers.*.ffn`).
+        src_data_rank: the rank of the mesh whose parameters all start from; None: each rank's own are right.
+
+    Raises:
+        ValueError: naming the key and what there is.
+    """
+    if not isinstance(parallelize_plan, dict):
+        return tensor_parallel.parallelize_module(module, device_mesh, parallelize_plan, src_data_rank=src_data_rank)
+    matches = {key: find(module, key) for key in parallelize_plan}
+    for key, found in matches.items():
+        if not found:
+            names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
+            raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
+    for key, style in parallelize_plan.items():
+        for submodule in matches[key]:
+            tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
+    return module
+
+
+def find(module: nn.Module, key: str) -> list[nn.Module]:
+    """The submodules that a plan key names; each part of it may hold wildcards."""
+    found = [module]
+    for part in key.split(".") if key else ():
+        found = [child for parent in found for name, child in parent.named_children() if fnmatch(name, part)]
+    return found
+
+
+def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
+    """The layer's number of experts as a tuple, if it can be spread over the mesh."""
+    if not isinstance(module, MoE | HeirarchicalMoE):
+        raise TypeError(
+            f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: have the plan's key name "
+            "the layer itself"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"ExpertParallel needs a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}: slice it, mesh['ep']"
+        )
+    if isinstance(module.experts, SpreadExperts):
+        raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
+    dims = module.num_experts if isinstance(module.num_experts, tuple) else (module.num_experts,)
+    if dims[0] % mesh.size():
+        outer = "outer " if len(dims) > 1 else ""
+        raise ValueError(
+            f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks: give a multiple of {mesh.size()}, "
+            "or a smaller mesh"
+        )
+    return dims
+
+
+def describe(module: nn.Module, layout: Layout) -> dict[str, Any]:
+    """All in which the ranks' layers have to agree."""
+    tensors = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)}
+    experts = type(module.experts).__name__
+    settings = {"gradient": layout.gradient, "static_shapes": layout.static_shapes, "debug": layout.debug}
+    return {"number of experts": layout.dims, "experts": experts, **settings, **tensors}
+
+
+def check_ranks_agree(description: dict[str, Any], group: dist.ProcessGroup) -> None:
+    """One collective when a layer is set up; a difference raises on every rank, and names itself."""
+    descriptions: list[Any] = [None] * group.size()
+    dist.all_gather_object(descriptions, description, group=group)
+    for rank, other in enumerate(descriptions):
+        for key in description.keys() | other.keys():
+            mine, theirs = (d.get(key, "missing") for d in (descriptions[0], other))
+            if mine != theirs:
+                raise ValueError(
+                    f"expert parallelism: the ranks' layers differ in {key}: {mine} on rank 0, {theirs} on rank {rank}"
+                )
+
+
+def default_timeout(group: dist.ProcessGroup) -> timedelta:
+    """What was given to `init_process_group`; groups that a mesh makes do not have it."""
+    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
+    return backend.options._timeout
+
+
+def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    """Parameters and buffers by name."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
+    """Names of the parameters that are stacks over experts: their first sizes are the numbers of experts."""
+    parameters = dict(experts.named_parameters(remove_duplicate=False))
+    if unknown := replicated - parameters.keys():
+        raise ValueError(f"replicated names {sorted(unknown)}, but the experts' parameters are {sorted(parameters)}")
+    names = {name for name, parameter in parameters.items() if tuple(parameter.shape[: len(dims)]) == dims}
+    if not names - set(replicated):
+        shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
+        raise ValueError(
+            f"{type(experts).__name__} has no parameter stacked over {dims} experts, only {shapes or 'none at all'}: "
+            "the first dimensions of an expert parameter must be the experts'"
+        )
+    return frozenset(names - set(replicated))
+
+
+def shard(experts: nn.Module, name: str, mesh: DeviceMesh, src_data_rank: int | None) -> None:
+    """Replace a stacked parameter by this rank's part of it."""
+    path, _, own_name = name.rpartition(".")
+    owner = experts.get_submodule(path)
+    parameter = owner._parameters[own_name]
+    assert parameter is not None
+    sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
+    local = sharded.to_local()
+    if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view would keep the whole alive
+        sharded = DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
+    owner._parameters[own_name] = nn.Parameter(sharded, parameter.requires_grad)
+
+
+def keep_modules(experts: ExpertList, layout: Layout) -> None:
+    """Keep this rank's modules of a list, under the keys they have."""
+    for index in range(len(experts)):
+        if index not in layout.experts:
+            del experts._modules[str(index)]
+
+
+def check_nothing_shared(experts: ExpertList, layout: Layout) -> None:
+    """Experts on different ranks must not have a parameter in common: no gradient would reach the others' copy."""
+    each = math.prod(layout.local_dims)
+    owner: dict[int, int] = {}
+    for index, expert in enumerate(experts):
+        for name, parameter in expert.named_parameters():
+            if owner.setdefault(id(parameter), index // each) != index // each:
+                raise ValueError(f"parameter {name} of expert {index} belongs to an expert of another rank too")

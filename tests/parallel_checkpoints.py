@@ -1,0 +1,167 @@
+"""Checkpoints between layouts and numbers of ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from parallel_checks import make_mesh, spread
+from parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
+from parallel_training import LAYOUTS, make_optimizer, train_together, whole
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
+
+EXTRA = {"step": 3, "name": "run", "nested": {"empty": [], "pair": (1, None)}}
+LISTS = ("top2, list", "top-k, dropless list")
+Numbers = dict[str, Tensor]
+
+
+def numbers_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Numbers:
+    """Everything that a checkpoint has to bring back, whole, by name: parameters, buffers, and the state of each."""
+    numbers = {name: whole(buffer) for name, buffer in model.named_buffers()}
+    settings = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        numbers[name] = whole(parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            numbers[f"{name}.{key}"] = whole(value)
+        numbers[f"{name}.lr"] = torch.tensor(settings[id(parameter)])
+    return {name: value.clone() for name, value in numbers.items()}
+
+
+def save(folder: Path, layout: str, layers: tuple[str, ...], step: int = 3) -> Numbers:
+    """Train three steps in a layout, save, and tell what was saved (of a list: this rank's part)."""
+    model, optimizer, _ = train_together(layout, steps=3, layers=layers)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0123
+    path = save_checkpoint(folder, model, optimizer, step=step, extra=EXTRA)
+    assert path.name == f"step-{step:09d}"
+    assert checkpoints(folder)[-1] == path
+    return numbers_of(model, optimizer)
+
+
+def load(folder: Path, layout: str | None, layers: tuple[str, ...], saved: Numbers) -> None:
+    """Load into a layout (None: one process) whose numbers are others, and find the saved ones."""
+    model = make_model(layers=layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter.data)
+    if layout is not None:
+        LAYOUTS[layout](model)
+    optimizer = make_optimizer(model)
+    extra = load_checkpoint(folder, model, optimizer)
+    assert extra == EXTRA
+    found = numbers_of(model, optimizer)
+    assert found.keys() == saved.keys() or layers == LISTS
+    for name, value in found.items():
+        assert torch.equal(value, saved[name]), name
+    assert len(found) > 30
+
+
+def go_on(folder: Path, layout: str, steps: int) -> Numbers:
+    """Load, train on, and tell where that led."""
+    model = train_together(layout, steps=steps, resume=folder)[0]
+    return {name: whole(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def save_and_die(folder: Path, steps: tuple[int, int]) -> str:
+    """Save; save again, but rank 1 is killed while it writes."""
+    model = make_model()
+    LAYOUTS["expert_parallel_only"](model)
+    save_checkpoint(folder, model, make_optimizer(model), step=steps[0], extra=EXTRA)
+    if dist.get_rank() == 1:
+        write = dcp.FileSystemWriter.write_data
+
+        def die(self: Any, *args: Any) -> None:
+            write(self, *args)
+            os._exit(9)
+
+        dcp.FileSystemWriter.write_data = die  # type: ignore[method-assign]
+    try:
+        save_checkpoint(folder, model, make_optimizer(model), step=steps[1])
+    except BaseException as error:
+        return f"{type(error).__name__}: {error}"
+    return "saved"
+
+
+# ---- state dicts of one process ----
+
+
+def check_state_dict_of_one_process(layout: str, layers: tuple[str, ...] | None = None) -> None:
+    """`load_state_dict` as in one process; under FSDP2 `set_model_state_dict`, as for any model."""
+    options = {} if layers is None else {"layers": layers}
+    state = other_numbers(make_model(**options).state_dict())
+    model: Model = make_model(**options)
+    LAYOUTS[layout](model)
+    if "fsdp" in layout:
+        set_model_state_dict(model, dict(state), options=StateDictOptions(full_state_dict=True))
+    else:
+        result = model.load_state_dict(state)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+    for name, value in model.state_dict().items():
+        assert torch.equal(whole(value), state[name]), name
+
+
+def other_numbers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: torch.randn(value.shape, generator=generator, dtype=value.dtype) if value.is_floating_point() else value
+        for name, value in state.items()
+    }
+
+
+def check_published_checkpoint() -> None:
+    """One of mixture-of-experts 0.2.3: its keys and shapes, and its activation."""
+    shapes = {
+        "gate.w_gating": (DIM, EXPERTS),
+        "experts.w1": (EXPERTS, DIM, HIDDEN),
+        "experts.w2": (EXPERTS, HIDDEN, DIM),
+    }
+    two_levels = {
+        "gate_outer.w_gating": (DIM, 4),
+        "gate_inner.w_gating": (4, DIM, 2),
+        "experts.w1": (4, 2, DIM, HIDDEN),
+        "experts.w2": (4, 2, HIDDEN, DIM),
+    }
+    policy = {"second_policy_train": "all", "activation": nn.ReLU, "hidden_dim": HIDDEN}
+    for kind, experts, expected in ((MoE, EXPERTS, shapes), (HeirarchicalMoE, (4, 2), two_levels)):
+        state = {
+            name: torch.randn(shape, generator=torch.Generator().manual_seed(6)) for name, shape in expected.items()
+        }
+        alone, together = kind(DIM, experts, **policy), spread(kind(DIM, experts, **policy), make_mesh())
+        alone.load_state_dict(state)
+        together.load_state_dict(state)
+        x = torch.randn(2, 7, DIM, generator=torch.Generator().manual_seed(dist.get_rank()))
+        torch.testing.assert_close(together(x)[0], alone(x)[0], rtol=0, atol=1e-10)
+
+
+def check_state_dict_of_a_list_loads_into_the_layer() -> None:
+    """The layer itself refuses states that do not fit; the other ranks' experts do fit."""
+    alone = make("top2, list")
+    together = spread(make("top2, list"), make_mesh())
+    state = other_numbers(alone.state_dict())
+    together.load_state_dict(state)
+    for name, value in together.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    with pytest.raises(RuntimeError, match=r"experts.8.0.bias is not of this layer"):
+        together.load_state_dict({**state, "experts.8.0.bias": torch.zeros(5)})
+
+
+def check_wrong_shape_is_named() -> None:
+    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh())
+    state = MoE(DIM, EXPERTS, HIDDEN + 1).state_dict()
+    with pytest.raises(RuntimeError, match=r"experts.w1 .*\(8, 8, 13\).*\(8, 8, 12\)"):
+        moe.load_state_dict(state)
+
+
+def save_without_changes(folder: Path, layout: str) -> None:
+    """Train three steps and save."""
+    model, optimizer, _ = train_together(layout, steps=3)
+    save_checkpoint(folder, model, optimizer, step=3, extra={"step": 3})

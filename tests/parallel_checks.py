@@ -1,0 +1,510 @@
+"""What the workers of `test_parallel.py` are asked to check: each function runs on every rank of a fresh gloo group."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import sys
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_layers import (
+    DIM,
+    EXPERTS,
+    HIDDEN,
+    LENGTH,
+    SIZES,
+    Model,
+    batch,
+    make,
+    own_part,
+    replicated,
+    shared_expert,
+    top2,
+)
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, Routing, TopKGating
+from mixture_of_experts.gating import Gate
+from mixture_of_experts.parallel import (
+    ExpertParallel,
+    average_gradients,
+    broadcast_parameters,
+    clip_grad_norm_,
+    exchange,
+    expert_parameters,
+    parallelize_module,
+    param_groups,
+    replicated_parameters,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks import parallel as bench
+
+CLOSE = dict(rtol=0, atol=1e-10)
+
+
+def make_mesh(data_parallel: int = 1) -> DeviceMesh:
+    """All ranks in a mesh ("dp", "ep")."""
+    shape = (data_parallel, dist.get_world_size() // data_parallel)
+    return init_device_mesh("cpu", shape, mesh_dim_names=("dp", "ep"))
+
+
+def spread(model: nn.Module, mesh: DeviceMesh, key: str = "", **options: Any) -> nn.Module:
+    """The model with its layer at `key` spread over the mesh's "ep"; the batch is that of all ranks."""
+    style = ExpertParallel(batch_group=dist.group.WORLD, **options)
+    return parallelize_module(model, mesh["ep"], {key: style})
+
+
+def whole_gradient(parameter: Tensor, own: bool, mesh: DeviceMesh, gradient: str = "mean") -> Tensor:
+    """The gradient of a parameter over all ranks' losses, as DDP or FSDP2 would leave it."""
+    world = dist.get_world_size()
+    value = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad.clone()
+    if own:
+        dist.all_reduce(value, group=mesh["dp"].get_group())
+        return value / mesh["dp"].size() if gradient == "mean" else value
+    dist.all_reduce(value)
+    return value / world if gradient == "mean" else value
+
+
+@contextmanager
+def recorded_losses(model: nn.Module):
+    """The named losses of every routing, with the z-loss."""
+    losses: list[dict[str, Tensor]] = []
+
+    def record(gate: nn.Module, args: object, routing: Routing) -> None:
+        losses.append({**routing.losses, "z": routing.z_loss, "balance_loss": routing.balance_loss})
+
+    hooks = [gate.register_forward_hook(record) for gate in model.modules() if isinstance(gate, Gate)]
+    yield losses
+    for hook in hooks:
+        hook.remove()
+
+
+def check_exact(layer: str, data_parallel: int = 1, masked: bool = False, gradient: str = "mean") -> None:
+    """Outputs, losses and all gradients are those of one process on the whole batch."""
+    mesh, world = make_mesh(data_parallel), dist.get_world_size()
+    alone = make(layer)
+    together = spread(copy.deepcopy(alone), mesh, gradient=gradient, replicated=replicated(layer))
+    x, mask = batch(masked)
+    cotangent = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) / x[..., 0].numel()
+
+    x_alone = x.clone().requires_grad_()
+    with recorded_losses(alone) as losses_alone:
+        out_alone, aux_alone = alone(x_alone, mask)
+    ((out_alone * cotangent).sum() + aux_alone).backward()
+
+    # every rank's loss is its part of the mean over all tokens, times the number of ranks
+    x_own = own_part(x).clone().requires_grad_()
+    with recorded_losses(together) as losses_own:
+        out_own, aux_own = together(x_own, None if mask is None else own_part(mask))
+    share = (out_own * own_part(cotangent)).sum() * world + aux_own
+    (share if gradient == "mean" else share / world).backward()
+
+    torch.testing.assert_close(out_own, own_part(out_alone), **CLOSE)
+    scale = world if gradient == "mean" else 1
+    torch.testing.assert_close(x_own.grad / scale, own_part(x_alone.grad), **CLOSE)
+    check_same_losses(losses_own, losses_alone)
+    check_same_gradients(together, alone, mesh, gradient)
+    check_same_counts(together, alone)
+
+
+def check_same_losses(own: list[dict[str, Tensor]], alone: list[dict[str, Tensor]]) -> None:
+    """The ranks' average of every loss is that of the whole batch."""
+    assert len(own) == len(alone) > 0
+    for mine, theirs in zip(own, alone, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, value in mine.items():
+            average = value.detach().clone()
+            dist.all_reduce(average)
+            average = average / dist.get_world_size()
+            torch.testing.assert_close(average, theirs[name].detach(), **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def check_same_gradients(together: nn.Module, alone: nn.Module, mesh: DeviceMesh, gradient: str = "mean") -> None:
+    own, reference = expert_parameters(together), dict(alone.named_parameters())
+    assert own
+    seen = 0
+    for name, parameter in together.named_parameters():
+        assert parameter.grad is not None, name
+        found = whole_gradient(parameter, name in own, mesh, gradient)
+        torch.testing.assert_close(found, reference[name].grad, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        seen += 1
+    assert seen == len(reference) or "experts.0.0.weight" in reference  # of a list every rank has a part
+
+
+def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
+    """The expert bias moves as it does in one process."""
+    for gate, reference in zip(together.modules(), alone.modules(), strict=False):
+        if getattr(gate, "expert_bias", None) is not None:
+            assert reference.expert_counts.sum() > 0
+            gate.update_bias(1e-3, dist.group.WORLD)
+            reference.update_bias(1e-3)
+            assert torch.equal(gate.expert_bias, reference.expert_bias)
+            assert gate.expert_bias.abs().sum() > 0
+
+
+def check_unequal_sizes_are_tested() -> None:
+    """The exact comparisons above do have a rank without tokens, and an expert without."""
+    moe = make("top-k, dropless")
+    routing = moe.gate(batch()[0])
+    assert 0 in SIZES[4]
+    assert len(set(SIZES[2])) == 2
+    assert routing.queued.sum(0)[3] == 0
+    assert moe.num_experts == EXPERTS
+
+
+# ---- setting up ----
+
+
+def check_refusals() -> None:
+    """What cannot be spread is refused with the reason, before anything is changed."""
+    mesh = make_mesh()
+    one_dimensional = mesh["ep"]
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"ffn": make("top2")}) for _ in range(2)])})
+    with pytest.raises(ValueError, match=r"'layers.\*.fnn' matches no submodule .* layers.0.ffn"):
+        parallelize_module(model, one_dimensional, {"layers.*.fnn": ExpertParallel()})
+    with pytest.raises(ValueError, match="1-D mesh, got 2 dimensions"):
+        parallelize_module(model, mesh, {"layers.*.ffn": ExpertParallel()})
+    with pytest.raises(TypeError, match="got ModuleDict"):
+        parallelize_module(model, one_dimensional, {"layers.*": ExpertParallel()})
+    with pytest.raises(ValueError, match="6 experts cannot be divided among 4 ranks"):
+        parallelize_module(MoE(DIM, 6), one_dimensional, ExpertParallel())
+    with pytest.raises(ValueError, match="2 outer experts cannot be divided among 4"):
+        parallelize_module(HeirarchicalMoE(DIM, (2, 4)), one_dimensional, ExpertParallel())
+    with pytest.raises(ValueError, match=r"no parameter stacked over \(8,\) experts"):
+        parallelize_module(MoE(DIM, EXPERTS, experts=nn.Linear(7, 7)), one_dimensional, ExpertParallel())
+    with pytest.raises(ValueError, match=r"replicated names \['w9'\]"):
+        parallelize_module(make("top2"), one_dimensional, ExpertParallel(replicated=["w9"]))
+    with pytest.raises(ValueError, match=r"gradient must be one of 'mean', 'sum', got 'average'"):
+        ExpertParallel(gradient="average")
+    tied = [nn.Linear(DIM, DIM)] * EXPERTS
+    with pytest.raises(ValueError, match="belongs to an expert of another rank"):
+        parallelize_module(MoE(DIM, experts=tied), one_dimensional, ExpertParallel())
+    parallelize_module(model, one_dimensional, {"layers.*.ffn": ExpertParallel()})
+    with pytest.raises(ValueError, match="spread over ranks already"):
+        parallelize_module(model, one_dimensional, {"layers.0.ffn": ExpertParallel()})
+
+
+def check_what_is_spread() -> None:
+    """Names stay, stacks become DTensors of which a rank stores its part, the rest starts as on the first rank."""
+    torch.manual_seed(dist.get_rank())
+    moe = top2(shared_expert=shared_expert())
+    names, mine = list(moe.state_dict()), copy.deepcopy(moe.state_dict())
+    parallelize_module(moe, make_mesh()["ep"], ExpertParallel())
+    assert list(moe.state_dict()) == names
+    assert isinstance(moe.experts, Experts)
+    for name, value in moe.state_dict().items():
+        start = mine[name].clone()
+        dist.broadcast(start, 0)
+        assert isinstance(value, DTensor) == name.startswith("experts."), name
+        assert torch.equal(value.full_tensor() if isinstance(value, DTensor) else value, start), name
+    local = moe.experts.w1.to_local()
+    assert local.shape == (2, DIM, HIDDEN)
+    assert local.untyped_storage().nbytes() == local.nbytes
+    assert f"experts {2 * dist.get_rank()} to {2 * dist.get_rank() + 1} of 8 here" in repr(moe)
+    assert set(expert_parameters(moe)) == {"experts.w1", "experts.w2"}
+
+
+def check_source_rank_none() -> None:
+    """With `src_data_rank=None` every rank's own parameters are right, and nothing of the whole is kept alive."""
+    moe = make("top2")
+    mine = moe.experts.w1.detach().clone()
+    parallelize_module(moe, make_mesh()["ep"], ExpertParallel(), src_data_rank=None)
+    local = moe.experts.w1.to_local()
+    assert torch.equal(local, mine.chunk(dist.get_world_size())[dist.get_rank()])
+    assert local.untyped_storage().nbytes() == local.nbytes
+
+
+def check_list_is_placed() -> None:
+    """Of a list every rank keeps its own modules, by their names in the whole list."""
+    moe = spread(make("top2, list"), make_mesh())
+    first = 2 * dist.get_rank()
+    kept = {name.split(".")[1] for name in moe.state_dict() if name.startswith("experts.")}
+    assert kept == {str(first), str(first + 1)}
+    assert moe.experts.num_experts == EXPERTS
+    assert moe.experts[first] is next(iter(moe.experts))
+    with pytest.raises(IndexError, match="on another rank"):
+        moe.experts[(first + 2) % EXPERTS]
+
+
+def check_meta_start() -> None:
+    """A model built without memory gets weights on its own rank only, other ones on every rank."""
+    with torch.device("meta"):
+        moe = MoE(DIM, EXPERTS, 50)
+    spread(moe, make_mesh())
+    moe.to_empty(device="cpu")
+    torch.manual_seed(0)
+    for module in moe.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    whole = moe.experts.w1.full_tensor().detach()
+    assert len(whole.flatten().unique()) == whole.numel()
+    torch.testing.assert_close(whole.std(), torch.tensor(DIM**-0.5), rtol=0.05, atol=0)
+    gates = [torch.empty_like(moe.gate.w_gating) for _ in range(dist.get_world_size())]
+    dist.all_gather(gates, moe.gate.w_gating.detach())
+    assert all(torch.equal(gate, gates[0]) for gate in gates)
+
+
+def check_group_of_gates() -> None:
+    """Gates get the batch's group, or the mesh's if they have none; one they have stays."""
+    mesh = make_mesh(data_parallel=2)
+    for moe, options, expected in (
+        (make("two levels"), {}, mesh["ep"].get_group()),
+        (make("two levels"), {"batch_group": dist.group.WORLD}, dist.group.WORLD),
+        (make("two levels"), {"batch_group": mesh["dp"]}, mesh["dp"].get_group()),
+    ):
+        parallelize_module(moe, mesh["ep"], ExpertParallel(**options))
+        assert moe.gate_outer.process_group is moe.gate_inner.process_group is expected
+    moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD), experts=Experts(DIM, EXPERTS))
+    parallelize_module(moe, mesh["ep"], ExpertParallel())
+    assert moe.gate.process_group is dist.group.WORLD
+
+
+def check_copies_and_pickles() -> None:
+    """A gate with a process group is copied, pickled and saved; a spread layer is copied."""
+    gate = TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD)
+    assert copy.deepcopy(gate).process_group is dist.group.WORLD
+    assert list(gate.state_dict()) == ["w_gating"]
+    again = pickle.loads(pickle.dumps(gate))
+    assert again.process_group is dist.group.WORLD
+    assert torch.equal(again.w_gating, gate.w_gating)
+    moe = spread(make("top2"), make_mesh())
+    listed = spread(make("top2, list"), make_mesh())
+    for layer in (moe, listed):
+        twin = copy.deepcopy(layer)
+        out, same = layer(own_part(batch()[0]))[0], twin(own_part(batch()[0]))[0]
+        assert torch.equal(out, same)
+        nn.init.zeros_(next(twin.experts.parameters()))
+        assert next(layer.experts.parameters()).abs().sum() > 0
+    assert all(parameter.expert_mesh is not None for parameter in twin.experts.parameters())
+
+
+def pickled_gate() -> bytes:
+    return pickle.dumps(TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD))
+
+
+def check_pickle_from_another_job(data: bytes) -> None:
+    """A group that is not here is named, and not replaced by another one."""
+    with pytest.warns(UserWarning, match=r"process group of ranks \[0, 1, 2, 3\], which is not here"):
+        gate = pickle.loads(data)
+    assert gate.process_group is None
+
+
+# ---- collectives and bytes ----
+
+
+class Collectives(TorchDispatchMode):
+    """Names of the collectives that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        namespace, _, name = function.name().partition("::")
+        if namespace in ("c10d", "_c10d_functional") and "wait" not in name:
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def check_one_rank_has_no_collective() -> None:
+    for layer in ("top2", "top-k, dropless", "top2, list", "two levels"):
+        alone = make(layer)
+        moe = parallelize_module(copy.deepcopy(alone), make_mesh()["ep"], ExpertParallel())
+        x, _ = batch()
+        with Collectives() as collectives:
+            out, aux_loss = moe(x)
+            (out.sum() + aux_loss).backward()
+        assert collectives.names == []
+        torch.testing.assert_close(out, alone(x)[0], **CLOSE)
+
+
+def check_number_of_collectives() -> None:
+    """There, back, and the same for the gradients; sizes are told unless they are promised to be equal."""
+    x = torch.randn(2, LENGTH, DIM).requires_grad_()
+    for layer, options, expected in (
+        ("top2", {"static_shapes": True}, 4),
+        ("top2", {}, 5),
+        ("top-k, dropless", {"static_shapes": True}, 5),
+        ("top-k, dropless", {}, 5),
+    ):
+        moe = spread(make(layer), make_mesh(), **options)
+        with Collectives() as collectives:
+            out, aux_loss = moe(x)
+            (out.sum() + aux_loss).backward()
+        assert collectives.names.count("all_to_all_single") == expected, (layer, options, collectives.names)
+
+
+def check_static_shapes() -> None:
+    """The same numbers without the exchange of sizes."""
+    x = torch.randn(2, LENGTH, DIM)
+    told, promised = (spread(make("top2"), make_mesh(), static_shapes=static) for static in (False, True))
+    assert torch.equal(told(x)[0], promised(x)[0])
+
+
+def check_autocast_sends_half() -> None:
+    """Under autocast stacked experts get their tokens in bfloat16; results are those of one process."""
+    sent = []
+    channel = exchange.Channel.transfer
+
+    def record(self, x: Tensor, *args: Any) -> Tensor:
+        sent.append(x.dtype)
+        return channel(self, x, *args)
+
+    alone = make("top-k, dropless").float()
+    moe = spread(copy.deepcopy(alone), make_mesh())
+    x = own_part(batch()[0]).float().requires_grad_()
+    exchange.Channel.transfer = record  # type: ignore[method-assign]
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            out = moe(x)[0]
+        out.sum().backward()
+    finally:
+        exchange.Channel.transfer = channel  # type: ignore[method-assign]
+    assert sent == [torch.int64] + 4 * [torch.bfloat16]
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = alone(x)[0]
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=0.02, atol=0.02)
+
+
+# ---- gradients and parameter groups ----
+
+
+def check_norms() -> None:
+    """Norm and clipping over whole, sharded, twice-sharded and placed parameters, for several p."""
+    mesh = make_mesh(data_parallel=2)
+    for norm_type in (1.0, 2.0, 3.5, float("inf")):
+        alone = Model(layers=("top2", "top2, list", "two levels"))
+        together = copy.deepcopy(alone)
+        spread(together, mesh, "layers.*.ffn")
+        fully_shard(together.layers[2].ffn.experts, mesh=mesh["dp"])
+        fully_shard(together.layers[1].ffn.experts, mesh=mesh["dp"])
+        generator = torch.Generator().manual_seed(7)
+        gradients = {name: torch.randn(p.shape, generator=generator) for name, p in alone.named_parameters()}
+        for name, parameter in alone.named_parameters():
+            parameter.grad = gradients[name].clone()
+        for name, parameter in together.named_parameters():
+            parameter.grad = sharded_like(gradients[name], parameter)
+        together.last.weight.grad = alone.last.weight.grad = None
+        expected = nn.utils.clip_grad_norm_(alone.parameters(), 1.5, norm_type)
+        found = clip_grad_norm_(together, 1.5, norm_type)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        reference = dict(alone.named_parameters())
+        for name, parameter in together.named_parameters():
+            if parameter.grad is not None:
+                value = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+                torch.testing.assert_close(value, reference[name].grad, **CLOSE)
+    together.first.weight.grad.fill_(float("inf"))
+    with pytest.raises(RuntimeError, match=r"norm of order .* of the gradients is inf"):
+        clip_grad_norm_(together, 1.0, error_if_nonfinite=True)
+    with pytest.raises(ValueError, match="above 0"):
+        clip_grad_norm_(together, 1.0, 0.0)
+
+
+def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
+    if not isinstance(parameter, DTensor):
+        return value.clone()
+    # by way of one process' tensors, so that nothing here depends on how the placements were made
+    sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    assert sharded.to_local().shape == parameter.to_local().shape
+    return sharded
+
+
+def check_parameter_groups() -> None:
+    """Fused and foreach steps take every group; options of one's own groups stay."""
+    model = spread(Model(), make_mesh(), "layers.*.ffn")
+    groups = param_groups(model, weight_decay=0.1)
+    assert [len({isinstance(p, DTensor) for p in group["params"]}) for group in groups] == [1, 1]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    mine = param_groups([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], weight_decay=0.1)
+    assert [group["weight_decay"] for group in mine] == [0.1, 0.1, 0.0]
+    for options in ({"foreach": True}, {"fused": True}):
+        optimizer = torch.optim.AdamW(param_groups(model), lr=1e-3, **options)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+
+
+def check_averages() -> None:
+    """Means and sums over a group, of plain and sharded gradients; a missing one counts as 0."""
+    mesh, rank = make_mesh(data_parallel=2), dist.get_rank()
+    model = spread(Model(), mesh, "layers.*.ffn")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, float(rank))
+    if rank == 3:
+        model.last.weight.grad = None
+    average_gradients(replicated_parameters(model).values(), dist.group.WORLD)
+    average_gradients(expert_parameters(model).values(), mesh["dp"], op="sum")
+    assert torch.all(model.first.weight.grad == 1.5)
+    assert torch.all(model.last.weight.grad == 0.75)
+    local = model.layers[0].ffn.experts.w1.grad.to_local()
+    assert torch.all(local == (2.0 if rank % 2 == 0 else 4.0))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float(rank))
+    broadcast_parameters(expert_parameters(model).values(), mesh["dp"])
+    assert torch.all(model.layers[0].ffn.experts.w1.to_local() == rank % 2)
+
+
+# ---- documentation, benchmark, compilation ----
+
+
+def run_recipe(code: str, port: int, folder: Path) -> float:
+    """A program as a reader would run it with torchrun, in a folder of its own; the last norm of its gradients."""
+    place = {"RANK": str(dist.get_rank()), "WORLD_SIZE": str(dist.get_world_size())}
+    dist.destroy_process_group()
+    torch.set_default_dtype(torch.float32)
+    before, environment = os.getcwd(), dict(os.environ)
+    os.chdir(folder)
+    os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(compile(code, "docs/parallel.md", "exec"), names)
+    finally:
+        os.chdir(before)
+        os.environ.clear()
+        os.environ.update(environment)
+    assert names["extra"] == {"step": 2}
+    return round(names["norm"].item(), 5)
+
+
+def check_benchmark() -> None:
+    """At capacity 1.0 just the least is sent; at 1.25 a quarter more."""
+    torch.set_default_dtype(torch.float32)
+    options = bench.parse(["--tokens", "64", "--dim", "16", "--hidden", "32", "--experts", "8", "--steps", "2"])
+    ratios = {}
+    for mode in bench.MODES:
+        gathered: list[Any] = [None, None]
+        dist.all_gather_object(gathered, bench.run_mode(mode, make_mesh()["ep"], options))
+        row = bench.summary(mode, 2, gathered, options)
+        assert 0 < row["experts_ms"] < row["step_ms"]
+        assert 0 < row["exchange_ms"] < row["step_ms"]
+        ratios[mode] = row["bytes_per_token"] / row["least_bytes_per_token"]
+    assert (ratios["capacity 1.0"], ratios["capacity 1.25"]) == (1.0, 1.25)
+    assert 0.5 < ratios["dropless"] < 1.5
+
+
+def check_compiles() -> None:
+    """With static shapes a layer is one graph, whose numbers are the same."""
+    moe = spread(make("top2"), make_mesh(), static_shapes=True)
+    x = torch.randn(2, LENGTH, DIM)
+    compiled = torch.compile(moe, backend="eager", fullgraph=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
+        torch.testing.assert_close(compiled(x)[0], moe(x)[0], **CLOSE)
+    torch._dynamo.reset()

@@ -1,0 +1,142 @@
+"""What goes wrong on one rank, and what the others are told."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from parallel_checks import make_mesh, spread
+from parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
+from torch import Tensor, nn
+
+from mixture_of_experts import Experts, MoE, TopKGating
+from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+
+
+def odd_one() -> bool:
+    """The rank on which things go wrong."""
+    return dist.get_rank() == 1
+
+
+def told(call) -> str:
+    """The error that a call ends in, and the seconds until then."""
+    start = time.perf_counter()
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__} after {time.perf_counter() - start:.1f} s: {error}"
+    return "no error"
+
+
+def ended(marker: Path) -> None:
+    """Tell the odd rank that rank 0, which needs it, has ended."""
+    if dist.get_rank() == 0:
+        marker.touch()
+
+
+def live_on(marker: Path) -> None:
+    """Stay until rank 0 has ended, so that only a timeout can have helped it."""
+    start = time.perf_counter()
+    while not marker.exists() and time.perf_counter() - start < 30:
+        time.sleep(0.05)
+
+
+def tokens() -> Tensor:
+    return own_part(batch()[0]).requires_grad_()
+
+
+class Breaking(nn.Module):
+    """Experts that fail on one rank, in the forward or in the backward."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.inner, self.where = Experts(DIM, EXPERTS, HIDDEN), where
+
+    def forward(self, x: Tensor) -> Tensor:
+        if odd_one() and self.where == "forward":
+            raise ZeroDivisionError("the experts of rank 1 broke")
+        out = self.inner(x)
+        if odd_one() and self.where == "backward":
+            out.register_hook(self._break)
+        return out
+
+    @staticmethod
+    def _break(grad: Tensor) -> None:
+        raise ZeroDivisionError("the experts of rank 1 broke")
+
+
+def raising(marker: Path, where: str) -> str:
+    """One rank raises, in the forward or the backward, and lives on."""
+    moe = spread(MoE(DIM, EXPERTS, experts=Breaking(where)), make_mesh())
+
+    def call() -> None:
+        out, aux_loss = moe(tokens())
+        (out.sum() + aux_loss).backward()
+
+    result = told(call)
+    live_on(marker) if odd_one() else ended(marker)
+    return result
+
+
+def ending() -> str:
+    """One rank does not come at all, and its process group ends."""
+    moe = spread(make("top2"), make_mesh())
+    return "left" if odd_one() else told(lambda: moe(tokens()))
+
+
+def stuck(marker: Path, where: str, debug: bool, data_parallel: int = 1) -> str:
+    """One rank does not come in time, before the layer or in its experts."""
+    experts = Experts(DIM, EXPERTS, HIDDEN)
+    if odd_one() and where == "experts":
+        experts.act = Waiting(marker)
+    moe = spread(MoE(DIM, EXPERTS, experts=experts), make_mesh(data_parallel), debug=debug)
+    if odd_one() and where == "before":
+        live_on(marker)
+        return "came late"
+    result = told(lambda: moe(tokens()))
+    ended(marker)
+    return result
+
+
+class Waiting(nn.Module):
+    def __init__(self, marker: Path) -> None:
+        super().__init__()
+        self.marker = marker
+
+    def forward(self, x: Tensor) -> Tensor:
+        live_on(self.marker)
+        return x
+
+
+def different_layers(difference: str) -> str:
+    """The ranks build different layers."""
+    made = {
+        "number of experts": lambda: MoE(DIM, 2 * EXPERTS, HIDDEN),
+        "shapes": lambda: MoE(DIM, EXPERTS, HIDDEN + 4),
+        "dtypes": lambda: MoE(DIM, EXPERTS, HIDDEN).to(torch.bfloat16),
+        "bias": lambda: MoE(DIM, experts=Experts(DIM, EXPERTS, HIDDEN, bias=True)),
+        "gradient": lambda: MoE(DIM, EXPERTS, HIDDEN),
+    }
+    moe = made[difference]() if odd_one() else MoE(DIM, EXPERTS, HIDDEN)
+    options = {"gradient": "sum"} if odd_one() and difference == "gradient" else {}
+    return told(lambda: parallelize_module(moe, make_mesh()["ep"], ExpertParallel(**options)))
+
+
+def different_calls(difference: str) -> str:
+    """The ranks call one layer differently; every rank is told, at once."""
+    gate = TopKGating(DIM, EXPERTS, capacity_factor_train=1.0)  # dropless in evaluation
+    moe = spread(MoE(DIM, gate=gate, experts=Experts(DIM, EXPERTS, HIDDEN)), make_mesh())
+    x = tokens()
+    if odd_one() and difference == "mode":
+        moe.eval()
+    if odd_one() and difference == "dtype":
+        x = x.to(torch.float32)
+    return told(lambda: moe(x))
+
+
+def unequal_under_static_shapes() -> str:
+    """`static_shapes` is a promise; `debug` looks whether it is kept."""
+    moe = spread(make("top2"), make_mesh(), static_shapes=True, debug=True)
+    return told(lambda: moe(tokens()))

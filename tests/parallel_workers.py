@@ -1,0 +1,121 @@
+"""Processes for the tests of expert parallelism: started once, then given one check after the other.
+
+`Workers.run(check, ranks, ...)` has the first `ranks` processes call `check(...)` with a fresh gloo group of that size;
+what they return comes back as a list, and the first error of any of them is raised. A process that died is replaced.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+TIMEOUT = 60.0  # seconds that a check's ranks wait for each other unless the check is about waiting
+
+
+class RankError(AssertionError):
+    """An error in a worker, with its traceback as text."""
+
+
+class Workers:
+    """A set of processes that wait for work."""
+
+    def __init__(self, count: int) -> None:
+        self._context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        self._runs = 0
+        self._processes: list[Any] = [None] * count
+        self._pipes: list[Any] = [None] * count
+        for rank in range(count):
+            self._start(rank)
+
+    def _start(self, rank: int) -> None:
+        here, there = self._context.Pipe()
+        process = self._context.Process(target=work, args=(there, os.getpid()), daemon=True)
+        process.start()
+        self._processes[rank], self._pipes[rank] = process, here
+
+    def _begin(self, ranks: int) -> None:
+        """See that the first `ranks` processes live and have imported what takes long."""
+        dead = [rank for rank in range(ranks) if not self._processes[rank].is_alive()]
+        for rank in dead:
+            self._start(rank)
+        for rank in dead if self._runs else range(len(self._pipes)):
+            assert self._pipes[rank].recv() == "ready"
+
+    def run(self, check: Callable, ranks: int, *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
+        """Results of the check on every rank; raises the first rank's error."""
+        results = self.outcomes(check, ranks, *args, timeout=timeout, **kwargs)
+        for rank, result in enumerate(results):
+            if isinstance(result, RankError):
+                raise RankError(f"rank {rank} of {ranks}: {result}")
+        return results
+
+    def outcomes(self, check: Callable, ranks: int, *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
+        """What every rank returned, or its `RankError`; None of a process that died."""
+        self._begin(ranks)
+        self._runs += 1
+        store = os.path.join(self._folder.name, f"store{self._runs}")
+        for rank in range(ranks):
+            self._pipes[rank].send((check, rank, ranks, store, timeout, args, kwargs))
+        return [self._result(rank, 4 * timeout + 60) for rank in range(ranks)]
+
+    def _result(self, rank: int, patience: float) -> Any:
+        pipe, process = self._pipes[rank], self._processes[rank]
+        try:
+            if pipe.poll(patience):
+                return pipe.recv()
+        except EOFError:
+            process.join(10)
+            return None
+        process.kill()
+        process.join(10)
+        return RankError(f"hung for {patience} seconds")
+
+    def stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join(10)
+        self._folder.cleanup()
+
+
+def work(pipe: Any, parent: int) -> None:
+    """A worker's life."""
+    warnings.simplefilter("error")
+    torch.set_num_threads(1)
+    importlib.import_module("parallel_training")
+    pipe.send("ready")
+    while os.getppid() == parent:
+        if not pipe.poll(5):
+            continue
+        try:
+            check, rank, ranks, store, timeout, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        pipe.send(outcome(check, rank, ranks, store, timeout, args, kwargs))
+
+
+def outcome(
+    check: Callable, rank: int, ranks: int, store: str, timeout: float, args: Sequence[Any], kwargs: dict[str, Any]
+) -> Any:
+    """Result of the check, or its error as text."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    limit = timedelta(seconds=timeout)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
+        return check(*args, **kwargs)
+    except Exception:
+        return RankError(traceback.format_exc())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,354 @@
+"""Expert parallelism against one process, on gloo: outputs, gradients, losses, training, checkpoints and faults."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import parallel_checkpoints as saves
+import parallel_checks as checks
+import parallel_faults as faults
+import parallel_training as training
+import pytest
+import torch
+from parallel_layers import LAYERS, LAYERS_OF_MODEL, make_model
+from parallel_workers import Workers
+
+from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
+from mixture_of_experts.parallel.exchange import by_expert
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers(4)
+    yield started
+    started.stop()
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+# ---- the same numbers as one process ----
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_four_ranks_are_one_process(workers: Workers, layer: str):
+    workers.run(checks.check_exact, 4, layer)
+
+
+@pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])
+def test_two_ranks_are_one_process(workers: Workers, layer: str):
+    workers.run(checks.check_exact, 2, layer)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_data_beside_expert_parallelism_is_one_process(workers: Workers, layer: str):
+    workers.run(checks.check_exact, 4, layer, data_parallel=2)
+
+
+# ---- a dozen steps of training ----
+
+
+@pytest.mark.parametrize("layout", training.LAYOUTS)
+def test_training_is_that_of_one_process(workers: Workers, layout: str):
+    workers.run(training.check_training, 4, layout, foreach=True)
+
+
+@pytest.mark.parametrize("layout", training.LAYOUTS)
+def test_training_with_checkpointing_and_accumulation(workers: Workers, layout: str):
+    workers.run(training.check_training, 4, layout, pieces=2, recompute=True)
+
+
+# ---- checkpoints ----
+
+
+def merged(parts: list[saves.Numbers]) -> saves.Numbers:
+    """What all ranks have together; what several have must agree."""
+    everything: saves.Numbers = {}
+    for part in parts:
+        for name, value in part.items():
+            assert torch.equal(everything.setdefault(name, value), value), name
+    return everything
+
+
+@pytest.mark.parametrize("layers", [LAYERS_OF_MODEL, saves.LISTS], ids=["stacked", "lists"])
+def test_checkpoint_loads_on_another_number_of_ranks(workers: Workers, tmp_path: Path, layers: tuple[str, ...]):
+    saved = merged(workers.run(saves.save, 4, tmp_path, "expert_parallel_only", layers))
+    workers.run(saves.load, 2, tmp_path, "ddp", layers, saved)
+    workers.run(saves.load, 1, tmp_path, "expert_parallel_only", layers, saved)
+    workers.run(saves.load, 4, tmp_path, "ddp_replicas", layers, saved)
+    with default_dtype(torch.float64):
+        saves.load(tmp_path, None, layers, saved)  # here, without process groups
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "fsdp_replicas", "fsdp_replicas_by_row"])
+def test_checkpoint_of_a_sharded_model(workers: Workers, tmp_path: Path, layout: str):
+    saved = merged(workers.run(saves.save, 4, tmp_path, layout, LAYERS_OF_MODEL))
+    workers.run(saves.load, 2, tmp_path, "expert_parallel_only", LAYERS_OF_MODEL, saved)
+    workers.run(saves.load, 4, tmp_path, "fsdp_replicas", LAYERS_OF_MODEL, saved)
+
+
+def test_training_goes_on_with_another_number_of_ranks(workers: Workers, tmp_path: Path):
+    workers.run(saves.save_without_changes, 4, tmp_path, "fsdp_replicas")
+    with default_dtype(torch.float64):
+        alone = dict(training.train_alone(steps=6)[0].named_parameters())
+    for name, value in workers.run(saves.go_on, 2, tmp_path, "ddp", 6)[0].items():
+        torch.testing.assert_close(value, alone[name], rtol=0, atol=1e-9)
+
+
+def test_killed_save_keeps_the_checkpoint_before(workers: Workers, tmp_path: Path):
+    first, second = workers.outcomes(saves.save_and_die, 2, tmp_path, (3, 4), timeout=10)
+    assert second is None  # the process is dead
+    assert first != "saved"
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["step-000000003", "step-000000004.tmp"]
+    with default_dtype(torch.float64):
+        model = make_model()
+        assert load_checkpoint(tmp_path, model) == saves.EXTRA
+        save_checkpoint(tmp_path, model, step=4)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
+
+
+def test_old_checkpoints_are_removed(tmp_path: Path):
+    model = torch.nn.Linear(2, 2)
+    for step in (9, 10, 11, 1_000_000_000):
+        save_checkpoint(tmp_path, model, step=step, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000011", "step-1000000000"]
+    with pytest.raises(FileNotFoundError, match="holds none"):
+        load_checkpoint(tmp_path / "nowhere", model)
+
+
+@pytest.mark.parametrize("layout", ["expert_parallel_only", "ddp_replicas", "fsdp", "fsdp_replicas"])
+def test_state_dict_of_one_process_loads(workers: Workers, layout: str):
+    workers.run(saves.check_state_dict_of_one_process, 4, layout)
+
+
+def test_state_dict_of_one_process_loads_into_lists(workers: Workers):
+    workers.run(saves.check_state_dict_of_one_process, 4, "expert_parallel_only", saves.LISTS)
+    workers.run(saves.check_state_dict_of_a_list_loads_into_the_layer, 4)
+
+
+def test_published_checkpoint_loads(workers: Workers):
+    workers.run(saves.check_published_checkpoint, 4)
+
+
+def test_wrong_shape_in_a_state_dict_is_named(workers: Workers):
+    workers.run(saves.check_wrong_shape_is_named, 2)
+
+
+# ---- setting up, copies, collectives, gradients ----
+
+CHECKS = {
+    4: (
+        checks.check_refusals,
+        checks.check_what_is_spread,
+        checks.check_source_rank_none,
+        checks.check_list_is_placed,
+        checks.check_meta_start,
+        checks.check_group_of_gates,
+        checks.check_copies_and_pickles,
+        checks.check_norms,
+        checks.check_averages,
+    ),
+    2: (
+        checks.check_number_of_collectives,
+        checks.check_static_shapes,
+        checks.check_autocast_sends_half,
+        checks.check_parameter_groups,
+    ),
+    1: (checks.check_one_rank_has_no_collective,),
+}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "check"),
+    [(ranks, check) for ranks, some in CHECKS.items() for check in some],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_on_ranks(workers: Workers, ranks: int, check: Callable[[], None]):
+    workers.run(check, ranks)
+
+
+def test_gradients_of_the_sum(workers: Workers):
+    workers.run(checks.check_exact, 2, "top-k, dropless", gradient="sum")
+    workers.run(checks.check_exact, 4, "top2, list", data_parallel=2, gradient="sum")
+
+
+@pytest.mark.parametrize("layer", ["top2", "top-k, deepseek", "noisy top-k", "expert choice", "two levels, mixed"])
+def test_masked_tokens(workers: Workers, layer: str):
+    workers.run(checks.check_exact, 4, layer, masked=True)
+
+
+def test_pickled_gate_elsewhere(workers: Workers):
+    """In a process without process groups it is this rank alone; in another job the missing group is named."""
+    data = workers.run(checks.pickled_gate, 4)[0]
+    assert pickle.loads(data).process_group is None
+    workers.run(checks.check_pickle_from_another_job, 2, data)
+
+
+def test_comparisons_have_an_empty_rank_and_an_empty_expert():
+    checks.check_unequal_sizes_are_tested()
+
+
+def test_rows_are_brought_to_their_experts():
+    """Three experts here, rows from two ranks: rank-major becomes expert-major, in the order of the ranks."""
+    received = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    order, inverse = by_expert(received, 6)
+    came = ["0a", "0a", "0c", "1a", "1b", "1b"]
+    assert [came[i] for i in order] == ["0a", "0a", "1a", "1b", "1b", "0c"]
+    assert order[inverse].tolist() == list(range(6))
+
+
+# ---- the recipes of the documentation, the benchmark, compilation ----
+
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text()
+
+
+def recipes(kind: str) -> list[str]:
+    return re.findall(rf"<!-- recipe: {kind} -->\n```py\n(.*?)```", DOCUMENT, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(5))
+def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
+    beginning, loop, layouts = recipes("beginning"), recipes("loop"), recipes("layout")
+    assert (len(beginning), len(loop), len(layouts)) == (1, 1, 5)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    norms = workers.run(checks.run_recipe, 4, beginning[0] + layouts[number] + loop[0], port, tmp_path)
+    assert len(set(norms)) == 1
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step-000000001", "step-000000002"]
+
+
+def test_benchmark_counts_the_least(workers: Workers):
+    workers.run(checks.check_benchmark, 2)
+
+
+def test_compiles_without_a_break(workers: Workers):
+    workers.run(checks.check_compiles, 2)
+
+
+# ---- the example ----
+
+EXAMPLE = (
+    "--dim 16 --width 32 --layers 2 --heads 2 --context 32 --batch-size 4 --eval-windows 6 "
+    "--eval-every 8 --steps 8 --checkpoint-every 4"
+)
+
+
+def run_example(folder: Path, *options: str, ranks: int = 1) -> str:
+    """What the example printed, in so many processes."""
+    root = Path(__file__).parent.parent
+    launcher = ["-W", "error"] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    script = [str(root / "examples" / "train_lm.py"), "--out", str(folder), *EXAMPLE.split(), *options]
+    text = ["--text", *map(str, sorted((root / "examples").glob("*.py")))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    command = [sys.executable, *launcher, *script, *text]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_example_runs_on_ranks_and_goes_on_with_another_number(tmp_path: Path):
+    """Two ranks, then one, come to what one process does; every rank's load is printed."""
+    printed = run_example(tmp_path / "ranks", "--expert-parallel", "2", "--stop-at", "4", ranks=2)
+    loads = re.findall(r"moe: rank (\d) \(experts (\d) to (\d)\) computed ([\d.]+)%", printed)
+    assert [load[:3] for load in loads] == [("0", "0", "3"), ("1", "4", "7")]
+    assert abs(sum(float(load[3]) for load in loads) - 100) < 0.2
+    printed = run_example(tmp_path / "ranks", "--expert-parallel", "1", "--resume")
+    assert "going on after step 4" in printed
+    run_example(tmp_path / "alone")
+    results = [json.loads((tmp_path / name / "result.json").read_text())["results"] for name in ("ranks", "alone")]
+    for together, alone in zip(*results, strict=True):
+        assert abs(together["held_out_bits_per_byte"] - alone["held_out_bits_per_byte"]) < 1e-4
+        assert together["total_parameters"] == alone["total_parameters"]
+
+
+# ---- faults: what one rank does wrong, the others are told within the timeout ----
+
+LIMIT = 2.0
+
+
+def seconds(message: str) -> float:
+    return float(re.search(r"after ([\d.]+) s", message)[1])  # type: ignore[index]
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_one_rank_raises(workers: Workers, tmp_path: Path, where: str):
+    first, odd, *_ = workers.outcomes(faults.raising, 4, tmp_path / "ended", where, timeout=LIMIT)
+    assert "ZeroDivisionError" in odd
+    assert "could not exchange tokens" in first
+    assert "Another rank has raised" in first
+    assert seconds(first) < LIMIT + 2
+
+
+def test_one_rank_leaves(workers: Workers):
+    outcomes = workers.outcomes(faults.ending, 4, timeout=LIMIT)
+    assert outcomes[1] == "left"
+    for message in (outcomes[0], *outcomes[2:]):
+        assert "RuntimeError" in message
+        assert "Another rank has raised, is stuck" in message
+        assert seconds(message) < LIMIT + 2
+
+
+@pytest.mark.parametrize(("where", "data_parallel"), [("before", 1), ("experts", 1), ("experts", 2)])
+def test_one_rank_is_stuck(workers: Workers, tmp_path: Path, where: str, data_parallel: int):
+    """Also in the groups of a mesh of two dimensions, which are made with half an hour."""
+    waiting = workers.outcomes(faults.stuck, 4, tmp_path / "ended", where, False, data_parallel, timeout=LIMIT)[0]
+    assert "Timed out waiting" in waiting
+    assert "is stuck" in waiting
+    assert seconds(waiting) < LIMIT + 2
+
+
+def test_debug_names_the_rank_that_is_stuck(workers: Workers, tmp_path: Path):
+    first = workers.outcomes(faults.stuck, 4, tmp_path / "ended", "before", True, timeout=LIMIT)[0]
+    assert "not all 4 ranks came to a layer" in first
+    assert "Ranks 1 failed to pass" in first
+    assert seconds(first) < LIMIT + 2
+
+
+@pytest.mark.parametrize(
+    ("difference", "named"),
+    [
+        ("number of experts", r"differ in .*: .* on rank 0, .* on rank 1"),
+        ("shapes", r"differ in experts\.w\d: \(8, .*\) torch.float64 on rank 0, .* on rank 1"),
+        ("dtypes", r"differ in \S+: .*torch.float64 on rank 0, .*torch.bfloat16 on rank 1"),
+        ("bias", r"differ in experts\.\w+: .*missing.* on rank"),
+        ("gradient", r"differ in gradient: mean on rank 0, sum on rank 1"),
+    ],
+)
+def test_ranks_build_different_layers(workers: Workers, difference: str, named: str):
+    for message in workers.run(faults.different_layers, 2, difference, timeout=LIMIT):
+        assert "ValueError" in message
+        assert re.search(named, message), message
+        assert seconds(message) < LIMIT
+
+
+@pytest.mark.parametrize(
+    ("difference", "named"),
+    [("mode", r"slots .* rank \d rows|rows .* rank \d slots"), ("dtype", r"torch.float32.*torch.float64|64.*32")],
+)
+def test_ranks_call_a_layer_differently(workers: Workers, difference: str, named: str):
+    for message in workers.run(faults.different_calls, 4, difference, timeout=LIMIT):
+        assert "ValueError" in message
+        assert "all ranks must call the layer in the same mode" in message
+        assert re.search(named, message), message
+        assert seconds(message) < LIMIT
+
+
+def test_debug_looks_whether_static_shapes_are_equal(workers: Workers):
+    for message in workers.run(faults.unequal_under_static_shapes, 4, timeout=LIMIT):
+        assert "static_shapes=True needs as many slots on every rank, got [12, 0, 8, 4]" in message, message
