@@ -1,0 +1,119 @@
+"""Trains the example's language model for about a minute and draws the pictures of `docs/statistics.md`.
+
+    python docs/draw_statistics.py [--steps 250] [--router switch] [--out docs/images]
+
+Needs matplotlib and tqdm (the extra `examples`). The text is the one the example learns from, Python's own library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import trange
+
+from mixture_of_experts import Routing
+from mixture_of_experts.plot import plot_load, plot_routing
+from mixture_of_experts.stats import RoutingStats, track_routing
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent / "examples"))
+
+from corpus import Batches, load_corpus  # noqa: E402
+from routers import ROUTERS  # noqa: E402
+from settings import Settings  # noqa: E402
+from training import Trainee, learning_rate_at, make_trainee  # noqa: E402
+
+TEXT = '''
+
+
+def merge(left, right):
+    """Merge two sorted lists into one."""
+    result = []
+    i = j = 0
+    while i < len(left) and j < len(right):
+        if left[i] <= right[j]:  # equal items keep their order
+            result.append(left[i])
+            i += 1
+        else:
+            result.append(right[j])
+            j += 1
+    result.extend(left[i:] or right[j:])
+    return result
+'''.lstrip("\n")
+
+
+def train(settings: Settings) -> tuple[Trainee, RoutingStats]:
+    """The example's mixture model after some steps, and what its routers did in them."""
+    batches = Batches(load_corpus().train, settings.context, settings.batch_size, settings.seed)
+    trainee = make_trainee("moe", settings)
+    with track_routing(trainee.model, keep=settings.steps) as stats:
+        for step in trange(settings.steps, disable=None):
+            trainee.train_step(batches.next(), learning_rate_at(step, settings))
+            stats.step()
+    return trainee, stats
+
+
+@torch.no_grad()
+def route(model: nn.Module, gate: nn.Module, text: str, context: int) -> Routing:
+    """What one gate of the model decides on a text, in the mode that the model is in."""
+    routings: list[Routing] = []
+    handle = gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
+    model(torch.tensor([list(text.encode())])[:, :context])
+    handle.remove()
+    return routings[0]
+
+
+def draw_layers(stats: RoutingStats) -> Figure:
+    """What the routers ask for over what the experts compute."""
+    figure, (above, below) = plt.subplots(2, 1, figsize=(7.5, 5.4), layout="constrained")
+    plot_load(stats, requested=True, ax=above)
+    plot_load(stats, ax=below)
+    return figure
+
+
+def draw_training(stats: RoutingStats) -> Figure:
+    """The first and the last layer over training."""
+    figure, axes = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, layout="constrained")
+    for layer, ax in zip((stats.layers[0], stats.layers[-1]), axes, strict=True):
+        plot_load(stats, layer, requested=True, ax=ax)
+    axes[0].set_xlabel("")
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
+    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--router", default="switch", choices=tuple(ROUTERS))
+    parser.add_argument("--out", type=Path, default=DOCS / "images")
+    args = parser.parse_args()
+    settings = Settings(models=("moe",), router=args.router, steps=args.steps, context=512, batch_size=4)
+    trainee, stats = train(settings)
+    print(stats.summary())
+
+    text = TEXT[: settings.context]
+    # in training mode, with its smaller capacity: some experts overflow
+    model = trainee.model.train()
+    routing = route(model, model.blocks[1].ffn.gate, text, settings.context)
+    figures = {
+        "load_layers": draw_layers(stats),
+        "load_training": draw_training(stats),
+        "routed_text": plot_routing(text, routing, width=66).figure,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        path = args.out / f"{name}.png"
+        figure.savefig(path, dpi=130, facecolor="white")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,284 @@
+"""The pictures of routing show the numbers they are given."""
+
+from __future__ import annotations
+
+import builtins
+
+import matplotlib as mpl
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts.plot import (
+    OTHERS,
+    PALETTE,
+    Fate,
+    fates_of,
+    lay_out,
+    load_colours,
+    plot_load,
+    plot_routing,
+    visible,
+)
+from mixture_of_experts.stats import RoutingStats, track_routing
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.colors import to_hex, to_rgb
+
+DIM = 4
+
+
+@pytest.fixture(autouse=True)
+def close_figures():
+    yield
+    plt.close("all")
+
+
+class Chain(nn.Module):
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)[0]
+        return x
+
+
+def identity_gate(num_experts: int, **more: object) -> TopKGating:
+    """A gate whose tokens are their own logits."""
+    gate = TopKGating(num_experts, num_experts, **more)
+    with torch.no_grad():
+        gate.w_gating.copy_(torch.eye(num_experts))
+    return gate
+
+
+@pytest.fixture
+def stats() -> RoutingStats:
+    """Two steps of a layer of 4 experts: first all tokens to expert 0, then evenly to 0 and 1; 2 and 3 get none."""
+    moe = MoE(DIM, gate=identity_gate(4, k=1))
+    with track_routing(moe) as stats:
+        for experts in ([0, 0, 0, 0], [0, 1, 0, 1]):
+            moe(5 * torch.eye(4)[experts].unsqueeze(0))
+            stats.step()
+    return stats
+
+
+def meshes(ax: Axes) -> list:
+    return [c for c in ax.collections if hasattr(c, "get_coordinates")]
+
+
+def labels(ticks) -> list[str]:
+    return [tick.get_text() for tick in ticks]
+
+
+def drawn(ax: Axes) -> None:
+    """Lay the figure out and draw it: what is wrong with a text or a size shows then."""
+    ax.figure.canvas.draw()
+
+
+def test_gates_over_experts(stats: RoutingStats):
+    ax = plot_load(stats)
+    drawn(ax)
+    (row,) = meshes(ax)
+    assert row.get_array().flatten().tolist() == [3.0, 1.0, 0.25, 0.25]  # the last two clipped
+    assert labels(ax.texts) == ["3.00", "1.00", "×", "×"]
+    assert labels(ax.get_yticklabels()) == ["gate"]
+    assert ax.get_title() == "Load of the experts"
+    white = to_rgb(row.cmap(row.norm(1.0)))
+    assert min(white) > 0.95  # balanced is white
+    assert row.norm(0.5) + row.norm(2.0) == pytest.approx(1)  # half and double are equally far from it
+    (bar,) = [axes for axes in ax.figure.axes if axes is not ax]
+    assert "balanced" in labels(bar.get_yticklabels())
+
+
+def test_one_gate_over_steps(stats: RoutingStats):
+    ax = plot_load(stats, "gate")
+    drawn(ax)
+    (mesh,) = meshes(ax)
+    expected = [[4.0, 2.0], [0.25, 2.0], [0.25, 0.25], [0.25, 0.25]]
+    assert torch.tensor(mesh.get_array().data).view(4, 2).tolist() == expected
+    assert ax.get_xlabel() == "step"
+    assert ax.get_xlim() == (-0.5, 1.5)
+    assert "gate" in ax.get_title()
+
+
+def test_long_training_is_shown_in_stretches():
+    moe = MoE(DIM, gate=identity_gate(4, k=1))
+    with track_routing(moe) as stats:
+        for step in range(250):
+            moe(5 * torch.eye(4)[[step % 2, step % 2]].unsqueeze(0))
+    (mesh,) = meshes(plot_load(stats, "gate"))
+    values = torch.tensor(mesh.get_array().data).view(4, -1)
+    assert values.shape == (4, 120)
+    assert values[0].mean() == pytest.approx(2.0, abs=0.1)
+    assert mesh.get_coordinates()[0, -1, 0] == 249.5
+
+
+def test_hierarchy_stands_over_its_experts():
+    """An expert of level one is as wide as the experts behind it; an axes that is given is drawn in."""
+    torch.manual_seed(0)
+    model = Chain(HeirarchicalMoE(DIM, (2, 3)), MoE(DIM, 4))
+    with track_routing(model) as stats:
+        model(torch.randn(2, 16, DIM))
+    given = plt.figure().subplots()
+    ax = plot_load(stats, requested=True, ax=given)
+    assert ax is given
+    assert labels(ax.get_yticklabels()) == ["layers.0.gate_outer", "layers.0.gate_inner", "layers.1"]
+    widths = [mesh.get_coordinates()[0, :, 0].tolist() for mesh in meshes(ax)]
+    assert widths == [[-0.5, 2.5, 5.5], [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5], [-0.5, 0.5, 1.5, 2.5, 3.5]]
+    inner = stats.total("layers.0.gate_inner").relative_requested.flatten().clamp(0.25, 4)
+    assert meshes(ax)[1].get_array().flatten().tolist() == pytest.approx(inner.tolist())
+    ax = plot_load(stats, "layers.0.gate_inner")
+    drawn(ax)
+    assert [line.get_ydata()[0] for line in ax.lines] == [2.5]  # between the two outer experts
+
+
+def test_many_experts_have_no_numbers():
+    moe = MoE(DIM, gate=TopKGating(DIM, 64))
+    with track_routing(moe) as stats:
+        moe(torch.randn(1, 3, DIM))
+    ax = plot_load(stats)
+    drawn(ax)
+    assert set(labels(ax.texts)) == {"×"}
+    assert len(ax.texts) == len(stats.total("gate").dead)
+
+
+def text_routing():
+    """k = 2, capacity 1 an expert, token-major: token 0 gets both, 1 its second, 2 none, 3 is padding."""
+    gate = identity_gate(3, k=2, capacity_factor_train=1e-3, min_expert_capacity=1, priority="token")
+    x = torch.tensor([[[3.0, 2.0, 0.0], [3.0, 0.0, 2.0], [3.0, 2.0, 0.0], [0.0, 0.0, 3.0]]])
+    return gate(x, mask=torch.tensor([[True, True, True, False]]))
+
+
+def test_fates():
+    fates = fates_of(text_routing(), 0)
+    assert fates == [Fate("first", 0), Fate("other", 2), Fate("unseen", 0), Fate("padding", 0)]
+
+
+def test_text():
+    ax = plot_routing(["ab", "\n", "x", "pad"], text_routing(), width=10)
+    drawn(ax)
+    assert labels(ax.texts) == ["a", "b", "↵", "x"]  # no padding
+    colours = [to_hex(patch.get_facecolor()).upper() for patch in ax.patches]
+    assert colours == [PALETTE[0], PALETTE[2], "#FFFFFF"]
+    places = [(text.get_position()[0], int(text.get_position()[1])) for text in ax.texts]
+    assert places == [(0.5, 0), (1.5, 0), (2.5, 0), (0.5, 1)]  # a line end ends the line
+    legend = labels(ax.get_legend().get_texts())
+    assert legend == [
+        "expert 0: 33%",
+        "expert 1: 0%",
+        "expert 2: 33%",
+        "first full: 33%",
+        "no expert: 33%",
+    ]
+
+
+def test_expert_choice_has_no_first_choice():
+    gate = ExpertChoiceGating(DIM, 2, capacity_factor=0.5)
+    routing = gate(torch.randn(1, 8, DIM))
+    fates = fates_of(routing, 0)
+    seen = set(routing.token[0].tolist())
+    assert [fate.kind for fate in fates] == ["first" if token in seen else "unseen" for token in range(8)]
+    drawn(plot_routing("abcdefgh", routing))
+
+
+def test_more_experts_than_colours():
+    """The busiest experts have colours, in the order of their numbers; the others share grey."""
+    gate = identity_gate(12, k=1)
+    experts = [*range(11, 2, -1)] * 2 + [0]
+    ax = plot_routing(b"x" * 19, gate(5 * torch.eye(12)[experts].unsqueeze(0)))
+    drawn(ax)
+    legend = labels(ax.get_legend().get_texts())
+    assert [entry.split(":")[0] for entry in legend] == [*(f"expert {i}" for i in range(3, 11)), "others"]
+    assert legend[-1] == "others: 16%"
+    colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
+    assert colours[0] == colours[-1] == OTHERS  # expert 11 stands behind as many of lower number
+    assert len(set(colours)) == 9
+
+
+def test_signs():
+    assert [visible(text) for text in ("a", "\n", "\t", "\0", "", "$x$")] == ["a", "↵", "→", "·", "·", "$x$"]
+    ax = plot_routing(b"\xff\x00\n$", identity_gate(2, k=1)(torch.randn(1, 4, 2)))
+    drawn(ax)
+    assert labels(ax.texts) == ["ÿ", "·", "↵", "$"]
+
+
+def test_lines_are_at_most_as_wide_as_asked():
+    spans, lines = lay_out(["abc", "de", "fghijklm", "n"], [False, False, False, True], 6)
+    assert [(span.x, span.y) for span in spans] == [(0, 0), (3, 0), (0, 1), (0, 2)]
+    assert lines == 3
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG's contrast ratio."""
+
+    def luminance(colour: str) -> float:
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_letters_are_readable_on_every_colour():
+    routing = identity_gate(9, k=1)(5 * torch.eye(9).unsqueeze(0))
+    ax = plot_routing("abcdefghi", routing)
+    for text, patch in zip(ax.texts, ax.patches, strict=True):
+        assert contrast(text.get_color(), to_hex(patch.get_facecolor())) >= 3.8
+
+
+# Machado, Oliveira and Fernandes 2009: what the colour-blind see, in linear RGB
+BLINDNESS = {
+    "none": torch.eye(3).tolist(),
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+RGB_TO_XYZ = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+
+
+def lab(colours: list[tuple[float, float, float]], blindness: str) -> Tensor:
+    """`(colours, 3)` CIELAB coordinates of what is seen: a distance of 2 is just noticeable, 10 plain."""
+    rgb = torch.tensor(colours, dtype=torch.float64)
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    seen = (linear @ torch.tensor(BLINDNESS[blindness], dtype=torch.float64).T).clamp(0, 1)
+    xyz = seen @ torch.tensor(RGB_TO_XYZ, dtype=torch.float64).T / torch.tensor([0.9505, 1.0, 1.089])
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=1e-9) ** (1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+
+
+@pytest.mark.parametrize("blindness", BLINDNESS)
+def test_colours_are_told_apart(blindness: str):
+    experts = lab([to_rgb(colour) for colour in (*PALETTE, OTHERS, "white")], blindness)
+    distance = torch.cdist(experts, experts) + 100 * torch.eye(len(experts))
+    assert distance.min() > 10
+    norm, colours = load_colours()["norm"], mpl.colormaps[load_colours()["cmap"]]
+    few, balanced, many = lab([colours(norm(load))[:3] for load in (0.5, 1.0, 2.0)], blindness)
+    for one, other in ((few, balanced), (balanced, many), (few, many)):
+        assert (one - other).norm() > 10
+
+
+def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
+    routing = identity_gate(2, k=1)(torch.randn(1, 4, 2))
+    with pytest.raises(ValueError, match="there are 3 tokens, but the routing has 4"):
+        plot_routing("abc", routing)
+    gate = TopKGating(DIM, 2, outer_expert_dims=(3,))
+    with pytest.raises(ValueError, match="one level of routing"):
+        plot_routing("abcd", gate(torch.randn(3, 1, 4, DIM)))
+    with pytest.raises(KeyError, match="no gate 'gat'"):
+        plot_load(stats, "gat")
+
+    def no_matplotlib(name: str, *args: object, **kwargs: object):
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return real_import(name, *args, **kwargs)
+
+    real_import = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", no_matplotlib)
+    for draw in (lambda: plot_load(stats), lambda: plot_load(stats, "gate"), lambda: plot_routing("abcd", routing)):
+        with pytest.raises(ImportError, match="extra 'plot'"):
+            draw()

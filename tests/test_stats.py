@@ -1,0 +1,712 @@
+"""Statistics of routing: right numbers, recorded once, at no cost to what is tracked."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from strategies import RecordDraws
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Routing,
+    Top2Gating,
+    TopKGating,
+)
+from mixture_of_experts.stats import Record, track_routing
+
+ROOT = Path(__file__).resolve().parent.parent
+DIM = 8
+
+
+class Stack(nn.Module):
+    """Residual layers, each optionally under activation checkpointing; returns a loss."""
+
+    def __init__(self, *layers: nn.Module, reentrant: bool | None = None):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x, total = x * self.scale, x.new_zeros(())
+        for layer in self.layers:
+            if self.reentrant is None:
+                out, aux_loss = layer(x, mask)
+            else:
+                out, aux_loss = checkpoint(layer, x, mask, use_reentrant=self.reentrant)
+            x, total = x + out, total + aux_loss
+        return x.square().mean() + total
+
+
+class OneExpert(nn.Module):
+    """A user's gate that is no `Gate`: everything goes to expert 1, and token 0 to none."""
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+        b, n, _ = x.shape
+        token = torch.arange(n).expand(b, n)
+        kept = token > 0
+        zero = x.new_zeros(())
+        return Routing(
+            token=token,
+            expert=torch.ones_like(token),
+            slot=(token - 1).clamp(min=0),
+            kept=kept,
+            weight=kept.to(x.dtype),
+            probs=x.new_tensor([0.0, 1.0, 0.0]).expand(b, n, 3),
+            balance_loss=zero + 3,
+            z_loss=zero,
+            num_tokens=n,
+            num_experts=3,
+            capacity=None,
+            choices=1,
+            chosen=kept,
+            queued=torch.tensor([0, n - 1, 0]).expand(b, 3),
+        )
+
+
+def make_layers() -> dict[str, nn.Module]:
+    """A layer for each router; small capacities, so that all of them drop something."""
+    torch.manual_seed(0)
+    tight = {"capacity_factor_train": 0.7, "min_expert_capacity": 1}
+    return {
+        "top2": MoE(DIM, 4, second_policy_train="all", **tight),
+        "second_place": MoE(DIM, 4, second_place_loss=True, second_policy_train="threshold", **tight),
+        "topk": MoE(DIM, gate=TopKGating(DIM, 4, k=3, priority="token", **tight)),
+        "dropless": MoE(DIM, gate=TopKGating(DIM, 4, score="sigmoid")),
+        "noisy": MoE(DIM, gate=NoisyTopKGating(DIM, 4, **tight)),
+        "expert_choice": MoE(DIM, gate=ExpertChoiceGating(DIM, 4, capacity_factor=1.0)),
+    }
+
+
+def track_once(model: nn.Module, *args: Tensor) -> dict[str, Record]:
+    with track_routing(model) as stats:
+        model(*args)
+    return {layer: stats.last(layer) for layer in stats.layers}
+
+
+def assert_same(left: Record, right: Record, **tolerance: float) -> None:
+    a, b = left.to_dict(), right.to_dict()
+    losses = [record.pop("losses") for record in (a, b)]
+    assert losses[0] == pytest.approx(losses[1], **tolerance)
+    outer = [record.pop("outer", []) for record in (a, b)]
+    assert len(outer[0]) == len(outer[1])
+    assert {k: v for k, v in a.items() if not isinstance(v, float)} == {
+        k: v for k, v in b.items() if not isinstance(v, float)
+    }
+    for name in ("dropped", "unseen", "entropy", "confidence"):
+        assert a[name] == pytest.approx(b[name], **tolerance)
+    for one, other in zip(left.outer, right.outer, strict=True):
+        assert_same(one, other, **tolerance)
+
+
+def test_by_hand():
+    """Four tokens, three for expert 0 that has two slots: all numbers can be checked by eye."""
+    gate = TopKGating(2, 2, k=1, capacity_factor_train=1.0, min_expert_capacity=1)
+    moe = MoE(2, gate=gate)
+    with torch.no_grad():
+        gate.w_gating.copy_(math.log(3) * torch.eye(2))  # probabilities 3/4 and 1/4
+    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
+    with track_routing(moe) as stats:
+        moe(x)
+    record = stats.last("gate")
+    assert record.load.tolist() == [2, 1]
+    assert record.requested.tolist() == [3, 1]
+    assert (record.tokens, record.forwards, record.step) == (4, 1, 0)
+    assert (record.dropped, record.unseen) == (0.25, 0.25)
+    assert record.confidence == pytest.approx(0.75)
+    assert record.entropy == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    # e sum f P = 2 (3/4 * 5/8 + 1/4 * 3/8); logsumexp(log 3, 0) = log 4
+    assert record.losses == pytest.approx({"balance": 2 * (0.75 * 0.625 + 0.25 * 0.375), "z": math.log(4) ** 2})
+    assert record.dead == []
+    assert record.relative_load.tolist() == pytest.approx([4 / 3, 2 / 3])
+    assert record.relative_requested.tolist() == pytest.approx([1.5, 0.5])
+
+
+def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
+    """The same numbers by loops over assignments; what is computed is read from the dense dispatch tensor."""
+    dispatch = routing.dispatch_tensor().detach()
+    b, n, e, _ = dispatch.shape
+    requested, lost = [0] * e, 0
+    for g in range(b):
+        limit = n if routing.capacity is None else routing.capacity
+        limit = limit if routing.limit is None else int(routing.limit[g])
+        for i in range(routing.expert.shape[-1]):
+            if routing.chosen[g, i]:
+                requested[int(routing.expert[g, i])] += 1
+                lost += int(routing.slot[g, i]) >= limit
+    tokens = [(g, t) for g in range(b) for t in range(n) if real[g, t]]
+    rows = [routing.probs[g, t].tolist() for g, t in tokens]
+    return {
+        "load": dispatch.sum(dim=(0, 1, 3)).long().tolist(),
+        "requested": requested,
+        "tokens": len(tokens),
+        "dropped": lost / max(sum(requested), 1),
+        "unseen": sum(not dispatch[g, t].any() for g, t in tokens) / max(len(tokens), 1),
+        "entropy": sum(-p * math.log(p) for row in rows for p in row if p) / max(len(tokens), 1),
+        "confidence": sum(max(row) for row in rows) / max(len(tokens), 1),
+    }
+
+
+@pytest.mark.parametrize("name", make_layers())
+@pytest.mark.parametrize("masked", [False, True])
+def test_numbers_of_every_router(name: str, masked: bool):
+    layer = make_layers()[name]
+    x = 2 * torch.randn(3, 11, DIM)
+    real = torch.rand(3, 11) < 0.7 if masked else torch.ones(3, 11, dtype=torch.bool)
+    routings = []
+    handle = layer.gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
+    record = track_once(layer, x, real if masked else None)["gate"]
+    handle.remove()
+    record = record.to_dict()
+    for key, wanted in slow_numbers(routings[0], real).items():
+        assert record[key] == pytest.approx(wanted, rel=1e-5), key
+    assert set(record["losses"]) == {*routings[0].losses, "z"}
+    balance = sum(value for loss, value in record["losses"].items() if loss != "z")
+    assert balance == pytest.approx(routings[0].balance_loss.item(), rel=1e-5)
+    assert record["dropped"] > 0 or name in ("dropless", "expert_choice")
+
+
+def hierarchy(**more: object) -> HeirarchicalMoE:
+    tight = {"capacity_factor_train": 0.8, "min_expert_capacity": 2, "second_policy_train": "all", **more}
+    torch.manual_seed(1)
+    return HeirarchicalMoE(DIM, (3, 4), 16, **tight)
+
+
+@pytest.mark.parametrize("group_size", [None, 6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_hierarchy(group_size: int | None, masked: bool):
+    """The second level's load is that of the layer's experts; lost tokens are those whose output is exactly 0."""
+    layer = hierarchy(group_size=group_size)
+    x = torch.randn(2, 12, DIM)
+    real = torch.rand(2, 12) < 0.8 if masked else torch.ones(2, 12, dtype=torch.bool)
+    slots: list[Tensor] = []
+    handle = layer.gate_inner.register_forward_hook(
+        lambda gate, args, kwargs, routing: slots.append(kwargs["importance"] > 0), with_kwargs=True
+    )
+    out = []
+    with track_routing(layer) as stats:
+        out.append(layer(x, real if masked else None)[0])
+    handle.remove()
+    outer, inner = stats.last("gate_outer"), stats.last("gate_inner")
+    assert outer.tokens == int(real.sum())
+    assert inner.lost_in_layer == int(((out[0] == 0).all(dim=-1) & real).sum()) > 0
+    assert inner.load.shape == (3, 4)
+    # every choice that level one kept is a token of level two, and its experts are that outer expert's
+    assert [part.tokens for part in inner.outer] == outer.load.tolist() == slots[0].sum(dim=(1, 2)).tolist()
+    assert inner.tokens == int(outer.load.sum())
+    assert [part.load.tolist() for part in inner.outer] == inner.load.tolist()
+    assert [part.layer for part in inner.outer] == ["gate_inner[0]", "gate_inner[1]", "gate_inner[2]"]
+    for name in ("unseen", "entropy", "confidence"):
+        mean = sum(getattr(part, name) * part.tokens for part in inner.outer) / inner.tokens
+        assert getattr(inner, name) == pytest.approx(mean)
+    assert all(0 < part.confidence <= 1 and part.entropy <= math.log(4) for part in inner.outer)
+    assert 0 < inner.dropped < 1 or masked
+
+
+def test_hierarchy_counts_the_rows_of_its_experts():
+    """With experts that add up the rows they get, the recorded load is what arrives."""
+
+    class Counting(Experts):
+        def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+            arrived.append((x != 0).any(dim=-1).sum(dim=-1))
+            return super().forward(x, counts)
+
+        def takes_tokens(self, x: Tensor) -> bool:
+            return False
+
+        def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
+            return False
+
+    arrived: list[Tensor] = []
+    layer = hierarchy(experts=Counting(DIM, (3, 4)))
+    assert track_once(layer, torch.randn(2, 12, DIM))["gate_inner"].load.tolist() == arrived[0].tolist()
+
+
+@pytest.mark.parametrize("name", [*(n for n in make_layers() if n != "noisy"), "hierarchy"])
+def test_padding_is_in_no_statistic(name: str):
+    layer = hierarchy() if name == "hierarchy" else make_layers()[name]
+    x = torch.randn(2, 9, DIM)
+    padded = torch.full((2, 14, DIM), math.nan)
+    padded[:, 3:12] = x
+    mask = torch.zeros(2, 14, dtype=torch.bool)
+    mask[:, 3:12] = True
+    plain, masked = track_once(layer, x), track_once(layer, padded, mask)
+    for gate in plain:
+        assert_same(plain[gate], masked[gate], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", [*make_layers(), "hierarchy"])
+@pytest.mark.parametrize("case", ["empty", "masked"])
+def test_nothing_to_count_is_zero(name: str, case: str):
+    layer = hierarchy() if name == "hierarchy" else make_layers()[name]
+    x, mask = torch.randn(2, 0 if case == "empty" else 5, DIM), None
+    if case == "masked":
+        mask = torch.zeros(2, 5, dtype=torch.bool)
+    for record in track_once(layer, x, mask).values():
+        assert record.tokens == record.dropped == record.unseen == record.entropy == record.confidence == 0
+        assert not record.load.any()
+        assert not record.relative_load.any()
+        assert record.lost_in_layer in (None, 0)
+        json.dumps(record.to_dict(), allow_nan=False)
+
+
+def test_gate_of_ones_own():
+    moe = MoE(DIM, 3, gate=OneExpert())
+    with track_routing(nn.Sequential(moe)) as stats:
+        stats_model = stats  # the context's value is the object that is read afterwards
+        with pytest.raises(RuntimeError, match="not within a forward of the module"):
+            moe(torch.randn(2, 5, DIM))
+    with track_routing(moe) as stats:
+        moe(torch.randn(2, 5, DIM))
+    record = stats.last("gate")
+    assert stats_model.layers == ("0.gate",)
+    assert record.load.tolist() == [0, 8, 0]
+    assert (record.dead, record.unseen) == ([0, 2], 0.2)
+    assert record.losses == {"balance": 3.0, "z": 0.0}  # a gate that names no parts
+
+
+def test_bare_gates_and_names():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.router = Top2Gating(DIM, 4)
+            self.ffn = MoE(DIM, 4)
+            self.two_level = hierarchy()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.router(x)
+            return self.two_level(self.ffn(x)[0])[0]
+
+    names = ("router", "ffn.gate", "two_level.gate_outer", "two_level.gate_inner")
+    assert tuple(track_once(Model(), torch.randn(1, 6, DIM))) == names
+    assert tuple(track_once(Top2Gating(DIM, 4), torch.randn(1, 6, DIM))) == ("gate",)
+
+
+# Recorded once
+
+
+def dynamo(test):
+    """Tracing makes torch warn of its own code."""
+    for warning in (".*should not be instantiated:DeprecationWarning", "The .grad attribute of a Tensor:UserWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
+    return test
+
+
+def train(model: nn.Module, steps: int = 2) -> list[Tensor]:
+    """Forwards and backwards on seeded data; the gradients."""
+    gen = torch.Generator().manual_seed(5)
+    model.zero_grad()
+    for _ in range(steps):
+        model(torch.randn(2, 10, DIM, generator=gen)).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def make_stack(reentrant: bool | None = None) -> Stack:
+    two_levels = hierarchy()  # seeds what follows, too
+    gate = TopKGating(DIM, 4, k=2, capacity_factor_train=0.7, min_expert_capacity=1)
+    return Stack(two_levels, MoE(DIM, gate=gate), reentrant=reentrant)
+
+
+def recorded_in_training(model: nn.Module, run: nn.Module | None = None) -> dict[str, list[Record]]:
+    with track_routing(model) as stats:
+        train(model if run is None else run)
+    return {layer: stats.records(layer) for layer in stats.layers}
+
+
+@pytest.fixture(scope="module")
+def plain_records() -> dict[str, list[Record]]:
+    return recorded_in_training(make_stack())
+
+
+def assert_all_same(left: dict[str, list[Record]], right: dict[str, list[Record]], compiled: bool = False) -> None:
+    assert left.keys() == right.keys()
+    if compiled:  # what needs both levels at once is not recorded in a graph
+        left = {layer: [replace(record, lost_in_layer=None) for record in records] for layer, records in left.items()}
+    for layer in left:
+        assert len(left[layer]) == len(right[layer]) == 2
+        for one, other in zip(left[layer], right[layer], strict=True):
+            assert_same(one, other, rel=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_records_once(reentrant: bool, plain_records: dict[str, list[Record]]):
+    model, runs = make_stack(reentrant), []
+    model.layers[0].gate_outer.register_forward_hook(lambda *_: runs.append(None))
+    assert_all_same(plain_records, recorded_in_training(model))
+    assert len(runs) == 4  # it did run again in backward
+
+
+@dynamo
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_compiled_model(reentrant: bool | None, plain_records: dict[str, list[Record]]):
+    """In one graph, with the checkpoints inside; after the context the graph records no more."""
+    torch.compiler.reset()
+    model = make_stack(reentrant)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with track_routing(compiled) as stats:
+        train(compiled)
+    records = {layer: stats.records(layer) for layer in stats.layers}
+    assert_all_same(plain_records, records, compiled=True)
+    if reentrant is None:
+        train(compiled)
+        assert {layer: len(stats.records(layer)) for layer in stats.layers} == dict.fromkeys(stats.layers, 2)
+
+
+@dynamo
+def test_compiled_layer_under_an_eager_checkpoint(plain_records: dict[str, list[Record]]):
+    torch.compiler.reset()
+    model = make_stack(reentrant=False)
+    model.layers[1].compile(backend="aot_eager", fullgraph=True)
+    assert_all_same(plain_records, recorded_in_training(model))
+
+
+@dynamo
+def test_compiled_before_is_an_error():
+    """A graph that was traced without the hooks never calls them: that must not look like a model without load."""
+    torch.compiler.reset()
+    moe = MoE(DIM, 4)
+    compiled = torch.compile(moe, backend="aot_eager")
+    compiled(torch.randn(1, 5, DIM))
+    with track_routing(compiled) as stats:
+        compiled(torch.randn(1, 5, DIM))
+        for read in (stats.step, stats.summary, stats.scalars, stats.to_dict, lambda: stats.last("gate")):
+            with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset"):
+                read()
+    torch.compiler.reset()
+    with track_routing(compiled) as stats:
+        compiled(torch.randn(1, 5, DIM))
+    assert stats.last("gate").tokens == 5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_around_the_tracked_module_is_an_error(reentrant: bool):
+    model = make_stack()
+    x = torch.randn(1, 4, DIM, requires_grad=True)
+    with track_routing(model), pytest.raises(RuntimeError, match=r"runs inside torch\.utils\.checkpoint"):
+        checkpoint(model, x, use_reentrant=reentrant)
+    with track_routing(model.eval()) as stats:  # without a backward there is no recomputation either
+        checkpoint(model, x, use_reentrant=False)
+    assert stats.last("layers.1.gate").forwards == 1
+
+
+def test_a_failed_forward_does_not_open_the_door_to_recomputations():
+    class Fails(nn.Module):
+        def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+            if self.training and fail:
+                raise ArithmeticError
+            return x, x.new_zeros(())
+
+    fail = False
+    model = Stack(MoE(DIM, 4), Fails(), reentrant=False)
+    with track_routing(model) as stats:
+        loss = model(torch.randn(1, 6, DIM))
+        fail = True
+        with pytest.raises(ArithmeticError):
+            model(torch.randn(1, 6, DIM))
+        fail = False
+        loss.backward()
+    assert [record.forwards for record in stats.records("layers.0.gate")] == [1, 1]
+
+
+# Nothing left behind, nothing disturbed
+
+
+def hooks_of(model: nn.Module) -> list[int]:
+    return [
+        len(table)
+        for module in model.modules()
+        for name, table in vars(module).items()
+        if name.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called"))
+    ]
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_hooks_are_removed(error: type[BaseException] | None):
+    model = make_stack()
+    before, attributes = hooks_of(model), {name: set(vars(module)) for name, module in model.named_modules()}
+
+    def use() -> None:
+        with track_routing(model):
+            assert sum(hooks_of(model)) > sum(before)
+            model(torch.randn(1, 4, DIM))
+            if error is not None:
+                raise error
+
+    if error is None:
+        use()
+    else:
+        with pytest.raises(error):
+            use()
+    assert hooks_of(model) == before
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+
+
+def test_results_and_random_numbers_are_the_same():
+    outcomes = []
+    for tracked in (False, True):
+        torch.manual_seed(2)
+        model = Stack(MoE(DIM, 4), hierarchy(second_policy_train="random"))
+        with RecordDraws() as draws:
+            if tracked:
+                with track_routing(model):
+                    gradients = train(model)
+            else:
+                gradients = train(model)
+        outcomes.append((len(draws.values), torch.rand(()), *gradients))
+    for one, other in zip(*outcomes, strict=True):
+        assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
+
+
+class NoSync(TorchDispatchMode):
+    """Refuses what would wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.equal,
+            torch.ops.aten.masked_select,
+        ), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_host_sync_until_something_is_read():
+    class Gates(nn.Module):
+        def __init__(self):
+            super().__init__()
+            kinds = (Top2Gating(DIM, 4), TopKGating(DIM, 4), NoisyTopKGating(DIM, 4), ExpertChoiceGating(DIM, 4))
+            self.gates = nn.ModuleList(kinds)
+
+        def forward(self, x: Tensor, mask: Tensor) -> None:
+            for gate in self.gates:
+                gate(x, mask=mask)
+
+    model = Gates()
+    with track_routing(model) as stats:
+        with NoSync():
+            model(torch.randn(2, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
+            stats.step()
+        with pytest.raises(AssertionError, match="waits"), NoSync():
+            stats.scalars()
+
+
+def test_only_the_last_forwards_are_kept():
+    moe = MoE(DIM, 4)
+    with track_routing(moe, keep=3) as stats:
+        for length in range(1, 9):
+            moe(torch.randn(1, length, DIM))
+            expected = list(range(max(1, length - 2), length + 1))
+            records = stats.records("gate")
+            assert [record.tokens for record in records] == expected
+            assert [record.step for record in records] == [tokens - 1 for tokens in expected]
+    assert stats.total("gate").tokens == 6 + 7 + 8
+    assert stats.total("gate").forwards == 3
+
+
+def test_steps_join_forwards():
+    """Gradient accumulation: all forwards between two calls of `step()` are one record."""
+    moe, whole = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(4, 6, DIM)
+    with track_routing(moe, keep=5) as stats:
+        for _ in range(3):
+            for part in whole.split(2):
+                moe(part)
+            stats.step()
+    assert [record.step for record in stats.records("gate")] == [1, 2]  # of step 0 one forward is forgotten
+    one = track_once(moe, whole)["gate"]
+    for record in stats.records("gate"):
+        assert record.forwards == 2
+        assert record.load.tolist() == one.load.tolist()
+        assert record.entropy == pytest.approx(one.entropy)
+        assert record.losses == pytest.approx(one.losses)
+
+
+def test_a_layer_that_is_called_twice_has_one_record_a_forward():
+    moe = MoE(DIM, 4)
+    model = Stack(moe, moe)
+    with track_routing(model) as stats:
+        for _ in range(2):
+            model(torch.randn(1, 6, DIM))
+    records = stats.records("layers.0.gate")
+    assert [(record.step, record.forwards, record.tokens) for record in records] == [(0, 2, 12), (1, 2, 12)]
+
+
+def test_when():
+    moe = MoE(DIM, 4)
+    counted = {}
+    for when in ("training", "eval", "always"):
+        with track_routing(moe, when=when) as stats:
+            for training in (True, False, True):
+                moe.train(training)
+                moe(torch.randn(1, 6, DIM))
+        counted[when] = [record.step for record in stats.records("gate")]
+    assert counted == {"training": [0, 1], "eval": [0], "always": [0, 1, 2]}
+
+
+def test_modes_of_autograd():
+    """Recording begins in inference mode and goes on outside of it."""
+    moe = MoE(DIM, 4)
+    with track_routing(moe) as stats:
+        for context in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+            with context:
+                moe(torch.randn(1, 6, DIM))
+    assert stats.total("gate").forwards == 3
+    with torch.inference_mode(), track_routing(moe) as stats:
+        moe(torch.randn(1, 6, DIM))
+        with torch.inference_mode(False):
+            moe(torch.randn(1, 6, DIM))
+    assert stats.total("gate").forwards == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype):
+    record = track_once(MoE(DIM, 4).to(dtype), torch.randn(2, 8, DIM, dtype=dtype))["gate"]
+    assert record.tokens == 16
+    assert 0 < record.entropy <= math.log(4)
+
+
+# Reading
+
+
+@pytest.fixture(scope="module")
+def stats():
+    model = make_stack()
+    with track_routing(model) as stats:
+        train(model, steps=3)
+    return stats
+
+
+def test_summary(stats):
+    header, rule, *lines = stats.summary().splitlines()
+    assert len(lines) == 3
+    ends = [match.end() for match in re.finditer(r"-+", rule)]
+    for line in (header, *lines):  # aligned: every column but the last ends where its rule ends
+        assert all(len(line) > end and line[end] == " " and line[end - 1] != " " for end in ends[1:-1])
+    assert lines[1].split()[:4] == ["layers.0.gate_inner", "3x4", "3", str(stats.total("layers.0.gate_inner").tokens)]
+    assert header.split()[:4] == ["gate", "experts", "forwards", "tokens"]
+
+
+def test_json_lines(stats, tmp_path: Path):
+    stats.to_jsonl(tmp_path / "routing.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert [line["layer"] for line in lines[:3]] == list(stats.layers)
+    everything = json.loads(json.dumps(stats.to_dict(), allow_nan=False))
+    assert lines[1] == everything["steps"]["layers.0.gate_inner"][0]
+    assert len(lines[1]["outer"]) == 3
+    assert "outer" not in lines[2]
+    total = everything["total"]["layers.1.gate"]
+    assert total["load"] == stats.total("layers.1.gate").load.tolist()
+    assert total["tokens"] == 3 * 20
+
+
+def test_scalars_are_those_of_the_last_step(stats):
+    scalars = stats.scalars()
+    last = stats.last("layers.1.gate")
+    assert scalars["layers.1.gate/dropped"] == last.dropped
+    assert scalars["layers.1.gate/loss/balance"] == last.losses["balance"]
+    assert scalars["layers.1.gate/max_load"] == pytest.approx(float(last.load.max() / last.load.double().mean()))
+    assert all(isinstance(value, int | float) for value in scalars.values())
+
+
+def logger_lines(name: str) -> str:
+    """The documented lines for a logger."""
+    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```py\n(.*?)```", text, re.DOTALL) if name in block]
+    assert len(block.splitlines()) == 2
+    return block
+
+
+def test_wandb_lines(stats):
+    class Wandb:
+        @staticmethod
+        def log(values: dict[str, float], step: int) -> None:
+            logged.append((values, step))
+
+    logged: list[tuple[dict[str, float], int]] = []
+    exec(logger_lines("wandb"), {"wandb": Wandb, "stats": stats, "step": 7})
+    assert logged == [(stats.scalars(), 7)]
+
+
+@pytest.mark.filterwarnings("ignore")  # of tensorboard's own imports
+def test_tensorboard_lines(stats, tmp_path: Path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(tmp_path) as writer:
+        exec(logger_lines("add_scalar"), {"writer": writer, "stats": stats, "step": 7})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (event,) = events.Scalars("layers.1.gate/dropped")
+    assert (event.step, event.value) == (7, pytest.approx(stats.last("layers.1.gate").dropped))
+
+
+# Errors
+
+
+def test_errors():
+    moe = MoE(DIM, 4)
+    with pytest.raises(ValueError, match="Linear has no gate"), track_routing(nn.Linear(2, 2)):
+        pass
+    with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"), track_routing(moe, keep=0):
+        pass
+    with pytest.raises(ValueError, match="when must be one of 'always'"), track_routing(moe, when="train"):
+        pass
+    with track_routing(moe) as stats:
+        with pytest.raises(RuntimeError, match="no forward of a gate was recorded"):
+            stats.summary()
+        moe(torch.randn(1, 4, DIM))
+    with pytest.raises(KeyError, match="no gate 'gates': there are 'gate'"):
+        stats.records("gates")
+    assert hooks_of(moe) == hooks_of(MoE(DIM, 4))
+
+
+def test_a_gate_that_did_not_run():
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = MoE(DIM, 4), MoE(DIM, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)[0]
+
+    model = Skips()
+    with track_routing(model) as stats:
+        model(torch.randn(1, 4, DIM))
+    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"---------"]
+    assert stats.records("unused.gate") == []
+    assert not any(name.startswith("unused") for name in stats.scalars())
+    with pytest.raises(RuntimeError, match=r"no forward of 'unused.gate' was recorded"):
+        stats.last("unused.gate")
+
+
+def test_too_many_losses():
+    class Many(OneExpert):
+        def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
+            routing = super().forward(x, mask)
+            routing.losses.update({f"part {i}": routing.z_loss for i in range(8)})
+            return routing
+
+    moe = MoE(DIM, 3, gate=Many())
+    with track_routing(moe), pytest.raises(ValueError, match="9 losses, at most 8"):
+        moe(torch.randn(1, 4, DIM))
+
+
+def test_the_core_does_not_know_the_statistics():
+    package = ROOT / "mixture_of_experts"
+    for file in package.rglob("*.py"):
+        if file.name not in ("stats.py", "plot.py", "huggingface.py"):
+            text = file.read_text(encoding="utf-8")
+            assert not re.search(r"import.*\b(stats|plot)\b|\.(stats|plot) import", text), file
