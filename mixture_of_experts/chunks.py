@@ -73,11 +73,13 @@ def lay_out(
     numbers = counts.tolist()
     chunks = chunks_of(numbers, hidden_dim * weight.element_size())
     total, rows = sum(numbers), sum((chunk.stop - chunk.start) * chunk.width for chunk in chunks)
-    first = [0] * len(numbers)  # padded row of each expert's first row
-    for chunk in chunks:
-        first[chunk.start : chunk.stop] = range(chunk.row, chunk.rows.stop, chunk.width)
-    shift = torch.tensor(first) - (counts.cumsum(0) - counts)
-    padded = torch.arange(total) + torch.repeat_interleave(shift, counts, output_size=total)
+    padded = torch.arange(total)
+    if rows != total:
+        first = [0] * len(numbers)  # padded row of each expert's first row
+        for chunk in chunks:
+            first[chunk.start : chunk.stop] = range(chunk.row, chunk.rows.stop, chunk.width)
+        shift = torch.tensor(first) - (counts.cumsum(0) - counts)
+        padded = padded + torch.repeat_interleave(shift, counts, output_size=total)
 
     table = torch.full((assignment.shape[0] + 1,), rows)
     table[:total] = padded

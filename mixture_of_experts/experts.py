@@ -41,7 +41,7 @@ class StackedExperts(nn.Module):
         if dropless:
             return True
         # while a graph is traced the answer must not depend on a length that the graph leaves open
-        return num_rows < num_slots and not torch.compiler.is_compiling()
+        return not torch.compiler.is_compiling() and num_rows < num_slots
 
     def takes_tokens(self, x: Tensor) -> bool:
         """Whether tokens `(t, d)` of a whole call can be computed at once, from dispatch to combine (`fused.py`)."""
@@ -206,8 +206,11 @@ class ExpertList(nn.ModuleList):
         return len(self)
 
     def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
-        """Rows are used only where slots would be n for each expert."""
-        return dropless and not torch.compiler.is_compiling()
+        """Rows are used only where slots would be n for each expert, and their numbers can be read."""
+        mapped = torch._C._functorch.maybe_current_level() is not None
+        parameter = next(self.parameters(), None)
+        meta = parameter is not None and parameter.is_meta
+        return dropless and not (torch.compiler.is_compiling() or mapped or meta)
 
     def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         if counts is not None:

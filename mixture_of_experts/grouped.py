@@ -41,9 +41,9 @@ def matching(x: Tensor, *weights: Tensor) -> list[Tensor]:
 
 def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether `_Grouped` can take it; the products in blocks, plain operators, can take anything."""
-    if x.device.type == "cpu":
-        return not torch.compiler.is_compiling()
-    return x.is_cuda and x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[-2:])
+    if x.is_cuda:
+        return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[-2:])
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 class _Grouped(torch.autograd.Function):

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
+QUEUES = {"choice": "(k n)", "token": "(n k)", "score": "(k n)"}  # the order of the queue, as an einops pattern
 
 
 @dataclass(frozen=True)
@@ -140,18 +142,15 @@ def queue_positions(
     Returns:
         `(..., n, k)` int64 positions, and `(..., e)` int64 lengths.
     """
-    n, k = expert.shape[-2:]
     key = torch.where(chosen, expert, num_experts)
-    if priority == "token":
-        slot, queued = _positions(key.flatten(-2), num_experts)
-        return slot.unflatten(-1, (n, k)), queued
     order = key
     if priority == "score":
         assert score is not None
         order = stable_order(score, descending=True).unsqueeze(-1).expand_as(key)
         key = key.gather(-2, order)
-    slot, queued = _positions(key.transpose(-2, -1).flatten(-2), num_experts)
-    slot = slot.unflatten(-1, (k, n)).transpose(-2, -1)
+    queue = QUEUES[priority]
+    slot, queued = _positions(rearrange(key, f"... n k -> ... {queue}"), num_experts)
+    slot = rearrange(slot, f"... {queue} -> ... n k", k=key.shape[-1])
     if priority == "score":
         slot = torch.empty_like(slot).scatter(-2, order, slot)
     return slot, queued
