@@ -62,15 +62,15 @@ def top_k(dim: int, num_experts: int, k: int, **more: float) -> MoE:
 
 # name: model dimension, batch and length, the layer
 CASES: dict[str, tuple[int, tuple[int, int], Callable[[], nn.Module]]] = {
-    "Top2, 8 experts, 2 x 256 tokens of 128": (128, (2, 256), lambda: MoE(128, 8)),
-    "Top2, 16 experts, 4 x 256 tokens of 256": (256, (4, 256), lambda: MoE(256, 16)),
-    "top 8 of 64, dropless, 2 x 256 tokens of 256": (256, (2, 256), lambda: top_k(256, 64, 8)),
-    "noisy top 2 of 16, 2 x 256 tokens of 256": (
+    "Top2, 8 experts, 512 tokens of 128": (128, (2, 256), lambda: MoE(128, 8)),
+    "Top2, 16 experts, 1024 tokens of 256": (256, (4, 256), lambda: MoE(256, 16)),
+    "top 8 of 64, dropless, 512 tokens of 256": (256, (2, 256), lambda: top_k(256, 64, 8)),
+    "noisy top 2 of 16, 512 tokens of 256": (
         256,
         (2, 256),
         lambda: MoE(256, gate=NoisyTopKGating(256, 16)),
     ),
-    "hierarchy of 4 x 4, 4 x 256 tokens of 256": (256, (4, 256), lambda: HeirarchicalMoE(256, (4, 4))),
+    "hierarchy of 4 x 4, 1024 tokens of 256": (256, (4, 256), lambda: HeirarchicalMoE(256, (4, 4))),
 }
 
 

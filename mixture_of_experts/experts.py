@@ -207,7 +207,7 @@ class ExpertList(nn.ModuleList):
 
     def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
         """Rows are used only where slots would be n for each expert, and their numbers can be read."""
-        mapped = torch._C._functorch.maybe_current_level() is not None
+        mapped = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
         parameter = next(self.parameters(), None)
         meta = parameter is not None and parameter.is_meta
         return dropless and not (torch.compiler.is_compiling() or mapped or meta)

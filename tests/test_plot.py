@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import builtins
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import matplotlib as mpl
 import pytest
@@ -29,6 +33,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
 
 DIM = 4
+DOCS = Path(__file__).resolve().parent.parent / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -282,3 +287,24 @@ def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     for draw in (lambda: plot_load(stats), lambda: plot_load(stats, "gate"), lambda: plot_routing("abcd", routing)):
         with pytest.raises(ImportError, match="extra 'plot'"):
             draw()
+
+
+def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    monkeypatch.setattr(sys, "path", [*sys.path])  # it adds the examples' folder
+    runpy.run_path(str(DOCS / name), run_name="__main__")
+
+
+def test_pictures_of_the_documentation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_script("draw_statistics.py", monkeypatch, "--steps", 2, "--out", tmp_path)
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {path.name for path in (DOCS / "images").glob("*.png")} >= {"load_layers.png", "routed_text.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert "blocks.3.ffn.gate" in capsys.readouterr().out
+
+
+def test_measurement_of_the_documentation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    run_script("measure_tracking.py", monkeypatch, "--pairs", 2, "--only", "512 tokens of 128")
+    assert re.search(r"processor +\d+\.\d\d ms, tracked +\d+\.\d\d ms, ratio \d\.\d{3}", capsys.readouterr().out)
