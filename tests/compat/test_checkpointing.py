@@ -1,0 +1,103 @@
+"""A forward that is run again gives the same bits: activation checkpointing and reversible layers."""
+
+import pytest
+import torch
+from paths import PATHS, ROUTERS, Path, assert_all_equal, gradients, layer_with_router, run
+from torch.utils.checkpoint import checkpoint
+
+paths = pytest.mark.parametrize("path", PATHS, ids=str)
+routers = pytest.mark.parametrize("router", ROUTERS)
+MASKED = Path("MoE", "Experts", "dropless", "masked")
+
+
+def loss_of(out, aux_loss):
+    """As `gradients` weighs it."""
+    return (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + aux_loss
+
+
+def gradients_by_backward(layer, x, loss):
+    """Gradients as reentrant checkpointing needs them: collected in `.grad`."""
+    layer.zero_grad(set_to_none=True)
+    x.grad = None
+    loss.backward()
+    named = {"input": x, **dict(layer.named_parameters())}
+    return {name: torch.zeros_like(t) if t.grad is None else t.grad.clone() for name, t in named.items()}
+
+
+def check_both_kinds(layer, x, mask):
+    """Outputs and gradients equal to the last bit; a draw in between shows that the state of the generator is kept."""
+    expected = run(layer, x, mask)
+    expected_grads = gradients(layer, x, expected)
+    for use_reentrant in (False, True):
+        torch.manual_seed(2)
+        actual = checkpoint(layer, x, mask, use_reentrant=use_reentrant, preserve_rng_state=True)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+        torch.rand(7)
+        assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), expected_grads)
+
+
+@pytest.mark.feature("activation checkpointing of both kinds, policy random: the same bits")
+@paths
+def test_checkpointing(path):
+    check_both_kinds(path.build(), *path.inputs())
+
+
+@pytest.mark.feature("activation checkpointing of both kinds (random policy, jitter, noise): the same bits")
+@routers
+def test_checkpointing_of_routers(router):
+    check_both_kinds(layer_with_router(router), *MASKED.inputs())
+
+
+class Recomputed(torch.autograd.Function):
+    """Runs a layer without a graph and, in the backward, again with one, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx, layer, mask, x, *parameters):
+        ctx.layer, ctx.mask, ctx.state = layer, mask, torch.get_rng_state()
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x, mask=mask)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            torch.set_rng_state(ctx.state)
+            results = ctx.layer(x, mask=ctx.mask)
+        inputs = [x, *ctx.layer.parameters()]
+        return None, None, *torch.autograd.grad(results, inputs, grads, allow_unused=True)
+
+
+def check_recomputed(layer, x, mask):
+    expected = run(layer, x, mask)
+    torch.manual_seed(2)
+    actual = Recomputed.apply(layer, mask, x, *layer.parameters())
+    torch.rand(7)
+    assert torch.equal(actual[0], expected[0])
+    assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), gradients(layer, x, expected))
+
+
+@pytest.mark.feature("reversible layers (no_grad, then again with the same state of the generator): the same bits")
+@paths
+def test_reversible(path):
+    check_recomputed(path.build(), *path.inputs())
+
+
+@pytest.mark.feature("reversible layers (no_grad, then again with the same state of the generator): the same bits")
+@routers
+def test_reversible_with_routers(router):
+    check_recomputed(layer_with_router(router), *MASKED.inputs())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("layer_name", ["MoE", "HeirarchicalMoE"])
+def test_checkpointing_under_autocast(layer_name, use_reentrant):
+    path = Path(layer_name, "Experts", "capacity", "masked")
+    layer, (x, mask) = path.build(), path.inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = run(layer, x, mask)
+        torch.manual_seed(2)
+        actual = checkpoint(layer, x, mask, use_reentrant=use_reentrant)
+    expected_grads = gradients(layer, x, expected)
+    assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), expected_grads)

@@ -1,0 +1,76 @@
+"""Two identical runs give identical bits, whatever was in memory before."""
+
+import contextlib
+
+import pytest
+import torch
+from paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
+
+paths = pytest.mark.parametrize("path", PATHS, ids=str)
+gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@contextlib.contextmanager
+def deterministic():
+    """Operators without a deterministic form raise, and fresh memory is filled with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def train(layer, x, mask, steps=3):
+    """Parameters and losses of a few steps, as one list."""
+    torch.manual_seed(3)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out, aux_loss = layer(x, mask=mask)
+        loss = (out.float() - 1).square().mean() + aux_loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    assert all(loss.isfinite() for loss in losses)
+    return [*losses, *(parameter.detach() for parameter in layer.parameters())]
+
+
+def check(build, x, mask):
+    with deterministic():
+        first, second = train(build(), x, mask), train(build(), x, mask)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
+@paths
+def test_two_runs(path):
+    check(path.build, *path.inputs())
+
+
+@pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_two_runs_of_routers(router):
+    check(lambda: layer_with_router(router), *Path("MoE", "Experts", "capacity", "masked").inputs())
+
+
+@pytest.mark.parametrize("layer_name", ["MoE", "HeirarchicalMoE"])
+def test_threads(layer_name):
+    """Large enough that the work is shared by two threads."""
+    path = Path(layer_name, "Experts", "capacity", "plain")
+    x, _ = path.inputs(8, 512)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        check(path.build, x, None)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.feature("on CUDA two backwards give the same bits (many tokens, no deterministic mode asked for)")
+@gpu_needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@paths
+def test_cuda(path, dtype):
+    layer = path.build().to("cuda", dtype)
+    x, mask = path.inputs(4, 500, dtype=dtype, device="cuda")
+    first, second = (gradients(layer, x, run(layer, x, mask)) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,0 +1,219 @@
+"""What users do with any `nn.Module`: copy, pickle, load, defer, call with other parameters, reparametrise, share."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
+from torch import nn
+from torch.nn.utils import parametrize
+
+paths = pytest.mark.parametrize("path", PATHS, ids=str)
+routers = pytest.mark.parametrize("router", ROUTERS)
+MASKED = Path("MoE", "Experts", "capacity", "masked")
+
+
+def everything(layer, x, mask):
+    """Output and gradients by name."""
+    results = run(layer, x, mask)
+    return {"out": results[0], **gradients(layer, x, results)}
+
+
+def saved_and_loaded(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def check_copies(layer, x, mask):
+    expected = everything(layer, x, mask)
+    for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), saved_and_loaded(layer)):
+        assert_all_equal(everything(duplicate, x, mask), expected)
+        with torch.no_grad():
+            next(duplicate.parameters()).zero_()  # it shares nothing with the original
+        assert_all_equal(everything(layer, x, mask), expected)
+
+
+@pytest.mark.feature("`copy.deepcopy`, `pickle`, `torch.save`, also after a backward")
+@paths
+def test_copies(path):
+    check_copies(path.build(), *path.inputs())
+
+
+@pytest.mark.feature("`copy.deepcopy`, `pickle`, `torch.save`, also after a backward")
+@routers
+def test_copies_of_routers(router):
+    check_copies(layer_with_router(router), *MASKED.inputs())
+
+
+def check_deferred(build, x, mask):
+    layer = build()
+    with torch.device("meta"):
+        deferred = build()
+    deferred.load_state_dict(layer.state_dict(), assign=True)
+    assert_all_equal(everything(deferred, x, mask), everything(layer, x, mask))
+
+
+@pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
+@paths
+def test_assign(path):
+    check_deferred(path.build, *path.inputs())
+
+
+@pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
+@routers
+def test_assign_with_routers(router):
+    check_deferred(lambda: layer_with_router(router), *MASKED.inputs())
+
+
+def check_materialised(build, x, mask):
+    """The meta device tells shapes; `to_empty` gives memory; each module's `reset_parameters` what a new layer has."""
+    with torch.device("meta"):
+        layer = build()
+    results = layer(x.detach().to("meta").requires_grad_(), mask=None if mask is None else mask.to("meta"))
+    assert [(r.device.type, r.shape) for r in results] == [("meta", x.shape), ("meta", torch.Size())]
+    sum(result.sum() for result in results).backward()
+    layer.zero_grad()
+
+    layer.to_empty(device="cpu")
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.fill_(torch.nan if tensor.is_floating_point() else -1)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    fresh = copy.deepcopy(layer)
+    assert all(tensor.isfinite().all() for tensor in everything(layer, x, mask).values())
+    return fresh
+
+
+@pytest.mark.feature("meta device: forward and backward tell shapes; `to_empty`, then `reset_parameters()`")
+@paths
+def test_materialise(path):
+    layer = check_materialised(path.build, *path.inputs())
+    for parameter, fresh in zip(layer.parameters(), path.build(seed=5).parameters(), strict=True):
+        assert 0.5 < (parameter.std() / fresh.std() if fresh.any() else 1) < 2
+
+
+@pytest.mark.feature("meta device: forward and backward tell shapes; `to_empty`, then `reset_parameters()`")
+@routers
+def test_materialise_with_routers(router):
+    layer = check_materialised(lambda: layer_with_router(router), *MASKED.inputs())
+    expected = ROUTERS[router]().state_dict()
+    for name, tensor in layer.gate.state_dict().items():
+        assert tensor.any() == expected[name].any(), name  # what starts at zero does so again
+
+
+def ensemble(layers, x, mask, randomness="error"):
+    """All layers at once: outputs, losses and gradients of every layer's own loss."""
+    parameters, buffers = torch.func.stack_module_state(layers)
+    skeleton = copy.deepcopy(layers[0]).to("meta")
+
+    def loss(parameters, buffers):
+        out, aux_loss = torch.func.functional_call(skeleton, (parameters, buffers), (x, mask))
+        weigh = torch.linspace(-1, 1, out.numel()).view(out.shape)
+        return (out * weigh).sum() + aux_loss, (out, aux_loss)
+
+    one = torch.func.grad(loss, has_aux=True)
+    return torch.vmap(one, randomness=randomness)(parameters, buffers)
+
+
+def check_ensemble(layers, x, mask):
+    grads, (outs, aux_losses) = ensemble(layers, x, mask)
+    for index, layer in enumerate(layers):
+        out, aux_loss = run(layer, x, mask)
+        torch.testing.assert_close((outs[index], aux_losses[index]), (out, aux_loss))
+        expected = gradients(layer, x, (out, aux_loss))
+        expected.pop("input")
+        assert_all_close({name: grad[index] for name, grad in grads.items()}, expected)
+
+
+@pytest.mark.feature("`torch.func.functional_call` and `vmap` over parameters (an ensemble), `torch.func.grad` inside")
+@paths
+def test_ensemble(path):
+    check_ensemble([path.build(seed=seed, policy="all") for seed in range(3)], *path.inputs())
+
+
+@pytest.mark.feature("`torch.func.functional_call` and `vmap` over parameters (an ensemble), `torch.func.grad` inside")
+@routers
+def test_ensemble_with_routers(router, limit):
+    layers = [layer_with_router(router, seed=seed) for seed in range(3)]
+    x, mask = MASKED.inputs()
+    if router in ("Top2, policy random", "TopK, jitter, by score", "NoisyTopK"):
+        with pytest.raises(RuntimeError, match="randomness"):  # vmap wants to be told whether all draw alike
+            ensemble(layers, x, mask)
+        check_randomness(router, layers, x, mask, limit)
+        layers = [layer.eval() for layer in layers]
+    if router != "Top2, policy random":
+        check_ensemble(layers, x, mask)
+
+
+def check_randomness(router, layers, x, mask, limit):
+    """The same layer three times: the same outputs if all draw alike, else others."""
+    thrice = [layers[0]] * 3
+    one, two, _ = ensemble(thrice, x, mask, randomness="same")[1][0]
+    assert torch.equal(one, two)
+    if router == "TopK, jitter, by score":
+        with pytest.raises(RuntimeError, match="different inplace randomness"):
+            ensemble(thrice, x, mask, randomness="different")
+        limit("in training with jitter `vmap` takes `randomness='same'` only: the factors are drawn in place")
+    else:
+        one, two, _ = ensemble(thrice, x, mask, randomness="different")[1][0]
+        assert not torch.equal(one, two)
+
+
+@pytest.mark.feature("`vmap` over samples: gradients for each sample")
+@paths
+def test_gradients_of_samples(path):
+    layer = path.build(policy="all")
+    x, mask = path.inputs(3, 10)
+    parameters = dict(layer.named_parameters())
+
+    def loss(parameters, x, mask):
+        mask = None if mask is None else mask.unsqueeze(0)
+        out, aux_loss = torch.func.functional_call(layer, parameters, (x.unsqueeze(0), mask))
+        return out.square().sum() + aux_loss
+
+    grad = torch.func.grad(loss)
+    together = torch.vmap(grad, (None, 0, None if mask is None else 0))(parameters, x.detach(), mask)
+    for index in range(3):
+        alone = grad(parameters, x[index].detach(), None if mask is None else mask[index])
+        assert_all_close({name: value[index] for name, value in together.items()}, alone)
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+@pytest.mark.feature("`torch.nn.utils.parametrize` of gate and experts")
+@paths
+def test_parametrize(path):
+    layer = path.build()
+    x, mask = path.inputs()
+    expected = everything(layer, x, mask)
+    owners = [(module, name) for module in layer.modules() for name, _ in module.named_parameters(recurse=False)]
+    for module, name in owners:
+        parametrize.register_parametrization(module, name, Doubled())
+    actual = everything(layer, x, mask)
+    torch.testing.assert_close(actual["out"], expected["out"])
+    for name, grad in actual.items():
+        if name.endswith("original"):
+            plain = name.replace("parametrizations.", "").removesuffix(".original")
+            torch.testing.assert_close(grad, 2 * expected[plain], msg=name)
+
+
+@pytest.mark.feature("`share_memory()`")
+@paths
+def test_share_memory(path):
+    layer = path.build()
+    x, mask = path.inputs()
+    expected = everything(layer, x, mask)
+    layer.share_memory()
+    assert all(tensor.is_shared() for tensor in (*layer.parameters(), *layer.buffers()))
+    assert_all_equal(everything(layer, x, mask), expected)

@@ -1,0 +1,188 @@
+"""The CUDA path never waits for the device: proved without a GPU, and shown on one where there is one.
+
+Fake and meta tensors have no values, so an operator that reads one on the host (`item`, `tolist`, `nonzero`, a boolean
+index) raises. In both captures here tensors claim to be on CUDA, so that every branch for CUDA is walked, forward and
+backward. The second, on the meta device, also shows copies between host and device, which wait too. (Fake tensors on
+the CUDA device itself need a torch built for it.)
+"""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from paths import DIM, PATHS, ROUTERS, Path, gradients, layer_with_router, run
+from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+NO_SYNC = "no host sync on CUDA, forward and backward (captures without a GPU)"
+gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+paths = pytest.mark.parametrize("path", PATHS, ids=str)
+routers = pytest.mark.parametrize("router", ROUTERS)
+
+
+class Record(TorchDispatchMode):
+    """The names of all operators, and of those whose tensors are on two devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.between_devices: set[str] = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+        self.names.add(operator.overloadpacket.__name__)
+        # a number is wrapped in a 0-dim CPU tensor and passed with the launch
+        if len({tensor.device.type for tensor in tensors if tensor.ndim or tensor.device.type != "cpu"}) > 1:
+            self.between_devices.add(str(operator))
+        return result
+
+
+def reads_counts(path):
+    """Dropless lists make the one host sync that the documentation speaks of."""
+    return path.experts == "ExpertList" and path.capacity == "dropless"
+
+
+@pytest.fixture
+def claim_cuda(monkeypatch):
+    """All tensors say that they are on CUDA."""
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
+
+
+@contextmanager
+def new_tensors(device, dtype):
+    """Layers and tensors made inside are on that device and in that dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+MASKED = Path("MoE", "Experts", "capacity", "masked")
+
+
+def capture(build, path=MASKED, dtype=torch.float32, device="cpu"):
+    """The operators of forward and backward, on tensors without values."""
+    x, mask = path.inputs()
+    without_values = FakeTensorMode() if device == "cpu" else nullcontext()
+    with new_tensors(device, dtype), without_values:
+        layer = build()
+        x = torch.empty(x.shape, requires_grad=True)
+        mask = None if mask is None else torch.empty(mask.shape, dtype=torch.bool)
+        with Record() as record:
+            results = layer(x, mask=mask)
+            gradients(layer, x, results)
+    assert {result.device.type for result in results} == {device}
+    return record
+
+
+@pytest.mark.feature(NO_SYNC)
+@pytest.mark.usefixtures("claim_cuda")
+@pytest.mark.parametrize(("training", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=str)
+@paths
+def test_captures(path, training, dtype, limit):
+    def build():
+        return path.build().train(training)
+
+    if reads_counts(path):
+        with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+            capture(build, path, dtype)
+        limit("a list of modules reads, once a call, how many tokens each of them gets")
+        return
+    record = capture(build, path, dtype)
+    kernel = path.experts in ("Experts", "GatedExperts") and path.capacity == "dropless" and dtype == torch.bfloat16
+    assert ("_grouped_mm" in record.names) == kernel  # the branches for CUDA were taken
+    assert capture(build, path, dtype, "meta").between_devices == set()
+
+
+@pytest.mark.feature(NO_SYNC)
+@pytest.mark.usefixtures("claim_cuda")
+@routers
+def test_captures_of_routers(router):
+    def build():
+        return layer_with_router(router)
+
+    assert "bmm" in capture(build).names
+    assert capture(build, device="meta").between_devices == set()
+
+
+class Bad(torch.nn.Linear):
+    """Waits for the device in some way."""
+
+    def __init__(self, wait) -> None:
+        super().__init__(DIM, DIM)
+        self.wait = wait
+
+    def forward(self, x, mask=None):
+        return self.wait(x), x.sum()
+
+
+def test_captures_find_what_they_look_for():
+    with pytest.raises(DataDependentOutputException, match="_local_scalar_dense"):
+        capture(lambda: Bad(lambda x: x * x.sum().item()))
+    with pytest.raises(DynamicOutputShapeException, match=r"aten\.nonzero"):
+        capture(lambda: Bad(lambda x: x + x[x > 0].sum()))
+    record = capture(lambda: Bad(lambda x: x + torch.arange(DIM, device="cpu").to(x.device)), device="meta")
+    assert record.between_devices == {"aten._to_copy.default"}
+
+
+def on_gpu(path, dtype):
+    layer = path.build().to("cuda", dtype)
+    return layer, *path.inputs(dtype=dtype, device="cuda")
+
+
+@pytest.mark.feature('`torch.cuda.set_sync_debug_mode("error")`, forward and backward')
+@gpu_needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@paths
+def test_sync_debug_mode(path, dtype, limit):
+    layer, x, mask = on_gpu(path, dtype)
+    gradients(layer, x, run(layer, x, mask))  # libraries set themselves up in a first call
+    torch.manual_seed(2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if reads_counts(path):
+            with pytest.raises(RuntimeError, match="synchroniz"):
+                layer(x, mask=mask)
+            limit("a list of modules reads, once a call, how many tokens each of them gets")
+        else:
+            gradients(layer, x, layer(x, mask=mask))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.feature("CUDA graphs, forward and backward")
+@gpu_needed
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@paths
+def test_cuda_graph(path, dtype, limit):
+    if reads_counts(path):
+        limit("a list of modules reads, once a call, how many tokens each of them gets")
+        return
+    layer, x, mask = on_gpu(path, dtype)
+    layer.eval()
+    for gate in (module for module in layer.modules() if hasattr(module, "second_policy_eval")):
+        gate.second_policy_eval = "all"  # the replayed draws of policy random are not those of another call
+    static = x.detach().clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # the warm-up that capture asks for
+        for _ in range(3):
+            gradients(layer, static, layer(static, mask=mask))
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, aux_loss = layer(static, mask=mask)
+        grads = gradients(layer, static, (out, aux_loss))
+    fresh, _ = path.inputs(seed=7, dtype=dtype, device="cuda")
+    with torch.no_grad():
+        static.copy_(fresh)
+    graph.replay()
+    expected = layer(fresh, mask=mask)
+    torch.testing.assert_close((out, aux_loss), expected)
+    torch.testing.assert_close(grads, gradients(layer, fresh, expected))

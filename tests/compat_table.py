@@ -1,0 +1,122 @@
+"""The table of docs/compatibility.md, which the tests in `compat` write and are held to.
+
+A test marked `feature("...")` with a parameter `path` or `router` stands for one cell of the table. When it passes, the
+cell must say so; when it has shown a limitation (fixture `limit`), the cell must give that reason. With `--write-table`
+the cells are written instead.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
+TABLES = ("layers", "routers")
+YES, UNKNOWN = "yes", "not run"
+Cell = tuple[str, str, str]  # table, feature (row), column
+
+
+def cell_of(item: pytest.Item) -> Cell | None:
+    """The cell that a test stands for."""
+    mark = item.get_closest_marker("feature")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if mark is None:
+        return None
+    if "path" in parameters:
+        return "layers", mark.args[0], parameters["path"].column
+    return "routers", mark.args[0], parameters["router"]
+
+
+def read(text: str) -> dict[Cell, str]:
+    """The cells of the document, footnotes put in their places."""
+    notes = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
+    cells = {}
+    for table in TABLES:
+        lines = between(text, table).splitlines()
+        rows = [[entry.strip() for entry in line[1:-1].split("|")] for line in lines if line.startswith("|")]
+        for feature, *entries in rows[2:]:
+            for column, entry in zip(rows[0][1:], entries, strict=True):
+                number = re.fullmatch(r"no \[(\d+)\]", entry)
+                cells[table, feature, column] = notes[number.group(1)] if number else entry
+    return cells
+
+
+def between(text: str, name: str) -> str:
+    """What stands between the marks of a table (or of the notes)."""
+    return re.search(rf"<!-- table: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL).group(1)
+
+
+def replace(text: str, name: str, lines: list[str]) -> str:
+    """The document with these lines between the marks."""
+    head, rest = text.split(f"<!-- table: {name} -->\n")
+    tail = rest.split("<!-- end -->", 1)[1]
+    return "\n".join([f"{head}<!-- table: {name} -->", *lines, f"<!-- end -->{tail}"])
+
+
+def write(text: str, cells: dict[Cell, str]) -> str:
+    """The document with these cells; reasons become footnotes."""
+    reasons = list(dict.fromkeys(value for value in cells.values() if value not in (YES, UNKNOWN)))
+    number = {reason: index for index, reason in enumerate(reasons, start=1)}
+    for table in TABLES:
+        mine = {(row, column): value for (name, row, column), value in cells.items() if name == table}
+        columns = list(dict.fromkeys(column for _, column in mine))
+        lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+        for row in dict.fromkeys(row for row, _ in mine):
+            values = [mine.get((row, column), UNKNOWN) for column in columns]
+            entries = [f"no [{number[value]}]" if value in number else value for value in values]
+            lines.append("| " + " | ".join([row, *entries]) + " |")
+        text = replace(text, table, lines)
+    return replace(text, "notes", [f"[{index}] {reason}\n" for reason, index in number.items()])
+
+
+class Table:
+    """The plugin: reads the committed table, holds each test to its cell, collects what a run has shown."""
+
+    def __init__(self, writes: bool) -> None:
+        self.writes = writes
+        self.committed = read(DOCUMENT.read_text())
+        self.shown: dict[Cell, str] = {}
+
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        cell = cell_of(item)
+        if cell is not None:
+            item.user_properties.append(("cell", cell))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item):
+        result = yield
+        properties = dict(item.user_properties)
+        if "cell" in properties and not self.writes:
+            says, shown = self.committed.get(properties["cell"]), properties.get("limit", YES)
+            if says != shown:
+                pytest.fail(
+                    f"{DOCUMENT.name} says {says!r} of {properties['cell'][1:]}, the test has shown {shown!r}: write "
+                    "the table anew with `pytest tests/compat --slow --write-table`"
+                )
+        return result
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        properties = dict(report.user_properties)
+        if "cell" not in properties:
+            return
+        cell = tuple(properties["cell"])
+        if report.skipped:
+            self.shown.setdefault(cell, self.committed.get(cell, UNKNOWN))
+        elif report.when == "call" and report.passed:
+            self._show(cell, properties.get("limit", YES))
+
+    def _show(self, cell: Cell, value: str) -> None:
+        if self.shown.setdefault(cell, value) != value:
+            raise pytest.UsageError(f"tests of one cell disagree: {cell}: {self.shown[cell]!r} and {value!r}")
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.writes and not session.testsfailed and not hasattr(session.config, "workerinput"):
+            DOCUMENT.write_text(write(DOCUMENT.read_text(), {**self.committed, **self.shown}))
+
+
+@pytest.fixture
+def limit(request: pytest.FixtureRequest):
+    """`limit(reason)`: the test has shown that this does not work, and why."""
+    return lambda reason: request.node.user_properties.append(("limit", reason))
