@@ -38,7 +38,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     while num_positions % groups:
         groups += 1
     length = num_positions // groups
-    if 0 < length < group_size / 2 and groups > 1:
+    if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
             "nearer to it divides them. Pad the input or choose a group_size that divides it",

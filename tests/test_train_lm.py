@@ -395,3 +395,14 @@ def test_best_table_by_hand() -> None:
     assert rows[2][-5:] == ["0.2", "1.0000", "3.0000", "2.0000", "1.4142"]
     assert rows[3][-5:] == ["0.1", "1.0000", "2.0000", "1.5000", "0.7071"]
     assert rows[4] == ["difference", "0.0000", "-1.0000", "-0.5000", "0.7071"]
+
+
+def test_compare_routers(tmp_path):
+    sizes = ["--steps", "4", "--dim", "16", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16"]
+    rest = ["--batch-size", "2", "--eval-every", "4", "--eval-windows", "2", "--out", str(tmp_path)]
+    command = [sys.executable, str(EXAMPLES / "compare_routers.py"), "--routers", "switch", "mixtral", *sizes, *rest]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    runs = json.loads((tmp_path / "compare_routers.json").read_text())
+    assert [run["router"] for run in runs] == ["switch", "mixtral"]
+    assert runs[1]["dropped"] == 0
+    assert all(run["busiest_expert"] >= 1 for run in runs)

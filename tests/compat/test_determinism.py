@@ -4,7 +4,8 @@ import contextlib
 
 import pytest
 import torch
-from paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
+
+from compat.paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

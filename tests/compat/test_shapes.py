@@ -4,7 +4,8 @@ import warnings
 
 import pytest
 import torch
-from paths import DIM, PATHS, assert_all_close, gradients, run
+
+from compat.paths import DIM, PATHS, assert_all_close, gradients, run
 
 pytestmark = pytest.mark.parametrize("path", PATHS, ids=str)
 
