@@ -4,28 +4,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from published.options import OPTIONS
 from torch import nn
 
-from mixture_of_experts import HeirarchicalMoE, MoE
+import mixture_of_experts
 
 CASES = torch.load(Path(__file__).parent / "published" / "cases.pt", weights_only=True)
-OPTIONS = {
-    "moe_all": (MoE, 4, dict(second_policy_train="all", second_policy_eval="all")),
-    "moe_none": (MoE, 4, dict(second_policy_train="none", second_policy_eval="none")),
-    "moe_random": (MoE, 4, dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
-    "moe_drops": (MoE, 3, dict(second_policy_train="all", capacity_factor_train=0.7, capacity_factor_eval=0.9)),
-    "moe_few_tokens": (MoE, 16, {}),
-    "moe_gelu": (MoE, 4, dict(activation=nn.GELU, hidden_dim=12, loss_coef=0.1)),
-    "hierarchy_all": (HeirarchicalMoE, (2, 3), dict(second_policy_train="all", second_policy_eval="all")),
-    "hierarchy_random": (HeirarchicalMoE, (3, 2), dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
-}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_same_outputs_losses_and_gradients(name):
     case = CASES[name]
     kind, num_experts, options = OPTIONS[name.rpartition("_")[0]]
-    layer = kind(6, num_experts, **{"activation": nn.ReLU, **options}).to(case["x"].dtype)
+    layer = getattr(mixture_of_experts, kind)(6, num_experts, **{"activation": nn.ReLU, **options}).to(case["x"].dtype)
     layer.train(name.endswith("train"))
     layer.load_state_dict(case["state"], strict=True)
     x = case["x"].requires_grad_()

@@ -3,35 +3,24 @@
 That package has our import name, so it is installed into a folder of its own and this file is run with it alone:
 
     pip install --no-deps --target /tmp/published mixture-of-experts==0.2.3
-    PYTHONPATH=/tmp/published python tests/published/record.py
+    PYTHONPATH=/tmp/published:tests python tests/published/record.py
 """
 
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from torch import nn
+from published.options import OPTIONS
 
-from mixture_of_experts import HeirarchicalMoE, MoE  # the published one
-
-CASES = {
-    "moe_all": (MoE, 4, dict(second_policy_train="all", second_policy_eval="all")),
-    "moe_none": (MoE, 4, dict(second_policy_train="none", second_policy_eval="none")),
-    "moe_random": (MoE, 4, dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
-    "moe_drops": (MoE, 3, dict(second_policy_train="all", capacity_factor_train=0.7, capacity_factor_eval=0.9)),
-    "moe_few_tokens": (MoE, 16, {}),
-    "moe_gelu": (MoE, 4, dict(activation=nn.GELU, hidden_dim=12, loss_coef=0.1)),
-    "hierarchy_all": (HeirarchicalMoE, (2, 3), dict(second_policy_train="all", second_policy_eval="all")),
-    "hierarchy_random": (HeirarchicalMoE, (3, 2), dict(second_threshold_train=0.6, second_threshold_eval=0.6)),
-}
+import mixture_of_experts  # the published one
 
 
-def record(kind: type, num_experts, options: dict, training: bool) -> dict:
+def record(kind: str, num_experts, options: dict, training: bool) -> dict:
     """One forward and backward of `sum(out * cotangent) + loss` from fixed seeds."""
     torch.manual_seed(0)
     # its uniforms have the dtype of the layer, ours are float32: where they matter the layer is float32
     dtype = torch.double if options.get("second_policy_train") in ("all", "none") else torch.float
-    layer = kind(6, num_experts, **options).to(dtype).train(training)
+    layer = getattr(mixture_of_experts, kind)(6, num_experts, **options).to(dtype).train(training)
     x = torch.randn(2, 24, 6, dtype=dtype, requires_grad=True)
     cotangent = torch.randn(2, 24, 6, dtype=dtype)
     torch.manual_seed(1)
@@ -48,7 +37,7 @@ if __name__ == "__main__":
     assert version("mixture-of-experts") == "0.2.3", "run this with the published package alone, see above"
     cases = {
         f"{name}_{mode}": record(*case, training=mode == "train")
-        for name, case in CASES.items()
+        for name, case in OPTIONS.items()
         for mode in ("train", "eval")
     }
     torch.save(cases, Path(__file__).with_name("cases.pt"))
