@@ -1,6 +1,4 @@
-"""Sight of what the routers of a model do: `track_routing` records load, drops, confidence and losses of every gate.
-
-Axes: g routers of a gate (one, or one for each outer expert), b groups, n tokens of a group, e experts.
+"""Hooks on every gate of a model, and the ring of rows that they write.
 
 A forward hook on each gate reduces its `Routing` to one short row of numbers and writes it into a ring of the last
 rows, on the gate's device and in place: no host sync until something is read, bounded memory, and a graph that
@@ -13,26 +11,29 @@ from __future__ import annotations
 import json
 import math
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from os import PathLike
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from mixture_of_experts.checks import check_choice, check_size
-from mixture_of_experts.dispatch import plan
-from mixture_of_experts.gating import Gate
-from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.stats.gates import Place, device_of, find_gates
+from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
+from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
 MOST_LOSSES = 8  # columns of a row that are set aside for losses, the z-loss among them
-SUMS = ("tokens", "unseen", "dropped", "entropy", "confidence")  # what a row sums for each router
+NOTHING = (
+    "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
+    "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
+    "before the first compiled call"
+)
 
 
 @contextmanager
@@ -74,79 +75,6 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
         hooks.callback(stats._stop)
         stats._start(model, hooks)
         yield stats
-
-
-@dataclass(frozen=True)
-class Record:
-    """What one gate decided in one step (or several). Masked tokens appear in nothing; an empty mean is 0.
-
-    Attributes:
-        layer: path of the gate in the model.
-        step: number of the step, from 0; -1 for all steps together.
-        forwards: forwards of the gate that are summed up here.
-        load: `(e,)` int64 choices that each expert computes; `(eo, ei)` for the second level of a hierarchy, where it
-            is the load of the layer's experts.
-        requested: the same before capacity.
-        tokens: tokens that took part; on a second level the choices that level one handed on.
-        dropped: share of the requested choices that found no slot.
-        unseen: share of the tokens that no expert computes.
-        entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
-        confidence: mean of a token's largest probability.
-        losses: the losses by name, without coefficients: the parts of the balancing loss and "z"; means over forwards.
-        lost_in_layer: second level only: tokens of the layer that no expert computes, whichever level dropped them;
-            None in compiled forwards.
-        outer: second level only: the same for each outer expert (without losses).
-    """
-
-    layer: str
-    step: int
-    forwards: int
-    load: Tensor
-    requested: Tensor
-    tokens: int
-    dropped: float
-    unseen: float
-    entropy: float
-    confidence: float
-    losses: Mapping[str, float]
-    lost_in_layer: int | None = None
-    outer: tuple[Record, ...] = ()
-
-    @property
-    def relative_load(self) -> Tensor:
-        """Load over mean load, float64 of the load's shape: 1 is balanced, 0 an expert without a token."""
-        return relative(self.load)
-
-    @property
-    def relative_requested(self) -> Tensor:
-        """The same of the requested choices: what the router wants, where capacity evens the load out."""
-        return relative(self.requested)
-
-    @property
-    def dead(self) -> list[Any]:
-        """Experts that computed no token: their numbers, or pairs (outer, inner)."""
-        index = (self.load == 0).nonzero()
-        return index.flatten().tolist() if self.load.ndim == 1 else index.tolist()
-
-    def scalars(self) -> dict[str, float]:
-        """The single numbers, for a logger."""
-        names = ("dropped", "unseen", "entropy", "confidence")
-        return {
-            **{name: getattr(self, name) for name in names},
-            "max_load": float(self.relative_load.max()),
-            "max_requested": float(self.relative_requested.max()),
-            "dead": len(self.dead),
-            **{f"loss/{name}": value for name, value in self.losses.items()},
-        }
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields.update(load=self.load.tolist(), requested=self.requested.tolist(), losses=dict(self.losses))
-        fields["outer"] = [record.to_dict() for record in self.outer]
-        if not self.outer:  # one level
-            del fields["outer"], fields["lost_in_layer"]
-        return {**fields, "dead": self.dead}
 
 
 class RoutingStats:
@@ -295,50 +223,6 @@ class RoutingStats:
         return self._when == "always" or self._when == ("training" if module.training else "eval")
 
 
-NOTHING = (
-    "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
-    "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
-    "before the first compiled call"
-)
-
-
-class Place(NamedTuple):
-    """A gate in a model, with the sizes of what it decides."""
-
-    name: str
-    gate: nn.Module
-    outer: tuple[int, ...]  # its leading dimensions, one router for each index
-    num_experts: int
-    outer_gate: str | None = None  # level one of the hierarchy whose level two this is
-
-
-def find_gates(model: nn.Module) -> list[Place]:
-    """The gates of both kinds of layers, whatever their class, and all other `Gate`s, in the model's order."""
-    # a compiled module is wrapped: its gates are called the same with and without the wrapper
-    names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
-    found: dict[nn.Module, Place] = {}
-    for module, name in names.items():
-        if isinstance(module, HeirarchicalMoE):
-            outer, inner = module.gate_outer, module.gate_inner
-            eo, ei = module.num_experts_outer, module.num_experts_inner
-            found[outer] = Place(names[outer], outer, (), eo)
-            found[inner] = Place(names[inner], inner, (eo,), ei, names[outer])
-        elif isinstance(module, MoE):
-            assert isinstance(module.num_experts, int)
-            found.setdefault(module.gate, Place(names[module.gate], module.gate, (), module.num_experts))
-        elif isinstance(module, Gate):
-            found.setdefault(module, Place(name, module, module.outer_expert_dims, module.num_experts))
-    return list(found.values())
-
-
-def device_of(gate: nn.Module, model: nn.Module) -> torch.device:
-    """Where the gate's parameters are, else the model's."""
-    for module in (gate, model):
-        for tensor in (*module.parameters(), *module.buffers()):
-            return tensor.device
-    return torch.get_default_device()
-
-
 def in_checkpoint() -> bool:
     """Whether a function of torch's activation checkpointing is on the stack."""
     return any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in traceback.walk_stack(None))
@@ -461,128 +345,3 @@ class GateTracker:
             lost_in_layer=None if lost.isnan() else int(lost),
             outer=outer,
         )
-
-
-def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
-    """`(2 g e + 5 g,)` float32: load and requested of every expert, and the `SUMS` of every router."""
-    *outer, b, n, e = routing.probs.shape
-    load = torch.zeros(*outer, e, dtype=torch.int64, device=routing.expert.device)
-    load = load.scatter_add(-1, routing.expert.flatten(-2), routing.kept.flatten(-2).to(torch.int64))
-    seen = seen_tokens(routing)
-    part = taking_part(routing, importance)
-    probs = routing.probs.detach().float()
-    # -p log p, in place of the clamp's result: a third of the time of torch.special.entr
-    entropy, top = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1), probs.amax(dim=-1)
-    if part is None:
-        tokens = seen.new_full(tuple(outer), b * n, dtype=torch.int64)
-        unseen = ~seen
-    else:
-        tokens = part.sum(dim=(-2, -1))
-        unseen, entropy, top = part & ~seen, torch.where(part, entropy, 0.0), torch.where(part, top, 0.0)
-    sums = (unseen.sum(dim=(-2, -1)), dropped(routing), entropy.sum(dim=(-2, -1)), top.sum(dim=(-2, -1)))
-    parts = (load, routing.queued.sum(dim=-2), tokens, *sums)
-    return torch.cat([values.float().flatten() for values in parts])
-
-
-def seen_tokens(routing: Routing) -> Tensor:
-    """`(..., b, n)` bool: the tokens that an expert computes."""
-    if routing.choices is not None:
-        return routing.kept.unflatten(-1, (routing.num_tokens, routing.choices)).any(dim=-1)
-    zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)
-    return zeros.scatter_add(-1, routing.token, routing.kept.to(torch.int64)) > 0
-
-
-def taking_part(routing: Routing, importance: Tensor | None) -> Tensor | None:
-    """`(..., b, n)` bool: real tokens that make a choice; None if all do."""
-    if importance is None:
-        return routing.real
-    return importance > 0 if routing.real is None else (importance > 0) & routing.real
-
-
-def dropped(routing: Routing) -> Tensor:
-    """`(...)` int64: choices that queued beyond the capacity. A choice of weight 0 in a slot is not one of them."""
-    limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
-    if limit is None:
-        return routing.queued.new_zeros(routing.queued.shape[:-2])
-    return (routing.queued - limit).clamp(min=0).sum(dim=(-2, -1))
-
-
-def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
-    """`(1,)` float32: tokens of a hierarchy that no expert computes. Slots of level one are tokens of level two."""
-    assert outer.choices is not None
-    seen = seen_tokens(inner).flatten()
-    seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot
-    unseen = ~seen[plan(outer).row].view(*outer.probs.shape[:-1], outer.choices).any(dim=-1)
-    if outer.real is not None:
-        unseen = unseen & outer.real
-    return unseen.sum().float().reshape(1)
-
-
-def relative(counts: Tensor) -> Tensor:
-    """Counts over their mean, float64; zeros if there is nothing."""
-    return counts / counts.to(torch.float64).mean().clamp(min=1 / counts.numel())
-
-
-def summed_up(
-    layer: str, step: int, forwards: int, load: Tensor, requested: Tensor, sums: Tensor, **more: Any
-) -> Record:
-    """A record from the sums `(5,)` of a router, or of all routers of a gate."""
-    tokens, unseen, without_slot, entropy, confidence = sums.tolist()
-    count = max(tokens, 1)
-    return Record(
-        layer=layer,
-        step=step,
-        forwards=forwards,
-        load=load,
-        requested=requested,
-        tokens=int(tokens),
-        dropped=without_slot / max(int(requested.sum()), 1),
-        unseen=unseen / count,
-        entropy=entropy / count,
-        confidence=confidence / count,
-        **{"losses": {}, **more},
-    )
-
-
-SUMMARY_HEADER = (
-    *("gate", "experts", "forwards", "tokens", "requested", "load", "dead"),
-    *("dropped", "unseen", "entropy", "confidence", "losses"),
-)
-
-
-def summary_cells(record: Record) -> tuple[str, ...]:
-    """A line of the summary. Loads are the least and the most, relative to a balanced one."""
-    experts = "x".join(map(str, record.load.shape))
-    if not record.forwards:
-        return (record.layer, experts, "0", *["-"] * (len(SUMMARY_HEADER) - 3))
-    return (
-        record.layer,
-        experts,
-        str(record.forwards),
-        str(record.tokens),
-        span(record.relative_requested),
-        span(record.relative_load),
-        str(len(record.dead)),
-        f"{record.dropped:.1%}",
-        f"{record.unseen:.1%}",
-        f"{record.entropy:.2f} of {math.log(record.load.shape[-1]):.2f}",
-        f"{record.confidence:.2f}",
-        ", ".join(f"{name} {value:.3g}" for name, value in record.losses.items()),
-    )
-
-
-def span(values: Tensor) -> str:
-    return f"{float(values.min()):.2f}..{float(values.max()):.2f}"
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as lines of aligned columns; first and last column to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, len(row) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

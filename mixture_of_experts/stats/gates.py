@@ -1,0 +1,48 @@
+"""The gates of a model."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from mixture_of_experts.gating import Gate
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+
+
+class Place(NamedTuple):
+    """A gate in a model, with the sizes of what it decides."""
+
+    name: str
+    gate: nn.Module
+    outer: tuple[int, ...]  # its leading dimensions, one router for each index
+    num_experts: int
+    outer_gate: str | None = None  # level one of the hierarchy whose level two this is
+
+
+def find_gates(model: nn.Module) -> list[Place]:
+    """The gates of both kinds of layers, whatever their class, and all other `Gate`s, in the model's order."""
+    # a compiled module is wrapped: its gates are called the same with and without the wrapper
+    names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
+    found: dict[nn.Module, Place] = {}
+    for module, name in names.items():
+        if isinstance(module, HeirarchicalMoE):
+            outer, inner = module.gate_outer, module.gate_inner
+            eo, ei = module.num_experts_outer, module.num_experts_inner
+            found[outer] = Place(names[outer], outer, (), eo)
+            found[inner] = Place(names[inner], inner, (eo,), ei, names[outer])
+        elif isinstance(module, MoE):
+            assert isinstance(module.num_experts, int)
+            found.setdefault(module.gate, Place(names[module.gate], module.gate, (), module.num_experts))
+        elif isinstance(module, Gate):
+            found.setdefault(module, Place(name, module, module.outer_expert_dims, module.num_experts))
+    return list(found.values())
+
+
+def device_of(gate: nn.Module, model: nn.Module) -> torch.device:
+    """Where the gate's parameters are, else the model's."""
+    for module in (gate, model):
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.get_default_device()

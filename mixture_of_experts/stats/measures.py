@@ -1,0 +1,69 @@
+"""A routing decision as a short row of numbers, on its device and without a host sync.
+
+Axes: g routers of a gate (one, or one for each outer expert), b groups, n tokens of a group, e experts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch import plan
+from mixture_of_experts.routing import Routing
+
+SUMS = ("tokens", "unseen", "dropped", "entropy", "confidence")  # what a row sums for each router
+
+
+def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
+    """`(2 g e + 5 g,)` float32: load and requested of every expert, and the `SUMS` of every router."""
+    *outer, b, n, e = routing.probs.shape
+    load = torch.zeros(*outer, e, dtype=torch.int64, device=routing.expert.device)
+    load = load.scatter_add(-1, routing.expert.flatten(-2), routing.kept.flatten(-2).to(torch.int64))
+    seen = seen_tokens(routing)
+    part = taking_part(routing, importance)
+    probs = routing.probs.detach().float()
+    # -p log p, in place of the clamp's result: a third of the time of torch.special.entr
+    entropy, top = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1), probs.amax(dim=-1)
+    if part is None:
+        tokens = seen.new_full(tuple(outer), b * n, dtype=torch.int64)
+        unseen = ~seen
+    else:
+        tokens = part.sum(dim=(-2, -1))
+        unseen, entropy, top = part & ~seen, torch.where(part, entropy, 0.0), torch.where(part, top, 0.0)
+    sums = (unseen.sum(dim=(-2, -1)), dropped(routing), entropy.sum(dim=(-2, -1)), top.sum(dim=(-2, -1)))
+    parts = (load, routing.queued.sum(dim=-2), tokens, *sums)
+    return torch.cat([values.float().flatten() for values in parts])
+
+
+def seen_tokens(routing: Routing) -> Tensor:
+    """`(..., b, n)` bool: the tokens that an expert computes."""
+    if routing.choices is not None:
+        return routing.kept.unflatten(-1, (routing.num_tokens, routing.choices)).any(dim=-1)
+    zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)
+    return zeros.scatter_add(-1, routing.token, routing.kept.to(torch.int64)) > 0
+
+
+def taking_part(routing: Routing, importance: Tensor | None) -> Tensor | None:
+    """`(..., b, n)` bool: real tokens that make a choice; None if all do."""
+    if importance is None:
+        return routing.real
+    return importance > 0 if routing.real is None else (importance > 0) & routing.real
+
+
+def dropped(routing: Routing) -> Tensor:
+    """`(...)` int64: choices that queued beyond the capacity. A choice of weight 0 in a slot is not one of them."""
+    limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
+    if limit is None:
+        return routing.queued.new_zeros(routing.queued.shape[:-2])
+    return (routing.queued - limit).clamp(min=0).sum(dim=(-2, -1))
+
+
+def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
+    """`(1,)` float32: tokens of a hierarchy that no expert computes. Slots of level one are tokens of level two."""
+    assert outer.choices is not None
+    seen = seen_tokens(inner).flatten()
+    seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot
+    unseen = ~seen[plan(outer).row].view(*outer.probs.shape[:-1], outer.choices).any(dim=-1)
+    if outer.real is not None:
+        unseen = unseen & outer.real
+    return unseen.sum().float().reshape(1)
