@@ -43,16 +43,6 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
     return value
 
 
-def check_capacity_factor(name: str, value: object) -> float | None:
-    """A finite number above 0, or None for dropless."""
-    if value is None:
-        return None
-    try:
-        return check_number(name, value, above=0.0)
-    except ValueError as error:
-        raise ValueError(f"{error}; use None to drop no token (dropless)") from None
-
-
 def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
     """A floating tensor (..., n, dim)."""
     if not isinstance(x, Tensor):

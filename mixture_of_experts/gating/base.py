@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import (
-    check_capacity_factor,
     check_choice,
     check_importance,
     check_mask,
@@ -22,6 +21,7 @@ from mixture_of_experts.checks import (
     check_sizes,
     check_tokens,
 )
+from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
 
@@ -124,6 +124,8 @@ class TokenChoiceGate(Gate):
         priority: who gets the slots when an expert overflows; see `routing.queue_positions`.
     """
 
+    capacity_factor_train = CapacityFactor()
+    capacity_factor_eval = CapacityFactor()
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
 
@@ -142,8 +144,8 @@ class TokenChoiceGate(Gate):
     ) -> None:
         super().__init__(dim, num_experts, outer_expert_dims=outer_expert_dims, process_group=process_group)
         self.choices = check_size("k", choices)
-        self.capacity_factor_train = check_capacity_factor("capacity_factor_train", capacity_factor_train)
-        self.capacity_factor_eval = check_capacity_factor("capacity_factor_eval", capacity_factor_eval)
+        self.capacity_factor_train = capacity_factor_train
+        self.capacity_factor_eval = capacity_factor_eval
         self.min_expert_capacity = check_size("min_expert_capacity", min_expert_capacity)
         self.priority: Priority = check_choice("priority", priority, PRIORITIES)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import Gate
+from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.losses import z_loss
 from mixture_of_experts.routing import Routing, expert_capacity, group_capacity, smallest, stable_order
 
@@ -31,11 +31,11 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
+    capacity_factor = CapacityFactor(dropless=False)
+
     def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0, process_group=None) -> None:
         super().__init__(dim, num_experts, process_group=process_group)
-        if capacity_factor is None:
-            raise ValueError("capacity_factor must be a finite number above 0, got None: experts take a fixed number")
-        self.capacity_factor = check_number("capacity_factor", capacity_factor, above=0.0)
+        self.capacity_factor = capacity_factor
         self.w_gating = nn.Parameter(torch.empty(dim, num_experts))
         self.reset_parameters()
 
