@@ -63,20 +63,22 @@ def run(experts: nn.Module, rows: Tensor, where: Plan) -> Tensor:
     return result.flatten().view(rows.shape)  # `flatten(0, -2)` asks of a dynamic length whether it is 1
 
 
-def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict[str, Tensor | None]:
+def second_level(groups: Tensor, outer: Routing, handed_on: Tensor, group_size: int | None) -> dict[str, Tensor | None]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
     the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
+    `handed_on` is the importance `(b, a)` that level one gives each of its choices.
+
     once, so a single expert has n of them).
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots
-    if outer.primary is None or outer.choices is None:
+    if outer.choices is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
     slots = plan(outer)
     x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
-    importance = torch.cat([outer.primary.flatten(), outer.primary.new_zeros(1)])[slots.assignment].view(eo, b, c)
+    importance = torch.cat([handed_on.flatten(), handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
     mask = length = None
     if outer.capacity is None:
         mask = importance > 0

@@ -8,9 +8,13 @@ where a process group is asked anything. An empty mean is 0.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from mixture_of_experts.routing import largest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -34,18 +38,26 @@ def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def mean(total: Tensor, count: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def positive(count: Tensor) -> Tensor:
+    """The count, 1 where it is 0: a divisor."""
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
+def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None) -> Tensor:
     """`total / count`, 0 where nothing was counted.
 
     Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
     is the value of the whole batch, however unequal the ranks' shares are.
     """
-    count = global_sum(count.to(total.dtype), group)
-    return total * world_size(group) / torch.where(count > 0, count, torch.ones_like(count))
+    if not isinstance(count, Tensor):
+        if world_size(group) == 1:
+            return total / largest(count, 1)
+        count = total.new_full((), count)
+    return total * world_size(group) / positive(global_sum(count.to(total.dtype), group))
 
 
 def load_balance(
-    load: Tensor, proxy: Tensor, length: Tensor, choices: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Tensor | int, choices: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
 
@@ -54,20 +66,21 @@ def load_balance(
     Args:
         load: `(..., b, e)` number of choices that each expert got; carries no gradient.
         proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
-        length: `(..., b)` number of real tokens of each group, the divisor of both means.
+        length: `(..., b)` number of real tokens of each group, the divisor of both means; n if all have that many.
         choices: k, the choices that a token makes.
         group: process group that shares the batch.
     """
     num_experts = load.shape[-1]
-    length = length.to(proxy.dtype)
-    divisor = torch.where(length > 0, length, torch.ones_like(length))
-    product = (load.detach().to(proxy.dtype) * proxy).sum(dim=-1)
-    per_group = product / divisor.square() * (num_experts / choices)
-    return mean(per_group.sum(), (length > 0).sum(), group)
+    per_group = (load.detach().to(proxy.dtype) * proxy).sum(dim=-1)
+    if isinstance(length, Tensor):
+        per_group = per_group / positive(length).to(proxy.dtype).square() * (num_experts / choices)
+        return mean(per_group.sum(), (length > 0).sum(), group)
+    total, groups = per_group.sum() / largest(length, 1) ** 2, math.prod(per_group.shape)
+    return mean(total * (num_experts / choices), groups, group)
 
 
 def load_balance_over_batch(
-    load: Tensor, proxy: Tensor, length: Tensor, choices: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Tensor | int, choices: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
@@ -75,11 +88,12 @@ def load_balance_over_batch(
     (`...`) it is computed for each of them and averaged over those that have a token.
     """
     num_experts = load.shape[-1]
+    if not isinstance(length, Tensor):
+        length = proxy.new_full(proxy.shape[:-1], length)
     load, proxy, length = load.sum(dim=-2), proxy.sum(dim=-2), length.sum(dim=-1).to(proxy.dtype)
     load, length = global_sum(load.to(proxy.dtype), group), global_sum(length, group)
-    divisor = torch.where(length > 0, length, torch.ones_like(length))
     product = (load * proxy).sum(dim=-1) * world_size(group)
-    per_router = product / divisor.square() * (num_experts / choices)
+    per_router = product / positive(length).square() * (num_experts / choices)
     return mean(per_router.sum(), (length > 0).sum())
 
 
@@ -91,9 +105,14 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
         counted: `(..., n)` boolean, the tokens that count; all without it.
         group: process group that shares the batch.
     """
-    square = logits.logsumexp(dim=-1).square()
+    return mean_square(logits.logsumexp(dim=-1), counted, group)
+
+
+def mean_square(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of the squares of `values` `(..., n)` over the counted ones."""
+    square = values.square()
     if counted is None:
-        return mean(square.sum(), torch.ones_like(square).sum(), group)
+        return mean(square.sum(), math.prod(square.shape), group)
     return mean(torch.where(counted, square, 0.0).sum(), counted.sum(), group)
 
 

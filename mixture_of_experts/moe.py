@@ -200,6 +200,8 @@ class HeirarchicalMoE(Layer):
         torch.Size([2, 10, 32])
     """
 
+    gate_outer: Any  # a gate of token choice, or a module around one
+
     def __init__(
         self,
         dim: int,
@@ -262,7 +264,8 @@ class HeirarchicalMoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
         outer = self.gate_outer(groups, mask=group_mask)
-        inner = self.gate_inner(**second_level(groups, outer, self.group_size))
+        handed_on = self.gate_outer.handed_on(outer)
+        inner = self.gate_inner(**second_level(groups, outer, handed_on, self.group_size))
         out = compute(self.experts, groups, [outer, inner])
         return leave(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mixture_of_experts.checks import check_size
 from mixture_of_experts.experts import ExpertList, StackedExperts
-from mixture_of_experts.gating import ExpertChoiceGating, Top2Gating
+from mixture_of_experts.gating import Top2Gating
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -61,8 +61,10 @@ def check_gate(
     """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
-    if level and isinstance(gate, ExpertChoiceGating):
-        raise ValueError(f"{name} must be a router of token choice, got {type(gate).__name__}")
+    if level and not hasattr(gate, "handed_on"):
+        raise ValueError(
+            f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
+        )
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)
         if got != wanted:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
+FEW = 4096  # entries of a table that costs less than to sort
 QUEUES = {"choice": "(k n)", "token": "(n k)", "score": "(k n)"}  # the order of the queue, as an einops pattern
 
 
@@ -41,7 +42,6 @@ class Routing:
         queued: `(..., b, e)` int64, length of each expert's queue before capacity.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
         real: `(..., b, n)` bool, the real tokens under a mask; None if all are.
-        primary: `(..., b, a)` the importance that a second level gives to each assignment; None for expert choice.
         losses: the parts of `balance_loss` by name.
 
     Example:
@@ -69,7 +69,6 @@ class Routing:
     queued: Tensor
     limit: Tensor | None = None
     real: Tensor | None = None
-    primary: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -161,7 +160,8 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
     A key of `num_experts` is in no queue.
     """
-    if exporting_to_onnx():
+    few = not torch.compiler.is_compiling() and key.numel() * num_experts <= FEW
+    if few or exporting_to_onnx():
         return _positions_by_counting(key, num_experts)
     if num_experts < torch.iinfo(torch.int16).max:
         key = key.to(torch.int16)  # a stable sort of int16 is several times faster than one of int64
@@ -174,7 +174,7 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 
 def _positions_by_counting(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The same with a table `(..., a, e)`, by operators that ONNX has."""
+    """The same with a table `(..., a, e)`: by fewer operators, all of which ONNX has."""
     queues = (key.unsqueeze(-1) == torch.arange(num_experts, device=key.device)).to(torch.int64)
     place = queues.cumsum(dim=-2).gather(-1, key.clamp(max=num_experts - 1).unsqueeze(-1))
     return place.squeeze(-1) - 1, queues.sum(dim=-2)

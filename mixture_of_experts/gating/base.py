@@ -33,8 +33,7 @@ class Tokens(NamedTuple):
     real: Tensor | None  # (..., b, n) bool: not padding; None if all are real
     first: Tensor | None  # (..., b, n) bool: takes part with all choices and in the losses; None if all do
     some: Tensor | None  # (..., b, n) bool: makes at least one choice; None if all do
-    length: Tensor  # (..., b) number of real tokens, the divisor of every mean
-    varying: bool  # whether `length` may differ from n
+    length: Tensor | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
 
     @property
     def num_tokens(self) -> int:
@@ -91,10 +90,9 @@ class Gate(nn.Module):
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN in the padding would reach the weights' gradient
             first, some = (mask, mask) if first is None or some is None else (first & mask, some & mask)
-        varying = length is not None or mask is not None
-        if length is None:
-            length = x.new_full(x.shape[:-2], x.shape[-2], dtype=torch.int64) if mask is None else mask.sum(dim=-1)
-        return Tokens(x, mask, first, some, length, varying)
+        if length is None and mask is not None:
+            length = mask.sum(dim=-1)
+        return Tokens(x, mask, first, some, x.shape[-2] if length is None else length)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
@@ -124,10 +122,10 @@ class TokenChoiceGate(Gate):
         priority: who gets the slots when an expert overflows; see `routing.queue_positions`.
     """
 
-    capacity_factor_train = CapacityFactor()
-    capacity_factor_eval = CapacityFactor()
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
+    capacity_factor_train = CapacityFactor()
+    capacity_factor_eval = CapacityFactor()
 
     def __init__(
         self,
@@ -168,7 +166,7 @@ class TokenChoiceGate(Gate):
             return None, None
         counted = self.choices if self.capacity_per_choice else 1
         sizes = (factor, self.num_experts, self.min_expert_capacity, counted)
-        limit = group_capacity(tokens.length, *sizes) if tokens.varying else None
+        limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Tensor) else None
         return expert_capacity(tokens.num_tokens, *sizes), limit
 
     def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
@@ -177,11 +175,11 @@ class TokenChoiceGate(Gate):
         zeros = torch.zeros(*expert.shape[:-2], self.num_experts, dtype=torch.int64, device=expert.device)
         return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
 
-    def handed_on(self, weight: Tensor, kept: Tensor) -> Tensor:
-        """`(..., b, n, k)`: the importance a second level gives each choice: 1 for the first, 0.5 for the rest."""
-        importance = torch.full_like(weight, 0.5)
-        importance[..., 0] = 1.0
-        return torch.where(kept, importance, 0.0)
+    def handed_on(self, routing: Routing) -> Tensor:
+        """`(..., b, a)`: the importance that a second level gives each choice: 1 for the first, 0.5 for the rest."""
+        choice = torch.arange(routing.kept.shape[-1], device=routing.kept.device) % self.choices
+        importance = torch.where(choice == 0, 1.0, 0.5).to(routing.weight.dtype)
+        return torch.where(routing.kept, importance, 0.0)
 
     def route(
         self,
@@ -240,7 +238,6 @@ class TokenChoiceGate(Gate):
             queued=queued,
             limit=limit,
             real=tokens.real,
-            primary=self.handed_on(weight.detach(), kept).flatten(-2),
             losses={"balance": balance_loss} if losses is None else losses,
         )
 

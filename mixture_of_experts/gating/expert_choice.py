@@ -58,7 +58,7 @@ class ExpertChoiceGating(Gate):
         n, e = tokens.num_tokens, self.num_experts
         logits = self.product(tokens.x, self.w_gating)
         probs = logits.softmax(dim=-1)
-        capacity, limit = self._capacity(n, tokens.length if tokens.varying else None)
+        capacity, limit = self._capacity(n, tokens.length)
 
         score = probs.transpose(-2, -1)  # (b, e, n)
         ranked = score.detach()
@@ -91,11 +91,13 @@ class ExpertChoiceGating(Gate):
             losses={"balance": balance},
         )
 
-    def _capacity(self, n: int, length: Tensor | None) -> tuple[int, Tensor | None]:
+    def _capacity(self, n: int, length: Tensor | int) -> tuple[int, Tensor | None]:
         """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""
         sizes = (self.capacity_factor, self.num_experts, 1)
         capacity = smallest(n, expert_capacity(n, *sizes))
-        return capacity, None if length is None else torch.minimum(length, group_capacity(length, *sizes))
+        if not isinstance(length, Tensor):
+            return capacity, None
+        return capacity, torch.minimum(length, group_capacity(length, *sizes))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, capacity_factor={self.capacity_factor}, causal=False"

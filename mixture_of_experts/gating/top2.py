@@ -160,8 +160,8 @@ class Top2Gating(TokenChoiceGate):
             expert,
             gate,
             chosen=torch.stack(chosen, dim=-1),
-            balance_loss=sum(parts.values(), torch.zeros_like(parts["balance"])),
-            z_loss=losses.z_loss(log_total, tokens.first, self.process_group),
+            balance_loss=parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"],
+            z_loss=losses.mean_square(log_total.squeeze(-1), tokens.first, self.process_group),
             losses=parts,
         )
 
@@ -205,6 +205,7 @@ class Top2Gating(TokenChoiceGate):
             parts["second_place"] = 0.5 * balance
         return parts
 
-    def handed_on(self, weight: Tensor, kept: Tensor) -> Tensor:
+    def handed_on(self, routing: Routing) -> Tensor:
         """0.5 ([s > 0.5] + [s > 0]), so that an exact tie of the two gates gives 0.5 to both."""
+        weight = routing.weight.detach()
         return 0.5 * ((weight > 0.5).to(weight.dtype) + (weight > 0).to(weight.dtype))
