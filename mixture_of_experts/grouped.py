@@ -43,7 +43,7 @@ def _has_kernel(x: Tensor, weight: Tensor) -> bool:
     """Whether `_Grouped` can take it; the products in blocks, plain operators, can take anything."""
     if x.is_cuda:
         return x.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[-2:])
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not torch.compiler.is_exporting()
 
 
 class _Grouped(torch.autograd.Function):
@@ -93,11 +93,31 @@ class _Outer(torch.autograd.Function):
 
 
 def _rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`(r, q)`; on CUDA torch's grouped kernel, on the CPU a product for each expert that has rows."""
-    if x.is_cuda:
-        ends = counts.cumsum(0).to(torch.int32)
-        out = F.grouped_mm(x.contiguous(), weight, offs=ends)
-        return out.masked_fill_(_past(ends[-1], x), 0)
+    """`(r, q)`; on CUDA by torch's grouped kernel."""
+    if not x.is_cuda:
+        return rows_by_weights(x, weight, counts)
+    ends = counts.cumsum(0).to(torch.int32)
+    out = F.grouped_mm(x.contiguous(), weight, offs=ends)
+    return out.masked_fill_(_past(ends[-1], x), 0)
+
+
+def _rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """`(e, p, q)`, zeros for experts without rows."""
+    if not x.is_cuda:
+        return rows_by_rows(x, y, counts)
+    ends = counts.cumsum(0).to(torch.int32)
+    return F.grouped_mm(x.mT, y.contiguous(), offs=ends)
+
+
+def _past(end: Tensor, x: Tensor) -> Tensor:
+    """`(r, 1)` bool: rows past the last expert's."""
+    return (torch.arange(x.shape[0], device=x.device) >= end).unsqueeze(-1)
+
+
+@torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
+def rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """On the CPU a product for each expert that has rows; an operator of its own, as a compiled graph knows no loop
+    over numbers that are in a tensor."""
     out = x.new_empty(x.shape[0], weight.shape[-1])
     start = 0
     for count, matrix in zip(counts.tolist(), weight.unbind(0), strict=True):
@@ -108,11 +128,14 @@ def _rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def _rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-    """`(e, p, q)`; experts without rows give zeros."""
-    if x.is_cuda:
-        ends = counts.cumsum(0).to(torch.int32)
-        return F.grouped_mm(x.mT, y.contiguous(), offs=ends)
+@rows_by_weights.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+@torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
+def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """The same for the gradient of the weights."""
     out = x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for count, matrix in zip(counts.tolist(), out.unbind(0), strict=True):
@@ -124,9 +147,9 @@ def _rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return out
 
 
-def _past(end: Tensor, x: Tensor) -> Tensor:
-    """`(r, 1)` bool: rows past the last expert's."""
-    return (torch.arange(x.shape[0], device=x.device) >= end).unsqueeze(-1)
+@rows_by_rows.register_fake
+def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
 
 
 def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
