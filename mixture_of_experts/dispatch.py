@@ -161,7 +161,7 @@ class _Dispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, token: Tensor, row: Tensor, choices: int | None) -> Tensor:
-        return _read(x, token)
+        return read_rows(x, token)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -229,7 +229,7 @@ class _Combine(torch.autograd.Function):
         return grad_rows, grad_weight, None, None, None, None, None
 
 
-def _read(x: Tensor, index: Tensor) -> Tensor:
+def read_rows(x: Tensor, index: Tensor) -> Tensor:
     """Rows of x by index, zeros where the index is the sentinel `len(x)`."""
     length = x.shape[0]
     if length == 0:
@@ -239,13 +239,17 @@ def _read(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_rows(
-    rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, choices: int | None, num_tokens: int
+    rows: Tensor, weight: Tensor | None, token: Tensor | None, row: Tensor, choices: int | None, num_tokens: int
 ) -> Tensor:
-    """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment (by row for None)."""
+    """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment.
+
+    Without `choices` (expert choice) the weight is by row, and `token` says whose row it is.
+    """
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     if choices is None:
+        assert token is not None
         rows_in = rows.to(dtype)
         if weight is not None:
             empty = (token == num_tokens).unsqueeze(-1)
@@ -255,7 +259,7 @@ def sum_rows(
     row = row.view(num_tokens, choices)
     total = None
     for choice in range(choices):
-        term = _read(rows, row[:, choice]).to(dtype)
+        term = read_rows(rows, row[:, choice]).to(dtype)
         if weight is not None:
             term = term * weight.view(num_tokens, choices)[:, choice].unsqueeze(-1)
         total = term if total is None else total + term
