@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ def compute(experts: nn.Module, groups: Tensor, levels: Sequence[Routing]) -> Te
     """Dispatch the tokens `(b, n, d)` to the experts' rows, run the experts, and combine: `(t, d)`."""
     x = groups.flatten(0, 1)
     if takes_tokens(experts, x):
-        return experts(x, plan=make_plan(levels, ragged=True))
+        # as a function: FSDP2's mixed precision casts the tensors it finds in arguments, weights of routers too
+        return experts(x, plan=partial(make_plan, levels, ragged=True))
     where = make_plan(levels, ragged=prefers_rows(experts, x, levels))
     return combine(run(experts, dispatch(x, where), where), where)
 
@@ -66,10 +68,10 @@ def run(experts: nn.Module, rows: Tensor, where: Plan) -> Tensor:
 def second_level(groups: Tensor, outer: Routing, handed_on: Tensor, group_size: int | None) -> dict[str, Tensor | None]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
-    If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
-    the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
     `handed_on` is the importance `(b, a)` that level one gives each of its choices.
 
+    If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
+    the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
     once, so a single expert has n of them).
     """
     b, n, d = groups.shape

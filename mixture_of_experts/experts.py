@@ -4,7 +4,7 @@ Axes: e experts (one or two dimensions, `*e`), s slots of an expert, r rows sort
 
 Every kind of experts maps slots `(*e, s, d)` to the same shape. Those that also take `(rows, counts)`, rows sorted by
 expert and the number of each expert's, say so by a method `prefers_rows`; those that take the tokens of a whole call
-and its plan, `(x, plan=plan)`, by a method `takes_tokens`.
+and a function that makes its plan, `(x, plan=plan)`, by a method `takes_tokens`.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.checks import check_size, check_sizes
-from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.dispatch import Plan, combine, dispatch
 from mixture_of_experts.fused import fused_experts, takes
 from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
+from mixture_of_experts.groups import own
 
 Activation = Callable[..., Any]  # a class or factory of modules, a module, or a function of a tensor
 
@@ -40,15 +42,21 @@ class StackedExperts(nn.Module):
         """Whether `num_rows` rows without gaps beat `num_slots` slots."""
         if dropless:
             return True
+        if torch.compiler.is_exporting():
+            return False
         # while a graph is traced the answer must not depend on a length that the graph leaves open
-        return not torch.compiler.is_compiling() and num_rows < num_slots
+        return statically_known_true(num_rows < num_slots)
 
     def takes_tokens(self, x: Tensor) -> bool:
-        """Whether tokens `(t, d)` of a whole call can be computed at once, from dispatch to combine (`fused.py`)."""
-        parameters = dict(self.named_parameters(recurse=False))
-        return takes(x, self.act, list(parameters.values())) and not any(name.startswith("b") for name in parameters)
+        """Whether tokens `(t, d)` of a whole call can be computed at once, from dispatch to combine (`fused.py`).
+
+        Weights are not looked at: FSDP2 has them whole only within a call, and a recomputation must go the same way.
+        """
+        return self.b1 is None and takes(x, self.act)
 
     def _whole_call(self, x: Tensor, plan: Plan, first: list[Tensor], last: Tensor) -> Tensor:
+        if not all(type(weight) in (Tensor, nn.Parameter) for weight in (*first, last)):
+            return combine(self.forward(dispatch(x, plan), plan.counts), plan)
         x, *weights = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
         return fused_experts(x, plan, self.act, weights[:-1], weights[-1])
 
@@ -62,7 +70,7 @@ class StackedExperts(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def _enter(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Slots as `(e, s, d)`, or rows."""
+        """Slots `(*e, s, d)` or rows, their shape checked."""
         wanted = (*self.expert_dims, "s", self.dim) if counts is None else ("r", self.dim)
         fits = x.ndim == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, x.shape, strict=True))
         if not fits:
@@ -70,15 +78,17 @@ class StackedExperts(nn.Module):
                 f"{type(self).__name__} of {self.num_experts} experts reads x of shape "
                 f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}"
             )
-        return x if counts is not None else x.flatten(0, -3)
+        return x
 
     def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None) -> Tensor:
         """Every expert's rows times its weight `(*e, p, q)`, plus its bias `(*e, q)`."""
-        x, weight = matching(x, weight.flatten(0, -3))
+        if counts is not None:
+            weight, bias = weight.flatten(0, -3), None if bias is None else bias.flatten(0, -2)
+        x, weight = matching(x, weight)
         product = expert_matmul(x, weight, counts)
         if bias is None:
             return product
-        return product + bias_of_rows(bias.flatten(0, -2), counts, x.shape[-2]).to(product.dtype)
+        return product + bias_of_rows(bias, counts, x.shape[-2]).to(product.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
@@ -122,13 +132,12 @@ class Experts(StackedExperts):
         self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:
         if plan is not None:
-            return self._whole_call(x, plan, [self.w1], self.w2)
-        shape = x.shape
+            return self._whole_call(x, plan(), [self.w1], self.w2)
         x = self._enter(x, counts)
         hidden = self.act(self._product(x, self.w1, self.b1, counts))
-        return self._product(hidden, self.w2, self.b2, counts).reshape(shape)
+        return self._product(hidden, self.w2, self.b2, counts)
 
 
 class GatedExperts(StackedExperts):
@@ -169,14 +178,13 @@ class GatedExperts(StackedExperts):
         self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Plan | None = None) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:
         if plan is not None:
-            return self._whole_call(x, plan, [self.w1, self.w3], self.w2)
-        shape = x.shape
+            return self._whole_call(x, plan(), [self.w1, self.w3], self.w2)
         x = self._enter(x, counts)
         gate = self.act(self._product(x, self.w1, self.b1, counts))
         hidden = gate * self._product(x, self.w3, self.b3, counts)
-        return self._product(hidden, self.w2, self.b2, counts).reshape(shape)
+        return self._product(hidden, self.w2, self.b2, counts)
 
 
 class ExpertList(nn.ModuleList):
@@ -220,7 +228,8 @@ class ExpertList(nn.ModuleList):
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
-        return torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))]).view(x.shape)
+        results = torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))])
+        return own(results, x.shape)
 
     def _run(self, index: int, x: Tensor) -> Tensor:
         result = self[index](x)

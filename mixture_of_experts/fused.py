@@ -29,11 +29,12 @@ from mixture_of_experts.grouped import expert_matmul
 
 FEW_ROWS = 32
 
-def takes(x: Tensor, act: nn.Module, weights: list[Tensor]) -> bool:
-    """Whether `fused_experts` can run: plain tensors on the CPU, not while a graph is traced."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or find_activation(act) is None:
+
+def takes(x: Tensor, act: nn.Module) -> bool:
+    """Whether `fused_experts` can run, given plain weights: plain tokens on the CPU, not while a graph is traced."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return type(x) is Tensor and all(type(weight) in (Tensor, nn.Parameter) for weight in weights)
+    return type(x) is Tensor and find_activation(act) is not None
 
 
 def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], last: Tensor) -> Tensor:
@@ -90,9 +91,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         if not call.keep and assignment.shape[0] <= FEW_ROWS:
             return _few_rows(call, *tensors), *(x.new_empty(0) for _ in first)
+        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
@@ -276,7 +277,6 @@ def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_
     return [grad, grad_up]
 
 
-def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
 def _few_rows(call: Call, x, weight, row, assignment, token, counts, *weights) -> Tensor:
     """The tokens' outputs, expert by expert: a few rows, as in decoding, cost less than the tables of a layout."""
     *first, last = weights
@@ -297,17 +297,18 @@ def _few_rows(call: Call, x, weight, row, assignment, token, counts, *weights) -
     return _sum_choices(call, y, weight, row)
 
 
+def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Each token's weighted sum of padded rows `(rows + 1, d)`, the last of which is zeros."""
     if call.choices is None:
         token = torch.where(layout.empty, call.num_tokens, layout.token)
         return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.num_tokens)
-    if rows.dtype != weight.dtype:  # the sum is taken in float32
     return _sum_choices(call, rows, weight, layout.row)
 
 
 def _sum_choices(call: Call, rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
     """The same for tokens with a list of choices, of rows in any order."""
     assert call.choices is not None
+    if rows.dtype != weight.dtype:  # the sum is taken in float32
         return sum_rows(rows, weight, None, row, call.choices, call.num_tokens)
     table = row.view(call.num_tokens, call.choices)
     weights = weight.view(call.num_tokens, call.choices)

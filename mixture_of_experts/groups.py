@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 
 def leave(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
     """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
-    out = out.view(x.shape).to(x.dtype)
+    out = own(out, x.shape).to(x.dtype)
     if shared_expert is None:
         return out
     shared = shared_expert(x)
@@ -57,3 +58,12 @@ def leave(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module 
         raise ValueError(f"shared_expert must keep the shape {tuple(x.shape)}, it returned {tuple(shared.shape)}")
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
+
+
+def own(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor nobody else holds in another shape, not as a view for autograd.
+
+    The caller may write `out += x`, which on a view fails after expert choice; and FSDP2 warns of modules that return
+    views, because its hooks on them are lost then. torch's own products of more than two dimensions end so.
+    """
+    return torch.ops.aten._unsafe_view(x, shape)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compat.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
@@ -218,3 +219,40 @@ def test_share_memory(path):
     layer.share_memory()
     assert all(tensor.is_shared() for tensor in (*layer.parameters(), *layer.buffers()))
     assert_all_equal(everything(layer, x, mask), expected)
+
+
+@pytest.mark.parametrize("kind", [Experts, GatedExperts])
+def test_parametrized_biases_count(kind):
+    experts = kind(8, 4, 16, bias=True)
+    with torch.no_grad():
+        for name, parameter in experts.named_parameters():
+            if name.startswith("b"):
+                parameter.normal_()
+    layer, x = MoE(8, experts=experts, second_policy_train="all"), torch.randn(2, 10, 8)
+    expected, _ = layer(x)
+    for name in [name for name, _ in experts.named_parameters()]:
+        parametrize.register_parametrization(experts, name, Doubled())
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+class Labelled(torch.Tensor):
+    """Weights of a type of their own, as libraries of quantisation have them."""
+
+
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_weights_of_another_tensor_type(factor):
+    layer = MoE(8, 4, second_policy_train="all", capacity_factor_train=factor)
+    x = torch.randn(2, 10, 8)
+    expected, _ = layer(x)
+    layer.experts.w1 = nn.Parameter(layer.experts.w1.detach().as_subclass(Labelled))
+    assert type(layer.experts.w1) is Labelled
+    torch.testing.assert_close(layer(x)[0], expected)
+
+
+def test_residual_in_place_after_expert_choice():
+    layer, x = MoE(8, gate=ExpertChoiceGating(8, 4)), torch.randn(2, 10, 8)
+    out, _ = layer(x)
+    expected = out + x
+    out += x
+    torch.testing.assert_close(out, expected)
+    out.sum().backward()

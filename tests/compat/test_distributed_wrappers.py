@@ -1,0 +1,72 @@
+"""FSDP2 and DDP on two gloo processes learn what one process does, also where ranks or experts get no token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from parallel_workers import Workers
+
+from compat import wrapper_checks as checks
+from compat.paths import PATHS, SOME_PATHS, Path, some_first
+
+paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers(checks.RANKS)
+    yield started
+    started.stop()
+
+
+@pytest.mark.feature("`fully_shard` (FSDP2) on the gates alone: learns as one process does (two processes)")
+@paths
+def test_sharded_gates(workers: Workers, path: Path):
+    workers.run(checks.check_wrapped, checks.RANKS, path, "gates")
+
+
+@pytest.mark.feature("`fully_shard` on the experts alone: likewise")
+@paths
+def test_sharded_experts(workers: Workers, path: Path):
+    workers.run(checks.check_wrapped, checks.RANKS, path, "experts")
+
+
+@pytest.mark.feature("`fully_shard` on the layer, and on gates, experts and layer: likewise")
+@pytest.mark.parametrize("wrap", ["layer", "parts and layer"])
+@paths
+def test_sharded_layer(workers: Workers, path: Path, wrap: str):
+    workers.run(checks.check_wrapped, checks.RANKS, path, wrap)
+
+
+@pytest.mark.feature(DDP)
+@paths
+def test_ddp(workers: Workers, path: Path):
+    workers.run(checks.check_wrapped, checks.RANKS, path, "DDP")
+
+
+@pytest.mark.feature(DDP)
+@paths
+def test_ddp_with_starved_experts(workers: Workers, path: Path):
+    workers.run(checks.check_starved, checks.RANKS, path)
+
+
+@pytest.mark.feature("activation checkpointing under `fully_shard` and DDP (two processes)")
+@pytest.mark.parametrize("wrap", ["experts", "parts and layer", "DDP"])
+@paths
+def test_recomputed(workers: Workers, path: Path, wrap: str):
+    workers.run(checks.check_recomputed, checks.RANKS, path, wrap)
+
+
+@pytest.mark.feature("`fully_shard` with bfloat16 parameters, on the experts and on the layer (two processes)")
+@pytest.mark.parametrize("wrap", ["experts", "layer"])
+@paths
+def test_bfloat16(workers: Workers, path: Path, wrap: str):
+    workers.run(checks.check_bfloat16, checks.RANKS, path, wrap)
+
+
+@pytest.mark.parametrize("path", SOME_PATHS, ids=str)
+def test_residual_in_place(workers: Workers, path: Path):
+    """`out += x` right after a sharded layer, whose gradient comes through nothing but `out`."""
+    workers.run(checks.check_residual, checks.RANKS, path)
