@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixture_of_experts.routing import largest
+from mixture_of_experts.routing import largest, smallest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -75,7 +75,7 @@ def load_balance(
     if isinstance(length, Tensor):
         per_group = per_group / positive(length).to(proxy.dtype).square() * (num_experts / choices)
         return mean(per_group.sum(), (length > 0).sum(), group)
-    total, groups = per_group.sum() / largest(length, 1) ** 2, math.prod(per_group.shape)
+    total, groups = per_group.sum() / largest(length, 1) ** 2, math.prod(per_group.shape) * smallest(length, 1)
     return mean(total * (num_experts / choices), groups, group)
 
 
