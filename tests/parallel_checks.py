@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_of_experts import Experts, HeirarchicalMoE, MoE, Routing, TopKGating
@@ -53,6 +54,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import parallel as bench
 
 CLOSE = dict(rtol=0, atol=1e-10)
+OLD_TORCH = TorchVersion(torch.__version__) < (2, 10)
 
 
 def make_mesh(data_parallel: int = 1) -> DeviceMesh:
@@ -391,7 +393,8 @@ def check_norms() -> None:
         together = copy.deepcopy(alone)
         spread(together, mesh, "layers.*.ffn")
         fully_shard(together.layers[2].ffn.experts, mesh=mesh["dp"])
-        fully_shard(together.layers[1].ffn.experts, mesh=mesh["dp"])
+        if not OLD_TORCH:  # which shards no list of modules
+            fully_shard(together.layers[1].ffn.experts, mesh=mesh["dp"])
         generator = torch.Generator().manual_seed(7)
         gradients = {name: torch.randn(p.shape, generator=generator) for name, p in alone.named_parameters()}
         for name, parameter in alone.named_parameters():
@@ -433,6 +436,9 @@ def check_parameter_groups() -> None:
     vectors = [p for p in model.parameters() if p.ndim <= 1]
     mine = param_groups([{"params": matrices}, {"params": vectors, "weight_decay": 0.0}], weight_decay=0.1)
     assert [group["weight_decay"] for group in mine] == [0.1, 0.1, 0.0]
+    alone, named = model.first.weight, list(model.named_parameters())
+    assert param_groups([{"params": alone}])[0]["params"] == [alone]
+    assert [len(group["params"]) for group in param_groups(named)] == [len(group["params"]) for group in groups]
     for options in ({"foreach": True}, {"fused": True}):
         optimizer = torch.optim.AdamW(param_groups(model), lr=1e-3, **options)
         for parameter in model.parameters():

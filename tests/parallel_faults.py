@@ -83,7 +83,10 @@ def raising(marker: Path, where: str) -> str:
 def ending() -> str:
     """One rank does not come at all, and its process group ends."""
     moe = spread(make("top2"), make_mesh())
-    return "left" if odd_one() else told(lambda: moe(tokens()))
+    if not odd_one():
+        return told(lambda: moe(tokens()))
+    dist.destroy_process_group()
+    return "left"
 
 
 def stuck(marker: Path, where: str, debug: bool, data_parallel: int = 1) -> str:
@@ -140,3 +143,23 @@ def unequal_under_static_shapes() -> str:
     """`static_shapes` is a promise; `debug` looks whether it is kept."""
     moe = spread(make("top2"), make_mesh(), static_shapes=True, debug=True)
     return told(lambda: moe(tokens()))
+
+
+def one_cannot_be_set_up(problem: str) -> str:
+    """What is wrong with one rank's model alone: its plan names nothing, or its experts cannot be divided."""
+    odd = MoE(DIM, EXPERTS + 1, HIDDEN) if problem == "experts" else MoE(DIM, EXPERTS, HIDDEN)
+    name = "mlp" if odd_one() and problem == "plan" else "ffn"
+    model = nn.ModuleDict({name: odd if odd_one() else MoE(DIM, EXPERTS, HIDDEN)})
+    return told(lambda: parallelize_module(model, make_mesh()["ep"], {"ffn": ExpertParallel()}))
+
+
+def one_never_sets_up(marker: Path, data_parallel: int, by_name: bool) -> str:
+    """One rank does not come to `parallelize_module`."""
+    mesh = make_mesh(data_parallel)["ep"]
+    if odd_one():
+        live_on(marker)
+        return "came late"
+    plan = {"": ExpertParallel()} if by_name else ExpertParallel()
+    result = told(lambda: parallelize_module(MoE(DIM, EXPERTS, HIDDEN), mesh, plan))
+    ended(marker)
+    return result

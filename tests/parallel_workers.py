@@ -1,7 +1,7 @@
 """Processes for the tests of expert parallelism: started once, then given one check after the other.
 
 `Workers.run(check, ranks, ...)` has the first `ranks` processes call `check(...)` with a fresh gloo group of that size;
-what they return comes back as a list, and the first error of any of them is raised. A process that died is replaced.
+what they return comes back as a list, and the errors of any of them are raised. A process that died is replaced.
 """
 
 from __future__ import annotations
@@ -53,15 +53,15 @@ class Workers:
             assert self._pipes[rank].recv() == "ready"
 
     def run(self, check: Callable, ranks: int, *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
-        """Results of the check on every rank; raises the first rank's error."""
+        """Results of the check on every rank; raises the errors of all of them, as one leads to others'."""
         results = self.outcomes(check, ranks, *args, timeout=timeout, **kwargs)
-        for rank, result in enumerate(results):
-            if isinstance(result, RankError):
-                raise RankError(f"rank {rank} of {ranks}: {result}")
+        errors = [f"rank {rank} of {ranks}: {r}" for rank, r in enumerate(results) if isinstance(r, RankError)]
+        if errors:
+            raise RankError("\n".join(errors))
         return results
 
     def outcomes(self, check: Callable, ranks: int, *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
-        """What every rank returned, or its `RankError`; None of a process that died."""
+        """What every rank returned, or its `RankError`, also for a process that died."""
         self._begin(ranks)
         self._runs += 1
         store = os.path.join(self._folder.name, f"store{self._runs}")
@@ -76,7 +76,7 @@ class Workers:
                 return pipe.recv()
         except EOFError:
             process.join(10)
-            return None
+            return RankError("its process died")
         process.kill()
         process.join(10)
         return RankError(f"hung for {patience} seconds")
@@ -107,15 +107,25 @@ def work(pipe: Any, parent: int) -> None:
 def outcome(
     check: Callable, rank: int, ranks: int, store: str, timeout: float, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Result of the check, or its error as text."""
+    """Result of the check, or its error as text.
+
+    Its group lives until the next check: another rank may still be in a collective that this one has left. (Not after
+    an error, so that the others need not wait for their timeouts.)
+    """
+    end_group()
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float64)
     limit = timedelta(seconds=timeout)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
+        dist.barrier()  # a check may end before a slower rank has even connected
         return check(*args, **kwargs)
-    except Exception:
-        return RankError(traceback.format_exc())
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    except BaseException:  # pytest's own are no `Exception`
+        error = traceback.format_exc()
+        end_group()
+        return RankError(error)
+
+
+def end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

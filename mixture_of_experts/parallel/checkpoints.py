@@ -7,6 +7,7 @@ whole, so that whatever dies and when, the newest folder `step-N` is complete.
 from __future__ import annotations
 
 import io
+import pickle
 import re
 import shutil
 import warnings
@@ -33,7 +34,7 @@ from torch.optim import Optimizer
 # hyperparameters by parameter, not by group: another number of ranks may group parameters otherwise
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 Optimizers = Optimizer | tuple[Optimizer, ...] | None
-NAME = re.compile(r"step-(\d+)")
+NAME = re.compile(r"step-(\d+)(\.old)?")
 
 
 def save_checkpoint(
@@ -53,14 +54,16 @@ def save_checkpoint(
         model, optimizer: of any layout; several optimizers as a tuple.
         step: N, which orders the checkpoints.
         extra: other things to keep, such as `torch.load(..., weights_only=True)` reads; the first rank's are written.
-        keep: how many of the newest checkpoints stay.
+        keep: how many of the newest checkpoints stay; 0: all. The one that is written always does.
         process_group: the ranks that save together; a gloo group where the default one is NCCL and must not be used.
 
     Returns:
         The new checkpoint's folder.
     """
     folder = Path(folder)
-    path, temporary = folder / f"step-{step:09d}", folder / f"step-{step:09d}.tmp"
+    path = folder / f"step-{step:09d}"
+    temporary, replaced = path.with_name(f"{path.name}.tmp"), path.with_name(f"{path.name}.old")
+    packed = _pack(dict(extra or {}))
     first = _on_first(process_group)
     if first:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,15 +71,19 @@ def save_checkpoint(
     _wait(process_group)
     state = _state(model, optimizer)
     if first:
-        state["extra"] = _pack(dict(extra or {}))
+        state["extra"] = packed
     with _quietly():
         save(state, checkpoint_id=temporary, process_group=process_group, no_dist=not dist.is_initialized())
     _wait(process_group)
     if first:
-        shutil.rmtree(path, ignore_errors=True)  # the same step saved twice
+        if path.exists():  # the same step saved twice: the earlier one counts until the new one has its name
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
         temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
         for old in checkpoints(folder)[:-keep] if keep else ():
-            shutil.rmtree(old)
+            if old != path:
+                shutil.rmtree(old)
     _wait(process_group)
     return path
 
@@ -112,8 +119,8 @@ def load_checkpoint(
 
 def checkpoints(folder: str | Path) -> list[Path]:
     """The complete checkpoints of a folder, oldest first."""
-    found = [path for path in Path(folder).glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    found = [(path, match) for path in Path(folder).glob("step-*") if (match := NAME.fullmatch(path.name))]
+    return [path for path, match in sorted(found, key=lambda pair: (int(pair[1][1]), pair[1][2] is None))]
 
 
 def _state(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
@@ -133,10 +140,18 @@ def _quietly() -> Iterator[None]:
 
 
 def _pack(extra: dict[str, Any]) -> Tensor:
-    """As bytes: nested, empty and plain things come back as they were."""
+    """As bytes: nested, empty and plain things come back as they were; what would not is refused now."""
     file = io.BytesIO()
     torch.save(extra, file)
-    return torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    packed = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    try:
+        _unpack(packed)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            f"extra ({', '.join(map(str, extra))}) holds what torch.load(weights_only=True) does not read: give "
+            "numbers, strings, tensors, and lists, tuples and dicts of them"
+        ) from error
+    return packed
 
 
 def _unpack(packed: Tensor) -> dict[str, Any]:

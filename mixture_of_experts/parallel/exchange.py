@@ -109,6 +109,27 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, order), None, None
 
 
+class _Follow(torch.autograd.Function):
+    @staticmethod
+    def forward(result: Tensor, x: Tensor) -> Tensor:
+        return result.view_as(result)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad, None
+
+
+def follow(result: Tensor, x: Tensor) -> Tensor:
+    """The result; whatever it is made of, its backward goes on to x, where the other ranks wait for gradients."""
+    if torch.is_grad_enabled() and not (result.requires_grad or x.requires_grad):
+        result = result.detach().requires_grad_()
+    return _Follow.apply(result, x)
+
+
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, factor: float) -> Tensor:

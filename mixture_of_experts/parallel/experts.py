@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixture_of_experts.experts import ExpertList, StackedExperts
-from mixture_of_experts.parallel.exchange import Channel, scale_gradient, through_rows, through_slots
+from mixture_of_experts.parallel.exchange import Channel, follow, scale_gradient, through_rows, through_slots
 
 Gradient = Literal["mean", "sum"]
 
@@ -39,7 +39,8 @@ class Layout:
         static_shapes: every rank has as many slots as every other.
         debug: check at every call what is otherwise trusted.
         timeout: how long a rank waits for the others.
-        stacked: names of the parameters that are sharded; empty for a list of modules.
+        stacked: names of the parameters that are sharded, and of buffers of which an expert sees its own part; empty
+            for a list of modules.
     """
 
     mesh: DeviceMesh
@@ -136,7 +137,7 @@ class SpreadExperts(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of one process holds whole weights: take this rank's part."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(remove_duplicate=False):
             whole = state_dict.get(prefix + name)
             if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
                 continue
@@ -159,7 +160,9 @@ class SpreadList(SpreadExperts):
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         # scaling what comes and goes is scaling the parameters' gradients, and leaves the modules alone
         factor = self.expert_parallel.factor
-        return scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
+        result = scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
+        # modules differ between ranks: where all are frozen or constant, the others' gradients still pass here
+        return follow(result, x)
 
     def _local(self) -> nn.Module:
         own = {str(i): module for i, module in enumerate(self._modules.values())}
@@ -241,7 +244,10 @@ def _local_part(module: nn.Module, layout: Layout, prefix: str) -> nn.Module | N
         name: child and _local_part(child, layout, f"{prefix}{name}.") for name, child in module._modules.items()
     }
     stacked = {name for name in module._parameters if prefix + name in layout.stacked}
-    buffers = {name: _local_buffer(buffer, layout) for name, buffer in module._buffers.items()}
+    buffers = {
+        name: _local_buffer(buffer, layout) if prefix + name in layout.stacked else buffer
+        for name, buffer in module._buffers.items()
+    }
     sizes = _local_sizes(module, layout)
     changed = stacked or sizes or any(children.values()) or any(buffers[n] is not b for n, b in module._buffers.items())
     if not changed and prefix:
@@ -269,8 +275,8 @@ def _local_shard(parameter: Tensor | None, layout: Layout) -> Tensor | None:
 
 def _local_buffer(buffer: Tensor | None, layout: Layout) -> Tensor | None:
     """A buffer with an entry for each expert is whole on every rank; a part of it is what an expert sees."""
-    if buffer is None or tuple(buffer.shape[: len(layout.dims)]) != layout.dims:
-        return buffer
+    if buffer is None:
+        return None
     each = layout.local_dims[0]
     return buffer.narrow(0, layout.mesh.get_local_rank() * each, each)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from mixture_of_experts.checks import check_choice
 from mixture_of_experts.parallel.experts import SpreadExperts
 
 Parameters = nn.Module | Iterable[Tensor]
@@ -38,28 +40,39 @@ def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
-    """Have `DistributedDataParallel(model)` leave the experts alone; call it before. Returns the model."""
+    """Have `DistributedDataParallel(model)` leave alone what is a rank's own: the experts, and the counts of gates with
+    an expert bias, which it would overwrite in every forward with the first rank's. Call it before; returns the model.
+    """
     ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | set(expert_parameters(model))
+    ignored |= {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]  # what DDP looks for
     return model
 
 
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
-    """Replace gradients by their mean (or "sum") over the ranks of a group; a missing one counts as 0.
+    """Replace gradients by their mean (or "sum") over the ranks of a group.
 
     For whole parameters under expert parallelism alone, and for the experts of data-parallel replicas beside DDP. Call
-    it once before the optimizer's step.
+    it once before the optimizer's step. A gradient that some ranks lack counts as 0 there; one that no rank has stays
+    away, so that an optimizer passes the parameter over, and frozen parameters are not looked at.
     """
+    check_choice("op", op, ("mean", "sum"))
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     if group.size() == 1:
         return
-    for bucket in _buckets(parameters):
-        flat = torch.cat([_local(_gradient(parameter)).flatten() for parameter in bucket])
+    for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
+        parts = [_local(p) if p.grad is None else _local(p.grad) for p in bucket]
+        values = [torch.zeros_like(part) if p.grad is None else part for p, part in zip(bucket, parts, strict=True)]
+        present = parts[0].new_tensor([p.grad is not None for p in bucket])
+        flat = torch.cat([*(value.flatten() for value in values), present])
         dist.all_reduce(flat, group=group)
-        if op == "mean":
-            flat /= group.size()
-        for parameter, part in zip(bucket, flat.split([_local(p).numel() for p in bucket]), strict=True):
-            _local(_gradient(parameter)).copy_(part.view_as(_local(parameter)))
+        *sums, present = flat.split([*(part.numel() for part in parts), len(bucket)])
+        for i, (parameter, total) in enumerate(zip(bucket, sums, strict=True)):
+            if parameter.grad is None and not present[i]:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            _local(parameter.grad).copy_((total / group.size() if op == "mean" else total).view_as(parts[i]))
 
 
 def broadcast_parameters(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh) -> None:
@@ -121,8 +134,9 @@ def param_groups(parameters: Parameters | Iterable[Mapping[str, Any]], **options
     made = []
     for group in given:
         kinds: dict[Any, list[Tensor]] = {}
-        for parameter in group["params"]:
-            kinds.setdefault(parameter.device_mesh if isinstance(parameter, DTensor) else None, []).append(parameter)
+        for parameter in _as_list(group["params"]):
+            tensor = parameter[1] if isinstance(parameter, tuple) else parameter  # optimizers take names too
+            kinds.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(parameter)
         made += [{**options, **group, "params": members} for members in kinds.values()]
     return made
 
@@ -155,16 +169,14 @@ def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], 
 
 def _norm_of_group(parameters: list[Tensor], norm_type: float) -> Tensor:
     """Norm of the gradients of parameters whose parts are spread over the same groups of ranks."""
-    norms = []
+    # of all parameters, as ranks may have gradients of different ones
+    dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
+    norms = [torch.zeros((), dtype=dtype, device=_local(parameters[0]).device)]
     for parameter in parameters:
         if parameter.grad is not None:
-            gradient = _local(parameter.grad)
-            dtype = torch.promote_types(gradient.dtype, torch.float32)
-            norms.append(torch.linalg.vector_norm(gradient, norm_type, dtype=dtype))
-    local = _local(parameters[0])
-    total = torch.zeros((), dtype=torch.promote_types(local.dtype, torch.float32), device=local.device)
-    if norms:
-        total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
+            norm = torch.linalg.vector_norm(_local(parameter.grad), norm_type, dtype=dtype)
+            norms.append(norm.to(norms[0].device))
+    total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
     for group in next(iter(_by_owners(parameters[:1]))):
         total = _norm_over_ranks(total, norm_type, group)
     return total
@@ -186,12 +198,6 @@ def _local(tensor: Tensor) -> Tensor:
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise ValueError(f"a gradient with placements {tensor.placements} is no finished sum: reduce it first")
     return tensor._local_tensor
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:

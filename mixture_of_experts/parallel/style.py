@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable
 from datetime import timedelta
 from fnmatch import fnmatch
 from typing import Any
@@ -40,8 +39,8 @@ class ExpertParallel(ParallelStyle):
         batch_group: the ranks that share the batch, a process group or 1-D mesh, given to the gates: losses are then
             those of the whole batch. By default gates that have none get the mesh's own group; beside data
             parallelism give the group of both.
-        replicated: names of parameters of the experts that are no stack over experts though their first sizes look
-            so, such as a bias `(d,)` that all share where d = e.
+        replicated: names of parameters and buffers of the experts that are no stack over experts though their first
+            sizes look so, such as a bias `(d,)` that all share where d = e.
         debug: check at every call what costs a collective or a wait: sizes under `static_shapes`, and on gloo which
             ranks are missing.
         timeout: how long a rank waits for the others in the mesh's group, and in `batch_group`; by default, and in the
@@ -49,7 +48,8 @@ class ExpertParallel(ParallelStyle):
             groups with 30 minutes, whatever was given there).
 
     Raises:
-        ValueError: for a mesh that is not 1-D, experts it does not divide, or ranks whose layers differ.
+        ValueError: for a mesh that is not 1-D, experts it does not divide, or ranks whose layers differ; on every
+            rank, whichever rank it is that is wrong, and before anything is changed.
 
     Example:
         >>> from torch import nn
@@ -72,34 +72,48 @@ class ExpertParallel(ParallelStyle):
         super().__init__()
         self.gradient: Gradient = check_choice("gradient", gradient, GRADIENTS)  # type: ignore[assignment]
         self.static_shapes = static_shapes
-        self.batch_group = batch_group.get_group() if isinstance(batch_group, DeviceMesh) else batch_group
-        self.replicated = frozenset(replicated)
+        self.batch_group = check_group("batch_group", batch_group)
+        self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)
         self.debug = debug
+        if timeout is not None and not isinstance(timeout, timedelta):
+            raise TypeError(f"timeout must be a datetime.timedelta, got {timeout!r}: write timedelta(seconds=...)")
         self.timeout = timeout
+
+    def layout(self, module: nn.Module, mesh: DeviceMesh) -> Layout:
+        """Where the experts of a layer will be; raises for all that is wrong with it, and changes nothing."""
+        dims = check_layer(module, mesh)
+        experts: nn.Module = module.experts  # type: ignore[assignment]
+        stacked: frozenset[str] = frozenset()
+        if isinstance(experts, ExpertList):
+            check_list(experts, math.prod(dims) // mesh.size())
+        else:
+            stacked = stacked_names(experts, dims, self.replicated)
+        timeout = self.timeout or default_timeout(mesh.get_group())
+        return Layout(mesh, dims, self.gradient, self.static_shapes, self.debug, timeout, stacked)
+
+    def set_timeout(self, mesh: DeviceMesh) -> None:
+        """Of all groups in which a rank waits for others, but for the default one; before the first collective."""
+        group = mesh.get_group()
+        for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
+            dist.distributed_c10d._set_pg_timeout(self.timeout or default_timeout(group), waiting)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""
-        dims = check_layer(module, device_mesh)
+        check_mesh(device_mesh)
+        self.set_timeout(device_mesh)
+        check_ranks_agree(lambda: describe(module, self.layout(module, device_mesh)), device_mesh)
+        layout = self.layout(module, device_mesh)
+        if self.debug and layout.ranks > 1:
+            module.register_forward_pre_hook(layout.channel.muster)
+        self._prepare_gates(module, device_mesh.get_group())
+
         experts: nn.Module = module.experts  # type: ignore[assignment]
-        group = device_mesh.get_group()
-        timeout = default_timeout(group) if self.timeout is None else self.timeout
-        layout = Layout(device_mesh, dims, self.gradient, self.static_shapes, self.debug, timeout)
-        if layout.ranks > 1:
-            for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
-                dist.distributed_c10d._set_pg_timeout(timeout, waiting)
-            check_ranks_agree(describe(module, layout), group)
-            if self.debug:
-                module.register_forward_pre_hook(layout.channel.muster)
-        self._prepare_gates(module, group)
+        sharded = sorted(layout.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
+        self._replicate(module, {f"experts.{name}" for name in sharded}, device_mesh)
         if isinstance(experts, ExpertList):
-            check_nothing_shared(experts, layout)
-            self._replicate(module, (), device_mesh)
             keep_modules(experts, layout)
         else:
-            layout = replace(layout, stacked=stacked_names(experts, dims, self.replicated))
-            self._replicate(module, {f"experts.{name}" for name in layout.stacked}, device_mesh)
-            for name in sorted(layout.stacked):
-                shard(experts, name, device_mesh, self.src_data_rank)
+            shard(experts, sharded, device_mesh, self.src_data_rank)
         experts.__dict__["expert_parallel"] = layout
         experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
         assert isinstance(experts, SpreadExperts)
@@ -149,23 +163,70 @@ def parallelize_module(
     """
     if not isinstance(parallelize_plan, dict):
         return tensor_parallel.parallelize_module(module, device_mesh, parallelize_plan, src_data_rank=src_data_rank)
-    matches = {key: find(module, key) for key in parallelize_plan}
-    for key, found in matches.items():
-        if not found:
-            names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
-            raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
+    check_mesh(device_mesh)
+    for style in parallelize_plan.values():
+        if isinstance(style, ExpertParallel):
+            style.set_timeout(device_mesh)
+    check_ranks_agree(lambda: describe_plan(module, device_mesh, parallelize_plan), device_mesh)
     for key, style in parallelize_plan.items():
-        for submodule in matches[key]:
+        for submodule in find(module, key).values():
             tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
     return module
 
 
-def find(module: nn.Module, key: str) -> list[nn.Module]:
-    """The submodules that a plan key names; each part of it may hold wildcards."""
-    found = [module]
+def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
+    """All in which the ranks' models have to agree; raises for what is wrong with the plan or a layer it names."""
+    description: dict[str, Any] = {}
+    owner: dict[int, tuple[str, str]] = {}
+    for key, style in plan.items():
+        found = find(module, key)
+        if not found:
+            names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
+            raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
+        if not isinstance(style, ExpertParallel):
+            continue
+        for name, layer in found.items():
+            layout = style.layout(layer, mesh)
+            first = owner.setdefault(id(layer.experts), (key, name))
+            if first != (key, name):
+                raise ValueError(
+                    f"{name} (by {key!r}) has the experts of {first[1]} (by {first[0]!r}): give each layer its own, "
+                    "and name it by one key"
+                )
+            prefix = f"{name}." if name else ""
+            description.update((prefix + what, value) for what, value in describe(layer, layout).items())
+    return description
+
+
+def find(module: nn.Module, key: str) -> dict[str, nn.Module]:
+    """The submodules by name that a plan key names, each once; each part of the key may hold wildcards."""
+    found = {"": module}
     for part in key.split(".") if key else ():
-        found = [child for parent in found for name, child in parent.named_children() if fnmatch(name, part)]
-    return found
+        found = {
+            f"{path}.{name}".lstrip("."): child
+            for path, parent in found.items()
+            for name, child in parent.named_children()
+            if fnmatch(name, part)
+        }
+    first = {id(submodule): name for name, submodule in reversed(found.items())}
+    return {name: submodule for name, submodule in found.items() if first[id(submodule)] == name}
+
+
+def check_group(name: str, group: object) -> dist.ProcessGroup | None:
+    """A process group, which may be given as a 1-D mesh."""
+    if isinstance(group, DeviceMesh):
+        check_mesh(group)
+        return group.get_group()
+    if group is None or isinstance(group, dist.ProcessGroup):
+        return group
+    raise TypeError(f"{name} must be a process group or a 1-D DeviceMesh, got {group!r}")
+
+
+def check_mesh(mesh: DeviceMesh) -> None:
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"ExpertParallel needs a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}: slice it, mesh['ep']"
+        )
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
@@ -174,10 +235,6 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
         raise TypeError(
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: have the plan's key name "
             "the layer itself"
-        )
-    if mesh.ndim != 1:
-        raise ValueError(
-            f"ExpertParallel needs a 1-D mesh, got {mesh.ndim} dimensions {mesh.mesh_dim_names}: slice it, mesh['ep']"
         )
     if isinstance(module.experts, SpreadExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
@@ -188,6 +245,9 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
             f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks: give a multiple of {mesh.size()}, "
             "or a smaller mesh"
         )
+    for name, parameter in module.experts.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"experts.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
     return dims
 
 
@@ -196,20 +256,49 @@ def describe(module: nn.Module, layout: Layout) -> dict[str, Any]:
     tensors = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)}
     experts = type(module.experts).__name__
     settings = {"gradient": layout.gradient, "static_shapes": layout.static_shapes, "debug": layout.debug}
-    return {"number of experts": layout.dims, "experts": experts, **settings, **tensors}
+    stacked = sorted(layout.stacked)
+    return {"number of experts": layout.dims, "experts": experts, "stacked": stacked, **settings, **tensors}
 
 
-def check_ranks_agree(description: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """One collective when a layer is set up; a difference raises on every rank, and names itself."""
-    descriptions: list[Any] = [None] * group.size()
-    dist.all_gather_object(descriptions, description, group=group)
-    for rank, other in enumerate(descriptions):
-        for key in description.keys() | other.keys():
-            mine, theirs = (d.get(key, "missing") for d in (descriptions[0], other))
+def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
+    """One collective when layers are set up: what is wrong on one rank, or differs, raises on every rank and is named.
+
+    Args:
+        describe: tells everything in which the ranks have to agree, or raises.
+        mesh: the ranks, 1-D.
+    """
+    description, problem = {}, None
+    try:
+        description = describe()
+    except Exception as error:  # raised below, when the others have been told
+        problem = error
+    told = [(description, str(problem or ""))]
+    if mesh.size() > 1:
+        told = gather((description, str(problem or "")), mesh.get_group())
+    if problem is not None:
+        raise problem
+    for rank, (other, message) in enumerate(told):
+        if message:
+            raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
+        for key in sorted(description.keys() | other.keys()):
+            mine, theirs = (d.get(key, "missing") for d in (told[0][0], other))
             if mine != theirs:
                 raise ValueError(
                     f"expert parallelism: the ranks' layers differ in {key}: {mine} on rank 0, {theirs} on rank {rank}"
                 )
+
+
+def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+    """Something of every rank, at its place."""
+    told: list[Any] = [None] * group.size()
+    try:
+        dist.all_gather_object(told, value, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"expert parallelism: rank {group.rank()} of {group.size()} could not compare its layers with the others': "
+            f"{error}\nAnother rank has raised, is stuck or sets up other layers: look for the first error among them"
+        ) from error
+    return told
 
 
 def default_timeout(group: dist.ProcessGroup) -> timedelta:
@@ -225,31 +314,43 @@ def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """Names of the parameters that are stacks over experts: their first sizes are the numbers of experts."""
+    """Names of parameters and buffers that are stacks over experts: their first sizes are the numbers of experts."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
-    if unknown := replicated - parameters.keys():
-        raise ValueError(f"replicated names {sorted(unknown)}, but the experts' parameters are {sorted(parameters)}")
-    names = {name for name, parameter in parameters.items() if tuple(parameter.shape[: len(dims)]) == dims}
-    if not names - set(replicated):
+    tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
+    if unknown := set(replicated) - tensors.keys():
+        raise ValueError(f"replicated names {sorted(unknown)}, but the experts' tensors are {sorted(tensors)}")
+    names = {name for name, tensor in tensors.items() if tuple(tensor.shape[: len(dims)]) == dims} - set(replicated)
+    if not names & parameters.keys():
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
             f"{type(experts).__name__} has no parameter stacked over {dims} experts, only {shapes or 'none at all'}: "
             "the first dimensions of an expert parameter must be the experts'"
         )
-    return frozenset(names - set(replicated))
+    return frozenset(names)
 
 
-def shard(experts: nn.Module, name: str, mesh: DeviceMesh, src_data_rank: int | None) -> None:
-    """Replace a stacked parameter by this rank's part of it."""
-    path, _, own_name = name.rpartition(".")
-    owner = experts.get_submodule(path)
-    parameter = owner._parameters[own_name]
-    assert parameter is not None
+def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_rank: int | None) -> None:
+    """Replace stacked parameters by this rank's part of them; a parameter with two names stays one."""
+    made: dict[int, nn.Parameter] = {}
+    replaced = []  # kept until all are done, so that no other object gets its id
+    for name in names:
+        path, _, own_name = name.rpartition(".")
+        owner = experts.get_submodule(path)
+        parameter = owner._parameters[own_name]
+        assert parameter is not None
+        replaced.append(parameter)
+        if id(parameter) not in made:
+            made[id(parameter)] = nn.Parameter(own_shard(parameter, mesh, src_data_rank), parameter.requires_grad)
+        owner._parameters[own_name] = made[id(parameter)]
+
+
+def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
+    """This rank's part of a stack, in memory of its own."""
     sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
     local = sharded.to_local()
     if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view would keep the whole alive
         sharded = DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
-    owner._parameters[own_name] = nn.Parameter(sharded, parameter.requires_grad)
+    return sharded
 
 
 def keep_modules(experts: ExpertList, layout: Layout) -> None:
@@ -259,11 +360,20 @@ def keep_modules(experts: ExpertList, layout: Layout) -> None:
             del experts._modules[str(index)]
 
 
-def check_nothing_shared(experts: ExpertList, layout: Layout) -> None:
-    """Experts on different ranks must not have a parameter in common: no gradient would reach the others' copy."""
-    each = math.prod(layout.local_dims)
+def check_list(experts: ExpertList, each: int) -> None:
+    """A list of which every rank keeps `each` modules: nothing is shared between ranks, and every rank has something.
+
+    No gradient would reach another rank's copy of a shared parameter; and a rank without any parameter could not know
+    that the others sum the norm of theirs over the ranks.
+    """
     owner: dict[int, int] = {}
     for index, expert in enumerate(experts):
         for name, parameter in expert.named_parameters():
             if owner.setdefault(id(parameter), index // each) != index // each:
                 raise ValueError(f"parameter {name} of expert {index} belongs to an expert of another rank too")
+    without = sorted(set(range(len(experts) // each)) - set(owner.values()))
+    if owner and without:
+        raise ValueError(
+            f"no expert of rank {without[0]} ({without[0] * each} to {without[0] * each + each - 1}) has a parameter: "
+            "order the list so that every rank keeps one that has"
+        )

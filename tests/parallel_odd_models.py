@@ -1,0 +1,362 @@
+"""Models that are built, called or trained in less usual ways, and what they must not be: wrong, or stuck."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from parallel_checks import (
+    CLOSE,
+    check_same_counts,
+    check_same_gradients,
+    check_same_losses,
+    make_mesh,
+    recorded_losses,
+    spread,
+)
+from parallel_layers import (
+    BATCH,
+    DIM,
+    EXPERTS,
+    LAYERS,
+    LENGTH,
+    Model,
+    OwnExperts,
+    batch,
+    make,
+    make_model,
+    own_part,
+    replicated,
+    small_network,
+    top2,
+)
+from parallel_training import KEY, LAYOUTS, batches, whole
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import MoE
+from mixture_of_experts.parallel import (
+    ExpertParallel,
+    average_gradients,
+    checkpoints,
+    clip_grad_norm_,
+    load_checkpoint,
+    parallelize_module,
+    replicated_parameters,
+    save_checkpoint,
+)
+
+Call = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
+
+
+def call(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    return layer(x)
+
+
+def check_as_alone(alone: nn.Module, together: nn.Module, run: Call = call, inputs_need_gradient: bool = True) -> None:
+    """Outputs and gradients of `run` are those of one process."""
+    x, world = batch()[0], dist.get_world_size()
+    x_alone, x_own = (part.clone().requires_grad_(inputs_need_gradient) for part in (x, own_part(x)))
+    out_alone, aux_alone = run(alone, x_alone)
+    (out_alone.square().mean() + aux_alone).backward()
+    out, aux = run(together, x_own)
+    (out.square().sum() * world / x.numel() + aux).backward()
+    torch.testing.assert_close(out, own_part(out_alone), **CLOSE)
+    if inputs_need_gradient:
+        torch.testing.assert_close(x_own.grad / world, own_part(x_alone.grad), **CLOSE)
+    check_same_gradients(together, alone, make_mesh())
+
+
+# ---- experts of several kinds ----
+
+
+class Constant(nn.Module):
+    """An expert that does not look at its tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = nn.Parameter(torch.linspace(-1, 1, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.value.expand_as(x)
+
+
+def check_ranks_without_a_gradient_of_their_own() -> None:
+    """The first rank's experts are constant, or frozen: the other's gradients pass through it all the same."""
+    for first, needed in ((Constant, True), (Constant, False), (small_network, True), (small_network, False)):
+        half = EXPERTS // 2
+        torch.manual_seed(1)
+        alone = top2(experts=[first() for _ in range(half)] + [small_network() for _ in range(half)])
+        together = copy.deepcopy(alone)
+        if first is small_network:
+            for expert in (*list(alone.experts)[:half], *list(together.experts)[:half]):
+                expert.requires_grad_(False)
+        spread(together, make_mesh())
+        x, world = batch()[0], dist.get_world_size()
+        for layer, tokens, scale in ((alone, x, 1), (together, own_part(x), world)):
+            out, aux = layer(tokens.clone().requires_grad_(needed))
+            (out.square().sum() * scale / x.numel() + aux).backward()
+        reference = dict(alone.named_parameters())
+        for name, parameter in together.experts.named_parameters():
+            expected = reference[f"experts.{name}"].grad
+            assert (parameter.grad is None) == (expected is None), name
+            if expected is not None:
+                torch.testing.assert_close(parameter.grad, expected, **CLOSE)
+
+
+class TiedExperts(nn.Module):
+    """One stack under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.there = nn.Parameter(torch.randn(EXPERTS, DIM, DIM) / 3)
+        self.back = self.there
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.bmm(torch.bmm(x, self.there).tanh(), self.back)
+
+
+def check_tied_experts() -> None:
+    """A parameter with two names is one parameter on every rank too, and loads."""
+    alone = top2(experts=TiedExperts())
+    together = spread(copy.deepcopy(alone), make_mesh())
+    assert together.experts.there is together.experts.back
+    state = {name: 2 * value for name, value in alone.state_dict().items()}
+    for layer in (alone, together):
+        layer.load_state_dict(state)
+    for name, value in together.state_dict().items():
+        assert torch.equal(whole(value), state[name]), name
+    check_as_alone(alone, together)
+
+
+class ScaledExperts(OwnExperts):
+    """A buffer `(d,)` that all experts share and that, with d = e, looks like a stack."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("gain", torch.linspace(1, 2, DIM))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.gain)
+
+
+def check_buffer_that_looks_stacked() -> None:
+    alone = top2(experts=ScaledExperts())
+    check_as_alone(alone, spread(copy.deepcopy(alone), make_mesh(), replicated=["shared_scale", "gain"]))
+    spread(top2(experts=OwnExperts()), make_mesh(), replicated="shared_scale")  # a name alone will do
+
+
+# ---- calls ----
+
+
+def twice(layer: nn.Module, x: Tensor, reentrant: bool | None = None) -> tuple[Tensor, Tensor]:
+    """One layer called two times in a forward, recomputed in the backward or not."""
+    run = layer if reentrant is None else partial(checkpoint, layer, use_reentrant=reentrant)
+    first, aux_first = run(x)
+    second, aux_second = run(x + first)
+    return first + second.sin(), aux_first + aux_second
+
+
+def check_layer_called_twice() -> None:
+    """Also under checkpointing of either kind; the plan may name a layer by each of its places."""
+    for name in ("top2", "top-k, deepseek", "top-k, dropless list"):
+        for reentrant in (None, False, True):
+            alone = make(name)
+            layer = copy.deepcopy(alone)
+            places = nn.ModuleList(nn.ModuleDict({"ffn": layer}) for _ in range(2))
+            spread(places, make_mesh(), "*.ffn")
+            check_as_alone(alone, layer, partial(twice, reentrant=reentrant))
+            check_same_counts(layer, alone)
+
+
+def check_calls_without_gradients() -> None:
+    for name in ("top-k, dropless", "top-k, score priority", "top-k, dropless list", "two levels, mixed"):
+        alone = make(name).eval()
+        together = spread(copy.deepcopy(alone), make_mesh())
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                out = together(own_part(batch()[0]))[0]
+                torch.testing.assert_close(out, own_part(alone(batch()[0])[0]), **CLOSE)
+            assert not out.requires_grad
+
+
+def check_calls_without_any_token() -> None:
+    """No rank has a token: gradients of 0, not of nothing."""
+    for name in LAYERS:
+        moe = spread(make(name), make_mesh(), replicated=replicated(name))
+        for shape in ((0, LENGTH, DIM), (2, 0, DIM)):
+            out, aux = moe(torch.zeros(shape, requires_grad=True))
+            (out.sum() + aux).backward()
+        for parameter_name, parameter in moe.named_parameters():
+            assert torch.all(whole(parameter.grad) == 0), (name, parameter_name)
+
+
+def check_rank_with_sequences_of_no_length() -> None:
+    """Sequences without a token are groups that count for nothing: losses are those of the other rank alone."""
+    x = batch()[0]
+    for name in ("top2", "top-k, dropless", "top-k, score priority"):
+        alone = make(name)
+        together = spread(copy.deepcopy(alone), make_mesh())
+        with recorded_losses(alone) as losses_alone, recorded_losses(together) as losses:
+            alone(x)
+            together(x if dist.get_rank() == 0 else x[:2, :0])
+        check_same_losses(losses, losses_alone)
+
+
+def check_second_derivatives() -> None:
+    for name in ("top-k, dropless", "two levels"):
+        alone = make(name)
+        together = spread(copy.deepcopy(alone), make_mesh())
+        found = []
+        for layer, x in ((together, own_part(batch()[0])), (alone, batch()[0])):
+            x = x.clone().requires_grad_()
+            (gradient,) = torch.autograd.grad(layer(x)[0].sin().sum(), x, create_graph=True)
+            gradient.square().sum().backward()
+            found.append(x.grad)
+        torch.testing.assert_close(found[0], own_part(found[1]), **CLOSE)
+
+
+# ---- setting up ----
+
+
+def check_refusals_change_nothing() -> None:
+    """A plan of which one layer is wrong leaves all as they are."""
+    mesh = make_mesh()["ep"]
+    model = Model(layers=("top2", "top2"))
+    before = repr(model), list(model.state_dict())
+    wrong = {
+        "5 experts cannot be divided": MoE(DIM, 5),
+        r"replicated names \['gain'\]": make("top2"),
+        "layers.1.ffn .* has the experts of layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
+    }
+    for message, layer in wrong.items():
+        replicated = ["gain"] if "gain" in message else []
+        model.layers[1].ffn = layer
+        with pytest.raises(ValueError, match=message):
+            parallelize_module(model, mesh, {KEY: ExpertParallel(replicated=replicated, debug=True)})
+        model.layers[1].ffn = make("top2")
+        assert (repr(model), list(model.state_dict())) == before
+        assert model.layers[0].ffn.gate.process_group is None
+        assert not model.layers[0].ffn._forward_pre_hooks
+    with pytest.raises(ValueError, match=r"layers.0.ffn \(by 'layers.0.ffn'\) has the experts of layers.0.ffn"):
+        parallelize_module(model, mesh, {KEY: ExpertParallel(), "layers.0.ffn": ExpertParallel()})
+    assert (repr(model), list(model.state_dict())) == before
+
+
+def check_more_refusals() -> None:
+    mesh = make_mesh()["ep"]
+    sharded = make("top2")
+    fully_shard(sharded.experts, mesh=mesh)
+    with pytest.raises(ValueError, match=r"experts.w1 is a DTensor already: apply ExpertParallel first"):
+        parallelize_module(sharded, mesh, ExpertParallel())
+    some = [nn.Identity() for _ in range(EXPERTS // 2)] + [small_network() for _ in range(EXPERTS // 2)]
+    with pytest.raises(ValueError, match=r"no expert of rank 0 \(0 to 3\) has a parameter"):
+        parallelize_module(MoE(DIM, experts=some), mesh, ExpertParallel())
+    with pytest.raises(TypeError, match="batch_group must be a process group or a 1-D DeviceMesh, got 'dp'"):
+        ExpertParallel(batch_group="dp")
+    with pytest.raises(ValueError, match="1-D mesh, got 2 dimensions"):
+        ExpertParallel(batch_group=make_mesh())
+    with pytest.raises(TypeError, match=r"timeout must be a datetime\.timedelta, got 30"):
+        ExpertParallel(timeout=30)
+    assert ExpertParallel(timeout=timedelta(seconds=30)).timeout.seconds == 30
+    with pytest.raises(ValueError, match="op must be one of 'mean', 'sum', got 'max'"):
+        average_gradients([], mesh, op="max")
+
+
+# ---- gradients ----
+
+
+def check_counts_under_ddp() -> None:
+    """DDP leaves the counts of chosen experts alone, also where it synchronises at every piece of a batch."""
+    alone, model = make_model(), make_model()
+    parallel, _ = LAYOUTS["ddp"](model)
+    for x, _ in batches(0, 3):
+        for run, tokens in ((alone, x), (parallel, own_part(x))):
+            out, aux = run(tokens)
+            (out.sum() + aux).backward()
+    counts = model.layers[1].ffn.gate.expert_counts.clone()
+    dist.all_reduce(counts)
+    assert torch.equal(counts, alone.layers[1].ffn.gate.expert_counts)
+
+
+def check_gradients_that_are_not_there() -> None:
+    """Frozen parameters and those that no rank used get none, so that weight decay does not reach them."""
+    model = Model()
+    model.unused, model.used_here = nn.Linear(2, 2), nn.Linear(DIM, DIM)
+    model.first.requires_grad_(False)
+    spread(model, make_mesh(), KEY)
+    out, aux = model(own_part(batch()[0]))
+    (out.sum() + aux).backward()
+    if dist.get_rank() == 0:
+        model.used_here(torch.ones(BATCH, DIM)).sum().backward()
+    average_gradients(replicated_parameters(model).values(), dist.group.WORLD)
+    assert model.first.weight.grad is None
+    assert model.unused.weight.grad is None
+    assert torch.all(model.used_here.bias.grad == BATCH / dist.get_world_size())
+    model.first.requires_grad_(True)
+    assert clip_grad_norm_(model, 1.0) > 0
+
+
+def check_norm_of_parameters_without_gradients() -> None:
+    """A norm of 0 on every rank; and where only one rank has gradients, all come to the same norm."""
+    model = spread(Model(layers=("top2", "top2, list")), make_mesh(), KEY)
+    for norm_type in (2.0, float("inf")):
+        assert clip_grad_norm_(model, 1.0, norm_type) == 0
+        if dist.get_rank() == 0:
+            for parameter in model.layers.parameters():
+                if hasattr(parameter, "expert_mesh"):
+                    parameter.grad = torch.full_like(parameter, 2.0)
+        norms = [torch.zeros(()) for _ in range(dist.get_world_size())]
+        dist.all_gather(norms, clip_grad_norm_(model, 100.0, norm_type))
+        assert len({norm.item() for norm in norms}) == 1
+        assert norms[0] > 0
+        model.zero_grad()
+
+
+# ---- checkpoints ----
+
+
+def check_what_is_written_stays(folder: Path) -> None:
+    """Also where the folder has later steps, of a run that was given up."""
+    model = nn.Linear(2, 2)
+    for step in (8, 9, 4):
+        path = save_checkpoint(folder, model, step=step, keep=2)
+        assert path.exists()
+    dist.barrier()
+    assert [path.name for path in checkpoints(folder)] == ["step-000000004", "step-000000008", "step-000000009"]
+
+
+def check_extra_that_could_not_be_read(folder: Path) -> None:
+    with pytest.raises(TypeError, match=r"extra \(step, path\) holds what torch.load\(weights_only=True\) does not"):
+        save_checkpoint(folder, nn.Linear(2, 2), step=1, extra={"step": 1, "path": object})
+    assert not list(folder.iterdir())
+
+
+def check_same_step_again(folder: Path) -> None:
+    """A save over an earlier one of the same step: killed before the last renaming, it leaves the earlier one."""
+    model, rename = nn.Linear(2, 2), Path.rename
+    save_checkpoint(folder, model, step=4, extra={"try": 1})
+
+    def die(path: Path, target: Path) -> None:
+        if target.name == "step-000000004":
+            raise KeyboardInterrupt
+        rename(path, target)
+
+    Path.rename = die  # type: ignore[method-assign]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, model, step=4, extra={"try": 2})
+    finally:
+        Path.rename = rename  # type: ignore[method-assign]
+    assert load_checkpoint(folder, model) == {"try": 1}
+    save_checkpoint(folder, model, step=4, extra={"try": 3})
+    assert load_checkpoint(folder, model) == {"try": 3}
+    assert [path.name for path in folder.iterdir()] == ["step-000000004"]
