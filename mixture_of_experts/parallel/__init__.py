@@ -11,7 +11,8 @@ from mixture_of_experts.parallel.gradients import (
     param_groups,
     replicated_parameters,
 )
-from mixture_of_experts.parallel.style import ExpertParallel, parallelize_module
+from mixture_of_experts.parallel.plan import parallelize_module
+from mixture_of_experts.parallel.style import ExpertParallel
 
 __all__ = [
     "ExpertParallel",

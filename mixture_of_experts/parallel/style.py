@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from datetime import timedelta
-from fnmatch import fnmatch
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.tensor.parallel as tensor_parallel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -19,6 +17,7 @@ from mixture_of_experts.checks import check_choice
 from mixture_of_experts.experts import ExpertList
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.parallel.agreement import check_ranks_agree, default_timeout
 from mixture_of_experts.parallel.experts import Gradient, Layout, SpreadExperts, parallel_class
 
 GRADIENTS = ("mean", "sum")
@@ -143,75 +142,6 @@ class ExpertParallel(ParallelStyle):
         return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes}, debug={self.debug})"
 
 
-def parallelize_module(
-    module: nn.Module,
-    device_mesh: DeviceMesh,
-    parallelize_plan: ParallelStyle | dict[str, ParallelStyle],
-    *,
-    src_data_rank: int | None = 0,
-) -> nn.Module:
-    """`torch.distributed.tensor.parallel.parallelize_module`, but a key that matches nothing is an error.
-
-    Args:
-        module: the model, changed in place and returned.
-        device_mesh: 1-D.
-        parallelize_plan: a style, or styles by the names of submodules (`layers.*.ffn`).
-        src_data_rank: the rank of the mesh whose parameters all start from; None: each rank's own are right.
-
-    Raises:
-        ValueError: naming the key and what there is.
-    """
-    if not isinstance(parallelize_plan, dict):
-        return tensor_parallel.parallelize_module(module, device_mesh, parallelize_plan, src_data_rank=src_data_rank)
-    check_mesh(device_mesh)
-    for style in parallelize_plan.values():
-        if isinstance(style, ExpertParallel):
-            style.set_timeout(device_mesh)
-    check_ranks_agree(lambda: describe_plan(module, device_mesh, parallelize_plan), device_mesh)
-    for key, style in parallelize_plan.items():
-        for submodule in find(module, key).values():
-            tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
-    return module
-
-
-def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
-    """All in which the ranks' models have to agree; raises for what is wrong with the plan or a layer it names."""
-    description: dict[str, Any] = {}
-    owner: dict[int, tuple[str, str]] = {}
-    for key, style in plan.items():
-        found = find(module, key)
-        if not found:
-            names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
-            raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
-        if not isinstance(style, ExpertParallel):
-            continue
-        for name, layer in found.items():
-            layout = style.layout(layer, mesh)
-            first = owner.setdefault(id(layer.experts), (key, name))
-            if first != (key, name):
-                raise ValueError(
-                    f"{name} (by {key!r}) has the experts of {first[1]} (by {first[0]!r}): give each layer its own, "
-                    "and name it by one key"
-                )
-            prefix = f"{name}." if name else ""
-            description.update((prefix + what, value) for what, value in describe(layer, layout).items())
-    return description
-
-
-def find(module: nn.Module, key: str) -> dict[str, nn.Module]:
-    """The submodules by name that a plan key names, each once; each part of the key may hold wildcards."""
-    found = {"": module}
-    for part in key.split(".") if key else ():
-        found = {
-            f"{path}.{name}".lstrip("."): child
-            for path, parent in found.items()
-            for name, child in parent.named_children()
-            if fnmatch(name, part)
-        }
-    first = {id(submodule): name for name, submodule in reversed(found.items())}
-    return {name: submodule for name, submodule in found.items() if first[id(submodule)] == name}
-
-
 def check_group(name: str, group: object) -> dist.ProcessGroup | None:
     """A process group, which may be given as a 1-D mesh."""
     if isinstance(group, DeviceMesh):
@@ -258,53 +188,6 @@ def describe(module: nn.Module, layout: Layout) -> dict[str, Any]:
     settings = {"gradient": layout.gradient, "static_shapes": layout.static_shapes, "debug": layout.debug}
     stacked = sorted(layout.stacked)
     return {"number of experts": layout.dims, "experts": experts, "stacked": stacked, **settings, **tensors}
-
-
-def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """One collective when layers are set up: what is wrong on one rank, or differs, raises on every rank and is named.
-
-    Args:
-        describe: tells everything in which the ranks have to agree, or raises.
-        mesh: the ranks, 1-D.
-    """
-    description, problem = {}, None
-    try:
-        description = describe()
-    except Exception as error:  # raised below, when the others have been told
-        problem = error
-    told = [(description, str(problem or ""))]
-    if mesh.size() > 1:
-        told = gather((description, str(problem or "")), mesh.get_group())
-    if problem is not None:
-        raise problem
-    for rank, (other, message) in enumerate(told):
-        if message:
-            raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
-        for key in sorted(description.keys() | other.keys()):
-            mine, theirs = (d.get(key, "missing") for d in (told[0][0], other))
-            if mine != theirs:
-                raise ValueError(
-                    f"expert parallelism: the ranks' layers differ in {key}: {mine} on rank 0, {theirs} on rank {rank}"
-                )
-
-
-def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Something of every rank, at its place."""
-    told: list[Any] = [None] * group.size()
-    try:
-        dist.all_gather_object(told, value, group=group)
-    except RuntimeError as error:
-        raise RuntimeError(
-            f"expert parallelism: rank {group.rank()} of {group.size()} could not compare its layers with the others': "
-            f"{error}\nAnother rank has raised, is stuck or sets up other layers: look for the first error among them"
-        ) from error
-    return told
-
-
-def default_timeout(group: dist.ProcessGroup) -> timedelta:
-    """What was given to `init_process_group`; groups that a mesh makes do not have it."""
-    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
-    return backend.options._timeout
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
