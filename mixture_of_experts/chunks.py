@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 ENOUGH_EXPERTS, ENOUGH_BYTES = 8, 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
-MOST_PADDING = 1.15  # padded rows for each row: more costs more than a smaller chunk
+MOST_PADDING = 0.15  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
 def chunks_of(counts: list[int], row_bytes: int) -> list[Chunk]:
@@ -36,19 +36,18 @@ def chunks_of(counts: list[int], row_bytes: int) -> list[Chunk]:
         row_bytes: bytes of the widest buffer for one row.
     """
     chunks: list[Chunk] = []
+    enough = ENOUGH_BYTES // row_bytes
     row = start = 0
     while start < len(counts):
         if counts[start] == 0:
             start += 1
             continue
         stop, width, used = start + 1, counts[start], counts[start]
-        while stop < len(counts) and (
-            stop - start < ENOUGH_EXPERTS or (stop - start) * width * row_bytes < ENOUGH_BYTES
-        ):
-            wider = max(width, counts[stop])
-            if wider * (stop + 1 - start) > (used + counts[stop]) * MOST_PADDING:
+        while stop < len(counts) and (stop - start < ENOUGH_EXPERTS or (stop - start) * width < enough):
+            wider, more = max(width, counts[stop]), used + counts[stop]
+            if wider * (stop + 1 - start) - more > MOST_PADDING * max(more, enough):
                 break
-            stop, width, used = stop + 1, wider, used + counts[stop]
+            stop, width, used = stop + 1, wider, more
         chunks.append(Chunk(start, stop, width, row))
         row += (stop - start) * width
         start = stop
