@@ -60,6 +60,10 @@ class StackedExperts(nn.Module):
         x, *weights = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
         return fused_experts(x, plan, self.act, weights[:-1], weights[-1])
 
+    def _stack(self, *sizes: int) -> nn.Parameter:
+        """A parameter for all experts. Zeros touch new pages on all threads; the draw that follows has but one."""
+        return nn.Parameter(torch.zeros(*self.expert_dims, *sizes))
+
     def reset_parameters(self) -> None:
         """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""
         for name, parameter in self.named_parameters(recurse=False):
@@ -126,10 +130,10 @@ class Experts(StackedExperts):
         bias: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, hidden_dim, activation)
-        self.w1 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
-        self.w2 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim, dim))
-        self.b1 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
-        self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
+        self.w1 = self._stack(dim, self.hidden_dim)
+        self.w2 = self._stack(self.hidden_dim, dim)
+        self.b1 = self._stack(self.hidden_dim) if bias else None
+        self.b2 = self._stack(dim) if bias else None
         self.reset_parameters()
 
     def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:
@@ -170,12 +174,12 @@ class GatedExperts(StackedExperts):
         bias: bool = False,
     ) -> None:
         super().__init__(dim, num_experts, hidden_dim, activation)
-        self.w1 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
-        self.w3 = nn.Parameter(torch.empty(*self.expert_dims, dim, self.hidden_dim))
-        self.w2 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim, dim))
-        self.b1 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
-        self.b3 = nn.Parameter(torch.empty(*self.expert_dims, self.hidden_dim)) if bias else None
-        self.b2 = nn.Parameter(torch.empty(*self.expert_dims, dim)) if bias else None
+        self.w1 = self._stack(dim, self.hidden_dim)
+        self.w3 = self._stack(dim, self.hidden_dim)
+        self.w2 = self._stack(self.hidden_dim, dim)
+        self.b1 = self._stack(self.hidden_dim) if bias else None
+        self.b3 = self._stack(self.hidden_dim) if bias else None
+        self.b2 = self._stack(dim) if bias else None
         self.reset_parameters()
 
     def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from einops import rearrange
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
@@ -160,8 +161,7 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
     A key of `num_experts` is in no queue.
     """
-    few = not torch.compiler.is_compiling() and key.numel() * num_experts <= FEW
-    if few or exporting_to_onnx():
+    if statically_known_true(key.numel() * num_experts <= FEW) or exporting_to_onnx():
         return _positions_by_counting(key, num_experts)
     if num_experts < torch.iinfo(torch.int16).max:
         key = key.to(torch.int16)  # a stable sort of int16 is several times faster than one of int64
