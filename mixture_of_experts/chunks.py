@@ -24,16 +24,17 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + (self.stop - self.start) * self.width)
 
 
-ENOUGH_EXPERTS, ENOUGH_BYTES = 8, 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
+ENOUGH_BYTES = 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
 MOST_PADDING = 0.15  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
-def chunks_of(counts: list[int], row_bytes: int) -> list[Chunk]:
-    """Experts in chunks that keep all cores busy and waste few rows on padding; those without rows are in none.
+def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
+    """Experts in chunks that keep all threads busy and waste few rows on padding; those without rows are in none.
 
     Args:
         counts: rows of each expert.
         row_bytes: bytes of the widest buffer for one row.
+        threads: a batched product gives whole experts to each of them, so a chunk has a multiple of that number.
     """
     chunks: list[Chunk] = []
     enough = ENOUGH_BYTES // row_bytes
@@ -43,11 +44,13 @@ def chunks_of(counts: list[int], row_bytes: int) -> list[Chunk]:
             start += 1
             continue
         stop, width, used = start + 1, counts[start], counts[start]
-        while stop < len(counts) and (stop - start < ENOUGH_EXPERTS or (stop - start) * width < enough):
+        while stop < len(counts) and ((stop - start) % threads or (stop - start) * width < enough):
             wider, more = max(width, counts[stop]), used + counts[stop]
             if wider * (stop + 1 - start) - more > MOST_PADDING * max(more, enough):
+                stop = max(stop - (stop - start) % threads, start + 1)
                 break
             stop, width, used = stop + 1, wider, more
+        width = max(counts[start:stop])
         chunks.append(Chunk(start, stop, width, row))
         row += (stop - start) * width
         start = stop
@@ -70,7 +73,7 @@ def lay_out(
 ) -> Layout:
     """The padded layout of rows without gaps; arguments as in `dispatch.Plan`."""
     numbers = counts.tolist()
-    chunks = chunks_of(numbers, hidden_dim * weight.element_size())
+    chunks = chunks_of(numbers, hidden_dim * weight.element_size(), torch.get_num_threads())
     total, rows = sum(numbers), sum((chunk.stop - chunk.start) * chunk.width for chunk in chunks)
     padded = torch.arange(total)
     if rows != total:
