@@ -120,11 +120,12 @@ def rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     over numbers that are in a tensor."""
     out = x.new_empty(x.shape[0], weight.shape[-1])
     start = 0
-    for count, matrix in zip(counts.tolist(), weight.unbind(0), strict=True):
+    for expert, count in enumerate(counts.tolist()):
         if count:
-            torch.mm(x[start : start + count], matrix, out=out[start : start + count])
-        start += count
-    out[start:] = 0
+            torch.mm(x[start : start + count], weight[expert], out=out[start : start + count])
+            start += count
+    if start < x.shape[0]:
+        out[start:] = 0
     return out
 
 
@@ -138,12 +139,12 @@ def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     """The same for the gradient of the weights."""
     out = x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
     start = 0
-    for count, matrix in zip(counts.tolist(), out.unbind(0), strict=True):
+    for expert, count in enumerate(counts.tolist()):
         if count:
-            torch.mm(x[start : start + count].mT, y[start : start + count], out=matrix)
+            torch.mm(x[start : start + count].mT, y[start : start + count], out=out[expert])
+            start += count
         else:
-            matrix.zero_()
-        start += count
+            out[expert] = 0
     return out
 
 
