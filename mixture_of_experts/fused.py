@@ -51,8 +51,9 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     activation = find_activation(act)
     assert activation is not None
     weights = [*first, last]
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    call = Call(plan.choices, plan.num_tokens, activation, keep)
+    few = plan.num_rows <= FEW_ROWS  # with gradients or without: a recomputation must give the same bits
+    keep = not few and torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
+    call = Call(plan.choices, plan.num_tokens, activation, few, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]
 
@@ -63,6 +64,7 @@ class Call(NamedTuple):
     choices: int | None
     num_tokens: int
     activation: Activation
+    few: bool  # whether rows are so few that the forward goes expert by expert
     keep: bool  # whether to keep what the backward reads (else it is computed anew)
 
 
@@ -91,7 +93,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        if not call.keep and assignment.shape[0] <= FEW_ROWS:
+        if call.few:
             return _few_rows(call, *tensors), *(x.new_empty(0) for _ in first)
         layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from compat.paths import DIM, NUM_EXPERTS, ROUTERS
+from compat.paths import DIM, NUM_EXPERTS, ROUTERS, assert_all_close, gradients, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixture_of_experts import Experts, GatedExperts, MoE
+from mixture_of_experts import Experts, GatedExperts, MoE, fused
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, rows_by_rows, rows_by_weights
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
@@ -59,14 +59,18 @@ def test_second_derivatives(counts):
 
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
 @pytest.mark.parametrize("name", ["Top2, policy random", "TopK, expert bias", "ExpertChoice"])
-def test_few_rows_without_gradients(experts, name):
-    """What decoding runs gives what training does, with and without rows for an expert."""
+def test_few_rows(experts, name, monkeypatch):
+    """Few rows, as in decoding, are computed expert by expert: values and gradients are those of chunks."""
     torch.manual_seed(0)
     layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16)).double().eval()
     for shape in [(1, 1), (2, 1), (1, 5), (3, 4), (0, 1), (1, 0)]:
-        x = torch.randn(*shape, DIM, dtype=torch.float64)
-        torch.manual_seed(1)
-        expected = layer(x)
-        torch.manual_seed(1)
-        with torch.no_grad():
-            torch.testing.assert_close(layer(x), expected)
+        x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
+        found = []
+        for few in (fused.FEW_ROWS, -1):
+            monkeypatch.setattr(fused, "FEW_ROWS", few)
+            results = run(layer, x)
+            found.append({"out": results[0], "loss": results[1], **gradients(layer, x, results)})
+        monkeypatch.undo()
+        assert_all_close(*found)
+        with torch.no_grad():  # as a recomputation needs it
+            assert torch.equal(run(layer, x)[0], found[0]["out"])

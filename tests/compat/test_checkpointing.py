@@ -50,6 +50,14 @@ def test_checkpointing_of_routers(router):
     check_both_kinds(layer_with_router(router), *MASKED.inputs())
 
 
+@pytest.mark.parametrize("experts", ["Experts", "GatedExperts"])
+def test_few_tokens(experts):
+    """Few rows take a way of their own, with a graph as without."""
+    path = Path("MoE", experts, "dropless", "plain")
+    check_both_kinds(path.build(), *path.inputs(1, 5))
+    check_recomputed(path.build(), *path.inputs(1, 5))
+
+
 class Recomputed(torch.autograd.Function):
     """Runs a layer without a graph and, in the backward, again with one, as reversible networks do."""
 
