@@ -113,7 +113,8 @@ class Table:
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if self.writes and not session.testsfailed and not hasattr(session.config, "workerinput"):
-            DOCUMENT.write_text(write(DOCUMENT.read_text(), {**self.committed, **self.shown}))
+            text = DOCUMENT.read_text()  # another run may have written its part by now
+            DOCUMENT.write_text(write(text, {**read(text), **self.shown}))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -120,9 +121,9 @@ SOME_PATHS = [
 ]
 
 
-def some_first(paths: list[Path]) -> list:
-    """Parameters of a test that is slow: those of `SOME_PATHS` always, the rest with --slow."""
-    return [path if path in SOME_PATHS else pytest.param(path, marks=pytest.mark.slow) for path in paths]
+def some_first(values: Iterable, some: Sequence = SOME_PATHS) -> list:
+    """Parameters of a test that is slow: those of `some` always, the rest with --slow."""
+    return [value if value in some else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def top2(policy: str, **settings) -> Top2Gating:

@@ -9,7 +9,6 @@ from torch._dynamo import lookup_backend
 from compat.paths import (
     PATHS,
     ROUTERS,
-    SOME_PATHS,
     Path,
     assert_all_close,
     gradients,
@@ -19,7 +18,6 @@ from compat.paths import (
 )
 
 pytestmark = [
-    pytest.mark.slow,  # until the table has their rows
     pytest.mark.usefixtures("fresh_compiler"),
     # torch makes an object of every autograd function that it traces, and warns of that itself
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
@@ -29,6 +27,8 @@ compiler_needed = pytest.mark.skipif(shutil.which("g++") is None, reason="induct
 
 # the second makes length and batch dynamic, all others must fit that graph: short and long, and with every queue full
 SHAPES = [(2, 10), (3, 13), (2, 7), (5, 40), (3, 2), (2, 10)]
+PLAIN = [path for path in PATHS if path.variant == "plain"]
+QUICK = [path for path in PLAIN if str(path) in ("MoE-Experts-capacity-plain", "MoE-GatedExperts-dropless-plain")]
 TRACED = "`torch.compile(fullgraph=True)`, forward and backward, "
 
 
@@ -51,12 +51,12 @@ def compare(layer, compiled, x, mask, **tolerance):
     assert_all_close(gradients(layer, x, actual), gradients(layer, x, expected), **tolerance)
 
 
-def check_lengths(path, layer, backend):
+def check_lengths(path, layer, backend, graphs=2):
     """Equal to eager at every shape, by two graphs; by a graph for each with group_size, which searches a divisor."""
     compiled = torch.compile(layer, fullgraph=True, backend=backend)
     for shape in SHAPES[:2] if path.variant == "grouped" else SHAPES:
         compare(layer, compiled, *path.inputs(*shape))
-    assert len(backend.graphs) == 2
+    assert len(backend.graphs) == graphs
 
 
 @pytest.mark.feature(
@@ -73,15 +73,53 @@ def test_eval(path):
     check_lengths(path, path.build().eval(), Counting())
 
 
-@pytest.mark.feature(TRACED + "in training: two graphs for all lengths")
-@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.feature(TRACED + "`dynamic=True`: one graph for all lengths (with `group_size`: one each)")
+@pytest.mark.parametrize("path", some_first(PATHS, QUICK), ids=str)
+def test_dynamic(path):
+    layer, backend = path.build(), Counting()
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend=backend)
+    shapes = SHAPES[:2] if path.variant == "grouped" else SHAPES
+    for shape in shapes:
+        compare(layer, compiled, *path.inputs(*shape))
+    assert len(backend.graphs) == (len(shapes) if path.variant == "grouped" else 1)
+
+
+@pytest.mark.feature(TRACED + "bfloat16, float16, float64 modules and autocast to bfloat16 (plain)")
+@pytest.mark.parametrize("path", some_first(PLAIN, QUICK), ids=str)
+@pytest.mark.parametrize("dtype", some_first(["bfloat16", "float16", "float64", "autocast"], ["bfloat16"]))
+def test_dtypes(path, dtype):
+    autocast = dtype == "autocast"
+    dtype = torch.float32 if autocast else getattr(torch, dtype)
+    layer = path.build().to(dtype)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        x, mask = path.inputs(dtype=dtype)
+        tolerance = {} if dtype == torch.float64 else dict(rtol=2e-2, atol=2e-2)
+        compare(layer, compiled, x, mask, **tolerance)
+
+
+@pytest.mark.parametrize("router", ["Top2, policy random", "ExpertChoice"])
+def test_another_capacity_factor(router):
+    """A float that differs between two layers becomes a symbol, from which no size can be computed."""
+    path = Path("MoE", "Experts", "capacity", "plain")
+    for factor in (1.0, 1.5, 0.75):
+        layer = layer_with_router(router)
+        names = [name for name in dir(layer.gate) if name in ("capacity_factor", "capacity_factor_train")]
+        setattr(layer.gate, names[-1], factor)
+        compare(layer, torch.compile(layer, fullgraph=True, backend="aot_eager"), *path.inputs())
+
+
+@pytest.mark.feature(TRACED + "in training: two graphs for all lengths (one more if a capacity is a single slot)")
+@pytest.mark.parametrize("router", some_first(ROUTERS, ["TopK, expert bias", "ExpertChoice"]))
 def test_routers(router):
     path = Path("MoE", "Experts", "dropless", "masked")
-    check_lengths(path, layer_with_router(router), Counting())
+    graphs = 3 if router == "ExpertChoice" else 2  # two tokens make a capacity of one, and a size of one broadcasts
+    check_lengths(path, layer_with_router(router), Counting(), graphs)
 
 
-@pytest.mark.feature(TRACED + "with inductor")
-@pytest.mark.parametrize("path", some_first(SOME_PATHS[:2]), ids=str)
+@pytest.mark.feature(TRACED + "with inductor (plain)")
+@pytest.mark.parametrize("path", some_first(PLAIN, QUICK), ids=str)
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of what torch itself imports
 @compiler_needed
 def test_inductor(path):
     layer = path.build()
