@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 ENOUGH_BYTES = 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
-MOST_PADDING = 0.15  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
+MOST_PADDING = 0.05  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
 def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:

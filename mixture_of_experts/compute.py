@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.dispatch import Plan, combine, compose, dispatch, plan
+from mixture_of_experts.dispatch import Decision, Plan, combine, dispatch, plan
 from mixture_of_experts.groups import group_shape
 from mixture_of_experts.routing import Routing
 
@@ -21,16 +20,11 @@ from mixture_of_experts.routing import Routing
 def compute(experts: nn.Module, groups: Tensor, levels: Sequence[Routing]) -> Tensor:
     """Dispatch the tokens `(b, n, d)` to the experts' rows, run the experts, and combine: `(t, d)`."""
     x = groups.flatten(0, 1)
+    decision = Decision(levels)
     if takes_tokens(experts, x):
-        # as a function: FSDP2's mixed precision casts the tensors it finds in arguments, weights of routers too
-        return experts(x, plan=partial(make_plan, levels, ragged=True))
-    where = make_plan(levels, ragged=prefers_rows(experts, x, levels))
+        return experts(x, decision=decision)
+    where = decision.plan(ragged=prefers_rows(experts, x, levels))
     return combine(run(experts, dispatch(x, where), where), where)
-
-
-def make_plan(levels: Sequence[Routing], ragged: bool) -> Plan:
-    """Plan of one level or two."""
-    return compose(*levels, ragged=ragged) if len(levels) == 2 else plan(*levels, ragged=ragged)
 
 
 def takes_tokens(experts: nn.Module, x: Tensor) -> bool:

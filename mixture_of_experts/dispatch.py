@@ -11,6 +11,7 @@ writes meet, so every run gives the same bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,20 @@ class Plan:
     def row_weight(self) -> Tensor:
         """`(r,)` the weight of each row, 0 where it is empty."""
         return _with_zero(self.weight)[self.assignment]
+
+
+class Decision:
+    """What the gates of all levels decided, for experts that do dispatch and combine themselves.
+
+    An object and not tensors: FSDP2's mixed precision casts the tensors it finds in arguments, weights of routers too.
+    """
+
+    def __init__(self, levels: Sequence[Routing]) -> None:
+        self.levels = levels
+
+    def plan(self, *, ragged: bool = False) -> Plan:
+        """Plan of one level or two."""
+        return compose(*self.levels, ragged=ragged) if len(self.levels) == 2 else plan(*self.levels, ragged=ragged)
 
 
 def plan(routing: Routing, *, ragged: bool = False) -> Plan:

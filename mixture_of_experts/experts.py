@@ -4,7 +4,7 @@ Axes: e experts (one or two dimensions, `*e`), s slots of an expert, r rows sort
 
 Every kind of experts maps slots `(*e, s, d)` to the same shape. Those that also take `(rows, counts)`, rows sorted by
 expert and the number of each expert's, say so by a method `prefers_rows`; those that take the tokens of a whole call
-and a function that makes its plan, `(x, plan=plan)`, by a method `takes_tokens`.
+and what its gates decided, `(x, decision=decision)`, by a method `takes_tokens`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.checks import check_size, check_sizes
-from mixture_of_experts.dispatch import Plan, combine, dispatch
+from mixture_of_experts.dispatch import Decision, combine, dispatch
+from mixture_of_experts.few import few_rows, is_few, is_wrapped
 from mixture_of_experts.fused import fused_experts, takes
 from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 from mixture_of_experts.groups import own
@@ -54,11 +55,14 @@ class StackedExperts(nn.Module):
         """
         return self.b1 is None and takes(x, self.act)
 
-    def _whole_call(self, x: Tensor, plan: Plan, first: list[Tensor], last: Tensor) -> Tensor:
+    def _whole_call(self, x: Tensor, decision: Decision, first: list[Tensor], last: Tensor) -> Tensor:
         if not all(type(weight) in (Tensor, nn.Parameter) for weight in (*first, last)):
+            plan = decision.plan(ragged=True)
             return combine(self.forward(dispatch(x, plan), plan.counts), plan)
-        x, *weights = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
-        return fused_experts(x, plan, self.act, weights[:-1], weights[-1])
+        x, *first, last = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
+        if not self.training and is_few(decision.levels, x, (*first, last)):
+            return few_rows(x, decision.levels[0], self.act, first, last)
+        return fused_experts(x, decision.plan(ragged=True), self.act, first, last)
 
     def _stack(self, *sizes: int) -> nn.Parameter:
         """A parameter for all experts. Zeros touch new pages on all threads; the draw that follows has but one."""
@@ -136,9 +140,9 @@ class Experts(StackedExperts):
         self.b2 = self._stack(dim) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:
-        if plan is not None:
-            return self._whole_call(x, plan(), [self.w1], self.w2)
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, decision: Decision | None = None) -> Tensor:
+        if decision is not None:
+            return self._whole_call(x, decision, [self.w1], self.w2)
         x = self._enter(x, counts)
         hidden = self.act(self._product(x, self.w1, self.b1, counts))
         return self._product(hidden, self.w2, self.b2, counts)
@@ -182,9 +186,9 @@ class GatedExperts(StackedExperts):
         self.b2 = self._stack(dim) if bias else None
         self.reset_parameters()
 
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, plan: Callable[[], Plan] | None = None) -> Tensor:
-        if plan is not None:
-            return self._whole_call(x, plan(), [self.w1, self.w3], self.w2)
+    def forward(self, x: Tensor, counts: Tensor | None = None, *, decision: Decision | None = None) -> Tensor:
+        if decision is not None:
+            return self._whole_call(x, decision, [self.w1, self.w3], self.w2)
         x = self._enter(x, counts)
         gate = self.act(self._product(x, self.w1, self.b1, counts))
         hidden = gate * self._product(x, self.w3, self.b3, counts)
@@ -218,22 +222,30 @@ class ExpertList(nn.ModuleList):
         return len(self)
 
     def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
-        """Rows are used only where slots would be n for each expert, and their numbers can be read."""
-        mapped = torch._C._functorch.maybe_current_level() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        parameter = next(self.parameters(), None)
-        meta = parameter is not None and parameter.is_meta
-        return dropless and not (torch.compiler.is_compiling() or mapped or meta)
+        """Rows are used only where slots would be n for each expert, and not while a graph is traced."""
+        return dropless and not torch.compiler.is_compiling()
 
     def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         if counts is not None:
-            parts = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
-            results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
-            return torch.cat([*results, torch.zeros_like(parts[-1], dtype=results[0].dtype)])
+            return self._on_all_rows(x, counts) if counts.is_meta or is_wrapped(counts) else self._on_rows(x, counts)
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
         results = torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))])
         return own(results, x.shape)
+
+    def _on_rows(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Every module on its own rows."""
+        parts = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+        results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
+        return torch.cat([*results, torch.zeros_like(parts[-1], dtype=results[0].dtype)])
+
+    def _on_all_rows(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Every module on all rows, of which its own are kept: where numbers cannot be read (vmap, the meta device)."""
+        row, stop = torch.arange(x.shape[0], device=x.device), counts.cumsum(0)
+        mine = (row >= (stop - counts).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
+        results = [torch.where(its.unsqueeze(-1), self._run(i, x), 0) for i, its in enumerate(mine.unbind(0))]
+        return sum(results[1:], results[0])
 
     def _run(self, index: int, x: Tensor) -> Tensor:
         result = self[index](x)

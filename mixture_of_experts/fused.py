@@ -24,10 +24,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.activations import Activation, find_activation
 from mixture_of_experts.chunks import Buffers, Chunk, Layout, lay_out
-from mixture_of_experts.dispatch import Plan, combine, dispatch, read_rows, sum_rows
+from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
-
-FEW_ROWS = 32
 
 
 def takes(x: Tensor, act: nn.Module) -> bool:
@@ -51,9 +49,8 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     activation = find_activation(act)
     assert activation is not None
     weights = [*first, last]
-    few = plan.num_rows <= FEW_ROWS  # with gradients or without: a recomputation must give the same bits
-    keep = not few and torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    call = Call(plan.choices, plan.num_tokens, activation, few, keep)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
+    call = Call(plan.choices, plan.num_tokens, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]
 
@@ -64,7 +61,6 @@ class Call(NamedTuple):
     choices: int | None
     num_tokens: int
     activation: Activation
-    few: bool  # whether rows are so few that the forward goes expert by expert
     keep: bool  # whether to keep what the backward reads (else it is computed anew)
 
 
@@ -93,8 +89,6 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        if call.few:
-            return _few_rows(call, *tensors), *(x.new_empty(0) for _ in first)
         layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
@@ -279,40 +273,14 @@ def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_
     return [grad, grad_up]
 
 
-def _few_rows(call: Call, x, weight, row, assignment, token, counts, *weights) -> Tensor:
-    """The tokens' outputs, expert by expert: a few rows, as in decoding, cost less than the tables of a layout."""
-    *first, last = weights
-    tokens = read_rows(x, token)
-    y = x.new_zeros(tokens.shape[0] + 1, last.shape[-1])
-    start = 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            rows = tokens[start : start + count]
-            hidden = call.activation.function(rows @ first[0][expert])
-            for matrix in first[1:]:
-                hidden = hidden * (rows @ matrix[expert])
-            torch.mm(hidden, last[expert], out=y[start : start + count])
-            start += count
-    if call.choices is None:
-        row_weight = torch.cat([weight, weight.new_zeros(1)])[assignment]
-        return sum_rows(y[:-1], row_weight, token, row, None, call.num_tokens)
-    return _sum_choices(call, y, weight, row)
-
-
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Each token's weighted sum of padded rows `(rows + 1, d)`, the last of which is zeros."""
     if call.choices is None:
         token = torch.where(layout.empty, call.num_tokens, layout.token)
         return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.num_tokens)
-    return _sum_choices(call, rows, weight, layout.row)
-
-
-def _sum_choices(call: Call, rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
-    """The same for tokens with a list of choices, of rows in any order."""
-    assert call.choices is not None
     if rows.dtype != weight.dtype:  # the sum is taken in float32
-        return sum_rows(rows, weight, None, row, call.choices, call.num_tokens)
-    table = row.view(call.num_tokens, call.choices)
+        return sum_rows(rows, weight, None, layout.row, call.choices, call.num_tokens)
+    table = layout.row.view(call.num_tokens, call.choices)
     weights = weight.view(call.num_tokens, call.choices)
     return F.embedding_bag(table, rows, per_sample_weights=weights, mode="sum")
 

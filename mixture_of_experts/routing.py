@@ -143,6 +143,9 @@ def queue_positions(
         `(..., n, k)` int64 positions, and `(..., e)` int64 lengths.
     """
     key = torch.where(chosen, expert, num_experts)
+    if statically_known_true(key.shape[-2] == 1):  # in every order a single token's choices come one after the other
+        slot, queued = _positions(key.squeeze(-2), num_experts)
+        return slot.unsqueeze(-2), queued
     order = key
     if priority == "score":
         assert score is not None

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from compat.paths import DIM, NUM_EXPERTS, ROUTERS, assert_all_close, gradients, run
+from compat.paths import DIM, NUM_EXPERTS, ROUTERS, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mixture_of_experts import Experts, GatedExperts, MoE, fused
+from mixture_of_experts import Experts, GatedExperts, MoE
+from mixture_of_experts.few import few_rows
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, rows_by_rows, rows_by_weights
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
@@ -57,20 +58,42 @@ def test_second_derivatives(counts):
     assert torch.autograd.gradgradcheck(lambda x, weight: expert_matmul(x, weight, counts), inputs)
 
 
+@pytest.mark.parametrize("pairs", [[1, 1], [2, 0, 2, 1], [1, 0, 0, 1, 0, 1], [3, 3, 1, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_pairs(pairs, dtype):
+    """Experts with equally many rows, wherever they stand, are one product."""
+    x, weight, counts = operands(pairs, dtype=dtype)
+    torch.testing.assert_close(rows_by_weights(x, weight, counts), by_loop(x, weight, counts))
+    transposed = weight.mT.contiguous().mT
+    torch.testing.assert_close(rows_by_weights(x.mT.contiguous().mT, transposed, counts), by_loop(x, weight, counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
-@pytest.mark.parametrize("name", ["Top2, policy random", "TopK, expert bias", "ExpertChoice"])
-def test_few_rows(experts, name, monkeypatch):
-    """Few rows, as in decoding, are computed expert by expert: values and gradients are those of chunks."""
+@pytest.mark.parametrize("name", ROUTERS)
+def test_few_rows(experts, name, dtype, monkeypatch):
+    """Few rows in inference are computed without a plan: what comes out is that of the plan."""
     torch.manual_seed(0)
-    layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16)).double().eval()
+    layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16)).to(dtype).eval()
+    taken = []
+    monkeypatch.setattr("mixture_of_experts.experts.few_rows", lambda *args: taken.append(args) or few_rows(*args))
+    tolerance = {} if dtype != torch.bfloat16 else dict(rtol=2e-2, atol=1e-2)
     for shape in [(1, 1), (2, 1), (1, 5), (3, 4), (0, 1), (1, 0)]:
-        x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
-        found = []
-        for few in (fused.FEW_ROWS, -1):
-            monkeypatch.setattr(fused, "FEW_ROWS", few)
-            results = run(layer, x)
-            found.append({"out": results[0], "loss": results[1], **gradients(layer, x, results)})
-        monkeypatch.undo()
-        assert_all_close(*found)
-        with torch.no_grad():  # as a recomputation needs it
-            assert torch.equal(run(layer, x)[0], found[0]["out"])
+        x = torch.randn(*shape, DIM, dtype=dtype)
+        mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
+        for masked in (None, mask):
+            expected = run(layer, x, masked)
+            with torch.no_grad():
+                torch.testing.assert_close(run(layer, x, masked), expected, **tolerance)
+    assert len(taken) == (0 if name == "ExpertChoice" else 12)
+
+
+@pytest.mark.parametrize("experts", [Experts, GatedExperts])
+def test_few_rows_of_an_ensemble(experts):
+    """Numbers cannot be read under vmap: there the plan serves few rows too."""
+    layers = [MoE(DIM, NUM_EXPERTS, experts=experts(DIM, NUM_EXPERTS, 16), second_policy_eval="all") for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state([layer.eval() for layer in layers])
+    x = torch.randn(1, 2, DIM)
+    with torch.no_grad():
+        out, _ = torch.vmap(lambda state: torch.func.functional_call(layers[0], state, (x,)))(stacked)
+        torch.testing.assert_close(out, torch.stack([layer(x)[0] for layer in layers]))

@@ -219,13 +219,14 @@ class TokenChoiceGate(Gate):
             kept = kept & (slot < limit[..., None, None])
         elif capacity is not None:
             kept = kept & (slot < capacity)
-        weight = torch.where(kept.flatten(-2), weight.flatten(-2), 0.0)  # not a view, of which FSDP2 warns
+        kept = kept.flatten(-2)
+        weight = torch.where(kept, weight.flatten(-2), 0.0)  # not a view, of which FSDP2 warns
         token = torch.arange(tokens.num_tokens, device=expert.device).unsqueeze(-1).expand_as(expert)
         return Routing(
             token=token.flatten(-2),
             expert=expert.flatten(-2),
             slot=slot.flatten(-2),
-            kept=kept.flatten(-2),
+            kept=kept,
             weight=weight,
             probs=probs,
             balance_loss=balance_loss,
