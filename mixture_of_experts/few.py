@@ -38,8 +38,8 @@ def few_rows(
     x: Tensor, routing: Routing, activation: Callable[[Tensor], Tensor], first: Sequence[Tensor], last: Tensor
 ) -> Tensor:
     """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)`; weights as for `fused_experts`."""
-    expert, weight = routing.expert.flatten().tolist(), routing.weight.flatten()
-    kept = [a for a, value in enumerate(weight.tolist()) if value]
+    expert, weight = routing.expert.flatten().tolist(), routing.weight.flatten().tolist()
+    kept = [a for a, value in enumerate(weight) if value]
     order = sorted(kept, key=expert.__getitem__)
     if not order:
         return torch.zeros_like(x)
@@ -50,9 +50,9 @@ def few_rows(
     hidden = activation(product_by_expert(rows, first[0], used))
     for matrix in first[1:]:
         hidden = hidden * product_by_expert(rows, matrix, used)
-    y = product_by_expert(hidden, last, used).to(weight.dtype)  # the sum is taken in float32
-    weight = weight[order]
+    y = product_by_expert(hidden, last, used).to(routing.weight.dtype)  # the sum is taken in float32
+    row_weight = torch.tensor([[weight[a] for a in order]], dtype=y.dtype)
     if len(x) == 1:
-        return (weight @ y).unsqueeze(0).to(x.dtype)
+        return (row_weight @ y).to(x.dtype)
     out = y.new_zeros(len(x), y.shape[-1])
-    return out.index_add_(0, torch.tensor(token), y * weight.unsqueeze(-1)).to(x.dtype)
+    return out.index_add_(0, torch.tensor(token), y * row_weight.mT).to(x.dtype)

@@ -143,23 +143,20 @@ class Top2Gating(TokenChoiceGate):
         # the first choice, and the second among what it leaves (a token without a first choice leaves all)
         expert_1 = probs.detach().argmax(dim=-1, keepdim=True)
         rest = self._without_first(probs.detach(), expert_1, tokens.first)
-        expert = torch.cat([expert_1, rest.argmax(dim=-1, keepdim=True)], dim=-1)
-        gate = probs.gather(-1, expert)
-        gate = torch.where(self._counts(expert, tokens.first), gate, 0.0)
-        gate = gate / (gate.sum(dim=-1, keepdim=True) + self.eps)
+        expert_2 = rest.argmax(dim=-1, keepdim=True)
+        expert = torch.cat([expert_1, expert_2], dim=-1)
+        p_1, p_2 = probs.gather(-1, expert_1), probs.gather(-1, expert_2)
+        gate = self._gates(p_1, p_2, expert_1 != expert_2, tokens.first)
 
         # logsumexp(logits) = logit - log p of any expert: read at the largest it costs no pass over all
-        log_total = logits.gather(-1, expert_1) - probs.gather(-1, expert_1).log()
+        log_total = logits.gather(-1, expert_1) - p_1.log()
         parts = self._losses(tokens, probs, expert)
-        first, second = tokens.first, self._policy(gate[..., 1].detach())
-        chosen = [torch.ones_like(second) if first is None else first]
-        chosen += [second if tokens.some is None else second & tokens.some]
         return self.route(
             tokens,
             probs,
             expert,
             gate,
-            chosen=torch.stack(chosen, dim=-1),
+            chosen=self._chosen(gate[..., 1].detach(), tokens),
             balance_loss=parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"],
             z_loss=losses.mean_square(log_total.squeeze(-1), tokens.first, self.process_group),
             losses=parts,
@@ -173,21 +170,26 @@ class Top2Gating(TokenChoiceGate):
             torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first[..., None]), 0.0, probs
         )
 
-    def _counts(self, expert: Tensor, first: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)` bool: choices with a gate: first ones that are made, second ones of another expert.
+    def _gates(self, p_1: Tensor, p_2: Tensor, other: Tensor, first: Tensor | None) -> Tensor:
+        """`(..., b, n, 2)` normalised gates: of first choices that are made, and of second ones of another expert.
 
         Where all that the first choice leaves is exactly 0, the second falls on the same expert, with a gate of 0.
         """
-        other = expert[..., 0] != expert[..., 1]
-        if first is None:
-            return torch.stack([torch.ones_like(other), other], dim=-1)
-        return torch.stack([first, other | ~first], dim=-1)
+        if first is not None:
+            first = first.unsqueeze(-1)
+            p_1, other = torch.where(first, p_1, 0.0), other | ~first
+        p_2 = torch.where(other, p_2, 0.0)
+        return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
-    def _policy(self, gate: Tensor) -> Tensor:
-        """`(..., b, n)` bool: the second choices that the policy of the present mode keeps."""
-        if self.training:
-            return POLICIES[self.second_policy_train](gate, self.second_threshold_train, self.eps)
-        return POLICIES[self.second_policy_eval](gate, self.second_threshold_eval, self.eps)
+    def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, 2)` bool: the choices that importance and the policy of the present mode leave; None if all."""
+        mode = "train" if self.training else "eval"
+        policy, threshold = getattr(self, f"second_policy_{mode}"), getattr(self, f"second_threshold_{mode}")
+        if policy == "all" and tokens.first is None:
+            return None
+        second = POLICIES[policy](gate, threshold, self.eps)
+        first = torch.ones_like(second) if tokens.first is None else tokens.first
+        return torch.stack([first, second if tokens.some is None else second & tokens.some], dim=-1)
 
     def _losses(self, tokens: Tokens, probs: Tensor, expert: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
