@@ -136,6 +136,7 @@ def training() -> list[Case]:
     cases = []
     for b, n, d, e, ordinary, huge, published in TRAINING:
         figures = [Figure("layer", "products", ordinary, huge), Figure("layer", "0.2.3", published)]
+        figures += [Figure("layer", "router + products"), Figure("layer", "floor"), Figure("floor", "0.2.3")]
         headline = (d, e) in ((512, 16), (256, 64))
         if n == 8192:
             figures.append(Figure("layer", "0.2.3", 0.15, 0.15, "memory"))

@@ -22,6 +22,7 @@ BUILDERS: dict[str, Builder] = {
     "layer compiled": layer.compiled,
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,
+    "floor": yardsticks.floor,
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
     "loop": rivals.loop,

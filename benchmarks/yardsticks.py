@@ -63,6 +63,30 @@ def router_and_products(case: Case, weights: Weights, inputs: Inputs) -> Contest
     return Contestant("router + products", step, case, None, [slots, x], parameters, note)
 
 
+@torch.no_grad()
+def floor(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """The least that a training step can do: its arithmetic where memory is there already, new gradients of weights."""
+    filled, (e, s, d) = slots_like(case)
+    w1, w2 = (nn.Parameter(w.view(e, *w.shape[-2:])) for w in (weights.w1, weights.w2))
+    slots, grad = filled.x, filled.grad
+    pre, hidden, grad_hidden = (slots.new_empty(e, s, case.h) for _ in range(3))
+    out, grad_slots = torch.empty_like(slots), torch.empty_like(slots)
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.bmm(slots, w1, out=pre)
+        torch.ops.aten.gelu.out(pre, out=hidden)
+        torch.bmm(hidden, w2, out=out)
+        torch.bmm(grad, w2.mT, out=grad_hidden)
+        w2.grad = torch.bmm(hidden.mT, grad)
+        torch.ops.aten.gelu_backward.grad_input(grad_hidden, pre, grad_input=grad_hidden)
+        w1.grad = torch.bmm(slots.mT, grad_hidden)
+        torch.bmm(grad_hidden, w1.mT, out=grad_slots)
+
+    note = f"six bmm, gelu and its gradient on {e} x {s} x {d} slots, into buffers but for the weights' gradients"
+    return Contestant("floor", step, case, parameters=[w1, w2], note=note)
+
+
 def dense(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     """One FFN of the same width over the same number of rows."""
     filled, (e, s, d) = slots_like(case)
