@@ -31,7 +31,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--half", choices=HALVES, help="ordinary or huge pages only")
     made.add_argument("--count", action="store_true", help="FLOPs, bytes kept, page faults and peak memory instead")
     made.add_argument("--list", action="store_true", help="print the cases and stop")
-    made.add_argument("--json", metavar="FILE", help="save everything")
+    made.add_argument("--json", metavar="FILE", help="save everything; a file's other cases stay")
     made.add_argument("--plot", metavar="FILE", help="save the picture (needs matplotlib)")
     made.add_argument("--published", metavar="FOLDER", help="where mixture-of-experts 0.2.3 lies")
     made.add_argument("--st-moe", metavar="FOLDER", help="where st-moe-pytorch lies")
@@ -84,13 +84,24 @@ def parent(options: argparse.Namespace, arguments: list[str]) -> int:
     return save(result, options)
 
 
+def joined(result: dict, path: Path) -> dict:
+    """The result with the file's earlier records of other cases and halves, if they are of the same machine."""
+    earlier = json.loads(path.read_text()) if path.exists() else None
+    if earlier is None or {**earlier["machine"], "date": ""} != {**result["machine"], "date": ""}:
+        return result
+    new = {(record["case"]["name"], record["half"]) for record in result["records"]}
+    kept = [record for record in earlier["records"] if (record["case"]["name"], record["half"]) not in new]
+    return result | {"records": kept + result["records"], "counts": result["counts"] or earlier["counts"]}
+
+
 def save(result: dict, options: argparse.Namespace) -> int:
+    whole = joined(result, Path(options.json)) if options.json else result
     if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=1))
+        Path(options.json).write_text(json.dumps(whole, indent=1))
     if options.plot:
         from benchmarks.plot import draw
 
-        draw(result, options.plot)
+        draw(whole, options.plot)
     if result["records"]:
         from benchmarks.report import summary
 

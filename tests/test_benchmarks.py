@@ -59,6 +59,21 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert drawn.exists() == ("--plot" in arguments)
 
 
+def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
+    """A later run replaces its own cases and leaves the others, unless they are of another machine."""
+
+    def result(processor: str, *names: str) -> dict:
+        records = [{"case": {"name": name}, "half": "ordinary", "by": processor} for name in names]
+        return {"machine": {"processor": processor, "date": ""}, "records": records, "counts": []}
+
+    path = tmp_path / "result.json"
+    assert command.joined(result("a", "one"), path) == result("a", "one")
+    path.write_text(json.dumps(result("a", "one", "two")))
+    both = command.joined(result("a", "two", "three"), path)
+    assert [record["case"]["name"] for record in both["records"]] == ["one", "two", "three"]
+    assert command.joined(result("b", "two"), path) == result("b", "two")
+
+
 @pytest.mark.parametrize("name", sorted(TOYS))
 def test_the_layer_computes_what_the_plain_loop_computes(name: str) -> None:
     contestants = entered(name, "layer", "loop")
