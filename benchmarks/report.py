@@ -1,8 +1,14 @@
-"""What is printed: one block a case, then the figures with their targets."""
+"""What is printed: one block a case, then the figures with their targets.
+
+`python -m benchmarks.report result.json` prints the figures of a saved result as a table for the docs.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def heading(machine: dict) -> str:
@@ -70,3 +76,28 @@ def summary(records: Iterable[dict]) -> str:
         where = f"{record['case']['name']}, {pages(record['half'])}"
         lines += [f"  {where:52} {figure_line(figure)}" for figure in record["figures"]]
     return "\n".join(lines)
+
+
+def markdown(records: Iterable[dict]) -> str:
+    """A row for each figure: its value on ordinary and on huge pages (in parentheses where it does not count)."""
+    rows: dict[tuple[str, str], dict[str, dict]] = {}
+    for record in records:
+        for figure in record["figures"]:
+            rows.setdefault((record["case"]["name"], figure["label"]), {})[record["half"]] = figure
+    lines = ["| case | ratio | ordinary pages | huge pages | at most |", "|---|---|---:|---:|---:|"]
+    for (name, label), halves in rows.items():
+        ordinary, huge = (cell(halves.get(half)) for half in ("ordinary", "huge"))
+        limits = [figure["target"] for figure in halves.values() if figure["target"] is not None]
+        most = " / ".join(f"{limit:.2f}" for limit in dict.fromkeys(limits))
+        lines.append(f"| {name} | {label} | {ordinary} | {huge} | {most} |")
+    return "\n".join(lines)
+
+
+def cell(figure: dict | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure['value']:.2f}" if figure["valid"] else f"({figure['value']:.2f})"
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text())["records"]))

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counting, counts, field, problem, timing  # noqa: E402
+from benchmarks import counting, counts, field, problem, report, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
@@ -57,6 +57,8 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert len(record["contestants"]["layer"]["seconds"]) == 2
     assert not record["figures"][0]["valid"], "two rounds are too few for a figure to count"
     assert drawn.exists() == ("--plot" in arguments)
+    table = report.markdown(result["records"])
+    assert f"| toy/train | layer ÷ products | ({record['figures'][0]['value']:.2f}) |  |  |" in table
 
 
 def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
