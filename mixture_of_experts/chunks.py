@@ -74,24 +74,25 @@ def lay_out(
     """The padded layout of rows without gaps; arguments as in `dispatch.Plan`."""
     numbers = counts.tolist()
     chunks = chunks_of(numbers, hidden_dim * weight.element_size(), torch.get_num_threads())
+    device = counts.device  # not whatever `torch.set_default_device` says
     total, rows = sum(numbers), sum((chunk.stop - chunk.start) * chunk.width for chunk in chunks)
-    padded = torch.arange(total)
+    padded = torch.arange(total, device=device)
     if rows != total:
         first = [0] * len(numbers)  # padded row of each expert's first row
         for chunk in chunks:
             first[chunk.start : chunk.stop] = range(chunk.row, chunk.rows.stop, chunk.width)
-        shift = torch.tensor(first) - (counts.cumsum(0) - counts)
+        shift = torch.tensor(first, device=device) - (counts.cumsum(0) - counts)
         padded = padded + torch.repeat_interleave(shift, counts, output_size=total)
 
-    table = torch.full((assignment.shape[0] + 1,), rows)
+    table = torch.full((assignment.shape[0] + 1,), rows, device=device)
     table[:total] = padded
     filled = token[:total] < num_tokens
     return Layout(
         chunks,
         rows,
         row=table.index_select(0, row),
-        token=torch.zeros(rows, dtype=torch.int64).index_copy_(0, padded, torch.where(filled, token[:total], 0)),
-        empty=torch.ones(rows, dtype=torch.bool).index_copy_(0, padded, ~filled),
+        token=token.new_zeros(rows).index_copy_(0, padded, torch.where(filled, token[:total], 0)),
+        empty=filled.new_ones(rows).index_copy_(0, padded, ~filled),
         weight=weight.new_zeros(rows).index_copy_(
             0, padded, torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
         ),

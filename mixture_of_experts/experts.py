@@ -20,10 +20,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.checks import check_size, check_sizes
 from mixture_of_experts.dispatch import Decision, combine, dispatch
-from mixture_of_experts.few import few_rows, is_few, is_wrapped
+from mixture_of_experts.few import few_rows, is_few
 from mixture_of_experts.fused import fused_experts, takes
 from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 from mixture_of_experts.groups import own
+from mixture_of_experts.routing import is_wrapped
 
 Activation = Callable[..., Any]  # a class or factory of modules, a module, or a function of a tensor
 
@@ -199,7 +200,8 @@ class ExpertList(nn.ModuleList):
     """Any modules that map `(n, d)` to `(n, d)` as experts; of a grid of experts the list is outer-major.
 
     With slots (limited capacity) empty slots reach the modules as zeros. Dropless, every module gets just its own
-    rows, at the price of one host sync to learn their numbers (not while a graph is traced: then slots again).
+    rows, at the price of one host sync to learn their numbers. Where those cannot be read (transforms of `torch.func`,
+    the meta device) it gets all rows, and while a graph is traced slots again.
 
     Args:
         experts: the modules, one for each expert.
@@ -241,7 +243,7 @@ class ExpertList(nn.ModuleList):
         return torch.cat([*results, torch.zeros_like(parts[-1], dtype=results[0].dtype)])
 
     def _on_all_rows(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Every module on all rows, of which its own are kept: where numbers cannot be read (vmap, the meta device)."""
+        """Every module on all rows, of which its own are kept: where numbers cannot be read."""
         row, stop = torch.arange(x.shape[0], device=x.device), counts.cumsum(0)
         mine = (row >= (stop - counts).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
         results = [torch.where(its.unsqueeze(-1), self._run(i, x), 0) for i, its in enumerate(mine.unbind(0))]

@@ -3,20 +3,21 @@
 Axes: t tokens, a assignments, r rows (sorted by expert), d model dim, h hidden dim.
 
 One token's products take less time than the tables that a `Plan` is made of, so numbers are read to the host and the
-rest is lists. Without gradients and in eval mode only: what a training step recomputes must take the way of its forward
-to the last bit.
+rest is lists. Without gradients and in eval mode only: a recomputation in training must take the way of its forward, to
+the last bit.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixture_of_experts.activations import find_activation
 from mixture_of_experts.grouped import product_by_expert
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.routing import Routing, is_wrapped
 
 FEW_ROWS = 32
 
@@ -29,30 +30,27 @@ def is_few(levels: Sequence[Routing], x: Tensor, weights: Sequence[Tensor]) -> b
     return not any(is_wrapped(tensor) for tensor in (x, routing.expert, routing.weight, *weights))
 
 
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors, or for one that is differentiated: under vmap and other transforms."""
-    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
+def few_rows(x: Tensor, routing: Routing, act: nn.Module, first: Sequence[Tensor], last: Tensor) -> Tensor:
+    """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)` for which `is_few` holds.
 
-
-def few_rows(
-    x: Tensor, routing: Routing, activation: Callable[[Tensor], Tensor], first: Sequence[Tensor], last: Tensor
-) -> Tensor:
-    """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)`; weights as for `fused_experts`."""
-    expert, weight = routing.expert.flatten().tolist(), routing.weight.flatten().tolist()
-    kept = [a for a, value in enumerate(weight) if value]
-    order = sorted(kept, key=expert.__getitem__)
+    Args as for `fused_experts`; the sum over a token's choices is taken in float32 at least.
+    """
+    activation, choices = find_activation(act), routing.choices
+    assert activation is not None
+    assert choices is not None
+    expert, weight, kept = (t.flatten().tolist() for t in (routing.expert, routing.weight, routing.kept))
+    order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
     if not order:
         return torch.zeros_like(x)
     used = list(Counter(expert[a] for a in order).items())
-    assert routing.choices is not None
-    token = [a // routing.choices for a in order]
-    rows = x.repeat(len(order), 1) if len(x) == 1 else x[token]
-    hidden = activation(product_by_expert(rows, first[0], used))
+    token = torch.tensor([a // choices for a in order], device=x.device)
+
+    rows = x.index_select(0, token)
+    hidden = activation.function(product_by_expert(rows, first[0], used))
     for matrix in first[1:]:
         hidden = hidden * product_by_expert(rows, matrix, used)
-    y = product_by_expert(hidden, last, used).to(routing.weight.dtype)  # the sum is taken in float32
-    row_weight = torch.tensor([[weight[a] for a in order]], dtype=y.dtype)
-    if len(x) == 1:
-        return (row_weight @ y).to(x.dtype)
-    out = y.new_zeros(len(x), y.shape[-1])
-    return out.index_add_(0, torch.tensor(token), y * row_weight.mT).to(x.dtype)
+    y = product_by_expert(hidden, last, used)
+
+    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), routing.weight.dtype)
+    y = y.to(dtype) * torch.tensor([[weight[a]] for a in order], dtype=dtype, device=x.device)
+    return y.new_zeros(x.shape).index_add_(0, token, y).to(x.dtype)

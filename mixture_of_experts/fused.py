@@ -36,7 +36,7 @@ def takes(x: Tensor, act: nn.Module) -> bool:
 
 
 def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], last: Tensor) -> Tensor:
-    """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)`.
+    """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)`. (A few in inference: `few.py`.)
 
     Args:
         x: `(t, d)`.

@@ -125,25 +125,27 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
     """`(r, q)`: rows of x, sorted by expert, times their expert's weight; rows past the last expert's are zeros.
 
     Args:
-        used: expert and number of rows, of each that has rows.
+        used: expert and number of rows, of each that has rows, in ascending order.
 
     A product of a few rows runs on one thread. So two experts with equally many rows are one batched product, which
-    gives each a thread of its own: any two weights of a stack are a slice of it with a step.
+    gives each a thread of its own: any two weights of a stack are a slice of it with a step. (Of transposed weights in
+    low precision torch would copy such a slice.)
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
+    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)
     start = index = 0
     while index < len(used):
         expert, count = used[index]
-        pair = index + 1 < len(used) and used[index + 1][1] == count
-        stop = start + (2 * count if pair else count)
-        if pair:
-            other = used[index + 1][0]
-            shape = (2, count, -1)
+        if pairs and index + 1 < len(used) and used[index + 1][1] == count:
+            other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
             torch.bmm(x[start:stop].view(shape), matrices, out=out[start:stop].view(shape))
+            index += 2
         else:
+            stop = start + count
             torch.mm(x[start:stop], weight[expert], out=out[start:stop])
-        start, index = stop, index + 1 + pair
+            index += 1
+        start = stop
     if start < x.shape[0]:
         out[start:] = 0
     return out
@@ -180,7 +182,8 @@ def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     enough whatever the counts, so that no shape depends on them.
     """
     rows, experts = x.shape[0], weight.shape[0]
-    size = largest(1, rows // experts)  # about what an expert has: at most about 2 e blocks
+    # about what an expert has: at most about 2 e blocks; never 1, which torch would take for the size of every length
+    size = largest(2, rows // experts)
     num_blocks = smallest(rows, rows // size + experts)
     blocks = (counts + size - 1) // size  # (e,) blocks of each expert
     last_block, last_row = blocks.cumsum(0), counts.cumsum(0)

@@ -193,3 +193,9 @@ def stable_order(values: Tensor, descending: bool = False) -> Tensor:
 def exporting_to_onnx() -> bool:
     """Whether `torch.onnx.export` traces: ONNX has neither a stable sort nor searchsorted."""
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors or one that is differentiated, under vmap and the other transforms of
+    `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.)"""
+    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor

@@ -170,21 +170,23 @@ class Top2Gating(TokenChoiceGate):
             torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first[..., None]), 0.0, probs
         )
 
-    def _gates(self, p_1: Tensor, p_2: Tensor, other: Tensor, first: Tensor | None) -> Tensor:
+    def _gates(self, p_1: Tensor, p_2: Tensor, differ: Tensor, first: Tensor | None) -> Tensor:
         """`(..., b, n, 2)` normalised gates: of first choices that are made, and of second ones of another expert.
 
-        Where all that the first choice leaves is exactly 0, the second falls on the same expert, with a gate of 0.
+        `differ` says where the two experts are not the same: where all that the first choice leaves is exactly 0, the
+        second falls on the same expert, with a gate of 0.
         """
         if first is not None:
             first = first.unsqueeze(-1)
-            p_1, other = torch.where(first, p_1, 0.0), other | ~first
-        p_2 = torch.where(other, p_2, 0.0)
+            p_1, differ = torch.where(first, p_1, 0.0), differ | ~first
+        p_2 = torch.where(differ, p_2, 0.0)
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
     def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: the choices that importance and the policy of the present mode leave; None if all."""
-        mode = "train" if self.training else "eval"
-        policy, threshold = getattr(self, f"second_policy_{mode}"), getattr(self, f"second_threshold_{mode}")
+        policy, threshold = self.second_policy_eval, self.second_threshold_eval
+        if self.training:
+            policy, threshold = self.second_policy_train, self.second_threshold_train
         if policy == "all" and tokens.first is None:
             return None
         second = POLICIES[policy](gate, threshold, self.eps)

@@ -58,6 +58,16 @@ def test_dynamic(path):
             program(*arguments(path, 3, 13))
 
 
+@pytest.mark.parametrize("capacity", ["capacity", "dropless"])
+def test_one_token_a_sequence(capacity):
+    """As for decoding: an open batch of single tokens takes smaller and larger ones."""
+    path = Path("MoE", "Experts", capacity, "plain")
+    layer = path.build(policy="all").eval()
+    program = torch.export.export(layer, arguments(path, 3, 1), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
+    for batch in (1, 2, 7, 40):
+        agree(program, layer, arguments(path, batch, 1))
+
+
 @pytest.mark.feature("`torch.export` with dynamic batch and length")
 @pytest.mark.parametrize("router", some_first(ROUTERS, ["ExpertChoice"]))
 def test_routers(router):
