@@ -15,6 +15,7 @@ from benchmarks.report import heading
 # Okabe and Ito's colours, which stay apart for colour-blind readers; shapes say the same a second time.
 STYLES = {
     "layer": ("#0072B2", "o"),
+    "compiled": ("#56B4E9", "d"),
     "0.2.3": ("#D55E00", "s"),
     "st-moe": ("#E69F00", "D"),
     "loop": ("#CC79A7", "^"),
@@ -24,7 +25,7 @@ STYLES = {
     "batched_mm": ("#009E73", "X"),
 }
 NAMES = {name: f"transformers, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
-NAMES["layer"] = "mixture_of_experts"
+NAMES |= {"layer": "mixture_of_experts", "compiled": "mixture_of_experts, compiled"}
 FLOORS = ("products", "router + products", "by hand")
 
 
