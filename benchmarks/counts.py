@@ -28,6 +28,11 @@ def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
     return 2 * batches * a[-2] * a[-1] * b[-1]
 
 
+def baddbmm_flops(total: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
+    """2 x batches x rows x inner x columns of `baddbmm_`: torch's counter knows only the form that is not in place."""
+    return 2 * a[0] * a[1] * a[2] * b[2]
+
+
 class OpNames(TorchDispatchMode):
     """Collects the names of operators from outside torch: products inside them cannot be counted."""
 
@@ -44,7 +49,9 @@ class OpNames(TorchDispatchMode):
 def flops(contestant: Contestant) -> int:
     """Floating-point operations of one step's matrix products (FlopCounterMode)."""
     grouped = getattr(torch.ops.aten, "_grouped_mm", None)
-    formula = {grouped: grouped_mm_flops} if grouped is not None else {}
+    formula = {torch.ops.aten.baddbmm_: baddbmm_flops}
+    if grouped is not None:
+        formula[grouped] = grouped_mm_flops
     counter, names = FlopCounterMode(display=False, custom_mapping=formula), OpNames()
     with counter, names:
         contestant.step()

@@ -175,6 +175,12 @@ def test_flops_of_products_forward_and_backward() -> None:
     assert counts.flops(products) == 3 * 2 * (2 * rows * case.d * case.h)
 
 
+def test_flops_of_products_that_add_in_place() -> None:
+    total, a, b = torch.zeros(3, 4, 6), torch.zeros(3, 4, 5), torch.zeros(3, 5, 6)
+    contestant = Contestant("adds", lambda: (total.baddbmm_(a, b), None)[1], TOYS["toy/train"])
+    assert counts.flops(contestant) == 2 * 3 * 4 * 5 * 6
+
+
 def test_flops_of_grouped_products_are_those_of_the_rows() -> None:
     x, w = torch.randn(12, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
     ends = torch.tensor([4, 8, 12], dtype=torch.int32)
