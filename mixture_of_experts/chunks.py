@@ -46,7 +46,8 @@ def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
         stop, width, used = start + 1, counts[start], counts[start]
         while stop < len(counts) and ((stop - start) % threads or (stop - start) * width < enough):
             wider, more = max(width, counts[stop]), used + counts[stop]
-            if wider * (stop + 1 - start) - more > MOST_PADDING * max(more, enough):
+            padding = wider * (stop + 1 - start) - more
+            if counts[stop] == 0 or padding > MOST_PADDING * max(more, enough):  # to read unused weights costs most
                 stop = max(stop - (stop - start) % threads, start + 1)
                 break
             stop, width, used = stop + 1, wider, more
