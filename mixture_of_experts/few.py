@@ -40,10 +40,8 @@ def few_rows(x: Tensor, routing: Routing, act: nn.Module, first: Sequence[Tensor
     assert choices is not None
     expert, weight, kept = (t.flatten().tolist() for t in (routing.expert, routing.weight, routing.kept))
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    if not order:
-        return torch.zeros_like(x)
     used = list(Counter(expert[a] for a in order).items())
-    token = torch.tensor([a // choices for a in order], device=x.device)
+    token = torch.tensor([a // choices for a in order], dtype=torch.int64, device=x.device)
 
     rows = x.index_select(0, token)
     hidden = activation.function(product_by_expert(rows, first[0], used))
@@ -52,5 +50,5 @@ def few_rows(x: Tensor, routing: Routing, act: nn.Module, first: Sequence[Tensor
     y = product_by_expert(hidden, last, used)
 
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), routing.weight.dtype)
-    y = y.to(dtype) * torch.tensor([[weight[a]] for a in order], dtype=dtype, device=x.device)
-    return y.new_zeros(x.shape).index_add_(0, token, y).to(x.dtype)
+    row_weight = torch.tensor([weight[a] for a in order], dtype=dtype, device=x.device).unsqueeze(-1)
+    return x.new_zeros(x.shape, dtype=dtype).index_add_(0, token, y * row_weight).to(x.dtype)

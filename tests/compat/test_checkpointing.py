@@ -52,7 +52,7 @@ def test_checkpointing_of_routers(router):
 
 @pytest.mark.parametrize("experts", ["Experts", "GatedExperts"])
 def test_few_tokens(experts):
-    """Few rows take a way of their own, with a graph as without."""
+    """The way that few rows take in inference is not taken in training, where the graph would take another."""
     path = Path("MoE", experts, "dropless", "plain")
     check_both_kinds(path.build(), *path.inputs(1, 5))
     check_recomputed(path.build(), *path.inputs(1, 5))

@@ -1,0 +1,105 @@
+"""A few rows in inference are computed without a plan: what comes out is that of the plan."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from compat.paths import DIM, NUM_EXPERTS, ROUTERS, run
+
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts.few import few_rows
+
+
+def few_and_planned(layer, x, mask=None, few=True):
+    """The layer in inference, which `few` says takes `few_rows`, and with gradients."""
+    taken = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr("mixture_of_experts.experts.few_rows", lambda *args: taken.append(args) or few_rows(*args))
+        actual = run(layer, x, mask)
+    assert len(taken) == few
+    return actual, run(layer, x, mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("experts", [Experts, GatedExperts])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_few_rows(experts, name, dtype):
+    """With every router, masked and not, down to no token at all."""
+    torch.manual_seed(0)
+    layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16)).to(dtype).eval()
+    for shape in [(1, 1), (2, 1), (1, 5), (3, 4), (0, 1), (1, 0)]:
+        x = torch.randn(*shape, DIM, dtype=dtype)
+        mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
+        for masked in (None, mask):
+            torch.testing.assert_close(*few_and_planned(layer, x, masked, few=name != "ExpertChoice"))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+def test_few_rows_are_summed_in_float32(shape):
+    """Whatever the experts' dtype is, under autocast, and where a router of one's own has weights of low precision."""
+
+    class Coarse(TopKGating):
+        def forward(self, *args, **kwargs):
+            routing = super().forward(*args, **kwargs)
+            return replace(routing, weight=routing.weight.bfloat16())
+
+    x = torch.randn(*shape, DIM)
+    exact = dict(rtol=1e-6, atol=1e-6)
+    layer = MoE(DIM, gate=TopKGating(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(*few_and_planned(layer, x), **exact)
+    layer = MoE(DIM, gate=Coarse(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
+    torch.testing.assert_close(*few_and_planned(layer, x), **exact)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
+def test_few_rows_leave_out_what_is_not_kept(shape):
+    """By `kept`, and to the last NaN: an expert without a row is not touched."""
+
+    class Half(TopKGating):
+        def forward(self, *args, **kwargs):
+            routing = super().forward(*args, **kwargs)
+            return replace(routing, kept=routing.kept & (routing.expert % 2 == 0))
+
+    layer = MoE(DIM, gate=Half(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
+    x = torch.randn(*shape, DIM)
+    torch.testing.assert_close(*few_and_planned(layer, x))
+    with torch.no_grad():
+        layer.experts.w1[1::2] = torch.nan
+    assert few_and_planned(layer, x)[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_the_default_device_does_not_matter(length):
+    layer = MoE(DIM, NUM_EXPERTS, second_policy_eval="all").eval()
+    x = torch.randn(1, length, DIM)
+    with torch.no_grad():
+        expected = layer(x)
+        with torch.device("meta"):
+            torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
+def test_few_rows_of_two_levels(shape):
+    """A second level has a plan, however few rows there are."""
+    layer = HeirarchicalMoE(DIM, (2, 2), second_policy_eval="all").eval()
+    torch.testing.assert_close(*few_and_planned(layer, torch.randn(*shape, DIM), few=False))
+
+
+@pytest.mark.parametrize("experts", [Experts, GatedExperts])
+@pytest.mark.parametrize("mapped", ["gate", "experts", "all", "inputs"])
+def test_few_rows_of_an_ensemble(experts, mapped):
+    """Numbers cannot be read under vmap, whatever is mapped: there the plan serves few rows too."""
+    layers = [MoE(DIM, NUM_EXPERTS, experts=experts(DIM, NUM_EXPERTS, 16), second_policy_eval="all") for _ in range(3)]
+    stacked, _ = torch.func.stack_module_state([layer.eval() for layer in layers])
+    own = layers[0].state_dict()
+    x = torch.randn(3, 1, 2, DIM) if mapped == "inputs" else torch.randn(1, 2, DIM)
+    in_dims = {name: 0 if mapped == "all" or name.startswith(mapped) else None for name in own}
+    state = {name: stacked[name] if axis == 0 else own[name] for name, axis in in_dims.items()}
+    axes = (in_dims, 0 if mapped == "inputs" else None)
+    with torch.no_grad():
+        one = lambda state, x: torch.func.functional_call(layers[0], state, (x,))[0]  # noqa: E731
+        out = torch.vmap(one, axes)(state, x)
+        for index in range(3):
+            state_of = {name: value[index] if in_dims[name] == 0 else value for name, value in state.items()}
+            torch.testing.assert_close(out[index], one(state_of, x[index] if mapped == "inputs" else x))
