@@ -1,7 +1,6 @@
 """Dispatch, experts and combine of a whole call in one autograd.Function, for the CPU.
 
-Axes: t tokens, a assignments, r rows (sorted by expert), e experts, w rows of an expert in its chunk, d model dim,
-h hidden dim.
+Axes: t tokens, a assignments, r rows (sorted by expert), e experts, d model dim, h hidden dim.
 
 On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So tokens are gathered into
 buffers that are used again for every chunk of experts, products and activations are written in place, and of all
@@ -26,6 +25,7 @@ from mixture_of_experts.activations import Activation, find_activation
 from mixture_of_experts.chunks import Buffers, Chunk, Layout, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
+from mixture_of_experts.products import rows_by_rows_into, rows_by_weights_into
 
 
 def takes(x: Tensor, act: nn.Module) -> bool:
@@ -66,20 +66,11 @@ class Call(NamedTuple):
 
 def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
     """Tokens of the chunk's rows, zeros where a row is empty."""
-    flat = out.flatten(0, 1)
-    torch.index_select(x, 0, layout.token[chunk.rows], out=flat)
-    empty = layout.empty[chunk.rows].nonzero().squeeze(-1)
-    if empty.numel():
-        flat.index_fill_(0, empty, 0)
-    return out
-
-
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """`x @ weight` of a chunk, written into `out`."""
-    if x.shape[0] == 1:
-        torch.mm(x[0], weight[0], out=out[0])
-    else:
-        torch.bmm(x, weight, out=out)
+    torch.index_select(x, 0, layout.token[chunk.rows], out=out)
+    if layout.empty is not None:
+        empty = layout.empty[chunk.rows].nonzero().squeeze(-1)
+        if empty.numel():
+            out.index_fill_(0, empty, 0)
     return out
 
 
@@ -89,18 +80,17 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
+        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
         y = x.new_empty(layout.rows + 1, dim)
         y[-1] = 0
         for chunk in layout.chunks:
-            experts = slice(chunk.start, chunk.stop)
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers)
             hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim))
-            _product(hidden, last[experts], y[chunk.rows].view(*tokens.shape[:2], dim))
+            rows_by_weights_into(hidden, last[chunk.experts], chunk.sizes, y[chunk.rows])
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
@@ -137,7 +127,7 @@ class _FusedBackward(torch.autograd.Function):
     def forward(call: Call, needs, num_kept: int, *tensors):
         grad, x, weight, row, assignment, token, counts, *rest = tensors
         (*first, last), kept = rest[: num_kept + 1], rest[num_kept + 1 :]
-        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last.shape[-2])
+        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         grad = grad.contiguous()
@@ -148,26 +138,26 @@ class _FusedBackward(torch.autograd.Function):
         if need_weights:
             _zero_unused(grad_weights, layout.chunks)
         for chunk in layout.chunks:
-            experts = slice(chunk.start, chunk.stop)
-            scale = layout.weight[chunk.rows].to(x.dtype).view(-1, chunk.width, 1)
+            experts, sizes = chunk.experts, chunk.sizes
+            scale = layout.weight[chunk.rows].to(x.dtype).unsqueeze(-1)
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             grads = _gather(grad, layout, chunk, buffers.get("grad", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers, again=True)
-            grad_hidden = _product(grads, last[experts].mT, buffers.get("grad_hidden", chunk, hidden_dim))
+            grad_hidden = buffers.get("grad_hidden", chunk, hidden_dim)
+            rows_by_weights_into(grads, last[experts].mT, sizes, grad_hidden)
             hidden, grad_up = _hidden_again(call.activation, pre, grad_hidden, buffers, chunk)
             if need_weights:
-                _product(hidden.mT, grads.mul_(scale), grad_weights[-1][experts])
-            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype).flatten()
+                rows_by_rows_into(hidden, grads.mul_(scale), sizes, grad_weights[-1][experts])
+            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype)
             grad_pre = _pre_backward(call.activation, pre, grad_hidden, grad_up)
             if need_weights:
                 tokens.mul_(scale)
                 for which, part in enumerate(grad_pre):
-                    _product(tokens.mT, part, grad_weights[which][experts])
+                    rows_by_rows_into(tokens, part, sizes, grad_weights[which][experts])
             if need_x:
-                out = grad_x_rows[chunk.rows].view(-1, chunk.width, dim)
-                _product(grad_pre[0], first[0][experts].mT, out)
-                for part, matrix in zip(grad_pre[1:], first[1:], strict=True):
-                    out.baddbmm_(part, matrix[experts].mT)
+                out = rows_by_weights_into(grad_pre[0], first[0][experts].mT, sizes, grad_x_rows[chunk.rows])
+                for part, matrix in zip(grad_pre[1:], first[1:], strict=True):  # tokens and grads have been used
+                    out += rows_by_weights_into(part, matrix[experts].mT, sizes, grads)
         grad_x = x.new_empty(0)
         if need_x:
             grad_x_rows[-1] = 0
@@ -236,12 +226,9 @@ def _first_products(
     """Products with the first weights: kept ones are read (`again`) or written, others live in a buffer."""
     products = []
     for which, matrix in enumerate(first):
-        if call.keep:
-            out = kept[which][chunk.rows].view(*tokens.shape[:2], matrix.shape[-1])
-        else:
-            out = buffers.get(f"pre{which}", chunk, matrix.shape[-1])
+        out = kept[which][chunk.rows] if call.keep else buffers.get(f"pre{which}", chunk, matrix.shape[-1])
         if not (again and call.keep):
-            _product(tokens, matrix[chunk.start : chunk.stop], out)
+            rows_by_weights_into(tokens, matrix[chunk.experts], chunk.sizes, out)
         products.append(out)
     return products
 
@@ -276,7 +263,7 @@ def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Each token's weighted sum of padded rows `(rows + 1, d)`, the last of which is zeros."""
     if call.choices is None:
-        token = torch.where(layout.empty, call.num_tokens, layout.token)
+        token = layout.token if layout.empty is None else torch.where(layout.empty, call.num_tokens, layout.token)
         return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.num_tokens)
     if rows.dtype != weight.dtype:  # the sum is taken in float32
         return sum_rows(rows, weight, None, layout.row, call.choices, call.num_tokens)
@@ -288,8 +275,8 @@ def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor
 def _zero_unused(gradients: list[Tensor], chunks: list[Chunk]) -> None:
     """Experts without rows have gradients of exactly 0."""
     stop = 0
-    for chunk in [*chunks, Chunk(gradients[0].shape[0], 0, 0, 0)]:
-        if stop < chunk.start:
+    for start, next_stop in [*((chunk.start, chunk.stop) for chunk in chunks), (gradients[0].shape[0], 0)]:
+        if stop < start:
             for gradient in gradients:
-                gradient[stop : chunk.start].zero_()
-        stop = chunk.stop
+                gradient[stop:start].zero_()
+        stop = next_stop

@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_experts.chunks import chunks_of
+from mixture_of_experts import Experts, MoE, TopKGating
+from mixture_of_experts.chunks import exact_chunks, padded_chunks
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, product_by_expert, rows_by_rows, rows_by_weights
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
@@ -33,6 +35,16 @@ def test_operators(counts, dtype):
     x, weight, counts = operands(counts, dtype=dtype)
     torch.library.opcheck(rows_by_weights, (x, weight, counts))
     torch.library.opcheck(rows_by_rows, (x, torch.randn(len(x), 4).to(dtype), counts))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_flops_are_counted(bias):
+    """Six products of a dropless layer's rows, and the router's three, whatever computes them."""
+    layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16, bias=bias))
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.randn(2, 32, 8, requires_grad=True))[0].sum().backward()
+    rows = 2 * 64
+    assert 6 * 2 * rows * 8 * 16 <= counter.get_total_flops() - 3 * 2 * 64 * 8 * 4 <= 1.2 * 6 * 2 * rows * 8 * 16
 
 
 @given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=5), past=st.integers(0, 3), weigh=st.booleans())
@@ -71,14 +83,33 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
     assert len(batched) == (0 if transposed and dtype == torch.bfloat16 else equal)
 
 
-@given(st.lists(st.integers(0, 30) | st.just(0), max_size=40), st.integers(1, 4), st.sampled_from([1 << 10, 1 << 20]))
-def test_chunks(counts, threads, row_bytes):
-    """Every expert that has rows is in one chunk, with room for them; one that has none is in no chunk."""
-    chunks = chunks_of(counts, row_bytes, threads)
+COUNTS_OF_CHUNKS = st.lists(st.integers(0, 30) | st.just(0), max_size=40)
+ROW_BYTES = st.sampled_from([1 << 10, 1 << 20])
+
+
+def check_chunks(chunks, counts):
+    """Every expert that has rows is in one chunk, one that has none is in no chunk, and rows follow on rows."""
     inside = [expert for chunk in chunks for expert in range(chunk.start, chunk.stop)]
     assert inside == [expert for expert, count in enumerate(counts) if count]
     row = 0
     for chunk in chunks:
         assert chunk.row == row
-        assert chunk.width == max(counts[chunk.start : chunk.stop])
+        assert len(chunk.sizes) == chunk.stop - chunk.start
         row = chunk.rows.stop
+
+
+@given(COUNTS_OF_CHUNKS, st.integers(1, 4), ROW_BYTES)
+def test_padded_chunks(counts, threads, row_bytes):
+    """All experts of a chunk have as many rows as its fullest."""
+    chunks = padded_chunks(counts, row_bytes, threads)
+    check_chunks(chunks, counts)
+    for chunk in chunks:
+        assert set(chunk.sizes) == {max(counts[chunk.experts])}
+
+
+@given(COUNTS_OF_CHUNKS, ROW_BYTES)
+def test_exact_chunks(counts, row_bytes):
+    """No row is padding."""
+    chunks = exact_chunks(counts, row_bytes)
+    check_chunks(chunks, counts)
+    assert [size for chunk in chunks for size in chunk.sizes] == [count for count in counts if count]
