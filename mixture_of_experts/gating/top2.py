@@ -145,7 +145,7 @@ class Top2Gating(TokenChoiceGate):
         rest = self._without_first(probs.detach(), expert_1, tokens.first)
         expert_2 = rest.argmax(dim=-1, keepdim=True)
         expert = torch.cat([expert_1, expert_2], dim=-1)
-        p_1, p_2 = probs.gather(-1, expert_1), probs.gather(-1, expert_2)
+        p_1, p_2 = probs.gather(-1, expert).split(1, dim=-1)
         gate = self._gates(p_1, p_2, expert_1 != expert_2, tokens.first)
 
         # logsumexp(logits) = logit - log p of any expert: read at the largest it costs no pass over all
