@@ -30,8 +30,7 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + sum(self.sizes))
 
 
-ENOUGH_BYTES = 4 << 20  # of hidden layer: a larger chunk is slower, its buffers are used less often
-ENOUGH_ALONE = 1 << 20  # the same where no product waits for others
+ENOUGH_BYTES = 3 << 19  # of hidden layer: a larger chunk is slower, its buffers leave the second-level cache
 MOST_PADDING = 0.05  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
@@ -40,7 +39,7 @@ def exact_chunks(counts: list[int], row_bytes: int) -> list[Chunk]:
     chunks: list[Chunk] = []
     row, sizes = 0, []
     for expert, count in enumerate([*counts, 0]):
-        if sizes and (count == 0 or sum(sizes) * row_bytes >= ENOUGH_ALONE):
+        if sizes and (count == 0 or sum(sizes) * row_bytes >= ENOUGH_BYTES):
             chunks.append(Chunk(expert - len(sizes), expert, row, sizes))
             row, sizes = row + sum(sizes), []
         if count:
@@ -86,9 +85,9 @@ class Layout(NamedTuple):
     chunks: list[Chunk]
     rows: int
     row: Tensor  # (a,) row of each assignment, `rows` where it has none
-    token: Tensor  # (rows,) token of each row, 0 where it is empty
-    empty: Tensor | None  # (rows,) bool; None if no row is
-    weight: Tensor  # (rows,) weight of each row, 0 where it is empty
+    token: Tensor  # (rows,) token of each row; padding repeats its expert's first, so that it concerns no other expert
+    weight: Tensor  # (rows,) weight of each row, 0 where it is padding or no assignment's
+    empty: Tensor | None  # (rows,) bool: rows of no assignment, and then padding too; None if there are no such rows
 
 
 def lay_out(
@@ -96,35 +95,37 @@ def lay_out(
 ) -> Layout:
     """The layout of rows without gaps for experts with the weights `last` `(e, h, d)`; others as in `dispatch.Plan`."""
     numbers = counts.tolist()
-    total, hidden_dim = sum(numbers), last.shape[1]
-    row_bytes = hidden_dim * last.element_size()
-    if all_by_onednn(last.dtype, total / max(1, len(numbers) - numbers.count(0)), *last.shape[1:]):
+    used = [count for count in numbers if count]
+    total, row_bytes = sum(used), last.shape[1] * last.element_size()
+    if all_by_onednn(last.dtype, total / max(1, len(used)), *last.shape[1:]):
         chunks = exact_chunks(numbers, row_bytes)
     else:
         chunks = padded_chunks(numbers, row_bytes, torch.get_num_threads())
+    weight = torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
     token, filled = token[:total], token[:total] < num_tokens
     full = bool(filled.all())
     token = token if full else torch.where(filled, token, 0)
-    weight = torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
-    rows = sum(sum(chunk.sizes) for chunk in chunks)
+    sizes = [size for chunk in chunks for size in chunk.sizes]
+    rows = sum(sizes)
     if rows == total:
-        return Layout(chunks, rows, row.clamp(max=rows), token, None if full else ~filled, weight)
+        return Layout(chunks, rows, row.clamp(max=rows), token, weight, None if full else ~filled)
 
-    first = [0] * len(numbers)  # row of each expert's first in the layout
-    for chunk in chunks:
-        first[chunk.experts] = range(chunk.row, chunk.rows.stop, chunk.sizes[0])
+    # each expert's first row here and there, for those that have rows
     device = counts.device  # not whatever `torch.set_default_device` says
-    shift = torch.tensor(first, device=device) - (counts.cumsum(0) - counts)
-    place = torch.arange(total, device=device) + torch.repeat_interleave(shift, counts, output_size=total)
+    filling, padded = torch.tensor([used, sizes], device=device)
+    start, more = filling.cumsum(0) - filling, padded - filling
+    place = torch.arange(total, device=device)
+    place = place + torch.repeat_interleave(more.cumsum(0) - more, filling, output_size=total)
     table = torch.full((assignment.shape[0] + 1,), rows, device=device)
     table[:total] = place
+    first = token.index_select(0, start)
     return Layout(
         chunks,
         rows,
         row=table.index_select(0, row),
-        token=token.new_zeros(rows).index_copy_(0, place, token),
-        empty=filled.new_ones(rows).index_copy_(0, place, ~filled),
+        token=torch.repeat_interleave(first, padded, output_size=rows).index_copy_(0, place, token),
         weight=weight.new_zeros(rows).index_copy_(0, place, weight),
+        empty=None if full else filled.new_ones(rows).index_copy_(0, place, ~filled),
     )
 
 

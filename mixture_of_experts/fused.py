@@ -67,11 +67,7 @@ class Call(NamedTuple):
 def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
     """Tokens of the chunk's rows, zeros where a row is empty."""
     torch.index_select(x, 0, layout.token[chunk.rows], out=out)
-    if layout.empty is not None:
-        empty = layout.empty[chunk.rows].nonzero().squeeze(-1)
-        if empty.numel():
-            out.index_fill_(0, empty, 0)
-    return out
+    return out if layout.empty is None else out.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
 
 
 class _Fused(torch.autograd.Function):
@@ -263,7 +259,7 @@ def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Each token's weighted sum of padded rows `(rows + 1, d)`, the last of which is zeros."""
     if call.choices is None:
-        token = layout.token if layout.empty is None else torch.where(layout.empty, call.num_tokens, layout.token)
+        token = torch.where(layout.weight == 0, call.num_tokens, layout.token)
         return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.num_tokens)
     if rows.dtype != weight.dtype:  # the sum is taken in float32
         return sum_rows(rows, weight, None, layout.row, call.choices, call.num_tokens)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_experts import Experts, MoE, TopKGating
+from mixture_of_experts import Experts, MoE, TopKGating, chunks
 from mixture_of_experts.chunks import exact_chunks, padded_chunks
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, product_by_expert, rows_by_rows, rows_by_weights
 
@@ -87,12 +87,12 @@ COUNTS_OF_CHUNKS = st.lists(st.integers(0, 30) | st.just(0), max_size=40)
 ROW_BYTES = st.sampled_from([1 << 10, 1 << 20])
 
 
-def check_chunks(chunks, counts):
+def check_chunks(made, counts):
     """Every expert that has rows is in one chunk, one that has none is in no chunk, and rows follow on rows."""
-    inside = [expert for chunk in chunks for expert in range(chunk.start, chunk.stop)]
+    inside = [expert for chunk in made for expert in range(chunk.start, chunk.stop)]
     assert inside == [expert for expert, count in enumerate(counts) if count]
     row = 0
-    for chunk in chunks:
+    for chunk in made:
         assert chunk.row == row
         assert len(chunk.sizes) == chunk.stop - chunk.start
         row = chunk.rows.stop
@@ -101,15 +101,33 @@ def check_chunks(chunks, counts):
 @given(COUNTS_OF_CHUNKS, st.integers(1, 4), ROW_BYTES)
 def test_padded_chunks(counts, threads, row_bytes):
     """All experts of a chunk have as many rows as its fullest."""
-    chunks = padded_chunks(counts, row_bytes, threads)
-    check_chunks(chunks, counts)
-    for chunk in chunks:
+    made = padded_chunks(counts, row_bytes, threads)
+    check_chunks(made, counts)
+    for chunk in made:
         assert set(chunk.sizes) == {max(counts[chunk.experts])}
 
 
 @given(COUNTS_OF_CHUNKS, ROW_BYTES)
 def test_exact_chunks(counts, row_bytes):
     """No row is padding."""
-    chunks = exact_chunks(counts, row_bytes)
-    check_chunks(chunks, counts)
-    assert [size for chunk in chunks for size in chunk.sizes] == [count for count in counts if count]
+    made = exact_chunks(counts, row_bytes)
+    check_chunks(made, counts)
+    assert [size for chunk in made for size in chunk.sizes] == [count for count in counts if count]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_an_infinite_gradient_concerns_its_expert_only(padded, monkeypatch):
+    """Nor do rows that are padding carry it to others."""
+    monkeypatch.setattr(chunks, "MOST_PADDING", 10.0 if padded else 0.0)
+    torch.manual_seed(0)
+    layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
+    x = torch.randn(1, 23, 8)
+    expert = layer.gate(x).expert[0]
+    assert expert.bincount(minlength=4).unique().numel() > 1
+    for token in range(23):
+        layer.zero_grad()
+        grad = torch.ones(1, 23, 8)
+        grad[0, token] = torch.inf
+        layer(x)[0].backward(grad)
+        for weight in layer.experts.parameters():
+            assert weight.grad.flatten(1).isfinite().all(dim=1).tolist() == [i != expert[token] for i in range(4)]
