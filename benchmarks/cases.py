@@ -136,7 +136,7 @@ def training() -> list[Case]:
     cases = []
     for b, n, d, e, ordinary, huge, published in TRAINING:
         figures = [Figure("layer", "products", ordinary, huge), Figure("layer", "0.2.3", published)]
-        figures += [Figure("layer", "router + products"), Figure("layer", "floor"), Figure("floor", "0.2.3")]
+        figures += [Figure("layer", "router + products"), Figure("layer", "roofline"), Figure("roofline", "products")]
         headline = (d, e) in ((512, 16), (256, 64))
         if n == 8192:
             figures.append(Figure("layer", "0.2.3", 0.15, 0.15, "memory"))
@@ -248,6 +248,12 @@ def choices() -> list[Case]:
     cases += [
         replace(base, name="choose/dropless-4x1024-d512-e16", figures=(Figure("layer dropless", "layer"),), **large),
         replace(base, name="choose/bf16-4x1024-d512-e16", figures=(Figure("layer bfloat16", "layer"),), **large),
+    ]
+    by_mkl = {"figures": (Figure("layer", "layer by MKL"), *versus_products)}
+    cases += [
+        replace(base, name="choose/onednn-4x1024-d256-e64", **by_mkl),
+        replace(base, name="choose/onednn-4x1024-d512-e16", **by_mkl, **large),
+        replace(base, name="choose/onednn-4x1024-d1024-e8", **by_mkl, d=1024, h=4096, e=8),
     ]
     for k, h in ((1, 1024), (4, 256), (8, 128)):
         cases.append(replace(base, name=f"choose/k{k}-4x1024-d256-e64", k=k, h=h, figures=versus_products))
