@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.products import all_by_onednn
+from mixture_of_experts.products import all_are_large
 
 
 class Chunk(NamedTuple):
@@ -90,19 +90,27 @@ class Layout(NamedTuple):
     empty: Tensor | None  # (rows,) bool: rows of no assignment, and then padding too; None if there are no such rows
 
 
+class Setting(NamedTuple):
+    """What a layout depends on that is not a tensor: noted in the forward, so that the backward's is the same."""
+
+    num_tokens: int
+    threads: int
+    onednn: bool  # large products go there
+
+
 def lay_out(
-    num_tokens: int, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor, last: Tensor
+    setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor, last: Tensor
 ) -> Layout:
     """The layout of rows without gaps for experts with the weights `last` `(e, h, d)`; others as in `dispatch.Plan`."""
     numbers = counts.tolist()
     used = [count for count in numbers if count]
     total, row_bytes = sum(used), last.shape[1] * last.element_size()
-    if all_by_onednn(last.dtype, total / max(1, len(used)), *last.shape[1:]):
+    if setting.onednn and all_are_large(last.dtype, total / max(1, len(used)), *last.shape[1:]):
         chunks = exact_chunks(numbers, row_bytes)
     else:
-        chunks = padded_chunks(numbers, row_bytes, torch.get_num_threads())
+        chunks = padded_chunks(numbers, row_bytes, setting.threads)
     weight = torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
-    token, filled = token[:total], token[:total] < num_tokens
+    token, filled = token[:total], token[:total] < setting.num_tokens
     full = bool(filled.all())
     token = token if full else torch.where(filled, token, 0)
     sizes = [size for chunk in chunks for size in chunk.sizes]

@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.activations import Activation, find_activation
-from mixture_of_experts.chunks import Buffers, Chunk, Layout, lay_out
+from mixture_of_experts.chunks import Buffers, Chunk, Layout, Setting, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
-from mixture_of_experts.products import rows_by_rows_into, rows_by_weights_into
+from mixture_of_experts.products import onednn_is_used, rows_by_rows_into, rows_by_weights_into
 
 
 def takes(x: Tensor, act: nn.Module) -> bool:
@@ -50,7 +50,8 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     assert activation is not None
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    call = Call(plan.choices, plan.num_tokens, activation, keep)
+    setting = Setting(plan.num_tokens, torch.get_num_threads(), onednn_is_used())
+    call = Call(plan.choices, setting, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]
 
@@ -59,7 +60,7 @@ class Call(NamedTuple):
     """What of a call is not a tensor."""
 
     choices: int | None
-    num_tokens: int
+    setting: Setting
     activation: Activation
     keep: bool  # whether to keep what the backward reads (else it is computed anew)
 
@@ -76,7 +77,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last)
+        layout = lay_out(call.setting, weight, row, assignment, token, counts, last)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
@@ -123,7 +124,7 @@ class _FusedBackward(torch.autograd.Function):
     def forward(call: Call, needs, num_kept: int, *tensors):
         grad, x, weight, row, assignment, token, counts, *rest = tensors
         (*first, last), kept = rest[: num_kept + 1], rest[num_kept + 1 :]
-        layout = lay_out(call.num_tokens, weight, row, assignment, token, counts, last)
+        layout = lay_out(call.setting, weight, row, assignment, token, counts, last)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         grad = grad.contiguous()
@@ -193,7 +194,7 @@ def _plain(call: Call, x, weight, row, assignment, token, counts, *weights):
     *first, last = weights
     num_rows = assignment.shape[0]
     experts = (last.shape[0],)
-    plan = Plan(row, assignment, weight, token, call.choices, counts, call.num_tokens, num_rows, experts)
+    plan = Plan(row, assignment, weight, token, call.choices, counts, call.setting.num_tokens, num_rows, experts)
     rows = dispatch(x, plan)
     hidden = call.activation.function(expert_matmul(rows, first[0], counts))
     for matrix in first[1:]:
@@ -259,12 +260,12 @@ def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
     """Each token's weighted sum of padded rows `(rows + 1, d)`, the last of which is zeros."""
     if call.choices is None:
-        token = torch.where(layout.weight == 0, call.num_tokens, layout.token)
-        return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.num_tokens)
+        token = torch.where(layout.weight == 0, call.setting.num_tokens, layout.token)
+        return sum_rows(rows[:-1], layout.weight, token, layout.row, None, call.setting.num_tokens)
     if rows.dtype != weight.dtype:  # the sum is taken in float32
-        return sum_rows(rows, weight, None, layout.row, call.choices, call.num_tokens)
-    table = layout.row.view(call.num_tokens, call.choices)
-    weights = weight.view(call.num_tokens, call.choices)
+        return sum_rows(rows, weight, None, layout.row, call.choices, call.setting.num_tokens)
+    table = layout.row.view(call.setting.num_tokens, call.choices)
+    weights = weight.view(call.setting.num_tokens, call.choices)
     return F.embedding_bag(table, rows, per_sample_weights=weights, mode="sum")
 
 

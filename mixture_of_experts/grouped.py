@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.products import by_onednn, flops, multiply, multiply_transposed
+from mixture_of_experts.products import flops, is_large, multiply, multiply_transposed, onednn_is_used
 from mixture_of_experts.routing import largest, smallest
 
 
@@ -139,7 +139,7 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
     while index < len(used):
         expert, count = used[index]
         pair = pairs and index + 1 < len(used) and used[index + 1][1] == count
-        if pair and not by_onednn(x.dtype, count, *weight.shape[1:]):
+        if pair and not (is_large(x.dtype, count, *weight.shape[1:]) and onednn_is_used()):
             other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
             torch.bmm(x[start:stop].view(shape), matrices, out=out[start:stop].view(shape))

@@ -23,25 +23,30 @@ LEAST_ROWS = 128  # the same for a gradient of weights, which is large to copy h
 
 
 @cache
-def onednn_leads() -> bool:
+def _onednn_leads() -> bool:
     """Whether oneDNN uses AVX-512 where MKL does not."""
     has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10
     return bool(has.get("architecture") == "x86_64" and has.get("avx512_f") and "Intel" not in has["cpu_name"])
 
 
-def by_onednn(dtype: torch.dtype, rows: float, p: int, q: int) -> bool:
-    """Whether a product of so many rows with a weight is for oneDNN."""
-    return dtype == torch.float32 and rows * p * q >= LEAST_WORK and torch.backends.mkldnn.enabled and onednn_leads()
+def onednn_is_used() -> bool:
+    """Whether large products go to oneDNN on this machine, at this time."""
+    return torch.backends.mkldnn.enabled and _onednn_leads()
 
 
-def all_by_onednn(dtype: torch.dtype, rows: float, p: int, q: int) -> bool:
-    """Whether all of a layer's products are, those that give gradients of weights too: then nothing is a batch."""
-    return rows >= LEAST_ROWS and by_onednn(dtype, rows, p, q)
+def is_large(dtype: torch.dtype, rows: float, p: int, q: int) -> bool:
+    """Whether a product of so many rows with a weight would be oneDNN's."""
+    return dtype == torch.float32 and rows * p * q >= LEAST_WORK
+
+
+def all_are_large(dtype: torch.dtype, rows: float, p: int, q: int) -> bool:
+    """Whether all of a layer's products would be, those that give gradients of weights too: then none is a batch."""
+    return rows >= LEAST_ROWS and is_large(dtype, rows, p, q)
 
 
 def rows_by_weights_into(x: Tensor, weight: Tensor, sizes: list[int], out: Tensor) -> Tensor:
     """Rows `(r, p)` of experts, of which each has its size, times the experts' weights `(c, p, q)`: `(r, q)`."""
-    if _are_equal(sizes) and not by_onednn(x.dtype, sizes[0], *weight.shape[1:]):
+    if _are_equal(sizes) and not (is_large(x.dtype, sizes[0], *weight.shape[1:]) and onednn_is_used()):
         shape = (len(sizes), sizes[0], -1)
         _batch(x.view(shape), weight, out.view(shape))
     else:
@@ -52,7 +57,7 @@ def rows_by_weights_into(x: Tensor, weight: Tensor, sizes: list[int], out: Tenso
 
 def rows_by_rows_into(x: Tensor, y: Tensor, sizes: list[int], out: Tensor) -> Tensor:
     """For every expert `x^T y` of its rows `(r, p)` and `(r, q)`: `(c, p, q)`."""
-    if _are_equal(sizes) and not all_by_onednn(x.dtype, sizes[0], *out.shape[1:]):
+    if _are_equal(sizes) and not (all_are_large(x.dtype, sizes[0], *out.shape[1:]) and onednn_is_used()):
         shape = (len(sizes), sizes[0], -1)
         _batch(x.view(shape).mT, y.view(shape), out)
     else:
@@ -74,7 +79,7 @@ def _batch(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """`x (r, p)` times `weight (p, q)`; MKL is at its slowest here, so that half the rows are enough for oneDNN."""
-    if by_onednn(x.dtype, 2 * x.shape[0], *weight.shape):
+    if is_large(x.dtype, 2 * x.shape[0], *weight.shape) and onednn_is_used():
         torch.ops.mixture_of_experts.multiply_(x, weight, out)
     else:
         torch.mm(x, weight, out=out)
@@ -82,7 +87,7 @@ def multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
 
 def multiply_transposed(x: Tensor, y: Tensor, out: Tensor) -> None:
     """`x^T y` of `x (r, p)` and `y (r, q)`, likewise."""
-    if all_by_onednn(x.dtype, 2 * x.shape[0], *out.shape):
+    if all_are_large(x.dtype, 2 * x.shape[0], *out.shape) and onednn_is_used():
         torch.ops.mixture_of_experts.multiply_transposed_(x, y, out)
     else:
         torch.mm(x.mT, y, out=out)

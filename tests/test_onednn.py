@@ -16,7 +16,7 @@ OPERATORS = (torch.ops.mixture_of_experts.multiply_, torch.ops.mixture_of_expert
 @pytest.fixture
 def any_size(monkeypatch):
     """Whatever the processor and however small a product is, it is oneDNN's."""
-    monkeypatch.setattr(products, "onednn_leads", lambda: True)
+    monkeypatch.setattr(products, "_onednn_leads", lambda: True)
     monkeypatch.setattr(products, "LEAST_WORK", 1)
     monkeypatch.setattr(products, "LEAST_ROWS", 1)
 
@@ -51,7 +51,7 @@ def test_left_to_mkl(any_size, change, monkeypatch):
     if change == "small":
         monkeypatch.setattr(products, "LEAST_WORK", 2 * 8**3 + 1)
     if change == "other processor":
-        monkeypatch.setattr(products, "onednn_leads", lambda: False)
+        monkeypatch.setattr(products, "_onednn_leads", lambda: False)
     with torch.backends.mkldnn.flags(enabled=change != "off"), FlopCounterMode(display=False) as counter:
         multiply(x, weight, out := torch.empty_like(x))
         multiply_transposed(x, weight, outer := torch.empty_like(x))
@@ -117,3 +117,27 @@ def test_same_bits(any_size):
     layer.zero_grad()
     for one, other in zip(first, run(layer, x, grad, None), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:TF32 acceleration")
+@pytest.mark.parametrize("first", [False, True])
+def test_settings_may_change_between_forward_and_backward(any_size, first):
+    """The backward reads what the forward kept, in the layout of the forward."""
+    torch.manual_seed(0)
+    layer = MoE(16, 4, gate=TopKGating(16, 4, 2))
+    x, grad = random(2, 50, 16), random(2, 50, 16, seed=1)
+    expected = run(layer, x, grad, None)[2:]
+    layer.zero_grad()
+    threads = torch.get_num_threads()
+    x.requires_grad_()
+    try:
+        with torch.backends.mkldnn.flags(enabled=first):
+            torch.set_num_threads(1)
+            out, loss = layer(x)
+        with torch.backends.mkldnn.flags(enabled=not first):
+            torch.set_num_threads(3)
+            torch.autograd.backward((out, loss), (grad, torch.ones_like(loss)))
+    finally:
+        torch.set_num_threads(threads)
+    for one, other in zip([x.grad, *(parameter.grad for parameter in layer.parameters())], expected, strict=True):
+        torch.testing.assert_close(one, other)
