@@ -108,6 +108,25 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
     return mean_square(logits.logsumexp(dim=-1), counted, group)
 
 
+def z_loss_at(
+    logits: Tensor,
+    probs: Tensor,
+    expert: Tensor,
+    counted: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The same from `probs`, the softmax of `logits`: `logsumexp(logits)` is logit - log p of any expert.
+
+    Read at one `expert` `(..., n, 1)` that is likely, such as the first choice, it costs no pass over all of them, and
+    the backward needs no logits.
+    """
+    at = expert.flatten()
+    at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
+    logit = logits.flatten().index_select(0, at)  # for a `gather` autograd would keep the logits
+    log_total = logit.view(expert.shape) - probs.gather(-1, expert).log()
+    return mean_square(log_total.squeeze(-1), counted, group)
+
+
 def mean_square(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
     """Mean of the squares of `values` `(..., n)` over the counted ones."""
     square = values.square()

@@ -25,7 +25,7 @@ LEAST_ROWS = 128  # the same for a gradient of weights, which is large to copy h
 @cache
 def _onednn_leads() -> bool:
     """Whether oneDNN uses AVX-512 where MKL does not."""
-    has = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10
+    has = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have none
     return bool(has.get("architecture") == "x86_64" and has.get("avx512_f") and "Intel" not in has["cpu_name"])
 
 

@@ -148,8 +148,6 @@ class Top2Gating(TokenChoiceGate):
         p_1, p_2 = probs.gather(-1, expert).split(1, dim=-1)
         gate = self._gates(p_1, p_2, expert_1 != expert_2, tokens.first)
 
-        # logsumexp(logits) = logit - log p of any expert: read at the largest it costs no pass over all
-        log_total = logits.gather(-1, expert_1) - p_1.log()
         parts = self._losses(tokens, probs, expert)
         return self.route(
             tokens,
@@ -158,7 +156,7 @@ class Top2Gating(TokenChoiceGate):
             gate,
             chosen=self._chosen(gate[..., 1].detach(), tokens),
             balance_loss=parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"],
-            z_loss=losses.mean_square(log_total.squeeze(-1), tokens.first, self.process_group),
+            z_loss=losses.z_loss_at(logits, probs, expert_1, tokens.first, self.process_group),
             losses=parts,
         )
 

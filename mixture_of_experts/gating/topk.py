@@ -143,7 +143,10 @@ class TopKGating(TokenChoiceGate):
         if self.expert_counts is not None and self.training:
             chosen = load if allowed is None else self.load(expert, allowed)
             weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
-        z_loss = losses.z_loss(logits, tokens.first, self.process_group)
+        if self.score == "softmax" and self.expert_bias is None and self.num_groups is None:
+            z_loss = losses.z_loss_at(logits, probs, expert[..., :1], tokens.first, self.process_group)
+        else:
+            z_loss = losses.z_loss(logits, tokens.first, self.process_group)
         top = score.detach().amax(dim=-1) if self.priority == "score" else None
         return self.route(tokens, probs, expert, weight, chosen=allowed, score=top, balance_loss=balance, z_loss=z_loss)
 
