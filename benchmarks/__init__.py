@@ -1,1 +1,1 @@
-"""Speed and memory of the layer beside its rivals and its floor: `python -m benchmarks` (see README.md here)."""
+"""Speed and memory of the layer beside its rivals and its products: `python -m benchmarks` (see README.md here)."""

@@ -18,7 +18,7 @@ SUPPORT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser("python -m benchmarks", description="Time and memory beside rivals and the floor.")
+    made = argparse.ArgumentParser("python -m benchmarks", description="Time and memory beside rivals and yardsticks.")
     made.add_argument("--quick", action="store_true", help="the headline cases only, ordinary pages, no extra rivals")
     made.add_argument("--figures-only", action="store_true", help="without the rivals that no figure reads")
     made.add_argument("--only", metavar="PATTERN", help="cases whose name contains PATTERN (or matches its wildcards)")
