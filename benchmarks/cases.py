@@ -249,12 +249,6 @@ def choices() -> list[Case]:
         replace(base, name="choose/dropless-4x1024-d512-e16", figures=(Figure("layer dropless", "layer"),), **large),
         replace(base, name="choose/bf16-4x1024-d512-e16", figures=(Figure("layer bfloat16", "layer"),), **large),
     ]
-    by_mkl = {"figures": (Figure("layer", "layer by MKL"), *versus_products)}
-    cases += [
-        replace(base, name="choose/onednn-4x1024-d256-e64", **by_mkl),
-        replace(base, name="choose/onednn-4x1024-d512-e16", **by_mkl, **large),
-        replace(base, name="choose/onednn-4x1024-d1024-e8", **by_mkl, d=1024, h=4096, e=8),
-    ]
     for k, h in ((1, 1024), (4, 256), (8, 128)):
         cases.append(replace(base, name=f"choose/k{k}-4x1024-d256-e64", k=k, h=h, figures=versus_products))
     return cases

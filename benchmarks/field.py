@@ -19,7 +19,6 @@ BUILDERS: dict[str, Builder] = {
     "layer balanced": layer.variant("layer balanced", skew=0.0),
     "layer dropless": layer.variant("layer dropless", factor=None),
     "layer bfloat16": layer.variant("layer bfloat16", dtype="bfloat16"),
-    "layer by MKL": layer.by_mkl,
     "layer compiled": layer.compiled,
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,

@@ -74,20 +74,6 @@ def variant(name: str, **changed):
     return build_variant
 
 
-def by_mkl(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
-    """The layer with all its products by the library that torch's own go to."""
-    made = layer(case, weights, inputs)
-    step = made.step
-
-    def step_by_mkl() -> None:
-        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-        step()
-        torch.backends.mkldnn.enabled = enabled
-
-    made.name, made.step, made.note = "layer by MKL", step_by_mkl, "the layer with torch.backends.mkldnn off"
-    return made
-
-
 def compiled(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     """The layer under torch.compile with its default settings."""
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):

@@ -1,6 +1,6 @@
-"""Experts in chunks: their rows, with padding or without, and the memory that every chunk uses again.
+"""Experts in chunks: padded rows, their tables, and the memory that every chunk uses again.
 
-Axes: a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim.
+Axes: a assignments, r rows (sorted by expert, without gaps), e experts, w rows of an expert in its chunk.
 """
 
 from __future__ import annotations
@@ -10,47 +10,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.products import all_are_large
-
 
 class Chunk(NamedTuple):
-    """Neighbouring experts computed together."""
+    """Neighbouring experts computed together, each with as many rows as the fullest of them."""
 
     start: int  # first expert
     stop: int
-    row: int  # first row in the layout
-    sizes: list[int]  # rows of each expert, padding included
+    width: int
+    row: int  # first row in the padded layout
 
     @property
     def experts(self) -> slice:
         return slice(self.start, self.stop)
 
     @property
+    def num_rows(self) -> int:
+        return (self.stop - self.start) * self.width
+
+    @property
     def rows(self) -> slice:
-        return slice(self.row, self.row + sum(self.sizes))
+        return slice(self.row, self.row + self.num_rows)
 
 
 ENOUGH_BYTES = 3 << 19  # of hidden layer: a larger chunk is slower, its buffers leave the second-level cache
 MOST_PADDING = 0.05  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
-def exact_chunks(counts: list[int], row_bytes: int) -> list[Chunk]:
-    """Experts in chunks for products one by one: no padding. Those without rows are in none."""
-    chunks: list[Chunk] = []
-    row, sizes = 0, []
-    for expert, count in enumerate([*counts, 0]):
-        if sizes and (count == 0 or sum(sizes) * row_bytes >= ENOUGH_BYTES):
-            chunks.append(Chunk(expert - len(sizes), expert, row, sizes))
-            row, sizes = row + sum(sizes), []
-        if count:
-            sizes = [*sizes, count]
-    return chunks
-
-
-def padded_chunks(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
-    """Experts in chunks for batched products, each expert with as many rows as the fullest of its chunk.
-
-    They keep all threads busy and waste few rows on padding. Experts without rows are in none.
+def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
+    """Experts in chunks that keep all threads busy and waste few rows on padding; those without rows are in none.
 
     Args:
         counts: rows of each expert.
@@ -72,15 +59,14 @@ def padded_chunks(counts: list[int], row_bytes: int, threads: int) -> list[Chunk
                 stop = max(stop - (stop - start) % threads, start + 1)
                 break
             stop, width, used = stop + 1, wider, more
-        sizes = [max(counts[start:stop])] * (stop - start)
-        chunks.append(Chunk(start, stop, row, sizes))
-        row += sum(sizes)
+        chunks.append(Chunk(start, stop, max(counts[start:stop]), row))
+        row += chunks[-1].num_rows
         start = stop
     return chunks
 
 
 class Layout(NamedTuple):
-    """The rows of all chunks and their tables; `rows` is also the sentinel of `row`."""
+    """The padded rows of all chunks and their tables; `rows` is also the sentinel of `row`."""
 
     chunks: list[Chunk]
     rows: int
@@ -94,26 +80,20 @@ class Setting(NamedTuple):
     """What a layout depends on that is not a tensor: noted in the forward, so that the backward's is the same."""
 
     num_tokens: int
+    row_bytes: int  # of the widest buffer for one row
     threads: int
-    onednn: bool  # large products go there
 
 
-def lay_out(
-    setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor, last: Tensor
-) -> Layout:
-    """The layout of rows without gaps for experts with the weights `last` `(e, h, d)`; others as in `dispatch.Plan`."""
+def lay_out(setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor) -> Layout:
+    """The padded layout of rows without gaps; the tensors as in `dispatch.Plan`."""
     numbers = counts.tolist()
     used = [count for count in numbers if count]
-    total, row_bytes = sum(used), last.shape[1] * last.element_size()
-    if setting.onednn and all_are_large(last.dtype, total / max(1, len(used)), *last.shape[1:]):
-        chunks = exact_chunks(numbers, row_bytes)
-    else:
-        chunks = padded_chunks(numbers, row_bytes, setting.threads)
+    total, chunks = sum(used), chunks_of(numbers, setting.row_bytes, setting.threads)
     weight = torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
     token, filled = token[:total], token[:total] < setting.num_tokens
     full = bool(filled.all())
     token = token if full else torch.where(filled, token, 0)
-    sizes = [size for chunk in chunks for size in chunk.sizes]
+    sizes = [chunk.width for chunk in chunks for _ in range(chunk.start, chunk.stop)]
     rows = sum(sizes)
     if rows == total:
         return Layout(chunks, rows, row.clamp(max=rows), token, weight, None if full else ~filled)
@@ -142,11 +122,11 @@ class Buffers:
 
     def __init__(self, like: Tensor, chunks: list[Chunk]) -> None:
         self.like = like
-        self.most = max((sum(chunk.sizes) for chunk in chunks), default=0)
+        self.most = max((chunk.num_rows for chunk in chunks), default=0)
         self.held: dict[tuple[str, int], Tensor] = {}
 
     def get(self, name: str, chunk: Chunk, width: int) -> Tensor:
-        """`(rows of the chunk, width)` uninitialised."""
+        """`(experts, w, width)` uninitialised."""
         if (name, width) not in self.held:
             self.held[name, width] = self.like.new_empty(self.most, width)
-        return self.held[name, width][: sum(chunk.sizes)]
+        return self.held[name, width][: chunk.num_rows].view(-1, chunk.width, width)

@@ -1,6 +1,7 @@
 """Dispatch, experts and combine of a whole call in one autograd.Function, for the CPU.
 
-Axes: t tokens, a assignments, r rows (sorted by expert), e experts, d model dim, h hidden dim.
+Axes: t tokens, a assignments, r rows (sorted by expert), e experts, w rows of an expert in its chunk, d model dim,
+h hidden dim.
 
 On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So tokens are gathered into
 buffers that are used again for every chunk of experts, products and activations are written in place, and of all
@@ -25,7 +26,6 @@ from mixture_of_experts.activations import Activation, find_activation
 from mixture_of_experts.chunks import Buffers, Chunk, Layout, Setting, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
-from mixture_of_experts.products import onednn_is_used, rows_by_rows_into, rows_by_weights_into
 
 
 def takes(x: Tensor, act: nn.Module) -> bool:
@@ -50,7 +50,7 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     assert activation is not None
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    setting = Setting(plan.num_tokens, torch.get_num_threads(), onednn_is_used())
+    setting = Setting(plan.num_tokens, last.shape[-2] * last.element_size(), torch.get_num_threads())
     call = Call(plan.choices, setting, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]
@@ -67,8 +67,20 @@ class Call(NamedTuple):
 
 def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
     """Tokens of the chunk's rows, zeros where a row is empty."""
-    torch.index_select(x, 0, layout.token[chunk.rows], out=out)
-    return out if layout.empty is None else out.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
+    rows = out.flatten(0, 1)
+    torch.index_select(x, 0, layout.token[chunk.rows], out=rows)
+    if layout.empty is not None:
+        rows.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
+    return out
+
+
+def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """`x @ weight` of a chunk, written into `out`."""
+    if x.shape[0] == 1:
+        torch.mm(x[0], weight[0], out=out[0])
+    else:
+        torch.bmm(x, weight, out=out)
+    return out
 
 
 class _Fused(torch.autograd.Function):
@@ -77,7 +89,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
-        layout = lay_out(call.setting, weight, row, assignment, token, counts, last)
+        layout = lay_out(call.setting, weight, row, assignment, token, counts)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
@@ -87,7 +99,7 @@ class _Fused(torch.autograd.Function):
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers)
             hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim))
-            rows_by_weights_into(hidden, last[chunk.experts], chunk.sizes, y[chunk.rows])
+            _product(hidden, last[chunk.experts], y[chunk.rows].view_as(tokens))
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
@@ -124,7 +136,7 @@ class _FusedBackward(torch.autograd.Function):
     def forward(call: Call, needs, num_kept: int, *tensors):
         grad, x, weight, row, assignment, token, counts, *rest = tensors
         (*first, last), kept = rest[: num_kept + 1], rest[num_kept + 1 :]
-        layout = lay_out(call.setting, weight, row, assignment, token, counts, last)
+        layout = lay_out(call.setting, weight, row, assignment, token, counts)
         buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         grad = grad.contiguous()
@@ -135,26 +147,25 @@ class _FusedBackward(torch.autograd.Function):
         if need_weights:
             _zero_unused(grad_weights, layout.chunks)
         for chunk in layout.chunks:
-            experts, sizes = chunk.experts, chunk.sizes
-            scale = layout.weight[chunk.rows].to(x.dtype).unsqueeze(-1)
+            experts = chunk.experts
+            scale = layout.weight[chunk.rows].to(x.dtype).view(-1, chunk.width, 1)
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             grads = _gather(grad, layout, chunk, buffers.get("grad", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers, again=True)
-            grad_hidden = buffers.get("grad_hidden", chunk, hidden_dim)
-            rows_by_weights_into(grads, last[experts].mT, sizes, grad_hidden)
+            grad_hidden = _product(grads, last[experts].mT, buffers.get("grad_hidden", chunk, hidden_dim))
             hidden, grad_up = _hidden_again(call.activation, pre, grad_hidden, buffers, chunk)
             if need_weights:
-                rows_by_rows_into(hidden, grads.mul_(scale), sizes, grad_weights[-1][experts])
-            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype)
+                _product(hidden.mT, grads.mul_(scale), grad_weights[-1][experts])
+            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype).flatten()
             grad_pre = _pre_backward(call.activation, pre, grad_hidden, grad_up)
             if need_weights:
                 tokens.mul_(scale)
                 for which, part in enumerate(grad_pre):
-                    rows_by_rows_into(tokens, part, sizes, grad_weights[which][experts])
+                    _product(tokens.mT, part, grad_weights[which][experts])
             if need_x:
-                out = rows_by_weights_into(grad_pre[0], first[0][experts].mT, sizes, grad_x_rows[chunk.rows])
-                for part, matrix in zip(grad_pre[1:], first[1:], strict=True):  # tokens and grads have been used
-                    out += rows_by_weights_into(part, matrix[experts].mT, sizes, grads)
+                out = _product(grad_pre[0], first[0][experts].mT, grad_x_rows[chunk.rows].view_as(grads))
+                for part, matrix in zip(grad_pre[1:], first[1:], strict=True):
+                    out.baddbmm_(part, matrix[experts].mT)
         grad_x = x.new_empty(0)
         if need_x:
             grad_x_rows[-1] = 0
@@ -223,9 +234,12 @@ def _first_products(
     """Products with the first weights: kept ones are read (`again`) or written, others live in a buffer."""
     products = []
     for which, matrix in enumerate(first):
-        out = kept[which][chunk.rows] if call.keep else buffers.get(f"pre{which}", chunk, matrix.shape[-1])
+        if call.keep:
+            out = kept[which][chunk.rows].view(*tokens.shape[:2], matrix.shape[-1])
+        else:
+            out = buffers.get(f"pre{which}", chunk, matrix.shape[-1])
         if not (again and call.keep):
-            rows_by_weights_into(tokens, matrix[chunk.experts], chunk.sizes, out)
+            _product(tokens, matrix[chunk.experts], out)
         products.append(out)
     return products
 

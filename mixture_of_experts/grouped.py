@@ -1,4 +1,4 @@
-"""Matrix products of experts, differentiable: the way that each device and each transform can take.
+"""Matrix products of experts: the one place where a kernel is chosen.
 
 Axes: e experts, r rows (sorted by expert), s slots of an expert, p inner and q outer dimension of a weight.
 """
@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.products import flops, is_large, multiply, multiply_transposed, onednn_is_used
 from mixture_of_experts.routing import largest, smallest
 
 
@@ -138,15 +137,14 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
     start = index = 0
     while index < len(used):
         expert, count = used[index]
-        pair = pairs and index + 1 < len(used) and used[index + 1][1] == count
-        if pair and not (is_large(x.dtype, count, *weight.shape[1:]) and onednn_is_used()):
+        if pairs and index + 1 < len(used) and used[index + 1][1] == count:
             other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
             torch.bmm(x[start:stop].view(shape), matrices, out=out[start:stop].view(shape))
             index += 2
         else:
             stop = start + count
-            multiply(x[start:stop], weight[expert], out[start:stop])
+            torch.mm(x[start:stop], weight[expert], out=out[start:stop])
             index += 1
         start = stop
     if start < x.shape[0]:
@@ -166,7 +164,7 @@ def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     start = 0
     for expert, count in enumerate(counts.tolist()):
         if count:
-            multiply_transposed(x[start : start + count], y[start : start + count], out[expert])
+            torch.mm(x[start : start + count].mT, y[start : start + count], out=out[expert])
             start += count
         else:
             out[expert] = 0
@@ -178,7 +176,10 @@ def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
 
 
-register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])(flops)
+@register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])
+def _flops(x: tuple[int, ...], y: tuple[int, ...], *_, **__) -> int:
+    """2 r p q, of the shapes of `x (r, p)` and of `weight (..., p, q)` or `y (r, q)`."""
+    return 2 * x[0] * x[1] * y[-1]
 
 
 def _in_blocks(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
