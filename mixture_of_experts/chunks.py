@@ -32,7 +32,7 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + self.num_rows)
 
 
-ENOUGH_BYTES = 3 << 19  # of hidden layer: a larger chunk is slower, its buffers leave the second-level cache
+ENOUGH_BYTES = 3 << 20  # of hidden layer: a larger chunk is slower, its buffers leave the caches
 MOST_PADDING = 0.05  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
 
 
