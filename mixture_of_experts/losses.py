@@ -13,8 +13,9 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixture_of_experts.routing import largest, smallest
+from mixture_of_experts.routing import FEW, largest, smallest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -118,8 +119,10 @@ def z_loss_at(
     """The same from `probs`, the softmax of `logits`: `logsumexp(logits)` is logit - log p of any expert.
 
     Read at one `expert` `(..., n, 1)` that is likely, such as the first choice, it costs no pass over all of them, and
-    the backward needs no logits.
+    the backward needs no logits. For a few logits that is no gain.
     """
+    if statically_known_true(logits.numel() <= FEW):
+        return z_loss(logits, counted, group)
     at = expert.flatten()
     at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
     logit = logits.flatten().index_select(0, at)  # for a `gather` autograd would keep the logits

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
-FEW = 4096  # entries of a table that costs less than to sort
+FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
 QUEUES = {"choice": "(k n)", "token": "(n k)", "score": "(k n)"}  # the order of the queue, as an einops pattern
 
 

@@ -286,6 +286,22 @@ def test_z_loss_at_logits_zero(kind):
     assert losses_of(kind(5, 5), torch.zeros(5, 5))["z"] == pytest.approx(math.log(5) ** 2, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", [TopKGating, Top2Gating])
+@pytest.mark.parametrize("n", [20, 400], ids=["few", "many"])  # logits; the two take different ways
+@pytest.mark.parametrize("masked", [False, True])
+def test_z_loss_and_its_gradients(kind, n, masked):
+    """The mean of `logsumexp(logits)^2`, whatever it is read from."""
+    torch.manual_seed(0)
+    gate = kind(6, 7).double()
+    x = (3 * torch.randn(2, n, 6, dtype=torch.float64)).requires_grad_()
+    mask = torch.arange(n) < torch.tensor([[n - 3], [5]]) if masked else torch.ones(2, n, dtype=torch.bool)
+    expected = (x @ gate.w_gating).logsumexp(dim=-1).square()[mask].mean()
+    found = gate(x, mask=mask if masked else None).z_loss
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(*(torch.autograd.grad(loss, (x, gate.w_gating)) for loss in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 @pytest.mark.parametrize(("k", "factor", "share"), [(1, None, 1.0), (2, None, 0.5), (2, 1.0, 0.5), (2, 2.0, 0.25)])
 def test_losses_of_two_levels(k, factor, share):
     """The inner loss is q² of its own when balanced, q the share of its tokens that are first choices."""

@@ -257,10 +257,9 @@ def top_choices(score: Tensor, choices: int) -> Tensor:
 
     `torch.topk` promises no order among equals; `argmax` does, and for a few choices it is as fast.
     """
-    picked = []
     score = score.detach()
-    for _ in range(choices):
-        best = score.argmax(dim=-1, keepdim=True)
-        picked.append(best)
-        score = score.scatter(-1, best, -torch.inf)
+    picked = [score.argmax(dim=-1, keepdim=True)]
+    while len(picked) < choices:
+        score = score.scatter(-1, picked[-1], -torch.inf)
+        picked.append(score.argmax(dim=-1, keepdim=True))
     return torch.cat(picked, dim=-1)

@@ -133,7 +133,8 @@ class TopKGating(TokenChoiceGate):
             weight = torch.where(allowed, weight, 0.0)
         if self.normalize:
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
-        weight = weight * self.scale
+        if self.scale != 1:
+            weight = weight * self.scale
 
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         first = None if tokens.first is None else tokens.first.unsqueeze(-1)
