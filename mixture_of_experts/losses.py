@@ -72,12 +72,12 @@ def load_balance(
         group: process group that shares the batch.
     """
     num_experts = load.shape[-1]
-    per_group = (load.detach().to(proxy.dtype) * proxy).sum(dim=-1)
+    products = load.detach().to(proxy.dtype) * proxy
     if isinstance(length, Tensor):
-        per_group = per_group / positive(length).to(proxy.dtype).square() * (num_experts / choices)
+        per_group = products.sum(dim=-1) / positive(length).to(proxy.dtype).square() * (num_experts / choices)
         return mean(per_group.sum(), (length > 0).sum(), group)
-    total, groups = per_group.sum() / largest(length, 1) ** 2, math.prod(per_group.shape) * smallest(length, 1)
-    return mean(total * (num_experts / choices), groups, group)
+    groups = math.prod(products.shape[:-1]) * smallest(length, 1)
+    return mean(products.sum() * (num_experts / choices / largest(length, 1) ** 2), groups, group)
 
 
 def load_balance_over_batch(

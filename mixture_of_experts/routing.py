@@ -126,13 +126,13 @@ def group_capacity(length: Tensor, factor: float, num_experts: int, minimum: int
 
 
 def queue_positions(
-    expert: Tensor, chosen: Tensor, num_experts: int, priority: Priority = "choice", score: Tensor | None = None
+    expert: Tensor, chosen: Tensor | None, num_experts: int, priority: Priority = "choice", score: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Place of every choice in the queue of its expert, and the length of each queue.
 
     Args:
         expert: `(..., n, k)` int64, expert of each choice, best choice first.
-        chosen: `(..., n, k)` bool, the choices that queue at all.
+        chosen: `(..., n, k)` bool, the choices that queue at all; None if all do.
         num_experts: e.
         priority: "choice" queues all first choices before all second ones (GShard), "token" all choices of a token
             before those of later tokens (causal), "score" as "choice" with the tokens in order of descending score
@@ -142,7 +142,7 @@ def queue_positions(
     Returns:
         `(..., n, k)` int64 positions, and `(..., e)` int64 lengths.
     """
-    key = torch.where(chosen, expert, num_experts)
+    key = expert if chosen is None else torch.where(chosen, expert, num_experts)
     if statically_known_true(key.shape[-2] == 1):  # in every order a single token's choices come one after the other
         slot, queued = _positions(key.squeeze(-2), num_experts)
         return slot.unsqueeze(-2), queued

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.checks import (
     check_choice,
@@ -200,24 +201,22 @@ class TokenChoiceGate(Gate):
             tokens: what `read` returned.
             probs: `(..., b, n, e)`.
             expert, weight: `(..., b, n, k)`, best choice first.
-            chosen: `(..., b, n, k)` bool, the choices that are made at all (mask, importance, policy).
+            chosen: `(..., b, n, k)` bool, the choices that are made at all (mask, importance, policy); None if all are.
             score: `(..., b, n)` by which tokens queue with priority "score"; by default the top probability.
             balance_loss, z_loss: 0-dim.
             losses: the parts of `balance_loss` by name; by default that loss itself, as "balance".
         """
-        if chosen is None:
-            chosen = torch.ones_like(expert, dtype=torch.bool)
         capacity, limit = self.capacity(tokens)
         if self.priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
         # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
-        computed = chosen & (weight != 0)
+        computed = weight != 0 if chosen is None else chosen & (weight != 0)
         queues = computed if capacity is None else chosen
         slot, queued = queue_positions(expert, queues, self.num_experts, self.priority, score)
-        kept = computed
+        kept, most = computed, tokens.num_tokens * expert.shape[-1]
         if limit is not None:
             kept = kept & (slot < limit[..., None, None])
-        elif capacity is not None:
+        elif capacity is not None and not statically_known_true(most <= capacity):
             kept = kept & (slot < capacity)
         kept = kept.flatten(-2)
         weight = torch.where(kept, weight.flatten(-2), 0.0)  # not a view, of which FSDP2 warns
@@ -235,7 +234,7 @@ class TokenChoiceGate(Gate):
             num_experts=self.num_experts,
             capacity=capacity,
             choices=self.choices,
-            chosen=chosen.flatten(-2),
+            chosen=(torch.ones_like(expert, dtype=torch.bool) if chosen is None else chosen).flatten(-2),
             queued=queued,
             limit=limit,
             real=tokens.real,
