@@ -83,6 +83,9 @@ def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+ASSIGNMENT, TOKEN = 3, 4  # where these stand among the tensors of a call
+
+
 class _Fused(torch.autograd.Function):
     """Returns the tokens' outputs `(t, d)`, and what is kept for the backward."""
 
@@ -105,6 +108,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         ctx.call, *tensors = inputs
+        if ctx.call.choices is not None:
+            tensors[TOKEN] = None  # the backward reads it off the assignments
         kept = output[1:]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
@@ -117,7 +122,10 @@ class _Fused(torch.autograd.Function):
             return (None,) * (7 + ctx.num_kept + 1)
         wanted = ctx.needs_input_grad
         needs = (wanted[1], wanted[2], any(wanted[7:]))
-        grads = _FusedBackward.apply(ctx.call, needs, ctx.num_kept, grad, *ctx.saved_tensors)
+        tensors = list(ctx.saved_tensors)
+        if ctx.call.choices is not None:
+            tensors[TOKEN] = tensors[ASSIGNMENT] // ctx.call.choices
+        grads = _FusedBackward.apply(ctx.call, needs, ctx.num_kept, grad, *tensors)
         of = zip(grads, wanted[1:3] + wanted[7:], strict=True)
         grad_x, grad_weight, *grad_weights = (gradient if need else None for gradient, need in of)
         return None, grad_x, grad_weight, None, None, None, None, *grad_weights
