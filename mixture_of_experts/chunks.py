@@ -5,6 +5,7 @@ Axes: a assignments, r rows (sorted by expert, without gaps), e experts, w rows 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,11 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + self.num_rows)
 
 
-ENOUGH_BYTES = 3 << 20  # of hidden layer: a larger chunk is slower, its buffers leave the caches
-MOST_PADDING = 0.05  # of a chunk's rows, or of as many as make ENOUGH_BYTES: more costs more than a smaller chunk
+# n chunks of B bytes of hidden layer cost n times a cold start (a product leaves the caches to its weights, and the next
+# operator, Python too, has to come back to them: 0.1 ms or more each), and B / n times fresh memory for the buffers of a
+# chunk. The sum is least at n = sqrt(B / BALANCE).
+BALANCE = 2 << 20
+MOST_PADDING = 80 << 10  # bytes of hidden layer in a chunk: to compute more costs more than another chunk
 
 
 def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
@@ -45,7 +49,8 @@ def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
         threads: a batched product gives whole experts to each of them, so a chunk has a multiple of that number.
     """
     chunks: list[Chunk] = []
-    enough = ENOUGH_BYTES // row_bytes
+    number = max(1, round(math.sqrt(sum(counts) * row_bytes / BALANCE)))
+    enough, most_padding = sum(counts) / number, MOST_PADDING // row_bytes
     row = start = 0
     while start < len(counts):
         if counts[start] == 0:
@@ -55,7 +60,7 @@ def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
         while stop < len(counts) and ((stop - start) % threads or (stop - start) * width < enough):
             wider, more = max(width, counts[stop]), used + counts[stop]
             padding = wider * (stop + 1 - start) - more
-            if counts[stop] == 0 or padding > MOST_PADDING * max(more, enough):  # to read unused weights costs most
+            if counts[stop] == 0 or padding > most_padding:  # reading unused weights costs most
                 stop = max(stop - (stop - start) % threads, start + 1)
                 break
             stop, width, used = stop + 1, wider, more

@@ -103,7 +103,7 @@ def test_chunks(counts, threads, row_bytes):
 @pytest.mark.parametrize("padded", [False, True])
 def test_an_infinite_gradient_concerns_its_expert_only(padded, monkeypatch):
     """Nor do rows that are padding carry it to others."""
-    monkeypatch.setattr(chunks, "MOST_PADDING", 10.0 if padded else 0.0)
+    monkeypatch.setattr(chunks, "MOST_PADDING", 1 << 20 if padded else 0)
     torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
@@ -120,8 +120,8 @@ def test_an_infinite_gradient_concerns_its_expert_only(padded, monkeypatch):
 
 def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
-    monkeypatch.setattr(chunks, "ENOUGH_BYTES", 1)
-    monkeypatch.setattr(chunks, "MOST_PADDING", 1000.0)
+    monkeypatch.setattr(chunks, "BALANCE", 1)
+    monkeypatch.setattr(chunks, "MOST_PADDING", 1 << 20)
     torch.manual_seed(0)
     layer = MoE(16, 4, gate=TopKGating(16, 4, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
