@@ -145,10 +145,11 @@ class Top2Gating(TokenChoiceGate):
         rest = self._without_first(probs.detach(), expert_1, tokens.first)
         expert_2 = rest.argmax(dim=-1, keepdim=True)
         expert = torch.cat([expert_1, expert_2], dim=-1)
+
+        # losses first: then the backward adds their gradient, an expanded row, in place to that of the gates
+        parts = self._losses(tokens, probs, expert)
         p_1, p_2 = probs.gather(-1, expert).split(1, dim=-1)
         gate = self._gates(p_1, p_2, expert_1 != expert_2, tokens.first)
-
-        parts = self._losses(tokens, probs, expert)
         return self.route(
             tokens,
             probs,

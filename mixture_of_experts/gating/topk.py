@@ -128,6 +128,13 @@ class TopKGating(TokenChoiceGate):
         expert = self._choose(score)
         allowed = self.allowed(tokens)
 
+        # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
+        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
+        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
+        load = self.load(expert, first)
+        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
+        balance = BALANCES[self.balance_over](load, proxy, tokens.length, self.choices, self.process_group)
+
         weight = score.gather(-1, expert)
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
@@ -135,12 +142,6 @@ class TopKGating(TokenChoiceGate):
             weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
         if self.scale != 1:
             weight = weight * self.scale
-
-        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
-        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        load = self.load(expert, first)
-        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
-        balance = BALANCES[self.balance_over](load, proxy, tokens.length, self.choices, self.process_group)
         if self.expert_counts is not None and self.training:
             chosen = load if allowed is None else self.load(expert, allowed)
             weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
