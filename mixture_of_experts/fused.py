@@ -101,7 +101,7 @@ class _Fused(torch.autograd.Function):
         for chunk in layout.chunks:
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers)
-            hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim))
+            hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim) if call.keep else pre[0])
             _product(hidden, last[chunk.experts], y[chunk.rows].view_as(tokens))
         return _collect(call, y, weight, layout), *kept
 
