@@ -33,9 +33,9 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + self.num_rows)
 
 
-# n chunks of B bytes of hidden layer cost n times a cold start (a product leaves the caches to its weights, and the next
-# operator, Python too, has to come back to them: 0.1 ms or more each), and B / n times fresh memory for the buffers of a
-# chunk. The sum is least at n = sqrt(B / BALANCE).
+# n chunks of B bytes of hidden layer cost n times a cold start (a product leaves the caches to its weights, and what
+# comes next, Python too, has to come back: 0.1 ms or more each), and B / n times fresh memory for a chunk's
+# buffers. The sum is least at n = sqrt(B / BALANCE).
 BALANCE = 2 << 20
 MOST_PADDING = 80 << 10  # bytes of hidden layer in a chunk: to compute more costs more than another chunk
 

@@ -258,8 +258,7 @@ def top_choices(score: Tensor, choices: int) -> Tensor:
     """
     score = score.detach()
     picked = [score.argmax(dim=-1, keepdim=True)]
-    if choices > 1:
-        score = score.clone()
     while len(picked) < choices:
-        picked.append(score.scatter_(-1, picked[-1], -torch.inf).argmax(dim=-1, keepdim=True))
+        score = score.scatter(-1, picked[-1], -torch.inf)
+        picked.append(score.argmax(dim=-1, keepdim=True))
     return torch.cat(picked, dim=-1)
