@@ -11,6 +11,7 @@ from benchmarks.loop import expected_output
 from benchmarks.problem import Inputs, Weights
 from benchmarks.problem import inputs as make_inputs
 from benchmarks.problem import weights as make_weights
+from benchmarks.whole_batch import whole_batch
 
 Builder = Callable[[Case, Weights, Inputs], Contestant]
 
@@ -23,6 +24,7 @@ BUILDERS: dict[str, Builder] = {
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,
     "roofline": yardsticks.roofline,
+    "whole batch": whole_batch,
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
     "loop": rivals.loop,

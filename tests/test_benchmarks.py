@@ -76,6 +76,16 @@ def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
     assert command.joined(result("b", "two"), path) == result("b", "two")
 
 
+def test_the_layer_by_hand_is_the_layer() -> None:
+    """Output and all gradients, with dropped choices too."""
+    contestants = entered("toy/train", "layer", "whole batch", skew=1.0)
+    assert max(field.check_all(contestants).values()) < 1e-6
+    layer, by_hand = contestants["layer"], contestants["whole batch"]
+    layer.step(), by_hand.step()
+    for one, other in zip((*layer.inputs, *layer.parameters), (*by_hand.inputs, *by_hand.parameters), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+
+
 @pytest.mark.parametrize("name", sorted(TOYS))
 def test_the_layer_computes_what_the_plain_loop_computes(name: str) -> None:
     contestants = entered(name, "layer", "loop")
