@@ -38,6 +38,7 @@ class Chunk(NamedTuple):
 # buffers. The sum is least at n = sqrt(B / BALANCE).
 BALANCE = 2 << 20
 MOST_PADDING = 80 << 10  # bytes of hidden layer in a chunk: to compute more costs more than another chunk
+FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
 
 
 def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
@@ -60,7 +61,8 @@ def chunks_of(counts: list[int], row_bytes: int, threads: int) -> list[Chunk]:
         while stop < len(counts) and ((stop - start) % threads or (stop - start) * width < enough):
             wider, more = max(width, counts[stop]), used + counts[stop]
             padding = wider * (stop + 1 - start) - more
-            if counts[stop] == 0 or padding > most_padding:  # reading unused weights costs most
+            most = max(most_padding, FREE_ROWS * (stop + 1 - start))
+            if counts[stop] == 0 or padding > most:  # reading unused weights costs most
                 stop = max(stop - (stop - start) % threads, start + 1)
                 break
             stop, width, used = stop + 1, wider, more
