@@ -1,7 +1,6 @@
 """Dispatch, experts and combine of a whole call in one autograd.Function, for the CPU.
 
-Axes: t tokens, a assignments, r rows (sorted by expert), e experts, w rows of an expert in its chunk, d model dim,
-h hidden dim.
+Axes: t tokens, a assignments, r rows, e experts, d model dim, h hidden dim.
 
 On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So tokens are gathered into
 buffers that are used again for every chunk of experts, products and activations are written in place, and of all
@@ -23,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.activations import Activation, find_activation
+from mixture_of_experts.batches import by_rows, by_weights, takes_steps
 from mixture_of_experts.chunks import Buffers, Chunk, Layout, Setting, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
@@ -50,7 +50,8 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     assert activation is not None
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    setting = Setting(plan.num_tokens, last.shape[-2] * last.element_size(), torch.get_num_threads())
+    row_bytes = last.shape[-2] * last.element_size()
+    setting = Setting(plan.num_tokens, row_bytes, torch.get_num_threads(), takes_steps(last))
     call = Call(plan.choices, setting, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]
@@ -67,19 +68,9 @@ class Call(NamedTuple):
 
 def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
     """Tokens of the chunk's rows, zeros where a row is empty."""
-    rows = out.flatten(0, 1)
-    torch.index_select(x, 0, layout.token[chunk.rows], out=rows)
+    torch.index_select(x, 0, layout.token[chunk.rows], out=out)
     if layout.empty is not None:
-        rows.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
-    return out
-
-
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """`x @ weight` of a chunk, written into `out`."""
-    if x.shape[0] == 1:
-        torch.mm(x[0], weight[0], out=out[0])
-    else:
-        torch.bmm(x, weight, out=out)
+        out.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
     return out
 
 
@@ -102,7 +93,7 @@ class _Fused(torch.autograd.Function):
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers)
             hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim) if call.keep else pre[0])
-            _product(hidden, last[chunk.experts], y[chunk.rows].view_as(tokens))
+            by_weights(chunk.batches, hidden, last, y[chunk.rows])
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
@@ -153,27 +144,26 @@ class _FusedBackward(torch.autograd.Function):
         grad_row_weight = weight.new_zeros(layout.rows + 1)
         grad_weights = [torch.empty_like(w) if need_weights else w.new_empty(0) for w in (*first, last)]
         if need_weights:
-            _zero_unused(grad_weights, layout.chunks)
+            _zero_unused(grad_weights, counts)
         for chunk in layout.chunks:
-            experts = chunk.experts
-            scale = layout.weight[chunk.rows].to(x.dtype).view(-1, chunk.width, 1)
+            scale = layout.weight[chunk.rows].to(x.dtype).unsqueeze(-1)
             tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
             grads = _gather(grad, layout, chunk, buffers.get("grad", chunk, dim))
             pre = _first_products(call, tokens, first, chunk, kept, buffers, again=True)
-            grad_hidden = _product(grads, last[experts].mT, buffers.get("grad_hidden", chunk, hidden_dim))
+            grad_hidden = by_weights(chunk.batches, grads, last.mT, buffers.get("grad_hidden", chunk, hidden_dim))
             hidden, grad_up = _hidden_again(call.activation, pre, grad_hidden, buffers, chunk)
             if need_weights:
-                _product(hidden.mT, grads.mul_(scale), grad_weights[-1][experts])
-            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype).flatten()
+                by_rows(chunk.batches, hidden, grads.mul_(scale), grad_weights[-1])
+            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype)
             grad_pre = _pre_backward(call.activation, pre, grad_hidden, grad_up)
             if need_weights:
                 tokens.mul_(scale)
                 for which, part in enumerate(grad_pre):
-                    _product(tokens.mT, part, grad_weights[which][experts])
+                    by_rows(chunk.batches, tokens, part, grad_weights[which])
             if need_x:
-                out = _product(grad_pre[0], first[0][experts].mT, grad_x_rows[chunk.rows].view_as(grads))
+                out = by_weights(chunk.batches, grad_pre[0], first[0].mT, grad_x_rows[chunk.rows])
                 for part, matrix in zip(grad_pre[1:], first[1:], strict=True):
-                    out.baddbmm_(part, matrix[experts].mT)
+                    by_weights(chunk.batches, part, matrix.mT, out, add=True)
         grad_x = x.new_empty(0)
         if need_x:
             grad_x_rows[-1] = 0
@@ -242,12 +232,9 @@ def _first_products(
     """Products with the first weights: kept ones are read (`again`) or written, others live in a buffer."""
     products = []
     for which, matrix in enumerate(first):
-        if call.keep:
-            out = kept[which][chunk.rows].view(*tokens.shape[:2], matrix.shape[-1])
-        else:
-            out = buffers.get(f"pre{which}", chunk, matrix.shape[-1])
+        out = kept[which][chunk.rows] if call.keep else buffers.get(f"pre{which}", chunk, matrix.shape[-1])
         if not (again and call.keep):
-            _product(tokens, matrix[chunk.experts], out)
+            by_weights(chunk.batches, tokens, matrix, out)
         products.append(out)
     return products
 
@@ -291,11 +278,9 @@ def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor
     return F.embedding_bag(table, rows, per_sample_weights=weights, mode="sum")
 
 
-def _zero_unused(gradients: list[Tensor], chunks: list[Chunk]) -> None:
+def _zero_unused(gradients: list[Tensor], counts: Tensor) -> None:
     """Experts without rows have gradients of exactly 0."""
-    stop = 0
-    for start, next_stop in [*((chunk.start, chunk.stop) for chunk in chunks), (gradients[0].shape[0], 0)]:
-        if stop < start:
-            for gradient in gradients:
-                gradient[stop:start].zero_()
-        stop = next_stop
+    unused = (counts == 0).nonzero().flatten()
+    if unused.numel():
+        for gradient in gradients:
+            gradient.index_fill_(0, unused, 0)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from mixture_of_experts.batches import takes_steps
 from mixture_of_experts.routing import largest, smallest
 
 
@@ -129,11 +130,10 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
         used: expert and number of rows, of each that has rows, in ascending order.
 
     A product of a few rows runs on one thread. So two experts with equally many rows are one batched product, which
-    gives each a thread of its own: any two weights of a stack are a slice of it with a step. (Of transposed weights in
-    low precision torch would copy such a slice.)
+    gives each a thread of its own: any two weights of a stack are a slice of it with a step.
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
-    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)
+    pairs = weight.is_contiguous() or takes_steps(weight)
     start = index = 0
     while index < len(used):
         expert, count = used[index]

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_experts import Experts, MoE, TopKGating, chunks
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating, batches, chunks, experts
+from mixture_of_experts.batches import Batch, batches_of
 from mixture_of_experts.chunks import chunks_of
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, product_by_expert, rows_by_rows, rows_by_weights
 
@@ -87,24 +88,98 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
     assert len(batched) == (0 if transposed and dtype == torch.bfloat16 else equal)
 
 
-@given(st.lists(st.integers(0, 30) | st.just(0), max_size=40), st.integers(1, 4), st.sampled_from([1 << 10, 1 << 20]))
-def test_chunks(counts, threads, row_bytes):
+@given(
+    st.lists(st.integers(0, 30) | st.just(0), max_size=40),
+    st.sampled_from([1, 2, 3, 4, 16]),
+    st.sampled_from([1 << 10, 1 << 14, 1 << 20]),
+    st.booleans(),
+)
+def test_chunks(counts, threads, row_bytes, steps):
     """Every expert that has rows is in one chunk, with room for them; one that has none is in no chunk."""
-    made = chunks_of(counts, row_bytes, threads)
-    inside = [expert for chunk in made for expert in range(chunk.start, chunk.stop)]
-    assert inside == [expert for expert, count in enumerate(counts) if count]
-    row = 0
+    made, row = chunks_of(counts, row_bytes, threads, steps), 0
+    inside = []
     for chunk in made:
-        assert chunk.row == row
-        assert chunk.width == max(counts[chunk.experts])
+        assert chunk.rows.start == row
+        inner = 0
+        for batch in chunk.batches:
+            experts = list(range(len(counts))[batch.experts])
+            assert (batch.number, batch.width) == (len(experts), max(counts[expert] for expert in experts))
+            assert batch.row == inner
+            assert steps or batch.experts.step == 1
+            inner += batch.num_rows
+            inside += experts
+        assert chunk.num_rows == inner
         row = chunk.rows.stop
+    assert sorted(inside) == [expert for expert, count in enumerate(counts) if count]
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_an_infinite_gradient_concerns_its_expert_only(padded, monkeypatch):
+@pytest.mark.parametrize(
+    ("counts", "threads", "steps", "expected"),
+    [
+        ([50] * 8, 2, True, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ([49, 50, 48, 50], 2, True, [[0, 1, 2, 3]]),
+        ([50, 200, 50, 200], 2, True, [[0, 2], [1, 3]]),
+        ([50, 200, 50, 200], 2, False, [[0], [1], [2], [3]]),
+        ([200, 50, 0, 50, 200], 2, True, [[1, 3], [0, 4]]),
+        ([200, 50] * 4, 2, True, [[1, 3, 5, 7], [0, 2, 4, 6]]),
+        ([200, 50] * 4, 2, False, [[0], [1], [2], [3], [4], [5], [6], [7]]),
+        ([50, 49, 200, 51], 2, True, [[0, 1], [2], [3]]),
+        ([51, 200, 50], 2, True, [[0, 2], [1]]),
+        ([50, 100, 200], 2, True, [[0], [1], [2]]),
+        ([50, 50, 300], 2, True, [[0, 1], [2]]),
+        ([50] * 3 + [100] * 3, 3, True, [[0, 1, 2], [3, 4, 5]]),
+        ([50] * 16, 16, True, [list(range(16))]),
+    ],
+    ids=str,
+)
+def test_batches(counts, threads, steps, expected):
+    """Experts with equally many rows, or nearly so, are one product, wherever they stand."""
+    made = batches_of(counts, 4096, threads, enough=1000, steps=steps)
+    assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
+
+
+GATES = {
+    "dropless": lambda: TopKGating(8, 7, 2),
+    "capacity": lambda: TopKGating(8, 7, 2, capacity_factor_train=0.7),
+    "expert choice": lambda: ExpertChoiceGating(8, 7, capacity_factor=1.5),
+}
+
+
+def scattered(counts, *_):
+    """The fullest expert with the emptiest, and so on: as much out of order as pairs can be."""
+    order = sorted((expert for expert, count in enumerate(counts) if count), key=counts.__getitem__)
+    made = []
+    while order:
+        pair = sorted({order.pop(), order.pop(0) if order else -1} - {-1})
+        step = pair[-1] - pair[0] if len(pair) == 2 else 1
+        made.append(Batch(slice(pair[0], pair[-1] + 1, step), len(pair), max(counts[expert] for expert in pair)))
+    return made
+
+
+@pytest.mark.parametrize("kind", [Experts, GatedExperts])
+@pytest.mark.parametrize("gate", GATES)
+def test_scattered_batches(kind, gate, monkeypatch):
+    """Outputs and all gradients are those of the plain operators, whichever experts are one product."""
+    torch.manual_seed(0)
+    layer = MoE(8, 7, gate=GATES[gate](), experts=kind(8, 7, 16)).double()
+    x = torch.randn(2, 33, 8, dtype=torch.float64, requires_grad=True)
+    grad, mask = torch.randn_like(x), torch.rand(2, 33) < 0.8
+    found = []
+    for way in ("scattered", "plain"):
+        monkeypatch.setattr(chunks, "batches_of", scattered)
+        monkeypatch.setattr(experts, "takes", lambda *_, fused=way == "scattered": fused)
+        out, aux = layer(x, mask=mask)
+        found.append((out, *torch.autograd.grad((out * grad).sum() + aux, [x, *layer.parameters()])))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("batched", ["neighbours", "alone", "scattered"])
+def test_an_infinite_gradient_concerns_its_expert_only(batched, monkeypatch):
     """Nor do rows that are padding carry it to others."""
-    monkeypatch.setattr(chunks, "MOST_PADDING", 1 << 20 if padded else 0)
-    monkeypatch.setattr(chunks, "FREE_ROWS", 0)
+    monkeypatch.setattr(batches, "PRODUCT", 1 << 20 if batched == "neighbours" else 0)
+    monkeypatch.setattr(batches, "FREE_ROWS", 0)
+    if batched == "scattered":
+        monkeypatch.setattr(chunks, "batches_of", scattered)
     torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
@@ -122,7 +197,7 @@ def test_an_infinite_gradient_concerns_its_expert_only(padded, monkeypatch):
 def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
     monkeypatch.setattr(chunks, "BALANCE", 1)
-    monkeypatch.setattr(chunks, "MOST_PADDING", 1 << 20)
+    monkeypatch.setattr(batches, "PRODUCT", 1 << 20)
     torch.manual_seed(0)
     layer = MoE(16, 4, gate=TopKGating(16, 4, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
