@@ -1,9 +1,12 @@
-"""The layer by hand for one configuration: all slots at once, in memory that stands ready.
+"""The layer by hand for two configurations, top-2 with capacity and dropless SwiGLU: all rows at once, in memory that
+stands ready.
 
-e experts, s slots of each, r = e s rows, t tokens, a = t k assignments, d model dim, h hidden dim
+e experts, r rows, t tokens, k choices, d model dim, h hidden dim
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,60 +16,115 @@ from benchmarks.cases import Case
 from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
-from mixture_of_experts.dispatch import Plan, plan
+from mixture_of_experts.batches import Batch, by_rows, by_weights, takes_steps
+from mixture_of_experts.chunks import Setting, lay_out
+from mixture_of_experts.dispatch import plan
 from mixture_of_experts.routing import Routing
 
 aten = torch.ops.aten
 
 
+class Rows(NamedTuple):
+    """Where rows are and what they are of."""
+
+    batches: list[Batch]
+    table: Tensor  # (t, k) row of each choice, r where it has none
+    token: Tensor  # (r,)
+    weight: Tensor  # (r, 1)
+    choice_weight: Tensor  # (t, k)
+
+    unused: Tensor  # experts without rows
+
+    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
+        return by_weights(self.batches, x, weight, out, add)
+
+    def by_rows(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
+        return by_rows(self.batches, x, y, torch.empty_like(like)).index_fill_(0, self.unused, 0)
+
+    def collect(self, rows: Tensor) -> Tensor:
+        return F.embedding_bag(self.table, rows, per_sample_weights=self.choice_weight, mode="sum")
+
+
+@torch.no_grad()
+def rows_of(case: Case, routing: Routing, weight: Tensor) -> Rows:
+    """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
+    if case.capacity is not None:
+        where = plan(routing)
+        batches = [Batch(slice(0, case.e), case.e, case.rows_per_expert)]
+        row, token, row_weight = where.row, where.token.clamp_(max=where.num_tokens - 1), where.row_weight()
+        unused = row.new_empty(0)
+    else:
+        where = plan(routing, ragged=True)
+        assert where.counts is not None
+        row_bytes = case.h * weight.element_size()
+        setting = Setting(where.num_tokens, row_bytes, torch.get_num_threads(), takes_steps(weight))
+        layout = lay_out(setting, where.weight, where.row, where.assignment, where.token, where.counts)
+        assert layout.empty is None
+        batches = [batch._replace(row=chunk.row + batch.row) for chunk in layout.chunks for batch in chunk.batches]
+        row, token, row_weight = layout.row, layout.token, layout.weight
+        unused = (where.counts == 0).nonzero().flatten()
+    table, weights = row.view(-1, case.k), where.weight.view(-1, case.k)
+    return Rows(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
+
+
 def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     """The roofline, and all that it leaves out and a layer cannot.
 
-    The gate is this package's. New memory are the output, the gradients and the product that is kept for the backward;
-    a layer of a model cannot have the latter before, as every layer keeps its own until its backward.
+    The gate is this package's, and where dropless the choice of which experts are one product. New memory are the
+    output, the gradients and the products that are kept for the backward; a layer of a model cannot have the latter
+    before, as every layer keeps its own until its backward.
     """
     module = loaded(case, weights, inputs).train()
-    w1, w2 = module.experts.w1, module.experts.w2
-    e, s, d = case.e, case.rows_per_expert, case.d
+    w1, w2, *w3 = (getattr(module.experts, name) for name in ("w1", "w2", "w3")[: 3 if case.gated else 2])
+    first, d, h = [w1, *w3], case.d, case.h
     x, grad = inputs.x.detach().requires_grad_(), inputs.grad.reshape(-1, d)
     tokens, one = x.detach().view(-1, d), torch.ones(())
-    slots, grad_slots = (tokens.new_empty(e * s, d) for _ in range(2))
-    out = tokens.new_zeros(e * s + 1, d)  # its last row is of the choices that were dropped
-    hidden, grad_hidden = (tokens.new_empty(e, s, case.h) for _ in range(2))
+    r = len(rows_of(case, module.gate(x), w1).token)
+    slots, grad_slots = (tokens.new_empty(r, d) for _ in range(2))
+    out = tokens.new_zeros(r + 1, d)  # its last row is of the choices that were dropped
+    hidden, grad_hidden, grad_up = (tokens.new_empty(r, h) for _ in range(3))
+    activate, activate_grad = aten.gelu.out, aten.gelu_backward.grad_input
+    if case.gated:
+        activate, activate_grad = aten.silu.out, aten.silu_backward.grad_input
 
-    def experts(rows: Tensor) -> Tensor:
-        return rows[: e * s].view(e, s, -1)
-
-    def collect(where: Plan) -> Tensor:
-        table, weight = (t.detach().view(-1, case.k) for t in (where.row, where.weight))
-        return F.embedding_bag(table, out, per_sample_weights=weight, mode="sum").view_as(x)
-
-    def forward() -> tuple[Routing, Plan, Tensor, Tensor]:
+    def forward() -> tuple[Routing, Rows, list[Tensor], Tensor]:
         routing = module.gate(x)
-        where = plan(routing)
+        rows = rows_of(case, routing, w1)
         with torch.no_grad():
-            torch.index_select(tokens, 0, where.token.clamp_(max=len(tokens) - 1), out=slots)
-            pre = torch.bmm(experts(slots), w1)
-            aten.gelu.out(pre, out=hidden)
-            torch.bmm(hidden, w2, out=experts(out))
-            return routing, where, pre, collect(where)
+            torch.index_select(tokens, 0, rows.token, out=slots)
+            pre = [rows.by_weights(slots, weight, tokens.new_empty(r, h)) for weight in first]
+            activate(pre[0], out=hidden)
+            if case.gated:
+                hidden.mul_(pre[1])
+            rows.by_weights(hidden, w2, out)
+            return routing, rows, pre, rows.collect(out).view_as(x)
+
+    @torch.no_grad()
+    def backward(rows: Rows, pre: list[Tensor]) -> Tensor:
+        """Gradients of all but the gate; returns that of the choices' weights."""
+        torch.index_select(grad, 0, rows.token, out=grad_slots)
+        rows.by_weights(grad_slots, w2.mT, grad_hidden)
+        activate(pre[0], out=hidden)
+        if case.gated:
+            torch.mul(hidden, grad_hidden, out=grad_up)
+            hidden.mul_(pre[1])
+        w2.grad = rows.by_rows(hidden, grad_slots.mul_(rows.weight), w2)
+        grad_weight = F.pad(hidden.mul_(grad_hidden).sum(dim=-1), (0, 1))[rows.table]
+        if case.gated:
+            grad_hidden.mul_(pre[1])
+        activate_grad(grad_hidden, pre[0], grad_input=grad_hidden)
+        slots.mul_(rows.weight)
+        for weight, part in zip(first, (grad_hidden, grad_up), strict=False):
+            weight.grad = rows.by_rows(slots, part, weight)
+            rows.by_weights(part, weight.mT, out, add=weight is not w1)
+        x.grad = rows.collect(out).view_as(x)
+        return grad_weight
 
     def step() -> None:
-        routing, where, pre, _ = forward()
-        with torch.no_grad():
-            row_weight = where.row_weight().unsqueeze(-1)
-            torch.index_select(grad, 0, where.token, out=grad_slots)
-            torch.bmm(experts(grad_slots), w2.mT, out=grad_hidden)
-            aten.gelu.out(pre, out=hidden)
-            w2.grad = torch.bmm(hidden.mT, experts(grad_slots.mul_(row_weight)))
-            grad_weight = F.pad(hidden.mul_(grad_hidden).sum(dim=-1).flatten(), (0, 1))[where.row]
-            aten.gelu_backward.grad_input(grad_hidden, pre, grad_input=grad_hidden)
-            w1.grad = torch.bmm(experts(slots.mul_(row_weight)).mT, grad_hidden)
-            torch.bmm(grad_hidden, w1.mT, out=experts(out))
-            x.grad = collect(where)
+        routing, rows, pre, _ = forward()
+        grad_weight = backward(rows, pre)
         aux = module.aux_loss([routing])
         torch.autograd.backward((routing.weight, aux), (grad_weight.view_as(routing.weight), one))
 
-    note = f"the layer by hand on {e} x {s} x {d} slots, into buffers that stand ready; this package's gate"
-    parameters = list(module.parameters())
-    return Contestant("whole batch", step, case, lambda: forward()[-1], [x], parameters, note)
+    note = f"the layer by hand on {r} rows of {d}, into buffers that stand ready; this package's gate"
+    return Contestant("whole batch", step, case, lambda: forward()[-1], [x], list(module.parameters()), note)

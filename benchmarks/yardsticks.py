@@ -67,43 +67,62 @@ def router_and_products(case: Case, weights: Weights, inputs: Inputs) -> Contest
 def roofline(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     """The least that a layer on `torch.bmm` does in a training step, in memory that is there already.
 
-    t tokens. The router's product and softmax, tokens to slots and back, six products, the activation, and all
-    gradients. No choice of experts (where tokens go is drawn beforehand), no queues, no losses. New are only the
-    output and the gradients that a step leaves.
+    t tokens. The router's product and softmax, tokens to slots and back, six products (nine if gated), the
+    activation, and all gradients. No choice of experts (where tokens go is drawn beforehand, equally many to each), no
+    queues, no losses. New are only the output and the gradients that a step leaves.
     """
     filled, (e, s, d) = slots_like(case)
-    w1, w2, w_gating = (nn.Parameter(w.flatten(0, -3)) for w in (weights.w1, weights.w2, weights.w_gating[None]))
+    experts = [w for w in (weights.w1, weights.w2, weights.w3, weights.w_gating[None]) if w is not None]
+    w1, w2, *w3, w_gating = (nn.Parameter(w.flatten(0, -3)) for w in experts)
     x, grad = inputs.x.reshape(-1, d).requires_grad_(), inputs.grad.reshape(-1, d)
     t = len(x)
     token = torch.randint(t, (e * s,), generator=generator(9))
     slot, gate = torch.randint(e * s, (t, case.k), generator=generator(10)), torch.full((t, case.k), 1 / case.k)
     slots, grad_slots, out = filled.x, torch.empty_like(filled.x), torch.empty_like(filled.x)
-    pre, hidden, grad_hidden = (slots.new_empty(e, s, case.h) for _ in range(3))
+    pre, up, hidden, grad_hidden, grad_up = (slots.new_empty(e, s, case.h) for _ in range(5))
     probs, grad_probs, product = torch.empty(t, e), torch.randn(t, e, generator=generator(8)), torch.empty(t, e)
 
     def collect(rows: Tensor) -> Tensor:
         return F.embedding_bag(slot, rows.flatten(0, 1), per_sample_weights=gate, mode="sum")
 
+    def activate() -> None:
+        torch.bmm(slots, w1, out=pre)
+        if case.gated:
+            torch.bmm(slots, w3[0], out=up)
+            torch.ops.aten.silu.out(pre, out=hidden).mul_(up)
+        else:
+            torch.ops.aten.gelu.out(pre, out=hidden)
+
+    def activate_backward() -> None:
+        if not case.gated:
+            torch.ops.aten.gelu_backward.grad_input(grad_hidden, pre, grad_input=grad_hidden)
+            return
+        torch.ops.aten.silu.out(pre, out=grad_up).mul_(grad_hidden)
+        torch.ops.aten.silu_backward.grad_input(grad_hidden.mul_(up), pre, grad_input=grad_hidden)
+        w3[0].grad = torch.bmm(slots.mT, grad_up)
+
     @torch.no_grad()
     def step() -> None:
         torch.softmax(torch.mm(x, w_gating[0], out=product), dim=-1, out=probs)
         torch.index_select(x, 0, token, out=slots.view(-1, d))
-        torch.bmm(slots, w1, out=pre)
-        torch.ops.aten.gelu.out(pre, out=hidden)
+        activate()
         collect(torch.bmm(hidden, w2, out=out))
         torch.index_select(grad, 0, token, out=out.view(-1, d))
         torch.bmm(out, w2.mT, out=grad_hidden)
         w2.grad = torch.bmm(hidden.mT, out)
-        torch.ops.aten.gelu_backward.grad_input(grad_hidden, pre, grad_input=grad_hidden)
+        activate_backward()
         w1.grad = torch.bmm(slots.mT, grad_hidden)
-        x.grad = collect(torch.bmm(grad_hidden, w1.mT, out=grad_slots))
+        torch.bmm(grad_hidden, w1.mT, out=grad_slots)
+        if case.gated:
+            grad_slots.baddbmm_(grad_up, w3[0].mT)
+        x.grad = collect(grad_slots)
         torch.mul(grad_probs, probs, out=product)
         product.addcmul_(probs, product.sum(-1, keepdim=True), value=-1)
         w_gating.grad = torch.mm(x.T, product)[None]
         x.grad.addmm_(product, w_gating[0].T)
 
-    note = f"router, gathers, six bmm on {e} x {s} x {d} slots, gelu and all gradients, into buffers that stand ready"
-    return Contestant("roofline", step, case, inputs=[x], parameters=[w1, w2, w_gating], note=note)
+    note = f"router, gathers, {9 if w3 else 6} bmm on {e} x {s} x {d} slots, activation and all gradients, into buffers"
+    return Contestant("roofline", step, case, inputs=[x], parameters=[w1, w2, *w3, w_gating], note=note)
 
 
 def dense(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
