@@ -56,8 +56,8 @@ def rows_of(case: Case, routing: Routing, weight: Tensor) -> Rows:
     else:
         where = plan(routing, ragged=True)
         assert where.counts is not None
-        row_bytes = case.h * weight.element_size()
-        setting = Setting(where.num_tokens, row_bytes, torch.get_num_threads(), takes_steps(weight))
+        sizes = (case.d * weight.element_size(), case.h * weight.element_size())
+        setting = Setting(where.num_tokens, *sizes, torch.get_num_threads(), takes_steps(weight), gradients=True)
         layout = lay_out(setting, where.weight, where.row, where.assignment, where.token, where.counts)
         assert layout.empty is None
         batches = [batch._replace(row=chunk.row + batch.row) for chunk in layout.chunks for batch in chunk.batches]

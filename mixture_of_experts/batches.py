@@ -16,6 +16,7 @@ from torch import Tensor
 
 PRODUCT = 80 << 10  # bytes of hidden layer: to compute more than that as padding costs more than another product
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
+APART = 0.5  # of a product: what each expert of a batch with a step costs more where gradients of weights are written
 SHARED = 1.1  # times as long takes the product of a single expert, which all threads share
 
 
@@ -66,7 +67,9 @@ def takes_steps(weight: Tensor) -> bool:
     return weight.dtype in (torch.float32, torch.float64)
 
 
-def batches_of(counts: Sequence[int], row_bytes: int, threads: int, enough: float, steps: bool = True) -> list[Batch]:
+def batches_of(
+    counts: Sequence[int], row_bytes: int, threads: int, enough: float, steps: bool = True, gradients: bool = False
+) -> list[Batch]:
     """Every expert that has rows in one batch: of neighbours, or of experts with similar counts if that costs less.
 
     Args:
@@ -75,15 +78,17 @@ def batches_of(counts: Sequence[int], row_bytes: int, threads: int, enough: floa
         threads: a batched product gives whole experts to each of them, so a batch best has a multiple of that number.
         enough: rows of a batch that needs no more.
         steps: whether experts of one batch may stand apart; see `takes_steps`.
+        gradients: whether there is a backward.
     """
     used = [expert for expert, count in enumerate(counts) if count]
     bounds = Bounds(PRODUCT // row_bytes, len(counts) if steps else 1, threads, enough)
     by_index = _in_order(used, counts, bounds)
     pairs_without_padding = sum(counts) * row_bytes + PRODUCT * len(used) / 2
-    if not steps or threads > 2 or _cost(by_index, row_bytes, threads) <= pairs_without_padding:
+    apart = APART if gradients else 0.0
+    if not steps or threads > 2 or _cost(by_index, row_bytes, threads, apart) <= pairs_without_padding:
         return by_index  # others that are no slice would hardly be better: they come in pairs
     by_count = _in_order(sorted(used, key=counts.__getitem__), counts, bounds)
-    return min(by_index, by_count, key=lambda way: _cost(way, row_bytes, threads))
+    return min(by_index, by_count, key=lambda way: _cost(way, row_bytes, threads, apart))
 
 
 class Bounds(NamedTuple):
@@ -124,10 +129,11 @@ def _batch(experts: list[int], counts: Sequence[int]) -> Batch:
     return Batch(slice(experts[0], experts[-1] + 1, step), len(experts), width)
 
 
-def _cost(batches: list[Batch], row_bytes: int, threads: int) -> float:
+def _cost(batches: list[Batch], row_bytes: int, threads: int, apart: float) -> float:
     """Time, in bytes of hidden layer that all threads together compute meanwhile."""
     cost = 0.0
     for batch in batches:
         turns = threads * -(-batch.number // threads) if batch.number > 1 or threads == 1 else SHARED
-        cost += turns * batch.width * row_bytes + PRODUCT
+        products = 1 + (apart * batch.number if batch.experts.step > 1 else 0)
+        cost += turns * batch.width * row_bytes + PRODUCT * products
     return cost

@@ -30,20 +30,31 @@ class Chunk(NamedTuple):
         return slice(self.row, self.row + self.num_rows)
 
 
-# n chunks of B bytes of hidden layer cost n times a cold start (a product leaves the caches to its weights, and what
-# comes next, Python too, has to come back: 0.1 ms or more each), and B / n times fresh memory for a chunk's
-# buffers. The sum is least at n = sqrt(B / BALANCE), and at about twice that where a chunk is several batches: another
-# chunk is then no other product.
-BALANCE = 2 << 20
+class Setting(NamedTuple):
+    """What a layout depends on that is not a tensor: noted in the forward, so that the backward's is the same."""
+
+    num_tokens: int
+    dim_bytes: int  # of the model dimension for one row
+    hidden_bytes: int  # of the hidden layer for one row
+    threads: int
+    steps: bool  # whether products take slices of the weights with a step
+    gradients: bool  # whether there is a backward
 
 
-def chunks_of(counts: list[int], row_bytes: int, threads: int, steps: bool = True) -> list[Chunk]:
-    """Experts in chunks; those without rows are in none. Arguments as `batches_of`."""
-    number = max(1, round(math.sqrt(sum(counts) * row_bytes / BALANCE)))
+# n chunks with B bytes of rows, d and h wide, cost n times a cold start (a product leaves the caches to its weights,
+# and what comes next, Python too, has to come back: 0.1 ms or more each), and B / n times fresh memory for a chunk's
+# buffers. The sum is least at n = sqrt(B / BALANCE), and at a multiple of that where a chunk is several batches, as
+# another chunk is then no other product.
+BALANCE = 5 << 19
+
+
+def chunks_of(counts: list[int], setting: Setting) -> list[Chunk]:
+    """Experts in chunks; those without rows are in none."""
+    number = max(1, round(math.sqrt(sum(counts) * (setting.dim_bytes + setting.hidden_bytes) / BALANCE)))
     enough = sum(counts) / number
     chunks: list[Chunk] = []
-    for batch in batches_of(counts, row_bytes, threads, enough, steps):
-        if not chunks or chunks[-1].num_rows >= enough / 2:
+    for batch in batches_of(counts, setting.hidden_bytes, setting.threads, enough, setting.steps, setting.gradients):
+        if not chunks or chunks[-1].num_rows >= enough / 4:
             chunks.append(Chunk([], chunks[-1].rows.stop if chunks else 0))
         chunks[-1].batches.append(batch._replace(row=chunks[-1].num_rows))
     return chunks
@@ -60,19 +71,10 @@ class Layout(NamedTuple):
     empty: Tensor | None  # (rows,) bool: rows of no assignment, and then padding too; None if there are no such rows
 
 
-class Setting(NamedTuple):
-    """What a layout depends on that is not a tensor: noted in the forward, so that the backward's is the same."""
-
-    num_tokens: int
-    row_bytes: int  # of the hidden layer for one row
-    threads: int
-    steps: bool  # whether products take slices of the weights with a step
-
-
 def lay_out(setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor) -> Layout:
     """The padded layout of rows without gaps; the tensors as in `dispatch.Plan`."""
     numbers = counts.tolist()
-    total, chunks = sum(numbers), chunks_of(numbers, setting.row_bytes, setting.threads, setting.steps)
+    total, chunks = sum(numbers), chunks_of(numbers, setting)
     weight = torch.cat([weight, weight.new_zeros(1)]).index_select(0, assignment[:total])
     token, filled = token[:total], token[:total] < setting.num_tokens
     full = bool(filled.all())

@@ -50,8 +50,8 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     assert activation is not None
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
-    row_bytes = last.shape[-2] * last.element_size()
-    setting = Setting(plan.num_tokens, row_bytes, torch.get_num_threads(), takes_steps(last))
+    hidden_bytes, dim_bytes = (size * last.element_size() for size in last.shape[-2:])
+    setting = Setting(plan.num_tokens, dim_bytes, hidden_bytes, torch.get_num_threads(), takes_steps(last), keep)
     call = Call(plan.choices, setting, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]

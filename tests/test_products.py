@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating, batches, chunks, experts
 from mixture_of_experts.batches import Batch, batches_of
-from mixture_of_experts.chunks import chunks_of
+from mixture_of_experts.chunks import Setting, chunks_of
 from mixture_of_experts.grouped import _in_blocks, expert_matmul, product_by_expert, rows_by_rows, rows_by_weights
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
@@ -48,7 +48,8 @@ def test_flops_are_counted(bias):
     rows = 2 * 64
     if not bias:  # these take the way in chunks
         counts = layer.gate(x).queued.sum(dim=0).tolist()
-        rows = sum(chunk.num_rows for chunk in chunks_of(counts, 16 * 4, torch.get_num_threads()))
+        setting = Setting(64, 8 * 4, 16 * 4, torch.get_num_threads(), steps=True, gradients=True)
+        rows = sum(chunk.num_rows for chunk in chunks_of(counts, setting))
     assert counter.get_total_flops() == 6 * 2 * rows * 8 * 16 + 3 * 2 * 64 * 8 * 4
 
 
@@ -96,7 +97,7 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
 )
 def test_chunks(counts, threads, row_bytes, steps):
     """Every expert that has rows is in one chunk, with room for them; one that has none is in no chunk."""
-    made, row = chunks_of(counts, row_bytes, threads, steps), 0
+    made, row = chunks_of(counts, Setting(99, row_bytes, row_bytes, threads, steps, gradients=False)), 0
     inside = []
     for chunk in made:
         assert chunk.rows.start == row
@@ -136,6 +137,13 @@ def test_batches(counts, threads, steps, expected):
     """Experts with equally many rows, or nearly so, are one product, wherever they stand."""
     made = batches_of(counts, 4096, threads, enough=1000, steps=steps)
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
+
+
+def test_batches_that_gradients_are_written_of():
+    """Torch writes them one by one where experts stand apart: some padding is then better."""
+    counts = [50, 68] * 4
+    made = [batches_of(counts, 4096, 2, enough=100, gradients=gradients) for gradients in (False, True)]
+    assert [[batch.experts.step for batch in way] for way in made] == [[2] * 4, [1] * 4]
 
 
 GATES = {
