@@ -57,7 +57,7 @@ def rows_of(case: Case, routing: Routing, weight: Tensor) -> Rows:
         where = plan(routing, ragged=True)
         assert where.counts is not None
         sizes = (case.d * weight.element_size(), case.h * weight.element_size())
-        setting = Setting(where.num_tokens, *sizes, torch.get_num_threads(), takes_steps(weight), gradients=True)
+        setting = Setting(where.num_tokens, *sizes, torch.get_num_threads(), takes_steps(weight), training=True)
         layout = lay_out(setting, where.weight, where.row, where.assignment, where.token, where.counts)
         assert layout.empty is None
         batches = [batch._replace(row=chunk.row + batch.row) for chunk in layout.chunks for batch in chunk.batches]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 PRODUCT = 80 << 10  # bytes of hidden layer: to compute more than that as padding costs more than another product
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
-APART = 0.5  # of a product: what each expert of a batch with a step costs more where gradients of weights are written
+APART = 0.5  # of a product: what each expert of a batch with a step costs more in training, see `takes_steps`
 SHARED = 1.1  # times as long takes the product of a single expert, which all threads share
 
 
@@ -68,7 +68,7 @@ def takes_steps(weight: Tensor) -> bool:
 
 
 def batches_of(
-    counts: Sequence[int], row_bytes: int, threads: int, enough: float, steps: bool = True, gradients: bool = False
+    counts: Sequence[int], row_bytes: int, threads: int, enough: float, steps: bool = True, training: bool = False
 ) -> list[Batch]:
     """Every expert that has rows in one batch: of neighbours, or of experts with similar counts if that costs less.
 
@@ -78,13 +78,13 @@ def batches_of(
         threads: a batched product gives whole experts to each of them, so a batch best has a multiple of that number.
         enough: rows of a batch that needs no more.
         steps: whether experts of one batch may stand apart; see `takes_steps`.
-        gradients: whether there is a backward.
+        training: whether gradients of weights are to be expected.
     """
     used = [expert for expert, count in enumerate(counts) if count]
     bounds = Bounds(PRODUCT // row_bytes, len(counts) if steps else 1, threads, enough)
     by_index = _in_order(used, counts, bounds)
     pairs_without_padding = sum(counts) * row_bytes + PRODUCT * len(used) / 2
-    apart = APART if gradients else 0.0
+    apart = APART if training else 0.0
     if not steps or threads > 2 or _cost(by_index, row_bytes, threads, apart) <= pairs_without_padding:
         return by_index  # others that are no slice would hardly be better: they come in pairs
     by_count = _in_order(sorted(used, key=counts.__getitem__), counts, bounds)

@@ -38,7 +38,7 @@ class Setting(NamedTuple):
     hidden_bytes: int  # of the hidden layer for one row
     threads: int
     steps: bool  # whether products take slices of the weights with a step
-    gradients: bool  # whether there is a backward
+    training: bool  # of the module: a recomputation, and its forward without gradients, must go the same way
 
 
 # n chunks with B bytes of rows, d and h wide, cost n times a cold start (a product leaves the caches to its weights,
@@ -53,7 +53,7 @@ def chunks_of(counts: list[int], setting: Setting) -> list[Chunk]:
     number = max(1, round(math.sqrt(sum(counts) * (setting.dim_bytes + setting.hidden_bytes) / BALANCE)))
     enough = sum(counts) / number
     chunks: list[Chunk] = []
-    for batch in batches_of(counts, setting.hidden_bytes, setting.threads, enough, setting.steps, setting.gradients):
+    for batch in batches_of(counts, setting.hidden_bytes, setting.threads, enough, setting.steps, setting.training):
         if not chunks or chunks[-1].num_rows >= enough / 4:
             chunks.append(Chunk([], chunks[-1].rows.stop if chunks else 0))
         chunks[-1].batches.append(batch._replace(row=chunks[-1].num_rows))

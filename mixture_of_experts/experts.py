@@ -63,7 +63,7 @@ class StackedExperts(nn.Module):
         x, *first, last = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
         if not self.training and is_few(decision.levels, x, (*first, last)):
             return few_rows(x, decision.levels[0], self.act, first, last)
-        return fused_experts(x, decision.plan(ragged=True), self.act, first, last)
+        return fused_experts(x, decision.plan(ragged=True), self.act, first, last, self.training)
 
     def _stack(self, *sizes: int) -> nn.Parameter:
         """A parameter for all experts. Zeros touch new pages on all threads; the draw that follows has but one."""

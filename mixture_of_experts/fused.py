@@ -35,7 +35,7 @@ def takes(x: Tensor, act: nn.Module) -> bool:
     return type(x) is Tensor and find_activation(act) is not None
 
 
-def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], last: Tensor) -> Tensor:
+def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], last: Tensor, training: bool) -> Tensor:
     """`combine(act(rows first[0]) [* rows first[1]] last)` of tokens `(t, d)`. (A few in inference: `few.py`.)
 
     Args:
@@ -44,6 +44,7 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
         act: an activation known to `find_activation`.
         first: one weight `(e, d, h)`, or two of them for gated experts.
         last: `(e, h, d)`.
+        training: the experts' mode.
     """
     assert plan.counts is not None
     activation = find_activation(act)
@@ -51,7 +52,7 @@ def fused_experts(x: Tensor, plan: Plan, act: nn.Module, first: list[Tensor], la
     weights = [*first, last]
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, plan.weight, *weights))
     hidden_bytes, dim_bytes = (size * last.element_size() for size in last.shape[-2:])
-    setting = Setting(plan.num_tokens, dim_bytes, hidden_bytes, torch.get_num_threads(), takes_steps(last), keep)
+    setting = Setting(plan.num_tokens, dim_bytes, hidden_bytes, torch.get_num_threads(), takes_steps(last), training)
     call = Call(plan.choices, setting, activation, keep)
     tables = (plan.row, plan.assignment, plan.token, plan.counts)
     return _Fused.apply(call, x, plan.weight, *tables, *weights)[0]

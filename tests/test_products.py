@@ -48,7 +48,7 @@ def test_flops_are_counted(bias):
     rows = 2 * 64
     if not bias:  # these take the way in chunks
         counts = layer.gate(x).queued.sum(dim=0).tolist()
-        setting = Setting(64, 8 * 4, 16 * 4, torch.get_num_threads(), steps=True, gradients=True)
+        setting = Setting(64, 8 * 4, 16 * 4, torch.get_num_threads(), steps=True, training=True)
         rows = sum(chunk.num_rows for chunk in chunks_of(counts, setting))
     assert counter.get_total_flops() == 6 * 2 * rows * 8 * 16 + 3 * 2 * 64 * 8 * 4
 
@@ -97,7 +97,7 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
 )
 def test_chunks(counts, threads, row_bytes, steps):
     """Every expert that has rows is in one chunk, with room for them; one that has none is in no chunk."""
-    made, row = chunks_of(counts, Setting(99, row_bytes, row_bytes, threads, steps, gradients=False)), 0
+    made, row = chunks_of(counts, Setting(99, row_bytes, row_bytes, threads, steps, training=False)), 0
     inside = []
     for chunk in made:
         assert chunk.rows.start == row
@@ -139,10 +139,26 @@ def test_batches(counts, threads, steps, expected):
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
 
 
+def test_a_forward_without_gradients_goes_the_way_of_training(monkeypatch):
+    """A checkpoint that is recomputed has the same products, to the last bit; in eval they may be others."""
+    asked = []
+    monkeypatch.setattr(chunks, "batches_of", lambda *args: asked.append(args) or batches_of(*args))
+    layer = MoE(8, 4, gate=TopKGating(8, 4, 2))
+    x = torch.randn(2, 33, 8)
+    layer(x)[0].sum().backward()
+    with torch.no_grad():
+        layer(x)
+        layer.eval()(x)
+    forward, backward, without, in_eval = asked
+    assert forward == backward == without
+    assert in_eval[:-1] == forward[:-1]
+    assert (forward[-1], in_eval[-1]) == (True, False)
+
+
 def test_batches_that_gradients_are_written_of():
     """Torch writes them one by one where experts stand apart: some padding is then better."""
     counts = [50, 68] * 4
-    made = [batches_of(counts, 4096, 2, enough=100, gradients=gradients) for gradients in (False, True)]
+    made = [batches_of(counts, 4096, 2, enough=100, training=training) for training in (False, True)]
     assert [[batch.experts.step for batch in way] for way in made] == [[2] * 4, [1] * 4]
 
 
