@@ -184,9 +184,11 @@ def transformers_blocks() -> list[Case]:
     """Dropless SwiGLU experts against the blocks of transformers (batched_mm copies weights per token: decode only)."""
     mixtral, qwen3 = (tuple(f"{m} {i}" for i in ("eager", "grouped_mm")) for m in ("mixtral", "qwen3"))
     base = Case("", "train", 2, 1024, 512, 1024, 16, factor=None, gated=True, extras=("loop", "products", "dense"))
-    versus_mixtral = (Figure("layer", mixtral, 0.85), Figure("layer", "products"))
-    versus_mixtral += (Figure("layer", "whole batch"),)
-    versus_mixtral += tuple(Figure(least, mixtral) for least in ("roofline", "whole batch"))
+    versus_mixtral = (
+        Figure("layer", mixtral, 0.85),
+        *(Figure("layer", reference) for reference in ("products", "whole batch")),
+        *(Figure(least, mixtral) for least in ("roofline", "whole batch")),
+    )
     versus_qwen3 = (Figure("layer", qwen3), Figure("layer", "products"))
     small = {"d": 256, "h": 512, "e": 64}
     return [

@@ -32,7 +32,6 @@ class Rows(NamedTuple):
     token: Tensor  # (r,)
     weight: Tensor  # (r, 1)
     choice_weight: Tensor  # (t, k)
-
     unused: Tensor  # experts without rows
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:

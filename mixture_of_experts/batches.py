@@ -1,4 +1,4 @@
-"""Which experts are one batched product on the CPU.
+"""Which experts are one batched product on the CPU, and those products.
 
 A batched product takes one number of rows for all its experts, so that the shorter ones are padded; and it takes a
 slice of the stacked weights, so that its experts stand at equal distances. Any two do.

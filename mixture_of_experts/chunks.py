@@ -43,8 +43,8 @@ class Setting(NamedTuple):
 
 # n chunks with B bytes of rows, d and h wide, cost n times a cold start (a product leaves the caches to its weights,
 # and what comes next, Python too, has to come back: 0.1 ms or more each), and B / n times fresh memory for a chunk's
-# buffers. The sum is least at n = sqrt(B / BALANCE), and at a multiple of that where a chunk is several batches, as
-# another chunk is then no other product.
+# buffers. The sum is least at n = sqrt(B / BALANCE), and at about four times that where a chunk is several batches,
+# as another chunk is then no other product.
 BALANCE = 5 << 19
 
 
