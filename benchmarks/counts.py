@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ def grouped_mm_flops(a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
     return 2 * batches * a[-2] * a[-1] * b[-1]
 
 
-def baddbmm_flops(total: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
-    """2 x batches x rows x inner x columns of `baddbmm_`: torch's counter knows only the form that is not in place."""
-    return 2 * a[0] * a[1] * a[2] * b[2]
+def added_flops(total: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_, **__) -> int:
+    """2 x batches x rows x inner x columns of `addmm_` and `baddbmm_`, as torch's counter has it for those that are
+    not in place."""
+    return 2 * math.prod(a) * b[-1]
 
 
 class OpNames(TorchDispatchMode):
@@ -49,7 +51,7 @@ class OpNames(TorchDispatchMode):
 def flops(contestant: Contestant) -> int:
     """Floating-point operations of one step's matrix products (FlopCounterMode)."""
     grouped = getattr(torch.ops.aten, "_grouped_mm", None)
-    formula = {torch.ops.aten.baddbmm_: baddbmm_flops}
+    formula: dict = dict.fromkeys((torch.ops.aten.addmm_, torch.ops.aten.baddbmm_), added_flops)
     if grouped is not None:
         formula[grouped] = grouped_mm_flops
     counter, names = FlopCounterMode(display=False, custom_mapping=formula), OpNames()

@@ -16,7 +16,7 @@ from benchmarks.cases import Case
 from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
-from mixture_of_experts.batches import Batch, by_rows, by_weights, takes_steps
+from mixture_of_experts.batches import Batch, by_rows, by_weights, matrices_of, rows_of, takes_steps
 from mixture_of_experts.chunks import Setting, lay_out
 from mixture_of_experts.dispatch import plan
 from mixture_of_experts.routing import Routing
@@ -24,7 +24,7 @@ from mixture_of_experts.routing import Routing
 aten = torch.ops.aten
 
 
-class Rows(NamedTuple):
+class Where(NamedTuple):
     """Where rows are and what they are of."""
 
     batches: list[Batch]
@@ -35,17 +35,21 @@ class Rows(NamedTuple):
     unused: Tensor  # experts without rows
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
-        return by_weights(self.batches, x, weight, out, add)
+        rows, results = rows_of(self.batches, x), rows_of(self.batches, out[: len(x)])
+        by_weights(rows, matrices_of(self.batches, weight), results, add)
+        return out
 
     def by_rows(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
-        return by_rows(self.batches, x, y, torch.empty_like(like)).index_fill_(0, self.unused, 0)
+        out = torch.empty_like(like)
+        by_rows(rows_of(self.batches, x), rows_of(self.batches, y), matrices_of(self.batches, out))
+        return out.index_fill_(0, self.unused, 0)
 
     def collect(self, rows: Tensor) -> Tensor:
         return F.embedding_bag(self.table, rows, per_sample_weights=self.choice_weight, mode="sum")
 
 
 @torch.no_grad()
-def rows_of(case: Case, routing: Routing, weight: Tensor) -> Rows:
+def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
     if case.capacity is not None:
         where = plan(routing)
@@ -59,11 +63,11 @@ def rows_of(case: Case, routing: Routing, weight: Tensor) -> Rows:
         setting = Setting(where.num_tokens, *sizes, torch.get_num_threads(), takes_steps(weight), training=True)
         layout = lay_out(setting, where.weight, where.row, where.assignment, where.token, where.counts)
         assert layout.empty is None
-        batches = [batch._replace(row=chunk.row + batch.row) for chunk in layout.chunks for batch in chunk.batches]
+        batches = [batch for chunk in layout.chunks for batch in chunk.batches]
         row, token, row_weight = layout.row, layout.token, layout.weight
         unused = (where.counts == 0).nonzero().flatten()
     table, weights = row.view(-1, case.k), where.weight.view(-1, case.k)
-    return Rows(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
+    return Where(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
 
 
 def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
@@ -78,7 +82,7 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     first, d, h = [w1, *w3], case.d, case.h
     x, grad = inputs.x.detach().requires_grad_(), inputs.grad.reshape(-1, d)
     tokens, one = x.detach().view(-1, d), torch.ones(())
-    r = len(rows_of(case, module.gate(x), w1).token)
+    r = len(where_of(case, module.gate(x), w1).token)
     slots, grad_slots = (tokens.new_empty(r, d) for _ in range(2))
     out = tokens.new_zeros(r + 1, d)  # its last row is of the choices that were dropped
     hidden, grad_hidden, grad_up = (tokens.new_empty(r, h) for _ in range(3))
@@ -86,9 +90,9 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     if case.gated:
         activate, activate_grad = aten.silu.out, aten.silu_backward.grad_input
 
-    def forward() -> tuple[Routing, Rows, list[Tensor], Tensor]:
+    def forward() -> tuple[Routing, Where, list[Tensor], Tensor]:
         routing = module.gate(x)
-        rows = rows_of(case, routing, w1)
+        rows = where_of(case, routing, w1)
         with torch.no_grad():
             torch.index_select(tokens, 0, rows.token, out=slots)
             pre = [rows.by_weights(slots, weight, tokens.new_empty(r, h)) for weight in first]
@@ -99,7 +103,7 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
             return routing, rows, pre, rows.collect(out).view_as(x)
 
     @torch.no_grad()
-    def backward(rows: Rows, pre: list[Tensor]) -> Tensor:
+    def backward(rows: Where, pre: list[Tensor]) -> Tensor:
         """Gradients of all but the gate; returns that of the choices' weights."""
         torch.index_select(grad, 0, rows.token, out=grad_slots)
         rows.by_weights(grad_slots, w2.mT, grad_hidden)

@@ -26,39 +26,65 @@ class Batch(NamedTuple):
     experts: slice
     number: int  # of experts
     width: int  # rows of each
-    row: int = 0  # first row in its chunk
 
     @property
     def num_rows(self) -> int:
         return self.number * self.width
 
-    def of(self, rows: Tensor) -> Tensor:
-        """The batch's part `(number, width, d)` of a chunk's rows `(r, d)`."""
-        return rows[self.row : self.row + self.num_rows].view(self.number, self.width, -1)
+    def shape(self, rows: Tensor) -> Tensor:
+        """Its rows `(r, d)` as its product takes them."""
+        return rows if self.number == 1 else rows.view(self.number, self.width, -1)
+
+    def pick(self, weight: Tensor) -> Tensor:
+        """Its experts' part of a stack `(e, p, q)`, as its product takes it."""
+        return weight[self.experts.start if self.number == 1 else self.experts]
 
 
-def by_weights(batches: Sequence[Batch], x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
-    """Rows `(r, p)` times their expert's weight `(e, p, q)`, written into `out` `(r, q)` or added to it."""
-    for batch in batches:
-        _product(batch.of(x), weight[batch.experts], batch.of(out), add)
-    return out
+class Rows(NamedTuple):
+    """Rows of several batches, one after the other: as one matrix, and as the batches' products take them."""
+
+    all: Tensor  # (r, d)
+    batches: list[Tensor]  # (number, width, d) each; (width, d) of a single expert
 
 
-def by_rows(batches: Sequence[Batch], x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """For every expert of the batches `x^T y` over its rows, written into its part of `out` `(e, p, q)`."""
-    for batch in batches:
-        _product(batch.of(x).mT, batch.of(y), out[batch.experts])
-    return out
+# Views are made before the products, all together: a product leaves the caches to its weights, and what makes a view,
+# some microseconds otherwise, takes several times as long after it.
+
+
+def split(table: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """`table.split(sizes)`; of a single part that is the table itself, as `split` takes as long as five views."""
+    return table.split(sizes) if len(sizes) > 1 else [table] * len(sizes)
+
+
+def rows_of(batches: Sequence[Batch], rows: Tensor) -> Rows:
+    """`(r, d)` as the batches' rows."""
+    parts = split(rows, [batch.num_rows for batch in batches])
+    return Rows(rows, [batch.shape(part) for batch, part in zip(batches, parts, strict=True)])
+
+
+def matrices_of(batches: Sequence[Batch], weight: Tensor) -> list[Tensor]:
+    """Each batch's part of a stack `(e, p, q)`."""
+    return [batch.pick(weight) for batch in batches]
+
+
+def by_weights(x: Rows, weight: list[Tensor], out: Rows, add: bool = False) -> None:
+    """Rows times their expert's weight, written into `out` or added to it."""
+    for rows, matrices, results in zip(x.batches, weight, out.batches, strict=True):
+        _product(rows, matrices, results, add)
+
+
+def by_rows(x: Rows, y: Rows, out: list[Tensor]) -> None:
+    """For every expert `x^T y` over its rows, written into its matrix of `out`."""
+    for rows, others, results in zip(x.batches, y.batches, out, strict=True):
+        _product(rows.mT, others, results)
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
     """Of a batch; a single expert's product is shared by all threads."""
-    if add:
-        out.baddbmm_(x, y)
-    elif x.shape[0] == 1:
-        torch.mm(x[0], y[0], out=out[0])
+    if x.ndim == 2:
+        out.addmm_(x, y) if add else torch.mm(x, y, out=out)
     else:
-        torch.bmm(x, y, out=out)
+        out.baddbmm_(x, y) if add else torch.bmm(x, y, out=out)
 
 
 def takes_steps(weight: Tensor) -> bool:

@@ -6,28 +6,24 @@ Axes: a assignments, r rows: sorted by expert, without gaps, or padded and in th
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.batches import Batch, batches_of
+from mixture_of_experts.batches import Batch, Rows, batches_of, matrices_of, rows_of, split
 
 
 class Chunk(NamedTuple):
     """Experts that use the same buffers, in batches."""
 
     batches: list[Batch]
-    row: int  # first row in the padded layout
 
     @property
     def num_rows(self) -> int:
-        return self.batches[-1].row + self.batches[-1].num_rows if self.batches else 0
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.row, self.row + self.num_rows)
+        return sum(batch.num_rows for batch in self.batches)
 
 
 class Setting(NamedTuple):
@@ -55,9 +51,17 @@ def chunks_of(counts: list[int], setting: Setting) -> list[Chunk]:
     chunks: list[Chunk] = []
     for batch in batches_of(counts, setting.hidden_bytes, setting.threads, enough, setting.steps, setting.training):
         if not chunks or chunks[-1].num_rows >= enough / 4:
-            chunks.append(Chunk([], chunks[-1].rows.stop if chunks else 0))
-        chunks[-1].batches.append(batch._replace(row=chunks[-1].num_rows))
+            chunks.append(Chunk([]))
+        chunks[-1].batches.append(batch)
     return chunks
+
+
+class Tables(NamedTuple):
+    """Of a chunk: see `Layout`."""
+
+    token: Tensor  # (r,)
+    scale: Tensor  # (r, 1)
+    empty: Tensor | None  # (r, 1) bool
 
 
 class Layout(NamedTuple):
@@ -69,6 +73,31 @@ class Layout(NamedTuple):
     token: Tensor  # (rows,) token of each row; padding repeats its expert's first, so that it concerns no other expert
     weight: Tensor  # (rows,) weight of each row, 0 where it is padding or no assignment's
     empty: Tensor | None  # (rows,) bool: rows of no assignment, and then padding too; None if there are no such rows
+
+    def split(self, table: Tensor) -> Sequence[Tensor]:
+        """Each chunk's part of a table `(rows, ...)`."""
+        return split(table, [chunk.num_rows for chunk in self.chunks])
+
+    def tables(self, dtype: torch.dtype) -> list[Tables]:
+        """Each chunk's; scales of that dtype."""
+        empty = [None] * len(self.chunks) if self.empty is None else self.split(self.empty.unsqueeze(-1))
+        scale = self.weight.to(dtype).unsqueeze(-1)
+        parts = zip(self.split(self.token), self.split(scale), empty, strict=True)
+        return [Tables(*part) for part in parts]
+
+    def parts(self, rows: Tensor) -> list[Rows]:
+        """Each chunk's part of `(rows, d)`."""
+        return [rows_of(chunk.batches, part) for chunk, part in zip(self.chunks, self.split(rows), strict=True)]
+
+    def buffer(self, like: Tensor, width: int) -> list[Rows]:
+        """Each chunk's rows `(r, width)`, uninitialised, in memory that all of them use one after the other."""
+        sizes = [chunk.num_rows for chunk in self.chunks]
+        rows = like.new_empty(max(sizes, default=0), width)
+        return [rows_of(chunk.batches, rows[:size]) for chunk, size in zip(self.chunks, sizes, strict=True)]
+
+    def matrices(self, weight: Tensor) -> list[list[Tensor]]:
+        """Each chunk's part of a stack `(e, p, q)`."""
+        return [matrices_of(chunk.batches, weight) for chunk in self.chunks]
 
 
 def lay_out(setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, token: Tensor, counts: Tensor) -> Layout:
@@ -106,18 +135,3 @@ def lay_out(setting: Setting, weight: Tensor, row: Tensor, assignment: Tensor, t
         weight=weight.new_zeros(rows).index_copy_(0, place, weight),
         empty=None if full else filled.new_ones(rows).index_copy_(0, place, ~filled),
     )
-
-
-class Buffers:
-    """Memory for one chunk, used again for the next."""
-
-    def __init__(self, like: Tensor, chunks: list[Chunk]) -> None:
-        self.like = like
-        self.most = max((chunk.num_rows for chunk in chunks), default=0)
-        self.held: dict[tuple[str, int], Tensor] = {}
-
-    def get(self, name: str, chunk: Chunk, width: int) -> Tensor:
-        """`(r, width)` for the chunk's rows, uninitialised."""
-        if (name, width) not in self.held:
-            self.held[name, width] = self.like.new_empty(self.most, width)
-        return self.held[name, width][: chunk.num_rows]

@@ -14,18 +14,21 @@ The result is that of `combine(experts(dispatch(x)))`, which is also what runs u
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.activations import Activation, find_activation
-from mixture_of_experts.batches import by_rows, by_weights, takes_steps
-from mixture_of_experts.chunks import Buffers, Chunk, Layout, Setting, lay_out
+from mixture_of_experts.batches import Rows, by_rows, by_weights, takes_steps
+from mixture_of_experts.chunks import Layout, Setting, Tables, lay_out
 from mixture_of_experts.dispatch import Plan, combine, dispatch, sum_rows
 from mixture_of_experts.grouped import expert_matmul
+
+T = TypeVar("T")
 
 
 def takes(x: Tensor, act: nn.Module) -> bool:
@@ -67,14 +70,6 @@ class Call(NamedTuple):
     keep: bool  # whether to keep what the backward reads (else it is computed anew)
 
 
-def _gather(x: Tensor, layout: Layout, chunk: Chunk, out: Tensor) -> Tensor:
-    """Tokens of the chunk's rows, zeros where a row is empty."""
-    torch.index_select(x, 0, layout.token[chunk.rows], out=out)
-    if layout.empty is not None:
-        out.masked_fill_(layout.empty[chunk.rows].unsqueeze(-1), 0)
-    return out
-
-
 ASSIGNMENT, TOKEN = 3, 4  # where these stand among the tensors of a call
 
 
@@ -85,16 +80,19 @@ class _Fused(torch.autograd.Function):
     def forward(call: Call, *tensors):  # a short signature: torch binds it anew for every call
         x, weight, row, assignment, token, counts, *first, last = tensors
         layout = lay_out(call.setting, weight, row, assignment, token, counts)
-        buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
         y = x.new_empty(layout.rows + 1, dim)
         y[-1] = 0
-        for chunk in layout.chunks:
-            tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
-            pre = _first_products(call, tokens, first, chunk, kept, buffers)
-            hidden = _hidden(call.activation, pre, buffers.get("hidden", chunk, hidden_dim) if call.keep else pre[0])
-            by_weights(chunk.batches, hidden, last, y[chunk.rows])
+        tokens, out = layout.buffer(x, dim), layout.parts(y[:-1])
+        pre = _first_rows(call, layout, kept, x, hidden_dim)
+        hidden = layout.buffer(x, hidden_dim) if call.keep else [rows[0] for rows in pre]
+        matrices, second = _by_chunk(map(layout.matrices, first)), layout.matrices(last)
+        for i, tables in enumerate(layout.tables(x.dtype)):
+            _gather(x, tables, tokens[i])
+            _first_products(tokens[i], matrices[i], pre[i])
+            _hidden(call.activation, pre[i], hidden[i])
+            by_weights(hidden[i], second[i], out[i])
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
@@ -137,7 +135,6 @@ class _FusedBackward(torch.autograd.Function):
         grad, x, weight, row, assignment, token, counts, *rest = tensors
         (*first, last), kept = rest[: num_kept + 1], rest[num_kept + 1 :]
         layout = lay_out(call.setting, weight, row, assignment, token, counts)
-        buffers = Buffers(x, layout.chunks)
         hidden_dim, dim = last.shape[-2:]
         grad = grad.contiguous()
         need_x, _, need_weights = needs
@@ -146,25 +143,34 @@ class _FusedBackward(torch.autograd.Function):
         grad_weights = [torch.empty_like(w) if need_weights else w.new_empty(0) for w in (*first, last)]
         if need_weights:
             _zero_unused(grad_weights, counts)
-        for chunk in layout.chunks:
-            scale = layout.weight[chunk.rows].to(x.dtype).unsqueeze(-1)
-            tokens = _gather(x, layout, chunk, buffers.get("x", chunk, dim))
-            grads = _gather(grad, layout, chunk, buffers.get("grad", chunk, dim))
-            pre = _first_products(call, tokens, first, chunk, kept, buffers, again=True)
-            grad_hidden = by_weights(chunk.batches, grads, last.mT, buffers.get("grad_hidden", chunk, hidden_dim))
-            hidden, grad_up = _hidden_again(call.activation, pre, grad_hidden, buffers, chunk)
+        tokens, grads, hidden = (layout.buffer(x, width) for width in (dim, dim, hidden_dim))
+        pre = _first_rows(call, layout, kept, x, hidden_dim)
+        grad_pre = _by_chunk(layout.buffer(x, hidden_dim) for _ in first)
+        matrices = _by_chunk([] if call.keep else map(layout.matrices, first))
+        transposed, second = _by_chunk(layout.matrices(w.mT) for w in first), layout.matrices(last.mT)
+        *grad_first, grad_last = map(layout.matrices, grad_weights) if need_weights else [[]]
+        grad_first = _by_chunk(grad_first)
+        grad_tokens = layout.parts(grad_x_rows[:-1]) if need_x else []
+        sums = layout.split(grad_row_weight[:-1])
+        for i, tables in enumerate(layout.tables(x.dtype)):
+            _gather(x, tables, tokens[i])
+            _gather(grad, tables, grads[i])
+            if not call.keep:
+                _first_products(tokens[i], matrices[i], pre[i])
+            by_weights(grads[i], second[i], grad_pre[i][0])
+            _hidden_again(call.activation, pre[i], grad_pre[i], hidden[i])
             if need_weights:
-                by_rows(chunk.batches, hidden, grads.mul_(scale), grad_weights[-1])
-            grad_row_weight[:-1][chunk.rows] = hidden.mul_(grad_hidden).sum(dim=-1).to(weight.dtype)
-            grad_pre = _pre_backward(call.activation, pre, grad_hidden, grad_up)
+                grads[i].all.mul_(tables.scale)
+                by_rows(hidden[i], grads[i], grad_last[i])
+            torch.sum(hidden[i].all.mul_(grad_pre[i][0].all), dim=-1, dtype=weight.dtype, out=sums[i])
+            _pre_backward(call.activation, pre[i], grad_pre[i])
             if need_weights:
-                tokens.mul_(scale)
-                for which, part in enumerate(grad_pre):
-                    by_rows(chunk.batches, tokens, part, grad_weights[which])
+                tokens[i].all.mul_(tables.scale)
+                for part, result in zip(grad_pre[i], grad_first[i], strict=True):
+                    by_rows(tokens[i], part, result)
             if need_x:
-                out = by_weights(chunk.batches, grad_pre[0], first[0].mT, grad_x_rows[chunk.rows])
-                for part, matrix in zip(grad_pre[1:], first[1:], strict=True):
-                    by_weights(chunk.batches, part, matrix.mT, out, add=True)
+                for which, (part, weights) in enumerate(zip(grad_pre[i], transposed[i], strict=True)):
+                    by_weights(part, weights, grad_tokens[i], add=which > 0)
         grad_x = x.new_empty(0)
         if need_x:
             grad_x_rows[-1] = 0
@@ -221,50 +227,53 @@ def _plain_backward(call: Call, grad, x, weight, row, assignment, token, counts,
     return torch.func.vjp(function, x, weight, *weights)[1](grad)
 
 
-def _first_products(
-    call: Call,
-    tokens: Tensor,
-    first: list[Tensor],
-    chunk: Chunk,
-    kept: list[Tensor] | tuple[Tensor, ...],
-    buffers: Buffers,
-    again: bool = False,
-) -> list[Tensor]:
-    """Products with the first weights: kept ones are read (`again`) or written, others live in a buffer."""
-    products = []
-    for which, matrix in enumerate(first):
-        out = kept[which][chunk.rows] if call.keep else buffers.get(f"pre{which}", chunk, matrix.shape[-1])
-        if not (again and call.keep):
-            by_weights(chunk.batches, tokens, matrix, out)
-        products.append(out)
-    return products
+def _by_chunk(columns: Iterable[Sequence[T]]) -> list[tuple[T, ...]]:
+    """Of what every one of the first weights has for each chunk: what each chunk has for every one of them."""
+    return list(zip(*columns, strict=True))
 
 
-def _hidden(activation: Activation, pre: list[Tensor], out: Tensor) -> Tensor:
-    """`act(pre[0])`, times `pre[1]` if gated, written into `out`."""
-    activation.write(pre[0], out)
-    return out.mul_(pre[1]) if len(pre) == 2 else out
+def _first_rows(
+    call: Call, layout: Layout, kept: Sequence[Tensor], x: Tensor, hidden_dim: int
+) -> list[tuple[Rows, ...]]:
+    """Rows of each chunk for the products with the first weights: kept ones, or buffers."""
+    return _by_chunk(layout.parts(rows) if call.keep else layout.buffer(x, hidden_dim) for rows in kept)
 
 
-def _hidden_again(
-    activation: Activation, pre: list[Tensor], grad: Tensor, buffers: Buffers, chunk: Chunk
-) -> tuple[Tensor, Tensor | None]:
-    """The hidden layer anew, and for gated experts the gradient of `pre[1]`, which needs its factor."""
-    hidden = buffers.get("hidden", chunk, grad.shape[-1])
-    activation.write(pre[0], hidden)
-    if len(pre) == 1:
-        return hidden, None
-    grad_up = torch.mul(hidden, grad, out=buffers.get("grad_up", chunk, grad.shape[-1]))
-    return hidden.mul_(pre[1]), grad_up
+def _gather(x: Tensor, tables: Tables, out: Rows) -> None:
+    """Tokens of a chunk's rows, zeros where a row is empty."""
+    torch.index_select(x, 0, tables.token, out=out.all)
+    if tables.empty is not None:
+        out.all.masked_fill_(tables.empty, 0)
 
 
-def _pre_backward(activation: Activation, pre: list[Tensor], grad: Tensor, grad_up: Tensor | None) -> list[Tensor]:
-    """Gradients of `pre` from that of the hidden layer, written over it."""
-    if grad_up is None:
-        activation.write_grad(grad, pre[0], grad)
-        return [grad]
-    activation.write_grad(grad.mul_(pre[1]), pre[0], grad)
-    return [grad, grad_up]
+def _first_products(tokens: Rows, first: Sequence[list[Tensor]], out: Sequence[Rows]) -> None:
+    """Products with each of the first weights."""
+    for weights, rows in zip(first, out, strict=True):
+        by_weights(tokens, weights, rows)
+
+
+def _hidden(activation: Activation, pre: Sequence[Rows], out: Rows) -> None:
+    """`act(pre[0])`, times `pre[1]` if gated."""
+    activation.write(pre[0].all, out.all)
+    if len(pre) == 2:
+        out.all.mul_(pre[1].all)
+
+
+def _hidden_again(activation: Activation, pre: Sequence[Rows], grads: Sequence[Rows], out: Rows) -> None:
+    """The hidden layer anew, and for gated experts the gradient of `pre[1]`, which needs its factor.
+
+    `grads[0]` is the gradient of the hidden layer.
+    """
+    activation.write(pre[0].all, out.all)
+    if len(pre) == 2:
+        torch.mul(out.all, grads[0].all, out=grads[1].all)
+        out.all.mul_(pre[1].all)
+
+
+def _pre_backward(activation: Activation, pre: Sequence[Rows], grads: Sequence[Rows]) -> None:
+    """The gradient of `pre[0]`, written over that of the hidden layer, `grads[0]`."""
+    grad = grads[0].all.mul_(pre[1].all) if len(pre) == 2 else grads[0].all
+    activation.write_grad(grad, pre[0].all, grad)
 
 
 def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor:
@@ -275,7 +284,7 @@ def _collect(call: Call, rows: Tensor, weight: Tensor, layout: Layout) -> Tensor
     if rows.dtype != weight.dtype:  # the sum is taken in float32
         return sum_rows(rows, weight, None, layout.row, call.choices, call.setting.num_tokens)
     table = layout.row.view(call.setting.num_tokens, call.choices)
-    weights = weight.view(call.setting.num_tokens, call.choices)
+    weights = weight.detach().view(call.setting.num_tokens, call.choices)  # else torch prepares for a backward
     return F.embedding_bag(table, rows, per_sample_weights=weights, mode="sum")
 
 
