@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", metavar="PATTERN", help="cases whose name contains PATTERN (or matches its wildcards)")
     made.add_argument("--rounds", type=int, default=15, help="timed rounds; a figure needs at least 15 to count")
     made.add_argument("--attempts", type=int, default=3, help="most times a case is timed while A/A disagrees")
+    made.add_argument("--processes", type=int, default=1, help="fresh processes whose rounds count together")
     made.add_argument("--threads", type=int, help="torch.set_num_threads")
     made.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine, with --threads 1"
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--published", metavar="FOLDER", help="where mixture-of-experts 0.2.3 lies")
     made.add_argument("--st-moe", metavar="FOLDER", help="where st-moe-pytorch lies")
     made.add_argument("--child", metavar="FILE", help=argparse.SUPPRESS)
+    made.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     return made
 
 
@@ -71,17 +73,30 @@ def parent(options: argparse.Namespace, arguments: list[str]) -> int:
     """Run the halves one after the other, save what they found."""
     result: dict = {"records": [], "counts": []}
     for half in halves(options):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "half.json"
-            command = [sys.executable, "-m", "benchmarks", *arguments, "--half", half, "--child", str(path)]
-            done = subprocess.run(command, cwd=ROOT, env=environment(half, options), check=False)
-            if done.returncode:
-                return done.returncode
-            found = json.loads(path.read_text())
-        result |= {"machine": found["machine"]}
-        result["records"] += found["records"]
-        result["counts"] += found["counts"]
+        seeds = range(1 if options.count else options.processes)
+        found = [in_a_child(options, [*arguments, "--half", half, "--seed", str(seed)], half) for seed in seeds]
+        result |= {"machine": found[-1]["machine"]}
+        result["records"] += together(found)
+        result["counts"] += found[-1]["counts"]
     return save(result, options)
+
+
+def in_a_child(options: argparse.Namespace, arguments: list[str], half: str) -> dict:
+    """What a run in a process of its own found."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "half.json"
+        command = [sys.executable, "-m", "benchmarks", *arguments, "--child", str(path)]
+        subprocess.run(command, cwd=ROOT, env=environment(half, options), check=True)
+        return json.loads(path.read_text())
+
+
+def together(found: list[dict]) -> list[dict]:
+    """The records of one half, each with the rounds of all processes."""
+    if len(found) == 1:
+        return found[0]["records"]
+    from benchmarks.run import pooled
+
+    return [pooled(records) for records in zip(*(each["records"] for each in found), strict=True)]
 
 
 def joined(result: dict, path: Path) -> dict:
@@ -126,7 +141,7 @@ def child(options: argparse.Namespace) -> int:
             result["counts"].append(row)
     else:
         for case in chosen(options):
-            record = run_case(case, options.half, options.rounds, options.attempts, options.clock)
+            record = run_case(case, options.half, options.rounds, options.attempts, options.clock, options.seed)
             print(report.case_block(record), flush=True)
             result["records"].append(record)
     Path(options.child).write_text(json.dumps(result))
@@ -146,7 +161,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.count and not chosen(options):
         print(f"no case matches {options.only!r}: --list shows them", file=sys.stderr)
         return 2
-    return parent(options, arguments)
+    try:
+        return parent(options, arguments)
+    except subprocess.CalledProcessError as error:  # the child has said what is wrong
+        return error.returncode
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def pages(half: str) -> str:
 def case_block(record: dict) -> str:
     """Everybody's time, spread, peak memory and page faults, then the case's figures."""
     clock = "" if record["clock"] == "wall" else ", CPU seconds"
-    settings = f"{record['case']['mode']}, {pages(record['half'])}, {record['rounds']} rounds{clock}"
+    rounds = f"{record['rounds']} rounds" + (f" of {record['processes']} processes" if "processes" in record else "")
+    settings = f"{record['case']['mode']}, {pages(record['half'])}, {rounds}{clock}"
     lines = [f"\n{record['case']['name']}  ({settings})"]
     if record["load"]:
         lines.append("  load: " + ", ".join(f"{name} {value:.2f}" for name, value in record["load"].items()))
@@ -43,10 +44,11 @@ def contestant_line(name: str, row: dict) -> str:
 
 
 def figure_line(figure: dict) -> str:
-    """One ratio with its A/A ratio, its target and what came of it."""
+    """One ratio, what each process found of it, its A/A ratio, its target and what came of it."""
+    alone = "  ({:.3f} to {:.3f})".format(*figure["range"]) if "range" in figure else ""
     aa = f"  A/A {figure['aa']:.3f}" if "aa" in figure else ""
     target = "" if figure["target"] is None else f"  target ≤ {figure['target']:.2f}"
-    return f"{figure['label']}: {figure['value']:.3f}{aa}{target}  {verdict(figure)}"
+    return f"{figure['label']}: {figure['value']:.3f}{alone}{aa}{target}  {verdict(figure)}"
 
 
 def verdict(figure: dict) -> str:
@@ -79,7 +81,8 @@ def summary(records: Iterable[dict]) -> str:
 
 
 def markdown(records: Iterable[dict]) -> str:
-    """A row for each figure: its value on ordinary and on huge pages (in parentheses where it does not count)."""
+    """A row for each figure: its value on ordinary and on huge pages, in parentheses where it does not count, and what
+    each of several processes found."""
     rows: dict[tuple[str, str], dict[str, dict]] = {}
     for record in records:
         for figure in record["figures"]:
@@ -96,7 +99,10 @@ def markdown(records: Iterable[dict]) -> str:
 def cell(figure: dict | None) -> str:
     if figure is None:
         return ""
-    return f"{figure['value']:.2f}" if figure["valid"] else f"({figure['value']:.2f})"
+    value = f"{figure['value']:.2f}" if figure["valid"] else f"({figure['value']:.2f})"
+    if figure["quantity"] != "time" or "range" not in figure:
+        return value
+    return value + ", {:.2f}–{:.2f}".format(*figure["range"])
 
 
 if __name__ == "__main__":

@@ -1,23 +1,25 @@
-"""Run one case: enter the contestants, compare their outputs, count their memory, then time them."""
+"""Run one case: enter the contestants, compare their outputs, count their memory, then time them. And join the records
+of several processes."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks import timing
-from benchmarks.cases import Case
+from benchmarks.cases import Case, every_case
 from benchmarks.counts import peak_bytes
 from benchmarks.field import check_all, enter
 from benchmarks.loop import load_of
 from benchmarks.problem import forget_weights, inputs, weights
 
 
-def run_case(case: Case, half: str, rounds: int, attempts: int, clock: timing.Clock = "wall") -> dict:
+def run_case(case: Case, half: str, rounds: int, attempts: int, clock: timing.Clock = "wall", seed: int = 0) -> dict:
     """The record of one case, ready for JSON."""
     contestants, missing = enter(case)
     errors = check_all(contestants)
     peaks = {name: peak_bytes(contestant) for name, contestant in contestants.items()} if half == "ordinary" else {}
-    samples = timing.measure(case, contestants, rounds, attempts, clock)
+    samples = timing.measure(case, contestants, rounds, attempts, clock, seed)
     forget_weights()
     return {
         "case": {key: value for key, value in asdict(case).items() if key not in ("figures", "extras", "quick")},
@@ -35,6 +37,33 @@ def run_case(case: Case, half: str, rounds: int, attempts: int, clock: timing.Cl
         "missing": missing,
         "figures": figures(case, samples, peaks, half),
     }
+
+
+def pooled(records: Sequence[dict]) -> dict:
+    """One record of the rounds of several processes, of one case and half.
+
+    What a process finds depends on where its memory lies, for as long as it runs: `range` says what each found alone.
+    """
+    first = records[0]
+    names = [name for name in first["contestants"] if all(name in record["contestants"] for record in records)]
+    rows = {name: [record["contestants"][name] for record in records] for name in names}
+    samples = {
+        name: timing.Samples([s for row in each for s in row["seconds"]], [row["faults"] for row in each])
+        for name, each in rows.items()
+    }
+    contestants = {name: rows[name][0] | samples[name].summary() | {"seconds": samples[name].seconds} for name in names}
+    peaks = {name: row["peak_bytes"] for name, row in contestants.items() if row["peak_bytes"] is not None}
+    case = next(case for case in every_case() if case.name == first["case"]["name"])
+    found = figures(case, samples, peaks, first["half"])
+    for figure in found:
+        alone = [row["value"] for record in records for row in record["figures"] if is_same(row, figure)]
+        figure["range"] = [min(alone), max(alone)]
+    rounds = sum(record["rounds"] for record in records)
+    return first | {"rounds": rounds, "processes": len(records), "contestants": contestants, "figures": found}
+
+
+def is_same(row: dict, figure: dict) -> bool:
+    return (row["label"], row["quantity"]) == (figure["label"], figure["quantity"])
 
 
 def figures(case: Case, samples: dict[str, timing.Samples], peaks: dict[str, int], half: str) -> list[dict]:

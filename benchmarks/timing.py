@@ -37,7 +37,12 @@ class Samples:
 
 
 def rounds_of(
-    contestants: dict[str, Contestant], twice: Sequence[str], rounds: int, warmup: int, clock: Clock = "wall"
+    contestants: dict[str, Contestant],
+    twice: Sequence[str],
+    rounds: int,
+    warmup: int,
+    clock: Clock = "wall",
+    seed: int = 0,
 ) -> dict[str, Samples]:
     """Time every contestant once a round, those in `twice` under two names, in an order shuffled anew each round.
 
@@ -46,7 +51,7 @@ def rounds_of(
     """
     runners = dict(contestants) | {name + AGAIN: contestants[name] for name in twice if name in contestants}
     samples = {name: Samples([], []) for name in runners}
-    order, shuffle = list(runners), random.Random(0).shuffle
+    order, shuffle = list(runners), random.Random(seed).shuffle
     gc.collect()
     gc.disable()
     try:
@@ -113,12 +118,12 @@ def figure_row(figure: Figure, half: str, value: float, valid: bool) -> dict:
 
 
 def measure(
-    case: Case, contestants: dict[str, Contestant], rounds: int, attempts: int, clock: Clock = "wall"
+    case: Case, contestants: dict[str, Contestant], rounds: int, attempts: int, clock: Clock = "wall", seed: int = 0
 ) -> dict[str, Samples]:
     """Time the case, up to `attempts` times while a reference disagrees with itself; the calmest attempt stays."""
     best, best_off = {}, float("inf")
     for attempt in range(attempts):
-        samples = rounds_of(contestants, case.references, rounds, 3 if attempt == 0 else 1, clock)
+        samples = rounds_of(contestants, case.references, rounds, 3 if attempt == 0 else 1, clock, seed)
         off = worst_disagreement(case, samples)
         if off < best_off:
             best, best_off = samples, off

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counting, counts, field, problem, report, timing  # noqa: E402
+from benchmarks import counting, counts, field, problem, report, run, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
@@ -43,11 +43,11 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--json", str(saved)]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--plot", str(drawn)]
-    run = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
-    assert run.returncode == 0, run.stderr
-    assert "layer ÷ products" in run.stdout
+    assert done.returncode == 0, done.stderr
+    assert "layer ÷ products" in done.stdout
     result = json.loads(saved.read_text())
     assert result["machine"]["torch"] == torch.__version__
     assert result["machine"]["threads"] >= 1
@@ -60,6 +60,21 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert drawn.exists() == ("--plot" in arguments)
     table = report.markdown(result["records"])
     assert f"| toy/train | layer ÷ products | ({record['figures'][0]['value']:.2f}) |  |  |" in table
+
+
+def test_rounds_of_several_processes_count_together() -> None:
+    records = [run.run_case(TOYS["toy/train"], "ordinary", rounds=2, attempts=1, seed=seed) for seed in (0, 1)]
+    whole = run.pooled(records)
+    for name, row in whole["contestants"].items():
+        assert row["seconds"] == [second for record in records for second in record["contestants"][name]["seconds"]]
+        assert row["peak_bytes"] == records[0]["contestants"][name]["peak_bytes"]
+    assert (whole["rounds"], whole["processes"]) == (4, 2)
+    found, alone = whole["figures"][0], sorted(record["figures"][0]["value"] for record in records)
+    assert found["range"] == alone
+    assert alone[0] <= found["value"] <= alone[1]
+    assert not found["valid"], "four rounds are too few"
+    assert f"({found['value']:.2f}), {alone[0]:.2f}–{alone[1]:.2f} |" in report.markdown([whole])
+    assert "4 rounds of 2 processes" in report.case_block(whole)
 
 
 def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
