@@ -66,7 +66,7 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
         batches = [batch for chunk in layout.chunks for batch in chunk.batches]
         row, token, row_weight = layout.row, layout.token, layout.weight
         unused = (where.counts == 0).nonzero().flatten()
-    table, weights = row.view(-1, case.k), where.weight.view(-1, case.k)
+    table, weights = row.view(-1, case.k), where.weight.detach().view(-1, case.k)
     return Where(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
 
 

@@ -31,8 +31,8 @@ class Batch(NamedTuple):
     def num_rows(self) -> int:
         return self.number * self.width
 
-    def shape(self, rows: Tensor) -> Tensor:
-        """Its rows `(r, d)` as its product takes them."""
+    def of(self, rows: Tensor) -> Tensor:
+        """Its rows `(r, d)` as its product takes them: `(number, width, d)`, a single expert's as they are."""
         return rows if self.number == 1 else rows.view(self.number, self.width, -1)
 
     def pick(self, weight: Tensor) -> Tensor:
@@ -44,22 +44,22 @@ class Rows(NamedTuple):
     """Rows of several batches, one after the other: as one matrix, and as the batches' products take them."""
 
     all: Tensor  # (r, d)
-    batches: list[Tensor]  # (number, width, d) each; (width, d) of a single expert
+    each: list[Tensor]
 
 
-# Views are made before the products, all together: a product leaves the caches to its weights, and what makes a view,
+# Slices are made before the products, all together: a product leaves the caches to its weights, and what makes a slice,
 # some microseconds otherwise, takes several times as long after it.
 
 
 def split(table: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """`table.split(sizes)`; of a single part that is the table itself, as `split` takes as long as five views."""
+    """`table.split(sizes)`; of a single part that is the table itself, as `split` takes as long as several slices."""
     return table.split(sizes) if len(sizes) > 1 else [table] * len(sizes)
 
 
 def rows_of(batches: Sequence[Batch], rows: Tensor) -> Rows:
     """`(r, d)` as the batches' rows."""
     parts = split(rows, [batch.num_rows for batch in batches])
-    return Rows(rows, [batch.shape(part) for batch, part in zip(batches, parts, strict=True)])
+    return Rows(rows, [batch.of(part) for batch, part in zip(batches, parts, strict=True)])
 
 
 def matrices_of(batches: Sequence[Batch], weight: Tensor) -> list[Tensor]:
@@ -69,22 +69,26 @@ def matrices_of(batches: Sequence[Batch], weight: Tensor) -> list[Tensor]:
 
 def by_weights(x: Rows, weight: list[Tensor], out: Rows, add: bool = False) -> None:
     """Rows times their expert's weight, written into `out` or added to it."""
-    for rows, matrices, results in zip(x.batches, weight, out.batches, strict=True):
+    for rows, matrices, results in zip(x.each, weight, out.each, strict=True):
         _product(rows, matrices, results, add)
 
 
 def by_rows(x: Rows, y: Rows, out: list[Tensor]) -> None:
     """For every expert `x^T y` over its rows, written into its matrix of `out`."""
-    for rows, others, results in zip(x.batches, y.batches, out, strict=True):
+    for rows, others, results in zip(x.each, y.each, out, strict=True):
         _product(rows.mT, others, results)
 
 
 def _product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
     """Of a batch; a single expert's product is shared by all threads."""
-    if x.ndim == 2:
-        out.addmm_(x, y) if add else torch.mm(x, y, out=out)
+    if x.ndim == 2 and add:
+        out.addmm_(x, y)
+    elif x.ndim == 2:
+        torch.mm(x, y, out=out)
+    elif add:
+        out.baddbmm_(x, y)
     else:
-        out.baddbmm_(x, y) if add else torch.bmm(x, y, out=out)
+        torch.bmm(x, y, out=out)
 
 
 def takes_steps(weight: Tensor) -> bool:

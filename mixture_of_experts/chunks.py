@@ -57,10 +57,9 @@ def chunks_of(counts: list[int], setting: Setting) -> list[Chunk]:
 
 
 class Tables(NamedTuple):
-    """Of a chunk: see `Layout`."""
+    """Where a chunk's rows come from; see `Layout`."""
 
     token: Tensor  # (r,)
-    scale: Tensor  # (r, 1)
     empty: Tensor | None  # (r, 1) bool
 
 
@@ -78,12 +77,10 @@ class Layout(NamedTuple):
         """Each chunk's part of a table `(rows, ...)`."""
         return split(table, [chunk.num_rows for chunk in self.chunks])
 
-    def tables(self, dtype: torch.dtype) -> list[Tables]:
-        """Each chunk's; scales of that dtype."""
+    def tables(self) -> list[Tables]:
+        """Each chunk's."""
         empty = [None] * len(self.chunks) if self.empty is None else self.split(self.empty.unsqueeze(-1))
-        scale = self.weight.to(dtype).unsqueeze(-1)
-        parts = zip(self.split(self.token), self.split(scale), empty, strict=True)
-        return [Tables(*part) for part in parts]
+        return [Tables(*parts) for parts in zip(self.split(self.token), empty, strict=True)]
 
     def parts(self, rows: Tensor) -> list[Rows]:
         """Each chunk's part of `(rows, d)`."""

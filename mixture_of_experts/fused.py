@@ -88,7 +88,7 @@ class _Fused(torch.autograd.Function):
         pre = _first_rows(call, layout, kept, x, hidden_dim)
         hidden = layout.buffer(x, hidden_dim) if call.keep else [rows[0] for rows in pre]
         matrices, second = _by_chunk(map(layout.matrices, first)), layout.matrices(last)
-        for i, tables in enumerate(layout.tables(x.dtype)):
+        for i, tables in enumerate(layout.tables()):
             _gather(x, tables, tokens[i])
             _first_products(tokens[i], matrices[i], pre[i])
             _hidden(call.activation, pre[i], hidden[i])
@@ -152,7 +152,8 @@ class _FusedBackward(torch.autograd.Function):
         grad_first = _by_chunk(grad_first)
         grad_tokens = layout.parts(grad_x_rows[:-1]) if need_x else []
         sums = layout.split(grad_row_weight[:-1])
-        for i, tables in enumerate(layout.tables(x.dtype)):
+        scale = layout.split(layout.weight.to(x.dtype).unsqueeze(-1)) if need_weights else []
+        for i, tables in enumerate(layout.tables()):
             _gather(x, tables, tokens[i])
             _gather(grad, tables, grads[i])
             if not call.keep:
@@ -160,12 +161,12 @@ class _FusedBackward(torch.autograd.Function):
             by_weights(grads[i], second[i], grad_pre[i][0])
             _hidden_again(call.activation, pre[i], grad_pre[i], hidden[i])
             if need_weights:
-                grads[i].all.mul_(tables.scale)
+                grads[i].all.mul_(scale[i])
                 by_rows(hidden[i], grads[i], grad_last[i])
-            torch.sum(hidden[i].all.mul_(grad_pre[i][0].all), dim=-1, dtype=weight.dtype, out=sums[i])
+            sums[i].copy_(hidden[i].all.mul_(grad_pre[i][0].all).sum(dim=-1))
             _pre_backward(call.activation, pre[i], grad_pre[i])
             if need_weights:
-                tokens[i].all.mul_(tables.scale)
+                tokens[i].all.mul_(scale[i])
                 for part, result in zip(grad_pre[i], grad_first[i], strict=True):
                     by_rows(tokens[i], part, result)
             if need_x:

@@ -175,8 +175,10 @@ def scattered(counts, *_):
 
 @pytest.mark.parametrize("kind", [Experts, GatedExperts])
 @pytest.mark.parametrize("gate", GATES)
-def test_scattered_batches(kind, gate, monkeypatch):
-    """Outputs and all gradients are those of the plain operators, whichever experts are one product."""
+@pytest.mark.parametrize("balance", [1, 1 << 30])
+def test_scattered_batches(kind, gate, balance, monkeypatch):
+    """Outputs and all gradients are those of the plain operators, whichever experts are one product or one chunk."""
+    monkeypatch.setattr(chunks, "BALANCE", balance)
     torch.manual_seed(0)
     layer = MoE(8, 7, gate=GATES[gate](), experts=kind(8, 7, 16)).double()
     x = torch.randn(2, 33, 8, dtype=torch.float64, requires_grad=True)
