@@ -24,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--only", metavar="PATTERN", help="cases whose name contains PATTERN (or matches its wildcards)")
     made.add_argument("--rounds", type=int, default=15, help="timed rounds; a figure needs at least 15 to count")
     made.add_argument("--attempts", type=int, default=3, help="most times a case is timed while A/A disagrees")
-    made.add_argument("--processes", type=int, default=1, help="fresh processes whose rounds count together")
+    made.add_argument("--processes", type=int, default=1, help="fresh processes, whose timed rounds count together")
     made.add_argument("--threads", type=int, help="torch.set_num_threads")
     made.add_argument(
         "--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a busy machine, with --threads 1"
@@ -94,9 +94,12 @@ def together(found: list[dict]) -> list[dict]:
     """The records of one half, each with the rounds of all processes."""
     if len(found) == 1:
         return found[0]["records"]
+    from benchmarks.report import case_block
     from benchmarks.run import pooled
 
-    return [pooled(records) for records in zip(*(each["records"] for each in found), strict=True)]
+    records = [pooled(each) for each in zip(*(run["records"] for run in found), strict=True)]
+    print("\nall processes together", *map(case_block, records), sep="\n", flush=True)
+    return records
 
 
 def joined(result: dict, path: Path) -> dict:
@@ -153,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if options.clock == "cpu" and options.threads != 1:
         parser().error("--clock cpu counts threads that wait for each other: give it --threads 1")
+    if options.processes < 1:
+        parser().error(f"--processes must be at least 1, got {options.processes}")
     if options.list:
         print("\n".join(f"{case.name:44} {case.mode:10} {', '.join(case.contestants)}" for case in chosen(options)))
         return 0

@@ -46,24 +46,33 @@ def pooled(records: Sequence[dict]) -> dict:
     """
     first = records[0]
     names = [name for name in first["contestants"] if all(name in record["contestants"] for record in records)]
-    rows = {name: [record["contestants"][name] for record in records] for name in names}
+    alone = [samples_of(record, names) for record in records]
     samples = {
-        name: timing.Samples([s for row in each for s in row["seconds"]], [row["faults"] for row in each])
-        for name, each in rows.items()
+        name: timing.Samples(
+            [second for one in alone for second in one[name].seconds],
+            [faults for one in alone for faults in one[name].faults],
+        )
+        for name in names
     }
-    contestants = {name: rows[name][0] | samples[name].summary() | {"seconds": samples[name].seconds} for name in names}
+    contestants = {
+        name: first["contestants"][name] | samples[name].summary() | {"seconds": samples[name].seconds}
+        for name in names
+    }
     peaks = {name: row["peak_bytes"] for name, row in contestants.items() if row["peak_bytes"] is not None}
     case = next(case for case in every_case() if case.name == first["case"]["name"])
     found = figures(case, samples, peaks, first["half"])
     for figure in found:
-        alone = [row["value"] for record in records for row in record["figures"] if is_same(row, figure)]
-        figure["range"] = [min(alone), max(alone)]
+        if figure["quantity"] == "time":
+            values = [timing.ratio(figure["numerator"], figure["reference"], one)[0] for one in alone]
+            figure["range"] = [min(values), max(values)]
     rounds = sum(record["rounds"] for record in records)
     return first | {"rounds": rounds, "processes": len(records), "contestants": contestants, "figures": found}
 
 
-def is_same(row: dict, figure: dict) -> bool:
-    return (row["label"], row["quantity"]) == (figure["label"], figure["quantity"])
+def samples_of(record: dict, names: Sequence[str]) -> dict[str, timing.Samples]:
+    """What a process measured, of the page faults their median."""
+    rows = {name: record["contestants"][name] for name in names}
+    return {name: timing.Samples(row["seconds"], [row["faults"]]) for name, row in rows.items()}
 
 
 def figures(case: Case, samples: dict[str, timing.Samples], peaks: dict[str, int], half: str) -> list[dict]:

@@ -26,7 +26,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass
 class Samples:
-    """seconds and page faults of each round."""
+    """Seconds of each round, and page faults of each round or process."""
 
     seconds: list[float]
     faults: list[int]
@@ -95,11 +95,16 @@ def time_figure(figure: Figure, samples: dict[str, Samples], half: str) -> dict 
     reference = fastest(figure, samples)
     if reference is None or figure.numerator not in samples:
         return None
+    value, same = ratio(figure.numerator, reference, samples)
+    valid = abs(same - 1) <= MAX_DISAGREEMENT and len(samples[reference].seconds) >= MIN_ROUNDS
+    return figure_row(figure, half, value, valid) | {"aa": same, "numerator": figure.numerator, "reference": reference}
+
+
+def ratio(numerator: str, reference: str, samples: dict[str, Samples]) -> tuple[float, float]:
+    """Of the times, and the A/A ratio of the reference."""
     first, again = samples[reference].seconds, samples[reference + AGAIN].seconds
     both = [(a * b) ** 0.5 for a, b in zip(first, again, strict=True)]
-    value, same = paired_ratio(samples[figure.numerator].seconds, both), paired_ratio(again, first)
-    valid = abs(same - 1) <= MAX_DISAGREEMENT and len(first) >= MIN_ROUNDS
-    return figure_row(figure, half, value, valid) | {"aa": same, "reference": reference}
+    return paired_ratio(samples[numerator].seconds, both), paired_ratio(again, first)
 
 
 def memory_figure(figure: Figure, peaks: dict[str, int], half: str) -> dict | None:

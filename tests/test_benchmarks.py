@@ -41,6 +41,7 @@ def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
 def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     saved, drawn = tmp_path / "result.json", tmp_path / "picture.png"
     arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--json", str(saved)]
+    arguments += ["--processes", "2"]
     if importlib.util.find_spec("matplotlib"):
         arguments += ["--plot", str(drawn)]
     done = subprocess.run(
@@ -55,26 +56,33 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert {"layer", "products", "products" + AGAIN, "loop", "dense"} <= record["contestants"].keys()
     assert record["contestants"]["layer"]["error"] <= 1e-4
     assert record["contestants"]["layer"]["peak_bytes"] > 0
-    assert len(record["contestants"]["layer"]["seconds"]) == 2
-    assert not record["figures"][0]["valid"], "two rounds are too few for a figure to count"
+    assert len(record["contestants"]["layer"]["seconds"]) == record["rounds"] == 4
+    assert "4 rounds of 2 processes" in done.stdout
+    assert not record["figures"][0]["valid"], "four rounds are too few for a figure to count"
     assert drawn.exists() == ("--plot" in arguments)
     table = report.markdown(result["records"])
-    assert f"| toy/train | layer ÷ products | ({record['figures'][0]['value']:.2f}) |  |  |" in table
+    assert f"| toy/train | layer ÷ products | ({record['figures'][0]['value']:.2f}), " in table
 
 
 def test_rounds_of_several_processes_count_together() -> None:
-    records = [run.run_case(TOYS["toy/train"], "ordinary", rounds=2, attempts=1, seed=seed) for seed in (0, 1)]
-    whole = run.pooled(records)
-    for name, row in whole["contestants"].items():
-        assert row["seconds"] == [second for record in records for second in record["contestants"][name]["seconds"]]
-        assert row["peak_bytes"] == records[0]["contestants"][name]["peak_bytes"]
-    assert (whole["rounds"], whole["processes"]) == (4, 2)
-    found, alone = whole["figures"][0], sorted(record["figures"][0]["value"] for record in records)
-    assert found["range"] == alone
-    assert alone[0] <= found["value"] <= alone[1]
-    assert not found["valid"], "four rounds are too few"
-    assert f"({found['value']:.2f}), {alone[0]:.2f}–{alone[1]:.2f} |" in report.markdown([whole])
-    assert "4 rounds of 2 processes" in report.case_block(whole)
+    """The ratio is that of all rounds, the range that of every process alone, to the same reference."""
+
+    def record(**seconds: float) -> dict:
+        rows = {name: {"seconds": [s] * 15, "faults": 7, "peak_bytes": 100} for name, s in seconds.items()}
+        rows["reference" + AGAIN] = rows["reference"]
+        return {"case": {"name": "toy/train"}, "half": "ordinary", "rounds": 15, "contestants": rows, "figures": []}
+
+    records = [record(layer=1.0, reference=1.0, only_here=1.0), record(layer=3.0, reference=2.0)]
+    case = replace(TOYS["toy/train"], figures=(Figure("layer", ("reference",), target=1.3),))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "every_case", lambda: [case])
+        whole = run.pooled([*records, records[1]])
+    assert whole["contestants"].keys() == {"layer", "reference", "reference" + AGAIN}
+    assert whole["contestants"]["layer"]["seconds"] == [1.0] * 15 + [3.0] * 30
+    assert (whole["rounds"], whole["processes"], whole["contestants"]["layer"]["faults"]) == (45, 3, 7)
+    (figure,) = whole["figures"]
+    assert (figure["value"], figure["range"], figure["valid"], figure["met"]) == (1.5, [1.0, 1.5], True, False)
+    assert "| 1.50, 1.00–1.50 |" in report.markdown([whole])
 
 
 def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
