@@ -104,6 +104,7 @@ def test_chunks(counts, threads, row_bytes, steps):
             assert (batch.number, batch.width) == (len(experts), max(counts[expert] for expert in experts))
             assert steps or batch.experts.step == 1
             inside += experts
+        assert chunk.num_rows == sum(batch.number * batch.width for batch in chunk.batches)
     assert sorted(inside) == [expert for expert, count in enumerate(counts) if count]
 
 
