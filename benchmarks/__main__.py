@@ -94,8 +94,8 @@ def together(found: list[dict]) -> list[dict]:
     """The records of one half, each with the rounds of all processes."""
     if len(found) == 1:
         return found[0]["records"]
+    from benchmarks.pool import pooled
     from benchmarks.report import case_block
-    from benchmarks.run import pooled
 
     records = [pooled(each) for each in zip(*(run["records"] for run in found), strict=True)]
     print("\nall processes together", *map(case_block, records), sep="\n", flush=True)

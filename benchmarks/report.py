@@ -100,9 +100,7 @@ def cell(figure: dict | None) -> str:
     if figure is None:
         return ""
     value = f"{figure['value']:.2f}" if figure["valid"] else f"({figure['value']:.2f})"
-    if figure["quantity"] != "time" or "range" not in figure:
-        return value
-    return value + ", {:.2f}–{:.2f}".format(*figure["range"])
+    return value + (", {:.2f}–{:.2f}".format(*figure["range"]) if "range" in figure else "")
 
 
 if __name__ == "__main__":

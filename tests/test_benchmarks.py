@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counting, counts, field, problem, report, run, timing  # noqa: E402
+from benchmarks import counting, counts, field, pool, problem, report, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
@@ -60,8 +60,9 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert "4 rounds of 2 processes" in done.stdout
     assert not record["figures"][0]["valid"], "four rounds are too few for a figure to count"
     assert drawn.exists() == ("--plot" in arguments)
-    table = report.markdown(result["records"])
-    assert f"| toy/train | layer ÷ products | ({record['figures'][0]['value']:.2f}), " in table
+    value, (low, high) = record["figures"][0]["value"], record["figures"][0]["range"]
+    row = f"| toy/train | layer ÷ products | ({value:.2f}), {low:.2f}–{high:.2f} |  |  |"
+    assert row in report.markdown(result["records"])
 
 
 def test_rounds_of_several_processes_count_together() -> None:
@@ -75,8 +76,8 @@ def test_rounds_of_several_processes_count_together() -> None:
     records = [record(layer=1.0, reference=1.0, only_here=1.0), record(layer=3.0, reference=2.0)]
     case = replace(TOYS["toy/train"], figures=(Figure("layer", ("reference",), target=1.3),))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "every_case", lambda: [case])
-        whole = run.pooled([*records, records[1]])
+        patch.setattr(pool, "every_case", lambda: [case])
+        whole = pool.pooled([*records, records[1]])
     assert whole["contestants"].keys() == {"layer", "reference", "reference" + AGAIN}
     assert whole["contestants"]["layer"]["seconds"] == [1.0] * 15 + [3.0] * 30
     assert (whole["rounds"], whole["processes"], whole["contestants"]["layer"]["faults"]) == (45, 3, 7)
