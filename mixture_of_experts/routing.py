@@ -18,7 +18,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
-QUEUES = {"choice": "(k n)", "token": "(n k)", "score": "(k n)"}  # the order of the queue, as an einops pattern
 
 
 @dataclass(frozen=True)
@@ -126,37 +125,41 @@ def group_capacity(length: Tensor, factor: float, num_experts: int, minimum: int
 
 
 def queue_positions(
-    expert: Tensor, chosen: Tensor | None, num_experts: int, priority: Priority = "choice", score: Tensor | None = None
+    expert: Tensor,
+    chosen: Tensor | None,
+    num_experts: int,
+    choices: int,
+    priority: Priority = "choice",
+    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Place of every choice in the queue of its expert, and the length of each queue.
 
     Args:
-        expert: `(..., n, k)` int64, expert of each choice, best choice first.
-        chosen: `(..., n, k)` bool, the choices that queue at all; None if all do.
+        expert: `(..., a)` int64, expert of each choice: token by token, and of a token the best first.
+        chosen: `(..., a)` bool, the choices that queue at all; None if all do.
         num_experts: e.
+        choices: k; a is n k.
         priority: "choice" queues all first choices before all second ones (GShard), "token" all choices of a token
             before those of later tokens (causal), "score" as "choice" with the tokens in order of descending score
             (batch-priority routing, arXiv 2106.05974).
         score: `(..., n)` for priority "score".
 
     Returns:
-        `(..., n, k)` int64 positions, and `(..., e)` int64 lengths.
+        `(..., a)` int64 positions, and `(..., e)` int64 lengths.
     """
     key = expert if chosen is None else torch.where(chosen, expert, num_experts)
-    if statically_known_true(key.shape[-2] == 1):  # in every order a single token's choices come one after the other
-        slot, queued = _positions(key.squeeze(-2), num_experts)
-        return slot.unsqueeze(-2), queued
-    order = key
+    if priority == "token" or statically_known_true(key.shape[-1] == choices):  # a single token's: one way in all orders
+        return _positions(key, num_experts)
+    key = order = rearrange(key, "... (n k) -> ... n k", k=choices)
     if priority == "score":
         assert score is not None
         order = stable_order(score, descending=True).unsqueeze(-1).expand_as(key)
         key = key.gather(-2, order)
-    queue = QUEUES[priority]
-    slot, queued = _positions(rearrange(key, f"... n k -> ... {queue}"), num_experts)
-    slot = rearrange(slot, f"... {queue} -> ... n k", k=key.shape[-1])
+    slot, queued = _positions(rearrange(key, "... n k -> ... (k n)"), num_experts)
+    slot = rearrange(slot, "... (k n) -> ... n k", k=choices)
     if priority == "score":
         slot = torch.empty_like(slot).scatter(-2, order, slot)
-    return slot, queued
+    return slot.flatten(-2), queued
 
 
 def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
@@ -178,9 +181,9 @@ def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 
 def _positions_by_counting(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """The same with a table `(..., a, e)`: by fewer operators, all of which ONNX has."""
-    queues = (key.unsqueeze(-1) == torch.arange(num_experts, device=key.device)).to(torch.int64)
-    place = queues.cumsum(dim=-2).gather(-1, key.clamp(max=num_experts - 1).unsqueeze(-1))
-    return place.squeeze(-1) - 1, queues.sum(dim=-2)
+    queues = key.unsqueeze(-1) == torch.arange(num_experts, device=key.device)
+    place = queues.cumsum(dim=-2, dtype=torch.int64) * queues
+    return place.sum(dim=-1) - 1, queues.sum(dim=-2)
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:

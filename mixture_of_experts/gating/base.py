@@ -105,7 +105,7 @@ class Gate(nn.Module):
             logits = x.to(dtype).flatten(-3, -2) @ weight.to(dtype)
             if bias is not None:
                 logits = logits + bias.to(dtype).unsqueeze(-2)
-        return logits.unflatten(-2, x.shape[-3:-1])
+        return logits.view(*x.shape[:-1], weight.shape[-1])
 
 
 class TokenChoiceGate(Gate):
@@ -209,24 +209,24 @@ class TokenChoiceGate(Gate):
         capacity, limit = self.capacity(tokens)
         if self.priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
+        expert, weight = expert.flatten(-2), weight.flatten(-2)
+        chosen = None if chosen is None else chosen.flatten(-2)
         # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
         computed = weight != 0 if chosen is None else chosen & (weight != 0)
         queues = computed if capacity is None else chosen
-        slot, queued = queue_positions(expert, queues, self.num_experts, self.priority, score)
-        kept, most = computed, tokens.num_tokens * expert.shape[-1]
+        slot, queued = queue_positions(expert, queues, self.num_experts, self.choices, self.priority, score)
+        kept = computed
         if limit is not None:
-            kept = kept & (slot < limit[..., None, None])
-        elif capacity is not None and not statically_known_true(most <= capacity):
+            kept = kept & (slot < limit.unsqueeze(-1))
+        elif capacity is not None and not statically_known_true(expert.shape[-1] <= capacity):
             kept = kept & (slot < capacity)
-        kept = kept.flatten(-2)
-        weight = torch.where(kept, weight.flatten(-2), 0.0)  # not a view, of which FSDP2 warns
-        token = torch.arange(tokens.num_tokens, device=expert.device).unsqueeze(-1).expand_as(expert)
+        token = torch.arange(tokens.num_tokens, device=expert.device).repeat_interleave(self.choices)
         return Routing(
-            token=token.flatten(-2),
-            expert=expert.flatten(-2),
-            slot=slot.flatten(-2),
+            token=token.expand_as(expert),
+            expert=expert,
+            slot=slot,
             kept=kept,
-            weight=weight,
+            weight=torch.where(kept, weight, 0.0),  # not a view, of which FSDP2 warns
             probs=probs,
             balance_loss=balance_loss,
             z_loss=z_loss,
@@ -234,7 +234,7 @@ class TokenChoiceGate(Gate):
             num_experts=self.num_experts,
             capacity=capacity,
             choices=self.choices,
-            chosen=(torch.ones_like(expert, dtype=torch.bool) if chosen is None else chosen).flatten(-2),
+            chosen=torch.ones_like(kept) if chosen is None else chosen,
             queued=queued,
             limit=limit,
             real=tokens.real,
