@@ -44,17 +44,19 @@ def positive(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
-def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None) -> Tensor:
-    """`total / count`, 0 where nothing was counted.
+def mean(
+    total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, scale: float = 1.0
+) -> Tensor:
+    """`scale * total / count`, 0 where nothing was counted.
 
     Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
     is the value of the whole batch, however unequal the ranks' shares are.
     """
     if not isinstance(count, Tensor):
         if world_size(group) == 1:
-            return total / largest(count, 1)
+            return total * (scale / largest(count, 1))
         count = total.new_full((), count)
-    return total * world_size(group) / positive(global_sum(count.to(total.dtype), group))
+    return total * (scale * world_size(group)) / positive(global_sum(count.to(total.dtype), group))
 
 
 def load_balance(
@@ -71,13 +73,35 @@ def load_balance(
         choices: k, the choices that a token makes.
         group: process group that shares the batch.
     """
-    num_experts = load.shape[-1]
-    products = load.detach().to(proxy.dtype) * proxy
+    return _balance(load.detach().to(proxy.dtype) * proxy, length, load.shape[-1] / choices, group)
+
+
+def load_balance_of(
+    expert: Tensor,
+    counted: Tensor | None,
+    proxy: Tensor,
+    length: Tensor | int,
+    choices: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The same from the choices themselves, `expert` `(..., b, a)`, those `counted` (all without it).
+
+    `sum_e f_e P_e` is the sum of P over the choices. For a few it takes half the operators; for many it would round
+    more, in the gradient.
+    """
+    products = proxy.gather(-1, expert)
+    if counted is not None:
+        products = torch.where(counted, products, 0.0)
+    return _balance(products, length, proxy.shape[-1] / choices, group)
+
+
+def _balance(products: Tensor, length: Tensor | int, scale: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean over groups of `scale / length^2` times the sum of `products` `(..., b, any)`."""
     if isinstance(length, Tensor):
-        per_group = products.sum(dim=-1) / positive(length).to(proxy.dtype).square() * (num_experts / choices)
-        return mean(per_group.sum(), (length > 0).sum(), group)
+        per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
+        return mean(per_group.sum(), (length > 0).sum(), group, scale)
     groups = math.prod(products.shape[:-1]) * smallest(length, 1)
-    return mean(products.sum() * (num_experts / choices / largest(length, 1) ** 2), groups, group)
+    return mean(products.sum(), groups, group, scale / largest(length, 1) ** 2)
 
 
 def load_balance_over_batch(
@@ -111,27 +135,27 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
 
 def z_loss_at(
     logits: Tensor,
-    probs: Tensor,
     expert: Tensor,
+    prob: Tensor,
     counted: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The same from `probs`, the softmax of `logits`: `logsumexp(logits)` is logit - log p of any expert.
+    """The same where `logits` went through a softmax: `logsumexp(logits)` is logit - log p of any expert.
 
-    Read at one `expert` `(..., n, 1)` that is likely, such as the first choice, it costs no pass over all of them, and
-    the backward needs no logits. For a few logits that is no gain.
+    Read at one `expert` `(..., n, 1)` of probability `prob` `(..., n, 1)` that is likely, such as the first choice, it
+    costs no pass over all of them, and the backward needs no logits.
     """
     if statically_known_true(logits.numel() <= FEW):
-        return z_loss(logits, counted, group)
-    at = expert.flatten()
-    at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
-    logit = logits.flatten().index_select(0, at)  # for a `gather` autograd would keep the logits
-    log_total = logit.view(expert.shape) - probs.gather(-1, expert).log()
-    return mean_square(log_total.squeeze(-1), counted, group)
+        logit = logits.gather(-1, expert)
+    else:  # for a `gather` autograd would keep the logits
+        at = expert.flatten()
+        at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
+        logit = logits.flatten().index_select(0, at).view(expert.shape)
+    return mean_square(logit - prob.log(), None if counted is None else counted.unsqueeze(-1), group)
 
 
 def mean_square(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of the squares of `values` `(..., n)` over the counted ones."""
+    """Mean of the squares of `values` over the `counted` ones, a boolean of their shape (all without it)."""
     square = values.square()
     if counted is None:
         return mean(square.sum(), math.prod(square.shape), group)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mixture_of_experts import losses
 from mixture_of_experts.checks import (
     check_choice,
     check_importance,
@@ -24,7 +25,15 @@ from mixture_of_experts.checks import (
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.ranks import Ranks
-from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
+from mixture_of_experts.routing import (
+    FEW,
+    PRIORITIES,
+    Priority,
+    Routing,
+    expert_capacity,
+    group_capacity,
+    queue_positions,
+)
 
 
 class Tokens(NamedTuple):
@@ -175,6 +184,15 @@ class TokenChoiceGate(Gate):
         ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
         zeros = torch.zeros(*expert.shape[:-2], self.num_experts, dtype=torch.int64, device=expert.device)
         return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
+
+    def balance(
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
+    ) -> Tensor:
+        """The balancing loss, `losses.load_balance`, of choices `(..., b, n, k)` (those `counted`)."""
+        if statically_known_true(proxy.numel() <= FEW) and statically_known_true(expert.numel() <= FEW):
+            counted = None if counted is None else counted.expand_as(expert).flatten(-2)
+            return losses.load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
+        return losses.load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
 
     def handed_on(self, routing: Routing) -> Tensor:
         """`(..., b, a)`: the importance that a second level gives each choice: 1 for the first, 0.5 for the rest."""

@@ -141,23 +141,23 @@ class Top2Gating(TokenChoiceGate):
         probs = logits.softmax(dim=-1)
 
         # the first choice, and the second among what it leaves (a token without a first choice leaves all)
-        expert_1 = probs.detach().argmax(dim=-1, keepdim=True)
-        rest = self._without_first(probs.detach(), expert_1, tokens.first)
-        expert_2 = rest.argmax(dim=-1, keepdim=True)
+        fixed = probs.detach()
+        expert_1 = fixed.argmax(dim=-1, keepdim=True)
+        expert_2 = self._without_first(fixed, expert_1, tokens.first).argmax(dim=-1, keepdim=True)
         expert = torch.cat([expert_1, expert_2], dim=-1)
 
         # losses first: then the backward adds their gradient, an expanded row, in place to that of the gates
-        parts = self._losses(tokens, probs, expert)
-        p_1, p_2 = probs.gather(-1, expert).split(1, dim=-1)
-        gate = self._gates(p_1, p_2, expert_1 != expert_2, tokens.first)
+        parts = self._losses(tokens, probs, expert_1, expert_2)
+        p_1, p_2 = probs.gather(-1, expert).chunk(2, dim=-1)
+        gate = self._gates(p_1, p_2, expert_1 == expert_2, tokens.first)
         return self.route(
             tokens,
             probs,
             expert,
             gate,
-            chosen=self._chosen(gate[..., 1].detach(), tokens),
+            chosen=self._chosen(gate, tokens),
             balance_loss=parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"],
-            z_loss=losses.z_loss_at(logits, probs, expert_1, tokens.first, self.process_group),
+            z_loss=losses.z_loss_at(logits, expert_1, p_1, tokens.first, self.process_group),
             losses=parts,
         )
 
@@ -169,43 +169,41 @@ class Top2Gating(TokenChoiceGate):
             torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first[..., None]), 0.0, probs
         )
 
-    def _gates(self, p_1: Tensor, p_2: Tensor, differ: Tensor, first: Tensor | None) -> Tensor:
+    def _gates(self, p_1: Tensor, p_2: Tensor, same: Tensor, first: Tensor | None) -> Tensor:
         """`(..., b, n, 2)` normalised gates: of first choices that are made, and of second ones of another expert.
 
-        `differ` says where the two experts are not the same: where all that the first choice leaves is exactly 0, the
-        second falls on the same expert, with a gate of 0.
+        `same` says where both are one expert: where all that the first choice leaves is exactly 0, the second falls on
+        it too, with a gate of 0.
         """
         if first is not None:
             first = first.unsqueeze(-1)
-            p_1, differ = torch.where(first, p_1, 0.0), differ | ~first
-        p_2 = torch.where(differ, p_2, 0.0)
+            p_1, same = torch.where(first, p_1, 0.0), same & first
+        p_2 = p_2.masked_fill(same, 0.0)
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
     def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, 2)` bool: the choices that importance and the policy of the present mode leave; None if all."""
+        """`(..., b, n, 2)` bool of the gates of that shape: the choices that importance and the policy of the present mode leave; None if all."""
         policy, threshold = self.second_policy_eval, self.second_threshold_eval
         if self.training:
             policy, threshold = self.second_policy_train, self.second_threshold_train
         if policy == "all" and tokens.first is None:
             return None
-        second = POLICIES[policy](gate, threshold, self.eps)
+        second = POLICIES[policy](gate[..., 1].detach(), threshold, self.eps)
         first = torch.ones_like(second) if tokens.first is None else tokens.first
         return torch.stack([first, second if tokens.some is None else second & tokens.some], dim=-1)
 
-    def _losses(self, tokens: Tokens, probs: Tensor, expert: Tensor) -> dict[str, Tensor]:
+    def _losses(self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
         first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        load = self.load(expert[..., :1], first)
         proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
-        parts = {"balance": losses.load_balance(load, proxy, tokens.length, group=self.process_group)}
+        parts = {"balance": self.balance(expert_1, first, proxy, tokens.length)}
         if self.second_place_loss:
-            load = self.load(expert[..., 1:], None if tokens.some is None else tokens.some.unsqueeze(-1))
-            rest = self._without_first(probs, expert[..., :1], tokens.first)
+            rest = self._without_first(probs, expert_1, tokens.first)
             proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
             if tokens.real is not None:
                 proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
-            balance = losses.load_balance(load, proxy.sum(dim=-2), tokens.length, group=self.process_group)
-            parts["second_place"] = 0.5 * balance
+            some = None if tokens.some is None else tokens.some.unsqueeze(-1)
+            parts["second_place"] = 0.5 * self.balance(expert_2, some, proxy.sum(dim=-2), tokens.length)
         return parts
 
     def handed_on(self, routing: Routing) -> Tensor:

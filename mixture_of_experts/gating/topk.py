@@ -17,7 +17,7 @@ from mixture_of_experts.routing import Priority, Routing
 
 Score = Literal["softmax", "sigmoid"]
 SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
-BALANCES = {"group": losses.load_balance, "batch": losses.load_balance_over_batch}
+BALANCES = ("group", "batch")
 
 
 class TopKGating(TokenChoiceGate):
@@ -131,11 +131,11 @@ class TopKGating(TokenChoiceGate):
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        load = self.load(expert, first)
         proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
-        balance = BALANCES[self.balance_over](load, proxy, tokens.length, self.choices, self.process_group)
+        balance = self.balance(expert, first, proxy, tokens.length, self.choices)
 
         weight = score.gather(-1, expert)
+        prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
         if self.normalize:
@@ -143,14 +143,23 @@ class TopKGating(TokenChoiceGate):
         if self.scale != 1:
             weight = weight * self.scale
         if self.expert_counts is not None and self.training:
-            chosen = load if allowed is None else self.load(expert, allowed)
-            weight = count_in_backward(weight, chosen.sum(dim=-2), self.expert_counts)
+            load = self.load(expert, allowed).sum(dim=-2)
+            weight = count_in_backward(weight, load, self.expert_counts)
         if self.score == "softmax" and self.expert_bias is None and self.num_groups is None:
-            z_loss = losses.z_loss_at(logits, probs, expert[..., :1], tokens.first, self.process_group)
+            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
             z_loss = losses.z_loss(logits, tokens.first, self.process_group)
         top = score.detach().amax(dim=-1) if self.priority == "score" else None
         return self.route(tokens, probs, expert, weight, chosen=allowed, score=top, balance_loss=balance, z_loss=z_loss)
+
+    def balance(
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
+    ) -> Tensor:
+        """The balancing loss over each group, or over all tokens of the batch."""
+        if self.balance_over == "group":
+            return super().balance(expert, counted, proxy, length, choices)
+        load = self.load(expert, counted)
+        return losses.load_balance_over_batch(load, proxy, length, choices, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
         """In training x times U(1 - jitter, 1 + jitter); in float32 at least, as bfloat16 has no number near 1.005."""
