@@ -28,6 +28,7 @@ def _gelu(approximate: str) -> Activation:
     )
 
 
+_GELU = {approximate: _gelu(approximate) for approximate in ("none", "tanh")}
 _SILU = Activation(
     F.silu,
     lambda h, out: aten.silu.out(h, out=out),
@@ -43,5 +44,5 @@ _RELU = Activation(
 def find_activation(act: nn.Module) -> Activation | None:
     """The activation in the form needed here; None if there is none for it."""
     if type(act) is nn.GELU:
-        return _gelu(act.approximate)
+        return _GELU.get(act.approximate)
     return {nn.SiLU: _SILU, nn.ReLU: _RELU}.get(type(act))

@@ -41,14 +41,18 @@ def few_rows(x: Tensor, routing: Routing, act: nn.Module, first: Sequence[Tensor
     expert, weight, kept = (t.flatten().tolist() for t in (routing.expert, routing.weight, routing.kept))
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
     used = list(Counter(expert[a] for a in order).items())
-    token = torch.tensor([a // choices for a in order], dtype=torch.int64, device=x.device)
+    token = None  # of each row; a single token's are all its own
+    if x.shape[0] != 1:
+        token = torch.tensor([a // choices for a in order], dtype=torch.int64, device=x.device)
 
-    rows = x.index_select(0, token)
+    rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     hidden = activation.function(product_by_expert(rows, first[0], used))
     for matrix in first[1:]:
         hidden = hidden * product_by_expert(rows, matrix, used)
     y = product_by_expert(hidden, last, used)
 
     dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), routing.weight.dtype)
-    row_weight = torch.tensor([weight[a] for a in order], dtype=dtype, device=x.device).unsqueeze(-1)
-    return x.new_zeros(x.shape, dtype=dtype).index_add_(0, token, y * row_weight).to(x.dtype)
+    y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=x.device).unsqueeze(-1)
+    if token is None:
+        return y.sum(dim=0, keepdim=True).to(x.dtype)
+    return x.new_zeros(x.shape, dtype=dtype).index_add_(0, token, y).to(x.dtype)
