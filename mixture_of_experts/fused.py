@@ -84,15 +84,15 @@ class _Fused(torch.autograd.Function):
         kept = [x.new_empty(layout.rows if call.keep else 0, hidden_dim) for _ in first]
         y = x.new_empty(layout.rows + 1, dim)
         y[-1] = 0
-        tokens, out = layout.buffer(x, dim), layout.parts(y[:-1])
+        rows = layout.parts(y[:-1])  # tokens first, and then in their place the results
         pre = _first_rows(call, layout, kept, x, hidden_dim)
         hidden = layout.buffer(x, hidden_dim) if call.keep else [rows[0] for rows in pre]
         matrices, second = _by_chunk(map(layout.matrices, first)), layout.matrices(last)
         for i, tables in enumerate(layout.tables()):
-            _gather(x, tables, tokens[i])
-            _first_products(tokens[i], matrices[i], pre[i])
+            _gather(x, tables, rows[i])
+            _first_products(rows[i], matrices[i], pre[i])
             _hidden(call.activation, pre[i], hidden[i])
-            by_weights(hidden[i], second[i], out[i])
+            by_weights(hidden[i], second[i], rows[i])
         return _collect(call, y, weight, layout), *kept
 
     @staticmethod
@@ -143,14 +143,15 @@ class _FusedBackward(torch.autograd.Function):
         grad_weights = [torch.empty_like(w) if need_weights else w.new_empty(0) for w in (*first, last)]
         if need_weights:
             _zero_unused(grad_weights, counts)
-        tokens, grads, hidden = (layout.buffer(x, width) for width in (dim, dim, hidden_dim))
+        tokens, hidden = (layout.buffer(x, width) for width in (dim, hidden_dim))
         pre = _first_rows(call, layout, kept, x, hidden_dim)
         grad_pre = _by_chunk(layout.buffer(x, hidden_dim) for _ in first)
         matrices = _by_chunk([] if call.keep else map(layout.matrices, first))
         transposed, second = _by_chunk(layout.matrices(w.mT) for w in first), layout.matrices(last.mT)
         *grad_first, grad_last = map(layout.matrices, grad_weights) if need_weights else [[]]
         grad_first = _by_chunk(grad_first)
-        grad_tokens = layout.parts(grad_x_rows[:-1]) if need_x else []
+        # gradients of the rows are read before those of the tokens are written over them
+        grads = grad_tokens = layout.parts(grad_x_rows[:-1]) if need_x else layout.buffer(x, dim)
         sums = layout.split(grad_row_weight[:-1])
         scale = layout.split(layout.weight.to(x.dtype).unsqueeze(-1)) if need_weights else []
         for i, tables in enumerate(layout.tables()):
