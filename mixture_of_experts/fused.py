@@ -86,7 +86,7 @@ class _Fused(torch.autograd.Function):
         y[-1] = 0
         rows = layout.parts(y[:-1])  # tokens first, and then in their place the results
         pre = _first_rows(call, layout, kept, x, hidden_dim)
-        hidden = layout.buffer(x, hidden_dim) if call.keep else [rows[0] for rows in pre]
+        hidden = layout.buffer(x, hidden_dim) if call.keep else [part[0] for part in pre]
         matrices, second = _by_chunk(map(layout.matrices, first)), layout.matrices(last)
         for i, tables in enumerate(layout.tables()):
             _gather(x, tables, rows[i])

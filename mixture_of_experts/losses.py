@@ -44,9 +44,7 @@ def positive(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
-def mean(
-    total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, scale: float = 1.0
-) -> Tensor:
+def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, scale: float = 1.0) -> Tensor:
     """`scale * total / count`, 0 where nothing was counted.
 
     Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,

@@ -148,7 +148,7 @@ def queue_positions(
         `(..., a)` int64 positions, and `(..., e)` int64 lengths.
     """
     key = expert if chosen is None else torch.where(chosen, expert, num_experts)
-    if priority == "token" or statically_known_true(key.shape[-1] == choices):  # a single token's: one way in all orders
+    if priority == "token" or statically_known_true(key.shape[-1] == choices):  # of one token all orders are the same
         return _positions(key, num_experts)
     key = order = rearrange(key, "... (n k) -> ... n k", k=choices)
     if priority == "score":

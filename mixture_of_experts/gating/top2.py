@@ -182,7 +182,9 @@ class Top2Gating(TokenChoiceGate):
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
     def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, 2)` bool of the gates of that shape: the choices that importance and the policy of the present mode leave; None if all."""
+        """`(..., b, n, 2)` bool, of gates of that shape: the choices that importance and the policy of the present mode
+        leave; None if all.
+        """
         policy, threshold = self.second_policy_eval, self.second_threshold_eval
         if self.training:
             policy, threshold = self.second_policy_train, self.second_threshold_train
