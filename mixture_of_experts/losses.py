@@ -44,17 +44,17 @@ def positive(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
-def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, scale: float = 1.0) -> Tensor:
-    """`scale * total / count`, 0 where nothing was counted.
+def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
+    """`total / (count * each)`, 0 where nothing was counted.
 
     Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
     is the value of the whole batch, however unequal the ranks' shares are.
     """
     if not isinstance(count, Tensor):
         if world_size(group) == 1:
-            return total * (scale / largest(count, 1))
+            return total / (largest(count, 1) * each)
         count = total.new_full((), count)
-    return total * (scale * world_size(group)) / positive(global_sum(count.to(total.dtype), group))
+    return total * world_size(group) / (positive(global_sum(count.to(total.dtype), group)) * each)
 
 
 def load_balance(
@@ -71,7 +71,7 @@ def load_balance(
         choices: k, the choices that a token makes.
         group: process group that shares the batch.
     """
-    return _balance(load.detach().to(proxy.dtype) * proxy, length, load.shape[-1] / choices, group)
+    return _balance(load.detach().to(proxy.dtype) * proxy, length, choices / load.shape[-1], group)
 
 
 def load_balance_of(
@@ -84,22 +84,22 @@ def load_balance_of(
 ) -> Tensor:
     """The same from the choices themselves, `expert` `(..., b, a)`, those `counted` (all without it).
 
-    `sum_e f_e P_e` is the sum of P over the choices. For a few it takes half the operators; for many it would round
-    more, in the gradient.
+    `sum_e f_e P_e` is the sum of P over the choices. For a few it takes half the operators; for many its gradient, the
+    sum of as many equal numbers, would round more.
     """
     products = proxy.gather(-1, expert)
     if counted is not None:
         products = torch.where(counted, products, 0.0)
-    return _balance(products, length, proxy.shape[-1] / choices, group)
+    return _balance(products, length, choices / proxy.shape[-1], group)
 
 
-def _balance(products: Tensor, length: Tensor | int, scale: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean over groups of `scale / length^2` times the sum of `products` `(..., b, any)`."""
+def _balance(products: Tensor, length: Tensor | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
+    """Mean over groups of the sum of `products` `(..., b, any)` over `each * length^2`."""
     if isinstance(length, Tensor):
         per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
-        return mean(per_group.sum(), (length > 0).sum(), group, scale)
+        return mean(per_group.sum(), (length > 0).sum(), group, each)
     groups = math.prod(products.shape[:-1]) * smallest(length, 1)
-    return mean(products.sum(), groups, group, scale / largest(length, 1) ** 2)
+    return mean(products.sum(), groups, group, each * largest(length, 1) ** 2)
 
 
 def load_balance_over_batch(
@@ -116,8 +116,7 @@ def load_balance_over_batch(
     load, proxy, length = load.sum(dim=-2), proxy.sum(dim=-2), length.sum(dim=-1).to(proxy.dtype)
     load, length = global_sum(load.to(proxy.dtype), group), global_sum(length, group)
     product = (load * proxy).sum(dim=-1) * world_size(group)
-    per_router = product / positive(length).square() * (num_experts / choices)
-    return mean(per_router.sum(), (length > 0).sum())
+    return mean((product / positive(length).square()).sum(), (length > 0).sum(), each=choices / num_experts)
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixture_of_experts import losses
 from mixture_of_experts.checks import (
     check_choice,
     check_importance,
@@ -25,15 +24,10 @@ from mixture_of_experts.checks import (
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.ranks import Ranks
-from mixture_of_experts.routing import (
-    FEW,
-    PRIORITIES,
-    Priority,
-    Routing,
-    expert_capacity,
-    group_capacity,
-    queue_positions,
-)
+from mixture_of_experts.losses import load_balance, load_balance_of
+from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
+
+FEW_CHOICES = 32  # as in decoding, where operators count and not what they do
 
 
 class Tokens(NamedTuple):
@@ -188,11 +182,17 @@ class TokenChoiceGate(Gate):
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
     ) -> Tensor:
-        """The balancing loss, `losses.load_balance`, of choices `(..., b, n, k)` (those `counted`)."""
-        if statically_known_true(proxy.numel() <= FEW) and statically_known_true(expert.numel() <= FEW):
+        """The balancing loss of GShard and Switch, 1.0 where choices and probabilities are uniform.
+
+        Args:
+            expert: `(..., b, n, k)` int64, the choices.
+            counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
+            proxy, length, choices: as in `losses.load_balance`.
+        """
+        if statically_known_true(expert.numel() <= FEW_CHOICES):
             counted = None if counted is None else counted.expand_as(expert).flatten(-2)
-            return losses.load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
-        return losses.load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
+            return load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
+        return load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
 
     def handed_on(self, routing: Routing) -> Tensor:
         """`(..., b, a)`: the importance that a second level gives each choice: 1 for the first, 0.5 for the rest."""
@@ -240,7 +240,7 @@ class TokenChoiceGate(Gate):
             kept = kept & (slot < capacity)
         token = torch.arange(tokens.num_tokens, device=expert.device).repeat_interleave(self.choices)
         return Routing(
-            token=token.expand_as(expert),
+            token=token.expand_as(expert).contiguous(),
             expert=expert,
             slot=slot,
             kept=kept,
