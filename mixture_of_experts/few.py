@@ -41,7 +41,7 @@ def few_rows(x: Tensor, routing: Routing, act: nn.Module, first: Sequence[Tensor
     expert, weight, kept = (t.flatten().tolist() for t in (routing.expert, routing.weight, routing.kept))
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
     used = list(Counter(expert[a] for a in order).items())
-    token = None  # of each row; a single token's are all its own
+    token = None  # of each row, unless there is but one
     if x.shape[0] != 1:
         token = torch.tensor([a // choices for a in order], dtype=torch.int64, device=x.device)
 

@@ -2,9 +2,9 @@
 
 Axes: t tokens, a assignments, r rows, e experts, d model dim, h hidden dim.
 
-On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So tokens are gathered into
-buffers that are used again for every chunk of experts, products and activations are written in place, and of all
-that is in between only the products with the first weights are kept for the backward (the input is there anyway).
+On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So tokens are gathered to where
+the results will be, what is in between lies in buffers that are used again for every chunk of experts, activations are
+written in place, and only the products with the first weights are kept for the backward (the input is there anyway).
 The backward gathers anew and computes the activation anew. The weight of an assignment is applied where a row is
 d wide, not h wide, and its gradient is read off the hidden layer, so that no row of outputs is kept
 (as SonicMoE, arXiv 2512.14080).
@@ -150,7 +150,7 @@ class _FusedBackward(torch.autograd.Function):
         transposed, second = _by_chunk(layout.matrices(w.mT) for w in first), layout.matrices(last.mT)
         *grad_first, grad_last = map(layout.matrices, grad_weights) if need_weights else [[]]
         grad_first = _by_chunk(grad_first)
-        # gradients of the rows are read before those of the tokens are written over them
+        # no product may read a chunk's gradients of rows once those of its tokens are written over them
         grads = grad_tokens = layout.parts(grad_x_rows[:-1]) if need_x else layout.buffer(x, dim)
         sums = layout.split(grad_row_weight[:-1])
         scale = layout.split(layout.weight.to(x.dtype).unsqueeze(-1)) if need_weights else []

@@ -150,14 +150,14 @@ def queue_positions(
     key = expert if chosen is None else torch.where(chosen, expert, num_experts)
     if priority == "token" or statically_known_true(key.shape[-1] == choices):  # of one token all orders are the same
         return _positions(key, num_experts)
-    key = order = rearrange(key, "... (n k) -> ... n k", k=choices)
+    key, order = rearrange(key, "... (n k) -> ... n k", k=choices), None
     if priority == "score":
         assert score is not None
         order = stable_order(score, descending=True).unsqueeze(-1).expand_as(key)
         key = key.gather(-2, order)
     slot, queued = _positions(rearrange(key, "... n k -> ... (k n)"), num_experts)
     slot = rearrange(slot, "... (k n) -> ... n k", k=choices)
-    if priority == "score":
+    if order is not None:
         slot = torch.empty_like(slot).scatter(-2, order, slot)
     return slot.flatten(-2), queued
 

@@ -126,7 +126,7 @@ class Top2Gating(TokenChoiceGate):
         mask: Tensor | None = None,
         length: Tensor | None = None,
     ) -> Routing:
-        """Decide. The numbered steps are those of the GShard algorithm.
+        """Decide, as algorithm 1 of GShard does.
 
         Args:
             x: `(*outer, b, n, d)`.
@@ -182,8 +182,9 @@ class Top2Gating(TokenChoiceGate):
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
     def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, 2)` bool, of gates of that shape: the choices that importance and the policy of the present mode
-        leave; None if all.
+        """`(..., b, n, 2)` bool: the choices that importance and the policy of the present mode leave; None if all.
+
+        `gate` is `(..., b, n, 2)`.
         """
         policy, threshold = self.second_policy_eval, self.second_threshold_eval
         if self.training:
