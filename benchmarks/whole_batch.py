@@ -83,8 +83,8 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     x, grad = inputs.x.detach().requires_grad_(), inputs.grad.reshape(-1, d)
     tokens, one = x.detach().view(-1, d), torch.ones(())
     r = len(where_of(case, module.gate(x), w1).token)
-    slots, grad_slots = (tokens.new_empty(r, d) for _ in range(2))
-    out = tokens.new_zeros(r + 1, d)  # its last row is of the choices that were dropped
+    slots, out = tokens.new_empty(r, d), tokens.new_zeros(r + 1, d)  # the last row is of the choices that were dropped
+    grad_slots = out[:r]  # read before the gradients of the slots are written over them
     hidden, grad_hidden, grad_up = (tokens.new_empty(r, h) for _ in range(3))
     activate, activate_grad = aten.gelu.out, aten.gelu_backward.grad_input
     if case.gated:
