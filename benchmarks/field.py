@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from benchmarks import layer, rivals, yardsticks
 from benchmarks.cases import Case
@@ -25,6 +26,7 @@ BUILDERS: dict[str, Builder] = {
     "router + products": yardsticks.router_and_products,
     "roofline": yardsticks.roofline,
     "whole batch": whole_batch,
+    "whole batch in new memory": partial(whole_batch, ready=False),
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
     "loop": rivals.loop,

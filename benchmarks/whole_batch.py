@@ -1,5 +1,5 @@
 """The layer by hand for two configurations, top-2 with capacity and dropless SwiGLU: all rows at once, in memory that
-stands ready.
+stands ready or in new memory.
 
 e experts, r rows, t tokens, k choices, d model dim, h hidden dim
 """
@@ -70,12 +70,30 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     return Where(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
 
 
-def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+class Memory(NamedTuple):
+    """What a step works in."""
+
+    slots: Tensor  # (r, d)
+    out: Tensor  # (r + 1, d); its last row is of the choices that were dropped
+    hidden: Tensor  # (r, h)
+    grad_hidden: Tensor
+    grad_up: Tensor
+
+    @classmethod
+    def of(cls, like: Tensor, r: int, d: int, h: int) -> Memory:
+        hidden, grad_hidden, grad_up = (like.new_empty(r, h) for _ in range(3))
+        out = like.new_empty(r + 1, d)
+        out[-1] = 0
+        return cls(like.new_empty(r, d), out, hidden, grad_hidden, grad_up)
+
+
+def whole_batch(case: Case, weights: Weights, inputs: Inputs, ready: bool = True) -> Contestant:
     """The roofline, and all that it leaves out and a layer cannot.
 
     The gate is this package's, and where dropless the choice of which experts are one product. New memory are the
     output, the gradients and the products that are kept for the backward; a layer of a model cannot have the latter
-    before, as every layer keeps its own until its backward.
+    before, as every layer keeps its own until its backward. All that a step works in stands ready, which a layer has
+    only if it holds that much memory between its steps, or else is new too, once a step.
     """
     module = loaded(case, weights, inputs).train()
     w1, w2, *w3 = (getattr(module.experts, name) for name in ("w1", "w2", "w3")[: 3 if case.gated else 2])
@@ -83,14 +101,13 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
     x, grad = inputs.x.detach().requires_grad_(), inputs.grad.reshape(-1, d)
     tokens, one = x.detach().view(-1, d), torch.ones(())
     r = len(where_of(case, module.gate(x), w1).token)
-    slots, out = tokens.new_empty(r, d), tokens.new_zeros(r + 1, d)  # the last row is of the choices that were dropped
-    grad_slots = out[:r]  # read before the gradients of the slots are written over them
-    hidden, grad_hidden, grad_up = (tokens.new_empty(r, h) for _ in range(3))
+    standing = Memory.of(tokens, r, d, h) if ready else None
     activate, activate_grad = aten.gelu.out, aten.gelu_backward.grad_input
     if case.gated:
         activate, activate_grad = aten.silu.out, aten.silu_backward.grad_input
 
-    def forward() -> tuple[Routing, Where, list[Tensor], Tensor]:
+    def forward(memory: Memory) -> tuple[Routing, Where, list[Tensor], Tensor]:
+        slots, out, hidden, *_ = memory
         routing = module.gate(x)
         rows = where_of(case, routing, w1)
         with torch.no_grad():
@@ -103,8 +120,10 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
             return routing, rows, pre, rows.collect(out).view_as(x)
 
     @torch.no_grad()
-    def backward(rows: Where, pre: list[Tensor]) -> Tensor:
+    def backward(memory: Memory, rows: Where, pre: list[Tensor]) -> Tensor:
         """Gradients of all but the gate; returns that of the choices' weights."""
+        slots, out, hidden, grad_hidden, grad_up = memory
+        grad_slots = out[:r]  # read before the gradients of the slots are written over them
         torch.index_select(grad, 0, rows.token, out=grad_slots)
         rows.by_weights(grad_slots, w2.mT, grad_hidden)
         activate(pre[0], out=hidden)
@@ -124,10 +143,17 @@ def whole_batch(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
         return grad_weight
 
     def step() -> None:
-        routing, rows, pre, _ = forward()
-        grad_weight = backward(rows, pre)
+        memory = standing or Memory.of(tokens, r, d, h)
+        routing, rows, pre, _ = forward(memory)
+        grad_weight = backward(memory, rows, pre)
         aux = module.aux_loss([routing])
         torch.autograd.backward((routing.weight, aux), (grad_weight.view_as(routing.weight), one))
 
-    note = f"the layer by hand on {r} rows of {d}, into buffers that stand ready; this package's gate"
-    return Contestant("whole batch", step, case, lambda: forward()[-1], [x], list(module.parameters()), note)
+    def output() -> Tensor:
+        return forward(standing or Memory.of(tokens, r, d, h))[-1]
+
+    name, place = "whole batch", "buffers that stand ready"
+    if not ready:
+        name, place = "whole batch in new memory", "buffers that are new in every step"
+    note = f"the layer by hand on {r} rows of {d}, working in {place}; this package's gate"
+    return Contestant(name, step, case, output, [x], list(module.parameters()), note)

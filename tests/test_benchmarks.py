@@ -101,15 +101,16 @@ def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
     assert command.joined(result("b", "two"), path) == result("b", "two")
 
 
+@pytest.mark.parametrize("name", ["whole batch", "whole batch in new memory"])
 @pytest.mark.parametrize(
     "changed", [{}, {"factor": None, "gated": True}, {"factor": None, "gated": True, "n": 5}], ids=str
 )
-def test_the_layer_by_hand_is_the_layer(changed: dict, monkeypatch) -> None:
+def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -> None:
     """Output and all gradients: with dropped choices, with experts that differ in their rows, with unused ones."""
     monkeypatch.setattr(batches, "PRODUCT", 1 << 9)
-    contestants = entered("toy/train", "layer", "whole batch", skew=1.0, **changed)
+    contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
     assert max(field.check_all(contestants).values()) < 1e-6
-    layer, by_hand = contestants["layer"], contestants["whole batch"]
+    layer, by_hand = contestants["layer"], contestants[name]
     layer.step(), by_hand.step()
     for one, other in zip((*layer.inputs, *layer.parameters), (*by_hand.inputs, *by_hand.parameters), strict=True):
         torch.testing.assert_close(other.grad, one.grad)
