@@ -17,7 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixture_of_experts.routing import Routing, smallest
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.tracing import smallest
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from mixture_of_experts.few import few_rows, is_few
 from mixture_of_experts.fused import fused_experts, takes
 from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 from mixture_of_experts.groups import own
-from mixture_of_experts.routing import is_wrapped
+from mixture_of_experts.tracing import is_wrapped
 
 Activation = Callable[..., Any]  # a class or factory of modules, a module, or a function of a tensor
 

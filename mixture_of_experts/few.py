@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.activations import find_activation
 from mixture_of_experts.grouped import product_by_expert
-from mixture_of_experts.routing import Routing, is_wrapped
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.tracing import is_wrapped
 
 FEW_ROWS = 32
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from mixture_of_experts.batches import takes_steps
-from mixture_of_experts.routing import largest, smallest
+from mixture_of_experts.tracing import largest, smallest
 
 
 def expert_matmul(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:

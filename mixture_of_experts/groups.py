@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_mask, check_tokens
 
 
-def enter(
+def group_inputs(
     inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check the arguments; the inputs with masked tokens zeroed, the same as groups `(b, n, d)`, and their mask."""
@@ -48,7 +48,7 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     return groups, length
 
 
-def leave(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
+def restore(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
     """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
     out = own(out, x.shape).to(x.dtype)
     if shared_expert is None:

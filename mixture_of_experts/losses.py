@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixture_of_experts.routing import FEW, largest, smallest
+from mixture_of_experts.queues import FEW
+from mixture_of_experts.tracing import largest, smallest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -12,21 +12,23 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number, check_size
-from mixture_of_experts.compute import compute, second_level
-from mixture_of_experts.experts import Activation, Experts
-from mixture_of_experts.gating import Top2Gating
-from mixture_of_experts.gating.top2 import SecondPolicy
-from mixture_of_experts.groups import enter, leave
-from mixture_of_experts.parts import (
+from mixture_of_experts.arguments import (
     as_experts,
     check_experts,
     check_gate,
     refuse_gating_arguments,
-    settle_grid,
-    settle_num_experts,
+    resolve_grid,
+    resolve_num_experts,
 )
-from mixture_of_experts.routing import Priority, Routing
+from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.compute import compute
+from mixture_of_experts.experts import Activation, Experts
+from mixture_of_experts.gating import Top2Gating
+from mixture_of_experts.gating.top2 import SecondPolicy
+from mixture_of_experts.groups import group_inputs, restore
+from mixture_of_experts.levels import second_level
+from mixture_of_experts.queues import Priority
+from mixture_of_experts.routing import Routing
 
 
 class Layer(nn.Module):
@@ -158,7 +160,7 @@ class MoE(Layer):
             priority=priority,
         )
         experts = as_experts(experts)
-        self.num_experts = settle_num_experts(num_experts, gate, experts)
+        self.num_experts = resolve_num_experts(num_experts, gate, experts)
         if gate is None:
             gate = Top2Gating(dim, self.num_experts, **gating)
         else:
@@ -169,10 +171,10 @@ class MoE(Layer):
         self.experts = Experts(dim, self.num_experts, hidden_dim, activation) if experts is None else experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
+        x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
         routing = self.gate(groups, mask=group_mask)
         out = compute(self.experts, groups, [routing])
-        return leave(out, x, mask, self.shared_expert), self.aux_loss([routing])
+        return restore(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
 
 class HeirarchicalMoE(Layer):
@@ -240,7 +242,7 @@ class HeirarchicalMoE(Layer):
             priority=priority,
         )
         experts = as_experts(experts)
-        outer, inner = self.num_experts = settle_grid(num_experts, gate_outer, gate_inner, experts)
+        outer, inner = self.num_experts = resolve_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner
         if gate_outer is not None and gate_inner is not None:
             refuse_gating_arguments("gate_outer and gate_inner", gating)
@@ -262,12 +264,12 @@ class HeirarchicalMoE(Layer):
         self.experts = Experts(dim, (outer, inner), hidden_dim, activation) if experts is None else experts
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, groups, group_mask = enter(inputs, mask, self.dim, self.group_size)
+        x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
         outer = self.gate_outer(groups, mask=group_mask)
         handed_on = self.gate_outer.handed_on(outer)
         inner = self.gate_inner(**second_level(groups, outer, handed_on, self.group_size))
         out = compute(self.experts, groups, [outer, inner])
-        return leave(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
+        return restore(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 
 
 HierarchicalMoE = HeirarchicalMoE

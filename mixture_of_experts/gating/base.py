@@ -25,7 +25,8 @@ from mixture_of_experts.checks import (
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.losses import load_balance, load_balance_of
-from mixture_of_experts.routing import PRIORITIES, Priority, Routing, expert_capacity, group_capacity, queue_positions
+from mixture_of_experts.queues import PRIORITIES, Priority, expert_capacity, group_capacity, queue_positions
+from mixture_of_experts.routing import Routing
 
 FEW_CHOICES = 32  # as in decoding, where operators count and not what they do
 
@@ -123,7 +124,7 @@ class TokenChoiceGate(Gate):
         capacity_factor_train, capacity_factor_eval: slots of an expert in units of `choices_counted * n / e`; None is
             dropless.
         min_expert_capacity: the least number of slots, applied last.
-        priority: who gets the slots when an expert overflows; see `routing.queue_positions`.
+        priority: who gets the slots when an expert overflows; see `queues.queue_positions`.
     """
 
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)

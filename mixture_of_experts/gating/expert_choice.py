@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.losses import z_loss
-from mixture_of_experts.routing import Routing, expert_capacity, group_capacity, smallest, stable_order
+from mixture_of_experts.queues import expert_capacity, group_capacity, stable_order
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.tracing import smallest
 
 
 class ExpertChoiceGating(Gate):

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens, top_choices
-from mixture_of_experts.routing import Priority, Routing
+from mixture_of_experts.queues import Priority
+from mixture_of_experts.routing import Routing
 
 
 class NoisyTopKGating(TokenChoiceGate):

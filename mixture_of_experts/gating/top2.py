@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_number
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
-from mixture_of_experts.routing import Priority, Routing
+from mixture_of_experts.queues import Priority
+from mixture_of_experts.routing import Routing
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 

@@ -13,7 +13,8 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_number, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, top_choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.routing import Priority, Routing
+from mixture_of_experts.queues import Priority
+from mixture_of_experts.routing import Routing
 
 Score = Literal["softmax", "sigmoid"]
 SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
@@ -35,7 +36,7 @@ class TopKGating(TokenChoiceGate):
         jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
         capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e; None is dropless.
         min_expert_capacity: the least number of slots, applied last.
-        priority: "choice", "token" (causal) or "score"; see `routing.queue_positions`.
+        priority: "choice", "token" (causal) or "score"; see `queues.queue_positions`.
         num_groups, top_groups: experts stand in `num_groups` equal groups, and only the `top_groups` groups with the
             largest sum of their two best scores may be chosen from (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: a buffer added to the scores for choosing only, moved by `update_bias` (arXiv 2408.15664).

@@ -1,4 +1,4 @@
-"""The parts a layer is given, gates and experts: made, and checked against each other and the layer's sizes."""
+"""What constructors are given: gates and experts made, and checked against each other and the layer's sizes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def as_experts(experts: Any) -> nn.Module | None:
     return experts
 
 
-def settle_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
+def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
     """The number asked for, else the gate's, else the experts', else 16; the parts are checked against it later."""
     if num_experts is None:
         num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
     return check_size("num_experts", num_experts)
 
 
-def settle_grid(
+def resolve_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
     """The pair asked for, else the gates', else the experts', else (4, 4)."""

@@ -1,0 +1,44 @@
+"""From level one of a hierarchy to level two: what the first gate hands on to the second.
+
+Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of an outer expert for each group.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch import dispatch, plan
+from mixture_of_experts.groups import group_shape
+from mixture_of_experts.routing import Routing
+
+
+def second_level(groups: Tensor, outer: Routing, handed_on: Tensor, group_size: int | None) -> dict[str, Tensor | None]:
+    """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
+
+    `handed_on` is the importance `(b, a)` that level one gives each of its choices.
+
+    If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
+    the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
+    once, so a single expert has n of them).
+    """
+    b, n, d = groups.shape
+    eo, c = outer.num_experts, outer.slots
+    if outer.choices is None:
+        raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
+    slots = plan(outer)
+    x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
+    importance = torch.cat([handed_on.flatten(), handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
+    mask = length = None
+    if outer.capacity is None:
+        mask = importance > 0
+        real = groups.new_full((b,), n, dtype=torch.float64) if outer.real is None else outer.real.sum(dim=-1)
+        length = (real.to(torch.float64) * min(outer.choices, eo) / eo).expand(eo, b)
+    elif outer.limit is not None:
+        mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
+    if group_size is not None and outer.capacity is not None:
+        shape = (eo, *group_shape(b * c, group_size))
+        x, importance = x.reshape(*shape, d), importance.reshape(shape)
+        mask = None if mask is None else mask.reshape(shape)
+    arguments = {"x": x, "importance": importance, "mask": mask}
+    return arguments if length is None else {**arguments, "length": length}

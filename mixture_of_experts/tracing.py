@@ -1,0 +1,27 @@
+"""What is asked of torch where it traces: sizes that may be symbols, exporters, tensors that stand for others."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def smallest(first: int, second: int) -> int:
+    """`min` that stays a formula when a length is dynamic under export or compile."""
+    return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
+
+
+def largest(first: int, second: int) -> int:
+    """`max` likewise."""
+    return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` traces: ONNX has neither a stable sort nor searchsorted."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether it stands for many tensors or one that is differentiated, under vmap and the other transforms of
+    `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.)"""
+    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
