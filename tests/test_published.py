@@ -9,6 +9,7 @@ from torch import nn
 
 import mixture_of_experts
 
+PUBLIC = ("Experts", "HeirarchicalMoE", "MoE", "Top2Gating")  # the classes of that package
 CASES = torch.load(Path(__file__).parent / "published" / "cases.pt", weights_only=True)
 
 
@@ -36,3 +37,10 @@ def test_the_recorded_cases_exercise_drops_and_policies():
     everything, some = CASES["moe_all_train"], CASES["moe_random_train"]
     assert not torch.allclose(everything["out"], some["out"].double())
     assert (CASES["moe_drops_train"]["out"] == 0).all(dim=-1).any()
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_its_only_module_can_be_imported(name):
+    from mixture_of_experts import mixture_of_experts as theirs
+
+    assert getattr(theirs, name) is getattr(mixture_of_experts, name)

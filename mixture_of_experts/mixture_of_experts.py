@@ -1,0 +1,8 @@
+"""The path under which mixture-of-experts 0.2.3 kept everything: its imports go on working. New code imports from the
+package itself."""
+
+from mixture_of_experts.experts import Experts
+from mixture_of_experts.gating import Top2Gating
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+
+__all__ = ["Experts", "HeirarchicalMoE", "MoE", "Top2Gating"]
