@@ -303,4 +303,12 @@ def test_counts_of_a_toy() -> None:
     rows = {(row["what"], row["note"]): row for row in counting.against_rivals(TOYS["toy/train"])}
     assert rows["FLOPs", "layer ÷ router + products"]["value"] <= 1.0
     assert rows["bytes kept for backward", "layer ÷ dense"]["over"] > 0
-    assert all(row["met"] == (row["value"] <= row["limit"]) for row in rows.values() if row["limit"] is not None)
+    assert {what: row["met"] for (what, _), row in rows.items() if row["limit"] is not None} == {
+        "FLOPs": True,
+        "bytes kept for backward": True,
+    }
+
+
+@pytest.mark.parametrize(("limit", "met"), [(1.49, False), (1.5, True), (None, None)])
+def test_a_count_is_held_to_its_limit(limit: float | None, met: bool | None) -> None:
+    assert counting.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
