@@ -702,11 +702,3 @@ def test_too_many_losses():
     moe = MoE(DIM, 3, gate=Many())
     with track_routing(moe), pytest.raises(ValueError, match="9 losses, at most 8"):
         moe(torch.randn(1, 4, DIM))
-
-
-def test_the_core_does_not_know_the_statistics():
-    package = ROOT / "mixture_of_experts"
-    for file in package.rglob("*.py"):
-        if file.name not in ("stats.py", "plot.py", "huggingface.py"):
-            text = file.read_text(encoding="utf-8")
-            assert not re.search(r"import.*\b(stats|plot)\b|\.(stats|plot) import", text), file
