@@ -106,7 +106,7 @@ def assert_same(left: Record, right: Record, **tolerance: float) -> None:
     assert {k: v for k, v in a.items() if not isinstance(v, float)} == {
         k: v for k, v in b.items() if not isinstance(v, float)
     }
-    for name in ("dropped", "unseen", "entropy", "confidence"):
+    for name in (name for name, value in a.items() if isinstance(value, float)):
         assert a[name] == pytest.approx(b[name], **tolerance)
     for one, other in zip(left.outer, right.outer, strict=True):
         assert_same(one, other, **tolerance)
@@ -125,7 +125,8 @@ def test_by_hand():
     assert record.load.tolist() == [2, 1]
     assert record.requested.tolist() == [3, 1]
     assert (record.tokens, record.forwards, record.step) == (4, 1, 0)
-    assert (record.dropped, record.unseen) == (0.25, 0.25)
+    assert (record.dropped, record.unseen, record.unavoidable) == (0.25, 0.25, 0.0)
+    assert record.imbalance == record.worst_imbalance == 1.5
     assert record.confidence == pytest.approx(0.75)
     assert record.entropy == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
     # e sum f P = 2 (3/4 * 5/8 + 1/4 * 3/8); logsumexp(log 3, 0) = log 4
@@ -140,13 +141,19 @@ def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
     dispatch = routing.dispatch_tensor().detach()
     b, n, e, _ = dispatch.shape
     requested, lost = [0] * e, 0
+    beyond, uneven = 0, []
     for g in range(b):
         limit = n if routing.capacity is None else routing.capacity
         limit = limit if routing.limit is None else int(routing.limit[g])
+        asked = [0] * e
         for i in range(routing.expert.shape[-1]):
             if routing.chosen[g, i]:
-                requested[int(routing.expert[g, i])] += 1
+                asked[int(routing.expert[g, i])] += 1
                 lost += int(routing.slot[g, i]) >= limit
+        requested = [sum(both) for both in zip(requested, asked, strict=True)]
+        if routing.capacity is not None:
+            beyond += max(0, sum(asked) - e * limit)
+        uneven += [max(asked) / (sum(asked) / e)] if any(asked) else []
     tokens = [(g, t) for g in range(b) for t in range(n) if real[g, t]]
     rows = [routing.probs[g, t].tolist() for g, t in tokens]
     return {
@@ -154,6 +161,9 @@ def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
         "requested": requested,
         "tokens": len(tokens),
         "dropped": lost / max(sum(requested), 1),
+        "unavoidable": beyond / max(sum(requested), 1),
+        "imbalance": sum(uneven) / max(len(uneven), 1),
+        "worst_imbalance": max(uneven, default=0),
         "unseen": sum(not dispatch[g, t].any() for g, t in tokens) / max(len(tokens), 1),
         "entropy": sum(-p * math.log(p) for row in rows for p in row if p) / max(len(tokens), 1),
         "confidence": sum(max(row) for row in rows) / max(len(tokens), 1),
@@ -214,6 +224,8 @@ def test_hierarchy(group_size: int | None, masked: bool):
         assert getattr(inner, name) == pytest.approx(mean)
     assert all(0 < part.confidence <= 1 and part.entropy <= math.log(4) for part in inner.outer)
     assert 0 < inner.dropped < 1 or masked
+    assert inner.worst_imbalance == max(part.worst_imbalance for part in inner.outer)
+    assert min(part.imbalance for part in inner.outer) <= inner.imbalance <= inner.worst_imbalance
 
 
 def test_hierarchy_counts_the_rows_of_its_experts():
@@ -257,6 +269,7 @@ def test_nothing_to_count_is_zero(name: str, case: str):
         mask = torch.zeros(2, 5, dtype=torch.bool)
     for record in track_once(layer, x, mask).values():
         assert record.tokens == record.dropped == record.unseen == record.entropy == record.confidence == 0
+        assert record.unavoidable == record.imbalance == record.worst_imbalance == 0
         assert not record.load.any()
         assert not record.relative_load.any()
         assert record.lost_in_layer in (None, 0)
@@ -589,13 +602,58 @@ def stats():
 
 
 def test_summary(stats):
-    header, rule, *lines = stats.summary().splitlines()
+    header, rule, *lines = stats.summary().splitlines()[:5]
     assert len(lines) == 3
     ends = [match.end() for match in re.finditer(r"-+", rule)]
     for line in (header, *lines):  # aligned: every column but the last ends where its rule ends
         assert all(len(line) > end and line[end] == " " and line[end - 1] != " " for end in ends[1:-1])
     assert lines[1].split()[:4] == ["layers.0.gate_inner", "3x4", "3", str(stats.total("layers.0.gate_inner").tokens)]
     assert header.split()[:4] == ["gate", "experts", "forwards", "tokens"]
+
+
+def crowd(experts_of_groups: list[int], tokens: int = 8) -> tuple[MoE, Tensor]:
+    """A layer of four experts with two slots each, and groups of tokens that all go to one expert."""
+    gate = TopKGating(4, 4, k=1, capacity_factor_train=1.0, min_expert_capacity=1)
+    with torch.no_grad():
+        gate.w_gating.copy_(10 * torch.eye(4))
+    return MoE(4, gate=gate), torch.eye(4)[experts_of_groups].unsqueeze(1).expand(-1, tokens, -1)
+
+
+def test_sequences_that_crowd_on_different_experts_are_seen():
+    """Over all groups the load is perfectly balanced, and three quarters are dropped."""
+    moe, x = crowd([0, 1, 2, 3])
+    with track_routing(moe) as stats:
+        moe(x)
+    record = stats.last("gate")
+    assert record.relative_requested.tolist() == record.relative_load.tolist() == [1.0] * 4
+    assert (record.dropped, record.unavoidable) == (0.75, 0.0)
+    assert (record.imbalance, record.worst_imbalance) == (4.0, 4.0)
+    header, _, line, warning = stats.summary().splitlines()
+    start = header.index("in a group")
+    assert line[start : start + 10] == "4.00, 4.00"
+    assert warning.startswith("warning: gate dropped 75% of its choices, of a balanced load it would have dropped 0%.")
+    assert "has 4.0 times its share" in warning
+
+
+def test_a_step_that_was_worse_than_the_whole_is_seen():
+    moe, x = crowd([0, 1, 2, 3], tokens=1)
+    with track_routing(moe) as stats:
+        moe(x)
+        for one in x[1:]:
+            moe(one[None])
+        moe(x[:1])
+    assert stats.total("gate").relative_requested.tolist() == [1.0] * 4
+    assert "4.00 at 1 " in stats.summary()  # the first of the worst
+
+
+def test_no_warning_of_drops_that_no_router_could_avoid():
+    """Every token sends two choices, for which there are 1.25 slots."""
+    moe = MoE(DIM, 4, second_policy_train="all")
+    with track_routing(moe) as stats:
+        moe(torch.randn(2, 256, DIM))
+    total = stats.total("gate")
+    assert total.unavoidable == 0.375 <= total.dropped
+    assert "warning" not in stats.summary()
 
 
 def test_json_lines(stats, tmp_path: Path):
@@ -685,7 +743,7 @@ def test_a_gate_that_did_not_run():
     model = Skips()
     with track_routing(model) as stats:
         model(torch.randn(1, 4, DIM))
-    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"---------"]
+    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"-----------"]
     assert stats.records("unused.gate") == []
     assert not any(name.startswith("unused") for name in stats.scalars())
     with pytest.raises(RuntimeError, match=r"no forward of 'unused.gate' was recorded"):

@@ -11,11 +11,13 @@ from torch import Tensor
 from mixture_of_experts.dispatch import plan
 from mixture_of_experts.routing import Routing
 
-SUMS = ("tokens", "unseen", "dropped", "entropy", "confidence")  # what a row sums for each router
+# What a row sums for each router: over tokens; over choices, the second those beyond all slots of their group; over
+# groups that request anything, with the imbalance of each.
+SUMS = ("tokens", "unseen", "dropped", "unavoidable", "entropy", "confidence", "groups", "imbalance")
 
 
 def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
-    """`(2 g e + 5 g,)` float32: load and requested of every expert, and the `SUMS` of every router."""
+    """`(2 g e + 9 g,)` float32: load and requested of every expert, the `SUMS` of every router, its worst imbalance."""
     *outer, b, n, e = routing.probs.shape
     load = torch.zeros(*outer, e, dtype=torch.int64, device=routing.expert.device)
     load = load.scatter_add(-1, routing.expert.flatten(-2), routing.kept.flatten(-2).to(torch.int64))
@@ -30,9 +32,26 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
     else:
         tokens = part.sum(dim=(-2, -1))
         unseen, entropy, top = part & ~seen, torch.where(part, entropy, 0.0), torch.where(part, top, 0.0)
-    sums = (unseen.sum(dim=(-2, -1)), dropped(routing), entropy.sum(dim=(-2, -1)), top.sum(dim=(-2, -1)))
-    parts = (load, routing.queued.sum(dim=-2), tokens, *sums)
+    uneven = imbalance(routing)
+    sums = {
+        "tokens": tokens,
+        "unseen": unseen.sum(dim=(-2, -1)),
+        "dropped": over_capacity(routing, routing.queued).sum(dim=(-2, -1)),
+        "unavoidable": over_capacity(routing, routing.queued.sum(dim=-1, keepdim=True), e).sum(dim=(-2, -1)),
+        "entropy": entropy.sum(dim=(-2, -1)),
+        "confidence": top.sum(dim=(-2, -1)),
+        "groups": (uneven > 0).sum(dim=-1),
+        "imbalance": uneven.sum(dim=-1),
+    }
+    worst = torch.nn.functional.pad(uneven, (1, 0)).amax(dim=-1)  # there may be no group
+    parts = (load, routing.queued.sum(dim=-2), *(sums[name] for name in SUMS), worst)
     return torch.cat([values.float().flatten() for values in parts])
+
+
+def imbalance(routing: Routing) -> Tensor:
+    """`(..., b)` float32: requests of a group's most requested expert over the mean; 0 where nothing is requested."""
+    queued = routing.queued.float()
+    return queued.amax(dim=-1) * queued.shape[-1] / queued.sum(dim=-1).clamp(min=1)
 
 
 def seen_tokens(routing: Routing) -> Tensor:
@@ -50,12 +69,13 @@ def taking_part(routing: Routing, importance: Tensor | None) -> Tensor | None:
     return importance > 0 if routing.real is None else (importance > 0) & routing.real
 
 
-def dropped(routing: Routing) -> Tensor:
-    """`(...)` int64: choices that queued beyond the capacity. A choice of weight 0 in a slot is not one of them."""
+def over_capacity(routing: Routing, queued: Tensor, experts: int = 1) -> Tensor:
+    """Choices `(..., b, q)` in queues beyond the slots of so many experts. A choice of weight 0 in a slot is none.
+
+    Of one expert they are what capacity dropped; of all experts, what it would have dropped of any load.
+    """
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
-    if limit is None:
-        return routing.queued.new_zeros(routing.queued.shape[:-2])
-    return (routing.queued - limit).clamp(min=0).sum(dim=(-2, -1))
+    return torch.zeros_like(queued) if limit is None else (queued - experts * limit).clamp(min=0)
 
 
 def lost_tokens(outer: Routing, inner: Routing) -> Tensor:

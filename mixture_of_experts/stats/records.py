@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixture_of_experts.stats.measures import SUMS
+
 
 @dataclass(frozen=True)
 class Record:
@@ -27,6 +29,11 @@ class Record:
         requested: the same before capacity.
         tokens: tokens that took part; on a second level the choices that level one handed on.
         dropped: share of the requested choices that found no slot.
+        unavoidable: share of them for which their group had no slot at all, whatever its load: at capacity factor 1.25
+            (slots for each token, not each choice) `Top2Gating` drops some of a perfectly balanced one.
+        imbalance: requests of the most requested expert of a group over their mean in that group, 1 if balanced: mean
+            over the groups. Sequences that crowd on different experts look balanced in `requested`, but not here.
+        worst_imbalance: the same of the worst group.
         unseen: share of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
         confidence: mean of a token's largest probability.
@@ -43,6 +50,9 @@ class Record:
     requested: Tensor
     tokens: int
     dropped: float
+    unavoidable: float
+    imbalance: float
+    worst_imbalance: float
     unseen: float
     entropy: float
     confidence: float
@@ -68,7 +78,7 @@ class Record:
 
     def scalars(self) -> dict[str, float]:
         """The single numbers, for a logger."""
-        names = ("dropped", "unseen", "entropy", "confidence")
+        names = ("dropped", "unavoidable", "imbalance", "worst_imbalance", "unseen", "entropy", "confidence")
         return {
             **{name: getattr(self, name) for name in names},
             "max_load": float(self.relative_load.max()),
@@ -93,50 +103,68 @@ def relative(counts: Tensor) -> Tensor:
 
 
 def summed_up(
-    layer: str, step: int, forwards: int, load: Tensor, requested: Tensor, sums: Tensor, **more: Any
+    layer: str, step: int, forwards: int, load: Tensor, requested: Tensor, sums: Tensor, worst: Tensor, **more: Any
 ) -> Record:
-    """A record from the sums `(5,)` of a router, or of all routers of a gate."""
-    tokens, unseen, without_slot, entropy, confidence = sums.tolist()
-    count = max(tokens, 1)
+    """A record from the `SUMS` and the worst imbalances `(...)` of a router, or of all routers of a gate."""
+    of = dict(zip(SUMS, sums.tolist(), strict=True))
+    tokens, choices = max(of["tokens"], 1), max(int(requested.sum()), 1)
     return Record(
         layer=layer,
         step=step,
         forwards=forwards,
         load=load,
         requested=requested,
-        tokens=int(tokens),
-        dropped=without_slot / max(int(requested.sum()), 1),
-        unseen=unseen / count,
-        entropy=entropy / count,
-        confidence=confidence / count,
+        tokens=int(of["tokens"]),
+        dropped=of["dropped"] / choices,
+        unavoidable=of["unavoidable"] / choices,
+        imbalance=of["imbalance"] / max(of["groups"], 1),
+        worst_imbalance=float(worst.max()),
+        unseen=of["unseen"] / tokens,
+        entropy=of["entropy"] / tokens,
+        confidence=of["confidence"] / tokens,
         **{"losses": {}, **more},
     )
 
 
 SUMMARY_HEADER = (
-    *("gate", "experts", "forwards", "tokens", "requested", "load", "dead"),
+    *("gate", "experts", "forwards", "tokens", "requested", "worst step", "in a group", "load", "dead"),
     *("dropped", "unseen", "entropy", "confidence", "losses"),
 )
+HIGH_DROPS = 0.1  # a share of the choices, beyond what a balanced load would lose: then the summary warns
 
 
-def summary_cells(record: Record) -> tuple[str, ...]:
+def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
     """A line of the summary. Loads are the least and the most, relative to a balanced one."""
-    experts = "x".join(map(str, record.load.shape))
-    if not record.forwards:
-        return (record.layer, experts, "0", *["-"] * (len(SUMMARY_HEADER) - 3))
+    experts = "x".join(map(str, total.load.shape))
+    if not total.forwards:
+        return (total.layer, experts, "0", *["-"] * (len(SUMMARY_HEADER) - 3))
+    worst, at = max((float(record.relative_requested.max()), -record.step) for record in steps)
     return (
-        record.layer,
+        total.layer,
         experts,
-        str(record.forwards),
-        str(record.tokens),
-        span(record.relative_requested),
-        span(record.relative_load),
-        str(len(record.dead)),
-        f"{record.dropped:.1%}",
-        f"{record.unseen:.1%}",
-        f"{record.entropy:.2f} of {math.log(record.load.shape[-1]):.2f}",
-        f"{record.confidence:.2f}",
-        ", ".join(f"{name} {value:.3g}" for name, value in record.losses.items()),
+        str(total.forwards),
+        str(total.tokens),
+        span(total.relative_requested),
+        f"{worst:.2f} at {-at}",
+        f"{total.imbalance:.2f}, {total.worst_imbalance:.2f}",
+        span(total.relative_load),
+        str(len(total.dead)),
+        f"{total.dropped:.1%}",
+        f"{total.unseen:.1%}",
+        f"{total.entropy:.2f} of {math.log(total.load.shape[-1]):.2f}",
+        f"{total.confidence:.2f}",
+        ", ".join(f"{name} {value:.3g}" for name, value in total.losses.items()),
+    )
+
+
+def warning(total: Record) -> str | None:
+    """What to say of a gate that drops much more than capacity makes it drop."""
+    if total.dropped - total.unavoidable <= HIGH_DROPS:
+        return None
+    return (
+        f"warning: {total.layer} dropped {total.dropped:.0%} of its choices, of a balanced load it would have dropped "
+        f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
+        "raise loss_coef, the capacity factor or group_size"
     )
 
 

@@ -24,7 +24,7 @@ from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.stats.gates import Place, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
-from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table
+from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
@@ -140,9 +140,13 @@ class RoutingStats:
         """A table with one line for each gate, over all remembered steps.
 
         "requested" and "load" are the least and the most of an expert, before and after capacity, relative to a
-        balanced load.
+        balanced load. "worst step" is the most requested in any step, and the step's number; "in a group" the most
+        requested expert of a group: mean over groups, and the worst. A line below the table warns of a gate that drops
+        over 10 % of its choices more than it would of a balanced load.
         """
-        return table([SUMMARY_HEADER] + [summary_cells(self.total(layer)) for layer in self._recorded()])
+        totals = [self.total(layer) for layer in self._recorded()]
+        rows = [summary_cells(total, self.records(total.layer)) for total in totals]
+        return "\n".join([table([SUMMARY_HEADER, *rows]), *filter(None, map(warning, totals))])
 
     def to_dict(self) -> dict[str, Any]:
         """`{"total": {layer: record}, "steps": {layer: [record, ...]}}` in types that JSON knows."""
@@ -237,7 +241,7 @@ class Clock:
 
 
 class GateTracker:
-    """The last rows of one gate: `[step, forward, load, requested, sums, lost in layer, losses]`.
+    """The last rows of one gate: `[step, forward, load, requested, sums, worst imbalance, lost in layer, losses]`.
 
     They are float32, which counts up to 16 million choices in one forward without error.
     """
@@ -256,7 +260,7 @@ class GateTracker:
 
     def allocate(self, device: torch.device) -> None:
         cells = self.routers * self.place.num_experts
-        width = 2 + 2 * cells + len(SUMS) * self.routers + 1 + MOST_LOSSES
+        width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
         with torch.inference_mode(False):  # such tensors could not be written to outside of it
             # one more than is kept: the oldest shows that the step after it is whole
             self.ring = torch.zeros(self.keep + 1, width, device=device)
@@ -323,8 +327,11 @@ class GateTracker:
     def record(self, step: int, rows: Tensor) -> Record:
         """Sum rows `(r, width)` up."""
         g, e = self.routers, self.place.num_experts
-        parts = rows.split([2, g * e, g * e, len(SUMS) * g, 1, MOST_LOSSES], dim=1)
-        _, load, requested, sums, lost, losses = (part.sum(dim=0) for part in parts)
+        _, load, requested, sums, worst, lost, losses = rows.split(
+            [2, g * e, g * e, len(SUMS) * g, g, 1, MOST_LOSSES], dim=1
+        )
+        load, requested, sums, lost, losses = (part.sum(dim=0) for part in (load, requested, sums, lost, losses))
+        worst = torch.nn.functional.pad(worst, (0, 0, 1, 0)).amax(dim=0)  # there may be no row
         forwards, shape = len(rows), (*self.place.outer, e)
         load, requested = load.to(torch.int64).view(g, e), requested.to(torch.int64).view(g, e)
         sums, means = sums.view(len(SUMS), g), (losses / max(forwards, 1)).tolist()
@@ -332,7 +339,8 @@ class GateTracker:
         if self.place.outer:
             names = [f"{self.place.name}[{router}]" for router in range(g)]
             outer = tuple(
-                summed_up(name, step, forwards, load[i], requested[i], sums[:, i]) for i, name in enumerate(names)
+                summed_up(name, step, forwards, load[i], requested[i], sums[:, i], worst[i])
+                for i, name in enumerate(names)
             )
         return summed_up(
             self.place.name,
@@ -341,6 +349,7 @@ class GateTracker:
             load.view(shape),
             requested.view(shape),
             sums.sum(dim=1),
+            worst,
             losses=dict(zip(self.losses, means[: len(self.losses)], strict=True)),
             lost_in_layer=None if lost.isnan() else int(lost),
             outer=outer,
