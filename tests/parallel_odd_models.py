@@ -233,8 +233,8 @@ def check_refusals_change_nothing() -> None:
     model = Model(layers=("top2", "top2"))
     before = repr(model), list(model.state_dict())
     wrong = {
-        "5 experts cannot be divided": MoE(DIM, 5),
-        r"replicated names \['gain'\]": make("top2"),
+        "layers.1.ffn: 5 experts cannot be divided": MoE(DIM, 5),
+        r"layers.0.ffn: replicated names \['gain'\]": make("top2"),
         "layers.1.ffn .* has the experts of layers.0.ffn": MoE(DIM, EXPERTS, experts=model.layers[0].ffn.experts),
     }
     for message, layer in wrong.items():

@@ -57,7 +57,10 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
         if not isinstance(style, ExpertParallel):
             continue
         for name, layer in found.items():
-            layout = style.layout(layer, mesh)
+            try:
+                layout = style.layout(layer, mesh)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}" if name else str(error)) from error
             first = owner.setdefault(id(layer.experts), (key, name))
             if first != (key, name):
                 raise ValueError(
