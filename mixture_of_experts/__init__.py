@@ -1,5 +1,6 @@
 """Sparsely gated mixture of experts for PyTorch."""
 
+from mixture_of_experts.auxiliary import collect_aux
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
 from mixture_of_experts.gating import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE
@@ -19,4 +20,5 @@ __all__ = [
     "Routing",
     "Top2Gating",
     "TopKGating",
+    "collect_aux",
 ]

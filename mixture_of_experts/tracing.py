@@ -1,9 +1,12 @@
-"""What is asked of torch where it traces: sizes that may be symbols, exporters, tensors that stand for others."""
+"""What is asked of torch where it traces or computes again: symbolic sizes, exporters, stand-ins, checkpointing."""
 
 from __future__ import annotations
 
+import traceback
+
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
 
 def smallest(first: int, second: int) -> int:
@@ -25,3 +28,8 @@ def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for many tensors or one that is differentiated, under vmap and the other transforms of
     `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.)"""
     return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
+
+
+def in_checkpoint() -> bool:
+    """Whether a function of torch's activation checkpointing is on the stack."""
+    return any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in traceback.walk_stack(None))

@@ -19,6 +19,7 @@ CORE = [
     {"experts", "compute"},
     {"arguments"},
     {"moe"},
+    {"auxiliary"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.
@@ -26,7 +27,7 @@ OUTSIDE = {
     "stats": set(),
     "plot": {"stats"},
     "parallel": set(),
-    "huggingface": {"parallel"},
+    "huggingface": {"parallel", "stats"},
     "mixture_of_experts": set(),  # the one module of 0.2.3
 }
 HEIGHT = {room: height for height, rooms in enumerate(CORE) for room in rooms}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from os import PathLike
@@ -18,13 +17,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils import checkpoint
 
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.stats.gates import Place, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
+from mixture_of_experts.tracing import in_checkpoint
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
@@ -225,11 +224,6 @@ class RoutingStats:
     def _counts(self, module: nn.Module) -> bool:
         """Whether a forward is to be recorded in the mode that `module` is in."""
         return self._when == "always" or self._when == ("training" if module.training else "eval")
-
-
-def in_checkpoint() -> bool:
-    """Whether a function of torch's activation checkpointing is on the stack."""
-    return any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in traceback.walk_stack(None))
 
 
 class Clock:

@@ -1,0 +1,183 @@
+"""Auxiliary losses of layers deep in a model are collected, each once, and with their gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import HeirarchicalMoE, MoE, TopKGating, collect_aux
+
+DIM = 8
+
+
+class FeedForward(nn.Module):
+    """Returns the output alone."""
+
+    def __init__(self, moe: nn.Module | None = None) -> None:
+        super().__init__()
+        self.moe = MoE(DIM, 4, hidden_dim=16, gate=TopKGating(DIM, 4)) if moe is None else moe
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x)[0]
+
+
+class Model(nn.Module):
+    def __init__(self, reentrant: bool | None = None) -> None:
+        super().__init__()
+        two_levels = HeirarchicalMoE(DIM, (2, 2), hidden_dim=16, second_policy_train="all")
+        self.blocks = nn.ModuleList([FeedForward(), FeedForward(), FeedForward(two_levels)])
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            y = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
+            x = x + y
+        return x
+
+
+def by_hand(model: Model, x: Tensor) -> tuple[Tensor, Tensor]:
+    total = torch.zeros(())
+    for block in model.blocks:
+        out, aux_loss = block.moe(x)
+        x, total = x + out, total + aux_loss
+    return x, total
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    return dict(zip(dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    torch.manual_seed(0)
+    return torch.randn(2, 6, DIM)
+
+
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpointing"])
+def test_the_sum_and_its_gradient(x, reentrant):
+    """Also of weighted sums, and with the backward inside the context, where checkpointing runs layers again."""
+    model = Model(reentrant)
+    with collect_aux(model) as aux:
+        out = model(x)
+        loss = aux.take()
+        found = gradients(model, 0.3 * out.square().mean() + 0.7 * loss)
+        with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
+            aux.take()
+    expected_out, expected = by_hand(model, x)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, gradients(model, 0.3 * expected_out.square().mean() + 0.7 * expected))
+
+
+def test_forwards_add_up(x):
+    model = Model()
+    with collect_aux(model) as aux:
+        model(x)
+        model(2 * x)
+    torch.testing.assert_close(aux.take(), by_hand(model, x)[1] + by_hand(model, 2 * x)[1])
+
+
+def test_hooks_are_gone(x):
+    model = Model()
+    with collect_aux(model) as aux:
+        pass
+    model(x)
+    with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
+        aux.take()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_reentrant_checkpointing_is_refused(x):
+    model = Model(reentrant=True)
+    with collect_aux(model), pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(x.requires_grad_())
+    with collect_aux(model.eval()) as aux:
+        model(x)
+    assert aux.take() > 0
+
+
+def test_calls_that_cannot_be_told_apart_are_refused(x):
+    model = Model()
+    with collect_aux(model), pytest.raises(RuntimeError, match="give collect_aux the module that calls"):
+        checkpoint(model, x, use_reentrant=False)
+    with collect_aux(model), pytest.raises(RuntimeError, match="not within a forward of the module"):
+        model.blocks[0](x)
+
+
+def test_what_has_no_loss_is_refused(x):
+    class OutputOnly(MoE):
+        def forward(self, inputs, mask=None):
+            return super().forward(inputs, mask)[0]
+
+    with pytest.raises(ValueError, match="Linear has no MoE layer"), collect_aux(nn.Linear(2, 2)):
+        pass
+    model = nn.Sequential(OutputOnly(DIM, 4))
+    with collect_aux(model), pytest.raises(TypeError, match="OutputOnly must return"):
+        model(x)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_one_graph_for_all_steps(x):
+    torch.compiler.reset()
+    model, graphs = nn.Sequential(FeedForward(), FeedForward()), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    with collect_aux(compiled) as aux:
+        for step in range(3):
+            out = compiled(x + step)
+            found = gradients(model, out.square().mean() + aux.take())
+    with collect_aux(model) as aux:
+        out = model(x + 2)
+        torch.testing.assert_close(found, gradients(model, out.square().mean() + aux.take()))
+    assert len(graphs) == 1
+
+
+def test_encoder_layer_of_torch(x):
+    """As in the README: in training and on the path that eval would otherwise skip."""
+    layer = nn.TransformerEncoderLayer(DIM, 2, batch_first=True, norm_first=True)
+    layer.linear1 = layer.activation = layer.dropout = nn.Identity()
+    layer.linear2 = FeedForward()
+    layer.activation_relu_or_gelu = 0
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for mode in (True, False):
+        with collect_aux(model.train(mode)) as aux, torch.set_grad_enabled(mode):
+            model(x)
+        assert aux.take() > 0
+
+
+def test_x_transformers(x):
+    x_transformers = pytest.importorskip("x_transformers", reason="the extra 'hf' is not installed")
+    model = x_transformers.Encoder(dim=DIM, depth=2, heads=2, attn_dim_head=4)
+    replaced = [module for module in model.modules() if type(module).__name__ == "FeedForward"]
+    for module in replaced:
+        module.ff = FeedForward()
+    with collect_aux(model) as aux:
+        out = model(x)
+    assert len(replaced) == 2
+    reach_routers(model, out.square().mean() + aux.take(), 2)
+
+
+def test_timm():
+    timm = pytest.importorskip("timm", reason="the extra 'hf' is not installed")
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=DIM, depth=2, num_heads=2, num_classes=3
+    )
+    for block in model.blocks:
+        block.mlp = FeedForward()
+    with collect_aux(model) as aux:
+        out = model(torch.randn(2, 3, 32, 32))
+    reach_routers(model, out.square().mean() + aux.take(), 2)
+
+
+def reach_routers(model: nn.Module, loss: Tensor, routers: int) -> None:
+    """Every router gets a gradient."""
+    loss.backward()
+    found = [p.grad for name, p in model.named_parameters() if name.endswith("w_gating")]
+    assert len(found) == routers
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in found)
