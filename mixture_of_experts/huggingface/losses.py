@@ -1,0 +1,125 @@
+"""The auxiliary losses of a model's feed-forward networks, added where the model computes its loss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward.
+
+    Where a training forward is given labels, `out.loss` holds it already. Add it to a loss that you compute yourself.
+
+    Args:
+        model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
+
+    Raises:
+        RuntimeError: there was no forward.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mixture_of_experts.huggingface import aux_loss, replace_ffn
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        >>> replace_ffn(model, num_experts=4)
+        ['model.layers.0.mlp', 'model.layers.1.mlp']
+        >>> logits = model(torch.randint(64, (2, 10))).logits
+        >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
+    """
+    found = collect(model)
+    if found is None:
+        raise RuntimeError(
+            f"{type(model).__name__} has no auxiliary loss: call it first, and replace_ffn or upcycle before that"
+        )
+    return found
+
+
+def collect(model: nn.Module) -> Tensor | None:
+    """The sum over those feed-forward networks that ran, which are told that it will be used."""
+    total = None
+    for module in feed_forwards(model):
+        if module.aux_loss is not None:
+            module.aux_used = True
+            total = module.aux_loss if total is None else total + module.aux_loss.to(total.device)
+    return total
+
+
+def add_to_loss(model: nn.Module) -> None:
+    """Put the hooks on a model, once."""
+    if not any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
+        hook = AddAuxLoss()
+        model.register_forward_pre_hook(hook.begin)
+        model.register_forward_hook(hook, with_kwargs=True)
+
+
+class AddAuxLoss:
+    """Forward hook of a model: the loss that it returns in training becomes the task's plus the auxiliary one."""
+
+    def __init__(self) -> None:
+        self.waits = False  # whether the last training forward had no loss to add to
+        self.warned = False
+
+    def begin(self, model: nn.Module, args: object) -> None:
+        if self.waits and not torch.compiler.is_compiling():
+            self.waits = False
+            if not self.warned and not any(module.aux_used for module in feed_forwards(model)):
+                self.warned = True
+                warnings.warn(
+                    f"{type(model).__name__} returned no loss to which its auxiliary loss could be added, and nobody "
+                    "asked for it: experts will not stay balanced. With label smoothing or a loss of your own add "
+                    "aux_loss(model) to it",
+                    stacklevel=2,
+                )
+        for module in feed_forwards(model):
+            module.begin(module.call)
+
+    def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
+        if not model.training or not torch.is_grad_enabled():
+            return None
+        loss = output.get("loss") if isinstance(output, MutableMapping) else output
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        if not isinstance(loss, Tensor) or loss.ndim:
+            self.waits = True
+            return None
+        aux = collect(model)
+        if aux is None:
+            return None
+        loss = loss + share_of_batch(model, kwargs) * aux.to(loss.device)
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        if not isinstance(output, MutableMapping):
+            return loss
+        output["loss"] = loss
+        return output
+
+
+def share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
+    """The part of a batch that this forward is, as the `Trainer` counts it.
+
+    With gradient accumulation it gives each micro-batch the number of labels in the whole batch, by which the model
+    divides the sum of its losses; the auxiliary loss then is a mean over the micro-batches, weighted by their labels.
+    """
+    whole, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+    if whole is None or labels is None:
+        return 1.0
+    if kwargs.get("shift_labels") is not None:
+        labels = kwargs["shift_labels"]
+    elif shifts_labels(model):
+        labels = labels[..., 1:]
+    return labels.ne(-100).sum() / whole
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether position i predicts label i + 1: the rule of the `Trainer`."""
+    config = getattr(model, "config", None)
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    return is_causal and not getattr(config, "is_encoder_decoder", False)

@@ -1,0 +1,353 @@
+"""Feed-forward networks of a loaded model become mixtures of experts, new ones or copies of what was there.
+
+Axes: d model dim, h hidden dim, e experts, g slices of a network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.experts import Experts, GatedExperts
+from mixture_of_experts.gating import TopKGating
+from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter, Dense, part, read_dense
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.losses import add_to_loss
+from mixture_of_experts.huggingface.padding import bring_mask
+from mixture_of_experts.huggingface.record import KEY, GateFactory, describe_gate
+from mixture_of_experts.moe import MoE
+
+Layers = Iterable[str | int] | Callable[[str], bool] | None
+
+
+class Place(NamedTuple):
+    """A feed-forward network in a model."""
+
+    name: str  # of the module that the adapter is for
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def target(self) -> str:
+        """The path that the MoE gets."""
+        return f"{self.name}.{self.adapter.down}" if self.adapter.slot else self.name
+
+
+def replace_ffn(
+    model: nn.Module,
+    num_experts: int = 8,
+    k: int = 2,
+    *,
+    layers: Layers = None,
+    gate: GateFactory | None = None,
+    hidden_dim: int | None = None,
+    loss_coef: float = 1e-2,
+    z_loss_coef: float = 0.0,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> list[str]:
+    """Put `MoE` layers with new experts in the place of a model's feed-forward networks. The model is changed.
+
+    Activation, biases, dropout, dtype and device are those of the networks; return types, norms and residual paths stay
+    the model's. Padding does not reach the routers, and the loss of a training forward that is given labels holds the
+    auxiliary loss (`aux_loss`).
+
+    Args:
+        model: of `transformers`, the one that you train (so that its loss is found).
+        num_experts: e.
+        k: choices of a token, of the default gate.
+        layers: which ones, by default all: numbers of blocks, names as they are returned, or a function of a name.
+        gate: a function `(dim, num_experts)` that makes the gate of a layer; by default
+            `TopKGating(dim, num_experts, k)`, which drops no token.
+        hidden_dim: of an expert; by default that of the network.
+        loss_coef, z_loss_coef: coefficients of the auxiliary losses.
+        adapters: for networks that are not in `ADAPTERS`, by the names of their classes.
+
+    Returns:
+        The paths of the new layers.
+
+    Raises:
+        ValueError: no network, or none of `layers`, was found; the message says what there is.
+        TypeError: a network's linear layers are not plain ones.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from mixture_of_experts.huggingface import replace_ffn
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+        >>> replace_ffn(model, num_experts=4, layers=[1])
+        ['transformer.h.1.mlp']
+        >>> tokens = torch.randint(64, (2, 10))
+        >>> model(tokens, labels=tokens).loss.backward()
+    """
+
+    def build(dense: Dense) -> MoE:
+        return make_moe(dense, num_experts, k, gate, hidden_dim, loss_coef, z_loss_coef)
+
+    return swap(model, find(model, layers, adapters), build)
+
+
+def upcycle(
+    model: nn.Module,
+    num_experts: int = 8,
+    k: int = 2,
+    *,
+    layers: Layers = None,
+    gate: GateFactory | None = None,
+    granularity: int = 1,
+    noise: float = 0.0,
+    redraw: float = 0.0,
+    loss_coef: float = 1e-2,
+    z_loss_coef: float = 0.0,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> list[str]:
+    """As `replace_ffn`, with experts that start as copies of the dense network (arXiv 2212.05055).
+
+    The model computes what it computed before, up to rounding, until it is trained (or `noise` or `redraw` are given):
+    so a gate's weights have to add up to the same number for every token.
+
+    With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
+    are the slices of copy i and start with equal router weights, so that a token chooses them together: `num_experts`
+    and the gate's choices are multiples of g.
+
+    Args:
+        granularity: g.
+        noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
+        redraw: share of the hidden units of each expert that are drawn anew, normally distributed with mean and
+            deviation of the network's weights (arXiv 2502.19261).
+        the others: as `replace_ffn`.
+
+    Raises:
+        ValueError, TypeError: as `replace_ffn`; also if the gate's weights add up to different numbers (k = 1 without
+            normalising), or sizes do not divide.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from mixture_of_experts.huggingface import upcycle
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+        >>> tokens = torch.randint(64, (2, 10))
+        >>> before = model(tokens).logits
+        >>> names = upcycle(model, num_experts=4)
+        >>> torch.testing.assert_close(model(tokens).logits, before, atol=1e-5, rtol=1e-5)
+    """
+    g = check_size("granularity", granularity)
+    check_number("noise", noise, at_least=0.0)
+    if check_number("redraw", redraw, at_least=0.0) > 1:
+        raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
+    if num_experts % g:
+        raise ValueError(f"granularity={g} must divide num_experts={num_experts}: an expert is one of g slices")
+
+    def build(dense: Dense) -> MoE:
+        if dense.hidden_dim % g:
+            raise ValueError(f"granularity={g} must divide the {dense.hidden_dim} hidden units of a network")
+        moe = make_moe(dense, num_experts, k, gate, dense.hidden_dim // g, loss_coef, z_loss_coef)
+        share_routers(moe.gate, g)
+        total = sum_of_weights(moe, g)
+        fill(moe.experts, dense, g, total)
+        vary(moe.experts, noise, redraw)
+        return moe
+
+    return swap(model, find(model, layers, adapters), build)
+
+
+# Finding
+
+
+def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[Place]:
+    """The networks of a model that an adapter is for and that `layers` names."""
+    known = {**ADAPTERS, **(adapters or {})}
+    modules = dict(model.named_modules())
+    places = [Place(n, m, known[type(m).__name__]) for n, m in modules.items() if type(m).__name__ in known]
+    if not places:
+        seen = sorted({type(module).__name__ for module in modules.values()})
+        done = " (some are replaced already)" if "MoEFeedForward" in seen else ""
+        raise ValueError(
+            f"no feed-forward network was found in {type(model).__name__}{done}: known are {', '.join(sorted(known))}; "
+            f"its modules are {', '.join(seen)}. Say by adapters={{class name: Adapter(...)}} where its parts are"
+        )
+    chosen = choose([place.target for place in places], layers)
+    return [place for place in places if place.target in chosen]
+
+
+def choose(names: list[str], layers: Layers) -> Collection[str]:
+    """Those names that are asked for: an entry that matches nothing is a mistake."""
+    if layers is None:
+        return names
+    if callable(layers):
+        chosen = [name for name in names if layers(name)]
+        nothing = [] if chosen else ["what the function accepts"]
+    else:
+        wanted = {layers} if isinstance(layers, str | int) else set(layers)
+        chosen = [name for name in names if name in wanted or number(name) in wanted]
+        found = {*chosen, *map(number, chosen)}
+        nothing = [repr(entry) for entry in wanted if entry not in found]
+    if nothing or not chosen:
+        raise ValueError(f"layers: {', '.join(nothing) or 'nothing'} is not there; there are {', '.join(names)}")
+    return chosen
+
+
+def number(name: str) -> int | None:
+    """Of the block that a path goes through: its first number."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return None if match is None else int(match[1])
+
+
+# Building
+
+
+def make_moe(
+    dense: Dense,
+    num_experts: int,
+    k: int,
+    gate: GateFactory | None,
+    hidden_dim: int | None,
+    loss_coef: float,
+    z_loss_coef: float,
+) -> MoE:
+    """A layer on the network's device, with experts of its kind."""
+    kind = Experts if dense.w3 is None else GatedExperts
+    with dense.w1.device:
+        experts: Any = kind(
+            dense.dim, num_experts, hidden_dim or dense.hidden_dim, dense.activation, bias=dense.b1 is not None
+        )
+        experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
+        router = TopKGating(dense.dim, num_experts, k) if gate is None else gate(dense.dim, num_experts)
+        return MoE(dense.dim, num_experts, gate=router, experts=experts, loss_coef=loss_coef, z_loss_coef=z_loss_coef)
+
+
+def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -> list[str]:
+    """Build all layers, then put them in: an error before changes nothing."""
+    built = []
+    for place in places:
+        adapter = place.adapter
+        if getattr(place.module, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"{place.name} computes its feed-forward network in chunks, but a router has to see whole sequences: "
+                "set config.chunk_size_feed_forward = 0 before the model is built"
+            )
+        dense = read_dense(place.module, adapter)
+        stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
+        feed_forward = MoEFeedForward(build(dense), dense.output_dropout, masked=adapter.masked, stands_for=stands_for)
+        feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
+        built.append(feed_forward.train(place.module.training))
+    for place, feed_forward in zip(places, built, strict=True):
+        put(model, place, feed_forward)
+    names = [place.target for place in places]
+    bring_mask(model, names)
+    add_to_loss(model)
+    write_record(model, names, built[0].moe)
+    return names
+
+
+def put(model: nn.Module, place: Place, feed_forward: MoEFeedForward) -> None:
+    """Into the model, and out of the way with what the network had besides."""
+    adapter = place.adapter
+    if adapter.slot:
+        for path in adapter.bypass:
+            replace(place.module, path, nn.Identity())
+        if adapter.hidden_dropout is not None:
+            off: Any = 0.0 if isinstance(part(place.module, adapter.hidden_dropout), float | int) else nn.Identity()
+            replace(place.module, adapter.hidden_dropout, off)
+    replace(model, place.target, feed_forward)
+
+
+def replace(module: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+def write_record(model: nn.Module, names: list[str], moe: MoE) -> None:
+    """Note in the model's configuration what was done, for `from_pretrained`."""
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        return
+    experts: Any = moe.experts
+    entry = {
+        "layers": names,
+        "num_experts": moe.num_experts,
+        "hidden_dim": experts.hidden_dim,
+        "gate": describe_gate(moe.gate),
+        "gate_class": type(moe.gate).__name__,
+        "loss_coef": moe.loss_coef,
+        "z_loss_coef": moe.z_loss_coef,
+    }
+    setattr(config, KEY, [*getattr(config, KEY, []), entry])
+
+
+# Upcycling
+
+
+def share_routers(gate: Any, g: int) -> None:
+    """Equal router weights for the g slices of a copy."""
+    if g == 1:
+        return
+    with torch.no_grad():
+        for name, parameter in gate.named_parameters():
+            if parameter.shape[-1] != gate.num_experts:
+                raise ValueError(f"granularity={g} needs a gate whose weights end in the experts, unlike its {name}")
+            parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
+
+
+@torch.no_grad()
+def sum_of_weights(moe: MoE, g: int) -> float:
+    """What the weights of a token's experts add up to in eval where none is dropped; each of g slices has its share."""
+    gate, weight = moe.gate, next(moe.gate.parameters(), torch.empty(0))
+    if weight.is_meta:
+        return 1.0
+    was_training = gate.training
+    # one token a group, so that no capacity drops any
+    tokens = torch.randn(64, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
+    routing = gate.eval()(tokens)
+    gate.train(was_training)
+    if routing.choices is None:
+        raise ValueError(
+            f"with {type(gate).__name__} experts choose, and a token may have none: take a gate in which tokens "
+            "choose, or start with new experts by replace_ffn"
+        )
+    cells = routing.combine_tensor().sum(dim=-1).double().view(64, -1, g)  # tokens, copies, slices
+    totals = cells.sum(dim=1)  # of each slice
+    total = totals.mean().item() * g
+    if total <= 0 or (totals * g / total - 1).abs().max() > 1e-3:
+        raise ValueError(
+            f"the weights that {type(gate).__name__} gives the experts of a token do not add up to one number: from "
+            f"{totals.min().item() * g:.3g} to {totals.max().item() * g:.3g}. So the upcycled model would not compute "
+            "what the dense one does. Take a gate that normalises them and, in eval, drops none at random (TopKGating "
+            "with normalize=True, Top2Gating with second_policy_eval='all'); with granularity its number of choices "
+            "must be a multiple of that; or start with new experts by replace_ffn"
+        )
+    return total
+
+
+@torch.no_grad()
+def fill(experts: Any, dense: Dense, g: int, total: float) -> None:
+    """Copy slice i mod g of the network to expert i; what the gate's weights take away, the last weights add."""
+    e = experts.num_experts
+    for name, value in dense.weights().items():
+        if name == "b2":  # of every slice: its weights add up to `total` over all of them
+            value = (value / total).expand(e, -1)
+        else:
+            dim = 0 if name == "w2" else -1  # hidden units
+            slices = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
+            value = slices.repeat(e // g, *[1] * value.ndim)
+        getattr(experts, name).copy_(value)
+
+
+@torch.no_grad()
+def vary(experts: Any, noise: float, redraw: float) -> None:
+    """Make copies differ: by noise, and by hidden units that are drawn anew."""
+    weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
+    if noise:
+        for weight in weights.values():
+            weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
+    if redraw:
+        e, h = experts.num_experts, experts.hidden_dim
+        order = torch.rand(e, h, device=experts.w1.device).argsort(dim=-1)
+        new = order < round(redraw * h)  # (e, h), as many of each expert
+        for name, weight in weights.items():
+            drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
+            weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))

@@ -1,0 +1,234 @@
+"""Feed-forward networks of known models are found, replaced by mixtures, and copied into their experts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaModel
+
+from mixture_of_experts import Top2Gating, TopKGating
+from mixture_of_experts.gating import ExpertChoiceGating
+from mixture_of_experts.huggingface import Adapter, MoEFeedForward, aux_loss, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, DIM, HIDDEN, LAYERS, LLAMA, without_dropout
+
+each = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def count_calls(model: nn.Module) -> list[int]:
+    calls = [0] * len(feed_forwards(model))
+    for i, module in enumerate(feed_forwards(model)):
+        module.moe.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    return calls
+
+
+@each
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_upcycled_models_compute_what_they_did(name, granularity):
+    architecture = ARCHITECTURES[name]
+    model, inputs = architecture.build(), architecture.inputs()
+    before = model(**inputs)
+    assert upcycle(model, num_experts=4, k=2, granularity=granularity) == architecture.names()
+    calls = count_calls(model)
+    after = model(**inputs)
+    assert type(after) is type(before)
+    assert after.keys() == before.keys()
+    assert before.logits.std() > 0.1
+    torch.testing.assert_close(after.logits, before.logits, atol=1e-5, rtol=0)
+    assert calls == [1] * len(calls)
+    experts = feed_forwards(model)[0].moe.experts
+    assert experts.w1.shape == (4, DIM, HIDDEN // granularity)
+
+
+@each
+def test_experts_are_new_and_train(name):
+    """Every parameter of every layer gets a gradient, and the loss holds the auxiliary one."""
+    architecture = ARCHITECTURES[name]
+    model, inputs = architecture.build(), architecture.inputs()
+    before = model(**inputs).logits
+    assert replace_ffn(model, num_experts=4, k=2, hidden_dim=16) == architecture.names()
+    assert (model(**inputs).logits - before).abs().max() > 1e-2
+    for p in model.parameters():
+        p.requires_grad_(False)
+    for module in feed_forwards(model):
+        module.requires_grad_()
+    labels = architecture.labels(inputs)
+    alone = model(**inputs, labels=labels).loss
+    loss = without_dropout(model).train()(**inputs, labels=labels).loss
+    torch.testing.assert_close(loss, alone + aux_loss(model))
+    assert aux_loss(model) > 0
+    loss.backward()
+    for module in feed_forwards(model):
+        for path, parameter in module.named_parameters():
+            assert parameter.grad is not None, path
+            assert parameter.grad.abs().sum() > 0, path
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ([1], [1]),
+        (1, [1]),
+        ([0, "model.layers.1.mlp"], [0, 1]),
+        ("model.layers.0.mlp", [0]),
+        (lambda name: name.endswith("1.mlp"), [1]),
+    ],
+)
+def test_layers(layers, expected):
+    model = ARCHITECTURES["llama"].build()
+    assert replace_ffn(model, layers=layers) == [f"model.layers.{i}.mlp" for i in expected]
+    assert [isinstance(layer.mlp, MoEFeedForward) for layer in model.model.layers] == [i in expected for i in (0, 1)]
+
+
+@pytest.mark.parametrize("layers", [[2], ["model.layers.7.mlp", 0], [], lambda name: False])
+def test_layers_that_are_not_there(layers):
+    model = ARCHITECTURES["llama"].build()
+    with pytest.raises(ValueError, match=r"is not there; there are model.layers.0.mlp, model.layers.1.mlp"):
+        replace_ffn(model, layers=layers)
+    assert not feed_forwards(model)
+
+
+def test_nothing_found_says_what_was_seen():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    with pytest.raises(ValueError, match=r"no feed-forward .* modules are Linear, ReLU, Sequential"):
+        replace_ffn(model)
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model)
+    with pytest.raises(ValueError, match="some are replaced already"):
+        replace_ffn(model)
+
+
+def test_an_adapter_of_ones_own():
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.leave, self.f = nn.Linear(DIM, HIDDEN), nn.Linear(HIDDEN, DIM), nn.Tanh()
+
+        def forward(self, x):
+            return self.leave(self.f(self.enter(x)))
+
+    model = nn.Sequential(Mine(), nn.LayerNorm(DIM), Mine())
+    x = torch.randn(2, 5, DIM)
+    before = model(x)
+    adapters = {"Mine": Adapter(up="enter", down="leave", activation="f")}
+    assert upcycle(model, num_experts=3, adapters=adapters) == ["0", "2"]
+    torch.testing.assert_close(model(x), before, atol=1e-5, rtol=0)
+    assert aux_loss(model).ndim == 0
+
+
+def test_gates_are_made_for_each_layer():
+    asked = []
+
+    def gate(dim, num_experts):
+        asked.append((dim, num_experts))
+        return Top2Gating(dim, num_experts, second_policy_eval="all", capacity_factor_eval=None)
+
+    model, inputs = ARCHITECTURES["gpt2"].build(), ARCHITECTURES["gpt2"].inputs()
+    before = model(**inputs).logits
+    upcycle(model, num_experts=5, gate=gate, loss_coef=0.5, z_loss_coef=0.25)
+    assert asked == [(DIM, 5)] * LAYERS
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+    moe = feed_forwards(model)[0].moe
+    assert (moe.loss_coef, moe.z_loss_coef) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize("granularity", [1, 3])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_weights_that_add_up_to_another_number(granularity, scale):
+    """As those of DeepSeek-V3."""
+    model, inputs = ARCHITECTURES["llama_bias"].build(), ARCHITECTURES["llama_bias"].inputs()
+    before = model(**inputs).logits
+    gate = lambda d, e: TopKGating(d, e, 3, score="sigmoid", scale=scale)  # noqa: E731
+    upcycle(model, num_experts=6, gate=gate, granularity=granularity)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (dict(k=1), "do not add up to one number"),
+        (dict(gate=lambda d, e: TopKGating(d, e, 2, normalize=False)), "do not add up to one number"),
+        (dict(gate=Top2Gating), "do not add up to one number"),
+        (dict(gate=ExpertChoiceGating), "tokens choose"),
+        (dict(k=3, granularity=2), "do not add up to one number"),
+        (dict(num_experts=5, granularity=2), "must divide num_experts=5"),
+        (dict(num_experts=10, k=5, granularity=5), "must divide the 48 hidden units"),
+        (dict(granularity=0), "granularity must be an integer"),
+        (dict(noise=-1.0), "noise must be a finite number of at least 0"),
+        (dict(redraw=1.5), "redraw must be a share from 0 to 1, got 1.5"),
+    ],
+)
+def test_what_would_not_be_equal_is_refused(settings, problem):
+    model = ARCHITECTURES["llama"].build()
+    with pytest.raises(ValueError, match=problem):
+        upcycle(model, **{"num_experts": 4, **settings})
+    assert not feed_forwards(model)
+    assert not hasattr(model.config, "mixture_of_experts")
+
+
+def test_noise_and_units_drawn_anew():
+    dense = ARCHITECTURES["llama"].build()
+    w1 = dense.model.layers[0].mlp.gate_proj.weight.T.clone()
+    upcycle(dense, num_experts=4, layers=[0], noise=0.1)
+    difference = feed_forwards(dense)[0].moe.experts.w1 - w1
+    assert difference.std().item() == pytest.approx(0.1 * w1.std().item(), rel=0.05)
+
+    dense = ARCHITECTURES["llama"].build()
+    mlp = dense.model.layers[0].mlp
+    old = {"w1": mlp.gate_proj.weight.T.clone(), "w2": mlp.down_proj.weight.T.clone()}
+    upcycle(dense, num_experts=4, layers=[0], redraw=0.25)
+    experts = feed_forwards(dense)[0].moe.experts
+    new_units = (experts.w1 != old["w1"]).all(dim=1)  # (e, h)
+    assert torch.equal(new_units, (experts.w2 != old["w2"]).all(dim=2))
+    assert torch.equal(new_units, (experts.w1 != old["w1"]).any(dim=1))
+    assert new_units.sum(dim=1).tolist() == [12] * 4
+    assert not torch.equal(new_units[0], new_units[1])
+    drawn = experts.w1.transpose(1, 2)[new_units]
+    assert drawn.std().item() == pytest.approx(old["w1"].std().item(), rel=0.1)
+
+
+def test_dropout_within_and_after_the_network():
+    """T5's is between the layers, GPT-2's after them, Whisper's within by a number: all go on in training only."""
+    for name, place in (("t5", "hidden"), ("t5_gated", "hidden"), ("gpt2", "output"), ("whisper", "hidden")):
+        architecture = ARCHITECTURES[name]
+        more = {"t5": {"dropout_rate": 0.5}, "gpt2": {"resid_pdrop": 0.5}, "whisper": {"activation_dropout": 0.5}}
+        model = architecture.build(**more[name.removesuffix("_gated")])
+        upcycle(model, num_experts=2)
+        module = feed_forwards(model)[-1]
+        x = torch.randn(1, 400, DIM)
+        found = module.train()(x)
+        expected = module.eval()(x)
+        if place == "output":
+            torch.testing.assert_close(found[found != 0], 2 * expected[found != 0])
+            assert (found == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
+        else:
+            assert isinstance(module.moe.experts.act[1], nn.Dropout)
+            assert (found - expected).std() > 0.2 * expected.std()
+            torch.testing.assert_close(found.mean(), expected.mean(), atol=0.1, rtol=0)
+    assert model.model.decoder.layers[0].activation_dropout == 0
+
+
+def test_dtype_device_and_mode_stay():
+    model = ARCHITECTURES["llama"].build().to(torch.bfloat16).train()
+    model.model.layers[1].eval()
+    replace_ffn(model, gate=lambda d, e: TopKGating(d, e, expert_bias=True))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert feed_forwards(model)[0].moe.gate.expert_bias.dtype == torch.float32
+    assert [module.moe.training for module in feed_forwards(model)] == [True, False]
+    with torch.device("meta"):
+        shapes = LlamaModel(LlamaConfig(**LLAMA, vocab_size=9))
+    upcycle(shapes, num_experts=4)
+    assert feed_forwards(shapes)[0].moe.experts.w1.is_meta
+
+
+def test_networks_that_cannot_be_read_are_refused():
+    model = ARCHITECTURES["llama"].build()
+    model.model.layers[1].mlp.up_proj = nn.Sequential(nn.Linear(DIM, HIDDEN))
+    with pytest.raises(TypeError, match=r"up_proj of LlamaMLP is Sequential, not nn.Linear"):
+        replace_ffn(model)
+    assert not feed_forwards(model)
+    model = ARCHITECTURES["bert"].build(chunk_size_feed_forward=2)
+    with pytest.raises(ValueError, match="chunk_size_feed_forward = 0"):
+        replace_ffn(model)
