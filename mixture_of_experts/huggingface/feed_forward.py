@@ -117,7 +117,7 @@ class MoEFeedForward(Replaced):
         if self.was_masked:
             raise RuntimeError(
                 "a feed-forward network runs again under torch.utils.checkpoint, where its padding mask is not known "
-                "any more: checkpoint by model.gradient_checkpointing_enable()"
+                "any more: checkpoint by model.activation_checkpointing_enable()"
             )
         return Call(again=True)
 

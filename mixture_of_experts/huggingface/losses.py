@@ -68,6 +68,10 @@ class AddAuxLoss:
         self.waits = False  # whether the last training forward had no loss to add to
         self.warned = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of the model has had no forward yet."""
+        return {**self.__dict__, "waits": False}
+
     def begin(self, model: nn.Module, args: object) -> None:
         if self.waits and not torch.compiler.is_compiling():
             self.waits = False

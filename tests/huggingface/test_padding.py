@@ -1,0 +1,280 @@
+"""Padding is invisible to the routers of every architecture, and no forward sees the mask of another.
+
+Routers have a capacity here and count balance over sequences, so that a padding token that takes a place, or a sequence
+whose tokens are told by a wrong mask, changes the results of others.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import StaticCache
+
+from mixture_of_experts import Top2Gating, TopKGating
+from mixture_of_experts.huggingface import aux_loss, replace_ffn
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, CAUSAL, VOCABULARY, without_dropout
+
+ONE_PLACE = partial(
+    TopKGating, k=2, capacity_factor_train=1.0, capacity_factor_eval=1.0, min_expert_capacity=1, priority="token"
+)
+SHORT, LONG = 4, 9
+TOKENS = [name for name in ARCHITECTURES if ARCHITECTURES[name].kind in ("causal", "tokens")]
+
+
+def build(name: str, **settings) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build(**settings))
+    replace_ffn(model, num_experts=4, gate=ONE_PLACE)
+    return model
+
+
+def pad(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
+    """Tokens `(1, n)` with random ones in the padding, and their mask."""
+    filler = torch.randint(3, VOCABULARY, (1, to - tokens.shape[1]))
+    parts = [(tokens, torch.ones_like(tokens)), (filler, torch.zeros_like(filler))]
+    parts = parts if side == "right" else parts[::-1]
+    return torch.cat([part for part, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
+
+
+def two_lengths(side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Two sequences, and both as one batch."""
+    alone = [torch.randint(3, VOCABULARY, (1, n)) for n in (LONG, SHORT)]
+    padded, mask = zip(*(pad(tokens, LONG, side) for tokens in alone), strict=True)
+    return alone, {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
+
+
+def real(values: Tensor, mask: Tensor) -> list[Tensor]:
+    return [row[its.bool()] for row, its in zip(values, mask, strict=True)]
+
+
+def drops(model: nn.Module, **inputs: Tensor) -> list[Tensor]:
+    """How many choices each layer drops."""
+    found, hooks = [], []
+    for module in feed_forwards(model):
+        hooks.append(module.moe.gate.register_forward_hook(lambda m, a, r: found.append((r.chosen & ~r.kept).sum())))
+    model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", TOKENS)
+def test_a_batch_of_two_lengths_is_the_two_sequences(name, side):
+    """In capacity, order and choice; OPT flattens tokens, and its router still sees the two."""
+    if side == "left" and name in ("roberta",):
+        pytest.skip("its positions are told by padding tokens")
+    model = build(name).eval()
+    alone, batch = two_lengths(side)
+    if side == "left":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    assert sum(drops(model, **batch)) > 0, "nothing was dropped: capacity shows nothing"
+    logits = real(model(**batch).logits, batch["attention_mask"])
+    for tokens, found in zip(alone, logits, strict=True):
+        torch.testing.assert_close(found, model(tokens).logits[0], atol=2e-5, rtol=0)
+    # and so are the losses, which count real tokens only
+    together = aux_loss_of(model.train(), batch)
+    each = [aux_loss_of(model, {"input_ids": tokens}) for tokens in alone]
+    torch.testing.assert_close(together, sum(each) / 2, atol=1e-6, rtol=1e-5)
+
+
+def aux_loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        model(**inputs)
+    return aux_loss(model)
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated"])
+def test_encoder_and_decoder_have_masks_of_their_own(name):
+    model = build(name).eval()
+    alone, batch = two_lengths("right")
+    targets, target_batch = two_lengths("right")
+    batch["decoder_input_ids"] = target_batch["input_ids"]
+    batch["decoder_attention_mask"] = target_batch["attention_mask"]
+    logits = real(model(**batch).logits, batch["decoder_attention_mask"])
+    for tokens, target, found in zip(alone, targets, logits, strict=True):
+        expected = model(input_ids=tokens, decoder_input_ids=target).logits[0]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+def test_whisper_hears_all_frames_and_reads_real_tokens():
+    model = build("whisper").eval()
+    inputs = ARCHITECTURES["whisper"].inputs(n=LONG)
+    targets, batch = two_lengths("right")
+    frames_mask = torch.tensor([[1] * 20, [1] * 8 + [0] * 12])
+    logits = model(
+        inputs["input_features"],
+        attention_mask=frames_mask,
+        decoder_input_ids=batch["input_ids"],
+        decoder_attention_mask=batch["attention_mask"],
+    ).logits
+    for row, (target, found) in enumerate(zip(targets, real(logits, batch["attention_mask"]), strict=True)):
+        expected = model(inputs["input_features"][row : row + 1], decoder_input_ids=target).logits[0]
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_cached_generation(name, beams):
+    """With a cache the same tokens as without, left-padded the same as alone (dropless, or a step would differ)."""
+    architecture = ARCHITECTURES[name]
+    model = architecture.build()
+    replace_ffn(model, num_experts=4)
+    alone, batch = two_lengths("left" if architecture.kind == "causal" else "right")
+    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, num_beams=beams)
+    cached = model.generate(**batch, **settings)
+    assert torch.equal(cached, model.generate(**batch, **settings, use_cache=False))
+    for tokens, found in zip(alone, cached, strict=True):
+        alone_found = model.generate(tokens, attention_mask=torch.ones_like(tokens), **settings)
+        assert torch.equal(found[-5:], alone_found[0, -5:])
+
+
+@pytest.mark.parametrize("cache", ["static", None])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_masks_of_four_dimensions(name, cache):
+    """Those that `generate` makes for a static cache, and those that are given."""
+    model = build(name).eval()
+    alone, batch = two_lengths("left")
+    mask, seen = batch["attention_mask"].bool(), []
+    for module in feed_forwards(model):
+        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    if cache:
+        model.generate(**batch, max_new_tokens=2, do_sample=False, cache_implementation="static")
+        assert all(its is None for its in seen[2:])
+    else:
+        causal = torch.ones(LONG, LONG, dtype=torch.bool).tril() & mask[:, None, None]
+        model(batch["input_ids"], attention_mask=causal)
+        low = torch.finfo(torch.float32).min
+        model(batch["input_ids"], attention_mask=torch.where(causal, 0.0, low))
+        assert torch.equal(seen[2], mask)
+    assert torch.equal(seen[0], mask)
+    assert torch.equal(seen[1], mask)
+
+
+def test_a_static_cache_that_is_not_empty():
+    model = build("llama").eval()
+    cache = StaticCache(model.config, max_cache_len=16)
+    tokens, seen = torch.randint(3, VOCABULARY, (1, 6)), []
+    model(tokens, cache=cache)
+    for module in feed_forwards(model):
+        module.moe.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["mask"]), with_kwargs=True)
+    mask = torch.zeros(1, 1, 3, 16, dtype=torch.bool)
+    mask[..., :6] = True
+    mask[0, 0, 1, 7] = True  # the second of three tokens is real
+    model(tokens[:, :3], cache=cache, attention_mask=mask)
+    assert seen[0].tolist() == [[False, True, False]]
+
+
+def test_masks_that_tell_nothing_are_refused():
+    model = build("llama")
+    tokens = torch.randint(3, VOCABULARY, (2, 6))
+    for shape in ((2, 5), (1, 6)):
+        with pytest.raises(ValueError, match=r"cannot know which tokens are padding: .* for \(2, 6\) tokens"):
+            model(tokens, attention_mask=torch.ones(shape, dtype=torch.long))
+    assert all(module.call is None for module in feed_forwards(model))
+    model(tokens)  # and the refused mask is forgotten
+
+
+# Training: activation checkpointing runs layers again when their forward is over
+
+
+def two_forwards(model: nn.Module, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Gradients of the sum of two forwards, one backward after both."""
+    model.zero_grad()
+    loss = torch.zeros(())
+    for batch in batches:
+        logits = torch.cat(real(model(**batch).logits, batch["attention_mask"]))
+        loss = loss + logits.logsumexp(-1).mean() + aux_loss(model)
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert", "gpt2"])
+def test_checkpointing_with_two_forwards_before_one_backward(name):
+    model = build(name).train()
+    batches = [two_lengths("right")[1], two_lengths("right")[1]]
+    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    expected = two_forwards(model, batches)
+    model.activation_checkpointing_enable()
+    found = two_forwards(model, batches)
+    torch.testing.assert_close(found, expected)
+    again = two_forwards(copy.deepcopy(model), batches)  # a copy has hooks and masks of its own
+    torch.testing.assert_close(again, expected)
+    model.activation_checkpointing_disable()
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(two_forwards(model, batches), expected)
+
+
+def test_reentrant_checkpointing():
+    """Is exact without an auxiliary loss, and refused with one."""
+    model = ARCHITECTURES["llama"].build().train()
+    replace_ffn(model, num_experts=4, gate=ONE_PLACE, loss_coef=0.0)
+    model.model.embed_tokens.requires_grad_()
+    batches = [two_lengths("right")[1], two_lengths("right")[1]]
+    batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
+    expected = two_forwards(model, batches)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    torch.testing.assert_close(two_forwards(model, batches), expected)
+    for module in feed_forwards(model):
+        module.moe.loss_coef = 0.01
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        model(**batches[0])
+
+
+def test_checkpointing_of_ones_own_is_refused_where_there_was_a_mask():
+    """It is not told of the mask, and a stale one would be wrong without a word."""
+    model = build("llama").train()
+    for layer in model.model.layers:
+        forward = layer.forward
+        layer.forward = partial(checkpoint, forward, use_reentrant=False)
+    batch = two_lengths("right")[1]
+    (model(batch["input_ids"], use_cache=False).logits.sum() + aux_loss(model)).backward()  # without one it is right
+    loss = model(**batch, use_cache=False).logits.sum() + aux_loss(model)
+    with pytest.raises(RuntimeError, match=r"activation_checkpointing_enable"):
+        loss.backward()
+
+
+def test_copies_and_pickles_bring_masks_to_their_own_routers():
+    model = build("opt").train()
+    alone, batch = two_lengths("right")
+    loss = model(**batch).logits.sum() + aux_loss(model)  # what belongs to a forward is not copied
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert feed_forwards(twin)[0].aux_loss is None
+        twin.eval()
+        found = real(twin(**batch).logits, batch["attention_mask"])[1]
+        torch.testing.assert_close(found, twin(alone[1]).logits[0], atol=2e-5, rtol=0)
+        assert feed_forwards(twin)[0].aux_loss is not feed_forwards(model)[0].aux_loss
+    loss.backward()
+
+
+def test_no_mask_outlives_its_forward():
+    model = build("llama").train()
+    batch = two_lengths("right")[1]
+
+    def fail(*_):
+        raise KeyError("in the middle")
+
+    hook = model.model.norm.register_forward_hook(fail)
+    with pytest.raises(KeyError):
+        model(**batch)
+    hook.remove()
+    assert all(module.call is None for module in feed_forwards(model))
+
+
+def test_noisy_second_choices_and_masks_go_together_under_checkpointing():
+    """Random policies draw the same numbers again."""
+    model = without_dropout(ARCHITECTURES["llama"].build()).train()
+    replace_ffn(model, num_experts=4, gate=Top2Gating)
+    batch = two_lengths("right")[1]
+    torch.manual_seed(1)
+    expected = two_forwards(model, [batch])
+    model.activation_checkpointing_enable()
+    torch.manual_seed(1)
+    torch.testing.assert_close(two_forwards(model, [batch]), expected)
