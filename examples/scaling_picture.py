@@ -1,0 +1,91 @@
+"""The picture of what `scaling.py` found: held-out loss over steps, operations and seconds, and when it is equal."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, needs no screen
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from scaling_plan import MODELS, SWEEP_SEED, Plan, Record
+from scaling_report import Finished, Times, at_best_rate, equal_shares, models_of, step_flops
+
+# Okabe and Ito's colours: told apart by all eyes
+COLOURS = {"dense": "#0072B2", "wide": "#000000", "moe8": "#E69F00", "moe32": "#D55E00", "moe128": "#CC79A7"}
+FIRST_SHARE = 0.04  # of the long runs' steps: before, all curves are high and steep
+
+
+def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
+    """Draw what is finished to a file."""
+    figure, ((over_steps, over_flops), (over_seconds, shares)) = plt.subplots(
+        2, 2, figsize=(11, 8.4), layout="constrained"
+    )
+    draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
+    over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
+    over_steps.legend(fontsize=9)
+    flops = {run.model: step_flops(record) for run, record in finished.items()}
+    draw_losses(over_flops, plan, finished, flops)
+    over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
+    seconds = {model: own["step"] for model, own in times.items()}
+    draw_losses(over_seconds, plan, finished, seconds)
+    over_seconds.set(xlabel="seconds of training on one core", ylabel="held-out bits per byte")
+    draw_shares(shares, plan, finished, times)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_losses(axes: Axes, plan: Plan, finished: Finished, unit: dict[str, float]) -> None:
+    """The curve of each model's longest run, and a dot where every run at its best rate ends; `unit` a step's cost."""
+    for model in models_of(plan):
+        ends = {steps: bits for (name, steps), bits in at_best_rate(plan, finished).items() if name == model}
+        if not ends or model not in unit:
+            continue
+        rate = plan.best_rate(model, finished)
+        for run, record in finished.items():
+            if (run.model, run.learning_rate, run.seed) == (model, rate, SWEEP_SEED):
+                steps, bits = curve(record, plan.steps * FIRST_SHARE)
+                axes.plot(steps * unit[model], bits, color=COLOURS[model], linewidth=0.9, alpha=0.5)
+        points = [(steps * unit[model], bits) for steps, seeds in ends.items() for bits in seeds.values()]
+        means = [(steps * unit[model], np.mean(list(seeds.values()))) for steps, seeds in ends.items()]
+        axes.plot(*zip(*means, strict=True), color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
+        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[model], markersize=5)
+    axes.set_xscale("log")
+    axes.grid(alpha=0.3, which="both")
+
+
+def curve(record: Record, first: float) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and held-out bits of a run, from step `first` on."""
+    steps, bits = np.array(record["held_out"]).T
+    return steps[steps >= first], bits[steps >= first]
+
+
+def draw_shares(axes: Axes, plan: Plan, finished: Finished, times: Times) -> None:
+    """The share of the dense model's steps, and of its seconds, over the number of experts; a dot for every seed."""
+    shares = {model: equal_shares(plan, finished, model) for model in MODELS if model.startswith("moe")}
+    shares = {model: found for model, found in shares.items() if found}
+    experts = {model: int(model.removeprefix("moe")) for model in shares}
+    for label, colour, ratio in (
+        ("steps", "#D55E00", dict.fromkeys(shares, 1.0)),
+        ("seconds", "#0072B2", {model: own["step"] / times["dense"]["step"] for model, own in times.items()}),
+    ):
+        means = [(1, 1.0)]
+        for model, found in shares.items():
+            if model not in ratio:
+                continue
+            values = {seed: equal.share * ratio[model] for seed, equal in found.items()}
+            means.append((experts[model], float(np.mean(list(values.values())))))
+            for seed, equal in found.items():
+                marker = {"": "o", "<": "v", ">": "^"}[equal.sign]  # the share is below or above this one
+                axes.plot(experts[model], values[seed], marker, color=colour, markersize=5)
+        if len(means) > 1:
+            axes.plot(*zip(*means, strict=True), color=colour, label=f"share of the dense model's {label}")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks([1, *experts.values()], ["dense", *map(str, experts.values())])
+    axes.set_yticks([1, 1 / 2, 1 / 4, 1 / 8], ["1", "1/2", "1/4", "1/8"])
+    axes.set(xlabel="experts in a layer, two a byte", ylabel="until the dense model's final loss")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=9)

@@ -1,0 +1,161 @@
+"""What `scaling.py` trains: models of equal active parameters, and in which order their runs come.
+
+The plan reads what is finished: a run at a model's best learning rate is wanted once that model's sweep is complete.
+"""
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from settings import Settings
+
+Record = dict[str, Any]  # what a finished run leaves: see scaling_runs.py
+SWEEP_SEED = 0
+
+
+class Model(NamedTuple):
+    """A model of the comparison, as options of `Settings`."""
+
+    label: str
+    options: dict[str, Any]
+
+
+# A feed-forward layer has 13,312 active parameters, its router's included: the more experts, the larger the router and
+# the narrower the two experts of a byte. The dense layer has 139 hidden units, 13,344 parameters. The wide one has
+# 2,059, as many parameters as 32 experts and their router have: it is the twin of two wide experts, both chosen.
+MODELS = {
+    "dense": Model("dense", dict(models=("dense",), num_experts=32, width=128)),
+    "moe8": Model("8 experts", dict(models=("moe",), num_experts=8, width=136)),
+    "moe32": Model("32 experts", dict(models=("moe",), num_experts=32, width=128)),
+    "moe128": Model("128 experts", dict(models=("moe",), num_experts=128, width=96)),
+    "wide": Model("dense, 15 times as wide", dict(models=("dense",), num_experts=2, width=2058)),
+}
+
+
+class Run(NamedTuple):
+    """One training: all that tells it from the others of a plan."""
+
+    model: str
+    seed: int
+    learning_rate: float
+    steps: int
+
+    def __str__(self) -> str:
+        return f"{self.model}_seed{self.seed}_lr{self.learning_rate:g}_steps{self.steps}"
+
+    def settings(self, base: Settings) -> Settings:
+        """The settings of this run; those that all runs share are `base`'s."""
+        own = {"seed": self.seed, "learning_rate": self.learning_rate, "steps": self.steps}
+        return replace(base, **MODELS[self.model].options, **own)
+
+
+class Stage(NamedTuple):
+    """Runs that are wanted together: `share` is their length over that of the dense model's long runs.
+
+    With `rates` they are a sweep of the learning rate with at least so many rates, of one seed; without, they have the
+    best rate that is known.
+    """
+
+    model: str
+    share: float
+    seeds: tuple[int, ...] = (0,)
+    rates: int | None = None
+
+
+# What tells most comes first: whoever stops early has the main comparison. The dense model is swept at the mixtures'
+# length, so that all seeds can begin, and again at its own.
+STAGES = (
+    Stage("dense", 1, rates=1),
+    Stage("moe32", 0.24, rates=3),
+    Stage("dense", 0.24, rates=3),
+    Stage("dense", 1, seeds=(1,)),
+    Stage("moe32", 0.24, seeds=(1, 2)),
+    Stage("moe32", 0.32),
+    Stage("dense", 1, seeds=(2,)),
+    Stage("moe128", 0.24, rates=3),
+    Stage("dense", 1, rates=3),
+    Stage("moe32", 0.32, seeds=(1, 2)),
+    Stage("moe8", 0.32, rates=3),
+    Stage("moe8", 0.48),
+    Stage("moe128", 0.16),
+    Stage("moe32", 0.24, rates=4),
+    Stage("dense", 1, rates=4),
+    Stage("moe128", 0.24, seeds=(1, 2)),
+    Stage("moe128", 0.16, seeds=(1, 2)),
+    Stage("moe32", 0.16, seeds=(0, 1, 2)),
+    Stage("moe128", 0.24, rates=4),
+    Stage("moe8", 0.32, rates=4),
+    Stage("wide", 0.24, rates=4),
+    Stage("moe8", 0.32, seeds=(1, 2)),
+    Stage("moe8", 0.48, seeds=(1, 2)),
+    Stage("moe32", 1),
+    Stage("moe128", 1),
+    Stage("moe8", 1),
+    Stage("wide", 1, rates=3),
+)
+
+
+class Plan:
+    """The runs of `STAGES`, in their order, for long runs of `steps` and sweeps that begin at `learning_rate`."""
+
+    def __init__(self, steps: int, learning_rate: float, models: Collection[str] = tuple(MODELS)):
+        self.steps, self.learning_rate = steps, learning_rate
+        self.stages = [stage for stage in STAGES if stage.model in models]
+
+    def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
+        """All runs whose settings are known by now, each once."""
+        return list(dict.fromkeys(run for stage in self.stages for run in self._runs_of(stage, finished)))
+
+    def best_rate(self, model: str, finished: Mapping[Run, Record]) -> float | None:
+        """The rate whose half and double are both worse, at the longest runs that show it; None if none do."""
+        for length in sorted(self.sweep_lengths(model), reverse=True):
+            losses = sweep(model, length, finished)
+            best = min(losses, key=losses.__getitem__, default=None)
+            if best is not None and {best / 2, best * 2} <= losses.keys():
+                return best
+        return None
+
+    def sweep_lengths(self, model: str) -> list[int]:
+        """The lengths at which a model's learning rate is swept."""
+        return sorted({self.length(stage) for stage in self.stages if stage.model == model and stage.rates})
+
+    def length(self, stage: Stage) -> int:
+        """Steps of a stage's runs."""
+        return max(1, round(stage.share * self.steps))
+
+    def _runs_of(self, stage: Stage, finished: Mapping[Run, Record]) -> list[Run]:
+        length = self.length(stage)
+        if stage.rates:
+            rates = rates_to_try(self.learning_rate, sweep(stage.model, length, finished), stage.rates)
+            return [Run(stage.model, SWEEP_SEED, rate, length) for rate in rates]
+        best = self.best_rate(stage.model, finished)
+        return [] if best is None else [Run(stage.model, seed, best, length) for seed in stage.seeds]
+
+
+def sweep(model: str, length: int, finished: Mapping[Run, Record]) -> dict[float, float]:
+    """Held-out bits per byte by learning rate, of a model's finished runs of a length and the sweep's seed."""
+    runs = [run for run in finished if (run.model, run.seed, run.steps) == (model, SWEEP_SEED, length)]
+    return {run.learning_rate: final_bits(finished[run]) for run in runs}
+
+
+def rates_to_try(first: float, losses: Mapping[float, float], least: int) -> list[float]:
+    """The learning rates that a sweep wants as far as is known: it goes by factors of two, to both sides of the best.
+
+    Args:
+        first: where it begins.
+        losses: what is known, by rate.
+        least: so many rates at least, though fewer have shown the best one.
+    """
+    if first not in losses:
+        return [first]
+    best = min(losses, key=losses.__getitem__)
+    rates = list(dict.fromkeys([*losses, best / 2, best * 2]))
+    if len(rates) == len(losses) and len(rates) < least:
+        low, high = min(losses), max(losses)
+        rates.append(low / 2 if losses[low] < losses[high] else high * 2)
+    return rates
+
+
+def final_bits(record: Record) -> float:
+    """Held-out bits per byte at the end of a run."""
+    return record["held_out"][-1][1]

@@ -1,0 +1,163 @@
+"""Tables of what `scaling.py` found: the sweeps, every seed, and how soon each mixture equals the dense model."""
+
+import math
+from collections.abc import Mapping
+from itertools import pairwise
+from statistics import mean
+from typing import Any, NamedTuple
+
+from report import format_rows
+from scaling_plan import MODELS, SWEEP_SEED, Plan, Record, Run, final_bits, sweep
+
+Finished = Mapping[Run, Record]
+Times = Mapping[str, Mapping[str, float]]  # by model: see step_times.py
+Rows = list[tuple[str, ...]]
+
+
+class Equal(NamedTuple):
+    """The share of the dense model's steps with which a mixture equals its final loss, for one seed.
+
+    `sign` is "<" or ">" where all lengths that were run reach it, or none does: the share is below or above this one.
+    """
+
+    share: float
+    sign: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.sign}{self.share:.3f}"
+
+
+def tables(plan: Plan, finished: Finished, times: Times) -> str:
+    """All tables, those of which something is finished."""
+    all_tables = {
+        "Sweeps: held-out bits per byte, * the best rate (half and double are worse)": sweep_rows(plan, finished),
+        "Every seed at the best rate: held-out bits per byte": seed_rows(plan, finished),
+        "Share of the dense model's steps, and of its seconds, until its final loss": equal_rows(plan, finished, times),
+        "What the models cost": cost_rows(plan, finished, times),
+    }
+    return "\n\n".join(f"{title}\n{format_rows(rows)}" for title, rows in all_tables.items() if len(rows) > 1)
+
+
+def sweep_rows(plan: Plan, finished: Finished) -> Rows:
+    """A line for each model and length, a column for each rate."""
+    lengths = [(model, length) for model in models_of(plan) for length in plan.sweep_lengths(model)]
+    sweeps = {(model, length): sweep(model, length, finished) for model, length in lengths}
+    rates = sorted({rate for losses in sweeps.values() for rate in losses})
+    rows: Rows = [("model", "steps", *(f"{rate:g}" for rate in rates))]
+    for (model, length), losses in sweeps.items():
+        if losses:
+            best = plan.best_rate(model, finished)
+            cells = (f"{losses[rate]:.4f}{'*' * (rate == best)}" if rate in losses else "" for rate in rates)
+            rows.append((MODELS[model].label, f"{length:,}", *cells))
+    return rows
+
+
+def seed_rows(plan: Plan, finished: Finished) -> Rows:
+    """A line for each model and length, a column for each seed."""
+    groups = at_best_rate(plan, finished)
+    seeds = sorted({seed for values in groups.values() for seed in values})
+    rows: Rows = [("model", "rate", "steps", *(f"seed {seed}" for seed in seeds), "mean")]
+    for (model, steps), values in groups.items():
+        cells = (f"{values[seed]:.4f}" if seed in values else "" for seed in seeds)
+        average = f"{mean(values.values()):.4f}" if len(values) > 1 else ""
+        rate = plan.best_rate(model, finished)
+        rows.append((MODELS[model].label, f"{rate:g}", f"{steps:,}", *cells, average))
+    return rows
+
+
+def equal_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
+    """A line for each mixture: the share for each seed, their mean, and the mean in seconds."""
+    shares = {model: equal_shares(plan, finished, model) for model in models_of(plan) if model.startswith("moe")}
+    seeds = sorted({seed for values in shares.values() for seed in values})
+    rows: Rows = [("model", *(f"seed {seed}" for seed in seeds), "mean", "step ÷ dense step", "mean, seconds")]
+    for model, values in shares.items():
+        if values:
+            cells = (str(values[seed]) if seed in values else "" for seed in seeds)
+            exact = not any(equal.sign for equal in values.values())
+            average = mean(equal.share for equal in values.values())
+            ratio = times[model]["step"] / times["dense"]["step"] if times else math.nan
+            row = (f"{average:.3f}", f"{ratio:.2f}", f"{average * ratio:.3f}")
+            rows.append((MODELS[model].label, *cells, *(row if exact else ("", row[1], ""))))
+    return rows
+
+
+def cost_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
+    """A line for each model: parameters, time and memory of a step, and how the last quarter loads the experts."""
+    header = ("parameters", "active", "step, ms", "÷ dense", "memory, MB", "busiest ÷ mean", "idlest ÷ mean", "dropped")
+    rows: Rows = [("model", *header)]
+    for model in models_of(plan):
+        record = longest(plan, finished, model)
+        if record is None:
+            continue
+        parameters = (f"{record['total_parameters']:,}", f"{record['active_parameters']:,}")
+        time = ("", "", "")
+        if model in times:
+            own, dense = times[model], times["dense"]
+            time = (f"{1000 * own['step']:.1f}", f"{own['step'] / dense['step']:.2f}", f"{own['memory'] / 1e6:.0f}")
+        load = ("", "", "")
+        if "busiest" in record:
+            load = (f"{record['busiest']:.2f}", f"{record['idlest']:.2f}", f"{record['dropped']:.1%}")
+        rows.append((MODELS[model].label, *parameters, *time, *load))
+    return rows
+
+
+# ---- what tables and picture share ----
+
+
+def models_of(plan: Plan) -> list[str]:
+    """The plan's models in the order of `MODELS`."""
+    wanted = {stage.model for stage in plan.stages}
+    return [model for model in MODELS if model in wanted]
+
+
+def at_best_rate(plan: Plan, finished: Finished) -> dict[tuple[str, int], dict[int, float]]:
+    """Held-out bits by (model, steps) and seed, of the runs at each model's best rate."""
+    groups: dict[tuple[str, int], dict[int, float]] = {}
+    for model in models_of(plan):
+        rate = plan.best_rate(model, finished)
+        runs = sorted(run for run in finished if (run.model, run.learning_rate) == (model, rate))
+        for run in sorted(runs, key=lambda run: (run.steps, run.seed)):
+            groups.setdefault((model, run.steps), {})[run.seed] = final_bits(finished[run])
+    return groups
+
+
+def equal_shares(plan: Plan, finished: Finished, model: str) -> dict[int, Equal]:
+    """By seed: the share of the dense model's steps with which `model` has that model's final loss."""
+    groups = at_best_rate(plan, finished)
+    shares = {}
+    for seed, target in groups.get(("dense", plan.steps), {}).items():
+        lengths = {steps: bits[seed] for (name, steps), bits in groups.items() if name == model and seed in bits}
+        if lengths:
+            steps, sign = steps_to(target, lengths)
+            shares[seed] = Equal(steps / plan.steps, sign)
+    return shares
+
+
+def steps_to(target: float, bits: Mapping[int, float]) -> tuple[float, str]:
+    """The length whose run ends at `target` bits, between the lengths that were run: linear in its logarithm."""
+    lengths = sorted(bits)
+    for short, long in pairwise(lengths):
+        if bits[short] >= target >= bits[long]:
+            part = (bits[short] - target) / (bits[short] - bits[long])
+            return short * (long / short) ** part, ""
+    return (lengths[0], "<") if bits[lengths[0]] < target else (lengths[-1], ">")
+
+
+def longest(plan: Plan, finished: Finished, model: str) -> Record | None:
+    """The longest run of a model, at its best rate if that is known."""
+    rate = plan.best_rate(model, finished)
+    runs = [run for run in finished if run.model == model and rate in (None, run.learning_rate)]
+    runs = [run for run in runs if run.seed == SWEEP_SEED]
+    return finished[max(runs, key=lambda run: run.steps)] if runs else None
+
+
+def step_flops(record: Record) -> float:
+    """Floating-point operations of a training step: the matrices in use and causal attention, backward twice forward.
+
+    The table of embeddings is read, not multiplied.
+    """
+    settings: dict[str, Any] = record["settings"]
+    dim, context = settings["dim"], settings["context"]
+    matrices = 2 * (record["active_parameters"] - 256 * dim)
+    attention = settings["layers"] * 2 * context * dim
+    return 3 * (matrices + attention) * settings["batch_size"] * context

@@ -1,0 +1,183 @@
+"""Trains the runs of a plan, a process for each core, and keeps a record of every finished one.
+
+A record is a line of JSON. An interrupted run goes on from its checkpoint, a finished one is never repeated.
+"""
+
+import json
+import multiprocessing
+import shutil
+from collections.abc import Collection, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import Corpus
+from routers import ROUTERS
+from scaling_plan import Plan, Record, Run, final_bits
+from settings import Settings
+from torch import Tensor
+from tqdm import tqdm
+from training import CHECKPOINT, Trainee, Training
+
+STRETCH = 100  # training loss is recorded as means over so many steps
+
+
+class Records:
+    """The finished runs of one text and one base of settings: a file of JSON lines."""
+
+    def __init__(self, path: Path, base: Settings):
+        self.path, self.base = path, base
+        self.finished: dict[Run, Record] = {}
+        if path.exists():
+            for line in path.read_text().splitlines():
+                record = json.loads(line)
+                run = Run(*record["run"])
+                if self._is_of(record, run):
+                    self.finished[run] = record
+
+    def add(self, run: Run, record: Record) -> None:
+        """Append a record to the file."""
+        self.finished[run] = record
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def check_text(self, digest: str) -> None:
+        """Runs on different texts do not belong into one comparison."""
+        if any(record["corpus"] != digest for record in self.finished.values()):
+            raise SystemExit(
+                f"{self.path} holds runs on another text than this machine's (other Python versions have another "
+                "standard library): give --report to see them, or --records with a new file to begin anew"
+            )
+
+    def _is_of(self, record: Record, run: Run) -> bool:
+        expected = json.loads(json.dumps(asdict(run.settings(self.base))))
+        free = {f.name for f in fields(Settings) if f.metadata.get("free")}
+        return all(expected[name] == value for name, value in record["settings"].items() if name not in free)
+
+
+def train_all(plan: Plan, records: Records, corpus: Corpus, out: Path, processes: int) -> None:
+    """Train what the plan wants and the records lack."""
+    context = multiprocessing.get_context("spawn")
+    steps_done = context.Value("q", 0)
+    arguments = (steps_done, corpus, records.base, out)
+    with (
+        ProcessPoolExecutor(processes, context, prepare_worker, arguments) as pool,
+        tqdm(unit="step", smoothing=0.01) as bar,
+    ):
+        running: dict[Future[Record], Run] = {}
+        before = set(records.finished)
+        while True:
+            for run in next_runs(plan, records, running, processes):
+                running[pool.submit(train, run)] = run
+            if not running:
+                return
+            done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
+            for future in done:
+                run = running.pop(future)
+                records.add(run, future.result())
+                shutil.rmtree(out / str(run), ignore_errors=True)
+                tqdm.write(f"{run}: {final_bits(records.finished[run]):.4f} bits a byte held out")
+            bar.n = steps_done.value
+            bar.total = steps_known(plan, records, before)
+            bar.set_postfix_str(", ".join(map(str, running.values())), refresh=False)
+            bar.refresh()
+
+
+def steps_known(plan: Plan, records: Records, before: Collection[Run]) -> int:
+    """Steps of all runs that the plan wants as far as it is known, but for those that were finished `before`."""
+    return sum(run.steps for run in plan.runs(records.finished) if run not in before)
+
+
+def next_runs(plan: Plan, records: Records, running: dict[Any, Run], processes: int) -> Iterator[Run]:
+    """As many runs as there are idle processes, the first of the plan that are neither finished nor running."""
+    waiting = [run for run in plan.runs(records.finished) if run not in records.finished]
+    waiting = [run for run in waiting if run not in running.values()]
+    yield from waiting[: processes - len(running)]
+
+
+# ---- in a process of its own ----
+
+_worker: tuple[Any, Corpus, Settings, Path]
+
+
+def prepare_worker(steps_done: Any, corpus: Corpus, base: Settings, out: Path) -> None:
+    """What all runs of this process share."""
+    global _worker
+    torch.set_num_threads(1)
+    _worker = steps_done, corpus, base, out
+
+
+class CountedTraining(Training):
+    """A silent training that counts its steps for a bar that somebody else shows."""
+
+    first = False
+    steps_done: Any
+
+    def _train_step(self) -> None:
+        super()._train_step()
+        self._count(1)
+
+    def load(self) -> None:
+        super().load()
+        self._count(self.step)
+
+    def _count(self, steps: int) -> None:
+        with self.steps_done.get_lock():
+            self.steps_done.value += steps
+
+
+def train(run: Run) -> Record:
+    """Train a run, from its checkpoint if it has one."""
+    steps_done, corpus, base, out = _worker
+    training = CountedTraining(run.settings(base), corpus, out / str(run))
+    training.steps_done = steps_done
+    if (training.out / CHECKPOINT).exists():
+        training.load()
+    training.run()
+    return record_of(run, training)
+
+
+def record_of(run: Run, training: Training) -> Record:
+    """All that tables and pictures need to know of a finished run."""
+    (trainee,) = training.trainees
+    summary = trainee.summary()
+    return {
+        "run": list(run),
+        "settings": asdict(training.settings),
+        "corpus": training.corpus.digest,
+        "torch": torch.__version__,
+        "total_parameters": summary["total_parameters"],
+        "active_parameters": summary["active_parameters"],
+        "training_seconds": round(summary["training_seconds"], 1),
+        "held_out": [[step, round(bits, 5)] for step, bits in trainee.history.held_out],
+        "train": stretch_means(trainee.history.train),
+        **spread_of(trainee),
+    }
+
+
+def stretch_means(losses: list[float]) -> list[float]:
+    """Mean training loss of every `STRETCH` steps."""
+    return [round(part.mean().item(), 4) for part in torch.tensor(losses, dtype=torch.float64).split(STRETCH)]
+
+
+def spread_of(trainee: Trainee) -> dict[str, Any]:
+    """How the last quarter of the steps loaded the experts: of the layers the mean, and the extremes."""
+    loads = trainee.history.loads[-max(1, len(trainee.history.loads) // 4) :]
+    counts = torch.stack(loads).double().sum(0)  # (layers, experts)
+    if not counts.numel():
+        return {}
+    settings = trainee.settings
+    sent = len(loads) * settings.batch_size * settings.context * ROUTERS[settings.router].choices
+    return {
+        "busiest": ratio(counts.amax(-1), counts),
+        "idlest": ratio(counts.amin(-1), counts),
+        "dropped": round(1 - counts.sum(-1).mean().item() / sent, 5),
+    }
+
+
+def ratio(load: Tensor, counts: Tensor) -> float:
+    """A load of each layer over that layer's mean load, averaged."""
+    return round((load / counts.mean(-1)).mean().item(), 3)

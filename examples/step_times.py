@@ -1,0 +1,145 @@
+"""Time and memory of a training step of each model of `scaling.py`: on a quiet machine, one thread, interleaved.
+
+    OMP_NUM_THREADS=1 python examples/step_times.py
+
+Every round takes a step of each model, in another order each time, and also times parts of it by themselves: the
+feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients. The
+table has medians; the file --out, which `scaling.py --report` reads, has them in seconds, and memory in bytes.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from corpus import Batches, load_corpus
+from report import format_rows
+from scaling import HERE, base_settings
+from scaling_plan import MODELS, Run
+from torch import nn
+from training import Trainee, make_trainee
+
+from mixture_of_experts import MoE
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    torch.set_num_threads(1)
+    seconds = measure_times(args.models, args.rounds)
+    times = {model: {part: median(values) for part, values in parts.items()} for model, parts in seconds.items()}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for model in args.models:
+            times[model]["memory"] = pool.apply(measure_memory, (model,))
+    print(table(times, seconds))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(times, indent=1) + "\n")
+    print(f"wrote {args.out}")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, default=60, help="steps of each model")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "training" / "step_times.json")
+    return parser.parse_args(argv)
+
+
+def make(model: str) -> Trainee:
+    settings = Run(model, seed=0, learning_rate=0.01, steps=1).settings(base_settings())
+    return make_trainee(settings.models[0], settings)
+
+
+def measure_times(models: Sequence[str], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every round, by model and part of a step."""
+    settings = base_settings()
+    batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
+    tasks: list[tuple[str, str, Callable[[], object]]] = []
+    for model in models:
+        trainee = make(model)
+        tasks.append((model, "step", lambda trainee=trainee: trainee.train_step(batches.next(), 0.01)))
+        tasks += [(model, part, task) for part, task in parts_of(trainee).items()]
+    seconds: dict[str, dict[str, list[float]]] = {model: {} for model in models}
+    for i in range(rounds + 3):
+        random.Random(i).shuffle(tasks)
+        for model, part, task in tasks:
+            begin = time.perf_counter()
+            task()
+            if i >= 3:  # the first rounds warm caches and allocate the optimizer's state
+                seconds[model].setdefault(part, []).append(time.perf_counter() - begin)
+    return seconds
+
+
+def parts_of(trainee: Trainee) -> dict[str, Callable[[], object]]:
+    """Parts of a step that can be run by themselves."""
+    settings, twin = trainee.settings, make_like(trainee)
+    x = torch.randn(settings.batch_size, settings.context, settings.dim, requires_grad=True)
+    gradient = torch.randn_like(x)
+
+    def layers() -> None:
+        for block in twin.model.blocks:
+            out, aux_loss = block.ffn(x)
+            ((out * gradient).sum() + aux_loss).backward()
+
+    def routers() -> None:
+        for block in twin.model.blocks:
+            routing = block.ffn.gate(x)
+            (routing.weight.sum() + routing.balance_loss).backward()
+
+    def optimizer() -> None:
+        nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
+        twin.optimizer.step()
+
+    layers()
+    for parameter in twin.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    tasks: dict[str, Callable[[], object]] = {"layers": layers, "optimizer": optimizer}
+    return tasks | ({"routers": routers} if isinstance(twin.model.blocks[0].ffn, MoE) else {})
+
+
+def make_like(trainee: Trainee) -> Trainee:
+    """Another one with the same settings: the parts leave gradients that are not those of a step."""
+    return make_trainee(trainee.name, trainee.settings)
+
+
+def measure_memory(model: str) -> int:
+    """Bytes by which the peak memory of a process grows from a few steps of training."""
+    torch.set_num_threads(1)
+    settings = base_settings()
+    batches = Batches(torch.randint(256, (100_000,), dtype=torch.uint8), settings.context, settings.batch_size, seed=0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    trainee = make(model)
+    for _ in range(5):
+        trainee.train_step(batches.next(), 0.01)
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def table(times: dict[str, dict[str, float]], seconds: dict[str, dict[str, list[float]]]) -> str:
+    """Milliseconds of the parts, a line for each model."""
+    parts = ("layers", "routers", "optimizer")
+    rows = [("model", "step, ms", "of 8 in 10 rounds", *(f"{part}, ms" for part in parts), "memory, MB")]
+    for model, own in times.items():
+        tenths = quantiles(seconds[model]["step"], n=10)
+        rows.append(
+            (
+                MODELS[model].label,
+                f"{1000 * own['step']:.1f}",
+                f"{1000 * tenths[0]:.1f} to {1000 * tenths[-1]:.1f}",
+                *(f"{1000 * own[part]:.1f}" if part in own else "" for part in parts),
+                f"{own['memory'] / 1e6:.0f}",
+            )
+        )
+    return format_rows(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
