@@ -61,9 +61,14 @@ def check_gate(
     """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
-    if level and not hasattr(gate, "handed_on"):
+    if level and not hasattr(gate, "choices"):
         raise ValueError(
             f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
+        )
+    if hasattr(gate, "handed_on"):
+        raise ValueError(
+            f"{name} has a method handed_on, which nothing calls any more: let its `decide` return "
+            "Choices(..., primary=...), or give `route` primary=..., the choices that level two takes as first"
         )
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -41,6 +41,13 @@ def check_number(name: str, value: Any, *, above: float | None = None, at_least:
     if not good:
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return value
+
+
+def check_coefs(name: str, value: Any) -> dict[str, float]:
+    """Coefficients by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
+    return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
 
 
 def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:

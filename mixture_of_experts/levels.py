@@ -13,10 +13,8 @@ from mixture_of_experts.groups import group_shape
 from mixture_of_experts.routing import Routing
 
 
-def second_level(groups: Tensor, outer: Routing, handed_on: Tensor, group_size: int | None) -> dict[str, Tensor | None]:
+def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict[str, Tensor | None]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
-
-    `handed_on` is the importance `(b, a)` that level one gives each of its choices.
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
     the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
@@ -28,7 +26,8 @@ def second_level(groups: Tensor, outer: Routing, handed_on: Tensor, group_size: 
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
     slots = plan(outer)
     x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
-    importance = torch.cat([handed_on.flatten(), handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
+    handed_on = outer.importance.flatten()
+    importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
     mask = length = None
     if outer.capacity is None:
         mask = importance > 0

@@ -128,7 +128,7 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
         counted: `(..., n)` boolean, the tokens that count; all without it.
         group: process group that shares the batch.
     """
-    return mean_square(logits.logsumexp(dim=-1), counted, group)
+    return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
 def z_loss_at(
@@ -149,15 +149,14 @@ def z_loss_at(
         at = expert.flatten()
         at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
         logit = logits.flatten().index_select(0, at).view(expert.shape)
-    return mean_square(logit - prob.log(), None if counted is None else counted.unsqueeze(-1), group)
+    return token_mean((logit - prob.log()).square(), None if counted is None else counted.unsqueeze(-1), group)
 
 
-def mean_square(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of the squares of `values` over the `counted` ones, a boolean of their shape (all without it)."""
-    square = values.square()
+def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of `values` over the `counted` ones, a boolean of their shape (all without it)."""
     if counted is None:
-        return mean(square.sum(), math.prod(square.shape), group)
-    return mean(torch.where(counted, square, 0.0).sum(), counted.sum(), group)
+        return mean(values.sum(), math.prod(values.shape), group)
+    return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
 
 
 def squared_variation(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from mixture_of_experts.arguments import (
     resolve_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.checks import check_coefs, check_number, check_size
 from mixture_of_experts.compute import compute
 from mixture_of_experts.experts import Activation, Experts
 from mixture_of_experts.gating import Top2Gating
@@ -41,6 +41,7 @@ class Layer(nn.Module):
         dim: int,
         loss_coef: float,
         z_loss_coef: float,
+        loss_coefs: Mapping[str, float] | None,
         group_size: int | None,
         shared_expert: nn.Module | None,
     ) -> None:
@@ -48,37 +49,21 @@ class Layer(nn.Module):
         self.dim = check_size("dim", dim)
         self.loss_coef = check_number("loss_coef", loss_coef, at_least=0.0)
         self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
+        self.loss_coefs = check_coefs("loss_coefs", {} if loss_coefs is None else loss_coefs)
         self.group_size = None if group_size is None else check_size("group_size", group_size)
         self.shared_expert = shared_expert
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
-        """0-dim: the losses of all levels times their coefficients. A z-loss nobody asked for is not differentiated."""
+        """0-dim: the losses of all levels times their coefficients. A loss nobody asked for is not differentiated."""
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
-        if self.z_loss_coef:
-            loss = loss + self.z_loss_coef * sum((routing.z_loss for routing in levels[1:]), levels[0].z_loss)
+        for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
+            if coef:
+                found = [routing.losses[name] for routing in levels if name in routing.losses]
+                if not found:
+                    reported = sorted({name for routing in levels for name in routing.losses})
+                    raise ValueError(f"loss_coefs has {name!r}, which no gate reports: they report {reported}")
+                loss = loss + coef * sum(found[1:], found[0])
         return loss
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """As `nn.Module.load_state_dict`, but a state that does not fit changes nothing: torch fills what fits and
-        only then complains."""
-        own = self.state_dict()
-        problems = [
-            f"{name} has shape {tuple(state_dict[name].shape)} in the state and {tuple(value.shape)} here"
-            for name, value in own.items()
-            if name in state_dict and state_dict[name].shape != value.shape
-        ]
-        if strict:
-            problems += [f"{name} is missing" for name in sorted(own.keys() - state_dict.keys())]
-            more = (name for name in sorted(state_dict.keys() - own.keys()) if not self._is_elsewhere(name))
-            problems += [f"{name} is not of this layer" for name in more]
-        if problems:
-            raise RuntimeError(f"cannot load into {type(self).__name__}, nothing was changed: " + "; ".join(problems))
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
-
-    def _is_elsewhere(self, name: str) -> bool:
-        """Whether a key is of an expert that another rank keeps: a state of one process has those too."""
-        has_elsewhere = getattr(self.experts, "has_elsewhere", None)
-        return has_elsewhere is not None and name.startswith("experts.") and has_elsewhere(name[len("experts.") :])
 
     def extra_repr(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
@@ -107,11 +92,13 @@ class MoE(Layer):
         gate: a gate (`TopKGating(...)`, one's own) instead of the `Top2Gating` that the arguments above describe.
         group_size: tokens that share an expert's capacity; by default a group is one sequence.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
+        loss_coefs: coefficients of further losses in `aux_loss`, by the names that the gate reports them under in
+            `Routing.losses`: a loss of one's own, or one part of the balancing loss more than the other.
         shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token.
 
     Shape:
         inputs `(..., n, d)`, mask `(..., n)` bool; returns `out` of the inputs' shape and dtype and a 0-dim
-        `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`.
+        `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus those of `loss_coefs`.
 
     Raises:
         ValueError, TypeError: naming the value, what is allowed and what to do, before anything is changed.
@@ -145,9 +132,10 @@ class MoE(Layer):
         gate: nn.Module | None = None,
         group_size: int | None = None,
         z_loss_coef: float = 0.0,
+        loss_coefs: Mapping[str, float] | None = None,
         shared_expert: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, loss_coef, z_loss_coef, group_size, shared_expert)
+        super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
         gating: dict[str, Any] = dict(
             second_policy_train=second_policy_train,
             second_policy_eval=second_policy_eval,
@@ -227,9 +215,10 @@ class HeirarchicalMoE(Layer):
         capacity_factor_second_level: float | None = None,
         group_size: int | None = None,
         z_loss_coef: float = 0.0,
+        loss_coefs: Mapping[str, float] | None = None,
         shared_expert: nn.Module | None = None,
     ) -> None:
-        super().__init__(dim, loss_coef, z_loss_coef, group_size, shared_expert)
+        super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
         gating: dict[str, Any] = dict(
             second_policy_train=second_policy_train,
             second_policy_eval=second_policy_eval,
@@ -266,8 +255,7 @@ class HeirarchicalMoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
         outer = self.gate_outer(groups, mask=group_mask)
-        handed_on = self.gate_outer.handed_on(outer)
-        inner = self.gate_inner(**second_level(groups, outer, handed_on, self.group_size))
+        inner = self.gate_inner(**second_level(groups, outer, self.group_size))
         out = compute(self.experts, groups, [outer, inner])
         return restore(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

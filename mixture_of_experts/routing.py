@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: tensors have no single answer to ==
 class Routing:
     """The decision of a gate: which token goes to which slot of which expert, with which weight.
 
@@ -31,11 +31,14 @@ class Routing:
         num_tokens, num_experts: n and e.
         capacity: c, slots of an expert for each group; None is dropless.
         choices: k when the assignments are token-major (assignment i belongs to token i // k); None for expert choice.
-        chosen: `(..., b, a)` bool, the assignments that queued: chosen and not kept is what capacity dropped.
+        chosen: `(..., b, a)` bool, the assignments that queued: chosen and not kept is what capacity dropped. A weight
+            of 0 holds a slot of limited capacity, though nothing is computed in it; dropless it does not queue.
         queued: `(..., b, e)` int64, length of each expert's queue before capacity.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
         real: `(..., b, n)` bool, the real tokens under a mask; None if all are.
-        losses: the parts of `balance_loss` by name.
+        losses: every loss by name, 0-dim, without coefficients: the parts of `balance_loss`, "z", and a gate's own.
+        primary: `(..., b, a)` bool, the assignments that a second level takes as their token's first choice; None:
+            those that stand first.
 
     Example:
         >>> import torch
@@ -63,11 +66,28 @@ class Routing:
     limit: Tensor | None = None
     real: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    primary: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        parts = self.losses or {"balance": self.balance_loss}
+        object.__setattr__(self, "losses", {**parts, "z": parts.get("z", self.z_loss)})
 
     def __iter__(self) -> Iterator[Tensor]:
-        yield self.dispatch_tensor()
-        yield self.combine_tensor()
+        combine = self.combine_tensor()
+        yield occupied(combine)
+        yield combine
         yield self.balance_loss
+
+    @property
+    def importance(self) -> Tensor:
+        """`(..., b, a)`: what a second level gets of each assignment: 1 of a token's first choice, 0.5 of the others, 0
+        where it was dropped."""
+        if self.choices is None:
+            raise ValueError("expert choice hands on no importance: its tokens have no first choice")
+        primary = self.primary
+        if primary is None:
+            primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.choices == 0
+        return torch.where(self.kept, torch.where(primary, 1.0, 0.5).to(self.weight.dtype), 0.0)
 
     @property
     def slots(self) -> int:
@@ -84,8 +104,12 @@ class Routing:
 
     def dispatch_tensor(self) -> Tensor:
         """The papers' dispatch tensor `(..., b, n, e, c)`: 1 where the combine tensor is not 0."""
-        combine = self.combine_tensor()
-        return (combine != 0).to(combine.dtype)
+        return occupied(self.combine_tensor())
+
+
+def occupied(combine: Tensor) -> Tensor:
+    """1 where a combine tensor is not 0."""
+    return (combine != 0).to(combine.dtype)
 
 
 torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_experts.Routing")

@@ -225,15 +225,30 @@ def test_files_that_are_no_checkpoints(tmp_path):
     (tmp_path / "cut.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises((RuntimeError, OSError)):
         moe.load_state_dict(torch.load(tmp_path / "cut.pt", weights_only=True))
-    with pytest.raises(RuntimeError, match=r"gate.w_gating is missing.*weight is not of this layer"):
+    with pytest.raises(RuntimeError, match=r'(?s)Missing key.*"gate.w_gating".*Unexpected key.*"weight"'):
         moe.load_state_dict(nn.Linear(8, 8).state_dict())
-    with pytest.raises(RuntimeError, match=r"experts.w1 has shape \(4, 8, 5\) in the state and \(4, 8, 32\) here"):
+    with pytest.raises(RuntimeError, match=r"size mismatch for experts.w1: .*\[4, 8, 5\].*\[4, 8, 32\]"):
         moe.load_state_dict(MoE(8, 4, hidden_dim=5).state_dict())
-    with pytest.raises(RuntimeError, match=r"nothing was changed"):
-        moe.load_state_dict({"gate.w_gating": torch.zeros(8, 4)})
     assert moe.load_state_dict({"experts.w1": moe.experts.w1 * 2}, strict=False).missing_keys
     moe.load_state_dict(before)
     assert all(torch.equal(value, before[name]) for name, value in moe.state_dict().items())
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["root", "in a model"])
+def test_a_state_may_be_renamed_while_it_is_loaded(inside):
+    """As torch's modules allow: a hook before loading renames, at the root as inside a model."""
+    moe, other = MoE(8, 4), MoE(8, 4)
+
+    def rename(module, state, prefix, *args):
+        state[f"{prefix}gate.w_gating"] = state.pop(f"{prefix}router")
+
+    moe.register_load_state_dict_pre_hook(rename)
+    prefix = "0." if inside else ""
+    state = {prefix + name.replace("gate.w_gating", "router"): value for name, value in other.state_dict().items()}
+    result = (nn.Sequential(moe) if inside else moe).load_state_dict(state)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    assert torch.equal(moe.gate.w_gating, other.gate.w_gating)
 
 
 def test_short_groups_warn():

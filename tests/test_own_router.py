@@ -7,10 +7,51 @@ import torch
 from recipes import recipe
 from torch import Tensor, nn
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts.gating import Choices, TokenChoiceGate
+from mixture_of_experts.losses import z_loss
 
 TopPGating = recipe("A router of your own")["TopPGating"]
 DIM = 6
+
+
+class WholeForward(TopPGating):
+    """The same router in the form that gates had first: a `forward` that reads its arguments and calls `route`."""
+
+    def forward(self, x, importance=None, mask=None, length=None):
+        tokens = self.read(x, importance, mask, length)
+        logits = self.product(tokens.x, self.w_gating)
+        probs = logits.softmax(dim=-1)
+        weight, expert = (ranked[..., : self.choices] for ranked in probs.sort(descending=True, stable=True))
+        chosen = weight.cumsum(dim=-1) - weight < self.p
+        if (allowed := self.allowed(tokens)) is not None:
+            chosen = chosen & allowed
+        counted = True if tokens.first is None else tokens.first.unsqueeze(-1)
+        balance = self.balance(expert, chosen & counted, (probs * counted).sum(dim=-2), tokens.length)
+        z = z_loss(logits, tokens.first, self.process_group)
+        return self.route(tokens, probs, expert, weight, chosen=chosen, balance_loss=balance, z_loss=z)
+
+
+class Careless(TokenChoiceGate):
+    """Sends every token to every expert and forgets masks and importance wherever that is possible."""
+
+    def __init__(self, num_experts: int = 3, **settings) -> None:
+        super().__init__(DIM, num_experts, num_experts, **settings)
+
+    def decide(self, tokens) -> Choices:
+        probs = tokens.x.new_full((*tokens.x.shape[:-1], self.num_experts), 1 / self.num_experts)
+        expert = torch.arange(self.num_experts).expand(probs.shape)
+        return Choices(expert, probs, probs, {})
+
+
+class CarelessForward(Careless):
+    """The same in the first form."""
+
+    def forward(self, x, importance=None, mask=None, length=None):
+        tokens = self.read(x, importance, mask, length)
+        made = self.decide(tokens)
+        zero = made.probs.new_zeros(())
+        return self.route(tokens, made.probs, made.expert, made.weight, balance_loss=zero, z_loss=zero)
 
 
 def of_probabilities(*rows: list[float], **settings) -> tuple[nn.Module, Tensor]:
@@ -158,3 +199,157 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
     for ours, expected in zip(compiled(x), moe(x), strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"capacity_factor_train": 0.5, "min_expert_capacity": 1}], ids=str)
+def test_a_gate_that_writes_its_forward_goes_on_working(settings, padded):
+    """At one level, and at both of two."""
+    mask = torch.rand(2, 9) < 0.6 if padded else None
+    x = torch.randn(2, 9, DIM, dtype=torch.float64)
+    results = []
+    for kind in (TopPGating, WholeForward):
+        torch.manual_seed(0)
+        one = layer(kind(DIM, 5, k=3, **settings))
+        gates = kind(DIM, 3, k=2, **settings), kind(DIM, 4, k=3, outer_expert_dims=(3,), **settings)
+        two = HeirarchicalMoE(DIM, gate_outer=gates[0], gate_inner=gates[1]).double()
+        results.append([*one(x, mask=mask), *two(x, mask=mask)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("gate", [Careless, CarelessForward])
+def test_a_mask_cannot_be_forgotten(gate, factor):
+    gate, mask = gate(capacity_factor_train=factor), torch.tensor([[True, False, True, False, False]])
+    routing = gate(torch.randn(1, 5, DIM), mask=mask)
+    assert routing.kept.view(5, 3).all(dim=1).tolist() == mask[0].tolist()
+    assert routing.chosen.equal(routing.kept)
+    assert routing.queued.tolist() == [[2, 2, 2]]
+    if factor is not None:
+        assert routing.limit.tolist() == [4]  # the least: the real length, 2, would give int(3 * 2 / 3)
+
+
+def test_importance_cannot_be_forgotten():
+    """Neither can the rule that only tokens of importance 1 make more than one choice."""
+    routing = Careless()(torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
+    assert routing.kept.view(3, 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
+
+
+def test_a_gate_without_a_method_says_which():
+    class Empty(TokenChoiceGate):
+        pass
+
+    with pytest.raises(NotImplementedError, match=r"Empty must write decide\(tokens\)"):
+        Empty(DIM, 3, 2)(torch.randn(1, 4, DIM))
+
+
+# ---- a loss of one's own ----
+
+
+def test_a_loss_of_ones_own():
+    moe = layer(TopPGating(DIM, 5, k=3))
+    x, mask = torch.randn(2, 9, DIM, dtype=torch.float64), torch.rand(2, 9) < 0.6
+    probs = (x @ moe.gate.w_gating).softmax(dim=-1)
+    entropy = torch.distributions.Categorical(probs=probs[mask]).entropy().mean()
+    _, plain = moe(x, mask=mask)
+    moe.loss_coefs = {"entropy": 0.3}
+    _, with_entropy = moe(x, mask=mask)
+    torch.testing.assert_close(with_entropy, plain + 0.3 * entropy)
+    (gradient,) = torch.autograd.grad(with_entropy - plain, moe.gate.w_gating)
+    (expected,) = torch.autograd.grad(0.3 * entropy, moe.gate.w_gating)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_losses_are_weighed_by_name():
+    moe = MoE(DIM, gate=NoisyTopKGating(DIM, 4), loss_coef=0, loss_coefs={"importance": 0.1, "load": 0.2, "z": 0.3})
+    nn.init.normal_(moe.gate.w_gating)
+    x = torch.randn(2, 9, DIM)
+    losses = moe.eval().gate(x).losses
+    wanted = 0.1 * losses["importance"] + 0.2 * losses["load"] + 0.3 * losses["z"]
+    torch.testing.assert_close(moe(x)[1], wanted)
+
+
+def test_two_levels_weigh_the_losses_of_those_that_have_them():
+    inner = TopPGating(DIM, 4, outer_expert_dims=(3,))
+    moe = HeirarchicalMoE(DIM, (3, 4), gate_inner=inner, loss_coef=0, loss_coefs={"entropy": 0.5}, priority="token")
+    routings = []
+    inner.register_forward_hook(lambda gate, args, routing: routings.append(routing))
+    _, aux_loss = moe(torch.randn(2, 9, DIM))
+    assert aux_loss == 0.5 * routings[0].losses["entropy"]
+
+
+def test_an_unknown_loss_is_named():
+    moe = MoE(DIM, 4, loss_coefs={"entropy": 0.1})
+    with pytest.raises(ValueError, match=r"loss_coefs has 'entropy', which no gate reports.*\['balance', 'z'\]"):
+        moe(torch.randn(1, 5, DIM))
+    with pytest.raises(ValueError, match=r"loss_coefs\['z'\] must be a finite number of at least 0.0, got -1"):
+        MoE(DIM, 4, loss_coefs={"z": -1})
+    with pytest.raises(TypeError, match=r"loss_coefs must be a dict"):
+        MoE(DIM, 4, loss_coefs=0.1)  # type: ignore[arg-type]
+
+
+# ---- what a Routing promises ----
+
+
+def test_what_a_second_level_is_told():
+    """Three tokens by hand: sure of one expert, tied between two, and dropped."""
+    gate = TopKGating(2, 2, k=2, capacity_factor_train=1.0, min_expert_capacity=2)
+    gate.w_gating.data.copy_(torch.eye(2))
+    routing = gate(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]]))
+    assert routing.capacity == 3
+    assert routing.importance.tolist() == [[1.0, 0.5] * 3]  # a token's first choice, and its second
+
+    top2 = Top2Gating(2, 2, capacity_factor_train=0.1, min_expert_capacity=2, second_policy_train="all")
+    top2.w_gating.data.copy_(torch.eye(2))
+    routing = top2(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [3.0, 0.0]]]))
+    assert routing.importance.tolist() == [[1.0, 0.5, 0.5, 0.5, 0.0, 0.0]]  # by weight: above a half
+
+
+def test_a_gate_says_what_is_first():
+    class SecondFirst(Careless):
+        def decide(self, tokens) -> Choices:
+            made = super().decide(tokens)
+            return made._replace(primary=made.expert == 1)
+
+    assert SecondFirst(2)(torch.randn(1, 3, DIM)).importance.tolist() == [[0.5, 1.0] * 3]
+
+
+def test_the_former_way_to_say_so_is_refused():
+    class Former(TopPGating):
+        def handed_on(self, routing: Routing) -> Tensor:
+            return routing.weight
+
+    with pytest.raises(ValueError, match=r"gate_outer has a method handed_on, which nothing calls.*primary"):
+        HeirarchicalMoE(DIM, (3, 4), gate_outer=Former(DIM, 3, k=2))
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_chosen_is_what_queued(factor):
+    class WithZero(Careless):
+        def decide(self, tokens) -> Choices:
+            made = super().decide(tokens)
+            return made._replace(weight=made.weight * (made.expert != 1))
+
+    routing = WithZero(capacity_factor_train=factor)(torch.randn(1, 4, DIM))
+    queued = torch.zeros(1, 3, dtype=torch.int64).scatter_add(-1, routing.expert, routing.chosen.long())
+    assert queued.equal(routing.queued)
+    assert queued.tolist() == [[4, 0 if factor is None else 4, 4]]
+    assert routing.kept.equal(routing.weight != 0)
+
+
+def test_routings_are_compared_by_identity():
+    gate, x = TopKGating(DIM, 4), torch.randn(1, 5, DIM)
+    routing = gate(x)
+    assert routing == routing
+    assert routing != gate(x)
+    assert len({routing, routing}) == 1
+
+
+def test_unpacking_builds_the_dense_tensor_once(monkeypatch):
+    routing, built, build = TopKGating(DIM, 4)(torch.randn(1, 5, DIM)), [], Routing.combine_tensor
+    monkeypatch.setattr(Routing, "combine_tensor", lambda self: built.append(build(self)) or built[-1])
+    dispatch, combine, loss = routing
+    assert len(built) == 1
+    assert combine is built[0]
+    assert dispatch.equal((combine != 0).float())
+    assert loss is routing.balance_loss

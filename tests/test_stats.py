@@ -758,5 +758,5 @@ def test_too_many_losses():
             return routing
 
     moe = MoE(DIM, 3, gate=Many())
-    with track_routing(moe), pytest.raises(ValueError, match="9 losses, at most 8"):
+    with track_routing(moe), pytest.raises(ValueError, match="10 losses, at most 8"):
         moe(torch.randn(1, 4, DIM))

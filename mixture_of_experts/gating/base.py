@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mixture_of_experts import losses
 from mixture_of_experts.checks import (
     check_choice,
     check_importance,
@@ -24,7 +25,6 @@ from mixture_of_experts.checks import (
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.ranks import Ranks
-from mixture_of_experts.losses import load_balance, load_balance_of
 from mixture_of_experts.queues import PRIORITIES, Priority, expert_capacity, group_capacity, queue_positions
 from mixture_of_experts.routing import Routing
 
@@ -43,6 +43,19 @@ class Tokens(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.x.shape[-2]
+
+
+class Choices(NamedTuple):
+    """What the tokens choose, before masks, priorities and capacity."""
+
+    expert: Tensor  # (..., b, n, k) int64, a token's best choice first, no expert twice
+    weight: Tensor  # (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
+    probs: Tensor  # (..., b, n, e) the router's probabilities (normalised scores)
+    losses: dict[str, Tensor]  # every loss by name, 0-dim; "z" is the z-loss
+    balance_loss: Tensor | None = None  # what the layer's loss_coef weighs; by default losses["balance"], 0 without it
+    chosen: Tensor | None = None  # (..., b, n, k) bool, the choices that are made at all; None if all are
+    score: Tensor | None = None  # (..., b, n) by which tokens queue with priority "score"; None: the top probability
+    primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
 
 
 class Gate(nn.Module):
@@ -115,8 +128,8 @@ class Gate(nn.Module):
 class TokenChoiceGate(Gate):
     """Base of the gates in which every token chooses its experts.
 
-    A gate of one's own computes `probs`, and `expert` and `weight` of each choice, and calls `self.route`: capacity,
-    priorities, masks, levels and statistics follow from that.
+    A gate of one's own writes `decide`: what each token would choose, with what weights and losses. Masks, capacity,
+    priorities, levels and statistics follow from that.
 
     Args:
         dim, num_experts, outer_expert_dims, process_group: see `Gate`.
@@ -157,6 +170,51 @@ class TokenChoiceGate(Gate):
         """The factor of the present mode."""
         return self.capacity_factor_train if self.training else self.capacity_factor_eval
 
+    def decide(self, tokens: Tokens) -> Choices:
+        """What each of the tokens chooses. This is the method of a router of one's own.
+
+        Tokens that may choose nothing, or only one expert, are left out afterwards; a loss of one's own counts what
+        `tokens.first` says, as `balance_loss`, `z_loss` and `token_mean` of this class do.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
+
+    def forward(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Tensor | None = None,
+    ) -> Routing:
+        """Decide.
+
+        Args:
+            x: `(*outer, b, n, d)`.
+            importance: `(*outer, b, n)`: 1 takes part fully, between 0 and 1 with the top choice only and in no loss,
+                0 not at all.
+            mask: `(*outer, b, n)` bool, True where the token is real.
+            length: `(*outer, b)` number of tokens that capacity and means reckon with, if it is neither n nor what
+                the mask says; at most n.
+        """
+        tokens = self.read(x, importance, mask, length)
+        made = self.decide(tokens)
+        chosen = self.allowed(tokens)
+        if made.chosen is not None:
+            chosen = made.chosen if chosen is None else made.chosen & chosen
+        balance_loss = made.losses.get("balance") if made.balance_loss is None else made.balance_loss
+        z_loss = made.losses.get("z")
+        return self.route(
+            tokens,
+            made.probs,
+            made.expert,
+            made.weight,
+            chosen=chosen,
+            score=made.score,
+            primary=made.primary,
+            balance_loss=made.probs.new_zeros(()) if balance_loss is None else balance_loss,
+            z_loss=made.probs.new_zeros(()) if z_loss is None else z_loss,
+            losses=made.losses,
+        )
+
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
         if tokens.first is None or tokens.some is None:
@@ -192,14 +250,33 @@ class TokenChoiceGate(Gate):
         """
         if statically_known_true(expert.numel() <= FEW_CHOICES):
             counted = None if counted is None else counted.expand_as(expert).flatten(-2)
-            return load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
-        return load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
+            return losses.load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
+        return losses.load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
 
-    def handed_on(self, routing: Routing) -> Tensor:
-        """`(..., b, a)`: the importance that a second level gives each choice: 1 for the first, 0.5 for the rest."""
-        choice = torch.arange(routing.kept.shape[-1], device=routing.kept.device) % self.choices
-        importance = torch.where(choice == 0, 1.0, 0.5).to(routing.weight.dtype)
-        return torch.where(routing.kept, importance, 0.0)
+    def balance_loss(
+        self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, choices: int = 1
+    ) -> Tensor:
+        """The balancing loss over the tokens that count: `balance` with masks and importance seen to.
+
+        Args:
+            tokens: what `decide` got.
+            probs: `(..., b, n, e)`.
+            expert: `(..., b, n, k)` int64, the choices.
+            chosen: `(..., b, n, k)` bool, those that are made; None if all are.
+            choices: number of choices by which the loss is divided: 1.0 at balance if a token makes that many.
+        """
+        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
+        if first is not None:
+            probs, chosen = torch.where(first, probs, 0.0), first if chosen is None else chosen & first
+        return self.balance(expert, chosen, probs.sum(dim=-2), tokens.length, choices)
+
+    def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
+        """The router z-loss over the tokens that count; logits `(..., b, n, e)`."""
+        return losses.z_loss(logits, tokens.first, self.process_group)
+
+    def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
+        """Mean of `values` `(..., b, n)` over the tokens that count, of all ranks: a loss of one's own."""
+        return losses.token_mean(values, tokens.first, self.process_group)
 
     def route(
         self,
@@ -210,24 +287,30 @@ class TokenChoiceGate(Gate):
         *,
         chosen: Tensor | None = None,
         score: Tensor | None = None,
+        primary: Tensor | None = None,
         balance_loss: Tensor,
         z_loss: Tensor,
         losses: dict[str, Tensor] | None = None,
     ) -> Routing:
-        """Give the choices their slots and write the decision down.
+        """Give the choices their slots and write the decision down. Tokens that may not choose are left out.
 
         Args:
             tokens: what `read` returned.
             probs: `(..., b, n, e)`.
             expert, weight: `(..., b, n, k)`, best choice first.
-            chosen: `(..., b, n, k)` bool, the choices that are made at all (mask, importance, policy); None if all are.
+            chosen: `(..., b, n, k)` bool, the choices that are made at all (importance, policy); None if all are.
             score: `(..., b, n)` by which tokens queue with priority "score"; by default the top probability.
+            primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default those that stand
+                first.
             balance_loss, z_loss: 0-dim.
-            losses: the parts of `balance_loss` by name; by default that loss itself, as "balance".
+            losses: every loss by name, the parts of `balance_loss` and others; by default that loss, as "balance".
         """
         capacity, limit = self.capacity(tokens)
         if self.priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
+        if tokens.some is not None:
+            some = tokens.some.unsqueeze(-1)
+            chosen = some.expand_as(expert) if chosen is None else chosen & some
         expert, weight = expert.flatten(-2), weight.flatten(-2)
         chosen = None if chosen is None else chosen.flatten(-2)
         # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
@@ -253,11 +336,12 @@ class TokenChoiceGate(Gate):
             num_experts=self.num_experts,
             capacity=capacity,
             choices=self.choices,
-            chosen=torch.ones_like(kept) if chosen is None else chosen,
+            chosen=torch.ones_like(kept) if queues is None else queues,
             queued=queued,
             limit=limit,
             real=tokens.real,
             losses={"balance": balance_loss} if losses is None else losses,
+            primary=None if primary is None else primary.flatten(-2),
         )
 
     def extra_repr(self) -> str:

@@ -90,7 +90,6 @@ class ExpertChoiceGating(Gate):
             queued=chosen.sum(dim=-1),
             limit=limit,
             real=tokens.real,
-            losses={"balance": balance},
         )
 
     def _capacity(self, n: int, length: Tensor | int) -> tuple[int, Tensor | None]:

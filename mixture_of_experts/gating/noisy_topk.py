@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.base import TokenChoiceGate, Tokens, top_choices
+from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens, top_choices
 from mixture_of_experts.queues import Priority
-from mixture_of_experts.routing import Routing
 
 
 class NoisyTopKGating(TokenChoiceGate):
@@ -35,7 +34,7 @@ class NoisyTopKGating(TokenChoiceGate):
         >>> import torch
         >>> gate = NoisyTopKGating(dim=8, num_experts=4, k=2)
         >>> sorted(gate(torch.randn(2, 16, 8)).losses)
-        ['importance', 'load']
+        ['importance', 'load', 'z']
     """
 
     def __init__(
@@ -76,15 +75,8 @@ class NoisyTopKGating(TokenChoiceGate):
         nn.init.zeros_(self.w_gating)
         nn.init.zeros_(self.w_noise)
 
-    def forward(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        length: Tensor | None = None,
-    ) -> Routing:
-        """Decide; arguments as `TopKGating.forward`."""
-        tokens = self.read(x, importance, mask, length)
+    def decide(self, tokens: Tokens) -> Choices:
+        """The k experts of each token's largest noisy scores."""
         clean = self.product(tokens.x, self.w_gating)
         spread = F.softplus(self.product(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
@@ -100,17 +92,8 @@ class NoisyTopKGating(TokenChoiceGate):
         probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
-        return self.route(
-            tokens,
-            probs,
-            expert,
-            weight,
-            chosen=allowed,
-            score=score,
-            balance_loss=parts["importance"] + parts["load"],
-            z_loss=losses.z_loss(clean, tokens.first, self.process_group),
-            losses=parts,
-        )
+        balance_loss = parts["importance"] + parts["load"]
+        return Choices(expert, weight, probs, {**parts, "z": self.z_loss(tokens, clean)}, balance_loss, score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """Squared variation of importance and load, each summed over the call."""

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_number
-from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
+from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens
 from mixture_of_experts.queues import Priority
-from mixture_of_experts.routing import Routing
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
@@ -120,24 +119,11 @@ class Top2Gating(TokenChoiceGate):
     def num_gates(self) -> int:
         return self.num_experts
 
-    def forward(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        length: Tensor | None = None,
-    ) -> Routing:
-        """Decide, as algorithm 1 of GShard does.
+    def decide(self, tokens: Tokens) -> Choices:
+        """Two choices of each token, as algorithm 1 of GShard makes them.
 
-        Args:
-            x: `(*outer, b, n, d)`.
-            importance: `(*outer, b, n)`: 1 takes part fully, between 0 and 1 with the top expert as second choice
-                only and in no loss, 0 not at all.
-            mask: `(*outer, b, n)` bool, True where the token is real.
-            length: `(*outer, b)` number of tokens that capacity and means reckon with, if it is neither n nor what
-                the mask says; at most n.
+        A token of importance between 0 and 1 takes no first choice, and as its second one its top expert.
         """
-        tokens = self.read(x, importance, mask, length)
         logits = self.product(tokens.x, self.w_gating)
         probs = logits.softmax(dim=-1)
 
@@ -151,16 +137,16 @@ class Top2Gating(TokenChoiceGate):
         parts = self._losses(tokens, probs, expert_1, expert_2)
         p_1, p_2 = probs.gather(-1, expert).chunk(2, dim=-1)
         gate = self._gates(p_1, p_2, expert_1 == expert_2, tokens.first)
-        return self.route(
-            tokens,
-            probs,
-            expert,
-            gate,
-            chosen=self._chosen(gate, tokens),
-            balance_loss=parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"],
-            z_loss=losses.z_loss_at(logits, expert_1, p_1, tokens.first, self.process_group),
-            losses=parts,
-        )
+        balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
+        parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.first, self.process_group)
+        # a choice of more than half the weight; at an exact tie neither is first
+        return Choices(expert, gate, probs, parts, balance_loss, chosen=self._sent(gate), primary=gate > 0.5)
+
+    def allowed(self, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
+        if tokens.first is None or tokens.some is None:
+            return None
+        return torch.stack([tokens.first, tokens.some], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, first: Tensor | None) -> Tensor:
         """The probabilities with that of the first choice, where it is one, set to 0."""
@@ -182,19 +168,18 @@ class Top2Gating(TokenChoiceGate):
         p_2 = p_2.masked_fill(same, 0.0)
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
-    def _chosen(self, gate: Tensor, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, 2)` bool: the choices that importance and the policy of the present mode leave; None if all.
+    def _sent(self, gate: Tensor) -> Tensor | None:
+        """`(..., b, n, 2)` bool: the choices that the policy of the present mode leaves; None if all.
 
         `gate` is `(..., b, n, 2)`.
         """
         policy, threshold = self.second_policy_eval, self.second_threshold_eval
         if self.training:
             policy, threshold = self.second_policy_train, self.second_threshold_train
-        if policy == "all" and tokens.first is None:
+        if policy == "all":
             return None
         second = POLICIES[policy](gate[..., 1].detach(), threshold, self.eps)
-        first = torch.ones_like(second) if tokens.first is None else tokens.first
-        return torch.stack([first, second if tokens.some is None else second & tokens.some], dim=-1)
+        return torch.stack([torch.ones_like(second), second], dim=-1)
 
     def _losses(self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
@@ -209,8 +194,3 @@ class Top2Gating(TokenChoiceGate):
             some = None if tokens.some is None else tokens.some.unsqueeze(-1)
             parts["second_place"] = 0.5 * self.balance(expert_2, some, proxy.sum(dim=-2), tokens.length)
         return parts
-
-    def handed_on(self, routing: Routing) -> Tensor:
-        """0.5 ([s > 0.5] + [s > 0]), so that an exact tie of the two gates gives 0.5 to both."""
-        weight = routing.weight.detach()
-        return 0.5 * ((weight > 0.5).to(weight.dtype) + (weight > 0).to(weight.dtype))

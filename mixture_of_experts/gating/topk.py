@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_number, check_size
-from mixture_of_experts.gating.base import TokenChoiceGate, top_choices
+from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens, top_choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.queues import Priority
-from mixture_of_experts.routing import Routing
 
 Score = Literal["softmax", "sigmoid"]
 SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
@@ -115,15 +114,8 @@ class TopKGating(TokenChoiceGate):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
-    def forward(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        length: Tensor | None = None,
-    ) -> Routing:
-        """Decide; arguments as `Top2Gating.forward` (importance between 0 and 1: the top choice only)."""
-        tokens = self.read(x, importance, mask, length)
+    def decide(self, tokens: Tokens) -> Choices:
+        """The k experts of each token's largest scores."""
         logits = self.product(self._jittered(tokens.x), self.w_gating, self.b_gating)
         score = SCORES[self.score](logits)
         expert = self._choose(score)
@@ -131,9 +123,7 @@ class TopKGating(TokenChoiceGate):
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
-        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
-        balance = self.balance(expert, first, proxy, tokens.length, self.choices)
+        balance = self.balance_loss(tokens, probs, expert, choices=self.choices)
 
         weight = score.gather(-1, expert)
         prob = weight[..., :1]
@@ -149,9 +139,9 @@ class TopKGating(TokenChoiceGate):
         if self.score == "softmax" and self.expert_bias is None and self.num_groups is None:
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
-            z_loss = losses.z_loss(logits, tokens.first, self.process_group)
+            z_loss = self.z_loss(tokens, logits)
         top = score.detach().amax(dim=-1) if self.priority == "score" else None
-        return self.route(tokens, probs, expert, weight, chosen=allowed, score=top, balance_loss=balance, z_loss=z_loss)
+        return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, score=top)
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
