@@ -256,3 +256,16 @@ def test_residual_in_place_after_expert_choice():
     out += x
     torch.testing.assert_close(out, expected)
     out.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own quantization
+def test_int8_reaches_experts_in_a_list_only():
+    linear = [nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(4)]
+    stacked, listed = MoE(8, 4).eval(), MoE(8, 4, second_policy_eval="all", experts=linear).eval()
+    quantize = torch.ao.quantization.quantize_dynamic
+    assert quantize(stacked, {nn.Linear}).experts.w1.dtype == torch.float32
+    x = torch.randn(2, 9, 8)
+    quantized = quantize(listed, {nn.Linear})
+    assert quantized.experts[0][0].weight().dtype == torch.qint8
+    torch.testing.assert_close(quantized(x)[0], listed(x)[0], rtol=0, atol=0.03)
+    assert not torch.equal(quantized(x)[0], listed(x)[0])
