@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks import timing
-from benchmarks.cases import every_case
+from benchmarks.cases import Case, every_case
 from benchmarks.run import figures
 
 
-def pooled(records: Sequence[dict]) -> dict:
-    """One record of the rounds of several processes, of one case and half.
+def pooled(records: Sequence[dict], cases: Iterable[Case] | None = None) -> dict:
+    """One record of the rounds of several processes, of one case (by name among `cases`, else all there are) and half.
 
     What a process finds depends on where its memory lies, for as long as it runs: `range` says what each found alone.
     """
@@ -29,7 +29,7 @@ def pooled(records: Sequence[dict]) -> dict:
         for name in names
     }
     peaks = {name: row["peak_bytes"] for name, row in contestants.items() if row["peak_bytes"] is not None}
-    case = next(case for case in every_case() if case.name == first["case"]["name"])
+    case = next(case for case in cases or every_case() if case.name == first["case"]["name"])
     found = figures(case, samples, peaks, first["half"])
     for figure in found:
         if figure["quantity"] == "time":

@@ -75,9 +75,7 @@ def test_rounds_of_several_processes_count_together() -> None:
 
     records = [record(layer=1.0, reference=1.0, only_here=1.0), record(layer=3.0, reference=2.0)]
     case = replace(TOYS["toy/train"], figures=(Figure("layer", ("reference",), target=1.3),))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pool, "every_case", lambda: [case])
-        whole = pool.pooled([*records, records[1]])
+    whole = pool.pooled([*records, records[1]], [case])
     assert whole["contestants"].keys() == {"layer", "reference", "reference" + AGAIN}
     assert whole["contestants"]["layer"]["seconds"] == [1.0] * 15 + [3.0] * 30
     assert (whole["rounds"], whole["processes"], whole["contestants"]["layer"]["faults"]) == (45, 3, 7)
