@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 import re
 import runpy
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.optim.swa_utils import AveragedModel
 
 import mixture_of_experts
 from mixture_of_experts import HeirarchicalMoE, MoE
@@ -32,10 +34,12 @@ class Block(NamedTuple):
     mark: str | None
     code: str
 
-    def run(self) -> None:
-        """Run it alone, as a reader who copies it would; tracebacks show the document's own lines."""
+    def run(self) -> dict[str, Any]:
+        """Run it alone, as a reader who copies it would; tracebacks show the document's own lines. What it defined."""
         program = compile("\n" * (self.line - 1) + self.code, str(self.file), "exec")
-        exec(program, {"__name__": "__main__"})
+        names: dict[str, Any] = {"__name__": "__main__"}
+        exec(program, names)
+        return names
 
 
 def blocks_of(file: Path) -> list[Block]:
@@ -67,6 +71,23 @@ def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     block.run()
+
+
+def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
+    """After a training forward, whose graph is still there."""
+    (block,) = (block for block in BLOCKS if "collect_aux" in block.code and "TransformerEncoderLayer" in block.code)
+    names = block.run()
+    layers, x = names["layers"], torch.randn(2, 5, 64)
+    with names["collect_aux"](layers) as aux:
+        loss = layers(x).square().mean() + aux.take()
+        copies = copy.deepcopy(layers), AveragedModel(layers)
+    loss.backward()
+    for other in copies:
+        outputs = []
+        for model in (layers, other):
+            torch.manual_seed(1)  # policy random draws
+            outputs.append(model.eval()(x))
+        assert torch.equal(*outputs)
 
 
 def test_every_python_block_is_found():
