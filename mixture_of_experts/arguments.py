@@ -14,14 +14,30 @@ from mixture_of_experts.gating import Top2Gating
 
 
 def as_experts(experts: Any) -> nn.Module | None:
-    """A module of all experts, from such a module or a list of single ones."""
+    """A module of all experts, from such a module (a list with a forward of its own too) or a list of single ones."""
     if experts is None:
         return None
-    if isinstance(experts, list | tuple | nn.ModuleList) and not isinstance(experts, ExpertList):
+    if isinstance(experts, list | tuple) or (isinstance(experts, nn.ModuleList) and not has_forward(experts)):
         return ExpertList(experts)
     if not isinstance(experts, nn.Module):
         raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
     return experts
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether it can be called: a plain `nn.ModuleList` cannot."""
+    return type(module).forward is not nn.Module.forward
+
+
+def check_shared_expert(shared_expert: Any) -> nn.Module | None:
+    """One module that can be called, or None."""
+    if shared_expert is None or (isinstance(shared_expert, nn.Module) and has_forward(shared_expert)):
+        return shared_expert
+    got = type(shared_expert).__name__ if isinstance(shared_expert, nn.Module) else repr(shared_expert)
+    raise TypeError(
+        f"shared_expert must be a module or None, got {got}: make an instance of a class, put several modules into one "
+        "nn.Sequential"
+    )
 
 
 def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
@@ -61,6 +77,12 @@ def check_gate(
     """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
+    given = ["mask", "importance"] if outer else ["mask"]
+    if not takes(gate, given):
+        raise TypeError(
+            f"{name} must be a gate such as TopKGating(...), called with (x, {', '.join(f'{n}=...' for n in given)}), "
+            f"but {type(gate).__name__} has forward{inspect.signature(gate.forward)}"
+        )
     if level and not hasattr(gate, "choices"):
         raise ValueError(
             f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
@@ -74,6 +96,17 @@ def check_gate(
         got = getattr(gate, what, wanted)
         if got != wanted:
             raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: give both the same")
+
+
+def takes(module: nn.Module, keywords: list[str]) -> bool:
+    """Whether it can be called with one tensor and these keywords, as far as its signature tells."""
+    try:
+        inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
+    except TypeError:
+        return False
+    except ValueError:  # it has no signature
+        return True
+    return True
 
 
 def check_experts(experts: nn.Module | None, dim: int, num_experts: tuple[int, ...]) -> None:

@@ -83,3 +83,12 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
         raise TypeError(f"importance must be a floating point tensor of values 0, 0.5 or 1, got {kind}")
     if importance.shape != shape:
         raise ValueError(f"importance must have shape {tuple(shape)}, one entry a token, got {tuple(importance.shape)}")
+
+
+def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
+    """What experts returned: a tensor of the shape that they were given."""
+    if isinstance(result, Tensor) and result.shape == shape:
+        return result
+    got = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
+    remedy = ": wrap it in a module that returns the output alone" if isinstance(result, tuple) else ""
+    raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {got}{remedy}")

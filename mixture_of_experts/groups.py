@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_mask, check_tokens
+from mixture_of_experts.checks import check_mask, check_result, check_tokens
 
 
 def group_inputs(
@@ -53,9 +53,7 @@ def restore(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Modul
     out = own(out, x.shape).to(x.dtype)
     if shared_expert is None:
         return out
-    shared = shared_expert(x)
-    if shared.shape != x.shape:
-        raise ValueError(f"shared_expert must keep the shape {tuple(x.shape)}, it returned {tuple(shared.shape)}")
+    shared = check_result("shared_expert", shared_expert(x), x.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
 

@@ -16,6 +16,7 @@ from mixture_of_experts.arguments import (
     as_experts,
     check_experts,
     check_gate,
+    check_shared_expert,
     refuse_gating_arguments,
     resolve_grid,
     resolve_num_experts,
@@ -28,7 +29,7 @@ from mixture_of_experts.gating.top2 import SecondPolicy
 from mixture_of_experts.groups import group_inputs, restore
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.queues import Priority
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.routing import Routing, check_routing
 
 
 class Layer(nn.Module):
@@ -51,7 +52,7 @@ class Layer(nn.Module):
         self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
         self.loss_coefs = check_coefs("loss_coefs", {} if loss_coefs is None else loss_coefs)
         self.group_size = None if group_size is None else check_size("group_size", group_size)
-        self.shared_expert = shared_expert
+        self.shared_expert = check_shared_expert(shared_expert)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
         """0-dim: the losses of all levels times their coefficients. A loss nobody asked for is not differentiated."""
@@ -94,7 +95,8 @@ class MoE(Layer):
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
         loss_coefs: coefficients of further losses in `aux_loss`, by the names that the gate reports them under in
             `Routing.losses`: a loss of one's own, or one part of the balancing loss more than the other.
-        shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token.
+        shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token. It reads the
+            inputs themselves, so one that begins in place (`nn.ReLU(inplace=True)`) overwrites them, as anywhere.
 
     Shape:
         inputs `(..., n, d)`, mask `(..., n)` bool; returns `out` of the inputs' shape and dtype and a 0-dim
@@ -160,7 +162,7 @@ class MoE(Layer):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
-        routing = self.gate(groups, mask=group_mask)
+        routing = check_routing("gate", self.gate(groups, mask=group_mask))
         out = compute(self.experts, groups, [routing])
         return restore(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
@@ -254,8 +256,8 @@ class HeirarchicalMoE(Layer):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
-        outer = self.gate_outer(groups, mask=group_mask)
-        inner = self.gate_inner(**second_level(groups, outer, self.group_size))
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask))
+        inner = check_routing("gate_inner", self.gate_inner(**second_level(groups, outer, self.group_size)))
         out = compute(self.experts, groups, [outer, inner])
         return restore(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

@@ -113,3 +113,13 @@ def occupied(combine: Tensor) -> Tensor:
 
 
 torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_experts.Routing")
+
+
+def check_routing(name: str, routing: object) -> Routing:
+    """What a gate returned, if it is a decision."""
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"{name} must return a Routing, got {type(routing).__name__}: derive it from TokenChoiceGate, whose "
+            "`decide` returns experts and weights"
+        )
+    return routing

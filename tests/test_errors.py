@@ -178,6 +178,49 @@ def test_things_that_are_no_modules():
         MoE(8, 4, activation="gelu")
     with pytest.raises(ValueError, match=r"at least one module"):
         ExpertList([])
+    for shared in (0, [nn.Linear(8, 8)], nn.Linear, nn.ModuleList([nn.Linear(8, 8)])):
+        with pytest.raises(TypeError, match=r"shared_expert must be a module or None, got .*nn.Sequential"):
+            MoE(8, 4, shared_expert=shared)
+
+
+class OldGate(nn.Module):
+    """As a gate of 0.2.3."""
+
+    def forward(self, x, importance=None, mask=None):
+        return x, x, x.sum()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gates_that_return_no_routing(kind):
+    name = "gate_outer" if kind is HeirarchicalMoE else "gate"
+    with pytest.raises(
+        TypeError, match=rf"{name} must be a gate .* called with \(x, mask=...\), but Linear has forward"
+    ):
+        layer(kind, **{name: nn.Linear(8, 4)})
+    if kind is MoE:
+        with pytest.raises(TypeError, match=r"gate must return a Routing, got tuple.*TokenChoiceGate"):
+            MoE(8, 4, gate=OldGate())(torch.randn(1, 5, 8))
+
+
+def test_results_that_are_no_tensor():
+    """A layer inside a layer returns its loss too."""
+    with pytest.raises(ValueError, match=r"shared_expert must keep the shape .* returned a tuple: wrap it"):
+        MoE(8, 4, shared_expert=MoE(8, 2))(torch.randn(1, 5, 8))
+
+
+class Doubled(nn.ModuleList):
+    """A list with a forward of its own: all experts at once."""
+
+    def forward(self, x):
+        return torch.stack([2 * expert(part) for expert, part in zip(self, x, strict=True)])
+
+
+def test_a_list_with_a_forward_of_its_own_is_called():
+    linear = [nn.Linear(8, 8, bias=False) for _ in range(4)]
+    plain = MoE(8, 4, experts=linear, second_policy_eval="all").eval()
+    doubled = MoE(8, 4, experts=Doubled(linear), gate=plain.gate).eval()
+    x = torch.randn(2, 9, 8)
+    torch.testing.assert_close(doubled(x)[0], 2 * plain(x)[0])
 
 
 def test_routers():
