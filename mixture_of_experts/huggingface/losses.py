@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, MutableMapping
 from typing import Any
@@ -55,10 +56,20 @@ def collect(model: nn.Module) -> Tensor | None:
 
 def add_to_loss(model: nn.Module) -> None:
     """Put the hooks on a model, once."""
-    if not any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
-        hook = AddAuxLoss()
-        model.register_forward_pre_hook(hook.begin)
-        model.register_forward_hook(hook, with_kwargs=True)
+    if any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
+        return
+    hook = AddAuxLoss()
+    model.register_forward_pre_hook(hook.begin)
+    model.register_forward_hook(hook, with_kwargs=True)
+    if not hasattr(model, "accepts_loss_kwargs") and not divides_by_batch(model):
+        # T5's and BERT's losses are means of a micro-batch, whatever they are told of the batch. The Trainer takes them
+        # for sums over its share, and both losses would be A times too large with A steps of accumulation
+        model.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
+
+
+def divides_by_batch(model: nn.Module) -> bool:
+    """Whether a model computes its loss by the function that reads `num_items_in_batch`."""
+    return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
 class AddAuxLoss:
@@ -73,7 +84,7 @@ class AddAuxLoss:
         return {**self.__dict__, "waits": False}
 
     def begin(self, model: nn.Module, args: object) -> None:
-        if self.waits and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.waits:
             self.waits = False
             if not self.warned and not any(module.aux_used for module in feed_forwards(model)):
                 self.warned = True

@@ -60,7 +60,7 @@ class BeginCall:
         call = read_call(given)
         for feed_forward in feed_forwards(model):
             feed_forward.begin(call)
-        if model.training and not torch.compiler.is_compiling():  # a compiled graph holds the mask itself
+        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             keep_for_checkpointing(model)
 
 
@@ -101,6 +101,7 @@ def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     return own if own.dtype == torch.bool else own >= 0 if own.is_floating_point() else own > 0
 
 
+@torch.compiler.disable
 def keep_for_checkpointing(model: nn.Module) -> None:
     """See to it that what the model's own checkpointing runs again has its mask again."""
     for module in model.modules():
@@ -110,15 +111,18 @@ def keep_for_checkpointing(model: nn.Module) -> None:
 
 
 class Checkpoint:
-    """A model's checkpointing function, of one layer: what it runs becomes `Remembered`."""
+    """A model's checkpointing function, of one layer: what it runs becomes `Remembered`.
+
+    A compiled model leaves its graph here, as what is remembered is no part of one.
+    """
 
     def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:
         self.checkpoint = checkpoint
         self.layer = layer
 
+    @torch.compiler.disable
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            run = Remembered(run, [(module, module.call) for module in feed_forwards(self.layer)])
+        run = Remembered(run, [(module, module.call) for module in feed_forwards(self.layer)])
         return self.checkpoint(run, *args, **kwargs)
 
 

@@ -1,0 +1,52 @@
+"""Two processes train a swapped model under DDP: `python -m huggingface.data_parallel RESULTS`, in `tests/`."""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mixture_of_experts.huggingface import replace_ffn
+
+from .models import ARCHITECTURES, without_dropout
+from .test_padding import ONE_PLACE, two_lengths
+
+
+def build(name: str, gate=ONE_PLACE, **settings) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build(**settings)).train()
+    replace_ffn(model, num_experts=4, gate=gate, loss_coef=0.5)
+    return model
+
+
+def labelled() -> dict[str, Tensor]:
+    _, batch = two_lengths("right")
+    return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def worker(rank: int, results: str) -> None:
+    rendezvous = f"file://{results}/rendezvous"
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    torch.manual_seed(0)
+    model, batch = build("llama"), labelled()
+    model.activation_checkpointing_enable()
+    wrapped = DistributedDataParallel(model)
+    part = {name: value[rank : rank + 1] for name, value in batch.items()}
+    torch.save(gradients(model, wrapped(**part).loss), f"{results}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # forked: the imports are made once, and nothing has been computed that a fork could not survive
+    mp.start_processes(worker, args=(sys.argv[1],), nprocs=2, start_method="fork")

@@ -1,0 +1,237 @@
+"""The loss of a training forward holds the auxiliary loss, exactly and once, in every way of training."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from mixture_of_experts import TopKGating
+from mixture_of_experts.huggingface import aux_loss, replace_ffn
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, VOCABULARY, without_dropout
+
+COEFFICIENT = 0.5  # large, so that an error in the weight of the auxiliary loss shows
+
+
+def build(name: str = "llama", **settings) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build(**settings)).train()
+    replace_ffn(model, num_experts=4, loss_coef=COEFFICIENT)
+    return model
+
+
+def batch_of(rows: int, name: str = "llama", n: int = 8) -> dict[str, Tensor]:
+    tokens = torch.randint(3, VOCABULARY, (rows, n))
+    return {"input_ids": tokens, "labels": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def task_and_aux(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Both losses by hand, from one forward without labels."""
+    logits = model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    task = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    return task, aux_loss(model)
+
+
+def gradients(model: nn.Module, loss: Tensor | None = None) -> dict[str, Tensor]:
+    if loss is not None:
+        model.zero_grad()
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert found.keys() == expected.keys()
+    router = [grad.abs().max() for name, grad in expected.items() if name.endswith("w_gating")]
+    assert min(router) > 1e-3, "the routers learn nothing"
+    for name, grad in expected.items():
+        torch.testing.assert_close(
+            found[name], grad, atol=tolerance, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_a_training_forward(as_tuple):
+    model, batch = build(), batch_of(3)
+    task, aux = task_and_aux(model, batch)
+    expected = gradients(model, task + aux)
+    out = model(**batch, return_dict=not as_tuple)
+    loss = out[0] if as_tuple else out.loss
+    assert isinstance(out, tuple) == as_tuple
+    torch.testing.assert_close(loss, task + aux)
+    torch.testing.assert_close(aux_loss(model), aux)  # and can still be read
+    same(gradients(model, loss), expected)
+
+
+def test_evaluation_leaves_the_loss_alone():
+    model, batch = build(), batch_of(3)
+    task, _ = task_and_aux(model, batch)
+    torch.testing.assert_close(model.eval()(**batch).loss, task)
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(**batch).loss, task)
+
+
+def test_weighted_sums_of_losses():
+    model, batches = build(), [batch_of(2), batch_of(3)]
+    parts = [task_and_aux(model, batch) for batch in batches]
+    expected = gradients(model, 0.3 * sum(parts[0]) + 0.7 * sum(parts[1]))
+    first, second = (model(**batch).loss for batch in batches)
+    same(gradients(model, 0.3 * first + 0.7 * second), expected)
+
+
+def test_gradient_scaler_in_half_precision():
+    """What comes out after unscaling is what an unscaled backward gives, the auxiliary loss's part too."""
+    model, batch = build(), batch_of(3)
+    with torch.autocast("cpu", dtype=torch.float16):
+        expected = gradients(model, sum(task_and_aux(model, batch)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(**batch).loss
+    model.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    found = gradients(model)
+    for name, grad in expected.items():  # float16 products: equal to about a thousandth of the largest
+        torch.testing.assert_close(found[name], grad, atol=2e-3 * grad.abs().max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_checkpointing(name):
+    model, batch = build(name), batch_of(3)
+    expected = gradients(model, model(**batch).loss)
+    model.activation_checkpointing_enable()
+    out = model(**batch)
+    aux = aux_loss(model)
+    same(gradients(model, out.loss), expected)
+    assert aux_loss(model) is aux or torch.equal(aux_loss(model), aux)  # the recomputation left it alone
+
+
+def test_models_of_several_parts():
+    """Encoder and decoder count, and a part that does not run adds nothing of an earlier forward."""
+    model = build("t5")
+    inputs = ARCHITECTURES["t5"].inputs()
+    encoded = model.encoder(inputs["input_ids"])
+    of_encoder = aux_loss(model)
+    assert len(feed_forwards(model)) == 4
+    model(**inputs)
+    both = aux_loss(model)
+    model(encoder_outputs=encoded, decoder_input_ids=inputs["decoder_input_ids"])
+    torch.testing.assert_close(aux_loss(model) + of_encoder, both)
+
+
+def test_nothing_to_tell():
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM has no auxiliary loss: call it first"):
+        aux_loss(build())
+
+
+# The Trainer, and accelerate
+
+
+def trainer(model: nn.Module, rows: dict[str, Tensor], tmp_path: Path, **settings) -> Trainer:
+    data = [{name: value[i] for name, value in rows.items()} for i in range(len(rows["input_ids"]))]
+    settings = {"per_device_train_batch_size": 2, "max_steps": 1, "learning_rate": 0.0, **settings}
+    arguments = TrainingArguments(
+        tmp_path, optim="sgd", max_grad_norm=0.0, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no",
+        seed=0, **settings,
+    )  # fmt: skip
+    made = Trainer(model, arguments, train_dataset=data)
+    made.found = []
+    zero_grad = model.zero_grad
+
+    def keep(*args, **kwargs):
+        made.found.append(gradients(model))
+        return zero_grad(*args, **kwargs)
+
+    model.zero_grad = keep
+    return made
+
+
+def trained_gradients(model: nn.Module, rows: dict[str, Tensor], tmp_path: Path, **settings) -> dict[str, Tensor]:
+    """Those of the first optimizer step."""
+    made = trainer(model, rows, tmp_path, **settings)
+    made.train()
+    del model.zero_grad
+    return next(found for found in made.found if found)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_is_the_whole_batch_at_once(tmp_path, name, checkpointing):
+    model, rows = build(name), batch_of(8)
+    whole = gradients(model, model(**rows).loss)
+    model.zero_grad()
+    found = trained_gradients(
+        model, rows, tmp_path, gradient_accumulation_steps=4, activation_checkpointing=checkpointing
+    )
+    same(found, whole)
+
+
+def test_accumulation_weights_by_labels(tmp_path):
+    """Micro-batches of unequal numbers of labels: each auxiliary loss counts by its share of them."""
+    model, rows = build(), batch_of(4)
+    rows["labels"] = rows["labels"].clone()
+    rows["labels"][:3, 5:] = -100
+    micro = [{name: value[i : i + 1] for name, value in rows.items()} for i in range(4)]
+    labels = torch.tensor([(part["labels"][:, 1:] != -100).sum() for part in micro])
+    total = torch.zeros(())
+    for part, share in zip(micro, labels / labels.sum(), strict=True):
+        total = total + share * model(**part).loss
+    expected = gradients(model, total)
+    model.zero_grad()
+    found = trained_gradients(model, rows, tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1)
+    same(found, expected)
+
+
+def test_label_smoothing_warns(tmp_path):
+    model, rows = build(), batch_of(4)
+    with pytest.warns(UserWarning, match=r"returned no loss .* aux_loss\(model\)"):
+        trained_gradients(model, rows, tmp_path, label_smoothing_factor=0.1, max_steps=2)
+
+    class WithAuxLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss + aux_loss(model)
+            return (loss, out) if return_outputs else loss
+
+    model = build()
+    made = trainer(model, rows, tmp_path, label_smoothing_factor=0.1, max_steps=2)
+    made.__class__ = WithAuxLoss
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        made.train()
+    del model.zero_grad
+
+
+def test_a_loss_of_ones_own_is_not_warned_of():
+    model, batch = build(), batch_of(2)
+    for _ in range(3):
+        sum(task_and_aux(model, batch)).backward()
+    with torch.no_grad():  # sampling in training mode has no loss
+        model(batch["input_ids"])
+        model(batch["input_ids"])
+
+
+def test_accelerate():
+    model, rows = build(), batch_of(4)
+    whole = gradients(model, model(**rows).loss)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    optimizer.zero_grad()
+    for i in (0, 2):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**{name: value[i : i + 2] for name, value in rows.items()}).loss)
+    same(gradients(model), whole)
+
+
+def test_balance_over_the_batch_is_exact_too():
+    """A gate that counts over the batch, in one forward."""
+    model = without_dropout(ARCHITECTURES["llama"].build()).train()
+    replace_ffn(model, gate=lambda d, e: TopKGating(d, e, balance_over="batch"), loss_coef=COEFFICIENT)
+    batch = batch_of(3)
+    torch.testing.assert_close(model(**batch).loss, sum(task_and_aux(model, batch)))

@@ -1,0 +1,140 @@
+"""Swapped models under `torch.compile`, DDP and PEFT: masks, losses and weights stay right."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from mixture_of_experts import TopKGating
+from mixture_of_experts.huggingface import aux_loss, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .data_parallel import build, gradients, labelled
+from .models import ARCHITECTURES, DIM, without_dropout
+from .test_padding import two_lengths
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
+def test_compile_in_one_graph(name):
+    """Mask, and loss, and their gradients; a step with another mask compiles nothing anew."""
+    torch.compiler.reset()
+    model, graphs = build(name), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    for step in range(2):
+        made = len(graphs)
+        batch = labelled()
+        batch["attention_mask"] = batch["attention_mask"].roll(step, 0)
+        eager = model(**batch)
+        expected = gradients(model, eager.loss)
+        out = compiled(**batch, use_cache=False)
+        torch.testing.assert_close(out.loss, eager.loss)
+        torch.testing.assert_close(out.logits, eager.logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradients(model, out.loss), expected)
+        assert all(module.call is None for module in feed_forwards(model))
+    assert len(graphs) == made > 0
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compile_with_checkpointing():
+    """Not in one graph; but with the right masks."""
+    model, batch = build("llama"), labelled()
+    other = {**batch, "attention_mask": batch["attention_mask"].flip(0)}
+    expected = gradients(model, model(**batch).loss + model(**other).loss)
+    model.activation_checkpointing_enable()
+    compiled = torch.compile(model, backend="eager")
+    loss = compiled(**batch, use_cache=False).loss + compiled(**other, use_cache=False).loss
+    torch.testing.assert_close(gradients(model, loss), expected, atol=1e-6, rtol=1e-5)
+    torch.compiler.reset()
+
+
+# DDP
+
+
+def test_two_processes_train_as_one(tmp_path: Path):
+    """Each has one of two sequences: the mean of their losses is that of both, as their routers count by sequence."""
+    run = [sys.executable, "-W", "error", "-m", "huggingface.data_parallel", str(tmp_path)]
+    subprocess.run(run, cwd=Path(__file__).parent.parent, check=True, timeout=300)
+    torch.manual_seed(0)
+    model, batch = build("llama"), labelled()
+    parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(2)]
+    expected = gradients(model, sum(model(**part).loss for part in parts) / 2)
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-6, rtol=1e-5)
+
+
+# PEFT
+
+
+def test_peft_brings_mask_and_loss():
+    model, batch = build("llama"), labelled()
+    expected = model(**batch).loss
+    wrapped = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["gate", "mlp"])
+    ).train()
+    torch.testing.assert_close(wrapped(**batch).loss, expected)
+    alone, padded = two_lengths("right")
+    logits = wrapped.eval()(**padded).logits[1, : alone[1].shape[1]]
+    torch.testing.assert_close(logits, wrapped(alone[1]).logits[0], atol=2e-5, rtol=0)
+
+
+EXPERTS = ["experts.w1", "experts.w2", "experts.w3"]
+
+
+@pytest.mark.parametrize("square", [False, True])
+def test_lora_on_attention_and_experts(square):
+    """Trained and merged it is what it was unmerged. LoRA's matrices have the experts' orientation, also where a square
+    weight would hide a mistake."""
+    model = without_dropout(ARCHITECTURES["llama"].build(**({"intermediate_size": DIM} if square else {}))).train()
+    upcycle(model, num_experts=4)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=EXPERTS)
+    wrapped = peft.get_peft_model(model, config)
+    batch = labelled()
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
+    before = wrapped(**batch).loss.item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        wrapped(**batch).loss.backward()
+        optimizer.step()
+    trained = [name for name, p in wrapped.named_parameters() if p.grad is not None]
+    assert any("experts" in name for name in trained)
+    assert any("q_proj" in name for name in trained)
+    assert all("lora_" in name for name in trained)
+    assert wrapped(**batch).loss.item() < before - 0.1
+    for name, module in wrapped.named_modules():
+        if type(module).__name__ == "ParamWrapper":
+            e, rows, columns = module.get_param().shape  # in, out
+            assert module.lora_A["default"].weight.shape == (2 * e, rows), name
+            assert module.lora_B["default"].weight.shape == (columns, 2 * e), name
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    unmerged = wrapped.eval()(**inputs).logits
+    merged = wrapped.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(merged(**inputs).logits, unmerged, atol=1e-5, rtol=1e-5)
+    assert merged.train()(**batch).loss > 0
+    assert aux_loss(merged) > 0
+
+
+def test_a_gate_that_learns_without_gradients():
+    """The expert bias of DeepSeek-V3 counts what it is given, padding left out, once under checkpointing."""
+    model, batch = build("llama", lambda d, e: TopKGating(d, e, expert_bias=True)), labelled()
+    model.activation_checkpointing_enable()
+    model(**batch).loss.backward()
+    for module in feed_forwards(model):
+        assert module.moe.gate.expert_counts.sum() == 2 * batch["attention_mask"].sum()
+        module.moe.gate.update_bias(1e-3)
+        assert module.moe.gate.expert_bias.abs().max() > 0
