@@ -239,7 +239,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of data and initial parameters")
     parser.add_argument("--samples", type=int, default=16_000, help="to train on, and as many to examine")
-    parser.add_argument("--steps", type=int, default=300, help="of gradient descent")
+    parser.add_argument("--steps", type=int, default=200, help="of gradient descent")
     parser.add_argument("--out", type=Path, default=Path("runs/clustered_patches"), help="folder of table and picture")
     return parser.parse_args(argv)
 

@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="files to learn from in place of Python's")
     parser.add_argument("--out", type=Path, default=Path("runs/compare_seeds"), help="folder of all runs")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--learning-rates", nargs="+", type=float, default=[1.5e-3, 3e-3, 6e-3])
+    parser.add_argument("--learning-rates", nargs="+", type=float, default=[5e-3, 1e-2, 2e-2])
     add_options(parser, without=("seed", "learning_rate"))
     return parser.parse_args(argv)
 

@@ -22,7 +22,6 @@ class Router(NamedTuple):
     """How to build a layer, and what the parameter counts and the dense twin need to know about it."""
 
     build: Callable[[int, int, int], MoE]  # (dim, num_experts, width)
-    num_experts: int
     choices: int
     gated: bool = False  # experts with a gate (SwiGLU) have a dense twin with a gate
 
@@ -70,6 +69,19 @@ def mixtral(dim: int, num_experts: int, width: int) -> MoE:
     """arXiv 2401.04088: two choices of gated experts, weights normalised, dropless."""
     gate = TopKGating(dim, num_experts, k=2)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2))
+
+
+def mixtral_capacity(dim: int, num_experts: int, width: int) -> MoE:
+    """Mixtral with slots for a balanced load in training: what exceeds it is dropped. Dropless in evaluation."""
+    gate = TopKGating(dim, num_experts, k=2, capacity_factor_train=1.0, priority="token")
+    return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2))
+
+
+def mixtral_shared(dim: int, num_experts: int, width: int) -> MoE:
+    """arXiv 2401.06066's shared expert: one of a byte's two experts is the same for all bytes, the other is chosen."""
+    gate = TopKGating(dim, num_experts, k=1)
+    experts, shared = GatedExperts(dim, num_experts, width // 2), SharedExpert(dim, width // 2)
+    return MoE(dim, num_experts, gate=gate, experts=experts, shared_expert=shared)
 
 
 def olmoe(dim: int, num_experts: int, width: int) -> MoE:
@@ -124,14 +136,16 @@ class SharedExpert(nn.Module):
 
 
 ROUTERS = {
-    "top2": Router(top2, num_experts=8, choices=2),
-    "gshard": Router(gshard, num_experts=8, choices=2),
-    "switch": Router(switch, num_experts=8, choices=1),
-    "shazeer2017": Router(shazeer2017, num_experts=16, choices=4),
-    "mixtral": Router(mixtral, num_experts=8, choices=2, gated=True),
-    "olmoe": Router(olmoe, num_experts=32, choices=8, gated=True),
-    "qwen3_moe": Router(qwen3_moe, num_experts=32, choices=8, gated=True),
-    "deepseek_v3": Router(deepseek_v3, num_experts=32, choices=8, gated=True),
+    "top2": Router(top2, choices=2),
+    "gshard": Router(gshard, choices=2),
+    "switch": Router(switch, choices=1),
+    "shazeer2017": Router(shazeer2017, choices=4),
+    "mixtral": Router(mixtral, choices=2, gated=True),
+    "mixtral_capacity": Router(mixtral_capacity, choices=2, gated=True),
+    "mixtral_shared": Router(mixtral_shared, choices=1, gated=True),
+    "olmoe": Router(olmoe, choices=8, gated=True),
+    "qwen3_moe": Router(qwen3_moe, choices=8, gated=True),
+    "deepseek_v3": Router(deepseek_v3, choices=8, gated=True),
 }
 
 

@@ -31,6 +31,17 @@ MODELS = {
     "wide": Model("dense, 15 times as wide", dict(models=("dense",), num_experts=2, width=2058)),
 }
 
+# One thing of the 32 experts changed at a time: see ablations.py.
+VARIANTS = {
+    "moe32": Model("balance 0.01, dropless", {}),
+    "balance0": Model("balance 0", dict(balance=0.0)),
+    "balance0.1": Model("balance 0.1", dict(balance=0.1)),
+    "capacity": Model("capacity 1.0 in training", dict(router="mixtral_capacity")),
+    "shared": Model("one of the two experts shared", dict(router="mixtral_shared")),
+    "slow_experts": Model("experts' rate halved", dict(expert_rate=0.5)),
+    "fast_experts": Model("experts' rate doubled", dict(expert_rate=2.0)),
+}
+
 
 class Run(NamedTuple):
     """One training: all that tells it from the others of a plan."""
@@ -46,7 +57,9 @@ class Run(NamedTuple):
     def settings(self, base: Settings) -> Settings:
         """The settings of this run; those that all runs share are `base`'s."""
         own = {"seed": self.seed, "learning_rate": self.learning_rate, "steps": self.steps}
-        return replace(base, **MODELS[self.model].options, **own)
+        if self.model in MODELS:
+            return replace(base, **MODELS[self.model].options, **own)
+        return replace(base, **MODELS["moe32"].options, **VARIANTS[self.model].options, **own)
 
 
 class Stage(NamedTuple):

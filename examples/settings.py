@@ -19,18 +19,20 @@ class Settings:
     models: tuple[str, ...] = option(
         ("dense", "moe"), "the models to train, on the same batches", nargs="+", choices=("dense", "moe"), type=str
     )
-    router: str = option("top2", "the router of the mixture model", choices=tuple(ROUTERS))
-    num_experts: int | None = option(None, "experts in each layer; by default the router's recipe says", type=int)
-    dim: int = option(64, "features of a byte's representation")
-    width: int = option(256, "hidden units of a feed-forward layer that work on one byte")
-    layers: int = option(4, "transformer blocks")
-    heads: int = option(4, "attention heads")
+    router: str = option("mixtral", "the router of the mixture model", choices=tuple(ROUTERS))
+    num_experts: int = option(32, "experts in each mixture layer")
+    dim: int = option(32, "features of a byte's representation")
+    width: int = option(128, "hidden units of a feed-forward layer that work on one byte")
+    layers: int = option(3, "transformer blocks")
+    heads: int = option(2, "attention heads")
     context: int = option(256, "bytes in a window")
     batch_size: int = option(8, "windows in a step")
-    steps: int = option(1000, "steps of the optimizer")
-    learning_rate: float = option(3e-3, "its peak, after the warm-up")
+    steps: int = option(2000, "steps of the optimizer")
+    learning_rate: float = option(0.01, "its peak, after the warm-up")
+    expert_rate: float = option(1.0, "the experts' learning rate over that of the other parameters")
+    balance: float | None = option(None, "weight of the balance loss; by default the router's recipe says", type=float)
     seed: int = option(0, "decides the initial parameters and the order of the batches")
-    eval_every: int = option(200, "steps between two evaluations on the held-out files")
+    eval_every: int = option(250, "steps between two evaluations on the held-out files")
     eval_windows: int = option(256, "windows of the held-out files that are evaluated, always the same ones")
     dtype: str = option("float32", "bfloat16 runs the model under autocast", choices=("float32", "bfloat16"))
     device: str = option("cpu", "cpu or cuda", free=True)
@@ -40,15 +42,11 @@ class Settings:
     def __post_init__(self) -> None:
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and f.name != "seed" and value <= 0:
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if number and f.name not in ("seed", "balance") and value <= 0:
                 raise ValueError(f"{f.name} is {value}: give a number above 0")
         if self.dim % (2 * self.heads):
             raise ValueError(f"dim is {self.dim}: give a multiple of {2 * self.heads}, twice the number of heads")
-
-    @property
-    def experts(self) -> int:
-        """Experts in each mixture layer."""
-        return self.num_experts or ROUTERS[self.router].num_experts
 
 
 def add_options(parser: argparse.ArgumentParser, *, without: tuple[str, ...] = ()) -> None:

@@ -71,7 +71,7 @@ class SpreadTrainee(Trainee):
         self.history.loads[-1] = loads.cpu()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.settings.learning_rate, param_groups)
+        return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate, param_groups)
 
     def _own(self, windows: Tensor) -> Tensor:
         return windows.chunk(dist.get_world_size())[dist.get_rank()]

@@ -1,17 +1,17 @@
-"""Time and memory of a training step of each model of `scaling.py`: on a quiet machine, one thread, interleaved.
+"""Time and memory of a training step of each model of `scaling.py`, measured alone, interleaved, in one thread.
 
     OMP_NUM_THREADS=1 python examples/step_times.py
 
 Every round takes a step of each model, in another order each time, and also times parts of it by themselves: the
-feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients. The
-table has medians; the file --out, which `scaling.py --report` reads, has them in seconds, and memory in bytes.
+feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients.
+Seconds are of the processor, so that other programs slow them by what they take of the caches and no more. The table
+has medians; the file --out, which `scaling.py --report` reads, has them in seconds, and memory in bytes.
 """
 
 import argparse
 import json
 import multiprocessing
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -72,10 +72,10 @@ def measure_times(models: Sequence[str], rounds: int) -> dict[str, dict[str, lis
     for i in range(rounds + 3):
         random.Random(i).shuffle(tasks)
         for model, part, task in tasks:
-            begin = time.perf_counter()
+            begin = time.process_time()
             task()
             if i >= 3:  # the first rounds warm caches and allocate the optimizer's state
-                seconds[model].setdefault(part, []).append(time.perf_counter() - begin)
+                seconds[model].setdefault(part, []).append(time.process_time() - begin)
     return seconds
 
 
@@ -116,11 +116,17 @@ def measure_memory(model: str) -> int:
     torch.set_num_threads(1)
     settings = base_settings()
     batches = Batches(torch.randint(256, (100_000,), dtype=torch.uint8), settings.context, settings.batch_size, seed=0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     trainee = make(model)
     for _ in range(5):
         trainee.train_step(batches.next(), 0.01)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return peak_memory() - before
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most (Linux)."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return 1024 * int(line.split()[1])
 
 
 def table(times: dict[str, dict[str, float]], seconds: dict[str, dict[str, list[float]]]) -> str:

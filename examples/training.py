@@ -77,7 +77,7 @@ class Trainee:
         begin = time.perf_counter()
         self.model.train()
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["rate"]
         own = self._own(windows)
         nats, aux_loss = self._loss(own)
         (nats + aux_loss).backward()
@@ -109,7 +109,7 @@ class Trainee:
     # ---- what is different when several processes share a batch: see spread.py ----
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.settings.learning_rate)
+        return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate)
 
     def _own(self, windows: Tensor) -> Tensor:
         """This process' part of a batch."""
@@ -158,7 +158,9 @@ def make_trainee(name: str, settings: Settings, kind: type[Trainee] = Trainee) -
     torch.manual_seed(settings.seed)
 
     def make_moe() -> nn.Module:
-        return router.build(settings.dim, settings.experts, settings.width)
+        layer = router.build(settings.dim, settings.num_experts, settings.width)
+        layer.loss_coef = layer.loss_coef if settings.balance is None else settings.balance
+        return layer
 
     def make_dense() -> nn.Module:
         return FeedForward(settings.dim, dense_hidden_dim(settings), router.gated)
@@ -172,22 +174,33 @@ def dense_hidden_dim(settings: Settings) -> int:
     """Hidden units that give a dense layer the active parameters of the mixture layer, its router's included."""
     router = ROUTERS[settings.router]
     with torch.device("meta"):
-        layer = router.build(settings.dim, settings.experts, settings.width)
+        layer = router.build(settings.dim, settings.num_experts, settings.width)
     active = count_parameters(layer, router.choices)[1]
     return round(active / (settings.dim * (3 if router.gated else 2)))
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, split: Callable[[list[dict]], list[dict]] = list
+    model: nn.Module,
+    learning_rate: float,
+    expert_rate: float = 1.0,
+    split: Callable[[list[dict]], list[dict]] = list,
 ) -> torch.optim.Optimizer:
     """AdamW; norms and biases are not decayed. Routers with an expert bias get it updated after each step.
 
-    `split` may divide the groups of parameters further.
+    A group's `rate` is what its learning rate is multiplied by: `expert_rate` for the experts' matrices. `split` may
+    divide the groups of parameters further.
     """
+    layers = [layer for layer in model.modules() if isinstance(layer, MoE)]
+    of_experts = {parameter for layer in layers for parameter in layer.experts.parameters()}
     matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(split(groups), learning_rate, betas=(0.9, 0.98), fused=True)
+    groups = [
+        {"params": [matrix for matrix in matrices if matrix not in of_experts], "weight_decay": 0.1, "rate": 1.0},
+        {"params": [matrix for matrix in matrices if matrix in of_experts], "weight_decay": 0.1, "rate": expert_rate},
+        {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
+    ]
+    groups = split([group for group in groups if group["params"]])
+    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=True)
     update_bias_after_steps(model, optimizer)
     return optimizer
 

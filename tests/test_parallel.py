@@ -268,8 +268,8 @@ def test_compiles_without_a_break(workers: Workers):
 # ---- the example ----
 
 EXAMPLE = (
-    "--dim 16 --width 32 --layers 2 --heads 2 --context 32 --batch-size 4 --eval-windows 6 "
-    "--eval-every 8 --steps 8 --checkpoint-every 4"
+    "--router top2 --num-experts 8 --learning-rate 0.003 --dim 16 --width 32 --layers 2 --heads 2 --context 32 "
+    "--batch-size 4 --eval-windows 6 --eval-every 8 --steps 8 --checkpoint-every 4"
 )
 
 

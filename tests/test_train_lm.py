@@ -26,9 +26,12 @@ from model import ByteLM, count_parameters  # noqa: E402
 from routers import ROUTERS  # noqa: E402
 from settings import Settings  # noqa: E402
 
-TINY = Settings(dim=16, width=32, layers=2, heads=2, context=32, batch_size=4, steps=12, eval_every=6, eval_windows=6)
-TINY_OPTIONS = ["--dim=16", "--width=32", "--layers=2", "--heads=2", "--context=32", "--batch-size=4"]
-TINY_OPTIONS += ["--eval-every=20", "--eval-windows=6"]
+TINY = Settings(
+    **dict(router="top2", num_experts=8, dim=16, width=32, layers=2, heads=2, context=32, batch_size=4),
+    **dict(learning_rate=0.003, steps=12, eval_every=6, eval_windows=6),
+)
+TINY_OPTIONS = ["--router=top2", "--num-experts=8", "--dim=16", "--width=32", "--layers=2", "--heads=2"]
+TINY_OPTIONS += ["--context=32", "--batch-size=4", "--eval-every=20", "--eval-windows=6"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +72,7 @@ def environment() -> dict[str, str]:
 
 def make_model(router: str) -> ByteLM:
     """A small model with parameters large enough that everything acts on everything."""
-    model = trainings.make_trainee("moe", replace(TINY, router=router)).model.double()
+    model = trainings.make_trainee("moe", replace(TINY, router=router, num_experts=32)).model.double()
     torch.nn.init.normal_(model.to_logits.weight)
     return model
 
@@ -148,7 +151,9 @@ def test_active_parameters_by_hand() -> None:
 
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path) -> None:
-    training = trainings.Training(replace(TINY, router=router, steps=30, eval_every=30), corpus, tmp_path)
+    training = trainings.Training(
+        replace(TINY, router=router, num_experts=32, steps=30, eval_every=30), corpus, tmp_path
+    )
     training.run()
     dense, moe = (trainee.summary() for trainee in training.trainees)
     assert moe["held_out_bits_per_byte"] < 7.5

@@ -1,0 +1,91 @@
+"""What makes the mixture of 32 experts train well: one thing changed at a time, the same seeds for all.
+
+    python examples/ablations.py --processes 2           # interrupted, the same command goes on
+    python examples/ablations.py --report                # the table of what is finished
+
+The model is that of `scaling.py`, in short runs at one learning rate. The table has each variant's difference from the
+model as it is, seed by seed: what is smaller than its deviation over the seeds is not shown to be there.
+"""
+
+import argparse
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from corpus import load_corpus
+from report import format_rows
+from scaling import HERE, base_settings
+from scaling_plan import VARIANTS, Record, Run, final_bits
+from scaling_runs import Records, train_all
+
+AS_IT_IS = next(iter(VARIANTS))
+
+
+class Plan:
+    """Every variant with a seed, then with the next."""
+
+    def __init__(self, seeds: Collection[int], learning_rate: float, steps: int):
+        self.seeds = seeds
+        self.all_runs = [Run(variant, seed, learning_rate, steps) for seed in seeds for variant in VARIANTS]
+
+    def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
+        """All runs, whatever is finished."""
+        return self.all_runs
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    records = Records(args.records, base_settings())
+    plan = Plan(args.seeds, args.learning_rate, args.steps)
+    if not args.report:
+        corpus = load_corpus()
+        records.check_text(corpus.digest)
+        try:
+            train_all(plan, records, corpus, args.out, args.processes)
+        except KeyboardInterrupt:
+            print(f"\nstopped; the same command goes on from {args.records} and {args.out}")
+            return 130
+    print(table(plan, records.finished))
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of checkpoints")
+    parser.add_argument("--records", type=Path, default=HERE.parent / "docs" / "training" / "ablations.jsonl")
+    parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
+    parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--steps", type=int, default=500)
+    return parser.parse_args(argv)
+
+
+def table(plan: Plan, finished: Mapping[Run, Record]) -> str:
+    """Held-out bits as it is, and the difference of each variant for each seed, with mean and deviation."""
+    header = ("variant", *(f"seed {seed}" for seed in plan.seeds), "mean", "deviation", "busiest ÷ mean", "dropped")
+    rows: list[tuple[str, ...]] = [header]
+    bits = {(run.model, run.seed): final_bits(finished[run]) for run in plan.all_runs if run in finished}
+    for variant, model in VARIANTS.items():
+        values = {seed: bits[variant, seed] for seed in plan.seeds if (variant, seed) in bits}
+        if variant != AS_IT_IS:
+            values = {seed: value - bits[AS_IT_IS, seed] for seed, value in values.items() if (AS_IT_IS, seed) in bits}
+        if values:
+            rows.append((model.label, *row(plan, variant, values, finished)))
+    return format_rows(rows)
+
+
+def row(plan: Plan, variant: str, values: Mapping[int, float], finished: Mapping[Run, Record]) -> tuple[str, ...]:
+    sign = "" if variant == AS_IT_IS else "+"
+    cells = (f"{values[seed]:{sign}.4f}" if seed in values else "" for seed in plan.seeds)
+    deviation = f"{stdev(values.values()):.4f}" if len(values) > 1 else ""
+    own = [finished[run] for run in plan.all_runs if run.model == variant and run in finished]
+    busiest, dropped = (mean(record[name] for record in own) for name in ("busiest", "dropped"))
+    return (*cells, f"{mean(values.values()):{sign}.4f}", deviation, f"{busiest:.2f}", f"{dropped:.1%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
