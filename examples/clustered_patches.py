@@ -33,8 +33,8 @@ from report import format_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mixture_of_experts import MoE, Routing
-from mixture_of_experts.gating import TokenChoiceGate
+from mixture_of_experts import MoE
+from mixture_of_experts.gating import Choices, TokenChoiceGate, Tokens
 
 CLUSTERS, PATCHES, FEATURES, EXPERTS, FILTERS = 4, 4, 50, 8, 16
 SCALE = 10.0  # of all inputs, as in the authors' code: the learning rates below are theirs
@@ -110,15 +110,10 @@ class NoisyPatchGate(TokenChoiceGate):
         super().__init__(PATCHES * FEATURES, EXPERTS, choices=1)
         self.weight = nn.Parameter(torch.zeros(FEATURES, EXPERTS))
 
-    def forward(
-        self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, length: Tensor | None = None
-    ) -> Routing:
-        tokens = self.read(x, importance, mask, length)
+    def decide(self, tokens: Tokens) -> Choices:
         logits = self.product(tokens.x.unflatten(-1, (PATCHES, FEATURES)).sum(dim=-2), self.weight)
         weight, expert = (logits + torch.rand_like(logits)).max(dim=-1, keepdim=True)
-        zero = logits.new_zeros(())
-        probs = logits.softmax(dim=-1)
-        return self.route(tokens, probs, expert, weight, chosen=self.allowed(tokens), balance_loss=zero, z_loss=zero)
+        return Choices(expert, weight=weight, probs=logits.softmax(dim=-1), losses={})
 
 
 def make_mixture(power: int) -> MoE:
