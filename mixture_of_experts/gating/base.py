@@ -6,7 +6,6 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,8 +23,16 @@ from mixture_of_experts.checks import (
     check_tokens,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
-from mixture_of_experts.queues import PRIORITIES, Priority, expert_capacity, group_capacity, queue_positions
+from mixture_of_experts.queues import (
+    PRIORITIES,
+    Priority,
+    expert_capacity,
+    group_capacity,
+    queue_positions,
+    stable_order,
+)
 from mixture_of_experts.routing import Routing
 
 FEW_CHOICES = 32  # as in decoding, where operators count and not what they do
@@ -115,13 +122,10 @@ class Gate(nn.Module):
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        device = x.device.type
-        autocast = device != "meta" and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if autocast else nullcontext():
-            # (..., b n, d) x (..., d, e): one product for each outer expert
-            logits = x.to(dtype).flatten(-3, -2) @ weight.to(dtype)
-            if bias is not None:
-                logits = logits + bias.to(dtype).unsqueeze(-2)
+        # (..., b n, d) x (..., d, e): one product for each outer expert
+        logits = router_logits(x.flatten(-3, -2), weight, dtype)
+        if bias is not None:
+            logits = logits + bias.to(dtype).unsqueeze(-2)
         return logits.view(*x.shape[:-1], weight.shape[-1])
 
 
@@ -357,9 +361,12 @@ class TokenChoiceGate(Gate):
 def top_choices(score: Tensor, choices: int) -> Tensor:
     """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
 
-    `torch.topk` promises no order among equals; `argmax` does, and for a few choices it is as fast.
+    `torch.topk` promises no order among equals; `argmax` does, and on the CPU it is as fast for a few choices. On a GPU
+    a stable sort is one operator for all of them.
     """
     score = score.detach()
+    if choices > 2 and score.device.type != "cpu":
+        return stable_order(score, descending=True)[..., :choices].contiguous()
     picked = [score.argmax(dim=-1, keepdim=True)]
     while len(picked) < choices:
         score = score.scatter(-1, picked[-1], -torch.inf)
