@@ -2,6 +2,7 @@
 
 from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
 from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
 
@@ -10,6 +11,7 @@ __all__ = [
     "Adapter",
     "MoEFeedForward",
     "aux_loss",
+    "from_pretrained",
     "replace_ffn",
     "upcycle",
 ]

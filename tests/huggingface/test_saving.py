@@ -1,0 +1,197 @@
+"""What is saved of a swapped model is what is loaded, here and in another process, or nothing is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.gating import TokenChoiceGate
+from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, DIM
+from .test_losses import batch_of, build, trainer
+
+GATES = {
+    "Top2Gating": lambda d, e: Top2Gating(d, e, second_policy_eval="threshold", second_threshold_eval=0.3),
+    "TopKGating": lambda d, e: TopKGating(
+        d, e, 2, score="sigmoid", scale=2.5, num_groups=2, top_groups=1, expert_bias=True, bias=True, normalize=False
+    ),
+    "NoisyTopKGating": lambda d, e: NoisyTopKGating(d, e, 3, capacity_factor_train=1.5, priority="token"),
+    "ExpertChoiceGating": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5),
+}
+
+
+class OwnGate(TopKGating):
+    """Not of the package."""
+
+
+def same_weights(found: nn.Module, expected: nn.Module) -> None:
+    found_state, state = found.state_dict(), expected.state_dict()
+    assert found_state.keys() == state.keys()
+    for name, value in state.items():
+        assert found_state[name].dtype == value.dtype, name
+        assert torch.equal(found_state[name], value), name
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_round_trip(name, tmp_path):
+    architecture = ARCHITECTURES[name]
+    model, inputs = architecture.build(), architecture.inputs()
+    replace_ffn(model, num_experts=4, layers=[1], hidden_dim=16)
+    replace_ffn(model, num_experts=3, k=1, layers=[0], loss_coef=0.5)
+    model.save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    same_weights(again, model)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert [module.moe.loss_coef for module in feed_forwards(again)] == [m.moe.loss_coef for m in feed_forwards(model)]
+    again.save_pretrained(tmp_path / "again")  # and once more
+    same_weights(from_pretrained(tmp_path / "again"), model)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_gates_are_saved(gate, tmp_path):
+    """With all that they were made with: the same decisions on the same tokens, in training mode too."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4, gate=GATES[gate])
+    bias = getattr(feed_forwards(model)[0].moe.gate, "expert_bias", None)
+    if bias is not None:
+        bias.normal_()
+    for parameter in feed_forwards(model)[0].moe.gate.parameters():
+        nn.init.normal_(parameter)
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    again = from_pretrained(tmp_path)
+    same_weights(again, model)
+    x = torch.randn(3, 12, DIM, dtype=torch.bfloat16)
+    for mode in (True, False):
+        decisions = []
+        for its in (model, again):
+            router = feed_forwards(its)[0].moe.gate.train(mode)
+            assert repr(router) == repr(feed_forwards(model)[0].moe.gate)
+            torch.manual_seed(5)
+            decisions.append(router(x))
+        assert torch.equal(decisions[0].weight, decisions[1].weight)
+        assert torch.equal(decisions[0].kept, decisions[1].kept)
+
+
+def test_shards_and_heads(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    same_weights(from_pretrained(tmp_path, AutoModelForCausalLM), model)
+    same_weights(from_pretrained(tmp_path, AutoModel), model.model)  # without the head
+    model.model.save_pretrained(tmp_path / "base")
+    same_weights(from_pretrained(tmp_path / "base"), model.model)
+
+
+def test_a_gate_of_ones_own(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    make = lambda d, e: OwnGate(d, e, 1)  # noqa: E731
+    replace_ffn(model, num_experts=4, gate=make)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a OwnGate, which config.json cannot describe: pass gate="):
+        from_pretrained(tmp_path)
+    same_weights(from_pretrained(tmp_path, gate=make), model)
+    assert issubclass(OwnGate, TokenChoiceGate)
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "phi3", "gpt_neox", "opt", "bert", "t5", "t5_gated", "vit", "whisper"]
+)
+def test_classes_that_know_no_experts_fail(name, tmp_path):
+    """Loudly: random feed-forward networks would look like a model."""
+    model = ARCHITECTURES[name].build()
+    replace_ffn(model, num_experts=2)
+    model.save_pretrained(tmp_path)
+    for plain in (type(model), AutoModel):
+        with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
+            plain.from_pretrained(tmp_path)
+
+
+def test_a_dense_checkpoint_in_a_swapped_model(tmp_path):
+    """Experts are initialised, with a warning: no memory is left as it was found."""
+    dense = ARCHITECTURES["llama"].build()
+    dense.save_pretrained(tmp_path)
+    state = {name: value.clone() for name, value in dense.state_dict().items()}
+    replace_ffn(dense, num_experts=4, gate=GATES["TopKGating"])
+    with pytest.warns(UserWarning, match="not in the checkpoint, and initialised: model.layers.0.mlp.moe.gate"):
+        loaded = from_pretrained(tmp_path, config=dense.config)
+    for module in feed_forwards(loaded):
+        moe = module.moe
+        assert moe.gate.w_gating.std().item() == pytest.approx(DIM**-0.5, rel=0.3)
+        assert moe.experts.w1.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
+        assert moe.experts.w1.abs().max() < 3 * DIM**-0.5
+        assert not moe.gate.expert_bias.any()
+        assert not moe.gate.expert_counts.any()
+        assert not moe.gate.b_gating.any()
+    assert torch.equal(loaded.lm_head.weight, state["lm_head.weight"])
+
+    experts = feed_forwards(dense)[0].moe.experts.w1.clone()
+    with pytest.warns(UserWarning, match="dense feed-forward networks where this model has experts"):
+        dense.load_state_dict(state, strict=False)
+    assert torch.equal(feed_forwards(dense)[0].moe.experts.w1, experts)
+    with pytest.raises(ValueError, match="has no experts: its configuration has no"):
+        from_pretrained(tmp_path)
+
+
+def test_part_of_the_experts(tmp_path):
+    """Only what is missing starts anew."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("0.mlp.moe.experts.w3")}
+    model.save_pretrained(tmp_path, state_dict=dict(state))
+    with pytest.warns(UserWarning, match=r"initialised: model.layers.0.mlp.moe.experts.w3$"):
+        again = from_pretrained(tmp_path)
+    for name, value in again.state_dict().items():
+        assert torch.equal(value, model.state_dict()[name]) == (name in state), name
+    state["lm_head.weight"] = torch.zeros(3, DIM)
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.raises(RuntimeError, match=r"lm_head.weight has shape \(3, 32\)"), warnings.catch_warnings():
+        from_pretrained(tmp_path)
+
+
+def test_a_resumed_run_is_the_run(tmp_path):
+    """Weights, optimizer and what was counted: the Trainer goes on exactly."""
+    rows, settings = (
+        batch_of(16),
+        dict(optim="adamw_torch", learning_rate=0.01, save_steps=2, max_steps=4, per_device_train_batch_size=2),
+    )
+    ends = []
+    for resume in (None, str(tmp_path / "whole" / "checkpoint-2")):
+        torch.manual_seed(1)
+        model = build()
+        made = trainer(model, rows, tmp_path / ("again" if resume else "whole"), **settings)
+        del model.zero_grad
+        made.args.save_strategy = "steps" if not resume else "no"
+        made.train(resume_from_checkpoint=resume)
+        ends.append(model)
+    same_weights(ends[1], ends[0])
+
+
+def test_in_another_process(tmp_path):
+    """By the documented call, and by torch.load of the whole model."""
+    model = ARCHITECTURES["opt"].build()
+    replace_ffn(model, num_experts=4, gate=GATES["Top2Gating"])
+    inputs = ARCHITECTURES["opt"].inputs()
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, 4:] = 0
+    model.save_pretrained(tmp_path / "model")
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
+    code = """
+import sys, torch
+from mixture_of_experts.huggingface import from_pretrained
+inputs, expected = torch.load(f"{sys.argv[1]}/expected.pt")
+for model in (from_pretrained(f"{sys.argv[1]}/model"), torch.load(f"{sys.argv[1]}/model.pt", weights_only=False)):
+    assert torch.equal(model.eval()(**inputs).logits, expected)
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
