@@ -16,9 +16,9 @@ from benchmarks.cases import Case
 from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
-from mixture_of_experts.batches import Batch, by_rows, by_weights, matrices_of, rows_of, takes_steps
-from mixture_of_experts.chunks import Setting, lay_out
 from mixture_of_experts.dispatch import plan
+from mixture_of_experts.ops.cpu.products import rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.cpu.schedule import Batch, Chunk, Schedule
 from mixture_of_experts.routing import Routing
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ aten = torch.ops.aten
 class Where(NamedTuple):
     """Where rows are and what they are of."""
 
-    batches: list[Batch]
+    chunk: Chunk  # all rows
     table: Tensor  # (t, k) row of each choice, r where it has none
     token: Tensor  # (r,)
     weight: Tensor  # (r, 1)
@@ -35,13 +35,12 @@ class Where(NamedTuple):
     unused: Tensor  # experts without rows
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
-        rows, results = rows_of(self.batches, x), rows_of(self.batches, out[: len(x)])
-        by_weights(rows, matrices_of(self.batches, weight), results, add)
+        rows_by_weights(self.chunk, x, weight, out[: len(x)], add=add)
         return out
 
     def by_rows(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        by_rows(rows_of(self.batches, x), rows_of(self.batches, y), matrices_of(self.batches, out))
+        rows_by_rows(self.chunk, x, y, out)
         return out.index_fill_(0, self.unused, 0)
 
     def collect(self, rows: Tensor) -> Tensor:
@@ -53,21 +52,17 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
     if case.capacity is not None:
         where = plan(routing)
-        batches = [Batch(slice(0, case.e), case.e, case.rows_per_expert)]
-        row, token, row_weight = where.row, where.token.clamp_(max=where.num_tokens - 1), where.row_weight()
-        unused = row.new_empty(0)
+        batches, unused = [Batch(slice(0, case.e), case.rows_per_expert, 0)], where.row.new_empty(0)
     else:
-        where = plan(routing, ragged=True)
+        size = weight.element_size()
+        schedule = Schedule(case.d * size, case.h * size, torch.get_num_threads())
+        where = plan(routing, ragged=True, widen=schedule)
         assert where.counts is not None
-        sizes = (case.d * weight.element_size(), case.h * weight.element_size())
-        setting = Setting(where.num_tokens, *sizes, torch.get_num_threads(), takes_steps(weight), training=True)
-        layout = lay_out(setting, where.weight, where.row, where.assignment, where.token, where.counts)
-        assert layout.empty is None
-        batches = [batch for chunk in layout.chunks for batch in chunk.batches]
-        row, token, row_weight = layout.row, layout.token, layout.weight
+        batches = [batch for chunk in schedule.chunks for batch in chunk.batches]
         unused = (where.counts == 0).nonzero().flatten()
-    table, weights = row.view(-1, case.k), where.weight.detach().view(-1, case.k)
-    return Where(batches, table, token, row_weight.unsqueeze(-1), weights, unused)
+    table, weights = where.row.view(-1, case.k), where.weight.detach().view(-1, case.k)
+    token, row_weight = where.token.clamp(max=where.num_tokens - 1), where.row_weight().unsqueeze(-1)
+    return Where(Chunk(batches, slice(0, where.num_rows)), table, token, row_weight, weights, unused)
 
 
 class Memory(NamedTuple):

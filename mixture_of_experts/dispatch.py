@@ -11,18 +11,21 @@ writes meet, so every run gives the same bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from mixture_of_experts.queues import queue_positions
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
 
+Widen = Callable[[list[int]], list[int]]  # from the rows of each expert to those it is given
 
-@dataclass(frozen=True)
-class Plan:
+
+class Plan(NamedTuple):
     """Where every assignment's row is, for a whole call; no groups and no levels.
 
     Attributes:
@@ -30,8 +33,8 @@ class Plan:
         assignment: `(r,)` int64, assignment of each row; a where the row is empty.
         weight: `(a,)` weight of each assignment, 0 where it has no row.
         token: `(r,)` int64, token of each row; t where the row is empty.
-        choices: k when assignment i belongs to token i // k; None for expert choice.
         counts: `(e,)` int64 rows of each expert when rows lie without gaps; None for slots.
+        choices: k when assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
         num_experts: e, as a tuple (two numbers for a hierarchy).
     """
@@ -40,8 +43,8 @@ class Plan:
     assignment: Tensor
     weight: Tensor
     token: Tensor
-    choices: int | None
     counts: Tensor | None
+    choices: int | None
     num_tokens: int
     num_rows: int
     num_experts: tuple[int, ...]
@@ -51,34 +54,103 @@ class Plan:
         return _with_zero(self.weight)[self.assignment]
 
 
-class Decision:
-    """What the gates of all levels decided, for experts that do dispatch and combine themselves.
+class Choices(NamedTuple):
+    """The experts of every token of a call, `(t, k)` each."""
 
-    An object and not tensors: FSDP2's mixed precision casts the tensors it finds in arguments, weights of routers too.
+    expert: Tensor
+    weight: Tensor
+    kept: Tensor
+
+
+class Decision:
+    """What the gates of all levels decided on the tokens of a call, as experts read it.
+
+    An object that pytrees do not open: FSDP2's mixed precision casts the tensors it finds in arguments, and would cast
+    the weights of a router too.
     """
 
     def __init__(self, levels: Sequence[Routing]) -> None:
         self.levels = levels
 
-    def plan(self, *, ragged: bool = False) -> Plan:
-        """Plan of one level or two."""
-        return compose(*self.levels, ragged=ragged) if len(self.levels) == 2 else plan(*self.levels, ragged=ragged)
+    @property
+    def dropless(self) -> bool:
+        """Whether experts compute every choice."""
+        return self.levels[-1].capacity is None
+
+    @property
+    def choices(self) -> Choices | None:
+        """The choices of one level of token choice; None otherwise."""
+        first = self.levels[0]
+        if len(self.levels) > 1 or first.choices is None:
+            return None
+        return Choices(*(tensor.reshape(-1, first.choices) for tensor in (first.expert, first.weight, first.kept)))
+
+    def tensors(self) -> list[Tensor]:
+        """What transforms of `torch.func` may have wrapped."""
+        return [tensor for routing in self.levels for tensor in (routing.expert, routing.weight)]
+
+    def plan(self, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
+        """Rows of one level or two: in slots, or without gaps if `ragged`.
+
+        `widen` gives experts more rows than they have tokens for, from numbers that it is given on the host.
+        """
+        make = plan if len(self.levels) == 1 else compose
+        return make(*self.levels, ragged=ragged, widen=widen)
+
+    def prefers_rows(self) -> bool:
+        """Whether rows without gaps are sure to be fewer than slots; always so when dropless."""
+        if self.dropless:
+            return True
+        first, last = self.levels[0], self.levels[-1]
+        if torch.compiler.is_exporting() or last.choices is None:
+            return False
+        num_slots = math.prod(last.expert.shape[:-1]) * last.num_experts * last.slots
+        num_rows = math.prod(first.expert.shape[:-1]) * first.num_tokens
+        for routing in self.levels:
+            num_rows = num_rows * (routing.choices or 1)
+        # while a graph is traced the answer must not depend on a length that the graph leaves open
+        return statically_known_true(num_rows < num_slots)
 
 
-def plan(routing: Routing, *, ragged: bool = False) -> Plan:
+class GivenChoices(Decision):
+    """The same for experts and weights `(t, k)` that somebody else chose; ids other than 0 to e - 1 are nobody's."""
+
+    def __init__(self, expert: Tensor, weight: Tensor, num_experts: int) -> None:
+        super().__init__(())
+        self.given = Choices(expert, weight, (expert >= 0) & (expert < num_experts))
+        self.num_experts = num_experts
+
+    dropless = True  # type: ignore[assignment]
+
+    @property
+    def choices(self) -> Choices:
+        return self.given
+
+    def tensors(self) -> list[Tensor]:
+        return list(self.given)
+
+    def plan(self, *, ragged: bool = True, widen: Widen | None = None) -> Plan:
+        (t, k), e = self.given.expert.shape, self.num_experts
+        expert, weight, kept = (tensor.flatten() for tensor in self.given)
+        place, counts = queue_positions(expert, kept, e, k, "token")
+        start, counts, num_rows = _starts(counts, t * k, widen)
+        row = torch.where(kept, start[torch.where(kept, expert, 0)] + place, num_rows)
+        return _plan(row, torch.where(kept, weight, 0), None, k, counts, t, num_rows, (e,))
+
+
+def plan(routing: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
     """Plan of one level: slots, or rows without gaps if `ragged`."""
-    row, num_rows, counts = _rows(routing, ragged)
+    row, num_rows, counts = _rows(routing, ragged, widen)
     num_tokens = row.shape[0] * routing.num_tokens
-    if routing.choices is not None:
-        token = None
-    else:
+    token = None
+    if routing.choices is None:
         first = torch.arange(row.shape[0], device=row.device).unsqueeze(-1) * routing.num_tokens
         token = (routing.token + first).flatten()
     experts = (routing.num_experts,)
     return _plan(row.flatten(), routing.weight.flatten(), token, routing.choices, counts, num_tokens, num_rows, experts)
 
 
-def compose(outer: Routing, inner: Routing, *, ragged: bool = False) -> Plan:
+def compose(outer: Routing, inner: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
     """Plan of two levels: the tokens of `inner` are the slots that `plan(outer)` makes.
 
     A token's choices are those of its slots, in order, and their weights the products of both levels', so that tokens
@@ -87,17 +159,16 @@ def compose(outer: Routing, inner: Routing, *, ragged: bool = False) -> Plan:
     if outer.choices is None or inner.choices is None:
         raise ValueError("only routers of token choice can be composed: in expert choice a slot has no list of choices")
     slot, num_slots, _ = _rows(outer, False)
-    row_of_slot, most_rows, counts = _rows(inner, ragged)
+    row_of_slot, most_rows, counts = _rows(inner, ragged, widen)
     slot = slot.flatten()
     row = _with_sentinel(row_of_slot.reshape(num_slots, inner.choices), most_rows)[slot]  # (t k1, k2)
     weight = outer.weight.flatten().unsqueeze(-1) * _with_zero(inner.weight.reshape(num_slots, inner.choices))[slot]
-    choices = outer.choices * inner.choices
     num_tokens = math.prod(outer.expert.shape[:-1]) * outer.num_tokens
     num_rows = most_rows
-    if ragged:  # most slots may be empty: tokens bound the rows too
+    if ragged and widen is None:  # most slots may be empty: tokens bound the rows too
         num_rows = smallest(most_rows, row.numel())
         row = torch.where(row < most_rows, row, num_rows)
-    experts = (outer.num_experts, inner.num_experts)
+    experts, choices = (outer.num_experts, inner.num_experts), outer.choices * inner.choices
     return _plan(row.flatten(), weight.flatten(), None, choices, counts, num_tokens, num_rows, experts)
 
 
@@ -111,20 +182,16 @@ def _plan(
     num_rows: int,
     num_experts: tuple[int, ...],
 ) -> Plan:
-    """Add the tables that are read by row."""
+    """Add the tables that are read by row; `token` `(a,)` is that of each assignment in expert choice."""
     num_assignments = row.shape[0]
     index = torch.arange(num_assignments, device=row.device)
     empty = torch.full((num_rows + 1,), num_assignments, dtype=torch.int64, device=row.device)
     assignment = empty.scatter(0, row, index)[:num_rows]  # those without a row all write to the last entry
-    if choices is not None:
-        token = assignment // choices
-    else:
-        assert token is not None
-        token = _with_sentinel(token, num_tokens)[assignment]
-    return Plan(row, assignment, weight, token, choices, counts, num_tokens, num_rows, num_experts)
+    of_row = assignment // (choices or 1) if token is None else _with_sentinel(token, num_tokens)[assignment]
+    return Plan(row, assignment, weight, of_row, counts, choices, num_tokens, num_rows, num_experts)
 
 
-def _rows(routing: Routing, ragged: bool) -> tuple[Tensor, int, Tensor | None]:
+def _rows(routing: Routing, ragged: bool, widen: Widen | None = None) -> tuple[Tensor, int, Tensor | None]:
     """Row of every assignment `(b, a)` (the number of rows where it has none), number of rows, counts if ragged.
 
     Outer experts' groups stand before b in the result, so that it is `(outer b, a)`.
@@ -138,9 +205,9 @@ def _rows(routing: Routing, ragged: bool) -> tuple[Tensor, int, Tensor | None]:
         if routing.limit is not None:
             size = torch.minimum(size, routing.limit.unsqueeze(-1))
         size = size.reshape(routers, b, e).transpose(1, 2)  # rows lie by outer expert, expert, group
-        first = size.flatten().cumsum(0).view(routers, e, b) - size
+        start, counts, num_rows = _starts(size.sum(dim=-1).flatten(), routers * b * a, widen)
+        first = start.view(routers, e, 1) + size.cumsum(dim=-1) - size
         row = first.transpose(1, 2).gather(-1, expert) + slot
-        num_rows, counts = routers * b * a, size.sum(dim=-1).flatten()
     else:
         c = routing.slots
         router = torch.arange(routers, device=expert.device).view(-1, 1, 1)
@@ -148,6 +215,14 @@ def _rows(routing: Routing, ragged: bool) -> tuple[Tensor, int, Tensor | None]:
         row = ((router * e + expert) * b + group) * c + slot
         num_rows, counts = routers * e * b * c, None
     return torch.where(kept, row, num_rows).flatten(0, 1), num_rows, counts
+
+
+def _starts(counts: Tensor, num_rows: int, widen: Widen | None) -> tuple[Tensor, Tensor, int]:
+    """First row of each expert, its number of rows, and the number of all, `num_rows` unless experts are widened."""
+    if widen is not None:
+        widths = widen(counts.tolist())
+        counts, num_rows = torch.tensor(widths, dtype=torch.int64, device=counts.device), sum(widths)
+    return counts.cumsum(0) - counts, counts, num_rows
 
 
 def _with_zero(values: Tensor) -> Tensor:
@@ -188,61 +263,43 @@ class _Dispatch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         token, row = ctx.saved_tensors
-        return _Sum.apply(grad, token, row, ctx.choices, ctx.num_tokens), None, None, None
-
-
-class _Sum(torch.autograd.Function):
-    """Unweighted sum of each token's rows; its gradient is the rows of the tokens."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(rows: Tensor, token: Tensor, row: Tensor, choices: int | None, num_tokens: int) -> Tensor:
-        return sum_rows(rows, None, token, row, choices, num_tokens)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        _, token, row, ctx.choices, _ = inputs
-        ctx.save_for_backward(token, row)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        token, row = ctx.saved_tensors
-        return _Dispatch.apply(grad, token, row, ctx.choices), None, None, None, None
+        return _Combine.apply(grad, None, token, row, None, ctx.choices, ctx.num_tokens), None, None, None
 
 
 class _Combine(torch.autograd.Function):
-    """Weighted sum of each token's rows."""
+    """Sum of each token's rows, weighted if there are weights."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         rows: Tensor,
-        weight: Tensor,
+        weight: Tensor | None,
         token: Tensor,
         row: Tensor,
-        assignment: Tensor,
+        assignment: Tensor | None,
         choices: int | None,
         num_tokens: int,
     ) -> Tensor:
-        row_weight = _with_zero(weight)[assignment] if choices is None else None
-        return sum_rows(rows, weight if row_weight is None else row_weight, token, row, choices, num_tokens)
+        if choices is None and weight is not None:
+            weight = _with_zero(weight)[assignment]
+        return sum_rows(rows, weight, token, row, choices, num_tokens)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         rows, weight, token, row, assignment, ctx.choices, _ = inputs
-        ctx.save_for_backward(rows, weight, token, row, assignment)
+        ctx.save_for_backward(None if weight is None else rows, weight, token, row, assignment)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         rows, weight, token, row, assignment = ctx.saved_tensors
-        spread = _Dispatch.apply(grad, token, row, ctx.choices).to(weight.dtype)  # (r, d), zeros where empty
-        empty = (assignment == weight.shape[0]).unsqueeze(-1)
+        spread = _Dispatch.apply(grad, token, row, ctx.choices)  # (r, d), zeros where empty
+        if weight is None:
+            return spread, None, None, None, None, None, None
+        spread, empty = spread.to(weight.dtype), (assignment == weight.shape[0]).unsqueeze(-1)
         grad_row_weight = (spread * rows.masked_fill(empty, 0)).sum(dim=-1)
-        grad_weight = _with_zero(grad_row_weight)[row]
         grad_rows = (spread * _with_zero(weight)[assignment].unsqueeze(-1)).to(rows.dtype)
-        return grad_rows, grad_weight, None, None, None, None, None
+        return grad_rows, _with_zero(grad_row_weight)[row], None, None, None, None, None
 
 
 def read_rows(x: Tensor, index: Tensor) -> Tensor:
@@ -255,7 +312,7 @@ def read_rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 def sum_rows(
-    rows: Tensor, weight: Tensor | None, token: Tensor | None, row: Tensor, choices: int | None, num_tokens: int
+    rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, choices: int | None, num_tokens: int
 ) -> Tensor:
     """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment.
 
@@ -265,22 +322,19 @@ def sum_rows(
     if weight is not None:
         dtype = torch.promote_types(dtype, weight.dtype)
     if choices is None:
-        assert token is not None
         rows_in = rows.to(dtype)
         if weight is not None:
             empty = (token == num_tokens).unsqueeze(-1)
             rows_in = (rows_in * weight.unsqueeze(-1)).masked_fill(empty, 0)
         total = rows_in.new_zeros(num_tokens + 1, rows.shape[-1])
         return _add_rows(total, token, rows_in)[:-1].to(rows.dtype)
-    row = row.view(num_tokens, choices)
-    total = None
+    terms = []
     for choice in range(choices):
-        term = read_rows(rows, row[:, choice]).to(dtype)
+        term = read_rows(rows, row.view(num_tokens, choices)[:, choice]).to(dtype)
         if weight is not None:
             term = term * weight.view(num_tokens, choices)[:, choice].unsqueeze(-1)
-        total = term if total is None else total + term
-    assert total is not None
-    return total.to(rows.dtype)
+        terms.append(term)
+    return sum(terms[1:], terms[0]).to(rows.dtype)
 
 
 def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
-"""Expert networks: stacked weights for all experts, or a list of plain modules.
+"""Expert networks: stacked weights for all experts, a list of plain modules, and the two contracts for experts.
 
-Axes: e experts (one or two dimensions, `*e`), s slots of an expert, r rows sorted by expert, d model dim, h hidden dim.
+Axes: e experts (one or two dimensions, `*e`), t tokens, s slots of an expert, r rows sorted by expert, d model dim,
+h hidden dim, o dim of the outputs.
 
-Every kind of experts maps slots `(*e, s, d)` to the same shape. Those that also take `(rows, counts)`, rows sorted by
-expert and the number of each expert's, say so by a method `prefers_rows`; those that take the tokens of a whole call
-and what its gates decided, `(x, decision=decision)`, by a method `takes_tokens`.
+1. *Slots*, for anybody's module: `experts(slots)`, `(*e, s, d)` to the same shape.
+2. *Tokens*, for `RoutedExperts`: `experts(x, decision)`, the tokens `(t, d)` of a whole call and what the gates
+   decided, to tokens.
 """
 
 from __future__ import annotations
@@ -12,62 +13,174 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.checks import check_size, check_sizes
 from mixture_of_experts.dispatch import Decision, combine, dispatch
-from mixture_of_experts.few import few_rows, is_few
-from mixture_of_experts.fused import fused_experts, takes
-from mixture_of_experts.grouped import bias_of_rows, expert_matmul, matching
 from mixture_of_experts.groups import own
+from mixture_of_experts.ops import routed_ffn
+from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
+from mixture_of_experts.ops.call import Network, matching
+from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.tracing import is_wrapped
 
-Activation = Callable[..., Any]  # a class or factory of modules, a module, or a function of a tensor
+
+class RoutedExperts(nn.Module):
+    """Base of experts that are given the tokens of a whole call and what the gates decided.
+
+    A subclass writes `compute`: rows sorted by expert to as many rows, of any width; no row is padding. Dispatch,
+    combine, capacity and several levels are the base's. A subclass that overrides `forward` without an argument
+    `decision` is given slots, as any other module.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.ops import grouped_product
+        >>> class LinearExperts(RoutedExperts):
+        ...     def __init__(self, dim, num_experts):
+        ...         super().__init__()
+        ...         self.num_experts = num_experts
+        ...         self.weight = nn.Parameter(torch.randn(num_experts, dim, dim) * dim**-0.5)
+        ...
+        ...     def compute(self, rows, counts):
+        ...         return grouped_product(rows, self.weight, counts)
+        >>> moe = MoE(dim=16, num_experts=4, experts=LinearExperts(16, 4), capacity_factor_train=None)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    reads_decisions: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **kwargs) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.reads_decisions = "decision" in inspect.signature(cls.forward).parameters
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`."""
+        if decision is None:
+            counts = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
+            out = self.compute(x.flatten(0, -2), counts)
+            return own(out, (*x.shape[:-1], out.shape[-1]))
+        plan = decision.plan(ragged=True)
+        assert plan.counts is not None
+        rows = dispatch(x, plan)
+        out = self.compute(rows, plan.counts)
+        if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"{type(self).__name__}.compute must return a row for each of {len(rows)} rows, got {got}")
+        return combine(out, plan)
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Every expert on its own rows.
+
+        Args:
+            rows: `(r, d)`, sorted by expert. What is returned for rows past the sum of the counts is not read.
+            counts: `(e,)` int64, the rows of each expert; of a grid of experts outer-major.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must write compute(rows, counts), or a forward for slots")
 
 
-class StackedExperts(nn.Module):
-    """Base of experts whose weights are stacked: checks of shapes, initialisation, and the choice of slots or rows."""
+def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
+    """Tokens `(t, d)` of a call through experts of either contract, to tokens `(t, o)`."""
+    if reads_decisions(experts):
+        return experts(x, decision)
+    return run_on_slots(experts, x, decision, getattr(experts, "dim_out", None))
 
-    def __init__(self, dim: int, num_experts: int | tuple[int, ...], hidden_dim: int | None, activation: Activation):
+
+def reads_decisions(experts: nn.Module) -> bool:
+    """Whether a module, or what it is wrapped around, takes tokens and a decision."""
+    while not isinstance(experts, RoutedExperts):
+        inner = [experts._modules.get(name) for name in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")]
+        wrapped = next((module for module in inner if module is not None), None)
+        if wrapped is None:
+            return False
+        experts = wrapped
+    return experts.reads_decisions
+
+
+def run_on_slots(
+    compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
+) -> Tensor:
+    """Dispatch to slots, which are zeros where empty, compute them, and combine."""
+    plan = decision.plan(ragged=False)
+    slots = dispatch(x, plan)
+    slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
+    out = compute(slots)
+    wanted = (*slots.shape[:-1], dim_out or slots.shape[-1])
+    if not isinstance(out, Tensor) or out.shape != wanted:
+        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+        what = "their dim_out as width" if dim_out else "the shape they are given"
+        raise ValueError(f"experts must return {what}, {wanted}, got {got} (their dim_out tells of another width)")
+    # `flatten(0, -2)` asks of a dynamic length whether it is 1
+    return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
+
+
+class StackedExperts(RoutedExperts):
+    """Base of experts whose weights are stacked: initialisation, checks of shapes, and both contracts."""
+
+    gated: ClassVar[bool]
+    w1: nn.Parameter
+    w2: nn.Parameter
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int | tuple[int, ...],
+        hidden_dim: int | None,
+        activation: ActivationLike,
+        bias: bool,
+        dim_out: int | None,
+        **factory: Any,
+    ) -> None:
         super().__init__()
-        self.dim = check_size("dim", dim)
+        d = self.dim = check_size("dim", dim)
+        o = self.dim_out = check_size("dim_out", dim if dim_out is None else dim_out)
         self.num_experts = num_experts
         self.expert_dims = check_sizes("num_experts", num_experts)
-        self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
+        h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
+        if takes_two(self.act) and not self.gated:
+            raise ValueError(f"activation {activation!r} is a function of (gate, up): use GatedExperts")
+        weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
+        biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
+        for name, size in (weights | biases).items():
+            if self.gated or not name.endswith("3"):
+                there = bias or name in weights
+                # zeros touch new pages on all threads; the draw that follows has but one
+                stack = nn.Parameter(torch.zeros(*self.expert_dims, *size, **factory)) if there else None
+                self.register_parameter(name, stack)
+        self.reset_parameters()
 
-    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
-        """Whether `num_rows` rows without gaps beat `num_slots` slots."""
-        if dropless:
-            return True
-        if torch.compiler.is_exporting():
-            return False
-        # while a graph is traced the answer must not depend on a length that the graph leaves open
-        return statically_known_true(num_rows < num_slots)
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        network = self._network()
+        if isinstance(decision, Decision):
+            return routed_ffn(x, decision, network, training=self.training)
+        wanted = (*self.expert_dims, "s", self.dim)
+        fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
+        if decision is not None or not fits:
+            rest = "" if decision is None else f" and {type(decision).__name__} (rows and counts go to `compute`)"
+            raise ValueError(
+                f"{type(self).__name__} of {self.num_experts} experts reads slots of shape "
+                f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
+            )
+        out = feed_forward(*matching(x.flatten(0, -3), network))
+        return own(out, (*x.shape[:-1], out.shape[-1]))
 
-    def takes_tokens(self, x: Tensor) -> bool:
-        """Whether tokens `(t, d)` of a whole call can be computed at once, from dispatch to combine (`fused.py`).
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        rows, network = matching(rows, self._network())
+        return feed_forward(rows, network, counts, grouped_product)
 
-        Weights are not looked at: FSDP2 has them whole only within a call, and a recomputation must go the same way.
-        """
-        return self.b1 is None and takes(x, self.act)
-
-    def _whole_call(self, x: Tensor, decision: Decision, first: list[Tensor], last: Tensor) -> Tensor:
-        if not all(type(weight) in (Tensor, nn.Parameter) for weight in (*first, last)):
-            plan = decision.plan(ragged=True)
-            return combine(self.forward(dispatch(x, plan), plan.counts), plan)
-        x, *first, last = matching(x, *(weight.flatten(0, -3) for weight in (*first, last)))
-        if not self.training and is_few(decision.levels, x, (*first, last)):
-            return few_rows(x, decision.levels[0], self.act, first, last)
-        return fused_experts(x, decision.plan(ragged=True), self.act, first, last, self.training)
-
-    def _stack(self, *sizes: int) -> nn.Parameter:
-        """A parameter for all experts. Zeros touch new pages on all threads; the draw that follows has but one."""
-        return nn.Parameter(torch.zeros(*self.expert_dims, *sizes))
+    def _network(self) -> Network:
+        """The weights, with one dimension for all experts."""
+        numbers = ("1", "3") if self.gated else ("1",)
+        w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
+        network = Network(w_in, self.w2, b_in, getattr(self, "b2", None), self.act)
+        return network.map(lambda tensor: tensor.flatten(0, len(self.expert_dims) - 1))
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""
@@ -78,75 +191,51 @@ class StackedExperts(nn.Module):
                 bound = math.sqrt(3 / parameter.shape[-2])
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def _enter(self, x: Tensor, counts: Tensor | None) -> Tensor:
-        """Slots `(*e, s, d)` or rows, their shape checked."""
-        wanted = (*self.expert_dims, "s", self.dim) if counts is None else ("r", self.dim)
-        fits = x.ndim == len(wanted) and all(isinstance(w, str) or w == s for w, s in zip(wanted, x.shape, strict=True))
-        if not fits:
-            raise ValueError(
-                f"{type(self).__name__} of {self.num_experts} experts reads x of shape "
-                f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}"
-            )
-        return x
-
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, counts: Tensor | None) -> Tensor:
-        """Every expert's rows times its weight `(*e, p, q)`, plus its bias `(*e, q)`."""
-        if counts is not None:
-            weight, bias = weight.flatten(0, -3), None if bias is None else bias.flatten(0, -2)
-        x, weight = matching(x, weight)
-        product = expert_matmul(x, weight, counts)
-        if bias is None:
-            return product
-        return product + bias_of_rows(bias, counts, x.shape[-2]).to(product.dtype)
-
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
+        out = "" if self.dim_out == self.dim else f", dim_out={self.dim_out}"
+        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}"
 
 
 class Experts(StackedExperts):
-    """Two-layer feed-forward experts, `act(x w1) w2`, all computed by batched products.
+    """Two-layer feed-forward experts, `act(x w1) w2`.
 
     Args:
         dim: d, model dimension.
         num_experts: e, or a tuple for a grid of experts.
         hidden_dim: h; 4 d by default.
         activation: a class such as `nn.GELU`, a module, or a function of a tensor.
-        bias: adds `b1 (*e, h)` and `b2 (*e, d)`.
+        bias: adds `b1 (*e, h)` and `b2 (*e, o)`.
+        dim_out: o, if the experts are to return another width than d.
+        device, dtype: of the parameters.
 
     Shape:
-        slots `(*e, s, d)` to the same, or rows `(r, d)` with counts `(e,)` to `(r, d)`. `w1` is `(*e, d, h)`, `w2`
-        `(*e, h, d)`.
+        slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` is `(*e, d, h)`, `w2`
+        `(*e, h, o)`.
 
     Example:
         >>> import torch
         >>> experts = Experts(dim=8, num_experts=4)
         >>> experts(torch.randn(4, 5, 8)).shape
         torch.Size([4, 5, 8])
-        >>> experts(torch.randn(6, 8), torch.tensor([3, 0, 2, 1])).shape
+        >>> experts.compute(torch.randn(6, 8), torch.tensor([3, 0, 2, 1])).shape
         torch.Size([6, 8])
     """
+
+    gated = False
 
     def __init__(
         self,
         dim: int,
         num_experts: int | tuple[int, ...] = 16,
         hidden_dim: int | None = None,
-        activation: Activation = nn.GELU,
+        activation: ActivationLike = nn.GELU,
         bias: bool = False,
+        *,
+        dim_out: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, activation)
-        self.w1 = self._stack(dim, self.hidden_dim)
-        self.w2 = self._stack(self.hidden_dim, dim)
-        self.b1 = self._stack(self.hidden_dim) if bias else None
-        self.b2 = self._stack(dim) if bias else None
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, decision: Decision | None = None) -> Tensor:
-        if decision is not None:
-            return self._whole_call(x, decision, [self.w1], self.w2)
-        x = self._enter(x, counts)
-        hidden = self.act(self._product(x, self.w1, self.b1, counts))
-        return self._product(hidden, self.w2, self.b2, counts)
+        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out, device=device, dtype=dtype)
 
 
 class GatedExperts(StackedExperts):
@@ -157,11 +246,14 @@ class GatedExperts(StackedExperts):
         dim: d, model dimension.
         num_experts: e, or a tuple for a grid of experts.
         hidden_dim: h; 4 d by default.
-        activation: a class such as `nn.SiLU`, a module, or a function of a tensor.
-        bias: adds `b1, b3 (*e, h)` and `b2 (*e, d)`.
+        activation: a class such as `nn.SiLU`, a module, or a function of a tensor; or of two, `(gate, up)`, that
+            returns the hidden layer itself, such as `ops.ClampedSwiGLU`.
+        bias: adds `b1, b3 (*e, h)` and `b2 (*e, o)`.
+        dim_out: o, if the experts are to return another width than d.
+        device, dtype: of the parameters.
 
     Shape:
-        as `Experts`; `w1` and `w3` are `(*e, d, h)`, `w2` is `(*e, h, d)`.
+        as `Experts`; `w1` and `w3` are `(*e, d, h)`, `w2` is `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -170,33 +262,24 @@ class GatedExperts(StackedExperts):
         torch.Size([4, 5, 8])
     """
 
+    gated = True
+
     def __init__(
         self,
         dim: int,
         num_experts: int | tuple[int, ...] = 16,
         hidden_dim: int | None = None,
-        activation: Activation = nn.SiLU,
+        activation: ActivationLike = nn.SiLU,
         bias: bool = False,
+        *,
+        dim_out: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, activation)
-        self.w1 = self._stack(dim, self.hidden_dim)
-        self.w3 = self._stack(dim, self.hidden_dim)
-        self.w2 = self._stack(self.hidden_dim, dim)
-        self.b1 = self._stack(self.hidden_dim) if bias else None
-        self.b3 = self._stack(self.hidden_dim) if bias else None
-        self.b2 = self._stack(dim) if bias else None
-        self.reset_parameters()
-
-    def forward(self, x: Tensor, counts: Tensor | None = None, *, decision: Decision | None = None) -> Tensor:
-        if decision is not None:
-            return self._whole_call(x, decision, [self.w1, self.w3], self.w2)
-        x = self._enter(x, counts)
-        gate = self.act(self._product(x, self.w1, self.b1, counts))
-        hidden = gate * self._product(x, self.w3, self.b3, counts)
-        return self._product(hidden, self.w2, self.b2, counts)
+        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out, device=device, dtype=dtype)
 
 
-class ExpertList(nn.ModuleList):
+class ExpertList(RoutedExperts, nn.ModuleList):
     """Any modules that map `(n, d)` to `(n, d)` as experts; of a grid of experts the list is outer-major.
 
     With slots (limited capacity) empty slots reach the modules as zeros. Dropless, every module gets just its own
@@ -205,6 +288,7 @@ class ExpertList(nn.ModuleList):
 
     Args:
         experts: the modules, one for each expert.
+        dim_out: o, if they return another width than d.
 
     Example:
         >>> import torch
@@ -214,8 +298,9 @@ class ExpertList(nn.ModuleList):
         torch.Size([4, 5, 8])
     """
 
-    def __init__(self, experts: Iterable[nn.Module]) -> None:
+    def __init__(self, experts: Iterable[nn.Module], *, dim_out: int | None = None) -> None:
         super().__init__(experts)
+        self.dim_out = None if dim_out is None else check_size("dim_out", dim_out)
         if len(self) == 0:
             raise ValueError("ExpertList needs at least one module, got none")
 
@@ -223,24 +308,26 @@ class ExpertList(nn.ModuleList):
     def num_experts(self) -> int:
         return len(self)
 
-    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
-        """Rows are used only where slots would be n for each expert, and not while a graph is traced."""
-        return dropless and not torch.compiler.is_compiling()
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        if decision is None:
+            return self._on_slots(x)
+        if decision.dropless and not torch.compiler.is_compiling():
+            return super().forward(x, decision)
+        return run_on_slots(self._on_slots, x, decision, self.dim_out)
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        if counts is not None:
-            return self._on_all_rows(x, counts) if counts.is_meta or is_wrapped(counts) else self._on_rows(x, counts)
+    def _on_slots(self, x: Tensor) -> Tensor:
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
         results = torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))])
-        return own(results, x.shape)
+        return own(results, (*x.shape[:-1], results.shape[-1]))
 
-    def _on_rows(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Every module on its own rows."""
-        parts = x.split([*counts.tolist(), x.shape[0] - int(counts.sum())])
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        if counts.is_meta or is_wrapped(counts):
+            return self._on_all_rows(rows, counts)
+        parts = rows.split([*counts.tolist(), rows.shape[0] - int(counts.sum())])
         results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
-        return torch.cat([*results, torch.zeros_like(parts[-1], dtype=results[0].dtype)])
+        return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
     def _on_all_rows(self, x: Tensor, counts: Tensor) -> Tensor:
         """Every module on all rows, of which its own are kept: where numbers cannot be read."""
@@ -250,46 +337,12 @@ class ExpertList(nn.ModuleList):
         return sum(results[1:], results[0])
 
     def _run(self, index: int, x: Tensor) -> Tensor:
-        result = self[index](x)
-        if result.shape != x.shape:
+        out = self[index](x)
+        wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
+        if out.shape != wanted:
             raise ValueError(
-                f"expert {index} ({type(self[index]).__name__}) returned shape {tuple(result.shape)} for tokens of "
-                f"shape {tuple(x.shape)}: an expert must keep the shape"
+                f"expert {index} ({type(self[index]).__name__}) returned shape {tuple(out.shape)} for tokens of shape "
+                f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape, or `ExpertList(..., dim_out=...)` "
+                "tells of another width"
             )
-        return result
-
-
-def make_activation(activation: Activation) -> nn.Module:
-    """A module from a class (or other factory of no arguments), a module, or a function of a tensor."""
-    if isinstance(activation, nn.Module):
-        return activation
-    if not callable(activation):
-        raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
-    made = activation() if _takes_nothing(activation) else FunctionActivation(activation)
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
-    return made
-
-
-def _takes_nothing(function: Callable) -> bool:
-    if isinstance(function, type):
-        return True
-    try:
-        inspect.signature(function).bind()
-    except (TypeError, ValueError):  # it wants a tensor, or is built in and has no signature
-        return False
-    return True
-
-
-class FunctionActivation(nn.Module):
-    """A function of a tensor as a module."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-    def extra_repr(self) -> str:
-        return getattr(self.function, "__name__", repr(self.function))
+        return out

@@ -50,10 +50,10 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 
 def restore(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
     """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
-    out = own(out, x.shape).to(x.dtype)
+    out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
-    shared = check_result("shared_expert", shared_expert(x), x.shape)
+    shared = check_result("shared_expert", shared_expert(x), out.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
 

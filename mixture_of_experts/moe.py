@@ -22,12 +22,13 @@ from mixture_of_experts.arguments import (
     resolve_num_experts,
 )
 from mixture_of_experts.checks import check_coefs, check_number, check_size
-from mixture_of_experts.compute import compute
-from mixture_of_experts.experts import Activation, Experts
+from mixture_of_experts.dispatch import Decision
+from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import Top2Gating
 from mixture_of_experts.gating.top2 import SecondPolicy
 from mixture_of_experts.groups import group_inputs, restore
 from mixture_of_experts.levels import second_level
+from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
 
@@ -118,7 +119,7 @@ class MoE(Layer):
         dim: int,
         num_experts: int | None = None,
         hidden_dim: int | None = None,
-        activation: Activation = nn.GELU,
+        activation: ActivationLike = nn.GELU,
         second_policy_train: SecondPolicy = "random",
         second_policy_eval: SecondPolicy = "random",
         second_threshold_train: float = 0.2,
@@ -163,7 +164,7 @@ class MoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
         routing = check_routing("gate", self.gate(groups, mask=group_mask))
-        out = compute(self.experts, groups, [routing])
+        out = run_experts(self.experts, groups.flatten(0, 1), Decision([routing]))
         return restore(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
 
@@ -199,7 +200,7 @@ class HeirarchicalMoE(Layer):
         dim: int,
         num_experts: tuple[int, int] | None = None,
         hidden_dim: int | None = None,
-        activation: Activation = nn.GELU,
+        activation: ActivationLike = nn.GELU,
         second_policy_train: SecondPolicy = "random",
         second_policy_eval: SecondPolicy = "random",
         second_threshold_train: float = 0.2,
@@ -258,7 +259,7 @@ class HeirarchicalMoE(Layer):
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask))
         inner = check_routing("gate_inner", self.gate_inner(**second_level(groups, outer, self.group_size)))
-        out = compute(self.experts, groups, [outer, inner])
+        out = run_experts(self.experts, groups.flatten(0, 1), Decision([outer, inner]))
         return restore(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 
 

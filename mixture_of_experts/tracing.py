@@ -26,8 +26,9 @@ def exporting_to_onnx() -> bool:
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for many tensors or one that is differentiated, under vmap and the other transforms of
-    `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.)"""
-    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
+    `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.) While a graph is
+    traced that is nothing to ask: no number can be read then."""
+    return not torch.compiler.is_compiling() and torch.func.debug_unwrap(tensor, recurse=False) is not tensor
 
 
 def in_checkpoint() -> bool:

@@ -22,7 +22,7 @@ from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
 from benchmarks.rivals import PUBLISHED, ST_MOE  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
-from mixture_of_experts import batches  # noqa: E402
+from mixture_of_experts.ops.cpu import schedule  # noqa: E402
 
 TOYS = {case.name: case for case in choose("toy", quick=False)}
 
@@ -105,7 +105,7 @@ def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
 )
 def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -> None:
     """Output and all gradients: with dropped choices, with experts that differ in their rows, with unused ones."""
-    monkeypatch.setattr(batches, "PRODUCT", 1 << 9)
+    monkeypatch.setattr(schedule, "PADDING", 1 << 9)
     contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
     assert max(field.check_all(contestants).values()) < 1e-6
     layer, by_hand = contestants["layer"], contestants[name]

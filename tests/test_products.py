@@ -1,4 +1,4 @@
-"""The experts' products over rows: the operators of the CPU, and products in blocks, against one product an expert."""
+"""The experts' products over rows against one product an expert, and which of them the CPU computes together."""
 
 import pytest
 import torch
@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating, batches, chunks, experts
-from mixture_of_experts.batches import Batch, batches_of
-from mixture_of_experts.chunks import Setting, chunks_of
-from mixture_of_experts.grouped import _in_blocks, expert_matmul, product_by_expert, rows_by_rows, rows_by_weights
+from mixture_of_experts import Experts, MoE, TopKGating
+from mixture_of_experts.ops.cpu import schedule
+from mixture_of_experts.ops.cpu.schedule import batches_of, chunks_of
+from mixture_of_experts.ops.grouped import grouped_product, product_by_expert, rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.plain import expert_product
 
 COUNTS = [[3, 0, 2, 1], [0, 0, 0, 0], [7], [0, 5, 0]]
 
@@ -38,18 +39,19 @@ def test_operators(counts, dtype):
     torch.library.opcheck(rows_by_rows, (x, torch.randn(len(x), 4).to(dtype), counts))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_flops_are_counted(bias):
-    """Six products of a dropless layer's rows (and of the padding of its chunks), and the router's three."""
-    layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16, bias=bias))
+@pytest.mark.parametrize("padding", [0, 1 << 30])
+def test_flops_are_counted(padding, monkeypatch):
+    """Six products of a dropless layer's rows (and of the padding of its batches), and the router's three."""
+    monkeypatch.setattr(schedule, "PADDING", padding)
+    monkeypatch.setattr(schedule, "FREE_ROWS", 0)
+    torch.manual_seed(0)
+    layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16))
     x = torch.randn(2, 32, 8, requires_grad=True)
+    counts = layer.gate(x).queued.sum(dim=0).tolist()
     with FlopCounterMode(display=False) as counter:
         layer(x)[0].sum().backward()
-    rows = 2 * 64
-    if not bias:  # these take the way in chunks
-        counts = layer.gate(x).queued.sum(dim=0).tolist()
-        setting = Setting(64, 8 * 4, 16 * 4, torch.get_num_threads(), steps=True, training=True)
-        rows = sum(chunk.num_rows for chunk in chunks_of(counts, setting))
+    rows = 4 * max(counts) if padding else 2 * 64
+    assert len(set(counts)) > 1
     assert counter.get_total_flops() == 6 * 2 * rows * 8 * 16 + 3 * 2 * 64 * 8 * 4
 
 
@@ -57,21 +59,21 @@ def test_flops_are_counted(bias):
 def test_products(counts, past, weigh):
     """Values and gradients of both ways are those of a loop."""
     x, weight, counts = operands(counts, past)
-    expected = torch.func.vjp(lambda x, weight: by_loop(x, weight, counts), x, weight)
-    grad = (
-        torch.randn(expected[0].shape, dtype=x.dtype) if weigh else torch.ones(1, dtype=x.dtype).expand_as(expected[0])
-    )
-    for product in (expert_matmul, _in_blocks):
-        value, gradients = torch.func.vjp(lambda x, weight, way=product: way(x, weight, counts), x, weight)
-        torch.testing.assert_close(value, expected[0])
-        torch.testing.assert_close(gradients(grad), expected[1](grad))
+    expected = by_loop(*(inputs := (x.requires_grad_(), weight.requires_grad_())), counts)
+    grad = torch.randn_like(expected) if weigh else torch.ones(1, dtype=x.dtype).expand_as(expected)
+    for product in (grouped_product, expert_product):
+        value = product(x, weight, counts)
+        torch.testing.assert_close(value, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(value, inputs, grad), torch.autograd.grad(expected, inputs, grad, retain_graph=True)
+        )
 
 
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_second_derivatives(counts):
     x, weight, counts = operands(counts)
     inputs = (x.requires_grad_(), weight.requires_grad_())
-    assert torch.autograd.gradgradcheck(lambda x, weight: expert_matmul(x, weight, counts), inputs)
+    assert torch.autograd.gradgradcheck(lambda x, weight: grouped_product(x, weight, counts), inputs)
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [2, 0, 2, 1], [1, 0, 0, 1, 0, 1], [3, 3, 1, 1]], ids=str)
@@ -93,113 +95,51 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
     st.lists(st.integers(0, 30) | st.just(0), max_size=40),
     st.sampled_from([1, 2, 3, 4, 16]),
     st.sampled_from([1 << 10, 1 << 14, 1 << 20]),
-    st.booleans(),
+    st.sampled_from([1, 20, 1000]),
 )
-def test_chunks(counts, threads, row_bytes, steps):
-    """Every expert that has rows is in one chunk, with room for them; one that has none is in no chunk."""
-    made, inside = chunks_of(counts, Setting(99, row_bytes, row_bytes, threads, steps, training=False)), []
-    for chunk in made:
-        for batch in chunk.batches:
-            experts = list(range(len(counts))[batch.experts])
-            assert (batch.number, batch.width) == (len(experts), max(counts[expert] for expert in experts))
-            assert steps or batch.experts.step == 1
-            inside += experts
-        assert chunk.num_rows == sum(batch.number * batch.width for batch in chunk.batches)
-    assert sorted(inside) == [expert for expert, count in enumerate(counts) if count]
+def test_chunks(counts, threads, row_bytes, most_rows):
+    """Every expert that has rows is in one batch, with room for them; batches and chunks follow each other."""
+    batches = batches_of(counts, row_bytes, threads, most_rows)
+    inside = [expert for batch in batches for expert in range(len(counts))[batch.experts]]
+    assert inside == [expert for expert, count in enumerate(counts) if count]
+    for batch in batches:
+        assert batch.width == max(counts[batch.experts])
+        assert batch.number == 1 or batch.number * batch.width <= most_rows
+    chunks = chunks_of(batches, most_rows)
+    assert [batch for chunk in chunks for batch in chunk.batches] == batches
+    stops = [0, *(batch.stop for batch in batches)]
+    assert [batch.start for batch in batches] == stops[:-1]
+    for chunk in chunks:
+        assert chunk.rows == slice(chunk.batches[0].start, chunk.batches[-1].stop)
+        assert len(chunk.batches) == 1 or chunk.num_rows <= most_rows
 
 
 @pytest.mark.parametrize(
-    ("counts", "threads", "steps", "expected"),
+    ("counts", "threads", "expected"),
     [
-        ([50] * 8, 2, True, [[0, 1, 2, 3, 4, 5, 6, 7]]),
-        ([49, 50, 48, 50], 2, True, [[0, 1, 2, 3]]),
-        ([50, 200, 50, 200], 2, True, [[0, 2], [1, 3]]),
-        ([50, 200, 50, 200], 2, False, [[0], [1], [2], [3]]),
-        ([200, 50, 0, 50, 200], 2, True, [[1, 3], [0, 4]]),
-        ([200, 50] * 4, 2, True, [[1, 3, 5, 7], [0, 2, 4, 6]]),
-        ([200, 50] * 4, 2, False, [[0], [1], [2], [3], [4], [5], [6], [7]]),
-        ([50, 49, 200, 51], 2, True, [[0, 1], [2], [3]]),
-        ([51, 200, 50], 2, True, [[0, 2], [1]]),
-        ([50, 100, 200], 2, True, [[0], [1], [2]]),
-        ([50, 50, 300], 2, True, [[0, 1], [2]]),
-        ([50] * 3 + [100] * 3, 3, True, [[0, 1, 2], [3, 4, 5]]),
-        ([50] * 16, 16, True, [list(range(16))]),
+        ([50] * 8, 2, [[0, 1, 2, 3, 4, 5, 6, 7]]),
+        ([49, 50, 48, 50], 2, [[0, 1, 2, 3]]),
+        ([50, 200, 50, 200], 2, [[0], [1], [2], [3]]),
+        ([200, 50, 0, 50, 50], 2, [[0], [1], [3, 4]]),
+        ([50, 49, 200, 51], 2, [[0, 1], [2], [3]]),
+        ([50] * 3 + [100] * 3, 3, [[0, 1, 2], [3, 4, 5]]),
+        ([50] * 5, 2, [[0, 1, 2, 3], [4]]),  # whole experts for each thread
+        ([50] * 3, 4, [[0, 1, 2]]),
+        ([50] * 50, 1, [list(range(20)), list(range(20, 40)), list(range(40, 50))]),
     ],
     ids=str,
 )
-def test_batches(counts, threads, steps, expected):
-    """Experts with equally many rows, or nearly so, are one product, wherever they stand."""
-    made = batches_of(counts, 4096, threads, enough=1000, steps=steps)
+def test_batches(counts, threads, expected):
+    """Neighbours with equally many rows, or nearly so, are one product."""
+    made = batches_of(counts, 4096, threads, most_rows=1000)
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
 
 
-def test_a_forward_without_gradients_goes_the_way_of_training(monkeypatch):
-    """A checkpoint that is recomputed has the same products, to the last bit; in eval they may be others."""
-    asked = []
-    monkeypatch.setattr(chunks, "batches_of", lambda *args: asked.append(args) or batches_of(*args))
-    layer = MoE(8, 4, gate=TopKGating(8, 4, 2))
-    x = torch.randn(2, 33, 8)
-    layer(x)[0].sum().backward()
-    with torch.no_grad():
-        layer(x)
-        layer.eval()(x)
-    forward, backward, without, in_eval = asked
-    assert forward == backward == without
-    assert in_eval[:-1] == forward[:-1]
-    assert (forward[-1], in_eval[-1]) == (True, False)
-
-
-def test_batches_that_gradients_are_written_of():
-    """Torch writes them one by one where experts stand apart: some padding is then better."""
-    counts = [50, 68] * 4
-    made = [batches_of(counts, 4096, 2, enough=100, training=training) for training in (False, True)]
-    assert [[batch.experts.step for batch in way] for way in made] == [[2] * 4, [1] * 4]
-
-
-GATES = {
-    "dropless": lambda: TopKGating(8, 7, 2),
-    "capacity": lambda: TopKGating(8, 7, 2, capacity_factor_train=0.7),
-    "expert choice": lambda: ExpertChoiceGating(8, 7, capacity_factor=1.5),
-}
-
-
-def scattered(counts, *_):
-    """The fullest expert with the emptiest, and so on: as much out of order as pairs can be."""
-    order = sorted((expert for expert, count in enumerate(counts) if count), key=counts.__getitem__)
-    made = []
-    while order:
-        pair = sorted({order.pop(), order.pop(0) if order else -1} - {-1})
-        step = pair[-1] - pair[0] if len(pair) == 2 else 1
-        made.append(Batch(slice(pair[0], pair[-1] + 1, step), len(pair), max(counts[expert] for expert in pair)))
-    return made
-
-
-@pytest.mark.parametrize("kind", [Experts, GatedExperts])
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("balance", [1, 1 << 30])
-def test_scattered_batches(kind, gate, balance, monkeypatch):
-    """Outputs and all gradients are those of the plain operators, whichever experts are one product or one chunk."""
-    monkeypatch.setattr(chunks, "BALANCE", balance)
-    torch.manual_seed(0)
-    layer = MoE(8, 7, gate=GATES[gate](), experts=kind(8, 7, 16)).double()
-    x = torch.randn(2, 33, 8, dtype=torch.float64, requires_grad=True)
-    grad, mask = torch.randn_like(x), torch.rand(2, 33) < 0.8
-    found = []
-    for way in ("scattered", "plain"):
-        monkeypatch.setattr(chunks, "batches_of", scattered)
-        monkeypatch.setattr(experts, "takes", lambda *_, fused=way == "scattered": fused)
-        out, aux = layer(x, mask=mask)
-        found.append((out, *torch.autograd.grad((out * grad).sum() + aux, [x, *layer.parameters()])))
-    torch.testing.assert_close(*found)
-
-
-@pytest.mark.parametrize("batched", ["neighbours", "alone", "scattered"])
-def test_an_infinite_gradient_concerns_its_expert_only(batched, monkeypatch):
+@pytest.mark.parametrize("padding", [0, 1 << 20], ids=["alone", "batched"])
+def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
     """Nor do rows that are padding carry it to others."""
-    monkeypatch.setattr(batches, "PRODUCT", 1 << 20 if batched == "neighbours" else 0)
-    monkeypatch.setattr(batches, "FREE_ROWS", 0)
-    if batched == "scattered":
-        monkeypatch.setattr(chunks, "batches_of", scattered)
+    monkeypatch.setattr(schedule, "PADDING", padding)
+    monkeypatch.setattr(schedule, "FREE_ROWS", 0)
     torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
@@ -216,10 +156,10 @@ def test_an_infinite_gradient_concerns_its_expert_only(batched, monkeypatch):
 
 def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
-    monkeypatch.setattr(chunks, "BALANCE", 1)
-    monkeypatch.setattr(batches, "PRODUCT", 1 << 20)
+    monkeypatch.setattr(schedule, "CHUNK", 1)
+    monkeypatch.setattr(schedule, "PADDING", 1 << 20)
     torch.manual_seed(0)
-    layer = MoE(16, 4, gate=TopKGating(16, 4, 2))
+    layer = MoE(16, 5, gate=TopKGating(16, 5, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
     leaves = [x, *layer.parameters()]
     threads, found = torch.get_num_threads(), []

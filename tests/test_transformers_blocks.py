@@ -266,7 +266,7 @@ def test_llama4(sizes, seed, dtype):
         num_experts_per_tok=k,
     )
     block = modeling("llama4").Llama4TextMoe(config)
-    compare(block, recipe("Llama 4")["Llama4MoE"](dim, num_experts, hidden, k), llama4_block, dtype)
+    compare(block, recipe("Llama 4")["llama4_moe"](dim, num_experts, hidden, k), llama4_block, dtype)
 
 
 def test_a_wrong_router_is_found():

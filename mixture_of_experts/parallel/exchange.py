@@ -18,6 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 
+from mixture_of_experts.groups import own
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOTS, ROWS = 0, 1
 FORMS = ("slots (limited capacity)", "rows (dropless)")
@@ -155,7 +157,7 @@ def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: C
     Args:
         x: `(*e, s, d)`, this rank's slots of every expert.
         dims: `*e`, of which the first is divided among the ranks.
-        compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to the same shape.
+        compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to `(*l, s', o)`.
         channel: the way to the other ranks.
         equal: s is the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host sync.
     """
@@ -175,9 +177,8 @@ def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: C
     rows = channel.move(x.reshape(-1, d), send, receive)
     blocks = [block.view(*local_dims, size, d) for block, size in zip(rows.split(receive), sizes, strict=True)]
     result = compute(torch.cat(blocks, dim=-2))
-    result = torch.cat([block.reshape(-1, d) for block in result.split(sizes, dim=-2)])
-    # as `view`, but not recorded as one: FSDP2 warns of modules that return views
-    return torch.ops.aten._unsafe_view(channel.move(result, receive, send), x.shape)
+    result = torch.cat([block.reshape(-1, block.shape[-1]) for block in result.split(sizes, dim=-2)])
+    return own(channel.move(result, receive, send), (*x.shape[:-1], result.shape[-1]))
 
 
 def through_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) -> Tensor:
@@ -186,7 +187,7 @@ def through_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) 
     Args:
         x: `(r, d)`, rows sorted by expert; those past the sum of the counts give zeros.
         counts: `(e,)` int64.
-        compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', d)`.
+        compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', o)`.
         channel: the way to the other ranks.
     """
     if channel.size == 1:
@@ -196,7 +197,7 @@ def through_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) 
     order, inverse = by_expert(received, sum(receive))
     result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0))
     result = channel.move(_Permute.apply(result, inverse, order), receive, send)
-    return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), x.shape[-1])])
+    return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), result.shape[-1])])
 
 
 def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:

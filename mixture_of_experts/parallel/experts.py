@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.dispatch import Decision, combine, dispatch
+from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.parallel.exchange import Channel, follow, scale_gradient, through_rows, through_slots
 
 Gradient = Literal["mean", "sum"]
@@ -79,26 +80,40 @@ class Layout:
         return self  # a copy of a layer is on the same ranks
 
 
-class SpreadExperts(nn.Module):
-    """What is added in front of a class of experts; see `spread`."""
+class SpreadExperts(RoutedExperts):
+    """What is added in front of a class of experts; see `parallel_class`."""
 
     expert_parallel: Layout
     local_class: type[nn.Module]
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Slots `(*e, s, d)`, or rows `(r, d)` sorted by expert with counts `(e,)`, to the same shape.
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`.
 
-        All ranks of the mesh must call it together, in the same form.
+        All ranks of the mesh must call it together. What is true of one rank's batch must not decide for all ranks:
+        rows travel when dropless, slots otherwise (and to experts that know nothing else).
         """
-        layout = self.expert_parallel
-        x = self._as_sent(x)
-        if counts is not None:
-            return through_rows(x, counts, self._compute, layout.channel)
+        if decision is None:
+            return self._through_slots(x)
+        local: Any = self.local_class
+        ragged = decision.dropless and issubclass(local, RoutedExperts) and local.reads_decisions
+        plan = decision.plan(ragged=ragged)
+        rows = dispatch(x, plan)
+        if plan.counts is not None:
+            channel = self.expert_parallel.channel
+            out = through_rows(self._as_sent(rows), plan.counts, self._compute, channel)
+        else:
+            dims = self.expert_parallel.dims
+            slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])
+            out = self._through_slots(slots)
+            out = out.flatten().view(plan.num_rows, out.shape[-1])
+        return combine(out, plan).to(x.dtype)
 
+    def _through_slots(self, x: Tensor) -> Tensor:
+        layout = self.expert_parallel
         if x.ndim != len(layout.dims) + 2 or tuple(x.shape[: len(layout.dims)]) != layout.dims:
             wanted = (*layout.dims, "s", "d")
             raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
-        return through_slots(x, layout.dims, self._compute, layout.channel, layout.static_shapes)
+        return through_slots(self._as_sent(x), layout.dims, self._compute, layout.channel, layout.static_shapes)
 
     def _as_sent(self, x: Tensor) -> Tensor:
         """Under autocast stacked experts begin with a cast: it is made before the journey, which halves the bytes."""
@@ -108,25 +123,18 @@ class SpreadExperts(nn.Module):
         return x.to(torch.get_autocast_dtype(x.device.type))
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """This rank's experts on slots `(*l, s, d)` or rows."""
-        forward = self._local().forward  # hooks run around the whole, at the call of the layer's own module
-        result = forward(x) if counts is None else forward(x, counts)
-        if not isinstance(result, Tensor) or result.shape != x.shape:
-            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise ValueError(f"experts must return the shape they are given, {tuple(x.shape)}, got {got}")
-        return result
+        """This rank's experts on slots `(*l, s, d)` or rows; hooks run around the whole, at the layer's own module."""
+        local: Any = self._local()
+        out = local.forward(x) if counts is None else local.compute(x, counts)
+        wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
+        if not isinstance(out, Tensor) or out.shape != wanted:
+            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {got}")
+        return out
 
     def _local(self) -> nn.Module:
         """The module as it would be if this rank's experts were all there are."""
         return local_view(self, self.expert_parallel)
-
-    def prefers_rows(self, num_rows: int, num_slots: int, dropless: bool) -> bool:
-        """Rows when dropless, slots otherwise: what is true of one rank's batch must not decide for all ranks."""
-        return dropless and hasattr(self.local_class, "prefers_rows")
-
-    def takes_tokens(self, x: Tensor) -> bool:
-        """Never: the tokens of a whole call are on other ranks."""
-        return False
 
     def own_names(self) -> set[str]:
         """Names of the parameters of which every rank has a part of its own."""

@@ -1,0 +1,240 @@
+"""How a routed feed-forward network is computed: the one place where a way is chosen.
+
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
+
+A way is a module with two functions: `why_not(call)`, None or the reason why it cannot take a call, and `run(call)`.
+They are tried in the order of `WAYS`. `why_not` reads no values, no number of tokens and no grad mode, so that a
+recomputation goes the way of its forward (but for decoding in eval, inside the CPU's way).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_choice
+from mixture_of_experts.dispatch import Decision, GivenChoices
+from mixture_of_experts.ops import cpu, grouped, plain
+from mixture_of_experts.ops.activations import FUNCTIONS, ActivationLike, ClampedSwiGLU, takes_two
+from mixture_of_experts.ops.call import Call, Halves, Network, matching
+from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.plain import bias_of_rows
+
+__all__ = [
+    "ClampedSwiGLU",
+    "Explanation",
+    "Network",
+    "bias_of_rows",
+    "explain",
+    "grouped_product",
+    "moe_ffn",
+    "routed_ffn",
+    "use",
+]
+
+WAYS: dict[str, Any] = {"cpu": cpu, "grouped": grouped, "plain": plain}  # the fastest first
+AUTO = ("cpu", "grouped", "plain")  # those that are taken unasked
+VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
+
+# read once: a compiled graph is guarded by this variable, and could not be by the environment
+_asked_for: str = check_choice(VARIABLE, os.environ.get(VARIABLE, "auto"), ("auto", *WAYS))
+_listener: list[Explanation] | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which way a call went.
+
+    Attributes:
+        way: its name; "module" if the experts compute slots by themselves.
+        reasons: for each faster way, why it was not taken.
+    """
+
+    way: str
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "\n".join([self.way, *(f"  not {way}: {reason}" for way, reason in self.reasons.items())])
+
+
+@contextmanager
+def use(way: Literal["auto", "cpu", "grouped", "plain"]) -> Iterator[None]:
+    """Have every call go one way, or again each the fastest ("auto"); for the whole process, as the variable
+    `MIXTURE_OF_EXPERTS_KERNELS` does from its start.
+
+    Raises:
+        ValueError: for an unknown name; and at a call that cannot go this way, with the reason.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> with use("plain"):
+        ...     out, aux_loss = MoE(dim=32, num_experts=4)(torch.randn(2, 10, 32))
+    """
+    global _asked_for
+    before, _asked_for = _asked_for, check_choice("way", way, ("auto", *WAYS))
+    try:
+        yield
+    finally:
+        _asked_for = before
+
+
+def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
+    """Call a layer (without gradients) and tell which way its experts were computed, and why by no faster one.
+
+    Args:
+        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; of several calls the first is told.
+        x, args, kwargs: what it is called with.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> explain(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
+        'cpu'
+    """
+    global _listener
+    before, _listener = _listener, []
+    try:
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            layer(x, *args, **kwargs)
+        return _listener[0] if _listener else Explanation("module")
+    finally:
+        _listener = before
+
+
+def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
+    """Tokens through the experts that a decision names, and back as each token's weighted sum: `(t, d)` to `(t, o)`.
+
+    Args:
+        x: `(t, d)`.
+        decision: what the gates decided on these tokens.
+        network: the experts' weights.
+        training: the experts' mode.
+    """
+    dtype = x.dtype
+    x, network = matching(x, network)
+    call = Call(x, decision, network, training)
+    return WAYS[_choose(call)].run(call).to(dtype)
+
+
+def _choose(call: Call) -> str:
+    if _asked_for != "auto":
+        reason = WAYS[_asked_for].why_not(call)
+        if reason is not None:
+            raise ValueError(f"{_asked_for!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
+        return _tell(_asked_for, {})
+    reasons = {}
+    for name in AUTO:
+        reason = WAYS[name].why_not(call)
+        if reason is None:
+            return _tell(name, reasons)
+        reasons[name] = reason
+    raise AssertionError("the plain way takes every call")
+
+
+def _tell(way: str, reasons: dict[str, str]) -> str:
+    if _listener is not None:
+        _listener.append(Explanation(way, reasons))
+    return way
+
+
+def moe_ffn(
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    w1: Tensor,
+    w2: Tensor,
+    w3: Tensor | None = None,
+    *,
+    activation: ActivationLike,
+    gate_up: Halves | None = None,
+    b1: Tensor | None = None,
+    b2: Tensor | None = None,
+    b3: Tensor | None = None,
+    training: bool = False,
+) -> Tensor:
+    """Feed-forward experts on tokens that you routed: `sum_k weight_k * expert_k(x)`, differentiable in all of it.
+
+    Experts compute `act(x w1) w2`, or gated `(act(x w1) * (x w3)) w2`; nothing is dropped.
+
+    Args:
+        x: `(t, d)`.
+        expert: `(t, k)` integers, the experts of each token; ids that are no expert's (`e` and above, or negative) are
+            left out. A token may have an expert twice.
+        weight: `(t, k)`, of each choice; the sum over choices is taken in float32 at least.
+        w1: `(e, d, h)`; with `gate_up` `(e, d, 2 h)`, in any strides (a transposed view costs nothing), whose gradient
+            is written as one tensor.
+        w2: `(e, h, o)`; o may be another size than d.
+        w3: `(e, d, h)`, of gated experts with separate weights.
+        activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`; or, for gated experts, of two,
+            `(gate, up)`, that returns the hidden layer, such as `ClampedSwiGLU()`. Parameters of an activation that is
+            a module are trained too.
+        gate_up: "concatenated" (gate, then up) or "interleaved" (their columns in turn): w1 holds both.
+        b1, b2, b3: biases of `w1`, `w2`, `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)`, `(e, h)`.
+        training: False lets a few tokens without gradients, as in decoding, go a way of their own, equal to rounding.
+
+    Returns:
+        `(t, o)` in the dtype of x.
+
+    Raises:
+        ValueError: for shapes that do not fit, naming them.
+
+    Example:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> x, router = torch.randn(10, 8), torch.randn(8, 4)
+        >>> weight, expert = (x @ router).softmax(-1).topk(2)
+        >>> w1, w3, w2 = torch.randn(4, 8, 16), torch.randn(4, 8, 16), torch.randn(4, 16, 8)
+        >>> moe_ffn(x, expert, weight, w1, w2, w3, activation=F.silu).shape
+        torch.Size([10, 8])
+    """
+    if gate_up is not None:
+        check_choice("gate_up", gate_up, ("concatenated", "interleaved"))
+    w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
+    _check_call(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
+    if w3 is None and b3 is not None:
+        raise ValueError("b3 is the bias of w3, which is not given")
+    decision = GivenChoices(expert, weight, w2.shape[0])
+    activation = FUNCTIONS.get(activation, activation) if not isinstance(activation, nn.Module) else activation
+    return routed_ffn(x, decision, Network(w_in, w2, b_in, b2, activation, gate_up), training=training)
+
+
+def _check_call(
+    x: Tensor,
+    expert: Tensor,
+    weight: Tensor,
+    w_in: Sequence[Tensor],
+    w2: Tensor,
+    b_in: Sequence[Tensor | None],
+    b2: Tensor | None,
+    activation: ActivationLike,
+    gate_up: Halves | None,
+) -> None:
+    """Shapes fit each other."""
+    if x.ndim != 2 or w2.ndim != 3:
+        raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
+    (t, d), (e, h, o) = x.shape, w2.shape
+    if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or expert.is_floating_point():
+        raise ValueError(
+            f"expert (integers) and weight must have one shape (t, k) with t={t}, got {tuple(expert.shape)} "
+            f"{expert.dtype} and {tuple(weight.shape)}"
+        )
+    if gate_up is not None and len(w_in) == 2:
+        raise ValueError(f"gate_up={gate_up!r} says that w1 holds gate and up, so w3 must not be given")
+    if takes_two(activation) and gate_up is None and len(w_in) == 1:
+        raise ValueError(f"activation {activation} is a function of (gate, up): give w3, or gate_up and a w1 of both")
+    width = h if gate_up is None else 2 * h
+    wanted = [("w1", w_in[0], (e, d, width)), ("b1", b_in[0], (e, width)), ("b2", b2, (e, o))]
+    if len(w_in) == 2:
+        wanted += [("w3", w_in[1], (e, d, h)), ("b3", b_in[1], (e, h))]
+    for name, tensor, shape in wanted:
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must have shape {shape} beside x {(t, d)} and w2 {(e, h, o)}, got {tuple(tensor.shape)}"
+            )

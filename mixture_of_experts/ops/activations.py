@@ -1,0 +1,134 @@
+"""Activations of experts: made from what a user gives, and, for those that are known here, written where they are told.
+
+Axes: r rows, h hidden dim.
+
+An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`; or, for gated experts
+only, a function of both, `(gate, up)`, that returns the hidden layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+aten = torch.ops.aten
+ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
+
+
+class ClampedSwiGLU(nn.Module):
+    """The activation of GPT-OSS (arXiv 2508.10925): `gate sigmoid(alpha gate) (up + 1)`, both clamped before.
+
+    Args:
+        alpha: steepness of the sigmoid.
+        limit: `gate` is clamped to at most, `up` to plus and minus this.
+
+    Shape:
+        gate and up `(..., h)`; returns `(..., h)`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import GatedExperts
+        >>> experts = GatedExperts(dim=8, num_experts=4, hidden_dim=16, activation=ClampedSwiGLU, bias=True)
+        >>> experts(torch.randn(4, 5, 8)).shape
+        torch.Size([4, 5, 8])
+    """
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
+        super().__init__()
+        self.alpha, self.limit = alpha, limit
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return gate * torch.sigmoid(self.alpha * gate) * (up + 1)
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, limit={self.limit}"
+
+
+class FunctionActivation(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+    def extra_repr(self) -> str:
+        return getattr(self.function, "__name__", repr(self.function))
+
+
+def make_activation(activation: ActivationLike) -> nn.Module:
+    """A module from a class (or other factory of no arguments), a module, or a function."""
+    if isinstance(activation, nn.Module):
+        return activation
+    if not callable(activation):
+        raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
+    made = activation() if isinstance(activation, type) or _binds(activation, 0) else FunctionActivation(activation)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
+    return made
+
+
+def takes_two(activation: ActivationLike) -> bool:
+    """Whether it is a function of `(gate, up)`: one that cannot be called with a single tensor."""
+    if type(activation) in KNOWN or isinstance(activation, ClampedSwiGLU):
+        return isinstance(activation, ClampedSwiGLU)
+    if isinstance(activation, FunctionActivation):
+        return takes_two(activation.function)
+    function = activation.forward if isinstance(activation, nn.Module) else activation
+    return not _binds(function, 1) and _binds(function, 2)
+
+
+def _binds(function: Callable, arguments: int) -> bool:
+    """Whether it can be called with so many arguments; no if it has no signature to tell (one that is built in)."""
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+class Known(NamedTuple):
+    """An activation of one tensor that writes where it is told to, and its gradient likewise (in place if asked)."""
+
+    write: Callable[[Tensor, Tensor], object]  # (h, out)
+    write_grad: Callable[[Tensor, Tensor, Tensor], object]  # (grad, h, out)
+
+
+def _gelu(act: nn.GELU) -> Known:
+    approximate = act.approximate
+    return Known(
+        lambda h, out: aten.gelu.out(h, approximate=approximate, out=out),
+        lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=out),
+    )
+
+
+_SILU = Known(
+    lambda h, out: aten.silu.out(h, out=out),
+    lambda grad, h, out: aten.silu_backward.grad_input(grad, h, grad_input=out),
+)
+_RELU = Known(
+    lambda h, out: torch.clamp_min(h, 0, out=out),
+    lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
+)
+KNOWN: dict[type, Callable[[Any], Known]] = {nn.GELU: _gelu, nn.SiLU: lambda _: _SILU, nn.ReLU: lambda _: _RELU}
+FUNCTIONS: dict[Callable, nn.Module] = {F.gelu: nn.GELU(), F.silu: nn.SiLU(), F.relu: nn.ReLU(), torch.relu: nn.ReLU()}
+
+
+def why_unknown(activation: ActivationLike) -> str | None:
+    """Why kernels cannot compute it themselves; None if they can. A hook on it is one reason: it must be called."""
+    if type(activation) not in (*KNOWN, ClampedSwiGLU):
+        name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
+        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in (*KNOWN, ClampedSwiGLU))}"
+    assert isinstance(activation, nn.Module)
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(activation, name) for name in hooks):
+        return "there are hooks on the activation, which has to be called for them"
+    return None

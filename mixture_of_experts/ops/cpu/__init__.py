@@ -1,0 +1,32 @@
+"""The CPU's own ways: a whole call in one autograd.Function, and a few rows in decoding."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.ops.activations import why_unknown
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.cpu import decode, fused
+from mixture_of_experts.tracing import is_wrapped
+
+
+def why_not(call: Call) -> str | None:
+    """Plain tensors on a CPU, whose numbers can be read, and an activation that is known here."""
+    if call.x.device.type != "cpu":
+        return f"the tokens are on {call.x.device.type}"
+    if torch.compiler.is_compiling():
+        return "a graph is being traced, in which the numbers of rows cannot be read"
+    for tensor in (call.x, *call.network.tensors()):
+        if type(tensor) not in (Tensor, nn.Parameter):
+            return f"it reads plain tensors, and there is a {type(tensor).__name__}"
+        if is_wrapped(tensor):
+            return "numbers of rows cannot be read under a transform of torch.func"
+    if any(is_wrapped(tensor) for tensor in call.decision.tensors()):
+        return "numbers of rows cannot be read under a transform of torch.func"
+    return why_unknown(call.network.activation)
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`."""
+    return decode.run(call) if decode.why_not(call) is None else fused.run(call)

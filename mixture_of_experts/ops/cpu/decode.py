@@ -1,0 +1,60 @@
+"""A few rows in inference, as in decoding: the chosen experts' products, and hardly an operator more.
+
+Axes: t tokens, a assignments, r rows (sorted by expert), d model dim, o dim of the outputs.
+
+One token's products take less time than the tables that a `Plan` is made of, so numbers are read to the host and the
+rest is lists. Without gradients and in eval mode only: a recomputation in training must take the way of its forward, to
+the last bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.grouped import product_by_expert
+
+MOST_ROWS = 32
+
+
+def why_not(call: Call) -> str | None:
+    """One level of token choice and few assignments, in eval and without gradients."""
+    choices = call.decision.choices
+    if call.training or torch.is_grad_enabled():
+        return "it is for eval mode without gradients"
+    if choices is None:
+        return "it is for one level of token choice"
+    if choices.weight.numel() > MOST_ROWS:
+        return f"there are {choices.weight.numel()} assignments, more than {MOST_ROWS}"
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
+    x, network, choices = call.x, call.network, call.decision.choices
+    assert choices is not None
+    expert, weight, kept = (tensor.flatten().tolist() for tensor in choices)
+    order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
+    used, k, device = list(Counter(expert[a] for a in order).items()), choices.weight.shape[-1], x.device
+    token = None  # of each row, unless there is but one
+    if x.shape[0] != 1:
+        token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
+    of_row = None
+    if any(bias is not None for bias in (*network.b_in, network.b_out)):
+        of_row = torch.tensor([expert[a] for a in order], dtype=torch.int64, device=device)
+
+    def product(rows: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        out = product_by_expert(rows, w, used)
+        return out if b is None or of_row is None else out.add_(b.index_select(0, of_row))
+
+    rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
+    hidden = network.hidden([product(rows, w, b) for w, b in zip(network.w_in, network.b_in, strict=True)])
+    y = product(hidden, network.w_out, network.b_out)
+    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), choices.weight.dtype)
+    y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
+    if token is None:
+        return y.sum(dim=0, keepdim=True).to(x.dtype)
+    return y.new_zeros(x.shape[0], y.shape[-1]).index_add_(0, token, y).to(x.dtype)

@@ -1,0 +1,176 @@
+"""Dispatch, experts and combine of a whole call in one autograd.Function, for the CPU.
+
+Axes: t tokens, r rows (expert by expert, some of them padding), e experts, d model dim, h hidden dim, o dim of outputs.
+
+On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So what lies between the products
+is in buffers that every chunk of experts uses again, activations are written in place, and for the backward only the
+products with `w_in` are kept (the input is there anyway); it gathers anew and computes the activation anew. The weight
+of an assignment is applied where a row is d wide, not h wide, and its gradient is read off the hidden layer, so that no
+row of outputs is kept (as SonicMoE, arXiv 2512.14080).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixture_of_experts.dispatch import Plan, sum_rows
+from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.cpu import hidden as hidden_layer
+from mixture_of_experts.ops.cpu.products import gather, rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule
+from mixture_of_experts.tracing import is_wrapped
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`."""
+    x, network = call.x, call.network
+    h, o = network.w_out.shape[-2:]
+    schedule = Schedule(max(x.shape[-1], o) * x.element_size(), h * x.element_size(), torch.get_num_threads())
+    plan = call.decision.plan(ragged=True, widen=schedule)
+    weights = network.tensors()
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights))
+    return _Fused.apply(plan, network, schedule.chunks, keep, x, plan.weight, *weights)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, plan: Plan, network: Network, chunks: list[Chunk], keep: bool, x: Tensor, weight: Tensor, *weights: Tensor
+    ) -> Tensor:
+        most_rows, o = _most_rows(chunks), network.w_out.shape[-1]
+        kept = [x.new_empty(plan.num_rows if keep else most_rows, w.shape[-1]) for w in network.w_in]
+        y = x.new_empty(plan.num_rows + 1, o)
+        y[-1] = 0
+        buffer = x.new_empty(most_rows, network.w_out.shape[-2])
+        apart = None if o == x.shape[-1] else x.new_empty(most_rows, x.shape[-1])
+        for chunk, token, empty in _with_tables(chunks, plan):
+            out, hidden = y[chunk.rows], buffer[: chunk.num_rows]
+            tokens = out if apart is None else apart[: chunk.num_rows]  # results are written over their tokens
+            pre = [part[chunk.rows] if keep else part[: chunk.num_rows] for part in kept]
+            gather(x, token, empty, tokens)
+            for w, b, part in zip(network.w_in, network.b_in, pre, strict=True):
+                rows_by_weights(chunk, tokens, w, part, b)
+            hidden_layer.forward(network.activation, network.parts(pre), hidden)
+            rows_by_weights(chunk, hidden, network.w_out, out, network.b_out)
+        if keep:
+            ctx.settings = plan[5:], network.map(id), chunks  # no tensors: those are saved
+            ctx.save_for_backward(x, *plan[:5], *weights, *kept)
+        return _collect(y, plan)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        of_plan, network, chunks = ctx.settings
+        x, *tensors = ctx.saved_tensors
+        number = len(tensors) - len(network.w_in)
+        plan, weights, kept = Plan(*tensors[:5], *of_plan), tensors[5:number], tensors[number:]
+        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
+            gradients = _plain_gradients(plan, network, grad, x, weights)
+        else:
+            needs = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
+            gradients = _Backward(plan, network.filled(weights), chunks, x, grad.contiguous(), needs).run(kept)
+        return None, None, None, None, *gradients
+
+
+class _Backward:
+    """Gradients of x, of the assignments' weights, and of those of the experts' weights that are needed."""
+
+    def __init__(
+        self, plan: Plan, network: Network, chunks: list[Chunk], x: Tensor, grad: Tensor, needs: Sequence[bool]
+    ) -> None:
+        self.plan, self.network, self.chunks, self.x, self.grad = plan, network, chunks, x, grad
+        self.need_x, *of_weights = needs
+        needed = iter(of_weights)
+        self.of: Any = network.map(lambda w: torch.empty_like(w) if next(needed) else None)
+        used = {
+            expert for chunk in chunks for batch in chunk.batches for expert in range(*batch.experts.indices(1 << 62))
+        }
+        if unused := [expert for expert in range(len(network.w_out)) if expert not in used]:
+            for gradient in self.of.tensors():
+                gradient[unused] = 0
+        self.row_weight, self.of_weight = plan.row_weight(), plan.weight.new_zeros(plan.num_rows + 1)
+
+        rows, d, (h, o) = _most_rows(chunks), x.shape[-1], network.w_out.shape[-2:]
+        self.tokens, self.hidden, self.grad_hidden = (x.new_empty(rows, width) for width in (d, h, h))
+        self.of_rows = x.new_empty(plan.num_rows + 1 if self.need_x else 0, d)
+        # the gradients of a chunk's tokens are written over those of its outputs, if they are as wide
+        self.grad_out = None if self.need_x and o == d else x.new_empty(rows, o)
+        # and that of the gate over that of the hidden layer, if it is a tensor of its own
+        self.grad_pre = [x.new_empty(rows, w.shape[-1]) for w in (network.w_in if network.halves else network.w_in[1:])]
+
+    def run(self, kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        for chunk, token, empty in _with_tables(self.chunks, self.plan):
+            self._add(chunk, token, empty, [part[chunk.rows] for part in kept])
+        grad_x = None
+        if self.need_x:
+            self.of_rows[-1] = 0
+            grad_x = _collect(self.of_rows, self.plan)
+        there = zip(self.network.fields(), self.of.fields(), strict=True)
+        return grad_x, self.of_weight.index_select(0, self.plan.row), *(grad for w, grad in there if w is not None)
+
+    def _add(self, chunk: Chunk, token: Tensor, empty: Tensor, pre: Sequence[Tensor]) -> None:
+        network, of, number = self.network, self.of, chunk.num_rows
+        tokens, hidden, grad_hidden = self.tokens[:number], self.hidden[:number], self.grad_hidden[:number]
+        grad_tokens = self.of_rows[chunk.rows]
+        grad_out = grad_tokens if self.grad_out is None else self.grad_out[:number]
+        grad_pre = [*([] if network.halves else [grad_hidden]), *(buffer[:number] for buffer in self.grad_pre)]
+        parts, grad_parts = network.parts(pre), network.parts(grad_pre)
+        scale = self.row_weight[chunk.rows].to(self.x.dtype).unsqueeze(-1)
+        of_weight = self.of_weight[chunk.rows]
+
+        gather(self.x, token, empty, tokens)
+        gather(self.grad, token, empty, grad_out)
+        rows_by_weights(chunk, grad_out, network.w_out.mT, grad_hidden)
+        hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
+        if network.b_out is not None:
+            rows_by_weights(chunk, grad_out, network.b_out.unsqueeze(-1), product := tokens.new_empty(number, 1))
+            of_weight += product.squeeze(-1)
+        rows_by_rows(chunk, scale, grad_out, of.b_out)
+        if of.w_out is not None:
+            rows_by_rows(chunk, hidden, grad_out.mul_(scale), of.w_out)
+        of_weight += hidden.mul_(grad_hidden).sum(dim=-1)
+        hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
+        tokens.mul_(scale)
+        for part, of_w, of_b in zip(grad_pre, of.w_in, of.b_in, strict=True):
+            rows_by_rows(chunk, tokens, part, of_w)
+            rows_by_rows(chunk, scale, part, of_b)
+        if self.need_x:
+            for index, (part, w) in enumerate(zip(grad_pre, network.w_in, strict=True)):
+                rows_by_weights(chunk, part, w.mT, grad_tokens, add=index > 0)
+
+
+def _plain_gradients(
+    plan: Plan, network: Network, grad: Tensor, x: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The same gradients by operators that can be differentiated and mapped."""
+
+    def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+        return plain.compute(x, plan._replace(weight=weight), network.filled(weights))
+
+    return torch.func.vjp(function, x, plan.weight, *weights)[1](grad)
+
+
+def _most_rows(chunks: list[Chunk]) -> int:
+    return max((chunk.num_rows for chunk in chunks), default=0)
+
+
+def _with_tables(chunks: list[Chunk], plan: Plan) -> list[tuple[Chunk, Tensor, Tensor]]:
+    """Each chunk, the tokens of its rows, and which of its rows are empty."""
+    token = plan.token.clamp(max=plan.num_tokens - 1)
+    empty = plan.token == plan.num_tokens
+    return [(chunk, token[chunk.rows], empty[chunk.rows].nonzero().squeeze(-1)) for chunk in chunks]
+
+
+def _collect(rows: Tensor, plan: Plan) -> Tensor:
+    """Each token's weighted sum of rows `(r + 1, o)`, the last of which is zeros."""
+    weight = plan.weight.detach()  # else torch prepares for a backward
+    if plan.choices is None or rows.dtype != weight.dtype:  # the sum is taken in float32
+        weight = plan.row_weight().detach() if plan.choices is None else weight
+        return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.choices, plan.num_tokens)
+    shape = plan.num_tokens, plan.choices
+    return F.embedding_bag(plan.row.view(shape), rows, per_sample_weights=weight.view(shape), mode="sum")

@@ -1,0 +1,104 @@
+"""Which experts the CPU computes as one product, and which of those products share memory.
+
+A batched product takes one number of rows for all its experts, so the shorter ones are padded. What lies between the
+products is memory that one chunk of experts uses after another: fresh memory costs as much as arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PADDING = 80 << 10  # bytes of hidden layer: to compute more than that as padding costs more than another product
+FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
+CHUNK = 12 << 20  # bytes of rows, d and h wide, up to which a chunk grows
+
+
+class Batch(NamedTuple):
+    """Neighbouring experts computed as one product, each with as many rows as the fullest of them."""
+
+    experts: slice
+    width: int  # rows of each
+    start: int  # its first row
+
+    @property
+    def number(self) -> int:
+        return self.experts.stop - self.experts.start
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.number * self.width
+
+
+class Chunk(NamedTuple):
+    """Batches that follow each other and use the same memory."""
+
+    batches: list[Batch]
+    rows: slice
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows.stop - self.rows.start
+
+
+def batches_of(counts: list[int], row_bytes: int, threads: int, most_rows: int) -> list[Batch]:
+    """Every expert that has rows in one batch.
+
+    Args:
+        counts: rows of each expert.
+        row_bytes: bytes of the hidden layer for one row.
+        threads: a batched product gives whole experts to each thread, so a batch best has a multiple of that number.
+        most_rows: up to which a batch of several experts grows.
+    """
+    batches: list[Batch] = []
+    start = row = 0
+    while start < len(counts):
+        stop, filled = start + 1, counts[start]
+        width = filled
+        while stop < len(counts) and counts[stop] and filled:
+            wider, number = max(width, counts[stop]), stop + 1 - start
+            padding = wider * number - filled - counts[stop]
+            if padding > max(PADDING // row_bytes, FREE_ROWS * number) or wider * number > most_rows:
+                break
+            stop, width, filled = stop + 1, wider, filled + counts[stop]
+        if stop - start > threads:
+            stop -= (stop - start) % threads
+            width = max(counts[start:stop])
+        if filled:
+            batches.append(Batch(slice(start, stop), width, row))
+            row = batches[-1].stop
+        start = stop
+    return batches
+
+
+def chunks_of(batches: list[Batch], most_rows: int) -> list[Chunk]:
+    """Batches in chunks of up to so many rows, but for batches that are larger themselves."""
+    chunks: list[Chunk] = []
+    for batch in batches:
+        if chunks and batch.stop - chunks[-1].rows.start <= most_rows:
+            last = chunks.pop()
+            chunks.append(Chunk([*last.batches, batch], slice(last.rows.start, batch.stop)))
+        else:
+            chunks.append(Chunk([batch], slice(batch.start, batch.stop)))
+    return chunks
+
+
+class Schedule:
+    """Makes `chunks` from the rows of each expert, and tells how many rows each is to be given (`dispatch.Widen`).
+
+    Args:
+        dim_bytes, hidden_bytes: of the model dimension and of the hidden layer, for one row.
+        threads: of the products.
+    """
+
+    def __init__(self, dim_bytes: int, hidden_bytes: int, threads: int) -> None:
+        self.hidden_bytes, self.threads = hidden_bytes, threads
+        self.most_rows = max(1, CHUNK // (dim_bytes + hidden_bytes))
+        self.chunks: list[Chunk] = []
+
+    def __call__(self, counts: list[int]) -> list[int]:
+        batches = batches_of(counts, self.hidden_bytes, self.threads, self.most_rows)
+        self.chunks = chunks_of(batches, self.most_rows)
+        widths = [0] * len(counts)
+        for batch in batches:
+            widths[batch.experts] = [batch.width] * batch.number
+        return widths

@@ -1,0 +1,168 @@
+"""Grouped products: every expert's rows by its own weight in one operator, without padding.
+
+Axes: e experts, r rows (sorted by expert), p inner and q outer dimension of a weight.
+
+On CUDA the operator is torch's own; on the CPU it is one of this package, so that compiled graphs know a loop over
+numbers that are in a tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.tracing import is_wrapped
+
+
+def why_not(call: Call) -> str | None:
+    """Operands that `grouped_product` has an operator for."""
+    for weight in (*call.network.w_in, call.network.w_out):
+        if (reason := _why_no_operator(call.x, weight)) is not None:
+            return reason
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`."""
+    plan = call.decision.plan(ragged=call.decision.prefers_rows())
+    return plain.compute(call.x, plan, call.network, grouped_product)
+
+
+def grouped_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """As `plain.expert_product`, by a grouped operator where there is one for the operands."""
+    if counts is None or _why_no_operator(x, weight, counts) is not None:
+        return plain.expert_product(x, weight, counts)
+    return _RowsByWeights.apply(x, weight, counts)
+
+
+def _why_no_operator(*operands: Tensor) -> str | None:
+    x, weight, *_ = operands
+    if any(is_wrapped(operand) for operand in operands):
+        return "grouped operators do not run under transforms of torch.func"
+    if x.is_cuda:
+        if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
+            return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"
+        return None
+    if x.device.type != "cpu":
+        return f"there is no grouped product on {x.device.type}"
+    return "an exported graph has torch's own operators only" if torch.compiler.is_exporting() else None
+
+
+class _RowsByWeights(torch.autograd.Function):
+    """Rows times their expert's weight; its gradients are products of the same two kinds."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return rows_by_weights(x, weight, counts)
+        ends = counts.cumsum(0).to(torch.int32)
+        out = F.grouped_mm(x.contiguous(), weight, offs=ends)
+        past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
+        return out.masked_fill_(past, 0)  # what lies there was never written
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, weight, counts = ctx.saved_tensors
+        grad_x = grouped_product(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
+        return grad_x, _outer_product(x, grad, counts) if ctx.needs_input_grad[1] else None, None
+
+
+class _RowsByRows(torch.autograd.Function):
+    """For every expert `x^T y` over its rows, zeros for experts without rows: the gradient of a weight."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+        if not x.is_cuda:
+            return rows_by_rows(x, y, counts)
+        return F.grouped_mm(x.mT, y.contiguous(), offs=counts.cumsum(0).to(torch.int32))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, y, counts = ctx.saved_tensors
+        grad_x = grouped_product(y, grad.mT, counts) if ctx.needs_input_grad[0] else None
+        return grad_x, grouped_product(x, grad, counts) if ctx.needs_input_grad[1] else None, None
+
+
+def _outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    if not any(is_wrapped(operand) for operand in (x, y, counts)):
+        return _RowsByRows.apply(x, y, counts)
+    # under a transform: by the gradient of the product in plain operators
+    weight = x.new_zeros(counts.shape[0], x.shape[-1], y.shape[-1])
+    return torch.func.vjp(lambda weight: plain.expert_product(x, weight, counts), weight)[1](y)[0]
+
+
+@torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
+def rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """A product for each expert that has rows."""
+    return product_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts.tolist()) if count])
+
+
+@rows_by_weights.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[-1])
+
+
+@torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
+def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """The same for the gradient of the weights."""
+    out = x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
+    start = 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            torch.mm(x[start : start + count].mT, y[start : start + count], out=out[expert])
+            start += count
+        else:
+            out[expert] = 0
+    return out
+
+
+@rows_by_rows.register_fake
+def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
+
+
+@register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])
+def _flops(x: tuple[int, ...], y: tuple[int, ...], *_, **__) -> int:
+    """2 r p q, of the shapes of `x (r, p)` and of `weight (..., p, q)` or `y (r, q)`."""
+    return 2 * x[0] * x[1] * y[-1]
+
+
+def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) -> Tensor:
+    """`(r, q)`: rows of x, sorted by expert, times their expert's weight; rows past the last expert's are zeros.
+
+    Args:
+        used: expert and number of rows, of each that has rows, in ascending order.
+
+    A product of a few rows runs on one thread. So two experts with equally many rows are one batched product, which
+    gives each a thread of its own: any two weights of a stack are a slice of it with a step.
+    """
+    out = x.new_empty(x.shape[0], weight.shape[-1])
+    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch would copy the slice
+    start = index = 0
+    while index < len(used):
+        expert, count = used[index]
+        if pairs and index + 1 < len(used) and used[index + 1][1] == count:
+            other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
+            matrices = weight[expert : other + 1 : other - expert]
+            torch.bmm(x[start:stop].view(shape), matrices, out=out[start:stop].view(shape))
+            index += 2
+        else:
+            stop = start + count
+            torch.mm(x[start:stop], weight[expert], out=out[start:stop])
+            index += 1
+        start = stop
+    if start < x.shape[0]:
+        out[start:] = 0
+    return out

@@ -1,0 +1,115 @@
+"""The definition: dispatch, products, activation and combine in plain torch operators.
+
+Axes: t tokens, r rows (sorted by expert), e experts, s slots of an expert, p inner and q outer dimension of a weight.
+
+It runs on any device and in any dtype, compiles, exports, maps (`vmap`) and differentiates as often as one likes. Every
+other way is compared with it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch import Plan, combine, dispatch
+from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.tracing import largest, smallest
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def why_not(call: Call) -> None:
+    """It takes every call."""
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`."""
+    return compute(call.x, call.decision.plan(ragged=call.decision.prefers_rows()), call.network)
+
+
+def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = None) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`, in rows without gaps or in slots as the plan has it."""
+    rows = dispatch(x, plan)
+    if plan.counts is None:
+        experts = math.prod(plan.num_experts)
+        rows = rows.view(experts, plan.num_rows // experts, rows.shape[-1])
+    out = feed_forward(rows, network, plan.counts, product)
+    return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
+
+
+def feed_forward(x: Tensor, network: Network, counts: Tensor | None = None, product: Product | None = None) -> Tensor:
+    """Slots `(e, s, d)` to `(e, s, o)`; with counts `(e,)` rows `(r, d)` to `(r, o)`."""
+    product = product or expert_product
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        out = product(x, weight, counts)
+        return out if bias is None else out + bias_of_rows(bias, counts, x.shape[-2])
+
+    pre = [linear(x, w, b) for w, b in zip(network.w_in, network.b_in, strict=True)]
+    return linear(network.hidden(pre), network.w_out, network.b_out)
+
+
+def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Product of every expert's rows with its own weight.
+
+    Without a host sync: every expert's rows are padded to whole blocks, and a block reads its expert's weight.
+    `r / size + e` blocks are enough whatever the counts, so that no shape depends on them.
+
+    Args:
+        x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
+        weight: `(e, p, q)`, of the same dtype.
+        counts: `(e,)` int64, the rows of each expert, when x is rows; rows past their sum give zeros.
+
+    Returns:
+        `(e, s, q)` or `(r, q)`.
+    """
+    if counts is None:
+        return torch.matmul(x, weight)
+    rows, experts = x.shape[0], weight.shape[0]
+    # about what an expert has: at most about 2 e blocks; never 1, which torch would take for the size of every length
+    size = largest(2, rows // experts)
+    num_blocks = smallest(rows, rows // size + experts)
+    blocks = (counts + size - 1) // size  # (e,) blocks of each expert
+    last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
+    block = torch.arange(num_blocks, device=x.device)
+    expert = _owner(last_block, block)
+
+    # (blocks, size): the row of x in each place, `rows` where there is none
+    first = (last_row - counts)[expert] + (block - (last_block - blocks)[expert]) * size
+    row = first.unsqueeze(-1) + torch.arange(size, device=x.device)
+    inside = (row < last_row[expert].unsqueeze(-1)) & (block < last_block[-1]).unsqueeze(-1)
+    row = torch.where(inside, row, rows)
+    out = torch.bmm(_take(_with_zero(x), row.flatten()).unflatten(0, (num_blocks, size)), _take(weight, expert))
+
+    places = num_blocks * size
+    place = torch.full((rows + 1,), places, device=x.device)
+    place = place.scatter(0, row.flatten(), torch.arange(places, device=x.device))[:rows]
+    return _take(_with_zero(out.flatten(0, 1)), place)
+
+
+def bias_of_rows(bias: Tensor, counts: Tensor | None, rows: int) -> Tensor:
+    """Biases `(e, q)` as `(e, 1, q)` for slots, or as `(r, q)` for `rows` rows."""
+    if counts is None:
+        return bias.unsqueeze(-2)
+    return _take(bias, _owner(counts.cumsum(0), torch.arange(rows, device=bias.device)))
+
+
+def _owner(ends: Tensor, index: Tensor) -> Tensor:
+    """Which range holds each index, if range i ends before `ends[i]`; the last one for those past the end.
+
+    By comparisons, not searchsorted, which ONNX does not have.
+    """
+    return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
+
+
+def _with_zero(rows: Tensor) -> Tensor:
+    """One more row, of zeros."""
+    return torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`values[index]` with a gradient that adds in the same order on every run."""
+    return values[index] if values.is_cuda else values.index_select(0, index)

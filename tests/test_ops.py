@@ -1,0 +1,347 @@
+"""`ops` as a user calls it: routing of one's own in, tokens out; which way, and why."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, ops
+from mixture_of_experts.experts import RoutedExperts
+from mixture_of_experts.ops import ClampedSwiGLU, grouped_product, moe_ffn
+
+T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
+
+
+def token_by_token(x, expert, weight, w1, w2, w3=None, *, activation, gate_up=None, b1=None, b2=None, b3=None):
+    """What `moe_ffn` says it computes, one choice after the other."""
+    rows = []
+    for t in range(len(x)):
+        total = x.new_zeros(w2.shape[-1])
+        for k in range(expert.shape[1]):
+            e = int(expert[t, k])
+            if not 0 <= e < len(w2):
+                continue
+            pre = x[t] @ w1[e] + (0 if b1 is None else b1[e])
+            if gate_up == "concatenated":
+                gate, up = pre[: len(pre) // 2], pre[len(pre) // 2 :]
+            elif gate_up == "interleaved":
+                gate, up = pre[::2], pre[1::2]
+            else:
+                gate, up = pre, None if w3 is None else x[t] @ w3[e] + (0 if b3 is None else b3[e])
+            if isinstance(activation, ClampedSwiGLU):
+                hidden = activation(gate, up)
+            else:
+                hidden = activation(gate) if up is None else activation(gate) * up
+            total = total + weight[t, k] * (hidden @ w2[e] + (0 if b2 is None else b2[e]))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def randn(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+
+CALLS = {
+    "plain": lambda: {"w1": randn(E, D, H), "activation": F.gelu},
+    "plain, biases": lambda: {"w1": randn(E, D, H), "b1": randn(E, H), "b2": randn(E, OUT), "activation": nn.ReLU()},
+    "a function of one's own": lambda: {"w1": randn(E, D, H), "activation": lambda h: h.sin()},
+    "gated": lambda: {"w1": randn(E, D, H), "w3": randn(E, D, H), "activation": F.silu},
+    "gated, biases": lambda: {
+        "w1": randn(E, D, H),
+        "w3": randn(E, D, H),
+        "activation": nn.SiLU(),
+        "b1": randn(E, H),
+        "b2": randn(E, OUT),
+        "b3": randn(E, H),
+    },
+    "concatenated": lambda: {"w1": randn(E, D, 2 * H), "activation": F.silu, "gate_up": "concatenated"},
+    "concatenated, transposed": lambda: {
+        "w1": randn(E, 2 * H, D).mT,
+        "b1": randn(E, 2 * H),
+        "activation": F.silu,
+        "gate_up": "concatenated",
+    },
+    "interleaved, clamped": lambda: {
+        "w1": randn(E, D, 2 * H),
+        "activation": ClampedSwiGLU(1.5, 0.7),
+        "gate_up": "interleaved",
+        "b1": randn(E, 2 * H),
+        "b2": randn(E, OUT),
+    },
+}
+
+
+@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "plain"])
+@pytest.mark.parametrize("call", CALLS)
+def test_moe_ffn(call, way):
+    """Outputs and all gradients; ids that are nobody's, an expert twice, one that gets nothing."""
+    torch.manual_seed(0)
+    arguments = CALLS[call]()
+    if way == "cpu" and call == "a function of one's own":
+        pytest.skip("no kernel for it")
+    x, w2 = randn(T, D), randn(E, H, OUT)
+    expert = torch.randint(0, E + 2, (T, K))
+    expert[expert == 1] = 0
+    expert[0], expert[1] = 2, torch.tensor([E, -1])
+    weight = torch.rand(T, K, dtype=torch.float64, requires_grad=True)
+    tensors = [t for t in (x, weight, w2, *arguments.values()) if isinstance(t, Tensor)]
+    grad = torch.randn(T, OUT, dtype=torch.float64)
+    with ops.use(way):
+        out = moe_ffn(x, expert, weight, w2=w2, **arguments, training=True)
+        found = torch.autograd.grad(out, tensors, grad)
+    expected = token_by_token(x, expert, weight, w2=w2, **arguments)
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(expected, tensors, grad))
+    with torch.no_grad(), ops.use(way):  # and as in decoding
+        for tokens in (slice(0, 1), slice(0, 3), slice(0, 0)):
+            few = moe_ffn(x[tokens], expert[tokens], weight[tokens], w2=w2, **arguments)
+            torch.testing.assert_close(few, expected[tokens].detach())
+
+
+def test_the_gradient_of_a_fused_weight_is_one_tensor_in_its_strides():
+    w1, w2 = torch.randn(E, 2 * H, D, requires_grad=True), torch.randn(E, H, D)
+    x, expert, weight = torch.randn(T, D), torch.randint(E, (T, K)), torch.rand(T, K)
+    moe_ffn(x, expert, weight, w1.mT, w2, activation=F.silu, gate_up="concatenated", training=True).sum().backward()
+    assert w1.grad is not None
+    assert w1.grad.is_contiguous()
+
+
+@pytest.mark.parametrize("gate_up", ["concatenated", "interleaved"])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_moe_ffn_compiled(gate_up):
+    """In one graph, for every length."""
+    torch.manual_seed(0)
+    w1, w2, b1 = randn(E, D, 2 * H), randn(E, H, OUT), randn(E, 2 * H)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def function(x, expert, weight):
+        act = ClampedSwiGLU()
+        return moe_ffn(x, expert, weight, w1, w2, activation=act, gate_up=gate_up, b1=b1, training=True)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for length in (7, 9, 13):  # no other size, which torch would take for the same
+        arguments = randn(length, D), torch.randint(E, (length, K)), torch.rand(length, K)
+        torch.testing.assert_close(compiled(*arguments), function(*arguments))
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"x": torch.randn(2, T, D)}, r"x must have shape \(t, d\)"),
+        ({"expert": torch.zeros(T, K + 1, dtype=torch.int64)}, r"one shape \(t, k\)"),
+        ({"expert": torch.zeros(T, K)}, "float32"),
+        ({"w1": torch.randn(E, D, H + 1)}, r"w1 must have shape \(4, 6, 10\)"),
+        ({"b2": torch.randn(E, H)}, r"b2 must have shape \(4, 5\)"),
+        ({"w3": torch.randn(E, H, D)}, r"w3 must have shape \(4, 6, 10\)"),
+        ({"b3": torch.randn(E, H)}, "b3 is the bias of w3, which is not given"),
+        ({"gate_up": "side by side"}, "gate_up must be one of 'concatenated', 'interleaved'"),
+        ({"gate_up": "concatenated"}, r"w1 must have shape \(4, 6, 20\)"),
+        ({"gate_up": "concatenated", "w3": torch.randn(E, D, H)}, "w3 must not be given"),
+        ({"activation": ClampedSwiGLU()}, r"\(gate, up\).*w3"),
+    ],
+    ids=str,
+)
+def test_what_moe_ffn_refuses(changed, message):
+    arguments = {
+        "x": torch.randn(T, D),
+        "expert": torch.zeros(T, K, dtype=torch.int64),
+        "weight": torch.rand(T, K),
+        "w1": torch.randn(E, D, H),
+        "w2": torch.randn(E, H, OUT),
+        "activation": F.silu,
+    }
+    with pytest.raises(ValueError, match=message):
+        moe_ffn(**{**arguments, **changed})
+
+
+def test_explain():
+    """The way that is taken, and why no faster one."""
+    x = torch.randn(2, 5, D)
+    assert ops.explain(MoE(D, E), x) == ops.Explanation("cpu")
+    odd = ops.explain(MoE(D, E, activation=nn.Tanh), x)
+    assert odd.way == "grouped"
+    assert "Tanh" in odd.reasons["cpu"]
+    assert "not cpu: the activation Tanh" in str(odd)
+    assert ops.explain(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
+    meta = ops.explain(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
+    assert meta.way == "plain"
+    assert meta.reasons == {"cpu": "the tokens are on meta", "grouped": "there is no grouped product on meta"}
+    with ops.use("grouped"):
+        assert ops.explain(MoE(D, E), x).way == "grouped"
+
+
+def test_explain_changes_nothing():
+    layer, x = MoE(D, E), torch.randn(2, 5, D)
+    torch.manual_seed(3)
+    expected = layer(x)
+    torch.manual_seed(3)
+    ops.explain(layer, x)
+    torch.testing.assert_close(layer(x), expected)
+    with pytest.raises(TypeError):
+        ops.explain(layer, x, importance=1)
+    assert ops._listener is None
+
+
+def test_a_way_that_is_asked_for_and_impossible():
+    layer = MoE(D, E, activation=nn.Tanh)
+    with ops.use("cpu"), pytest.raises(ValueError, match=r"'cpu' was asked for .* Tanh .* ask for 'auto'"):
+        layer(torch.randn(2, 5, D))
+    layer(torch.randn(2, 5, D))
+    with pytest.raises(ValueError, match="way must be one of 'auto', "), ops.use("fast"):
+        pass
+
+
+@pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("quick", "must be one of")])
+def test_the_variable(value, expected):
+    code = "import torch; from mixture_of_experts import MoE, ops; print(ops.explain(MoE(8, 4), torch.randn(1, 3, 8)))"
+    code = code.replace("MoE, ops", "MoE; from mixture_of_experts import ops")
+    environment = {**os.environ, "MIXTURE_OF_EXPERTS_KERNELS": value}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert expected in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("kind", [Experts, GatedExperts])
+def test_hooks_on_the_activation_fire_on_every_path(kind):
+    layer, x = MoE(D, E, experts=kind(D, E, H)), torch.randn(2, 5, D)
+    seen = []
+    layer.experts.act.register_forward_hook(lambda module, args, out: seen.append(out.shape[-1]) or out * 0)
+    for way in ("auto", "grouped", "plain"):
+        with ops.use(way):
+            assert (layer(x)[0] == 0).all(), way
+    assert seen == [H] * 3
+    assert "hooks" in ops.explain(layer, x).reasons["cpu"]
+
+
+class Doubling(RoutedExperts):
+    """The least that dropless experts of one's own have to be."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.weight = E, nn.Parameter(torch.randn(E, D, D))
+
+    def compute(self, rows, counts):
+        return grouped_product(rows, self.weight, counts)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_experts_that_write_compute(factor):
+    """They are what a slots module with the same weights is, and take slots too."""
+
+    class OnSlots(nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = weight
+
+        def forward(self, x):
+            return x @ self.weight
+
+    own = Doubling().double()
+    gate = TopKGating(D, E, 2, capacity_factor_train=factor).double()
+    x = torch.randn(2, 9, D, dtype=torch.float64)
+    found = [MoE(D, E, gate=gate, experts=experts)(x) for experts in (own, OnSlots(own.weight))]
+    torch.testing.assert_close(*found)
+    slots = torch.randn(E, 3, D, dtype=torch.float64)
+    torch.testing.assert_close(own(slots), slots @ own.weight)
+
+
+def test_experts_that_return_too_few_rows():
+    class Short(Doubling):
+        def compute(self, rows, counts):
+            return rows[1:]
+
+    with pytest.raises(ValueError, match=r"Short.compute must return a row for each of 18 rows, got \(17, 6\)"):
+        MoE(D, E, gate=TopKGating(D, E, 2), experts=Short())(torch.randn(1, 9, D))
+
+
+@pytest.mark.parametrize("signature", ["x", "x, counts"])
+def test_a_subclass_with_the_old_forward_is_given_slots(signature):
+    shapes = []
+
+    class Old(Experts):
+        def forward(self, x):
+            shapes.append(tuple(x.shape))
+            return super().forward(x)
+
+    class OldCounts(Experts):
+        def forward(self, x, counts=None):
+            assert counts is None
+            shapes.append(tuple(x.shape))
+            return super().forward(x)
+
+    layer = MoE(D, E, experts={"x": Old, "x, counts": OldCounts}[signature](D, E, H))
+    assert layer(torch.randn(2, 9, D))[0].shape == (2, 9, D)
+    assert [shape[::2] for shape in shapes] == [(E, D)]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own warnings
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_wrapped_experts_are_given_tokens():
+    """By `torch.compile` and by checkpointing, as the wrapped ones would be."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+    plain = MoE(D, E, gate=TopKGating(D, E, 2))
+    x = torch.randn(2, 9, D)
+    expected = plain(x)
+    for wrap in (checkpoint_wrapper, lambda module: torch.compile(module, backend="eager")):
+        shapes = []
+        wrapped = MoE(D, E, gate=plain.gate, experts=wrap(plain.experts))
+        wrapped.experts.register_forward_pre_hook(lambda module, args, shapes=shapes: shapes.append(args[0].shape))
+        torch.testing.assert_close(wrapped(x), expected)
+        assert shapes == [(18, D)]
+
+
+def test_hooks_on_experts_see_tokens_everywhere():
+    for experts in (Experts(D, E), ExpertList(nn.Linear(D, D) for _ in range(E)), Doubling()):
+        layer, seen = MoE(D, E, experts=experts), []
+        layer.experts.register_forward_hook(
+            lambda module, args, out, seen=seen: seen.append((args[0].shape, out.shape))
+        )
+        layer(torch.randn(2, 9, D))
+        assert seen == [((18, D), (18, D))]
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("kind", ["Experts", "GatedExperts", "list", "slots"])
+def test_experts_as_heads(kind, factor):
+    """Another output width: of stacks, lists and modules, with a mask and a shared expert of that width."""
+
+    class Heads(nn.Module):
+        dim_out = OUT
+
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(E, D, OUT))
+
+        def forward(self, x):
+            return x @ self.weight
+
+    experts = {
+        "Experts": lambda: Experts(D, E, H, dim_out=OUT),
+        "GatedExperts": lambda: GatedExperts(D, E, H, dim_out=OUT, bias=True),
+        "list": lambda: ExpertList([nn.Linear(D, OUT) for _ in range(E)], dim_out=OUT),
+        "slots": Heads,
+    }[kind]()
+    gate = TopKGating(D, E, 2, capacity_factor_train=factor)
+    layer = MoE(D, E, gate=gate, experts=experts, shared_expert=nn.Linear(D, OUT))
+    mask = torch.rand(2, 9) < 0.7
+    out, aux = layer(torch.randn(2, 9, D), mask=mask)
+    assert out.shape == (2, 9, OUT)
+    assert (out[~mask] == 0).all()
+    (out.sum() + aux).backward()
+    assert all(parameter.grad is not None for parameter in layer.parameters())
+    with pytest.raises(ValueError, match=r"shared_expert must keep the shape \(2, 9, 5\)"):
+        MoE(D, E, gate=gate, experts=experts, shared_expert=nn.Linear(D, D))(torch.randn(2, 9, D))
+
+
+def test_rows_and_counts_go_to_compute():
+    with pytest.raises(ValueError, match="rows and counts go to `compute`"):
+        Experts(D, E)(torch.randn(5, D), torch.tensor([1, 1, 1, 2]))

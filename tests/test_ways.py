@@ -1,0 +1,147 @@
+"""Every way of computing a routed network against the definition, `ops/plain.py`: outputs and all gradients."""
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    Top2Gating,
+    TopKGating,
+    ops,
+)
+from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.ops.cpu import schedule
+
+WAYS = ["cpu", "grouped"]  # a new way joins here
+DIM, E, HIDDEN = 8, 7, 12
+
+GATES = {
+    "dropless": lambda: TopKGating(DIM, E, 2),
+    "dropless k4": lambda: TopKGating(DIM, E, 4, score="sigmoid"),
+    "capacity": lambda: TopKGating(DIM, E, 2, capacity_factor_train=0.7, min_expert_capacity=1),
+    "top2": lambda: Top2Gating(DIM, E),
+    "expert choice": lambda: ExpertChoiceGating(DIM, E, capacity_factor=1.5),
+}
+EXPERTS = {
+    "plain": lambda **sizes: Experts(DIM, hidden_dim=HIDDEN, **sizes),
+    "biases, SiLU": lambda **sizes: Experts(DIM, hidden_dim=HIDDEN, activation=nn.SiLU, bias=True, **sizes),
+    "ReLU, wider": lambda **sizes: Experts(DIM, hidden_dim=HIDDEN, activation=nn.ReLU, dim_out=11, bias=True, **sizes),
+    "gated": lambda **sizes: GatedExperts(DIM, hidden_dim=HIDDEN, **sizes),
+    "gated, GELU tanh": lambda **sizes: GatedExperts(DIM, hidden_dim=HIDDEN, activation=nn.GELU("tanh"), **sizes),
+    "gated, biases": lambda **sizes: GatedExperts(DIM, hidden_dim=HIDDEN, bias=True, dim_out=5, **sizes),
+    "clamped": lambda **sizes: GatedExperts(
+        DIM, hidden_dim=HIDDEN, activation=ClampedSwiGLU(2.0, 0.5), bias=True, **sizes
+    ),
+}
+
+
+def results(layer, way, x, mask, seed=0):
+    """Output, loss, and the gradients of all there is."""
+    torch.manual_seed(seed)
+    with ops.use(way):
+        out, aux = layer(x, mask=mask)
+        grad = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
+        gradients = torch.autograd.grad((out * grad).sum() + aux, [x, *layer.parameters()])
+    return out, aux, *gradients
+
+
+def perturbed(layer):
+    """Biases that are not 0."""
+    for name, parameter in layer.experts.named_parameters():
+        if name.startswith("b"):
+            nn.init.normal_(parameter, std=0.5)
+    return layer.double()
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("way", WAYS)
+def test_way(way, gate, experts, monkeypatch):
+    """Masked and not, padded to batches or not, in one chunk or many, down to no token at all."""
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=EXPERTS[experts](num_experts=E)))
+    for shape, chunk, padding in [((2, 33), 1, 1 << 20), ((2, 33), 1 << 30, 0), ((3, 1), 1, 1), ((0, 4), 1, 1)]:
+        monkeypatch.setattr(schedule, "CHUNK", chunk)
+        monkeypatch.setattr(schedule, "PADDING", padding)
+        monkeypatch.setattr(schedule, "FREE_ROWS", min(padding, 2))
+        x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
+        for mask in (None, torch.rand(shape) < 0.7):
+            torch.testing.assert_close(results(layer, way, x, mask), results(layer, "plain", x, mask))
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("factor", [None, 1.0])
+@pytest.mark.parametrize("way", WAYS)
+def test_way_of_two_levels(way, factor, experts):
+    torch.manual_seed(0)
+    settings = {"capacity_factor_train": factor, "second_policy_train": "all", "priority": "token"}
+    layer = perturbed(HeirarchicalMoE(DIM, (2, 3), experts=EXPERTS[experts](num_experts=(2, 3)), **settings))
+    x = torch.randn(2, 17, DIM, dtype=torch.float64, requires_grad=True)
+    for mask in (None, torch.rand(2, 17) < 0.7):
+        torch.testing.assert_close(results(layer, way, x, mask), results(layer, "plain", x, mask))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_way_with_all_tokens_at_one_expert(way):
+    """The others have no rows, and gradients of exactly 0, on memory that was used before too."""
+    torch.manual_seed(0)
+    layer = MoE(DIM, E, gate=TopKGating(DIM, E, 1, bias=True), experts=GatedExperts(DIM, E, HIDDEN, bias=True)).double()
+    with torch.no_grad():
+        layer.gate.b_gating[3] = 50.0
+    x = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):
+        torch.testing.assert_close(results(layer, way, x, None), results(layer, "plain", x, None))
+        with ops.use(way):
+            layer(x)[0].square().sum().backward()
+        for parameter in layer.experts.parameters():
+            assert (parameter.grad[torch.arange(E) != 3] == 0).all()
+            parameter.grad = None
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("experts", ["gated, biases", "clamped"])
+def test_second_derivatives_and_many_gradients_at_once(way, experts):
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=EXPERTS[experts](num_experts=E)))
+    x = torch.randn(1, 5, DIM, dtype=torch.float64, requires_grad=True)
+
+    def second(name):
+        with ops.use(name):
+            out, _ = layer(x)
+            leaves = [x, *layer.parameters()]
+            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    torch.testing.assert_close(second(way), second("plain"))
+
+    def batched(name):
+        with ops.use(name):
+            out, _ = layer(x)
+            grads = torch.randn(3, *out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+            leaves = [x, *layer.experts.parameters()]
+            return torch.vmap(lambda grad: torch.autograd.grad(out, leaves, grad, retain_graph=True))(grads)
+
+    torch.testing.assert_close(batched(way), batched("plain"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("frozen", ["w1", "w2", "w3", "b1", "b2", "b3", "x", "weights"])
+def test_what_needs_no_gradient_gets_none(way, frozen):
+    """Of experts in part frozen, as in fine-tuning, the other gradients are the same."""
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=GatedExperts(DIM, E, HIDDEN, bias=True)))
+    x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=frozen != "x")
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name != f"experts.{frozen}" and not (frozen == "weights" and name.startswith("exp")))
+    wanted = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+
+    def gradients(name):
+        with ops.use(name):
+            return torch.autograd.grad(layer(x)[0].square().sum(), wanted)
+
+    torch.testing.assert_close(gradients(way), gradients("plain"))
