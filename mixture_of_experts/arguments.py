@@ -10,7 +10,8 @@ from torch import nn
 
 from mixture_of_experts.checks import check_size
 from mixture_of_experts.experts import ExpertList, StackedExperts
-from mixture_of_experts.gating import Top2Gating
+from mixture_of_experts.gating.top2 import Top2Settings
+from mixture_of_experts.queues import Priority
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -63,12 +64,24 @@ def resolve_grid(
     return check_size("num_experts[0]", num_experts[0]), check_size("num_experts[1]", num_experts[1])
 
 
-def refuse_gating_arguments(name: str, gating: dict[str, Any]) -> None:
+def refuse_gating_arguments(name: str, settings: Top2Settings) -> None:
     """A gate that is given has its own settings: arguments for the default one would be ignored."""
-    defaults = inspect.signature(Top2Gating.__init__).parameters
-    given = [f"{key}={value!r}" for key, value in gating.items() if value != defaults[key].default]
-    if given:
+    if given := settings.changed():
         raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
+
+
+def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
+    """With one gate of two given, arguments describe the other; but who is served first is one rule for both levels.
+
+    The priority of a dropless gate decides nothing.
+    """
+    own = getattr(gate, "priority", priority)
+    drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
+    if own != priority and priority != Top2Settings.priority and drops:
+        raise ValueError(
+            f"priority={priority!r} is asked for, but {name} has priority={own!r} and a capacity: give that gate "
+            f"priority={priority!r} too"
+        )
 
 
 def check_gate(
@@ -109,10 +122,8 @@ def takes(module: nn.Module, keywords: list[str]) -> bool:
     return True
 
 
-def check_experts(experts: nn.Module | None, dim: int, num_experts: tuple[int, ...]) -> None:
+def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Sizes of the experts, where they tell them, agree with the layer's."""
-    if experts is None:
-        return
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Collection, Mapping
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 Word = TypeVar("Word")
@@ -14,9 +16,14 @@ Word = TypeVar("Word")
 
 def check_size(name: str, value: object) -> int:
     """A whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
-    return value
+    return int(value)  # it may be one of numpy's
+
+
+def check_optional_size(name: str, value: object) -> int | None:
+    """The same, or None."""
+    return None if value is None else check_size(name, value)
 
 
 def check_sizes(name: str, value: object) -> tuple[int, ...]:
@@ -35,11 +42,29 @@ def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
 def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
     """A finite number, optionally bounded below."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    value = float(value) if good and not isinstance(value, int) else value  # it may be one of numpy's
     if good:
         good = (above is None or value > above) and (at_least is None or value >= at_least)
     if not good:
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if type(value).__name__ not in ("bool", "bool_"):  # numpy's are named so
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_process_group(name: str, value: Any) -> Any:
+    """A process group or None."""
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: of a "
+            "DeviceMesh give mesh.get_group()"
+        )
     return value
 
 

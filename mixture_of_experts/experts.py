@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_size, check_sizes
+from mixture_of_experts.checks import check_flag, check_size, check_sizes
 from mixture_of_experts.dispatch import Decision, combine, dispatch
 from mixture_of_experts.groups import own
 from mixture_of_experts.ops import routed_ffn
@@ -26,6 +26,7 @@ from mixture_of_experts.ops.activations import ActivationLike, make_activation, 
 from mixture_of_experts.ops.call import Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import feed_forward
+from mixture_of_experts.settings import FixedShapes
 from mixture_of_experts.tracing import is_wrapped
 
 
@@ -120,7 +121,7 @@ def run_on_slots(
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
 
-class StackedExperts(RoutedExperts):
+class StackedExperts(FixedShapes, RoutedExperts):
     """Base of experts whose weights are stacked: initialisation, checks of shapes, and both contracts."""
 
     gated: ClassVar[bool]
@@ -150,7 +151,7 @@ class StackedExperts(RoutedExperts):
         biases = {"b1": (h,), "b3": (h,), "b2": (o,)}
         for name, size in (weights | biases).items():
             if self.gated or not name.endswith("3"):
-                there = bias or name in weights
+                there = check_flag("bias", bias) or name in weights
                 # zeros touch new pages on all threads; the draw that follows has but one
                 stack = nn.Parameter(torch.zeros(*self.expert_dims, *size, **factory)) if there else None
                 self.register_parameter(name, stack)

@@ -8,8 +8,10 @@ A gate decides (`Routing`), tokens are dispatched to rows, experts compute, and 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.arguments import (
@@ -17,26 +19,32 @@ from mixture_of_experts.arguments import (
     check_experts,
     check_gate,
     check_shared_expert,
+    refuse_another_priority,
     refuse_gating_arguments,
     resolve_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.checks import check_coefs, check_number, check_size
+from mixture_of_experts.checks import check_coefs, check_number, check_optional_size, check_size
 from mixture_of_experts.dispatch import Decision
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import Top2Gating
-from mixture_of_experts.gating.top2 import SecondPolicy
+from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_inputs, restore
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
+from mixture_of_experts.settings import setting
 
 
 class Layer(nn.Module):
     """What both layers share."""
 
-    num_experts: int | tuple[int, int]
+    num_experts: Any
+    loss_coef: float = setting(check_number, at_least=0.0)
+    z_loss_coef: float = setting(check_number, at_least=0.0)
+    loss_coefs: Mapping[str, float] = setting(check_coefs)
+    group_size: int | None = setting(check_optional_size)
 
     def __init__(
         self,
@@ -49,11 +57,20 @@ class Layer(nn.Module):
     ) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
-        self.loss_coef = check_number("loss_coef", loss_coef, at_least=0.0)
-        self.z_loss_coef = check_number("z_loss_coef", z_loss_coef, at_least=0.0)
-        self.loss_coefs = check_coefs("loss_coefs", {} if loss_coefs is None else loss_coefs)
-        self.group_size = None if group_size is None else check_size("group_size", group_size)
+        self.loss_coef = loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.loss_coefs = {} if loss_coefs is None else loss_coefs
+        self.group_size = group_size
         self.shared_expert = check_shared_expert(shared_expert)
+
+    def check_part(self, name: str, part: Any) -> None:
+        """A gate or the experts agree with the sizes of the layer."""
+        raise NotImplementedError
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("_modules", ()):  # a part is replaced
+            self.check_part(name, value)
+        super().__setattr__(name, value)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
         """0-dim: the losses of all levels times their coefficients. A loss nobody asked for is not differentiated."""
@@ -98,6 +115,7 @@ class MoE(Layer):
             `Routing.losses`: a loss of one's own, or one part of the balancing loss more than the other.
         shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token. It reads the
             inputs themselves, so one that begins in place (`nn.ReLU(inplace=True)`) overwrites them, as anywhere.
+        device, dtype: of the weights that the layer makes, as in `torch.nn`.
 
     Shape:
         inputs `(..., n, d)`, mask `(..., n)` bool; returns `out` of the inputs' shape and dtype and a 0-dim
@@ -113,6 +131,8 @@ class MoE(Layer):
         >>> out.shape, aux_loss.shape
         (torch.Size([2, 10, 32]), torch.Size([]))
     """
+
+    num_experts: int
 
     def __init__(
         self,
@@ -137,29 +157,39 @@ class MoE(Layer):
         z_loss_coef: float = 0.0,
         loss_coefs: Mapping[str, float] | None = None,
         shared_expert: nn.Module | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        gating: dict[str, Any] = dict(
-            second_policy_train=second_policy_train,
-            second_policy_eval=second_policy_eval,
-            second_threshold_train=second_threshold_train,
-            second_threshold_eval=second_threshold_eval,
-            capacity_factor_train=capacity_factor_train,
-            capacity_factor_eval=capacity_factor_eval,
-            min_expert_capacity=min_expert_capacity,
-            second_place_loss=second_place_loss,
-            priority=priority,
+        settings = Top2Settings(
+            second_policy_train,
+            second_policy_eval,
+            second_threshold_train,
+            second_threshold_eval,
+            capacity_factor_train,
+            capacity_factor_eval,
+            min_expert_capacity,
+            second_place_loss,
+            priority,
         )
         experts = as_experts(experts)
         self.num_experts = resolve_num_experts(num_experts, gate, experts)
         if gate is None:
-            gate = Top2Gating(dim, self.num_experts, **gating)
+            gate = Top2Gating(dim, self.num_experts, **vars(settings), device=device, dtype=dtype)
         else:
-            refuse_gating_arguments("gate", gating)
-            check_gate("gate", gate, dim, self.num_experts)
-        check_experts(experts, dim, (self.num_experts,))
+            refuse_gating_arguments("gate", settings)
+        if experts is None:
+            experts = Experts(dim, self.num_experts, hidden_dim, activation, device=device, dtype=dtype)
+        self.check_part("gate", gate)
+        self.check_part("experts", experts)
         self.gate = gate
-        self.experts = Experts(dim, self.num_experts, hidden_dim, activation) if experts is None else experts
+        self.experts = experts
+
+    def check_part(self, name: str, part: Any) -> None:
+        if name == "gate":
+            check_gate(name, part, self.dim, self.num_experts)
+        elif name == "experts":
+            check_experts(part, self.dim, (self.num_experts,))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
@@ -193,6 +223,7 @@ class HeirarchicalMoE(Layer):
         torch.Size([2, 10, 32])
     """
 
+    num_experts: tuple[int, int]
     gate_outer: Any  # a gate of token choice, or a module around one
 
     def __init__(
@@ -220,40 +251,58 @@ class HeirarchicalMoE(Layer):
         z_loss_coef: float = 0.0,
         loss_coefs: Mapping[str, float] | None = None,
         shared_expert: nn.Module | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        gating: dict[str, Any] = dict(
-            second_policy_train=second_policy_train,
-            second_policy_eval=second_policy_eval,
-            second_threshold_train=second_threshold_train,
-            second_threshold_eval=second_threshold_eval,
-            capacity_factor_train=capacity_factor_train,
-            capacity_factor_eval=capacity_factor_eval,
-            min_expert_capacity=min_expert_capacity,
-            second_place_loss=second_place_loss,
-            priority=priority,
+        settings = Top2Settings(
+            second_policy_train,
+            second_policy_eval,
+            second_threshold_train,
+            second_threshold_eval,
+            capacity_factor_train,
+            capacity_factor_eval,
+            min_expert_capacity,
+            second_place_loss,
+            priority,
         )
         experts = as_experts(experts)
         outer, inner = self.num_experts = resolve_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner
         if gate_outer is not None and gate_inner is not None:
-            refuse_gating_arguments("gate_outer and gate_inner", gating)
+            refuse_gating_arguments("gate_outer and gate_inner", settings)
+        refuse_another_priority("gate_outer", gate_outer, priority)
+        refuse_another_priority("gate_inner", gate_inner, priority)
         if gate_inner is not None and capacity_factor_second_level is not None:
             raise ValueError(
                 f"capacity_factor_second_level={capacity_factor_second_level!r} describes the default second gate; "
                 "give it to gate_inner instead"
             )
-        self.gate_outer = Top2Gating(dim, outer, **gating) if gate_outer is None else gate_outer
-        if capacity_factor_second_level is not None:
-            gating.update(
-                dict.fromkeys(("capacity_factor_train", "capacity_factor_eval"), capacity_factor_second_level)
-            )
-        gate_inner = Top2Gating(dim, inner, outer_expert_dims=(outer,), **gating) if gate_inner is None else gate_inner
+        factory: Any = dict(device=device, dtype=dtype)
+        if gate_outer is None:
+            gate_outer = Top2Gating(dim, outer, **vars(settings), **factory)
+        if gate_inner is None:
+            factor = capacity_factor_second_level
+            if factor is not None:
+                settings = replace(settings, capacity_factor_train=factor, capacity_factor_eval=factor)
+            gate_inner = Top2Gating(dim, inner, outer_expert_dims=(outer,), **vars(settings), **factory)
+        if experts is None:
+            experts = Experts(dim, (outer, inner), hidden_dim, activation, **factory)
+        self.check_part("gate_outer", gate_outer)
+        self.check_part("gate_inner", gate_inner)
+        self.check_part("experts", experts)
+        self.gate_outer = gate_outer
         self.gate_inner = gate_inner
-        check_gate("gate_outer", self.gate_outer, dim, outer, level=True)
-        check_gate("gate_inner", self.gate_inner, dim, inner, (outer,), level=True)
-        check_experts(experts, dim, (outer, inner))
-        self.experts = Experts(dim, (outer, inner), hidden_dim, activation) if experts is None else experts
+        self.experts = experts
+
+    def check_part(self, name: str, part: Any) -> None:
+        outer, inner = self.num_experts
+        if name == "gate_outer":
+            check_gate(name, part, self.dim, outer, level=True)
+        elif name == "gate_inner":
+            check_gate(name, part, self.dim, inner, (outer,), level=True)
+        elif name == "experts":
+            check_experts(part, self.dim, (outer, inner))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 # A room is a file or folder of the package. The core, from the ground up: a room imports from its own line and those
 # above it. The root, "", is the last.
 CORE = [
-    {"checks", "tracing"},
+    {"checks", "settings", "tracing"},
     {"routing", "queues", "losses", "groups"},
     {"gating", "dispatch", "levels"},
     {"ops"},

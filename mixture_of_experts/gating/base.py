@@ -6,11 +6,11 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts import losses
@@ -18,6 +18,7 @@ from mixture_of_experts.checks import (
     check_choice,
     check_importance,
     check_mask,
+    check_process_group,
     check_size,
     check_sizes,
     check_tokens,
@@ -34,6 +35,7 @@ from mixture_of_experts.queues import (
     stable_order,
 )
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.settings import FixedShapes, setting
 
 FEW_CHOICES = 32  # as in decoding, where operators count and not what they do
 
@@ -65,7 +67,7 @@ class Choices(NamedTuple):
     primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
 
 
-class Gate(nn.Module):
+class Gate(FixedShapes):
     """Base of every gate: sizes, the reading of arguments, and the router's product.
 
     Args:
@@ -80,13 +82,13 @@ class Gate(nn.Module):
         dim: int,
         num_experts: int,
         *,
-        outer_expert_dims: Sequence[int] = (),
+        outer_expert_dims: int | Sequence[int] = (),
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.dim = check_size("dim", dim)
         self.num_experts = check_size("num_experts", num_experts)
-        self.outer_expert_dims = check_sizes("outer_expert_dims", tuple(outer_expert_dims))
+        self.outer_expert_dims = check_sizes("outer_expert_dims", outer_expert_dims)
         self.process_group = process_group
 
     @property
@@ -96,7 +98,7 @@ class Gate(nn.Module):
 
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
-        self._ranks = Ranks(group)
+        self._ranks = Ranks(check_process_group("process_group", group))
 
     def read(
         self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, length: Tensor | None = None
@@ -129,6 +131,17 @@ class Gate(nn.Module):
         return logits.view(*x.shape[:-1], weight.shape[-1])
 
 
+class TokenChoiceSettings(TypedDict, total=False):
+    """What every gate of token choice takes by keyword; see `TokenChoiceGate`."""
+
+    capacity_factor_train: float | None
+    capacity_factor_eval: float | None
+    min_expert_capacity: int
+    priority: Priority
+    outer_expert_dims: int | Sequence[int]
+    process_group: dist.ProcessGroup | None
+
+
 class TokenChoiceGate(Gate):
     """Base of the gates in which every token chooses its experts.
 
@@ -148,6 +161,8 @@ class TokenChoiceGate(Gate):
     capacity_per_choice = True
     capacity_factor_train = CapacityFactor()
     capacity_factor_eval = CapacityFactor()
+    min_expert_capacity: int = setting(check_size)
+    priority: Priority = setting(check_choice, allowed=PRIORITIES)
 
     def __init__(
         self,
@@ -159,15 +174,15 @@ class TokenChoiceGate(Gate):
         capacity_factor_eval: float | None = None,
         min_expert_capacity: int = 4,
         priority: Priority = "choice",
-        outer_expert_dims: Sequence[int] = (),
+        outer_expert_dims: int | Sequence[int] = (),
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(dim, num_experts, outer_expert_dims=outer_expert_dims, process_group=process_group)
         self.choices = check_size("k", choices)
         self.capacity_factor_train = capacity_factor_train
         self.capacity_factor_eval = capacity_factor_eval
-        self.min_expert_capacity = check_size("min_expert_capacity", min_expert_capacity)
-        self.priority: Priority = check_choice("priority", priority, PRIORITIES)
+        self.min_expert_capacity = min_expert_capacity
+        self.priority = priority
 
     @property
     def capacity_factor(self) -> float | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import Gate
@@ -25,6 +28,8 @@ class ExpertChoiceGating(Gate):
         dim: d, model dimension.
         num_experts: e.
         capacity_factor: experts a token gets on average: an expert takes `min(n, max(1, int(n * factor / e)))` tokens.
+        process_group: the ranks that share the batch; see `Gate`.
+        device, dtype: of the weights, as in `torch.nn`.
 
     Example:
         >>> import torch
@@ -35,10 +40,19 @@ class ExpertChoiceGating(Gate):
 
     capacity_factor = CapacityFactor(dropless=False)
 
-    def __init__(self, dim: int, num_experts: int, *, capacity_factor: float = 2.0, process_group=None) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        capacity_factor: float = 2.0,
+        process_group: dist.ProcessGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__(dim, num_experts, process_group=process_group)
         self.capacity_factor = capacity_factor
-        self.w_gating = nn.Parameter(torch.empty(dim, num_experts))
+        self.w_gating = nn.Parameter(torch.empty(self.dim, self.num_experts, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

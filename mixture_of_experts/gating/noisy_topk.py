@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens, top_choices
-from mixture_of_experts.queues import Priority
+from mixture_of_experts.gating.base import Choices, TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NoisyTopKGating(TokenChoiceGate):
@@ -27,8 +28,7 @@ class NoisyTopKGating(TokenChoiceGate):
         dim: d, model dimension.
         num_experts: e.
         k: choices of a token, fewer than e (the load's probability needs the next best score).
-        capacity_factor_train, capacity_factor_eval, min_expert_capacity, priority, outer_expert_dims, process_group:
-            see `TopKGating`; dropless by default.
+        device, dtype, settings: as of `TopKGating`; dropless by default.
 
     Example:
         >>> import torch
@@ -43,31 +43,19 @@ class NoisyTopKGating(TokenChoiceGate):
         num_experts: int,
         k: int = 2,
         *,
-        capacity_factor_train: float | None = None,
-        capacity_factor_eval: float | None = None,
-        min_expert_capacity: int = 4,
-        priority: Priority = "choice",
-        outer_expert_dims: Sequence[int] = (),
-        process_group: dist.ProcessGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[TokenChoiceSettings],
     ) -> None:
-        super().__init__(
-            dim,
-            num_experts,
-            k,
-            capacity_factor_train=capacity_factor_train,
-            capacity_factor_eval=capacity_factor_eval,
-            min_expert_capacity=min_expert_capacity,
-            priority=priority,
-            outer_expert_dims=outer_expert_dims,
-            process_group=process_group,
-        )
+        super().__init__(dim, num_experts, k, **settings)
         if k >= num_experts:
             raise ValueError(
                 f"k must be below num_experts={num_experts}, got {k}: the load of an expert is measured against the "
                 "next best score (use TopKGating to choose all experts)"
             )
-        self.w_gating = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_experts))
-        self.w_noise = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_experts))
+        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
+        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        self.w_noise = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_choice, check_number
+from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens
 from mixture_of_experts.queues import Priority
+from mixture_of_experts.settings import setting
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
@@ -41,6 +43,26 @@ def keep_at_random(gate: Tensor, threshold: float, eps: float) -> Tensor:
 POLICIES = {"all": keep_all, "none": keep_none, "threshold": keep_above_threshold, "random": keep_at_random}
 
 
+@dataclass(frozen=True)
+class Top2Settings:
+    """The arguments of a layer that describe the `Top2Gating` it makes."""
+
+    second_policy_train: SecondPolicy = "random"
+    second_policy_eval: SecondPolicy = "random"
+    second_threshold_train: float = 0.2
+    second_threshold_eval: float = 0.2
+    capacity_factor_train: float | None = 1.25
+    capacity_factor_eval: float | None = 2.0
+    min_expert_capacity: int = 4
+    second_place_loss: bool = False
+    priority: Priority = "choice"
+
+    def changed(self) -> list[str]:
+        """Those that differ from their defaults, as they would be written."""
+        given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
+        return [f"{name}={value!r}" for name, value, default in given if value != default]
+
+
 class Top2Gating(TokenChoiceGate):
     """Top-2 gating with limited capacity (GShard, arXiv 2006.16668, algorithm 1).
 
@@ -58,6 +80,7 @@ class Top2Gating(TokenChoiceGate):
         second_place_loss: adds half of the same balancing loss over second choices.
         priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
         process_group: the ranks that share the batch; see `Gate`.
+        device, dtype: of the weights, as in `torch.nn`.
 
     Shape:
         x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices a token. `w_gating` is
@@ -72,13 +95,19 @@ class Top2Gating(TokenChoiceGate):
     """
 
     capacity_per_choice = False
+    eps: float = setting(check_number, above=0.0)
+    second_policy_train: SecondPolicy = setting(check_choice, allowed=POLICIES)
+    second_policy_eval: SecondPolicy = setting(check_choice, allowed=POLICIES)
+    second_threshold_train: float = setting(check_number, at_least=0.0)
+    second_threshold_eval: float = setting(check_number, at_least=0.0)
+    second_place_loss: bool = setting(check_flag)
 
     def __init__(
         self,
         dim: int,
         num_gates: int,
         eps: float = 1e-9,
-        outer_expert_dims: Sequence[int] = (),
+        outer_expert_dims: int | Sequence[int] = (),
         second_policy_train: SecondPolicy = "random",
         second_policy_eval: SecondPolicy = "random",
         second_threshold_train: float = 0.2,
@@ -90,10 +119,12 @@ class Top2Gating(TokenChoiceGate):
         second_place_loss: bool = False,
         priority: Priority = "choice",
         process_group: dist.ProcessGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             dim,
-            num_gates,
+            check_size("num_gates", num_gates),
             2,
             capacity_factor_train=capacity_factor_train,
             capacity_factor_eval=capacity_factor_eval,
@@ -102,13 +133,14 @@ class Top2Gating(TokenChoiceGate):
             outer_expert_dims=outer_expert_dims,
             process_group=process_group,
         )
-        self.eps = check_number("eps", eps, above=0.0)
-        self.second_policy_train = check_choice("second_policy_train", second_policy_train, POLICIES)
-        self.second_policy_eval = check_choice("second_policy_eval", second_policy_eval, POLICIES)
-        self.second_threshold_train = check_number("second_threshold_train", second_threshold_train, at_least=0.0)
-        self.second_threshold_eval = check_number("second_threshold_eval", second_threshold_eval, at_least=0.0)
+        self.eps = eps
+        self.second_policy_train = second_policy_train
+        self.second_policy_eval = second_policy_eval
+        self.second_threshold_train = second_threshold_train
+        self.second_threshold_eval = second_threshold_eval
         self.second_place_loss = second_place_loss
-        self.w_gating = nn.Parameter(torch.empty(*self.outer_expert_dims, dim, num_gates))
+        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
+        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

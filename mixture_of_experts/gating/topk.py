@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_choice, check_number, check_size
-from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens, top_choices
+from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
+from mixture_of_experts.gating.base import Choices, TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.queues import Priority
+from mixture_of_experts.settings import setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Score = Literal["softmax", "sigmoid"]
 SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
@@ -33,15 +35,15 @@ class TopKGating(TokenChoiceGate):
         scale: multiplies the weights.
         bias: adds a router bias `b_gating`.
         jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e; None is dropless.
-        min_expert_capacity: the least number of slots, applied last.
-        priority: "choice", "token" (causal) or "score"; see `queues.queue_positions`.
         num_groups, top_groups: experts stand in `num_groups` equal groups, and only the `top_groups` groups with the
             largest sum of their two best scores may be chosen from (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: a buffer added to the scores for choosing only, moved by `update_bias` (arXiv 2408.15664).
         balance_over: the balancing loss for each "group", averaged, or over the whole "batch".
-        outer_expert_dims: leading dimensions of weights and inputs.
-        process_group: the ranks that share the batch; see `Gate`.
+        device, dtype: of the weights, as in `torch.nn`.
+        settings: `capacity_factor_train`, `capacity_factor_eval` (slots of an expert in units of k n / e; None, the
+            default, is dropless), `min_expert_capacity=4` (the least number of slots, applied last), `priority`
+            ("choice", "token", which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and
+            inputs) and `process_group` (the ranks that share the batch); see `TokenChoiceGate`.
 
     Shape:
         x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
@@ -57,6 +59,11 @@ class TopKGating(TokenChoiceGate):
 
     expert_bias: Tensor | None
     expert_counts: Tensor | None
+    score: Score = setting(check_choice, allowed=SCORES)
+    normalize: bool = setting(check_flag)
+    scale: float = setting(check_number, above=0.0)
+    jitter: float = setting(check_number, at_least=0.0)
+    balance_over: Literal["group", "batch"] = setting(check_choice, allowed=BALANCES)
 
     def __init__(
         self,
@@ -69,42 +76,31 @@ class TopKGating(TokenChoiceGate):
         scale: float = 1.0,
         bias: bool = False,
         jitter: float = 0.0,
-        capacity_factor_train: float | None = None,
-        capacity_factor_eval: float | None = None,
-        min_expert_capacity: int = 4,
-        priority: Priority = "choice",
         num_groups: int | None = None,
         top_groups: int | None = None,
         expert_bias: bool = False,
         balance_over: Literal["group", "batch"] = "group",
-        outer_expert_dims: Sequence[int] = (),
-        process_group: dist.ProcessGroup | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[TokenChoiceSettings],
     ) -> None:
-        super().__init__(
-            dim,
-            num_experts,
-            k,
-            capacity_factor_train=capacity_factor_train,
-            capacity_factor_eval=capacity_factor_eval,
-            min_expert_capacity=min_expert_capacity,
-            priority=priority,
-            outer_expert_dims=outer_expert_dims,
-            process_group=process_group,
-        )
+        super().__init__(dim, num_experts, k, **settings)
         if k > num_experts:
             raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
-        self.score = check_choice("score", score, SCORES)
+        self.score = score
         self.normalize = k > 1 if normalize is None else normalize
-        self.scale = check_number("scale", scale, above=0.0)
-        self.jitter = check_number("jitter", jitter, at_least=0.0)
-        self.balance_over = check_choice("balance_over", balance_over, BALANCES)
+        self.scale = scale
+        self.jitter = jitter
+        self.balance_over = balance_over
         self.num_groups, self.top_groups = check_expert_groups(num_experts, k, num_groups, top_groups)
-        outer = self.outer_expert_dims
-        self.w_gating = nn.Parameter(torch.empty(*outer, dim, num_experts))
-        self.b_gating = nn.Parameter(torch.empty(*outer, num_experts)) if bias else None
-        buffer = (*outer, num_experts)
-        self.register_buffer("expert_bias", torch.zeros(buffer, dtype=torch.float32) if expert_bias else None)
-        self.register_buffer("expert_counts", torch.zeros(buffer, dtype=torch.int64) if expert_bias else None)
+        bias_of_each = (*self.outer_expert_dims, self.num_experts)
+        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
+        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        has_bias = check_flag("bias", bias)
+        self.b_gating = nn.Parameter(torch.empty(bias_of_each, device=device, dtype=dtype)) if has_bias else None
+        counted = check_flag("expert_bias", expert_bias)
+        for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
+            self.register_buffer(name, torch.zeros(bias_of_each, device=device, dtype=kind) if counted else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

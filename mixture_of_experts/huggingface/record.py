@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mixture_of_experts import gating
+from mixture_of_experts.gating.base import TokenChoiceSettings
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
@@ -19,6 +20,7 @@ GATES: dict[str, Any] = {
 }
 CALLED = {"k": "choices", "num_gates": "num_experts"}  # arguments that a gate keeps by another name
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that decide whether there is a part
+LEFT_OUT = ("self", "device", "dtype", "settings")  # those that a gate does not keep, or keeps one by one
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -27,13 +29,13 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     if GATES.get(type(gate).__name__) is not type(gate):
         return None
     arguments = {}
-    for name in inspect.signature(type(gate).__init__).parameters:
-        if name == "self":
-            continue
+    names = list(inspect.signature(type(gate).__init__).parameters)
+    for name in [*names, *TokenChoiceSettings.__annotations__] if "settings" in names else names:
+        kept_as = CALLED.get(name, name)
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
-        else:
-            arguments[name] = getattr(gate, CALLED.get(name, name))
+        elif name not in LEFT_OUT:
+            arguments[name] = getattr(gate, kept_as)
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     plain = all(isinstance(item, PLAIN) for v in arguments.values() for item in (v if isinstance(v, list) else [v]))
     return {"class": type(gate).__name__, "arguments": arguments} if plain else None

@@ -1,0 +1,194 @@
+"""What constructors are given, and what may be set afterwards."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Top2Gating,
+    TopKGating,
+)
+from mixture_of_experts.gating.top2 import Top2Settings
+
+GATES = {
+    "Top2Gating": lambda **kinds: Top2Gating(8, 4, **kinds),
+    "TopKGating": lambda **kinds: TopKGating(8, 4, bias=True, expert_bias=True, **kinds),
+    "NoisyTopKGating": lambda **kinds: NoisyTopKGating(8, 4, outer_expert_dims=(2,), **kinds),
+    "ExpertChoiceGating": lambda **kinds: ExpertChoiceGating(8, 4, **kinds),
+}
+MODULES = {
+    **GATES,
+    "MoE": lambda **kinds: MoE(8, 4, **kinds),
+    "HeirarchicalMoE": lambda **kinds: HeirarchicalMoE(8, (2, 2), **kinds),
+}
+
+
+@pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE, Top2Gating])
+def test_gating_settings_have_the_same_defaults_everywhere(kind):
+    parameters = inspect.signature(kind.__init__).parameters
+    for field in fields(Top2Settings):
+        assert parameters[field.name].default == field.default, field.name
+
+
+@pytest.mark.parametrize("kind", MODULES)
+def test_device_and_dtype(kind):
+    """The same module as one that is moved and cast; the bias on the scores stays float32."""
+    made, moved = MODULES[kind](device="meta", dtype=torch.float64), MODULES[kind]().to("meta", torch.float64)
+    for (name, ours), (other, expected) in zip(made.state_dict().items(), moved.state_dict().items(), strict=True):
+        assert (name, ours.shape, ours.dtype, ours.device) == (other, expected.shape, expected.dtype, expected.device)
+    assert all(parameter.dtype == torch.float64 for parameter in made.parameters())
+    torch.manual_seed(0)
+    made = MODULES[kind](dtype=torch.float64).state_dict()
+    assert all(value.device.type == "cpu" for value in made.values())
+
+
+# ---- one gate of two ----
+
+
+def inner_gate(**settings) -> TopKGating:
+    return TopKGating(8, 2, k=1, outer_expert_dims=(2,), **settings)
+
+
+def test_arguments_describe_the_gate_that_is_not_given():
+    moe = HeirarchicalMoE(8, (2, 2), gate_inner=inner_gate(), capacity_factor_train=3.0, priority="token")
+    assert (moe.gate_outer.capacity_factor_train, moe.gate_outer.priority) == (3.0, "token")
+    assert (moe.gate_inner.capacity_factor_train, moe.gate_inner.priority) == (None, "choice")  # dropless: no matter
+
+
+@pytest.mark.parametrize("name", ["gate_outer", "gate_inner"])
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_two_priorities_are_refused(name, mode):
+    settings = {f"capacity_factor_{mode}": 0.5}
+    gate = TopKGating(8, 2, **settings) if name == "gate_outer" else inner_gate(**settings)
+    with pytest.raises(ValueError, match=rf"priority='token' is asked for, but {name} has priority='choice'"):
+        HeirarchicalMoE(8, (2, 2), **{name: gate}, priority="token")
+    gate.priority = "token"
+    assert HeirarchicalMoE(8, (2, 2), **{name: gate}, priority="token").gate_inner.priority == "token"
+
+
+# ---- values ----
+
+
+def test_numpy_scalars_are_numbers():
+    gate = TopKGating(np.int64(8), np.int32(4), np.int8(2), scale=np.float32(0.5), bias=np.bool_(True))
+    assert (type(gate.num_experts), type(gate.scale), gate.scale) == (int, float, 0.5)
+    more = dict(capacity_factor_train=np.float32(1.5), loss_coef=np.float64(0.25), group_size=np.int16(3))
+    moe = MoE(np.int64(8), np.int64(4), **more)
+    assert (moe.gate.capacity_factor_train, moe.loss_coef, type(moe.loss_coef)) == (1.5, 0.25, float)
+    assert moe(torch.randn(1, 6, 8))[0].shape == (1, 6, 8)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: TopKGating(8, 4, bias="none"), "bias must be True or False, got 'none'"),
+        (lambda: TopKGating(8, 4, expert_bias=1), "expert_bias must be True or False, got 1"),
+        (lambda: TopKGating(8, 4, normalize=0.5), "normalize must be True or False, got 0.5"),
+        (lambda: Experts(8, 4, bias=None), "bias must be True or False, got None"),
+        (lambda: MoE(8, 4, second_place_loss=0.5), "second_place_loss must be True or False, got 0.5"),
+        (lambda: Top2Gating(8, 0), "num_gates must be an integer of at least 1, got 0"),
+        (
+            lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0)),
+            "outer_expert_dims must be an integer.*, got 0",
+        ),
+    ],
+)
+def test_bad_value(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_one_outer_dimension():
+    assert Top2Gating(8, 4, outer_expert_dims=3).w_gating.shape == (3, 8, 4)
+    assert TopKGating(8, 4, outer_expert_dims=[3, 2]).w_gating.shape == (3, 2, 8, 4)
+
+
+@pytest.mark.parametrize("kind", GATES)
+def test_a_process_group_is_one(kind):
+    with pytest.raises(TypeError, match=r"process_group must be a .*ProcessGroup.*got 'world'.*get_group"):
+        GATES[kind](process_group="world")
+    gate = GATES[kind]()
+    with pytest.raises(TypeError, match="process_group"):
+        gate.process_group = 3
+    assert gate.process_group is None
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "value", "message"),
+    [
+        (lambda: MoE(8, 4), "loss_coef", -1.0, "loss_coef.*-1.0"),
+        (lambda: MoE(8, 4), "z_loss_coef", "1", "z_loss_coef.*'1'"),
+        (lambda: MoE(8, 4), "group_size", 0, "group_size.*0"),
+        (lambda: Top2Gating(8, 4), "priority", "tokne", "'choice', 'token', 'score'.*'tokne'"),
+        (lambda: Top2Gating(8, 4), "second_policy_eval", "never", "'never'"),
+        (lambda: Top2Gating(8, 4), "second_threshold_train", -0.5, "second_threshold_train.*-0.5"),
+        (lambda: Top2Gating(8, 4), "eps", 0.0, "eps.*0.0"),
+        (lambda: TopKGating(8, 4), "score", "tanh", "'softmax', 'sigmoid'.*'tanh'"),
+        (lambda: TopKGating(8, 4), "jitter", -0.1, "jitter.*-0.1"),
+        (lambda: TopKGating(8, 4), "min_expert_capacity", 0, "min_expert_capacity.*0"),
+        (lambda: TopKGating(8, 4), "balance_over", "all", "'group', 'batch'.*'all'"),
+    ],
+)
+def test_what_is_set_later_is_checked_too(build, name, value, message):
+    module = build()
+    before = getattr(module, name)
+    with pytest.raises(ValueError, match=message):
+        setattr(module, name, value)
+    assert getattr(module, name) == before
+    setattr(module, name, before)
+
+
+# ---- weights and parts replaced by hand ----
+
+
+@pytest.mark.parametrize("change", [lambda w: w[..., :2], lambda w: torch.cat([w, w], dim=-1)], ids=["prune", "grow"])
+@pytest.mark.parametrize("kind", GATES)
+def test_a_router_keeps_its_shape(kind, change):
+    gate = GATES[kind]()
+    before = gate.w_gating
+    with pytest.raises(ValueError, match=r"w_gating of \w+ has shape .*build a new module of that size"):
+        gate.w_gating = nn.Parameter(change(gate.w_gating.detach()))
+    assert gate.w_gating is before
+    gate.w_gating = nn.Parameter(torch.ones_like(before))
+    assert (gate.w_gating == 1).all()
+
+
+@pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])
+def test_parts_of_another_size_are_refused(kind):
+    two = kind is HeirarchicalMoE
+    moe = kind(8, (2, 4) if two else 4)
+    name = "gate_inner" if two else "gate"
+    outer = (2,) if two else ()
+    before = getattr(moe, name)
+    with pytest.raises(ValueError, match=rf"{name} has num_experts=3, the layer num_experts=4"):
+        setattr(moe, name, TopKGating(8, 3, outer_expert_dims=outer))
+    with pytest.raises(ValueError, match=r"experts has num_experts="):
+        moe.experts = Experts(8, (2, 3) if two else 3)
+    assert getattr(moe, name) is before
+    gate, experts = TopKGating(8, 4, outer_expert_dims=outer), Experts(8, (2, 4) if two else 4, hidden_dim=5)
+    setattr(moe, name, gate)
+    moe.experts = experts
+    assert (getattr(moe, name), moe.experts) == (gate, experts)
+    assert moe(torch.randn(1, 6, 8))[0].shape == (1, 6, 8)
+
+
+@pytest.mark.parametrize("kind", [Experts, GatedExperts])
+def test_stacked_experts_keep_their_shape(kind):
+    experts = kind(8, 4, hidden_dim=5, bias=True)
+    for name, parameter in list(experts.named_parameters()):
+        with pytest.raises(ValueError, match=rf"{name} of {kind.__name__} has shape .*build a new module of that size"):
+            setattr(experts, name, nn.Parameter(parameter.detach()[:2]))
+        setattr(experts, name, nn.Parameter(parameter.detach() * 2))
+    assert experts(torch.randn(4, 3, 8)).shape == (4, 3, 8)
