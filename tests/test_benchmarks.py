@@ -15,8 +15,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counting, counts, field, pool, problem, report, timing  # noqa: E402
+from benchmarks import __main__ as command
+from benchmarks import constants, counting, counts, field, pool, problem, report, timing  # noqa: E402  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
@@ -310,3 +310,13 @@ def test_counts_of_a_toy() -> None:
 @pytest.mark.parametrize(("limit", "met"), [(1.49, False), (1.5, True), (None, None)])
 def test_a_count_is_held_to_its_limit(limit: float | None, met: bool | None) -> None:
     assert counting.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
+
+
+def test_other_constants_of_the_schedule_are_timed_and_put_back(capsys) -> None:
+    before = (schedule.CHUNK, schedule.PADDING, schedule.FREE_ROWS)
+    constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("tiny: ")
+    assert len(lines) == 3 + sum(map(len, constants.VALUES.values()))
+    assert lines[1].split() == ["as", "it", "is", "1.000"]
+    assert before == (schedule.CHUNK, schedule.PADDING, schedule.FREE_ROWS)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+# `python -m benchmarks.constants` times steps with other values of these
 PADDING = 80 << 10  # bytes of hidden layer: to compute more than that as padding costs more than another product
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
-CHUNK = 12 << 20  # bytes of rows, d and h wide, up to which a chunk grows
+CHUNK = 4 << 20  # bytes of rows, d and h wide, up to which a chunk grows: buffers that small stay in the caches
 
 
 class Batch(NamedTuple):
