@@ -19,7 +19,7 @@ import mixture_of_experts
 from mixture_of_experts import HeirarchicalMoE, MoE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 LARGE = 12 * 2**30  # bytes of memory a machine should have to run a block marked "large"
 
 # an optional mark, `<!-- test: cuda -->` or `<!-- test: large -->`, then the block
