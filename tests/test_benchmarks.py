@@ -15,8 +15,8 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import __main__ as command
-from benchmarks import constants, counting, counts, field, pool, problem, report, timing  # noqa: E402  # noqa: E402
+from benchmarks import __main__ as command  # noqa: E402
+from benchmarks import constants, counting, counts, field, pool, problem, report, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
