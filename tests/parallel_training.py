@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def ddp_replicas(model: Model) -> tuple[nn.Module, Callable[[], None]]:
     return parallel, lambda: average_gradients(expert_parameters(model).values(), mesh["dp"])
 
 
-def fsdp(model: Model) -> tuple[nn.Module, Callable[[], None]]:
+def fsdp(model: Model) -> tuple[Any, Callable[[], None]]:
     mesh = make_mesh()
     spread(model, mesh, KEY)
     experts = set(expert_parameters(model).values())
@@ -102,7 +103,7 @@ def fsdp(model: Model) -> tuple[nn.Module, Callable[[], None]]:
     return fully_shard(model, mesh=mesh["ep"], ignored_params=experts), nothing
 
 
-def fsdp_replicas(model: Model, **options) -> tuple[nn.Module, Callable[[], None]]:
+def fsdp_replicas(model: Model, **options) -> tuple[Any, Callable[[], None]]:
     mesh = make_mesh(data_parallel=2)
     everyone = flat(mesh)
     spread(model, mesh, KEY)

@@ -144,7 +144,7 @@ def assign_slots(choices: list[Choice], priority: str, limit: float) -> None:
 
 def mean(values: list[Tensor], like: Tensor) -> Tensor:
     """Mean of 0-dim tensors; an empty mean is 0."""
-    return sum(values) / len(values) if values else like.new_zeros(())
+    return sum(values, like.new_zeros(())) / len(values) if values else like.new_zeros(())
 
 
 def squared_variation(values: Tensor) -> Tensor:
@@ -369,7 +369,7 @@ class TopK(TokenChoice):
             if choice.group in groups and choice.token.importance == 1:
                 loads[choice.expert] += 1 / n
         probs = sum((scores[t] / scores[t].sum() for t in counted), self.w_gating.new_zeros(self.num_experts)) / n
-        return self.num_experts / self.k * sum(load * probs[i] for i, load in enumerate(loads))
+        return self.num_experts / self.k * (torch.tensor(loads, dtype=probs.dtype) * probs).sum()
 
 
 @dataclass
@@ -539,8 +539,7 @@ def finish(inputs, mask, parts: dict, shared_expert) -> Tensor:
 
 
 def weighted_losses(decisions: list[Decision], loss_coef: float, z_loss_coef: float) -> Tensor:
-    balance, z = sum(d.balance_loss for d in decisions), sum(d.z_loss for d in decisions)
-    return loss_coef * balance + z_loss_coef * z
+    return torch.stack([loss_coef * d.balance_loss + z_loss_coef * d.z_loss for d in decisions]).sum()
 
 
 def moe(

@@ -109,7 +109,8 @@ def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -
     contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
     assert max(field.check_all(contestants).values()) < 1e-6
     layer, by_hand = contestants["layer"], contestants[name]
-    layer.step(), by_hand.step()
+    layer.step()
+    by_hand.step()
     for one, other in zip((*layer.inputs, *layer.parameters), (*by_hand.inputs, *by_hand.parameters), strict=True):
         torch.testing.assert_close(other.grad, one.grad)
 
@@ -134,6 +135,7 @@ def test_variants_agree_with_the_plain_loop(changed: dict) -> None:
 def test_a_rival_that_computes_something_else_is_refused() -> None:
     contestants = entered("toy/train", "layer", "loop")
     right = contestants["loop"].output
+    assert right is not None
     contestants["loop"].output = lambda: right().roll(1, dims=1)
     with pytest.raises(AssertionError, match="loop computes something else"):
         field.check_all(contestants)

@@ -127,6 +127,7 @@ def test_one_graph_for_all_steps(x):
         return graph.forward
 
     compiled = torch.compile(model, fullgraph=True, backend=backend)
+    found = None
     with collect_aux(compiled) as aux:
         for step in range(3):
             out = compiled(x + step)

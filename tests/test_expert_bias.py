@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def tokens(seed: int = 1, sequences: int = 2) -> Tensor:
 def load(moe: MoE, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
     """What should be counted, found without counting: the choices before capacity."""
     with torch.no_grad():
-        return sum(moe.gate(x, mask=mask).queued.sum(dim=0) for x in inputs)
+        return torch.stack([moe.gate(x, mask=mask).queued.sum(dim=0) for x in inputs]).sum(dim=0)
 
 
 def step(moe: nn.Module, x: Tensor, **arguments) -> None:
@@ -173,7 +174,7 @@ compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_compiled_counts_once(frozen):
     moe, parts = build(), [tokens(seed) for seed in range(2)]
     moe.gate.requires_grad_(not frozen)
-    compiled = torch.compile(moe, fullgraph=True, backend="aot_eager")
+    compiled: Any = torch.compile(moe, fullgraph=True, backend="aot_eager")
     for part in parts:
         step(compiled, part)
     assert torch.equal(moe.gate.expert_counts, load(moe, *parts))

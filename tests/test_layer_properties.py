@@ -1,6 +1,7 @@
 """Both layers against the slow reference, and what they guarantee, over many random configurations (float64)."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import reference
@@ -19,7 +20,7 @@ LEVEL = st.sampled_from([3, 2, 4, 1])  # experts of one level of two
 class Setup:
     """A layer with the slow counterpart of its parts."""
 
-    layer: nn.Module
+    layer: Any
     routers: list  # one a level
     bank: make.Bank
     options: dict = field(default_factory=dict)  # what the reference's layer takes too

@@ -695,7 +695,9 @@ def test_wandb_lines(stats):
 @pytest.mark.filterwarnings("ignore")  # of tensorboard's own imports
 def test_tensorboard_lines(stats, tmp_path: Path):
     pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
+        EventAccumulator,
+    )
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(tmp_path) as writer:

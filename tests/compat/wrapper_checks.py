@@ -7,6 +7,7 @@ and a wrapped one of which every rank has its own batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +24,7 @@ RANKS = 2
 CLOSE = dict(rtol=0, atol=1e-10)
 Batch = tuple[Tensor, Tensor | None]
 Forward = Callable[[nn.Module, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-Wrap = Callable[..., nn.Module]
+Wrap = Callable[..., Any]  # torch has no type for a module that is sharded
 
 
 # ---- ways to wrap: each returns what is called ----
@@ -41,7 +42,7 @@ def shard_experts(layer: nn.Module, **options) -> nn.Module:
     return layer
 
 
-def shard_parts_and_layer(layer: nn.Module, **options) -> nn.Module:
+def shard_parts_and_layer(layer: nn.Module, **options) -> Any:
     """Gates and experts are groups of their own, gathered when they are called and freed after."""
     return fully_shard(shard_experts(shard_gates(layer, **options), **options), **options)
 
@@ -73,7 +74,7 @@ def losses(module: nn.Module, batch: Batch, rank: int, forward: Forward = call) 
     return out, (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum() + aux_loss
 
 
-def alone(layer: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
+def alone(layer: nn.Module, batches: list[Batch]) -> dict[str, Any]:
     """Output and input gradient of this rank's batch, and the gradients of the mean of all ranks' losses."""
     rank = dist.get_rank()
     results = [losses(layer, batch, index) for index, batch in enumerate(batches)]
@@ -83,7 +84,7 @@ def alone(layer: nn.Module, batches: list[Batch]) -> dict[str, Tensor]:
     return {"out": out, "input": grad, **{name: p.grad for name, p in layer.named_parameters()}}
 
 
-def together(layer: nn.Module, wrapped: nn.Module, batch: Batch, forward: Forward = call) -> dict[str, Tensor]:
+def together(layer: nn.Module, wrapped: nn.Module, batch: Batch, forward: Forward = call) -> dict[str, Any]:
     """The same of the wrapped layer. Gradients that the wrapper leaves to the rank are averaged here."""
     x, mask = batch
     x = x.detach().requires_grad_()
@@ -163,7 +164,7 @@ class Residual(nn.Module):
         return out, aux_loss.detach()
 
 
-def shard_layer_and_residual(block: Residual) -> nn.Module:
+def shard_layer_and_residual(block: Residual) -> Any:
     fully_shard(block.layer)
     return fully_shard(block)
 
@@ -248,7 +249,7 @@ def check_bfloat16(path: Path, wrap: str) -> None:
     wrapped = WRAPS[wrap](layer, mp_policy=policy)
     batches = [path.inputs(seed=rank) for rank in range(RANKS)]
 
-    expected: dict[str, Tensor] = {}
+    expected: dict[str, Any] = {}
     for rank, batch in enumerate(batches):
         plain.zero_grad()
         out, loss = losses(plain, batch, rank, call_for_float32)

@@ -53,7 +53,7 @@ class Architecture:
     pattern: str = "model.layers.{}.mlp"
     also: tuple[str, ...] = field(default=())  # patterns of more networks, in the model's order
 
-    def build(self, **more: Any) -> nn.Module:
+    def build(self, **more: Any) -> Any:
         settings = {**self.settings, **more}
         if self.kind not in ("picture",):
             settings = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **settings}
@@ -84,7 +84,7 @@ class Architecture:
     def labels(self, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.kind == "picture":
             return torch.randint(3, (len(inputs["pixel_values"]),))
-        return inputs.get("decoder_input_ids", inputs.get("input_ids"))
+        return inputs["decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"]
 
 
 def causal(name: str, settings: Mapping[str, Any], **more: Any) -> Architecture:

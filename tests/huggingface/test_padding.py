@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import pickle
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ SHORT, LONG = 4, 9
 TOKENS = [name for name in ARCHITECTURES if ARCHITECTURES[name].kind in ("causal", "tokens")]
 
 
-def build(name: str, **settings) -> nn.Module:
+def build(name: str, **settings) -> Any:
     model = without_dropout(ARCHITECTURES[name].build(**settings))
     replace_ffn(model, num_experts=4, gate=ONE_PLACE)
     return model

@@ -33,7 +33,7 @@ def test_compile_in_one_graph(name):
         graphs.append(graph)
         return graph.forward
 
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled, made = torch.compile(model, fullgraph=True, backend=backend), 0
     for step in range(2):
         made = len(graphs)
         batch = labelled()
