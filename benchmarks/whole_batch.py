@@ -17,8 +17,7 @@ from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
 from mixture_of_experts.dispatch import plan
-from mixture_of_experts.ops.cpu.products import rows_by_rows, rows_by_weights
-from mixture_of_experts.ops.cpu.schedule import Batch, Chunk, Schedule
+from mixture_of_experts.ops.cpu.schedule import Batch, Chunk, Schedule, rows_by_rows, rows_by_weights
 from mixture_of_experts.routing import Routing
 
 aten = torch.ops.aten

@@ -22,8 +22,7 @@ from mixture_of_experts.dispatch import Plan, sum_rows
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.cpu import hidden as hidden_layer
-from mixture_of_experts.ops.cpu.products import gather, rows_by_rows, rows_by_weights
-from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule
+from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule, gather, rows_by_rows, rows_by_weights
 from mixture_of_experts.tracing import is_wrapped
 
 
