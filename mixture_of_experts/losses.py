@@ -13,9 +13,7 @@ import math
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixture_of_experts.queues import FEW
 from mixture_of_experts.tracing import largest, smallest
 
 
@@ -72,30 +70,7 @@ def load_balance(
         choices: k, the choices that a token makes.
         group: process group that shares the batch.
     """
-    return _balance(load.detach().to(proxy.dtype) * proxy, length, choices / load.shape[-1], group)
-
-
-def load_balance_of(
-    expert: Tensor,
-    counted: Tensor | None,
-    proxy: Tensor,
-    length: Tensor | int,
-    choices: int = 1,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The same from the choices themselves, `expert` `(..., b, a)`, those `counted` (all without it).
-
-    `sum_e f_e P_e` is the sum of P over the choices. For a few it takes half the operators; for many its gradient, the
-    sum of as many equal numbers, would round more.
-    """
-    products = proxy.gather(-1, expert)
-    if counted is not None:
-        products = torch.where(counted, products, 0.0)
-    return _balance(products, length, choices / proxy.shape[-1], group)
-
-
-def _balance(products: Tensor, length: Tensor | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
-    """Mean over groups of the sum of `products` `(..., b, any)` over `each * length^2`."""
+    products, each = load.detach().to(proxy.dtype) * proxy, choices / load.shape[-1]
     if isinstance(length, Tensor):
         per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
         return mean(per_group.sum(), (length > 0).sum(), group, each)
@@ -143,12 +118,9 @@ def z_loss_at(
     Read at one `expert` `(..., n, 1)` of probability `prob` `(..., n, 1)` that is likely, such as the first choice, it
     costs no pass over all of them, and the backward needs no logits.
     """
-    if statically_known_true(logits.numel() <= FEW):
-        logit = logits.gather(-1, expert)
-    else:  # for a `gather` autograd would keep the logits
-        at = expert.flatten()
-        at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
-        logit = logits.flatten().index_select(0, at).view(expert.shape)
+    at = expert.flatten()
+    at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
+    logit = logits.flatten().index_select(0, at).view(expert.shape)  # for a `gather` autograd would keep the logits
     return token_mean((logit - prob.log()).square(), None if counted is None else counted.unsqueeze(-1), group)
 
 

@@ -37,8 +37,6 @@ from mixture_of_experts.queues import (
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.settings import FixedShapes, setting
 
-FEW_CHOICES = 32  # as in decoding, where operators count and not what they do
-
 
 class Tokens(NamedTuple):
     """The tokens a gate decides on, with everything that is known of them."""
@@ -267,9 +265,6 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
             proxy, length, choices: as in `losses.load_balance`.
         """
-        if statically_known_true(expert.numel() <= FEW_CHOICES):
-            counted = None if counted is None else counted.expand_as(expert).flatten(-2)
-            return losses.load_balance_of(expert.flatten(-2), counted, proxy, length, choices, self.process_group)
         return losses.load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
 
     def balance_loss(
