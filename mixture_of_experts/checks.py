@@ -114,6 +114,12 @@ def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
     """What experts returned: a tensor of the shape that they were given."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
-    got = tuple(result.shape) if isinstance(result, Tensor) else f"a {type(result).__name__}"
-    remedy = ": wrap it in a module that returns the output alone" if isinstance(result, tuple) else ""
-    raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {got}{remedy}")
+    raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {shape_of(result)}")
+
+
+def shape_of(result: Any) -> str:
+    """The shape of a result, for a message; or what it is instead of a tensor."""
+    if isinstance(result, Tensor):
+        return str(tuple(result.shape))
+    remedy = " (wrap a MoE, which returns its loss too, in a module that returns the output alone)"
+    return f"a {type(result).__name__}{remedy if isinstance(result, tuple) else ''}"

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_flag, check_size, check_sizes
+from mixture_of_experts.checks import check_flag, check_size, check_sizes, shape_of
 from mixture_of_experts.dispatch import Decision, combine, dispatch
 from mixture_of_experts.groups import own
 from mixture_of_experts.ops import routed_ffn
@@ -72,8 +72,8 @@ class RoutedExperts(nn.Module):
         rows = dispatch(x, plan)
         out = self.compute(rows, plan.counts)
         if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"{type(self).__name__}.compute must return a row for each of {len(rows)} rows, got {got}")
+            name = f"{type(self).__name__}.compute"
+            raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
         return combine(out, plan)
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
@@ -114,9 +114,10 @@ def run_on_slots(
     out = compute(slots)
     wanted = (*slots.shape[:-1], dim_out or slots.shape[-1])
     if not isinstance(out, Tensor) or out.shape != wanted:
-        got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
         what = "their dim_out as width" if dim_out else "the shape they are given"
-        raise ValueError(f"experts must return {what}, {wanted}, got {got} (their dim_out tells of another width)")
+        raise ValueError(
+            f"experts must return {what}, {wanted}, got {shape_of(out)} (their dim_out tells of another width)"
+        )
     # `flatten(0, -2)` asks of a dynamic length whether it is 1
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
@@ -311,7 +312,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
-            return self._on_slots(x)
+            return self._on_slots(x.clone())  # not the caller's own, into which experts may write
         if decision.dropless and not torch.compiler.is_compiling():
             return super().forward(x, decision)
         return run_on_slots(self._on_slots, x, decision, self.dim_out)
@@ -320,13 +321,13 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
-        results = torch.stack([self._run(i, part) for i, part in enumerate(slots.unbind(0))])
+        results = torch.stack([self._run(i, part) for i, part in enumerate(own_parts(slots.unbind(0)))])
         return own(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         if counts.is_meta or is_wrapped(counts):
             return self._on_all_rows(rows, counts)
-        parts = rows.split([*counts.tolist(), rows.shape[0] - int(counts.sum())])
+        parts = own_parts(rows.split([*counts.tolist(), rows.shape[0] - int(counts.sum())]))
         results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
@@ -334,16 +335,21 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         """Every module on all rows, of which its own are kept: where numbers cannot be read."""
         row, stop = torch.arange(x.shape[0], device=x.device), counts.cumsum(0)
         mine = (row >= (stop - counts).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
-        results = [torch.where(its.unsqueeze(-1), self._run(i, x), 0) for i, its in enumerate(mine.unbind(0))]
+        results = [torch.where(its.unsqueeze(-1), self._run(i, x.clone()), 0) for i, its in enumerate(mine.unbind(0))]
         return sum(results[1:], results[0])
 
     def _run(self, index: int, x: Tensor) -> Tensor:
         out = self[index](x)
         wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
-        if out.shape != wanted:
+        if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(
-                f"expert {index} ({type(self[index]).__name__}) returned shape {tuple(out.shape)} for tokens of shape "
+                f"expert {index} ({type(self[index]).__name__}) returned {shape_of(out)} for tokens of shape "
                 f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape, or `ExpertList(..., dim_out=...)` "
                 "tells of another width"
             )
         return out
+
+
+def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The same, but no views for autograd, which forbids to write into one of several: an expert may begin so."""
+    return [own(part, part.shape) for part in parts]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from mixture_of_experts.checks import shape_of
 from mixture_of_experts.dispatch import Decision, combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.parallel.exchange import Channel, follow, scale_gradient, through_rows, through_slots
@@ -128,8 +129,7 @@ class SpreadExperts(RoutedExperts):
         out = local.forward(x) if counts is None else local.compute(x, counts)
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
-            got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
-            raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {got}")
+            raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {shape_of(out)}")
         return out
 
     def _local(self) -> nn.Module:

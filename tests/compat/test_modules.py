@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compat.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
-from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
@@ -269,3 +269,27 @@ def test_int8_reaches_experts_in_a_list_only():
     assert quantized.experts[0][0].weight().dtype == torch.qint8
     torch.testing.assert_close(quantized(x)[0], listed(x)[0], rtol=0, atol=0.03)
     assert not torch.equal(quantized(x)[0], listed(x)[0])
+
+
+@pytest.mark.parametrize("factor", [1.0, None], ids=["capacity", "dropless"])
+@pytest.mark.parametrize("training", [True, False])
+def test_lists_of_experts_that_begin_in_place(factor, training):
+    """They write into rows of their own: the same results, and the inputs stay."""
+    layers = []
+    for inplace in (False, True):
+        torch.manual_seed(0)
+        experts = [nn.Sequential(nn.LeakyReLU(inplace=inplace), nn.Linear(8, 8)) for _ in range(4)]
+        gate = TopKGating(8, 4, capacity_factor_train=factor, capacity_factor_eval=factor)
+        layers.append(MoE(8, gate=gate, experts=experts).train(training))
+    x = torch.randn(2, 9, 8)
+    given = x.clone()
+    plain, written = (everything(layer, given.requires_grad_(), None) for layer in layers)
+    assert_all_equal(written, plain)
+    assert torch.equal(given, x)
+    slots = torch.randn(4, 5, 8, requires_grad=True)
+    before = slots.detach().clone()
+    assert torch.equal(*(layer.experts(slots) for layer in layers))
+    assert torch.equal(slots, before)
+    if factor is None:
+        one_by_one = [torch.func.vmap(lambda x, layer=layer: layer(x)[0])(given) for layer in layers]
+        assert torch.equal(*one_by_one)
