@@ -76,7 +76,8 @@ def from_pretrained(
     wants_info = settings.pop("output_loading_info", False)
     # a dense matrix where experts are is no mismatch here: they start anew
     may_mismatch = settings.pop("ignore_mismatched_sizes", False)
-    model, info = with_experts(plain, record, gate, adapters).from_pretrained(
+    loads: Any = with_experts(plain, record, gate, adapters)
+    model, info = loads.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
     model.__class__ = plain
