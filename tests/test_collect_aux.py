@@ -152,7 +152,7 @@ def test_encoder_layer_of_torch(x):
 
 
 def test_x_transformers(x):
-    x_transformers = pytest.importorskip("x_transformers", reason="the extra 'hf' is not installed")
+    x_transformers = pytest.importorskip("x_transformers")
     model = x_transformers.Encoder(dim=DIM, depth=2, heads=2, attn_dim_head=4)
     replaced = [module for module in model.modules() if type(module).__name__ == "FeedForward"]
     for module in replaced:
@@ -164,7 +164,7 @@ def test_x_transformers(x):
 
 
 def test_timm():
-    timm = pytest.importorskip("timm", reason="the extra 'hf' is not installed")
+    timm = pytest.importorskip("timm")
     torch.manual_seed(0)
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=DIM, depth=2, num_heads=2, num_classes=3

@@ -1,6 +1,8 @@
 """Inside the models of `transformers`: replace and upcycle feed-forward networks, train, save and load them."""
 
 from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter
+from mixture_of_experts.huggingface.backend import experts_forward
+from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
@@ -11,7 +13,10 @@ __all__ = [
     "Adapter",
     "MoEFeedForward",
     "aux_loss",
+    "experts_forward",
     "from_pretrained",
+    "from_transformers",
     "replace_ffn",
+    "to_transformers",
     "upcycle",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from mixture_of_experts.experts import make_activation
+from mixture_of_experts.ops.activations import make_activation
 
 
 @dataclass(frozen=True)

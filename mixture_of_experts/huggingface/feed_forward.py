@@ -104,7 +104,7 @@ class MoEFeedForward(Replaced):
             )
         out, aux_loss = self.moe(tokens, mask=mask)
         if not call.again:
-            if self.moe.loss_coef or self.moe.z_loss_coef:
+            if self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs:
                 refuse_reentrant(self.moe)
             self.aux_loss = aux_loss if self.aux_loss is None else self.aux_loss + aux_loss
         out = out.view(x.shape)

@@ -114,6 +114,7 @@ def with_experts(
                 hidden_dim=entry["hidden_dim"],
                 loss_coef=entry["loss_coef"],
                 z_loss_coef=entry["z_loss_coef"],
+                loss_coefs=entry["loss_coefs"],
                 adapters=adapters,
             )
 

@@ -48,6 +48,7 @@ def replace_ffn(
     hidden_dim: int | None = None,
     loss_coef: float = 1e-2,
     z_loss_coef: float = 0.0,
+    loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
     """Put `MoE` layers with new experts in the place of a model's feed-forward networks. The model is changed.
@@ -64,7 +65,7 @@ def replace_ffn(
         gate: a function `(dim, num_experts)` that makes the gate of a layer; by default
             `TopKGating(dim, num_experts, k)`, which drops no token.
         hidden_dim: of an expert; by default that of the network.
-        loss_coef, z_loss_coef: coefficients of the auxiliary losses.
+        loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
         adapters: for networks that are not in `ADAPTERS`, by the names of their classes.
 
     Returns:
@@ -84,9 +85,10 @@ def replace_ffn(
         >>> tokens = torch.randint(64, (2, 10))
         >>> model(tokens, labels=tokens).loss.backward()
     """
+    coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
 
     def build(dense: Dense) -> MoE:
-        return make_moe(dense, num_experts, k, gate, hidden_dim, loss_coef, z_loss_coef)
+        return make_moe(dense, num_experts, k, gate, hidden_dim, coefs)
 
     return swap(model, find(model, layers, adapters), build)
 
@@ -103,6 +105,7 @@ def upcycle(
     redraw: float = 0.0,
     loss_coef: float = 1e-2,
     z_loss_coef: float = 0.0,
+    loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
     """As `replace_ffn`, with experts that start as copies of the dense network (arXiv 2212.05055).
@@ -142,10 +145,12 @@ def upcycle(
     if num_experts % g:
         raise ValueError(f"granularity={g} must divide num_experts={num_experts}: an expert is one of g slices")
 
+    coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+
     def build(dense: Dense) -> MoE:
         if dense.hidden_dim % g:
             raise ValueError(f"granularity={g} must divide the {dense.hidden_dim} hidden units of a network")
-        moe = make_moe(dense, num_experts, k, gate, dense.hidden_dim // g, loss_coef, z_loss_coef)
+        moe = make_moe(dense, num_experts, k, gate, dense.hidden_dim // g, coefs)
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
         fill(moe.experts, dense, g, total)
@@ -206,8 +211,7 @@ def make_moe(
     k: int,
     gate: GateFactory | None,
     hidden_dim: int | None,
-    loss_coef: float,
-    z_loss_coef: float,
+    coefs: dict[str, Any],
 ) -> MoE:
     """A layer on the network's device, with experts of its kind."""
     kind = Experts if dense.w3 is None else GatedExperts
@@ -217,7 +221,7 @@ def make_moe(
         )
         experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
         router = TopKGating(dense.dim, num_experts, k) if gate is None else gate(dense.dim, num_experts)
-        return MoE(dense.dim, num_experts, gate=router, experts=experts, loss_coef=loss_coef, z_loss_coef=z_loss_coef)
+        return MoE(dense.dim, num_experts, gate=router, experts=experts, **coefs)
 
 
 def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -> list[str]:
@@ -275,6 +279,7 @@ def write_record(model: nn.Module, names: list[str], moe: MoE) -> None:
         "gate_class": type(moe.gate).__name__,
         "loss_coef": moe.loss_coef,
         "z_loss_coef": moe.z_loss_coef,
+        "loss_coefs": dict(moe.loss_coefs),
     }
     setattr(config, KEY, [*getattr(config, KEY, []), entry])
 

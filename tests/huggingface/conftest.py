@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
+for package in ("transformers", "accelerate", "peft"):
+    pytest.importorskip(package, reason="the extra 'hf' is not installed")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,120 @@
+"""Sparse blocks of transformers and layers of ours compute the same on each other's weights, which come back bit for
+bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from mixture_of_experts import GatedExperts, MoE, TopKGating
+from mixture_of_experts.huggingface import from_transformers, to_transformers
+
+MODELS: dict[str, dict[str, Any]] = {
+    "Mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
+    "Qwen3Moe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, decoder_sparse_step=1, head_dim=8),
+    "Olmoe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=True),
+    "DeepseekV3": dict(
+        n_routed_experts=8, num_experts_per_tok=3, n_group=4, topk_group=2, routed_scaling_factor=2.5,
+        n_shared_experts=2, first_k_dense_replace=0, q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=8,
+    ),
+    "GptOss": dict(num_local_experts=8, num_experts_per_tok=2, swiglu_limit=0.7, head_dim=8),
+}  # fmt: skip
+
+
+def build(name: str, dim: int = 32, hidden: int = 24, **more: Any) -> nn.Module:
+    """A small model of weights as large as trained ones, with biases that matter."""
+    settings: Mapping[str, Any] = dict(
+        hidden_size=dim, intermediate_size=hidden, moe_intermediate_size=hidden, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, vocab_size=64, max_position_embeddings=64,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    config = getattr(transformers, f"{name}Config")(**{**settings, **MODELS[name], **more})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    for path, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if path.endswith("e_score_correction_bias"):
+            nn.init.normal_(tensor, std=0.2)
+        elif tensor.requires_grad:
+            nn.init.normal_(tensor, std=dim**-0.5) if tensor.ndim > 1 else tensor.data.add_(
+                0.2 * torch.randn_like(tensor)
+            )
+    return model.eval()
+
+
+def block_of(model: nn.Module) -> nn.Module:
+    return model.model.layers[1].mlp
+
+
+def run(block: nn.Module, x: Tensor) -> Tensor:
+    out = block(x)
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("square", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name, square):
+    block = block_of(build(name, hidden=32 if square else 24))
+    x = torch.randn(2, 9, 32)
+    moe = from_transformers(block)
+    torch.testing.assert_close(run(moe, x), run(block, x), atol=1e-5, rtol=1e-5)
+    assert all(p.data_ptr() not in {q.data_ptr() for q in block.parameters()} for p in moe.parameters())
+
+    other = block_of(build(name, hidden=32 if square else 24))
+    assert not torch.equal(run(other, x), run(block, x))
+    assert to_transformers(moe, other) is other
+    state = block.state_dict()
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    assert torch.equal(run(other, x), run(block, x))
+
+    # and from a layer that was trained here
+    for parameter in moe.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    torch.testing.assert_close(run(to_transformers(moe, block), x), run(moe, x), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_dtypes_and_modes_stay(name):
+    block = block_of(build(name)).to(torch.bfloat16).train()
+    moe = from_transformers(block)
+    assert moe.training
+    assert {p.dtype for p in moe.parameters()} == {p.dtype for p in block.parameters()}
+    state = copy.deepcopy(block.state_dict())
+    to_transformers(moe, block)
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_gradients_reach_every_weight():
+    block = block_of(build("DeepseekV3"))
+    moe = from_transformers(block)
+    x = torch.randn(4, 16, 32)
+    out, aux_loss = moe.train()(x)
+    (out.square().mean() + aux_loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in moe.parameters())
+    assert moe.gate.expert_counts.sum() == 3 * 64
+
+
+def test_layers_that_compute_something_else_are_refused():
+    block = block_of(build("Mixtral"))
+    before = copy.deepcopy(block.state_dict())
+    moe = MoE(32, 8, gate=TopKGating(32, 8, 2, normalize=False, scale=2.0), experts=GatedExperts(32, 8, 16))
+    with pytest.raises(ValueError, match=r"normalize=False, the block True; .*scale=2.0, .*w1 has shape \(8, 32, 16\)"):
+        to_transformers(moe, block)
+    with pytest.raises(ValueError, match="the activation GELU"):
+        to_transformers(
+            MoE(32, 8, gate=TopKGating(32, 8, 2), experts=GatedExperts(32, 8, 24, activation=nn.GELU)), block
+        )
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    block.jitter_noise = 0.1
+    with pytest.raises(ValueError, match=r"jitter_noise=0\.1"):
+        from_transformers(block)
+    with pytest.raises(ValueError, match=r"a Linear is not known: there are DeepseekV3MoE, GptOssMLP"):
+        from_transformers(nn.Linear(2, 2))
