@@ -59,7 +59,7 @@ class RoutedExperts(nn.Module):
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
-        cls.reads_decisions = "decision" in inspect.signature(cls.forward).parameters
+        cls.reads_decisions = binds_decision(cls.forward)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`."""
@@ -93,12 +93,25 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     return run_on_slots(experts, x, decision, getattr(experts, "dim_out", None))
 
 
+def binds_decision(forward: Callable) -> bool:
+    """Whether a forward `(self, x, ...)` has a second argument `decision`, or passes on whatever it is given."""
+    of_self, *parameters = inspect.signature(forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
+        return True
+    second = parameters[1] if len(parameters) > 1 else None
+    if second is not None and second.name == "decision" and second.kind is not second.KEYWORD_ONLY:
+        return True
+    if any(parameter.name == "decision" for parameter in parameters):
+        raise TypeError(f"{forward.__qualname__} must take decision as its second argument: forward(self, x, decision)")
+    return False
+
+
 def reads_decisions(experts: nn.Module) -> bool:
     """Whether a module, or what it is wrapped around, takes tokens and a decision."""
     while not isinstance(experts, RoutedExperts):
         inner = [experts._modules.get(name) for name in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")]
         wrapped = next((module for module in inner if module is not None), None)
-        if wrapped is None:
+        if wrapped is None or not binds_decision(type(experts).forward):  # an adapter of one's own, on slots
             return False
         experts = wrapped
     return experts.reads_decisions
@@ -327,7 +340,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
         if counts.is_meta or is_wrapped(counts):
             return self._on_all_rows(rows, counts)
-        parts = own_parts(rows.split([*counts.tolist(), rows.shape[0] - int(counts.sum())]))
+        numbers = counts.tolist()  # the one host sync
+        parts = own_parts(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
         results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 

@@ -139,6 +139,9 @@ def test_moe_ffn_compiled(gate_up):
         ({"x": torch.randn(2, T, D)}, r"x must have shape \(t, d\)"),
         ({"expert": torch.zeros(T, K + 1, dtype=torch.int64)}, r"one shape \(t, k\)"),
         ({"expert": torch.zeros(T, K)}, "float32"),
+        ({"expert": torch.zeros(T, K, dtype=torch.bool)}, "bool"),
+        ({"expert": torch.zeros(T, 0, dtype=torch.int64), "weight": torch.zeros(T, 0)}, "k > 0"),
+        ({"activation": nn.GELU}, "got the class GELU"),
         ({"w1": torch.randn(E, D, H + 1)}, r"w1 must have shape \(4, 6, 10\)"),
         ({"b2": torch.randn(E, H)}, r"b2 must have shape \(4, 5\)"),
         ({"w3": torch.randn(E, H, D)}, r"w3 must have shape \(4, 6, 10\)"),
@@ -200,7 +203,7 @@ def test_a_way_that_is_asked_for_and_impossible():
         pass
 
 
-@pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("quick", "must be one of")])
+@pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("", "cpu"), ("quick", "must be one of")])
 def test_the_variable(value, expected):
     code = "import torch; from mixture_of_experts import MoE, ops; print(ops.explain(MoE(8, 4), torch.randn(1, 3, 8)))"
     code = code.replace("MoE, ops", "MoE; from mixture_of_experts import ops")
@@ -260,6 +263,79 @@ def test_experts_that_return_too_few_rows():
 
     with pytest.raises(ValueError, match=r"Short.compute must return a row for each of 18 rows, got \(17, 6\)"):
         MoE(D, E, gate=TopKGating(D, E, 2), experts=Short())(torch.randn(1, 9, D))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("training", [True, False])
+def test_ids_of_any_integers(dtype, training):
+    w1, w2, x, weight = torch.randn(E, D, H), torch.randn(E, H, OUT), torch.randn(T, D), torch.rand(T, K)
+    expert = torch.randint(E + 1, (T, K))
+    with torch.no_grad():
+        found = [
+            moe_ffn(x, ids, weight, w1, w2, activation=F.relu, training=training) for ids in (expert, expert.to(dtype))
+        ]
+    torch.testing.assert_close(*found)
+
+
+def test_a_well_known_function_is_as_fast_as_its_module():
+    assert ops.explain(MoE(D, E, activation=F.gelu), torch.randn(1, 3, D)).way == "cpu"
+
+
+class OfTwo(nn.Module):
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up.sin()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
+def test_an_activation_of_two_of_ones_own():
+    """A class and a function, eager and compiled."""
+    x = torch.randn(2, 5, D, requires_grad=True)
+    for activation in (OfTwo, lambda gate, up: F.silu(gate) * up.sin()):
+        layer = MoE(D, E, gate=TopKGating(D, E, 2), experts=GatedExperts(D, E, H, activation=activation))
+        expected = layer(x)
+        torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="eager")(x), expected)
+        with pytest.raises(ValueError, match=r"function of \(gate, up\): use GatedExperts"):
+            Experts(D, E, activation=activation)
+
+
+def test_under_vmap_of_something_else():
+    """Neither the tokens nor the weights are mapped; and many gradients at once, as `jacobian(vectorize=True)` asks."""
+    layer, x = MoE(D, E, gate=TopKGating(D, E, 2)), torch.randn(2, 5, D, requires_grad=True)
+    scale = torch.randn(3)
+    out, _ = layer(x)
+    torch.testing.assert_close(torch.vmap(lambda s: s * layer(x)[0])(scale), scale.view(3, 1, 1, 1) * out)
+    grads = torch.randn(4, *out.shape)
+    at_once = torch.autograd.grad(out, x, grads, is_grads_batched=True, retain_graph=True)[0]
+    for grad, found in zip(grads, at_once, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(out, x, grad, retain_graph=True)[0])
+
+
+def test_forwards_that_pass_on_what_they_are_given():
+    """Get tokens; an adapter on slots gets slots; a decision in another place is refused when the class is made."""
+
+    class PassedOn(Experts):
+        def forward(self, *args, **kwargs):
+            shapes.append(args[0].shape)
+            return super().forward(*args, **kwargs)
+
+    class Adapter(nn.Module):
+        def __init__(self, base_layer):
+            super().__init__()
+            self.base_layer = base_layer
+
+        def forward(self, x):
+            shapes.append(x.shape)
+            return self.base_layer(x)
+
+    for experts, ndim in ((PassedOn(D, E), 2), (Adapter(Experts(D, E)), 3)):
+        shapes: list[torch.Size] = []
+        MoE(D, E, experts=experts)(torch.randn(2, 9, D))
+        assert [len(shape) for shape in shapes] == [ndim]
+    with pytest.raises(TypeError, match="must take decision as its second argument"):
+
+        class Wrong(Experts):
+            def forward(self, x, *, decision=None):
+                return x
 
 
 @pytest.mark.parametrize("signature", ["x", "x, counts"])

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.dispatch import Decision, GivenChoices
 from mixture_of_experts.ops import cpu, grouped, plain
-from mixture_of_experts.ops.activations import FUNCTIONS, ActivationLike, ClampedSwiGLU, takes_two
+from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, known_module, takes_two
 from mixture_of_experts.ops.call import Call, Halves, Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import bias_of_rows
@@ -43,7 +43,7 @@ AUTO = ("cpu", "grouped", "plain")  # those that are taken unasked
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once: a compiled graph is guarded by this variable, and could not be by the environment
-_asked_for: str = check_choice(VARIABLE, os.environ.get(VARIABLE, "auto"), ("auto", *WAYS))
+_asked_for: str = check_choice(VARIABLE, os.environ.get(VARIABLE) or "auto", ("auto", *WAYS))
 _listener: list[Explanation] | None = None
 
 
@@ -52,7 +52,7 @@ class Explanation:
     """Which way a call went.
 
     Attributes:
-        way: its name; "module" if the experts compute slots by themselves.
+        way: its name; "module" for experts that compute by themselves: slots, `compute`, or on other ranks.
         reasons: for each faster way, why it was not taken.
     """
 
@@ -65,8 +65,11 @@ class Explanation:
 
 @contextmanager
 def use(way: Literal["auto", "cpu", "grouped", "plain"]) -> Iterator[None]:
-    """Have every call go one way, or again each the fastest ("auto"); for the whole process, as the variable
-    `MIXTURE_OF_EXPERTS_KERNELS` does from its start.
+    """Have every call of `routed_ffn` and `moe_ffn` go one way, or again each the fastest ("auto").
+
+    It holds for the whole process, all its threads, as the variable `MIXTURE_OF_EXPERTS_KERNELS` does from the start.
+    Experts that compute by themselves are not concerned. What is recomputed (activation checkpointing) has to be
+    recomputed within it too: keep the backward inside.
 
     Raises:
         ValueError: for an unknown name; and at a call that cannot go this way, with the reason.
@@ -87,6 +90,9 @@ def use(way: Literal["auto", "cpu", "grouped", "plain"]) -> Iterator[None]:
 
 def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Call a layer (without gradients) and tell which way its experts were computed, and why by no faster one.
+
+    It is a call like any other, in the layer's mode: hooks run, and buffers of its experts change as they would. Random
+    numbers are put back.
 
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; of several calls the first is told.
@@ -196,12 +202,14 @@ def moe_ffn(
     """
     if gate_up is not None:
         check_choice("gate_up", gate_up, ("concatenated", "interleaved"))
+    if isinstance(activation, type):
+        raise ValueError(f"activation must be a function or a module, got the class {activation.__name__}: call it")
+    activation = known_module(activation)
     w_in, b_in = ((w1,), (b1,)) if w3 is None else ((w1, w3), (b1, b3))
     _check_call(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
         raise ValueError("b3 is the bias of w3, which is not given")
-    decision = GivenChoices(expert, weight, w2.shape[0])
-    activation = FUNCTIONS.get(activation, activation) if not isinstance(activation, nn.Module) else activation
+    decision = GivenChoices(expert.to(torch.int64), weight, w2.shape[0])
     return routed_ffn(x, decision, Network(w_in, w2, b_in, b2, activation, gate_up), training=training)
 
 
@@ -220,9 +228,10 @@ def _check_call(
     if x.ndim != 2 or w2.ndim != 3:
         raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape
-    if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or expert.is_floating_point():
+    integers = not expert.is_floating_point() and expert.dtype != torch.bool
+    if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or not integers or not expert.shape[1]:
         raise ValueError(
-            f"expert (integers) and weight must have one shape (t, k) with t={t}, got {tuple(expert.shape)} "
+            f"expert (integers) and weight must have one shape (t, k) with t={t} and k > 0, got {tuple(expert.shape)} "
             f"{expert.dtype} and {tuple(weight.shape)}"
         )
     if gate_up is not None and len(w_in) == 2:

@@ -70,12 +70,15 @@ def make_activation(activation: ActivationLike) -> nn.Module:
         return activation
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
+    if (known := known_module(activation)) is not activation:
+        return known
     made = activation() if isinstance(activation, type) or _binds(activation, 0) else FunctionActivation(activation)
     if not isinstance(made, nn.Module):
         raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
     return made
 
 
+@torch.compiler.assume_constant_result  # a graph could not read signatures
 def takes_two(activation: ActivationLike) -> bool:
     """Whether it is a function of `(gate, up)`: one that cannot be called with a single tensor."""
     if type(activation) in KNOWN or isinstance(activation, ClampedSwiGLU):
@@ -120,6 +123,11 @@ _RELU = Known(
 )
 KNOWN: dict[type, Callable[[Any], Known]] = {nn.GELU: _gelu, nn.SiLU: lambda _: _SILU, nn.ReLU: lambda _: _RELU}
 FUNCTIONS: dict[Callable, nn.Module] = {F.gelu: nn.GELU(), F.silu: nn.SiLU(), F.relu: nn.ReLU(), torch.relu: nn.ReLU()}
+
+
+def known_module(activation: ActivationLike) -> Any:
+    """The module that a well-known function is, such as `nn.SiLU()` for `F.silu`; anything else as it is."""
+    return next((module for function, module in FUNCTIONS.items() if function is activation), activation)
 
 
 def why_unknown(activation: ActivationLike) -> str | None:

@@ -2,8 +2,8 @@
 
 Axes: t tokens, r rows (sorted by expert), e experts, s slots of an expert, p inner and q outer dimension of a weight.
 
-It runs on any device and in any dtype, compiles, exports, maps (`vmap`) and differentiates as often as one likes. Every
-other way is compared with it.
+It runs on any device and in any dtype, compiles, exports, maps (`vmap`) and differentiates, in reverse mode, as often
+as one likes. Every other way is compared with it.
 """
 
 from __future__ import annotations

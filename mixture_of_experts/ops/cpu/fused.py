@@ -132,7 +132,7 @@ class _Backward:
         rows_by_rows(chunk, scale, grad_out, of.b_out)
         if of.w_out is not None:
             rows_by_rows(chunk, hidden, grad_out.mul_(scale), of.w_out)
-        of_weight += hidden.mul_(grad_hidden).sum(dim=-1)
+        of_weight += hidden.mul_(grad_hidden).sum(dim=-1, dtype=of_weight.dtype)
         hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
         tokens.mul_(scale)
         for part, of_w, of_b in zip(grad_pre, of.w_in, of.b_in, strict=True):
