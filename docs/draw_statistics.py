@@ -95,7 +95,9 @@ def main() -> None:
     parser.add_argument("--router", default="switch", choices=tuple(ROUTERS))
     parser.add_argument("--out", type=Path, default=DOCS / "images")
     args = parser.parse_args()
-    settings = Settings(models=("moe",), router=args.router, steps=args.steps, context=512, batch_size=4)
+    few = {"num_experts": 8, "dim": 64, "width": 256, "layers": 4, "heads": 4}  # that a picture can tell apart
+    training = {"steps": args.steps, "context": 512, "batch_size": 4, "learning_rate": 3e-3}
+    settings = Settings(models=("moe",), router=args.router, **few, **training)
     trainee, stats = train(settings)
     print(stats.summary())
 
