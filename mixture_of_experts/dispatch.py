@@ -327,7 +327,7 @@ def sum_rows(
             empty = (token == num_tokens).unsqueeze(-1)
             rows_in = (rows_in * weight.unsqueeze(-1)).masked_fill(empty, 0)
         total = rows_in.new_zeros(num_tokens + 1, rows.shape[-1])
-        return _add_rows(total, token, rows_in)[:-1].to(rows.dtype)
+        return add_rows(total, token, rows_in)[:-1].to(rows.dtype)
     terms = []
     for choice in range(choices):
         term = read_rows(rows, row.view(num_tokens, choices)[:, choice]).to(dtype)
@@ -337,7 +337,7 @@ def sum_rows(
     return sum(terms[1:], terms[0]).to(rows.dtype)
 
 
-def _add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
     """`total[index] += rows`, in an order that is the same on every run (on CUDA `index_add` is not)."""
     if total.is_cuda:
         return total.index_put((index,), rows, accumulate=True)

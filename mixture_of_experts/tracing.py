@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -39,3 +40,15 @@ def is_wrapped(tensor: Tensor) -> bool:
 def in_checkpoint() -> bool:
     """Whether a function of torch's activation checkpointing is on the stack."""
     return any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in traceback.walk_stack(None))
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, in a way that a traced graph takes for a constant."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Where operators keep the dtype of their operands."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

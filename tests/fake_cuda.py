@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
@@ -64,9 +65,9 @@ def card(capability: tuple[int, int]) -> Iterator[None]:
     """Within it the card's compute capability is this."""
     import torch
 
-    before = torch.cuda.get_device_capability
-    torch.cuda.get_device_capability = lambda device=None: capability
+    before = torch.cuda.get_device_properties
+    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1])
     try:
         yield
     finally:
-        torch.cuda.get_device_capability = before
+        torch.cuda.get_device_properties = before

@@ -75,13 +75,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "plain"])
+@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "lean", "plain"])
 @pytest.mark.parametrize("call", CALLS)
 def test_moe_ffn(call, way):
     """Outputs and all gradients; ids that are nobody's, an expert twice, one that gets nothing."""
     torch.manual_seed(0)
     arguments = CALLS[call]()
-    if way == "cpu" and call == "a function of one's own":
+    if way in ("cpu", "lean") and call == "a function of one's own":
         pytest.skip("no kernel for it")
     x, w2 = randn(T, D), randn(E, H, OUT)
     expert = torch.randint(0, E + 2, (T, K))
@@ -176,7 +176,7 @@ def test_explain():
     assert "not cpu: the activation Tanh" in str(odd)
     assert ops.explain(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
     meta = ops.explain(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
-    assert meta.way == "plain"
+    assert meta.way == "lean"
     assert meta.reasons == {"cpu": "the tokens are on meta", "grouped": "there is no grouped product on meta"}
     with ops.use("grouped"):
         assert ops.explain(MoE(D, E), x).way == "grouped"

@@ -17,7 +17,7 @@ from mixture_of_experts import (
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.ops.cpu import schedule
 
-WAYS = ["cpu", "grouped"]  # a new way joins here
+WAYS = ["cpu", "grouped", "lean"]  # a new way joins here
 DIM, E, HIDDEN = 8, 7, 12
 
 GATES = {

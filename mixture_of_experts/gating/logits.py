@@ -5,17 +5,13 @@ Axes: t tokens, d model dim, e experts; outer experts stand before them: `...`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-
-def without_autocast(device: str) -> AbstractContextManager:
-    """Where products keep the dtype of their operands."""
-    on = device != "meta" and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
+from mixture_of_experts.tracing import without_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -23,7 +19,7 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     Of operands of lower precision autograd would keep copies in `dtype` for the backward: twice the tokens.
     """
-    with without_autocast(x.device.type):
+    with without_autocast(x.device):
         return x @ weight if x.dtype == dtype == weight.dtype else _Logits.apply(x, weight, dtype)
 
 
@@ -43,15 +39,15 @@ class _Logits(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, weight = ctx.saved_tensors
         need_x, need_weight, _ = ctx.needs_input_grad
-        with without_autocast(x.device.type):
+        with without_autocast(x.device):
             grad_x = (grad @ weight.to(ctx.dtype).mT).to(x.dtype) if need_x else None
             grad_weight = (x.to(ctx.dtype).mT @ grad).to(weight.dtype) if need_weight else None
         return grad_x, grad_weight, None
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    plain = all(type(operand) in (Tensor, nn.Parameter) for operand in (x, weight))
-    if plain and x.is_cuda and x.dtype == weight.dtype and weight.ndim == 2:
+    wrapped = is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight)  # a DTensor has no such product
+    if x.is_cuda and not wrapped and x.dtype == weight.dtype and x.ndim == weight.ndim == 2:
         mm: Any = torch.mm
         return mm(x, weight, out_dtype=dtype)  # the same sums, without the copies
     return x.to(dtype) @ weight.to(dtype)

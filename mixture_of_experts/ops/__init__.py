@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.dispatch import Decision, GivenChoices
-from mixture_of_experts.ops import cpu, grouped, plain
+from mixture_of_experts.ops import cpu, grouped, lean, plain
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, known_module, takes_two
 from mixture_of_experts.ops.call import Call, Halves, Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
@@ -30,6 +30,7 @@ __all__ = [
     "ClampedSwiGLU",
     "Explanation",
     "Network",
+    "SquaredReLU",
     "bias_of_rows",
     "explain",
     "grouped_product",
@@ -38,8 +39,9 @@ __all__ = [
     "use",
 ]
 
-WAYS: dict[str, Any] = {"cpu": cpu, "grouped": grouped, "plain": plain}  # the fastest first
-AUTO = ("cpu", "grouped", "plain")  # those that are taken unasked
+# the fastest first
+WAYS: dict[str, Any] = {"cpu": cpu, "grouped": grouped, "lean": lean, "plain": plain}
+AUTO = ("cpu", "grouped", "lean", "plain")  # those that are taken unasked
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once: a compiled graph is guarded by this variable, and could not be by the environment
@@ -64,7 +66,7 @@ class Explanation:
 
 
 @contextmanager
-def use(way: Literal["auto", "cpu", "grouped", "plain"]) -> Iterator[None]:
+def use(way: Literal["auto", "cpu", "grouped", "lean", "plain"]) -> Iterator[None]:
     """Have every call of `routed_ffn` and `moe_ffn` go one way, or again each the fastest ("auto").
 
     It holds for the whole process, all its threads, as the variable `MIXTURE_OF_EXPERTS_KERNELS` does from the start.

@@ -50,6 +50,22 @@ class ClampedSwiGLU(nn.Module):
         return f"alpha={self.alpha}, limit={self.limit}"
 
 
+class SquaredReLU(nn.Module):
+    """`relu(x)^2` (Primer, arXiv 2109.08668).
+
+    Shape:
+        `(..., h)` to the same.
+
+    Example:
+        >>> import torch
+        >>> SquaredReLU()(torch.tensor([-1.0, 3.0]))
+        tensor([0., 9.])
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x).square()
+
+
 class FunctionActivation(nn.Module):
     """A function as a module."""
 
@@ -121,7 +137,18 @@ _RELU = Known(
     lambda h, out: torch.clamp_min(h, 0, out=out),
     lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
 )
-KNOWN: dict[type, Callable[[Any], Known]] = {nn.GELU: _gelu, nn.SiLU: lambda _: _SILU, nn.ReLU: lambda _: _RELU}
+_SQUARED_RELU = Known(
+    lambda h, out: torch.clamp_min(h, 0, out=out).square_(),
+    lambda grad, h, out: torch.mul(grad, torch.relu(h).mul_(2), out=out),
+)
+_IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad))
+KNOWN: dict[type, Callable[[Any], Known]] = {
+    nn.GELU: _gelu,
+    nn.SiLU: lambda _: _SILU,
+    nn.ReLU: lambda _: _RELU,
+    SquaredReLU: lambda _: _SQUARED_RELU,
+    nn.Identity: lambda _: _IDENTITY,
+}
 FUNCTIONS: dict[Callable, nn.Module] = {F.gelu: nn.GELU(), F.silu: nn.SiLU(), F.relu: nn.ReLU(), torch.relu: nn.ReLU()}
 
 
@@ -135,8 +162,12 @@ def why_unknown(activation: ActivationLike) -> str | None:
     if type(activation) not in (*KNOWN, ClampedSwiGLU):
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in (*KNOWN, ClampedSwiGLU))}"
-    assert isinstance(activation, nn.Module)
+    return why_hooked(activation)
+
+
+def why_hooked(activation: ActivationLike) -> str | None:
+    """Why an activation has to be called, whether it is known or not."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(activation, name) for name in hooks):
+    if any(getattr(activation, name, None) for name in hooks):
         return "there are hooks on the activation, which has to be called for them"
     return None

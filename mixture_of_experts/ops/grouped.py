@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.ops import plain
+from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.call import Call
-from mixture_of_experts.tracing import is_wrapped
+from mixture_of_experts.tracing import capability, is_wrapped
 
 
 def why_not(call: Call) -> str | None:
@@ -28,8 +29,45 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`."""
+    if call.x.is_cuda and lean.why_not(call) is None:
+        return lean.run(call, InGroups)
     plan = call.decision.plan(ragged=call.decision.prefers_rows())
     return plain.compute(call.x, plan, call.network, grouped_product)
+
+
+class InGroups:
+    """Rows without gaps by torch's grouped product, on CUDA; see `lean.Products`."""
+
+    def __init__(self, plan: Plan, num_experts: int) -> None:
+        assert plan.counts is not None
+        self.counts, self.ends = plan.counts, plan.counts.cumsum(0, dtype=torch.int32)
+
+    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.grouped_mm(x, weight, offs=self.ends)
+
+    def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
+        return outer_on_cuda(x, y, self.counts, self.ends)
+
+
+def outer_on_cuda(x: Tensor, y: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
+    """For every expert `x^T y` over its rows."""
+    out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
+    if capability(x.device)[0] == 9:
+        return out
+    # on Blackwell it may leave what it likes for an expert without rows (pytorch/pytorch#172439)
+    return out.masked_fill_((counts == 0).view(-1, 1, 1), 0)
+
+
+def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
+    """Why torch's grouped product would not be one kernel: elsewhere it copies numbers to the host and loops."""
+    card = capability(x.device)
+    if torch.version.hip is not None or card[0] not in (9, 10):
+        return "torch's grouped product is one kernel on compute capability 9 and 10 only, this is {}.{}".format(*card)
+    if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
+        return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"
+    if weight.shape[0] >= 1024:
+        return f"torch's grouped product takes fewer than 1024 experts, not {weight.shape[0]}"
+    return None
 
 
 def grouped_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -44,9 +82,7 @@ def _why_no_operator(*operands: Tensor) -> str | None:
     if any(is_wrapped(operand) for operand in operands):
         return "grouped operators do not run under transforms of torch.func"
     if x.is_cuda:
-        if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
-            return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"
-        return None
+        return why_no_kernel(x, weight)
     if x.device.type != "cpu":
         return f"there is no grouped product on {x.device.type}"
     return "an exported graph has torch's own operators only" if torch.compiler.is_exporting() else None
@@ -59,7 +95,7 @@ class _RowsByWeights(torch.autograd.Function):
     def forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         if not x.is_cuda:
             return rows_by_weights(x, weight, counts)
-        ends = counts.cumsum(0).to(torch.int32)
+        ends = counts.cumsum(0, dtype=torch.int32)
         out = F.grouped_mm(x.contiguous(), weight, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
         return out.masked_fill_(past, 0)  # what lies there was never written
@@ -82,7 +118,7 @@ class _RowsByRows(torch.autograd.Function):
     def forward(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
         if not x.is_cuda:
             return rows_by_rows(x, y, counts)
-        return F.grouped_mm(x.mT, y.contiguous(), offs=counts.cumsum(0).to(torch.int32))
+        return outer_on_cuda(x, y, counts, counts.cumsum(0, dtype=torch.int32))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -98,9 +134,7 @@ class _RowsByRows(torch.autograd.Function):
 def _outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     if not any(is_wrapped(operand) for operand in (x, y, counts)):
         return _RowsByRows.apply(x, y, counts)
-    # under a transform: by the gradient of the product in plain operators
-    weight = x.new_zeros(counts.shape[0], x.shape[-1], y.shape[-1])
-    return torch.func.vjp(lambda weight: plain.expert_product(x, weight, counts), weight)[1](y)[0]
+    return plain.outer_product(x, y, counts)  # under a transform: in plain operators
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")

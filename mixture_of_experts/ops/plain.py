@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,11 +53,44 @@ def feed_forward(x: Tensor, network: Network, counts: Tensor | None = None, prod
     return linear(network.hidden(pre), network.w_out, network.b_out)
 
 
-def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
-    """Product of every expert's rows with its own weight.
+class Blocks(NamedTuple):
+    """Rows without gaps in blocks of equal size, each of one expert: as many as can be needed, whatever the counts.
 
-    Without a host sync: every expert's rows are padded to whole blocks, and a block reads its expert's weight.
-    `r / size + e` blocks are enough whatever the counts, so that no shape depends on them.
+    Attributes:
+        expert: `(blocks,)` the expert of each block.
+        row: `(blocks, size)` the row in each place, r where there is none.
+        place: `(r,)` the place of each row, `blocks * size` for rows past the last expert's.
+    """
+
+    expert: Tensor
+    row: Tensor
+    place: Tensor
+
+
+def in_blocks(counts: Tensor, rows: int) -> Blocks:
+    """How `rows` rows lie in blocks, by comparisons and gathers: without a host sync no shape may depend on counts."""
+    experts = counts.shape[0]
+    # about what an expert has: at most about 2 e blocks; never 1, which torch would take for the size of every length
+    size = largest(2, rows // experts)
+    num_blocks = smallest(rows, rows // size + experts)
+    blocks = (counts + size - 1) // size  # (e,) blocks of each expert
+    last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
+    block = torch.arange(num_blocks, device=counts.device)
+    expert = _owner(last_block, block)
+
+    first = (last_row - counts)[expert] + (block - (last_block - blocks)[expert]) * size
+    row = first.unsqueeze(-1) + torch.arange(size, device=counts.device)
+    inside = (row < last_row[expert].unsqueeze(-1)) & (block < last_block[-1]).unsqueeze(-1)
+    row = torch.where(inside, row, rows)
+
+    places = num_blocks * size
+    place = torch.full((rows + 1,), places, device=counts.device)
+    place = place.scatter(0, row.flatten(), torch.arange(places, device=counts.device))[:rows]
+    return Blocks(expert, row, place)
+
+
+def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Product of every expert's rows with its own weight, without a host sync: rows go in blocks.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
@@ -68,26 +102,26 @@ def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> T
     """
     if counts is None:
         return torch.matmul(x, weight)
-    rows, experts = x.shape[0], weight.shape[0]
-    # about what an expert has: at most about 2 e blocks; never 1, which torch would take for the size of every length
-    size = largest(2, rows // experts)
-    num_blocks = smallest(rows, rows // size + experts)
-    blocks = (counts + size - 1) // size  # (e,) blocks of each expert
-    last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
-    block = torch.arange(num_blocks, device=x.device)
-    expert = _owner(last_block, block)
+    blocks = in_blocks(counts, x.shape[0])
+    rows = _take(_with_zero(x), blocks.row.flatten()).unflatten(0, blocks.row.shape)
+    out = torch.bmm(rows, _take(weight, blocks.expert))
+    return _take(_with_zero(out.flatten(0, 1)), blocks.place)
 
-    # (blocks, size): the row of x in each place, `rows` where there is none
-    first = (last_row - counts)[expert] + (block - (last_block - blocks)[expert]) * size
-    row = first.unsqueeze(-1) + torch.arange(size, device=x.device)
-    inside = (row < last_row[expert].unsqueeze(-1)) & (block < last_block[-1]).unsqueeze(-1)
-    row = torch.where(inside, row, rows)
-    out = torch.bmm(_take(_with_zero(x), row.flatten()).unflatten(0, (num_blocks, size)), _take(weight, expert))
 
-    places = num_blocks * size
-    place = torch.full((rows + 1,), places, device=x.device)
-    place = place.scatter(0, row.flatten(), torch.arange(places, device=x.device))[:rows]
-    return _take(_with_zero(out.flatten(0, 1)), place)
+def outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """For every expert `x^T y` over its rows `(r, p)` and `(r, q)`, zeros where it has none: `(e, p, q)`."""
+    weight = x.new_zeros(counts.shape[0], x.shape[-1], y.shape[-1])
+    return torch.func.vjp(lambda weight: expert_product(x, weight, counts), weight)[1](y)[0]
+
+
+def gradients(plan: Plan, network: Network, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Gradients of x, of the assignments' weights and of all weights, by operators that can be differentiated again
+    and mapped: of ways whose own gradients cannot."""
+
+    def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+        return compute(x, plan._replace(weight=weight), network.filled(weights))
+
+    return torch.func.vjp(function, x, plan.weight, *network.tensors())[1](grad)
 
 
 def bias_of_rows(bias: Tensor, counts: Tensor | None, rows: int) -> Tensor:

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Plan, sum_rows
+from mixture_of_experts.ops import hidden as hidden_layer
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.ops.cpu import hidden as hidden_layer
 from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule, gather, rows_by_rows, rows_by_weights
 from mixture_of_experts.tracing import is_wrapped
 
@@ -69,7 +69,7 @@ class _Fused(torch.autograd.Function):
         number = len(tensors) - len(network.w_in)
         plan, weights, kept = Plan(*tensors[:5], *of_plan), tensors[5:number], tensors[number:]
         if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
-            gradients = _plain_gradients(plan, network, grad, x, weights)
+            gradients = plain.gradients(plan, network.filled(weights), grad, x)
         else:
             needs = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
             gradients = _Backward(plan, network.filled(weights), chunks, x, grad.contiguous(), needs).run(kept)
@@ -141,17 +141,6 @@ class _Backward:
         if self.need_x:
             for index, (part, w) in enumerate(zip(grad_pre, network.w_in, strict=True)):
                 rows_by_weights(chunk, part, w.mT, grad_tokens, add=index > 0)
-
-
-def _plain_gradients(
-    plan: Plan, network: Network, grad: Tensor, x: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The same gradients by operators that can be differentiated and mapped."""
-
-    def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-        return plain.compute(x, plan._replace(weight=weight), network.filled(weights))
-
-    return torch.func.vjp(function, x, plan.weight, *weights)[1](grad)
 
 
 def _most_rows(chunks: list[Chunk]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.ops.activations import KNOWN
+from mixture_of_experts.ops.activations import KNOWN, ClampedSwiGLU
 
 Parts = Sequence[Tensor]  # of what was computed with `w_in`: one tensor, or gate and up
 
@@ -39,12 +39,18 @@ def recompute(act: Any, pre: Parts, grad: Tensor, grad_pre: Parts, out: Tensor) 
 def backward(act: Any, pre: Parts, grad: Tensor, grad_pre: Parts) -> None:
     """The rest of the gradients; `grad`, that of the hidden layer, may lie where `grad_pre[0]` is to be."""
     if type(act) not in KNOWN:
-        with torch.enable_grad():
-            leaves = [part.detach().requires_grad_() for part in pre]
-            gradients = torch.autograd.grad(act(*leaves), leaves, grad)
-        for part, gradient in zip(grad_pre, gradients, strict=True):
-            part.copy_(gradient)
+        clamped_backward(act, pre, grad, grad_pre)
         return
     if len(pre) == 2:
         grad.mul_(pre[1])
     KNOWN[type(act)](act).write_grad(grad, pre[0], grad_pre[0])
+
+
+def clamped_backward(act: ClampedSwiGLU, pre: Parts, grad: Tensor, grad_pre: Parts) -> None:
+    """Of `gate s (up + 1)` with `s = sigmoid(alpha gate)`; where a part is clamped it gets nothing."""
+    gate, up = pre[0].clamp(max=act.limit), pre[1].clamp(-act.limit, act.limit)
+    s = torch.sigmoid(act.alpha * gate)
+    grad_up = torch.where(pre[1].abs() <= act.limit, grad * gate * s, 0)
+    slope = s * (1 + act.alpha * gate * (1 - s))
+    grad_pre[0].copy_(torch.where(pre[0] <= act.limit, grad * slope * (up + 1), 0))
+    grad_pre[1].copy_(grad_up)
