@@ -3,6 +3,7 @@
 from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter
 from mixture_of_experts.huggingface.backend import experts_forward
 from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
+from mixture_of_experts.huggingface.callback import RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
@@ -12,10 +13,12 @@ __all__ = [
     "ADAPTERS",
     "Adapter",
     "MoEFeedForward",
+    "RoutingCallback",
     "aux_loss",
     "experts_forward",
     "from_pretrained",
     "from_transformers",
+    "log_routing",
     "replace_ffn",
     "to_transformers",
     "upcycle",

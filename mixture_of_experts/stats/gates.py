@@ -9,6 +9,7 @@ from torch import nn
 
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.stats.foreign import Reader, find_readers
 
 
 class Place(NamedTuple):
@@ -19,13 +20,16 @@ class Place(NamedTuple):
     outer: tuple[int, ...]  # its leading dimensions, one router for each index
     num_experts: int
     outer_gate: str | None = None  # level one of the hierarchy whose level two this is
+    reader: Reader | None = None  # of a router of transformers, which is no gate
 
 
 def find_gates(model: nn.Module) -> list[Place]:
-    """The gates of both kinds of layers, whatever their class, and all other `Gate`s, in the model's order."""
+    """The gates of both kinds of layers, whatever their class, all other `Gate`s, and the routers of MoE models in
+    `transformers`, in the model's order."""
     # a compiled module is wrapped: its gates are called the same with and without the wrapper
     names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
     found: dict[nn.Module, Place] = {}
+    readers = find_readers(model)
     for module, name in names.items():
         if isinstance(module, HeirarchicalMoE):
             outer, inner = module.gate_outer, module.gate_inner
@@ -37,6 +41,8 @@ def find_gates(model: nn.Module) -> list[Place]:
             found.setdefault(module.gate, Place(names[module.gate], module.gate, (), module.num_experts))
         elif isinstance(module, Gate):
             found.setdefault(module, Place(name, module, module.outer_expert_dims, module.num_experts))
+        elif module in readers:
+            found[module] = Place(name, module, (), getattr(module, "num_experts"), reader=readers[module])  # noqa: B009
     return list(found.values())
 
 

@@ -39,8 +39,9 @@ NOTHING = (
 def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") -> Iterator[RoutingStats]:
     """Record what every gate in `model` decides, while the context lasts.
 
-    Gates are those of `MoE` and `HeirarchicalMoE` layers, of any class, and all other modules derived from `Gate`. The
-    hooks are removed on leaving; what was recorded can be read then, or at any time before.
+    Gates are those of `MoE` and `HeirarchicalMoE` layers, of any class, all other modules derived from `Gate`, and the
+    routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...), whose attention mask tells which
+    tokens are padding. The hooks are removed on leaving; what was recorded can be read then, or at any time before.
 
     A step is one forward of `model`, until `stats.step()` is called after an optimizer's step: then all forwards since
     the last call are one step (gradient accumulation).
@@ -197,6 +198,8 @@ class RoutingStats:
             tracker.allocate(device_of(tracker.place.gate, model))
             handle = tracker.place.gate.register_forward_hook(tracker.hook, with_kwargs=True)
             hooks.callback(handle.remove)
+        for reader in {reader for tracker in self._gates.values() if (reader := tracker.place.reader) is not None}:
+            hooks.callback(reader.model.register_forward_pre_hook(reader.see, with_kwargs=True).remove)
         hooks.callback(model.register_forward_pre_hook(self._enter).remove)
         # last, so that it runs after the hook of a model that is itself a gate
         hooks.callback(model.register_forward_hook(self._leave, always_call=True).remove)
@@ -266,7 +269,10 @@ class GateTracker:
             raise ValueError(f"{self.place.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
         self.losses = losses
 
-    def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Routing) -> None:
+    def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any) -> None:
+        if self.place.reader is not None:
+            routing = self.place.reader.routing(gate, routing)
+            args = ()  # of a router of another kind: no importance is among them
         if not isinstance(routing, Routing):
             raise TypeError(f"{self.place.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
         losses = dict(routing.losses) or {"balance": routing.balance_loss}

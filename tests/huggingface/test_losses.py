@@ -138,7 +138,7 @@ def trainer(model: nn.Module, rows: dict[str, Tensor], tmp_path: Path, **setting
     plain = dict(per_device_train_batch_size=2, max_steps=1, learning_rate=0.0, optim="sgd", max_grad_norm=0.0, seed=0)
     quiet = dict(report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no")
     arguments = TrainingArguments(tmp_path, **{**plain, **quiet, **settings})
-    made = Trainer(model, arguments, train_dataset=data)
+    made = Trainer(model, arguments, train_dataset=data, eval_dataset=data)
     made.found = []
     zero_grad = model.zero_grad
 

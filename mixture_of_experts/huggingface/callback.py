@@ -1,0 +1,83 @@
+"""What the routers do, in the logs of a `Trainer`."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from mixture_of_experts.stats import Record, RoutingStats, track_routing
+
+
+class RoutingCallback(TrainerCallback):
+    """Adds to a Trainer's logs what the routers did in the last optimizer step, all its micro-batches together.
+
+    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers, `routing/dropped` the
+    share of all choices, `routing/max_load` and `routing/dead_experts` the worst layer's largest load (1 is balanced)
+    and the sum over the layers. For models with `MoE` layers, and for the MoE models of `transformers`.
+
+    Give it to the Trainer by `log_routing`: callbacks that are given to its constructor run after those that report,
+    and only its `log_history` would have the values.
+
+    Args:
+        layers: log every layer by itself too, as `routing/<gate>/<name>`.
+    """
+
+    def __init__(self, layers: bool = False) -> None:
+        self.layers = layers
+        self.stats: RoutingStats | None = None
+        self._hooks = ExitStack()
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any
+    ) -> None:
+        assert model is not None
+        self._hooks.close()
+        self.stats = self._hooks.enter_context(track_routing(model, keep=1024, when="training"))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stats is not None:
+            self.stats.step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end
+            return
+        values = summary([self.stats.last(layer) for layer in self.stats.layers])
+        if self.layers:
+            values.update({f"routing/{name}": value for name, value in self.stats.scalars().items()})
+        logs.update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._hooks.close()
+
+
+def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
+    """Have a Trainer log what the routers do, to whatever it reports to.
+
+    Args:
+        trainer: before `train()`.
+        layers: log every layer by itself too.
+
+    Returns:
+        The callback; its `stats` can be read and drawn (`mixture_of_experts.plot`) after the training too.
+    """
+    callback = RoutingCallback(layers)
+    trainer.callback_handler.callbacks.insert(0, callback)  # before those that report
+    return callback
+
+
+def summary(records: list[Record]) -> dict[str, float]:
+    """The numbers of all layers together."""
+    requested = sum(int(record.requested.sum()) for record in records)
+    dropped = sum(record.dropped * int(record.requested.sum()) for record in records)
+    return {
+        "routing/balance": sum(record.losses.get("balance", 0.0) for record in records) / len(records),
+        "routing/entropy": sum(record.entropy for record in records) / len(records),
+        "routing/dropped": dropped / max(requested, 1),
+        "routing/max_load": max(float(record.relative_load.max()) for record in records),
+        "routing/dead_experts": float(sum(len(record.dead) for record in records)),
+    }

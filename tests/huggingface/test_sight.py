@@ -1,0 +1,111 @@
+"""Routing statistics of models of transformers, their own sparse ones too, and in the logs of the Trainer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from mixture_of_experts.huggingface import from_transformers, log_routing, replace_ffn
+from mixture_of_experts.plot import plot_load
+from mixture_of_experts.stats import track_routing
+
+from .models import ARCHITECTURES
+from .test_blocks import MODELS
+from .test_blocks import build as build_sparse
+from .test_losses import batch_of, build, trainer
+from .test_padding import two_lengths
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_their_routers_are_read_as_ours(name):
+    """Every measure is what the same layer of ours has on the same tokens and mask."""
+    model, (_, batch) = build_sparse(name), two_lengths("right")
+    inputs: list[Tensor] = []
+    blocks = [model.get_submodule(f"model.layers.{i}.mlp") for i in range(2)]
+
+    def keep(block, args, kwargs):
+        inputs.append((*args, *kwargs.values())[0])
+
+    for block in blocks:
+        block.register_forward_pre_hook(keep, with_kwargs=True)
+    with track_routing(model) as stats:
+        model(**batch)
+    assert len(stats.layers) == len(blocks) == 2
+    mask = batch["attention_mask"].bool()
+    for layer, block, x in zip(stats.layers, blocks, inputs, strict=True):
+        moe = from_transformers(block, balance_over="group")
+        with track_routing(moe) as expected_stats:
+            moe(x, mask=mask)
+        found, expected = stats.last(layer), expected_stats.last("gate")
+        assert found.tokens == expected.tokens == int(mask.sum())
+        assert torch.equal(found.load, expected.load)
+        assert torch.equal(found.requested, expected.requested)
+        for measure in ("dropped", "unseen", "entropy", "confidence"):
+            assert getattr(found, measure) == pytest.approx(getattr(expected, measure), abs=1e-5), measure
+        assert found.losses == pytest.approx(dict(expected.losses), rel=1e-4)
+    assert f"{stats.layers[0]} " in stats.summary()
+    plot_load(stats)
+    plot_load(stats, stats.layers[0])
+
+
+def test_generation_and_checkpointing_count_once():
+    model, (_, batch) = build_sparse("Mixtral"), two_lengths("left")
+    with track_routing(model) as stats:
+        model.generate(**batch, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    prompt = int(batch["attention_mask"].sum())
+    assert stats.total(stats.layers[0]).tokens == prompt + 2 * 2  # two new tokens of two sequences are read
+    model.train().activation_checkpointing_enable()
+    with track_routing(model) as stats:
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+    assert stats.total(stats.layers[0]).forwards == 1
+    assert stats.total(stats.layers[0]).tokens == prompt
+
+
+def test_swapped_models():
+    model, (_, batch) = ARCHITECTURES["opt"].build(), two_lengths("right")
+    replace_ffn(model, num_experts=4)
+    with track_routing(model) as stats:
+        model(**batch)
+    assert stats.layers == tuple(f"model.decoder.layers.{i}.fc2.moe.gate" for i in range(2))
+    assert stats.last(stats.layers[1]).tokens == int(batch["attention_mask"].sum())
+
+
+class Reporter(TrainerCallback):
+    """As TensorBoard's or any other."""
+
+    def __init__(self) -> None:
+        self.logs: list[dict[str, float]] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_the_trainer_logs_it(tmp_path, theirs):
+    model = build_sparse("Mixtral").train() if theirs else build()
+    reporter = Reporter()
+    settings = dict(max_steps=3, logging_steps=1, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1)
+    made = trainer(model, batch_of(16), tmp_path, **settings)
+    made.add_callback(reporter)
+    callback = log_routing(made, layers=True)
+    made.train()
+    del model.zero_grad
+    steps = [logs for logs in reporter.logs if "loss" in logs]
+    assert len(steps) == 3
+    for logs, kept in zip(steps, [entry for entry in made.state.log_history if "loss" in entry], strict=True):
+        assert kept.items() >= logs.items() - {"epoch": 0}.items()
+        assert 0.9 < logs["routing/balance"] < 4
+        assert 0 < logs["routing/entropy"] <= math.log(8)
+        assert logs["routing/dropped"] == 0
+        assert logs["routing/dead_experts"] >= 0
+        assert logs["routing/max_load"] >= 1
+        assert any(name.endswith("gate/max_load") for name in logs)
+    assert callback.stats is not None
+    last = callback.stats.last(callback.stats.layers[0])
+    assert last.tokens == 2 * 2 * 8  # of one optimizer step: two micro-batches of two sequences
+    assert last.forwards == 2
+    assert not any("routing/balance" in logs for logs in reporter.logs if "eval_loss" in logs)
