@@ -17,12 +17,11 @@ def why_not(call: Call) -> str | None:
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():
         return "a graph is being traced, in which the numbers of rows cannot be read"
-    for tensor in (call.x, *call.network.tensors()):
+    tensors = (call.x, *call.network.tensors())
+    for tensor in tensors:
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"it reads plain tensors, and there is a {type(tensor).__name__}"
-        if is_wrapped(tensor):
-            return "numbers of rows cannot be read under a transform of torch.func"
-    if any(is_wrapped(tensor) for tensor in call.decision.tensors()):
+    if any(map(is_wrapped, (*tensors, *call.decision.tensors()))):
         return "numbers of rows cannot be read under a transform of torch.func"
     return why_unknown(call.network.activation)
 

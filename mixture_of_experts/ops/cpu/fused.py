@@ -31,7 +31,7 @@ def run(call: Call) -> Tensor:
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     schedule = Schedule(max(x.shape[-1], o) * x.element_size(), h * x.element_size(), torch.get_num_threads())
-    plan = call.decision.plan(ragged=True, widen=schedule)
+    plan = call.decision.plan(ragged=True, widen=schedule)  # which asks the schedule for rows, and so makes its chunks
     weights = network.tensors()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights))
     return _Fused.apply(plan, network, schedule.chunks, keep, x, plan.weight, *weights)
@@ -58,7 +58,7 @@ class _Fused(torch.autograd.Function):
             hidden_layer.forward(network.activation, network.parts(pre), hidden)
             rows_by_weights(chunk, hidden, network.w_out, out, network.b_out)
         if keep:
-            ctx.settings = plan[5:], network.map(id), chunks  # no tensors: those are saved
+            ctx.settings = plan[5:], network.map(id), chunks  # of the network its form: tensors are saved
             ctx.save_for_backward(x, *plan[:5], *weights, *kept)
         return _collect(y, plan)
 
@@ -83,20 +83,18 @@ class _Backward:
         self, plan: Plan, network: Network, chunks: list[Chunk], x: Tensor, grad: Tensor, needs: Sequence[bool]
     ) -> None:
         self.plan, self.network, self.chunks, self.x, self.grad = plan, network, chunks, x, grad
-        self.need_x, *of_weights = needs
-        needed = iter(of_weights)
-        self.of: Any = network.map(lambda w: torch.empty_like(w) if next(needed) else None)
-        used = {
-            expert for chunk in chunks for batch in chunk.batches for expert in range(*batch.experts.indices(1 << 62))
-        }
-        if unused := [expert for expert in range(len(network.w_out)) if expert not in used]:
-            for gradient in self.of.tensors():
+        self.need_x, *need_weights = needs
+        needed = iter(need_weights)
+        self.grads: Any = network.map(lambda w: torch.empty_like(w) if next(needed) else None)
+        assert plan.counts is not None
+        if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
+            for gradient in self.grads.tensors():
                 gradient[unused] = 0
-        self.row_weight, self.of_weight = plan.row_weight(), plan.weight.new_zeros(plan.num_rows + 1)
+        self.row_weight, self.grad_row_weight = plan.row_weight(), plan.weight.new_zeros(plan.num_rows + 1)
 
         rows, d, (h, o) = _most_rows(chunks), x.shape[-1], network.w_out.shape[-2:]
         self.tokens, self.hidden, self.grad_hidden = (x.new_empty(rows, width) for width in (d, h, h))
-        self.of_rows = x.new_empty(plan.num_rows + 1 if self.need_x else 0, d)
+        self.grad_rows = x.new_empty(plan.num_rows + 1 if self.need_x else 0, d)
         # the gradients of a chunk's tokens are written over those of its outputs, if they are as wide
         self.grad_out = None if self.need_x and o == d else x.new_empty(rows, o)
         # and that of the gate over that of the hidden layer, if it is a tensor of its own
@@ -107,37 +105,42 @@ class _Backward:
             self._add(chunk, token, empty, [part[chunk.rows] for part in kept])
         grad_x = None
         if self.need_x:
-            self.of_rows[-1] = 0
-            grad_x = _collect(self.of_rows, self.plan)
-        there = zip(self.network.fields(), self.of.fields(), strict=True)
-        return grad_x, self.of_weight.index_select(0, self.plan.row), *(grad for w, grad in there if w is not None)
+            self.grad_rows[-1] = 0
+            grad_x = _collect(self.grad_rows, self.plan)
+        there = zip(self.network.fields(), self.grads.fields(), strict=True)
+        return (
+            grad_x,
+            self.grad_row_weight.index_select(0, self.plan.row),
+            *(grad for w, grad in there if w is not None),
+        )
 
     def _add(self, chunk: Chunk, token: Tensor, empty: Tensor, pre: Sequence[Tensor]) -> None:
-        network, of, number = self.network, self.of, chunk.num_rows
+        network, grads, number = self.network, self.grads, chunk.num_rows
         tokens, hidden, grad_hidden = self.tokens[:number], self.hidden[:number], self.grad_hidden[:number]
-        grad_tokens = self.of_rows[chunk.rows]
+        grad_tokens = self.grad_rows[chunk.rows]
         grad_out = grad_tokens if self.grad_out is None else self.grad_out[:number]
         grad_pre = [*([] if network.halves else [grad_hidden]), *(buffer[:number] for buffer in self.grad_pre)]
         parts, grad_parts = network.parts(pre), network.parts(grad_pre)
         scale = self.row_weight[chunk.rows].to(self.x.dtype).unsqueeze(-1)
-        of_weight = self.of_weight[chunk.rows]
+        grad_row_weight = self.grad_row_weight[chunk.rows]
 
         gather(self.x, token, empty, tokens)
         gather(self.grad, token, empty, grad_out)
         rows_by_weights(chunk, grad_out, network.w_out.mT, grad_hidden)
         hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
         if network.b_out is not None:
-            rows_by_weights(chunk, grad_out, network.b_out.unsqueeze(-1), product := tokens.new_empty(number, 1))
-            of_weight += product.squeeze(-1)
-        rows_by_rows(chunk, scale, grad_out, of.b_out)
-        if of.w_out is not None:
-            rows_by_rows(chunk, hidden, grad_out.mul_(scale), of.w_out)
-        of_weight += hidden.mul_(grad_hidden).sum(dim=-1, dtype=of_weight.dtype)
+            of_bias = tokens.new_empty(number, 1)
+            rows_by_weights(chunk, grad_out, network.b_out.unsqueeze(-1), of_bias)
+            grad_row_weight += of_bias.squeeze(-1)
+        rows_by_rows(chunk, scale, grad_out, grads.b_out)
+        if grads.w_out is not None:
+            rows_by_rows(chunk, hidden, grad_out.mul_(scale), grads.w_out)
+        grad_row_weight += hidden.mul_(grad_hidden).sum(dim=-1, dtype=grad_row_weight.dtype)
         hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
         tokens.mul_(scale)
-        for part, of_w, of_b in zip(grad_pre, of.w_in, of.b_in, strict=True):
-            rows_by_rows(chunk, tokens, part, of_w)
-            rows_by_rows(chunk, scale, part, of_b)
+        for part, grad_w, grad_b in zip(grad_pre, grads.w_in, grads.b_in, strict=True):
+            rows_by_rows(chunk, tokens, part, grad_w)
+            rows_by_rows(chunk, scale, part, grad_b)
         if self.need_x:
             for index, (part, w) in enumerate(zip(grad_pre, network.w_in, strict=True)):
                 rows_by_weights(chunk, part, w.mT, grad_tokens, add=index > 0)
@@ -156,7 +159,7 @@ def _with_tables(chunks: list[Chunk], plan: Plan) -> list[tuple[Chunk, Tensor, T
 
 def _collect(rows: Tensor, plan: Plan) -> Tensor:
     """Each token's weighted sum of rows `(r + 1, o)`, the last of which is zeros."""
-    weight = plan.weight.detach()  # else torch prepares for a backward
+    weight = plan.weight.detach()  # else `embedding_bag` prepares for a backward
     if plan.choices is None or rows.dtype != weight.dtype:  # the sum is taken in float32
         weight = plan.row_weight().detach() if plan.choices is None else weight
         return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.choices, plan.num_tokens)
