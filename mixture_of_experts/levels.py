@@ -18,7 +18,7 @@ def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
     the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
-    once, so a single expert has n of them).
+    once, so a single expert has n of them). No capacity factor gives level two more slots than that share.
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots

@@ -127,8 +127,10 @@ def queue_key(priority: str) -> Callable[[Choice], tuple]:
 def assign_slots(choices: list[Choice], priority: str, limit: float) -> None:
     """Give every choice of one group its slot: the number of choices before it that ask for the same expert.
 
-    A choice of weight 0 holds a slot though nothing is computed in it; without a capacity there is none to hold.
+    A choice of weight 0 holds a slot though nothing is computed in it; without a capacity there is none to hold, and
+    nobody to be served first: slots follow the tokens.
     """
+    priority = "token" if limit == math.inf else priority
     waiting: dict[int, int] = defaultdict(int)
     for choice in sorted(choices, key=queue_key(priority)):
         if limit == math.inf and choice.weight == 0:
@@ -269,7 +271,7 @@ class Top2(TokenChoice):
             made.append(Choice(group, token, 0, top, first_gate, probs[top].item()))
         if takes_second:
             seconds[token] = second
-            if self.allows(second_gate, token):
+            if self.allows(second_gate, token) and not (takes_first and self.num_experts == 1):
                 made.append(Choice(group, token, 1, second, second_gate, probs[top].item()))
         return made
 
@@ -339,7 +341,8 @@ class TopK(TokenChoice):
         weights = [scores[i] for i in experts]
         if self.k > 1 if self.normalize is None else self.normalize:
             weights = [w / (sum(weights) + 1e-20) for w in weights]
-        top = scores.max().item()
+        open_to_it = self.allowed(biased) != -math.inf
+        top = scores[open_to_it].max().item()
         return [
             Choice(group, token, order, expert, weight * self.scale, top)
             for order, (expert, weight) in enumerate(zip(experts, weights, strict=True))
@@ -412,7 +415,8 @@ class NoisyTopK(TokenChoice):
 
     def choose(self, group: Group, token: Token, noisy: Tensor) -> list[Choice]:
         best = largest(noisy.detach(), self.k)
-        top = torch.stack([noisy[i] for i in best]).softmax(0)[0].item()
+        compared = noisy if self.k == 1 else torch.stack([noisy[i] for i in best])
+        top = compared.softmax(0).max().item()
         experts = best if token.importance == 1 else best[: 1 if token.importance > 0 else 0]
         if not experts:
             return []

@@ -33,6 +33,7 @@ RECIPES = {
     "Qwen3-MoE": (8, 64, 1.0),
     "DeepSeek-V3": (8, 64, 2.5),
     "GPT-OSS": (4, 32, 1.0),
+    "Chen 2022": (1, 8, None),
     "Llama 4": (1, 16, None),
     "Gated shared expert": (4, 60, None),
 }

@@ -172,13 +172,21 @@ def test_dropless_routing_does_not_depend_on_length(kind, data):
 
 
 def top_scores(router, gate, x) -> list[float]:
-    """What priority 'score' sorts the tokens (n, d) by: the top probability, or the top sigmoid."""
+    """What priority 'score' sorts the tokens (n, d) by: the top probability, or the top sigmoid, of an expert that may
+    be chosen."""
     logits = (x @ gate.w_gating).detach()
     if getattr(gate, "b_gating", None) is not None:
         logits = logits + gate.b_gating.detach()
-    if router.kind == "noisy":  # a probability among the k best
+    if router.kind == "noisy" and gate.choices > 1:  # a probability among the k best
         logits = logits.topk(gate.choices).values
     scores = logits.sigmoid() if router.arguments.get("score") == "sigmoid" else logits.softmax(-1)
+    if getattr(gate, "num_groups", None) is not None:
+        bias = 0 if gate.expert_bias is None else gate.expert_bias
+        parts = (scores + bias).unflatten(-1, (gate.num_groups, -1))
+        sums = parts.topk(min(2, parts.shape[-1])).values.sum(-1)
+        best = sums.sort(descending=True, stable=True).indices[:, : gate.top_groups]
+        is_open = torch.zeros_like(sums).scatter(-1, best, 1.0)
+        scores = (scores.unflatten(-1, (gate.num_groups, -1)) * is_open.unsqueeze(-1)).flatten(-2)
     return scores.amax(-1).tolist()
 
 
@@ -208,7 +216,7 @@ def test_who_gets_the_slots(kind, data):
 
 def test_score_priority_goes_by_the_sigmoid_itself():
     """Normalised over the experts, both scores would be 1."""
-    gate = TopKGating(1, 1, k=1, score="sigmoid", priority="score").double().eval()
+    gate = TopKGating(1, 1, k=1, score="sigmoid", priority="score", capacity_factor_eval=1.0).double().eval()
     gate.w_gating.data.fill_(1.0)
     assert gate(torch.tensor([[[0.0], [1.0]]], dtype=torch.float64)).slot.tolist() == [[1, 0]]
 

@@ -1,6 +1,7 @@
 """Gates: modules that decide and return a `Routing`. `Gate` and `TokenChoiceGate` are the bases for one's own."""
 
-from mixture_of_experts.gating.base import Choices, Gate, TokenChoiceGate, Tokens
+from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens
+from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
 from mixture_of_experts.gating.top2 import Top2Gating

@@ -24,6 +24,7 @@ from mixture_of_experts.checks import (
     check_tokens,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
+from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.queues import (
@@ -50,19 +51,6 @@ class Tokens(NamedTuple):
     @property
     def num_tokens(self) -> int:
         return self.x.shape[-2]
-
-
-class Choices(NamedTuple):
-    """What the tokens choose, before masks, priorities and capacity."""
-
-    expert: Tensor  # (..., b, n, k) int64, a token's best choice first, no expert twice
-    weight: Tensor  # (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
-    probs: Tensor  # (..., b, n, e) the router's probabilities (normalised scores)
-    losses: dict[str, Tensor]  # every loss by name, 0-dim; "z" is the z-loss
-    balance_loss: Tensor | None = None  # what the layer's loss_coef weighs; by default losses["balance"], 0 without it
-    chosen: Tensor | None = None  # (..., b, n, k) bool, the choices that are made at all; None if all are
-    score: Tensor | None = None  # (..., b, n) by which tokens queue with priority "score"; None: the top probability
-    primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
 
 
 class Gate(FixedShapes):
@@ -308,6 +296,9 @@ class TokenChoiceGate(Gate):
     ) -> Routing:
         """Give the choices their slots and write the decision down. Tokens that may not choose are left out.
 
+        Shapes and dtypes are checked, and of gates that are not this package's, on a CPU, that the experts are there
+        and none is a token's twice.
+
         Args:
             tokens: what `read` returned.
             probs: `(..., b, n, e)`.
@@ -319,8 +310,15 @@ class TokenChoiceGate(Gate):
             balance_loss, z_loss: 0-dim.
             losses: every loss by name, the parts of `balance_loss` and others; by default that loss, as "balance".
         """
+        losses = {"balance": balance_loss} if losses is None else losses
+        name = type(self).__name__
+        if not torch.compiler.is_compiling():
+            made = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
+            check_choices(name, made, tokens.x.shape[:-1], self.choices, self.num_experts)
         capacity, limit = self.capacity(tokens)
-        if self.priority == "score" and score is None:
+        # dropless nobody waits: slots are in the order of tokens, in which a second level finds them
+        priority = "token" if capacity is None else self.priority
+        if priority == "score" and score is None:
             score = probs.detach().amax(dim=-1)
         if tokens.some is not None:
             some = tokens.some.unsqueeze(-1)
@@ -329,8 +327,10 @@ class TokenChoiceGate(Gate):
         chosen = None if chosen is None else chosen.flatten(-2)
         # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
         computed = weight != 0 if chosen is None else chosen & (weight != 0)
+        if not (type(self).__module__.startswith(str(__package__)) or torch.compiler.is_compiling()):
+            check_experts_of_tokens(name, expert, computed, self.choices, self.num_experts)
         queues = computed if capacity is None else chosen
-        slot, queued = queue_positions(expert, queues, self.num_experts, self.choices, self.priority, score)
+        slot, queued = queue_positions(expert, queues, self.num_experts, self.choices, priority, score)
         kept = computed
         if limit is not None:
             kept = kept & (slot < limit.unsqueeze(-1))
@@ -354,7 +354,7 @@ class TokenChoiceGate(Gate):
             queued=queued,
             limit=limit,
             real=tokens.real,
-            losses={"balance": balance_loss} if losses is None else losses,
+            losses=losses,
             primary=None if primary is None else primary.flatten(-2),
         )
 

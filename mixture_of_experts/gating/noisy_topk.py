@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.base import Choices, TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
+from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
+from mixture_of_experts.gating.choices import Choices
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,7 +74,8 @@ class NoisyTopKGating(TokenChoiceGate):
         expert = best[..., : self.choices]
         allowed = self.allowed(tokens)
         top = noisy.gather(-1, expert)
-        score = top.detach().softmax(dim=-1)[..., 0]
+        # by what tokens queue with priority "score": the weight of the first choice, which of a single one is always 1
+        score = (noisy if self.choices == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None and tokens.some is not None:
             top = torch.where(allowed | ~tokens.some.unsqueeze(-1), top, -torch.inf)
         weight = top.softmax(dim=-1)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
-from mixture_of_experts.gating.base import Choices, TokenChoiceGate, Tokens
+from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
+from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
 
@@ -209,9 +210,14 @@ class Top2Gating(TokenChoiceGate):
         if self.training:
             policy, threshold = self.second_policy_train, self.second_threshold_train
         if policy == "all":
-            return None
-        second = POLICIES[policy](gate[..., 1].detach(), threshold, self.eps)
-        return torch.stack([torch.ones_like(second), second], dim=-1)
+            sent = None
+        else:
+            second = POLICIES[policy](gate[..., 1].detach(), threshold, self.eps)
+            sent = torch.stack([torch.ones_like(second), second], dim=-1)
+        if self.num_experts > 1:
+            return sent
+        other = gate != 0  # after the only expert there is no second one
+        return other if sent is None else sent & other
 
     def _losses(self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
-from mixture_of_experts.gating.base import Choices, TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
+from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
+from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
+from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.settings import setting
 
@@ -114,7 +115,8 @@ class TopKGating(TokenChoiceGate):
         """The k experts of each token's largest scores."""
         logits = self.product(self._jittered(tokens.x), self.w_gating, self.b_gating)
         score = SCORES[self.score](logits)
-        expert = self._choose(score)
+        ranked = self._ranked(score)
+        expert = top_choices(ranked, self.choices)
         allowed = self.allowed(tokens)
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
@@ -136,7 +138,9 @@ class TopKGating(TokenChoiceGate):
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
             z_loss = self.z_loss(tokens, logits)
-        top = score.detach().amax(dim=-1) if self.priority == "score" else None
+        top = None
+        if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
+            top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, score=top)
 
     def balance(
@@ -155,8 +159,8 @@ class TopKGating(TokenChoiceGate):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _choose(self, score: Tensor) -> Tensor:
-        """`(..., b, n, k)` experts by the biased scores, from the best groups of experts only."""
+    def _ranked(self, score: Tensor) -> Tensor:
+        """`(..., b, n, e)` the biased scores by which experts are chosen, -inf outside the best groups of experts."""
         score = score.detach()
         if self.expert_bias is not None:
             score = score + self.expert_bias[..., None, None, :].to(score.dtype)
@@ -166,7 +170,7 @@ class TopKGating(TokenChoiceGate):
             open_groups = torch.zeros_like(best_two, dtype=torch.bool)
             open_groups = open_groups.scatter(-1, top_choices(best_two, self.top_groups), True)
             score = torch.where(open_groups.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
-        return top_choices(score, self.choices)
+        return score
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
@@ -174,9 +178,11 @@ class TopKGating(TokenChoiceGate):
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
         tokens, before capacity, of the forwards in training mode whose backward ran since the last call; with `group`
-        they are summed over its ranks, without it there is no collective.
+        they are summed over its ranks, without it there is no collective. A rate of 0 moves nothing, but starts
+        counting anew.
         """
-        check_number("rate", rate, above=0.0)
+        check_number("rate", rate, at_least=0.0)
+        check_process_group("group", group)
         if self.expert_bias is None or self.expert_counts is None:
             raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
         load = losses.global_sum(self.expert_counts, group)

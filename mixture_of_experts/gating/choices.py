@@ -1,0 +1,78 @@
+"""What the tokens choose, and whether it fits the tokens.
+
+Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.queues import stable_order
+from mixture_of_experts.tracing import is_wrapped
+
+
+class Choices(NamedTuple):
+    """What the tokens choose, before masks, priorities and capacity."""
+
+    expert: Tensor  # (..., b, n, k) int64, a token's best choice first, no expert twice
+    weight: Tensor  # (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
+    probs: Tensor  # (..., b, n, e) the router's probabilities (normalised scores)
+    losses: dict[str, Tensor]  # every loss by name, 0-dim; "z" is the z-loss
+    balance_loss: Tensor | None = None  # what the layer's loss_coef weighs; by default losses["balance"], 0 without it
+    chosen: Tensor | None = None  # (..., b, n, k) bool, the choices that are made at all; None if all are
+    score: Tensor | None = None  # (..., b, n) by which tokens queue with priority "score"; None: the top probability
+    primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
+
+
+def check_choices(gate: str, made: Choices, shape: Sequence[int], choices: int, num_experts: int) -> None:
+    """Shapes and dtypes of what a gate chose for tokens of `shape` `(..., b, n)`."""
+    of_choices, of_experts = (*shape, choices), (*shape, num_experts)
+    for name, wanted, kind in (
+        ("expert", of_choices, "int64"),
+        ("weight", of_choices, "floating point"),
+        ("probs", of_experts, "floating point"),
+        ("chosen", of_choices, "bool"),
+        ("score", tuple(shape), "floating point"),
+        ("primary", of_choices, "bool"),
+    ):
+        value = getattr(made, name)
+        if value is None:
+            continue
+        if value.shape != wanted:
+            raise ValueError(
+                f"{gate} gave {name} of shape {tuple(value.shape)}, wanted {wanted}: groups, tokens"
+                f"{dict(score='', probs=', experts').get(name, f', k={choices} choices')}"
+            )
+        got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
+        if got != kind:
+            raise TypeError(f"{gate} gave {name} of dtype {value.dtype}, wanted {kind}")
+    for name, loss in (*made.losses.items(), ("balance_loss", made.balance_loss)):
+        if loss is not None and (not isinstance(loss, Tensor) or loss.ndim):
+            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")
+
+
+def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, choices: int, num_experts: int) -> None:
+    """The ids in `expert` `(..., n k)` are of experts, and of those that are `computed` no token has one twice.
+
+    It reads values, so it looks only where they can be read and reading does not wait: on a CPU, not in a graph.
+    """
+    if expert.device.type != "cpu" or is_wrapped(expert) or is_wrapped(computed):
+        return
+    if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
+        raise ValueError(
+            f"{gate} chose experts {int(expert.min())} to {int(expert.max())}, there are 0 to {num_experts - 1}: give "
+            "a choice that is not made any of these, and chosen=False"
+        )
+    missing = torch.arange(num_experts, num_experts + choices)  # others than any expert, and than each other
+    ids = torch.where(computed.unflatten(-1, (-1, choices)), expert.unflatten(-1, (-1, choices)), missing)
+    ordered = ids.gather(-1, stable_order(ids))
+    if (ordered.diff(dim=-1) == 0).any():
+        raise ValueError(
+            f"{gate} chose one expert twice for a token: a token takes an expert once. Add up the weights of the two, "
+            "and give the second choice the weight 0"
+        )

@@ -1,0 +1,223 @@
+"""Gates at their edges: one expert, who is served first, two levels in order, and choices that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from recipes import recipe
+from torch import Tensor
+
+from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts.gating import Choices, TokenChoiceGate
+
+DIM = 6
+
+
+# ---- one expert ----
+
+
+@pytest.mark.parametrize("priority", ["choice", "token", "score"])
+@pytest.mark.parametrize("policy", ["all", "threshold", "random"])
+def test_of_one_expert_there_is_no_second_choice(policy, priority):
+    settings = dict(second_policy_train=policy, second_threshold_train=0.0, priority=priority)
+    gate = Top2Gating(DIM, 1, capacity_factor_train=1.0, **settings)
+    routing = gate(torch.randn(2, 100, DIM))
+    assert routing.capacity == 100
+    assert routing.queued.tolist() == [[100], [100]]
+    assert routing.chosen.equal(routing.kept)
+    assert routing.kept.view(2, 100, 2).all(dim=1).tolist() == [[True, False]] * 2
+
+
+def test_of_one_expert_a_later_choice_is_made():
+    """A token of importance between 0 and 1 has no first choice; its second one is the expert there is."""
+    gate = Top2Gating(DIM, 1, second_policy_train="all")
+    routing = gate(torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
+    assert routing.kept.tolist() == [[True, False, False, True, False, False]]
+
+
+@pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (1, 1)])
+def test_one_expert_at_either_level_drops_nothing_more(sizes):
+    """As many slots as tokens at both levels: every token that level one sends is computed."""
+    moe = HeirarchicalMoE(
+        DIM,
+        sizes,
+        second_policy_train="all",
+        priority="token",
+        capacity_factor_train=float(sizes[0]),
+        capacity_factor_second_level=float(sizes[1]),
+    )
+    found: list[Routing] = []
+    for gate in (moe.gate_outer, moe.gate_inner):
+        gate.register_forward_hook(lambda gate, args, routing: found.append(routing))
+    moe(torch.randn(1, 20, DIM))
+    assert not any((routing.chosen & ~routing.kept).any() for routing in found)
+
+
+# ---- who is served first ----
+
+
+def served(gate: TokenChoiceGate, logits: Tensor) -> list[int]:
+    """Tokens that the one slot of each expert goes to, of unit vectors that a gate gives these logits `(n, e)`."""
+    gate.w_gating.data.copy_(logits)
+    routing = gate.eval()(torch.eye(len(logits)).unsqueeze(0))
+    assert routing.capacity == 1
+    return sorted(routing.token[routing.kept].tolist())
+
+
+ONE_SLOT = dict(capacity_factor_eval=0.1, min_expert_capacity=1, priority="score")
+
+
+def test_the_surest_of_a_single_noisy_choice_is_served_first():
+    gate = NoisyTopKGating(3, 3, k=1, **ONE_SLOT)
+    assert served(gate, torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [2.0, 0.0, 0.0]])) == [1]
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_experts_that_are_closed_do_not_make_a_token_sure(score):
+    """Token 0 has the best score of all, but its best group is the other, where token 1 is surer."""
+    gate = TopKGating(2, 4, k=1, score=score, num_groups=2, top_groups=1, **ONE_SLOT)
+    logits = torch.tensor([[1.5, 1.5, 2.0, -9.0], [1.8, 1.8, -9.0, -9.0]])
+    assert served(gate, logits) == [1]
+
+
+# ---- two levels ----
+
+
+OUTER = {
+    "top2": lambda **settings: Top2Gating(DIM, 3, second_policy_train="all", **settings),
+    "topk": lambda **settings: TopKGating(DIM, 3, k=2, **settings),
+}
+
+
+@pytest.mark.parametrize("priority", ["choice", "token", "score"])
+@pytest.mark.parametrize("outer", OUTER)
+def test_a_dropless_level_hands_on_in_the_order_of_tokens(outer, priority):
+    """So an inner gate with a capacity and priority 'token' is causal, whatever the outer gate's priority is."""
+    torch.manual_seed(0)
+    gate_outer = OUTER[outer](capacity_factor_train=None, priority=priority)
+    settings = dict(capacity_factor_train=0.4, min_expert_capacity=1, priority="token")
+    gate_inner = TopKGating(DIM, 4, k=2, outer_expert_dims=3, **settings)
+    moe = HeirarchicalMoE(DIM, gate_outer=gate_outer, gate_inner=gate_inner).double()
+    x = torch.randn(1, 16, DIM, dtype=torch.float64)
+    out, _ = moe(x)
+    for t in range(1, 16):
+        changed = torch.cat([x[:, :t], torch.randn(1, 16 - t, DIM, dtype=torch.float64)], dim=1)
+        torch.testing.assert_close(moe(changed)[0][:, :t], out[:, :t])
+
+
+@pytest.mark.parametrize("factor", [4.0, 1e9])
+def test_after_a_dropless_level_an_inner_expert_has_at_most_the_balanced_share(factor):
+    """All 40 tokens go to one outer expert of four and one inner one: its slots are 40 / 4, whatever the factor."""
+    gate_outer, gate_inner = TopKGating(DIM, 4, k=1), TopKGating(DIM, 2, k=1, outer_expert_dims=4)
+    moe = HeirarchicalMoE(DIM, gate_outer=gate_outer, gate_inner=gate_inner)
+    for gate in (gate_outer, gate_inner):
+        gate.w_gating.data.zero_()  # the first of each is taken
+    found: list[Routing] = []
+    gate_inner.register_forward_hook(lambda gate, args, routing: found.append(routing))
+    for inner_factor in (factor, None):
+        gate_inner.capacity_factor_train = inner_factor
+        moe(torch.randn(1, 40, DIM))
+    assert [int(routing.kept.sum()) for routing in found] == [10, 40]
+
+
+# ---- choices that do not fit ----
+
+
+class Given(TokenChoiceGate):
+    """Chooses what it is given."""
+
+    def __init__(self, **made) -> None:
+        super().__init__(DIM, 3, 2)
+        self.made = made
+
+    def decide(self, tokens) -> Choices:
+        b, n = tokens.x.shape[:2]
+        expert = torch.tensor([2, 0]).expand(b, n, 2)
+        fitting = dict(expert=expert, weight=torch.full((b, n, 2), 0.5), probs=torch.full((b, n, 3), 1 / 3), losses={})
+        return Choices(**{**fitting, **self.made})
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (
+            {"expert": torch.zeros(1, 4, 3, dtype=torch.int64)},
+            r"expert of shape \(1, 4, 3\), wanted \(1, 4, 2\): .*k=2",
+        ),
+        ({"expert": torch.zeros(1, 5, 2, dtype=torch.int64)}, r"expert of shape \(1, 5, 2\), wanted \(1, 4, 2\)"),
+        ({"weight": torch.ones(1, 4, 1)}, r"weight of shape \(1, 4, 1\), wanted \(1, 4, 2\)"),
+        ({"probs": torch.ones(1, 4, 2)}, r"probs of shape \(1, 4, 2\), wanted \(1, 4, 3\): groups, tokens, experts"),
+        ({"probs": torch.ones(4, 3)}, r"probs of shape \(4, 3\)"),
+        ({"chosen": torch.ones(1, 4, dtype=torch.bool)}, r"chosen of shape \(1, 4\), wanted \(1, 4, 2\)"),
+        ({"score": torch.ones(1, 4, 1)}, r"score of shape \(1, 4, 1\), wanted \(1, 4\): groups, tokens$"),
+        ({"primary": torch.ones(4, 2, dtype=torch.bool)}, r"primary of shape"),
+        ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as shape \(1,\), wanted a tensor of no dimensions"),
+        ({"losses": {"mine": 0.5}}, r"loss 'mine' as float"),
+        ({"balance_loss": torch.ones(1, 4)}, r"loss 'balance_loss' as shape \(1, 4\)"),
+        ({"expert": torch.full((1, 4, 2), 1)}, r"one expert twice for a token"),
+        ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"chose experts 0 to 3, there are 0 to 2"),
+        ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),
+    ],
+)
+def test_choices_that_do_not_fit(made, message):
+    with pytest.raises(ValueError, match=f"Given .*{message}"):
+        Given(**made)(torch.randn(1, 4, DIM))
+    with pytest.raises(ValueError, match=message):
+        MoE(DIM, gate=Given(**made))(torch.randn(1, 4, DIM))
+
+
+@pytest.mark.parametrize("made", [{"expert": torch.zeros(1, 4, 2)}, {"chosen": torch.ones(1, 4, 2)}])
+def test_choices_of_another_dtype(made):
+    with pytest.raises(TypeError, match=r"Given gave \w+ of dtype torch.float32, wanted (int64|bool)"):
+        Given(**made)(torch.randn(1, 4, DIM))
+
+
+@pytest.mark.parametrize("weight", [torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
+def test_a_second_choice_that_is_not_made_may_be_any(weight):
+    """Weight 0, or not chosen: then it may repeat the first, as the rest of a gate's list may be anything."""
+    chosen = torch.tensor([True, False]).expand(1, 4, 2) if weight[1] else None
+    gate = Given(expert=torch.full((1, 4, 2), 1), weight=weight.expand(1, 4, 2), chosen=chosen)
+    assert gate(torch.randn(1, 4, DIM)).kept.tolist() == [[True, False] * 4]
+
+
+def test_choices_that_fit():
+    assert MoE(DIM, gate=Given())(torch.randn(1, 4, DIM))[0].shape == (1, 4, DIM)
+
+
+def test_a_look_at_values_is_left_out_where_there_are_none():
+    """Under `vmap` and on the meta device numbers cannot be read."""
+    gate = Given()
+    assert gate.to("meta")(torch.randn(1, 4, DIM, device="meta")).expert.shape == (1, 8)
+    x = torch.randn(5, 1, 4, DIM)
+    assert torch.func.vmap(lambda x: gate(x).weight)(x).shape == (5, 1, 8)
+
+
+# ---- what the pages say ----
+
+
+def test_uniform_noise_chooses_and_the_softmax_weighs():
+    gate = recipe("Chen 2022")["UniformNoiseGate"](DIM, 4)
+    assert not gate.w_gating.any()
+    x = torch.randn(1, 200, DIM)
+    torch.manual_seed(0)
+    routing = gate(x)
+    torch.manual_seed(0)
+    assert routing.expert.equal(torch.rand(1, 200, 4).argmax(dim=-1))
+    assert routing.weight.eq(0.25).all()
+    torch.nn.init.normal_(gate.w_gating)
+    probs = (x @ gate.w_gating).softmax(dim=-1)
+    routing = gate.eval()(x)
+    assert routing.expert.equal(probs.argmax(dim=-1))
+    torch.testing.assert_close(routing.weight, probs.amax(dim=-1))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")  # of torch's forward mode
+def test_forward_mode_stops_at_the_layer():
+    """As docs/compatibility.md says, with what to take instead."""
+    moe = MoE(DIM, 3, hidden_dim=4, second_policy_train="all").double()
+    x = torch.randn(1, 3, DIM, dtype=torch.float64)
+    assert torch.func.jvp(lambda x: moe.gate(x).weight, (x,), (x,))[1].shape == (1, 6)
+    with pytest.raises(NotImplementedError, match="must implement the jvp function"):
+        torch.func.jvp(lambda x: moe(x)[0], (x,), (x,))
+    hessian = torch.func.jacrev(torch.func.jacrev(lambda x: moe(x)[0].sum()))(x).view(3 * DIM, 3 * DIM)
+    torch.testing.assert_close(hessian, hessian.T)
