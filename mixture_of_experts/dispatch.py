@@ -55,11 +55,12 @@ class Plan(NamedTuple):
 
 
 class Choices(NamedTuple):
-    """The experts of every token of a call, `(t, k)` each."""
+    """The experts that the tokens of a call chose: of the first token all k, then of the next one, in any shape."""
 
     expert: Tensor
     weight: Tensor
     kept: Tensor
+    k: int
 
 
 class Decision:
@@ -83,7 +84,7 @@ class Decision:
         first = self.levels[0]
         if len(self.levels) > 1 or first.choices is None:
             return None
-        return Choices(*(tensor.reshape(-1, first.choices) for tensor in (first.expert, first.weight, first.kept)))
+        return Choices(first.expert, first.weight, first.kept, first.choices)
 
     def tensors(self) -> list[Tensor]:
         """What transforms of `torch.func` may have wrapped."""
@@ -117,7 +118,7 @@ class GivenChoices(Decision):
 
     def __init__(self, expert: Tensor, weight: Tensor, num_experts: int) -> None:
         super().__init__(())
-        self.given = Choices(expert, weight, (expert >= 0) & (expert < num_experts))
+        self.given = Choices(expert, weight, (expert >= 0) & (expert < num_experts), expert.shape[1])
         self.num_experts = num_experts
 
     dropless = True  # type: ignore[assignment]
@@ -127,11 +128,11 @@ class GivenChoices(Decision):
         return self.given
 
     def tensors(self) -> list[Tensor]:
-        return list(self.given)
+        return list(self.given[:3])
 
     def plan(self, *, ragged: bool = True, widen: Widen | None = None) -> Plan:
         (t, k), e = self.given.expert.shape, self.num_experts
-        expert, weight, kept = (tensor.flatten() for tensor in self.given)
+        expert, weight, kept = (tensor.flatten() for tensor in self.given[:3])
         place, counts = queue_positions(expert, kept, e, k, "token")
         start, counts, num_rows = _starts(counts, t * k, widen)
         row = torch.where(kept, start[torch.where(kept, expert, 0)] + place, num_rows)

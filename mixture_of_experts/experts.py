@@ -27,7 +27,7 @@ from mixture_of_experts.ops.call import Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.settings import FixedShapes
-from mixture_of_experts.tracing import is_wrapped
+from mixture_of_experts.tracing import in_transform
 
 
 class RoutedExperts(nn.Module):
@@ -195,6 +195,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
         network = Network(w_in, self.w2, b_in, getattr(self, "b2", None), self.act)
+        if len(self.expert_dims) == 1:
+            return network
         return network.map(lambda tensor: tensor.flatten(0, len(self.expert_dims) - 1))
 
     def reset_parameters(self) -> None:
@@ -338,7 +340,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return own(results, (*x.shape[:-1], results.shape[-1]))
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        if counts.is_meta or is_wrapped(counts):
+        if counts.is_meta or in_transform():
             return self._on_all_rows(rows, counts)
         numbers = counts.tolist()  # the one host sync
         parts = own_parts(rows.split([*numbers, rows.shape[0] - sum(numbers)]))

@@ -25,16 +25,18 @@ def exporting_to_onnx() -> bool:
     return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
 
 
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` runs (vmap, grad, ...): numbers of its tensors cannot be read, and operators
+    of one's own may meet them. While a graph is traced that is nothing to ask: no number can be read then."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors or one that is differentiated, under vmap and the other transforms of
-    `torch.func`: numbers of such a tensor cannot be read. (Nothing is done with what is unwrapped.) While a graph is
-    traced that is nothing to ask: no number can be read then."""
+    """Whether it stands for many tensors at once: of a transform, or of `is_grads_batched`, which has its own kind."""
     if torch.compiler.is_compiling():
         return False
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    if torch._C._are_functorch_transforms_active() or functorch.is_legacy_batchedtensor(tensor):
-        return True  # what is not wrapped itself may meet what is; `is_grads_batched` has tensors of another kind
-    return torch.func.debug_unwrap(tensor, recurse=False) is not tensor
+    return in_transform() or functorch.is_legacy_batchedtensor(tensor)
 
 
 def in_checkpoint() -> bool:

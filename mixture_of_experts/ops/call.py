@@ -96,4 +96,6 @@ def matching(x: Tensor, network: Network) -> tuple[Tensor, Network]:
     device, dtype = x.device.type, network.w_out.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
         dtype = torch.get_autocast_dtype(device)
+    if all(tensor.dtype == dtype for tensor in network.tensors()):
+        return x.to(dtype), network
     return x.to(dtype), network.map(lambda tensor: tensor.to(dtype))

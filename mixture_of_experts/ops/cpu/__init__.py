@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.cpu import decode, fused
-from mixture_of_experts.tracing import is_wrapped
+from mixture_of_experts.tracing import in_transform
 
 
 def why_not(call: Call) -> str | None:
@@ -17,12 +17,11 @@ def why_not(call: Call) -> str | None:
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():
         return "a graph is being traced, in which the numbers of rows cannot be read"
-    tensors = (call.x, *call.network.tensors())
-    for tensor in tensors:
+    if in_transform():
+        return "numbers of rows cannot be read under a transform of torch.func"
+    for tensor in (call.x, *call.network.tensors()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"it reads plain tensors, and there is a {type(tensor).__name__}"
-    if any(map(is_wrapped, (*tensors, *call.decision.tensors()))):
-        return "numbers of rows cannot be read under a transform of torch.func"
     return why_unknown(call.network.activation)
 
 

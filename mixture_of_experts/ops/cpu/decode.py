@@ -36,9 +36,9 @@ def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
     x, network, choices = call.x, call.network, call.decision.choices
     assert choices is not None
-    expert, weight, kept = (tensor.flatten().tolist() for tensor in choices)
+    expert, weight, kept = (tensor.flatten().tolist() for tensor in choices[:3])
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    used, k, device = list(Counter(expert[a] for a in order).items()), choices.weight.shape[-1], x.device
+    used, k, device = list(Counter(expert[a] for a in order).items()), choices.k, x.device
     token = None  # of each row, unless there is but one
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
