@@ -9,6 +9,7 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
 from scaling_plan import MODELS, SWEEP_SEED, Plan, Record
 from scaling_report import Finished, Times, at_best_rate, equal_shares, models_of, step_flops
 
@@ -24,7 +25,7 @@ def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
     )
     draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
     over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
-    over_steps.legend(fontsize=9)
+    over_steps.legend(fontsize=9, title="dots: ends of runs; dotted: the dense model's end", title_fontsize=9)
     flops = {run.model: step_flops(record) for run, record in finished.items()}
     draw_losses(over_flops, plan, finished, flops)
     over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
@@ -42,17 +43,25 @@ def draw_losses(axes: Axes, plan: Plan, finished: Finished, unit: dict[str, floa
         ends = {steps: bits for (name, steps), bits in at_best_rate(plan, finished).items() if name == model}
         if not ends or model not in unit:
             continue
-        rate = plan.best_rate(model, finished)
+        rate = plan.rate_so_far(model, finished)
         for run, record in finished.items():
             if (run.model, run.learning_rate, run.seed) == (model, rate, SWEEP_SEED):
                 steps, bits = curve(record, plan.steps * FIRST_SHARE)
-                axes.plot(steps * unit[model], bits, color=COLOURS[model], linewidth=0.9, alpha=0.5)
+                axes.plot(steps * unit[model], bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
         points = [(steps * unit[model], bits) for steps, seeds in ends.items() for bits in seeds.values()]
         means = [(steps * unit[model], np.mean(list(seeds.values()))) for steps, seeds in ends.items()]
         axes.plot(*zip(*means, strict=True), color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
         axes.plot(*zip(*points, strict=True), "o", color=COLOURS[model], markersize=5)
+    target = at_best_rate(plan, finished).get(("dense", plan.steps))
+    if target:
+        axes.axhline(float(np.mean(list(target.values()))), color=COLOURS["dense"], linestyle=":", linewidth=1)
     axes.set_xscale("log")
-    axes.grid(alpha=0.3, which="both")
+    low, high = axes.get_xlim()
+    if high < 1e6:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}" if low > 1 else "{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.grid(alpha=0.3)
 
 
 def curve(record: Record, first: float) -> tuple[np.ndarray, np.ndarray]:

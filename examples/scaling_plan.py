@@ -75,31 +75,34 @@ class Stage(NamedTuple):
     rates: int | None = None
 
 
-# What tells most comes first: whoever stops early has the main comparison. The dense model is swept at the mixtures'
-# length, so that all seeds can begin, and again at its own.
+# What tells most comes first: whoever stops early has the main comparison, and each other model once. The dense model
+# is swept at the mixtures' length, so that all seeds can begin, and again at its own.
 STAGES = (
     Stage("dense", 1, rates=1),
     Stage("moe32", 0.24, rates=3),
+    Stage("moe32", 0.16, rates=1),
+    Stage("dense", 0.16, rates=1),
+    Stage("moe128", 0.24, rates=1),
+    Stage("moe8", 0.24, rates=1),
     Stage("dense", 0.24, rates=3),
-    Stage("dense", 1, seeds=(1,)),
-    Stage("moe32", 0.24, seeds=(1, 2)),
     Stage("moe32", 0.32),
-    Stage("dense", 1, seeds=(2,)),
+    Stage("moe32", 0.24, seeds=(1, 2)),
+    Stage("dense", 1, seeds=(1, 2)),
     Stage("moe128", 0.24, rates=3),
     Stage("dense", 1, rates=3),
-    Stage("moe32", 0.32, seeds=(1, 2)),
-    Stage("moe8", 0.32, rates=3),
+    Stage("moe8", 0.24, rates=3),
     Stage("moe8", 0.48),
     Stage("moe128", 0.16),
+    Stage("moe32", 0.32, seeds=(0, 1, 2)),
     Stage("moe32", 0.24, rates=4),
     Stage("dense", 1, rates=4),
     Stage("moe128", 0.24, seeds=(1, 2)),
     Stage("moe128", 0.16, seeds=(1, 2)),
-    Stage("moe32", 0.16, seeds=(0, 1, 2)),
+    Stage("moe32", 0.16, seeds=(1, 2)),
     Stage("moe128", 0.24, rates=4),
-    Stage("moe8", 0.32, rates=4),
+    Stage("moe8", 0.24, rates=4),
     Stage("wide", 0.24, rates=4),
-    Stage("moe8", 0.32, seeds=(1, 2)),
+    Stage("moe8", 0.24, seeds=(1, 2)),
     Stage("moe8", 0.48, seeds=(1, 2)),
     Stage("moe32", 1),
     Stage("moe128", 1),
@@ -127,6 +130,16 @@ class Plan:
             if best is not None and {best / 2, best * 2} <= losses.keys():
                 return best
         return None
+
+    def rate_so_far(self, model: str, finished: Mapping[Run, Record]) -> float | None:
+        """The best rate, or that of the lowest loss in the longest sweep that has begun with more than one rate."""
+        best = self.best_rate(model, finished)
+        if best is not None:
+            return best
+        sweeps = [sweep(model, length, finished) for length in sorted(self.sweep_lengths(model), reverse=True)]
+        begun = [losses for losses in sweeps if losses]
+        losses = next((losses for losses in begun if len(losses) > 1), begun[0] if begun else {})
+        return min(losses, key=losses.__getitem__, default=None)
 
     def sweep_lengths(self, model: str) -> list[int]:
         """The lengths at which a model's learning rate is swept."""
@@ -157,9 +170,9 @@ def rates_to_try(first: float, losses: Mapping[float, float], least: int) -> lis
     Args:
         first: where it begins.
         losses: what is known, by rate.
-        least: so many rates at least, though fewer have shown the best one.
+        least: so many rates at least, though fewer have shown the best one; 1 is the first one alone.
     """
-    if first not in losses:
+    if first not in losses or least == 1:
         return [first]
     best = min(losses, key=losses.__getitem__)
     rates = list(dict.fromkeys([*losses, best / 2, best * 2]))

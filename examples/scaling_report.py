@@ -30,8 +30,8 @@ class Equal(NamedTuple):
 def tables(plan: Plan, finished: Finished, times: Times) -> str:
     """All tables, those of which something is finished."""
     all_tables = {
-        "Sweeps: held-out bits per byte, * the best rate (half and double are worse)": sweep_rows(plan, finished),
-        "Every seed at the best rate: held-out bits per byte": seed_rows(plan, finished),
+        "Sweeps: held-out bits per byte; * best rate (half and double are worse), ? so far": sweep_rows(plan, finished),
+        "Every seed at that rate: held-out bits per byte": seed_rows(plan, finished),
         "Share of the dense model's steps, and of its seconds, until its final loss": equal_rows(plan, finished, times),
         "What the models cost": cost_rows(plan, finished, times),
     }
@@ -46,8 +46,8 @@ def sweep_rows(plan: Plan, finished: Finished) -> Rows:
     rows: Rows = [("model", "steps", *(f"{rate:g}" for rate in rates))]
     for (model, length), losses in sweeps.items():
         if losses:
-            best = plan.best_rate(model, finished)
-            cells = (f"{losses[rate]:.4f}{'*' * (rate == best)}" if rate in losses else "" for rate in rates)
+            mark = {plan.rate_so_far(model, finished): "?"} | {plan.best_rate(model, finished): "*"}
+            cells = (f"{losses[rate]:.4f}{mark.get(rate, '')}" if rate in losses else "" for rate in rates)
             rows.append((MODELS[model].label, f"{length:,}", *cells))
     return rows
 
@@ -60,7 +60,7 @@ def seed_rows(plan: Plan, finished: Finished) -> Rows:
     for (model, steps), values in groups.items():
         cells = (f"{values[seed]:.4f}" if seed in values else "" for seed in seeds)
         average = f"{mean(values.values()):.4f}" if len(values) > 1 else ""
-        rate = plan.best_rate(model, finished)
+        rate = plan.rate_so_far(model, finished)
         rows.append((MODELS[model].label, f"{rate:g}", f"{steps:,}", *cells, average))
     return rows
 
@@ -114,7 +114,7 @@ def at_best_rate(plan: Plan, finished: Finished) -> dict[tuple[str, int], dict[i
     """Held-out bits by (model, steps) and seed, of the runs at each model's best rate."""
     groups: dict[tuple[str, int], dict[int, float]] = {}
     for model in models_of(plan):
-        rate = plan.best_rate(model, finished)
+        rate = plan.rate_so_far(model, finished)
         runs = sorted(run for run in finished if (run.model, run.learning_rate) == (model, rate))
         for run in sorted(runs, key=lambda run: (run.steps, run.seed)):
             groups.setdefault((model, run.steps), {})[run.seed] = final_bits(finished[run])
@@ -144,8 +144,8 @@ def steps_to(target: float, bits: Mapping[int, float]) -> tuple[float, str]:
 
 
 def longest(plan: Plan, finished: Finished, model: str) -> Record | None:
-    """The longest run of a model, at its best rate if that is known."""
-    rate = plan.best_rate(model, finished)
+    """The longest run of a model at its best rate so far."""
+    rate = plan.rate_so_far(model, finished)
     runs = [run for run in finished if run.model == model and rate in (None, run.learning_rate)]
     runs = [run for run in runs if run.seed == SWEEP_SEED]
     return finished[max(runs, key=lambda run: run.steps)] if runs else None
