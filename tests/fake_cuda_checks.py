@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_cuda import card
-from fake_cuda_counts import Counts, count
+from fake_cuda_counts import count
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -25,6 +26,7 @@ from mixture_of_experts import (
     NoisyTopKGating,
     Top2Gating,
     TopKGating,
+    ops,
 )
 from mixture_of_experts.stats import track_routing
 
@@ -151,27 +153,90 @@ def check_sync_is_seen() -> None:
             assert raised.typename == error
 
 
-# ---- budgets ----
+def way_of(layer: nn.Module, x: Tensor) -> ops.Explanation:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # there is no generator of numbers
+        return ops.explain(layer, x)
 
 
-def layer_counts(
-    tokens: int,
-    dim: int,
-    hidden: int,
-    experts: int,
-    choices: int,
-    *,
-    dtype: str = "bf16",
-    capability: tuple[int, int] = (9, 0),
-    gated: bool = True,
-) -> dict[str, Any]:
-    """Counts of a dropless top-k layer at one size, and its x and pre-activations in bytes."""
+def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[str, str]) -> None:
+    """The way that is taken unasked on a card, and what is said of faster ones."""
     with on_gpu(DTYPES[dtype], capability):
-        gate = TopKGating(dim, experts, choices)
-        network = (GatedExperts if gated else Experts)(dim, experts, hidden)
-        layer = MoE(dim, experts, gate=gate, experts=network)
-        x = torch.empty(1, tokens, dim, dtype=DTYPES[dtype], requires_grad=True)
-        known: list[Tensor] = [x, *layer.parameters()]
-        counts, _ = count(lambda: layer(x), known)
-        pre = tokens * choices * hidden * (2 if gated else 1)
-        return {**Counts._asdict(counts), "floor": (x.numel() + pre) * x.element_size()}
+        told = way_of(one_level("top 3", "gated", None), torch.empty(1, 8, DIM, dtype=DTYPES[dtype]))
+    assert told.way == way
+    for name, reason in reasons.items():
+        assert reason in told.reasons[name], told.reasons
+
+
+def check_many_experts(number: int, way: str) -> None:
+    with on_gpu(torch.bfloat16):
+        layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))
+        assert way_of(layer, torch.empty(1, 8, DIM)).way == way
+        check_call(layer, torch.bfloat16, masked=False, autocast=False)
+
+
+def check_forced(way: str, experts: str, capacity: float | None, dtype: str) -> None:
+    """A way that is asked for, on every router."""
+    with ops.use(way):
+        for router in (*ROUTERS, "two levels"):
+            check_layer(router, experts, capacity, dtype, masked=True)
+
+
+# ---- what a call costs ----
+
+#: gated layers of bfloat16, dropless: tokens, d, h, e, k
+SIZES = {"small": (4096, 1024, 512, 64, 8), "large": (32768, 2048, 768, 128, 8), "fine": (32768, 2048, 96, 1024, 64)}
+CARD = {"grouped": (9, 0), "triton": (9, 0), "lean": (8, 0), "plain": (8, 0)}
+
+
+def costs(way: str, size: str = "small") -> dict[str, float]:
+    """Launches, gigabytes moved by forward and backward, and what is kept by what x and pre-activations are."""
+    tokens, dim, hidden, experts, choices = SIZES[size]
+    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+        layer = MoE(dim, gate=TopKGating(dim, experts, choices), experts=GatedExperts(dim, experts, hidden))
+        x = torch.empty(1, tokens, dim, requires_grad=True)
+        counts = count(lambda: layer(x), [x, *layer.parameters()])
+    floor = 2 * tokens * (dim + choices * 2 * hidden)
+    return {
+        "forward": counts.launches,
+        "forward and backward": counts.launches_both,
+        "kept": counts.kept / floor,
+        "moved": counts.moved_both / 1e9,
+    }
+
+
+def check_billion(code: str) -> int:
+    """The README's layer of a billion parameters, at its real size; returns how many it has."""
+    code = code.replace(".cuda()", "")  # it is made there: fake parameters cannot be moved
+    names: dict[str, Any] = {}
+    with on_gpu(torch.float32):
+        exec(code, names)
+        assert names["out"].shape == names["inputs"].shape
+        assert names["out"].device.type == "cuda"
+        names["out"].sum().backward()
+        return sum(parameter.numel() for parameter in names["moe"].parameters())
+
+
+def check_example() -> None:
+    """The model of examples/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    from model import ByteLM
+    from routers import ROUTERS
+    from settings import Settings
+    from training import make_optimizer
+
+    settings = Settings(device="cuda", dtype="bfloat16")
+    router = ROUTERS[settings.router]
+    with on_gpu(torch.float32):
+        shape = {"dim": settings.dim, "layers": settings.layers, "heads": settings.heads, "context": settings.context}
+        model = ByteLM(lambda: router.build(settings.dim, settings.num_experts, settings.width), **shape)
+        optimizer = make_optimizer(model, settings.learning_rate, settings.expert_rate)
+        windows = torch.zeros(settings.batch_size, settings.context + 1, dtype=torch.int64)
+        with autocasting():
+            logits, aux_loss = model(windows[:, :-1])
+        loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
+        (loss + aux_loss).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        optimizer.step()

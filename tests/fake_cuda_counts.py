@@ -8,10 +8,12 @@ results, each element once. Kept is every storage alive, but those named as know
 from __future__ import annotations
 
 import gc
+import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -19,6 +21,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh", "alias"}
+
+
+#: what kernels read by a table of rows, and the argument that says whether they do
+GATHERED = {
+    ("rows_by_weights", "x"): "GATHER",
+    ("hidden_grads", "grad"): "token",
+    ("weight_grads", "x"): "GATHER_X",
+    ("weight_grads", "y"): "GATHER_Y",
+}
 
 
 class Counts(NamedTuple):
@@ -41,11 +52,26 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if (inside := implementation(func)) is not None:
+            with self:
+                return inside(*args, **kwargs)
         result = func(*args, **kwargs)
         self.remember(result)
         if not is_free(func, args, result):
             self.add(str(func), (args, kwargs, result))
         return result
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        """A Triton kernel, in the place of `operators.launch`. Of what it gathers, as many rows as it reads."""
+        self.add(kernel.fn.__name__, ())
+        for name, tensor in arguments.items():
+            if isinstance(tensor, Tensor):
+                table = arguments.get(GATHERED.get((kernel.fn.__name__, name), ""))
+                if table is True or isinstance(table, Tensor):
+                    size = arguments["token"].shape[0] * tensor.shape[-1] * tensor.element_size()
+                else:
+                    size = num_bytes(tensor)
+                self.moved[kernel.fn.__name__] += size
 
     def add(self, name: str, tensors: Any) -> None:
         self.launches[name] += 1
@@ -62,6 +88,16 @@ class Ledger(TorchDispatchMode):
         aside = {tensor.untyped_storage()._cdata for tensor in known}
         alive = ((key, size) for key, (ref, size) in self.storages.items() if not ref.expired())
         return sum(size for key, size in alive if key not in aside)
+
+
+def implementation(func) -> Callable[..., Any] | None:
+    """What an operator of this package does, which is what is counted."""
+    if func.namespace != "mixture_of_experts":
+        return None
+    from torch._library.custom_ops import OPDEFS
+
+    operator = OPDEFS[func._schema.name]
+    return operator._backend_fns.get("cuda") or operator._backend_fns.get(None)
 
 
 def distinct(tensors: Any) -> list[Tensor]:
@@ -90,11 +126,13 @@ def is_free(func, args, result) -> bool:
     return not mutates and all(t.untyped_storage()._cdata in inputs for t in made)
 
 
-def count(call: Callable[[], tuple[Tensor, ...]], known: Iterable[Tensor]) -> tuple[Counts, Ledger]:
-    """Counts of `call`, which returns what is differentiated, and of the backward of their sums' total."""
-    with Ledger() as ledger:
+def count(call: Callable[[], Sequence[Tensor]], known: Iterable[Tensor]) -> Counts:
+    """Counts of `call`, which returns what is differentiated, and of the backward."""
+    with Ledger() as ledger, pytest.MonkeyPatch.context() as patch:
+        if importlib.util.find_spec("triton"):
+            patch.setattr("mixture_of_experts.ops.triton.operators.launch", ledger.launch)
         results = call()
         forward = ledger.launches.total()
         kept = ledger.kept(known)
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
-    return Counts(forward, ledger.launches.total(), ledger.moved.total(), kept), ledger
+    return Counts(forward, ledger.launches.total(), ledger.moved.total(), kept)

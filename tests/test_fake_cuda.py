@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import fake_cuda
 import pytest
+from triton_machine_code import Case
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 ROUTERS = ["top 2", "top 2, by score", "switch", "top 3", "top 3, by token", "top 3 of groups", "noisy"]
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CARDS = {"A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "RTX 5090": (12, 0)}
 
 
@@ -27,9 +32,9 @@ def run(name: str, args, kwargs):
     import warnings
 
     warnings.simplefilter("error")
-    import fake_cuda_checks  # it imports torch: only in the process that has loaded fake CUDA
-
-    return getattr(fake_cuda_checks, name)(*args, **kwargs)
+    module, _, function = name.rpartition(".")
+    # it imports torch: only in the process that has loaded fake CUDA
+    return getattr(importlib.import_module(module or "fake_cuda_checks"), function)(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +74,110 @@ def test_cards(check: Checks, capability: tuple[int, int]):
 
 def test_statistics(check: Checks):
     check("check_statistics")
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "card", "way"),
+    [
+        ("bf16", "H100", "grouped"),
+        ("bf16", "B200", "grouped"),
+        ("bf16", "A100", "lean"),
+        ("bf16", "RTX 5090", "lean"),
+        ("f16", "H100", "lean"),
+        ("f64", "H100", "lean"),
+    ],
+)
+def test_which_way(check: Checks, dtype: str, card: str, way: str):
+    said = "asked for" if dtype != "f64" else "float64"
+    check("check_way", dtype, CARDS[card], way, {"triton": said, "grouped": "torch's"} if way == "lean" else {})
+
+
+def test_a_thousand_experts_are_no_error(check: Checks):
+    """torch's grouped product raises for 1,024."""
+    check("check_many_experts", 1023, "grouped")
+    check("check_many_experts", 1024, "lean")
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("way", [pytest.param("triton", marks=needs_triton), "lean"])
+def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
+    for capacity in (None, 1.0):
+        check("check_forced", way, "gated with biases", capacity, dtype)
+
+
+# ---- what Triton makes of it ----
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case((9, 0)),
+        pytest.param(Case((8, 0), bias=True, activation="gelu"), marks=pytest.mark.slow),
+        pytest.param(Case((8, 9), layout="interleaved", activation="clamped_swiglu"), marks=pytest.mark.slow),
+        pytest.param(Case((10, 0), "float16", "plain", mean_rows=16), marks=pytest.mark.slow),
+        pytest.param(Case((12, 0), "float32", tf32=True), marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_machine_code(check: Checks, case: Case):
+    """No register spills, the card's shared memory, tensor cores, no atomics; `triton_machine_code.py` has the rest."""
+    codes = check("triton_machine_code.check", case)
+    assert {code.kernel for code in codes} >= {"rows_by_weights", "hidden_grads", "row_grads", "weight_grads"}
+
+
+@needs_triton
+def test_a_new_number_of_tokens_compiles_nothing(check: Checks):
+    """Of 50 lengths there are as many programs of a kernel as heights of tiles, for each use of it."""
+    uses = {"rows_by_weights": 2, "weight_grads": 2, "sum_rows": 2}  # up and down; of either weight; out and x
+    programs = check("triton_machine_code.programs_over_lengths", 50)
+    assert len(programs) == 7
+    for kernel, number in programs.items():
+        assert number <= 4 * uses.get(kernel, 1), (kernel, number)
+
+
+# ---- what a call costs ----
+
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+ROWS = {
+    "launches, forward": ("forward", "small"),
+    "launches, forward and backward": ("forward and backward", "small"),
+    "kept for the backward": ("kept", "large"),
+    "moved by forward and backward, GB": ("moved", "large"),
+}
+
+
+def documented() -> dict[tuple[str, str], float]:
+    """The cells of the table: (way, row)."""
+    table = GUIDE.read_text(encoding="utf-8").split("<!-- table: costs -->\n")[1].split("<!-- end -->")[0]
+    head, _, *lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return {(way, row): float(cell) for row, *cells in lines for way, cell in zip(head[1:], cells, strict=True)}
+
+
+@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton), "plain"])
+def test_costs_are_those_of_the_guide(check: Checks, way: str):
+    """None is above its budget, and no budget is far above what is."""
+    found = {size: check("costs", way, size) for size in ("small", "large")}
+    for row, (name, size) in ROWS.items():
+        budget = documented()[way, row]
+        assert 0.93 * budget - 0.05 <= found[size][name] <= budget + 0.005, (row, found[size][name], budget)
+
+
+@needs_triton
+def test_finer_experts_keep_little_more(check: Checks):
+    """Cut 8 times finer at equal FLOPs; what is more are the router's probabilities and the tables of rows."""
+    assert check("costs", "triton", "fine")["kept"] < 1.25 * check("costs", "triton", "large")["kept"]
+
+
+# ---- what users are shown ----
+
+
+def test_the_billion_of_the_readme(check: Checks):
+    text = (GUIDE.parent.parent / "README.md").read_text(encoding="utf-8")
+    code = text.split("<!-- test: cuda -->\n```python\n")[1].split("```")[0]
+    assert 1e9 < check("check_billion", code) < 1.1e9
+
+
+def test_the_example_trains(check: Checks):
+    check("check_example")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.dispatch import Decision, GivenChoices
-from mixture_of_experts.ops import cpu, grouped, lean, plain
-from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, known_module, takes_two
+from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
+from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU, known_module, takes_two
 from mixture_of_experts.ops.call import Call, Halves, Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import bias_of_rows
@@ -40,8 +40,8 @@ __all__ = [
 ]
 
 # the fastest first
-WAYS: dict[str, Any] = {"cpu": cpu, "grouped": grouped, "lean": lean, "plain": plain}
-AUTO = ("cpu", "grouped", "lean", "plain")  # those that are taken unasked
+WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
+AUTO = ("cpu", "grouped", "lean", "plain")  # those that are taken unasked; no GPU has timed the Triton kernels yet
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once: a compiled graph is guarded by this variable, and could not be by the environment
@@ -66,7 +66,7 @@ class Explanation:
 
 
 @contextmanager
-def use(way: Literal["auto", "cpu", "grouped", "lean", "plain"]) -> Iterator[None]:
+def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> Iterator[None]:
     """Have every call of `routed_ffn` and `moe_ffn` go one way, or again each the fastest ("auto").
 
     It holds for the whole process, all its threads, as the variable `MIXTURE_OF_EXPERTS_KERNELS` does from the start.
@@ -138,6 +138,8 @@ def _choose(call: Call) -> str:
             raise ValueError(f"{_asked_for!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
         return _tell(_asked_for, {})
     reasons = {}
+    if _listener is not None and call.x.is_cuda:
+        reasons["triton"] = triton.why_not(call) or "it is taken when asked for only, as no GPU has timed it yet"
     for name in AUTO:
         reason = WAYS[name].why_not(call)
         if reason is None:

@@ -1,0 +1,54 @@
+"""What of a network is not a tensor, in the words of the kernels. Imported without triton."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.call import Network
+
+
+class Form(NamedTuple):
+    """Of a network.
+
+    Attributes:
+        layout: how the input weights lie: "plain", one `(e, d, h)`; "gated", two of them; or in one `(e, d, 2 h)`
+            "concatenated" or "interleaved".
+        activation: a name that `activations.py` knows.
+        alpha, limit: of clamped SwiGLU.
+    """
+
+    layout: str
+    activation: str
+    alpha: float = 0.0
+    limit: float = 0.0
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The parts of input weights or biases, or of their gradients."""
+        if self.layout == "concatenated":
+            return list(tensors[0].chunk(2, dim=-1))
+        if self.layout == "interleaved":
+            return [tensors[0][..., 0::2], tensors[0][..., 1::2]]
+        return list(tensors)
+
+    def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The same, for reading: all of one set of strides."""
+        parts = self.views(tensors)
+        alike = all(part.stride() == parts[0].stride() for part in parts)
+        return parts if alike else [part.contiguous() for part in parts]
+
+
+def form_of(network: Network) -> Form | None:
+    """None if no kernel knows the activation."""
+    activation = network.activation
+    layout = network.halves or ("gated" if network.gated else "plain")
+    if isinstance(activation, ClampedSwiGLU):
+        return Form(layout, "clamped_swiglu", activation.alpha, activation.limit) if network.gated else None
+    if isinstance(activation, nn.GELU):
+        return Form(layout, "gelu" if activation.approximate == "none" else "gelu_tanh")
+    names = {nn.SiLU: "silu", nn.ReLU: "relu", SquaredReLU: "relu_squared", nn.Identity: "identity"}
+    name = names.get(type(activation))
+    return None if name is None else Form(layout, name)

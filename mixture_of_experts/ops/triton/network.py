@@ -1,0 +1,61 @@
+"""A routed feed-forward network by the kernels, with its gradient: keeps the tokens and the pre-activations only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.triton.form import Form, form_of
+from mixture_of_experts.ops.triton.operators import triton_ffn, triton_ffn_backward
+from mixture_of_experts.tracing import is_wrapped
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`; capacity too is rows without gaps, so that empty slots cost nothing."""
+    return compute(call.x, call.decision.plan(ragged=True), call.network)
+
+
+def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
+    form = form_of(network)
+    assert form is not None
+    weights = network.tensors()
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
+        return _Network.apply(plan, network, form, x, plan.weight, *weights)
+    return triton_ffn(*operands(x, plan, network), *form, False)[0]
+
+
+def operands(x: Tensor, plan: Plan, network: Network) -> tuple[Any, ...]:
+    """The first arguments of `triton_ffn`."""
+    tables = (plan.weight, plan.token, plan.assignment, plan.row, plan.counts)
+    b_in = [bias for bias in network.b_in if bias is not None]
+    return x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out
+
+
+class _Network(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, network: Network, form: Form, x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
+        network = network.filled(weights)
+        out, pre = triton_ffn(*operands(x, plan._replace(weight=weight), network), *form, True)
+        ctx.settings = plan[5:], network.map(id), form  # no tensors: those are saved
+        ctx.save_for_backward(x, *plan[:5], *weights, pre)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        of_plan, network, form = ctx.settings
+        x, *tensors, pre = ctx.saved_tensors
+        plan, network = Plan(*tensors[:5], *of_plan), network.filled(tensors[5:])
+        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
+            return None, None, None, *plain.gradients(plan, network, grad, x)
+        need_x, need_weight, *needs = ctx.needs_input_grad[3:]
+        number, biases = len(network.w_in), len([bias for bias in network.b_in if bias is not None])
+        need_in = any(needs[:number]) or any(needs[number + 1 : number + 1 + biases])
+        need_out = needs[number] or any(needs[number + 1 + biases :])
+        grads = triton_ffn_backward(grad, *operands(x, plan, network), pre, *form, need_x, need_in, need_out)
+        wanted = zip(grads, (need_x, need_weight, *needs), strict=True)
+        return None, None, None, *(gradient if need else None for gradient, need in wanted)

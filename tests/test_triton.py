@@ -1,0 +1,108 @@
+"""The Triton kernels by Triton's interpreter, against the obvious network: outputs and every gradient.
+
+`pytest tests/test_triton.py --slow` runs more of them, for some minutes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import triton_interpreter
+
+pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
+
+
+class Checks:
+    """Runs functions of `triton_checks` in the process of the interpreter."""
+
+    def __init__(self, process: ProcessPoolExecutor) -> None:
+        self.process = process
+
+    def __call__(self, name: str, *args, **kwargs):
+        return self.process.submit(run, name, args, kwargs).result(timeout=600)
+
+
+def run(name: str, args, kwargs):
+    import triton_checks
+
+    return getattr(triton_checks, name)(*args, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def check() -> Iterator[Checks]:
+    with triton_interpreter.interpreter() as process:
+        yield Checks(process)
+
+
+@pytest.mark.parametrize(
+    ("layout", "activation", "options"),
+    [
+        ("plain", "gelu", dict(bias=True)),
+        ("gated", "silu", dict()),
+        ("interleaved", "clamped", dict(bias=True)),
+        ("concatenated", "gelu_tanh", dict(transposed=True)),
+        pytest.param("plain", "relu_squared", dict(routing="capacity"), marks=pytest.mark.slow),
+        ("gated", "relu", dict(routing="expert choice", bias=True)),
+        pytest.param("plain", "identity", dict(routing="two levels"), marks=pytest.mark.slow),
+        ("gated", "silu", dict(routing="masked", dtype=torch.bfloat16)),
+        ("plain", "silu", dict(dtype=torch.float16, sizes=(20, 16, 32, 16, 4, 3))),
+    ],
+)
+def test_outputs_and_gradients(check: Checks, layout: str, activation: str, options: dict):
+    check("check_values", layout, activation, **options)
+
+
+@pytest.mark.parametrize("experts", [1, 17, pytest.param(257, marks=pytest.mark.slow)])
+def test_numbers_of_experts(check: Checks, experts: int):
+    check("check_values", "plain", "gelu", sizes=(19, 8, 8, 8, experts, min(2, experts)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
+@pytest.mark.parametrize("layout", ["plain", "gated"])
+def test_blocks_of_the_schedule(check: Checks, layout: str, kind: str):
+    for t in (24, 200, 420):
+        check("check_values", layout, "silu", sizes=(t, 72, 136, 40, 3, 2), bias=True, kind=kind)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("routing", ["top k", "capacity", "masked", "expert choice", "two levels"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "identity"])
+@pytest.mark.parametrize("layout", ["plain", "gated", "concatenated", "interleaved"])
+def test_every_activation_and_routing(check: Checks, layout: str, activation: str, routing: str):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        check("check_values", layout, activation, routing=routing, dtype=dtype, bias=True)
+
+
+@pytest.mark.parametrize("height", [16, 64])
+@pytest.mark.parametrize("experts", [1, 5, 64, 257])
+def test_tiles(check: Checks, experts: int, height: int):
+    check("check_tiles", experts, height)
+
+
+def test_no_tokens(check: Checks):
+    check("check_nothing")
+
+
+def test_gradients_that_nobody_asks_for(check: Checks):
+    check("check_frozen")
+
+
+def test_operators_are_what_torch_wants(check: Checks):
+    check("check_operators")
+
+
+@pytest.mark.parametrize("layer", ["top 2, capacity", "top 3, gated, biases", "expert choice", "two levels"])
+def test_a_layer_is_the_plain_one(check: Checks, layer: str):
+    check("check_layer", layer)
+
+
+def test_one_graph_for_all_lengths(check: Checks):
+    check("check_compiled")
+
+
+def test_what_is_refused(check: Checks):
+    check("check_refusals")

@@ -1,0 +1,255 @@
+"""What runs in the process of Triton's interpreter: the kernels against the obvious network in float64.
+
+Axes: t tokens, k choices, r rows, e experts, d model dim, h hidden dim, o output dim.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    Top2Gating,
+    TopKGating,
+    ops,
+)
+from mixture_of_experts.dispatch import Plan, compose, plan
+from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.call import Network
+from mixture_of_experts.ops.triton import operators, schedule
+from mixture_of_experts.ops.triton.form import form_of
+from mixture_of_experts.ops.triton.network import compute, operands
+
+ACTIVATIONS = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu_squared": SquaredReLU,
+    "identity": nn.Identity,
+    "clamped": lambda: ClampedSwiGLU(1.702, 1.0),  # a limit that many pre-activations pass
+}
+#: relative norms of the errors; the interpreter truncates to bfloat16 where hardware rounds
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
+
+
+@torch.no_grad()
+def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
+    """Rows without gaps of tokens that some gate routed; some experts are empty, one has much."""
+    x = torch.randn(1, t, d)
+    if routing == "expert choice":
+        return plan(ExpertChoiceGating(d, e, capacity_factor=1.5)(x), ragged=True)
+    if routing == "two levels":
+        outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
+        slots = plan(outer)
+        inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,))
+        grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
+        mask = (slots.token < t).view(2, 1, -1)
+        return compose(outer, inner_gate(grouped, mask=mask), ragged=True)
+    gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
+    gate.w_gating.data *= 5
+    mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
+    return plan(gate(x, mask=mask), ragged=True)
+
+
+def make_network(
+    layout: str, activation: str, e: int, d: int, h: int, o: int, *, bias: bool = False, transposed: bool = False
+) -> Network:
+    """Of unit scale: every output is about as large as the inputs. `transposed`: stored `(e, h, d)`, `(e, o, h)`."""
+
+    def draw(p: int, q: int) -> Tensor:
+        weight = torch.randn(e, q, p).mT if transposed else torch.randn(e, p, q)
+        return weight / math.sqrt(p)
+
+    halves = layout if layout in ("concatenated", "interleaved") else None
+    width, number = h if halves is None else 2 * h, 2 if layout == "gated" else 1
+    b_in = tuple(torch.randn(e, width) if bias else None for _ in range(number))
+    w_in = tuple(draw(d, width) for _ in range(number))
+    return Network(w_in, draw(h, o), b_in, torch.randn(e, o) if bias else None, ACTIVATIONS[activation](), halves)
+
+
+def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
+    """The network, one expert after the other."""
+    assert where.counts is not None
+    out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
+    for expert, count in enumerate(where.counts.tolist()):
+        rows = slice(start, start + count)
+        start += count
+        its = network.map(lambda tensor, expert=expert: tensor[expert])
+        tokens = x[where.token[rows]]
+        pre = [tokens @ w + (0 if b is None else b) for w, b in zip(its.w_in, its.b_in, strict=True)]
+        y = network.hidden(pre) @ its.w_out + (0 if its.b_out is None else its.b_out)
+        out = out.index_add(0, where.token[rows], y * where.weight[where.assignment[rows]].unsqueeze(-1))
+    return out
+
+
+def relative(value: Tensor, wanted: Tensor) -> float:
+    """Norm of the error by the norm of what is wanted (an error of 0 is 0 also beside zeros)."""
+    error = (value.double() - wanted).norm()
+    return float(error / wanted.norm()) if error else 0.0
+
+
+def check_values(
+    layout: str,
+    activation: str,
+    *,
+    routing: str = "top k",
+    sizes: tuple[int, int, int, int, int, int] = (37, 20, 28, 24, 6, 2),
+    bias: bool = False,
+    transposed: bool = False,
+    dtype: torch.dtype = torch.float32,
+    kind: str | None = None,
+) -> None:
+    """Outputs and all gradients. `sizes`: t, d, h, o, e, k; `kind`: of the schedule's entries, not the small ones."""
+    torch.manual_seed(0)
+    t, d, h, o, e, k = sizes
+    where = make_plan(routing, t, d, e, k)
+    network = make_network(layout, activation, e, d, h, o, bias=bias, transposed=transposed)
+    x, grad, network = torch.randn(t, d).to(dtype), torch.randn(t, o).to(dtype), network.map(lambda w: w.to(dtype))
+    before = schedule.TABLE["interpreted"]
+    schedule.TABLE["interpreted"] = before if kind is None else schedule.TABLE[kind]
+    found = with_gradients(compute, x, where, network, grad)
+    schedule.TABLE["interpreted"] = before
+    double = where._replace(weight=where.weight.double())
+    wanted = with_gradients(obvious, x.double(), double, network.map(torch.Tensor.double), grad.double())
+    for name in wanted:
+        assert relative(found[name], wanted[name]) < TOLERANCE[dtype], (name, relative(found[name], wanted[name]))
+
+
+def with_gradients(function: Any, x: Tensor, where: Plan, network: Network, grad: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradients of all there is, by name."""
+    x, weight = x.detach().requires_grad_(), where.weight.detach().requires_grad_()
+    network = network.map(lambda w: w.detach().requires_grad_())
+    out = function(x, where._replace(weight=weight), network)
+    gradients = torch.autograd.grad(out, [x, weight, *network.tensors()], grad)
+    return {"out": out, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
+
+
+def check_tiles(e: int, height: int) -> None:
+    """The table of tiles, for counts with empty and overfull experts."""
+    torch.manual_seed(e)
+    counts = torch.randint(0, 3 * height, (e,)) * (torch.rand(e) < 0.6)
+    rows = int(counts.sum()) + 5
+    tiles = operators.find_tiles(counts, rows, height)
+    wanted, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        wanted += [(expert, start + i, min(start + i + height, start + count)) for i in range(0, count, height)]
+        start += count
+    assert tiles.number >= len(wanted)
+    found = list(zip(*(t.tolist() for t in (tiles.expert, tiles.first, tiles.stop)), strict=True))
+    assert found == wanted + [(-1, 0, 0)] * (tiles.number - len(wanted))
+    assert tiles.ends.tolist() == counts.cumsum(0).tolist()
+
+
+def check_nothing() -> None:
+    """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
+    where = plan(TopKGating(16, 4, 2)(torch.randn(1, 0, 16)), ragged=True)
+    network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
+    found = with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
+    assert found.pop("out").shape == (0, 16)
+    assert not any(gradient.any() for gradient in found.values())
+
+
+def check_frozen() -> None:
+    """Gradients that nobody asks for are not computed, and the others do not change."""
+    torch.manual_seed(0)
+    where = make_plan("top k", 24, 16, 4, 2)
+    tensors = {"x": torch.randn(24, 16), "w_in": torch.randn(4, 16, 16), "w_out": torch.randn(4, 16, 16)}
+    grad = torch.randn(24, 16)
+    gradients = {}
+    for wanted in ("x", "w_in", "w_out", "all"):
+        leaves = {name: tensor.clone().requires_grad_(wanted in (name, "all")) for name, tensor in tensors.items()}
+        network = Network((leaves["w_in"],), leaves["w_out"], (None,), None, nn.SiLU())
+        compute(leaves["x"], where, network).backward(grad)
+        gradients[wanted] = {name: leaf.grad for name, leaf in leaves.items()}
+    for name in tensors:
+        assert torch.equal(gradients[name][name], gradients["all"][name])
+        assert all(gradients[name][other] is None for other in tensors if other != name)
+
+
+def check_operators() -> None:
+    """torch's own check of custom operators: schema, fakes, autograd, tracing."""
+    torch.manual_seed(0)
+    network = make_network("interleaved", "clamped", 4, 16, 16, 16, bias=True)
+    form, x = form_of(network), torch.randn(20, 16)
+    assert form is not None
+    arguments = operands(x, make_plan("top k", 20, 16, 4, 2), network)
+    torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
+    _, pre = operators.triton_ffn(*arguments, *form, True)
+    torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
+    torch.library.opcheck(operators.triton_ffn_backward, (x, *arguments, pre, *form, True, True, False))
+    torch.use_deterministic_algorithms(True)
+
+
+LAYERS = {
+    "top 2, capacity": lambda: MoE(16, 4, 32),
+    "top 3, gated, biases": lambda: MoE(
+        16, 4, gate=TopKGating(16, 4, 3), experts=GatedExperts(16, 4, 32, bias=True, dim_out=16)
+    ),
+    "expert choice": lambda: MoE(16, 4, gate=ExpertChoiceGating(16, 4), experts=Experts(16, 4, 32, nn.ReLU)),
+    "two levels": lambda: HeirarchicalMoE(16, (2, 2), 32, capacity_factor_train=None),
+}
+
+
+def check_layer(name: str) -> None:
+    """A layer by the kernels is the layer by plain operators: outputs, loss, gradients and second derivatives."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    x, mask = torch.randn(2, 11, 16, requires_grad=True), torch.rand(2, 11) < 0.8
+    leaves = [x, *layer.parameters()]
+
+    def results(way: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        with ops.use(way):
+            out, loss = layer(x, mask=mask)
+            first = torch.autograd.grad((out.square().sum() + loss), leaves, create_graph=True)
+            second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+            torch.manual_seed(1)
+            out, loss = layer(x, mask=mask)
+            return [out, loss, *torch.autograd.grad(out.square().sum() + loss, leaves), *second]
+
+    for got, wanted in zip(results("triton"), results("plain"), strict=True):
+        assert relative(got, wanted.double()) < 1e-4
+
+
+def check_compiled() -> None:
+    """One graph without breaks, for all lengths, forward and backward."""
+    torch.manual_seed(0)
+    layer = MoE(16, 4, gate=TopKGating(16, 4, 2), experts=GatedExperts(16, 4, 32))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    graphs = []
+    for length in (12, 17, 30):
+        x = torch.randn(2, length, 16, requires_grad=True)
+        with ops.use("triton"):
+            out, loss = compiled(x)
+            found = torch.autograd.grad(out.square().sum() + loss, [x, *layer.parameters()])
+        out, loss = layer(x)
+        wanted = torch.autograd.grad(out.square().sum() + loss, [x, *layer.parameters()])
+        for got, want in zip(found, wanted, strict=True):
+            assert relative(got, want.double()) < 1e-5
+        graphs.append(counter.frame_count)
+    assert graphs == graphs[:1] * 3
+
+
+def check_refusals() -> None:
+    """What the kernels do not take is refused by name."""
+    x = torch.randn(1, 4, 16)
+    refused = {
+        "multiples of 16": MoE(16, 4, 24),
+        "float64": MoE(16, 4, 32).double(),
+        "activation": MoE(16, 4, 32, nn.Tanh),
+    }
+    for reason, layer in refused.items():
+        with ops.use("triton"), pytest.raises(ValueError, match=reason):
+            layer(x.to(layer.experts.w1.dtype))

@@ -1,0 +1,220 @@
+"""Machine code of the Triton kernels for GPUs that are not here: what the operators launch, compiled ahead of time.
+
+    python tests/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 4 minutes a card
+
+The operators run on fake CUDA tensors; what they would launch is written down and compiled, with the types, constants
+and divisibilities of that launch. Wanted of each: no register spills, shared memory within the card's limit,
+tensor-core instructions in products (but of IEEE float32), no atomics.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB
+TENSOR_CORES = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma"
+ATOMICS = r"\b(?:atom|red)\.\S+"
+PRODUCTS = ("rows_by_weights", "hidden_grads", "row_grads", "weight_grads")
+TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
+
+
+class Case(NamedTuple):
+    """A network whose launches are compiled."""
+
+    capability: tuple[int, int]
+    dtype: str = "bfloat16"
+    layout: str = "gated"
+    activation: str = "silu"
+    bias: bool = False
+    mean_rows: int = 128
+    tf32: bool = False
+
+
+class Code(NamedTuple):
+    kernel: str
+    blocks: tuple[int, ...]
+    registers: int
+    spilled: int  # bytes
+    shared: int  # KB
+    tensor_cores: int  # instructions
+    atomics: int
+
+    def faults(self, case: Case) -> list[str]:
+        wants_cores = self.kernel in PRODUCTS and (case.tf32 or case.dtype != "float32")
+        faults = {
+            f"{self.spilled} bytes spilled": self.spilled > 0,
+            f"{self.shared} KB of shared memory": self.shared > SHARED_LIMIT[case.capability],
+            "no tensor cores": wants_cores and not self.tensor_cores,
+            f"{self.atomics} atomics": self.atomics > 0,
+        }
+        return [fault for fault, found in faults.items() if found]
+
+
+def check(case: Case) -> list[Code]:
+    """Compile what a forward and a backward launch; an AssertionError names what is wrong."""
+    codes = [compile_launch(kernel, arguments, case.capability) for kernel, arguments in launches_of(case)]
+    wrong = [(code, code.faults(case)) for code in codes if code.faults(case)]
+    assert not wrong, (case, wrong)
+    return codes
+
+
+def programs_over_lengths(number: int) -> dict[str, int]:
+    """How many programs of each kernel would be compiled for so many mean rows of an expert."""
+    found: dict[str, set] = {}
+    for rows in range(1, number + 1):
+        for kernel, arguments in launches_of(Case((9, 0), mean_rows=5 * rows)):
+            found.setdefault(kernel.fn.__name__, set()).add(str(program(kernel, arguments)))
+    return {kernel: len(programs) for kernel, programs in found.items()}
+
+
+def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
+    """The launches of a forward and a backward, each kind once."""
+    import torch
+    from fake_cuda_checks import on_gpu
+
+    from mixture_of_experts.ops.triton import operators
+
+    seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
+
+    def note(kernel, grid, **arguments):
+        described = {name: describe(value) for name, value in arguments.items()}
+        seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
+
+    launch, operators.launch = operators.launch, note
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
+    try:
+        with on_gpu(getattr(torch, case.dtype), case.capability):
+            run_operators(case, operators)
+    finally:
+        operators.launch = launch
+    return list(seen.values())
+
+
+def run_operators(case: Case, operators) -> None:
+    import torch
+
+    e, d, h, o = 8, 1024, 512, 2048
+    r = e * case.mean_rows
+    width = h if case.layout in ("plain", "gated") else 2 * h
+    number = 2 if case.layout == "gated" else 1
+    index = torch.empty(r, dtype=torch.int64)
+    tables = (torch.empty(r, dtype=torch.float32), index, index, index, torch.empty(e, dtype=torch.int64), 2)
+    w_in, w_out = [torch.empty(e, d, width) for _ in range(number)], torch.empty(e, h, o)
+    biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
+    network = (case.layout, case.activation, 1.702, 7.0)
+    x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
+    _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
+    operators.triton_ffn_backward._init_fn(grad, x, *tables, w_in, w_out, *biases, pre, *network, True, True, True)
+
+
+def describe(value: Any) -> Any:
+    """A tensor as its type and whether its first element is aligned to 16 bytes."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        aligned = value.storage_offset() * value.element_size() % 16 == 0
+        return "*" + TYPES[str(value.dtype).removeprefix("torch.")], aligned
+    return value
+
+
+def program(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict, dict]:
+    """What of a launch its program depends on: types, constants, divisibilities; and options of the compiler."""
+    arguments = dict(arguments)
+    options = {name: arguments.pop(name) for name in ("num_warps", "num_stages") if name in arguments}
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        fixed = value is None or (value == 1 and not parameter.do_not_specialize)
+        if parameter.is_constexpr or fixed:
+            signature[parameter.name], constants[place,] = "constexpr", value
+        elif isinstance(value, tuple):
+            signature[parameter.name], even = value
+            attributes |= {(place,): [["tt.divisibility", 16]]} if even else {}
+        else:
+            signature[parameter.name] = "i32"
+            even = value % 16 == 0 and not parameter.do_not_specialize
+            attributes |= {(place,): [["tt.divisibility", 16]]} if even else {}
+    return signature, constants, attributes, options
+
+
+def compile_launch(kernel: Any, arguments: dict[str, Any], capability: tuple[int, int]) -> Code:
+    """As Triton would compile it at this launch."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes, options = program(kernel, arguments)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
+    registers, spilled = used(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    sizes = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in arguments]
+    return Code(
+        kernel.fn.__name__,
+        (*sizes, *options.values()),
+        registers,
+        spilled,
+        -(-compiled.metadata.shared // 1024),
+        len(re.findall(TENSOR_CORES, ptx)),
+        len(re.findall(ATOMICS, ptx)),
+    )
+
+
+def used(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory, where spilled ones go."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        done = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True)
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", done.stdout + done.stderr)
+    assert match is not None, done.stdout + done.stderr
+    return int(match[1]), int(match[2]) + int(match[3])
+
+
+def cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Every entry of the schedule, with the networks that need the most registers."""
+    gated = ("gated", "gelu", True)
+    others = (("plain", "gelu", True), ("interleaved", "clamped_swiglu", True))
+    kinds = (("bfloat16", False, others), ("float16", False, ()), ("float32", True, ()), ("float32", False, ()))
+    for dtype, tf32, more in kinds:
+        for mean_rows in (16, 32, 64, 128):
+            for layout, activation, bias in (gated, *more):
+                yield Case(capability, dtype, layout, activation, bias, mean_rows, tf32)
+
+
+def main() -> int:
+    wanted = sys.argv[1:] or [f"sm_{major}{minor}" for major, minor in SHARED_LIMIT]
+    failed = 0
+    for capability in SHARED_LIMIT:
+        name = "sm_{}{}".format(*capability)
+        if name not in wanted:
+            continue
+        for case in cases(capability):
+            for kernel, arguments in launches_of(case):
+                code = compile_launch(kernel, arguments, capability)
+                faults = code.faults(case)
+                failed += bool(faults)
+                kind = "tf32" if case.tf32 else case.dtype
+                print(name, kind, case.layout, case.mean_rows, *code, *faults, flush=True)
+    print(f"{failed} faults")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    assert "TRITON_INTERPRET" not in os.environ, "the interpreter has no machine code"
+    sys.path.insert(0, str(Path(__file__).parent))
+    import fake_cuda
+
+    fake_cuda.load()
+    sys.exit(main())
