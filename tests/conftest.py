@@ -11,6 +11,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: run only with --slow")
+    config.addinivalue_line("markers", "cuda: what a GPU has to show; skipped where there is none")
     config.addinivalue_line("markers", "feature(row): what a test shows in the table of docs/compatibility.md")
     config.pluginmanager.register(Table(config.getoption("--write-table")))
 

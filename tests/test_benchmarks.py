@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import constants, counting, counts, field, pool, problem, report, timing  # noqa: E402
+from benchmarks import constants, counting, counts, field, gpu, pool, problem, report, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
@@ -322,3 +322,32 @@ def test_other_constants_of_the_schedule_are_timed_and_put_back(capsys) -> None:
     assert len(lines) == 3 + sum(map(len, constants.VALUES.values()))
     assert lines[1].split() == ["as", "it", "is", "1.000"]
     assert before == (schedule.CHUNK, schedule.PADDING, schedule.FREE_ROWS)
+
+
+@pytest.mark.parametrize("mode", gpu.MODES)
+def test_the_field_of_gpus_runs_anywhere(mode: str, monkeypatch: pytest.MonkeyPatch):
+    """At a small size on the CPU; what needs a GPU is missing by name, and nobody is wrong."""
+    monkeypatch.setattr(gpu, "ROUNDS", 2)
+    monkeypatch.setattr(gpu, "WARMUP", 0)
+    record = gpu.run(gpu.small(gpu.SHAPES[1]), mode, device="cpu")
+    assert not record["wrong"]
+    assert {"layer", "layer, grouped", "layer, lean", "products, batched", "dense"} <= set(record["contestants"])
+    assert "NVIDIA" in record["missing"]["layer, triton"]
+    assert record["contestants"]["layer, lean"]["error"] < gpu.TOLERANCE
+    assert any(line.startswith("| layer, lean |") for line in gpu.lines(record))
+
+
+def test_a_wrong_contestant_is_left_out(monkeypatch: pytest.MonkeyPatch):
+    def wrong(shape: gpu.Shape, layer: gpu.MoE) -> gpu.Contestant:
+        return gpu.Contestant(lambda x: 1.1 * layer(x)[0], [])
+
+    monkeypatch.setattr(gpu, "CONTESTANTS", {"wrong": wrong})
+    record = gpu.run(gpu.small(gpu.SHAPES[0]), "train", device="cpu")
+    assert record["wrong"]["wrong"] > gpu.TOLERANCE
+    assert not record["contestants"]
+    assert any("wrong is WRONG" in line for line in gpu.lines(record))
+
+
+def test_without_a_gpu_its_field_says_so(capsys: pytest.CaptureFixture):
+    assert command.main(["--device", "cuda"]) == 2
+    assert "no GPU" in capsys.readouterr().out

@@ -1,0 +1,394 @@
+"""On a GPU: first whether everybody computes the same, then times and peak memory beside rivals and yardsticks.
+
+    python -m benchmarks --device cuda                       # every shape and mode
+    python -m benchmarks --device cuda --only qwen3 --sweep  # and the sizes of blocks of the Triton kernels
+    python -m benchmarks --device cuda --json gpu.json --plot gpu.png
+
+Axes: t tokens, d model dim, h hidden dim, e experts, k choices. All experts are gated (SwiGLU), dropless, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatch
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.contest import MissingError
+from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
+
+ROUNDS, WARMUP = 20, 5
+CHECKED = 512  # tokens on which contestants are compared
+TOLERANCE = 3e-2  # relative norm, for bfloat16
+WAYS = ("triton", "grouped", "lean")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A layer and a call of it."""
+
+    name: str
+    t: int
+    d: int
+    h: int
+    e: int
+    k: int
+
+
+SHAPES = (
+    Shape("mixtral", 8192, 4096, 14336, 8, 2),
+    Shape("qwen3-30b-a3b", 32768, 2048, 768, 128, 8),
+    Shape("olmoe", 32768, 2048, 1024, 64, 8),
+    Shape("readme", 8192, 512, 2048, 16, 2),
+)
+MODES = ("forward", "train", "decode")
+
+
+@dataclass
+class Contestant:
+    """`forward(x)` gives the tokens' outputs; `computes` says whether they are the layer's."""
+
+    forward: Callable[[Tensor], Tensor]
+    parameters: list[Tensor]
+    computes: bool = True
+    weights: list[Tensor] = field(default_factory=list)  # whose gradients are compared: w1, w3, w2, if they lie alike
+
+
+def make_layer(shape: Shape, device: str, dtype: torch.dtype) -> MoE:
+    """The layer of this package, by which everybody's weights are drawn."""
+    torch.manual_seed(0)
+    gate = TopKGating(shape.d, shape.e, shape.k)
+    with torch.device(device):
+        experts = GatedExperts(shape.d, shape.e, shape.h)
+    return MoE(shape.d, gate=gate, experts=experts).to(device, dtype)
+
+
+def by_way(way: str) -> Callable[[Shape, MoE], Contestant]:
+    def enter(shape: Shape, layer: MoE) -> Contestant:
+        def forward(x: Tensor) -> Tensor:
+            with ops.use(way):
+                return layer(x)[0]
+
+        experts = layer.experts
+        return Contestant(forward, list(layer.parameters()), weights=[experts.w1, experts.w3, experts.w2])
+
+    return enter
+
+
+def transformers_block(backend: str) -> Callable[[Shape, MoE], Contestant]:
+    def enter(shape: Shape, layer: MoE) -> Contestant:
+        if importlib.util.find_spec("transformers") is None:
+            raise MissingError("pip install transformers")
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+        sizes = {"hidden_size": shape.d, "moe_intermediate_size": shape.h, "num_experts": shape.e}
+        options = {"num_experts_per_tok": shape.k, "norm_topk_prob": True, "experts_implementation": backend}
+        with torch.device(layer.experts.w1.device):
+            block = Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes, **options)).to(layer.experts.w1.dtype)
+        experts = layer.experts
+        gate_up = torch.cat([experts.w1, experts.w3], dim=-1).mT.contiguous()
+        parts = {"gate.weight": layer.gate.w_gating.T.contiguous(), "experts.gate_up_proj": gate_up}
+        block.load_state_dict(parts | {"experts.down_proj": experts.w2.mT.contiguous()})
+
+        def forward(x: Tensor) -> Tensor:
+            out = block(x)
+            return out[0] if isinstance(out, tuple) else out
+
+        return Contestant(forward, list(block.parameters()))
+
+    return enter
+
+
+def scattermoe(shape: Shape, layer: MoE) -> Contestant:
+    """ScatterMoE's gated network behind this package's router."""
+    if importlib.util.find_spec("scattermoe") is None:
+        raise MissingError("pip install git+https://github.com/shawntan/scattermoe")
+    from scattermoe.mlp import GLUMLP  # pyright: ignore[reportMissingImports]
+
+    experts = layer.experts
+    network = GLUMLP(shape.d, shape.h, shape.e, shape.k, activation=nn.SiLU()).to(experts.w1.device, experts.w1.dtype)
+    with torch.no_grad():  # it halves its product into what is multiplied, and the gate
+        network.experts.weight.copy_(torch.cat([experts.w3, experts.w1], dim=-1).mT)
+        network.output_experts.weight.copy_(experts.w2.mT)
+
+    def forward(x: Tensor) -> Tensor:
+        routing = layer.gate(x)
+        expert, weight = (tensor.view(-1, shape.k) for tensor in (routing.expert, routing.weight))
+        return network(x.flatten(0, 1), weight.to(x.dtype), expert).view(x.shape)
+
+    return Contestant(forward, [*layer.gate.parameters(), *network.parameters()])
+
+
+def sonicmoe(shape: Shape, layer: MoE) -> Contestant:
+    """SonicMoE's layer, with weights of its own: timed, not compared."""
+    if importlib.util.find_spec("sonicmoe") is None:
+        raise MissingError("pip install sonic-moe (Hopper or Blackwell)")
+    import sonicmoe as package  # pyright: ignore[reportMissingImports]
+    from sonicmoe.enums import ActivationType  # pyright: ignore[reportMissingImports]
+
+    options = {"activation_function": ActivationType.SWIGLU, "add_bias": False, "std": 0.02}
+    module = package.MoE(shape.e, shape.k, shape.d, shape.h, **options).to(layer.experts.w1.device, torch.bfloat16)
+    return Contestant(lambda x: module(x)[0], list(module.parameters()), computes=False)
+
+
+def even_products(grouped: bool) -> Callable[[Shape, MoE], Contestant]:
+    """The experts' products alone, every expert with as many rows: cuBLAS batched, or torch's grouped product."""
+
+    def enter(shape: Shape, layer: MoE) -> Contestant:
+        w1, w3, w2 = (w.detach().requires_grad_() for w in (layer.experts.w1, layer.experts.w3, layer.experts.w2))
+
+        def forward(x: Tensor) -> Tensor:
+            each = max(x[..., 0].numel() * shape.k // shape.e, 1)
+            rows = x.detach().flatten(0, 1).repeat(shape.k, 1)[: each * shape.e].requires_grad_(x.requires_grad)
+            if not grouped:
+                slots = rows.view(shape.e, each, shape.d)
+                return torch.bmm(F.silu(torch.bmm(slots, w1)) * torch.bmm(slots, w3), w2)
+            ends = torch.arange(each, each * shape.e + 1, each, device=x.device, dtype=torch.int32)
+            gate, up = F.grouped_mm(rows, w1, offs=ends), F.grouped_mm(rows, w3, offs=ends)
+            return F.grouped_mm(F.silu(gate) * up, w2, offs=ends)
+
+        return Contestant(forward, [w1, w3, w2], computes=False)
+
+    return enter
+
+
+def dense(shape: Shape, layer: MoE) -> Contestant:
+    """One gated FFN of as many FLOPs."""
+    with torch.device(layer.experts.w1.device):
+        up, gate = (nn.Linear(shape.d, shape.k * shape.h, bias=False) for _ in range(2))
+        down = nn.Linear(shape.k * shape.h, shape.d, bias=False)
+    network = nn.ModuleList([up, gate, down]).to(layer.experts.w1.dtype)
+    return Contestant(lambda x: down(F.silu(gate(x)) * up(x)), list(network.parameters()), computes=False)
+
+
+CONTESTANTS: dict[str, Callable[[Shape, MoE], Contestant]] = {
+    "layer": by_way("auto"),
+    **{f"layer, {way}": by_way(way) for way in WAYS},
+    "transformers grouped_mm": transformers_block("grouped_mm"),
+    "transformers eager": transformers_block("eager"),
+    "ScatterMoE": scattermoe,
+    "SonicMoE": sonicmoe,
+    "products, batched": even_products(grouped=False),
+    "products, grouped": even_products(grouped=True),
+    "dense": dense,
+}
+
+
+def step_of(contestant: Contestant, x: Tensor, mode: str) -> Callable[[], Tensor]:
+    """One call; in training with the backward, whose gradients are dropped outside the time."""
+
+    @torch.no_grad()
+    def forward() -> Tensor:
+        return contestant.forward(x)
+
+    def train() -> Tensor:
+        out = contestant.forward(x)
+        out.backward(torch.ones_like(out))
+        return out
+
+    return train if mode == "train" else forward
+
+
+def check(contestant: Contestant, layer: MoE, shape: Shape, device: str) -> float | None:
+    """Relative error against the plain way in float32, of outputs and of the gradients that can be compared."""
+    if not contestant.computes:
+        return None
+    torch.manual_seed(1)
+    x = torch.randn(1, min(CHECKED, shape.t), shape.d, device=device, dtype=layer.experts.w1.dtype)
+    exact = make_layer(shape, device, torch.float32)
+    exact.load_state_dict(layer.state_dict())
+    leaves = [x.clone().requires_grad_(), *contestant.weights]
+    wide = [x.float().requires_grad_(), *([exact.experts.w1, exact.experts.w3, exact.experts.w2][: len(leaves) - 1])]
+    out = contestant.forward(leaves[0])
+    with ops.use("plain"):
+        wanted = exact(wide[0])[0]
+    pairs = [(out, wanted)]
+    pairs += zip(
+        *(torch.autograd.grad(o.square().sum(), tensors) for o, tensors in ((out, leaves), (wanted, wide))), strict=True
+    )
+    return max(float(((got.float() - want).norm() / want.norm()).detach()) for got, want in pairs)
+
+
+def seconds(
+    steps: dict[str, Callable[[], Tensor]], parameters: dict[str, list[Tensor]], device: str
+) -> dict[str, list[float]]:
+    """Every contestant once a round, timed by the device's own events."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(WARMUP + ROUNDS):
+        for name, step in steps.items():
+            found = timed(step, device)
+            for parameter in parameters[name]:
+                parameter.grad = None
+            if turn >= WARMUP:
+                samples[name].append(found)
+    return samples
+
+
+def timed(step: Callable[[], Tensor], device: str) -> float:
+    if device != "cuda":
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    before.record()
+    step()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after) / 1e3
+
+
+def peak_bytes(step: Callable[[], Tensor], device: str) -> int | None:
+    """The most that a step holds beyond what stood before it."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def run(shape: Shape, mode: str, device: str = "cuda") -> dict[str, Any]:
+    """The record of one shape and mode."""
+    dtype = torch.bfloat16
+    layer = make_layer(shape, device, dtype).train(mode == "train")
+    tokens = 8 if mode == "decode" else shape.t
+    x = torch.randn(1, tokens, shape.d, device=device, dtype=dtype, requires_grad=mode == "train")
+    record: dict[str, Any] = {"shape": asdict(shape), "mode": mode, "contestants": {}, "missing": {}, "wrong": {}}
+    steps, parameters = {}, {}
+    for name, enter in CONTESTANTS.items():
+        try:
+            contestant = enter(shape, layer)
+            error = check(contestant, layer, shape, device)
+            step = step_of(contestant, x, mode)
+            peak = peak_bytes(step, device)
+        except (MissingError, ImportError, ValueError, RuntimeError, TypeError, AttributeError) as reason:
+            record["missing"][name] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+            continue
+        if error is not None and not error < TOLERANCE:
+            record["wrong"][name] = error
+            continue
+        steps[name], parameters[name] = step, [x, *contestant.parameters]
+        record["contestants"][name] = {"error": error, "peak_bytes": peak}
+    for name, samples in seconds(steps, parameters, device).items():
+        record["contestants"][name] |= {"median_s": median(samples), "seconds": samples}
+    return record
+
+
+def lines(record: dict[str, Any]) -> Iterator[str]:
+    """A table of a record, in Markdown; times as parts of the better products alone."""
+    found = record["contestants"]
+    alone = min((found[name]["median_s"] for name in found if name.startswith("products")), default=None)
+    shape = Shape(**record["shape"])
+    yield f"\n{shape.name}, {record['mode']}: t {shape.t}, d {shape.d}, h {shape.h}, e {shape.e}, k {shape.k}\n"
+    yield "| | ms | of the products | peak MiB | error |"
+    yield "|---|---:|---:|---:|---:|"
+    for name, row in found.items():
+        part = "" if alone is None else f"{row['median_s'] / alone:.2f}"
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}"
+        error = "" if row["error"] is None else f"{row['error']:.1e}"
+        yield f"| {name} | {row['median_s'] * 1e3:.2f} | {part} | {peak} | {error} |"
+    yield from (f"\n{name} is WRONG: relative error {error:.2e}" for name, error in record["wrong"].items())
+    yield from (f"\n{name} is missing: {reason}" for name, reason in record["missing"].items())
+
+
+# ---- the sizes of blocks ----
+
+
+def sweep(shape: Shape) -> Iterator[str]:
+    """One field of the schedule's entry after the other, the best of some sizes by forward and backward."""
+    from mixture_of_experts.ops.triton import schedule
+
+    layer = make_layer(shape, "cuda", torch.bfloat16)
+    x = torch.randn(1, shape.t, shape.d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    step = step_of(by_way("triton")(shape, layer), x, "train")
+    mean_rows = shape.t * shape.k // shape.e
+    for rows in (16, 32, 64, 128):
+        best = schedule.find_schedule("half", mean_rows, torch.cuda.get_device_capability())._replace(rows=rows)
+        best_time = time_of(best, step)
+        for name in ("two", "one", "hidden_grads", "row_grads", "two_weight_grads", "one_weight_grads"):
+            for blocks in candidates(getattr(best, name)):
+                tried = best._replace(**{name: blocks})
+                found = time_of(tried, step)
+                if found < best_time:
+                    best, best_time = tried, found
+        yield f"{shape.name}, {mean_rows} rows an expert, tiles of {rows}: {best_time * 1e3:.3f} ms with {best}"
+
+
+def candidates(blocks: Any) -> Iterator[Any]:
+    for n in (64, 128, 256):
+        for c in (32, 64):
+            for warps in (4, 8):
+                for stages in (2, 3, 4, 5):
+                    yield blocks._replace(n=n, c=c, warps=warps, stages=stages)
+
+
+def time_of(entry: Any, step: Callable[[], Tensor]) -> float:
+    """Median seconds of a step with this entry; infinite where it does not fit the card."""
+    from mixture_of_experts.ops.triton import operators
+
+    before, operators.schedule_for = operators.schedule_for, lambda x, mean_rows: entry
+    try:
+        return median(timed(step, "cuda") for _ in range(WARMUP + ROUNDS))
+    except Exception as reason:  # too much shared memory, or a compiler that gives up
+        print(f"  {entry} does not run: {type(reason).__name__}", flush=True)
+        return float("inf")
+    finally:
+        operators.schedule_for = before
+
+
+# ---- the command ----
+
+
+def plot(records: list[dict[str, Any]], path: str) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(records), 1, figsize=(8, 2.2 * len(records)), squeeze=False)
+    for axis, record in zip(axes[:, 0], records, strict=True):
+        names = list(record["contestants"])
+        axis.barh(names, [1e3 * record["contestants"][name]["median_s"] for name in names])
+        axis.set_title(f"{record['shape']['name']}, {record['mode']}, ms", loc="left", fontsize=9)
+        axis.invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main(options: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        print("there is no GPU here: torch.cuda.is_available() is False")
+        return 2
+    name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    print(f"{name}, compute capability {capability}, torch {torch.__version__}", flush=True)
+    records = []
+    for shape in SHAPES:
+        for mode in MODES:
+            if options.only and not fnmatch(f"{shape.name}/{mode}", f"*{options.only}*"):
+                continue
+            records.append(run(shape, mode))
+            print("\n".join(lines(records[-1])), flush=True)
+        if options.sweep and (not options.only or options.only.split("/")[0] in shape.name):
+            for line in sweep(shape):
+                print(line, flush=True)
+    if options.json:
+        machine = {"gpu": name, "capability": capability, "torch": torch.__version__}
+        Path(options.json).write_text(json.dumps({"machine": machine, "records": records}, indent=1))
+    if options.plot:
+        plot(records, options.plot)
+    return int(any(record["wrong"] for record in records))
+
+
+def small(shape: Shape) -> Shape:
+    """A shape of the same kind that a test can run anywhere."""
+    return replace(shape, t=24, d=32, h=32, e=4, k=2)

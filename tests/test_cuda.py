@@ -1,0 +1,142 @@
+"""On a GPU, where there is one: `pytest -m cuda`. Every way against the definition, and what only a card can show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Top2Gating,
+    TopKGating,
+    ops,
+)
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"),
+]
+DIM, HIDDEN = 64, 96
+GATES = {
+    "top 2, capacity": lambda: Top2Gating(DIM, 8, second_policy_train="all"),
+    "top 3": lambda: TopKGating(DIM, 8, 3),
+    "noisy, in eval": lambda: NoisyTopKGating(DIM, 8, 2),
+    "expert choice": lambda: ExpertChoiceGating(DIM, 8),
+}
+EXPERTS = {
+    "plain": lambda num: Experts(DIM, num, HIDDEN),
+    "gated": lambda num: GatedExperts(DIM, num, HIDDEN),
+    "gated, biases": lambda num: GatedExperts(DIM, num, HIDDEN, nn.GELU, bias=True),
+    "clamped": lambda num: GatedExperts(DIM, num, HIDDEN, ops.ClampedSwiGLU, bias=True),
+}
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Where an operation that waits for the GPU raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def make(gate: str, experts: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    if gate == "two levels":
+        layer = HeirarchicalMoE(DIM, (2, 4), experts=EXPERTS[experts]((2, 4)), second_policy_train="all")
+    else:
+        layer = MoE(DIM, 8, gate=GATES[gate](), experts=EXPERTS[experts](8))
+    return layer.to("cuda", dtype).train("eval" not in gate)
+
+
+def results(layer: nn.Module, x: Tensor, mask: Tensor | None, way: str) -> list[Tensor]:
+    with ops.use(way):
+        out, loss = layer(x, mask=mask)
+        gradients = torch.autograd.grad(out.float().square().mean() + loss, [x, *layer.parameters()], allow_unused=True)
+    return [out, loss, *(torch.zeros(1, device="cuda") if grad is None else grad for grad in gradients)]
+
+
+def can(layer: nn.Module, x: Tensor, way: str) -> bool:
+    try:
+        with ops.use(way), torch.no_grad():
+            layer(x)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("gate", [*GATES, "two levels"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+def test_ways(way: str, gate: str, experts: str, dtype: torch.dtype):
+    """Outputs, losses and gradients are those of plain operators in the next wider dtype; nothing waits for the GPU."""
+    layer = make(gate, experts, dtype)
+    x = torch.randn(2, 100, DIM, device="cuda", dtype=dtype, requires_grad=True)
+    if not can(layer, x, way):
+        pytest.skip(f"{way} does not take {dtype} here")
+    exact = make(gate, experts, torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    for mask in (None, torch.rand(2, 100, device="cuda") < 0.8):
+        with no_sync():
+            found = results(layer, x, mask, way)
+        wanted = results(exact, x.double().detach().requires_grad_(), mask, "plain")
+        for got, want in zip(found, wanted, strict=True):
+            error = (got.double() - want).norm() / want.norm().clamp(min=1e-6)
+            assert error < 3 * TOLERANCE[dtype], float(error)
+
+
+@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+def test_the_same_bits_on_every_run(way: str):
+    layer = make("top 3", "gated, biases", torch.bfloat16)
+    x = torch.randn(2, 500, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    if not can(layer, x, way):
+        pytest.skip(f"{way} does not take this here")
+    first = results(layer, x, None, way)
+    for _ in range(5):
+        for one, other in zip(first, results(layer, x, None, way), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+def test_a_graph_captures_a_call(way: str):
+    layer = make("top 3", "gated", torch.bfloat16).eval()
+    x = torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16)
+    if not can(layer, x, way):
+        pytest.skip(f"{way} does not take this here")
+    with torch.no_grad(), ops.use(way):
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                layer(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, _ = layer(x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            graph.replay()
+            torch.testing.assert_close(out, layer(x)[0])
+
+
+@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+def test_one_compiled_graph(way: str):
+    layer = make("top 3", "gated", torch.bfloat16)
+    if not can(layer, torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16), way):
+        pytest.skip(f"{way} does not take this here")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for length in (40, 64, 100):
+        x = torch.randn(2, length, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for got, want in zip(results(compiled, x, None, way), results(layer, x, None, way), strict=True):
+            torch.testing.assert_close(got, want, rtol=3e-2, atol=3e-2)
