@@ -30,6 +30,7 @@ def find_gates(model: nn.Module) -> list[Place]:
     names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
     found: dict[nn.Module, Place] = {}
     readers = find_readers(model)
+    copies: set[nn.Module] = set()
     for module, name in names.items():
         if isinstance(module, HeirarchicalMoE):
             outer, inner = module.gate_outer, module.gate_inner
@@ -39,7 +40,11 @@ def find_gates(model: nn.Module) -> list[Place]:
         elif isinstance(module, MoE):
             assert isinstance(module.num_experts, int)
             found.setdefault(module.gate, Place(names[module.gate], module.gate, (), module.num_experts))
-        elif isinstance(module, Gate):
+            if hasattr(
+                module.gate, "original_module"
+            ):  # PEFT's `modules_to_save`: the gate, and a copy that is trained
+                copies.update(module.gate.modules())
+        elif isinstance(module, Gate) and module not in copies:
             found.setdefault(module, Place(name, module, module.outer_expert_dims, module.num_experts))
         elif module in readers:
             found[module] = Place(name, module, (), getattr(module, "num_experts"), reader=readers[module])  # noqa: B009

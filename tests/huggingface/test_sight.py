@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import peft
 import pytest
 import torch
 from torch import Tensor
@@ -72,6 +73,18 @@ def test_swapped_models():
         model(**batch)
     assert stats.layers == tuple(f"model.decoder.layers.{i}.fc2.moe.gate" for i in range(2))
     assert stats.last(stats.layers[1]).tokens == int(batch["attention_mask"].sum())
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
+def test_a_gate_that_peft_trains_counts_once():
+    """PEFT keeps the gate, and a copy of it that runs."""
+    model, (_, batch) = ARCHITECTURES["llama"].build(), two_lengths("right")
+    replace_ffn(model, num_experts=4)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["gate"]))
+    with track_routing(wrapped) as stats:
+        wrapped(**batch)
+    assert stats.layers == tuple(f"base_model.model.model.layers.{i}.mlp.moe.gate" for i in range(2))
+    assert stats.last(stats.layers[0]).tokens == int(batch["attention_mask"].sum())
 
 
 class Reporter(TrainerCallback):
