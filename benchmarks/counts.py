@@ -96,7 +96,7 @@ class Event:
 
 def memory_events(work: Callable[[], None]) -> list[Event]:
     """Every allocation and release of torch's CPU allocator while `work` runs, in order."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"

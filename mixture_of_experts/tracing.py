@@ -12,11 +12,15 @@ from torch.utils import checkpoint
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
+    if torch.compiler.is_dynamo_compiling():  # before torch 2.12 it can trace Python's own only
+        return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def largest(first: int, second: int) -> int:
     """`max` likewise."""
+    if torch.compiler.is_dynamo_compiling():
+        return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 
 

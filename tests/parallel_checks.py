@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.torch_version import TorchVersion
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mixture_of_experts import Experts, HeirarchicalMoE, MoE, Routing, TopKGating
@@ -51,10 +50,11 @@ from mixture_of_experts.parallel import (
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from versions import SHARDS_LISTS
+
 from benchmarks import parallel as bench
 
 CLOSE = dict(rtol=0, atol=1e-10)
-OLD_TORCH = TorchVersion(torch.__version__) < (2, 10)
 
 
 def make_mesh(data_parallel: int = 1) -> DeviceMesh:
@@ -393,7 +393,7 @@ def check_norms() -> None:
         together = copy.deepcopy(alone)
         spread(together, mesh, "layers.*.ffn")
         fully_shard(together.layers[2].ffn.experts, mesh=mesh["dp"])
-        if not OLD_TORCH:  # which shards no list of modules
+        if SHARDS_LISTS:
             fully_shard(together.layers[1].ffn.experts, mesh=mesh["dp"])
         generator = torch.Generator().manual_seed(7)
         gradients = {name: torch.randn(p.shape, generator=generator) for name, p in alone.named_parameters()}

@@ -260,7 +260,6 @@ def test_benchmark_counts_the_least(workers: Workers):
     workers.run(checks.check_benchmark, 2)
 
 
-@pytest.mark.skipif(checks.OLD_TORCH, reason="torch 2.9 cannot trace a gate's capacity: sym_max gives it no tensor")
 def test_compiles_without_a_break(workers: Workers):
     workers.run(checks.check_compiles, 2)
 

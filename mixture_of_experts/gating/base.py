@@ -6,6 +6,7 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypedDict
 
 import torch
@@ -39,7 +40,8 @@ from mixture_of_experts.routing import Routing
 from mixture_of_experts.settings import FixedShapes, setting
 
 
-class Tokens(NamedTuple):
+@dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
+class Tokens:
     """The tokens a gate decides on, with everything that is known of them."""
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros

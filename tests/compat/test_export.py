@@ -9,6 +9,9 @@ from torch.export import Dim
 
 from compat.paths import PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
 
+# torch 2.10 warns of the file that it loads
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
+
 LENGTH_AND_BATCH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 OTHER_SHAPES = [(3, 13), (1, 7), (2, 40), (2, 10)]
 MASKED = Path("MoE", "Experts", "dropless", "masked")
