@@ -84,6 +84,12 @@ class Layer(nn.Module):
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: those of gates, experts and shared expert, each by its own `reset_parameters`."""
+        for module in self.modules():
+            if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                reset()
+
     def extra_repr(self) -> str:
         group = "" if self.group_size is None else f", group_size={self.group_size}"
         return f"{self.dim}, {self.num_experts}, loss_coef={self.loss_coef}, z_loss_coef={self.z_loss_coef}{group}"

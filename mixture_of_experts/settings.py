@@ -43,3 +43,12 @@ class FixedShapes(nn.Module):
                 "stay, and give both gate and experts to a new layer"
             )
         super().__setattr__(name, value)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if "dim" not in state:  # a class of mixture-of-experts 0.2.3, of the same name
+            raise ValueError(
+                f"this {type(self).__name__} was pickled whole by another package, mixture-of-experts 0.2.3: load the "
+                "file with that one, save module.state_dict() and load it here with load_state_dict, as "
+                "docs/migration.md shows"
+            )
+        super().__setstate__(state)

@@ -39,6 +39,12 @@ def test_the_recorded_cases_exercise_drops_and_policies():
     assert (CASES["moe_drops_train"]["out"] == 0).all(dim=-1).any()
 
 
+@pytest.mark.parametrize("kind", ["MoE", "HeirarchicalMoE"])
+def test_a_module_that_was_saved_whole_says_how_to_load_it(kind):
+    with pytest.raises(ValueError, match=r"0\.2\.3: .* save module.state_dict\(\)"):
+        torch.load(Path(__file__).parent / "published" / f"{kind}.pt", weights_only=False)
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_its_only_module_can_be_imported(name):
     from mixture_of_experts import mixture_of_experts as theirs

@@ -94,6 +94,12 @@ def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
         assert torch.equal(*outputs)
 
 
+def test_initial_weights_of_the_recipe_reach_the_experts():
+    (block,) = (block for block in BLOCKS if "def init_weights" in block.code)
+    experts = block.run()["model"][1].experts
+    assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
+
+
 def test_every_python_block_is_found():
     """A fence that the pattern above misses would be a block that nobody runs."""
     fences = sum(file.read_text(encoding="utf-8").count("```python") for file in DOCUMENTS)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from compat.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
-from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, TopKGating
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
@@ -293,3 +293,14 @@ def test_lists_of_experts_that_begin_in_place(factor, training):
     if factor is None:
         one_by_one = [torch.func.vmap(lambda x, layer=layer: layer(x)[0])(given) for layer in layers]
         assert torch.equal(*one_by_one)
+
+
+@pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])
+def test_reset_parameters_draws_all_weights_anew(kind):
+    layer = kind(8, shared_expert=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8, bias=False)))
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.reset_parameters()
+    after = layer.state_dict()
+    assert not [name for name, value in before.items() if torch.equal(after[name], value)]
+    stays = {name: after[name].std() / value.std() for name, value in before.items() if value.numel() > 64}
+    assert all(0.9 < ratio < 1.1 for ratio in stays.values()), stays

@@ -41,4 +41,6 @@ if __name__ == "__main__":
         for mode in ("train", "eval")
     }
     torch.save(cases, Path(__file__).with_name("cases.pt"))
+    for kind, num_experts in (("MoE", 2), ("HeirarchicalMoE", (2, 2))):  # modules, not their states
+        torch.save(getattr(mixture_of_experts, kind)(2, num_experts, 2), Path(__file__).with_name(f"{kind}.pt"))
     print(f"recorded {len(cases)} cases")
