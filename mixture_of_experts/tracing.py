@@ -7,19 +7,22 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 from torch.utils import checkpoint
+
+ONLY_PYTHONS_OWN = TorchVersion(torch.__version__) < (2, 12)  # its compiler can trace `min`, but no `torch.sym_min`
 
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
-    if torch.compiler.is_dynamo_compiling():  # before torch 2.12 it can trace Python's own only
+    if ONLY_PYTHONS_OWN and torch.compiler.is_dynamo_compiling():
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def largest(first: int, second: int) -> int:
     """`max` likewise."""
-    if torch.compiler.is_dynamo_compiling():
+    if ONLY_PYTHONS_OWN and torch.compiler.is_dynamo_compiling():
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
 

@@ -30,6 +30,9 @@ def why_not() -> str | None:
     """Why there can be no fake CUDA here; None if there can."""
     if sys.platform != "linux":
         return f"the library of fake CUDA is built for Linux, this is {sys.platform}"
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and (Path(spec.origin or "").parent / "lib" / "libtorch_cuda.so").exists():
+        return "this torch is built for CUDA and has a device guard of its own"
     return None if shutil.which("g++") else "fake CUDA needs g++"
 
 
