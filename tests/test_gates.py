@@ -6,6 +6,7 @@ import pytest
 import torch
 from recipes import recipe
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
 from mixture_of_experts.gating import Choices, TokenChoiceGate
@@ -185,8 +186,10 @@ def test_choices_that_fit():
 
 
 def test_a_look_at_values_is_left_out_where_there_are_none():
-    """Under `vmap` and on the meta device numbers cannot be read."""
+    """Under `vmap`, of fake tensors and on the meta device numbers cannot be read."""
     gate = Given()
+    with FakeTensorMode():
+        assert gate(torch.randn(1, 4, DIM)).expert.shape == (1, 8)
     assert gate.to("meta")(torch.randn(1, 4, DIM, device="meta")).expert.shape == (1, 8)
     x = torch.randn(5, 1, 4, DIM)
     assert torch.func.vmap(lambda x: gate(x).weight)(x).shape == (5, 1, 8)

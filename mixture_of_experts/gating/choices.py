@@ -61,7 +61,7 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, choices
 
     It reads values, so it looks only where they can be read and reading does not wait: on a CPU, not in a graph.
     """
-    if expert.device.type != "cpu" or is_wrapped(expert) or is_wrapped(computed):
+    if type(expert) is not Tensor or expert.device.type != "cpu" or is_wrapped(expert) or is_wrapped(computed):
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(
