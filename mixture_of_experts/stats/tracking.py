@@ -275,8 +275,7 @@ class GateTracker:
             args = ()  # of a router of another kind: no importance is among them
         if not isinstance(routing, Routing):
             raise TypeError(f"{self.place.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
-        losses = dict(routing.losses) or {"balance": routing.balance_loss}
-        losses["z"] = routing.z_loss
+        losses = routing.losses
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
             return
