@@ -46,8 +46,9 @@ class _Logits(torch.autograd.Function):
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    wrapped = is_traceable_wrapper_subclass(x) or is_traceable_wrapper_subclass(weight)  # a DTensor has no such product
-    if x.is_cuda and not wrapped and x.dtype == weight.dtype and x.ndim == weight.ndim == 2:
+    alike = x.dtype == weight.dtype and x.ndim == weight.ndim == 2
+    # neither AMD's libraries nor a DTensor have such a product
+    if x.is_cuda and torch.version.hip is None and alike and not any(map(is_traceable_wrapper_subclass, (x, weight))):
         mm: Any = torch.mm
         return mm(x, weight, out_dtype=dtype)  # the same sums, without the copies
     return x.to(dtype) @ weight.to(dtype)
