@@ -468,9 +468,10 @@ def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
 
 
 def narrowed(blocks: Blocks, weight: Tensor) -> Blocks:
-    """Loads of every second column take more registers: half the columns, and as many threads as there may be."""
+    """Loads of every second column take more registers: smaller blocks, and as many threads as there may be."""
     adjacent = 1 in weight.stride()[1:]
-    return blocks if adjacent else blocks._replace(n=blocks.n // 2, warps=8)
+    small = Blocks(32, max(blocks.c // 2, 16), 8, min(blocks.stages, 3))
+    return blocks if adjacent else small
 
 
 def options(schedule: Schedule, blocks: Blocks, dtype: torch.dtype, inner: int) -> dict[str, Any]:
