@@ -15,7 +15,7 @@ from statistics import mean, stdev
 
 from corpus import load_corpus
 from report import format_rows
-from scaling import HERE, base_settings
+from scaling import RECORDS, base_settings
 from scaling_plan import VARIANTS, Record, Run, final_bits
 from scaling_runs import Records, train_all
 
@@ -55,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of checkpoints")
-    parser.add_argument("--records", type=Path, default=HERE.parent / "docs" / "training" / "ablations.jsonl")
+    parser.add_argument("--records", type=Path, default=RECORDS / "ablations.jsonl")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -23,7 +23,7 @@ from scaling_runs import Records, train_all
 from settings import Settings, add_options, settings_from
 
 FIXED = ("models", "num_experts", "width", "seed", "learning_rate", "steps")  # the plan decides them
-HERE = Path(__file__).parent
+RECORDS = Path(__file__).parent.parent / "docs" / "training"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,8 +48,10 @@ def report(plan: Plan, records: Records, args: argparse.Namespace) -> None:
     """Print the tables and draw the picture of what is finished."""
     times = json.loads(args.times.read_text()) if args.times.exists() else {}
     print(tables(plan, records.finished, times))
-    draw(plan, records.finished, times, args.picture)
-    print(f"wrote {args.picture}")
+    picture = args.picture or args.out / "scaling.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(plan, records.finished, times, picture)
+    print(f"wrote {picture}")
 
 
 def base_settings() -> Settings:
@@ -62,10 +64,10 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--text", nargs="+", type=Path, default=[], help="files to learn from in place of Python's")
-    parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="folder of checkpoints and picture")
-    parser.add_argument("--records", type=Path, default=HERE.parent / "docs" / "training" / "scaling.jsonl")
-    parser.add_argument("--picture", type=Path, default=Path("scaling.png"), help="where the picture goes")
-    parser.add_argument("--times", type=Path, default=HERE.parent / "docs" / "training" / "step_times.json")
+    parser.add_argument("--out", type=Path, default=Path("runs/scaling"), help="folder of checkpoints and the picture")
+    parser.add_argument("--records", type=Path, default=RECORDS / "scaling.jsonl", help="of the finished runs")
+    parser.add_argument("--picture", type=Path, help="where the picture goes; by default into --out")
+    parser.add_argument("--times", type=Path, default=RECORDS / "step_times.json", help="what step_times.py wrote")
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--only", nargs="+", choices=tuple(MODELS), default=tuple(MODELS), help="the models to train")

@@ -21,7 +21,7 @@ from statistics import median, quantiles
 import torch
 from corpus import Batches, load_corpus
 from report import format_rows
-from scaling import HERE, base_settings
+from scaling import RECORDS, base_settings
 from scaling_plan import MODELS, Run
 from torch import nn
 from training import Trainee, make_trainee
@@ -50,7 +50,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=60, help="steps of each model")
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "training" / "step_times.json")
+    parser.add_argument("--out", type=Path, default=RECORDS / "step_times.json")
     return parser.parse_args(argv)
 
 
