@@ -6,6 +6,7 @@ is NaN there (of integers the largest), so that what a kernel leaves unwritten i
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
@@ -14,7 +15,12 @@ from concurrent.futures import ProcessPoolExecutor
 
 def why_not() -> str | None:
     """Why there can be no interpreter here; None if there can."""
-    return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed"
+    version = importlib.metadata.version("triton")
+    if tuple(map(int, version.split(".")[:2])) < (3, 7):
+        return f"the interpreter of Triton {version} reads numbers in a way that NumPy has given up"
+    return None
 
 
 def interpreter() -> ProcessPoolExecutor:
