@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.torch_version import TorchVersion
 from torch.utils import checkpoint
 
-ONLY_PYTHONS_OWN = TorchVersion(torch.__version__) < (2, 12)  # its compiler can trace `min`, but no `torch.sym_min`
+ONLY_PYTHONS_OWN = TorchVersion(torch.__version__) < TorchVersion("2.12")  # it traces `min`, but no `torch.sym_min`
 
 
 def smallest(first: int, second: int) -> int:
