@@ -7,6 +7,7 @@ the CUDA device itself need a torch built for it.)
 """
 
 from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -48,8 +49,9 @@ def reads_counts(path):
 
 @pytest.fixture
 def claim_cuda(monkeypatch):
-    """All tensors say that they are on CUDA."""
+    """All tensors say that they are on CUDA, on a card with a grouped product."""
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True), raising=False)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
 
 
 @contextmanager
