@@ -57,7 +57,8 @@ def _alike(rows: int, blocks: Blocks, weights: WeightBlocks) -> Schedule:
 
 
 def _single(rows: int, c: int, warps: int) -> Schedule:
-    return _alike(rows, Blocks(64, c, warps, 3), WeightBlocks(64, 64, c, 8, 4))
+    entry = _alike(rows, Blocks(64, c, warps, 3), WeightBlocks(64, 64, c, 8, 4))
+    return entry._replace(row_grads=Blocks(32, c, warps, 3))  # on sm_100 the two sums of 64 columns spill
 
 
 #: by kind; the first entry is taken whose tiles hold the mean rows of an expert, else the last
