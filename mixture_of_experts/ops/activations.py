@@ -94,15 +94,21 @@ def make_activation(activation: ActivationLike) -> nn.Module:
     return made
 
 
-@torch.compiler.assume_constant_result  # a graph could not read signatures
 def takes_two(activation: ActivationLike) -> bool:
     """Whether it is a function of `(gate, up)`: one that cannot be called with a single tensor."""
     if type(activation) in KNOWN or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
         return takes_two(activation.function)
-    function = activation.forward if isinstance(activation, nn.Module) else activation
-    return not _binds(function, 1) and _binds(function, 2)
+    if isinstance(activation, nn.Module):
+        return _needs_two(type(activation).forward, 1)  # before torch 2.12 no module may be an argument there
+    return _needs_two(activation, 0)
+
+
+@torch.compiler.assume_constant_result  # a graph could not read signatures
+def _needs_two(function: Callable, more: int) -> bool:
+    """Whether it can be called with two arguments and not with one, those that are given anyway apart."""
+    return not _binds(function, 1 + more) and _binds(function, 2 + more)
 
 
 def _binds(function: Callable, arguments: int) -> bool:
