@@ -87,7 +87,7 @@ def make_activation(activation: ActivationLike) -> nn.Module:
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
     if (known := known_module(activation)) is not activation:
-        return known
+        return type(known)()  # one of its own: hooks on it are not other layers'
     made = activation() if isinstance(activation, type) or _binds(activation, 0) else FunctionActivation(activation)
     if not isinstance(made, nn.Module):
         raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
