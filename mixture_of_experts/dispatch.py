@@ -86,10 +86,6 @@ class Decision:
             return None
         return Choices(first.expert, first.weight, first.kept, first.choices)
 
-    def tensors(self) -> list[Tensor]:
-        """What transforms of `torch.func` may have wrapped."""
-        return [tensor for routing in self.levels for tensor in (routing.expert, routing.weight)]
-
     def plan(self, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
         """Rows of one level or two: in slots, or without gaps if `ragged`.
 
@@ -126,9 +122,6 @@ class GivenChoices(Decision):
     @property
     def choices(self) -> Choices:
         return self.given
-
-    def tensors(self) -> list[Tensor]:
-        return list(self.given[:3])
 
     def plan(self, *, ragged: bool = True, widen: Widen | None = None) -> Plan:
         (t, k), e = self.given.expert.shape, self.num_experts

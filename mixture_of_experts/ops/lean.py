@@ -24,7 +24,7 @@ from mixture_of_experts.ops import hidden as hidden_layer
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.tracing import is_wrapped, without_autocast
+from mixture_of_experts.tracing import in_transform, is_wrapped, without_autocast
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
@@ -86,7 +86,7 @@ def why_not(call: Call) -> str | None:
     """Activations whose gradient is known, and no transform."""
     if torch.compiler.is_exporting():
         return "an exported graph has torch's own operators only"
-    if any(map(is_wrapped, (call.x, *call.decision.tensors(), *call.network.tensors()))):
+    if in_transform():
         return "its gradient does not run under transforms of torch.func"
     return why_unknown(call.network.activation)
 

@@ -12,7 +12,7 @@ from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import PROVEN
-from mixture_of_experts.tracing import capability, is_wrapped
+from mixture_of_experts.tracing import capability, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MULTIPLE = 16  # other sizes would be right too, but loads that are not aligned are slow and take more registers
@@ -23,7 +23,7 @@ def why_not(call: Call) -> str | None:
     x, network = call.x, call.network
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if any(map(is_wrapped, (x, *call.decision.tensors(), *network.tensors()))):
+    if in_transform():
         return "kernels do not run under transforms of torch.func"
     if torch.compiler.is_exporting():
         return "an exported graph has torch's own operators only"
