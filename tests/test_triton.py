@@ -80,7 +80,27 @@ def test_every_activation_and_routing(check: Checks, layout: str, activation: st
 @pytest.mark.parametrize("height", [16, 64])
 @pytest.mark.parametrize("experts", [1, 5, 64, 257])
 def test_tiles(check: Checks, experts: int, height: int):
-    check("check_tiles", experts, height)
+    check("check_memory_of_tiles", experts, height)
+
+
+@pytest.mark.parametrize(
+    ("layout", "options"),
+    [
+        ("interleaved", dict(routing="masked", bias=True, sizes=(19, 16, 20, 24, 4, 2))),
+        ("gated", dict(routing="expert choice", bias=True, sizes=(15, 20, 16, 16, 3, 2), dtype=torch.bfloat16)),
+        pytest.param("plain", dict(routing="two levels", bias=True), marks=pytest.mark.slow),
+        pytest.param("concatenated", dict(routing="capacity", transposed=True), marks=pytest.mark.slow),
+        pytest.param("gated", dict(sizes=(210, 72, 136, 40, 3, 2), bias=True, kind="half"), marks=pytest.mark.slow),
+        pytest.param("plain", dict(sizes=(19, 16, 16, 16, 257, 2), bias=True), marks=pytest.mark.slow),
+    ],
+)
+def test_every_access_to_memory(check: Checks, layout: str, options: dict):
+    """No place outside a tensor, none that nobody has written, none that two programs share."""
+    check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
+
+
+def test_faults_of_memory_are_seen(check: Checks):
+    check("check_faults")
 
 
 def test_no_tokens(check: Checks):

@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from triton_memory import watched
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -149,6 +152,50 @@ def check_tiles(e: int, height: int) -> None:
     found = list(zip(*(t.tolist() for t in (tiles.expert, tiles.first, tiles.stop)), strict=True))
     assert found == wanted + [(-1, 0, 0)] * (tiles.number - len(wanted))
     assert tiles.ends.tolist() == counts.cumsum(0).tolist()
+
+
+def check_memory(*args: Any, **options: Any) -> None:
+    """The same as `check_values`, every access to memory checked."""
+    with watched(operators):
+        check_values(*args, **options)
+
+
+def check_memory_of_tiles(e: int, height: int) -> None:
+    with watched(operators):
+        check_tiles(e, height)
+
+
+@triton.jit
+def planted(x, out, READ_AT: tl.constexpr, WRITE_AT: tl.constexpr, STEP: tl.constexpr):
+    """Copies 16 numbers in two programs, right with 0, 0 and 8."""
+    line = tl.program_id(0) * STEP + tl.arange(0, 8)
+    tl.store(out + line + WRITE_AT, tl.load(x + line + READ_AT))
+
+
+def check_faults() -> None:
+    """Faults of memory that are planted are seen."""
+    x, out, column = torch.randn(16), torch.empty(16), torch.randn(16, 2)[:, 0]
+
+    def launch(x: Tensor, out: Tensor, read_at: int, write_at: int, step: int) -> None:
+        operators.launch(planted, (2,), x=x, out=out, READ_AT=read_at, WRITE_AT=write_at, STEP=step)
+
+    faults = [
+        ("x has no such element", (x, out, 1, 0, 8)),
+        ("x has no such element", (x, out, -1, 0, 8)),
+        ("x has no such element", (column, out, 0, 0, 8)),
+        ("out has no such element", (x, out, 0, 1, 8)),
+        ("out has no such element", (x, column, 0, 0, 8)),
+        ("no tensor of the launch", (x, out, 1 << 20, 0, 8)),
+        ("nobody has written what is read of x", (torch.empty(16), out, 0, 0, 8)),
+        ("a place of out is written twice", (x, out, 0, 0, 7)),
+        ("a place of out is written, and read as one of x", (x, x, 0, 0, 8)),
+    ]
+    with watched(operators):
+        for message, arguments in faults:
+            with pytest.raises(Exception, match=message):
+                launch(*arguments)
+        launch(x, out, 0, 0, 8)
+    assert torch.equal(x, out)
 
 
 def check_nothing() -> None:

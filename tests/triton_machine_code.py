@@ -35,6 +35,9 @@ class Case(NamedTuple):
     bias: bool = False
     mean_rows: int = 128
     tf32: bool = False
+    transposed: bool = False  # weights stored `(e, h, d)` and `(e, o, h)`
+    even: bool = True  # blocks fit into every size
+    choices: int = 2  # 0 for expert choice
 
 
 class Code(NamedTuple):
@@ -100,13 +103,17 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
 def run_operators(case: Case, operators) -> None:
     import torch
 
-    e, d, h, o = 8, 1024, 512, 2048
+    e, (d, h, o) = 8, (1024, 512, 2048) if case.even else (1008, 528, 2032)
     r = e * case.mean_rows
     width = h if case.layout in ("plain", "gated") else 2 * h
     number = 2 if case.layout == "gated" else 1
+
+    def weight(p: int, q: int) -> torch.Tensor:
+        return torch.empty(e, q, p).mT if case.transposed else torch.empty(e, p, q)
+
     index = torch.empty(r, dtype=torch.int64)
-    tables = (torch.empty(r, dtype=torch.float32), index, index, index, torch.empty(e, dtype=torch.int64), 2)
-    w_in, w_out = [torch.empty(e, d, width) for _ in range(number)], torch.empty(e, h, o)
+    tables = (torch.empty(r, dtype=torch.float32), index, index, index, torch.empty(e, dtype=torch.int64), case.choices)
+    w_in, w_out = [weight(d, width) for _ in range(number)], weight(h, o)
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
@@ -184,13 +191,15 @@ def used(cubin: bytes) -> tuple[int, int]:
 
 def cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Every entry of the schedule, with the networks that need the most registers."""
-    gated = ("gated", "gelu", True)
-    others = (("plain", "gelu", True), ("interleaved", "clamped_swiglu", True))
-    kinds = (("bfloat16", False, others), ("float16", False, ()), ("float32", True, ()), ("float32", False, ()))
-    for dtype, tf32, more in kinds:
+    gated = Case(capability, "bfloat16", "gated", "gelu", True)
+    clamped = gated._replace(layout="interleaved", activation="clamped_swiglu")
+    bfloat16 = (gated, gated._replace(layout="plain"), clamped)
+    bfloat16 += tuple(case._replace(transposed=True) for case in (gated, clamped))  # as transformers stores weights
+    bfloat16 += (gated._replace(even=False, choices=0),)
+    float32 = [gated._replace(dtype="float32", even=even) for even in (True, False)]
+    for case in (*bfloat16, gated._replace(dtype="float16"), *(one._replace(tf32=True) for one in float32), *float32):
         for mean_rows in (16, 32, 64, 128):
-            for layout, activation, bias in (gated, *more):
-                yield Case(capability, dtype, layout, activation, bias, mean_rows, tf32)
+            yield case._replace(mean_rows=mean_rows)
 
 
 def main() -> int:
@@ -206,7 +215,8 @@ def main() -> int:
                 faults = code.faults(case)
                 failed += bool(faults)
                 kind = "tf32" if case.tf32 else case.dtype
-                print(name, kind, case.layout, case.mean_rows, *code, *faults, flush=True)
+                told = [word for word, said in (("transposed", case.transposed), ("uneven", not case.even)) if said]
+                print(name, kind, case.layout, *told, case.mean_rows, *code, *faults, flush=True)
     print(f"{failed} faults")
     return int(failed > 0)
 
