@@ -126,3 +126,12 @@ def test_one_graph_for_all_lengths(check: Checks):
 
 def test_what_is_refused(check: Checks):
     check("check_refusals")
+
+
+def test_what_int32_does_not_hold(check: Checks):
+    check("check_too_large")
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu_squared"])
+def test_what_is_no_number(check: Checks, activation: str):
+    check("check_nan", activation)

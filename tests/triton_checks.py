@@ -26,10 +26,10 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.dispatch import Plan, compose, plan
+from mixture_of_experts.dispatch import Decision, Plan, compose, plan
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
-from mixture_of_experts.ops.call import Network
-from mixture_of_experts.ops.triton import operators, schedule
+from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.triton import operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 
@@ -289,14 +289,45 @@ def check_compiled() -> None:
     assert graphs == graphs[:1] * 3
 
 
+class QuickGELU(nn.GELU):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+class ShiftedSwiGLU(ClampedSwiGLU):
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        return super().forward(gate + 1, up)
+
+
 def check_refusals() -> None:
     """What the kernels do not take is refused by name."""
     x = torch.randn(1, 4, 16)
     refused = {
         "multiples of 16": MoE(16, 4, 24),
         "float64": MoE(16, 4, 32).double(),
-        "activation": MoE(16, 4, 32, nn.Tanh),
+        "activation Tanh": MoE(16, 4, 32, nn.Tanh),
+        "activation QuickGELU": MoE(16, 4, 32, QuickGELU),
+        "activation ShiftedSwiGLU": MoE(16, 4, experts=GatedExperts(16, 4, 32, ShiftedSwiGLU)),
     }
     for reason, layer in refused.items():
         with ops.use("triton"), pytest.raises(ValueError, match=reason):
             layer(x.to(layer.experts.w1.dtype))
+
+
+def check_too_large() -> None:
+    """Places that int32 does not hold are refused; only shapes and strides are read for it."""
+    one = torch.empty(1)
+    for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
+        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), (None,), None, nn.SiLU())
+        assert "too large" in str(why_not(Call(one.expand(4, d), Decision(()), network, False)))
+
+
+def check_nan(activation: str) -> None:
+    """What is no number stays none in outputs and gradients, and what torch gives a number there is one."""
+    torch.manual_seed(0)
+    where, network = make_plan("top k", 20, 16, 4, 2), make_network("plain", activation, 4, 16, 16, 16)
+    x, grad = torch.randn(20, 16), torch.randn(20, 16)
+    x[3] = torch.nan
+    found, wanted = (with_gradients(way, x, where, network, grad) for way in (compute, obvious))
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-4, atol=1e-5, equal_nan=True)

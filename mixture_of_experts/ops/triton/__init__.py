@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from mixture_of_experts.tracing import capability, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MULTIPLE = 16  # other sizes would be right too, but loads that are not aligned are slow and take more registers
+WIDEST = 1 << 24  # int32 holds the places of 128 rows, the most that a tile has, up to this width
 
 
 def why_not(call: Call) -> str | None:
@@ -55,8 +58,14 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
     if len({bias is None for bias in network.b_in}) > 1:
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
-        if any(size % MULTIPLE for size in weight.shape[-2:]):
-            return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(weight.shape[-2:])}"
-        if sum(size * stride for size, stride in zip(weight.shape[-2:], weight.stride()[-2:], strict=True)) >= 1 << 31:
-            return "an expert's matrix of 2^31 elements or more is too large for the kernels"
+        sizes, strides = weight.shape[-2:], weight.stride()[-2:]
+        if any(size % MULTIPLE for size in sizes):
+            return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
+        if max(sizes) > WIDEST or max(math.prod(sizes), _span(sizes, strides)) >= 1 << 31:
+            return f"an expert's matrix {tuple(sizes)} is too large: kernels find places in it by numbers of int32"
     return why_hooked(network.activation)
+
+
+def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to one past the last, or a few more."""
+    return sum(size * stride for size, stride in zip(sizes, strides, strict=True))

@@ -33,7 +33,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope(h, ACTIVATION: tl.constexpr):
-    """act'(h), at a kink as torch has it"""
+    """act'(h), at a kink and of a NaN as torch has it"""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
@@ -43,9 +43,9 @@ def slope(h, ACTIVATION: tl.constexpr):
         s = tl.sigmoid(h)
         value = s * (1.0 + h * (1.0 - s))
     elif ACTIVATION == "relu":
-        value = tl.where(h > 0.0, 1.0, 0.0)
+        value = tl.where(h <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "relu_squared":
-        value = tl.where(h > 0.0, 2.0 * h, 0.0)
+        value = tl.where(h <= 0.0, 0.0, 2.0 * h)
     else:
         tl.static_assert(ACTIVATION == "identity")
         value = tl.full(h.shape, 1.0, tl.float32)

@@ -41,14 +41,15 @@ class Form(NamedTuple):
         return parts if alike else [part.contiguous() for part in parts]
 
 
+NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", SquaredReLU: "relu_squared", nn.Identity: "identity"}
+
+
 def form_of(network: Network) -> Form | None:
-    """None if no kernel knows the activation."""
-    activation = network.activation
+    """None if no kernel knows the activation; of a subclass nobody knows what it computes."""
+    activation, kind = network.activation, type(network.activation)
     layout = network.halves or ("gated" if network.gated else "plain")
-    if isinstance(activation, ClampedSwiGLU):
+    if kind is ClampedSwiGLU:
         return Form(layout, "clamped_swiglu", activation.alpha, activation.limit) if network.gated else None
-    if isinstance(activation, nn.GELU):
+    if kind is nn.GELU:
         return Form(layout, "gelu" if activation.approximate == "none" else "gelu_tanh")
-    names = {nn.SiLU: "silu", nn.ReLU: "relu", SquaredReLU: "relu_squared", nn.Identity: "identity"}
-    name = names.get(type(activation))
-    return None if name is None else Form(layout, name)
+    return Form(layout, NAMES[kind]) if kind in NAMES else None
