@@ -132,6 +132,10 @@ def test_what_int32_does_not_hold(check: Checks):
     check("check_too_large")
 
 
+def test_two_devices(check: Checks):
+    check("check_devices")
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu_squared"])
 def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)

@@ -234,7 +234,7 @@ def check_operators() -> None:
     torch.use_deterministic_algorithms(False)  # fresh memory as it comes: NaN is not equal to itself
     _, pre = operators.triton_ffn(*arguments, *form, True)
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
-    torch.library.opcheck(operators.triton_ffn_backward, (x, *arguments, pre, *form, True, True, False))
+    torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
     torch.use_deterministic_algorithms(True)
 
 
@@ -316,10 +316,26 @@ def check_refusals() -> None:
 
 def check_too_large() -> None:
     """Places that int32 does not hold are refused; only shapes and strides are read for it."""
-    one = torch.empty(1)
+    one, many = torch.empty(1), 1 << 31
     for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
         network = Network((one.expand(2, d, h),), one.expand(2, h, 16), (None,), None, nn.SiLU())
         assert "too large" in str(why_not(Call(one.expand(4, d), Decision(()), network, False)))
+    with pytest.raises(ValueError, match=f"fewer than 2\\^31 rows, not {many}"):
+        operators.find_tiles(torch.tensor([many]), many, 128)
+
+
+def check_devices() -> None:
+    """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
+    network = make_network("plain", "silu", 4, 16, 16, 16)
+    network = network._replace(w_out=network.w_out.to("meta"))
+    form, arguments = form_of(network), operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network)
+    assert form is not None
+    for operator, given in (
+        (operators.triton_ffn, (*arguments, *form, True)),
+        (operators.triton_ffn_backward, (torch.randn(20, 16), torch.empty(1, 40, 16), *arguments, *form, *[True] * 3)),
+    ):
+        with pytest.raises(RuntimeError, match="one device, got cpu, meta"):
+            operator._init_fn(*given)
 
 
 def check_nan(activation: str) -> None:

@@ -1,6 +1,6 @@
 """Machine code of the Triton kernels for GPUs that are not here: what the operators launch, compiled ahead of time.
 
-    python tests/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 4 minutes a card
+    python tests/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 8 minutes a card
 
 The operators run on fake CUDA tensors; what they would launch is written down and compiled, with the types, constants
 and divisibilities of that launch. Wanted of each: no register spills, shared memory within the card's limit,
@@ -118,7 +118,7 @@ def run_operators(case: Case, operators) -> None:
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
-    operators.triton_ffn_backward._init_fn(grad, x, *tables, w_in, w_out, *biases, pre, *network, True, True, True)
+    operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 
 
 def describe(value: Any) -> Any:

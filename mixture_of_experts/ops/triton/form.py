@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -29,9 +29,9 @@ class Form(NamedTuple):
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The parts of input weights or biases, or of their gradients."""
         if self.layout == "concatenated":
-            return list(tensors[0].chunk(2, dim=-1))
+            return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
         if self.layout == "interleaved":
-            return [tensors[0][..., 0::2], tensors[0][..., 1::2]]
+            return [tensor[..., start::2] for tensor in tensors for start in (0, 1)]
         return list(tensors)
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -46,7 +46,8 @@ NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", SquaredReLU: "relu_squared", nn.Ident
 
 def form_of(network: Network) -> Form | None:
     """None if no kernel knows the activation; of a subclass nobody knows what it computes."""
-    activation, kind = network.activation, type(network.activation)
+    activation: Any = network.activation
+    kind = type(activation)
     layout = network.halves or ("gated" if network.gated else "plain")
     if kind is ClampedSwiGLU:
         return Form(layout, "clamped_swiglu", activation.alpha, activation.limit) if network.gated else None

@@ -74,31 +74,84 @@ def block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def rows_of(tile, tile_first, tile_stop, BLOCK_M: tl.constexpr):
-    """First row of a tile, its rows from there on, and which of them exist; the others are read at the first."""
+def find_block(
+    tile_expert,
+    tile_first,
+    tile_stop,
+    num_tiles,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """What a program computes: some rows of an expert (-1: nobody's) and some of N columns.
+
+    Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
+    first), and the number of the block of columns.
+    """
+    tile, block = block_of(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
+    expert = tl.load(tile_expert + tile).to(tl.int64)
     first = tl.load(tile_first + tile)
     line = tl.arange(0, BLOCK_M)
     exists = first + line < tl.load(tile_stop + tile)
-    return first.to(tl.int64), tl.where(exists, line, 0), exists
+    return expert, first.to(tl.int64), tl.where(exists, line, 0), exists, block
 
 
 @triton.jit
-def multiply(
-    acc, left, step_left, right, step_right, length, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr
-):
-    """acc + left @ right, `length` summed over in blocks of BLOCK_C."""
+def place_of(line, exists, column, N):
+    """Where rows and columns lie, from the first row on, and which of these places exist."""
+    return line[:, None] * N + column[None, :], exists[:, None] & (column < N)[None, :]
+
+
+@triton.jit
+def of_expert(expert, c, n, weight_e, weight_c, weight_n):
+    """Where a block of an expert's weight lies."""
+    return expert * weight_e + (c[:, None] * weight_c + n[None, :] * weight_n)
+
+
+@triton.jit
+def read(block, inside, EVEN: tl.constexpr):
+    """A block, zeros where it is not inside; all of it is if EVEN."""
+    return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
+
+
+@triton.jit
+def multiply(acc, left, right, step, length, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left @ right, `length` summed over in blocks of BLOCK_C; `step` from one row of the right to the next."""
     for start in range(0, length, BLOCK_C):
-        if EVEN:
-            a = tl.load(left)
-            b = tl.load(right)
-        else:
-            inside = start + tl.arange(0, BLOCK_C) < length
-            a = tl.load(left, mask=inside[None, :], other=0.0)
-            b = tl.load(right, mask=inside[:, None], other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        left += BLOCK_C * step_left
-        right += BLOCK_C * step_right
+        inside = start + tl.arange(0, BLOCK_C) < length
+        a = read(left, inside[None, :], EVEN)
+        acc = tl.dot(a, read(right, inside[:, None], EVEN), acc, input_precision=PRECISION)
+        left += BLOCK_C
+        right += BLOCK_C * step
     return acc
+
+
+@triton.jit
+def multiply_two(
+    acc,
+    acc_up,
+    left,
+    right,
+    right_up,
+    step,
+    length,
+    EVEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The same for two right operands and their own sums."""
+    for start in range(0, length, BLOCK_C):
+        inside = start + tl.arange(0, BLOCK_C) < length
+        a = read(left, inside[None, :], EVEN)
+        b = read(right, inside[:, None], EVEN)
+        b_up = read(right_up, inside[:, None], EVEN)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        left += BLOCK_C
+        right += BLOCK_C * step
+        right_up += BLOCK_C * step
+    return acc, acc_up
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -136,44 +189,28 @@ def rows_by_weights(
     GROUP: tl.constexpr,
 ):
     """*up*: tokens gathered, one product or two, activation. *down*: rows in place, one product, no activation."""
-    tile, block = block_of(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tile_expert + tile).to(tl.int64)
+    expert, first, line, exists, block = find_block(
+        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert < 0:
         return
-    first, line, exists = rows_of(tile, tile_first, tile_stop, BLOCK_M)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     n = column % N
     c = tl.arange(0, BLOCK_C)
     if GATHER:
-        left = x + tl.load(token + first + line)[:, None] * C + c[None, :]
+        left = x + tl.load(token + first + line).to(tl.int64)[:, None] * C + c[None, :]
     else:
         left = x + first * C + (line[:, None] * C + c[None, :])
-    inner = c[:, None] * weight_c + n[None, :] * weight_n
-    right = weight + expert * weight_e + inner
+    right = weight + of_expert(expert, c, n, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if GATED:
-        right_up = weight_up + expert * weight_e + inner
+        right_up = weight_up + of_expert(expert, c, n, weight_e, weight_c, weight_n)
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for start in range(0, C, BLOCK_C):
-            if EVEN:
-                a = tl.load(left)
-                b = tl.load(right)
-                b_up = tl.load(right_up)
-            else:
-                inside = start + c < C
-                a = tl.load(left, mask=inside[None, :], other=0.0)
-                b = tl.load(right, mask=inside[:, None], other=0.0)
-                b_up = tl.load(right_up, mask=inside[:, None], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-            acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
-            left += BLOCK_C
-            right += BLOCK_C * weight_c
-            right_up += BLOCK_C * weight_c
+        acc, acc_up = multiply_two(acc, acc_up, left, right, right_up, weight_c, C, EVEN, BLOCK_C, PRECISION)
     else:
-        acc = multiply(acc, left, 1, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
 
-    place = line[:, None] * N + column[None, :]
-    stored = exists[:, None] & (column < N)[None, :]
+    place, stored = place_of(line, exists, column, N)
     if bias is not None:
         acc += tl.load(bias + expert * bias_e + n * bias_n).to(tl.float32)[None, :]
     if pre is not None:
@@ -214,8 +251,7 @@ def hidden_grads_slice(
     GATED: tl.constexpr,
 ):
     """Write some columns of the gradients; returns what they add to those of the rows' weights."""
-    place = line[:, None] * N + column[None, :]
-    stored = exists[:, None] & (column < N)[None, :]
+    place, stored = place_of(line, exists, column, N)
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     h = tl.load(pre + place, mask=stored, other=0.0).to(tl.float32)
     if GATED:
@@ -269,17 +305,17 @@ def hidden_grads(
 ):
     """Gradients of the pre-activations. That of a row's weight is `grad . (hidden w + bias)`, and the first part of it
     `(grad w^T) . hidden`: no row of outputs is kept for it."""
-    tile, block = block_of(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tile_expert + tile).to(tl.int64)
+    expert, first, line, exists, block = find_block(
+        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert < 0:
         return
-    first, line, exists = rows_of(tile, tile_first, tile_stop, BLOCK_M)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
-    left = grad + tl.load(token + first + line)[:, None] * C + c[None, :]
-    right = weight + expert * weight_e + ((column % N)[None, :] * weight_n + c[:, None] * weight_c)
+    left = grad + tl.load(token + first + line).to(tl.int64)[:, None] * C + c[None, :]
+    right = weight + of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, left, 1, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
     of_weight = tl.zeros((BLOCK_M,), tl.float32)
     if bias is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
         if block == 0:
@@ -349,21 +385,21 @@ def row_grads(
 ):
     """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
     (https://github.com/triton-lang/triton/issues/10821)."""
-    tile, block = block_of(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tile_expert + tile).to(tl.int64)
+    expert, first, line, exists, block = find_block(
+        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
+    )
     if expert < 0:
         return
-    first, line, exists = rows_of(tile, tile_first, tile_stop, BLOCK_M)
     column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
     left = first * C + (line[:, None] * C + c[None, :])
-    right = expert * weight_e + ((column % N)[None, :] * weight_n + c[:, None] * weight_c)
+    right = of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc = multiply(acc, grad_pre + left, 1, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    acc = multiply(acc, grad_pre + left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
     if GATED:
-        acc = multiply(acc, grad_pre_up + left, 1, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
-    place = line[:, None] * N + column[None, :]
-    tl.store(out + first * N + place, acc.to(out.dtype.element_ty), mask=exists[:, None] & (column < N)[None, :])
+        acc = multiply(acc, grad_pre_up + left, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    place, stored = place_of(line, exists, column, N)
+    tl.store(out + first * N + place, acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -414,7 +450,7 @@ def weight_grads(
         exists = row < end
         row = row.to(tl.int64)
         if GATHER_X or GATHER_Y:
-            source = tl.load(token + row, mask=exists, other=0)
+            source = tl.load(token + row, mask=exists, other=0).to(tl.int64)
         row_x = source if GATHER_X else row
         row_y = source if GATHER_Y else row
         a = tl.load(x + row_x[:, None] * M + m[None, :], mask=exists[:, None], other=0.0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from mixture_of_experts.dispatch import Plan
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton.form import Form, form_of
-from mixture_of_experts.ops.triton.operators import triton_ffn, triton_ffn_backward
+from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
 from mixture_of_experts.tracing import is_wrapped
 
 
@@ -29,18 +27,18 @@ def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
     return triton_ffn(*operands(x, plan, network), *form, False)[0]
 
 
-def operands(x: Tensor, plan: Plan, network: Network) -> tuple[Any, ...]:
-    """The first arguments of `triton_ffn`."""
+def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
+    assert plan.counts is not None
     tables = (plan.weight, plan.token, plan.assignment, plan.row, plan.counts)
     b_in = [bias for bias in network.b_in if bias is not None]
-    return x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out
+    return Operands(x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out)
 
 
 class _Network(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, network: Network, form: Form, x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-        network = network.filled(weights)
-        out, pre = triton_ffn(*operands(x, plan._replace(weight=weight), network), *form, True)
+        plan, network = plan._replace(weight=weight), network.filled(weights)
+        out, pre = triton_ffn(*operands(x, plan, network), *form, True)
         ctx.settings = plan[5:], network.map(id), form  # no tensors: those are saved
         ctx.save_for_backward(x, *plan[:5], *weights, pre)
         return out
@@ -56,6 +54,6 @@ class _Network(torch.autograd.Function):
         number, biases = len(network.w_in), len([bias for bias in network.b_in if bias is not None])
         need_in = any(needs[:number]) or any(needs[number + 1 : number + 1 + biases])
         need_out = needs[number] or any(needs[number + 1 + biases :])
-        grads = triton_ffn_backward(grad, *operands(x, plan, network), pre, *form, need_x, need_in, need_out)
+        grads = triton_ffn_backward(grad, pre, *operands(x, plan, network), *form, need_x, need_in, need_out)
         wanted = zip(grads, (need_x, need_weight, *needs), strict=True)
         return None, None, None, *(gradient if need else None for gradient, need in wanted)

@@ -22,19 +22,81 @@ from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, find_schedu
 from mixture_of_experts.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
+NO_ACTIVATION = Form("plain", "identity")
+
+
+class Operands(NamedTuple):
+    """What both operators are given; `OPERANDS` is the same as a schema of torch.
+
+    Attributes:
+        x: `(t, d)`.
+        weight: `(a,)`, of each assignment.
+        token, assignment: `(r,)` int64, of each row.
+        row: `(a,)` int64, of each assignment; r where it has none.
+        counts: `(e,)` int64, the rows of each expert.
+        choices: k, the assignments of each token; 0 where they are no fixed number.
+        w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
+        b_in, b_out: `(e, h)` likewise or none, and `(e, o)` or None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    token: Tensor
+    assignment: Tensor
+    row: Tensor
+    counts: Tensor
+    choices: int
+    w_in: Sequence[Tensor]
+    w_out: Tensor
+    b_in: Sequence[Tensor]
+    b_out: Tensor | None
+
+    def in_order(self) -> Operands:
+        """The same, without strides what kernels read without."""
+        return Operands._make([*(tensor.contiguous() for tensor in self[:6]), *self[6:]])
+
+
+OPERANDS = (
+    "Tensor x, Tensor weight, Tensor token, Tensor assignment, Tensor row, Tensor counts, SymInt choices, "
+    "Tensor[] w_in, Tensor w_out, Tensor[] b_in, Tensor? b_out"
+)
+FORM = "str layout, str activation, float alpha, float limit"  # see `Form`
+
+
+def split(arguments: Sequence[Any]) -> tuple[Operands, Form, Sequence[Any]]:
+    """Operands, form, and what else an operator is given, from where its operands begin."""
+    given, form = len(Operands._fields), len(Form._fields)
+    return Operands(*arguments[:given]), Form(*arguments[given : given + form]), arguments[given + form :]
 
 
 class Tiles(NamedTuple):
-    """Where the rows lie; see `kernels.find_tiles`."""
+    """Where the rows lie, in tiles of up to `height`; see `kernels.find_tiles`."""
 
     expert: Tensor
     first: Tensor
     stop: Tensor
     ends: Tensor
+    height: int
 
     @property
     def number(self) -> int:
         return self.expert.shape[0]
+
+
+class Grads(NamedTuple):
+    """Where gradients are written, of no elements where they are not needed; b_out is None where there is none."""
+
+    x: Tensor
+    weight: Tensor
+    w_in: list[Tensor]
+    w_out: Tensor
+    b_in: list[Tensor]
+    b_out: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        """All there are."""
+        b_out = [] if self.b_out is None else [self.b_out]
+        return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *b_out]
 
 
 def launch(kernel, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -44,156 +106,79 @@ def launch(kernel, grid: tuple[int, ...], **arguments: Any) -> None:
         kernel[grid](**arguments, enable_fp_fusion=True)
 
 
-@torch.library.custom_op("mixture_of_experts::triton_ffn", mutates_args=())
-def triton_ffn(
-    x: Tensor,
-    weight: Tensor,
-    token: Tensor,
-    assignment: Tensor,
-    row: Tensor,
-    counts: Tensor,
-    choices: int,
-    w_in: Sequence[Tensor],
-    w_out: Tensor,
-    b_in: Sequence[Tensor],
-    b_out: Tensor | None,
-    layout: str,
-    activation: str,
-    alpha: float,
-    limit: float,
-    keep: bool,
-) -> tuple[Tensor, Tensor]:
-    """Tokens' outputs `(t, o)`, and pre-activations `(p, r, h)` if `keep` (else of no rows).
-
-    Args:
-        x: `(t, d)`.
-        weight: `(a,)` float32, of each assignment.
-        token, assignment: `(r,)` int64, of each row.
-        row: `(a,)` int64, of each assignment; r where it has none.
-        counts: `(e,)` int64, the rows of each expert.
-        choices: k, the assignments of each token; 0 where they are no fixed number.
-        w_in, w_out: `(e, d, h)` or as `layout` says, and `(e, h, o)`, in any strides, of x's dtype.
-        b_in, b_out: `(e, h)` likewise and `(e, o)`; none, or all.
-        layout, activation, alpha, limit: see `Form`.
-    """
-    form = Form(layout, activation, alpha, limit)
-    first, bias = form.parts(w_in), form.parts(b_in) if b_in else None
-    tokens, rows = x.shape[0], token.shape[0]
-    experts, hidden_dim, out_dim = w_out.shape
-    pre = x.new_empty(len(first), rows if keep else 0, hidden_dim)
-    if tokens == 0 or rows == 0:
-        return x.new_zeros(tokens, out_dim), pre
-    x, weight, token, assignment, row, counts = in_order(x, weight, token, assignment, row, counts)
-    schedule = schedule_for(x, rows // experts)
-    tiles = find_tiles(counts, rows, schedule.rows)
-    hidden = x.new_empty(rows, hidden_dim)
-    kept = list(pre) if keep else None
-    launch_product(schedule, tiles, x, first, bias, hidden, token=token, pre=kept, form=form)
-    y = x.new_empty(rows, out_dim)
-    launch_product(schedule, tiles, hidden, [w_out], None if b_out is None else [b_out], y)
-    return sum_rows(y, weight, token, assignment, row, choices, tokens), pre
+@torch.library.custom_op(
+    "mixture_of_experts::triton_ffn",
+    mutates_args=(),
+    schema=f"({OPERANDS}, {FORM}, bool keep) -> (Tensor, Tensor)",
+)
+def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
+    """Tokens' outputs `(t, o)`, and pre-activations `(p, r, h)` if `keep` (else of no rows)."""
+    given, form, (keep,) = split(arguments)
+    check_devices(given)
+    given = given.in_order()
+    out, pre = empty_outputs(given, form, keep)
+    rows, hidden_dim, out_dim = given.token.shape[0], *given.w_out.shape[1:]
+    if rows == 0:
+        return out.zero_(), pre
+    schedule, tiles = tile(given)
+    hidden, y = given.x.new_empty(rows, hidden_dim), given.x.new_empty(rows, out_dim)
+    w_in, b_in = form.parts(given.w_in), form.parts(given.b_in)
+    kept = list(pre) if keep else []
+    launch_rows_by_weights(schedule, tiles, given.x, w_in, b_in, hidden, token=given.token, pre=kept, form=form)
+    launch_rows_by_weights(schedule, tiles, hidden, [given.w_out], some(given.b_out), y)
+    launch_sum_rows(y, given, out, weighted=True)
+    return out, pre
 
 
 @triton_ffn.register_fake
-def _(x, weight, token, assignment, row, counts, choices, w_in, w_out, b_in, b_out, layout, _act, _alpha, _limit, keep):
-    on_one_device(x, weight, token, assignment, row, counts, *w_in, w_out, *b_in, b_out)
-    parts = 1 if layout == "plain" else 2
-    pre = x.new_empty(parts, token.shape[0] if keep else 0, w_out.shape[1])
-    return x.new_empty(x.shape[0], w_out.shape[2]), pre
+def _(*arguments):
+    given, form, (keep,) = split(arguments)
+    check_devices(given)
+    return empty_outputs(given, form, keep)
 
 
-@torch.library.custom_op("mixture_of_experts::triton_ffn_backward", mutates_args=())
-def triton_ffn_backward(
-    grad: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    token: Tensor,
-    assignment: Tensor,
-    row: Tensor,
-    counts: Tensor,
-    choices: int,
-    w_in: Sequence[Tensor],
-    w_out: Tensor,
-    b_in: Sequence[Tensor],
-    b_out: Tensor | None,
-    pre: Tensor,
-    layout: str,
-    activation: str,
-    alpha: float,
-    limit: float,
-    need_x: bool,
-    need_in: bool,
-    need_out: bool,
-) -> list[Tensor]:
-    """Gradients of x, weight, w_in, w_out, b_in and b_out, of no elements where not needed.
+@torch.library.custom_op(
+    "mixture_of_experts::triton_ffn_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor pre, {OPERANDS}, {FORM}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
+)
+def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
+    """Gradients of x, weight, w_in, w_out, b_in and b_out, of no elements where not needed; that of weight always is.
 
     Args:
         grad: `(t, o)` gradient of the tokens' outputs.
-        the others: as `triton_ffn`, and the pre-activations that it kept.
+        pre: the pre-activations that `triton_ffn` kept.
+        arguments: as it was given.
     """
-    form = Form(layout, activation, alpha, limit)
-    (tokens, dim), rows = x.shape, token.shape[0]
-    experts, hidden_dim, _ = w_out.shape
-    grads = empty_grads(x, weight, w_in, w_out, b_in, b_out, need_x, need_in, need_out)
-    grads_in, (grad_out, *rest) = grads[2 : 2 + len(w_in)], grads[2 + len(w_in) :]
-    if tokens == 0 or rows == 0:
-        return [gradient.zero_() for gradient in grads]
-    x, weight, token, assignment, row, counts, grad = in_order(x, weight, token, assignment, row, counts, grad)
-    schedule = schedule_for(x, rows // experts)
-    tiles = find_tiles(counts, rows, schedule.rows)
-    hidden = x.new_empty(rows, hidden_dim) if need_out else None
+    given, form, (need_x, need_in, need_out) = split(arguments)
+    check_devices(given, grad, pre)
+    given, grad = given.in_order(), grad.contiguous()
+    grads = empty_grads(given, need_x, need_in, need_out)
+    rows = given.token.shape[0]
+    if rows == 0:
+        return [gradient.zero_() for gradient in grads.tensors()]
+    schedule, tiles = tile(given)
+    hidden = given.x.new_empty(rows, pre.shape[-1]) if need_out else None
     grad_pre = torch.empty_like(pre)
-    launch_hidden_grads(
-        schedule, tiles, grad, token, assignment, row, weight, w_out, b_out, pre, hidden, grad_pre, grads[1], form
-    )
-    where = (token, tiles.ends)
-    if need_out:
-        assert hidden is not None
-        of_bias = None if b_out is None else [grads[-1]]
-        launch_weight_grads(schedule, where, hidden, [grad], [grad_out], of_bias, False, (weight, assignment))
+    launch_hidden_grads(schedule, tiles, given, grad, pre, hidden, grad_pre, grads.weight, form)
+    if hidden is not None:
+        launch_weight_grads(schedule, tiles, given, hidden, [grad], [grads.w_out], some(grads.b_out), of_inputs=False)
+    del hidden  # its memory serves the rows of x
     if need_in:
-        of_bias = form.views(rest[: len(b_in)]) if b_in else None
-        launch_weight_grads(schedule, where, x, list(grad_pre), form.views(grads_in), of_bias, True, None)
+        w_in, b_in = form.views(grads.w_in), form.views(grads.b_in)
+        launch_weight_grads(schedule, tiles, given, given.x, list(grad_pre), w_in, b_in, of_inputs=True)
     if need_x:
-        grad_rows = x.new_empty(rows, dim)
-        launch_row_grads(schedule, tiles, grad_pre, form.parts(w_in), grad_rows)
-        grads[0] = sum_rows(grad_rows, None, token, assignment, row, choices, tokens)
-    return grads
+        grad_rows = given.x.new_empty(rows, given.x.shape[1])
+        launch_row_grads(schedule, tiles, grad_pre, form.parts(given.w_in), grad_rows)
+        launch_sum_rows(grad_rows, given, grads.x, weighted=False)
+    return grads.tensors()
 
 
 @triton_ffn_backward.register_fake
-def _(grad, x, weight, token, assignment, row, counts, choices, w_in, w_out, b_in, b_out, pre, *rest):
-    on_one_device(grad, x, weight, token, assignment, row, counts, *w_in, w_out, *b_in, b_out, pre)
-    need_x, need_in, need_out = rest[-3:]
-    return empty_grads(x, weight, w_in, w_out, b_in, b_out, need_x, need_in, need_out)
-
-
-def empty_grads(
-    x: Tensor,
-    weight: Tensor,
-    w_in: Sequence[Tensor],
-    w_out: Tensor,
-    b_in: Sequence[Tensor],
-    b_out: Tensor | None,
-    need_x: bool,
-    need_in: bool,
-    need_out: bool,
-) -> list[Tensor]:
-    """Where gradients are written; those of two input weights lie alike, as kernels write by one set of strides."""
-    like_in = [w_in[0]] * len(w_in) + [b_in[0]] * len(b_in) if b_in else [w_in[0]] * len(w_in)
-    of_in = [torch.empty_like(tensor) if need_in else tensor.new_empty(0) for tensor in like_in]
-    of_out = [
-        torch.empty_like(tensor) if need_out else tensor.new_empty(0) for tensor in (w_out, b_out) if tensor is not None
-    ]
-    number = len(w_in)
-    return [
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        torch.empty_like(weight, memory_format=torch.contiguous_format),
-        *of_in[:number],
-        of_out[0],
-        *of_in[number:],
-        *of_out[1:],
-    ]
+def _(grad, pre, *arguments):
+    given, _, needs = split(arguments)
+    check_devices(given, grad, pre)
+    return empty_grads(given, *needs).tensors()
 
 
 @triton_ffn_backward.register_autograd
@@ -201,16 +186,40 @@ def _(ctx, *grads):
     raise RuntimeError("the Triton kernels have no second derivative: compute with ops.use('plain') to take one")
 
 
-def on_one_device(x: Tensor, *others: Tensor | None) -> None:
-    """Fake tensors check this for torch's own operators only."""
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise RuntimeError(f"all tensors of a routed network must be on one device, got {x.device}, {other.device}")
+def empty_outputs(given: Operands, form: Form, keep: bool) -> tuple[Tensor, Tensor]:
+    """Where outputs of tokens and pre-activations are written."""
+    x, (_, hidden_dim, out_dim) = given.x, given.w_out.shape
+    pre = x.new_empty(1 if form.layout == "plain" else 2, given.token.shape[0] if keep else 0, hidden_dim)
+    return x.new_empty(x.shape[0], out_dim), pre
 
 
-def in_order(*tensors: Tensor) -> list[Tensor]:
-    """What kernels read without strides."""
-    return [tensor.contiguous() for tensor in tensors]
+def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Grads:
+    """Those of two input weights lie alike, as kernels write by one set of strides."""
+
+    def like(tensor: Tensor, needed: bool, **options: Any) -> Tensor:
+        return torch.empty_like(tensor, **options) if needed else tensor.new_empty(0)
+
+    return Grads(
+        like(given.x, need_x, memory_format=torch.contiguous_format),
+        like(given.weight, True, memory_format=torch.contiguous_format),
+        [like(given.w_in[0], need_in) for _ in given.w_in],
+        like(given.w_out, need_out),
+        [like(given.b_in[0], need_in) for _ in given.b_in],
+        None if given.b_out is None else like(given.b_out, need_out),
+    )
+
+
+def check_devices(given: Operands, *others: Tensor) -> None:
+    """Kernels would read any address, and fake tensors check this for torch's own operators only."""
+    device = given.x.device
+    for tensor in (*given[1:6], *given.w_in, given.w_out, *given.b_in, *some(given.b_out), *others):
+        if tensor.device != device:
+            raise RuntimeError(f"all tensors of a routed network must be on one device, got {device}, {tensor.device}")
+
+
+def some(tensor: Tensor | None) -> list[Tensor]:
+    """It, or none."""
+    return [] if tensor is None else [tensor]
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -227,11 +236,21 @@ def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
     return find_schedule(kind, mean_rows, capability(x.device))
 
 
+def tile(given: Operands) -> tuple[Schedule, Tiles]:
+    """Sizes of blocks for a call, and where its rows lie in tiles of this size."""
+    rows = given.token.shape[0]
+    schedule = schedule_for(given.x, rows // given.w_out.shape[0])
+    return schedule, find_tiles(given.counts, rows, schedule.rows)
+
+
 def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
     """As many tiles as there can be: every expert may have one that is not full."""
+    if rows >= 1 << 31:
+        raise ValueError(f"the kernels count fewer than 2^31 rows, not {rows}: call them with fewer tokens at a time")
     experts = counts.shape[0]
     number = triton.cdiv(rows, height) + experts
-    tiles = Tiles(*(counts.new_empty(size, dtype=torch.int32) for size in (number, number, number, experts)))
+    expert, first, stop = (counts.new_empty(number, dtype=torch.int32) for _ in range(3))
+    tiles = Tiles(expert, first, stop, counts.new_empty(experts, dtype=torch.int32), height)
     launch(
         kernels.find_tiles,
         (triton.cdiv(number, 32),),
@@ -249,58 +268,44 @@ def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
     return tiles
 
 
-def launch_product(
+def launch_rows_by_weights(
     schedule: Schedule,
     tiles: Tiles,
     x: Tensor,
     weights: list[Tensor],
-    biases: list[Tensor] | None,
+    biases: list[Tensor],
     out: Tensor,
     *,
     token: Tensor | None = None,
-    pre: list[Tensor] | None = None,
-    form: Form | None = None,
+    pre: Sequence[Tensor] = (),
+    form: Form = NO_ACTIVATION,
 ) -> None:
     """*up*, which gathers tokens, or *down*."""
-    inner, columns = weights[0].shape[1:]
     two = len(weights) == 2
-    blocks = narrowed(schedule.two if two else schedule.one, weights[0])
-    launch(
+    launch_product(
         kernels.rows_by_weights,
-        (tiles.number * triton.cdiv(columns, blocks.n),),
+        tiles,
+        narrowed(schedule.two if two else schedule.one, weights[0]),
+        weights[0],
+        "ecn",
         x=x,
         token=token,
-        weight=weights[0],
-        weight_up=weights[1] if two else None,
-        bias=biases[0] if biases else None,
-        bias_up=biases[1] if biases and two else None,
-        pre=pre[0] if pre else None,
-        pre_up=pre[1] if pre and two else None,
+        **pair("weight", weights),
+        **pair("bias", biases),
+        **strides("bias", biases, "en"),
+        **pair("pre", pre),
         out=out,
-        **table_of(tiles),
-        C=inner,
-        N=columns,
-        **strides("weight", weights[0], "ecn"),
-        **strides("bias", biases[0] if biases else None, "en"),
-        ACTIVATION=form.activation if form else "identity",
-        ALPHA=form.alpha if form else 0.0,
-        LIMIT=form.limit if form else 0.0,
+        **activation_of(form),
         GATED=two,
         GATHER=token is not None,
-        **options(schedule, blocks, weights[0].dtype, inner),
     )
 
 
 def launch_hidden_grads(
     schedule: Schedule,
     tiles: Tiles,
+    given: Operands,
     grad: Tensor,
-    token: Tensor,
-    assignment: Tensor,
-    row: Tensor,
-    weight: Tensor,
-    w_out: Tensor,
-    b_out: Tensor | None,
     pre: Tensor,
     hidden: Tensor | None,
     grad_pre: Tensor,
@@ -308,43 +313,36 @@ def launch_hidden_grads(
     form: Form,
 ) -> None:
     """Gradients of the pre-activations, and those of the assignments' weights."""
-    blocks = narrowed(schedule.hidden_grads, w_out)
-    rows, hidden_dim, out_dim = token.shape[0], *w_out.shape[1:]
+    blocks = narrowed(schedule.hidden_grads, given.w_out)
+    two, rows, hidden_dim = pre.shape[0] == 2, *pre.shape[1:]
     num_blocks = triton.cdiv(hidden_dim, blocks.n)
     partial = pre.new_empty(num_blocks, rows, dtype=torch.float32)
-    two = form.layout != "plain"
-    launch(
+    launch_product(
         kernels.hidden_grads,
-        (tiles.number * num_blocks,),
+        tiles,
+        blocks,
+        given.w_out,
+        "enc",
         grad=grad,
-        token=token,
-        assignment=assignment,
-        row_weight=weight,
-        weight=w_out,
-        bias=None if b_out is None else b_out.contiguous(),
-        pre=pre[0],
-        pre_up=pre[1] if two else None,
+        token=given.token,
+        assignment=given.assignment,
+        row_weight=given.weight,
+        weight=given.w_out,
+        bias=None if given.b_out is None else given.b_out.contiguous(),
+        **pair("pre", list(pre)),
         hidden=hidden,
-        grad_pre=grad_pre[0],
-        grad_pre_up=grad_pre[1] if two else None,
+        **pair("grad_pre", list(grad_pre)),
         partial=partial,
-        **table_of(tiles),
         num_rows=rows,
-        C=out_dim,
-        N=hidden_dim,
-        **strides("weight", w_out, "enc"),
-        ACTIVATION=form.activation,
-        ALPHA=form.alpha,
-        LIMIT=form.limit,
+        **activation_of(form),
         GATED=two,
-        **options(schedule, blocks, w_out.dtype, out_dim),
     )
-    assignments = row.shape[0]
+    assignments = given.row.shape[0]
     launch(
         kernels.sum_partials,
         (triton.cdiv(assignments, 256),),
         partial=partial,
-        row_of=row,
+        row_of=given.row,
         out=grad_weight,
         num_rows=rows,
         num_assignments=assignments,
@@ -355,63 +353,78 @@ def launch_hidden_grads(
 
 def launch_row_grads(schedule: Schedule, tiles: Tiles, grad_pre: Tensor, weights: list[Tensor], out: Tensor) -> None:
     """Gradients of rows of tokens."""
-    blocks = narrowed(schedule.row_grads, weights[0])
-    columns, inner = weights[0].shape[1:]
-    two = len(weights) == 2
-    launch(
+    launch_product(
         kernels.row_grads,
-        (tiles.number * triton.cdiv(columns, blocks.n),),
-        grad_pre=grad_pre[0],
-        grad_pre_up=grad_pre[1] if two else None,
-        weight=weights[0],
-        weight_up=weights[1] if two else None,
+        tiles,
+        narrowed(schedule.row_grads, weights[0]),
+        weights[0],
+        "enc",
+        **pair("grad_pre", list(grad_pre)),
+        **pair("weight", weights),
         out=out,
-        **table_of(tiles),
-        C=inner,
-        N=columns,
-        **strides("weight", weights[0], "enc"),
-        GATED=two,
-        **options(schedule, blocks, weights[0].dtype, inner),
+        GATED=len(weights) == 2,
+    )
+
+
+def launch_product(kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: str, /, **arguments: Any) -> None:
+    """A kernel that multiplies rows by weights, whose axes are e, c (summed over) and n (columns of the result)."""
+    sizes = dict(zip(axes, weight.shape, strict=True))
+    launch(
+        kernel,
+        (tiles.number * triton.cdiv(sizes["n"], blocks.n),),
+        **arguments,
+        tile_expert=tiles.expert,
+        tile_first=tiles.first,
+        tile_stop=tiles.stop,
+        num_tiles=tiles.number,
+        C=sizes["c"],
+        N=sizes["n"],
+        **strides("weight", [weight], axes),
+        PRECISION=precision(weight.dtype),
+        EVEN=sizes["c"] % blocks.c == 0,
+        BLOCK_M=tiles.height,
+        BLOCK_N=blocks.n,
+        BLOCK_C=blocks.c,
+        GROUP=GROUP,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )
 
 
 def launch_weight_grads(
     schedule: Schedule,
-    where: tuple[Tensor, Tensor],
+    tiles: Tiles,
+    given: Operands,
     x: Tensor,
     y: list[Tensor],
     grads: list[Tensor],
-    biases: list[Tensor] | None,
-    gather_x: bool,
-    weighted: tuple[Tensor, Tensor] | None,
+    biases: list[Tensor],
+    *,
+    of_inputs: bool,
 ) -> None:
-    """`x^T y` of every expert, either side gathered. `weighted`: weights by which rows of y count in biases."""
+    """`x^T y` of every expert. Of input weights x is gathered; else y, whose rows count in biases by their weight."""
     experts, lines, columns = grads[0].shape
     two = len(grads) == 2
     blocks = schedule.two_weight_grads if two else schedule.one_weight_grads
-    token, ends = where
-    row_weight, assignment = weighted if weighted and biases else (None, None)
+    weighted = bool(biases) and not of_inputs
     launch(
         kernels.weight_grads,
         (experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, blocks.n),),
         x=x,
-        y=y[0],
-        y_up=y[1] if two else None,
-        token=token,
-        ends=ends,
-        out=grads[0],
-        out_up=grads[1] if two else None,
-        bias=biases[0] if biases else None,
-        bias_up=biases[1] if biases and two else None,
-        row_weight=row_weight,
-        assignment=assignment,
+        **pair("y", y),
+        token=given.token,
+        ends=tiles.ends,
+        **pair("out", grads),
+        **pair("bias", biases),
+        row_weight=given.weight if weighted else None,
+        assignment=given.assignment if weighted else None,
         M=lines,
         N=columns,
-        **strides("out", grads[0], "emn"),
-        **strides("bias", biases[0] if biases else None, "en"),
+        **strides("out", grads, "emn"),
+        **strides("bias", biases, "en"),
         GATED=two,
-        GATHER_X=gather_x,
-        GATHER_Y=not gather_x,
+        GATHER_X=of_inputs,
+        GATHER_Y=not of_inputs,
         PRECISION=precision(x.dtype),
         BLOCK_M=blocks.m,
         BLOCK_N=blocks.n,
@@ -422,22 +435,12 @@ def launch_weight_grads(
     )
 
 
-def sum_rows(
-    rows: Tensor,
-    weight: Tensor | None,
-    token: Tensor,
-    assignment: Tensor,
-    row: Tensor,
-    choices: int,
-    num_tokens: int,
-) -> Tensor:
-    """`(t, d)` every token's rows, by weight. Without `choices` their places are found by a stable sort."""
-    num_rows, dim = rows.shape
-    out = rows.new_empty(num_tokens, dim)
-    start = None
-    if choices == 0:
-        ordered, row = token.sort(stable=True)
-        start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, device=token.device))
+def launch_sum_rows(rows: Tensor, given: Operands, out: Tensor, *, weighted: bool) -> None:
+    """Every token's rows, by weight or not. Without `choices` their places are found by a stable sort."""
+    (num_tokens, dim), row, start = out.shape, given.row, None
+    if given.choices == 0:
+        ordered, row = given.token.sort(stable=True)
+        start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, device=ordered.device))
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch(
         kernels.sum_rows,
@@ -445,26 +448,30 @@ def sum_rows(
         rows=rows,
         row_of=row,
         start_of=start,
-        weight=weight,
-        assignment=assignment,
+        weight=given.weight if weighted else None,
+        assignment=given.assignment,
         out=out,
-        num_rows=num_rows,
+        num_rows=rows.shape[0],
         D=dim,
-        CHOICES=choices,
+        CHOICES=given.choices,
         BLOCK=block,
     )
-    return out
 
 
-def table_of(tiles: Tiles) -> dict[str, Any]:
-    table = dict(tile_expert=tiles.expert, tile_first=tiles.first, tile_stop=tiles.stop)
-    return {**table, "num_tiles": tiles.number}
+def pair(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """Two tensors, one or none as the arguments `name` and `name_up`."""
+    first, second, *_ = *tensors, None, None
+    return {name: first, f"{name}_up": second}
 
 
-def strides(name: str, tensor: Tensor | None, axes: str) -> dict[str, int]:
-    """Strides of a tensor as the arguments `name_axis`."""
-    values = (0,) * len(axes) if tensor is None else tensor.stride()
+def strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
+    """Strides of the first tensor, and so of all, as the arguments `name_axis`; zeros where there is none."""
+    values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
+
+
+def activation_of(form: Form) -> dict[str, Any]:
+    return dict(ACTIVATION=form.activation, ALPHA=form.alpha, LIMIT=form.limit)
 
 
 def narrowed(blocks: Blocks, weight: Tensor) -> Blocks:
@@ -472,17 +479,3 @@ def narrowed(blocks: Blocks, weight: Tensor) -> Blocks:
     adjacent = 1 in weight.stride()[1:]
     small = Blocks(32, max(blocks.c // 2, 16), 8, min(blocks.stages, 3))
     return blocks if adjacent else small
-
-
-def options(schedule: Schedule, blocks: Blocks, dtype: torch.dtype, inner: int) -> dict[str, Any]:
-    """Sizes of a product's blocks."""
-    return dict(
-        PRECISION=precision(dtype),
-        EVEN=inner % blocks.c == 0,
-        BLOCK_M=schedule.rows,
-        BLOCK_N=blocks.n,
-        BLOCK_C=blocks.c,
-        GROUP=GROUP,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )
