@@ -22,7 +22,8 @@ from mixture_of_experts.queues import queue_positions
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
 
-Widen = Callable[[list[int]], list[int]]  # from the rows of each expert to those it is given
+#: from the rows of each expert, `(e,)` and in all, to those it is given
+Widen = Callable[[Tensor, int], tuple[Tensor, int]]
 
 
 class Plan(NamedTuple):
@@ -89,7 +90,7 @@ class Decision:
     def plan(self, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
         """Rows of one level or two: in slots, or without gaps if `ragged`.
 
-        `widen` gives experts more rows than they have tokens for, from numbers that it is given on the host.
+        `widen` gives experts more rows than they have tokens for.
         """
         make = plan if len(self.levels) == 1 else compose
         return make(*self.levels, ragged=ragged, widen=widen)
@@ -126,9 +127,10 @@ class GivenChoices(Decision):
     def plan(self, *, ragged: bool = True, widen: Widen | None = None) -> Plan:
         (t, k), e = self.given.expert.shape, self.num_experts
         expert, weight, kept = (tensor.flatten() for tensor in self.given[:3])
+        expert = torch.where(kept, expert, 0)
         place, counts = queue_positions(expert, kept, e, k, "token")
-        start, counts, num_rows = _starts(counts, t * k, widen)
-        row = torch.where(kept, start[torch.where(kept, expert, 0)] + place, num_rows)
+        first, counts, num_rows = _starts(counts.view(1, e, 1), t * k, widen)
+        row = torch.where(kept, first.flatten()[expert] + place, num_rows)
         return _plan(row, torch.where(kept, weight, 0), None, k, counts, t, num_rows, (e,))
 
 
@@ -153,15 +155,11 @@ def compose(outer: Routing, inner: Routing, *, ragged: bool = False, widen: Wide
     if outer.choices is None or inner.choices is None:
         raise ValueError("only routers of token choice can be composed: in expert choice a slot has no list of choices")
     slot, num_slots, _ = _rows(outer, False)
-    row_of_slot, most_rows, counts = _rows(inner, ragged, widen)
-    slot = slot.flatten()
-    row = _with_sentinel(row_of_slot.reshape(num_slots, inner.choices), most_rows)[slot]  # (t k1, k2)
+    slot, num_tokens = slot.flatten(), math.prod(outer.expert.shape[:-1]) * outer.num_tokens
+    # most slots may be empty: tokens bound the rows too
+    row_of_slot, num_rows, counts = _rows(inner, ragged, widen, most=slot.shape[0] * inner.choices)
+    row = _with_sentinel(row_of_slot.reshape(num_slots, inner.choices), num_rows)[slot]  # (t k1, k2)
     weight = outer.weight.flatten().unsqueeze(-1) * _with_zero(inner.weight.reshape(num_slots, inner.choices))[slot]
-    num_tokens = math.prod(outer.expert.shape[:-1]) * outer.num_tokens
-    num_rows = most_rows
-    if ragged and widen is None:  # most slots may be empty: tokens bound the rows too
-        num_rows = smallest(most_rows, row.numel())
-        row = torch.where(row < most_rows, row, num_rows)
     experts, choices = (outer.num_experts, inner.num_experts), outer.choices * inner.choices
     return _plan(row.flatten(), weight.flatten(), None, choices, counts, num_tokens, num_rows, experts)
 
@@ -179,15 +177,21 @@ def _plan(
     """Add the tables that are read by row; `token` `(a,)` is that of each assignment in expert choice."""
     num_assignments = row.shape[0]
     index = torch.arange(num_assignments, device=row.device)
-    empty = torch.full((num_rows + 1,), num_assignments, dtype=torch.int64, device=row.device)
+    empty = row.new_full((num_rows + 1,), num_assignments)
     assignment = empty.scatter(0, row, index)[:num_rows]  # those without a row all write to the last entry
-    of_row = assignment // (choices or 1) if token is None else _with_sentinel(token, num_tokens)[assignment]
+    if token is not None:
+        of_row = _with_sentinel(token, num_tokens)[assignment]
+    else:
+        of_row = assignment if choices == 1 else assignment // (choices or 1)
     return Plan(row, assignment, weight, of_row, counts, choices, num_tokens, num_rows, num_experts)
 
 
-def _rows(routing: Routing, ragged: bool, widen: Widen | None = None) -> tuple[Tensor, int, Tensor | None]:
+def _rows(
+    routing: Routing, ragged: bool, widen: Widen | None = None, most: int | None = None
+) -> tuple[Tensor, int, Tensor | None]:
     """Row of every assignment `(b, a)` (the number of rows where it has none), number of rows, counts if ragged.
 
+    `most`: how many rows without gaps there can be, if fewer than assignments.
     Outer experts' groups stand before b in the result, so that it is `(outer b, a)`.
     """
     *outer, b, a = routing.expert.shape
@@ -199,8 +203,8 @@ def _rows(routing: Routing, ragged: bool, widen: Widen | None = None) -> tuple[T
         if routing.limit is not None:
             size = torch.minimum(size, routing.limit.unsqueeze(-1))
         size = size.reshape(routers, b, e).transpose(1, 2)  # rows lie by outer expert, expert, group
-        start, counts, num_rows = _starts(size.sum(dim=-1).flatten(), routers * b * a, widen)
-        first = start.view(routers, e, 1) + size.cumsum(dim=-1) - size
+        num_rows = routers * b * a if most is None else smallest(routers * b * a, most)
+        first, counts, num_rows = _starts(size, num_rows, widen)
         row = first.transpose(1, 2).gather(-1, expert) + slot
     else:
         c = routing.slots
@@ -211,12 +215,18 @@ def _rows(routing: Routing, ragged: bool, widen: Widen | None = None) -> tuple[T
     return torch.where(kept, row, num_rows).flatten(0, 1), num_rows, counts
 
 
-def _starts(counts: Tensor, num_rows: int, widen: Widen | None) -> tuple[Tensor, Tensor, int]:
-    """First row of each expert, its number of rows, and the number of all, `num_rows` unless experts are widened."""
+def _starts(size: Tensor, num_rows: int, widen: Widen | None) -> tuple[Tensor, Tensor, int]:
+    """For sizes `(outer, e, b)` of every expert and group: first rows, each expert's number of them, and that of all.
+
+    `num_rows` is what there are at most without `widen`.
+    """
+    one_group = statically_known_true(size.shape[-1] == 1)
+    counts = size.flatten() if one_group else size.sum(dim=-1).flatten()
     if widen is not None:
-        widths = widen(counts.tolist())
-        counts, num_rows = torch.tensor(widths, dtype=torch.int64, device=counts.device), sum(widths)
-    return counts.cumsum(0) - counts, counts, num_rows
+        counts, num_rows = widen(counts, num_rows)
+        start = (counts.cumsum(0) - counts).view(*size.shape[:-1], 1)
+        return start if one_group else start + size.cumsum(dim=-1) - size, counts, num_rows
+    return size.flatten().cumsum(0).view(size.shape) - size, counts, num_rows
 
 
 def _with_zero(values: Tensor) -> Tensor:

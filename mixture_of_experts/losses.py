@@ -70,7 +70,7 @@ def load_balance(
         choices: k, the choices that a token makes.
         group: process group that shares the batch.
     """
-    products, each = load.detach().to(proxy.dtype) * proxy, choices / load.shape[-1]
+    products, each = load.detach() * proxy, choices / load.shape[-1]
     if isinstance(length, Tensor):
         per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
         return mean(per_group.sum(), (length > 0).sum(), group, each)
@@ -118,9 +118,11 @@ def z_loss_at(
     Read at one `expert` `(..., n, 1)` of probability `prob` `(..., n, 1)` that is likely, such as the first choice, it
     costs no pass over all of them, and the backward needs no logits.
     """
-    at = expert.flatten()
-    at = at + logits.shape[-1] * torch.arange(at.shape[0], device=at.device)
-    logit = logits.flatten().index_select(0, at).view(expert.shape)  # for a `gather` autograd would keep the logits
+    if torch.is_grad_enabled():  # for a `gather` autograd would keep the logits
+        line = torch.arange(math.prod(expert.shape), device=expert.device)
+        logit = logits.flatten(end_dim=-2)[line, expert.flatten()].view(expert.shape)
+    else:
+        logit = logits.gather(-1, expert)
     return token_mean((logit - prob.log()).square(), None if counted is None else counted.unsqueeze(-1), group)
 
 

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from mixture_of_experts.tracing import exporting_to_onnx, largest, smallest
+from mixture_of_experts.tracing import exporting_to_onnx, is_wrapped, largest, smallest
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
@@ -57,45 +57,61 @@ def queue_positions(
         score: `(..., n)` for priority "score".
 
     Returns:
-        `(..., a)` int64 positions, and `(..., e)` int64 lengths.
+        `(..., a)` int64 positions, of any value where not `chosen`, and `(..., e)` int64 lengths.
     """
-    key = expert if chosen is None else torch.where(chosen, expert, num_experts)
-    if priority == "token" or statically_known_true(key.shape[-1] == choices):  # of one token all orders are the same
-        return _positions(key, num_experts)
-    key, order = rearrange(key, "... (n k) -> ... n k", k=choices), None
+    order = None
     if priority == "score":
         assert score is not None
-        order = stable_order(score, descending=True).unsqueeze(-1).expand_as(key)
-        key = key.gather(-2, order)
-    slot, queued = _positions(rearrange(key, "... n k -> ... (k n)"), num_experts)
-    slot = rearrange(slot, "... (k n) -> ... n k", k=choices)
-    if order is not None:
-        slot = torch.empty_like(slot).scatter(-2, order, slot)
-    return slot.flatten(-2), queued
+        order = stable_order(score, descending=True).unsqueeze(-1).expand(*score.shape, choices)
+    # of one token all orders are the same
+    in_order = priority == "token" or statically_known_true(expert.shape[-1] == choices)
+
+    def queued_up(values: Tensor) -> Tensor:
+        """What lies token by token, as it queues."""
+        if in_order:
+            return values
+        values = rearrange(values, "... (n k) -> ... n k", k=choices)
+        return rearrange(values if order is None else values.gather(-2, order), "... n k -> ... (k n)")
+
+    def put_back(values: Tensor) -> Tensor:
+        """The other way."""
+        if in_order:
+            return values
+        values = rearrange(values, "... (k n) -> ... n k", k=choices)
+        return (values if order is None else torch.empty_like(values).scatter(-2, order, values)).flatten(-2)
+
+    if statically_known_true(expert.numel() * num_experts <= FEW) or exporting_to_onnx():
+        place, queued = _count(queued_up(expert), None if chosen is None else queued_up(chosen), num_experts)
+        return put_back(place), queued
+    # a stable sort of int16 is several times faster than one of int64
+    narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int64
+    ids = torch.arange(num_experts + 1, device=expert.device, dtype=narrow)
+    key = expert.to(narrow)
+    if chosen is not None:
+        key = torch.where(chosen, key, ids[-1])  # behind every queue
+    place, start = _sort(queued_up(key), ids)
+    return put_back(place) - start.gather(-1, expert), start.diff(dim=-1)
 
 
-def _positions(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """For keys `(..., a)` in queue order: how often the same key stands before; and how often each expert occurs.
-
-    A key of `num_experts` is in no queue.
-    """
-    if statically_known_true(key.numel() * num_experts <= FEW) or exporting_to_onnx():
-        return _positions_by_counting(key, num_experts)
-    if num_experts < torch.iinfo(torch.int16).max:
-        key = key.to(torch.int16)  # a stable sort of int16 is several times faster than one of int64
-    key, order = key.sort(dim=-1, stable=True)
-    # added to zeros, not expanded, so that it is contiguous also under vmap, as searchsorted wants it
-    experts = key.new_zeros(*key.shape[:-1], 1) + torch.arange(num_experts + 1, device=key.device, dtype=key.dtype)
-    start = torch.searchsorted(key, experts)
-    position = torch.arange(key.shape[-1], device=key.device) - start.gather(-1, key.to(torch.int64))
-    return torch.empty_like(position).scatter(-1, order, position), start.diff(dim=-1)
+def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For keys `(..., a)` their places in stable order, and the first place of each of `ids` (all there can be)."""
+    ordered, order = key.sort(dim=-1, stable=True)
+    of_each = (*key.shape[:-1], ids.shape[0])
+    # contiguous, as searchsorted wants it, under a transform too
+    ids = key.new_empty(of_each).copy_(ids) if is_wrapped(key) else ids.expand(of_each).contiguous()
+    index = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
 
 
-def _positions_by_counting(key: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """The same with a table `(..., a, e)`: by fewer operators, all of which ONNX has."""
-    queues = key.unsqueeze(-1) == torch.arange(num_experts, device=key.device)
-    place = queues.cumsum(dim=-2, dtype=torch.int64) * queues
-    return place.sum(dim=-1) - 1, queues.sum(dim=-2)
+def _count(expert: Tensor, chosen: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """How often the same expert was chosen before, and how often each is: by a table `(..., a, e)`, which takes fewer
+    operators than sorting, all of which ONNX has."""
+    index = expert.unsqueeze(-1)
+    queues = index == torch.arange(num_experts, device=expert.device)
+    if chosen is not None:
+        queues = queues & chosen.unsqueeze(-1)
+    place = queues.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1)
+    return place - 1, queues.sum(dim=-2)
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:

@@ -338,13 +338,14 @@ class TokenChoiceGate(Gate):
             kept = kept & (slot < limit.unsqueeze(-1))
         elif capacity is not None and not statically_known_true(expert.shape[-1] <= capacity):
             kept = kept & (slot < capacity)
+        of_weight_alone = chosen is None and kept is computed  # kept is what has a weight
         token = torch.arange(tokens.num_tokens, device=expert.device).repeat_interleave(self.choices)
         return Routing(
             token=token.expand_as(expert).contiguous(),
             expert=expert,
             slot=slot,
             kept=kept,
-            weight=torch.where(kept, weight, 0.0),  # not a view, of which FSDP2 warns
+            weight=weight if of_weight_alone else torch.where(kept, weight, 0.0),
             probs=probs,
             balance_loss=balance_loss,
             z_loss=z_loss,

@@ -123,18 +123,21 @@ class TopKGating(TokenChoiceGate):
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         balance = self.balance_loss(tokens, probs, expert, choices=self.choices)
 
+        likeliest = self.score == "softmax" and self.expert_bias is None and self.num_groups is None
         weight = score.gather(-1, expert)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
         if self.normalize:
-            weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+            total = weight.sum(dim=-1, keepdim=True)
+            # the largest of a softmax are not all 0
+            weight = weight / (total if likeliest and allowed is None else total + 1e-20)
         if self.scale != 1:
             weight = weight * self.scale
         if self.expert_counts is not None and self.training:
             load = self.load(expert, allowed).sum(dim=-2)
             weight = count_in_backward(weight, load, self.expert_counts)
-        if self.score == "softmax" and self.expert_bias is None and self.num_groups is None:
+        if likeliest:
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
             z_loss = self.z_loss(tokens, logits)

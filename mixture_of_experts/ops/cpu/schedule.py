@@ -101,13 +101,13 @@ class Schedule:
         self.most_rows = max(1, CHUNK // (dim_bytes + hidden_bytes))
         self.chunks: list[Chunk] = []
 
-    def __call__(self, counts: list[int]) -> list[int]:
-        batches = batches_of(counts, self.hidden_bytes, self.threads, self.most_rows)
+    def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
+        batches = batches_of(counts.tolist(), self.hidden_bytes, self.threads, self.most_rows)
         self.chunks = chunks_of(batches, self.most_rows)
         widths = [0] * len(counts)
         for batch in batches:
             widths[batch.experts] = [batch.width] * batch.number
-        return widths
+        return torch.tensor(widths, dtype=torch.int64, device=counts.device), sum(widths)
 
 
 def gather(x: Tensor, index: Tensor, empty: Tensor, out: Tensor) -> None:
