@@ -8,12 +8,14 @@ numbers that are in a tensor.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.dispatch import Decision, Plan
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.tracing import capability, is_wrapped
@@ -36,17 +38,49 @@ def run(call: Call) -> Tensor:
 
 
 class InGroups:
-    """Rows without gaps by torch's grouped product, on CUDA; see `lean.Products`."""
+    """Rows without gaps by torch's grouped product, on CUDA; see `lean.Products`. Those past the last expert's may hold
+    anything, and nobody reads them."""
 
-    def __init__(self, plan: Plan, num_experts: int) -> None:
+    @staticmethod
+    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+        plan = decision.plan(ragged=True)
         assert plan.counts is not None
-        self.counts, self.ends = plan.counts, plan.counts.cumsum(0, dtype=torch.int32)
+        return plan, plan.counts.cumsum(0, dtype=torch.int32)
+
+    def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None:
+        assert table is not None
+        assert plan.counts is not None
+        self.plan, self.ends, self.counts = plan, table, plan.counts
+        self.token = plan.token.clamp(max=plan.num_tokens - 1)
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.token)
 
     def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
+    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        (x, weight), *others = pairs
+        rows = self.by_weights(x, weight)
+        for x, weight in others:
+            rows += self.by_weights(x, weight)
+        # an assignment without a row reads the last one, which is no expert's then
+        rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)
+        return rows
+
     def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
         return outer_on_cuda(x, y, self.counts, self.ends)
+
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        rows += plain.bias_of_rows(bias, self.counts, self.plan.num_rows)
+
+    def of_choices(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+
+    def pack(self, pre: Tensor) -> Tensor:
+        return pre
+
+    unpack = pack
 
 
 def outer_on_cuda(x: Tensor, y: Tensor, counts: Tensor, ends: Tensor) -> Tensor:

@@ -13,73 +13,161 @@ way. Rows past the last expert's may hold anything, and nobody reads them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Plan, add_rows, read_rows, sum_rows
+from mixture_of_experts.dispatch import Decision, Plan, add_rows, sum_rows
 from mixture_of_experts.ops import hidden as hidden_layer
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.tracing import in_transform, is_wrapped, without_autocast
+from mixture_of_experts.tracing import in_transform, is_wrapped, largest, smallest, without_autocast
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
 
 class Products(Protocol):
-    """Every expert's rows by its own weights."""
+    """Every expert's rows by its own weights. How rows lie is its own business: they are those of `arrange`'s plan."""
+
+    @staticmethod
+    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+        """A plan, and the table of the experts' rows that the backward needs again."""
+        ...
+
+    def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None: ...
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Tokens `(t, p)` to rows `(r, p)`."""
+        ...
 
     def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(r, p)` by `(e, p, q)`: `(r, q)`."""
+        ...
+
+    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """The sum of such products, for `of_choices`: of no rows more, or of one of zeros more."""
         ...
 
     def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
         """`x^T y` of `(r, p)` and `(r, q)`: `(e, p, q)`, zeros for experts without rows."""
         ...
 
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        """`rows` plus each one's expert's of `(e, q)`."""
+        ...
 
-Multiply = Callable[[Plan, int], Products]  # of a plan and a number of experts
+    def of_choices(self, rows: Tensor) -> Tensor:
+        """The row of each choice `(a, q)` of a `total`, zeros where it has none."""
+        ...
+
+    def pack(self, pre: Tensor) -> Tensor:
+        """What is kept of rows for the backward: those that are somebody's."""
+        ...
+
+    def unpack(self, pre: Tensor) -> Tensor:
+        """The rows again."""
+        ...
 
 
-class InSlots(NamedTuple):
+class InSlots:
     """Every expert has as many rows, some of them zeros."""
 
-    plan: Plan
-    num_experts: int
+    @staticmethod
+    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+        return decision.plan(), None
+
+    def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None:
+        self.plan, self.num_batches = plan, num_experts
+        self.empty = (plan.token == plan.num_tokens).unsqueeze(-1)
+        self.token = plan.token.clamp(max=largest(plan.num_tokens - 1, 0))
+
+    def gather(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 0:
+            return x.new_zeros(self.plan.num_rows, x.shape[1])
+        return x.index_select(0, self.token).masked_fill_(self.empty, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.bmm(self.slots(x), weight).flatten(0, 1)
+        return torch.bmm(self.batches(x), self.of_batches(weight)).flatten(0, 1)
+
+    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        (x, weight), *others = pairs
+        rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
+        rows[-1:].zero_()
+        out = self.batches(rows[:-1])
+        torch.bmm(self.batches(x), self.of_batches(weight), out=out)
+        for x, weight in others:
+            out.baddbmm_(self.batches(x), self.of_batches(weight))
+        return rows
 
     def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.bmm(self.slots(x).mT, self.slots(y))
+        return torch.bmm(self.batches(x).mT, self.batches(y))
 
-    def slots(self, x: Tensor) -> Tensor:
-        return x.view(self.num_experts, -1, x.shape[-1])
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        self.batches(rows).add_(self.of_batches(bias).unsqueeze(1))
+
+    def of_choices(self, rows: Tensor) -> Tensor:
+        return rows.index_select(0, self.plan.row)
+
+    def pack(self, pre: Tensor) -> Tensor:
+        return pre
+
+    unpack = pack
+
+    def batches(self, rows: Tensor) -> Tensor:
+        return rows[: self.plan.num_rows].view(self.num_batches, -1, rows.shape[-1])
+
+    def of_batches(self, weight: Tensor) -> Tensor:
+        return weight
 
 
-class InBlocks:
-    """Rows without gaps in blocks, each of which copies its expert's weight: no host sync on any device."""
+class InBlocks(InSlots):
+    """Every expert has rows in blocks of equal size, each of which copies its weight: no host sync on any device.
 
-    def __init__(self, plan: Plan, num_experts: int) -> None:
-        assert plan.counts is not None
-        self.num_experts, rows = num_experts, plan.num_rows
-        self.expert, row, place = plain.in_blocks(plan.counts, rows)
-        self.size, self.empty = row.shape[1], (row == rows).view(-1, 1)
-        self.row, self.place = row.flatten().clamp(max=rows - 1), place.clamp(max=row.numel() - 1)
+    There are as many blocks as can be needed, whatever the numbers of rows are; a block has about as many rows as an
+    expert has on average, so that there are at most about 2 e. Kept are pre-activations of choices, not of all rows.
+    """
 
-    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
-        return torch.bmm(self.blocks(x), weight.index_select(0, self.expert)).flatten(0, 1).index_select(0, self.place)
+    @staticmethod
+    def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
+        blocks = Blocks()
+        return decision.plan(ragged=True, widen=blocks), blocks.expert
+
+    def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None:
+        assert table is not None
+        super().__init__(plan, None, table.shape[0])
+        self.expert, self.num_experts = table, num_experts
 
     def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        products = torch.bmm(self.blocks(x).mT, self.blocks(y))
+        products = super().by_rows(x, y)
         zeros = products.new_zeros(self.num_experts, *products.shape[1:])
         return add_rows(zeros, self.expert, products)
 
-    def blocks(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.row).masked_fill_(self.empty, 0).view(-1, self.size, x.shape[-1])
+    def pack(self, pre: Tensor) -> Tensor:
+        return pre.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
+
+    def unpack(self, pre: Tensor) -> Tensor:
+        return pre.index_select(0, self.plan.assignment.clamp(max=pre.shape[0] - 1))
+
+    def of_batches(self, weight: Tensor) -> Tensor:
+        return weight.index_select(0, self.expert)
+
+
+class Blocks:
+    """Gives every expert rows for as many blocks as it needs, and notes whose each block is."""
+
+    expert: Tensor | None = None
+
+    def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
+        experts = counts.shape[0]
+        size = largest(2, num_rows // experts)  # never 1, which torch would take for the size of every length
+        number = smallest(num_rows, num_rows // size + experts)
+        counts = (counts + (size - 1)) // size * size
+        first = torch.arange(0, number * size, size, device=counts.device)
+        self.expert = torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=experts - 1)
+        return counts, number * size
 
 
 def why_not(call: Call) -> str | None:
@@ -91,45 +179,60 @@ def why_not(call: Call) -> str | None:
     return why_unknown(call.network.activation)
 
 
-def run(call: Call, multiply: Multiply = InBlocks) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`; `multiply` is for rows without gaps."""
-    plan = call.decision.plan(ragged=call.decision.prefers_rows())
-    if plan.counts is None or plan.num_rows == 0:
-        multiply = InSlots
+def run(call: Call, products: type[Products] = InBlocks) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`; `products` is for rows without gaps."""
+    if not call.decision.prefers_rows():
+        products = InSlots
+    plan, table = products.arrange(call.decision)
+    if plan.num_rows == 0:
+        products = InSlots
     with without_autocast(call.x.device):
-        return _Lean.apply(plan, call.network, multiply, call.x, plan.weight, *call.network.tensors())
+        return _Lean.apply(plan, table, call.network, products, call.x, plan.weight, *call.network.tensors())
 
 
 class _Lean(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, plan: Plan, network: Network, multiply: Multiply, x: Tensor, weight: Tensor, *weights: Tensor
+        ctx,
+        plan: Plan,
+        table: Tensor | None,
+        network: Network,
+        kind: type[Products],
+        x: Tensor,
+        weight: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         plan, network = plan._replace(weight=weight), network.filled(weights)
-        products = multiply(plan, len(network.w_out))
-        tokens = gather(x, plan)
-        pre = [
-            add_bias(products.by_weights(tokens, w), b, plan) for w, b in zip(network.w_in, network.b_in, strict=True)
-        ]
+        products = kind(plan, table, len(network.w_out))
+        tokens = products.gather(x)
+        pre = []
+        for w, b in zip(network.w_in, network.b_in, strict=True):
+            pre.append(products.by_weights(tokens, w))
+            if b is not None:
+                products.add_bias(pre[-1], b)
         parts = network.parts(pre)
         hidden = parts[0].new_empty(parts[0].shape)
         hidden_layer.forward(network.activation, parts, hidden)
-        y = add_bias(products.by_weights(hidden, network.w_out), network.b_out, plan)
-        ctx.settings = plan[5:], network.map(id), multiply  # no tensors: those are saved
-        ctx.save_for_backward(x, *plan[:5], *weights, *pre)
-        return collect(y, plan, weighted=True)
+        y = products.total([(hidden, network.w_out)])
+        if network.b_out is not None:
+            products.add_bias(y, network.b_out)
+        ctx.settings = plan[5:], network.map(id), kind  # no tensors: those are saved
+        ctx.save_for_backward(x, table, *plan[:5], *weights, *map(products.pack, pre))
+        return collect(y, plan, products)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        of_plan, network, multiply = ctx.settings
-        x, *tensors = ctx.saved_tensors
+        of_plan, network, kind = ctx.settings
+        x, table, *tensors = ctx.saved_tensors
         number = len(tensors) - len(network.w_in)
-        plan, network, pre = Plan(*tensors[:5], *of_plan), network.filled(tensors[5:number]), tensors[number:]
+        plan, network, kept = Plan(*tensors[:5], *of_plan), network.filled(tensors[5:number]), tensors[number:]
         if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
-            return None, None, None, *plain.gradients(plan, network, grad, x)
+            return None, None, None, None, *plain.gradients(plan, network, grad, x)
         with without_autocast(x.device):
-            products = multiply(plan, len(network.w_out))
-            return None, None, None, *gradients(plan, network, products, x, grad, pre, ctx.needs_input_grad[3:])
+            products = kind(plan, table, len(network.w_out))
+            pre = list(map(products.unpack, kept))
+            found = gradients(plan, network, products, x, grad, pre, ctx.needs_input_grad[4:])
+        return None, None, None, None, *found
 
 
 def gradients(
@@ -141,98 +244,77 @@ def gradients(
     pre: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of x, of the assignments' weights and of all weights, those that are needed."""
+    """Gradients of x, of the assignments' weights and of all weights, those that are needed.
+
+    Those of rows are for rows of weight 1: the weight is applied where they are summed.
+    """
     need_x, need_weight, *of_weights = needs
     needed = iter(of_weights)
     of: Any = network.map(lambda w: w if next(needed) else None)
-    grad_rows = gather(grad, plan)
+    grad_rows = products.gather(grad)
     grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
     # the gradient of the gate is written over that of the hidden layer, if it is a tensor of its own
     others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
     grad_pre = others if network.halves else [grad_hidden, *others]
     parts, grad_parts = network.parts(pre), network.parts(grad_pre)
-    scale, grad_weight = row_weight(plan), None
-    if need_weight:
-        hidden_layer.forward(network.activation, parts, hidden)
-        grad_weight = of_assignments(hidden, grad_hidden, grad_rows, network.b_out, plan)
-    grad_hidden.mul_(scale)
     hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
+    grad_weight = None
+    if need_weight:
+        grad_weight = of_assignments(hidden, grad_hidden, grad_rows, network.b_out, plan, products)
     hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
 
-    grad_out = None if of.w_out is None else products.by_rows(hidden.mul_(scale), grad_rows)
-    grad_b_out = None if of.b_out is None else sums(products, grad_rows.mul_(scale))
+    scale = row_weight(plan)
+    grad_rows.mul_(scale)
+    grad_out = None if of.w_out is None else products.by_rows(hidden, grad_rows)
+    grad_b_out = None if of.b_out is None else products.by_rows(summing(torch.ones_like(scale), x), grad_rows)[:, 0]
     del hidden, grad_rows
-    grads_b_in = [None if b is None else sums(products, part) for b, part in zip(of.b_in, grad_pre, strict=True)]
-    tokens = gather(x, plan) if any(w is not None for w in of.w_in) else x
+    grads_b_in = [
+        None if b is None else products.by_rows(summing(scale, x), part)[:, 0]
+        for b, part in zip(of.b_in, grad_pre, strict=True)
+    ]
+    tokens = products.gather(x).mul_(scale) if any(w is not None for w in of.w_in) else x
     grads_in = [
         None if w is None else products.by_rows(tokens, part) for w, part in zip(of.w_in, grad_pre, strict=True)
     ]
     del tokens
     grad_x = None
     if need_x:
-        rows = products.by_weights(grad_pre[0], network.w_in[0].mT)
-        for part, w in zip(grad_pre[1:], network.w_in[1:], strict=True):
-            rows += products.by_weights(part, w.mT)
-        grad_x = collect(rows, plan, weighted=False)
+        rows = products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+        grad_x = collect(rows, plan, products)
     there = zip(network.fields(), (*grads_in, grad_out, *grads_b_in, grad_b_out), strict=True)
     return [grad_x, grad_weight, *(gradient for w, gradient in there if w is not None)]
 
 
-def gather(x: Tensor, plan: Plan) -> Tensor:
-    """Rows of tokens; empty slots are zeros, rows past the last expert's anything."""
-    if plan.counts is None or plan.num_tokens == 0:
-        return read_rows(x, plan.token)
-    return x.index_select(0, plan.token.clamp(max=plan.num_tokens - 1))
-
-
-def collect(rows: Tensor, plan: Plan, *, weighted: bool) -> Tensor:
-    """Every token's sum of rows, weighted or not, in float32 and cast once. Writes into `rows`."""
+def collect(rows: Tensor, plan: Plan, products: Products) -> Tensor:
+    """Every token's weighted sum of the rows of a `total`, in float32 and cast once."""
     if plan.choices is None:
-        weight = plan.row_weight() if weighted else None
-        return sum_rows(rows, weight, plan.token, plan.row, None, plan.num_tokens)
-    if plan.counts is None or plan.num_rows == 0:
-        rows = read_rows(rows, plan.row)
-    else:
-        # an assignment without a row reads the last one, which is no expert's then, as zeros
-        rows[-1:].masked_fill_(plan.counts.sum() < plan.num_rows, 0)
-        rows = rows.index_select(0, plan.row.clamp(max=plan.num_rows - 1))
-    if weighted:
-        rows.mul_(plan.weight.unsqueeze(-1))
-    return rows.view(plan.num_tokens, plan.choices, rows.shape[-1]).sum(dim=1)
+        return sum_rows(rows[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
+    terms = products.of_choices(rows).mul_(plan.weight.unsqueeze(-1))
+    return terms.view(plan.num_tokens, plan.choices, rows.shape[-1]).sum(dim=1)
 
 
 def row_weight(plan: Plan) -> Tensor:
-    """`(r, 1)` the weight of every row; of one that is empty, any."""
-    number = plan.weight.shape[0]
-    if number == 0:
-        return plan.weight.new_zeros(plan.num_rows, 1)
-    return plan.weight.index_select(0, plan.assignment.clamp(max=number - 1)).unsqueeze(-1)
+    """`(r, 1)` the weight of every row, 0 where it is empty."""
+    weight = plan.weight.new_zeros(plan.num_rows + 1).scatter(0, plan.row, plan.weight)
+    return weight[: plan.num_rows].unsqueeze(-1)  # those without a row all write to the last entry
 
 
-def of_assignments(hidden: Tensor, grad_hidden: Tensor, grad_rows: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+def of_assignments(
+    hidden: Tensor, grad_hidden: Tensor, grad_rows: Tensor, bias: Tensor | None, plan: Plan, products: Products
+) -> Tensor:
     """Gradients of the assignments' weights: every row's output times the gradient of what its token got."""
-    if plan.num_rows == 0:
-        return torch.zeros_like(plan.weight)
-    dtype = torch.promote_types(plan.weight.dtype, torch.float32)
-    of_row = (hidden * grad_hidden).sum(dim=-1, dtype=dtype)
+    of_row = torch.zeros(
+        plan.num_rows + 1, dtype=torch.promote_types(plan.weight.dtype, torch.float32), device=hidden.device
+    )
+    torch.sum(hidden * grad_hidden, dim=-1, dtype=of_row.dtype, out=of_row[:-1])
     if bias is not None:
-        of_row += (grad_rows * rows_of(bias, plan)).sum(dim=-1, dtype=dtype)
-    found = of_row.index_select(0, plan.row.clamp(max=plan.num_rows - 1))
-    return torch.where(plan.row < plan.num_rows, found, 0).to(plan.weight.dtype)
+        biases = torch.zeros_like(grad_rows)
+        products.add_bias(biases, bias)
+        of_row[:-1] += (grad_rows * biases).sum(dim=-1, dtype=of_row.dtype)
+    return of_row.index_select(0, plan.row).to(plan.weight.dtype)
 
 
-def add_bias(rows: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    return rows if bias is None else rows.add_(rows_of(bias, plan))
-
-
-def rows_of(bias: Tensor, plan: Plan) -> Tensor:
-    """`(r, q)` the bias of every row's expert."""
-    if plan.counts is None:
-        return bias.repeat_interleave(plan.num_rows // bias.shape[0], dim=0, output_size=plan.num_rows)
-    return plain.bias_of_rows(bias, plan.counts, plan.num_rows)
-
-
-def sums(products: Products, rows: Tensor) -> Tensor:
-    """`(e, q)` sum of every expert's rows."""
-    return products.by_rows(rows.new_ones(rows.shape[0], SUMMED), rows)[:, 0]
+def summing(scale: Tensor, x: Tensor) -> Tensor:
+    """`(r, SUMMED)` columns of row weights in the dtype of x."""
+    return scale.to(x.dtype).expand(-1, SUMMED).contiguous()
