@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mixture_of_experts.gating.logits as logits_module
 from mixture_of_experts.gating.base import top_choices
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.queues import stable_order
@@ -36,6 +37,26 @@ def test_no_copy_of_the_tokens_is_kept(dtype):
     assert [tensor.untyped_storage().data_ptr() for tensor in kept] == [
         tensor.untyped_storage().data_ptr() for tensor in (x, weight)
     ]
+
+
+@pytest.mark.parametrize("shape", [(9, 6, 5), (1, 16, 1), (300, 40, 64), (0, 6, 5)])
+def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, monkeypatch):
+    """What a GPU does. On the CPU, which has no such product, its sums are those of copies."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
+    t, d, e = shape
+    x, weight = torch.randn(t, d, dtype=torch.bfloat16), torch.randn(d, e, dtype=torch.bfloat16)
+    grad = torch.randn(t, e) * torch.logspace(-9, 3, e)
+    grad_x, grad_weight = logits_module._narrow_grads(x, weight, grad, True, True)
+    assert grad_x is not None
+    assert grad_weight is not None
+    of_x = grad.double() @ weight.double().mT, grad.double().abs() @ weight.double().abs().mT
+    of_weight = x.double().mT @ grad.double(), x.double().abs().mT @ grad.double().abs()
+    for got, (wanted, size) in ((grad_x, of_x), (grad_weight, of_weight)):
+        assert got.dtype == torch.bfloat16
+        assert got.shape == wanted.shape
+        # half a unit in the last place, and what two parts of a number leave of it
+        assert ((got.double() - wanted).abs() <= wanted.abs() * 2**-8 + size * 2**-16).all()
 
 
 def test_gradients_under_autocast_stay_in_float32():
