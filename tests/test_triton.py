@@ -103,6 +103,13 @@ def test_faults_of_memory_are_seen(check: Checks):
     check("check_faults")
 
 
+@pytest.mark.parametrize("routing", ["dropless", "dropless, zeros", "masked", "capacity, zeros", "capacity, masked"])
+@pytest.mark.parametrize("experts", [1, 5, 64, 257])
+def test_plans(check: Checks, experts: int, routing: str):
+    for groups in (1, 3):
+        check("check_plan", experts, groups, routing)
+
+
 def test_no_tokens(check: Checks):
     check("check_nothing")
 

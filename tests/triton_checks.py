@@ -32,6 +32,7 @@ from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.network import compute, operands
+from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -198,9 +199,45 @@ def check_faults() -> None:
     assert torch.equal(x, out)
 
 
+@torch.no_grad()
+def check_plan(e: int, groups: int, routing: str) -> None:
+    """The kernel's plan is that of torch's operators; a row of a weight of 0, which holds its slot, has a token too."""
+    torch.manual_seed(e)
+    k = min(3, e)
+    gate = TopKGating(8, e, k, capacity_factor_train=0.7 if "capacity" in routing else None, priority="choice")
+    gate.w_gating.data *= 5
+    x = torch.randn(groups, 90, 8)
+    decided = gate(x, mask=torch.rand(groups, 90) < 0.7 if "mask" in routing else None)
+    if "zeros" in routing:
+        unused = torch.rand(decided.weight.shape) < 0.2
+        weight = decided.weight.masked_fill(unused, 0)
+        decided = gate.route(
+            gate.read(x),
+            decided.probs,
+            decided.expert.view(groups, 90, k),
+            weight.view(groups, 90, k),
+            balance_loss=decided.balance_loss,
+            z_loss=decided.z_loss,
+        )
+    wanted, found = plan(decided, ragged=True), plan_of(Decision([decided]))
+    assert found[5:] == wanted[5:]
+    assert torch.equal(found.row, wanted.row)
+    assert torch.equal(found.weight, wanted.weight)
+    assert found.counts is not None
+    assert wanted.counts is not None
+    assert torch.equal(found.counts, wanted.counts)
+    a, total = len(wanted.row), int(wanted.counts.sum())
+    held = (wanted.assignment == a) & (torch.arange(a) < total)
+    assert bool(held.any()) == (routing == "capacity, zeros")
+    for got, want in ((found.assignment, wanted.assignment), (found.token, wanted.token)):
+        assert torch.equal(got[~held], want[~held])
+    assert (wanted.weight[found.assignment[held]] == 0).all()
+    assert torch.equal(found.token[held], found.assignment[held] // k)
+
+
 def check_nothing() -> None:
     """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
-    where = plan(TopKGating(16, 4, 2)(torch.randn(1, 0, 16)), ragged=True)
+    where = plan_of(Decision([TopKGating(16, 4, 2)(torch.randn(1, 0, 16))]))
     network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
     found = with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
     assert found.pop("out").shape == (0, 16)
@@ -235,6 +272,9 @@ def check_operators() -> None:
     _, pre = operators.triton_ffn(*arguments, *form, True)
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
+    decided = TopKGating(16, 4, 2)(torch.randn(2, 10, 16))
+    of_choices = (decided.expert, decided.slot, decided.chosen, decided.kept, decided.queued)
+    torch.library.opcheck(triton_plan, (*of_choices, 2))
     torch.use_deterministic_algorithms(True)
 
 

@@ -22,7 +22,7 @@ SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, 
 TENSOR_CORES = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma"
 ATOMICS = r"\b(?:atom|red)\.\S+"
 PRODUCTS = ("rows_by_weights", "hidden_grads", "row_grads", "weight_grads")
-TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32"}
+TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
 
 class Case(NamedTuple):
@@ -82,7 +82,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     import torch
     from fake_cuda_checks import on_gpu
 
-    from mixture_of_experts.ops.triton import operators
+    from mixture_of_experts.ops.triton import operators, plan
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
@@ -94,13 +94,13 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with on_gpu(getattr(torch, case.dtype), case.capability):
-            run_operators(case, operators)
+            run_operators(case, operators, plan)
     finally:
         operators.launch = launch
     return list(seen.values())
 
 
-def run_operators(case: Case, operators) -> None:
+def run_operators(case: Case, operators, plan) -> None:
     import torch
 
     e, (d, h, o) = 8, (1024, 512, 2048) if case.even else (1008, 528, 2032)
@@ -117,6 +117,8 @@ def run_operators(case: Case, operators) -> None:
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
+    flag = torch.empty(1, r, dtype=torch.bool)
+    plan.triton_plan._init_fn(index.view(1, r), index.view(1, r), flag, flag, torch.empty(1, e, dtype=torch.int64), 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 

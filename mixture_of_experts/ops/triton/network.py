@@ -10,12 +10,13 @@ from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
+from mixture_of_experts.ops.triton.plan import plan_of
 from mixture_of_experts.tracing import is_wrapped
 
 
 def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`; capacity too is rows without gaps, so that empty slots cost nothing."""
-    return compute(call.x, call.decision.plan(ragged=True), call.network)
+    return compute(call.x, plan_of(call.decision), call.network)
 
 
 def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
