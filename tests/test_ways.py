@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -145,3 +146,21 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
             return torch.autograd.grad(layer(x)[0].square().sum(), wanted)
 
     torch.testing.assert_close(gradients(way), gradients("plain"))
+
+
+# torch's own, of what it traces
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("gate", ["dropless", "capacity"])
+def test_lean_is_one_graph_for_all_lengths(gate):
+    """What a GPU takes unasked, forward and backward."""
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)
+    frames = set()
+    for length in (12, 17, 30):
+        x = torch.randn(2, length, DIM, dtype=torch.float64, requires_grad=True)
+        for got, wanted in zip(results(compiled, "lean", x, None), results(layer, "plain", x, None), strict=True):
+            torch.testing.assert_close(got, wanted)
+        frames.add(counter.frame_count)
+    assert len(frames) == 1

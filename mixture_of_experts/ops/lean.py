@@ -273,17 +273,23 @@ def gradients(
         None if b is None else products.by_rows(summing(scale, x), part)[:, 0]
         for b, part in zip(of.b_in, grad_pre, strict=True)
     ]
-    tokens = products.gather(x).mul_(scale) if any(w is not None for w in of.w_in) else x
-    grads_in = [
-        None if w is None else products.by_rows(tokens, part) for w, part in zip(of.w_in, grad_pre, strict=True)
-    ]
-    del tokens
+    grads_in = of_input_weights(of.w_in, products, x, scale, grad_pre)
     grad_x = None
     if need_x:
         rows = products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
         grad_x = collect(rows, plan, products)
     there = zip(network.fields(), (*grads_in, grad_out, *grads_b_in, grad_b_out), strict=True)
     return [grad_x, grad_weight, *(gradient for w, gradient in there if w is not None)]
+
+
+def of_input_weights(
+    weights: Sequence[Tensor | None], products: Products, x: Tensor, scale: Tensor, grad_pre: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Gradients of the `weights` that are there. The tokens' rows are gone when it returns."""
+    if all(w is None for w in weights):
+        return [None] * len(weights)
+    tokens = products.gather(x).mul_(scale)
+    return [None if w is None else products.by_rows(tokens, part) for w, part in zip(weights, grad_pre, strict=True)]
 
 
 def collect(rows: Tensor, plan: Plan, products: Products) -> Tensor:
