@@ -22,6 +22,7 @@ from mixture_of_experts.dispatch import Plan, sum_rows
 from mixture_of_experts.ops import hidden as hidden_layer
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.cpu.memory import in_huge_pages
 from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule, gather, rows_by_rows, rows_by_weights
 from mixture_of_experts.tracing import is_wrapped
 
@@ -30,7 +31,7 @@ def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
-    schedule = Schedule(max(x.shape[-1], o) * x.element_size(), h * x.element_size(), torch.get_num_threads())
+    schedule = Schedule(max(x.shape[-1], o), h, x.element_size(), torch.get_num_threads())
     plan = call.decision.plan(ragged=True, widen=schedule)  # which asks the schedule for rows, and so makes its chunks
     weights = network.tensors()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights))
@@ -43,8 +44,8 @@ class _Fused(torch.autograd.Function):
         ctx, plan: Plan, network: Network, chunks: list[Chunk], keep: bool, x: Tensor, weight: Tensor, *weights: Tensor
     ) -> Tensor:
         most_rows, o = _most_rows(chunks), network.w_out.shape[-1]
-        kept = [x.new_empty(plan.num_rows if keep else most_rows, w.shape[-1]) for w in network.w_in]
-        y = x.new_empty(plan.num_rows + 1, o)
+        kept = [in_huge_pages(x.new_empty(plan.num_rows if keep else most_rows, w.shape[-1])) for w in network.w_in]
+        y = in_huge_pages(x.new_empty(plan.num_rows + 1, o))
         y[-1] = 0
         buffer = x.new_empty(most_rows, network.w_out.shape[-2])
         apart = None if o == x.shape[-1] else x.new_empty(most_rows, x.shape[-1])
@@ -85,7 +86,7 @@ class _Backward:
         self.plan, self.network, self.chunks, self.x, self.grad = plan, network, chunks, x, grad
         self.need_x, *need_weights = needs
         needed = iter(need_weights)
-        self.grads: Any = network.map(lambda w: torch.empty_like(w) if next(needed) else None)
+        self.grads: Any = network.map(lambda w: in_huge_pages(torch.empty_like(w)) if next(needed) else None)
         assert plan.counts is not None
         if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
             for gradient in self.grads.tensors():
@@ -94,7 +95,7 @@ class _Backward:
 
         rows, d, (h, o) = _most_rows(chunks), x.shape[-1], network.w_out.shape[-2:]
         self.tokens, self.hidden, self.grad_hidden = (x.new_empty(rows, width) for width in (d, h, h))
-        self.grad_rows = x.new_empty(plan.num_rows + 1 if self.need_x else 0, d)
+        self.grad_rows = in_huge_pages(x.new_empty(plan.num_rows + 1 if self.need_x else 0, d))
         # the gradients of a chunk's tokens are written over those of its outputs, if they are as wide
         self.grad_out = None if self.need_x and o == d else x.new_empty(rows, o)
         # and that of the gate over that of the hidden layer, if it is a tensor of its own
