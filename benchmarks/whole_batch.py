@@ -53,8 +53,8 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
         where = plan(routing)
         batches, unused = [Batch(slice(0, case.e), case.rows_per_expert, 0)], where.row.new_empty(0)
     else:
-        size = weight.element_size()
-        schedule = Schedule(case.d * size, case.h * size, torch.get_num_threads())
+        row_bytes = (case.d + (2 if case.gated else 1) * case.h) * weight.element_size()
+        schedule = Schedule(case.d, case.h, row_bytes, torch.get_num_threads())
         where = plan(routing, ragged=True, widen=schedule)
         assert where.counts is not None
         batches = [batch for chunk in schedule.chunks for batch in chunk.batches]

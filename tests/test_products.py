@@ -94,12 +94,12 @@ def test_pairs(counts, dtype, transposed, monkeypatch):
 @given(
     st.lists(st.integers(0, 30) | st.just(0), max_size=40),
     st.sampled_from([1, 2, 3, 4, 16]),
-    st.sampled_from([1 << 10, 1 << 14, 1 << 20]),
+    st.sampled_from([1 << 6, 1 << 16, 1 << 20]),
     st.sampled_from([1, 20, 1000]),
 )
-def test_chunks(counts, threads, row_bytes, most_rows):
+def test_chunks(counts, threads, row_work, most_rows):
     """Every expert that has rows is in one batch, with room for them; batches and chunks follow each other."""
-    batches = batches_of(counts, row_bytes, threads, most_rows)
+    batches = batches_of(counts, row_work, threads, most_rows)
     inside = [expert for batch in batches for expert in range(len(counts))[batch.experts]]
     assert inside == [expert for expert, count in enumerate(counts) if count]
     for batch in batches:
@@ -125,13 +125,15 @@ def test_chunks(counts, threads, row_bytes, most_rows):
         ([50] * 3 + [100] * 3, 3, [[0, 1, 2], [3, 4, 5]]),
         ([50] * 5, 2, [[0, 1, 2, 3], [4]]),  # whole experts for each thread
         ([50] * 3, 4, [[0, 1, 2]]),
+        ([50, 60] * 2, 2, [[0, 1], [2, 3]]),  # a product of one expert is shared badly
+        ([50, 60, 52, 50], 1, [[0], [1], [2, 3]]),
         ([50] * 50, 1, [list(range(20)), list(range(20, 40)), list(range(40, 50))]),
     ],
     ids=str,
 )
 def test_batches(counts, threads, expected):
     """Neighbours with equally many rows, or nearly so, are one product."""
-    made = batches_of(counts, 4096, threads, most_rows=1000)
+    made = batches_of(counts, 1 << 19, threads, most_rows=1000)
     assert [list(range(len(counts))[batch.experts]) for batch in made] == expected
 
 

@@ -31,7 +31,9 @@ def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
-    schedule = Schedule(max(x.shape[-1], o), h, x.element_size(), torch.get_num_threads())
+    dim = max(x.shape[-1], o)
+    row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
+    schedule = Schedule(dim, h, row_bytes, torch.get_num_threads())
     plan = call.decision.plan(ragged=True, widen=schedule)  # which asks the schedule for rows, and so makes its chunks
     weights = network.tensors()
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights))

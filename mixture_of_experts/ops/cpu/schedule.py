@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 # `python -m benchmarks.constants` times steps with other values of these
-PADDING = 80 << 10  # bytes of hidden layer: to compute more than that as padding costs more than another product
+PADDING = 1 << 18  # multiplications of padding that take as long as the call of another product
+SHARING = 32  # times that is what several threads lose on one expert's product, which they share badly
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
-CHUNK = 4 << 20  # bytes of rows, d and h wide, up to which a chunk grows: buffers that small stay in the caches
+CHUNK = 3 << 20  # bytes of rows, as tokens and behind w_in, up to which a chunk grows: so few stay in the caches
 
 
 class Batch(NamedTuple):
@@ -46,16 +47,17 @@ class Chunk(NamedTuple):
         return self.rows.stop - self.rows.start
 
 
-def batches_of(counts: list[int], row_bytes: int, threads: int, most_rows: int) -> list[Batch]:
+def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -> list[Batch]:
     """Every expert that has rows in one batch.
 
     Args:
         counts: rows of each expert.
-        row_bytes: bytes of the hidden layer for one row.
+        row_work: multiplications of one row with one weight.
         threads: a batched product gives whole experts to each thread, so a batch best has a multiple of that number.
         most_rows: up to which a batch of several experts grows.
     """
     batches: list[Batch] = []
+    free = PADDING * (1 if threads == 1 else SHARING) // row_work
     start = row = 0
     while start < len(counts):
         stop, filled = start + 1, counts[start]
@@ -63,7 +65,7 @@ def batches_of(counts: list[int], row_bytes: int, threads: int, most_rows: int) 
         while stop < len(counts) and counts[stop] and filled:
             wider, number = max(width, counts[stop]), stop + 1 - start
             padding = wider * number - filled - counts[stop]
-            if padding > max(PADDING // row_bytes, FREE_ROWS * number) or wider * number > most_rows:
+            if padding > max(free, FREE_ROWS * number) or wider * number > most_rows:
                 break
             stop, width, filled = stop + 1, wider, filled + counts[stop]
         if stop - start > threads:
@@ -92,17 +94,18 @@ class Schedule:
     """Makes `chunks` from the rows of each expert, and tells how many rows each is to be given (`dispatch.Widen`).
 
     Args:
-        dim_bytes, hidden_bytes: of the model dimension and of the hidden layer, for one row.
+        dim, hidden_dim: of the model and of the hidden layer.
+        row_bytes: of a row as it is before and after the products with `w_in`, together.
         threads: of the products.
     """
 
-    def __init__(self, dim_bytes: int, hidden_bytes: int, threads: int) -> None:
-        self.hidden_bytes, self.threads = hidden_bytes, threads
-        self.most_rows = max(1, CHUNK // (dim_bytes + hidden_bytes))
+    def __init__(self, dim: int, hidden_dim: int, row_bytes: int, threads: int) -> None:
+        self.row_work, self.threads = max(1, dim * hidden_dim), threads
+        self.most_rows = max(1, CHUNK // row_bytes)
         self.chunks: list[Chunk] = []
 
     def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
-        batches = batches_of(counts.tolist(), self.hidden_bytes, self.threads, self.most_rows)
+        batches = batches_of(counts.tolist(), self.row_work, self.threads, self.most_rows)
         self.chunks = chunks_of(batches, self.most_rows)
         widths = [0] * len(counts)
         for batch in batches:
