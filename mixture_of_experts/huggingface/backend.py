@@ -82,12 +82,23 @@ def read_gating(experts: Any) -> Gating:
     if type(experts).__name__ == "GptOssExperts":
         return Gating(ClampedSwiGLU(experts.alpha, experts.limit), "interleaved")
 
-    def of_halves(gate: Tensor, up: Tensor) -> Tensor:
-        if gate_up == "concatenated":
-            return experts._apply_gate(torch.cat([gate, up], dim=-1))
-        return experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+    return Gating(OwnGating(experts, gate_up), gate_up)
 
-    return Gating(of_halves, gate_up)
+
+class OwnGating(nn.Module):
+    """The gating of a class of experts as a function of gate and up.
+
+    A module, which `torch.compile` sees through, and not a function inside another, whose signature it cannot read.
+    """
+
+    def __init__(self, experts: Any, gate_up: str) -> None:
+        super().__init__()
+        self.experts, self.gate_up = experts, gate_up
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.gate_up == "concatenated":
+            return self.experts._apply_gate(torch.cat([gate, up], dim=-1))
+        return self.experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
 
 
 def known(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:

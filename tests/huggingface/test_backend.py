@@ -154,3 +154,19 @@ def test_compile():
     out, _ = torch.compile(block, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(out, block(x)[0], atol=1e-5, rtol=1e-5)
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("is_concatenated", [False, True])
+def test_compile_a_gating_of_its_own(is_concatenated):
+    """In one graph, with all gradients."""
+    torch.compiler.reset()
+    flags = dict.fromkeys(KNOWN_FLAGS, False) | {"has_gate": True, "is_concatenated": is_concatenated}
+    experts = experts_class(True, **flags)(SimpleNamespace(_experts_implementation=OURS))
+    x, expert, weight = torch.randn(9, DIM), torch.randint(E, (9, 2)), torch.rand(9, 2)
+    expected = run(experts, OURS, x, expert, weight)
+    experts.compile(fullgraph=True, backend="aot_eager")
+    found = run(experts, OURS, x, expert, weight)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    torch.compiler.reset()
