@@ -2,13 +2,15 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.experts_backends [--rounds 15]
 
-A round times every backend once, in turn. The table has the medians over rounds of processor time by backend, as
-ratios to the best of their own; the last column is this package's, with its quartiles. One thread, float32.
+A round times every backend once, in an order drawn anew, as what ran before decides which memory is at hand. The table
+has the medians over rounds of processor time by backend, as ratios to the best of their own; the last column is this
+package's, with its quartiles. One thread, float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from statistics import median, quantiles
@@ -85,10 +87,10 @@ def run(experts: Any, name: str, x: Tensor, index: Tensor, score: Tensor) -> Cal
 def measure(runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
     """Processor seconds of each in every round; the first two rounds are left out."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds + 2):
-        for name, once in runs.items():
+    for turn in range(rounds + 2):
+        for name in random.Random(turn).sample(sorted(runs), len(runs)):
             begun = time.process_time()
-            once()
+            runs[name]()
             seconds[name].append(time.process_time() - begun)
     return {name: values[2:] for name, values in seconds.items()}
 
