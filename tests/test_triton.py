@@ -88,6 +88,8 @@ def test_tiles(check: Checks, experts: int, height: int):
     [
         ("interleaved", dict(routing="masked", bias=True, sizes=(19, 16, 20, 24, 4, 2))),
         ("gated", dict(routing="expert choice", bias=True, sizes=(15, 20, 16, 16, 3, 2), dtype=torch.bfloat16)),
+        ("gated", dict(routing="expert choice, zeros", bias=True, sizes=(15, 8, 8, 8, 3, 2))),
+        ("plain", dict(routing="two levels, zeros", bias=True, sizes=(15, 8, 8, 8, 4, 2))),
         pytest.param("plain", dict(routing="two levels", bias=True), marks=pytest.mark.slow),
         pytest.param("concatenated", dict(routing="capacity", transposed=True), marks=pytest.mark.slow),
         pytest.param("gated", dict(sizes=(210, 72, 136, 40, 3, 2), bias=True, kind="half"), marks=pytest.mark.slow),

@@ -49,21 +49,36 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 3e-2}
 
 @torch.no_grad()
 def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
-    """Rows without gaps of tokens that some gate routed; some experts are empty, one has much."""
+    """Rows without gaps of tokens that some gate routed; some experts are empty, one has much.
+
+    With "zeros" some choices that hold a row have a weight of 0, so that it is nobody's.
+    """
     x = torch.randn(1, t, d)
+    routing, _, zeros = routing.partition(", ")
     if routing == "expert choice":
-        return plan(ExpertChoiceGating(d, e, capacity_factor=1.5)(x), ragged=True)
+        choosing = ExpertChoiceGating(d, e, capacity_factor=1.5)
+        choosing.w_gating.data *= 300 if zeros else 1
+        return with_rows_of_nobody(plan(choosing(x), ragged=True), bool(zeros))
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
         slots = plan(outer)
-        inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,))
+        factor = 1.0 if zeros else None
+        inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,), capacity_factor_train=factor)
+        inner_gate.w_gating.data *= 300 if zeros else 1
         grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
         mask = (slots.token < t).view(2, 1, -1)
-        return compose(outer, inner_gate(grouped, mask=mask), ragged=True)
+        return with_rows_of_nobody(compose(outer, inner_gate(grouped, mask=mask), ragged=True), bool(zeros))
     gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
     gate.w_gating.data *= 5
     mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
     return plan(gate(x, mask=mask), ragged=True)
+
+
+def with_rows_of_nobody(plan: Plan, wanted: bool) -> Plan:
+    assert plan.counts is not None
+    empty = plan.assignment[: int(plan.counts.sum())] == plan.weight.shape[0]
+    assert bool(empty.any()) == wanted
+    return plan
 
 
 def make_network(
@@ -87,8 +102,8 @@ def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
     assert where.counts is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
     for expert, count in enumerate(where.counts.tolist()):
-        rows = slice(start, start + count)
-        start += count
+        rows = torch.arange(start, start + count)
+        rows, start = rows[where.token[rows] < x.shape[0]], start + count  # some may be nobody's
         its = network.map(lambda tensor, expert=expert: tensor[expert])
         tokens = x[where.token[rows]]
         pre = [tokens @ w + (0 if b is None else b) for w, b in zip(its.w_in, its.b_in, strict=True)]

@@ -210,11 +210,16 @@ def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) ->
 
 
 def check_devices(given: Operands, *others: Tensor) -> None:
+    on_one_device(given.x, *given[1:6], *given.w_in, given.w_out, *given.b_in, *some(given.b_out), *others)
+
+
+def on_one_device(first: Tensor, *others: Tensor) -> None:
     """Kernels would read any address, and fake tensors check this for torch's own operators only."""
-    device = given.x.device
-    for tensor in (*given[1:6], *given.w_in, given.w_out, *given.b_in, *some(given.b_out), *others):
-        if tensor.device != device:
-            raise RuntimeError(f"all tensors of a routed network must be on one device, got {device}, {tensor.device}")
+    for tensor in others:
+        if tensor.device != first.device:
+            raise RuntimeError(
+                f"all tensors of a routed network must be on one device, got {first.device}, {tensor.device}"
+            )
 
 
 def some(tensor: Tensor | None) -> list[Tensor]:

@@ -47,7 +47,8 @@ def triton_plan(
         choices: k.
     """
     (groups, length), experts = expert.shape, size.shape[-1]
-    expert, slot, chosen, kept, size = operators.in_order(expert, slot, chosen, kept, size)
+    operators.on_one_device(expert, slot, chosen, kept, size)
+    expert, slot, chosen, kept, size = (tensor.contiguous() for tensor in (expert, slot, chosen, kept, size))
     row, assignment, token = (expert.new_empty(groups * length) for _ in range(3))
     counts = size.new_empty(experts)
     if groups * length == 0:
