@@ -16,7 +16,7 @@ from benchmarks.cases import Case
 from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
-from mixture_of_experts.dispatch import plan
+from mixture_of_experts.dispatch import plan_level
 from mixture_of_experts.ops.cpu.schedule import Batch, Chunk, Schedule, rows_by_rows, rows_by_weights
 from mixture_of_experts.routing import Routing
 
@@ -50,12 +50,12 @@ class Where(NamedTuple):
 def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
     if case.capacity is not None:
-        where = plan(routing)
+        where = plan_level(routing)
         batches, unused = [Batch(slice(0, case.e), case.rows_per_expert, 0)], where.row.new_empty(0)
     else:
         row_bytes = (case.d + (2 if case.gated else 1) * case.h) * weight.element_size()
         schedule = Schedule(case.d, case.h, row_bytes, torch.get_num_threads())
-        where = plan(routing, ragged=True, widen=schedule)
+        where = plan_level(routing, ragged=True, widen=schedule)
         assert where.counts is not None
         batches = [batch for chunk in schedule.chunks for batch in chunk.batches]
         unused = (where.counts == 0).nonzero().flatten()

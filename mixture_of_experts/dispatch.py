@@ -55,7 +55,7 @@ class Plan(NamedTuple):
         return _with_zero(self.weight)[self.assignment]
 
 
-class Choices(NamedTuple):
+class ChosenExperts(NamedTuple):
     """The experts that the tokens of a call chose: of the first token all k, then of the next one, in any shape."""
 
     expert: Tensor
@@ -80,19 +80,19 @@ class Decision:
         return self.levels[-1].capacity is None
 
     @property
-    def choices(self) -> Choices | None:
+    def choices(self) -> ChosenExperts | None:
         """The choices of one level of token choice; None otherwise."""
         first = self.levels[0]
         if len(self.levels) > 1 or first.choices is None:
             return None
-        return Choices(first.expert, first.weight, first.kept, first.choices)
+        return ChosenExperts(first.expert, first.weight, first.kept, first.choices)
 
     def plan(self, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
         """Rows of one level or two: in slots, or without gaps if `ragged`.
 
         `widen` gives experts more rows than they have tokens for.
         """
-        make = plan if len(self.levels) == 1 else compose
+        make = plan_level if len(self.levels) == 1 else plan_two_levels
         return make(*self.levels, ragged=ragged, widen=widen)
 
     def prefers_rows(self) -> bool:
@@ -115,13 +115,13 @@ class GivenChoices(Decision):
 
     def __init__(self, expert: Tensor, weight: Tensor, num_experts: int) -> None:
         super().__init__(())
-        self.given = Choices(expert, weight, (expert >= 0) & (expert < num_experts), expert.shape[1])
+        self.given = ChosenExperts(expert, weight, (expert >= 0) & (expert < num_experts), expert.shape[1])
         self.num_experts = num_experts
 
     dropless = True  # type: ignore[assignment]
 
     @property
-    def choices(self) -> Choices:
+    def choices(self) -> ChosenExperts:
         return self.given
 
     def plan(self, *, ragged: bool = True, widen: Widen | None = None) -> Plan:
@@ -134,7 +134,7 @@ class GivenChoices(Decision):
         return _plan(row, torch.where(kept, weight, 0), None, k, counts, t, num_rows, (e,))
 
 
-def plan(routing: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
+def plan_level(routing: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
     """Plan of one level: slots, or rows without gaps if `ragged`."""
     row, num_rows, counts = _rows(routing, ragged, widen)
     num_tokens = row.shape[0] * routing.num_tokens
@@ -146,8 +146,8 @@ def plan(routing: Routing, *, ragged: bool = False, widen: Widen | None = None) 
     return _plan(row.flatten(), routing.weight.flatten(), token, routing.choices, counts, num_tokens, num_rows, experts)
 
 
-def compose(outer: Routing, inner: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
-    """Plan of two levels: the tokens of `inner` are the slots that `plan(outer)` makes.
+def plan_two_levels(outer: Routing, inner: Routing, *, ragged: bool = False, widen: Widen | None = None) -> Plan:
+    """Plan of two levels: the tokens of `inner` are the slots that `plan_level(outer)` makes.
 
     A token's choices are those of its slots, in order, and their weights the products of both levels', so that tokens
     move once. `inner` has one router for each expert of `outer`.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import dispatch, plan
+from mixture_of_experts.dispatch import dispatch, plan_level
 from mixture_of_experts.groups import group_shape
 from mixture_of_experts.routing import Routing
 
@@ -24,7 +24,7 @@ def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict
     eo, c = outer.num_experts, outer.slots
     if outer.choices is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
-    slots = plan(outer)
+    slots = plan_level(outer)
     x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
     handed_on = outer.importance.flatten()
     importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)

@@ -26,7 +26,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.dispatch import Decision, Plan, compose, plan
+from mixture_of_experts.dispatch import Decision, Plan, plan_level, plan_two_levels
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, why_not
@@ -58,20 +58,20 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
     if routing == "expert choice":
         choosing = ExpertChoiceGating(d, e, capacity_factor=1.5)
         choosing.w_gating.data *= 300 if zeros else 1
-        return with_rows_of_nobody(plan(choosing(x), ragged=True), bool(zeros))
+        return with_rows_of_nobody(plan_level(choosing(x), ragged=True), bool(zeros))
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
-        slots = plan(outer)
+        slots = plan_level(outer)
         factor = 1.0 if zeros else None
         inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,), capacity_factor_train=factor)
         inner_gate.w_gating.data *= 300 if zeros else 1
         grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
         mask = (slots.token < t).view(2, 1, -1)
-        return with_rows_of_nobody(compose(outer, inner_gate(grouped, mask=mask), ragged=True), bool(zeros))
+        return with_rows_of_nobody(plan_two_levels(outer, inner_gate(grouped, mask=mask), ragged=True), bool(zeros))
     gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
     gate.w_gating.data *= 5
     mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
-    return plan(gate(x, mask=mask), ragged=True)
+    return plan_level(gate(x, mask=mask), ragged=True)
 
 
 def with_rows_of_nobody(plan: Plan, wanted: bool) -> Plan:
@@ -234,7 +234,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
             balance_loss=decided.balance_loss,
             z_loss=decided.z_loss,
         )
-    wanted, found = plan(decided, ragged=True), plan_of(Decision([decided]))
+    wanted, found = plan_level(decided, ragged=True), plan_of(Decision([decided]))
     assert found[5:] == wanted[5:]
     assert torch.equal(found.row, wanted.row)
     assert torch.equal(found.weight, wanted.weight)
