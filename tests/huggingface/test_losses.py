@@ -97,8 +97,8 @@ def test_gradient_scaler_in_half_precision():
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     found = gradients(model)
-    for name, grad in expected.items():  # float16 products: equal to about a thousandth of the largest
-        torch.testing.assert_close(found[name], grad, atol=2e-3 * grad.abs().max().item(), rtol=0)
+    for name, grad in expected.items():  # rounding of float16 by 1e-3; without the auxiliary loss it were 0.2 and more
+        assert (found[name] - grad).norm() <= 3e-3 * grad.norm(), name
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
