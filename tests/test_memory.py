@@ -1,5 +1,6 @@
 """Memory that Linux is asked to map by huge pages."""
 
+import mmap
 import re
 from pathlib import Path
 
@@ -44,6 +45,18 @@ def test_it_is_the_tensor_itself(size: int, offset: int):
     assert not tensor.any()
     tensor.fill_(7)
     assert (tensor == 7).all()
+
+
+@pytest.mark.parametrize("offset", [0, 3, 5000])
+def test_it_asks_for_its_own_memory_only(offset: int, monkeypatch):
+    """From the first whole page to the end of what the tensor shares."""
+    asked = []
+    monkeypatch.setattr("mixture_of_experts.ops.cpu.memory._madvise", lambda *arguments: asked.append(arguments))
+    whole = torch.zeros(2 * LEAST, dtype=torch.uint8)
+    in_huge_pages(whole[offset:])
+    begin, size = asked[0][0].value, asked[0][1].value
+    assert 0 <= begin - whole.data_ptr() < mmap.PAGESIZE
+    assert begin + size == whole.data_ptr() + whole.nbytes
 
 
 def test_other_systems_have_no_such_call(monkeypatch):

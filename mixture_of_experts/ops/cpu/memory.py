@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import sys
 
 from torch import Tensor
 
 LEAST = 4 << 20  # bytes: in less there need not be a whole huge page
-_madvise = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
+_madvise = ctypes.CDLL(None).madvise if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux alone has it
 
 
 def in_huge_pages(tensor: Tensor) -> Tensor:
     """The tensor, whose memory is to be mapped by huge pages when it is first written to, if it is large."""
-    size = tensor.untyped_storage().nbytes()
+    storage = tensor.untyped_storage()
+    size = storage.nbytes()
     if _madvise is not None and size >= LEAST:
-        begin = tensor.data_ptr()
+        begin = storage.data_ptr()
         page = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
         _madvise(ctypes.c_void_p(page), ctypes.c_size_t(begin + size - page), mmap.MADV_HUGEPAGE)  # may be refused
     return tensor
