@@ -22,7 +22,7 @@ from mixture_of_experts.queues import queue_positions
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
 
-#: from the rows of each expert, `(e,)` and in all, to those it is given
+# from the rows of each expert, `(e,)` and in all, to those it is given
 Widen = Callable[[Tensor, int], tuple[Tensor, int]]
 
 
@@ -199,10 +199,7 @@ def _rows(
     expert = routing.expert.reshape(routers, b, a)
     slot, kept = routing.slot.reshape(routers, b, a), routing.kept.reshape(routers, b, a)
     if ragged:
-        size = routing.queued if routing.capacity is None else routing.queued.clamp(max=routing.capacity)
-        if routing.limit is not None:
-            size = torch.minimum(size, routing.limit.unsqueeze(-1))
-        size = size.reshape(routers, b, e).transpose(1, 2)  # rows lie by outer expert, expert, group
+        size = num_slots_held(routing).reshape(routers, b, e).transpose(1, 2)  # rows lie by outer expert, expert, group
         num_rows = routers * b * a if most is None else smallest(routers * b * a, most)
         first, counts, num_rows = _starts(size, num_rows, widen)
         row = first.transpose(1, 2).gather(-1, expert) + slot
@@ -213,6 +210,12 @@ def _rows(
         row = ((router * e + expert) * b + group) * c + slot
         num_rows, counts = routers * e * b * c, None
     return torch.where(kept, row, num_rows).flatten(0, 1), num_rows, counts
+
+
+def num_slots_held(routing: Routing) -> Tensor:
+    """`(..., b, e)` slots of every group and expert that a choice holds, computed or not."""
+    held = routing.queued if routing.capacity is None else routing.queued.clamp(max=routing.capacity)
+    return held if routing.limit is None else torch.minimum(held, routing.limit.unsqueeze(-1))
 
 
 def _starts(size: Tensor, num_rows: int, widen: Widen | None) -> tuple[Tensor, Tensor, int]:

@@ -7,8 +7,8 @@ For the backward only the products with `w_in` are kept (the input is there anyw
 activation anew. The gradient of an assignment's weight is read off the hidden layer, so that no row of outputs is kept
 (as SonicMoE, arXiv 2512.14080). A token's rows are one gather and one sum, not a few operators for each choice.
 
-Rows are multiplied in slots by `torch.bmm`; without gaps in blocks (`plain.py`), or by whoever calls `run` with another
-way. Rows past the last expert's may hold anything, and nobody reads them.
+How rows lie, and the products of them, are a class of `Products`: slots, blocks of equal size, or that of whoever calls
+`run` with another one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mixture_of_experts.ops import hidden as hidden_layer
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.tracing import in_transform, is_wrapped, largest, smallest, without_autocast
+from mixture_of_experts.tracing import in_transform, is_wrapped, largest, without_autocast
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
@@ -132,8 +132,8 @@ class InBlocks(InSlots):
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        blocks = Blocks()
-        return decision.plan(ragged=True, widen=blocks), blocks.expert
+        whole = WholeBlocks()
+        return decision.plan(ragged=True, widen=whole), whole.expert
 
     def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None:
         assert table is not None
@@ -155,15 +155,14 @@ class InBlocks(InSlots):
         return weight.index_select(0, self.expert)
 
 
-class Blocks:
+class WholeBlocks:
     """Gives every expert rows for as many blocks as it needs, and notes whose each block is."""
 
     expert: Tensor | None = None
 
     def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
         experts = counts.shape[0]
-        size = largest(2, num_rows // experts)  # never 1, which torch would take for the size of every length
-        number = smallest(num_rows, num_rows // size + experts)
+        size, number = plain.block_sizes(num_rows, experts)
         counts = (counts + (size - 1)) // size * size
         first = torch.arange(0, number * size, size, device=counts.device)
         self.expert = torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=experts - 1)

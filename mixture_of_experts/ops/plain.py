@@ -67,12 +67,15 @@ class Blocks(NamedTuple):
     place: Tensor
 
 
+def block_sizes(rows: int, experts: int) -> tuple[int, int]:
+    """Rows of a block, about what an expert has, and how many blocks there can be: at most about 2 e."""
+    size = largest(2, rows // experts)  # never 1, which torch would take for the size of every length
+    return size, smallest(rows, rows // size + experts)
+
+
 def in_blocks(counts: Tensor, rows: int) -> Blocks:
     """How `rows` rows lie in blocks, by comparisons and gathers: without a host sync no shape may depend on counts."""
-    experts = counts.shape[0]
-    # about what an expert has: at most about 2 e blocks; never 1, which torch would take for the size of every length
-    size = largest(2, rows // experts)
-    num_blocks = smallest(rows, rows // size + experts)
+    size, num_blocks = block_sizes(rows, counts.shape[0])
     blocks = (counts + size - 1) // size  # (e,) blocks of each expert
     last_block, last_row = blocks.cumsum(0), counts.cumsum(0)
     block = torch.arange(num_blocks, device=counts.device)

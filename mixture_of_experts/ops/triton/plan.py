@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Decision, Plan
+from mixture_of_experts.dispatch import Decision, Plan, num_slots_held
 from mixture_of_experts.ops.triton import operators, tables
 from mixture_of_experts.routing import Routing
 
@@ -26,9 +26,7 @@ def plan_of(decision: Decision) -> Plan:
 def _plan(routing: Routing) -> Plan:
     k, (b, a) = routing.choices, routing.expert.shape
     assert k is not None
-    size = routing.queued if routing.capacity is None else routing.queued.clamp(max=routing.capacity)
-    if routing.limit is not None:
-        size = torch.minimum(size, routing.limit.unsqueeze(-1))
+    size = num_slots_held(routing)
     row, assignment, token, counts = triton_plan(routing.expert, routing.slot, routing.chosen, routing.kept, size, k)
     weight = routing.weight.flatten()
     return Plan(row, assignment, weight, token, counts, k, b * routing.num_tokens, b * a, (routing.num_experts,))
