@@ -7,24 +7,25 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.torch_version import TorchVersion
 from torch.utils import checkpoint
-
-ONLY_PYTHONS_OWN = TorchVersion(torch.__version__) < TorchVersion("2.12")  # it traces `min`, but no `torch.sym_min`
 
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
-    if ONLY_PYTHONS_OWN and torch.compiler.is_dynamo_compiling():
+    if _are_integers(first, second):  # so is a length to dynamo, which traces `min`; to exporters it is a symbol
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def largest(first: int, second: int) -> int:
     """`max` likewise."""
-    if ONLY_PYTHONS_OWN and torch.compiler.is_dynamo_compiling():
+    if _are_integers(first, second):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
+
+
+def _are_integers(first: object, second: object) -> bool:
+    return isinstance(first, int) and isinstance(second, int)
 
 
 def exporting_to_onnx() -> bool:
