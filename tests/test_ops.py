@@ -137,6 +137,8 @@ def test_moe_ffn_compiled(gate_up):
     ("changed", "message"),
     [
         ({"x": torch.randn(2, T, D)}, r"x must have shape \(t, d\)"),
+        ({"w1": torch.randn(0, D, H), "w2": torch.randn(0, H, OUT)}, r"\(0, 10, 5\): there must be an expert"),
+        ({"w2": torch.randn(E, H, 0)}, r"\(4, 10, 0\).* no size may be 0"),
         ({"expert": torch.zeros(T, K + 1, dtype=torch.int64)}, r"one shape \(t, k\)"),
         ({"expert": torch.zeros(T, K)}, "float32"),
         ({"expert": torch.zeros(T, K, dtype=torch.bool)}, "bool"),

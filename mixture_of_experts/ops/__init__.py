@@ -232,6 +232,8 @@ def _check_call(
     if x.ndim != 2 or w2.ndim != 3:
         raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape
+    if 0 in w2.shape:
+        raise ValueError(f"w2 (e, h, o) has shape {tuple(w2.shape)}: there must be an expert, and no size may be 0")
     integers = not expert.is_floating_point() and expert.dtype != torch.bool
     if expert.ndim != 2 or expert.shape[0] != t or expert.shape != weight.shape or not integers or not expert.shape[1]:
         raise ValueError(
