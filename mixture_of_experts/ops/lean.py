@@ -14,17 +14,18 @@ How rows lie, and the products of them, are a class of `Products`: slots, blocks
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Decision, Plan, add_rows, sum_rows
+from mixture_of_experts.ops import autograd, plain
 from mixture_of_experts.ops import hidden as hidden_layer
-from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.activations import why_unknown
+from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.tracing import in_transform, is_wrapped, largest, without_autocast
+from mixture_of_experts.tracing import in_transform, largest
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
@@ -185,24 +186,17 @@ def run(call: Call, products: type[Products] = InBlocks) -> Tensor:
     plan, table = products.arrange(call.decision)
     if plan.num_rows == 0:
         products = InSlots
-    with without_autocast(call.x.device):
-        return _Lean.apply(plan, table, call.network, products, call.x, plan.weight, *call.network.tensors())
+    return autograd.run(Lean(products, table), call.x, plan, call.network)
 
 
-class _Lean(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx,
-        plan: Plan,
-        table: Tensor | None,
-        network: Network,
-        kind: type[Products],
-        x: Tensor,
-        weight: Tensor,
-        *weights: Tensor,
-    ) -> Tensor:
-        plan, network = plan._replace(weight=weight), network.filled(weights)
-        products = kind(plan, table, len(network.w_out))
+class Lean:
+    """Computes in torch's operators, with the products of one kind (`autograd.Way`)."""
+
+    def __init__(self, products: type[Products], table: Tensor | None) -> None:
+        self.products, self.table = products, table
+
+    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
+        products = self.products(plan, self.table, len(network.w_out))
         tokens = products.gather(x)
         pre = []
         for w, b in zip(network.w_in, network.b_in, strict=True):
@@ -215,70 +209,43 @@ class _Lean(torch.autograd.Function):
         y = products.total([(hidden, network.w_out)])
         if network.b_out is not None:
             products.add_bias(y, network.b_out)
-        ctx.settings = plan[5:], network.map(id), kind  # no tensors: those are saved
-        ctx.save_for_backward(x, table, *plan[:5], *weights, *map(products.pack, pre))
-        return collect(y, plan, products)
+        kept = [self.table, *map(products.pack, pre)] if keep else []
+        return collect(y, plan, products), kept
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        of_plan, network, kind = ctx.settings
-        x, table, *tensors = ctx.saved_tensors
-        number = len(tensors) - len(network.w_in)
-        plan, network, kept = Plan(*tensors[:5], *of_plan), network.filled(tensors[5:number]), tensors[number:]
-        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
-            return None, None, None, None, *plain.gradients(plan, network, grad, x)
-        with without_autocast(x.device):
-            products = kind(plan, table, len(network.w_out))
-            pre = list(map(products.unpack, kept))
-            found = gradients(plan, network, products, x, grad, pre, ctx.needs_input_grad[4:])
-        return None, None, None, None, *found
+    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
+        """Those of rows are for rows of weight 1: the weight is applied where they are summed."""
+        table, *packed = kept
+        products, of = self.products(plan, table, len(network.w_out)), wanted.network
+        pre = [products.unpack(part) for part in packed]
+        grad_rows = products.gather(grad)
+        grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
+        hidden = torch.empty_like(grad_hidden)
+        # the gradient of the gate is written over that of the hidden layer, if it is a tensor of its own
+        others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
+        grad_pre = others if network.halves else [grad_hidden, *others]
+        parts, grad_parts = network.parts(pre), network.parts(grad_pre)
+        hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
+        grad_weight = None
+        if wanted.weight:
+            grad_weight = of_assignments(hidden, grad_hidden, grad_rows, network.b_out, plan, products)
+        hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
 
-
-def gradients(
-    plan: Plan,
-    network: Network,
-    products: Products,
-    x: Tensor,
-    grad: Tensor,
-    pre: Sequence[Tensor],
-    needs: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of x, of the assignments' weights and of all weights, those that are needed.
-
-    Those of rows are for rows of weight 1: the weight is applied where they are summed.
-    """
-    need_x, need_weight, *of_weights = needs
-    needed = iter(of_weights)
-    of: Any = network.map(lambda w: w if next(needed) else None)
-    grad_rows = products.gather(grad)
-    grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
-    hidden = torch.empty_like(grad_hidden)
-    # the gradient of the gate is written over that of the hidden layer, if it is a tensor of its own
-    others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
-    grad_pre = others if network.halves else [grad_hidden, *others]
-    parts, grad_parts = network.parts(pre), network.parts(grad_pre)
-    hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
-    grad_weight = None
-    if need_weight:
-        grad_weight = of_assignments(hidden, grad_hidden, grad_rows, network.b_out, plan, products)
-    hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
-
-    scale = row_weight(plan)
-    grad_rows.mul_(scale)
-    grad_out = None if of.w_out is None else products.by_rows(hidden, grad_rows)
-    grad_b_out = None if of.b_out is None else products.by_rows(summing(torch.ones_like(scale), x), grad_rows)[:, 0]
-    del hidden, grad_rows
-    grads_b_in = [
-        None if b is None else products.by_rows(summing(scale, x), part)[:, 0]
-        for b, part in zip(of.b_in, grad_pre, strict=True)
-    ]
-    grads_in = of_input_weights(of.w_in, products, x, scale, grad_pre)
-    grad_x = None
-    if need_x:
-        rows = products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
-        grad_x = collect(rows, plan, products)
-    there = zip(network.fields(), (*grads_in, grad_out, *grads_b_in, grad_b_out), strict=True)
-    return [grad_x, grad_weight, *(gradient for w, gradient in there if w is not None)]
+        scale = row_weight(plan)
+        grad_rows.mul_(scale)
+        grad_out = None if of.w_out is None else products.by_rows(hidden, grad_rows)
+        grad_b_out = None if of.b_out is None else products.by_rows(summing(torch.ones_like(scale), x), grad_rows)[:, 0]
+        del hidden, grad_rows
+        grads_b_in = [
+            None if b is None else products.by_rows(summing(scale, x), part)[:, 0]
+            for b, part in zip(of.b_in, grad_pre, strict=True)
+        ]
+        grads_in = of_input_weights(of.w_in, products, x, scale, grad_pre)
+        grad_x = None
+        if wanted.x:
+            rows = products.total([(part, w.mT) for part, w in zip(grad_pre, network.w_in, strict=True)])
+            grad_x = collect(rows, plan, products)
+        grads = network._replace(w_in=grads_in, w_out=grad_out, b_in=grads_b_in, b_out=grad_b_out)
+        return grad_x, grad_weight, grads
 
 
 def of_input_weights(

@@ -117,7 +117,7 @@ def outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
     return torch.func.vjp(lambda weight: expert_product(x, weight, counts), weight)[1](y)[0]
 
 
-def gradients(plan: Plan, network: Network, grad: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
     """Gradients of x, of the assignments' weights and of all weights, by operators that can be differentiated again
     and mapped: of ways whose own gradients cannot."""
 

@@ -19,12 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Plan, sum_rows
+from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops import hidden as hidden_layer
-from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.cpu.memory import in_huge_pages
 from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule, gather, rows_by_rows, rows_by_weights
-from mixture_of_experts.tracing import is_wrapped
 
 
 def run(call: Call) -> Tensor:
@@ -35,23 +35,23 @@ def run(call: Call) -> Tensor:
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     schedule = Schedule(dim, h, row_bytes, torch.get_num_threads())
     plan = call.decision.plan(ragged=True, widen=schedule)  # which asks the schedule for rows, and so makes its chunks
-    weights = network.tensors()
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights))
-    return _Fused.apply(plan, network, schedule.chunks, keep, x, plan.weight, *weights)
+    return autograd.run(Fused(schedule.chunks), x, plan, network)
 
 
-class _Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, plan: Plan, network: Network, chunks: list[Chunk], keep: bool, x: Tensor, weight: Tensor, *weights: Tensor
-    ) -> Tensor:
-        most_rows, o = _most_rows(chunks), network.w_out.shape[-1]
+class Fused:
+    """Computes chunk by chunk (`autograd.Way`)."""
+
+    def __init__(self, chunks: list[Chunk]) -> None:
+        self.chunks = chunks
+
+    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
+        most_rows, o = _most_rows(self.chunks), network.w_out.shape[-1]
         kept = [in_huge_pages(x.new_empty(plan.num_rows if keep else most_rows, w.shape[-1])) for w in network.w_in]
         y = in_huge_pages(x.new_empty(plan.num_rows + 1, o))
         y[-1] = 0
         buffer = x.new_empty(most_rows, network.w_out.shape[-2])
         apart = None if o == x.shape[-1] else x.new_empty(most_rows, x.shape[-1])
-        for chunk, token, empty in _with_tables(chunks, plan):
+        for chunk, token, empty in _with_tables(self.chunks, plan):
             out, hidden = y[chunk.rows], buffer[: chunk.num_rows]
             tokens = out if apart is None else apart[: chunk.num_rows]  # results are written over their tokens
             pre = [part[chunk.rows] if keep else part[: chunk.num_rows] for part in kept]
@@ -60,35 +60,21 @@ class _Fused(torch.autograd.Function):
                 rows_by_weights(chunk, tokens, w, part, b)
             hidden_layer.forward(network.activation, network.parts(pre), hidden)
             rows_by_weights(chunk, hidden, network.w_out, out, network.b_out)
-        if keep:
-            ctx.settings = plan[5:], network.map(id), chunks  # of the network its form: tensors are saved
-            ctx.save_for_backward(x, *plan[:5], *weights, *kept)
-        return _collect(y, plan)
+        return _collect(y, plan), kept
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        of_plan, network, chunks = ctx.settings
-        x, *tensors = ctx.saved_tensors
-        number = len(tensors) - len(network.w_in)
-        plan, weights, kept = Plan(*tensors[:5], *of_plan), tensors[5:number], tensors[number:]
-        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
-            gradients = plain.gradients(plan, network.filled(weights), grad, x)
-        else:
-            needs = ctx.needs_input_grad[4], *ctx.needs_input_grad[6:]
-            gradients = _Backward(plan, network.filled(weights), chunks, x, grad.contiguous(), needs).run(kept)
-        return None, None, None, None, *gradients
+    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
+        return _Backward(plan, network, self.chunks, x, grad.contiguous(), wanted).run(kept)
 
 
 class _Backward:
     """Gradients of x, of the assignments' weights, and of those of the experts' weights that are needed."""
 
     def __init__(
-        self, plan: Plan, network: Network, chunks: list[Chunk], x: Tensor, grad: Tensor, needs: Sequence[bool]
+        self, plan: Plan, network: Network, chunks: list[Chunk], x: Tensor, grad: Tensor, wanted: Wanted
     ) -> None:
         self.plan, self.network, self.chunks, self.x, self.grad = plan, network, chunks, x, grad
-        self.need_x, *need_weights = needs
-        needed = iter(need_weights)
-        self.grads: Any = network.map(lambda w: in_huge_pages(torch.empty_like(w)) if next(needed) else None)
+        self.need_x = wanted.x
+        self.grads: Any = wanted.network.map(lambda w: in_huge_pages(torch.empty_like(w)))
         assert plan.counts is not None
         if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
             for gradient in self.grads.tensors():
@@ -103,19 +89,14 @@ class _Backward:
         # and that of the gate over that of the hidden layer, if it is a tensor of its own
         self.grad_pre = [x.new_empty(rows, w.shape[-1]) for w in (network.w_in if network.halves else network.w_in[1:])]
 
-    def run(self, kept: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def run(self, kept: Sequence[Tensor]) -> Gradients:
         for chunk, token, empty in _with_tables(self.chunks, self.plan):
             self._add(chunk, token, empty, [part[chunk.rows] for part in kept])
         grad_x = None
         if self.need_x:
             self.grad_rows[-1] = 0
             grad_x = _collect(self.grad_rows, self.plan)
-        there = zip(self.network.fields(), self.grads.fields(), strict=True)
-        return (
-            grad_x,
-            self.grad_row_weight.index_select(0, self.plan.row),
-            *(grad for w, grad in there if w is not None),
-        )
+        return grad_x, self.grad_row_weight.index_select(0, self.plan.row), self.grads
 
     def _add(self, chunk: Chunk, token: Tensor, empty: Tensor, pre: Sequence[Tensor]) -> None:
         network, grads, number = self.network, self.grads, chunk.num_rows

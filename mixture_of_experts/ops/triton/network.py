@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Plan
-from mixture_of_experts.ops import plain
+from mixture_of_experts.ops import autograd
+from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
 from mixture_of_experts.ops.triton.plan import plan_of
-from mixture_of_experts.tracing import is_wrapped
 
 
 def run(call: Call) -> Tensor:
@@ -20,12 +20,7 @@ def run(call: Call) -> Tensor:
 
 
 def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
-    form = form_of(network)
-    assert form is not None
-    weights = network.tensors()
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
-        return _Network.apply(plan, network, form, x, plan.weight, *weights)
-    return triton_ffn(*operands(x, plan, network), *form, False)[0]
+    return autograd.run(Kernels(), x, plan, network)
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
@@ -33,6 +28,12 @@ def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
     tables = (plan.weight, *readable(plan), plan.row, plan.counts)
     b_in = [bias for bias in network.b_in if bias is not None]
     return Operands(x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out)
+
+
+def known_form(network: Network) -> Form:
+    form = form_of(network)
+    assert form is not None
+    return form
 
 
 def readable(plan: Plan) -> tuple[Tensor, Tensor]:
@@ -51,26 +52,16 @@ def readable(plan: Plan) -> tuple[Tensor, Tensor]:
     return plan.token.masked_fill(nobodys, 0), torch.where(nobodys, unused, plan.assignment)
 
 
-class _Network(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, plan: Plan, network: Network, form: Form, x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-        plan, network = plan._replace(weight=weight), network.filled(weights)
-        out, pre = triton_ffn(*operands(x, plan, network), *form, True)
-        ctx.settings = plan[5:], network.map(id), form  # no tensors: those are saved
-        ctx.save_for_backward(x, *plan[:5], *weights, pre)
-        return out
+class Kernels:
+    """Computes by the kernels (`autograd.Way`)."""
 
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        of_plan, network, form = ctx.settings
-        x, *tensors, pre = ctx.saved_tensors
-        plan, network = Plan(*tensors[:5], *of_plan), network.filled(tensors[5:])
-        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
-            return None, None, None, *plain.gradients(plan, network, grad, x)
-        need_x, need_weight, *needs = ctx.needs_input_grad[3:]
-        number, biases = len(network.w_in), len([bias for bias in network.b_in if bias is not None])
-        need_in = any(needs[:number]) or any(needs[number + 1 : number + 1 + biases])
-        need_out = needs[number] or any(needs[number + 1 + biases :])
-        grads = triton_ffn_backward(grad, pre, *operands(x, plan, network), *form, need_x, need_in, need_out)
-        wanted = zip(grads, (need_x, need_weight, *needs), strict=True)
-        return None, None, None, *(gradient if need else None for gradient, need in wanted)
+    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
+        out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), keep)
+        return out, [pre]
+
+    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
+        (pre,), of = kept, wanted.network
+        need_in, need_out = (any(w is not None for w in pair) for pair in ((*of.w_in, *of.b_in), (of.w_out, of.b_out)))
+        arguments = *operands(x, plan, network), *known_form(network), wanted.x, need_in, need_out
+        grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *arguments)
+        return grad_x, grad_weight, network.filled(grads)
