@@ -64,7 +64,10 @@ EXPERTS: dict[str, Callable[..., nn.Module]] = {
 def on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
     """Where modules are made on the GPU, in `dtype` (fake parameters cannot be cast afterwards)."""
     before = torch.get_default_dtype()
-    with card(capability), FakeTensorMode(), torch.device("cuda"):
+    with card(capability), FakeTensorMode(), torch.device("cuda"), pytest.MonkeyPatch.context() as patch:
+        # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
         torch.set_default_dtype(dtype)
         try:
             yield
@@ -203,6 +206,27 @@ def costs(way: str, size: str = "small") -> dict[str, float]:
         "kept": counts.kept / floor,
         "moved": counts.moved_both / 1e9,
     }
+
+
+def kept_of_scores(router: str, autocast: bool) -> float:
+    """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
+    tokens, dim, experts = 1024, 256, 512
+    gates: dict[str, Callable[[], nn.Module]] = {
+        "top 2": lambda: Top2Gating(dim, experts),
+        "softmax": lambda: TopKGating(dim, experts),
+        "sigmoid, groups": lambda: TopKGating(
+            dim, experts, score="sigmoid", bias=True, expert_bias=True, num_groups=8, top_groups=4
+        ),
+        "expert choice": lambda: ExpertChoiceGating(dim, experts),
+    }
+    with on_gpu(torch.float32 if autocast else torch.bfloat16), autocasting() if autocast else nullcontext():
+        gate, x = gates[router](), torch.empty(1, tokens, dim, requires_grad=True)
+
+        def decide() -> list[Tensor]:
+            routing = gate(x)
+            return [routing.weight, routing.z_loss]
+
+        return count(decide, [x, *gate.parameters(), *gate.buffers()]).kept / (4 * tokens * experts)
 
 
 def check_billion(code: str) -> int:

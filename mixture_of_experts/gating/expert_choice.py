@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
-from mixture_of_experts.losses import z_loss
+from mixture_of_experts.gating.keeping import alone, choose, recomputed
+from mixture_of_experts.losses import token_mean
 from mixture_of_experts.queues import expert_capacity, group_capacity, stable_order
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
@@ -72,19 +73,18 @@ class ExpertChoiceGating(Gate):
             raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
         tokens = self.read(x, None, mask)
         n, e = tokens.num_tokens, self.num_experts
-        logits = self.product(tokens.x, self.w_gating)
-        probs = logits.softmax(dim=-1)
+        probs, log_total = recomputed(self._scores, tokens.x, self.w_gating)
         capacity, limit = self._capacity(n, tokens.length)
 
         score = probs.transpose(-2, -1)  # (b, e, n)
         ranked = score.detach()
         if mask is not None:
             ranked = torch.where(mask.unsqueeze(-2), ranked, -1.0)
-        token = stable_order(ranked, descending=True)[..., :capacity]
+        token = alone(stable_order(ranked, descending=True)[..., :capacity])
         slot = torch.arange(token.shape[-1], device=token.device).expand_as(token)
         expert = torch.arange(e, device=token.device).unsqueeze(-1).expand_as(token)
         chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]
-        weight = torch.where(chosen, score.gather(-1, token), 0.0)
+        weight = torch.where(chosen, choose(score, token), 0.0)
         kept = chosen & (weight != 0)
         balance = probs.new_zeros(())
         return Routing(
@@ -95,7 +95,7 @@ class ExpertChoiceGating(Gate):
             weight=weight.flatten(-2),
             probs=probs,
             balance_loss=balance,
-            z_loss=z_loss(logits, tokens.real, self.process_group),
+            z_loss=token_mean(log_total.square(), tokens.real, self.process_group),
             num_tokens=n,
             num_experts=e,
             capacity=capacity,
@@ -105,6 +105,11 @@ class ExpertChoiceGating(Gate):
             limit=limit,
             real=tokens.real,
         )
+
+    def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities `(b, n, e)`, and `(b, n)` the logsumexp of the logits."""
+        logits = self.product(x, weight)
+        return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 
     def _capacity(self, n: int, length: Tensor | int) -> tuple[int, Tensor | None]:
         """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""

@@ -14,6 +14,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.keeping import choose, recomputed
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
 
@@ -157,8 +158,7 @@ class Top2Gating(TokenChoiceGate):
 
         A token of importance between 0 and 1 takes no first choice, and as its second one its top expert.
         """
-        logits = self.product(tokens.x, self.w_gating)
-        probs = logits.softmax(dim=-1)
+        logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
 
         # the first choice, and the second among what it leaves (a token without a first choice leaves all)
         fixed = probs.detach()
@@ -168,12 +168,16 @@ class Top2Gating(TokenChoiceGate):
 
         # losses first: then the backward adds their gradient, an expanded row, in place to that of the gates
         parts = self._losses(tokens, probs, expert_1, expert_2)
-        p_1, p_2 = probs.gather(-1, expert).chunk(2, dim=-1)
+        p_1, p_2 = choose(probs, expert).chunk(2, dim=-1)
         gate = self._gates(p_1, p_2, expert_1 == expert_2, tokens.first)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
         parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.first, self.process_group)
         # a choice of more than half the weight; at an exact tie neither is first
         return Choices(expert, gate, probs, parts, balance_loss, chosen=self._sent(gate), primary=gate > 0.5)
+
+    def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.product(x, weight)
+        return logits, logits.softmax(dim=-1)
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""

@@ -13,6 +13,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.keeping import choose, recomputed
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
@@ -113,38 +114,46 @@ class TopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """The k experts of each token's largest scores."""
-        logits = self.product(self._jittered(tokens.x), self.w_gating, self.b_gating)
-        score = SCORES[self.score](logits)
+        x = self._jittered(tokens.x)
+        logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
         ranked = self._ranked(score)
         expert = top_choices(ranked, self.choices)
         allowed = self.allowed(tokens)
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         balance = self.balance_loss(tokens, probs, expert, choices=self.choices)
 
-        likeliest = self.score == "softmax" and self.expert_bias is None and self.num_groups is None
-        weight = score.gather(-1, expert)
+        weight = choose(score, expert)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
         if self.normalize:
             total = weight.sum(dim=-1, keepdim=True)
             # the largest of a softmax are not all 0
-            weight = weight / (total if likeliest and allowed is None else total + 1e-20)
+            weight = weight / (total if log_total is None and allowed is None else total + 1e-20)
         if self.scale != 1:
             weight = weight * self.scale
         if self.expert_counts is not None and self.training:
             load = self.load(expert, allowed).sum(dim=-2)
             weight = count_in_backward(weight, load, self.expert_counts)
-        if likeliest:
+        if log_total is None:
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
-            z_loss = self.z_loss(tokens, logits)
+            z_loss = self.token_mean(tokens, log_total.square())
         top = None
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, score=top)
+
+    def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits, scores and probabilities `(..., b, n, e)`, and `(..., b, n)` the logsumexp of the logits; None where
+        the first choice is the likeliest expert of a softmax, which tells it."""
+        logits = self.product(x, weight, bias)
+        score = SCORES[self.score](logits)
+        if self.score == "softmax":
+            chosen_by_probs = self.expert_bias is None and self.num_groups is None
+            return logits, score, score, None if chosen_by_probs else logits.logsumexp(dim=-1)
+        return logits, score, score / (score.sum(dim=-1, keepdim=True) + 1e-20), logits.logsumexp(dim=-1)
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
