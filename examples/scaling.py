@@ -4,9 +4,10 @@
     python examples/scaling.py --only dense moe32        # a part of it
     python examples/scaling.py --report                  # tables and picture of what is finished
 
-All models have equal active parameters and see the same batches; `wide` has as many in all as `moe32`. Each is trained
-at its own best learning rate: half and double of it are worse. A record of every finished run is appended to --records;
-unfinished ones leave checkpoints in --out.
+All models have equal active parameters and see the same batches; `wide` has as many in all as `moe32`. `upcycled` goes
+on from the dense model's runs of half the length. Each is trained at its own best learning rate: half and double of it
+are worse. A record of every finished run is appended to --records; unfinished ones, and those to be upcycled, leave
+checkpoints in --out.
 """
 
 import argparse

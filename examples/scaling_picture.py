@@ -1,5 +1,6 @@
 """The picture of what `scaling.py` found: held-out loss over steps, operations and seconds, and when it is equal."""
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -11,10 +12,26 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 from scaling_plan import MODELS, SWEEP_SEED, Plan, Record
-from scaling_report import Finished, Times, at_best_rate, equal_shares, models_of, step_flops
+from scaling_report import (
+    Finished,
+    Times,
+    at_best_rate,
+    equal_shares,
+    models_of,
+    operations_of,
+    seconds_of,
+    total_cost,
+)
 
 # Okabe and Ito's colours: told apart by all eyes
-COLOURS = {"dense": "#0072B2", "wide": "#000000", "moe8": "#E69F00", "moe32": "#D55E00", "moe128": "#CC79A7"}
+COLOURS = {
+    "dense": "#0072B2",
+    "moe8": "#E69F00",
+    "moe32": "#D55E00",
+    "moe128": "#CC79A7",
+    "upcycled": "#009E73",
+    "wide": "#000000",
+}
 FIRST_SHARE = 0.04  # of the long runs' steps: before, all curves are high and steep
 
 
@@ -26,30 +43,29 @@ def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
     draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
     over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
     over_steps.legend(fontsize=9, title="dots: ends of runs; dotted: the dense model's end", title_fontsize=9)
-    flops = {run.model: step_flops(record) for run, record in finished.items()}
-    draw_losses(over_flops, plan, finished, flops)
+    draw_losses(over_flops, plan, finished, operations_of(finished))
     over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
-    seconds = {model: own["step"] for model, own in times.items()}
-    draw_losses(over_seconds, plan, finished, seconds)
+    draw_losses(over_seconds, plan, finished, seconds_of(times))
     over_seconds.set(xlabel="seconds of training on one core", ylabel="held-out bits per byte")
     draw_shares(shares, plan, finished, times)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def draw_losses(axes: Axes, plan: Plan, finished: Finished, unit: dict[str, float]) -> None:
-    """The curve of each model's longest run, and a dot where every run at its best rate ends; `unit` a step's cost."""
+def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str, float]) -> None:
+    """The curves of each model's runs with the sweep's seed, and a dot where every run at its best rate ends."""
     for model in models_of(plan):
         ends = {steps: bits for (name, steps), bits in at_best_rate(plan, finished).items() if name == model}
-        if not ends or model not in unit:
+        if not ends or model not in step_cost:
             continue
+        cost = partial(total_cost, plan, model, step_cost=step_cost)
         rate = plan.rate_so_far(model, finished)
         for run, record in finished.items():
             if (run.model, run.learning_rate, run.seed) == (model, rate, SWEEP_SEED):
                 steps, bits = curve(record, plan.steps * FIRST_SHARE)
-                axes.plot(steps * unit[model], bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
-        points = [(steps * unit[model], bits) for steps, seeds in ends.items() for bits in seeds.values()]
-        means = [(steps * unit[model], np.mean(list(seeds.values()))) for steps, seeds in ends.items()]
+                axes.plot(cost(steps), bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
+        points = [(cost(steps), bits) for steps, seeds in ends.items() for bits in seeds.values()]
+        means = [(cost(steps), np.mean(list(seeds.values()))) for steps, seeds in ends.items()]
         axes.plot(*zip(*means, strict=True), color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
         axes.plot(*zip(*points, strict=True), "o", color=COLOURS[model], markersize=5)
     target = at_best_rate(plan, finished).get(("dense", plan.steps))

@@ -14,20 +14,28 @@ SWEEP_SEED = 0
 
 
 class Model(NamedTuple):
-    """A model of the comparison, as options of `Settings`."""
+    """A model of the comparison, as options of `Settings`.
+
+    `dense_share` is the length of the dense run that it is upcycled from, over that of the dense model's long runs; 0:
+    it is trained from scratch.
+    """
 
     label: str
     options: dict[str, Any]
+    dense_share: float = 0
 
 
 # A feed-forward layer has 13,312 active parameters, its router's included: the more experts, the larger the router and
 # the narrower the two experts of a byte. The dense layer has 139 hidden units, 13,344 parameters. The wide one has
 # 2,059, as many parameters as 32 experts and their router have: it is the twin of two wide experts, both chosen.
+# The upcycled mixture has 16 copies of the dense layer, an expert half of one: its two experts have one hidden unit
+# more than that layer, and the router comes on top. A step takes 1.05 times the operations of the dense model's.
 MODELS = {
     "dense": Model("dense", dict(models=("dense",), num_experts=32, width=128)),
     "moe8": Model("8 experts", dict(models=("moe",), num_experts=8, width=136)),
     "moe32": Model("32 experts", dict(models=("moe",), num_experts=32, width=128)),
     "moe128": Model("128 experts", dict(models=("moe",), num_experts=128, width=96)),
+    "upcycled": Model("32 experts, upcycled", dict(models=("moe",), num_experts=32, width=140), dense_share=0.5),
     "wide": Model("dense, 15 times as wide", dict(models=("dense",), num_experts=2, width=2058)),
 }
 
@@ -44,15 +52,23 @@ VARIANTS = {
 
 
 class Run(NamedTuple):
-    """One training: all that tells it from the others of a plan."""
+    """One training: all that tells it from the others of a plan. `dense_*` are of the run that it is upcycled from."""
 
     model: str
     seed: int
     learning_rate: float
     steps: int
+    dense_rate: float = 0
+    dense_steps: int = 0
 
     def __str__(self) -> str:
-        return f"{self.model}_seed{self.seed}_lr{self.learning_rate:g}_steps{self.steps}"
+        after = f"_after_{self.start}" if self.start else ""
+        return f"{self.model}_seed{self.seed}_lr{self.learning_rate:g}_steps{self.steps}{after}"
+
+    @property
+    def start(self) -> "Run | None":
+        """The dense run that it is upcycled from; None: it begins from scratch."""
+        return Run("dense", self.seed, self.dense_rate, self.dense_steps) if self.dense_steps else None
 
     def settings(self, base: Settings) -> Settings:
         """The settings of this run; those that all runs share are `base`'s."""
@@ -101,9 +117,15 @@ STAGES = (
     Stage("moe32", 0.16, seeds=(1, 2)),
     Stage("moe128", 0.24, rates=4),
     Stage("moe8", 0.24, rates=4),
-    Stage("wide", 0.24, rates=4),
     Stage("moe8", 0.24, seeds=(1, 2)),
     Stage("moe8", 0.48, seeds=(1, 2)),
+    Stage("dense", 0.5),
+    Stage("upcycled", 0.24, rates=3),
+    Stage("upcycled", 0.48),
+    Stage("wide", 0.24, rates=4),
+    Stage("dense", 0.5, seeds=(1, 2)),
+    Stage("upcycled", 0.24, seeds=(1, 2)),
+    Stage("upcycled", 0.48, seeds=(1, 2)),
     Stage("moe32", 1),
     Stage("moe128", 1),
     Stage("moe8", 1),
@@ -116,11 +138,13 @@ class Plan:
 
     def __init__(self, steps: int, learning_rate: float, models: Collection[str] = tuple(MODELS)):
         self.steps, self.learning_rate = steps, learning_rate
-        self.stages = [stage for stage in STAGES if stage.model in models]
+        starts = {"dense" for model in models if MODELS[model].dense_share}
+        self.stages = [stage for stage in STAGES if stage.model in starts.union(models)]
 
     def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
-        """All runs whose settings are known by now, each once."""
-        return list(dict.fromkeys(run for stage in self.stages for run in self._runs_of(stage, finished)))
+        """All runs that can begin by now, each once: their settings are known, and what they start from is finished."""
+        runs = dict.fromkeys(run for stage in self.stages for run in self._runs_of(stage, finished))
+        return [run for run in runs if run.start is None or run.start in finished]
 
     def best_rate(self, model: str, finished: Mapping[Run, Record]) -> float | None:
         """The rate whose half and double are both worse, at the longest runs that show it; None if none do."""
@@ -149,13 +173,23 @@ class Plan:
         """Steps of a stage's runs."""
         return max(1, round(stage.share * self.steps))
 
+    def dense_steps(self, model: str) -> int:
+        """Steps of the dense run that a model is upcycled from."""
+        return round(MODELS[model].dense_share * self.steps)
+
     def _runs_of(self, stage: Stage, finished: Mapping[Run, Record]) -> list[Run]:
+        start: tuple[float, int] | tuple[()] = ()
+        if dense_steps := self.dense_steps(stage.model):
+            dense_rate = self.best_rate("dense", finished)
+            if dense_rate is None:
+                return []
+            start = (dense_rate, dense_steps)
         length = self.length(stage)
         if stage.rates:
             rates = rates_to_try(self.learning_rate, sweep(stage.model, length, finished), stage.rates)
-            return [Run(stage.model, SWEEP_SEED, rate, length) for rate in rates]
+            return [Run(stage.model, SWEEP_SEED, rate, length, *start) for rate in rates]
         best = self.best_rate(stage.model, finished)
-        return [] if best is None else [Run(stage.model, seed, best, length) for seed in stage.seeds]
+        return [] if best is None else [Run(stage.model, seed, best, length, *start) for seed in stage.seeds]
 
 
 def sweep(model: str, length: int, finished: Mapping[Run, Record]) -> dict[float, float]:

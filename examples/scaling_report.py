@@ -31,7 +31,7 @@ def tables(plan: Plan, finished: Finished, times: Times) -> str:
     """All tables, those of which something is finished."""
     all_tables = {
         "Sweeps: held-out bits per byte; * best rate (half and double are worse), ? so far": sweep_rows(plan, finished),
-        "Every seed at that rate: held-out bits per byte": seed_rows(plan, finished),
+        "Every seed at that rate: held-out bits per byte": seed_rows(plan, finished, times),
         "Share of the dense model's steps, and of its seconds, until its final loss": equal_rows(plan, finished, times),
         "What the models cost": cost_rows(plan, finished, times),
     }
@@ -52,16 +52,24 @@ def sweep_rows(plan: Plan, finished: Finished) -> Rows:
     return rows
 
 
-def seed_rows(plan: Plan, finished: Finished) -> Rows:
+def seed_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
     """A line for each model and length, a column for each seed."""
     groups = at_best_rate(plan, finished)
     seeds = sorted({seed for values in groups.values() for seed in values})
-    rows: Rows = [("model", "rate", "steps", *(f"seed {seed}" for seed in seeds), "mean")]
+    columns = ("rate", "steps", "operations", "seconds")
+    rows: Rows = [("model", *columns, *(f"seed {seed}" for seed in seeds), "mean")]
+    operations, seconds = operations_of(finished), seconds_of(times)
     for (model, steps), values in groups.items():
         cells = (f"{values[seed]:.4f}" if seed in values else "" for seed in seeds)
         average = f"{mean(values.values()):.4f}" if len(values) > 1 else ""
-        rate = plan.rate_so_far(model, finished)
-        rows.append((MODELS[model].label, f"{rate:g}", f"{steps:,}", *cells, average))
+        before = f"{plan.dense_steps(model):,} + " if plan.dense_steps(model) else ""
+        cost = (
+            f"{plan.rate_so_far(model, finished):g}",
+            f"{before}{steps:,}",
+            f"{total_cost(plan, model, steps, operations):.2g}",
+            f"{total_cost(plan, model, steps, seconds):.0f}" if model in seconds else "",
+        )
+        rows.append((MODELS[model].label, *cost, *cells, average))
     return rows
 
 
@@ -149,6 +157,22 @@ def longest(plan: Plan, finished: Finished, model: str) -> Record | None:
     runs = [run for run in finished if run.model == model and rate in (None, run.learning_rate)]
     runs = [run for run in runs if run.seed == SWEEP_SEED]
     return finished[max(runs, key=lambda run: run.steps)] if runs else None
+
+
+def total_cost(plan: Plan, model: str, steps: int, step_cost: Mapping[str, float]) -> float:
+    """What a run costs from scratch on, that of the dense model which it is upcycled from included."""
+    before = plan.dense_steps(model)
+    return steps * step_cost[model] + (before * step_cost["dense"] if before else 0)
+
+
+def operations_of(finished: Finished) -> dict[str, float]:
+    """Floating-point operations of a training step, by model."""
+    return {run.model: step_flops(record) for run, record in finished.items()}
+
+
+def seconds_of(times: Times) -> dict[str, float]:
+    """Seconds of a training step measured alone, by model."""
+    return {model: own["step"] for model, own in times.items()}
 
 
 def step_flops(record: Record) -> float:

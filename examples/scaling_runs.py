@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from corpus import Corpus
+from model import upcycle
 from routers import ROUTERS
 from scaling_plan import Plan, Record, Run, final_bits
 from settings import Settings
@@ -78,7 +79,8 @@ def train_all(plan: Plan, records: Records, corpus: Corpus, out: Path, processes
             for future in done:
                 run = running.pop(future)
                 records.add(run, future.result())
-                shutil.rmtree(out / str(run), ignore_errors=True)
+                if run not in {further.start for further in plan.runs(records.finished)}:
+                    shutil.rmtree(out / str(run), ignore_errors=True)
                 tqdm.write(f"{run}: {final_bits(records.finished[run]):.4f} bits a byte held out")
             bar.n = steps_done.value
             bar.total = steps_known(plan, records, before)
@@ -134,10 +136,27 @@ def train(run: Run) -> Record:
     steps_done, corpus, base, out = _worker
     training = CountedTraining(run.settings(base), corpus, out / str(run))
     training.steps_done = steps_done
-    if (training.out / CHECKPOINT).exists():
+    if training.has_checkpoint():
         training.load()
+    elif run.start:
+        begin_from(run.start, training)
     training.run()
     return record_of(run, training)
+
+
+def begin_from(start: Run, training: Training) -> None:
+    """Upcycle the model of a finished dense run, and go on with the batches where that stopped.
+
+    Where its checkpoint is missing (it was trained on another machine) it is trained again, in the run's own folder.
+    """
+    _, corpus, base, out = _worker
+    kept = (out / str(start) / CHECKPOINT).exists()
+    dense = Training(start.settings(base), corpus, out / str(start) if kept else training.out / "start")
+    if dense.has_checkpoint():
+        dense.load()
+    dense.run()
+    upcycle(training.trainees[0].model, dense.trainees[0].model)
+    training.batches.position = dense.batches.position
 
 
 def record_of(run: Run, training: Training) -> Record:

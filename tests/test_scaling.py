@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import asdict, replace
+from multiprocessing import Value
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ sys.path.insert(0, str(EXAMPLES))
 
 import scaling  # noqa: E402
 import scaling_plan  # noqa: E402
+import scaling_runs  # noqa: E402
 import step_times  # noqa: E402
-from model import count_parameters  # noqa: E402
+from corpus import split_files  # noqa: E402
+from model import count_parameters, upcycle  # noqa: E402
 from scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
-from scaling_report import Equal, equal_shares, steps_to, tables  # noqa: E402
-from training import make_trainee  # noqa: E402
+from scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
+from training import Training, make_trainee  # noqa: E402
 
 BASE = scaling.base_settings()
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
@@ -73,6 +77,78 @@ def test_the_longest_sweep_decides() -> None:
     assert plan.best_rate("dense", finished) == 0.01
 
 
+def test_upcycling_waits_for_a_dense_run_of_its_seed_at_the_best_rate() -> None:
+    plan = Plan(100, 0.01, ["upcycled"])
+    finished: dict[Run, Any] = {}
+    while new := [run for run in plan.runs(finished) if run not in finished]:
+        for run in new:
+            assert run.model == "dense" or run.start in finished
+        finished |= optimum(0.02, new)
+    upcycled = {run for run in finished if run.model == "upcycled"}
+    assert {run.start for run in upcycled} == {Run("dense", seed, 0.02, 50) for seed in (0, 1, 2)}
+    assert {(run.seed, run.steps) for run in upcycled} == {(seed, steps) for seed in (0, 1, 2) for steps in (24, 48)}
+    assert len({str(run) for run in finished}) == len(finished)
+
+
+# ---- upcycling ----
+
+
+@pytest.mark.parametrize("width", [140, 160])
+def test_an_upcycled_mixture_computes_what_the_dense_model_does(width: int) -> None:
+    dense = make_trainee("dense", BASE).model
+    torch.nn.init.normal_(dense.to_logits.weight)  # begins at 0
+    mixture = make_trainee("moe", replace(BASE, width=width, seed=1)).model
+    text = torch.randint(256, (2, 30))
+    assert (mixture(text)[0] - dense(text)[0]).abs().max() > 1
+    upcycle(mixture, dense)
+    torch.testing.assert_close(mixture(text)[0], dense(text)[0], atol=1e-4, rtol=1e-4)
+    for block in mixture.blocks:
+        routing = block.ffn.gate(torch.randn(1, 50, BASE.dim))
+        copies = routing.dispatch_tensor().any(-1).view(50, 16, 2)  # (b n, copies, slices)
+        assert (copies[..., 0] == copies[..., 1]).all()
+        assert (copies[..., 0].sum(-1) == 1).all()
+        assert copies[..., 0].any(0).sum() > 5
+
+
+def test_what_is_no_copy_of_the_dense_layer_is_refused() -> None:
+    dense = make_trainee("dense", BASE).model
+    for settings in (replace(BASE, width=128), replace(BASE, width=140, num_experts=31)):
+        with pytest.raises(ValueError, match="give a multiple of 2 experts, and a width of at least 139"):
+            upcycle(make_trainee("moe", settings).model, dense)
+
+
+def test_an_upcycled_run_goes_on_where_the_dense_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its losses are the same when the start's checkpoint is missing, and when the run itself was interrupted."""
+    base = replace(BASE, context=16, batch_size=2, eval_windows=2, eval_every=1)
+    text = (EXAMPLES / "training.py").read_bytes()
+    corpus = split_files([(str(i), text[i * 500 : (i + 1) * 500]) for i in range(6)])
+    run = Run("upcycled", 0, 0.01, 3, dense_rate=0.02, dense_steps=4)
+    assert run.start == Run("dense", 0, 0.02, 4)
+
+    def training_in(folder: str) -> Training:
+        out = tmp_path / folder
+        monkeypatch.setattr(scaling_runs, "_worker", (Value("q", 0), corpus, base, out), raising=False)
+        return Training(run.settings(base), corpus, out / str(run))
+
+    training = training_in("kept")
+    scaling_runs.train(run.start)
+    expected = scaling_runs.train(run)
+    training.load()
+    assert training.batches.position == 7 * base.batch_size
+    assert not (training.out / "start").exists()
+
+    training_in("missing")
+    assert scaling_runs.train(run)["held_out"] == expected["held_out"]
+
+    training = training_in("interrupted")
+    scaling_runs.begin_from(run.start, training)
+    training.run(stop_at=1)
+    assert scaling_runs.train(run)["held_out"] == expected["held_out"]
+
+    training_in("scratch")
+    assert scaling_runs.train(run._replace(dense_steps=0))["held_out"] != expected["held_out"]
+
+
 # ---- what is reported ----
 
 
@@ -82,6 +158,12 @@ def test_steps_to_a_loss_lie_between_the_lengths_that_were_run() -> None:
     assert sign == ""
     assert steps_to(2.0, {100: 1.9, 200: 1.8}) == (100, "<")
     assert steps_to(2.0, {100: 2.2, 200: 2.1}) == (200, ">")
+
+
+def test_an_upcycled_run_costs_what_its_dense_start_did_too() -> None:
+    plan = Plan(100, 0.01)
+    assert total_cost(plan, "upcycled", 24, {"dense": 2.0, "upcycled": 3.0}) == 50 * 2 + 24 * 3
+    assert total_cost(plan, "moe32", 24, {"moe32": 3.0}) == 24 * 3
 
 
 def test_shares_are_of_the_same_seed() -> None:
@@ -137,12 +219,26 @@ def test_the_command_trains_what_is_missing_and_reports_all(
     assert scaling.main([*TINY, *files, "--report"]) == 0
 
 
+def test_the_command_keeps_the_dense_model_that_is_upcycled(
+    text_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(scaling_plan, "STAGES", (Stage("dense", 0.4), Stage("upcycled", 0.6, rates=1)))
+    monkeypatch.setattr(Plan, "best_rate", lambda *_: 0.1)
+    records, out = tmp_path / "records.jsonl", tmp_path / "out"
+    assert scaling.main([*TINY, *text_files, f"--records={records}", f"--out={out}", "--only=upcycled"]) == 0
+    dense, upcycled = (Run(*json.loads(line)["run"]) for line in records.read_text().splitlines())
+    assert upcycled == Run("upcycled", 0, 0.3, 3, dense_rate=0.1, dense_steps=2)
+    assert upcycled.start == dense
+    assert [path.name for path in out.glob("*seed*")] == [str(dense)]  # for further runs from it
+
+
 def test_tables_have_times_and_shares() -> None:
     plan = Plan(100, 0.01, ["dense", "moe32"])
     finished = optimum(0.01, [Run("dense", 0, rate, 100) for rate in (0.005, 0.01, 0.02)])
     finished |= optimum(0.01, [Run("moe32", 0, rate, 24) for rate in (0.005, 0.01, 0.02)])
     for run, record in finished.items():
-        record |= {"total_parameters": 10, "active_parameters": 5}
+        record |= {"total_parameters": 10, "active_parameters": 5, "settings": asdict(run.settings(BASE))}
         finished[run] = record
     finished[Run("moe32", 0, 0.01, 32)] = {**finished[Run("moe32", 0, 0.01, 24)], "held_out": [[32, 1.5]]}
     times = {"dense": {"step": 0.1, "memory": 1e6}, "moe32": {"step": 0.15, "memory": 2e6}}
