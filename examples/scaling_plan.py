@@ -122,6 +122,8 @@ STAGES = (
     Stage("dense", 0.5),
     Stage("upcycled", 0.24, rates=3),
     Stage("upcycled", 0.48),
+    Stage("moe128", 0.32, seeds=(0, 1, 2)),
+    Stage("moe8", 0.16, seeds=(0, 1, 2)),
     Stage("wide", 0.24, rates=4),
     Stage("dense", 0.5, seeds=(1, 2)),
     Stage("upcycled", 0.24, seeds=(1, 2)),
