@@ -54,6 +54,19 @@ class Plan(NamedTuple):
         """`(r,)` the weight of each row, 0 where it is empty."""
         return _with_zero(self.weight)[self.assignment]
 
+    def packed(self) -> Plan:
+        """The same in fewer bytes, for a backward to keep: without tokens that follow from the assignments, of which
+        int32 holds all but the longest."""
+        short = statically_known_true(self.row.shape[0] < 1 << 31)
+        assignment = self.assignment.to(torch.int32) if short else self.assignment
+        return self._replace(assignment=assignment, token=self.token if self.choices is None else None)
+
+    def unpacked(self) -> Plan:
+        """What `packed` was called on, if it was; the tables by row in the dtype that they were packed in."""
+        if self.token is not None or self.choices is None:
+            return self
+        return self._replace(token=_tokens_of(self.assignment, self.choices))
+
 
 class ChosenExperts(NamedTuple):
     """The experts that the tokens of a call chose: of the first token all k, then of the next one, in any shape."""
@@ -179,11 +192,13 @@ def _plan(
     index = torch.arange(num_assignments, device=row.device)
     empty = row.new_full((num_rows + 1,), num_assignments)
     assignment = empty.scatter(0, row, index)[:num_rows]  # those without a row all write to the last entry
-    if token is not None:
-        of_row = _with_sentinel(token, num_tokens)[assignment]
-    else:
-        of_row = assignment if choices == 1 else assignment // (choices or 1)
+    of_row = _tokens_of(assignment, choices or 1) if token is None else _with_sentinel(token, num_tokens)[assignment]
     return Plan(row, assignment, weight, of_row, counts, choices, num_tokens, num_rows, num_experts)
+
+
+def _tokens_of(assignment: Tensor, choices: int) -> Tensor:
+    """Whose assignments these are, where every token has k of them."""
+    return assignment if choices == 1 else assignment // choices
 
 
 def _rows(

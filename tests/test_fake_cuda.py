@@ -150,6 +150,7 @@ ROWS = {
     "launches, forward": ("forward", "small"),
     "launches, forward and backward": ("forward and backward", "small"),
     "kept for the backward": ("kept", "large"),
+    "kept, experts cut 8 times finer": ("kept", "fine"),
     "moved by forward and backward, GB": ("moved", "large"),
 }
 
@@ -164,16 +165,16 @@ def documented() -> dict[tuple[str, str], float]:
 @pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton), "plain"])
 def test_costs_are_those_of_the_guide(check: Checks, way: str):
     """None is above its budget, and no budget is far above what is."""
-    found = {size: check("costs", way, size) for size in ("small", "large")}
+    found = {size: check("costs", way, size) for size in ("small", "large", "fine")}
     for row, (name, size) in ROWS.items():
         budget = documented()[way, row]
         assert 0.93 * budget - 0.05 <= found[size][name] <= budget + 0.005, (row, found[size][name], budget)
 
 
-@needs_triton
-def test_finer_experts_keep_little_more(check: Checks):
-    """Cut 8 times finer at equal FLOPs; what is more are weights and tables of rows."""
-    assert check("costs", "triton", "fine")["kept"] < 1.1 * check("costs", "triton", "large")["kept"]
+@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
+def test_finer_experts_keep_the_same(check: Checks, way: str):
+    """To 5 %: what is more are weights and tables of rows, not the router's scores."""
+    assert check("costs", way, "fine")["kept"] <= 1.05 * check("costs", way, "large")["kept"]
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])

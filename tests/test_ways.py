@@ -15,7 +15,8 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.dispatch import Plan
+from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import schedule
 
 WAYS = ["cpu", "grouped", "lean"]  # a new way joins here
@@ -130,6 +131,31 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
     torch.testing.assert_close(batched(way), batched("plain"))
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("way", ["cpu", "lean"])
+def test_packed_plans(way, gate, monkeypatch):
+    """As they are kept on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=Experts(DIM, E, HIDDEN, bias=True)))
+    x, mask = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True), torch.rand(2, 33) < 0.7
+
+    def second():
+        torch.manual_seed(0)
+        with ops.use(way):
+            out, aux = layer(x, mask=mask)
+        grads = torch.autograd.grad(out.square().sum() + aux, [x, *layer.parameters()], create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), [x, *layer.parameters()])
+
+    wanted, packed = (*results(layer, way, x, mask), *second()), []
+    monkeypatch.setattr(autograd, "packed", lambda plan: packed.append(Plan.packed(plan)) or packed[-1])
+    for got, want in zip((*results(layer, way, x, mask), *second()), wanted, strict=True):
+        assert torch.equal(got, want)
+    for plan in packed:
+        assert plan.assignment.dtype == torch.int32
+        assert (plan.token is None) == (gate != "expert choice")
+    assert len(packed) == 2
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("frozen", ["w1", "w2", "w3", "b1", "b2", "b3", "x", "weights"])
 def test_what_needs_no_gradient_gets_none(way, frozen):
@@ -151,8 +177,9 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
 # torch's own, of what it traces
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
-def test_lean_is_one_graph_for_all_lengths(gate):
-    """What a GPU takes unasked, forward and backward."""
+def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
+    """What a GPU takes unasked, forward and backward, kept as there."""
+    monkeypatch.setattr(autograd, "packed", Plan.packed)
     torch.manual_seed(0)
     layer = perturbed(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
     counter = CompileCounterWithBackend("aot_eager")

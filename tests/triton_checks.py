@@ -27,12 +27,15 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.dispatch import Decision, Plan, plan_level, plan_two_levels
+from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
+
+autograd.packed = Plan.packed  # tensors are on a CPU, and are kept as on a GPU
 
 ACTIVATIONS = {
     "gelu": nn.GELU,

@@ -111,8 +111,8 @@ def run_operators(case: Case, operators, plan) -> None:
     def weight(p: int, q: int) -> torch.Tensor:
         return torch.empty(e, q, p).mT if case.transposed else torch.empty(e, p, q)
 
-    index = torch.empty(r, dtype=torch.int64)
-    tables = (torch.empty(r, dtype=torch.float32), index, index, index, torch.empty(e, dtype=torch.int64), case.choices)
+    index, table = torch.empty(r, dtype=torch.int64), torch.empty(r, dtype=torch.int32)
+    tables = (torch.empty(r, dtype=torch.float32), table, table, table, torch.empty(e, dtype=torch.int64), case.choices)
     w_in, w_out = [weight(d, width) for _ in range(number)], weight(h, o)
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)

@@ -58,20 +58,25 @@ def run(way: Way, x: Tensor, plan: Plan, network: Network) -> Tensor:
         return way.forward(x, plan, network, keep=False)[0]
 
 
+def packed(plan: Plan) -> Plan:
+    """What is kept of a plan: on a CPU all, where packing costs more time than its bytes are worth."""
+    return plan if plan.row.device.type == "cpu" else plan.packed()
+
+
 class _Call(torch.autograd.Function):
     @staticmethod
     def forward(ctx, way: Way, plan: Plan, network: Network, x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         plan, network = plan._replace(weight=weight), network.filled(weights)
         out, kept = way.forward(x, plan, network, keep=True)
         ctx.settings = way, plan[5:], network.map(id), len(weights)  # no tensors: those are saved
-        ctx.save_for_backward(x, *plan[:5], *weights, *kept)
+        ctx.save_for_backward(x, *packed(plan)[:5], *weights, *kept)
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor):
         way, of_plan, network, number = ctx.settings
         x, *tensors = ctx.saved_tensors
-        plan, weights, kept = Plan(*tensors[:5], *of_plan), tensors[5 : 5 + number], tensors[5 + number :]
+        plan, weights, kept = Plan(*tensors[:5], *of_plan).unpacked(), tensors[5 : 5 + number], tensors[5 + number :]
         network = network.filled(weights)
         if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
             return None, None, None, *plain.gradients(x, plan, network, grad)

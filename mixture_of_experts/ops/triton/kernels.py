@@ -157,7 +157,7 @@ def multiply_two(
 @triton.jit(do_not_specialize=["num_tiles"])
 def rows_by_weights(
     x,  # (t, c) tokens, or (r, c) rows
-    token,  # (r,) int64; read if GATHER
+    token,  # (r,) int32; read if GATHER
     weight,  # (e, c, n) in any strides
     weight_up,  # likewise, the second of gated experts
     bias,  # (e, n) in any strides, or None
@@ -271,8 +271,8 @@ def hidden_grads_slice(
 @triton.jit(do_not_specialize=["num_tiles", "num_rows"])
 def hidden_grads(
     grad,  # (t, c) gradient of the tokens' outputs
-    token,  # (r,) int64
-    assignment,  # (r,) int64
+    token,  # (r,) int32
+    assignment,  # (r,) int32
     row_weight,  # (a,) float32
     weight,  # (e, n, c) in any strides: of the last product
     bias,  # (e, c) contiguous: of the last product, or None
@@ -407,14 +407,14 @@ def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
     y_up,  # likewise, of the second weight of gated experts
-    token,  # (r,) int64: which rows of x (GATHER_X) or y (GATHER_Y) are read
+    token,  # (r,) int32: which rows of x (GATHER_X) or y (GATHER_Y) are read
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, m, n) in any strides
     out_up,
     bias,  # (e, n) in any strides: sums of y; or None
     bias_up,
     row_weight,  # (a,) float32: the weight of each row in the sums of y, or None (then 1)
-    assignment,  # (r,) int64
+    assignment,  # (r,) int32
     M,
     N,
     out_e,
@@ -496,10 +496,10 @@ def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, B
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_rows(
     rows,  # (r, d)
-    row_of,  # (a,) int64: the rows of a token, one after the other
+    row_of,  # (a,) int32 (int64 if CHOICES is 0): the rows of a token, one after the other
     start_of,  # (t + 1,) int64: where each token's begin; read if CHOICES is 0
     weight,  # (a,) float32, by assignment; None sums without
-    assignment,  # (r,) int64; read if CHOICES is 0
+    assignment,  # (r,) int32; read if CHOICES is 0
     out,  # (t, d)
     num_rows,
     D,
@@ -525,7 +525,7 @@ def sum_rows(
 @triton.jit(do_not_specialize=["num_rows", "num_assignments"])
 def sum_partials(
     partial,  # (blocks, r) float32
-    row_of,  # (a,) int64
+    row_of,  # (a,) int32
     out,  # (a,)
     num_rows,
     num_assignments,

@@ -25,7 +25,8 @@ def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
     assert plan.counts is not None
-    tables = (plan.weight, *readable(plan), plan.row, plan.counts)
+    token, assignment, row = (table.to(torch.int32) for table in (*readable(plan), plan.row))
+    tables = (plan.weight, token, assignment, row, plan.counts)
     b_in = [bias for bias in network.b_in if bias is not None]
     return Operands(x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out)
 

@@ -31,8 +31,8 @@ class Operands(NamedTuple):
     Attributes:
         x: `(t, d)`.
         weight: `(a,)`, of each assignment.
-        token, assignment: `(r,)` int64, of each row.
-        row: `(a,)` int64, of each assignment; r where it has none.
+        token, assignment: `(r,)` int32, of each row.
+        row: `(a,)` int32, of each assignment; r where it has none.
         counts: `(e,)` int64, the rows of each expert.
         choices: k, the assignments of each token; 0 where they are no fixed number.
         w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
@@ -244,14 +244,20 @@ def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
 def tile(given: Operands) -> tuple[Schedule, Tiles]:
     """Sizes of blocks for a call, and where its rows lie in tiles of this size."""
     rows = given.token.shape[0]
+    check_number(given.row.shape[0])
     schedule = schedule_for(given.x, rows // given.w_out.shape[0])
     return schedule, find_tiles(given.counts, rows, schedule.rows)
 
 
+def check_number(number: int) -> None:
+    """Rows, and the choices of all tokens, have numbers of int32."""
+    if number >= 1 << 31:
+        raise ValueError(f"the kernels count fewer than 2^31 rows, not {number}: call them with fewer tokens at a time")
+
+
 def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
     """As many tiles as there can be: every expert may have one that is not full."""
-    if rows >= 1 << 31:
-        raise ValueError(f"the kernels count fewer than 2^31 rows, not {rows}: call them with fewer tokens at a time")
+    check_number(rows)
     experts = counts.shape[0]
     number = triton.cdiv(rows, height) + experts
     expert, first, stop = (counts.new_empty(number, dtype=torch.int32) for _ in range(3))
@@ -445,7 +451,7 @@ def launch_sum_rows(rows: Tensor, given: Operands, out: Tensor, *, weighted: boo
     (num_tokens, dim), row, start = out.shape, given.row, None
     if given.choices == 0:
         ordered, row = given.token.sort(stable=True)
-        start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, device=ordered.device))
+        start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, dtype=ordered.dtype, device=ordered.device))
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch(
         kernels.sum_rows,

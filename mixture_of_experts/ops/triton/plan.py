@@ -36,7 +36,7 @@ def _plan(routing: Routing) -> Plan:
 def triton_plan(
     expert: Tensor, slot: Tensor, chosen: Tensor, kept: Tensor, size: Tensor, choices: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`row` `(b a,)`, `assignment` and `token` of each row, and `counts` `(e,)`, as a `Plan` has them.
+    """`row` `(b a,)`, `assignment` and `token` of each row, in int32, and `counts` `(e,)`, as a `Plan` has them.
 
     Args:
         expert, slot: `(b, a)` int64, of each assignment.
@@ -46,8 +46,9 @@ def triton_plan(
     """
     (groups, length), experts = expert.shape, size.shape[-1]
     operators.on_one_device(expert, slot, chosen, kept, size)
+    operators.check_number(groups * length)
     expert, slot, chosen, kept, size = (tensor.contiguous() for tensor in (expert, slot, chosen, kept, size))
-    row, assignment, token = (expert.new_empty(groups * length) for _ in range(3))
+    row, assignment, token = tables_of(expert)
     counts = size.new_empty(experts)
     if groups * length == 0:
         return row, assignment, token, counts.zero_()
@@ -77,5 +78,9 @@ def triton_plan(
 @triton_plan.register_fake
 def _(expert, slot, chosen, kept, size, choices):
     operators.on_one_device(expert, slot, chosen, kept, size)
-    row, assignment, token = (expert.new_empty(expert.numel()) for _ in range(3))
-    return row, assignment, token, size.new_empty(size.shape[-1])
+    return *tables_of(expert), size.new_empty(size.shape[-1])
+
+
+def tables_of(expert: Tensor) -> list[Tensor]:
+    """Where `row`, `assignment` and `token` are written."""
+    return [expert.new_empty(expert.numel(), dtype=torch.int32) for _ in range(3)]

@@ -17,9 +17,9 @@ def find_rows(
     chosen,  # (b, a) bool: those that queue
     kept,  # (b, a) bool: those that are computed
     size,  # (b, e) int64: the rows of each group and expert; a slot from there on is none
-    row,  # (b a,) int64: out, of each assignment; r where it has none
-    assignment,  # (r,) int64: out, of each row; b a past the last expert's
-    token,  # (r,) int64: out, of each row; b n past the last expert's
+    row,  # (b a,) int32: out, of each assignment; r where it has none
+    assignment,  # (r,) int32: out, of each row; b a past the last expert's
+    token,  # (r,) int32: out, of each row; b n past the last expert's
     counts,  # (e,) int64: out, the rows of each expert
     num_groups,
     group_length,
@@ -61,9 +61,9 @@ def find_rows(
         place += tl.load(of_group, mask=exists & (earlier < group), other=0)
         of_group += num_experts
 
-    tl.store(row + index, tl.where(is_kept, place, number), mask=exists)
-    tl.store(assignment + place, index, mask=exists & holds)
-    tl.store(token + place, index // CHOICES, mask=exists & holds)
-    past = exists & (index >= num_rows)
-    tl.store(assignment + index, tl.zeros((BLOCK,), tl.int64) + number, mask=past)
-    tl.store(token + index, tl.zeros((BLOCK,), tl.int64) + number // CHOICES, mask=past)
+    tl.store(row + index, tl.where(is_kept, place, number).to(tl.int32), mask=exists)
+    tl.store(assignment + place, index.to(tl.int32), mask=exists & holds)
+    tl.store(token + place, (index // CHOICES).to(tl.int32), mask=exists & holds)
+    past, nobodys = exists & (index >= num_rows), tl.zeros((BLOCK,), tl.int32)
+    tl.store(assignment + index, nobodys + number.to(tl.int32), mask=past)
+    tl.store(token + index, nobodys + (number // CHOICES).to(tl.int32), mask=past)
