@@ -53,11 +53,11 @@ def sweep_rows(plan: Plan, finished: Finished) -> Rows:
 
 
 def seed_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
-    """A line for each model and length, a column for each seed."""
+    """A line for each model and length, a column for each seed, and at the end the mean on the text to train on."""
     groups = at_best_rate(plan, finished)
     seeds = sorted({seed for values in groups.values() for seed in values})
     columns = ("rate", "steps", "operations", "seconds")
-    rows: Rows = [("model", *columns, *(f"seed {seed}" for seed in seeds), "mean")]
+    rows: Rows = [("model", *columns, *(f"seed {seed}" for seed in seeds), "mean", "mean, in training")]
     operations, seconds = operations_of(finished), seconds_of(times)
     for (model, steps), values in groups.items():
         cells = (f"{values[seed]:.4f}" if seed in values else "" for seed in seeds)
@@ -69,7 +69,9 @@ def seed_rows(plan: Plan, finished: Finished, times: Times) -> Rows:
             f"{total_cost(plan, model, steps, operations):.2g}",
             f"{total_cost(plan, model, steps, seconds):.0f}" if model in seconds else "",
         )
-        rows.append((MODELS[model].label, *cost, *cells, average))
+        own = [run for run in runs_at_best_rate(plan, finished) if (run.model, run.steps) == (model, steps)]
+        training = mean(last_training_bits(finished[run]) for run in own)
+        rows.append((MODELS[model].label, *cost, *cells, average, f"{training:.4f}"))
     return rows
 
 
@@ -121,12 +123,24 @@ def models_of(plan: Plan) -> list[str]:
 def at_best_rate(plan: Plan, finished: Finished) -> dict[tuple[str, int], dict[int, float]]:
     """Held-out bits by (model, steps) and seed, of the runs at each model's best rate."""
     groups: dict[tuple[str, int], dict[int, float]] = {}
+    for run in runs_at_best_rate(plan, finished):
+        groups.setdefault((run.model, run.steps), {})[run.seed] = final_bits(finished[run])
+    return groups
+
+
+def runs_at_best_rate(plan: Plan, finished: Finished) -> list[Run]:
+    """The runs that are compared, by model, length and seed."""
+    runs: list[Run] = []
     for model in models_of(plan):
         rate = plan.rate_so_far(model, finished)
-        runs = sorted(run for run in finished if (run.model, run.learning_rate) == (model, rate))
-        for run in sorted(runs, key=lambda run: (run.steps, run.seed)):
-            groups.setdefault((model, run.steps), {})[run.seed] = final_bits(finished[run])
-    return groups
+        own = [run for run in finished if (run.model, run.learning_rate) == (model, rate)]
+        runs += sorted(own, key=lambda run: (run.steps, run.seed))
+    return runs
+
+
+def last_training_bits(record: Record) -> float:
+    """Bits per byte of the last 300 steps on the text to train on, before each step has learned from its batch."""
+    return mean(record["train"][-3:])
 
 
 def equal_shares(plan: Plan, finished: Finished, model: str) -> dict[int, Equal]:

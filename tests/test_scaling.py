@@ -239,11 +239,13 @@ def test_tables_have_times_and_shares() -> None:
     finished |= optimum(0.01, [Run("moe32", 0, rate, 24) for rate in (0.005, 0.01, 0.02)])
     for run, record in finished.items():
         record |= {"total_parameters": 10, "active_parameters": 5, "settings": asdict(run.settings(BASE))}
+        record["train"] = [9.0, 3.0, 2.0, 2.5]
         finished[run] = record
     finished[Run("moe32", 0, 0.01, 32)] = {**finished[Run("moe32", 0, 0.01, 24)], "held_out": [[32, 1.5]]}
     times = {"dense": {"step": 0.1, "memory": 1e6}, "moe32": {"step": 0.15, "memory": 2e6}}
     text = tables(plan, finished, times)
     assert "1.50" in text
+    assert "2.5000" in text
     assert "150.0" in text
 
 
