@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 
@@ -63,13 +63,20 @@ def build(torch: Path, library: Path) -> None:
     half.replace(library)
 
 
+class Properties(NamedTuple):
+    """What is asked of a card, in a form that `torch.compile` can read."""
+
+    major: int
+    minor: int
+
+
 @contextmanager
 def card(capability: tuple[int, int]) -> Iterator[None]:
     """Within it the card's compute capability is this."""
     import torch
 
-    before = torch.cuda.get_device_properties
-    torch.cuda.get_device_properties = lambda device=None: SimpleNamespace(major=capability[0], minor=capability[1])
+    before, properties = torch.cuda.get_device_properties, Properties(*capability)
+    torch.cuda.get_device_properties = lambda device=None: properties
     try:
         yield
     finally:

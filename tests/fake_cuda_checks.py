@@ -5,6 +5,7 @@ Axes: b sequences, n tokens of one, d model dim, e experts, k choices.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -61,10 +62,10 @@ EXPERTS: dict[str, Callable[..., nn.Module]] = {
 
 
 @contextmanager
-def on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
-    """Where modules are made on the GPU, in `dtype` (fake parameters cannot be cast afterwards)."""
+def fake_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """Where a GPU is at hand, and modules are made in `dtype` (fake parameters cannot be cast afterwards)."""
     before = torch.get_default_dtype()
-    with card(capability), FakeTensorMode(), torch.device("cuda"), pytest.MonkeyPatch.context() as patch:
+    with card(capability), FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
         # what `torch.autocast("cuda", torch.bfloat16)` asks, which a recomputation enters
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
         patch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
@@ -73,6 +74,13 @@ def on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator
             yield
         finally:
             torch.set_default_dtype(before)
+
+
+@contextmanager
+def on_gpu(dtype: torch.dtype, capability: tuple[int, int] = (9, 0)) -> Iterator[None]:
+    """The same where tensors are made on the GPU, if nothing else is said."""
+    with fake_gpu(dtype, capability), torch.device("cuda"):
+        yield
 
 
 @contextmanager
@@ -97,6 +105,10 @@ def two_levels(experts: str, capacity: float | None) -> HeirarchicalMoE:
     return HeirarchicalMoE(DIM, (2, 4), gate_outer=outer, gate_inner=inner, experts=EXPERTS[experts]((2, 4)))
 
 
+def make_layer(router: str, experts: str, capacity: float | None) -> nn.Module:
+    return two_levels(experts, capacity) if router == "two levels" else one_level(router, experts, capacity)
+
+
 def check_layer(
     router: str,
     experts: str,
@@ -109,7 +121,7 @@ def check_layer(
 ) -> None:
     """Forward and backward, training and not: everything is on the GPU and of the right dtype, nothing waits for it."""
     with on_gpu(DTYPES[dtype], capability):
-        layer = two_levels(experts, capacity) if router == "two levels" else one_level(router, experts, capacity)
+        layer = make_layer(router, experts, capacity)
         for training in (True, False):
             layer.train(training)
             check_call(layer, DTYPES[dtype], masked, autocast)
@@ -118,12 +130,14 @@ def check_layer(
 def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
     x = torch.empty(2, 40, DIM, dtype=dtype, requires_grad=True)
     mask = torch.empty(2, 40, dtype=torch.bool) if masked else None
-    with autocasting() if autocast else nullcontext():
+    # what a layer makes has to be where its tokens are, wherever else it would be
+    with torch.device("cpu"), autocasting() if autocast else nullcontext():
         out, aux_loss = layer(x, mask=mask)
     assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, x.shape)
     assert aux_loss.device.type == "cuda"
     assert aux_loss.shape == ()
-    (out.float().square().mean() + aux_loss).backward()
+    with torch.device("cpu"):
+        (out.float().square().mean() + aux_loss).backward()
     for name, tensor in {"x": x, **dict(layer.named_parameters())}.items():
         grad = tensor.grad
         assert grad is not None, name
@@ -176,6 +190,44 @@ def check_many_experts(number: int, way: str) -> None:
         layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))
         assert way_of(layer, torch.empty(1, 8, DIM)).way == way
         check_call(layer, torch.bfloat16, masked=False, autocast=False)
+
+
+@contextmanager
+def kernels_of_cuda() -> Iterator[None]:
+    """Where torch is told of kernels that it has on CUDA: without them it would trace what else they are made of."""
+
+    def never(*_):
+        raise AssertionError("there is no kernel: tensors are fake")
+
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        for name in ("silu_backward", "silu_backward.grad_input"):
+            library.impl(name, never, "CUDA")
+        yield
+
+
+def as_one_graph(model: nn.Module) -> Callable[..., Any]:
+    """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
+    # torch's own, of every autograd function that it traces
+    warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
+    torch._dynamo.reset()
+    return torch.compile(model, backend="aot_eager", fullgraph=True)
+
+
+def check_compiled(way: str, router: str, capacity: float | None, dtype: str) -> None:
+    """A layer is one graph, forward and backward; "many experts" compute their scores anew."""
+    with ops.use(way), fake_gpu(DTYPES[dtype], CARD[way]), kernels_of_cuda():
+        with torch.device("cuda"):
+            x = torch.empty(2, 40, DIM, requires_grad=True)
+            if router == "many experts":
+                x = torch.empty(1, 64, 256, requires_grad=True)
+                layer = MoE(256, gate=TopKGating(256, 512, 4), experts=GatedExperts(256, 512, 32))
+            else:
+                layer = (
+                    two_levels("gated", capacity) if router == "two levels" else one_level(router, "gated", capacity)
+                )
+        out, aux_loss = as_one_graph(layer)(x)
+        (out.float().square().mean() + aux_loss).backward()
+        assert all(tensor.grad is not None for tensor in (x, *layer.parameters()))
 
 
 def check_forced(way: str, experts: str, capacity: float | None, dtype: str) -> None:
@@ -247,8 +299,11 @@ def check_billion(code: str) -> int:
         return sum(parameter.numel() for parameter in names["moe"].parameters())
 
 
-def check_example() -> None:
-    """The model of examples/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints."""
+def check_example(compiled: bool) -> None:
+    """The model of examples/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints.
+
+    With `--compile` it is one graph, forward and backward, up to what Inductor would make of it.
+    """
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -259,14 +314,17 @@ def check_example() -> None:
 
     settings = Settings(device="cuda", dtype="bfloat16")
     router = ROUTERS[settings.router]
-    with on_gpu(torch.float32):
+    with fake_gpu(torch.float32):
         shape = {"dim": settings.dim, "layers": settings.layers, "heads": settings.heads, "context": settings.context}
-        model = ByteLM(lambda: router.build(settings.dim, settings.num_experts, settings.width), **shape)
+        with torch.device("cuda"):
+            model = ByteLM(lambda: router.build(settings.dim, settings.num_experts, settings.width), **shape)
+            windows = torch.zeros(settings.batch_size, settings.context + 1, dtype=torch.int64)
         optimizer = make_optimizer(model, settings.learning_rate, settings.expert_rate)
-        windows = torch.zeros(settings.batch_size, settings.context + 1, dtype=torch.int64)
-        with autocasting():
-            logits, aux_loss = model(windows[:, :-1])
+        forward = as_one_graph(model) if compiled else model
+        with autocasting(), kernels_of_cuda():
+            logits, aux_loss = forward(windows[:, :-1])
         loss = nn.functional.cross_entropy(logits.flatten(0, 1).float(), windows[:, 1:].flatten())
-        (loss + aux_loss).backward()
+        with kernels_of_cuda():
+            (loss + aux_loss).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()

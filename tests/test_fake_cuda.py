@@ -106,6 +106,20 @@ def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
         check("check_forced", way, "gated with biases", capacity, dtype)
 
 
+@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
+def test_one_graph(check: Checks, way: str):
+    check("check_compiled", way, "many experts", None, "bf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "f32"])
+@pytest.mark.parametrize("way", ["lean", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
+def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: str):
+    for capacity in (None, 1.0):
+        check("check_compiled", way, router, capacity, dtype)
+
+
 # ---- what Triton makes of it ----
 
 
@@ -193,5 +207,6 @@ def test_the_billion_of_the_readme(check: Checks):
     assert 1e9 < check("check_billion", code) < 1.1e9
 
 
-def test_the_example_trains(check: Checks):
-    check("check_example")
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_the_example_trains(check: Checks, compiled: bool):
+    check("check_example", compiled)

@@ -39,10 +39,12 @@ def test_no_copy_of_the_tokens_is_kept(dtype):
     ]
 
 
+@pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize("shape", [(9, 6, 5), (1, 16, 1), (300, 40, 64), (0, 6, 5)])
-def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, monkeypatch):
+def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, traced, monkeypatch):
     """What a GPU does. On the CPU, which has no such product, its sums are those of copies."""
     torch.manual_seed(0)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
     t, d, e = shape
     x, weight = torch.randn(t, d, dtype=torch.bfloat16), torch.randn(d, e, dtype=torch.bfloat16)

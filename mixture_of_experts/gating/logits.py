@@ -60,7 +60,11 @@ def _narrow_grads(
     is a hundredth of what rounding the results to bfloat16 loses.
     """
     (t, e), wide = grad.shape, grad.new_empty(grad.shape[0], 2, grad.shape[1], dtype=x.dtype)
-    torch.sub(grad, wide[:, 0].copy_(grad), out=wide[:, 1])
+    most, rest = wide.unbind(1)
+    if torch.compiler.is_compiling():  # it traces no `out=` with gaps, and makes one kernel of both
+        rest.copy_(grad - most.copy_(grad))
+    else:
+        torch.sub(grad, most.copy_(grad), out=rest)
     wide, grad_x, grad_weight = wide.view(t, 2 * e), None, None
     if need_x:
         grad_x = wide @ torch.cat([weight, weight], dim=-1).mT
