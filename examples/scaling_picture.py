@@ -65,8 +65,10 @@ def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str,
                 steps, bits = curve(record, plan.steps * FIRST_SHARE)
                 axes.plot(cost(steps), bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
         points = [(cost(steps), bits) for steps, seeds in ends.items() for bits in seeds.values()]
-        means = [(cost(steps), np.mean(list(seeds.values()))) for steps, seeds in ends.items()]
-        axes.plot(*zip(*means, strict=True), color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
+        common = set.intersection(*map(set, ends.values()))  # so that a line does not move with the seeds it is of
+        means = [(cost(steps), np.mean([seeds[seed] for seed in common])) for steps, seeds in ends.items() if common]
+        line = zip(*means, strict=True) if means else ([], [])
+        axes.plot(*line, color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
         axes.plot(*zip(*points, strict=True), "o", color=COLOURS[model], markersize=5)
     target = at_best_rate(plan, finished).get(("dense", plan.steps))
     if target:
