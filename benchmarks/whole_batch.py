@@ -17,7 +17,7 @@ from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
 from mixture_of_experts.dispatch import plan_level
-from mixture_of_experts.ops.cpu.schedule import Batch, Chunk, Schedule, rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.cpu.schedule import Batch, Schedule
 from mixture_of_experts.routing import Routing
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ aten = torch.ops.aten
 class Where(NamedTuple):
     """Where rows are and what they are of."""
 
-    chunk: Chunk  # all rows
+    batches: list[Batch]
     table: Tensor  # (t, k) row of each choice, r where it has none
     token: Tensor  # (r,)
     weight: Tensor  # (r, 1)
@@ -34,12 +34,15 @@ class Where(NamedTuple):
     unused: Tensor  # experts without rows
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
-        rows_by_weights(self.chunk, x, weight, out[: len(x)], add=add)
+        for batch in self.batches:
+            rows, results, matrices = batch.of(x), batch.of(out), weight[batch.experts]
+            results.baddbmm_(rows, matrices) if add else torch.bmm(rows, matrices, out=results)
         return out
 
     def by_rows(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
         out = torch.empty_like(like)
-        rows_by_rows(self.chunk, x, y, out)
+        for batch in self.batches:
+            torch.bmm(batch.of(x).mT, batch.of(y), out=out[batch.experts])
         return out.index_fill_(0, self.unused, 0)
 
     def collect(self, rows: Tensor) -> Tensor:
@@ -61,7 +64,7 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
         unused = (where.counts == 0).nonzero().flatten()
     table, weights = where.row.view(-1, case.k), where.weight.detach().view(-1, case.k)
     token, row_weight = where.token.clamp(max=where.num_tokens - 1), where.row_weight().unsqueeze(-1)
-    return Where(Chunk(batches, slice(0, where.num_rows)), table, token, row_weight, weights, unused)
+    return Where(batches, table, token, row_weight, weights, unused)
 
 
 class Memory(NamedTuple):

@@ -52,7 +52,8 @@ class Plan(NamedTuple):
 
     def row_weight(self) -> Tensor:
         """`(r,)` the weight of each row, 0 where it is empty."""
-        return _with_zero(self.weight)[self.assignment]
+        weight = self.weight.new_zeros(self.num_rows + 1).scatter(0, self.row, self.weight)
+        return weight[: self.num_rows]  # those without a row all write to the last entry
 
     def packed(self) -> Plan:
         """The same in fewer bytes, for a backward to keep: without tokens that follow from the assignments, of which

@@ -37,9 +37,9 @@ def run(call: Call) -> Tensor:
     return plain.compute(call.x, plan, call.network, grouped_product)
 
 
-class InGroups:
-    """Rows without gaps by torch's grouped product, on CUDA; see `lean.Products`. Those past the last expert's may hold
-    anything, and nobody reads them."""
+class InGroups(lean.InSlots):
+    """Rows without gaps by torch's grouped product, on CUDA. Those past the last expert's may hold anything, and nobody
+    reads them."""
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
@@ -47,7 +47,7 @@ class InGroups:
         assert plan.counts is not None
         return plan, plan.counts.cumsum(0, dtype=torch.int32)
 
-    def __init__(self, plan: Plan, table: Tensor | None, num_experts: int) -> None:
+    def __init__(self, plan: Plan, table: Tensor | None) -> None:
         assert table is not None
         assert plan.counts is not None
         self.plan, self.ends, self.counts = plan, table, plan.counts
@@ -56,31 +56,26 @@ class InGroups:
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token)
 
-    def by_weights(self, x: Tensor, weight: Tensor) -> Tensor:
+    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Of no row more: an assignment without a row reads the last one, which is no expert's then."""
         (x, weight), *others = pairs
         rows = self.by_weights(x, weight)
         for x, weight in others:
             rows += self.by_weights(x, weight)
-        # an assignment without a row reads the last one, which is no expert's then
         rows[-1:].masked_fill_(self.ends[-1] < self.plan.num_rows, 0)
         return rows
-
-    def by_rows(self, x: Tensor, y: Tensor) -> Tensor:
-        return outer_on_cuda(x, y, self.counts, self.ends)
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
         rows += plain.bias_of_rows(bias, self.counts, self.plan.num_rows)
 
+    def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
+        return outer_on_cuda(x, y, self.counts, self.ends)
+
     def of_choices(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
-
-    def pack(self, pre: Tensor) -> Tensor:
-        return pre
-
-    unpack = pack
 
 
 def outer_on_cuda(x: Tensor, y: Tensor, counts: Tensor, ends: Tensor) -> Tensor:

@@ -1,30 +1,26 @@
-"""Dispatch, experts and combine of a whole call in one autograd.Function, for the CPU.
+"""Dispatch, experts and combine of a whole call in one function of autograd, for the CPU.
 
-Axes: t tokens, r rows (expert by expert, some of them padding), e experts, d model dim, h hidden dim, o dim of outputs.
+Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
 
-On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So what lies between the products
-is in buffers that every chunk of experts uses again, activations are written in place, and for the backward only the
-products with `w_in` are kept (the input is there anyway); it gathers anew and computes the activation anew. The weight
-of an assignment is applied where a row is d wide, not h wide, and its gradient is read off the hidden layer, so that no
-row of outputs is kept (as SonicMoE, arXiv 2512.14080).
+On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So rows are computed in chunks of
+experts, which are small enough that what lies between the products stays in the caches, and that the allocator gives
+the memory of one chunk to the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Plan, sum_rows
-from mixture_of_experts.ops import autograd
-from mixture_of_experts.ops import hidden as hidden_layer
+from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.cpu.memory import in_huge_pages
-from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule, gather, rows_by_rows, rows_by_weights
+from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule
 
 
 def run(call: Call) -> Tensor:
@@ -45,100 +41,74 @@ class Fused:
         self.chunks = chunks
 
     def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
-        most_rows, o = _most_rows(self.chunks), network.w_out.shape[-1]
-        kept = [in_huge_pages(x.new_empty(plan.num_rows if keep else most_rows, w.shape[-1])) for w in network.w_in]
-        y = in_huge_pages(x.new_empty(plan.num_rows + 1, o))
-        y[-1] = 0
-        buffer = x.new_empty(most_rows, network.w_out.shape[-2])
-        apart = None if o == x.shape[-1] else x.new_empty(most_rows, x.shape[-1])
-        for chunk, token, empty in _with_tables(self.chunks, plan):
-            out, hidden = y[chunk.rows], buffer[: chunk.num_rows]
-            tokens = out if apart is None else apart[: chunk.num_rows]  # results are written over their tokens
-            pre = [part[chunk.rows] if keep else part[: chunk.num_rows] for part in kept]
-            gather(x, token, empty, tokens)
-            for w, b, part in zip(network.w_in, network.b_in, pre, strict=True):
-                rows_by_weights(chunk, tokens, w, part, b)
-            hidden_layer.forward(network.activation, network.parts(pre), hidden)
-            rows_by_weights(chunk, hidden, network.w_out, out, network.b_out)
+        y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
+        num_kept = plan.num_rows if keep else 0
+        kept = [in_huge_pages(x.new_empty(num_kept, w.shape[-1])) for w in network.w_in]
+        for chunk in self.chunks:
+            out = [part[chunk.rows] for part in kept] if keep else None
+            rows.forward(InChunk(chunk, plan, y), x, network, out)
         return _collect(y, plan), kept
 
     def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
-        return _Backward(plan, network, self.chunks, x, grad.contiguous(), wanted).run(kept)
-
-
-class _Backward:
-    """Gradients of x, of the assignments' weights, and of those of the experts' weights that are needed."""
-
-    def __init__(
-        self, plan: Plan, network: Network, chunks: list[Chunk], x: Tensor, grad: Tensor, wanted: Wanted
-    ) -> None:
-        self.plan, self.network, self.chunks, self.x, self.grad = plan, network, chunks, x, grad
-        self.need_x = wanted.x
-        self.grads: Any = wanted.network.map(lambda w: in_huge_pages(torch.empty_like(w)))
+        grads = wanted.network.map(lambda w: in_huge_pages(torch.empty_like(w)))
         assert plan.counts is not None
         if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
-            for gradient in self.grads.tensors():
+            for gradient in grads.tensors():
                 gradient[unused] = 0
-        self.row_weight, self.grad_row_weight = plan.row_weight(), plan.weight.new_zeros(plan.num_rows + 1)
-
-        rows, d, (h, o) = _most_rows(chunks), x.shape[-1], network.w_out.shape[-2:]
-        self.tokens, self.hidden, self.grad_hidden = (x.new_empty(rows, width) for width in (d, h, h))
-        self.grad_rows = in_huge_pages(x.new_empty(plan.num_rows + 1 if self.need_x else 0, d))
-        # the gradients of a chunk's tokens are written over those of its outputs, if they are as wide
-        self.grad_out = None if self.need_x and o == d else x.new_empty(rows, o)
-        # and that of the gate over that of the hidden layer, if it is a tensor of its own
-        self.grad_pre = [x.new_empty(rows, w.shape[-1]) for w in (network.w_in if network.halves else network.w_in[1:])]
-
-    def run(self, kept: Sequence[Tensor]) -> Gradients:
-        for chunk, token, empty in _with_tables(self.chunks, self.plan):
-            self._add(chunk, token, empty, [part[chunk.rows] for part in kept])
-        grad_x = None
-        if self.need_x:
-            self.grad_rows[-1] = 0
-            grad_x = _collect(self.grad_rows, self.plan)
-        return grad_x, self.grad_row_weight.index_select(0, self.plan.row), self.grads
-
-    def _add(self, chunk: Chunk, token: Tensor, empty: Tensor, pre: Sequence[Tensor]) -> None:
-        network, grads, number = self.network, self.grads, chunk.num_rows
-        tokens, hidden, grad_hidden = self.tokens[:number], self.hidden[:number], self.grad_hidden[:number]
-        grad_tokens = self.grad_rows[chunk.rows]
-        grad_out = grad_tokens if self.grad_out is None else self.grad_out[:number]
-        grad_pre = [*([] if network.halves else [grad_hidden]), *(buffer[:number] for buffer in self.grad_pre)]
-        parts, grad_parts = network.parts(pre), network.parts(grad_pre)
-        scale = self.row_weight[chunk.rows].to(self.x.dtype).unsqueeze(-1)
-        grad_row_weight = self.grad_row_weight[chunk.rows]
-
-        gather(self.x, token, empty, tokens)
-        gather(self.grad, token, empty, grad_out)
-        rows_by_weights(chunk, grad_out, network.w_out.mT, grad_hidden)
-        hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
-        if network.b_out is not None:
-            of_bias = tokens.new_empty(number, 1)
-            rows_by_weights(chunk, grad_out, network.b_out.unsqueeze(-1), of_bias)
-            grad_row_weight += of_bias.squeeze(-1)
-        rows_by_rows(chunk, scale, grad_out, grads.b_out)
-        if grads.w_out is not None:
-            rows_by_rows(chunk, hidden, grad_out.mul_(scale), grads.w_out)
-        grad_row_weight += hidden.mul_(grad_hidden).sum(dim=-1, dtype=grad_row_weight.dtype)
-        hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
-        tokens.mul_(scale)
-        for part, grad_w, grad_b in zip(grad_pre, grads.w_in, grads.b_in, strict=True):
-            rows_by_rows(chunk, tokens, part, grad_w)
-            rows_by_rows(chunk, scale, part, grad_b)
-        if self.need_x:
-            for index, (part, w) in enumerate(zip(grad_pre, network.w_in, strict=True)):
-                rows_by_weights(chunk, part, w.mT, grad_tokens, add=index > 0)
+        y, (scale, grad_scale) = _rows_and_zeros(x, plan, x.shape[-1]), rows.scales(plan)
+        grad = grad.contiguous()
+        for chunk in self.chunks:
+            here, products = chunk.rows, InChunk(chunk, plan, y)
+            pre = [part[here] for part in kept]
+            rows.gradients(products, x, network, pre, grad, scale[here], grad_scale[here], grads, wanted.x)
+        grad_x = _collect(y, plan) if wanted.x else None
+        return grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads
 
 
-def _most_rows(chunks: list[Chunk]) -> int:
-    return max((chunk.num_rows for chunk in chunks), default=0)
+class InChunk:
+    """`rows.Products` of a chunk: of each batch one product. The totals are written to the chunk's rows of `y`."""
+
+    def __init__(self, chunk: Chunk, plan: Plan, y: Tensor) -> None:
+        token = plan.token[chunk.rows]
+        self.token, self.empty = token.clamp(max=plan.num_tokens - 1), (token == plan.num_tokens).nonzero().squeeze(-1)
+        self.y, self.batches, self.start = y[chunk.rows], chunk.batches, chunk.rows.start
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x.index_select(0, self.token).index_fill_(0, self.empty, 0)
+
+    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        out = in_huge_pages(x.new_empty(x.shape[0], weight.shape[-1])) if out is None else out
+        for batch in self.batches:
+            torch.bmm(batch.of(x, self.start), weight[batch.experts], out=batch.of(out, self.start))
+        return out
+
+    def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        (x, weight), *others = pairs
+        self.by_weights(x, weight, self.y)
+        for x, weight in others:
+            for batch in self.batches:
+                batch.of(self.y, self.start).baddbmm_(batch.of(x, self.start), weight[batch.experts])
+        return self.y
+
+    def add_bias(self, rows: Tensor, bias: Tensor) -> None:
+        for batch in self.batches:
+            batch.of(rows, self.start).add_(bias[batch.experts].unsqueeze(1))
+
+    def by_rows(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+        for batch in self.batches:
+            torch.bmm(batch.of(x, self.start).mT, batch.of(y, self.start), out=out[batch.experts])
+        return out
+
+    def sums(self, scale: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+        self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
+        return out
 
 
-def _with_tables(chunks: list[Chunk], plan: Plan) -> list[tuple[Chunk, Tensor, Tensor]]:
-    """Each chunk, the tokens of its rows, and which of its rows are empty."""
-    token = plan.token.clamp(max=plan.num_tokens - 1)
-    empty = plan.token == plan.num_tokens
-    return [(chunk, token[chunk.rows], empty[chunk.rows].nonzero().squeeze(-1)) for chunk in chunks]
+def _rows_and_zeros(x: Tensor, plan: Plan, width: int) -> Tensor:
+    """Memory for rows `(r, width)`, and a row of zeros, which assignments without a row read."""
+    rows = in_huge_pages(x.new_empty(plan.num_rows + 1, width))
+    rows[-1] = 0
+    return rows
 
 
 def _collect(rows: Tensor, plan: Plan) -> Tensor:
