@@ -9,7 +9,7 @@ only, a function of both, `(gate, up)`, that returns the hidden layer.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,10 +121,62 @@ def _binds(function: Callable, arguments: int) -> bool:
 
 
 class Known(NamedTuple):
-    """An activation of one tensor that writes where it is told to, and its gradient likewise (in place if asked)."""
+    """An activation of one tensor that writes where it is told to, and its gradient likewise (in place if asked).
 
-    write: Callable[[Tensor, Tensor], object]  # (h, out)
-    write_grad: Callable[[Tensor, Tensor, Tensor], object]  # (grad, h, out)
+    `forward`, `recompute` and `backward` are of the hidden layer: of `pre`, what was computed with `w_in`, which is one
+    tensor, or gate and up. The backward goes in two steps, so that `grad`, the gradient of the hidden layer, can lie
+    where that of the gate will: `recompute` reads it, `backward` writes over it.
+
+    Attributes:
+        write: of (h, out).
+        write_grad: of (grad, h, out).
+        kernel: its name in `triton/activations.py`; None if that has none.
+    """
+
+    write: Callable[[Tensor, Tensor], object]
+    write_grad: Callable[[Tensor, Tensor, Tensor], object]
+    kernel: str | None = None
+
+    def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
+        self.write(pre[0], out)
+        if len(pre) == 2:
+            out.mul_(pre[1])
+
+    def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
+        """`forward` again, and the gradient of up."""
+        self.write(pre[0], out)
+        if len(pre) == 2:
+            torch.mul(out, grad, out=grad_pre[1])
+            out.mul_(pre[1])
+
+    def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
+        """The rest of the gradients; `grad` is written over."""
+        if len(pre) == 2:
+            grad.mul_(pre[1])
+        self.write_grad(grad, pre[0], grad_pre[0])
+
+
+class KnownClamped(NamedTuple):
+    """The same of a function of both."""
+
+    act: ClampedSwiGLU
+    kernel = "clamped_swiglu"
+
+    def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
+        out.copy_(self.act(*pre))
+
+    def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
+        self.forward(pre, out)
+
+    def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
+        """Of `gate s (up + 1)` with `s = sigmoid(alpha gate)`; where a part is clamped it gets nothing."""
+        alpha, limit = self.act.alpha, self.act.limit
+        gate, up = pre[0].clamp(max=limit), pre[1].clamp(-limit, limit)
+        s = torch.sigmoid(alpha * gate)
+        grad_up = torch.where(pre[1].abs() <= limit, grad * gate * s, 0)
+        slope = s * (1 + alpha * gate * (1 - s))
+        grad_pre[0].copy_(torch.where(pre[0] <= limit, grad * slope * (up + 1), 0))
+        grad_pre[1].copy_(grad_up)
 
 
 def _gelu(act: nn.GELU) -> Known:
@@ -132,28 +184,33 @@ def _gelu(act: nn.GELU) -> Known:
     return Known(
         lambda h, out: aten.gelu.out(h, approximate=approximate, out=out),
         lambda grad, h, out: aten.gelu_backward.grad_input(grad, h, approximate=approximate, grad_input=out),
+        "gelu" if approximate == "none" else "gelu_tanh",
     )
 
 
 _SILU = Known(
     lambda h, out: aten.silu.out(h, out=out),
     lambda grad, h, out: aten.silu_backward.grad_input(grad, h, grad_input=out),
+    "silu",
 )
 _RELU = Known(
     lambda h, out: torch.clamp_min(h, 0, out=out),
     lambda grad, h, out: aten.threshold_backward.grad_input(grad, h, 0, grad_input=out),
+    "relu",
 )
 _SQUARED_RELU = Known(
     lambda h, out: torch.clamp_min(h, 0, out=out).square_(),
     lambda grad, h, out: torch.mul(grad, torch.relu(h).mul_(2), out=out),
+    "relu_squared",
 )
-_IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad))
-KNOWN: dict[type, Callable[[Any], Known]] = {
+_IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
+KNOWN: dict[type, Callable[[Any], Known | KnownClamped]] = {
     nn.GELU: _gelu,
     nn.SiLU: lambda _: _SILU,
     nn.ReLU: lambda _: _RELU,
     SquaredReLU: lambda _: _SQUARED_RELU,
     nn.Identity: lambda _: _IDENTITY,
+    ClampedSwiGLU: KnownClamped,
 }
 FUNCTIONS: dict[Callable, nn.Module] = {F.gelu: nn.GELU(), F.silu: nn.SiLU(), F.relu: nn.ReLU(), torch.relu: nn.ReLU()}
 
@@ -165,9 +222,9 @@ def known_module(activation: ActivationLike) -> Any:
 
 def why_unknown(activation: ActivationLike) -> str | None:
     """Why kernels cannot compute it themselves; None if they can. A hook on it is one reason: it must be called."""
-    if type(activation) not in (*KNOWN, ClampedSwiGLU):
+    if type(activation) not in KNOWN:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
-        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in (*KNOWN, ClampedSwiGLU))}"
+        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN)}"
     return why_hooked(activation)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch import Plan
-from mixture_of_experts.ops import hidden as hidden_layer
+from mixture_of_experts.ops.activations import KNOWN
 from mixture_of_experts.ops.call import Network
 
 
@@ -67,7 +67,7 @@ def forward(
             products.add_bias(pre[-1], b)
     parts = network.parts(pre)
     hidden = parts[0].new_empty(parts[0].shape)
-    hidden_layer.forward(network.activation, parts, hidden)
+    KNOWN[type(network.activation)](network.activation).forward(parts, hidden)
     y = products.total([(hidden, network.w_out)])
     if network.b_out is not None:
         products.add_bias(y, network.b_out)
@@ -95,6 +95,7 @@ def gradients(
         into: of each weight and bias whose gradient is wanted, the memory for it, or anything if `products` need none.
         need_x: whether the gradients of the tokens are wanted.
     """
+    act = KNOWN[type(network.activation)](network.activation)
     grad_rows = products.gather(grad)
     grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
@@ -102,7 +103,7 @@ def gradients(
     others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
     grad_pre = others if network.halves else [grad_hidden, *others]
     parts, grad_parts = network.parts(pre), network.parts(grad_pre)
-    hidden_layer.recompute(network.activation, parts, grad_hidden, grad_parts, hidden)
+    act.recompute(parts, grad_hidden, grad_parts, hidden)
 
     grad_b_out, biases = _sums(products, scale, grad_rows, into.b_out), None
     if network.b_out is not None:
@@ -113,7 +114,7 @@ def gradients(
     torch.sum(hidden.mul_(grad_hidden), dim=-1, dtype=grad_scale.dtype, out=grad_scale)
     if biases is not None:
         grad_scale += biases
-    hidden_layer.backward(network.activation, parts, grad_hidden, grad_parts)
+    act.backward(parts, grad_hidden, grad_parts)
     del hidden, grad_rows
 
     grads_b_in = [_sums(products, scale, part, out) for part, out in zip(grad_pre, into.b_in, strict=True)]

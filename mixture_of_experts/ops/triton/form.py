@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.activations import KNOWN
 from mixture_of_experts.ops.call import Network
 
 
@@ -41,16 +41,11 @@ class Form(NamedTuple):
         return parts if alike else [part.contiguous() for part in parts]
 
 
-NAMES = {nn.SiLU: "silu", nn.ReLU: "relu", SquaredReLU: "relu_squared", nn.Identity: "identity"}
-
-
 def form_of(network: Network) -> Form | None:
     """None if no kernel knows the activation; of a subclass nobody knows what it computes."""
     activation: Any = network.activation
-    kind = type(activation)
     layout = network.halves or ("gated" if network.gated else "plain")
-    if kind is ClampedSwiGLU:
-        return Form(layout, "clamped_swiglu", activation.alpha, activation.limit) if network.gated else None
-    if kind is nn.GELU:
-        return Form(layout, "gelu" if activation.approximate == "none" else "gelu_tanh")
-    return Form(layout, NAMES[kind]) if kind in NAMES else None
+    kernel = KNOWN[type(activation)](activation).kernel if type(activation) in KNOWN else None
+    if kernel == "clamped_swiglu":
+        return Form(layout, kernel, activation.alpha, activation.limit) if network.gated else None
+    return None if kernel is None else Form(layout, kernel)
