@@ -20,7 +20,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts.queues import queue_positions
 from mixture_of_experts.routing import Routing
-from mixture_of_experts.tracing import smallest
+from mixture_of_experts.tracing import exporting, smallest
 
 # from the rows of each expert, `(e,)` and in all, to those it is given
 Widen = Callable[[Tensor, int], tuple[Tensor, int]]
@@ -114,7 +114,7 @@ class Decision:
         if self.dropless:
             return True
         first, last = self.levels[0], self.levels[-1]
-        if torch.compiler.is_exporting() or last.choices is None:
+        if exporting() or last.choices is None:
             return False
         num_slots = math.prod(last.expert.shape[:-1]) * last.num_experts * last.slots
         num_rows = math.prod(first.expert.shape[:-1]) * first.num_tokens

@@ -28,9 +28,14 @@ def _are_integers(first: object, second: object) -> bool:
     return isinstance(first, int) and isinstance(second, int)
 
 
+def exporting() -> bool:
+    """Whether `torch.export` traces. Before torch 2.13 `is_exporting()` of torch is True in every graph."""
+    return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def exporting_to_onnx() -> bool:
     """Whether `torch.onnx.export` traces: ONNX has neither a stable sort nor searchsorted."""
-    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return exporting() and torch.onnx.is_in_onnx_export()
 
 
 def in_transform() -> bool:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from versions import ONE_DYNAMIC_GRAPH
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -190,4 +191,4 @@ def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
         for got, wanted in zip(results(compiled, "lean", x, None), results(layer, "plain", x, None), strict=True):
             torch.testing.assert_close(got, wanted)
         frames.add(counter.frame_count)
-    assert len(frames) == 1
+    assert len(frames) == 1 or not ONE_DYNAMIC_GRAPH

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts.tracing import in_transform
+from mixture_of_experts.tracing import exporting, in_transform
 
 Results = TypeVar("Results")
 SMALL = 1 / 4  # of the bytes of the tokens: what a result in float32 may take and still be kept
@@ -37,7 +37,7 @@ def _are_large(x: Tensor, weight: Tensor) -> bool:
 
 def _can_hook(x: Tensor) -> bool:
     """Whether what is kept can be computed anew: not under transforms of torch.func."""
-    return _on_gpu(x) and not (torch.compiler.is_exporting() or in_transform())
+    return _on_gpu(x) and not (exporting() or in_transform())
 
 
 def _on_gpu(x: Tensor) -> bool:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from mixture_of_experts.dispatch import Decision, Plan
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.call import Call
-from mixture_of_experts.tracing import capability, is_wrapped
+from mixture_of_experts.tracing import capability, exporting, is_wrapped
 
 
 def why_not(call: Call) -> str | None:
@@ -114,7 +114,7 @@ def _why_no_operator(*operands: Tensor) -> str | None:
         return why_no_kernel(x, weight)
     if x.device.type != "cpu":
         return f"there is no grouped product on {x.device.type}"
-    return "an exported graph has torch's own operators only" if torch.compiler.is_exporting() else None
+    return "an exported graph has torch's own operators only" if exporting() else None
 
 
 class _RowsByWeights(torch.autograd.Function):

@@ -22,7 +22,7 @@ from mixture_of_experts.ops import autograd, plain, rows
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.tracing import in_transform, largest
+from mixture_of_experts.tracing import exporting, in_transform, largest
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
@@ -135,7 +135,7 @@ class WholeBlocks:
 
 def why_not(call: Call) -> str | None:
     """Activations whose gradient is known, and no transform."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return "an exported graph has torch's own operators only"
     if in_transform():
         return "its gradient does not run under transforms of torch.func"

@@ -14,7 +14,7 @@ from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.call import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import PROVEN
-from mixture_of_experts.tracing import capability, in_transform
+from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MULTIPLE = 16  # other sizes would be right too, but loads that are not aligned are slow and take more registers
@@ -28,7 +28,7 @@ def why_not(call: Call) -> str | None:
         return "triton is not installed"
     if in_transform():
         return "kernels do not run under transforms of torch.func"
-    if torch.compiler.is_exporting():
+    if exporting():
         return "an exported graph has torch's own operators only"
     return _why_not_on(x.device) or _why_not_of(x.dtype, network)
 
