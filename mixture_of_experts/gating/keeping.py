@@ -25,7 +25,7 @@ def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor, *oth
     Where its results `(..., n, e)` are large on a GPU, the backward computes anew what it needs of them: one pass more
     over the tokens. On a CPU that would take time that shows, and memory is less dear.
     """
-    if not (torch.is_grad_enabled() and _are_large(x, weight) and _can_hook(x)):
+    if not (torch.is_grad_enabled() and _are_large(x, weight) and _can_recompute(x)):
         return function(x, weight, *others)
     return checkpoint(function, x, weight, *others, use_reentrant=False, preserve_rng_state=False)  # type: ignore
 
@@ -35,8 +35,8 @@ def _are_large(x: Tensor, weight: Tensor) -> bool:
     return dim * experts >= LEAST and 4 * experts > SMALL * x.element_size() * dim
 
 
-def _can_hook(x: Tensor) -> bool:
-    """Whether what is kept can be computed anew: not under transforms of torch.func."""
+def _can_recompute(x: Tensor) -> bool:
+    """On a GPU; transforms of torch.func know no hooks on what is kept, and exporters no recomputation."""
     return _on_gpu(x) and not (exporting() or in_transform())
 
 
