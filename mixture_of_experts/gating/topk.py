@@ -130,13 +130,13 @@ class TopKGating(TokenChoiceGate):
         if self.normalize:
             total = weight.sum(dim=-1, keepdim=True)
             # the largest of a softmax are not all 0
-            weight = weight / (total if log_total is None and allowed is None else total + 1e-20)
+            weight = weight / (total if self._first_is_likeliest and allowed is None else total + 1e-20)
         if self.scale != 1:
             weight = weight * self.scale
         if self.expert_counts is not None and self.training:
             load = self.load(expert, allowed).sum(dim=-2)
             weight = count_in_backward(weight, load, self.expert_counts)
-        if log_total is None:
+        if log_total is None:  # the first choice tells it
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
@@ -145,15 +145,19 @@ class TopKGating(TokenChoiceGate):
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, score=top)
 
+    @property
+    def _first_is_likeliest(self) -> bool:
+        """Whether a token's first choice is its likeliest expert of a softmax."""
+        return self.score == "softmax" and self.expert_bias is None and self.num_groups is None
+
     def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, scores and probabilities `(..., b, n, e)`, and `(..., b, n)` the logsumexp of the logits; None where
-        the first choice is the likeliest expert of a softmax, which tells it."""
+        that is read off the first choice."""
         logits = self.product(x, weight, bias)
         score = SCORES[self.score](logits)
-        if self.score == "softmax":
-            chosen_by_probs = self.expert_bias is None and self.num_groups is None
-            return logits, score, score, None if chosen_by_probs else logits.logsumexp(dim=-1)
-        return logits, score, score / (score.sum(dim=-1, keepdim=True) + 1e-20), logits.logsumexp(dim=-1)
+        log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
+        probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
+        return logits, score, probs, log_total
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1

@@ -24,16 +24,14 @@ Gradients = tuple[Tensor | None, Tensor | None, Network]  # of x, of the assignm
 
 
 class Wanted(NamedTuple):
-    """Which gradients are wanted.
+    """Which gradients are wanted, apart from that of the assignments' weights, which costs next to nothing.
 
     Attributes:
         x: whether that of the tokens is.
-        weight: whether that of the assignments' weights is.
         network: the tensors whose gradients are, None where not.
     """
 
     x: bool
-    weight: bool
     network: Network
 
 
@@ -68,7 +66,8 @@ class _Call(torch.autograd.Function):
     def forward(ctx, way: Way, plan: Plan, network: Network, x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         plan, network = plan._replace(weight=weight), network.filled(weights)
         out, kept = way.forward(x, plan, network, keep=True)
-        ctx.settings = way, plan[5:], network.map(lambda _: True), len(weights)  # no tensors: those are saved
+        # of plan and network no tensors: those are saved
+        ctx.settings = way, plan[5:], network.map(lambda _: True), len(weights)
         ctx.save_for_backward(x, *packed(plan)[:5], *weights, *kept)
         return out
 
@@ -82,7 +81,7 @@ class _Call(torch.autograd.Function):
             return None, None, None, *plain.gradients(x, plan, network, grad)
         need_x, need_weight, *needs = ctx.needs_input_grad[3:]
         needed = iter(needs)
-        wanted = Wanted(need_x, need_weight, network.map(lambda tensor: tensor if next(needed) else None))
+        wanted = Wanted(need_x, network.map(lambda tensor: tensor if next(needed) else None))
         with without_autocast(x.device):
             grad_x, grad_weight, grads = way.gradients(x, plan, network, kept, grad, wanted)
         there = zip(network.fields(), wanted.network.fields(), grads.fields(), strict=True)

@@ -55,9 +55,7 @@ def scales(plan: Plan) -> tuple[Tensor, Tensor]:
     return plan.row_weight().unsqueeze(-1), grad_scale
 
 
-def forward(
-    products: Products, x: Tensor, network: Network, out: Sequence[Tensor] | None = None
-) -> tuple[list[Tensor], Tensor]:
+def forward(products: Products, x: Tensor, network: Network, out: Sequence[Tensor] = ()) -> tuple[list[Tensor], Tensor]:
     """What is computed with each of `w_in`, in the memory `out` if that is given, and the `total` of outputs."""
     tokens = products.gather(x)
     pre = []

@@ -42,11 +42,9 @@ class Fused:
 
     def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
         y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
-        num_kept = plan.num_rows if keep else 0
-        kept = [in_huge_pages(x.new_empty(num_kept, w.shape[-1])) for w in network.w_in]
+        kept = [in_huge_pages(x.new_empty(plan.num_rows, w.shape[-1])) for w in network.w_in] if keep else []
         for chunk in self.chunks:
-            out = [part[chunk.rows] for part in kept] if keep else None
-            rows.forward(InChunk(chunk, plan, y), x, network, out)
+            rows.forward(InChunk(chunk, plan, y), x, network, [part[chunk.rows] for part in kept])
         return _collect(y, plan), kept
 
     def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
