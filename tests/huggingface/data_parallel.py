@@ -43,6 +43,9 @@ def worker(rank: int, results: str) -> None:
     wrapped = DistributedDataParallel(model)
     part = {name: value[rank : rank + 1] for name, value in batch.items()}
     torch.save(gradients(model, wrapped(**part).loss), f"{results}/{rank}.pt")
+    # the group must not die with the reducer: torch holds Python's lock there while it waits for gloo's threads, and
+    # they need it to drop what checkpointing left on their last reduction
+    del wrapped
     dist.destroy_process_group()
 
 
