@@ -19,7 +19,6 @@ from mixture_of_experts.dispatch import Plan, sum_rows
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
 from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.ops.cpu.memory import in_huge_pages
 from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule
 
 
@@ -42,13 +41,13 @@ class Fused:
 
     def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
         y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
-        kept = [in_huge_pages(x.new_empty(plan.num_rows, w.shape[-1])) for w in network.w_in] if keep else []
+        kept = [x.new_empty(plan.num_rows, w.shape[-1]) for w in network.w_in] if keep else []
         for chunk in self.chunks:
             rows.forward(InChunk(chunk, plan, y), x, network, [part[chunk.rows] for part in kept])
         return _collect(y, plan), kept
 
     def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
-        grads = wanted.network.map(lambda w: in_huge_pages(torch.empty_like(w)))
+        grads = wanted.network.map(torch.empty_like)
         assert plan.counts is not None
         if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
             for gradient in grads.tensors():
@@ -75,7 +74,7 @@ class InChunk:
         return x.index_select(0, self.token).index_fill_(0, self.empty, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        out = in_huge_pages(x.new_empty(x.shape[0], weight.shape[-1])) if out is None else out
+        out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for batch in self.batches:
             torch.bmm(batch.of(x, self.start), weight[batch.experts], out=batch.of(out, self.start))
         return out
@@ -104,7 +103,7 @@ class InChunk:
 
 def _rows_and_zeros(x: Tensor, plan: Plan, width: int) -> Tensor:
     """Memory for rows `(r, width)`, and a row of zeros, which assignments without a row read."""
-    rows = in_huge_pages(x.new_empty(plan.num_rows + 1, width))
+    rows = x.new_empty(plan.num_rows + 1, width)
     rows[-1] = 0
     return rows
 
