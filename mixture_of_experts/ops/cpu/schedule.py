@@ -15,7 +15,7 @@ from torch import Tensor
 PADDING = 1 << 18  # multiplications of padding that take as long as the call of another product
 SHARING = 32  # times that is what several threads lose on one expert's product, which they share badly
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
-CHUNK = 3 << 20  # bytes of rows, as tokens and behind w_in, up to which a chunk grows: so few stay in the caches
+CHUNK = 4 << 20  # bytes of rows, as tokens and behind w_in, up to which a thread's chunk grows, to stay in its caches
 
 
 class Batch(NamedTuple):
@@ -103,7 +103,7 @@ class Schedule:
 
     def __init__(self, dim: int, hidden_dim: int, row_bytes: int, threads: int) -> None:
         self.row_work, self.threads = max(1, dim * hidden_dim), threads
-        self.most_rows = max(1, CHUNK // row_bytes)
+        self.most_rows = max(1, CHUNK * threads // row_bytes)
         self.chunks: list[Chunk] = []
 
     def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
