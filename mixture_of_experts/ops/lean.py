@@ -160,7 +160,7 @@ class Lean:
 
     def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
         products = self.products(plan, self.table)
-        pre, y = rows.forward(products, x, network)
+        pre, y = rows.forward(products, x, network, keep)
         return collect(y, plan, products), [self.table, *map(products.pack, pre)] if keep else []
 
     def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:

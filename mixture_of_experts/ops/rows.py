@@ -55,8 +55,15 @@ def scales(plan: Plan) -> tuple[Tensor, Tensor]:
     return plan.row_weight().unsqueeze(-1), grad_scale
 
 
-def forward(products: Products, x: Tensor, network: Network, out: Sequence[Tensor] = ()) -> tuple[list[Tensor], Tensor]:
-    """What is computed with each of `w_in`, in the memory `out` if that is given, and the `total` of outputs."""
+def forward(
+    products: Products, x: Tensor, network: Network, keep: bool, out: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], Tensor]:
+    """What is computed with each of `w_in`, and the `total` of outputs.
+
+    Args:
+        keep: whether the former is read again; else the hidden layer is written over it.
+        out: memory for the former.
+    """
     tokens = products.gather(x)
     pre = []
     for w, b, memory in zip(network.w_in, network.b_in, out or [None] * len(network.w_in), strict=True):
@@ -64,7 +71,7 @@ def forward(products: Products, x: Tensor, network: Network, out: Sequence[Tenso
         if b is not None:
             products.add_bias(pre[-1], b)
     parts = network.parts(pre)
-    hidden = parts[0].new_empty(parts[0].shape)
+    hidden = parts[0].new_empty(parts[0].shape) if keep or network.halves else parts[0]
     KNOWN[type(network.activation)](network.activation).forward(parts, hidden)
     y = products.total([(hidden, network.w_out)])
     if network.b_out is not None:

@@ -43,7 +43,7 @@ class Fused:
         y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
         kept = [x.new_empty(plan.num_rows, w.shape[-1]) for w in network.w_in] if keep else []
         for chunk in self.chunks:
-            rows.forward(InChunk(chunk, plan, y), x, network, [part[chunk.rows] for part in kept])
+            rows.forward(InChunk(chunk, plan, y), x, network, keep, [part[chunk.rows] for part in kept])
         return _collect(y, plan), kept
 
     def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
