@@ -33,7 +33,7 @@ VALUES = {
     "PADDING": [0, 1 << 16, 1 << 20, 1 << 23],
     "FREE_ROWS": [0, 8],
 }
-FOR_THREADS = {"SHARING": [1, 8, 128]}
+FOR_THREADS = {"SHARING": [8, 64, 128, 512]}
 
 
 def layer_of(
