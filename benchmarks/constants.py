@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
     parser.add_argument("--only", default="", help="shapes whose name contains this")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
-    parser.add_argument("--constants", nargs="*", default=[*VALUES, *FOR_THREADS], help="which (default all)")
+    known = [*VALUES, *FOR_THREADS]
+    parser.add_argument("--constants", nargs="+", default=known, choices=known, help="which (default all)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     now, tried = (time.process_time, VALUES) if options.threads == 1 else (time.perf_counter, VALUES | FOR_THREADS)

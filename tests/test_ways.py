@@ -78,6 +78,19 @@ def test_way(way, gate, experts, monkeypatch):
 
 
 @pytest.mark.parametrize("experts", EXPERTS)
+@pytest.mark.parametrize("way", WAYS)
+def test_way_without_a_backward(way, experts):
+    """Nothing is kept then, and the hidden layer may lie where what it is computed from did."""
+    torch.manual_seed(0)
+    layer = perturbed(MoE(DIM, E, gate=TopKGating(DIM, E, 2), experts=EXPERTS[experts](num_experts=E)))
+    x = torch.randn(2, 33, DIM, dtype=torch.float64)
+    with ops.use("plain"):
+        expected = layer(x)[0]
+    with ops.use(way), torch.no_grad():
+        torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("factor", [None, 1.0])
 @pytest.mark.parametrize("way", WAYS)
 def test_way_of_two_levels(way, factor, experts):

@@ -61,7 +61,8 @@ def forward(
     """What is computed with each of `w_in`, and the `total` of outputs.
 
     Args:
-        keep: whether the former is read again; else the hidden layer is written over it.
+        keep: whether the former is read again; else the hidden layer is written over it, where that is no half of
+            a tensor.
         out: memory for the former.
     """
     tokens = products.gather(x)
