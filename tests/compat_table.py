@@ -93,7 +93,7 @@ class Table:
             if says != shown:
                 pytest.fail(
                     f"{DOCUMENT.name} says {says!r} of {properties['cell'][1:]}, the test has shown {shown!r}: write "
-                    "the table anew with `pytest tests/compat --slow --write-table`"
+                    'the table anew with `pytest tests/compat -m "" --write-table`'
                 )
         return result
 

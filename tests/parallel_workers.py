@@ -1,4 +1,4 @@
-"""Processes for the tests of expert parallelism: started once, then given one check after the other.
+"""Processes for the tests of expert parallelism: each started when first needed, then given one check after the other.
 
 `Workers.run(check, ranks, ...)` has the first `ranks` processes call `check(...)` with a fresh gloo group of that size;
 what they return comes back as a list, and the errors of any of them are raised. A process that died is replaced.
@@ -27,16 +27,14 @@ class RankError(AssertionError):
 
 
 class Workers:
-    """A set of processes that wait for work."""
+    """Processes that wait for work."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self) -> None:
         self._context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self._runs = 0
-        self._processes: list[Any] = [None] * count
-        self._pipes: list[Any] = [None] * count
-        for rank in range(count):
-            self._start(rank)
+        self._processes: dict[int, Any] = {}
+        self._pipes: dict[int, Any] = {}
 
     def _start(self, rank: int) -> None:
         here, there = self._context.Pipe()
@@ -46,10 +44,11 @@ class Workers:
 
     def _begin(self, ranks: int) -> None:
         """See that the first `ranks` processes live and have imported what takes long."""
-        dead = [rank for rank in range(ranks) if not self._processes[rank].is_alive()]
-        for rank in dead:
+        living = {rank for rank, process in self._processes.items() if process.is_alive()}
+        new = [rank for rank in range(ranks) if rank not in living]
+        for rank in new:
             self._start(rank)
-        for rank in dead if self._runs else range(len(self._pipes)):
+        for rank in new:
             assert self._pipes[rank].recv() == "ready"
 
     def run(self, check: Callable, ranks: int, *args: Any, timeout: float = TIMEOUT, **kwargs: Any) -> list[Any]:
@@ -82,7 +81,7 @@ class Workers:
         return RankError(f"hung for {patience} seconds")
 
     def stop(self) -> None:
-        for process in self._processes:
+        for process in self._processes.values():
             process.kill()
             process.join(10)
         self._folder.cleanup()

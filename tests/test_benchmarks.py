@@ -38,6 +38,7 @@ def entered(name: str, *contestants: str, **changed) -> dict[str, Contestant]:
     return field.enter(replace(TOYS[name], figures=(), extras=contestants, **changed))[0]
 
 
+@pytest.mark.slow
 def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     saved, drawn = tmp_path / "result.json", tmp_path / "picture.png"
     arguments = ["--only", "toy/train", "--half", "ordinary", "--rounds", "2", "--attempts", "1", "--json", str(saved)]

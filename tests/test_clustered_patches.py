@@ -40,6 +40,7 @@ def test_the_router_begins_with_noise_alone() -> None:
     assert gate.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.slow
 def test_the_command_and_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Small as it is: nonlinear experts find the clusters, linear ones do not, and one linear network is worst."""
     assert patches.main(["--seeds=0", "--samples=600", "--steps=90", f"--out={tmp_path}"]) == 0

@@ -117,6 +117,7 @@ def test_what_has_no_loss_is_refused(x):
         model(x)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_one_graph_for_all_steps(x):
     torch.compiler.reset()

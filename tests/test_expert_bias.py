@@ -169,6 +169,7 @@ def test_checkpointing_two_micro_batches():
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.parametrize("frozen", [False, True])
 def test_compiled_counts_once(frozen):
@@ -183,6 +184,7 @@ def test_compiled_counts_once(frozen):
     assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
 
 
+@pytest.mark.slow
 @compiles
 def test_compiled_checkpoint_counts_once():
     moe, x = build(), tokens().requires_grad_()
@@ -337,7 +339,7 @@ def test_recipe_moves_the_bias_once_for_each_step():
     assert gate.expert_bias.any()
 
 
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_balances_a_skewed_router_without_a_loss(seed):
     train = recipe("Expert bias")["train"]
     before, after = train(rate=2e-3, seed=seed)
@@ -403,9 +405,10 @@ def check_data_parallel(rank: int) -> None:
             moe.gate.update_bias(1e-2, group=dist.group.WORLD)
 
 
+@pytest.mark.slow
 def test_two_processes():
     """Neither ends while the other may still be in a collective: a process that does can abort."""
-    workers = Workers(2)
+    workers = Workers()
     try:
         workers.run(run_two, 2)
     finally:

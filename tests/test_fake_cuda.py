@@ -99,6 +99,7 @@ def test_a_thousand_experts_are_no_error(check: Checks):
     check("check_many_experts", 1024, "lean")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize("way", [pytest.param("triton", marks=needs_triton), "lean"])
 def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
@@ -106,12 +107,19 @@ def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
         check("check_forced", way, "gated with biases", capacity, dtype)
 
 
-@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "grouped",
+        pytest.param("lean", marks=pytest.mark.slow),
+        pytest.param("triton", marks=[needs_triton, pytest.mark.slow]),
+    ],
+)
 def test_one_graph(check: Checks, way: str):
     check("check_compiled", way, "many experts", None, "bf16")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
 @pytest.mark.parametrize("way", ["lean", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
@@ -123,15 +131,16 @@ def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: 
 # ---- what Triton makes of it ----
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     "case",
     [
         Case((9, 0)),
-        pytest.param(Case((8, 0), bias=True, activation="gelu"), marks=pytest.mark.slow),
-        pytest.param(Case((8, 9), layout="interleaved", activation="clamped_swiglu"), marks=pytest.mark.slow),
-        pytest.param(Case((10, 0), "float16", "plain", mean_rows=16), marks=pytest.mark.slow),
-        pytest.param(Case((12, 0), "float32", tf32=True), marks=pytest.mark.slow),
+        pytest.param(Case((8, 0), bias=True, activation="gelu"), marks=pytest.mark.exhaustive),
+        pytest.param(Case((8, 9), layout="interleaved", activation="clamped_swiglu"), marks=pytest.mark.exhaustive),
+        pytest.param(Case((10, 0), "float16", "plain", mean_rows=16), marks=pytest.mark.exhaustive),
+        pytest.param(Case((12, 0), "float32", tf32=True), marks=pytest.mark.exhaustive),
     ],
     ids=str,
 )
@@ -147,6 +156,7 @@ def test_machine_code(check: Checks, case: Case):
     }
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_new_number_of_tokens_compiles_nothing(check: Checks):
     """Of 50 lengths there are as many programs of a kernel as heights of tiles, for each use of it."""
@@ -176,6 +186,7 @@ def documented() -> dict[tuple[str, str], float]:
     return {(way, row): float(cell) for row, *cells in lines for way, cell in zip(head[1:], cells, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton), "plain"])
 def test_costs_are_those_of_the_guide(check: Checks, way: str):
     """None is above its budget, and no budget is far above what is."""
@@ -185,12 +196,14 @@ def test_costs_are_those_of_the_guide(check: Checks, way: str):
         assert 0.93 * budget - 0.05 <= found[size][name] <= budget + 0.005, (row, found[size][name], budget)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
 def test_finer_experts_keep_the_same(check: Checks, way: str):
     """To 5 %: what is more are weights and tables of rows, not the router's scores."""
     assert check("costs", way, "fine")["kept"] <= 1.05 * check("costs", way, "large")["kept"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("router", ["top 2", "softmax", "sigmoid, groups", "expert choice"])
 def test_gates_of_many_experts_keep_no_scores(check: Checks, router: str, autocast: bool):
@@ -201,12 +214,14 @@ def test_gates_of_many_experts_keep_no_scores(check: Checks, router: str, autoca
 # ---- what users are shown ----
 
 
+@pytest.mark.slow
 def test_the_billion_of_the_readme(check: Checks):
     text = (GUIDE.parent.parent / "README.md").read_text(encoding="utf-8")
     code = text.split("<!-- test: cuda -->\n```python\n")[1].split("```")[0]
     assert 1e9 < check("check_billion", code) < 1.1e9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_the_example_trains(check: Checks, compiled: bool):
     check("check_example", compiled)

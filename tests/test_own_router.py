@@ -192,6 +192,7 @@ def test_low_precision_module_routes_in_float32(kind, dtype):
     assert (out.dtype, aux_loss.dtype, gate(x).weight.dtype) == (dtype, torch.float32, torch.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces an autograd.Function
 def test_compiles_as_one_graph():
     moe = layer(TopPGating(DIM, 5, k=3, capacity_factor_train=0.8))

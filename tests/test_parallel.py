@@ -1,4 +1,7 @@
-"""Expert parallelism against one process, on gloo: outputs, gradients, losses, training, checkpoints and faults."""
+"""Expert parallelism against one process, on gloo: outputs, gradients, losses, training, checkpoints and faults.
+
+`test_two_ranks.py` has the tests that are not slow.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +27,13 @@ from parallel_layers import LAYERS, LAYERS_OF_MODEL, make_model
 from parallel_workers import Workers
 
 from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
-from mixture_of_experts.parallel.exchange import by_expert
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    started = Workers(4)
+    started = Workers()
     yield started
     started.stop()
 
@@ -48,11 +52,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_four_ranks_are_one_process(workers: Workers, layer: str):
     workers.run(checks.check_exact, 4, layer)
-
-
-@pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])
-def test_two_ranks_are_one_process(workers: Workers, layer: str):
-    workers.run(checks.check_exact, 2, layer)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -121,15 +120,6 @@ def test_killed_save_keeps_the_checkpoint_before(workers: Workers, tmp_path: Pat
         assert load_checkpoint(tmp_path, model) == saves.EXTRA
         save_checkpoint(tmp_path, model, step=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
-
-
-def test_old_checkpoints_are_removed(tmp_path: Path):
-    model = torch.nn.Linear(2, 2)
-    for step in (9, 10, 11, 1_000_000_000):
-        save_checkpoint(tmp_path, model, step=step, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000011", "step-1000000000"]
-    with pytest.raises(FileNotFoundError, match="holds none"):
-        load_checkpoint(tmp_path / "nowhere", model)
 
 
 @pytest.mark.parametrize("check", [odd.check_what_is_written_stays, odd.check_extra_that_could_not_be_read])
@@ -220,19 +210,6 @@ def test_pickled_gate_elsewhere(workers: Workers):
     data = workers.run(checks.pickled_gate, 4)[0]
     assert pickle.loads(data).process_group is None
     workers.run(checks.check_pickle_from_another_job, 2, data)
-
-
-def test_comparisons_have_an_empty_rank_and_an_empty_expert():
-    checks.check_unequal_sizes_are_tested()
-
-
-def test_rows_are_brought_to_their_experts():
-    """Three experts here, rows from two ranks: rank-major becomes expert-major, in the order of the ranks."""
-    received = torch.tensor([[2, 0, 1], [1, 2, 0]])
-    order, inverse = by_expert(received, 6)
-    came = ["0a", "0a", "0c", "1a", "1b", "1b"]
-    assert [came[i] for i in order] == ["0a", "0a", "1a", "1b", "1b", "0c"]
-    assert order[inverse].tolist() == list(range(6))
 
 
 # ---- the recipes of the documentation, the benchmark, compilation ----

@@ -117,6 +117,7 @@ def test_what_is_no_copy_of_the_dense_layer_is_refused() -> None:
             upcycle(make_trainee("moe", settings).model, dense)
 
 
+@pytest.mark.slow
 def test_an_upcycled_run_goes_on_where_the_dense_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its losses are the same when the start's checkpoint is missing, and when the run itself was interrupted."""
     base = replace(BASE, context=16, batch_size=2, eval_windows=2, eval_every=1)
@@ -189,6 +190,7 @@ def text_files(tmp_path: Path) -> list[str]:
     return ["--text", *map(str, paths)]
 
 
+@pytest.mark.slow
 def test_the_command_trains_what_is_missing_and_reports_all(
     text_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -219,6 +221,7 @@ def test_the_command_trains_what_is_missing_and_reports_all(
     assert scaling.main([*TINY, *files, "--report"]) == 0
 
 
+@pytest.mark.slow
 def test_the_command_keeps_the_dense_model_that_is_upcycled(
     text_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +252,7 @@ def test_tables_have_times_and_shares() -> None:
     assert "150.0" in text
 
 
+@pytest.mark.slow
 def test_step_times_are_of_every_model_and_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_times, "measure_memory", abs)  # of a new process: slow, and tried by hand
     threads = torch.get_num_threads()

@@ -356,6 +356,7 @@ def test_checkpointing_records_once(reentrant: bool, plain_records: dict[str, li
     assert len(runs) == 4  # it did run again in backward
 
 
+@pytest.mark.slow
 @dynamo
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_compiled_model(reentrant: bool | None, plain_records: dict[str, list[Record]]):
@@ -372,6 +373,7 @@ def test_compiled_model(reentrant: bool | None, plain_records: dict[str, list[Re
         assert {layer: len(stats.records(layer)) for layer in stats.layers} == dict.fromkeys(stats.layers, 2)
 
 
+@pytest.mark.slow
 @dynamo
 def test_compiled_layer_under_an_eager_checkpoint(plain_records: dict[str, list[Record]]):
     torch.compiler.reset()
@@ -380,6 +382,7 @@ def test_compiled_layer_under_an_eager_checkpoint(plain_records: dict[str, list[
     assert_all_same(plain_records, recorded_in_training(model))
 
 
+@pytest.mark.slow
 @dynamo
 def test_compiled_before_is_an_error():
     """A graph that was traced without the hooks never calls them: that must not look like a model without load."""
@@ -692,6 +695,7 @@ def test_wandb_lines(stats):
     assert logged == [(stats.scalars(), 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of tensorboard's own imports
 def test_tensorboard_lines(stats, tmp_path: Path):
     pytest.importorskip("tensorboard")

@@ -26,6 +26,8 @@ from model import ByteLM, count_parameters  # noqa: E402
 from routers import ROUTERS  # noqa: E402
 from settings import Settings  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 TINY = Settings(
     **dict(router="top2", num_experts=8, dim=16, width=32, layers=2, heads=2, context=32, batch_size=4),
     **dict(learning_rate=0.003, steps=12, eval_every=6, eval_windows=6),

@@ -1,6 +1,6 @@
 """The Triton kernels by Triton's interpreter, against the obvious network: outputs and every gradient.
 
-`pytest tests/test_triton.py --slow` runs more of them, for some minutes.
+`pytest tests/test_triton.py -m ""` runs all of them, for some minutes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import torch
 import triton_interpreter
 
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
+
+slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 class Checks:
@@ -41,26 +43,27 @@ def check() -> Iterator[Checks]:
     ("layout", "activation", "options"),
     [
         ("plain", "gelu", dict(bias=True)),
-        ("gated", "silu", dict()),
-        ("interleaved", "clamped", dict(bias=True)),
-        ("concatenated", "gelu_tanh", dict(transposed=True)),
-        pytest.param("plain", "relu_squared", dict(routing="capacity"), marks=pytest.mark.slow),
-        ("gated", "relu", dict(routing="expert choice", bias=True)),
-        pytest.param("plain", "identity", dict(routing="two levels"), marks=pytest.mark.slow),
+        pytest.param("gated", "silu", dict(), marks=slow),
+        pytest.param("interleaved", "clamped", dict(bias=True), marks=slow),
+        pytest.param("concatenated", "gelu_tanh", dict(transposed=True), marks=slow),
+        pytest.param("plain", "relu_squared", dict(routing="capacity"), marks=exhaustive),
+        pytest.param("gated", "relu", dict(routing="expert choice", bias=True), marks=slow),
+        pytest.param("plain", "identity", dict(routing="two levels"), marks=exhaustive),
         ("gated", "silu", dict(routing="masked", dtype=torch.bfloat16)),
-        ("plain", "silu", dict(dtype=torch.float16, sizes=(20, 16, 32, 16, 4, 3))),
+        pytest.param("plain", "silu", dict(dtype=torch.float16, sizes=(20, 16, 32, 16, 4, 3)), marks=slow),
     ],
 )
 def test_outputs_and_gradients(check: Checks, layout: str, activation: str, options: dict):
     check("check_values", layout, activation, **options)
 
 
-@pytest.mark.parametrize("experts", [1, 17, pytest.param(257, marks=pytest.mark.slow)])
+@slow
+@pytest.mark.parametrize("experts", [1, 17, pytest.param(257, marks=exhaustive)])
 def test_numbers_of_experts(check: Checks, experts: int):
     check("check_values", "plain", "gelu", sizes=(19, 8, 8, 8, experts, min(2, experts)))
 
 
-@pytest.mark.slow
+@exhaustive
 @pytest.mark.parametrize("kind", ["half", "tf32", "ieee"])
 @pytest.mark.parametrize("layout", ["plain", "gated"])
 def test_blocks_of_the_schedule(check: Checks, layout: str, kind: str):
@@ -68,7 +71,7 @@ def test_blocks_of_the_schedule(check: Checks, layout: str, kind: str):
         check("check_values", layout, "silu", sizes=(t, 72, 136, 40, 3, 2), bias=True, kind=kind)
 
 
-@pytest.mark.slow
+@exhaustive
 @pytest.mark.parametrize("routing", ["top k", "capacity", "masked", "expert choice", "two levels"])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu", "relu_squared", "identity"])
 @pytest.mark.parametrize("layout", ["plain", "gated", "concatenated", "interleaved"])
@@ -77,12 +80,14 @@ def test_every_activation_and_routing(check: Checks, layout: str, activation: st
         check("check_values", layout, activation, routing=routing, dtype=dtype, bias=True)
 
 
+@slow
 @pytest.mark.parametrize("height", [16, 64])
 @pytest.mark.parametrize("experts", [1, 5, 64, 257])
 def test_tiles(check: Checks, experts: int, height: int):
     check("check_memory_of_tiles", experts, height)
 
 
+@slow
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
@@ -90,10 +95,10 @@ def test_tiles(check: Checks, experts: int, height: int):
         ("gated", dict(routing="expert choice", bias=True, sizes=(15, 20, 16, 16, 3, 2), dtype=torch.bfloat16)),
         ("gated", dict(routing="expert choice, zeros", bias=True, sizes=(15, 8, 8, 8, 3, 2))),
         ("plain", dict(routing="two levels, zeros", bias=True, sizes=(15, 8, 8, 8, 4, 2))),
-        pytest.param("plain", dict(routing="two levels", bias=True), marks=pytest.mark.slow),
-        pytest.param("concatenated", dict(routing="capacity", transposed=True), marks=pytest.mark.slow),
-        pytest.param("gated", dict(sizes=(210, 72, 136, 40, 3, 2), bias=True, kind="half"), marks=pytest.mark.slow),
-        pytest.param("plain", dict(sizes=(19, 16, 16, 16, 257, 2), bias=True), marks=pytest.mark.slow),
+        pytest.param("plain", dict(routing="two levels", bias=True), marks=exhaustive),
+        pytest.param("concatenated", dict(routing="capacity", transposed=True), marks=exhaustive),
+        pytest.param("gated", dict(sizes=(210, 72, 136, 40, 3, 2), bias=True, kind="half"), marks=exhaustive),
+        pytest.param("plain", dict(sizes=(19, 16, 16, 16, 257, 2), bias=True), marks=exhaustive),
     ],
 )
 def test_every_access_to_memory(check: Checks, layout: str, options: dict):
@@ -101,6 +106,7 @@ def test_every_access_to_memory(check: Checks, layout: str, options: dict):
     check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
 
 
+@slow
 def test_faults_of_memory_are_seen(check: Checks):
     check("check_faults")
 
@@ -116,19 +122,28 @@ def test_no_tokens(check: Checks):
     check("check_nothing")
 
 
+@slow
 def test_gradients_that_nobody_asks_for(check: Checks):
     check("check_frozen")
 
 
+@slow
 def test_operators_are_what_torch_wants(check: Checks):
     check("check_operators")
 
 
-@pytest.mark.parametrize("layer", ["top 2, capacity", "top 3, gated, biases", "expert choice", "two levels"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "top 3, gated, biases",
+        *(pytest.param(name, marks=slow) for name in ("top 2, capacity", "expert choice", "two levels")),
+    ],
+)
 def test_a_layer_is_the_plain_one(check: Checks, layer: str):
     check("check_layer", layer)
 
 
+@slow
 def test_one_graph_for_all_lengths(check: Checks):
     check("check_compiled")
 
@@ -145,6 +160,7 @@ def test_two_devices(check: Checks):
     check("check_devices")
 
 
+@slow
 @pytest.mark.parametrize("activation", ["relu", "relu_squared"])
 def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)

@@ -110,7 +110,7 @@ class Path(NamedTuple):
 
 PATHS = [Path(*names) for names in itertools.product(LAYERS, EXPERTS, CAPACITIES, VARIANTS)]
 
-# What is slow is tried on these by default and on the rest with --slow: every layer, kind of experts, capacity and
+# What takes long is tried on these, and on the rest by exhaustive tests: every layer, kind of experts, capacity and
 # variant is among them.
 SOME_PATHS = [
     Path("MoE", "Experts", "capacity", "plain"),
@@ -121,9 +121,11 @@ SOME_PATHS = [
 ]
 
 
-def some_first(values: Iterable, some: Sequence = SOME_PATHS) -> list:
-    """Parameters of a test that is slow: those of `some` always, the rest with --slow."""
-    return [value if value in some else pytest.param(value, marks=pytest.mark.slow) for value in values]
+def some_first(values: Iterable, some: Sequence = SOME_PATHS, quick: Sequence | None = None) -> list:
+    """Parameters of a test that takes long: what is not in `some` is exhaustive, and what is not in `quick`, slow."""
+    quick = some if quick is None else quick
+    mark = {value: pytest.mark.slow if value in some else pytest.mark.exhaustive for value in values}
+    return [value if value in quick else pytest.param(value, marks=mark[value]) for value in values]
 
 
 def top2(policy: str, **settings) -> Top2Gating:

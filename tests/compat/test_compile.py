@@ -10,6 +10,7 @@ from versions import ONE_DYNAMIC_GRAPH
 from compat.paths import (
     PATHS,
     ROUTERS,
+    SOME_PATHS,
     Path,
     assert_all_close,
     gradients,
@@ -24,6 +25,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:group_size=5 splits"),  # one of the shapes: the warning too is traced
 ]
+slow = pytest.mark.slow
 compiler_needed = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 
 # the second makes length and batch dynamic, all others must fit that graph: short and long, and with every queue full
@@ -63,17 +65,19 @@ def check_lengths(path, layer, backend, graphs=2):
 @pytest.mark.feature(
     TRACED + "in training (policy random): two graphs for all lengths (with `group_size`: up to one each)"
 )
-@pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+@pytest.mark.parametrize("path", some_first(PATHS, quick=SOME_PATHS[:1]), ids=str)
 def test_training(path):
     check_lengths(path, path.build(), Counting())
 
 
+@slow
 @pytest.mark.feature(TRACED + "in eval: two graphs for all lengths (with `group_size`: up to one each)")
 @pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 def test_eval(path):
     check_lengths(path, path.build().eval(), Counting())
 
 
+@slow
 @pytest.mark.feature(TRACED + "`dynamic=True`: one graph for all lengths (with `group_size`: one each)")
 @pytest.mark.parametrize("path", some_first(PATHS, QUICK), ids=str)
 def test_dynamic(path):
@@ -86,6 +90,7 @@ def test_dynamic(path):
     assert len(backend.graphs) in ([len(shapes)] if path.variant == "grouped" else allowed)
 
 
+@slow
 @pytest.mark.feature(TRACED + "bfloat16, float16, float64 modules and autocast to bfloat16 (plain)")
 @pytest.mark.parametrize("path", some_first(PLAIN, QUICK), ids=str)
 @pytest.mark.parametrize("dtype", some_first(["bfloat16", "float16", "float64", "autocast"], ["bfloat16"]))
@@ -100,6 +105,7 @@ def test_dtypes(path, dtype):
         compare(layer, compiled, x, mask, **tolerance)
 
 
+@slow
 @pytest.mark.parametrize("router", ["Top2, policy random", "ExpertChoice"])
 def test_another_capacity_factor(router):
     """A float that differs between two layers becomes a symbol, from which no size can be computed."""
@@ -111,6 +117,7 @@ def test_another_capacity_factor(router):
         compare(layer, torch.compile(layer, fullgraph=True, backend="aot_eager"), *path.inputs())
 
 
+@slow
 @pytest.mark.feature(TRACED + "in training: two graphs for all lengths (one more if a capacity is a single slot)")
 @pytest.mark.parametrize("router", some_first(ROUTERS, ["TopK, expert bias", "ExpertChoice"]))
 def test_routers(router):
@@ -119,6 +126,7 @@ def test_routers(router):
     check_lengths(path, layer_with_router(router), Counting(), graphs)
 
 
+@slow
 @pytest.mark.feature(TRACED + "with inductor (plain)")
 @pytest.mark.parametrize("path", some_first(PLAIN, QUICK), ids=str)
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")  # of what torch itself imports

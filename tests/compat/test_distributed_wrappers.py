@@ -11,13 +11,14 @@ from versions import SHARDS_LISTS
 from compat import wrapper_checks as checks
 from compat.paths import PATHS, SOME_PATHS, Path, some_first
 
+pytestmark = pytest.mark.slow
 paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    started = Workers(checks.RANKS)
+    started = Workers()
     yield started
     started.stop()
 

@@ -12,6 +12,7 @@ from compat.paths import PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, ru
 # torch 2.10 warns of the file that it loads
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
 
+slow = pytest.mark.slow
 LENGTH_AND_BATCH = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
 OTHER_SHAPES = [(3, 13), (1, 7), (2, 40), (2, 10)]
 MASKED = Path("MoE", "Experts", "dropless", "masked")
@@ -39,6 +40,7 @@ def agree(program, layer, args):
     torch.testing.assert_close(actual, run(layer, *args))
 
 
+@slow
 @pytest.mark.feature("`torch.export` in eval, saved and loaded")
 @pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 def test_static(path):
@@ -48,7 +50,7 @@ def test_static(path):
 
 
 @pytest.mark.feature("`torch.export` with dynamic batch and length (with `group_size`: those it divides)")
-@pytest.mark.parametrize("path", some_first(PATHS), ids=str)
+@pytest.mark.parametrize("path", some_first(PATHS, quick=SOME_PATHS[:1]), ids=str)
 def test_dynamic(path):
     layer = path.build().eval()
     # one group is not a dynamic number of groups: the exported shape has several, on both levels
@@ -61,6 +63,7 @@ def test_dynamic(path):
             program(*arguments(path, 3, 13))
 
 
+@slow
 @pytest.mark.parametrize("capacity", ["capacity", "dropless"])
 def test_one_token_a_sequence(capacity):
     """As for decoding: an open batch of single tokens takes smaller and larger ones."""
@@ -71,6 +74,7 @@ def test_one_token_a_sequence(capacity):
         agree(program, layer, arguments(path, batch, 1))
 
 
+@slow
 @pytest.mark.feature("`torch.export` with dynamic batch and length")
 @pytest.mark.parametrize("router", some_first(ROUTERS, ["ExpertChoice"]))
 def test_routers(router):
@@ -110,6 +114,7 @@ def agree_in_onnx(session, layer, args):
 onnx_warnings = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
 
+@slow
 @onnx_warnings
 @pytest.mark.feature("ONNX by `torch.onnx.export(dynamo=True)`, in onnxruntime (dynamic; with `group_size` static)")
 @pytest.mark.parametrize("path", some_first(PATHS, SOME_PATHS[:1]), ids=str)
@@ -122,7 +127,7 @@ def test_onnx(path, onnx_session):
 
 
 @onnx_warnings
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.feature("ONNX by `torch.onnx.export(dynamo=True)`, in onnxruntime")
 @pytest.mark.parametrize("router", ROUTERS)
 def test_onnx_routers(router, onnx_session, limit):

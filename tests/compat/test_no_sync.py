@@ -84,6 +84,7 @@ def capture(build, path=MASKED, dtype=torch.float32, device="cpu"):
     return record
 
 
+@pytest.mark.slow
 @pytest.mark.feature(NO_SYNC)
 @pytest.mark.usefixtures("claim_cuda")
 @pytest.mark.parametrize(("training", "dtype"), [(True, torch.bfloat16), (False, torch.float32)], ids=str)

@@ -145,6 +145,7 @@ def test_dtypes():
         experts(torch.randn(4, DIM), torch.randint(E, (4, 2)), torch.rand(4, 2))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compile():
     torch.compiler.reset()
@@ -156,6 +157,7 @@ def test_compile():
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("is_concatenated", [False, True])
 def test_compile_a_gating_of_its_own(is_concatenated):

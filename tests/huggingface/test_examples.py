@@ -12,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 import finetune_trainer
 import upcycle
 
+pytestmark = pytest.mark.slow
+
 
 def test_upcycle(tmp_path, capsys):
     assert upcycle.main(["--steps=6", "--eval-windows=4", f"--out={tmp_path}"]) == 0

@@ -177,6 +177,7 @@ def test_a_resumed_run_is_the_run(tmp_path):
     same_weights(ends[1], ends[0])
 
 
+@pytest.mark.slow
 def test_in_another_process(tmp_path):
     """By the documented call, and by torch.load of the whole model."""
     model = ARCHITECTURES["opt"].build()

@@ -21,9 +21,10 @@ from .test_padding import two_lengths
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.slow), "opt"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.exhaustive), "opt"])
 def test_compile_in_one_graph(name):
     """Mask, and loss, and their gradients; a step with another mask compiles nothing anew."""
     torch.compiler.reset()
@@ -49,6 +50,7 @@ def test_compile_in_one_graph(name):
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compile_with_checkpointing():
     """Not in one graph; but with the right masks."""
@@ -65,6 +67,7 @@ def test_compile_with_checkpointing():
 # DDP
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path):
     """Each has one of two sequences: the mean of their losses is that of both, as their routers count by sequence."""
     run = [sys.executable, "-W", "error", "-m", "huggingface.data_parallel", str(tmp_path)]

@@ -1,0 +1,48 @@
+"""Expert parallelism on two ranks against one process, and what needs no ranks; `test_parallel.py` has all the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import parallel_checks as checks
+import pytest
+import torch
+from parallel_workers import Workers
+
+from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
+from mixture_of_experts.parallel.exchange import by_expert
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers()
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])
+def test_two_ranks_are_one_process(workers: Workers, layer: str):
+    workers.run(checks.check_exact, 2, layer)
+
+
+def test_old_checkpoints_are_removed(tmp_path: Path):
+    model = torch.nn.Linear(2, 2)
+    for step in (9, 10, 11, 1_000_000_000):
+        save_checkpoint(tmp_path, model, step=step, keep=2)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000011", "step-1000000000"]
+    with pytest.raises(FileNotFoundError, match="holds none"):
+        load_checkpoint(tmp_path / "nowhere", model)
+
+
+def test_comparisons_have_an_empty_rank_and_an_empty_expert():
+    checks.check_unequal_sizes_are_tested()
+
+
+def test_rows_are_brought_to_their_experts():
+    """Three experts here, rows from two ranks: rank-major becomes expert-major, in the order of the ranks."""
+    received = torch.tensor([[2, 0, 1], [1, 2, 0]])
+    order, inverse = by_expert(received, 6)
+    came = ["0a", "0a", "0c", "1a", "1b", "1b"]
+    assert [came[i] for i in order] == ["0a", "0a", "1a", "1b", "1b", "0c"]
+    assert order[inverse].tolist() == list(range(6))
