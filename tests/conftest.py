@@ -1,7 +1,9 @@
 """Options and fixtures of the whole suite; its marks are in pyproject.toml."""
 
 import pytest
-from compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
+from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
+
+collect_ignore = ["support"]  # helpers, which have no tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from compat.paths import DIM, NUM_EXPERTS, ROUTERS, run
+from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.ops.cpu import decode

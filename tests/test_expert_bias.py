@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_workers import Workers
-from recipes import recipe
+from support.parallel_workers import Workers
+from support.recipes import recipe
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint

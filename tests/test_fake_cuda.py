@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import fake_cuda
 import pytest
-from triton_machine_code import Case
+from support import fake_cuda
+from support.triton_machine_code import Case
 
 pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake_cuda.why_not()))
 ROUTERS = ["top 2", "top 2, by score", "switch", "top 3", "top 3, by token", "top 3 of groups", "noisy"]
@@ -19,7 +19,7 @@ CARDS = {"A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "R
 
 
 class Checks:
-    """Runs functions of `fake_cuda_checks` in the process where CUDA is faked."""
+    """Runs functions of `support.fake_cuda_checks` in the process where CUDA is faked."""
 
     def __init__(self, process: ProcessPoolExecutor) -> None:
         self.process = process
@@ -34,7 +34,7 @@ def run(name: str, args, kwargs):
     warnings.simplefilter("error")
     module, _, function = name.rpartition(".")
     # it imports torch: only in the process that has loaded fake CUDA
-    return getattr(importlib.import_module(module or "fake_cuda_checks"), function)(*args, **kwargs)
+    return getattr(importlib.import_module(f"support.{module or 'fake_cuda_checks'}"), function)(*args, **kwargs)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden.cases import Case, check, names
+from support.golden import Case, check, names
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating

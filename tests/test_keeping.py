@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from compat.paths import DIM, NUM_EXPERTS, ROUTERS
+from support.paths import DIM, NUM_EXPERTS, ROUTERS
+from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
-from versions import ONE_DYNAMIC_GRAPH
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.gating import keeping

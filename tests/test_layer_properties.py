@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-import reference
-import strategies as make
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
+from support import strategies as make
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE

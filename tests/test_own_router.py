@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recipes import recipe
+from support.recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating

@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import parallel_checkpoints as saves
-import parallel_checks as checks
-import parallel_faults as faults
-import parallel_odd_models as odd
-import parallel_training as training
 import pytest
 import torch
-from parallel_layers import LAYERS, LAYERS_OF_MODEL, make_model
-from parallel_workers import Workers
+from support import parallel_checkpoints as saves
+from support import parallel_checks as checks
+from support import parallel_faults as faults
+from support import parallel_odd_models as odd
+from support import parallel_training as training
+from support.parallel_layers import LAYERS, LAYERS_OF_MODEL, make_model
+from support.parallel_workers import Workers
 
 from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
 

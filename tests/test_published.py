@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from published.options import OPTIONS
+from support.published import OPTIONS
 from torch import nn
 
 import mixture_of_experts

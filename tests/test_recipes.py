@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from recipes import ROUTERS, recipe
+from support.recipes import ROUTERS, recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import (

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-import reference
 import torch
-from golden.cases import Case, check, names
-from strategies import Router
+from support import reference
+from support.golden import Case, check, names
+from support.strategies import Router
 from torch import Tensor, nn
 
 from mixture_of_experts import HeirarchicalMoE, Routing

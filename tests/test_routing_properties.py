@@ -1,11 +1,11 @@
 """Every router against the slow reference, and what routers guarantee, over many random configurations (float64)."""
 
 import pytest
-import reference
-import strategies as make
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
+from support import strategies as make
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 

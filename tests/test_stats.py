@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from strategies import RecordDraws
+from support.strategies import RecordDraws
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from recipes import recipe
+from support.recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
-import triton_interpreter
+from support import triton_interpreter
 
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
 
@@ -18,7 +18,7 @@ slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
 
 
 class Checks:
-    """Runs functions of `triton_checks` in the process of the interpreter."""
+    """Runs functions of `support.triton_checks` in the process of the interpreter."""
 
     def __init__(self, process: ProcessPoolExecutor) -> None:
         self.process = process
@@ -28,7 +28,7 @@ class Checks:
 
 
 def run(name: str, args, kwargs):
-    import triton_checks
+    from support import triton_checks
 
     return getattr(triton_checks, name)(*args, **kwargs)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import parallel_checks as checks
 import pytest
 import torch
-from parallel_workers import Workers
+from support import parallel_checks as checks
+from support.parallel_workers import Workers
 
 from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
 from mixture_of_experts.parallel.exchange import by_expert

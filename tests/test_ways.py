@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from versions import ONE_DYNAMIC_GRAPH
 
 from mixture_of_experts import (
     ExpertChoiceGating,

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
+from support.paths import PATHS, ROUTERS, Path, assert_all_equal, gradients, layer_with_router, run
 from torch.utils.checkpoint import checkpoint
-
-from compat.paths import PATHS, ROUTERS, Path, assert_all_equal, gradients, layer_with_router, run
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)

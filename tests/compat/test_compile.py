@@ -4,10 +4,7 @@ import shutil
 
 import pytest
 import torch
-from torch._dynamo import lookup_backend
-from versions import ONE_DYNAMIC_GRAPH
-
-from compat.paths import (
+from support.paths import (
     PATHS,
     ROUTERS,
     SOME_PATHS,
@@ -18,6 +15,8 @@ from compat.paths import (
     run,
     some_first,
 )
+from support.versions import ONE_DYNAMIC_GRAPH
+from torch._dynamo import lookup_backend
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_compiler"),

@@ -4,8 +4,7 @@ import contextlib
 
 import pytest
 import torch
-
-from compat.paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
+from support.paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from parallel_workers import Workers
-from versions import SHARDS_LISTS
-
-from compat import wrapper_checks as checks
-from compat.paths import PATHS, SOME_PATHS, Path, some_first
+from support import wrapper_checks as checks
+from support.parallel_workers import Workers
+from support.paths import PATHS, SOME_PATHS, Path, some_first
+from support.versions import SHARDS_LISTS
 
 pytestmark = pytest.mark.slow
 paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)

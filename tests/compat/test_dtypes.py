@@ -4,8 +4,7 @@ import copy
 
 import pytest
 import torch
-
-from compat.paths import PATHS, ROUTERS, Path, assert_all_close, gradients, layer_with_router, run, some_first
+from support.paths import PATHS, ROUTERS, Path, assert_all_close, gradients, layer_with_router, run, some_first
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)

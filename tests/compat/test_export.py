@@ -5,9 +5,8 @@ import io
 
 import pytest
 import torch
+from support.paths import PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
 from torch.export import Dim
-
-from compat.paths import PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
 
 # torch 2.10 warns of the file that it loads
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")

@@ -6,10 +6,10 @@ import pickle
 
 import pytest
 import torch
+from support.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
 from torch import nn
 from torch.nn.utils import parametrize
 
-from compat.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)

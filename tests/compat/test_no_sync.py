@@ -11,12 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.paths import DIM, PATHS, ROUTERS, Path, gradients, layer_with_router, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-from compat.paths import DIM, PATHS, ROUTERS, Path, gradients, layer_with_router, run
 
 NO_SYNC = "no host sync on CUDA, forward and backward (captures without a GPU)"
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

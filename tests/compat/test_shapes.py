@@ -4,8 +4,7 @@ import warnings
 
 import pytest
 import torch
-
-from compat.paths import DIM, PATHS, assert_all_close, gradients, run
+from support.paths import DIM, PATHS, assert_all_close, gradients, run
 
 pytestmark = pytest.mark.parametrize("path", PATHS, ids=str)
 

@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-
-from .models import ARCHITECTURES, VOCABULARY, without_dropout
 
 COEFFICIENT = 0.5  # large, so that an error in the weight of the auxiliary loss shows
 

@@ -13,20 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, CAUSAL, LONG, ONE_PLACE, VOCABULARY, two_lengths, without_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import StaticCache
 
-from mixture_of_experts import Top2Gating, TopKGating
+from mixture_of_experts import Top2Gating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
-from .models import ARCHITECTURES, CAUSAL, VOCABULARY, without_dropout
-
-ONE_PLACE = partial(
-    TopKGating, k=2, capacity_factor_train=1.0, capacity_factor_eval=1.0, min_expert_capacity=1, priority="token"
-)
-SHORT, LONG = 4, 9
 TOKENS = [name for name in ARCHITECTURES if ARCHITECTURES[name].kind in ("causal", "tokens")]
 
 
@@ -34,21 +29,6 @@ def build(name: str, **settings) -> Any:
     model = without_dropout(ARCHITECTURES[name].build(**settings))
     replace_ffn(model, num_experts=4, gate=ONE_PLACE)
     return model
-
-
-def pad(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
-    """Tokens `(1, n)` with random ones in the padding, and their mask."""
-    filler = torch.randint(3, VOCABULARY, (1, to - tokens.shape[1]))
-    parts = [(tokens, torch.ones_like(tokens)), (filler, torch.zeros_like(filler))]
-    parts = parts if side == "right" else parts[::-1]
-    return torch.cat([part for part, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
-
-
-def two_lengths(side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Two sequences, and both as one batch."""
-    alone = [torch.randint(3, VOCABULARY, (1, n)) for n in (LONG, SHORT)]
-    padded, mask = zip(*(pad(tokens, LONG, side) for tokens in alone), strict=True)
-    return alone, {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}
 
 
 def real(values: Tensor, mask: Tensor) -> list[Tensor]:

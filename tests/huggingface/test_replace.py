@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LAYERS, LLAMA, without_dropout
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
@@ -11,8 +12,6 @@ from mixture_of_experts import Top2Gating, TopKGating
 from mixture_of_experts.gating import ExpertChoiceGating
 from mixture_of_experts.huggingface import Adapter, MoEFeedForward, aux_loss, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-
-from .models import ARCHITECTURES, DIM, HIDDEN, LAYERS, LLAMA, without_dropout
 
 each = pytest.mark.parametrize("name", ARCHITECTURES)
 

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, DIM
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -16,7 +17,6 @@ from mixture_of_experts.gating import TokenChoiceGate
 from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
-from .models import ARCHITECTURES, DIM
 from .test_losses import batch_of, build, trainer
 
 GATES = {

@@ -7,6 +7,7 @@ import math
 import peft
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, two_lengths
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -14,11 +15,9 @@ from mixture_of_experts.huggingface import from_transformers, log_routing, repla
 from mixture_of_experts.plot import plot_load
 from mixture_of_experts.stats import track_routing
 
-from .models import ARCHITECTURES
 from .test_blocks import MODELS
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, build, trainer
-from .test_padding import two_lengths
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -9,14 +9,12 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from support.transformers_data_parallel import build, gradients, labelled
+from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without_dropout
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import aux_loss, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-
-from .data_parallel import build, gradients, labelled
-from .models import ARCHITECTURES, DIM, without_dropout
-from .test_padding import two_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 
@@ -70,7 +68,7 @@ def test_compile_with_checkpointing():
 @pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path):
     """Each has one of two sequences: the mean of their losses is that of both, as their routers count by sequence."""
-    run = [sys.executable, "-W", "error", "-m", "huggingface.data_parallel", str(tmp_path)]
+    run = [sys.executable, "-W", "error", "-m", "support.transformers_data_parallel", str(tmp_path)]
     subprocess.run(run, cwd=Path(__file__).parent.parent, check=True, timeout=300)
     torch.manual_seed(0)
     model, batch = build("llama"), labelled()

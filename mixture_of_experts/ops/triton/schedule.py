@@ -1,8 +1,8 @@
 """Sizes of blocks, warps and stages of every kernel: one table, by kind of product and rows of an expert.
 
-`tests/triton_machine_code.py` compiles every entry ahead of time for every card of `PROVEN`: it fits into the card's
-shared memory, no register spills, and products run on tensor cores (but IEEE float32, which has none). No entry has
-been timed on a GPU yet.
+`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of `PROVEN`: it fits into the
+card's shared memory, no register spills, and products run on tensor cores (but IEEE float32, which has none). No entry
+has been timed on a GPU yet.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def work(pipe: Any, parent: int) -> None:
     """A worker's life."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    importlib.import_module("parallel_training")
+    importlib.import_module("support.parallel_training")
     pipe.send("ready")
     while os.getppid() == parent:
         if not pipe.poll(5):

@@ -10,8 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from parallel_checks import make_mesh, spread
-from parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -28,6 +26,8 @@ from mixture_of_experts.parallel import (
     param_groups,
     replicated_parameters,
 )
+from support.parallel_checks import make_mesh, spread
+from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
 
 STEPS, MAX_NORM = 12, 0.3
 KEY = "layers.*.ffn"

@@ -1,6 +1,6 @@
 """Machine code of the Triton kernels for GPUs that are not here: what the operators launch, compiled ahead of time.
 
-    python tests/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 8 minutes a card
+    python tests/support/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 8 minutes a card
 
 The operators run on fake CUDA tensors; what they would launch is written down and compiled, with the types, constants
 and divisibilities of that launch. Wanted of each: no register spills, shared memory within the card's limit,
@@ -80,9 +80,9 @@ def programs_over_lengths(number: int) -> dict[str, int]:
 def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
-    from fake_cuda_checks import on_gpu
 
     from mixture_of_experts.ops.triton import operators, plan
+    from support.fake_cuda_checks import on_gpu
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
 
@@ -225,8 +225,8 @@ def main() -> int:
 
 if __name__ == "__main__":
     assert "TRITON_INTERPRET" not in os.environ, "the interpreter has no machine code"
-    sys.path.insert(0, str(Path(__file__).parent))
-    import fake_cuda
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    from support import fake_cuda
 
     fake_cuda.load()
     sys.exit(main())

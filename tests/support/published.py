@@ -1,4 +1,4 @@
-"""The layers that are recorded: name, experts and options of each. Read by `record.py` and by the test."""
+"""The layers that are recorded: name, experts and options of each. Read by `record_published.py` and by the test."""
 
 from torch import nn
 

@@ -3,16 +3,18 @@
 That package has our import name, so it is installed into a folder of its own and this file is run with it alone:
 
     pip install --no-deps --target /tmp/published mixture-of-experts==0.2.3
-    PYTHONPATH=/tmp/published:tests python tests/published/record.py
+    PYTHONPATH=/tmp/published:tests python tests/support/record_published.py
 """
 
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from published.options import OPTIONS
 
 import mixture_of_experts  # the published one
+from support.published import OPTIONS
+
+FOLDER = Path(__file__).parents[1] / "published"
 
 
 def record(kind: str, num_experts, options: dict, training: bool) -> dict:
@@ -40,7 +42,7 @@ if __name__ == "__main__":
         for name, case in OPTIONS.items()
         for mode in ("train", "eval")
     }
-    torch.save(cases, Path(__file__).with_name("cases.pt"))
+    torch.save(cases, FOLDER / "cases.pt")
     for kind, num_experts in (("MoE", 2), ("HeirarchicalMoE", (2, 2))):  # modules, not their states
-        torch.save(getattr(mixture_of_experts, kind)(2, num_experts, 2), Path(__file__).with_name(f"{kind}.pt"))
+        torch.save(getattr(mixture_of_experts, kind)(2, num_experts, 2), FOLDER / f"{kind}.pt")
     print(f"recorded {len(cases)} cases")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "compatibility.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 TABLES = ("layers", "routers")
 YES, UNKNOWN = "yes", "not run"
 Cell = tuple[str, str, str]  # table, feature (row), column

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROUTERS = Path(__file__).resolve().parent.parent / "docs" / "routers.md"
+ROUTERS = Path(__file__).resolve().parents[2] / "docs" / "routers.md"
 
 
 def recipe(heading: str) -> dict[str, Any]:

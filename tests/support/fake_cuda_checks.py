@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_cuda import card
-from fake_cuda_counts import count
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -30,6 +28,8 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.stats import track_routing
+from support.fake_cuda import card
+from support.fake_cuda_counts import count
 
 DIM, HIDDEN = 64, 96
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
@@ -306,7 +306,7 @@ def check_example(compiled: bool) -> None:
     """
     import sys
 
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
     from model import ByteLM
     from routers import ROUTERS
     from settings import Settings

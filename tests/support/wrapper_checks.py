@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from compat.paths import Path, assert_all_close
 from mixture_of_experts import ExpertList
+from support.paths import Path, assert_all_close
 
 RANKS = 2
 CLOSE = dict(rtol=0, atol=1e-10)

@@ -11,7 +11,6 @@ import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import reference
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -27,6 +26,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
+from support import reference
 
 settings.register_profile(
     "tests",

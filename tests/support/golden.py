@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "golden"
 ATOL = {"combine": 3e-7, "loss": 3e-7, "gradient": 3e-6, "output": 4e-6}
 
 

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from triton_memory import watched
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -34,6 +33,7 @@ from mixture_of_experts.ops.triton import operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
+from support.triton_memory import watched
 
 autograd.packed = Plan.packed  # tensors are on a CPU, and are kept as on a GPU
 

@@ -11,32 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_checks import (
-    CLOSE,
-    check_same_counts,
-    check_same_gradients,
-    check_same_losses,
-    make_mesh,
-    recorded_losses,
-    spread,
-)
-from parallel_layers import (
-    BATCH,
-    DIM,
-    EXPERTS,
-    LAYERS,
-    LENGTH,
-    Model,
-    OwnExperts,
-    batch,
-    make,
-    make_model,
-    own_part,
-    replicated,
-    small_network,
-    top2,
-)
-from parallel_training import KEY, LAYOUTS, batches, whole
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -52,6 +26,32 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
     save_checkpoint,
 )
+from support.parallel_checks import (
+    CLOSE,
+    check_same_counts,
+    check_same_gradients,
+    check_same_losses,
+    make_mesh,
+    recorded_losses,
+    spread,
+)
+from support.parallel_layers import (
+    BATCH,
+    DIM,
+    EXPERTS,
+    LAYERS,
+    LENGTH,
+    Model,
+    OwnExperts,
+    batch,
+    make,
+    make_model,
+    own_part,
+    replicated,
+    small_network,
+    top2,
+)
+from support.parallel_training import KEY, LAYOUTS, batches, whole
 
 Call = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 

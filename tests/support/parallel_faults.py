@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from parallel_checks import make_mesh, spread
-from parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+from support.parallel_checks import make_mesh, spread
+from support.parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
 
 
 def odd_one() -> bool:

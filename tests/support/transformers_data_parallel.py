@@ -1,4 +1,4 @@
-"""Two processes train a swapped model under DDP: `python -m huggingface.data_parallel RESULTS`, in `tests/`."""
+"""Two processes train a swapped model under DDP: `python -m support.transformers_data_parallel RESULTS` in `tests`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mixture_of_experts.huggingface import replace_ffn
-
-from .models import ARCHITECTURES, without_dropout
-from .test_padding import ONE_PLACE, two_lengths
+from support.transformers_models import ARCHITECTURES, ONE_PLACE, two_lengths, without_dropout
 
 
 def build(name: str, gate=ONE_PLACE, **settings) -> nn.Module:

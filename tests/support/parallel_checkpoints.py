@@ -10,10 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from parallel_checks import make_mesh, spread
-from parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
-from parallel_training import LAYOUTS, make_optimizer, train_together, whole
-from published.options import OPTIONS
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
@@ -26,8 +22,12 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
     save_checkpoint,
 )
+from support.parallel_checks import make_mesh, spread
+from support.parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
+from support.parallel_training import LAYOUTS, make_optimizer, train_together, whole
+from support.published import OPTIONS
 
-PUBLISHED = Path(__file__).parent / "published" / "cases.pt"
+PUBLISHED = Path(__file__).parents[1] / "published" / "cases.pt"
 EXTRA = {"step": 3, "name": "run", "nested": {"empty": [], "pair": (1, None)}}
 LISTS = ("top2, list", "top-k, dropless list")
 Numbers = dict[str, Tensor]

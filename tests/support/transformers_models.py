@@ -1,16 +1,23 @@
-"""Tiny models with random weights of every architecture whose feed-forward networks are known."""
+"""Tiny models with random weights of every architecture whose feed-forward networks are known, and batches for them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from mixture_of_experts import TopKGating
+
 DIM, HIDDEN, LAYERS, VOCABULARY = 32, 48, 2, 64
+ONE_PLACE = partial(
+    TopKGating, k=2, capacity_factor_train=1.0, capacity_factor_eval=1.0, min_expert_capacity=1, priority="token"
+)
+SHORT, LONG = 4, 9
 
 GPT2 = dict(n_embd=DIM, n_inner=HIDDEN, n_layer=LAYERS, n_head=4, n_positions=64)
 LLAMA = dict(
@@ -145,3 +152,18 @@ def without_dropout(model: nn.Module) -> nn.Module:
             if isinstance(value, float) and (name == "p" or "drop" in name):
                 setattr(module, name, 0.0)
     return model
+
+
+def pad(tokens: Tensor, to: int, side: str) -> tuple[Tensor, Tensor]:
+    """Tokens `(1, n)` with random ones in the padding, and their mask."""
+    filler = torch.randint(3, VOCABULARY, (1, to - tokens.shape[1]))
+    parts = [(tokens, torch.ones_like(tokens)), (filler, torch.zeros_like(filler))]
+    parts = parts if side == "right" else parts[::-1]
+    return torch.cat([part for part, _ in parts], 1), torch.cat([mask for _, mask in parts], 1)
+
+
+def two_lengths(side: str) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Two sequences, and both as one batch."""
+    alone = [torch.randint(3, VOCABULARY, (1, n)) for n in (LONG, SHORT)]
+    padded, mask = zip(*(pad(tokens, LONG, side) for tokens in alone), strict=True)
+    return alone, {"input_ids": torch.cat(padded), "attention_mask": torch.cat(mask)}

@@ -14,20 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from parallel_layers import (
-    DIM,
-    EXPERTS,
-    HIDDEN,
-    LENGTH,
-    SIZES,
-    Model,
-    batch,
-    make,
-    own_part,
-    replicated,
-    shared_expert,
-    top2,
-)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -47,12 +33,25 @@ from mixture_of_experts.parallel import (
     param_groups,
     replicated_parameters,
 )
+from support.parallel_layers import (
+    DIM,
+    EXPERTS,
+    HIDDEN,
+    LENGTH,
+    SIZES,
+    Model,
+    batch,
+    make,
+    own_part,
+    replicated,
+    shared_expert,
+    top2,
+)
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
-from versions import SHARDS_LISTS
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import parallel as bench
+from support.versions import SHARDS_LISTS
 
 CLOSE = dict(rtol=0, atol=1e-10)
 
