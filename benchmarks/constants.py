@@ -1,4 +1,4 @@
-"""What the constants of the CPU's schedule cost: training steps with other values of one, against those of the package.
+"""What the constants of the CPU's batches cost: training steps with other values of one, against those of the package.
 
 python -m benchmarks.constants              # CHUNK, PADDING and FREE_ROWS, on one thread by processor time
 python -m benchmarks.constants --threads 2  # and SHARING, by the clock on the wall: on a quiet machine
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, MoE, TopKGating
-from mixture_of_experts.ops.cpu import schedule
+from mixture_of_experts.ops.cpu import batches
 
 Shape = tuple[int, int, int, int, int, bool]  # tokens, dim, experts, hidden dim, k (0: top-2 with capacity), gated
 SHAPES: dict[str, Shape] = {
@@ -48,10 +48,10 @@ def layer_of(
 
 def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Callable[[], float]) -> float:
     """Of one forward and backward."""
-    own = {name: getattr(schedule, name) for name in changed}
+    own = {name: getattr(batches, name) for name in changed}
     try:
         for name, value in changed.items():
-            setattr(schedule, name, value)
+            setattr(batches, name, value)
         torch.manual_seed(1)  # the same second choices
         start = now()
         out, aux_loss = layer(x)
@@ -61,7 +61,7 @@ def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Cal
         x.grad = None
         layer.zero_grad()
         for name, value in own.items():
-            setattr(schedule, name, value)
+            setattr(batches, name, value)
 
 
 def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPES) -> None:

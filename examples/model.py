@@ -114,7 +114,7 @@ def upcycle(mixture: ByteLM, dense: ByteLM) -> None:
     mixture.load_state_dict(shared, strict=False)
     for block, dense_block in zip(mixture.blocks, dense.blocks, strict=True):
         gate, experts, ffn = block.ffn.gate, block.ffn.experts, dense_block.ffn
-        k, size = gate.choices, experts.hidden_dim
+        k, size = gate.k, experts.hidden_dim
         if experts.num_experts % k or k * size < len(ffn.w2):
             raise ValueError(
                 f"{experts.num_experts} experts of {size} hidden units are no copies of a dense layer of {len(ffn.w2)} "

@@ -96,7 +96,7 @@ def check_gate(
             f"{name} must be a gate such as TopKGating(...), called with (x, {', '.join(f'{n}=...' for n in given)}), "
             f"but {type(gate).__name__} has forward{inspect.signature(gate.forward)}"
         )
-    if level and not hasattr(gate, "choices"):
+    if level and not hasattr(gate, "k"):
         raise ValueError(
             f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
         )

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_flag, check_size, check_sizes, shape_of
-from mixture_of_experts.dispatch import Decision, combine, dispatch
-from mixture_of_experts.groups import own
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
-from mixture_of_experts.ops.call import Network, matching
 from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
+from mixture_of_experts.private_torch import own
 from mixture_of_experts.settings import FixedShapes
 from mixture_of_experts.tracing import in_transform
 
@@ -67,10 +68,10 @@ class RoutedExperts(nn.Module):
             counts = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self.compute(x.flatten(0, -2), counts)
             return own(out, (*x.shape[:-1], out.shape[-1]))
-        plan = decision.plan(ragged=True)
-        assert plan.counts is not None
+        plan = decision.without_gaps()
+        assert plan.num_tokens_per_expert is not None
         rows = dispatch(x, plan)
-        out = self.compute(rows, plan.counts)
+        out = self.compute(rows, plan.num_tokens_per_expert)
         if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
             name = f"{type(self).__name__}.compute"
             raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
@@ -121,7 +122,7 @@ def run_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
 ) -> Tensor:
     """Dispatch to slots, which are zeros where empty, compute them, and combine."""
-    plan = decision.plan(ragged=False)
+    plan = decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
     out = compute(slots)
@@ -183,21 +184,22 @@ class StackedExperts(FixedShapes, RoutedExperts):
                 f"{type(self).__name__} of {self.num_experts} experts reads slots of shape "
                 f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
             )
-        out = feed_forward(*matching(x.flatten(0, -3), network))
+        out = feed_forward(*cast_operands(x.flatten(0, -3), network))
         return own(out, (*x.shape[:-1], out.shape[-1]))
 
     def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        rows, network = matching(rows, self._network())
+        rows, network = cast_operands(rows, self._network())
         return feed_forward(rows, network, counts, grouped_product)
 
     def _network(self) -> Network:
         """The weights, with one dimension for all experts."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
-        network = Network(w_in, self.w2, b_in, getattr(self, "b2", None), self.act)
+        network = Network(w_in, self.w2, self.act, b_in, getattr(self, "b2", None))
         if len(self.expert_dims) == 1:
             return network
-        return network.map(lambda tensor: tensor.flatten(0, len(self.expert_dims) - 1))
+        last = len(self.expert_dims) - 1
+        return network.with_tensors({name: tensor.flatten(0, last) for name, tensor in network.tensors().items()})
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_mask, check_result, check_tokens
+from mixture_of_experts.private_torch import own
 
 
-def group_inputs(
+def mask_and_group(
     inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the arguments; the inputs with masked tokens zeroed, the same as groups `(b, n, d)`, and their mask."""
+    """Check the arguments, zero the masked tokens, and split into groups.
+
+    Returns the zeroed inputs, the same as groups `(b, n, d)`, and the mask `(b, n)` of the groups or None.
+    """
     check_tokens("inputs", inputs, dim, min_ndim=2)
     x = inputs
     if mask is not None:
@@ -48,20 +51,11 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     return groups, length
 
 
-def restore(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """The result in the inputs' shape and dtype, with the shared expert's added; masked tokens are exactly 0."""
+def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
+    """The experts' results in the inputs' shape and dtype, plus those of the shared expert; masked tokens are 0."""
     out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
     shared = check_result("shared_expert", shared_expert(x), out.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
-
-
-def own(x: Tensor, shape: Sequence[int]) -> Tensor:
-    """A tensor nobody else holds in another shape, not as a view for autograd.
-
-    The caller may write `out += x`, which on a view fails after expert choice; and FSDP2 warns of modules that return
-    views, because its hooks on them are lost then. torch's own products of more than two dimensions end so.
-    """
-    return torch.ops.aten._unsafe_view(x, shape)

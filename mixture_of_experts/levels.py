@@ -8,23 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import dispatch, plan_level
+from mixture_of_experts.dispatch import dispatch
 from mixture_of_experts.groups import group_shape
+from mixture_of_experts.plan import Plan
 from mixture_of_experts.routing import Routing
 
 
-def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict[str, Tensor | None]:
+def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | None) -> dict[str, Tensor | None]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
     the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
     once, so a single expert has n of them). No capacity factor gives level two more slots than that share.
+
+    Args:
+        groups: `(b, n, d)`.
+        outer: what the gate of level one tells.
+        slots: `slots_of(outer)`.
+        group_size: of level two, if its groups are others.
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots
-    if outer.choices is None:
+    if outer.k is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
-    slots = plan_level(outer)
     x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
     handed_on = outer.importance.flatten()
     importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
@@ -32,7 +38,7 @@ def second_level(groups: Tensor, outer: Routing, group_size: int | None) -> dict
     if outer.capacity is None:
         mask = importance > 0
         real = groups.new_full((b,), n, dtype=torch.float64) if outer.real is None else outer.real.sum(dim=-1)
-        length = (real.to(torch.float64) * min(outer.choices, eo) / eo).expand(eo, b)
+        length = (real.to(torch.float64) * min(outer.k, eo) / eo).expand(eo, b)
     elif outer.limit is not None:
         mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
     if group_size is not None and outer.capacity is not None:

@@ -57,7 +57,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def load_balance(
-    load: Tensor, proxy: Tensor, length: Tensor | int, choices: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Tensor | int, k: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
 
@@ -67,10 +67,10 @@ def load_balance(
         load: `(..., b, e)` number of choices that each expert got; carries no gradient.
         proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
         length: `(..., b)` number of real tokens of each group, the divisor of both means; n if all have that many.
-        choices: k, the choices that a token makes.
+        k: the choices that a token makes.
         group: process group that shares the batch.
     """
-    products, each = load.detach() * proxy, choices / load.shape[-1]
+    products, each = load.detach() * proxy, k / load.shape[-1]
     if isinstance(length, Tensor):
         per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
         return mean(per_group.sum(), (length > 0).sum(), group, each)
@@ -79,7 +79,7 @@ def load_balance(
 
 
 def load_balance_over_batch(
-    load: Tensor, proxy: Tensor, length: Tensor | int, choices: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Tensor | int, k: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
@@ -92,7 +92,7 @@ def load_balance_over_batch(
     load, proxy, length = load.sum(dim=-2), proxy.sum(dim=-2), length.sum(dim=-1).to(proxy.dtype)
     load, length = global_sum(load.to(proxy.dtype), group), global_sum(length, group)
     product = (load * proxy).sum(dim=-1) * world_size(group)
-    return mean((product / positive(length).square()).sum(), (length > 0).sum(), each=choices / num_experts)
+    return mean((product / positive(length).square()).sum(), (length > 0).sum(), each=k / num_experts)
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -25,11 +25,11 @@ from mixture_of_experts.arguments import (
     resolve_num_experts,
 )
 from mixture_of_experts.checks import check_coefs, check_number, check_optional_size, check_size
-from mixture_of_experts.dispatch import Decision
+from mixture_of_experts.decision import compose, decision_of, slots_of
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import Top2Gating
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
-from mixture_of_experts.groups import group_inputs, restore
+from mixture_of_experts.groups import mask_and_group, ungroup_and_add_shared
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
@@ -198,10 +198,10 @@ class MoE(Layer):
             check_experts(part, self.dim, (self.num_experts,))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
+        x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         routing = check_routing("gate", self.gate(groups, mask=group_mask))
-        out = run_experts(self.experts, groups.flatten(0, 1), Decision([routing]))
-        return restore(out, x, mask, self.shared_expert), self.aux_loss([routing])
+        out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
+        return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
 
 class HeirarchicalMoE(Layer):
@@ -311,11 +311,12 @@ class HeirarchicalMoE(Layer):
             check_experts(part, self.dim, (outer, inner))
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, groups, group_mask = group_inputs(inputs, mask, self.dim, self.group_size)
+        x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask))
-        inner = check_routing("gate_inner", self.gate_inner(**second_level(groups, outer, self.group_size)))
-        out = run_experts(self.experts, groups.flatten(0, 1), Decision([outer, inner]))
-        return restore(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
+        slots = slots_of(outer)
+        inner = check_routing("gate_inner", self.gate_inner(**second_level(groups, outer, slots, self.group_size)))
+        out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
+        return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 
 
 HierarchicalMoE = HeirarchicalMoE

@@ -243,7 +243,7 @@ def fates_of(routing: Routing, group: int) -> list[Fate]:
     for token, expert, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
         choices[token].append((expert, kept, weight))
     best = routing.probs[group].argmax(dim=-1).tolist()
-    chooses = routing.choices is not None  # otherwise the experts choose, and there is no first choice
+    chooses = routing.k is not None  # otherwise the experts choose, and there is no first choice
     return [fate_of(choices[t], best[t], is_real, chooses) for t, is_real in enumerate(real.tolist())]
 
 

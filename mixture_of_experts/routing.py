@@ -12,28 +12,32 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mixture_of_experts.queues import Queues, queue_up
+
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: tensors have no single answer to ==
 class Routing:
-    """The decision of a gate: which token goes to which slot of which expert, with which weight.
+    """What a gate tells of its decision: which token goes to which slot of which expert, with which weight.
 
-    Nothing here moves data. Losses, statistics, dispatch and the dense tensors of the papers all read this object.
-    Unpacking it gives the published triple: `dispatch, combine, loss = routing`.
+    Nothing here moves data. Losses, statistics and the dense tensors of the papers read this object; `Decision` is made
+    from it to move tokens. Unpacking it gives the published triple: `dispatch, combine, loss = routing`.
+
+    An assignment is one choice of one token (in expert choice: one token of one expert).
 
     Attributes:
-        token: `(..., b, a)` int64, token of each assignment, an index into the group.
         expert: `(..., b, a)` int64, expert of each assignment.
-        slot: `(..., b, a)` int64, place in that expert's queue of this group; meaningful where `kept`.
         kept: `(..., b, a)` bool, True where the expert computes this token.
         weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
         probs: `(..., b, n, e)` the router's probabilities (normalised scores).
         balance_loss, z_loss: 0-dim, without coefficients.
         num_tokens, num_experts: n and e.
         capacity: c, slots of an expert for each group; None is dropless.
-        choices: k when the assignments are token-major (assignment i belongs to token i // k); None for expert choice.
-        chosen: `(..., b, a)` bool, the assignments that queued: chosen and not kept is what capacity dropped. A weight
-            of 0 holds a slot of limited capacity, though nothing is computed in it; dropless it does not queue.
-        queued: `(..., b, e)` int64, length of each expert's queue before capacity.
+        k: choices of a token, if assignment i belongs to token i // k; None for expert choice.
+        chosen: `(..., b, a)` bool, the assignments that queue: chosen and not kept is what capacity drops. A weight of
+            0 holds a slot of limited capacity, though nothing is computed in it; dropless it does not queue.
+        queues: position of each assignment in its expert's queue of this group, and the lengths `(..., b, e)` of the
+            queues before capacity; None if dropless, where they are found when somebody asks for them.
+        token_index: `(..., b, a)` int64, token of each assignment in expert choice; None where `k` tells it.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
         real: `(..., b, n)` bool, the real tokens under a mask; None if all are.
         losses: every loss by name, 0-dim, without coefficients: the parts of `balance_loss`, "z", and a gate's own.
@@ -49,9 +53,7 @@ class Routing:
         torch.Size([2, 6, 4, 4])
     """
 
-    token: Tensor
     expert: Tensor
-    slot: Tensor
     kept: Tensor
     weight: Tensor
     probs: Tensor
@@ -60,9 +62,10 @@ class Routing:
     num_tokens: int
     num_experts: int
     capacity: int | None
-    choices: int | None
+    k: int | None
     chosen: Tensor
-    queued: Tensor
+    queues: Queues | None = None
+    token_index: Tensor | None = None
     limit: Tensor | None = None
     real: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
@@ -79,14 +82,43 @@ class Routing:
         yield self.balance_loss
 
     @property
+    def token(self) -> Tensor:
+        """`(..., b, a)` int64, token of each assignment, an index into the group."""
+        if self.token_index is not None:
+            return self.token_index
+        assert self.k is not None
+        token = torch.arange(self.num_tokens, device=self.expert.device).repeat_interleave(self.k)
+        return token.expand_as(self.expert)
+
+    @property
+    def slot(self) -> Tensor:
+        """`(..., b, a)` int64, position in that expert's queue of this group; meaningful where `kept`."""
+        return self.group_queues().position
+
+    @property
+    def queued(self) -> Tensor:
+        """`(..., b, e)` int64, length of each expert's queue before capacity."""
+        if self.queues is not None:
+            return self.queues.length
+        none = self.expert.new_zeros(*self.expert.shape[:-1], self.num_experts)
+        return none.scatter_add(-1, self.expert, self.chosen.to(none.dtype))
+
+    def group_queues(self) -> Queues:
+        """The queues of each group; of a dropless gate they are made now, in the order of tokens."""
+        if self.queues is not None:
+            return self.queues
+        assert self.k is not None
+        return queue_up(self.expert, self.chosen, self.num_experts, self.k, "token")
+
+    @property
     def importance(self) -> Tensor:
         """`(..., b, a)`: what a second level gets of each assignment: 1 of a token's first choice, 0.5 of the others, 0
         where it was dropped."""
-        if self.choices is None:
+        if self.k is None:
             raise ValueError("expert choice hands on no importance: its tokens have no first choice")
         primary = self.primary
         if primary is None:
-            primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.choices == 0
+            primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0
         return torch.where(self.kept, torch.where(primary, 1.0, 0.5).to(self.weight.dtype), 0.0)
 
     @property
@@ -94,10 +126,15 @@ class Routing:
         """Slots of an expert for each group: the capacity, or n when dropless (no token can need more)."""
         return self.num_tokens if self.capacity is None else self.capacity
 
+    def slots_held(self, queues: Queues) -> Tensor:
+        """`(..., b, e)` int64, slots of each queue of `group_queues` that an assignment holds, computed or not."""
+        held = queues.length if self.capacity is None else queues.length.clamp(max=self.capacity)
+        return held if self.limit is None else torch.minimum(held, self.limit.unsqueeze(-1))
+
     def combine_tensor(self) -> Tensor:
         """The papers' combine tensor `(..., b, n, e, c)`: the weight of slot c of expert e for token n."""
         n, e, c = self.num_tokens, self.num_experts, self.slots
-        cell = (self.token * e + self.expert) * c + torch.where(self.kept, self.slot, 0)
+        cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.slot, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
         # an assignment that is not kept adds its weight of 0 to some cell
         return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
+from mixture_of_experts import private_torch
+
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
@@ -29,8 +31,8 @@ def _are_integers(first: object, second: object) -> bool:
 
 
 def exporting() -> bool:
-    """Whether `torch.export` traces. Before torch 2.13 `is_exporting()` of torch is True in every graph."""
-    return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
+    """Whether `torch.export` traces."""
+    return private_torch.exporting_flag()
 
 
 def exporting_to_onnx() -> bool:
@@ -41,15 +43,14 @@ def exporting_to_onnx() -> bool:
 def in_transform() -> bool:
     """Whether a transform of `torch.func` runs (vmap, grad, ...): numbers of its tensors cannot be read, and operators
     of one's own may meet them. While a graph is traced that is nothing to ask: no number can be read then."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return not torch.compiler.is_compiling() and private_torch.functorch_active()
 
 
 def is_wrapped(tensor: Tensor) -> bool:
     """Whether it stands for many tensors at once: of a transform, or of `is_grads_batched`, which has its own kind."""
     if torch.compiler.is_compiling():
         return False
-    functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    return in_transform() or functorch.is_legacy_batchedtensor(tensor)
+    return in_transform() or private_torch.is_legacy_batched(tensor)
 
 
 def in_checkpoint() -> bool:

@@ -22,7 +22,7 @@ from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
 from benchmarks.rivals import PUBLISHED, ST_MOE  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
-from mixture_of_experts.ops.cpu import schedule  # noqa: E402
+from mixture_of_experts.ops.cpu import batches  # noqa: E402
 
 TOYS = {case.name: case for case in choose("toy", quick=False)}
 
@@ -106,7 +106,7 @@ def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
 )
 def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -> None:
     """Output and all gradients: with dropped choices, with experts that differ in their rows, with unused ones."""
-    monkeypatch.setattr(schedule, "PADDING", 1 << 9)
+    monkeypatch.setattr(batches, "PADDING", 1 << 9)
     contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
     assert max(field.check_all(contestants).values()) < 1e-6
     layer, by_hand = contestants["layer"], contestants[name]
@@ -315,14 +315,14 @@ def test_a_count_is_held_to_its_limit(limit: float | None, met: bool | None) -> 
     assert counting.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
 
 
-def test_other_constants_of_the_schedule_are_timed_and_put_back(capsys) -> None:
-    before = (schedule.CHUNK, schedule.PADDING, schedule.FREE_ROWS)
+def test_other_constants_of_the_batches_are_timed_and_put_back(capsys) -> None:
+    before = (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
     constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny: ")
     assert len(lines) == 3 + sum(map(len, constants.VALUES.values()))
     assert lines[1].split() == ["as", "it", "is", "1.000"]
-    assert before == (schedule.CHUNK, schedule.PADDING, schedule.FREE_ROWS)
+    assert before == (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
 
 
 @pytest.mark.parametrize("mode", gpu.MODES)

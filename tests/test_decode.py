@@ -86,9 +86,9 @@ def test_the_default_device_does_not_matter(length):
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
 def test_few_rows_of_two_levels(shape):
-    """A second level has a plan, however few rows there are."""
+    """The product of both levels' choices is read as those of one level are."""
     layer = HeirarchicalMoE(DIM, (2, 2), second_policy_eval="all").eval()
-    torch.testing.assert_close(*few_and_planned(layer, torch.randn(*shape, DIM), few=False))
+    torch.testing.assert_close(*few_and_planned(layer, torch.randn(*shape, DIM)))
 
 
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])

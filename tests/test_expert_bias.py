@@ -54,7 +54,7 @@ def test_counts_the_choices_before_capacity(settings):
     expected = load(moe, x)
     step(moe, x)
     assert torch.equal(moe.gate.expert_counts, expected)
-    assert moe.gate.expert_counts.sum() == x.shape[0] * x.shape[1] * moe.gate.choices
+    assert moe.gate.expert_counts.sum() == x.shape[0] * x.shape[1] * moe.gate.k
 
 
 def test_counts_when_the_backward_runs():

@@ -12,9 +12,10 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 # A room is a file or folder of the package. The core, from the ground up: a room imports from its own line and those
 # above it. The root, "", is the last.
 CORE = [
+    {"private_torch"},
     {"checks", "settings", "tracing"},
     {"routing", "queues", "losses", "groups"},
-    {"gating", "dispatch", "levels"},
+    {"gating", "plan", "decision", "dispatch", "levels"},
     {"ops"},
     {"experts"},
     {"arguments"},

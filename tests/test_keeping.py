@@ -7,18 +7,18 @@ from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
 
 from mixture_of_experts import TopKGating
-from mixture_of_experts.gating import keeping
+from mixture_of_experts.gating import saving
 
 
 @pytest.fixture
 def recomputing(monkeypatch):
     """Numbers the calls that recompute; the CPU does as a GPU for which every result is large."""
     calls = []
-    checkpoint = keeping.checkpoint
-    monkeypatch.setattr(keeping, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(keeping, "SMALL", 0.0)
-    monkeypatch.setattr(keeping, "LEAST", 0)
-    monkeypatch.setattr(keeping, "checkpoint", lambda *args, **kw: calls.append(args[0]) or checkpoint(*args, **kw))
+    checkpoint = saving.checkpoint
+    monkeypatch.setattr(saving, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(saving, "SMALL", 0.0)
+    monkeypatch.setattr(saving, "LEAST", 0)
+    monkeypatch.setattr(saving, "checkpoint", lambda *args, **kw: calls.append(args[0]) or checkpoint(*args, **kw))
     return calls
 
 
@@ -56,7 +56,7 @@ def test_it_is_the_same_to_the_bit(router, dtype, masked, recomputing, monkeypat
     mask = torch.rand(3, 9) < 0.7 if masked else None
     anew = results(gate, x, mask)
     assert len(recomputing) == (router != "NoisyTopK")
-    monkeypatch.setattr(keeping, "_on_gpu", lambda x: False)
+    monkeypatch.setattr(saving, "_on_gpu", lambda x: False)
     for got, wanted in zip(anew, results(gate, x, mask), strict=True):
         assert torch.equal(got, wanted)
 
@@ -81,8 +81,8 @@ def test_without_gradients_nothing_is_computed_anew(recomputing):
 )
 def test_what_is_small_is_kept(dim, experts, anew, recomputing, monkeypatch):
     """Up to a quarter of the tokens' bytes, and of small routers all."""
-    monkeypatch.setattr(keeping, "SMALL", 1 / 4)
-    monkeypatch.setattr(keeping, "LEAST", 1 << 16)
+    monkeypatch.setattr(saving, "SMALL", 1 / 4)
+    monkeypatch.setattr(saving, "LEAST", 1 << 16)
     TopKGating(dim, experts)(torch.randn(1, 4, dim, requires_grad=True))
     assert bool(recomputing) == anew
 
@@ -107,9 +107,9 @@ def test_transforms_and_batches_of_gradients(recomputing):
 def test_a_compiled_gate_recomputes_too(dtype, monkeypatch):
     """In one graph, in which torch marks what is computed anew."""
     torch._dynamo.reset()
-    monkeypatch.setattr(keeping, "_on_gpu", lambda x: True)
-    monkeypatch.setattr(keeping, "SMALL", 0.0)
-    monkeypatch.setattr(keeping, "LEAST", 0)
+    monkeypatch.setattr(saving, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(saving, "SMALL", 0.0)
+    monkeypatch.setattr(saving, "LEAST", 0)
     gate, graphs = TopKGating(DIM, NUM_EXPERTS, 2).to(dtype), []
     compiled = torch.compile(gate, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
     for length in (7, 12, 30):

@@ -22,13 +22,13 @@ class WholeForward(TopPGating):
         tokens = self.read(x, importance, mask, length)
         logits = self.product(tokens.x, self.w_gating)
         probs = logits.softmax(dim=-1)
-        weight, expert = (ranked[..., : self.choices] for ranked in probs.sort(descending=True, stable=True))
+        weight, expert = (ranked[..., : self.k] for ranked in probs.sort(descending=True, stable=True))
         chosen = weight.cumsum(dim=-1) - weight < self.p
         if (allowed := self.allowed(tokens)) is not None:
             chosen = chosen & allowed
-        counted = True if tokens.first is None else tokens.first.unsqueeze(-1)
+        counted = True if tokens.full is None else tokens.full.unsqueeze(-1)
         balance = self.balance(expert, chosen & counted, (probs * counted).sum(dim=-2), tokens.length)
-        z = z_loss(logits, tokens.first, self.process_group)
+        z = z_loss(logits, tokens.full, self.process_group)
         return self.route(tokens, probs, expert, weight, chosen=chosen, balance_loss=balance, z_loss=z)
 
 
@@ -157,7 +157,7 @@ def test_capacity_limits_an_expert(kind):
     moe = LAYERS[kind](capacity_factor_train=0.5, min_expert_capacity=1)
     gate = moe.gate if kind == "one level" else moe.gate_outer
     routing = gate(torch.randn(2, 30, DIM, dtype=torch.float64))
-    assert routing.capacity == int(gate.choices * 30 * 0.5 / gate.num_experts)
+    assert routing.capacity == int(gate.k * 30 * 0.5 / gate.num_experts)
     load = routing.dispatch_tensor().sum(dim=(1, 3))
     assert load.max() == routing.capacity
     assert (routing.chosen & ~routing.kept).any()

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts import Experts, MoE, TopKGating
-from mixture_of_experts.ops.cpu import schedule
-from mixture_of_experts.ops.cpu.schedule import batches_of, chunks_of
+from mixture_of_experts.ops.cpu import batches
+from mixture_of_experts.ops.cpu.batches import batches_of, chunks_of
 from mixture_of_experts.ops.grouped import grouped_product, product_by_expert, rows_by_rows, rows_by_weights
 from mixture_of_experts.ops.plain import expert_product
 
@@ -42,8 +42,8 @@ def test_operators(counts, dtype):
 @pytest.mark.parametrize("padding", [0, 1 << 30])
 def test_flops_are_counted(padding, monkeypatch):
     """Six products of a dropless layer's rows (and of the padding of its batches), and the router's three."""
-    monkeypatch.setattr(schedule, "PADDING", padding)
-    monkeypatch.setattr(schedule, "FREE_ROWS", 0)
+    monkeypatch.setattr(batches, "PADDING", padding)
+    monkeypatch.setattr(batches, "FREE_ROWS", 0)
     torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16))
     x = torch.randn(2, 32, 8, requires_grad=True)
@@ -140,8 +140,8 @@ def test_batches(counts, threads, expected):
 @pytest.mark.parametrize("padding", [0, 1 << 20], ids=["alone", "batched"])
 def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
     """Nor do rows that are padding carry it to others."""
-    monkeypatch.setattr(schedule, "PADDING", padding)
-    monkeypatch.setattr(schedule, "FREE_ROWS", 0)
+    monkeypatch.setattr(batches, "PADDING", padding)
+    monkeypatch.setattr(batches, "FREE_ROWS", 0)
     torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
@@ -158,8 +158,8 @@ def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
 
 def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
-    monkeypatch.setattr(schedule, "CHUNK", 1)
-    monkeypatch.setattr(schedule, "PADDING", 1 << 20)
+    monkeypatch.setattr(batches, "CHUNK", 1)
+    monkeypatch.setattr(batches, "PADDING", 1 << 20)
     torch.manual_seed(0)
     layer = MoE(16, 5, gate=TopKGating(16, 5, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)

@@ -56,7 +56,7 @@ def test_recipe_routes_as_its_row_says(name):
     choices, num_experts, total = RECIPES[name]
     moe = recipe(name)["moe"]
     routing = moe.gate.eval()(torch.randn(2, 32, 64))
-    assert (routing.num_experts, routing.choices) == (num_experts, choices)
+    assert (routing.num_experts, routing.k) == (num_experts, choices)
     assert tuple(routing.losses) == (("importance", "load", "z") if name == "Shazeer 2017" else ("balance", "z"))
     if name in ("GShard", "Switch"):
         factors = (moe.gate.capacity_factor_train, moe.gate.capacity_factor_eval)
@@ -157,7 +157,7 @@ def importance_of_slots(gate: nn.Module, routing: Routing) -> Tensor:
     importance = torch.zeros(routing.num_experts, routing.expert.shape[0], routing.slots, dtype=torch.float64)
     for group, assignment in routing.kept.nonzero().tolist():
         expert, slot = routing.expert[group, assignment], routing.slot[group, assignment]
-        is_first = assignment % routing.choices == 0
+        is_first = assignment % routing.k == 0
         if isinstance(gate, Top2Gating):
             is_first = routing.weight[group, assignment] > 0.5
         importance[expert, group, slot] = 1.0 if is_first else 0.5
@@ -174,7 +174,7 @@ def dense_two_levels(moe: HeirarchicalMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     importance = importance_of_slots(moe.gate_outer, outer)
     only_occupied = {}
     if outer.capacity is None:
-        share = x.shape[1] * outer.choices / outer.num_experts
+        share = x.shape[1] * outer.k / outer.num_experts
         only_occupied = {"mask": importance > 0, "length": torch.full(importance.shape[:2], share, dtype=torch.float64)}
     inner = moe.gate_inner(slots, importance=importance, **only_occupied)
     rows = torch.einsum("obcis,obcd->oibsd", inner.dispatch_tensor(), slots)

@@ -152,7 +152,7 @@ def seen_in_package(routing: Routing) -> Seen:
     choices, weights = {}, {}
     for i in routing.kept[0].nonzero().flatten().tolist():
         expert = int(routing.expert[0, i])
-        key = int(routing.token[0, i]), expert if routing.choices is None else i % routing.choices
+        key = int(routing.token[0, i]), expert if routing.k is None else i % routing.k
         choices[key], weights[key] = (expert, int(routing.slot[0, i])), pytest.approx(routing.weight[0, i].item())
     losses = {name: loss.item() for name, loss in routing.losses.items()}
     return Seen(choices, weights, routing.balance_loss.item(), routing.z_loss.item(), losses)

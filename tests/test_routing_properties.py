@@ -177,8 +177,8 @@ def top_scores(router, gate, x) -> list[float]:
     logits = (x @ gate.w_gating).detach()
     if getattr(gate, "b_gating", None) is not None:
         logits = logits + gate.b_gating.detach()
-    if router.kind == "noisy" and gate.choices > 1:  # a probability among the k best
-        logits = logits.topk(gate.choices).values
+    if router.kind == "noisy" and gate.k > 1:  # a probability among the k best
+        logits = logits.topk(gate.k).values
     scores = logits.sigmoid() if router.arguments.get("score") == "sigmoid" else logits.softmax(-1)
     if getattr(gate, "num_groups", None) is not None:
         bias = 0 if gate.expert_bias is None else gate.expert_bias
@@ -205,8 +205,8 @@ def test_who_gets_the_slots(kind, data):
         "score": lambda token, order: (order, -top[token], token),
     }[router.arguments["priority"]]
     for expert in range(routing.num_experts):
-        asking = [i for i in range(n * routing.choices) if routing.chosen[0, i] and routing.expert[0, i] == expert]
-        place = {i: comes_first(*divmod(i, routing.choices)) for i in asking}
+        asking = [i for i in range(n * routing.k) if routing.chosen[0, i] and routing.expert[0, i] == expert]
+        place = {i: comes_first(*divmod(i, routing.k)) for i in asking}
         slots = {i: routing.slot[0, i].item() for i in asking}
         served = [i for i in asking if slots[i] < routing.capacity]
         assert sorted(slots[i] for i in served) == list(range(min(len(asking), routing.capacity)))
@@ -268,7 +268,7 @@ def test_balance_loss_of_one_preference(name):
     assert loss > at_uniform + 0.1
     if name.startswith(("softmax", "sigmoid")):
         scores = row.softmax(0) if name.startswith("softmax") else row.sigmoid() / row.sigmoid().sum()
-        assert loss == pytest.approx((6 / gate.choices * scores[: gate.choices].sum()).item())
+        assert loss == pytest.approx((6 / gate.k * scores[: gate.k].sum()).item())
     if name == "top2":
         assert loss == pytest.approx(6 * row.softmax(0)[0].item())
     if name == "noisy":

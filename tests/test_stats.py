@@ -60,9 +60,7 @@ class OneExpert(nn.Module):
         kept = token > 0
         zero = x.new_zeros(())
         return Routing(
-            token=token,
             expert=torch.ones_like(token),
-            slot=(token - 1).clamp(min=0),
             kept=kept,
             weight=kept.to(x.dtype),
             probs=x.new_tensor([0.0, 1.0, 0.0]).expand(b, n, 3),
@@ -71,9 +69,8 @@ class OneExpert(nn.Module):
             num_tokens=n,
             num_experts=3,
             capacity=None,
-            choices=1,
+            k=1,
             chosen=kept,
-            queued=torch.tensor([0, n - 1, 0]).expand(b, 3),
         )
 
 

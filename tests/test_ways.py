@@ -16,9 +16,9 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.dispatch import Plan
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
-from mixture_of_experts.ops.cpu import schedule
+from mixture_of_experts.ops.cpu import batches
+from mixture_of_experts.plan import Plan
 
 WAYS = ["cpu", "grouped", "lean"]  # a new way joins here
 DIM, E, HIDDEN = 8, 7, 12
@@ -69,9 +69,9 @@ def test_way(way, gate, experts, monkeypatch):
     torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=EXPERTS[experts](num_experts=E)))
     for shape, chunk, padding in [((2, 33), 1, 1 << 20), ((2, 33), 1 << 30, 0), ((3, 1), 1, 1), ((0, 4), 1, 1)]:
-        monkeypatch.setattr(schedule, "CHUNK", chunk)
-        monkeypatch.setattr(schedule, "PADDING", padding)
-        monkeypatch.setattr(schedule, "FREE_ROWS", min(padding, 2))
+        monkeypatch.setattr(batches, "CHUNK", chunk)
+        monkeypatch.setattr(batches, "PADDING", padding)
+        monkeypatch.setattr(batches, "FREE_ROWS", min(padding, 2))
         x = torch.randn(*shape, DIM, dtype=torch.float64, requires_grad=True)
         for mask in (None, torch.rand(shape) < 0.7):
             torch.testing.assert_close(results(layer, way, x, mask), results(layer, "plain", x, mask))
@@ -147,8 +147,8 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("way", ["cpu", "lean"])
-def test_packed_plans(way, gate, monkeypatch):
-    """As they are kept on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
+def test_plans_of_saved_tensors(way, gate, monkeypatch):
+    """As they are saved on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
     torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=Experts(DIM, E, HIDDEN, bias=True)))
     x, mask = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True), torch.rand(2, 33) < 0.7
@@ -160,14 +160,14 @@ def test_packed_plans(way, gate, monkeypatch):
         grads = torch.autograd.grad(out.square().sum() + aux, [x, *layer.parameters()], create_graph=True)
         return torch.autograd.grad(sum(grad.square().sum() for grad in grads), [x, *layer.parameters()])
 
-    wanted, packed = (*results(layer, way, x, mask), *second()), []
-    monkeypatch.setattr(autograd, "packed", lambda plan: packed.append(Plan.packed(plan)) or packed[-1])
+    wanted, saved = (*results(layer, way, x, mask), *second()), []
+    monkeypatch.setattr(autograd, "tables_to_save", lambda plan: saved.append(plan.tensors_to_save()) or saved[-1])
     for got, want in zip((*results(layer, way, x, mask), *second()), wanted, strict=True):
         assert torch.equal(got, want)
-    for plan in packed:
-        assert plan.assignment.dtype == torch.int32
-        assert (plan.token is None) == (gate != "expert choice")
-    assert len(packed) == 2
+    for tables in saved:
+        assert tables["assignment"].dtype == torch.int32
+        assert ("token" not in tables) == (gate != "expert choice")
+    assert len(saved) == 2
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -192,8 +192,8 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
 def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
-    """What a GPU takes unasked, forward and backward, kept as there."""
-    monkeypatch.setattr(autograd, "packed", Plan.packed)
+    """What a GPU takes unasked, forward and backward, saved as there."""
+    monkeypatch.setattr(autograd, "tables_to_save", Plan.tensors_to_save)
     torch.manual_seed(0)
     layer = perturbed(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
     counter = CompileCounterWithBackend("aot_eager")

@@ -12,7 +12,6 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import (
@@ -28,12 +27,13 @@ from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
+from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.queues import (
     PRIORITIES,
     Priority,
     expert_capacity,
     group_capacity,
-    queue_positions,
+    queue_up,
     stable_order,
 )
 from mixture_of_experts.routing import Routing
@@ -46,8 +46,8 @@ class Tokens:
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros
     real: Tensor | None  # (..., b, n) bool: not padding; None if all are real
-    first: Tensor | None  # (..., b, n) bool: takes part with all choices and in the losses; None if all do
-    some: Tensor | None  # (..., b, n) bool: makes at least one choice; None if all do
+    full: Tensor | None  # (..., b, n) bool: importance 1, makes all choices and counts in the losses; None if all do
+    active: Tensor | None  # (..., b, n) bool: importance above 0, makes at least one choice; None if all do
     length: Tensor | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
 
     @property
@@ -97,17 +97,17 @@ class Gate(FixedShapes):
         if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
             wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
             raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
-        first = some = None
+        full = active = None
         if importance is not None:
             check_importance(importance, x.shape[:-1])
-            first, some = importance == 1, importance > 0
+            full, active = importance == 1, importance > 0
         if mask is not None:
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN in the padding would reach the weights' gradient
-            first, some = (mask, mask) if first is None or some is None else (first & mask, some & mask)
+            full, active = (mask, mask) if full is None or active is None else (full & mask, active & mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
-        return Tokens(x, mask, first, some, x.shape[-2] if length is None else length)
+        return Tokens(x, mask, full, active, x.shape[-2] if length is None else length)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
@@ -138,11 +138,11 @@ class TokenChoiceGate(Gate):
 
     Args:
         dim, num_experts, outer_expert_dims, process_group: see `Gate`.
-        choices: k.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of `choices_counted * n / e`; None is
-            dropless.
+        k: choices of a token.
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e (of n / e, if a class has
+            `capacity_per_choice = False`); None is dropless.
         min_expert_capacity: the least number of slots, applied last.
-        priority: who gets the slots when an expert overflows; see `queues.queue_positions`.
+        priority: who gets the slots when an expert overflows; see `queues.queue_up`.
     """
 
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
@@ -156,7 +156,7 @@ class TokenChoiceGate(Gate):
         self,
         dim: int,
         num_experts: int,
-        choices: int,
+        k: int,
         *,
         capacity_factor_train: float | None = None,
         capacity_factor_eval: float | None = None,
@@ -166,7 +166,7 @@ class TokenChoiceGate(Gate):
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(dim, num_experts, outer_expert_dims=outer_expert_dims, process_group=process_group)
-        self.choices = check_size("k", choices)
+        self.k = check_size("k", k)
         self.capacity_factor_train = capacity_factor_train
         self.capacity_factor_eval = capacity_factor_eval
         self.min_expert_capacity = min_expert_capacity
@@ -181,7 +181,7 @@ class TokenChoiceGate(Gate):
         """What each of the tokens chooses. This is the method of a router of one's own.
 
         Tokens that may choose nothing, or only one expert, are left out afterwards; a loss of one's own counts what
-        `tokens.first` says, as `balance_loss`, `z_loss` and `token_mean` of this class do.
+        `tokens.full` says, as `balance_loss`, `z_loss` and `token_mean` of this class do.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 
@@ -224,17 +224,17 @@ class TokenChoiceGate(Gate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
-        if tokens.first is None or tokens.some is None:
+        if tokens.full is None or tokens.active is None:
             return None
-        rest = tokens.first.unsqueeze(-1).expand(*tokens.first.shape, self.choices - 1)
-        return torch.cat([tokens.some.unsqueeze(-1), rest], dim=-1)
+        rest = tokens.full.unsqueeze(-1).expand(*tokens.full.shape, self.k - 1)
+        return torch.cat([tokens.active.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
         """Slots of an expert, and each group's own limit `(..., b)` where the real length is not n."""
         factor = self.capacity_factor
         if factor is None:
             return None, None
-        counted = self.choices if self.capacity_per_choice else 1
+        counted = self.k if self.capacity_per_choice else 1
         sizes = (factor, self.num_experts, self.min_expert_capacity, counted)
         limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Tensor) else None
         return expert_capacity(tokens.num_tokens, *sizes), limit
@@ -246,19 +246,19 @@ class TokenChoiceGate(Gate):
         return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, k: int = 1
     ) -> Tensor:
         """The balancing loss of GShard and Switch, 1.0 where choices and probabilities are uniform.
 
         Args:
             expert: `(..., b, n, k)` int64, the choices.
             counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
-            proxy, length, choices: as in `losses.load_balance`.
+            proxy, length, k: as in `losses.load_balance`.
         """
-        return losses.load_balance(self.load(expert, counted), proxy, length, choices, self.process_group)
+        return losses.load_balance(self.load(expert, counted), proxy, length, k, self.process_group)
 
     def balance_loss(
-        self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, choices: int = 1
+        self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: int = 1
     ) -> Tensor:
         """The balancing loss over the tokens that count: `balance` with masks and importance seen to.
 
@@ -267,20 +267,20 @@ class TokenChoiceGate(Gate):
             probs: `(..., b, n, e)`.
             expert: `(..., b, n, k)` int64, the choices.
             chosen: `(..., b, n, k)` bool, those that are made; None if all are.
-            choices: number of choices by which the loss is divided: 1.0 at balance if a token makes that many.
+            k: number of choices by which the loss is divided: 1.0 at balance if a token makes that many.
         """
-        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        if first is not None:
-            probs, chosen = torch.where(first, probs, 0.0), first if chosen is None else chosen & first
-        return self.balance(expert, chosen, probs.sum(dim=-2), tokens.length, choices)
+        full = None if tokens.full is None else tokens.full.unsqueeze(-1)
+        if full is not None:
+            probs, chosen = torch.where(full, probs, 0.0), full if chosen is None else chosen & full
+        return self.balance(expert, chosen, probs.sum(dim=-2), tokens.length, k)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """The router z-loss over the tokens that count; logits `(..., b, n, e)`."""
-        return losses.z_loss(logits, tokens.first, self.process_group)
+        return losses.z_loss(logits, tokens.full, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
         """Mean of `values` `(..., b, n)` over the tokens that count, of all ranks: a loss of one's own."""
-        return losses.token_mean(values, tokens.first, self.process_group)
+        return losses.token_mean(values, tokens.full, self.process_group)
 
     def route(
         self,
@@ -316,34 +316,30 @@ class TokenChoiceGate(Gate):
         name = type(self).__name__
         if not torch.compiler.is_compiling():
             made = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
-            check_choices(name, made, tokens.x.shape[:-1], self.choices, self.num_experts)
+            check_choices(name, made, tokens.x.shape[:-1], self.k, self.num_experts)
         capacity, limit = self.capacity(tokens)
-        # dropless nobody waits: slots are in the order of tokens, in which a second level finds them
-        priority = "token" if capacity is None else self.priority
-        if priority == "score" and score is None:
-            score = probs.detach().amax(dim=-1)
-        if tokens.some is not None:
-            some = tokens.some.unsqueeze(-1)
-            chosen = some.expand_as(expert) if chosen is None else chosen & some
+        if tokens.active is not None:
+            active = tokens.active.unsqueeze(-1)
+            chosen = active.expand_as(expert) if chosen is None else chosen & active
         expert, weight = expert.flatten(-2), weight.flatten(-2)
         chosen = None if chosen is None else chosen.flatten(-2)
         # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
         computed = weight != 0 if chosen is None else chosen & (weight != 0)
         if not (type(self).__module__.startswith(str(__package__)) or torch.compiler.is_compiling()):
-            check_experts_of_tokens(name, expert, computed, self.choices, self.num_experts)
-        queues = computed if capacity is None else chosen
-        slot, queued = queue_positions(expert, queues, self.num_experts, self.choices, priority, score)
-        kept = computed
-        if limit is not None:
-            kept = kept & (slot < limit.unsqueeze(-1))
-        elif capacity is not None and not statically_known_true(expert.shape[-1] <= capacity):
-            kept = kept & (slot < capacity)
-        of_weight_alone = chosen is None and kept is computed  # kept is what has a weight
-        token = torch.arange(tokens.num_tokens, device=expert.device).repeat_interleave(self.choices)
+            check_experts_of_tokens(name, expert, computed, self.k, self.num_experts)
+        all_chosen, kept, queues = chosen is None, computed, None  # dropless nobody waits
+        if capacity is not None:
+            if self.priority == "score" and score is None:
+                score = probs.detach().amax(dim=-1)
+            queues = queue_up(expert, chosen, self.num_experts, self.k, self.priority, score)
+            if limit is not None:
+                kept = kept & (queues.position < limit.unsqueeze(-1))
+            elif not statically_known_true(expert.shape[-1] <= capacity):
+                kept = kept & (queues.position < capacity)
+            chosen = torch.ones_like(kept) if chosen is None else chosen
+        of_weight_alone = all_chosen and kept is computed  # kept is what has a weight
         return Routing(
-            token=token.expand_as(expert).contiguous(),
             expert=expert,
-            slot=slot,
             kept=kept,
             weight=weight if of_weight_alone else torch.where(kept, weight, 0.0),
             probs=probs,
@@ -352,9 +348,9 @@ class TokenChoiceGate(Gate):
             num_tokens=tokens.num_tokens,
             num_experts=self.num_experts,
             capacity=capacity,
-            choices=self.choices,
-            chosen=torch.ones_like(kept) if queues is None else queues,
-            queued=queued,
+            k=self.k,
+            chosen=kept if capacity is None or chosen is None else chosen,
+            queues=queues,
             limit=limit,
             real=tokens.real,
             losses=losses,
@@ -362,7 +358,7 @@ class TokenChoiceGate(Gate):
         )
 
     def extra_repr(self) -> str:
-        parts = [f"{self.dim}, {self.num_experts}, k={self.choices}"]
+        parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]
         factors = (self.capacity_factor_train, self.capacity_factor_eval)
         parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
         parts.append(f"priority={self.priority!r}")
@@ -371,17 +367,17 @@ class TokenChoiceGate(Gate):
         return ", ".join(parts)
 
 
-def top_choices(score: Tensor, choices: int) -> Tensor:
+def top_choices(score: Tensor, k: int) -> Tensor:
     """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
 
     `torch.topk` promises no order among equals; `argmax` does, and on the CPU it is as fast for a few choices. On a GPU
     a stable sort is one operator for all of them.
     """
     score = score.detach()
-    if choices > 2 and score.device.type != "cpu":
-        return stable_order(score, descending=True)[..., :choices].contiguous()
+    if k > 2 and score.device.type != "cpu":
+        return stable_order(score, descending=True)[..., :k].contiguous()
     picked = [score.argmax(dim=-1, keepdim=True)]
-    while len(picked) < choices:
+    while len(picked) < k:
         score = score.scatter(-1, picked[-1], -torch.inf)
         picked.append(score.argmax(dim=-1, keepdim=True))
     return torch.cat(picked, dim=-1)

@@ -28,9 +28,9 @@ class Choices(NamedTuple):
     primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
 
 
-def check_choices(gate: str, made: Choices, shape: Sequence[int], choices: int, num_experts: int) -> None:
+def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
     """Shapes and dtypes of what a gate chose for tokens of `shape` `(..., b, n)`."""
-    of_choices, of_experts = (*shape, choices), (*shape, num_experts)
+    of_choices, of_experts = (*shape, k), (*shape, num_experts)
     for name, wanted, kind in (
         ("expert", of_choices, "int64"),
         ("weight", of_choices, "floating point"),
@@ -45,7 +45,7 @@ def check_choices(gate: str, made: Choices, shape: Sequence[int], choices: int, 
         if value.shape != wanted:
             raise ValueError(
                 f"{gate} gave {name} of shape {tuple(value.shape)}, wanted {wanted}: groups, tokens"
-                f"{dict(score='', probs=', experts').get(name, f', k={choices} choices')}"
+                f"{dict(score='', probs=', experts').get(name, f', k={k} choices')}"
             )
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:
@@ -56,7 +56,7 @@ def check_choices(gate: str, made: Choices, shape: Sequence[int], choices: int, 
             raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")
 
 
-def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, choices: int, num_experts: int) -> None:
+def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int, num_experts: int) -> None:
     """The ids in `expert` `(..., n k)` are of experts, and of those that are `computed` no token has one twice.
 
     It reads values, so it looks only where they can be read and reading does not wait: on a CPU, not in a graph.
@@ -68,8 +68,8 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, choices
             f"{gate} chose experts {int(expert.min())} to {int(expert.max())}, there are 0 to {num_experts - 1}: give "
             "a choice that is not made any of these, and chosen=False"
         )
-    missing = torch.arange(num_experts, num_experts + choices)  # others than any expert, and than each other
-    ids = torch.where(computed.unflatten(-1, (-1, choices)), expert.unflatten(-1, (-1, choices)), missing)
+    missing = torch.arange(num_experts, num_experts + k)  # others than any expert, and than each other
+    ids = torch.where(computed.unflatten(-1, (-1, k)), expert.unflatten(-1, (-1, k)), missing)
     ordered = ids.gather(-1, stable_order(ids))
     if (ordered.diff(dim=-1) == 0).any():
         raise ValueError(

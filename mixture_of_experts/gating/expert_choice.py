@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
-from mixture_of_experts.gating.keeping import alone, choose, recomputed
+from mixture_of_experts.gating.saving import alone, choose, recomputed
 from mixture_of_experts.losses import token_mean
-from mixture_of_experts.queues import expert_capacity, group_capacity, stable_order
+from mixture_of_experts.queues import Queues, expert_capacity, group_capacity, stable_order
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
 
@@ -88,9 +88,7 @@ class ExpertChoiceGating(Gate):
         kept = chosen & (weight != 0)
         balance = probs.new_zeros(())
         return Routing(
-            token=token.flatten(-2),
             expert=expert.flatten(-2),
-            slot=slot.flatten(-2),
             kept=kept.flatten(-2),
             weight=weight.flatten(-2),
             probs=probs,
@@ -99,9 +97,10 @@ class ExpertChoiceGating(Gate):
             num_tokens=n,
             num_experts=e,
             capacity=capacity,
-            choices=None,
+            k=None,
             chosen=chosen.flatten(-2),
-            queued=chosen.sum(dim=-1),
+            queues=Queues(slot.flatten(-2), chosen.sum(dim=-1)),
+            token_index=token.flatten(-2),
             limit=limit,
             real=tokens.real,
         )

@@ -70,14 +70,14 @@ class NoisyTopKGating(TokenChoiceGate):
         spread = F.softplus(self.product(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
-        best = top_choices(noisy, self.choices + 1)
-        expert = best[..., : self.choices]
+        best = top_choices(noisy, self.k + 1)
+        expert = best[..., : self.k]
         allowed = self.allowed(tokens)
         top = noisy.gather(-1, expert)
         # by what tokens queue with priority "score": the weight of the first choice, which of a single one is always 1
-        score = (noisy if self.choices == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
-        if allowed is not None and tokens.some is not None:
-            top = torch.where(allowed | ~tokens.some.unsqueeze(-1), top, -torch.inf)
+        score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
+        if allowed is not None and tokens.active is not None:
+            top = torch.where(allowed | ~tokens.active.unsqueeze(-1), top, -torch.inf)
         weight = top.softmax(dim=-1)
         probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
 
@@ -89,8 +89,8 @@ class NoisyTopKGating(TokenChoiceGate):
         """Squared variation of importance and load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
-            if tokens.first is not None:
-                value = torch.where(tokens.first.unsqueeze(-1), value, 0.0)
+            if tokens.full is not None:
+                value = torch.where(tokens.full.unsqueeze(-1), value, 0.0)
             parts[name] = losses.squared_variation(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 

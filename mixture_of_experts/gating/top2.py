@@ -14,35 +14,35 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.keeping import choose, recomputed
+from mixture_of_experts.gating.saving import choose, recomputed
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
 
-def keep_all(gate: Tensor, threshold: float, eps: float) -> Tensor:
-    """Every second choice is kept."""
-    return torch.ones_like(gate, dtype=torch.bool)
+def send_all(weight: Tensor, threshold: float, eps: float) -> Tensor:
+    """Every second choice is sent."""
+    return torch.ones_like(weight, dtype=torch.bool)
 
 
-def keep_none(gate: Tensor, threshold: float, eps: float) -> Tensor:
-    """No second choice is kept."""
-    return torch.zeros_like(gate, dtype=torch.bool)
+def send_none(weight: Tensor, threshold: float, eps: float) -> Tensor:
+    """No second choice is sent."""
+    return torch.zeros_like(weight, dtype=torch.bool)
 
 
-def keep_above_threshold(gate: Tensor, threshold: float, eps: float) -> Tensor:
-    """Second choices with a gate strictly above the threshold."""
-    return gate > threshold
+def send_above_threshold(weight: Tensor, threshold: float, eps: float) -> Tensor:
+    """Second choices of a weight strictly above the threshold are sent."""
+    return weight > threshold
 
 
-def keep_at_random(gate: Tensor, threshold: float, eps: float) -> Tensor:
-    """Second choices with probability gate / threshold: one uniform a token, in float32."""
-    uniform = torch.rand(gate.shape, device=gate.device, dtype=torch.float32)
-    return uniform < gate / max(threshold, eps)
+def send_at_random(weight: Tensor, threshold: float, eps: float) -> Tensor:
+    """Second choices are sent with probability weight / threshold: one uniform a token, in float32."""
+    uniform = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
+    return uniform < weight / max(threshold, eps)
 
 
-POLICIES = {"all": keep_all, "none": keep_none, "threshold": keep_above_threshold, "random": keep_at_random}
+POLICIES = {"all": send_all, "none": send_none, "threshold": send_above_threshold, "random": send_at_random}
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class Top2Gating(TokenChoiceGate):
     Args:
         dim: d, model dimension.
         num_gates: e, number of experts.
-        eps: guards the normalisation of the two gates and the threshold of policy "random".
+        eps: guards the normalisation of the two weights and the threshold of policy "random".
         outer_expert_dims: leading dimensions of weights and inputs (the second level of a hierarchy).
-        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (gate above
-            the threshold) or "random" (with probability gate / threshold).
+        second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (weight
+            above the threshold) or "random" (with probability weight / threshold).
         second_threshold_train, second_threshold_eval: that threshold.
         capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (for each token, not each
             choice); None is dropless.
@@ -163,17 +163,17 @@ class Top2Gating(TokenChoiceGate):
         # the first choice, and the second among what it leaves (a token without a first choice leaves all)
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
-        expert_2 = self._without_first(fixed, expert_1, tokens.first).argmax(dim=-1, keepdim=True)
+        expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
         expert = torch.cat([expert_1, expert_2], dim=-1)
 
-        # losses first: then the backward adds their gradient, an expanded row, in place to that of the gates
+        # losses first: then the backward adds their gradient, an expanded row, in place to that of the weights
         parts = self._losses(tokens, probs, expert_1, expert_2)
         p_1, p_2 = choose(probs, expert).chunk(2, dim=-1)
-        gate = self._gates(p_1, p_2, expert_1 == expert_2, tokens.first)
+        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
-        parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.first, self.process_group)
+        parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.full, self.process_group)
         # a choice of more than half the weight; at an exact tie neither is first
-        return Choices(expert, gate, probs, parts, balance_loss, chosen=self._sent(gate), primary=gate > 0.5)
+        return Choices(expert, weight, probs, parts, balance_loss, chosen=self._sent(weight), primary=weight > 0.5)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -181,34 +181,32 @@ class Top2Gating(TokenChoiceGate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
-        if tokens.first is None or tokens.some is None:
+        if tokens.full is None or tokens.active is None:
             return None
-        return torch.stack([tokens.first, tokens.some], dim=-1)
+        return torch.stack([tokens.full, tokens.active], dim=-1)
 
-    def _without_first(self, probs: Tensor, expert_1: Tensor, first: Tensor | None) -> Tensor:
+    def _without_first(self, probs: Tensor, expert_1: Tensor, full: Tensor | None) -> Tensor:
         """The probabilities with that of the first choice, where it is one, set to 0."""
-        if first is None:
+        if full is None:
             return probs.scatter(-1, expert_1, 0.0)
-        return torch.where(
-            torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, first[..., None]), 0.0, probs
-        )
+        return torch.where(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, full[..., None]), 0.0, probs)
 
-    def _gates(self, p_1: Tensor, p_2: Tensor, same: Tensor, first: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)` normalised gates: of first choices that are made, and of second ones of another expert.
+    def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, full: Tensor | None) -> Tensor:
+        """`(..., b, n, 2)` normalised weights: of first choices that are made, and of second ones of another expert.
 
         `same` says where both are one expert: where all that the first choice leaves is exactly 0, the second falls on
-        it too, with a gate of 0.
+        it too, with a weight of 0.
         """
-        if first is not None:
-            first = first.unsqueeze(-1)
-            p_1, same = torch.where(first, p_1, 0.0), same & first
+        if full is not None:
+            full = full.unsqueeze(-1)
+            p_1, same = torch.where(full, p_1, 0.0), same & full
         p_2 = p_2.masked_fill(same, 0.0)
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
-    def _sent(self, gate: Tensor) -> Tensor | None:
+    def _sent(self, weight: Tensor) -> Tensor | None:
         """`(..., b, n, 2)` bool: the choices that the policy of the present mode leaves; None if all.
 
-        `gate` is `(..., b, n, 2)`.
+        `weight` is `(..., b, n, 2)`.
         """
         policy, threshold = self.second_policy_eval, self.second_threshold_eval
         if self.training:
@@ -216,23 +214,21 @@ class Top2Gating(TokenChoiceGate):
         if policy == "all":
             sent = None
         else:
-            second = POLICIES[policy](gate[..., 1].detach(), threshold, self.eps)
+            second = POLICIES[policy](weight[..., 1].detach(), threshold, self.eps)
             sent = torch.stack([torch.ones_like(second), second], dim=-1)
         if self.num_experts > 1:
             return sent
-        other = gate != 0  # after the only expert there is no second one
+        other = weight != 0  # after the only expert there is no second one
         return other if sent is None else sent & other
 
     def _losses(self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
-        first = None if tokens.first is None else tokens.first.unsqueeze(-1)
-        proxy = (probs if first is None else torch.where(first, probs, 0.0)).sum(dim=-2)
-        parts = {"balance": self.balance(expert_1, first, proxy, tokens.length)}
+        parts = {"balance": self.balance_loss(tokens, probs, expert_1)}
         if self.second_place_loss:
-            rest = self._without_first(probs, expert_1, tokens.first)
+            rest = self._without_first(probs, expert_1, tokens.full)
             proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
             if tokens.real is not None:
                 proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
-            some = None if tokens.some is None else tokens.some.unsqueeze(-1)
-            parts["second_place"] = 0.5 * self.balance(expert_2, some, proxy.sum(dim=-2), tokens.length)
+            active = None if tokens.active is None else tokens.active.unsqueeze(-1)
+            parts["second_place"] = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return parts

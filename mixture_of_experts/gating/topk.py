@@ -13,7 +13,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.gating.keeping import choose, recomputed
+from mixture_of_experts.gating.saving import choose, recomputed
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ class TopKGating(TokenChoiceGate):
         x = self._jittered(tokens.x)
         logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
         ranked = self._ranked(score)
-        expert = top_choices(ranked, self.choices)
+        expert = top_choices(ranked, self.k)
         allowed = self.allowed(tokens)
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        balance = self.balance_loss(tokens, probs, expert, choices=self.choices)
+        balance = self.balance_loss(tokens, probs, expert, k=self.k)
 
         weight = choose(score, expert)
         prob = weight[..., :1]
@@ -137,7 +137,7 @@ class TopKGating(TokenChoiceGate):
             load = self.load(expert, allowed).sum(dim=-2)
             weight = count_in_backward(weight, load, self.expert_counts)
         if log_total is None:  # the first choice tells it
-            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.first, self.process_group)
+            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
@@ -160,13 +160,13 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, choices: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, k: int = 1
     ) -> Tensor:
         """The balancing loss over each group, or over all tokens of the batch."""
         if self.balance_over == "group":
-            return super().balance(expert, counted, proxy, length, choices)
+            return super().balance(expert, counted, proxy, length, k)
         load = self.load(expert, counted)
-        return losses.load_balance_over_batch(load, proxy, length, choices, self.process_group)
+        return losses.load_balance_over_batch(load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
         """In training x times U(1 - jitter, 1 + jitter); in float32 at least, as bfloat16 has no number near 1.005."""
@@ -218,7 +218,7 @@ class TopKGating(TokenChoiceGate):
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"score={self.score!r}"]
-        parts += [f"normalize={self.normalize}"] if self.normalize != (self.choices > 1) else []
+        parts += [f"normalize={self.normalize}"] if self.normalize != (self.k > 1) else []
         parts += [f"scale={self.scale}"] if self.scale != 1 else []
         parts += [f"jitter={self.jitter}"] if self.jitter else []
         parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
@@ -227,7 +227,7 @@ class TopKGating(TokenChoiceGate):
 
 
 def check_expert_groups(
-    num_experts: int, choices: int, num_groups: int | None, top_groups: int | None
+    num_experts: int, k: int, num_groups: int | None, top_groups: int | None
 ) -> tuple[int | None, int | None]:
     """Groups of experts are equal, and those open to choice hold at least k experts."""
     if num_groups is None and top_groups is None:
@@ -238,9 +238,9 @@ def check_expert_groups(
     check_size("top_groups", top_groups)
     if num_experts % num_groups:
         raise ValueError(f"num_groups={num_groups} must divide num_experts={num_experts}")
-    if top_groups > num_groups or top_groups * (num_experts // num_groups) < choices:
+    if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
-            f"top_groups={top_groups} of num_groups={num_groups} must hold at least k={choices} of the "
+            f"top_groups={top_groups} of num_groups={num_groups} must hold at least k={k} of the "
             f"{num_experts} experts and be at most num_groups"
         )
     return num_groups, top_groups

@@ -18,7 +18,7 @@ GATES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (gating.Top2Gating, gating.TopKGating, gating.NoisyTopKGating, gating.ExpertChoiceGating)
 }
-CALLED = {"k": "choices", "num_gates": "num_experts"}  # arguments that a gate keeps by another name
+CALLED = {"num_gates": "num_experts"}  # arguments that a gate keeps by another name
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that decide whether there is a part
 LEFT_OUT = ("self", "device", "dtype", "settings")  # those that a gate does not keep, or keeps one by one
 PLAIN = (bool, int, float, str, type(None))

@@ -309,7 +309,7 @@ def sum_of_weights(moe: MoE, g: int) -> float:
     tokens = torch.randn(64, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
     routing = gate.eval()(tokens)
     gate.train(was_training)
-    if routing.choices is None:
+    if routing.k is None:
         raise ValueError(
             f"with {type(gate).__name__} experts choose, and a token may have none: take a gate in which tokens "
             "choose, or start with new experts by replace_ffn"

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_choice
-from mixture_of_experts.dispatch import Decision, GivenChoices
+from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU, known_module, takes_two
-from mixture_of_experts.ops.call import Call, Halves, Network, matching
+from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.network import Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 
 __all__ = [
@@ -126,7 +127,7 @@ def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: boo
         training: the experts' mode.
     """
     dtype = x.dtype
-    x, network = matching(x, network)
+    x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
     return WAYS[_choose(call)].run(call).to(dtype)
 
@@ -213,8 +214,8 @@ def moe_ffn(
     _check_call(x, expert, weight, w_in, w2, b_in, b2, activation, gate_up)
     if w3 is None and b3 is not None:
         raise ValueError("b3 is the bias of w3, which is not given")
-    decision = GivenChoices(expert.to(torch.int64), weight, w2.shape[0])
-    return routed_ffn(x, decision, Network(w_in, w2, b_in, b2, activation, gate_up), training=training)
+    decision = decision_on(expert.to(torch.int64), weight, w2.shape[0])
+    return routed_ffn(x, decision, Network(w_in, w2, activation, b_in, b2, gate_up), training=training)
 
 
 def _check_call(

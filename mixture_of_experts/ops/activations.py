@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.private_torch import constant_in_graphs
+
 aten = torch.ops.aten
 ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
 
@@ -105,7 +107,7 @@ def takes_two(activation: ActivationLike) -> bool:
     return _needs_two(activation, 0)
 
 
-@torch.compiler.assume_constant_result  # a graph could not read signatures
+@constant_in_graphs  # a graph could not read signatures
 def _needs_two(function: Callable, more: int) -> bool:
     """Whether it can be called with two arguments and not with one, those that are given anyway apart."""
     return not _binds(function, 1 + more) and _binds(function, 2 + more)

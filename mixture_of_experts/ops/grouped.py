@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.dispatch import Decision, Plan
+from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.call import Call
+from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import capability, exporting, is_wrapped
 
 
@@ -32,25 +33,24 @@ def why_not(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`."""
     if call.x.is_cuda and lean.why_not(call) is None:
-        return lean.run(call, InGroups)
-    plan = call.decision.plan(ragged=call.decision.prefers_rows())
-    return plain.compute(call.x, plan, call.network, grouped_product)
+        return lean.run(call, GroupedProducts)
+    return plain.compute(call.x, plain.plan_of(call.decision), call.network, grouped_product)
 
 
-class InGroups(lean.InSlots):
+class GroupedProducts(lean.SlotProducts):
     """Rows without gaps by torch's grouped product, on CUDA. Those past the last expert's may hold anything, and nobody
     reads them."""
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        plan = decision.plan(ragged=True)
-        assert plan.counts is not None
-        return plan, plan.counts.cumsum(0, dtype=torch.int32)
+        plan = decision.without_gaps()
+        assert plan.num_tokens_per_expert is not None
+        return plan, plan.num_tokens_per_expert.cumsum(0, dtype=torch.int32)
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
         assert table is not None
-        assert plan.counts is not None
-        self.plan, self.ends, self.counts = plan, table, plan.counts
+        assert plan.num_tokens_per_expert is not None
+        self.plan, self.ends, self.num_tokens_per_expert = plan, table, plan.num_tokens_per_expert
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ class InGroups(lean.InSlots):
         return rows
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        rows += plain.bias_of_rows(bias, self.counts, self.plan.num_rows)
+        rows += plain.bias_of_rows(bias, self.num_tokens_per_expert, self.plan.num_rows)
 
     def by_rows(self, x: Tensor, y: Tensor, out: object = None) -> Tensor:
-        return outer_on_cuda(x, y, self.counts, self.ends)
+        return outer_on_cuda(x, y, self.num_tokens_per_expert, self.ends)
 
-    def of_choices(self, rows: Tensor) -> Tensor:
+    def of_assignments(self, rows: Tensor) -> Tensor:
         return rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
 
 

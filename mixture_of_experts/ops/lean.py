@@ -5,35 +5,37 @@ o dim of the outputs, p inner and q outer dimension of a weight.
 
 A token's rows are one gather and one sum, not a few operators for each choice.
 
-How rows lie, and the products of them, are a class: slots, blocks of equal size, or that of whoever calls `run` with
-another one.
+How rows lie, and the products of them, are a class: slots, blocks of equal size, or another one that `run` is given.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Decision, Plan, add_rows, sum_rows
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch import add_rows, sum_rows
 from mixture_of_experts.ops import autograd, plain, rows
 from mixture_of_experts.ops.activations import why_unknown
-from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
-from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.autograd import Gradients, Saved
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Network
+from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import exporting, in_transform, largest
 
 SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
 
 
-class InSlots:
+class SlotProducts:
     """`rows.Products` of rows as `arrange` lays them: here every expert has as many, some of them zeros."""
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
         """A plan, and a table of its rows that the backward needs again."""
-        return decision.plan(), None
+        return decision.in_slots(), None
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
         self.plan, self.num_batches = plan, math.prod(plan.num_experts)
@@ -68,12 +70,12 @@ class InSlots:
     def sums(self, scale: Tensor, rows: Tensor, out: object) -> Tensor:
         return self.by_rows(scale.to(rows.dtype).expand(-1, SUMMED).contiguous(), rows)[:, 0]
 
-    def of_choices(self, rows: Tensor) -> Tensor:
-        """The row of each choice `(a, q)` of a `total`, zeros where it has none."""
+    def of_assignments(self, rows: Tensor) -> Tensor:
+        """The row of each assignment `(a, q)` of a `total`, zeros where it has none."""
         return rows.index_select(0, self.plan.row)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """What is kept of rows for the backward."""
+        """What is saved of rows for the backward."""
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
@@ -87,17 +89,21 @@ class InSlots:
         return weight
 
 
-class InBlocks(InSlots):
+class BlockProducts(SlotProducts):
     """Every expert has rows in blocks of equal size, each of which copies its weight: no host sync on any device.
 
     There are as many blocks as can be needed, whatever the numbers of rows are; a block has about as many rows as an
-    expert has on average, so that there are at most about 2 e. Kept are pre-activations of choices, not of all rows.
+    expert has on average, so that there are at most about 2 e. Saved are pre-activations of assignments, not of all
+    rows.
     """
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        whole = WholeBlocks()
-        return decision.plan(ragged=True, widen=whole), whole.expert
+        queue, queues = decision.queue_up()
+        num_tokens_per_expert = decision.num_tokens_per_expert(queues)
+        size, number = plain.block_sizes(decision.most_rows, num_tokens_per_expert.shape[0])
+        rows_per_expert, expert = whole_blocks(num_tokens_per_expert, size, number)
+        return decision.with_rows(queue, queues, rows_per_expert, number * size), expert
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
         assert table is not None
@@ -119,18 +125,12 @@ class InBlocks(InSlots):
         return weight.index_select(0, self.expert)
 
 
-class WholeBlocks:
-    """Gives every expert rows for as many blocks as it needs, and notes whose each block is."""
-
-    expert: Tensor | None = None
-
-    def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
-        experts = counts.shape[0]
-        size, number = plain.block_sizes(num_rows, experts)
-        counts = (counts + (size - 1)) // size * size
-        first = torch.arange(0, number * size, size, device=counts.device)
-        self.expert = torch.searchsorted(counts.cumsum(0), first, right=True).clamp_(max=experts - 1)
-        return counts, number * size
+def whole_blocks(num_tokens_per_expert: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
+    """Rows for as many blocks of `size` as each expert needs `(e,)`, and the expert of each of `number` blocks."""
+    rows_per_expert = (num_tokens_per_expert + (size - 1)) // size * size
+    first = torch.arange(0, number * size, size, device=rows_per_expert.device)
+    expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
+    return rows_per_expert, expert.clamp_(max=rows_per_expert.shape[0] - 1)
 
 
 def why_not(call: Call) -> str | None:
@@ -142,40 +142,42 @@ def why_not(call: Call) -> str | None:
     return why_unknown(call.network.activation)
 
 
-def run(call: Call, products: type[InSlots] = InBlocks) -> Tensor:
+def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`; `products` is for rows without gaps."""
     if not call.decision.prefers_rows():
-        products = InSlots
+        products = SlotProducts
     plan, table = products.arrange(call.decision)
     if plan.num_rows == 0:
-        products = InSlots
-    return autograd.run(Lean(products, table), call.x, plan, call.network)
+        products = SlotProducts
+    return autograd.differentiable(LeanFFN(products, table), call.x, plan, call.network)
 
 
-class Lean:
-    """Computes in torch's operators, with the products of one kind (`autograd.Way`)."""
+class LeanFFN:
+    """Computes in torch's operators, with the products of one kind (`autograd.ForwardBackward`)."""
 
-    def __init__(self, products: type[InSlots], table: Tensor | None) -> None:
+    def __init__(self, products: type[SlotProducts], table: Tensor | None) -> None:
         self.products, self.table = products, table
 
-    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
         products = self.products(plan, self.table)
-        pre, y = rows.forward(products, x, network, keep)
-        return collect(y, plan, products), [self.table, *map(products.pack, pre)] if keep else []
+        pre, y = rows.forward(products, x, network, save)
+        return collect(y, plan, products), [self.table, *map(products.pack, pre)] if save else []
 
-    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
-        table, *packed = kept
+    def backward(
+        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
+    ) -> Gradients:
+        table, *packed = saved
         products = self.products(plan, table)
-        pre = [products.unpack(part) for part in packed]
+        pre = [products.unpack(part) for part in packed if part is not None]
         scale, grad_scale = rows.scales(plan)
-        y, grads = rows.gradients(products, x, network, pre, grad, scale, grad_scale[:-1], wanted.network, wanted.x)
+        y, grads = rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
         grad_x = None if y is None else collect(y, plan, products)
-        return grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads
+        return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
 
-def collect(y: Tensor, plan: Plan, products: InSlots) -> Tensor:
+def collect(y: Tensor, plan: Plan, products: SlotProducts) -> Tensor:
     """Every token's weighted sum of the rows of a `total`, in float32 and cast once."""
-    if plan.choices is None:
+    if plan.k is None:
         return sum_rows(y[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
-    terms = products.of_choices(y).mul_(plan.weight.unsqueeze(-1))
-    return terms.view(plan.num_tokens, plan.choices, y.shape[-1]).sum(dim=1)
+    terms = products.of_assignments(y).mul_(plan.weight.unsqueeze(-1))
+    return terms.view(plan.num_tokens, plan.k, y.shape[-1]).sum(dim=1)

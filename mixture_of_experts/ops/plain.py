@@ -15,8 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Plan, combine, dispatch
-from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch import combine, dispatch
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Network
+from mixture_of_experts.plan import Plan, append
 from mixture_of_experts.tracing import largest, smallest
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -28,16 +31,21 @@ def why_not(call: Call) -> None:
 
 def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`."""
-    return compute(call.x, call.decision.plan(ragged=call.decision.prefers_rows()), call.network)
+    return compute(call.x, plan_of(call.decision), call.network)
+
+
+def plan_of(decision: Decision) -> Plan:
+    """Rows without gaps where they are sure to be fewer than slots, else slots."""
+    return decision.without_gaps() if decision.prefers_rows() else decision.in_slots()
 
 
 def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = None) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`, in rows without gaps or in slots as the plan has it."""
-    rows = dispatch(x, plan)
-    if plan.counts is None:
+    rows, counts = dispatch(x, plan), plan.num_tokens_per_expert
+    if counts is None:
         experts = math.prod(plan.num_experts)
         rows = rows.view(experts, plan.num_rows // experts, rows.shape[-1])
-    out = feed_forward(rows, network, plan.counts, product)
+    out = feed_forward(rows, network, counts, product)
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
 
@@ -53,7 +61,7 @@ def feed_forward(x: Tensor, network: Network, counts: Tensor | None = None, prod
     return linear(network.hidden(pre), network.w_out, network.b_out)
 
 
-class Blocks(NamedTuple):
+class RowBlocks(NamedTuple):
     """Rows without gaps in blocks of equal size, each of one expert: as many as can be needed, whatever the counts.
 
     Attributes:
@@ -73,7 +81,7 @@ def block_sizes(rows: int, experts: int) -> tuple[int, int]:
     return size, smallest(rows, rows // size + experts)
 
 
-def in_blocks(counts: Tensor, rows: int) -> Blocks:
+def in_blocks(counts: Tensor, rows: int) -> RowBlocks:
     """How `rows` rows lie in blocks, by comparisons and gathers: without a host sync no shape may depend on counts."""
     size, num_blocks = block_sizes(rows, counts.shape[0])
     blocks = (counts + size - 1) // size  # (e,) blocks of each expert
@@ -89,7 +97,7 @@ def in_blocks(counts: Tensor, rows: int) -> Blocks:
     places = num_blocks * size
     place = torch.full((rows + 1,), places, device=counts.device)
     place = place.scatter(0, row.flatten(), torch.arange(places, device=counts.device))[:rows]
-    return Blocks(expert, row, place)
+    return RowBlocks(expert, row, place)
 
 
 def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -106,9 +114,9 @@ def expert_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> T
     if counts is None:
         return torch.matmul(x, weight)
     blocks = in_blocks(counts, x.shape[0])
-    rows = _take(_with_zero(x), blocks.row.flatten()).unflatten(0, blocks.row.shape)
+    rows = _take(append(x, 0), blocks.row.flatten()).unflatten(0, blocks.row.shape)
     out = torch.bmm(rows, _take(weight, blocks.expert))
-    return _take(_with_zero(out.flatten(0, 1)), blocks.place)
+    return _take(append(out.flatten(0, 1), 0), blocks.place)
 
 
 def outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
@@ -122,9 +130,10 @@ def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Te
     and mapped: of ways whose own gradients cannot."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-        return compute(x, plan._replace(weight=weight), network.filled(weights))
+        return compute(x, plan._replace(weight=weight), network.with_tensors(dict(zip(tensors, weights, strict=True))))
 
-    return torch.func.vjp(function, x, plan.weight, *network.tensors())[1](grad)
+    tensors = network.tensors()
+    return torch.func.vjp(function, x, plan.weight, *tensors.values())[1](grad)
 
 
 def bias_of_rows(bias: Tensor, counts: Tensor | None, rows: int) -> Tensor:
@@ -140,11 +149,6 @@ def _owner(ends: Tensor, index: Tensor) -> Tensor:
     By comparisons, not searchsorted, which ONNX does not have.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
-
-
-def _with_zero(rows: Tensor) -> Tensor:
-    """One more row, of zeros."""
-    return torch.cat([rows, rows.new_zeros(1, rows.shape[-1])])
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:

@@ -23,7 +23,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixture_of_experts.checks import shape_of
-from mixture_of_experts.dispatch import Decision, combine, dispatch
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.parallel.exchange import Channel, follow, scale_gradient, through_rows, through_slots
 
@@ -97,11 +98,11 @@ class SpreadExperts(RoutedExperts):
             return self._through_slots(x)
         local: Any = self.local_class
         ragged = decision.dropless and issubclass(local, RoutedExperts) and local.reads_decisions
-        plan = decision.plan(ragged=ragged)
+        plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
-        if plan.counts is not None:
+        if plan.num_tokens_per_expert is not None:
             channel = self.expert_parallel.channel
-            out = through_rows(self._as_sent(rows), plan.counts, self._compute, channel)
+            out = through_rows(self._as_sent(rows), plan.num_tokens_per_expert, self._compute, channel)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.queues import queue_positions
 from mixture_of_experts.routing import Routing
 
 ROUTER = re.compile(r"Top[kK]Router$")
@@ -67,23 +66,21 @@ class Reader:
             probs = logits.softmax(dim=-1)
         kept = torch.ones_like(expert, dtype=torch.bool) if real is None else real.repeat_interleave(k, dim=-1)
         kept = kept & (expert < e)  # those of other ranks are not
-        slot, queued = queue_positions(torch.where(kept, expert, 0), kept, e, k)
+        expert = torch.where(kept, expert, 0)
+        load = expert.new_zeros(b, e).scatter_add(-1, expert, kept.to(torch.int64))
         proxy = (probs if real is None else torch.where(real.unsqueeze(-1), probs, 0.0)).sum(dim=-2)
         return Routing(
-            token=torch.arange(n, device=expert.device).repeat_interleave(k).expand_as(expert),
-            expert=torch.where(kept, expert, 0),
-            slot=slot,
+            expert=expert,
             kept=kept,
             weight=torch.where(kept, weight.float().reshape(b, n * k), 0.0),
             probs=probs,
-            balance_loss=losses.load_balance(queued, proxy, n if real is None else real.sum(dim=-1), k),
+            balance_loss=losses.load_balance(load, proxy, n if real is None else real.sum(dim=-1), k),
             z_loss=losses.z_loss(logits, real),
             num_tokens=n,
             num_experts=e,
             capacity=None,
-            choices=k,
+            k=k,
             chosen=kept,
-            queued=queued,
             real=real,
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import plan_level
+from mixture_of_experts.decision import slots_of
 from mixture_of_experts.routing import Routing
 
 # What a row sums for each router: over tokens; over choices, the second those beyond all slots of their group; over
@@ -32,32 +32,36 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
     else:
         tokens = part.sum(dim=(-2, -1))
         unseen, entropy, top = part & ~seen, torch.where(part, entropy, 0.0), torch.where(part, top, 0.0)
-    uneven = imbalance(routing)
+    queued = routing.queued
+    uneven = imbalance(queued)
     sums = {
         "tokens": tokens,
         "unseen": unseen.sum(dim=(-2, -1)),
-        "dropped": over_capacity(routing, routing.queued).sum(dim=(-2, -1)),
-        "unavoidable": over_capacity(routing, routing.queued.sum(dim=-1, keepdim=True), e).sum(dim=(-2, -1)),
+        "dropped": over_capacity(routing, queued).sum(dim=(-2, -1)),
+        "unavoidable": over_capacity(routing, queued.sum(dim=-1, keepdim=True), e).sum(dim=(-2, -1)),
         "entropy": entropy.sum(dim=(-2, -1)),
         "confidence": top.sum(dim=(-2, -1)),
         "groups": (uneven > 0).sum(dim=-1),
         "imbalance": uneven.sum(dim=-1),
     }
     worst = torch.nn.functional.pad(uneven, (1, 0)).amax(dim=-1)  # there may be no group
-    parts = (load, routing.queued.sum(dim=-2), *(sums[name] for name in SUMS), worst)
+    parts = (load, queued.sum(dim=-2), *(sums[name] for name in SUMS), worst)
     return torch.cat([values.float().flatten() for values in parts])
 
 
-def imbalance(routing: Routing) -> Tensor:
-    """`(..., b)` float32: requests of a group's most requested expert over the mean; 0 where nothing is requested."""
-    queued = routing.queued.float()
+def imbalance(queued: Tensor) -> Tensor:
+    """`(..., b)` float32: requests of a group's most requested expert over the mean; 0 where nothing is requested.
+
+    `queued` is `(..., b, e)`, the requests of each expert.
+    """
+    queued = queued.float()
     return queued.amax(dim=-1) * queued.shape[-1] / queued.sum(dim=-1).clamp(min=1)
 
 
 def seen_tokens(routing: Routing) -> Tensor:
     """`(..., b, n)` bool: the tokens that an expert computes."""
-    if routing.choices is not None:
-        return routing.kept.unflatten(-1, (routing.num_tokens, routing.choices)).any(dim=-1)
+    if routing.k is not None:
+        return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
     zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)
     return zeros.scatter_add(-1, routing.token, routing.kept.to(torch.int64)) > 0
 
@@ -80,10 +84,10 @@ def over_capacity(routing: Routing, queued: Tensor, experts: int = 1) -> Tensor:
 
 def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
     """`(1,)` float32: tokens of a hierarchy that no expert computes. Slots of level one are tokens of level two."""
-    assert outer.choices is not None
+    assert outer.k is not None
     seen = seen_tokens(inner).flatten()
     seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot
-    unseen = ~seen[plan_level(outer).row].view(*outer.probs.shape[:-1], outer.choices).any(dim=-1)
+    unseen = ~seen[slots_of(outer).row].view(*outer.probs.shape[:-1], outer.k).any(dim=-1)
     if outer.real is not None:
         unseen = unseen & outer.real
     return unseen.sum().float().reshape(1)

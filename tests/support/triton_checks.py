@@ -6,6 +6,7 @@ Axes: t tokens, k choices, r rows, e experts, d model dim, h hidden dim, o outpu
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,17 +26,19 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.dispatch import Decision, Plan, plan_level, plan_two_levels
+from mixture_of_experts.decision import compose, decision_of, decision_on, slots_of
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
-from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton import operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
+from mixture_of_experts.plan import Plan
 from support.triton_memory import watched
 
-autograd.packed = Plan.packed  # tensors are on a CPU, and are kept as on a GPU
+autograd.tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU
 
 ACTIVATIONS = {
     "gelu": nn.GELU,
@@ -61,25 +64,25 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
     if routing == "expert choice":
         choosing = ExpertChoiceGating(d, e, capacity_factor=1.5)
         choosing.w_gating.data *= 300 if zeros else 1
-        return with_rows_of_nobody(plan_level(choosing(x), ragged=True), bool(zeros))
+        return with_rows_of_nobody(decision_of(choosing(x)).without_gaps(), bool(zeros))
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
-        slots = plan_level(outer)
+        slots = slots_of(outer)
         factor = 1.0 if zeros else None
         inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,), capacity_factor_train=factor)
         inner_gate.w_gating.data *= 300 if zeros else 1
         grouped = torch.cat([x[0], x.new_zeros(1, d)])[slots.token].view(2, 1, -1, d)
         mask = (slots.token < t).view(2, 1, -1)
-        return with_rows_of_nobody(plan_two_levels(outer, inner_gate(grouped, mask=mask), ragged=True), bool(zeros))
+        return with_rows_of_nobody(compose(outer, slots, inner_gate(grouped, mask=mask)).without_gaps(), bool(zeros))
     gate = TopKGating(d, e, k, capacity_factor_train=1.0 if routing == "capacity" else None, priority="token")
     gate.w_gating.data *= 5
     mask = torch.rand(1, t) < 0.8 if routing == "masked" else None
-    return plan_level(gate(x, mask=mask), ragged=True)
+    return decision_of(gate(x, mask=mask)).without_gaps()
 
 
 def with_rows_of_nobody(plan: Plan, wanted: bool) -> Plan:
-    assert plan.counts is not None
-    empty = plan.assignment[: int(plan.counts.sum())] == plan.weight.shape[0]
+    assert plan.num_tokens_per_expert is not None
+    empty = plan.assignment[: int(plan.num_tokens_per_expert.sum())] == plan.weight.shape[0]
     assert bool(empty.any()) == wanted
     return plan
 
@@ -97,17 +100,17 @@ def make_network(
     width, number = h if halves is None else 2 * h, 2 if layout == "gated" else 1
     b_in = tuple(torch.randn(e, width) if bias else None for _ in range(number))
     w_in = tuple(draw(d, width) for _ in range(number))
-    return Network(w_in, draw(h, o), b_in, torch.randn(e, o) if bias else None, ACTIVATIONS[activation](), halves)
+    return Network(w_in, draw(h, o), ACTIVATIONS[activation](), b_in, torch.randn(e, o) if bias else None, halves)
 
 
 def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
     """The network, one expert after the other."""
-    assert where.counts is not None
+    assert where.num_tokens_per_expert is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
-    for expert, count in enumerate(where.counts.tolist()):
+    for expert, count in enumerate(where.num_tokens_per_expert.tolist()):
         rows = torch.arange(start, start + count)
         rows, start = rows[where.token[rows] < x.shape[0]], start + count  # some may be nobody's
-        its = network.map(lambda tensor, expert=expert: tensor[expert])
+        its = network.with_tensors({name: tensor[expert] for name, tensor in network.tensors().items()})
         tokens = x[where.token[rows]]
         pre = [tokens @ w + (0 if b is None else b) for w, b in zip(its.w_in, its.b_in, strict=True)]
         y = network.hidden(pre) @ its.w_out + (0 if its.b_out is None else its.b_out)
@@ -237,14 +240,14 @@ def check_plan(e: int, groups: int, routing: str) -> None:
             balance_loss=decided.balance_loss,
             z_loss=decided.z_loss,
         )
-    wanted, found = plan_level(decided, ragged=True), plan_of(Decision([decided]))
-    assert found[5:] == wanted[5:]
+    wanted, found = decision_of(decided).without_gaps(), plan_of(decision_of(decided))
+    assert found.without_tensors() == wanted.without_tensors()
     assert torch.equal(found.row, wanted.row)
     assert torch.equal(found.weight, wanted.weight)
-    assert found.counts is not None
-    assert wanted.counts is not None
-    assert torch.equal(found.counts, wanted.counts)
-    a, total = len(wanted.row), int(wanted.counts.sum())
+    assert found.num_tokens_per_expert is not None
+    assert wanted.num_tokens_per_expert is not None
+    assert torch.equal(found.num_tokens_per_expert, wanted.num_tokens_per_expert)
+    a, total = len(wanted.row), int(wanted.num_tokens_per_expert.sum())
     held = (wanted.assignment == a) & (torch.arange(a) < total)
     assert bool(held.any()) == (routing == "capacity, zeros")
     for got, want in ((found.assignment, wanted.assignment), (found.token, wanted.token)):
@@ -255,7 +258,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
 
 def check_nothing() -> None:
     """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
-    where = plan_of(Decision([TopKGating(16, 4, 2)(torch.randn(1, 0, 16))]))
+    where = plan_of(decision_of(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
     network = make_network("gated", "silu", 4, 16, 16, 16, bias=True)
     found = with_gradients(compute, torch.randn(0, 16), where, network, torch.randn(0, 16))
     assert found.pop("out").shape == (0, 16)
@@ -271,7 +274,7 @@ def check_frozen() -> None:
     gradients = {}
     for wanted in ("x", "w_in", "w_out", "all"):
         leaves = {name: tensor.clone().requires_grad_(wanted in (name, "all")) for name, tensor in tensors.items()}
-        network = Network((leaves["w_in"],), leaves["w_out"], (None,), None, nn.SiLU())
+        network = Network((leaves["w_in"],), leaves["w_out"], nn.SiLU())
         compute(leaves["x"], where, network).backward(grad)
         gradients[wanted] = {name: leaf.grad for name, leaf in leaves.items()}
     for name in tensors:
@@ -290,9 +293,10 @@ def check_operators() -> None:
     _, pre = operators.triton_ffn(*arguments, *form, True)
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
-    decided = TopKGating(16, 4, 2)(torch.randn(2, 10, 16))
-    of_choices = (decided.expert, decided.slot, decided.chosen, decided.kept, decided.queued)
-    torch.library.opcheck(triton_plan, (*of_choices, 2))
+    decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
+    queue, queues = decision.queue_up()
+    arguments = (queue, queues.position, decision.chosen, decision.kept, queues.length, 4, 2)
+    torch.library.opcheck(triton_plan, arguments)
     torch.use_deterministic_algorithms(True)
 
 
@@ -375,9 +379,10 @@ def check_refusals() -> None:
 def check_too_large() -> None:
     """Places that int32 does not hold are refused; only shapes and strides are read for it."""
     one, many = torch.empty(1), 1 << 31
+    nothing = decision_on(torch.empty(0, 2, dtype=torch.int64), torch.empty(0, 2), 2)
     for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
-        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), (None,), None, nn.SiLU())
-        assert "too large" in str(why_not(Call(one.expand(4, d), Decision(()), network, False)))
+        network = Network((one.expand(2, d, h),), one.expand(2, h, 16), nn.SiLU())
+        assert "too large" in str(why_not(Call(one.expand(4, d), nothing, network, False)))
     with pytest.raises(ValueError, match=f"fewer than 2\\^31 rows, not {many}"):
         operators.find_tiles(torch.tensor([many]), many, 128)
 
@@ -385,7 +390,7 @@ def check_too_large() -> None:
 def check_devices() -> None:
     """Tensors of two devices are refused, as torch's own operators refuse them, before a kernel is launched."""
     network = make_network("plain", "silu", 4, 16, 16, 16)
-    network = network._replace(w_out=network.w_out.to("meta"))
+    network = replace(network, w_out=network.w_out.to("meta"))
     form, arguments = form_of(network), operands(torch.randn(20, 16), make_plan("top k", 20, 16, 4, 2), network)
     assert form is not None
     for operator, given in (

@@ -19,7 +19,7 @@ def why_not(call: Call) -> str | None:
         return "a graph is being traced, in which the numbers of rows cannot be read"
     if in_transform():
         return "numbers of rows cannot be read under a transform of torch.func"
-    for tensor in (call.x, *call.network.tensors()):
+    for tensor in (call.x, *call.network.tensors().values()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"it reads plain tensors, and there is a {type(tensor).__name__}"
     return why_unknown(call.network.activation)

@@ -21,24 +21,24 @@ MOST_ROWS = 32
 
 
 def why_not(call: Call) -> str | None:
-    """One level of token choice and few assignments, in eval and without gradients."""
-    choices = call.decision.choices
+    """Token choice and few assignments, in eval and without gradients."""
+    decision = call.decision
     if call.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
-    if choices is None:
-        return "it is for one level of token choice"
-    if choices.weight.numel() > MOST_ROWS:
-        return f"there are {choices.weight.numel()} assignments, more than {MOST_ROWS}"
+    if decision.k is None:
+        return "it is for token choice"
+    if decision.weight.numel() > MOST_ROWS:
+        return f"there are {decision.weight.numel()} assignments, more than {MOST_ROWS}"
     return None
 
 
 def run(call: Call) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
-    x, network, choices = call.x, call.network, call.decision.choices
-    assert choices is not None
-    expert, weight, kept = (tensor.flatten().tolist() for tensor in choices[:3])
+    x, network, decision = call.x, call.network, call.decision
+    assert decision.k is not None
+    expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
-    used, k, device = list(Counter(expert[a] for a in order).items()), choices.k, x.device
+    used, k, device = list(Counter(expert[a] for a in order).items()), decision.k, x.device
     token = None  # of each row, unless there is but one
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
@@ -53,7 +53,7 @@ def run(call: Call) -> Tensor:
     rows = x.expand(len(order), -1) if token is None else x.index_select(0, token)
     hidden = network.hidden([product(rows, w, b) for w, b in zip(network.w_in, network.b_in, strict=True)])
     y = product(hidden, network.w_out, network.b_out)
-    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), choices.weight.dtype)
+    dtype = torch.promote_types(torch.promote_types(y.dtype, torch.float32), decision.weight.dtype)
     y = y * torch.tensor([weight[a] for a in order], dtype=dtype, device=device).unsqueeze(-1)
     if token is None:
         return y.sum(dim=0, keepdim=True).to(x.dtype)

@@ -9,17 +9,20 @@ the memory of one chunk to the next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Plan, sum_rows
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch import sum_rows
 from mixture_of_experts.ops import autograd, rows
-from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
-from mixture_of_experts.ops.call import Call, Network
-from mixture_of_experts.ops.cpu.schedule import Chunk, Schedule
+from mixture_of_experts.ops.autograd import Gradients, Saved
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.cpu.batches import Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
+from mixture_of_experts.ops.network import Network
+from mixture_of_experts.plan import Plan
 
 
 def run(call: Call) -> Tensor:
@@ -28,41 +31,62 @@ def run(call: Call) -> Tensor:
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
-    schedule = Schedule(dim, h, row_bytes, torch.get_num_threads())
-    plan = call.decision.plan(ragged=True, widen=schedule)  # which asks the schedule for rows, and so makes its chunks
-    return autograd.run(Fused(schedule.chunks), x, plan, network)
+    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes)
+    return autograd.differentiable(ChunkedFFN(chunks), x, plan, network)
 
 
-class Fused:
-    """Computes chunk by chunk (`autograd.Way`)."""
+def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[Chunk]]:
+    """The rows of a call with the padding of its batches, and those in chunks.
+
+    Args:
+        decision: what the gates decide.
+        row_work: multiplications of one row with one weight.
+        row_bytes: of a row before and behind the products with `w_in`, together.
+    """
+    threads = torch.get_num_threads()
+    most_rows = most_rows_of_chunk(row_bytes, threads)
+    queue, queues = decision.queue_up()
+    counts = decision.num_tokens_per_expert(queues).tolist()
+    batches = batches_of(counts, row_work, threads, most_rows)
+    given = rows_given(batches, len(counts))
+    plan = decision.with_rows(queue, queues, torch.tensor(given, device=queue.device), sum(given))
+    return plan, chunks_of(batches, most_rows)
+
+
+class ChunkedFFN:
+    """Computes chunk by chunk (`autograd.ForwardBackward`)."""
 
     def __init__(self, chunks: list[Chunk]) -> None:
         self.chunks = chunks
 
-    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
+    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
         y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
-        kept = [x.new_empty(plan.num_rows, w.shape[-1]) for w in network.w_in] if keep else []
+        pre = [x.new_empty(plan.num_rows, w.shape[-1]) for w in network.w_in] if save else []
         for chunk in self.chunks:
-            rows.forward(InChunk(chunk, plan, y), x, network, keep, [part[chunk.rows] for part in kept])
-        return _collect(y, plan), kept
+            products = ChunkProducts(chunk, plan, y)
+            rows.forward(products, x, network, save, [part[chunk.rows] for part in pre])
+        return _collect(y, plan), pre
 
-    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
-        grads = wanted.network.map(torch.empty_like)
-        assert plan.counts is not None
-        if unused := [expert for expert, number in enumerate(plan.counts.tolist()) if not number]:
-            for gradient in grads.tensors():
+    def backward(
+        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
+    ) -> Gradients:
+        grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
+        assert plan.num_tokens_per_expert is not None
+        numbers = plan.num_tokens_per_expert.tolist()
+        if unused := [expert for expert, number in enumerate(numbers) if not number]:
+            for gradient in grads.values():
                 gradient[unused] = 0
         y, (scale, grad_scale) = _rows_and_zeros(x, plan, x.shape[-1]), rows.scales(plan)
         grad = grad.contiguous()
         for chunk in self.chunks:
-            here, products = chunk.rows, InChunk(chunk, plan, y)
-            pre = [part[here] for part in kept]
-            rows.gradients(products, x, network, pre, grad, scale[here], grad_scale[here], grads, wanted.x)
-        grad_x = _collect(y, plan) if wanted.x else None
-        return grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads
+            here, products = chunk.rows, ChunkProducts(chunk, plan, y)
+            pre = [part[here] for part in saved if part is not None]
+            rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
+        grad_x = _collect(y, plan) if "x" in wanted else None
+        return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
 
-class InChunk:
+class ChunkProducts:
     """`rows.Products` of a chunk: of each batch one product. The totals are written to the chunk's rows of `y`."""
 
     def __init__(self, chunk: Chunk, plan: Plan, y: Tensor) -> None:
@@ -91,12 +115,14 @@ class InChunk:
         for batch in self.batches:
             batch.of(rows, self.start).add_(bias[batch.experts].unsqueeze(1))
 
-    def by_rows(self, x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
         for batch in self.batches:
             torch.bmm(batch.of(x, self.start).mT, batch.of(y, self.start), out=out[batch.experts])
         return out
 
-    def sums(self, scale: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
+        assert out is not None
         self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
 
@@ -111,8 +137,8 @@ def _rows_and_zeros(x: Tensor, plan: Plan, width: int) -> Tensor:
 def _collect(rows: Tensor, plan: Plan) -> Tensor:
     """Each token's weighted sum of rows `(r + 1, o)`, the last of which is zeros."""
     weight = plan.weight.detach()  # else `embedding_bag` prepares for a backward
-    if plan.choices is None or rows.dtype != weight.dtype:  # the sum is taken in float32
-        weight = plan.row_weight().detach() if plan.choices is None else weight
-        return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.choices, plan.num_tokens)
-    shape = plan.num_tokens, plan.choices
+    if plan.k is None or rows.dtype != weight.dtype:  # the sum is taken in float32
+        weight = plan.row_weight().detach() if plan.k is None else weight
+        return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.k, plan.num_tokens)
+    shape = plan.num_tokens, plan.k
     return F.embedding_bag(plan.row.view(shape), rows, per_sample_weights=weight.view(shape), mode="sum")

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from mixture_of_experts.ops.activations import KNOWN
-from mixture_of_experts.ops.call import Network
+from mixture_of_experts.ops.network import Network
 
 
 class Form(NamedTuple):

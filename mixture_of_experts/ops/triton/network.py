@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Plan
 from mixture_of_experts.ops import autograd
-from mixture_of_experts.ops.autograd import Gradients, Kept, Wanted
-from mixture_of_experts.ops.call import Call, Network
+from mixture_of_experts.ops.autograd import Gradients, Saved
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
 from mixture_of_experts.ops.triton.plan import plan_of
+from mixture_of_experts.plan import Plan
 
 
 def run(call: Call) -> Tensor:
@@ -20,15 +23,15 @@ def run(call: Call) -> Tensor:
 
 
 def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
-    return autograd.run(Kernels(), x, plan, network)
+    return autograd.differentiable(TritonFFN(), x, plan, network)
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
-    assert plan.counts is not None
+    assert plan.num_tokens_per_expert is not None
     token, assignment, row = (table.to(torch.int32) for table in (*readable(plan), plan.row))
-    tables = (plan.weight, token, assignment, row, plan.counts)
+    tables = (plan.weight, token, assignment, row, plan.num_tokens_per_expert)
     b_in = [bias for bias in network.b_in if bias is not None]
-    return Operands(x, *tables, plan.choices or 0, list(network.w_in), network.w_out, b_in, network.b_out)
+    return Operands(x, *tables, plan.k or 0, list(network.w_in), network.w_out, b_in, network.b_out)
 
 
 def known_form(network: Network) -> Form:
@@ -44,25 +47,28 @@ def readable(plan: Plan) -> tuple[Tensor, Tensor]:
     choice the row is nobody's. It gets some token and, as its weight has to be 0, a choice whose weight that is.
     """
     number = plan.weight.shape[0]
-    if number == 0 or (plan.choices is not None and len(plan.num_experts) == 1):
+    if number == 0 or (plan.k is not None and len(plan.num_experts) == 1):
         return plan.token, plan.assignment
-    assert plan.counts is not None
-    of_experts = torch.arange(plan.num_rows, device=plan.row.device) < plan.counts.sum()
+    assert plan.num_tokens_per_expert is not None
+    of_experts = torch.arange(plan.num_rows, device=plan.row.device) < plan.num_tokens_per_expert.sum()
     nobodys = of_experts & (plan.assignment == number)
     unused = (plan.weight != 0).to(torch.int8).argmin()
     return plan.token.masked_fill(nobodys, 0), torch.where(nobodys, unused, plan.assignment)
 
 
-class Kernels:
-    """Computes by the kernels (`autograd.Way`)."""
+class TritonFFN:
+    """Computes by the kernels (`autograd.ForwardBackward`)."""
 
-    def forward(self, x: Tensor, plan: Plan, network: Network, keep: bool) -> tuple[Tensor, Kept]:
-        out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), keep)
+    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
+        out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), save)
         return out, [pre]
 
-    def gradients(self, x: Tensor, plan: Plan, network: Network, kept: Kept, grad: Tensor, wanted: Wanted) -> Gradients:
-        (pre,), of = kept, wanted.network
-        need_in, need_out = (any(w is not None for w in pair) for pair in ((*of.w_in, *of.b_in), (of.w_out, of.b_out)))
-        arguments = *operands(x, plan, network), *known_form(network), wanted.x, need_in, need_out
+    def backward(
+        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
+    ) -> Gradients:
+        (pre,) = saved
+        need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
+        need_out = "w_out" in wanted or "b_out" in wanted
+        arguments = *operands(x, plan, network), *known_form(network), "x" in wanted, need_in, need_out
         grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *arguments)
-        return grad_x, grad_weight, network.filled(grads)
+        return Gradients(grad_x, grad_weight, dict(zip(network.tensors(), grads, strict=True)))

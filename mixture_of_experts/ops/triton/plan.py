@@ -1,73 +1,73 @@
 """The plan of a call by one kernel, where it is of one level of token choice.
 
-Axes: b groups, a assignments of a group (n tokens, k choices), e experts.
+Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 from torch import Tensor
 
-from mixture_of_experts.dispatch import Decision, Plan, num_slots_held
+from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops.triton import operators, tables
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.plan import Plan
 
 BLOCK = 128  # assignments of a program
 
 
 def plan_of(decision: Decision) -> Plan:
-    """Rows without gaps; as `decision.plan(ragged=True)`, but that a row may be nobody's and yet have a token."""
-    if len(decision.levels) == 1 and decision.levels[0].choices is not None:
-        return _plan(decision.levels[0])
-    return decision.plan(ragged=True)
-
-
-def _plan(routing: Routing) -> Plan:
-    k, (b, a) = routing.choices, routing.expert.shape
-    assert k is not None
-    size = num_slots_held(routing)
-    row, assignment, token, counts = triton_plan(routing.expert, routing.slot, routing.chosen, routing.kept, size, k)
-    weight = routing.weight.flatten()
-    return Plan(row, assignment, weight, token, counts, k, b * routing.num_tokens, b * a, (routing.num_experts,))
+    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token."""
+    if len(decision.num_experts) > 1 or decision.k is None:
+        return decision.without_gaps()
+    queue, queues = decision.queue_up()
+    e, k = math.prod(decision.num_experts), decision.k
+    made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k)
+    row, assignment, token, num_tokens_per_expert = made
+    sizes = (k, decision.num_tokens, decision.most_rows, decision.num_experts)
+    return Plan(row, assignment, decision.weight, token, num_tokens_per_expert, *sizes)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
 def triton_plan(
-    expert: Tensor, slot: Tensor, chosen: Tensor, kept: Tensor, size: Tensor, choices: int
+    queue: Tensor, position: Tensor, chosen: Tensor, kept: Tensor, length: Tensor, num_experts: int, k: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`row` `(b a,)`, `assignment` and `token` of each row, in int32, and `counts` `(e,)`, as a `Plan` has them.
+    """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
 
     Args:
-        expert, slot: `(b, a)` int64, of each assignment.
-        chosen, kept: `(b, a)` bool, those that hold a place in the queue, and those of them that are computed.
-        size: `(b, e)` int64, the rows of each group and expert.
-        choices: k.
+        queue, position: `(a,)` int64, the queue of each assignment, and its position in it.
+        chosen, kept: `(a,)` bool, those that hold a place in the queue, and those of them that are computed.
+        length: `(e b,)` int64, the rows of each queue.
+        num_experts, k: e, and the choices of a token.
     """
-    (groups, length), experts = expert.shape, size.shape[-1]
-    operators.on_one_device(expert, slot, chosen, kept, size)
-    operators.check_number(groups * length)
-    expert, slot, chosen, kept, size = (tensor.contiguous() for tensor in (expert, slot, chosen, kept, size))
-    row, assignment, token = tables_of(expert)
-    counts = size.new_empty(experts)
-    if groups * length == 0:
+    number, queues = queue.shape[0], length.shape[0]
+    operators.on_one_device(queue, position, chosen, kept, length)
+    operators.check_number(number)
+    queue, position, chosen, kept, length = (tensor.contiguous() for tensor in (queue, position, chosen, kept, length))
+    row, assignment, token = tables_of(queue)
+    counts = length.new_empty(num_experts)
+    if number == 0:
         return row, assignment, token, counts.zero_()
     operators.launch(
         tables.find_rows,
-        (triton.cdiv(groups * length, BLOCK),),
-        expert=expert,
-        slot=slot,
+        (triton.cdiv(number, BLOCK),),
+        queue=queue,
+        position=position,
         chosen=chosen,
         kept=kept,
-        size=size,
+        length=length,
+        stop=length.cumsum(0),
         row=row,
         assignment=assignment,
         token=token,
         counts=counts,
-        num_groups=groups,
-        group_length=length,
-        num_experts=experts,
-        CHOICES=choices,
+        num_assignments=number,
+        num_groups=queues // num_experts,
+        num_queues=queues,
+        num_experts=num_experts,
+        CHOICES=k,
         BLOCK=BLOCK,
         BLOCK_E=32,
         num_warps=4,
@@ -76,11 +76,11 @@ def triton_plan(
 
 
 @triton_plan.register_fake
-def _(expert, slot, chosen, kept, size, choices):
-    operators.on_one_device(expert, slot, chosen, kept, size)
-    return *tables_of(expert), size.new_empty(size.shape[-1])
+def _(queue, position, chosen, kept, length, num_experts, k):
+    operators.on_one_device(queue, position, chosen, kept, length)
+    return *tables_of(queue), length.new_empty(num_experts)
 
 
-def tables_of(expert: Tensor) -> list[Tensor]:
+def tables_of(queue: Tensor) -> list[Tensor]:
     """Where `row`, `assignment` and `token` are written."""
-    return [expert.new_empty(expert.numel(), dtype=torch.int32) for _ in range(3)]
+    return [queue.new_empty(queue.numel(), dtype=torch.int32) for _ in range(3)]

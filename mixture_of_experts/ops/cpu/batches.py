@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 # `python -m benchmarks.constants` times steps with other values of these
@@ -92,24 +91,14 @@ def chunks_of(batches: list[Batch], most_rows: int) -> list[Chunk]:
     return chunks
 
 
-class Schedule:
-    """Makes `chunks` from the rows of each expert, and tells how many rows each is to be given (`dispatch.Widen`).
+def most_rows_of_chunk(row_bytes: int, threads: int) -> int:
+    """Rows up to which a chunk grows; `row_bytes` are those of a row before and behind the products with `w_in`."""
+    return max(1, CHUNK * threads // row_bytes)
 
-    Args:
-        dim, hidden_dim: of the model and of the hidden layer.
-        row_bytes: of a row as it is before and after the products with `w_in`, together.
-        threads: of the products.
-    """
 
-    def __init__(self, dim: int, hidden_dim: int, row_bytes: int, threads: int) -> None:
-        self.row_work, self.threads = max(1, dim * hidden_dim), threads
-        self.most_rows = max(1, CHUNK * threads // row_bytes)
-        self.chunks: list[Chunk] = []
-
-    def __call__(self, counts: Tensor, num_rows: int) -> tuple[Tensor, int]:
-        batches = batches_of(counts.tolist(), self.row_work, self.threads, self.most_rows)
-        self.chunks = chunks_of(batches, self.most_rows)
-        widths = [0] * len(counts)
-        for batch in batches:
-            widths[batch.experts] = [batch.width] * batch.number
-        return torch.tensor(widths, dtype=torch.int64, device=counts.device), sum(widths)
+def rows_given(batches: list[Batch], num_experts: int) -> list[int]:
+    """Rows of each expert with the padding of its batch; 0 for an expert without tokens."""
+    rows = [0] * num_experts
+    for batch in batches:
+        rows[batch.experts] = [batch.width] * batch.number
+    return rows

@@ -1,4 +1,4 @@
-"""What routers keep for the backward: little, where numbers of every token and expert would be as much as the tokens.
+"""What routers save for the backward: little, where numbers of every token and expert would be as much as the tokens.
 
 Axes: n tokens, d model dim, e experts, k choices.
 """
@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts.tracing import exporting, in_transform
 
 Results = TypeVar("Results")
-SMALL = 1 / 4  # of the bytes of the tokens: what a result in float32 may take and still be kept
+SMALL = 1 / 4  # of the bytes of the tokens: what a result in float32 may take and still be saved
 LEAST = 1 << 16  # numbers of a router from which on results are computed anew; below it launches are all the time
 
 
@@ -36,7 +36,7 @@ def _are_large(x: Tensor, weight: Tensor) -> bool:
 
 
 def _can_recompute(x: Tensor) -> bool:
-    """On a GPU; transforms of torch.func know no hooks on what is kept, and exporters no recomputation."""
+    """On a GPU; transforms of torch.func know no hooks on what is saved, and exporters no recomputation."""
     return _on_gpu(x) and not (exporting() or in_transform())
 
 
@@ -45,12 +45,12 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def choose(values: Tensor, index: Tensor) -> Tensor:
-    """`values.gather(-1, index)`, of `(..., n, e)` those at `(..., n, k)`; on a GPU the values are not kept for it."""
+    """`values.gather(-1, index)`, of `(..., n, e)` those at `(..., n, k)`; on a GPU the values are not saved for it."""
     return _Choose.apply(values, index) if _on_gpu(values) else values.gather(-1, index)
 
 
 def alone(index: Tensor) -> Tensor:
-    """A part of a tensor that on a GPU does not keep the whole of it."""
+    """A part of a tensor that on a GPU does not save the whole of it."""
     return index.contiguous() if _on_gpu(index) else index
 
 

@@ -1,0 +1,90 @@
+"""The weights of all experts as every way reads them, and operands in one dtype.
+
+Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops.activations import ActivationLike, takes_two
+
+Halves = Literal["concatenated", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Network:
+    """The weights of all experts as they are stored: `act(x w_in) w_out`, gated or not, with biases or without.
+
+    Attributes:
+        w_in: one weight `(e, d, h)`; or two, of gate projection and up projection; or one `(e, d, 2 h)` of both.
+        w_out: `(e, h, o)`.
+        activation: a function of one tensor, or of `(gate, up)`.
+        b_in: a bias `(e, q)` or None for each of `w_in (e, d, q)`; none of them has one by default.
+        b_out: `(e, o)` or None.
+        halves: how gate projection and up projection lie in one weight `(e, d, 2 h)`; None if every weight is one.
+    """
+
+    w_in: tuple[Tensor, ...]
+    w_out: Tensor
+    activation: ActivationLike
+    b_in: tuple[Tensor | None, ...] = ()
+    b_out: Tensor | None = None
+    halves: Halves | None = None
+
+    def __post_init__(self) -> None:
+        if not self.b_in:
+            object.__setattr__(self, "b_in", (None,) * len(self.w_in))
+
+    @property
+    def gated(self) -> bool:
+        return len(self.w_in) == 2 or self.halves is not None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights and biases there are, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1" and "b_out"."""
+        named = {
+            **{f"w_in.{i}": weight for i, weight in enumerate(self.w_in)},
+            "w_out": self.w_out,
+            **{f"b_in.{i}": bias for i, bias in enumerate(self.b_in)},
+            "b_out": self.b_out,
+        }
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
+        """The network of other weights and biases, None where `tensors` has none of the name."""
+        return replace(
+            self,
+            w_in=tuple(tensors.get(f"w_in.{i}") for i in range(len(self.w_in))),
+            w_out=tensors.get("w_out"),
+            b_in=tuple(tensors.get(f"b_in.{i}") for i in range(len(self.w_in))),
+            b_out=tensors.get("b_out"),
+        )
+
+    def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gate and up projection (or the one tensor there is), as views, of what was computed with each of `w_in`."""
+        if self.halves is None:
+            return pre
+        return pre[0].chunk(2, dim=-1) if self.halves == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
+
+    def hidden(self, pre: Sequence[Tensor]) -> Tensor:
+        """The hidden layer `(..., h)` of what was computed with each of `w_in`."""
+        parts = self.projections(pre)
+        if len(parts) == 1:
+            return self.activation(parts[0])
+        return self.activation(*parts) if takes_two(self.activation) else self.activation(parts[0]) * parts[1]
+
+
+def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
+    """Tokens and weights in one dtype: autocast's where it is on (it knows no grouped products), else the weights'."""
+    device, dtype = x.device.type, network.w_out.dtype
+    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
+        dtype = torch.get_autocast_dtype(device)
+    tensors = network.tensors()
+    if all(tensor.dtype == dtype for tensor in tensors.values()):
+        return x.to(dtype), network
+    return x.to(dtype), network.with_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()})
