@@ -26,7 +26,7 @@ from mixture_of_experts.ops.activations import ActivationLike, make_activation, 
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
-from mixture_of_experts.private_torch import own
+from mixture_of_experts.private_torch import own, wrapped_module
 from mixture_of_experts.settings import FixedShapes
 from mixture_of_experts.tracing import in_transform
 
@@ -110,8 +110,7 @@ def binds_decision(forward: Callable) -> bool:
 def reads_decisions(experts: nn.Module) -> bool:
     """Whether a module, or what it is wrapped around, takes tokens and a decision."""
     while not isinstance(experts, RoutedExperts):
-        inner = [experts._modules.get(name) for name in ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")]
-        wrapped = next((module for module in inner if module is not None), None)
+        wrapped = wrapped_module(experts)
         if wrapped is None or not binds_decision(type(experts).forward):  # an adapter of one's own, on slots
             return False
         experts = wrapped

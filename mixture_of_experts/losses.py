@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixture_of_experts.private_torch import all_reduce_sum
 from mixture_of_experts.tracing import largest, smallest
 
 
@@ -22,10 +23,8 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     value = value.detach()
     if group is None or world_size(group) == 1:
         return value
-    from torch.distributed._functional_collectives import all_reduce, wait_tensor
-
     try:
-        return wait_tensor(all_reduce(value, "sum", group))
+        return all_reduce_sum(value, group)
     except RuntimeError as error:
         raise RuntimeError(
             f"a gate could not sum over the {world_size(group)} ranks of its process group: {error}\n"

@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils import _python_dispatch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -55,3 +57,39 @@ def own(x: Tensor, shape: Any) -> Tensor:
     views, because its hooks on them are lost then. torch's own products of more than two dimensions end so.
     """
     return torch.ops.aten._unsafe_view(x, shape)
+
+
+def is_wrapper_subclass(tensor: Tensor) -> bool:
+    """Whether it is a tensor around other tensors, such as a DTensor."""
+    return _python_dispatch.is_traceable_wrapper_subclass(tensor)
+
+
+def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of `value` over the ranks of a process group, as an operator that graphs can hold."""
+    from torch.distributed._functional_collectives import all_reduce, wait_tensor
+
+    return wait_tensor(all_reduce(value, "sum", group))
+
+
+def find_process_group(name: str) -> dist.ProcessGroup | None:
+    """The process group of that name in this process; None if there is none."""
+    try:
+        return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    except (LookupError, RuntimeError, ValueError):
+        return None
+
+
+#: where wrappers of torch and of PEFT keep the module that they are around
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module that a wrapper is around; None if it is no wrapper."""
+    inner = (module._modules.get(name) for name in WRAPPED)
+    return next((child for child in inner if child is not None), None)
+
+
+def has_hooks(module: object) -> bool:
+    """Whether hooks wait for a call of the module."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return any(getattr(module, kind, None) for kind in kinds)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mixture_of_experts.private_torch import is_wrapper_subclass
 from mixture_of_experts.tracing import is_wrapped, without_autocast
 
 
@@ -83,7 +83,7 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a product of them in float32: neither AMD's libraries nor a DTensor have it."""
     alike = x.dtype == weight.dtype and x.ndim == weight.ndim == 2
-    plain = not any(map(is_traceable_wrapper_subclass, (x, weight)))
+    plain = not any(map(is_wrapper_subclass, (x, weight)))
     return x.is_cuda and torch.version.hip is None and alike and plain
 
 

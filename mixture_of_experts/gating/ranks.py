@@ -6,6 +6,8 @@ import warnings
 
 import torch.distributed as dist
 
+from mixture_of_experts.private_torch import find_process_group
+
 
 class Ranks:
     """Holds a process group, or None. Copies share it; a pickle keeps only its name and who is in it.
@@ -30,10 +32,7 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
     """The group of that name, if there is one and it has just these ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None)
-    try:
-        group = dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
-    except (LookupError, RuntimeError, ValueError):
-        group = None
+    group = find_process_group(name)
     if group is None or dist.get_process_group_ranks(group) != ranks:
         warnings.warn(
             f"a gate was saved with the process group of ranks {ranks}, which is not here: set gate.process_group, or "

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.private_torch import constant_in_graphs
+from mixture_of_experts.private_torch import constant_in_graphs, has_hooks
 
 aten = torch.ops.aten
 ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
@@ -232,7 +232,6 @@ def why_unknown(activation: ActivationLike) -> str | None:
 
 def why_hooked(activation: ActivationLike) -> str | None:
     """Why an activation has to be called, whether it is known or not."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(activation, name, None) for name in hooks):
+    if has_hooks(activation):
         return "there are hooks on the activation, which has to be called for them"
     return None

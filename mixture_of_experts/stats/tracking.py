@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_choice, check_size
+from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.stats.gates import Place, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
@@ -251,7 +252,7 @@ class GateTracker:
         self.handed_on: Routing | None = None  # from the hook of level one to that of level two
         self.losses: tuple[str, ...] = ()
         # where torch.compile traces, nothing may be stored, but a function of constants is called; methods are none
-        self.learn_names = torch.compiler.assume_constant_result(lambda losses: self._learn_names(losses))
+        self.learn_names = constant_in_graphs(lambda losses: self._learn_names(losses))
         self.ring: Tensor
         self.written: Tensor
 

@@ -1,0 +1,135 @@
+"""Which of torch's private names a new version of torch breaks: each is asked here for what it is used for."""
+
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from mixture_of_experts import private_torch
+
+#: importing the package must not load these: each takes a tenth of a second or more, or is an extra
+HEAVY = (
+    *("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor"),
+    *("transformers", "matplotlib", "numpy.testing", "mixture_of_experts.parallel", "mixture_of_experts.huggingface"),
+    *("mixture_of_experts.stats", "mixture_of_experts.plot"),
+)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import torch, sys; before = set(sys.modules); import mixture_of_experts; print(*set(sys.modules) - before)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "mixture_of_experts.moe" in loaded
+    assert not [module for module in loaded if module.startswith(HEAVY)]
+
+
+def test_conditions_on_sizes():
+    assert private_torch.statically_known_true(2 > 1)
+    assert not private_torch.statically_known_true(1 > 2)
+    answers = []
+
+    def double(x):
+        answers.append((private_torch.statically_known_true(x.shape[0] > 3), private_torch.exporting_flag()))
+        return x * 2
+
+    torch.export.export(_Function(double), (torch.ones(4),))
+    torch.export.export(_Function(double), (torch.ones(4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    assert answers[0] == (True, True)
+    assert answers[-1] == (False, True)
+    assert not private_torch.exporting_flag()
+
+
+class _Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_transforms():
+    assert not private_torch.functorch_active()
+    seen = []
+
+    def function(x):
+        seen.append(private_torch.functorch_active())
+        return x.sum()
+
+    torch.func.grad(function)(torch.ones(2))
+    assert seen == [True]
+
+
+def test_batched_gradients():
+    seen = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(private_torch.is_legacy_batched(grad))
+            return grad
+
+    x = torch.ones(2, requires_grad=True)
+    torch.autograd.grad(Watched.apply(x), x, torch.eye(2), is_grads_batched=True)
+    assert seen == [True]
+    assert not private_torch.is_legacy_batched(x)
+
+
+def test_constants_in_graphs():
+    @private_torch.constant_in_graphs
+    def unreadable():
+        return len(sys.argv) and 3
+
+    compiled = torch.compile(lambda x: x * unreadable(), fullgraph=True, backend="eager")
+    assert compiled(torch.ones(1)) == 3
+
+
+def test_a_tensor_of_its_own():
+    x = torch.arange(4.0, requires_grad=True)
+    own = private_torch.own(x * 1, (2, 2))
+    assert not own._is_view()
+    own += 1
+
+
+def test_wrapper_subclasses():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    assert private_torch.is_wrapper_subclass(TwoTensor(torch.ones(1), torch.ones(1)))
+    assert not private_torch.is_wrapper_subclass(torch.ones(1))
+
+
+def test_process_groups():
+    assert private_torch.find_process_group("no such group") is None
+    dist.init_process_group("fake", rank=0, world_size=2, store=dist.HashStore())
+    try:
+        group = dist.group.WORLD
+        assert group is not None
+        assert private_torch.find_process_group(group.group_name) is group
+        assert private_torch.all_reduce_sum(torch.ones(2), group).shape == (2,)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), checkpoint_wrapper])
+def test_wrapped_modules(wrap):
+    module = nn.Linear(1, 1)
+    assert private_torch.wrapped_module(wrap(module)) is module
+    assert private_torch.wrapped_module(module) is None
+
+
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_hooks(register):
+    module = nn.GELU()
+    assert not private_torch.has_hooks(module)
+    getattr(module, f"register_{register}")(lambda *_: None)
+    assert private_torch.has_hooks(module)
