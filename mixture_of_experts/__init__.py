@@ -1,14 +1,22 @@
 """Sparsely gated mixture of experts for PyTorch."""
 
 from mixture_of_experts.auxiliary import collect_aux
-from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
-from mixture_of_experts.gating import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.experts import ExpertList, Experts, GatedExperts, RoutedExperts
+from mixture_of_experts.gating import (
+    Choices,
+    ExpertChoiceGating,
+    NoisyTopKGating,
+    TokenChoiceGate,
+    Top2Gating,
+    TopKGating,
+)
 from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE
 from mixture_of_experts.routing import Routing
 
 __version__ = "1.0.0"
 
 __all__ = [
+    "Choices",
     "ExpertChoiceGating",
     "ExpertList",
     "Experts",
@@ -17,7 +25,9 @@ __all__ = [
     "HierarchicalMoE",
     "MoE",
     "NoisyTopKGating",
+    "RoutedExperts",
     "Routing",
+    "TokenChoiceGate",
     "Top2Gating",
     "TopKGating",
     "collect_aux",

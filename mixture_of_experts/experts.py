@@ -49,8 +49,8 @@ class RoutedExperts(nn.Module):
         ...         self.num_experts = num_experts
         ...         self.weight = nn.Parameter(torch.randn(num_experts, dim, dim) * dim**-0.5)
         ...
-        ...     def compute(self, rows, counts):
-        ...         return grouped_product(rows, self.weight, counts)
+        ...     def compute(self, rows, num_tokens_per_expert):
+        ...         return grouped_product(rows, self.weight, num_tokens_per_expert)
         >>> moe = MoE(dim=16, num_experts=4, experts=LinearExperts(16, 4), capacity_factor_train=None)
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
@@ -65,8 +65,8 @@ class RoutedExperts(nn.Module):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`."""
         if decision is None:
-            counts = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
-            out = self.compute(x.flatten(0, -2), counts)
+            num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
+            out = self.compute(x.flatten(0, -2), num_tokens_per_expert)
             return own(out, (*x.shape[:-1], out.shape[-1]))
         plan = decision.without_gaps()
         assert plan.num_tokens_per_expert is not None
@@ -77,14 +77,16 @@ class RoutedExperts(nn.Module):
             raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
         return combine(out, plan)
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """Every expert on its own rows.
 
         Args:
-            rows: `(r, d)`, sorted by expert. What is returned for rows past the sum of the counts is not read.
-            counts: `(e,)` int64, the rows of each expert; of a grid of experts outer-major.
+            rows: `(r, d)`, sorted by expert. What is returned for rows past those of the last expert is not read.
+            num_tokens_per_expert: `(e,)` int64, the rows of each expert; of a grid of experts outer-major.
         """
-        raise NotImplementedError(f"{type(self).__name__} must write compute(rows, counts), or a forward for slots")
+        raise NotImplementedError(
+            f"{type(self).__name__} must write compute(rows, num_tokens_per_expert), or a forward for slots"
+        )
 
 
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
@@ -178,7 +180,11 @@ class StackedExperts(FixedShapes, RoutedExperts):
         wanted = (*self.expert_dims, "s", self.dim)
         fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
         if decision is not None or not fits:
-            rest = "" if decision is None else f" and {type(decision).__name__} (rows and counts go to `compute`)"
+            rest = (
+                ""
+                if decision is None
+                else f" and {type(decision).__name__} (rows and num_tokens_per_expert go to `compute`)"
+            )
             raise ValueError(
                 f"{type(self).__name__} of {self.num_experts} experts reads slots of shape "
                 f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
@@ -186,9 +192,9 @@ class StackedExperts(FixedShapes, RoutedExperts):
         out = feed_forward(*cast_operands(x.flatten(0, -3), network))
         return own(out, (*x.shape[:-1], out.shape[-1]))
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         rows, network = cast_operands(rows, self._network())
-        return feed_forward(rows, network, counts, grouped_product)
+        return feed_forward(rows, network, num_tokens_per_expert, grouped_product)
 
     def _network(self) -> Network:
         """The weights, with one dimension for all experts."""
@@ -337,25 +343,27 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         slots = x.flatten(0, -3)
         if slots.shape[0] != len(self):
             raise ValueError(f"ExpertList of {len(self)} modules reads x of shape ({len(self)}, s, d), got {x.shape}")
-        results = torch.stack([self._run(i, part) for i, part in enumerate(own_parts(slots.unbind(0)))])
+        results = torch.stack([self._call_expert(i, part) for i, part in enumerate(own_parts(slots.unbind(0)))])
         return own(results, (*x.shape[:-1], results.shape[-1]))
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        if counts.is_meta or in_transform():
-            return self._on_all_rows(rows, counts)
-        numbers = counts.tolist()  # the one host sync
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        if num_tokens_per_expert.is_meta or in_transform():
+            return self._on_all_rows(rows, num_tokens_per_expert)
+        numbers = num_tokens_per_expert.tolist()  # the one host sync
         parts = own_parts(rows.split([*numbers, rows.shape[0] - sum(numbers)]))
-        results = [self._run(i, part) for i, part in enumerate(parts[:-1])]
+        results = [self._call_expert(i, part) for i, part in enumerate(parts[:-1])]
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
-    def _on_all_rows(self, x: Tensor, counts: Tensor) -> Tensor:
+    def _on_all_rows(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """Every module on all rows, of which its own are kept: where numbers cannot be read."""
-        row, stop = torch.arange(x.shape[0], device=x.device), counts.cumsum(0)
-        mine = (row >= (stop - counts).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
-        results = [torch.where(its.unsqueeze(-1), self._run(i, x.clone()), 0) for i, its in enumerate(mine.unbind(0))]
+        row, stop = torch.arange(x.shape[0], device=x.device), num_tokens_per_expert.cumsum(0)
+        mine = (row >= (stop - num_tokens_per_expert).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
+        results = [
+            torch.where(its.unsqueeze(-1), self._call_expert(i, x.clone()), 0) for i, its in enumerate(mine.unbind(0))
+        ]
         return sum(results[1:], results[0])
 
-    def _run(self, index: int, x: Tensor) -> Tensor:
+    def _call_expert(self, index: int, x: Tensor) -> Tensor:
         out = self[index](x)
         wanted = (*x.shape[:-1], self.dim_out or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:

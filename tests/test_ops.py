@@ -426,5 +426,5 @@ def test_experts_as_heads(kind, factor):
 
 
 def test_rows_and_counts_go_to_compute():
-    with pytest.raises(ValueError, match="rows and counts go to `compute`"):
+    with pytest.raises(ValueError, match="rows and num_tokens_per_expert go to `compute`"):
         Experts(D, E)(torch.randn(5, D), torch.tensor([1, 1, 1, 2]))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
-from mixture_of_experts.gating.saving import alone, choose, recomputed
+from mixture_of_experts.gating.saving import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
 from mixture_of_experts.queues import Queues, expert_capacity, group_capacity, stable_order
 from mixture_of_experts.routing import Routing
@@ -80,11 +80,11 @@ class ExpertChoiceGating(Gate):
         ranked = score.detach()
         if mask is not None:
             ranked = torch.where(mask.unsqueeze(-2), ranked, -1.0)
-        token = alone(stable_order(ranked, descending=True)[..., :capacity])
+        token = without_whole(stable_order(ranked, descending=True)[..., :capacity])
         slot = torch.arange(token.shape[-1], device=token.device).expand_as(token)
         expert = torch.arange(e, device=token.device).unsqueeze(-1).expand_as(token)
         chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]
-        weight = torch.where(chosen, choose(score, token), 0.0)
+        weight = torch.where(chosen, gather_chosen(score, token), 0.0)
         kept = chosen & (weight != 0)
         balance = probs.new_zeros(())
         return Routing(

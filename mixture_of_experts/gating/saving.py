@@ -44,12 +44,12 @@ def _on_gpu(x: Tensor) -> bool:
     return x.device.type not in ("cpu", "meta")
 
 
-def choose(values: Tensor, index: Tensor) -> Tensor:
+def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
     """`values.gather(-1, index)`, of `(..., n, e)` those at `(..., n, k)`; on a GPU the values are not saved for it."""
     return _Choose.apply(values, index) if _on_gpu(values) else values.gather(-1, index)
 
 
-def alone(index: Tensor) -> Tensor:
+def without_whole(index: Tensor) -> Tensor:
     """A part of a tensor that on a GPU does not save the whole of it."""
     return index.contiguous() if _on_gpu(index) else index
 

@@ -14,7 +14,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.saving import choose, recomputed
+from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
 
@@ -168,7 +168,7 @@ class Top2Gating(TokenChoiceGate):
 
         # losses first: then the backward adds their gradient, an expanded row, in place to that of the weights
         parts = self._losses(tokens, probs, expert_1, expert_2)
-        p_1, p_2 = choose(probs, expert).chunk(2, dim=-1)
+        p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
         parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.full, self.process_group)

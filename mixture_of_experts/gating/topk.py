@@ -13,7 +13,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.gating.saving import choose, recomputed
+from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ class TopKGating(TokenChoiceGate):
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         balance = self.balance_loss(tokens, probs, expert, k=self.k)
 
-        weight = choose(score, expert)
+        weight = gather_chosen(score, expert)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)

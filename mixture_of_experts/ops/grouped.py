@@ -78,13 +78,13 @@ class GroupedProducts(lean.SlotProducts):
         return rows.index_select(0, self.plan.row.clamp(max=self.plan.num_rows - 1))
 
 
-def outer_on_cuda(x: Tensor, y: Tensor, counts: Tensor, ends: Tensor) -> Tensor:
+def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
     """For every expert `x^T y` over its rows."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if capability(x.device)[0] == 9:
         return out
     # on Blackwell it may leave what it likes for an expert without rows (pytorch/pytorch#172439)
-    return out.masked_fill_((counts == 0).view(-1, 1, 1), 0)
+    return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
 def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
@@ -99,11 +99,11 @@ def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def grouped_product(x: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
     """As `plain.expert_product`, by a grouped operator where there is one for the operands."""
-    if counts is None or _why_no_operator(x, weight, counts) is not None:
-        return plain.expert_product(x, weight, counts)
-    return _RowsByWeights.apply(x, weight, counts)
+    if num_tokens_per_expert is None or _why_no_operator(x, weight, num_tokens_per_expert) is not None:
+        return plain.expert_product(x, weight, num_tokens_per_expert)
+    return _RowsByWeights.apply(x, weight, num_tokens_per_expert)
 
 
 def _why_no_operator(*operands: Tensor) -> str | None:
@@ -121,10 +121,10 @@ class _RowsByWeights(torch.autograd.Function):
     """Rows times their expert's weight; its gradients are products of the same two kinds."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         if not x.is_cuda:
-            return rows_by_weights(x, weight, counts)
-        ends = counts.cumsum(0, dtype=torch.int32)
+            return rows_by_weights(x, weight, num_tokens_per_expert)
+        ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         out = F.grouped_mm(x.contiguous(), weight, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
         return out.masked_fill_(past, 0)  # what lies there was never written
@@ -135,19 +135,19 @@ class _RowsByWeights(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, counts = ctx.saved_tensors
-        grad_x = grouped_product(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
-        return grad_x, _outer_product(x, grad, counts) if ctx.needs_input_grad[1] else None, None
+        x, weight, num_tokens_per_expert = ctx.saved_tensors
+        grad_x = grouped_product(grad, weight.mT, num_tokens_per_expert) if ctx.needs_input_grad[0] else None
+        return grad_x, _outer_product(x, grad, num_tokens_per_expert) if ctx.needs_input_grad[1] else None, None
 
 
 class _RowsByRows(torch.autograd.Function):
     """For every expert `x^T y` over its rows, zeros for experts without rows: the gradient of a weight."""
 
     @staticmethod
-    def forward(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         if not x.is_cuda:
-            return rows_by_rows(x, y, counts)
-        return outer_on_cuda(x, y, counts, counts.cumsum(0, dtype=torch.int32))
+            return rows_by_rows(x, y, num_tokens_per_expert)
+        return outer_on_cuda(x, y, num_tokens_per_expert, num_tokens_per_expert.cumsum(0, dtype=torch.int32))
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -155,34 +155,36 @@ class _RowsByRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, y, counts = ctx.saved_tensors
-        grad_x = grouped_product(y, grad.mT, counts) if ctx.needs_input_grad[0] else None
-        return grad_x, grouped_product(x, grad, counts) if ctx.needs_input_grad[1] else None, None
+        x, y, num_tokens_per_expert = ctx.saved_tensors
+        grad_x = grouped_product(y, grad.mT, num_tokens_per_expert) if ctx.needs_input_grad[0] else None
+        return grad_x, grouped_product(x, grad, num_tokens_per_expert) if ctx.needs_input_grad[1] else None, None
 
 
-def _outer_product(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-    if not any(is_wrapped(operand) for operand in (x, y, counts)):
-        return _RowsByRows.apply(x, y, counts)
-    return plain.outer_product(x, y, counts)  # under a transform: in plain operators
+def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    if not any(is_wrapped(operand) for operand in (x, y, num_tokens_per_expert)):
+        return _RowsByRows.apply(x, y, num_tokens_per_expert)
+    return plain.outer_product(x, y, num_tokens_per_expert)  # under a transform: in plain operators
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
-def rows_by_weights(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """A product for each expert that has rows."""
-    return product_by_expert(x, weight, [(expert, count) for expert, count in enumerate(counts.tolist()) if count])
+    return product_by_expert(
+        x, weight, [(expert, count) for expert, count in enumerate(num_tokens_per_expert.tolist()) if count]
+    )
 
 
 @rows_by_weights.register_fake
-def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[-1])
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
-def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     """The same for the gradient of the weights."""
-    out = x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
+    out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
-    for expert, count in enumerate(counts.tolist()):
+    for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
             torch.mm(x[start : start + count].mT, y[start : start + count], out=out[expert])
             start += count
@@ -192,8 +194,8 @@ def rows_by_rows(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
 
 
 @rows_by_rows.register_fake
-def _(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
-    return x.new_empty(counts.shape[0], x.shape[-1], y.shape[-1])
+def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    return x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
 
 
 @register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])

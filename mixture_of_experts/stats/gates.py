@@ -12,7 +12,7 @@ from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.stats.foreign import Reader, find_readers
 
 
-class Place(NamedTuple):
+class GateSite(NamedTuple):
     """A gate in a model, with the sizes of what it decides."""
 
     name: str
@@ -23,31 +23,31 @@ class Place(NamedTuple):
     reader: Reader | None = None  # of a router of transformers, which is no gate
 
 
-def find_gates(model: nn.Module) -> list[Place]:
+def find_gates(model: nn.Module) -> list[GateSite]:
     """The gates of both kinds of layers, whatever their class, all other `Gate`s, and the routers of MoE models in
     `transformers`, in the model's order."""
     # a compiled module is wrapped: its gates are called the same with and without the wrapper
     names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
-    found: dict[nn.Module, Place] = {}
+    found: dict[nn.Module, GateSite] = {}
     readers = find_readers(model)
     copies: set[nn.Module] = set()
     for module, name in names.items():
         if isinstance(module, HeirarchicalMoE):
             outer, inner = module.gate_outer, module.gate_inner
             eo, ei = module.num_experts_outer, module.num_experts_inner
-            found[outer] = Place(names[outer], outer, (), eo)
-            found[inner] = Place(names[inner], inner, (eo,), ei, names[outer])
+            found[outer] = GateSite(names[outer], outer, (), eo)
+            found[inner] = GateSite(names[inner], inner, (eo,), ei, names[outer])
         elif isinstance(module, MoE):
             assert isinstance(module.num_experts, int)
-            found.setdefault(module.gate, Place(names[module.gate], module.gate, (), module.num_experts))
+            found.setdefault(module.gate, GateSite(names[module.gate], module.gate, (), module.num_experts))
             if hasattr(
                 module.gate, "original_module"
             ):  # PEFT's `modules_to_save`: the gate, and a copy that is trained
                 copies.update(module.gate.modules())
         elif isinstance(module, Gate) and module not in copies:
-            found.setdefault(module, Place(name, module, module.outer_expert_dims, module.num_experts))
+            found.setdefault(module, GateSite(name, module, module.outer_expert_dims, module.num_experts))
         elif module in readers:
-            found[module] = Place(name, module, (), getattr(module, "num_experts"), reader=readers[module])  # noqa: B009
+            found[module] = GateSite(name, module, (), getattr(module, "num_experts"), reader=readers[module])  # noqa: B009
     return list(found.values())
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
-from mixture_of_experts.stats.gates import Place, device_of, find_gates
+from mixture_of_experts.stats.gates import GateSite, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
 from mixture_of_experts.tracing import in_checkpoint
@@ -244,7 +244,7 @@ class GateTracker:
     They are float32, which counts up to 16 million choices in one forward without error.
     """
 
-    def __init__(self, place: Place, stats: RoutingStats, keep: int) -> None:
+    def __init__(self, place: GateSite, stats: RoutingStats, keep: int) -> None:
         self.place, self.stats, self.keep = place, stats, keep
         self.routers = math.prod(place.outer)
         self.outer: GateTracker | None = None  # of level one
