@@ -107,7 +107,7 @@ class NoisyPatchGate(TokenChoiceGate):
     """
 
     def __init__(self) -> None:
-        super().__init__(PATCHES * FEATURES, EXPERTS, choices=1)
+        super().__init__(PATCHES * FEATURES, EXPERTS, k=1)
         self.weight = nn.Parameter(torch.zeros(FEATURES, EXPERTS))
 
     def decide(self, tokens: Tokens) -> Choices:

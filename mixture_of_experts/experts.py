@@ -204,7 +204,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         if len(self.expert_dims) == 1:
             return network
         last = len(self.expert_dims) - 1
-        return network.with_tensors({name: tensor.flatten(0, last) for name, tensor in network.tensors().items()})
+        return network.map(lambda tensor: tensor.flatten(0, last))
 
     def reset_parameters(self) -> None:
         """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""

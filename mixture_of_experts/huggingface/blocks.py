@@ -52,7 +52,7 @@ BLOCKS = {
     "OlmoeSparseMoeBlock": Block("gate", qwen3),
     "Qwen3MoeSparseMoeBlock": Block("gate", qwen3),
 }
-COMPARED = ("choices", "score", "normalize", "scale", "num_groups", "top_groups")
+COMPARED = ("k", "score", "normalize", "scale", "num_groups", "top_groups")
 COMPARED += ("capacity_factor_train", "capacity_factor_eval")
 
 

@@ -5,7 +5,7 @@ Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -65,6 +65,10 @@ class Network:
             b_out=tensors.get("b_out"),
         )
 
+    def map(self, function: Callable[[Tensor], Tensor]) -> Network:
+        """The network with `function` of every weight and bias."""
+        return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
+
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gate and up projection (or the one tensor there is), as views, of what was computed with each of `w_in`."""
         if self.halves is None:
@@ -84,7 +88,6 @@ def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
     device, dtype = x.device.type, network.w_out.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
         dtype = torch.get_autocast_dtype(device)
-    tensors = network.tensors()
-    if all(tensor.dtype == dtype for tensor in tensors.values()):
+    if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
-    return x.to(dtype), network.with_tensors({name: tensor.to(dtype) for name, tensor in tensors.items()})
+    return x.to(dtype), network.map(lambda tensor: tensor.to(dtype))

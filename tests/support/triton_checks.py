@@ -110,7 +110,7 @@ def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
     for expert, count in enumerate(where.num_tokens_per_expert.tolist()):
         rows = torch.arange(start, start + count)
         rows, start = rows[where.token[rows] < x.shape[0]], start + count  # some may be nobody's
-        its = network.with_tensors({name: tensor[expert] for name, tensor in network.tensors().items()})
+        its = network.map(lambda tensor, expert=expert: tensor[expert])
         tokens = x[where.token[rows]]
         pre = [tokens @ w + (0 if b is None else b) for w, b in zip(its.w_in, its.b_in, strict=True)]
         y = network.hidden(pre) @ its.w_out + (0 if its.b_out is None else its.b_out)
@@ -156,7 +156,7 @@ def with_gradients(function: Any, x: Tensor, where: Plan, network: Network, grad
     x, weight = x.detach().requires_grad_(), where.weight.detach().requires_grad_()
     network = network.map(lambda w: w.detach().requires_grad_())
     out = function(x, where._replace(weight=weight), network)
-    gradients = torch.autograd.grad(out, [x, weight, *network.tensors()], grad)
+    gradients = torch.autograd.grad(out, [x, weight, *network.tensors().values()], grad)
     return {"out": out, **{f"gradient {i}": gradient for i, gradient in enumerate(gradients)}}
 
 
