@@ -100,11 +100,6 @@ def check_gate(
         raise ValueError(
             f"{name} must be a router of token choice, a subclass of TokenChoiceGate, got {type(gate).__name__}"
         )
-    if hasattr(gate, "handed_on"):
-        raise ValueError(
-            f"{name} has a method handed_on, which nothing calls any more: let its `decide` return "
-            "Choices(..., primary=...), or give `route` primary=..., the choices that level two takes as first"
-        )
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)
         if got != wanted:

@@ -167,17 +167,7 @@ class MoE(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        settings = Top2Settings(
-            second_policy_train,
-            second_policy_eval,
-            second_threshold_train,
-            second_threshold_eval,
-            capacity_factor_train,
-            capacity_factor_eval,
-            min_expert_capacity,
-            second_place_loss,
-            priority,
-        )
+        settings = Top2Settings.among(locals())
         experts = as_experts(experts)
         self.num_experts = resolve_num_experts(num_experts, gate, experts)
         if gate is None:
@@ -261,17 +251,7 @@ class HeirarchicalMoE(Layer):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
-        settings = Top2Settings(
-            second_policy_train,
-            second_policy_eval,
-            second_threshold_train,
-            second_threshold_eval,
-            capacity_factor_train,
-            capacity_factor_eval,
-            min_expert_capacity,
-            second_place_loss,
-            priority,
-        )
+        settings = Top2Settings.among(locals())
         experts = as_experts(experts)
         outer, inner = self.num_experts = resolve_grid(num_experts, gate_outer, gate_inner, experts)
         self.num_experts_outer, self.num_experts_inner = outer, inner

@@ -315,15 +315,6 @@ def test_a_gate_says_what_is_first():
     assert SecondFirst(2)(torch.randn(1, 3, DIM)).importance.tolist() == [[0.5, 1.0] * 3]
 
 
-def test_the_former_way_to_say_so_is_refused():
-    class Former(TopPGating):
-        def handed_on(self, routing: Routing) -> Tensor:
-            return routing.weight
-
-    with pytest.raises(ValueError, match=r"gate_outer has a method handed_on, which nothing calls.*primary"):
-        HeirarchicalMoE(DIM, (3, 4), gate_outer=Former(DIM, 3, k=2))
-
-
 @pytest.mark.parametrize("factor", [None, 1.0])
 def test_chosen_is_what_queued(factor):
     class WithZero(Careless):

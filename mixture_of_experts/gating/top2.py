@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -58,6 +58,11 @@ class Top2Settings:
     min_expert_capacity: int = 4
     second_place_loss: bool = False
     priority: Priority = "choice"
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> Top2Settings:
+        """The settings among the arguments of a layer."""
+        return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def changed(self) -> list[str]:
         """Those that differ from their defaults, as they would be written."""

@@ -103,7 +103,7 @@ def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | N
     """As `plain.expert_product`, by a grouped operator where there is one for the operands."""
     if num_tokens_per_expert is None or _why_no_operator(x, weight, num_tokens_per_expert) is not None:
         return plain.expert_product(x, weight, num_tokens_per_expert)
-    return _RowsByWeights.apply(x, weight, num_tokens_per_expert)
+    return _Grouped.apply(x, weight, num_tokens_per_expert, False)
 
 
 def _why_no_operator(*operands: Tensor) -> str | None:
@@ -117,52 +117,40 @@ def _why_no_operator(*operands: Tensor) -> str | None:
     return "an exported graph has torch's own operators only" if exporting() else None
 
 
-class _RowsByWeights(torch.autograd.Function):
-    """Rows times their expert's weight; its gradients are products of the same two kinds."""
+class _Grouped(torch.autograd.Function):
+    """Every expert's rows by its own weight, or `x^T y` over the rows of each; each is the other's gradient."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
+        """`x (r, p)` and `y`, weights `(e, p, q)`, to `(r, q)`; if `is_outer`, rows `(r, q)`, to `(e, p, q)`."""
         if not x.is_cuda:
-            return rows_by_weights(x, weight, num_tokens_per_expert)
+            return (rows_by_rows if is_outer else rows_by_weights)(x, y, num_tokens_per_expert)
         ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
-        out = F.grouped_mm(x.contiguous(), weight, offs=ends)
+        if is_outer:
+            return outer_on_cuda(x, y, num_tokens_per_expert, ends)
+        out = F.grouped_mm(x.contiguous(), y, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
         return out.masked_fill_(past, 0)  # what lies there was never written
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.is_outer = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        x, weight, num_tokens_per_expert = ctx.saved_tensors
-        grad_x = grouped_product(grad, weight.mT, num_tokens_per_expert) if ctx.needs_input_grad[0] else None
-        return grad_x, _outer_product(x, grad, num_tokens_per_expert) if ctx.needs_input_grad[1] else None, None
-
-
-class _RowsByRows(torch.autograd.Function):
-    """For every expert `x^T y` over its rows, zeros for experts without rows: the gradient of a weight."""
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        if not x.is_cuda:
-            return rows_by_rows(x, y, num_tokens_per_expert)
-        return outer_on_cuda(x, y, num_tokens_per_expert, num_tokens_per_expert.cumsum(0, dtype=torch.int32))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        x, y, num_tokens_per_expert = ctx.saved_tensors
-        grad_x = grouped_product(y, grad.mT, num_tokens_per_expert) if ctx.needs_input_grad[0] else None
-        return grad_x, grouped_product(x, grad, num_tokens_per_expert) if ctx.needs_input_grad[1] else None, None
+        x, y, number = ctx.saved_tensors
+        need_x, need_y, *_ = ctx.needs_input_grad
+        left, right = (y, grad) if ctx.is_outer else (grad, y)
+        grad_x = grouped_product(left, right.mT, number) if need_x else None
+        if not need_y:
+            return grad_x, None, None, None
+        return grad_x, grouped_product(x, grad, number) if ctx.is_outer else _outer_product(x, grad, number), None, None
 
 
 def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     if not any(is_wrapped(operand) for operand in (x, y, num_tokens_per_expert)):
-        return _RowsByRows.apply(x, y, num_tokens_per_expert)
+        return _Grouped.apply(x, y, num_tokens_per_expert, True)
     return plain.outer_product(x, y, num_tokens_per_expert)  # under a transform: in plain operators
 
 
