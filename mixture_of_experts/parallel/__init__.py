@@ -11,7 +11,7 @@ from mixture_of_experts.parallel.gradients import (
     param_groups,
     replicated_parameters,
 )
-from mixture_of_experts.parallel.plan import parallelize_module
+from mixture_of_experts.parallel.parallelize import parallelize_module
 from mixture_of_experts.parallel.style import ExpertParallel
 
 __all__ = [

@@ -24,7 +24,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
         problem = error
     told = [(description, str(problem or ""))]
     if mesh.size() > 1:
-        told = gather((description, str(problem or "")), mesh.get_group())
+        told = gather_from_ranks((description, str(problem or "")), mesh.get_group())
     if problem is not None:
         raise problem
     for rank, (other, message) in enumerate(told):
@@ -38,7 +38,7 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
                 )
 
 
-def gather(value: Any, group: dist.ProcessGroup) -> list[Any]:
+def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Something of every rank, at its place."""
     told: list[Any] = [None] * group.size()
     try:

@@ -27,7 +27,7 @@ FORMS = ("slots (limited capacity)", "rows (dropless)")
 Compute = Callable[..., Tensor]
 
 
-class Header(NamedTuple):
+class CallHeader(NamedTuple):
     """What every rank tells every other before its tokens: enough to check, and to know the sizes to receive."""
 
     form: int  # SLOTS or ROWS
@@ -40,7 +40,7 @@ class Header(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """The way between the ranks of a group; `debug` has every rank named that does not come to a transfer."""
+    """The connection of the ranks of a group; `debug` has every rank named that does not come to a transfer."""
 
     group: dist.ProcessGroup
     debug: bool
@@ -55,7 +55,7 @@ class Channel(NamedTuple):
         if torch.compiler.is_compiling():
             return all_to_all_single(x.contiguous(), receive, send, self.group)
         if self.debug:
-            self.muster()
+            self.wait_for_all_ranks()
         try:
             result = all_to_all_single(x.contiguous(), receive, send, self.group)
             return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
@@ -66,7 +66,7 @@ class Channel(NamedTuple):
                 + ("" if self.debug else "; ExpertParallel(debug=True) names the ranks that are missing (gloo)")
             ) from error
 
-    def muster(self, *_: object) -> None:
+    def wait_for_all_ranks(self, *_: object) -> None:
         """Wait for all ranks and name those that do not come; gloo only. Also a forward pre-hook."""
         if dist.get_backend(self.group) == "gloo":
             try:
@@ -111,7 +111,7 @@ class _Permute(torch.autograd.Function):
         return _Permute.apply(grad, inverse, order), None, None
 
 
-class _Follow(torch.autograd.Function):
+class _WithBackwardTo(torch.autograd.Function):
     @staticmethod
     def forward(result: Tensor, x: Tensor) -> Tensor:
         return result.view_as(result)
@@ -125,11 +125,11 @@ class _Follow(torch.autograd.Function):
         return grad, None
 
 
-def follow(result: Tensor, x: Tensor) -> Tensor:
+def with_backward_to(result: Tensor, x: Tensor) -> Tensor:
     """The result; whatever it is made of, its backward goes on to x, where the other ranks wait for gradients."""
     if torch.is_grad_enabled() and not (result.requires_grad or x.requires_grad):
         result = result.detach().requires_grad_()
-    return _Follow.apply(result, x)
+    return _WithBackwardTo.apply(result, x)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -151,14 +151,14 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else _ScaleGradient.apply(x, factor)
 
 
-def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, equal: bool) -> Tensor:
+def exchange_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, equal: bool) -> Tensor:
     """Slots of all experts on this rank through the experts of every rank.
 
     Args:
         x: `(*e, s, d)`, this rank's slots of every expert.
         dims: `*e`, of which the first is divided among the ranks.
         compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to `(*l, s', o)`.
-        channel: the way to the other ranks.
+        channel: the connection to the other ranks.
         equal: s is the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host sync.
     """
     ranks = channel.size
@@ -167,8 +167,8 @@ def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: C
     s, d = x.shape[-2:]
     sizes = [s] * ranks
     if not equal or channel.debug:
-        header = Header(SLOTS, DTYPES.index(x.dtype), d, s)
-        sizes = tell(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel).sizes
+        header = CallHeader(SLOTS, DTYPES.index(x.dtype), d, s)
+        sizes = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel).sizes
         if equal and len(set(sizes)) > 1:
             raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
     local_dims = (dims[0] // ranks, *dims[1:])
@@ -181,18 +181,20 @@ def through_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: C
     return own(channel.move(result, receive, send), (*x.shape[:-1], result.shape[-1]))
 
 
-def through_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) -> Tensor:
+def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) -> Tensor:
     """Rows of this rank through the experts of every rank; one host sync, to learn how many rows come.
 
     Args:
         x: `(r, d)`, rows sorted by expert; those past the sum of the counts give zeros.
         counts: `(e,)` int64.
         compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', o)`.
-        channel: the way to the other ranks.
+        channel: the connection to the other ranks.
     """
     if channel.size == 1:
         return compute(x, counts)
-    _, send, receive, received = tell(Header(ROWS, DTYPES.index(x.dtype), x.shape[-1], 0), counts, channel)
+    _, send, receive, received = exchange_sizes(
+        CallHeader(ROWS, DTYPES.index(x.dtype), x.shape[-1], 0), counts, channel
+    )
     rows = channel.move(x[: sum(send)], send, receive)
     order, inverse = by_expert(received, sum(receive))
     result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0))
@@ -208,7 +210,7 @@ def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
     return order, torch.empty_like(order).scatter(0, order, index)
 
 
-class Told(NamedTuple):
+class ExchangeSizes(NamedTuple):
     """What the ranks told each other."""
 
     sizes: list[int]  # (p) s of every rank
@@ -217,7 +219,7 @@ class Told(NamedTuple):
     counts: Tensor  # (p, l) the same for each expert of this rank
 
 
-def tell(header: Header, counts: Tensor, channel: Channel) -> Told:
+def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> ExchangeSizes:
     """Exchange headers and counts `(e,)`, with one host sync.
 
     All ranks see all headers, so that where they differ all of them raise and none is left waiting.
@@ -230,11 +232,11 @@ def tell(header: Header, counts: Tensor, channel: Channel) -> Told:
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
     table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
     for rank, row in enumerate(table):
-        other = Header(*row[:width])
+        other = CallHeader(*row[:width])
         if other[:3] != header[:3]:
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
                 f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension"
             )
     size, send, receive = ([row[column] for row in table] for column in range(width - 1, width + 2))
-    return Told(size, send, receive, received)
+    return ExchangeSizes(size, send, receive, received)

@@ -1,7 +1,7 @@
 """Experts that are spread over ranks: a class made from the experts' own, with the same two forms of forward.
 
-A `Layout` says which experts are here. In a forward the tokens travel (`exchange.py`), and a view of the module that
-holds only this rank's experts runs its own unchanged forward on them.
+An `ExpertSharding` says which experts are here. In a forward the tokens travel (`exchange.py`), and a view of the
+module that holds only this rank's experts runs its own unchanged forward on them.
 
 Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
 expert, r rows.
@@ -26,13 +26,19 @@ from mixture_of_experts.checks import shape_of
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
-from mixture_of_experts.parallel.exchange import Channel, follow, scale_gradient, through_rows, through_slots
+from mixture_of_experts.parallel.exchange import (
+    Channel,
+    exchange_rows,
+    exchange_slots,
+    scale_gradient,
+    with_backward_to,
+)
 
 Gradient = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True)
-class Layout:
+class ExpertSharding:
     """Where the experts of one layer are.
 
     Attributes:
@@ -78,14 +84,14 @@ class Layout:
     def channel(self) -> Channel:
         return Channel(self.mesh.get_group(), self.debug, self.timeout)
 
-    def __deepcopy__(self, memo: dict) -> Layout:
+    def __deepcopy__(self, memo: dict) -> ExpertSharding:
         return self  # a copy of a layer is on the same ranks
 
 
 class SpreadExperts(RoutedExperts):
     """What is added in front of a class of experts; see `parallel_class`."""
 
-    expert_parallel: Layout
+    expert_parallel: ExpertSharding
     local_class: type[nn.Module]
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
@@ -95,27 +101,27 @@ class SpreadExperts(RoutedExperts):
         rows travel when dropless, slots otherwise (and to experts that know nothing else).
         """
         if decision is None:
-            return self._through_slots(x)
+            return self._exchange_slots(x)
         local: Any = self.local_class
         ragged = decision.dropless and issubclass(local, RoutedExperts) and local.reads_decisions
         plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
         if plan.num_tokens_per_expert is not None:
             channel = self.expert_parallel.channel
-            out = through_rows(self._as_sent(rows), plan.num_tokens_per_expert, self._compute, channel)
+            out = exchange_rows(self._as_sent(rows), plan.num_tokens_per_expert, self._compute, channel)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])
-            out = self._through_slots(slots)
+            out = self._exchange_slots(slots)
             out = out.flatten().view(plan.num_rows, out.shape[-1])
         return combine(out, plan).to(x.dtype)
 
-    def _through_slots(self, x: Tensor) -> Tensor:
-        layout = self.expert_parallel
-        if x.ndim != len(layout.dims) + 2 or tuple(x.shape[: len(layout.dims)]) != layout.dims:
-            wanted = (*layout.dims, "s", "d")
+    def _exchange_slots(self, x: Tensor) -> Tensor:
+        sharding = self.expert_parallel
+        if x.ndim != len(sharding.dims) + 2 or tuple(x.shape[: len(sharding.dims)]) != sharding.dims:
+            wanted = (*sharding.dims, "s", "d")
             raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
-        return through_slots(self._as_sent(x), layout.dims, self._compute, layout.channel, layout.static_shapes)
+        return exchange_slots(self._as_sent(x), sharding.dims, self._compute, sharding.channel, sharding.static_shapes)
 
     def _as_sent(self, x: Tensor) -> Tensor:
         """Under autocast stacked experts begin with a cast: it is made before the journey, which halves the bytes."""
@@ -137,11 +143,11 @@ class SpreadExperts(RoutedExperts):
         """The module as it would be if this rank's experts were all there are."""
         return local_view(self, self.expert_parallel)
 
-    def own_names(self) -> set[str]:
+    def own_parameter_names(self) -> set[str]:
         """Names of the parameters of which every rank has a part of its own."""
         return set(self.expert_parallel.stacked)
 
-    def mark(self) -> None:
+    def mark_parameters(self) -> None:
         """Have parameters that only their module tells to be a rank's own tell it themselves; see `SpreadList`."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -171,27 +177,27 @@ class SpreadList(SpreadExperts):
         factor = self.expert_parallel.factor
         result = scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
         # modules differ between ranks: where all are frozen or constant, the others' gradients still pass here
-        return follow(result, x)
+        return with_backward_to(result, x)
 
     def _local(self) -> nn.Module:
         own = {str(i): module for i, module in enumerate(self._modules.values())}
         return view_of(self, self.local_class, _modules=own)
 
-    def own_names(self) -> set[str]:
+    def own_parameter_names(self) -> set[str]:
         return {name for name, _ in self.named_parameters()}
 
-    def mark(self) -> None:
+    def mark_parameters(self) -> None:
         for parameter in self.parameters():
             parameter.expert_mesh = self.expert_parallel.mesh  # type: ignore[attr-defined]
 
     def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        self.mark()  # a conversion may have made new parameters
+        self.mark_parameters()  # a conversion may have made new parameters
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mark()  # so has a copy
+        self.mark_parameters()  # so has a copy
 
     def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]
         here = self.expert_parallel.experts
@@ -208,8 +214,8 @@ class SpreadList(SpreadExperts):
 
     def has_elsewhere(self, key: str) -> bool:
         """Whether a key of the whole list's state dict is of an expert that another rank keeps."""
-        index, layout = key.partition(".")[0], self.expert_parallel
-        return index.isdigit() and int(index) < math.prod(layout.dims) and int(index) not in layout.experts
+        index, sharding = key.partition(".")[0], self.expert_parallel
+        return index.isdigit() and int(index) < math.prod(sharding.dims) and int(index) not in sharding.experts
 
 
 @cache
@@ -240,29 +246,29 @@ def reset_parameters(experts: SpreadExperts) -> None:
         return reset(experts)
 
 
-def local_view(module: nn.Module, layout: Layout) -> nn.Module:
+def local_view(module: nn.Module, sharding: ExpertSharding) -> nn.Module:
     """A module that shares everything with `module` but holds this rank's part of what is stacked over experts."""
-    view = _local_part(module, layout, "")
+    view = _local_part(module, sharding, "")
     assert view is not None
     return view
 
 
-def _local_part(module: nn.Module, layout: Layout, prefix: str) -> nn.Module | None:
+def _local_part(module: nn.Module, sharding: ExpertSharding, prefix: str) -> nn.Module | None:
     """View of a module of the tree; None where nothing in it depends on the rank."""
     children = {
-        name: child and _local_part(child, layout, f"{prefix}{name}.") for name, child in module._modules.items()
+        name: child and _local_part(child, sharding, f"{prefix}{name}.") for name, child in module._modules.items()
     }
-    stacked = {name for name in module._parameters if prefix + name in layout.stacked}
+    stacked = {name for name in module._parameters if prefix + name in sharding.stacked}
     buffers = {
-        name: _local_buffer(buffer, layout) if prefix + name in layout.stacked else buffer
+        name: _local_buffer(buffer, sharding) if prefix + name in sharding.stacked else buffer
         for name, buffer in module._buffers.items()
     }
-    sizes = _local_sizes(module, layout)
+    sizes = _local_sizes(module, sharding)
     changed = stacked or sizes or any(children.values()) or any(buffers[n] is not b for n, b in module._buffers.items())
     if not changed and prefix:
         return None
     parameters = {
-        name: _local_shard(parameter, layout) if name in stacked else parameter
+        name: _local_shard(parameter, sharding) if name in stacked else parameter
         for name, parameter in module._parameters.items()
     }
     # buffers are shared as a dict where possible, so that a buffer that a forward assigns anew stays
@@ -277,28 +283,28 @@ def _local_part(module: nn.Module, layout: Layout, prefix: str) -> nn.Module | N
     )
 
 
-def _local_shard(parameter: Tensor | None, layout: Layout) -> Tensor | None:
+def _local_shard(parameter: Tensor | None, sharding: ExpertSharding) -> Tensor | None:
     local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return None if local is None else scale_gradient(local, layout.factor)
+    return None if local is None else scale_gradient(local, sharding.factor)
 
 
-def _local_buffer(buffer: Tensor | None, layout: Layout) -> Tensor | None:
+def _local_buffer(buffer: Tensor | None, sharding: ExpertSharding) -> Tensor | None:
     """A buffer with an entry for each expert is whole on every rank; a part of it is what an expert sees."""
     if buffer is None:
         return None
-    each = layout.local_dims[0]
-    return buffer.narrow(0, layout.mesh.get_local_rank() * each, each)
+    each = sharding.local_dims[0]
+    return buffer.narrow(0, sharding.mesh.get_local_rank() * each, each)
 
 
-def _local_sizes(module: nn.Module, layout: Layout) -> Mapping[str, Any]:
+def _local_sizes(module: nn.Module, sharding: ExpertSharding) -> Mapping[str, Any]:
     """Attributes that tell the number of experts, as they are for one rank's."""
     sizes = {}
     for name in ("num_experts", "expert_dims"):
         size = module.__dict__.get(name)
-        if size == layout.dims:
-            sizes[name] = layout.local_dims
-        elif isinstance(size, int) and size == math.prod(layout.dims):
-            sizes[name] = math.prod(layout.local_dims)
+        if size == sharding.dims:
+            sizes[name] = sharding.local_dims
+        elif isinstance(size, int) and size == math.prod(sharding.dims):
+            sizes[name] = math.prod(sharding.local_dims)
     return sizes
 
 

@@ -28,8 +28,8 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     own = set()
     for prefix, module in model.named_modules():
         if isinstance(module, SpreadExperts):
-            module.mark()
-            own |= {f"{prefix}.{name}".lstrip(".") for name in module.own_names()}
+            module.mark_parameters()
+            own |= {f"{prefix}.{name}".lstrip(".") for name in module.own_parameter_names()}
     return {name: parameter for name, parameter in model.named_parameters() if name in own}
 
 

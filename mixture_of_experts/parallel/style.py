@@ -18,7 +18,7 @@ from mixture_of_experts.experts import ExpertList
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree, default_timeout
-from mixture_of_experts.parallel.experts import Gradient, Layout, SpreadExperts, parallel_class
+from mixture_of_experts.parallel.experts import ExpertSharding, Gradient, SpreadExperts, parallel_class
 
 GRADIENTS = ("mean", "sum")
 
@@ -71,24 +71,24 @@ class ExpertParallel(ParallelStyle):
         super().__init__()
         self.gradient: Gradient = check_choice("gradient", gradient, GRADIENTS)  # type: ignore[assignment]
         self.static_shapes = static_shapes
-        self.batch_group = check_group("batch_group", batch_group)
+        self.batch_group = as_process_group("batch_group", batch_group)
         self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)
         self.debug = debug
         if timeout is not None and not isinstance(timeout, timedelta):
             raise TypeError(f"timeout must be a datetime.timedelta, got {timeout!r}: write timedelta(seconds=...)")
         self.timeout = timeout
 
-    def layout(self, module: nn.Module, mesh: DeviceMesh) -> Layout:
+    def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """Where the experts of a layer will be; raises for all that is wrong with it, and changes nothing."""
         dims = check_layer(module, mesh)
         experts: nn.Module = module.experts  # type: ignore[assignment]
         stacked: frozenset[str] = frozenset()
         if isinstance(experts, ExpertList):
-            check_list(experts, math.prod(dims) // mesh.size())
+            check_expert_list(experts, math.prod(dims) // mesh.size())
         else:
             stacked = stacked_names(experts, dims, self.replicated)
         timeout = self.timeout or default_timeout(mesh.get_group())
-        return Layout(mesh, dims, self.gradient, self.static_shapes, self.debug, timeout, stacked)
+        return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, self.debug, timeout, stacked)
 
     def set_timeout(self, mesh: DeviceMesh) -> None:
         """Of all groups in which a rank waits for others, but for the default one; before the first collective."""
@@ -100,23 +100,23 @@ class ExpertParallel(ParallelStyle):
         """Spread one layer; called by `parallelize_module`."""
         check_mesh(device_mesh)
         self.set_timeout(device_mesh)
-        check_ranks_agree(lambda: describe(module, self.layout(module, device_mesh)), device_mesh)
-        layout = self.layout(module, device_mesh)
-        if self.debug and layout.ranks > 1:
-            module.register_forward_pre_hook(layout.channel.muster)
+        check_ranks_agree(lambda: describe_layer(module, self.sharding(module, device_mesh)), device_mesh)
+        sharding = self.sharding(module, device_mesh)
+        if self.debug and sharding.ranks > 1:
+            module.register_forward_pre_hook(sharding.channel.wait_for_all_ranks)
         self._prepare_gates(module, device_mesh.get_group())
 
         experts: nn.Module = module.experts  # type: ignore[assignment]
-        sharded = sorted(layout.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
+        sharded = sorted(sharding.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
         self._replicate(module, {f"experts.{name}" for name in sharded}, device_mesh)
         if isinstance(experts, ExpertList):
-            keep_modules(experts, layout)
+            keep_modules(experts, sharding)
         else:
             shard(experts, sharded, device_mesh, self.src_data_rank)
-        experts.__dict__["expert_parallel"] = layout
+        experts.__dict__["expert_parallel"] = sharding
         experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
         assert isinstance(experts, SpreadExperts)
-        experts.mark()
+        experts.mark_parameters()
         return module
 
     def _prepare_gates(self, module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -142,7 +142,7 @@ class ExpertParallel(ParallelStyle):
         return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes}, debug={self.debug})"
 
 
-def check_group(name: str, group: object) -> dist.ProcessGroup | None:
+def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
     """A process group, which may be given as a 1-D mesh."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
@@ -181,13 +181,13 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
     return dims
 
 
-def describe(module: nn.Module, layout: Layout) -> dict[str, Any]:
+def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
     """All in which the ranks' layers have to agree."""
     tensors = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)}
     experts = type(module.experts).__name__
-    settings = {"gradient": layout.gradient, "static_shapes": layout.static_shapes, "debug": layout.debug}
-    stacked = sorted(layout.stacked)
-    return {"number of experts": layout.dims, "experts": experts, "stacked": stacked, **settings, **tensors}
+    settings = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes, "debug": sharding.debug}
+    stacked = sorted(sharding.stacked)
+    return {"number of experts": sharding.dims, "experts": experts, "stacked": stacked, **settings, **tensors}
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
@@ -236,14 +236,14 @@ def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) ->
     return sharded
 
 
-def keep_modules(experts: ExpertList, layout: Layout) -> None:
+def keep_modules(experts: ExpertList, sharding: ExpertSharding) -> None:
     """Keep this rank's modules of a list, under the keys they have."""
     for index in range(len(experts)):
-        if index not in layout.experts:
+        if index not in sharding.experts:
             del experts._modules[str(index)]
 
 
-def check_list(experts: ExpertList, each: int) -> None:
+def check_expert_list(experts: ExpertList, each: int) -> None:
     """A list of which every rank keeps `each` modules: nothing is shared between ranks, and every rank has something.
 
     No gradient would reach another rank's copy of a shared parameter; and a rank without any parameter could not know

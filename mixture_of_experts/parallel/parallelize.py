@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe
+from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
 
 
 def parallelize_module(
@@ -40,7 +40,7 @@ def parallelize_module(
             style.set_timeout(device_mesh)
     check_ranks_agree(lambda: describe_plan(module, device_mesh, parallelize_plan), device_mesh)
     for key, style in parallelize_plan.items():
-        for submodule in find(module, key).values():
+        for submodule in matching_submodules(module, key).values():
             tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
     return module
 
@@ -50,7 +50,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
     description: dict[str, Any] = {}
     owner: dict[int, tuple[str, str]] = {}
     for key, style in plan.items():
-        found = find(module, key)
+        found = matching_submodules(module, key)
         if not found:
             names = ", ".join(name for name, _ in module.named_modules() if name and name.count(".") <= key.count("."))
             raise ValueError(f"plan key {key!r} matches no submodule of {type(module).__name__}: there are {names}")
@@ -58,7 +58,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
             continue
         for name, layer in found.items():
             try:
-                layout = style.layout(layer, mesh)
+                sharding = style.sharding(layer, mesh)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}" if name else str(error)) from error
             first = owner.setdefault(id(layer.experts), (key, name))
@@ -68,11 +68,11 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
                     "and name it by one key"
                 )
             prefix = f"{name}." if name else ""
-            description.update((prefix + what, value) for what, value in describe(layer, layout).items())
+            description.update((prefix + what, value) for what, value in describe_layer(layer, sharding).items())
     return description
 
 
-def find(module: nn.Module, key: str) -> dict[str, nn.Module]:
+def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
     """The submodules by name that a plan key names, each once; each part of the key may hold wildcards."""
     found = {"": module}
     for part in key.split(".") if key else ():
