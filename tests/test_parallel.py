@@ -171,6 +171,7 @@ CHECKS = {
         odd.check_ranks_without_a_gradient_of_their_own,
         odd.check_tied_experts,
         odd.check_buffer_that_looks_stacked,
+        odd.check_experts_that_return_other_dtypes,
         odd.check_layer_called_twice,
         odd.check_calls_without_gradients,
         odd.check_calls_without_any_token,

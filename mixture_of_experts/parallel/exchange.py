@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from datetime import timedelta
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ class CallHeader(NamedTuple):
     form: int  # SLOTS or ROWS
     dtype: int  # index into DTYPES
     dim: int  # d
+    returned: int  # index into DTYPES of what this rank's experts return, at the widest
     size: int  # s; 0 for rows
 
     def describe(self) -> str:
@@ -151,7 +153,9 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1 else _ScaleGradient.apply(x, factor)
 
 
-def exchange_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, equal: bool) -> Tensor:
+def exchange_slots(
+    x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, returned: torch.dtype, equal: bool
+) -> Tensor:
     """Slots of all experts on this rank through the experts of every rank.
 
     Args:
@@ -159,7 +163,9 @@ def exchange_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: 
         dims: `*e`, of which the first is divided among the ranks.
         compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to `(*l, s', o)`.
         channel: the connection to the other ranks.
-        equal: s is the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host sync.
+        returned: what this rank's results can travel in.
+        equal: s and `returned` are the same on all ranks. Otherwise the ranks tell each other theirs, which costs a
+            host sync, and results travel in the widest dtype of all.
     """
     ranks = channel.size
     if ranks == 1:
@@ -167,8 +173,9 @@ def exchange_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: 
     s, d = x.shape[-2:]
     sizes = [s] * ranks
     if not equal or channel.debug:
-        header = CallHeader(SLOTS, DTYPES.index(x.dtype), d, s)
-        sizes = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel).sizes
+        header = CallHeader(SLOTS, DTYPES.index(x.dtype), d, DTYPES.index(returned), s)
+        told = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
+        sizes, returned = told.sizes, told.returned
         if equal and len(set(sizes)) > 1:
             raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
     local_dims = (dims[0] // ranks, *dims[1:])
@@ -176,12 +183,12 @@ def exchange_slots(x: Tensor, dims: tuple[int, ...], compute: Compute, channel: 
     receive = [math.prod(local_dims) * size for size in sizes]
     rows = channel.move(x.reshape(-1, d), send, receive)
     blocks = [block.view(*local_dims, size, d) for block, size in zip(rows.split(receive), sizes, strict=True)]
-    result = compute(torch.cat(blocks, dim=-2))
+    result = compute(torch.cat(blocks, dim=-2)).to(returned)
     result = torch.cat([block.reshape(-1, block.shape[-1]) for block in result.split(sizes, dim=-2)])
     return own(channel.move(result, receive, send), (*x.shape[:-1], result.shape[-1]))
 
 
-def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel) -> Tensor:
+def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel, returned: torch.dtype) -> Tensor:
     """Rows of this rank through the experts of every rank; one host sync, to learn how many rows come.
 
     Args:
@@ -189,15 +196,15 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel)
         counts: `(e,)` int64.
         compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', o)`.
         channel: the connection to the other ranks.
+        returned: what this rank's results can travel in; they do so in the widest dtype of all ranks.
     """
     if channel.size == 1:
         return compute(x, counts)
-    _, send, receive, received = exchange_sizes(
-        CallHeader(ROWS, DTYPES.index(x.dtype), x.shape[-1], 0), counts, channel
-    )
+    header = CallHeader(ROWS, DTYPES.index(x.dtype), x.shape[-1], DTYPES.index(returned), 0)
+    _, send, receive, received, returned = exchange_sizes(header, counts, channel)
     rows = channel.move(x[: sum(send)], send, receive)
     order, inverse = by_expert(received, sum(receive))
-    result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0))
+    result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0)).to(returned)
     result = channel.move(_Permute.apply(result, inverse, order), receive, send)
     return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), result.shape[-1])])
 
@@ -217,6 +224,7 @@ class ExchangeSizes(NamedTuple):
     send: list[int]  # (p) rows that go to each rank
     receive: list[int]  # (p) rows that come from it
     counts: Tensor  # (p, l) the same for each expert of this rank
+    returned: torch.dtype  # what all ranks' results travel in
 
 
 def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> ExchangeSizes:
@@ -231,12 +239,13 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
     received = told[:, width:]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
     table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
-    for rank, row in enumerate(table):
-        other = CallHeader(*row[:width])
+    headers = [CallHeader(*row[:width]) for row in table]
+    for rank, other in enumerate(headers):
         if other[:3] != header[:3]:
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
                 f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension"
             )
-    size, send, receive = ([row[column] for row in table] for column in range(width - 1, width + 2))
-    return ExchangeSizes(size, send, receive, received)
+    send, receive = ([row[column] for row in table] for column in (width, width + 1))
+    returned = reduce(torch.promote_types, (DTYPES[other.returned] for other in headers))
+    return ExchangeSizes([other.size for other in headers], send, receive, received, returned)

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache
+from functools import cache, reduce
 from typing import Any, Literal
 
 import torch
@@ -27,6 +27,7 @@ from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.parallel.exchange import (
+    DTYPES,
     Channel,
     exchange_rows,
     exchange_slots,
@@ -107,8 +108,8 @@ class SpreadExperts(RoutedExperts):
         plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
         if plan.num_tokens_per_expert is not None:
-            channel = self.expert_parallel.channel
-            out = exchange_rows(self._as_sent(rows), plan.num_tokens_per_expert, self._compute, channel)
+            sent, returned = self._travelling_dtypes(rows)
+            out = exchange_rows(rows.to(sent), plan.num_tokens_per_expert, self._compute, self.expert_parallel.channel, returned)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])
@@ -121,14 +122,25 @@ class SpreadExperts(RoutedExperts):
         if x.ndim != len(sharding.dims) + 2 or tuple(x.shape[: len(sharding.dims)]) != sharding.dims:
             wanted = (*sharding.dims, "s", "d")
             raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
-        return exchange_slots(self._as_sent(x), sharding.dims, self._compute, sharding.channel, sharding.static_shapes)
+        sent, returned = self._travelling_dtypes(x)
+        static = sharding.static_shapes
+        return exchange_slots(x.to(sent), sharding.dims, self._compute, sharding.channel, returned, static)
 
-    def _as_sent(self, x: Tensor) -> Tensor:
-        """Under autocast stacked experts begin with a cast: it is made before the journey, which halves the bytes."""
-        autocast = isinstance(self, StackedExperts) and torch.is_autocast_enabled(x.device.type)
-        if not autocast or x.dtype == torch.float64:
-            return x
-        return x.to(torch.get_autocast_dtype(x.device.type))
+    def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """Of the tokens x that go to the other ranks, and the widest in which this rank's experts return them.
+
+        It is known before they compute, so that the ranks can agree: what modules return depends on themselves and on
+        autocast, which may not be the same on every rank.
+        """
+        weights = [parameter.dtype for parameter in self.parameters() if parameter.dtype in DTYPES]
+        widest = reduce(torch.promote_types, weights, x.dtype)
+        if not isinstance(self, StackedExperts):
+            return x.dtype, widest
+        device = x.device.type
+        if torch.is_autocast_enabled(device) and widest != torch.float64:
+            # stacked experts begin with a cast: made before the journey it halves the bytes
+            return torch.get_autocast_dtype(device), torch.get_autocast_dtype(device)
+        return x.dtype, reduce(torch.promote_types, weights)
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         """This rank's experts on slots `(*l, s, d)` or rows; hooks run around the whole, at the layer's own module."""
@@ -171,6 +183,11 @@ class SpreadList(SpreadExperts):
     """The same for a list of modules: a rank keeps its own, under the keys they have in the whole list."""
 
     num_experts: int
+
+    def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        sent, widest = super()._travelling_dtypes(x)
+        # the modules of another rank may have weights of another dtype: without a word of them x decides
+        return sent, x.dtype if self.expert_parallel.static_shapes else widest
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         # scaling what comes and goes is scaling the parameters' gradients, and leaves the modules alone

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import MoE
+from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import (
     ExpertParallel,
     average_gradients,
@@ -39,6 +39,7 @@ from support.parallel_layers import (
     BATCH,
     DIM,
     EXPERTS,
+    HIDDEN,
     LAYERS,
     LENGTH,
     Model,
@@ -146,6 +147,50 @@ class ScaledExperts(OwnExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x * self.gain)
+
+
+HALF = dict(rtol=0.03, atol=0.03)
+
+
+class BareExperts(nn.Module):
+    """Stacked experts inside a module of one's own, which returns what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = EXPERTS
+        self.inner = Experts(DIM, EXPERTS, HIDDEN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+def dtype_layer(experts: object, capacity: float | None) -> MoE:
+    """A layer in float32 with an expert to which nobody goes."""
+    gate = TopKGating(DIM, EXPERTS, capacity_factor_train=capacity, capacity_factor_eval=capacity)
+    return MoE(DIM, gate=gate, experts=experts).float()  # type: ignore[arg-type]
+
+
+def check_experts_that_return_other_dtypes() -> None:
+    """Under autocast a network returns bfloat16 and an Identity what it was given; one rank alone may be under it."""
+    torch.manual_seed(1)
+    half = EXPERTS // 2
+    some = [small_network() for _ in range(half + 1)] + [nn.Identity() for _ in range(half - 1)]
+    everywhere, on_one = True, dist.get_rank() == 0
+    for experts, autocast in ((some, everywhere), (some, on_one), (BareExperts(), on_one)):
+        for capacity in (None, 2.0):
+            alone = dtype_layer(copy.deepcopy(experts), capacity)
+            together = spread(copy.deepcopy(alone), make_mesh())
+            x = batch()[0].float()
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                out = together.eval()(own_part(x))[0]
+                torch.testing.assert_close(out, own_part(alone.eval()(x)[0]), **HALF)
+            x_alone, x_own = x.clone().requires_grad_(), own_part(x).clone().requires_grad_()
+            for layer, tokens in ((alone.train(), x_alone), (together.train(), x_own)):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    out = layer(tokens)[0]
+                assert out.dtype == torch.float32
+                out.square().mean(-1).sum().backward()
+            torch.testing.assert_close(x_own.grad, own_part(x_alone.grad), **HALF)
 
 
 def check_buffer_that_looks_stacked() -> None:
