@@ -22,7 +22,9 @@ FEW = 4096  # entries of a table for which the way of fewest operators is fastes
 
 
 def expert_capacity(num_tokens: int, factor: float, num_experts: int, minimum: int, k: int = 1) -> int:
-    """Slots of an expert for a group of `num_tokens`: `max(min(n, int(k n factor / e)), minimum)`."""
+    """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token."""
+    if statically_known_true(num_tokens == 0):  # a second level would count the slots as tokens
+        return 0
     wanted: Any = torch.sym_int(k * num_tokens * factor / num_experts)
     return largest(smallest(num_tokens, wanted), minimum)
 

@@ -245,15 +245,18 @@ def check_calls_without_any_token() -> None:
 
 
 def check_rank_with_sequences_of_no_length() -> None:
-    """Sequences without a token are groups that count for nothing: losses are those of the other rank alone."""
+    """Groups without a token count for nothing, in neither level: losses are those of the other rank alone."""
     x = batch()[0]
-    for name in ("top2", "top-k, dropless", "top-k, score priority"):
-        alone = make(name)
-        together = spread(copy.deepcopy(alone), make_mesh())
-        with recorded_losses(alone) as losses_alone, recorded_losses(together) as losses:
-            alone(x)
-            together(x if dist.get_rank() == 0 else x[:2, :0])
-        check_same_losses(losses, losses_alone)
+    levels = ("two levels", "two levels, mixed", "two levels, dropless", "two levels, dropless first")
+    for name in ("top2", "top-k, dropless", "top-k, score priority", *levels):
+        for group_size, nothing in ((None, x[:2, :0]), (LENGTH, x[:2, :0]), (LENGTH, x[:0])):
+            alone = make(name)
+            alone.group_size = group_size
+            together = spread(copy.deepcopy(alone), make_mesh())
+            with recorded_losses(alone) as losses_alone, recorded_losses(together) as losses:
+                alone(x)
+                together(x if dist.get_rank() == 0 else nothing)
+            check_same_losses(losses, losses_alone)
 
 
 def check_second_derivatives() -> None:
