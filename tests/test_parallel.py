@@ -329,6 +329,17 @@ def test_debug_names_the_rank_that_is_stuck(workers: Workers, tmp_path: Path):
         ("dtypes", r"differ in \S+: .*torch.float64 on rank 0, .*torch.bfloat16 on rank 1"),
         ("bias", r"differ in experts\.\w+: .*missing.* on rank"),
         ("gradient", r"differ in gradient: mean on rank 0, sum on rank 1"),
+        ("activation", r"differ in experts\.act: GELU\(.* on rank 0, ReLU\(\) on rank 1"),
+        ("function", r"differ in experts\.act: GELU\(.* on rank 0, FunctionActivation\(sigmoid\) on rank 1"),
+        ("z_loss_coef", r"z_loss_coef: 0.0 on rank 0, 0.1 on rank 1"),
+        ("loss_coefs", r"loss_coefs: \{\} on rank 0, \{'balance': 0.1\} on rank 1"),
+        ("policy", r"differ in gate\.second_policy_eval: random on rank 0, all on rank 1"),
+        ("gate", r"differ in gate: Top2Gating\(.* on rank 0, TopKGating\(.* on rank 1"),
+        ("k", r"differ in gate: .*k=2.* on rank 0, .*k=3.* on rank 1"),
+        ("balance_over", r"differ in gate\.balance_over: group on rank 0, batch on rank 1"),
+        ("capacity", r"differ in gate: .*dropless.* on rank 0, .*\(None, 2.0\).* on rank 1"),
+        ("gate of one's own", r"differ in gate\.temperature: 2.0 on rank 0, 0.5 on rank 1"),
+        ("replicated", r"differ in experts.w1, stacked: True on rank 0, missing on rank 1"),
     ],
 )
 def test_ranks_build_different_layers(workers: Workers, difference: str, named: str):
@@ -361,7 +372,12 @@ def test_one_rank_never_sets_up(workers: Workers, tmp_path: Path, data_parallel:
 
 @pytest.mark.parametrize(
     ("difference", "named"),
-    [("mode", r"slots .* rank \d rows|rows .* rank \d slots"), ("dtype", r"torch.float32.*torch.float64|64.*32")],
+    [
+        ("mode", r"slots .* rank \d rows|rows .* rank \d slots"),
+        ("mode with capacity", r"in training.* rank \d .*in evaluation|in evaluation.* rank \d .*in training"),
+        ("gradients", r"with gradients.* rank \d .*without gradients|without gradients.* rank \d .*with gradients"),
+        ("dtype", r"torch.float32.*torch.float64|64.*32"),
+    ],
 )
 def test_ranks_call_a_layer_differently(workers: Workers, difference: str, named: str):
     for message in workers.run(faults.different_calls, 4, difference, timeout=LIMIT):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+
+MOST = 3  # differences that an error names
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
@@ -30,12 +32,16 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     for rank, (other, message) in enumerate(told):
         if message:
             raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
-        for key in sorted(description.keys() | other.keys()):
-            mine, theirs = (d.get(key, "missing") for d in (told[0][0], other))
-            if mine != theirs:
-                raise ValueError(
-                    f"expert parallelism: the ranks' layers differ in {key}: {mine} on rank 0, {theirs} on rank {rank}"
-                )
+        if differing := differences(told[0][0], other):
+            shown = [f"{key}: {first} on rank 0, {its} on rank {rank}" for key, first, its in differing[:MOST]]
+            more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
+            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}")
+
+
+def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """The keys of two descriptions whose values differ, in their order, and both values."""
+    pairs = ((key, first.get(key, "missing"), other.get(key, "missing")) for key in {**first, **other})
+    return [(key, mine, its) for key, mine, its in pairs if mine != its]
 
 
 def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:

@@ -24,6 +24,8 @@ from mixture_of_experts.groups import own
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOTS, ROWS = 0, 1
 FORMS = ("slots (limited capacity)", "rows (dropless)")
+MODES = ("in evaluation", "in training")
+GRADIENTS = ("without gradients", "with gradients")
 
 Compute = Callable[..., Tensor]
 
@@ -32,13 +34,21 @@ class CallHeader(NamedTuple):
     """What every rank tells every other before its tokens: enough to check, and to know the sizes to receive."""
 
     form: int  # SLOTS or ROWS
+    mode: int  # index into MODES
+    gradients: int  # index into GRADIENTS
     dtype: int  # index into DTYPES
     dim: int  # d
     returned: int  # index into DTYPES of what this rank's experts return, at the widest
     size: int  # s; 0 for rows
 
+    @property
+    def agreed(self) -> CallHeader:
+        """What has to be the same on all ranks."""
+        return self._replace(returned=0, size=0)
+
     def describe(self) -> str:
-        return f"{FORMS[self.form]} of {DTYPES[self.dtype]}, dim={self.dim}"
+        tokens = f"{FORMS[self.form]} of {DTYPES[self.dtype]}, dim={self.dim}"
+        return f"{tokens}, {MODES[self.mode]} {GRADIENTS[self.gradients]}"
 
 
 class Channel(NamedTuple):
@@ -154,7 +164,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 def exchange_slots(
-    x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, returned: torch.dtype, equal: bool
+    x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, header: CallHeader, equal: bool
 ) -> Tensor:
     """Slots of all experts on this rank through the experts of every rank.
 
@@ -163,17 +173,16 @@ def exchange_slots(
         dims: `*e`, of which the first is divided among the ranks.
         compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to `(*l, s', o)`.
         channel: the connection to the other ranks.
-        returned: what this rank's results can travel in.
-        equal: s and `returned` are the same on all ranks. Otherwise the ranks tell each other theirs, which costs a
-            host sync, and results travel in the widest dtype of all.
+        header: what the ranks tell each other of this call.
+        equal: header and s are the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host
+            sync, and results travel in the widest dtype of all.
     """
     ranks = channel.size
     if ranks == 1:
         return compute(x)
     s, d = x.shape[-2:]
-    sizes = [s] * ranks
+    sizes, returned = [s] * ranks, DTYPES[header.returned]
     if not equal or channel.debug:
-        header = CallHeader(SLOTS, DTYPES.index(x.dtype), d, DTYPES.index(returned), s)
         told = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
         sizes, returned = told.sizes, told.returned
         if equal and len(set(sizes)) > 1:
@@ -188,7 +197,7 @@ def exchange_slots(
     return own(channel.move(result, receive, send), (*x.shape[:-1], result.shape[-1]))
 
 
-def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel, returned: torch.dtype) -> Tensor:
+def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel, header: CallHeader) -> Tensor:
     """Rows of this rank through the experts of every rank; one host sync, to learn how many rows come.
 
     Args:
@@ -196,17 +205,17 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
         counts: `(e,)` int64.
         compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', o)`.
         channel: the connection to the other ranks.
-        returned: what this rank's results can travel in; they do so in the widest dtype of all ranks.
+        header: what the ranks tell each other of this call.
     """
     if channel.size == 1:
         return compute(x, counts)
-    header = CallHeader(ROWS, DTYPES.index(x.dtype), x.shape[-1], DTYPES.index(returned), 0)
-    _, send, receive, received, returned = exchange_sizes(header, counts, channel)
-    rows = channel.move(x[: sum(send)], send, receive)
-    order, inverse = by_expert(received, sum(receive))
-    result = compute(_Permute.apply(rows, order, inverse), received.sum(dim=0)).to(returned)
-    result = channel.move(_Permute.apply(result, inverse, order), receive, send)
-    return torch.cat([result, result.new_zeros(x.shape[0] - sum(send), result.shape[-1])])
+    told = exchange_sizes(header, counts, channel)
+    num_rows = sum(told.send)
+    rows = channel.move(x[:num_rows], told.send, told.receive)
+    order, inverse = by_expert(told.counts, sum(told.receive))
+    result = compute(_Permute.apply(rows, order, inverse), told.counts.sum(dim=0)).to(told.returned)
+    result = channel.move(_Permute.apply(result, inverse, order), told.receive, told.send)
+    return torch.cat([result, result.new_zeros(x.shape[0] - num_rows, result.shape[-1])])
 
 
 def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
@@ -241,10 +250,11 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
     table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
     headers = [CallHeader(*row[:width]) for row in table]
     for rank, other in enumerate(headers):
-        if other[:3] != header[:3]:
+        if other.agreed != header.agreed:
             raise ValueError(
                 f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
-                f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension"
+                f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension, and "
+                "all with gradients or all without"
             )
     send, receive = ([row[column] for row in table] for column in (width, width + 1))
     returned = reduce(torch.promote_types, (DTYPES[other.returned] for other in headers))

@@ -28,6 +28,9 @@ from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.parallel.exchange import (
     DTYPES,
+    ROWS,
+    SLOTS,
+    CallHeader,
     Channel,
     exchange_rows,
     exchange_slots,
@@ -108,8 +111,8 @@ class SpreadExperts(RoutedExperts):
         plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
         if plan.num_tokens_per_expert is not None:
-            sent, returned = self._travelling_dtypes(rows)
-            out = exchange_rows(rows.to(sent), plan.num_tokens_per_expert, self._compute, self.expert_parallel.channel, returned)
+            rows, header = self._announce(rows, ROWS)
+            out = exchange_rows(rows, plan.num_tokens_per_expert, self._compute, self.expert_parallel.channel, header)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])
@@ -122,9 +125,21 @@ class SpreadExperts(RoutedExperts):
         if x.ndim != len(sharding.dims) + 2 or tuple(x.shape[: len(sharding.dims)]) != sharding.dims:
             wanted = (*sharding.dims, "s", "d")
             raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
+        x, header = self._announce(x, SLOTS)
+        return exchange_slots(x, sharding.dims, self._compute, sharding.channel, header, sharding.static_shapes)
+
+    def _announce(self, x: Tensor, form: int) -> tuple[Tensor, CallHeader]:
+        """Tokens as they travel, and what is said of the call beforehand."""
         sent, returned = self._travelling_dtypes(x)
-        static = sharding.static_shapes
-        return exchange_slots(x.to(sent), sharding.dims, self._compute, sharding.channel, returned, static)
+        return x.to(sent), CallHeader(
+            form=form,
+            mode=int(self.training),
+            gradients=int(torch.is_grad_enabled()),
+            dtype=DTYPES.index(sent),
+            dim=x.shape[-1],
+            returned=DTYPES.index(returned),
+            size=x.shape[-2] if form == SLOTS else 0,
+        )
 
     def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         """Of the tokens x that go to the other ranks, and the widest in which this rank's experts return them.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Iterable
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.checks import check_choice
-from mixture_of_experts.experts import ExpertList
+from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree, default_timeout
@@ -182,12 +183,38 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
 
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """All in which the ranks' layers have to agree."""
-    tensors = {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)}
-    experts = type(module.experts).__name__
-    settings = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes, "debug": sharding.debug}
-    stacked = sorted(sharding.stacked)
-    return {"number of experts": sharding.dims, "experts": experts, "stacked": stacked, **settings, **tensors}
+    """All in which the ranks' layers have to agree: their tensors, and what every module of them says of itself."""
+    description: dict[str, Any] = {"number of experts": sharding.dims}
+    for name, tensor in named_tensors(module):
+        description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
+    description.update((f"experts.{name}, stacked", True) for name in sorted(sharding.stacked))
+    for name, part in module.named_modules():
+        if name:
+            description[name] = without_places(f"{type(part).__name__}({part.extra_repr()})")
+        if isinstance(part, MoE | HeirarchicalMoE | Gate | StackedExperts):
+            description.update((f"{name}.{key}".lstrip("."), value) for key, value in plain_settings(part).items())
+    options = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes, "debug": sharding.debug}
+    return {**description, "class": type(module).__name__, **options}
+
+
+def plain_settings(module: nn.Module) -> dict[str, Any]:
+    """The public attributes of a module that are plain values, or hold nothing else."""
+    names = {name.removeprefix("_") for name in vars(module).keys() - vars(nn.Module()).keys()}
+    values = {name: getattr(module, name, module) for name in sorted(names)}
+    return {name: value for name, value in values.items() if is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(map(is_plain, value))
+    if isinstance(value, dict):
+        return all(map(is_plain, value.values()))
+    return isinstance(value, bool | int | float | str | None)
+
+
+def without_places(text: str) -> str:
+    """What is another's on every rank: addresses in memory, and numbers of devices."""
+    return re.sub(r" at 0x[0-9a-f]+|(?<=cuda):\d+", "", text)
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

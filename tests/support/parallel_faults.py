@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -113,6 +114,18 @@ class Waiting(nn.Module):
         return x
 
 
+def topk(**settings: Any) -> MoE:
+    return MoE(DIM, gate=TopKGating(DIM, EXPERTS, **settings), experts=Experts(DIM, EXPERTS, HIDDEN))
+
+
+class Tempered(TopKGating):
+    """A gate of one's own, with a setting that it does not show."""
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__(DIM, EXPERTS)
+        self.temperature = temperature
+
+
 def different_layers(difference: str) -> str:
     """The ranks build different layers."""
     made = {
@@ -121,9 +134,25 @@ def different_layers(difference: str) -> str:
         "dtypes": lambda: MoE(DIM, EXPERTS, HIDDEN).to(torch.bfloat16),
         "bias": lambda: MoE(DIM, experts=Experts(DIM, EXPERTS, HIDDEN, bias=True)),
         "gradient": lambda: MoE(DIM, EXPERTS, HIDDEN),
+        "activation": lambda: MoE(DIM, EXPERTS, HIDDEN, nn.ReLU),
+        "function": lambda: MoE(DIM, experts=Experts(DIM, EXPERTS, HIDDEN, torch.sigmoid)),
+        "z_loss_coef": lambda: MoE(DIM, EXPERTS, HIDDEN, z_loss_coef=0.1),
+        "loss_coefs": lambda: MoE(DIM, EXPERTS, HIDDEN, loss_coefs={"balance": 0.1}),
+        "policy": lambda: MoE(DIM, EXPERTS, HIDDEN, second_policy_eval="all"),
+        "gate": lambda: topk(),
+        "k": lambda: topk(k=3),
+        "balance_over": lambda: topk(balance_over="batch"),
+        "capacity": lambda: topk(capacity_factor_eval=2.0),
+        "gate of one's own": lambda: MoE(DIM, gate=Tempered(0.5), experts=Experts(DIM, EXPERTS, HIDDEN)),
+        "replicated": lambda: MoE(DIM, EXPERTS, HIDDEN),
     }
-    moe = made[difference]() if odd_one() else MoE(DIM, EXPERTS, HIDDEN)
-    options = {"gradient": "sum"} if odd_one() and difference == "gradient" else {}
+    usual = {
+        **dict.fromkeys(("k", "balance_over", "capacity"), topk),
+        "gate of one's own": lambda: MoE(DIM, gate=Tempered(2.0), experts=Experts(DIM, EXPERTS, HIDDEN)),
+    }
+    moe = made[difference]() if odd_one() else usual.get(difference, lambda: MoE(DIM, EXPERTS, HIDDEN))()
+    options = {"gradient": {"gradient": "sum"}, "replicated": {"replicated": "w1"}}.get(difference, {})
+    options = options if odd_one() else {}
     return told(lambda: parallelize_module(moe, make_mesh()["ep"], ExpertParallel(**options)))
 
 
@@ -132,11 +161,18 @@ def different_calls(difference: str) -> str:
     gate = TopKGating(DIM, EXPERTS, capacity_factor_train=1.0)  # dropless in evaluation
     moe = spread(MoE(DIM, gate=gate, experts=Experts(DIM, EXPERTS, HIDDEN)), make_mesh())
     x = tokens()
-    if odd_one() and difference == "mode":
+    if difference == "mode with capacity":
+        moe.gate.capacity_factor_eval = 1.0
+    if odd_one() and difference.startswith("mode"):
         moe.eval()
+    if odd_one() and difference == "gradients":
+        torch.set_grad_enabled(False)
     if odd_one() and difference == "dtype":
         x = x.to(torch.float32)
-    return told(lambda: moe(x))
+    try:
+        return told(lambda: moe(x))
+    finally:
+        torch.set_grad_enabled(True)
 
 
 def unequal_under_static_shapes() -> str:
