@@ -110,6 +110,16 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
         raise ValueError(f"importance must have shape {tuple(shape)}, one entry a token, got {tuple(importance.shape)}")
 
 
+def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
+    """Whole numbers of tokens, one for each group."""
+    if lengths.is_floating_point() or lengths.shape != shape:
+        raise ValueError(
+            f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)}: a share of a token is a queues.Length"
+        )
+    return lengths
+
+
 def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
     """What experts returned: a tensor of the shape that they were given."""
     if isinstance(result, Tensor) and result.shape == shape:

@@ -5,16 +5,19 @@ Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch import dispatch
 from mixture_of_experts.groups import group_shape
 from mixture_of_experts.plan import Plan
+from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
 
 
-def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | None) -> dict[str, Tensor | None]:
+def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | None) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
@@ -37,8 +40,8 @@ def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | 
     mask = length = None
     if outer.capacity is None:
         mask = importance > 0
-        real = groups.new_full((b,), n, dtype=torch.float64) if outer.real is None else outer.real.sum(dim=-1)
-        length = (real.to(torch.float64) * min(outer.k, eo) / eo).expand(eo, b)
+        real = mask.new_full((b,), n, dtype=torch.int64) if outer.real is None else outer.real.sum(dim=-1)
+        length = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
     elif outer.limit is not None:
         mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
     if group_size is not None and outer.capacity is not None:

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mixture_of_experts.private_torch import all_reduce_sum
+from mixture_of_experts.queues import Length
 from mixture_of_experts.tracing import largest, smallest
 
 
@@ -56,7 +57,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def load_balance(
-    load: Tensor, proxy: Tensor, length: Tensor | int, k: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Length | int, k: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
 
@@ -65,20 +66,20 @@ def load_balance(
     Args:
         load: `(..., b, e)` number of choices that each expert got; carries no gradient.
         proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
-        length: `(..., b)` number of real tokens of each group, the divisor of both means; n if all have that many.
+        length: number of real tokens of each group `(..., b)`, the divisor of both means; n if all have that many.
         k: the choices that a token makes.
         group: process group that shares the batch.
     """
     products, each = load.detach() * proxy, k / load.shape[-1]
-    if isinstance(length, Tensor):
-        per_group = products.sum(dim=-1) / positive(length).to(products.dtype).square()
-        return mean(per_group.sum(), (length > 0).sum(), group, each)
+    if isinstance(length, Length):
+        per_group = products.sum(dim=-1) / positive(length.tokens(products.dtype)).square()
+        return mean(per_group.sum(), (length.parts > 0).sum(), group, each)
     groups = math.prod(products.shape[:-1]) * smallest(length, 1)
     return mean(products.sum(), groups, group, each * largest(length, 1) ** 2)
 
 
 def load_balance_over_batch(
-    load: Tensor, proxy: Tensor, length: Tensor | int, k: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Length | int, k: int = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
@@ -86,12 +87,14 @@ def load_balance_over_batch(
     (`...`) it is computed for each of them and averaged over those that have a token.
     """
     num_experts = load.shape[-1]
-    if not isinstance(length, Tensor):
-        length = proxy.new_full(proxy.shape[:-1], length)
-    load, proxy, length = load.sum(dim=-2), proxy.sum(dim=-2), length.sum(dim=-1).to(proxy.dtype)
-    load, length = global_sum(load.to(proxy.dtype), group), global_sum(length, group)
+    if isinstance(length, Length):
+        tokens = length.sum().tokens(proxy.dtype)
+    else:
+        tokens = proxy.new_full(proxy.shape[:-1], length).sum(dim=-1)
+    load, proxy = load.sum(dim=-2), proxy.sum(dim=-2)
+    load, tokens = global_sum(load.to(proxy.dtype), group), global_sum(tokens, group)
     product = (load * proxy).sum(dim=-1) * world_size(group)
-    return mean((product / positive(length).square()).sum(), (length > 0).sum(), each=k / num_experts)
+    return mean((product / positive(tokens).square()).sum(), (tokens > 0).sum(), each=k / num_experts)
 
 
 def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -7,36 +7,83 @@ of a group (n * k).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from fractions import Fraction
+from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from mixture_of_experts.private_torch import statically_known_true
-from mixture_of_experts.tracing import exporting_to_onnx, is_wrapped, largest, smallest
+from mixture_of_experts.tracing import exporting_to_onnx, is_wrapped, largest
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
+MOST_DENOMINATOR = 1 << 20  # of a capacity factor
 FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
 
 
-def expert_capacity(num_tokens: int, factor: float, num_experts: int, minimum: int, k: int = 1) -> int:
-    """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token."""
+def bounded_ratio(factor: float) -> tuple[int, int]:
+    """A capacity factor as a ratio of two integers, exact for what people write: the denominator is 2^20 at most."""
+    ratio = Fraction(factor).limit_denominator(MOST_DENOMINATOR) or Fraction(1, MOST_DENOMINATOR)
+    return ratio.numerator, ratio.denominator
+
+
+def slots_per_token(factor: tuple[int, int], num_experts: int, k: int) -> tuple[int, int]:
+    """Slots of one expert for each token of a group, `k factor / e` but at most 1, as a ratio of two integers.
+
+    As it is at most 1, products with the number of tokens stay far from the end of int64.
+    """
+    slots, tokens = k * factor[0], num_experts * factor[1]
+    return (slots, tokens) if slots < tokens else (1, 1)
+
+
+def expert_capacity(num_tokens: int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> int:
+    """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token.
+
+    Args:
+        num_tokens: n.
+        factor: the capacity factor, as `bounded_ratio` gives it.
+        num_experts, minimum: e, and the least number of slots.
+        k: choices of a token.
+    """
     if statically_known_true(num_tokens == 0):  # a second level would count the slots as tokens
         return 0
-    wanted: Any = torch.sym_int(k * num_tokens * factor / num_experts)
-    return largest(smallest(num_tokens, wanted), minimum)
+    slots, tokens = slots_per_token(factor, num_experts, k)
+    return largest(num_tokens * slots // tokens, minimum)
 
 
-def group_capacity(length: Tensor, factor: float, num_experts: int, minimum: int, k: int = 1) -> Tensor:
-    """`(..., b)` int64, slots of an expert for groups of `length` `(..., b)` real tokens; 0 for a group without any.
+def group_capacity(length: Length, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> Tensor:
+    """`(..., b)` int64, slots of an expert for groups of real tokens; 0 for a group without any.
 
-    The product is taken in float64, so that it truncates as Python's does.
+    `length` is the number of real tokens of each group; the other arguments are those of `expert_capacity`, and so is
+    the rule.
     """
-    length = length.to(torch.float64)
-    wanted = torch.minimum(length, (k * length * factor / num_experts).floor())
-    return torch.where(length > 0, wanted.floor().clamp(min=minimum), 0.0).to(torch.int64)
+    slots, tokens = slots_per_token(factor, num_experts, k)
+    wanted = length.parts * slots // (tokens * length.parts_per_token)
+    return torch.where(length.parts > 0, wanted.clamp(min=minimum), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Length:
+    """How many real tokens groups have, in integers: a second level's share of the tokens need not be a whole number.
+
+    Attributes:
+        parts: `(..., b)` int64, the tokens of each group, counted in parts of a token.
+        parts_per_token: how many parts a token has.
+    """
+
+    parts: Tensor
+    parts_per_token: int = 1
+
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """`(..., b)` the number of tokens, in a floating dtype."""
+        parts = self.parts.to(dtype)
+        return parts if self.parts_per_token == 1 else parts / self.parts_per_token
+
+    def sum(self) -> Length:
+        """The tokens `(...)` of all groups together."""
+        return Length(self.parts.sum(dim=-1), self.parts_per_token)
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,6 +21,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
+from mixture_of_experts.queues import Length
 
 # Recipes: heading, choices of a token, experts, sum of a token's weights (None: whatever the scores are)
 RECIPES = {
@@ -174,8 +175,8 @@ def dense_two_levels(moe: HeirarchicalMoE, x: Tensor) -> tuple[Tensor, Tensor]:
     importance = importance_of_slots(moe.gate_outer, outer)
     only_occupied = {}
     if outer.capacity is None:
-        share = x.shape[1] * outer.k / outer.num_experts
-        only_occupied = {"mask": importance > 0, "length": torch.full(importance.shape[:2], share, dtype=torch.float64)}
+        choices = torch.full(importance.shape[:2], x.shape[1] * outer.k)
+        only_occupied = {"mask": importance > 0, "length": Length(choices, parts_per_token=outer.num_experts)}
     inner = moe.gate_inner(slots, importance=importance, **only_occupied)
     rows = torch.einsum("obcis,obcd->oibsd", inner.dispatch_tensor(), slots)
     results = moe.experts(rows.flatten(2, 3)).view_as(rows)

@@ -17,19 +17,21 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import (
     check_choice,
     check_importance,
+    check_lengths,
     check_mask,
     check_process_group,
     check_size,
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.gating.capacity_factor import CapacityFactor
+from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.queues import (
     PRIORITIES,
+    Length,
     Priority,
     expert_capacity,
     group_capacity,
@@ -48,7 +50,7 @@ class Tokens:
     real: Tensor | None  # (..., b, n) bool: not padding; None if all are real
     full: Tensor | None  # (..., b, n) bool: importance 1, makes all choices and counts in the losses; None if all do
     active: Tensor | None  # (..., b, n) bool: importance above 0, makes at least one choice; None if all do
-    length: Tensor | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
+    length: Length | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +91,11 @@ class Gate(FixedShapes):
         self._ranks = Ranks(check_process_group("process_group", group))
 
     def read(
-        self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, length: Tensor | None = None
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Length | Tensor | None = None,
     ) -> Tokens:
         """Check the arguments of `forward` and join mask and importance. See `TokenChoiceGate.forward`."""
         outer = self.outer_expert_dims
@@ -107,6 +113,8 @@ class Gate(FixedShapes):
             full, active = (mask, mask) if full is None or active is None else (full & mask, active & mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
+        if isinstance(length, Tensor):
+            length = Length(check_lengths(length, x.shape[:-2]))
         return Tokens(x, mask, full, active, x.shape[-2] if length is None else length)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -190,7 +198,7 @@ class TokenChoiceGate(Gate):
         x: Tensor,
         importance: Tensor | None = None,
         mask: Tensor | None = None,
-        length: Tensor | None = None,
+        length: Length | Tensor | None = None,
     ) -> Routing:
         """Decide.
 
@@ -199,8 +207,8 @@ class TokenChoiceGate(Gate):
             importance: `(*outer, b, n)`: 1 takes part fully, between 0 and 1 with the top choice only and in no loss,
                 0 not at all.
             mask: `(*outer, b, n)` bool, True where the token is real.
-            length: `(*outer, b)` number of tokens that capacity and means reckon with, if it is neither n nor what
-                the mask says; at most n.
+            length: number of tokens that capacity and means reckon with, if it is neither n nor what the mask says:
+                integers `(*outer, b)`, at most n, or a `queues.Length`.
         """
         tokens = self.read(x, importance, mask, length)
         made = self.decide(tokens)
@@ -231,12 +239,12 @@ class TokenChoiceGate(Gate):
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
         """Slots of an expert, and each group's own limit `(..., b)` where the real length is not n."""
-        factor = self.capacity_factor
+        factor = factor_ratio(self, "capacity_factor_train" if self.training else "capacity_factor_eval")
         if factor is None:
             return None, None
         counted = self.k if self.capacity_per_choice else 1
         sizes = (factor, self.num_experts, self.min_expert_capacity, counted)
-        limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Tensor) else None
+        limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Length) else None
         return expert_capacity(tokens.num_tokens, *sizes), limit
 
     def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
@@ -246,7 +254,7 @@ class TokenChoiceGate(Gate):
         return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, k: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: int = 1
     ) -> Tensor:
         """The balancing loss of GShard and Switch, 1.0 where choices and probabilities are uniform.
 

@@ -5,34 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from mixture_of_experts.checks import check_number
+from mixture_of_experts.queues import bounded_ratio
 
 
 class CapacityFactor:
     """An attribute of gates: a finite number above 0, or (unless `dropless=False`) None to drop no token.
 
-    It is kept as a ratio of two integers, which every float is exactly. A float attribute becomes a symbol under
-    `torch.compile(dynamic=True)`, and when layers of different factors are compiled one after the other; torch cannot
-    hand the sizes that follow from such a symbol to an autograd function. Integers of a module stay constants.
+    It is held as a ratio of two integers, which capacity is reckoned with (`queues.bounded_ratio`). A float attribute
+    becomes a symbol under `torch.compile(dynamic=True)`, and when layers of different factors are compiled one after
+    the other; torch cannot hand the sizes that follow from such a symbol to an autograd function. Integers of a module
+    stay constants.
     """
 
     def __init__(self, dropless: bool = True) -> None:
         self.dropless = dropless
 
     def __set_name__(self, owner: type, name: str) -> None:
-        self.name, self.ratio = name, f"_{name}"
+        self.name = name
 
     def __get__(self, gate: Any, owner: type | None = None) -> Any:
         if gate is None:
             return self
-        ratio = getattr(gate, self.ratio)
+        ratio = factor_ratio(gate, self.name)
         return None if ratio is None else ratio[0] / ratio[1]
 
     def __set__(self, gate: Any, value: float | None) -> None:
-        setattr(gate, self.ratio, None if value is None and self.dropless else self._as_ratio(value))
+        setattr(gate, f"_{self.name}", None if value is None and self.dropless else self._as_ratio(value))
 
     def _as_ratio(self, value: object) -> tuple[int, int]:
         try:
-            return float(check_number(self.name, value, above=0.0)).as_integer_ratio()
+            return bounded_ratio(float(check_number(self.name, value, above=0.0)))
         except ValueError as error:
             hint = "use None to drop no token (dropless)" if self.dropless else "experts take a fixed number of tokens"
             raise ValueError(f"{error}; {hint}") from None
+
+
+def factor_ratio(gate: Any, name: str) -> tuple[int, int] | None:
+    """The capacity factor `name` of a gate as a ratio of two integers; None if it is dropless."""
+    return getattr(gate, f"_{name}")

@@ -9,10 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import Gate
-from mixture_of_experts.gating.capacity_factor import CapacityFactor
+from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.saving import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
-from mixture_of_experts.queues import Queues, expert_capacity, group_capacity, stable_order
+from mixture_of_experts.queues import Length, Queues, expert_capacity, group_capacity, stable_order
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import smallest
 
@@ -110,13 +110,15 @@ class ExpertChoiceGating(Gate):
         logits = self.product(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 
-    def _capacity(self, n: int, length: Tensor | int) -> tuple[int, Tensor | None]:
+    def _capacity(self, n: int, length: Length | int) -> tuple[int, Tensor | None]:
         """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""
-        sizes = (self.capacity_factor, self.num_experts, 1)
+        factor = factor_ratio(self, "capacity_factor")
+        assert factor is not None
+        sizes = (factor, self.num_experts, 1)
         capacity = smallest(n, expert_capacity(n, *sizes))
-        if not isinstance(length, Tensor):
+        if not isinstance(length, Length):
             return capacity, None
-        return capacity, torch.minimum(length, group_capacity(length, *sizes))
+        return capacity, torch.minimum(length.parts, group_capacity(length, *sizes))
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, capacity_factor={self.capacity_factor}, causal=False"

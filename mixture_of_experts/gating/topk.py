@@ -14,6 +14,7 @@ from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings,
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
+from mixture_of_experts.queues import Length
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Tensor | int, k: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: int = 1
     ) -> Tensor:
         """The balancing loss over each group, or over all tokens of the batch."""
         if self.balance_over == "group":

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 
-from mixture_of_experts.groups import own
+from mixture_of_experts.private_torch import own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOTS, ROWS = 0, 1

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
+from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
 
 ROUTER = re.compile(r"Top[kK]Router$")
@@ -74,7 +75,7 @@ class Reader:
             kept=kept,
             weight=torch.where(kept, weight.float().reshape(b, n * k), 0.0),
             probs=probs,
-            balance_loss=losses.load_balance(load, proxy, n if real is None else real.sum(dim=-1), k),
+            balance_loss=losses.load_balance(load, proxy, n if real is None else Length(real.sum(dim=-1)), k),
             z_loss=losses.z_loss(logits, real),
             num_tokens=n,
             num_experts=e,
