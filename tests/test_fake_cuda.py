@@ -169,7 +169,7 @@ def test_a_new_number_of_tokens_compiles_nothing(check: Checks):
 
 # ---- what a call costs ----
 
-GUIDE = Path(__file__).resolve().parent.parent / "docs" / "gpu.md"
+GUIDE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ROWS = {
     "launches, forward": ("forward", "small"),
     "launches, forward and backward": ("forward and backward", "small"),

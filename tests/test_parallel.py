@@ -215,7 +215,7 @@ def test_pickled_gate_elsewhere(workers: Workers):
 
 # ---- the recipes of the documentation, the benchmark, compilation ----
 
-DOCUMENT = (Path(__file__).parent.parent / "docs" / "parallel.md").read_text()
+DOCUMENT = (Path(__file__).parent.parent / "docs" / "many_gpus.md").read_text()
 
 
 def recipes(kind: str) -> list[str]:

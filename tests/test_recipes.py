@@ -1,4 +1,4 @@
-"""What docs/routers.md says: its recipes, two levels of any two routers, and its tables of losses and capacities."""
+"""What docs/recipes.md says: its recipes, two levels of any two routers, and its tables of losses and capacities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipes of docs/routers.md against the blocks of the `transformers` package, on the same weights.
+"""The recipes of docs/recipes.md against the blocks of the `transformers` package, on the same weights.
 
 Outputs, and the gradients of the input, the router, every expert's weights and the shared expert, within 1e-5.
 """

@@ -1,4 +1,4 @@
-"""Expert parallelism on PyTorch's own distributed stack; the recipes are in docs/parallel.md."""
+"""Expert parallelism on PyTorch's own distributed stack; the recipes are in docs/many_gpus.md."""
 
 from mixture_of_experts.parallel.checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from mixture_of_experts.parallel.experts import SpreadExperts

@@ -479,7 +479,7 @@ def run_recipe(code: str, port: int, folder: Path) -> float:
     os.environ.update(place, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         names: dict[str, Any] = {"__name__": "__main__"}
-        exec(compile(code, "docs/parallel.md", "exec"), names)
+        exec(compile(code, "docs/many_gpus.md", "exec"), names)
     finally:
         os.chdir(before)
         os.environ.clear()

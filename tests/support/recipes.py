@@ -1,4 +1,4 @@
-"""The code of docs/routers.md, as the tests of its recipes use it: what is tested is what is printed there."""
+"""The code of docs/recipes.md, as the tests of its recipes use it: what is tested is what is printed there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-ROUTERS = Path(__file__).resolve().parents[2] / "docs" / "routers.md"
+ROUTERS = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
 
 
 def recipe(heading: str) -> dict[str, Any]:
