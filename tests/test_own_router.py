@@ -1,4 +1,4 @@
-"""A router of one's own, the one that docs/recipes.md shows: it gets everything the package's routers have."""
+"""A router of one's own, the one that docs/extending.md shows: it gets everything the package's routers have."""
 
 from __future__ import annotations
 

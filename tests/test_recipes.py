@@ -1,4 +1,4 @@
-"""What docs/recipes.md says: its recipes, two levels of any two routers, and its tables of losses and capacities."""
+"""What docs/recipes.md and docs/concepts.md say: recipes, two levels of any two routers, losses and capacities."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import re
 
 import pytest
 import torch
-from support.recipes import ROUTERS, recipe
+from support.recipes import RECIPES as PAGE
+from support.recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import (
@@ -43,7 +44,7 @@ TITLES = {"Gated shared expert": "Qwen2-MoE"}  # where the table of recipes uses
 
 def causal_column() -> dict[str, str]:
     """The last column of the table of recipes, by recipe."""
-    table = ROUTERS.read_text(encoding="utf-8").split("## Recipes")[1].split("\n## ")[0]
+    table = PAGE.read_text(encoding="utf-8").split("## Published routers")[1].split("\n## ")[0]
     return dict(re.findall(r"^\| \[([^\]]+)\].*\| ([^|]+) \|$", table, re.MULTILINE))
 
 
