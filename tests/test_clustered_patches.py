@@ -1,15 +1,12 @@
 """Chen et al.'s experiment: data as in the paper, and what it says of mixtures, at a small size."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
-
-import clustered_patches as patches
+from experiments import clustered_patches as patches
 
 
 def test_samples_have_the_four_patches_of_their_cluster() -> None:

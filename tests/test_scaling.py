@@ -13,15 +13,13 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import scaling  # noqa: E402
-import scaling_plan  # noqa: E402
-import scaling_runs  # noqa: E402
-import step_times  # noqa: E402
 from corpus import split_files  # noqa: E402
 from model import count_parameters, upcycle  # noqa: E402
-from scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
-from scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
 from training import Training, make_trainee  # noqa: E402
+
+from experiments import scaling, scaling_plan, scaling_runs, step_times  # noqa: E402
+from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
+from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
 
 BASE = scaling.base_settings()
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]

@@ -17,7 +17,6 @@ from mixture_of_experts import MoE, Routing
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import compare_seeds  # noqa: E402
 import corpus as corpora  # noqa: E402
 import report  # noqa: E402
 import train_lm  # noqa: E402
@@ -25,6 +24,8 @@ import training as trainings  # noqa: E402
 from model import ByteLM, count_parameters  # noqa: E402
 from routers import ROUTERS  # noqa: E402
 from settings import Settings  # noqa: E402
+
+from experiments import compare_seeds  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

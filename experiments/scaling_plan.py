@@ -1,4 +1,4 @@
-"""What `scaling.py` trains: models of equal active parameters, and in which order their runs come.
+"""What `scaling` trains: models of equal active parameters, and in which order their runs come.
 
 The plan reads what is finished: a run at a model's best learning rate is wanted once that model's sweep is complete.
 """

@@ -1,4 +1,4 @@
-"""The picture of what `scaling.py` found: held-out loss over steps, operations and seconds, and when it is equal."""
+"""The picture of what `scaling` found: held-out loss over steps, operations and seconds, and when it is equal."""
 
 from functools import partial
 from pathlib import Path
@@ -11,8 +11,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
-from scaling_plan import MODELS, SWEEP_SEED, Plan, Record
-from scaling_report import (
+
+from .scaling_plan import MODELS, SWEEP_SEED, Plan, Record
+from .scaling_report import (
     Finished,
     Times,
     at_best_rate,

@@ -1,6 +1,6 @@
-"""Time and memory of a training step of each model of `scaling.py`, measured alone, interleaved, in one thread.
+"""Time and memory of a training step of each model of `scaling`, measured alone, interleaved, in one thread.
 
-    OMP_NUM_THREADS=1 python examples/step_times.py
+    OMP_NUM_THREADS=1 python -m experiments.step_times
 
 Every round takes a step of each model, in another order each time, and also times parts of it by themselves: the
 feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients.
@@ -21,12 +21,13 @@ from statistics import median, quantiles
 import torch
 from corpus import Batches, load_corpus
 from report import format_rows
-from scaling import RECORDS, base_settings
-from scaling_plan import MODELS, Run
 from torch import nn
 from training import Trainee, make_trainee
 
 from mixture_of_experts import MoE
+
+from .scaling import RECORDS, base_settings
+from .scaling_plan import MODELS, Run
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """Compare dense and mixture models over several seeds and the same sweep of learning rates for both.
 
-    python examples/compare_seeds.py                     # 9 runs; interrupted, the same command goes on
-    python examples/compare_seeds.py --seeds 0 1 --learning-rates 2e-3 4e-3 --steps 300
+    python -m experiments.compare_seeds                     # 9 runs; interrupted, the same command goes on
+    python -m experiments.compare_seeds --seeds 0 1 --learning-rates 2e-3 4e-3 --steps 300
 
 Each run trains both models on the same batches, as `train_lm.py` does, and leaves its numbers in a folder of its own;
 finished runs are not repeated, an interrupted one is resumed. At the end `compare_seeds.json` holds every run, and two

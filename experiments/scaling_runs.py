@@ -16,11 +16,12 @@ import torch
 from corpus import Corpus
 from model import upcycle
 from routers import ROUTERS
-from scaling_plan import Plan, Record, Run, final_bits
 from settings import Settings
 from torch import Tensor
 from tqdm import tqdm
 from training import CHECKPOINT, Trainee, Training
+
+from .scaling_plan import Plan, Record, Run, final_bits
 
 STRETCH = 100  # training loss is recorded as means over so many steps
 

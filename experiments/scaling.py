@@ -1,8 +1,8 @@
 """More parameters at constant computation learn faster: mixtures of 8, 32 and 128 experts against a dense model.
 
-    python examples/scaling.py --processes 2             # hours; interrupted, the same command goes on
-    python examples/scaling.py --only dense moe32        # a part of it
-    python examples/scaling.py --report                  # tables and picture of what is finished
+    python -m experiments.scaling --processes 2             # hours; interrupted, the same command goes on
+    python -m experiments.scaling --only dense moe32        # a part of it
+    python -m experiments.scaling --report                  # tables and picture of what is finished
 
 All models have equal active parameters and see the same batches; `wide` has as many in all as `moe32`. `upcycled` goes
 on from the dense model's runs of half the length. Each is trained at its own best learning rate: half and double of it
@@ -17,14 +17,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from corpus import load_corpus
-from scaling_picture import draw
-from scaling_plan import MODELS, Plan
-from scaling_report import tables
-from scaling_runs import Records, train_all
 from settings import Settings, add_options, settings_from
 
+from .scaling_picture import draw
+from .scaling_plan import MODELS, Plan
+from .scaling_report import tables
+from .scaling_runs import Records, train_all
+
 FIXED = ("models", "num_experts", "width", "seed", "learning_rate", "steps")  # the plan decides them
-RECORDS = Path(__file__).parent.parent / "docs" / "training"
+RECORDS = Path(__file__).parent / "records"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Tables of what `scaling.py` found: the sweeps, every seed, and how soon each mixture equals the dense model."""
+"""Tables of what `scaling` found: the sweeps, every seed, and how soon each mixture equals the dense model."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,8 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from report import format_rows
-from scaling_plan import MODELS, SWEEP_SEED, Plan, Record, Run, final_bits, sweep
+
+from .scaling_plan import MODELS, SWEEP_SEED, Plan, Record, Run, final_bits, sweep
 
 Finished = Mapping[Run, Record]
 Times = Mapping[str, Mapping[str, float]]  # by model: see step_times.py

@@ -1,7 +1,7 @@
 """Why a mixture does not collapse: Chen et al. 2022 (arXiv 2208.02813) repeated with this package's layer.
 
-    python examples/clustered_patches.py                 # both settings, three seeds: some minutes
-    python examples/clustered_patches.py --seeds 0       # one seed
+    python -m experiments.clustered_patches                 # both settings, three seeds: some minutes
+    python -m experiments.clustered_patches --seeds 0       # one seed
 
 A sample has four patches in random order: its label's sign times the feature of its cluster, the centre of its
 cluster, the feature of another cluster with a random sign, and noise. One network cannot tell the two features apart.

@@ -1,9 +1,9 @@
 """What makes the mixture of 32 experts train well: one thing changed at a time, the same seeds for all.
 
-    python examples/ablations.py --processes 2           # interrupted, the same command goes on
-    python examples/ablations.py --report                # the table of what is finished
+    python -m experiments.ablations --processes 2           # interrupted, the same command goes on
+    python -m experiments.ablations --report                # the table of what is finished
 
-The model is that of `scaling.py`, in short runs at one learning rate. The table has each variant's difference from the
+The model is that of `scaling`, in short runs at one learning rate. The table has each variant's difference from the
 model as it is, seed by seed: what is smaller than its deviation over the seeds is not shown to be there.
 """
 
@@ -15,9 +15,10 @@ from statistics import mean, stdev
 
 from corpus import load_corpus
 from report import format_rows
-from scaling import RECORDS, base_settings
-from scaling_plan import VARIANTS, Record, Run, final_bits
-from scaling_runs import Records, train_all
+
+from .scaling import RECORDS, base_settings
+from .scaling_plan import VARIANTS, Record, Run, final_bits
+from .scaling_runs import Records, train_all
 
 AS_IT_IS = next(iter(VARIANTS))
 
