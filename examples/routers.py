@@ -77,6 +77,12 @@ def mixtral_capacity(dim: int, num_experts: int, width: int) -> MoE:
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2))
 
 
+def mixtral_bias(dim: int, num_experts: int, width: int) -> MoE:
+    """Mixtral with arXiv 2408.15664's expert bias in place of a balance loss."""
+    gate = TopKGating(dim, num_experts, k=2, expert_bias=True)
+    return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2), loss_coef=0.0)
+
+
 def mixtral_shared(dim: int, num_experts: int, width: int) -> MoE:
     """arXiv 2401.06066's shared expert: one of a byte's two experts is the same for all bytes, the other is chosen."""
     gate = TopKGating(dim, num_experts, k=1)
@@ -142,6 +148,7 @@ ROUTERS = {
     "shazeer2017": Router(shazeer2017, choices=4),
     "mixtral": Router(mixtral, choices=2, gated=True),
     "mixtral_capacity": Router(mixtral_capacity, choices=2, gated=True),
+    "mixtral_bias": Router(mixtral_bias, choices=2, gated=True),
     "mixtral_shared": Router(mixtral_shared, choices=1, gated=True),
     "olmoe": Router(olmoe, choices=8, gated=True),
     "qwen3_moe": Router(qwen3_moe, choices=8, gated=True),

@@ -2,9 +2,10 @@
 
     python -m experiments.ablations --processes 2           # interrupted, the same command goes on
     python -m experiments.ablations --report                # the table of what is finished
+    python -m experiments.ablations --of balance            # how experts are kept balanced, in runs of full length
 
-The model is that of `scaling`, in short runs at one learning rate. The table has each variant's difference from the
-model as it is, seed by seed: what is smaller than its deviation over the seeds is not shown to be there.
+The model is the smallest of `scaling`, at one learning rate. The table has each variant's difference from the model as
+it is, seed by seed: what is smaller than its deviation over the seeds is not shown to be there.
 """
 
 import argparse
@@ -12,23 +13,45 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
 
-from corpus import load_corpus
 from report import format_rows
 
 from .scaling import RECORDS, base_settings
 from .scaling_plan import VARIANTS, Record, Run, final_bits
 from .scaling_runs import Records, train_all
+from .text import load_text
 
 AS_IT_IS = next(iter(VARIANTS))
+
+
+class Question(NamedTuple):
+    """Variants that are compared, the first of them the model as it is, and in which runs."""
+
+    variants: tuple[str, ...]
+    learning_rate: float
+    steps: int
+    records: str
+
+
+QUESTIONS = {
+    "changes": Question(
+        (AS_IT_IS, "balance0", "balance0.1", "capacity", "shared", "slow_experts", "fast_experts"),
+        learning_rate=0.01,
+        steps=500,
+        records="ablations.jsonl",
+    ),
+    # The model as it is has run there for `scaling`.
+    "balance": Question((AS_IT_IS, "balance0", "bias"), learning_rate=0.02, steps=3000, records="scaling_0.07m.jsonl"),
+}
 
 
 class Plan:
     """Every variant with a seed, then with the next."""
 
-    def __init__(self, seeds: Collection[int], learning_rate: float, steps: int):
-        self.seeds = seeds
-        self.all_runs = [Run(variant, seed, learning_rate, steps) for seed in seeds for variant in VARIANTS]
+    def __init__(self, variants: Collection[str], seeds: Collection[int], learning_rate: float, steps: int):
+        self.variants, self.seeds = variants, seeds
+        self.all_runs = [Run(variant, seed, learning_rate, steps) for seed in seeds for variant in variants]
 
     def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
         """All runs, whatever is finished."""
@@ -37,13 +60,13 @@ class Plan:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    records = Records(args.records, base_settings())
-    plan = Plan(args.seeds, args.learning_rate, args.steps)
+    records = Records(args.records, base_settings("0.07m"))
+    plan = Plan(QUESTIONS[args.of].variants, args.seeds, args.learning_rate, args.steps)
     if not args.report:
-        corpus = load_corpus()
-        records.check_text(corpus.digest)
+        text = load_text()
+        records.check_text(text.digest)
         try:
-            train_all(plan, records, corpus, args.out, args.processes)
+            train_all(plan, records, text, args.out, args.processes)
         except KeyboardInterrupt:
             print(f"\nstopped; the same command goes on from {args.records} and {args.out}")
             return 130
@@ -52,16 +75,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options; what is not given is the question's."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--of", choices=tuple(QUESTIONS), default="changes", help="what is compared")
+    question = QUESTIONS[first.parse_known_args(argv)[0].of]
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        parents=[first],
     )
     parser.add_argument("--out", type=Path, default=Path("runs/ablations"), help="folder of checkpoints")
-    parser.add_argument("--records", type=Path, default=RECORDS / "ablations.jsonl")
+    parser.add_argument("--records", type=Path, default=RECORDS / question.records)
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--processes", type=int, default=1, help="runs at a time, one core each")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--learning-rate", type=float, default=question.learning_rate)
+    parser.add_argument("--steps", type=int, default=question.steps)
     return parser.parse_args(argv)
 
 
@@ -70,12 +100,12 @@ def table(plan: Plan, finished: Mapping[Run, Record]) -> str:
     header = ("variant", *(f"seed {seed}" for seed in plan.seeds), "mean", "deviation", "busiest ÷ mean", "dropped")
     rows: list[tuple[str, ...]] = [header]
     bits = {(run.model, run.seed): final_bits(finished[run]) for run in plan.all_runs if run in finished}
-    for variant, model in VARIANTS.items():
+    for variant in plan.variants:
         values = {seed: bits[variant, seed] for seed in plan.seeds if (variant, seed) in bits}
         if variant != AS_IT_IS:
             values = {seed: value - bits[AS_IT_IS, seed] for seed, value in values.items() if (AS_IT_IS, seed) in bits}
         if values:
-            rows.append((model.label, *row(plan, variant, values, finished)))
+            rows.append((VARIANTS[variant].label, *row(plan, variant, values, finished)))
     return format_rows(rows)
 
 

@@ -3,7 +3,7 @@
 The plan reads what is finished: a run at a model's best learning rate is wanted once that model's sweep is complete.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,40 +14,55 @@ SWEEP_SEED = 0
 
 
 class Model(NamedTuple):
-    """A model of the comparison, as options of `Settings`.
+    """A model of the comparison. `width` gives the hidden units that work on one byte, for a dim.
 
     `dense_share` is the length of the dense run that it is upcycled from, over that of the dense model's long runs; 0:
     it is trained from scratch.
     """
 
     label: str
-    options: dict[str, Any]
+    kind: str  # "dense" or "moe"
+    num_experts: int
+    width: Callable[[int], int]
     dense_share: float = 0
 
+    def options(self, dim: int) -> dict[str, Any]:
+        """Those of `Settings` that make this model, in a transformer of `dim`."""
+        return dict(models=(self.kind,), num_experts=self.num_experts, width=self.width(dim))
 
-# A feed-forward layer has 13,312 active parameters, its router's included: the more experts, the larger the router and
-# the narrower the two experts of a byte. The dense layer has 139 hidden units, 13,344 parameters. The wide one has
-# 2,059, as many parameters as 32 experts and their router have: it is the twin of two wide experts, both chosen.
+
+# A feed-forward layer has 13 dim² active parameters, its router's included: the more experts, the larger the router and
+# the narrower the two experts of a byte. At dim 32 that is 13,312; the dense layer has 139 hidden units, 13,344
+# parameters. The wide one has 2,059, as many parameters as 32 experts and their router have: it is the twin of two wide
+# experts, both chosen.
 # The upcycled mixture has 16 copies of the dense layer, an expert half of one: its two experts have one hidden unit
 # more than that layer, and the router comes on top. A step takes 1.05 times the operations of the dense model's.
 MODELS = {
-    "dense": Model("dense", dict(models=("dense",), num_experts=32, width=128)),
-    "moe8": Model("8 experts", dict(models=("moe",), num_experts=8, width=136)),
-    "moe32": Model("32 experts", dict(models=("moe",), num_experts=32, width=128)),
-    "moe128": Model("128 experts", dict(models=("moe",), num_experts=128, width=96)),
-    "upcycled": Model("32 experts, upcycled", dict(models=("moe",), num_experts=32, width=140), dense_share=0.5),
-    "wide": Model("dense, 15 times as wide", dict(models=("dense",), num_experts=2, width=2058)),
+    "dense": Model("dense", "dense", 32, lambda dim: 4 * dim),
+    "moe8": Model("8 experts", "moe", 8, lambda dim: 4 * dim + 8),
+    "moe32": Model("32 experts", "moe", 32, lambda dim: 4 * dim),
+    "moe128": Model("128 experts", "moe", 128, lambda dim: 4 * dim - 32),
+    "upcycled": Model("32 experts, upcycled", "moe", 32, lambda dim: 4 * dim + 12, dense_share=0.5),
+    "wide": Model("dense, 15 times as wide", "dense", 2, lambda dim: 64 * dim + 10),
 }
 
-# One thing of the 32 experts changed at a time: see ablations.py.
+
+class Variant(NamedTuple):
+    """One thing of the 32 experts changed: see ablations.py."""
+
+    label: str
+    options: dict[str, Any]
+
+
 VARIANTS = {
-    "moe32": Model("balance 0.01, dropless", {}),
-    "balance0": Model("balance 0", dict(balance=0.0)),
-    "balance0.1": Model("balance 0.1", dict(balance=0.1)),
-    "capacity": Model("capacity 1.0 in training", dict(router="mixtral_capacity")),
-    "shared": Model("one of the two experts shared", dict(router="mixtral_shared")),
-    "slow_experts": Model("experts' rate halved", dict(expert_rate=0.5)),
-    "fast_experts": Model("experts' rate doubled", dict(expert_rate=2.0)),
+    "moe32": Variant("balance 0.01, dropless", {}),
+    "balance0": Variant("balance 0", dict(balance=0.0)),
+    "balance0.1": Variant("balance 0.1", dict(balance=0.1)),
+    "capacity": Variant("capacity 1.0 in training", dict(router="mixtral_capacity")),
+    "shared": Variant("one of the two experts shared", dict(router="mixtral_shared")),
+    "slow_experts": Variant("experts' rate halved", dict(expert_rate=0.5)),
+    "fast_experts": Variant("experts' rate doubled", dict(expert_rate=2.0)),
+    "bias": Variant("expert bias by sign, balance 0", dict(router="mixtral_bias")),
 }
 
 
@@ -74,8 +89,8 @@ class Run(NamedTuple):
         """The settings of this run; those that all runs share are `base`'s."""
         own = {"seed": self.seed, "learning_rate": self.learning_rate, "steps": self.steps}
         if self.model in MODELS:
-            return replace(base, **MODELS[self.model].options, **own)
-        return replace(base, **MODELS["moe32"].options, **VARIANTS[self.model].options, **own)
+            return replace(base, **MODELS[self.model].options(base.dim), **own)
+        return replace(base, **MODELS["moe32"].options(base.dim), **VARIANTS[self.model].options, **own)
 
 
 class Stage(NamedTuple):
@@ -91,57 +106,19 @@ class Stage(NamedTuple):
     rates: int | None = None
 
 
-# What tells most comes first: whoever stops early has the main comparison, and each other model once. The dense model
-# is swept at the mixtures' length, so that all seeds can begin, and again at its own.
-STAGES = (
-    Stage("dense", 1, rates=1),
-    Stage("moe32", 0.24, rates=3),
-    Stage("moe32", 0.16, rates=1),
-    Stage("dense", 0.16, rates=1),
-    Stage("moe128", 0.24, rates=1),
-    Stage("moe8", 0.24, rates=1),
-    Stage("dense", 0.24, rates=3),
-    Stage("moe32", 0.32),
-    Stage("moe32", 0.24, seeds=(1, 2)),
-    Stage("dense", 1, seeds=(1, 2)),
-    Stage("moe128", 0.24, rates=3),
-    Stage("dense", 1, rates=3),
-    Stage("moe8", 0.24, rates=3),
-    Stage("moe8", 0.48),
-    Stage("moe128", 0.16),
-    Stage("moe32", 0.32, seeds=(0, 1, 2)),
-    Stage("moe32", 0.24, rates=4),
-    Stage("dense", 1, rates=4),
-    Stage("moe128", 0.24, seeds=(1, 2)),
-    Stage("moe128", 0.16, seeds=(1, 2)),
-    Stage("moe32", 0.16, seeds=(1, 2)),
-    Stage("moe128", 0.24, rates=4),
-    Stage("moe8", 0.24, rates=4),
-    Stage("moe8", 0.24, seeds=(1, 2)),
-    Stage("moe8", 0.48, seeds=(1, 2)),
-    Stage("dense", 0.5),
-    Stage("upcycled", 0.24, rates=3),
-    Stage("upcycled", 0.48),
-    Stage("moe128", 0.32, seeds=(0, 1, 2)),
-    Stage("moe8", 0.16, seeds=(0, 1, 2)),
-    Stage("wide", 0.24, rates=4),
-    Stage("dense", 0.5, seeds=(1, 2)),
-    Stage("upcycled", 0.24, seeds=(1, 2)),
-    Stage("upcycled", 0.48, seeds=(1, 2)),
-    Stage("moe32", 1),
-    Stage("moe128", 1),
-    Stage("moe8", 1),
-    Stage("wide", 1, rates=3),
-)
-
-
 class Plan:
-    """The runs of `STAGES`, in their order, for long runs of `steps` and sweeps that begin at `learning_rate`."""
+    """The runs of `stages`, in their order, for long runs of `steps` and sweeps that begin at `learning_rate`."""
 
-    def __init__(self, steps: int, learning_rate: float, models: Collection[str] = tuple(MODELS)):
+    def __init__(
+        self,
+        stages: Collection[Stage],
+        steps: int,
+        learning_rate: float,
+        models: Collection[str] = tuple(MODELS),
+    ):
         self.steps, self.learning_rate = steps, learning_rate
         starts = {"dense" for model in models if MODELS[model].dense_share}
-        self.stages = [stage for stage in STAGES if stage.model in starts.union(models)]
+        self.stages = [stage for stage in stages if stage.model in starts.union(models)]
 
     def runs(self, finished: Mapping[Run, Record]) -> list[Run]:
         """All runs that can begin by now, each once: their settings are known, and what they start from is finished."""

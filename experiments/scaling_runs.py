@@ -22,6 +22,7 @@ from tqdm import tqdm
 from training import CHECKPOINT, Trainee, Training
 
 from .scaling_plan import Plan, Record, Run, final_bits
+from .text import Text
 
 STRETCH = 100  # training loss is recorded as means over so many steps
 
@@ -48,11 +49,14 @@ class Records:
 
     def check_text(self, digest: str) -> None:
         """Runs on different texts do not belong into one comparison."""
-        if any(record["corpus"] != digest for record in self.finished.values()):
-            raise SystemExit(
-                f"{self.path} holds runs on another text than this machine's (other Python versions have another "
-                "standard library): give --report to see them, or --records with a new file to begin anew"
-            )
+        for record in self.finished.values():
+            if record["corpus"] != digest:
+                sources = ", ".join(record.get("sources", ())) or "another version of Python"
+                raise SystemExit(
+                    f"{self.path} holds runs on another text than this machine's, the sources of {sources}: install "
+                    "these into a folder (pip install --no-deps --target) and put it first on PYTHONPATH, give "
+                    "--report to see the runs, or --records with a new file to begin anew"
+                )
 
     def _is_of(self, record: Record, run: Run) -> bool:
         expected = json.loads(json.dumps(asdict(run.settings(self.base))))
@@ -60,11 +64,11 @@ class Records:
         return all(expected[name] == value for name, value in record["settings"].items() if name not in free)
 
 
-def train_all(plan: Plan, records: Records, corpus: Corpus, out: Path, processes: int) -> None:
+def train_all(plan: Plan, records: Records, text: Text, out: Path, processes: int) -> None:
     """Train what the plan wants and the records lack."""
     context = multiprocessing.get_context("spawn")
     steps_done = context.Value("q", 0)
-    arguments = (steps_done, corpus, records.base, out)
+    arguments = (steps_done, text, records.base, out)
     with (
         ProcessPoolExecutor(processes, context, prepare_worker, arguments) as pool,
         tqdm(unit="step", smoothing=0.01) as bar,
@@ -79,7 +83,7 @@ def train_all(plan: Plan, records: Records, corpus: Corpus, out: Path, processes
             done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
                 run = running.pop(future)
-                records.add(run, future.result())
+                records.add(run, {**future.result(), "sources": text.sources})
                 if run not in {further.start for further in plan.runs(records.finished)}:
                     shutil.rmtree(out / str(run), ignore_errors=True)
                 tqdm.write(f"{run}: {final_bits(records.finished[run]):.4f} bits a byte held out")

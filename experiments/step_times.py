@@ -1,6 +1,6 @@
 """Time and memory of a training step of each model of `scaling`, measured alone, interleaved, in one thread.
 
-    OMP_NUM_THREADS=1 python -m experiments.step_times
+    OMP_NUM_THREADS=1 python -m experiments.step_times                   # --size 0.3m: of a larger transformer
 
 Every round takes a step of each model, in another order each time, and also times parts of it by themselves: the
 feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients.
@@ -21,6 +21,7 @@ from statistics import median, quantiles
 import torch
 from corpus import Batches, load_corpus
 from report import format_rows
+from settings import Settings
 from torch import nn
 from training import Trainee, make_trainee
 
@@ -28,20 +29,23 @@ from mixture_of_experts import MoE
 
 from .scaling import RECORDS, base_settings
 from .scaling_plan import MODELS, Run
+from .sizes import SIZES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
-    seconds = measure_times(args.models, args.rounds)
+    settings = base_settings(args.size)
+    seconds = measure_times(args.models, settings, args.rounds)
     times = {model: {part: median(values) for part, values in parts.items()} for model, parts in seconds.items()}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for model in args.models:
-            times[model]["memory"] = pool.apply(measure_memory, (model,))
+            times[model]["memory"] = pool.apply(measure_memory, (model, settings))
     print(table(times, seconds))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(times, indent=1) + "\n")
-    print(f"wrote {args.out}")
+    out = args.out or RECORDS / f"step_times_{args.size}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(times, indent=1) + "\n")
+    print(f"wrote {out}")
     return 0
 
 
@@ -49,24 +53,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
+    parser.add_argument("--size", choices=tuple(SIZES), default="0.07m", help="millions of active parameters")
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
     parser.add_argument("--rounds", type=int, default=60, help="steps of each model")
-    parser.add_argument("--out", type=Path, default=RECORDS / "step_times.json")
+    parser.add_argument("--out", type=Path, help="by default the file among the records that the report reads")
     return parser.parse_args(argv)
 
 
-def make(model: str) -> Trainee:
-    settings = Run(model, seed=0, learning_rate=0.01, steps=1).settings(base_settings())
+def make(model: str, base: Settings) -> Trainee:
+    settings = Run(model, seed=0, learning_rate=0.01, steps=1).settings(base)
     return make_trainee(settings.models[0], settings)
 
 
-def measure_times(models: Sequence[str], rounds: int) -> dict[str, dict[str, list[float]]]:
+def measure_times(models: Sequence[str], settings: Settings, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds of every round, by model and part of a step."""
-    settings = base_settings()
     batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
     tasks: list[tuple[str, str, Callable[[], object]]] = []
     for model in models:
-        trainee = make(model)
+        trainee = make(model, settings)
         tasks.append((model, "step", lambda trainee=trainee: trainee.train_step(batches.next(), 0.01)))
         tasks += [(model, part, task) for part, task in parts_of(trainee).items()]
     seconds: dict[str, dict[str, list[float]]] = {model: {} for model in models}
@@ -112,13 +116,12 @@ def make_like(trainee: Trainee) -> Trainee:
     return make_trainee(trainee.name, trainee.settings)
 
 
-def measure_memory(model: str) -> int:
+def measure_memory(model: str, settings: Settings) -> int:
     """Bytes by which the peak memory of a process grows from a few steps of training."""
     torch.set_num_threads(1)
-    settings = base_settings()
     batches = Batches(torch.randint(256, (100_000,), dtype=torch.uint8), settings.context, settings.batch_size, seed=0)
     before = peak_memory()
-    trainee = make(model)
+    trainee = make(model, settings)
     for _ in range(5):
         trainee.train_step(batches.next(), 0.01)
     return peak_memory() - before

@@ -17,11 +17,12 @@ from corpus import split_files  # noqa: E402
 from model import count_parameters, upcycle  # noqa: E402
 from training import Training, make_trainee  # noqa: E402
 
-from experiments import scaling, scaling_plan, scaling_runs, step_times  # noqa: E402
+from experiments import scaling, scaling_runs, step_times  # noqa: E402
 from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
 from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
+from experiments.sizes import SIZES, SMALL  # noqa: E402
 
-BASE = scaling.base_settings()
+BASE = scaling.base_settings("0.07m")
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
 
 
@@ -56,7 +57,7 @@ def optimum(best: float, runs: list[Run]) -> dict[Run, Any]:
 
 
 def test_the_plan_wants_seeds_at_the_rate_that_the_sweep_found() -> None:
-    plan = Plan(100, 0.01, ["moe32"])
+    plan = Plan(SMALL, 100, 0.01, ["moe32"])
     finished: dict[Run, Any] = {}
     while new := [run for run in plan.runs(finished) if run not in finished]:
         assert {run.seed for run in new} == {0} or plan.best_rate("moe32", finished) == 0.04
@@ -67,7 +68,7 @@ def test_the_plan_wants_seeds_at_the_rate_that_the_sweep_found() -> None:
 
 
 def test_the_longest_sweep_decides() -> None:
-    plan = Plan(100, 0.01, ["dense"])
+    plan = Plan(SMALL, 100, 0.01, ["dense"])
     short = [Run("dense", 0, rate, 24) for rate in (0.005, 0.01, 0.02, 0.04)]
     finished = optimum(0.02, short)
     assert plan.best_rate("dense", finished) == 0.02
@@ -76,7 +77,7 @@ def test_the_longest_sweep_decides() -> None:
 
 
 def test_upcycling_waits_for_a_dense_run_of_its_seed_at_the_best_rate() -> None:
-    plan = Plan(100, 0.01, ["upcycled"])
+    plan = Plan(SMALL, 100, 0.01, ["upcycled"])
     finished: dict[Run, Any] = {}
     while new := [run for run in plan.runs(finished) if run not in finished]:
         for run in new:
@@ -160,13 +161,13 @@ def test_steps_to_a_loss_lie_between_the_lengths_that_were_run() -> None:
 
 
 def test_an_upcycled_run_costs_what_its_dense_start_did_too() -> None:
-    plan = Plan(100, 0.01)
+    plan = Plan(SMALL, 100, 0.01)
     assert total_cost(plan, "upcycled", 24, {"dense": 2.0, "upcycled": 3.0}) == 50 * 2 + 24 * 3
     assert total_cost(plan, "moe32", 24, {"moe32": 3.0}) == 24 * 3
 
 
 def test_shares_are_of_the_same_seed() -> None:
-    plan = Plan(100, 0.01, ["dense", "moe32"])
+    plan = Plan(SMALL, 100, 0.01, ["dense", "moe32"])
     finished = optimum(0.01, [Run("dense", 0, rate, 100) for rate in (0.005, 0.01, 0.02)])
     finished |= optimum(0.01, [Run("moe32", 0, rate, 24) for rate in (0.005, 0.01, 0.02)])
     finished[Run("dense", 1, 0.01, 100)] = {"held_out": [[100, 1.5]]}
@@ -199,7 +200,7 @@ def test_the_command_trains_what_is_missing_and_reports_all(
     stages = (Stage("dense", 1, rates=1), Stage("moe32", 0.6, rates=1))
     texts = []
     for part in (stages[:1], stages, stages):
-        monkeypatch.setattr(scaling_plan, "STAGES", part)
+        monkeypatch.setitem(SIZES, "0.07m", SIZES["0.07m"]._replace(stages=part))
         assert scaling.main([*TINY, *text_files, *files, "--only", "dense", "moe32"]) == 0
         texts.append(records.read_text())
     assert texts[1].startswith(texts[0])
@@ -224,7 +225,8 @@ def test_the_command_keeps_the_dense_model_that_is_upcycled(
     text_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(scaling_plan, "STAGES", (Stage("dense", 0.4), Stage("upcycled", 0.6, rates=1)))
+    stages = (Stage("dense", 0.4), Stage("upcycled", 0.6, rates=1))
+    monkeypatch.setitem(SIZES, "0.07m", SIZES["0.07m"]._replace(stages=stages))
     monkeypatch.setattr(Plan, "best_rate", lambda *_: 0.1)
     records, out = tmp_path / "records.jsonl", tmp_path / "out"
     assert scaling.main([*TINY, *text_files, f"--records={records}", f"--out={out}", "--only=upcycled"]) == 0
@@ -235,7 +237,7 @@ def test_the_command_keeps_the_dense_model_that_is_upcycled(
 
 
 def test_tables_have_times_and_shares() -> None:
-    plan = Plan(100, 0.01, ["dense", "moe32"])
+    plan = Plan(SMALL, 100, 0.01, ["dense", "moe32"])
     finished = optimum(0.01, [Run("dense", 0, rate, 100) for rate in (0.005, 0.01, 0.02)])
     finished |= optimum(0.01, [Run("moe32", 0, rate, 24) for rate in (0.005, 0.01, 0.02)])
     for run, record in finished.items():
@@ -256,7 +258,7 @@ def test_step_times_are_of_every_model_and_part(tmp_path: Path, monkeypatch: pyt
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        seconds = step_times.measure_times(["dense", "moe8"], rounds=2)
+        seconds = step_times.measure_times(["dense", "moe8"], BASE, rounds=2)
     finally:
         torch.set_num_threads(threads)
     assert {model: set(parts) for model, parts in seconds.items()} == {

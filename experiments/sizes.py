@@ -1,0 +1,89 @@
+"""The sizes at which `scaling` compares: the transformer, the text and the runs of each, in their order."""
+
+from typing import Any, NamedTuple
+
+from .scaling_plan import Stage
+from .text import PACKAGES
+
+
+class Size(NamedTuple):
+    """Settings that all runs of a size share, the length of its long dense runs, and where its sweeps begin."""
+
+    settings: dict[str, Any]
+    steps: int
+    learning_rate: float
+    stages: tuple[Stage, ...]
+    packages: tuple[str, ...] = ()  # whose sources are read beside those of the standard library
+
+
+# What tells most comes first: whoever stops early has the main comparison, and each other model once. The dense model
+# is swept at the mixtures' length, so that all seeds can begin, and again at its own.
+SMALL = (
+    Stage("dense", 1, rates=1),
+    Stage("moe32", 0.24, rates=3),
+    Stage("moe32", 0.16, rates=1),
+    Stage("dense", 0.16, rates=1),
+    Stage("moe128", 0.24, rates=1),
+    Stage("moe8", 0.24, rates=1),
+    Stage("dense", 0.24, rates=3),
+    Stage("moe32", 0.32),
+    Stage("moe32", 0.24, seeds=(1, 2)),
+    Stage("dense", 1, seeds=(1, 2)),
+    Stage("moe128", 0.24, rates=3),
+    Stage("dense", 1, rates=3),
+    Stage("moe8", 0.24, rates=3),
+    Stage("moe8", 0.48),
+    Stage("moe128", 0.16),
+    Stage("moe32", 0.32, seeds=(0, 1, 2)),
+    Stage("moe32", 0.24, rates=4),
+    Stage("dense", 1, rates=4),
+    Stage("moe128", 0.24, seeds=(1, 2)),
+    Stage("moe128", 0.16, seeds=(1, 2)),
+    Stage("moe32", 0.16, seeds=(1, 2)),
+    Stage("moe128", 0.24, rates=4),
+    Stage("moe8", 0.24, rates=4),
+    Stage("moe8", 0.24, seeds=(1, 2)),
+    Stage("moe8", 0.48, seeds=(1, 2)),
+    Stage("dense", 0.5),
+    Stage("upcycled", 0.24, rates=3),
+    Stage("upcycled", 0.48),
+    Stage("moe128", 0.32, seeds=(0, 1, 2)),
+    Stage("moe8", 0.16, seeds=(0, 1, 2)),
+    Stage("wide", 0.24, rates=4),
+    Stage("dense", 0.5, seeds=(1, 2)),
+    Stage("upcycled", 0.24, seeds=(1, 2)),
+    Stage("upcycled", 0.48, seeds=(1, 2)),
+    Stage("moe32", 1),
+    Stage("moe128", 1),
+    Stage("moe8", 1),
+    Stage("wide", 1, rates=3),
+)
+
+# The larger sizes read a text so long that no run sees a byte twice. Their rates are swept in runs of an eighth of the
+# dense model's length; the long runs have half and double of a rate only where there was time.
+MEDIUM = (
+    Stage("dense", 1 / 8, rates=3),
+    Stage("moe32", 1 / 8, rates=3),
+    Stage("dense", 1),
+    Stage("moe32", 1 / 2),
+    Stage("moe32", 1 / 4),
+    Stage("moe8", 1 / 8, rates=3),
+    Stage("moe8", 1 / 2),
+    Stage("moe8", 1 / 4),
+    *(
+        Stage(model, share, seeds=(seed,))
+        for seed in (1, 2)
+        for model, share in (("dense", 1), ("moe32", 1 / 2), ("moe32", 1 / 4), ("moe8", 1 / 2), ("moe8", 1 / 4))
+    ),
+    Stage("dense", 1, rates=3),
+    Stage("moe32", 1 / 2, rates=3),
+    Stage("moe8", 1 / 2, rates=3),
+)
+LARGE = MEDIUM[:5]
+
+# By the active parameters, in millions.
+SIZES = {
+    "0.07m": Size(dict(dim=32, layers=3, heads=2, eval_every=250, checkpoint_every=250), 12_500, 0.01, SMALL),
+    "0.3m": Size(dict(dim=64, layers=4, heads=4, eval_every=250, checkpoint_every=50), 6_000, 0.005, MEDIUM, PACKAGES),
+    "1m": Size(dict(dim=128, layers=4, heads=4, eval_every=250, checkpoint_every=50), 6_000, 0.005, LARGE, PACKAGES),
+}
