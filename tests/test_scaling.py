@@ -15,19 +15,21 @@ sys.path.insert(0, str(EXAMPLES))
 
 from corpus import split_files  # noqa: E402
 from model import count_parameters, upcycle  # noqa: E402
+from settings import Settings  # noqa: E402
 from training import Training, make_trainee  # noqa: E402
 
 from experiments import scaling, scaling_runs, step_times  # noqa: E402
 from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
 from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
 from experiments.sizes import SIZES, SMALL  # noqa: E402
+from experiments.text import load_text, without_copies  # noqa: E402
 
 BASE = scaling.base_settings("0.07m")
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
 
 
-def parameters_of(model: str) -> tuple[int, int]:
-    settings = Run(model, 0, 0.01, 1).settings(BASE)
+def parameters_of(model: str, base: Settings = BASE) -> tuple[int, int]:
+    settings = Run(model, 0, 0.01, 1).settings(base)
     return count_parameters(make_trainee(settings.models[0], settings).model, 2)
 
 
@@ -266,3 +268,27 @@ def test_step_times_are_of_every_model_and_part(tmp_path: Path, monkeypatch: pyt
         "moe8": {"step", "layers", "optimizer", "routers"},
     }
     assert all(len(values) == 2 and min(values) > 0 for parts in seconds.values() for values in parts.values())
+
+
+# ---- sizes and text ----
+
+
+@pytest.mark.parametrize(("size", "least"), [("0.07m", 65_000), ("0.3m", 280_000), ("1m", 1_000_000)])
+def test_every_size_has_models_of_equal_active_parameters(size: str, least: int) -> None:
+    active = {model: parameters_of(model, scaling.base_settings(size))[1] for model in ("dense", "moe8", "moe32")}
+    assert max(active.values()) - min(active.values()) < 0.002 * min(active.values())
+    assert least < min(active.values()) < 1.3 * least
+
+
+def test_no_long_run_of_the_larger_sizes_reads_a_byte_twice() -> None:
+    size, base = SIZES["0.3m"], scaling.base_settings("0.3m")
+    text = load_text((), size.packages)
+    assert size.steps * base.batch_size * (base.context + 1) < text.train.numel()
+    assert text.sources[0].startswith("python 3.")
+    assert [source.split()[0] for source in text.sources[1:]] == list(size.packages)
+    assert load_text((), size.packages[1:2]).digest == load_text((), size.packages[1:2]).digest
+
+
+def test_of_equal_files_the_first_is_kept() -> None:
+    files = [("b", b"same"), ("c", b"other"), ("a", b"same")]
+    assert without_copies(files) == [("a", b"same"), ("c", b"other")]
