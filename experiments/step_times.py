@@ -1,50 +1,65 @@
-"""Time and memory of a training step of each model of `scaling`, measured alone, interleaved, in one thread.
+"""Time and memory of a training step of each model of `scaling`, and where they go; interleaved, in one thread.
 
     OMP_NUM_THREADS=1 python -m experiments.step_times                   # --size 0.3m: of a larger transformer
 
-Every round takes a step of each model, in another order each time, and also times parts of it by themselves: the
-feed-forward layers forward and backward, their routers alone, and the optimizer with the clipping of gradients.
-Seconds are of the processor, so that other programs slow them by what they take of the caches and no more. The table
-has medians; the file --out, which `scaling.py --report` reads, has them in seconds, and memory in bytes.
+In every round each model takes a step that is timed as a whole and one in which each operator is. Seconds are of the
+processor, so that other programs slow them by what they take of the caches and no more; medians over the rounds. What
+a step takes beyond its operators (Python, autograd, the allocator) is "between operators". The file --out, which
+`scaling --report` reads, has seconds, calls of each operator in a step, and memory in bytes.
 """
 
 import argparse
 import json
 import multiprocessing
 import random
+import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import median, quantiles
+from typing import Any
 
 import torch
 from corpus import Batches, load_corpus
 from report import format_rows
 from settings import Settings
-from torch import nn
+from torch import Tensor
 from training import Trainee, make_trainee
 
-from mixture_of_experts import MoE
-
+from .operator_clock import LAYERS, Clock, cost_of_watching, watched
 from .scaling import RECORDS, base_settings
 from .scaling_plan import MODELS, Run
 from .sizes import SIZES
+
+Result = dict[str, Any]  # of a model: see `summary`
+BETWEEN = "between operators"
+KINDS = {
+    "products": {"mm", "bmm", "addmm", "baddbmm", "baddbmm_"},
+    "activation, weighting": {"silu", "silu_backward", "mul", "mul_", "add", "add_", "sum"},
+    "moving rows": {"index_select", "index_fill_", "index", "gather", "sort", "cat", "_embedding_bag_forward_only"}
+    | {"scatter", "scatter_add", "nonzero", "clone", "copy_", "_index_put_impl_", "index_put_"},
+    "views": {"view", "slice", "transpose", "t", "expand", "select", "unsqueeze", "squeeze", "as_strided", "detach"}
+    | {"_unsafe_view", "alias", "split", "split_with_sizes", "unbind", "permute"},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     torch.set_num_threads(1)
     settings = base_settings(args.size)
-    seconds = measure_times(args.models, settings, args.rounds)
-    times = {model: {part: median(values) for part, values in parts.items()} for model, parts in seconds.items()}
+    models = args.models or list(dict.fromkeys(stage.model for stage in SIZES[args.size].stages))
+    results = measure(models, settings, args.rounds, args.before)
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for model in args.models:
-            times[model]["memory"] = pool.apply(measure_memory, (model, settings))
-    print(table(times, seconds))
+        for model in models:
+            results[model]["memory"] = pool.apply(measure_memory, (model, settings))
+    print(f"{table(results)}\n\n{parts_table(results)}")
+    if "moe32" in results:
+        print(f"\n{operators_table(results)}")
     out = args.out or RECORDS / f"step_times_{args.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(times, indent=1) + "\n")
+    out.write_text(json.dumps(results, indent=1) + "\n")
     print(f"wrote {out}")
     return 0
 
@@ -54,10 +69,34 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", choices=tuple(SIZES), default="0.07m", help="millions of active parameters")
-    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=60, help="steps of each model")
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default all of the size's plan")
+    parser.add_argument("--rounds", type=int, default=40, help="in which each model takes two steps")
+    parser.add_argument("--before", type=int, default=100, help="steps of each before: routers balance in them")
     parser.add_argument("--out", type=Path, help="by default the file among the records that the report reads")
     return parser.parse_args(argv)
+
+
+# ---- measuring ----
+
+
+def measure(models: Sequence[str], settings: Settings, rounds: int, before: int) -> dict[str, Result]:
+    """What a step costs, by model, after `before` steps of training."""
+    batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
+    trainees = {model: make(model, settings) for model in models}
+    for trainee in trainees.values():
+        for _ in range(max(before, 3)):  # the first ones warm caches and allocate the optimizer's state
+            train_step(trainee, batches.next())
+    costs: dict[str, list[tuple[float, float, int]]] = {model: [] for model in models}
+    clocks: dict[str, list[Clock]] = {model: [] for model in models}
+    order = list(models)
+    for i in range(rounds):
+        random.Random(i).shuffle(order)
+        for model in order:
+            costs[model].append(cost_of_step(trainees[model], batches.next()))
+            with watched(trainees[model]) as clock:
+                train_step(trainees[model], batches.next())
+            clocks[model].append(clock)
+    return {model: summary(costs[model], clocks[model]) for model in models}
 
 
 def make(model: str, base: Settings) -> Trainee:
@@ -65,55 +104,50 @@ def make(model: str, base: Settings) -> Trainee:
     return make_trainee(settings.models[0], settings)
 
 
-def measure_times(models: Sequence[str], settings: Settings, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every round, by model and part of a step."""
-    batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
-    tasks: list[tuple[str, str, Callable[[], object]]] = []
-    for model in models:
-        trainee = make(model, settings)
-        tasks.append((model, "step", lambda trainee=trainee: trainee.train_step(batches.next(), 0.01)))
-        tasks += [(model, part, task) for part, task in parts_of(trainee).items()]
-    seconds: dict[str, dict[str, list[float]]] = {model: {} for model in models}
-    for i in range(rounds + 3):
-        random.Random(i).shuffle(tasks)
-        for model, part, task in tasks:
-            begin = time.process_time()
-            task()
-            if i >= 3:  # the first rounds warm caches and allocate the optimizer's state
-                seconds[model].setdefault(part, []).append(time.process_time() - begin)
-    return seconds
+def train_step(trainee: Trainee, windows: Tensor) -> None:
+    trainee.train_step(windows, trainee.settings.learning_rate)
 
 
-def parts_of(trainee: Trainee) -> dict[str, Callable[[], object]]:
-    """Parts of a step that can be run by themselves."""
-    settings, twin = trainee.settings, make_like(trainee)
-    x = torch.randn(settings.batch_size, settings.context, settings.dim, requires_grad=True)
-    gradient = torch.randn_like(x)
-
-    def layers() -> None:
-        for block in twin.model.blocks:
-            out, aux_loss = block.ffn(x)
-            ((out * gradient).sum() + aux_loss).backward()
-
-    def routers() -> None:
-        for block in twin.model.blocks:
-            routing = block.ffn.gate(x)
-            (routing.weight.sum() + routing.balance_loss).backward()
-
-    def optimizer() -> None:
-        nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
-        twin.optimizer.step()
-
-    layers()
-    for parameter in twin.model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    tasks: dict[str, Callable[[], object]] = {"layers": layers, "optimizer": optimizer}
-    return tasks | ({"routers": routers} if isinstance(twin.model.blocks[0].ffn, MoE) else {})
+def cost_of_step(trainee: Trainee, windows: Tensor) -> tuple[float, float, int]:
+    """Seconds of the processor, those of them in the system, and page faults."""
+    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
+    train_step(trainee, windows)
+    seconds, after = time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    return seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
 
 
-def make_like(trainee: Trainee) -> Trainee:
-    """Another one with the same settings: the parts leave gradients that are not those of a step."""
-    return make_trainee(trainee.name, trainee.settings)
+def summary(costs: Sequence[tuple[float, float, int]], clocks: Sequence[Clock]) -> Result:
+    """Seconds of a step, and of it those of eight in ten rounds and those in the system, page faults; parts of it."""
+    seconds, system, faults = zip(*costs, strict=True)
+    tenths = quantiles(seconds, n=10) if len(seconds) > 1 else [*seconds]
+    watching = cost_of_watching()
+    keys = set[tuple[str, str]]().union(*(clock.seconds for clock in clocks))
+    operators = []
+    for part, operator in keys:
+        key = part, operator
+        own = median(clock.seconds[key] - watching * clock.calls[key] for clock in clocks)
+        operators.append((part, operator, max(own, 0.0), median(clock.calls[key] for clock in clocks)))
+    operators.sort(key=lambda line: -line[2])
+    parts: dict[str, float] = {}
+    for part, operator, own, _ in operators:
+        name = name_of(part, operator)
+        parts[name] = parts.get(name, 0.0) + own
+    parts[BETWEEN] = median(seconds) - sum(parts.values())
+    return {
+        "step": median(seconds),
+        "most": [tenths[0], tenths[-1]],
+        "system": median(system),
+        "faults": median(faults),
+        "parts": parts,
+        "operators": operators,
+    }
+
+
+def name_of(part: str, operator: str) -> str:
+    """A line of the table: the feed-forward layers without their routers by kind, the rest by part."""
+    if part != LAYERS:
+        return part
+    return next((f"{LAYERS}: {kind}" for kind, names in KINDS.items() if operator in names), f"{LAYERS}: other")
 
 
 def measure_memory(model: str, settings: Settings) -> int:
@@ -123,7 +157,7 @@ def measure_memory(model: str, settings: Settings) -> int:
     before = peak_memory()
     trainee = make(model, settings)
     for _ in range(5):
-        trainee.train_step(batches.next(), 0.01)
+        train_step(trainee, batches.next())
     return peak_memory() - before
 
 
@@ -133,22 +167,57 @@ def peak_memory() -> int:
     return 1024 * int(line.split()[1])
 
 
-def table(times: dict[str, dict[str, float]], seconds: dict[str, dict[str, list[float]]]) -> str:
-    """Milliseconds of the parts, a line for each model."""
-    parts = ("layers", "routers", "optimizer")
-    rows = [("model", "step, ms", "of 8 in 10 rounds", *(f"{part}, ms" for part in parts), "memory, MB")]
-    for model, own in times.items():
-        tenths = quantiles(seconds[model]["step"], n=10)
-        rows.append(
-            (
-                MODELS[model].label,
-                f"{1000 * own['step']:.1f}",
-                f"{1000 * tenths[0]:.1f} to {1000 * tenths[-1]:.1f}",
-                *(f"{1000 * own[part]:.1f}" if part in own else "" for part in parts),
-                f"{own['memory'] / 1e6:.0f}",
-            )
-        )
+# ---- tables ----
+
+
+def table(results: Mapping[str, Result]) -> str:
+    """A line for each model."""
+    first = next(iter(results.values()))["step"]
+    rows: list[tuple[str, ...]] = [
+        ("model", "step, ms", "of 8 in 10 rounds", "÷ first", "in the system", "page faults", "operators", "memory, MB")
+    ]
+    for model, own in results.items():
+        low, high = (1000 * seconds for seconds in own["most"])
+        cells = (f"{1000 * own['step']:.1f}", f"{low:.1f} to {high:.1f}", f"{own['step'] / first:.2f}")
+        calls = sum(calls for *_, calls in own["operators"])
+        more = (f"{1000 * own['system']:.1f}", f"{own['faults']:.0f}", f"{calls:.0f}", f"{own['memory'] / 1e6:.0f}")
+        rows.append((MODELS[model].label, *cells, *more))
     return format_rows(rows)
+
+
+def parts_table(results: Mapping[str, Result]) -> str:
+    """Milliseconds of the parts, a column for each model, and how much they are above the first one's."""
+    names = sorted({name for own in results.values() for name in own["parts"]})
+    labels = [MODELS[model].label for model in results]
+    rows: list[tuple[str, ...]] = [("part, ms", *labels, *(f"{label}, more" for label in labels[1:]))]
+    for name in names:
+        cells = [1000 * own["parts"].get(name, 0.0) for own in results.values()]
+        rows.append((name, *(f"{cell:.1f}" for cell in cells), *(f"{cell - cells[0]:+.1f}" for cell in cells[1:])))
+    return format_rows(rows)
+
+
+def operators_table(results: Mapping[str, Result], other: str = "moe32", lines: int = 15) -> str:
+    """The operators whose milliseconds, of all parts, differ most between the first model and another."""
+    base = next(iter(results))
+    (first, calls), (last, more_calls) = by_operator(results[base]), by_operator(results[other])
+    names = sorted({*first, *last}, key=lambda name: -abs(last[name] - first[name]))
+    labels = (MODELS[base].label, MODELS[other].label)
+    heads = (head for label in labels for head in (f"{label}, ms", "calls"))
+    rows: list[tuple[str, ...]] = [("operator", *heads, "more, ms")]
+    for name in names[:lines]:
+        before, after = f"{1000 * first[name]:.2f}", f"{1000 * last[name]:.2f}"
+        more = f"{1000 * (last[name] - first[name]):+.2f}"
+        rows.append((name, before, f"{calls[name]:.0f}", after, f"{more_calls[name]:.0f}", more))
+    return format_rows(rows)
+
+
+def by_operator(own: Result) -> tuple[Counter[str], Counter[str]]:
+    """Seconds and calls of each operator, in all parts."""
+    seconds, calls = Counter[str](), Counter[str]()
+    for _, operator, taken, number in own["operators"]:
+        seconds[operator] += taken
+        calls[operator] += number
+    return seconds, calls
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from model import count_parameters, upcycle  # noqa: E402
 from settings import Settings  # noqa: E402
 from training import Training, make_trainee  # noqa: E402
 
-from experiments import scaling, scaling_runs, step_times  # noqa: E402
+from experiments import modelled_step, scaling, scaling_runs, step_times  # noqa: E402
 from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
 from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
 from experiments.sizes import SIZES, SMALL  # noqa: E402
@@ -255,19 +255,38 @@ def test_tables_have_times_and_shares() -> None:
 
 
 @pytest.mark.slow
-def test_step_times_are_of_every_model_and_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_times, "measure_memory", abs)  # of a new process: slow, and tried by hand
+def test_step_times_say_where_the_seconds_go() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        seconds = step_times.measure_times(["dense", "moe8"], BASE, rounds=2)
+        results = step_times.measure(["dense", "moe8"], BASE, rounds=2, before=3)
     finally:
         torch.set_num_threads(threads)
-    assert {model: set(parts) for model, parts in seconds.items()} == {
-        "dense": {"step", "layers", "optimizer"},
-        "moe8": {"step", "layers", "optimizer", "routers"},
-    }
-    assert all(len(values) == 2 and min(values) > 0 for parts in seconds.values() for values in parts.values())
+    dense, mixture = results["dense"], results["moe8"]
+    assert dense["parts"].keys() < mixture["parts"].keys()
+    assert {"router", "feed-forward: moving rows"} <= mixture["parts"].keys() - dense["parts"].keys()
+    for own in results.values():
+        assert sum(own["parts"].values()) == pytest.approx(own["step"])
+        own["memory"] = 0  # of a new process: slow, and tried by hand
+    calls = {name: {(part, op): calls for part, op, _, calls in own["operators"]} for name, own in results.items()}
+    assert calls["dense"]["feed-forward", "mm"] == 9 * BASE.layers  # three matrices, forward and twice backward
+    assert calls["dense"]["attention, embeddings, loss", "mm"] == 3 * (2 * BASE.layers + 1)
+    assert calls["moe8"]["attention, embeddings, loss", "mm"] == 3 * (2 * BASE.layers + 1)
+    assert calls["moe8"]["router", "mm"] == 3 * BASE.layers
+    assert calls["moe8"]["optimizer", "_fused_adamw_"] == 3  # a group of parameters each
+    text = step_times.table(results) + step_times.parts_table(results) + step_times.operators_table(results, "moe8")
+    assert "8 experts, more" in text
+
+
+def test_a_model_of_a_large_layer_is_bound_by_products_and_of_a_small_one_by_launches() -> None:
+    shapes = {shape.label: shape for shape in modelled_step.SHAPES}
+    card = modelled_step.CARDS["H100"]
+    small, large = shapes["0.3 million active"], shapes["Mixtral's"]
+    assert modelled_step.milliseconds(*modelled_step.grouped(small), card) == pytest.approx(112 * 0.004)
+    flops = 6 * 3 * large.t * large.d * large.k * large.h
+    least = 1000 * flops / (0.65 * card.peak)
+    assert least < modelled_step.milliseconds(*modelled_step.dense(large), card) < 1.1 * least
+    assert "DeepSeek-V3" in modelled_step.table()
 
 
 # ---- sizes and text ----
@@ -280,6 +299,7 @@ def test_every_size_has_models_of_equal_active_parameters(size: str, least: int)
     assert least < min(active.values()) < 1.3 * least
 
 
+@pytest.mark.slow
 def test_no_long_run_of_the_larger_sizes_reads_a_byte_twice() -> None:
     size, base = SIZES["0.3m"], scaling.base_settings("0.3m")
     text = load_text((), size.packages)
