@@ -70,6 +70,16 @@ def refuse_gating_arguments(name: str, settings: Top2Settings) -> None:
         raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
 
 
+def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
+    """Experts that are given have their own sizes: arguments for the default ones would be ignored."""
+    given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
+    if activation is not nn.GELU:
+        given["activation"] = activation
+    if given:
+        written = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(f"experts is given, so {written} would do nothing: make those experts so instead")
+
+
 def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
     """With one gate of two given, arguments describe the other; but who is served first is one rule for both levels.
 

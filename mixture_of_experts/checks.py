@@ -39,13 +39,17 @@ def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
     return value
 
 
-def check_number(name: str, value: Any, *, above: float | None = None, at_least: float | None = None) -> float:
-    """A finite number, optionally bounded below."""
+def check_number(
+    name: str, value: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> float:
+    """A finite number, optionally bounded."""
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
+    bound += "" if below is None else f" and below {below}"
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     value = float(value) if good and not isinstance(value, int) else value  # it may be one of numpy's
     if good:
         good = (above is None or value > above) and (at_least is None or value >= at_least)
+        good = good and (below is None or value < below)
     if not good:
         raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
     return value
@@ -56,6 +60,13 @@ def check_flag(name: str, value: Any) -> bool:
     if type(value).__name__ not in ("bool", "bool_"):  # numpy's are named so
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
+
+
+def check_dtype(name: str, value: Any) -> torch.dtype | None:
+    """A floating dtype, or None."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
+    return value
 
 
 def check_process_group(name: str, value: Any) -> Any:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_flag, check_size, check_sizes, shape_of
+from mixture_of_experts.checks import check_dtype, check_flag, check_size, check_sizes, shape_of
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
@@ -66,16 +66,19 @@ class RoutedExperts(nn.Module):
         """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`."""
         if decision is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
-            out = self.compute(x.flatten(0, -2), num_tokens_per_expert)
+            out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return own(out, (*x.shape[:-1], out.shape[-1]))
         plan = decision.without_gaps()
         assert plan.num_tokens_per_expert is not None
         rows = dispatch(x, plan)
-        out = self.compute(rows, plan.num_tokens_per_expert)
-        if not isinstance(out, Tensor) or out.shape[:-1] != rows.shape[:-1]:
+        return combine(self._compute_rows(rows, plan.num_tokens_per_expert), plan)
+
+    def _compute_rows(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        out = self.compute(rows, num_tokens_per_expert)
+        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(rows):
             name = f"{type(self).__name__}.compute"
             raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
-        return combine(out, plan)
+        return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         """Every expert on its own rows.
@@ -92,8 +95,22 @@ class RoutedExperts(nn.Module):
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Tokens `(t, d)` of a call through experts of either contract, to tokens `(t, o)`."""
     if reads_decisions(experts):
-        return experts(x, decision)
+        return check_tokens_returned(experts, experts(x, decision), x)
     return run_on_slots(experts, x, decision, getattr(experts, "dim_out", None))
+
+
+def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
+    """What experts made of tokens x `(t, d)`: `(t, o)` in memory of its own, so that `out += 1` leaves x alone."""
+    wanted = (x.shape[0], getattr(experts, "dim_out", None) or x.shape[1])
+    if not isinstance(out, Tensor) or out.shape != wanted:
+        raise ValueError(
+            f"{type(experts).__name__} must return {wanted}, as many tokens as it is given and dim_out as width, got "
+            f"{shape_of(out)}"
+        )
+    while (inner := wrapped_module(experts)) is not None:
+        experts = inner
+    own_memory = type(experts).forward in (RoutedExperts.forward, StackedExperts.forward, ExpertList.forward)
+    return out if own_memory else out.clone()
 
 
 def binds_decision(forward: Callable) -> bool:
@@ -141,6 +158,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
     """Base of experts whose weights are stacked: initialisation, checks of shapes, and both contracts."""
 
     gated: ClassVar[bool]
+    sizes = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
 
@@ -155,6 +173,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         **factory: Any,
     ) -> None:
         super().__init__()
+        check_dtype("dtype", factory.get("dtype"))
         d = self.dim = check_size("dim", dim)
         o = self.dim_out = check_size("dim_out", dim if dim_out is None else dim_out)
         self.num_experts = num_experts

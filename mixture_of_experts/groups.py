@@ -36,12 +36,18 @@ def mask_and_group(
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     """`(m, n)`: m is `max(1, positions // group_size)`, raised until it divides the positions.
 
-    Warns when the groups come out much shorter than asked for.
+    Warns when the groups come out much shorter than asked for, and refuses groups of one token.
     """
     groups = max(1, num_positions // group_size)
-    while num_positions % groups:
-        groups += 1
-    length = num_positions // groups
+    length = num_positions // groups  # less than 2 group_size: the search is short however many positions there are
+    while length and num_positions % length:
+        length -= 1
+    groups = num_positions // length if length else groups
+    if length == 1 < min(group_size, num_positions):
+        raise ValueError(
+            f"group_size={group_size} would split {num_positions} positions into groups of one token, as no other "
+            "length of a group divides them: pad the input or choose a group_size that divides it"
+        )
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "

@@ -20,11 +20,12 @@ from mixture_of_experts.arguments import (
     check_gate,
     check_shared_expert,
     refuse_another_priority,
+    refuse_expert_arguments,
     refuse_gating_arguments,
     resolve_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.checks import check_coefs, check_number, check_optional_size, check_size
+from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
 from mixture_of_experts.decision import compose, decision_of, slots_of
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import Top2Gating
@@ -34,11 +35,13 @@ from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
-from mixture_of_experts.settings import setting
+from mixture_of_experts.settings import CheckedModule, setting
 
 
-class Layer(nn.Module):
+class Layer(CheckedModule):
     """What both layers share."""
+
+    sizes = ("dim", "num_experts")
 
     num_experts: Any
     loss_coef: float = setting(check_number, at_least=0.0)
@@ -166,6 +169,7 @@ class MoE(Layer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
         settings = Top2Settings.among(locals())
         experts = as_experts(experts)
@@ -176,6 +180,8 @@ class MoE(Layer):
             refuse_gating_arguments("gate", settings)
         if experts is None:
             experts = Experts(dim, self.num_experts, hidden_dim, activation, device=device, dtype=dtype)
+        else:
+            refuse_expert_arguments(hidden_dim, activation)
         self.check_part("gate", gate)
         self.check_part("experts", experts)
         self.gate = gate
@@ -250,6 +256,7 @@ class HeirarchicalMoE(Layer):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_dtype("dtype", dtype)
         super().__init__(dim, loss_coef, z_loss_coef, loss_coefs, group_size, shared_expert)
         settings = Top2Settings.among(locals())
         experts = as_experts(experts)
@@ -274,6 +281,8 @@ class HeirarchicalMoE(Layer):
             gate_inner = Top2Gating(dim, inner, outer_expert_dims=(outer,), **vars(settings), **factory)
         if experts is None:
             experts = Experts(dim, (outer, inner), hidden_dim, activation, **factory)
+        else:
+            refuse_expert_arguments(hidden_dim, activation)
         self.check_part("gate_outer", gate_outer)
         self.check_part("gate_inner", gate_inner)
         self.check_part("experts", experts)

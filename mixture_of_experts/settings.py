@@ -4,30 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 
+class _Setting(NamedTuple):
+    check: Callable[[str, Any], Any]
+
+
 def setting(check: Callable[..., Any], **bounds: Any) -> Any:
-    """An attribute whose values are those that `check(name, value, **bounds)` returns."""
+    """An attribute of a `CheckedModule` whose values are those that `check(name, value, **bounds)` returns."""
     return _Setting(partial(check, **bounds))
 
 
-class _Setting:
-    """It has no `__get__`: reading such an attribute costs what reading any does."""
+class CheckedModule(nn.Module):
+    """A module with settings, which are checked when they are set, and sizes, which never change.
 
-    def __init__(self, check: Callable[[str, Any], Any]) -> None:
-        self.check = check
+    Reading a setting costs what reading any attribute does.
+    """
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
+    #: attributes that parameters have their shapes by: they are set once
+    sizes: ClassVar[tuple[str, ...]] = ()
+    _settings: ClassVar[dict[str, _Setting]] = {}
 
-    def __set__(self, module: nn.Module, value: Any) -> None:
-        module.__dict__[self.name] = self.check(self.name, value)
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = {name: value for name, value in vars(cls).items() if isinstance(value, _Setting)}
+        inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
+        cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
+        for name in own:  # an attribute that nobody has set is none
+            delattr(cls, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._settings:
+            self.__dict__[name] = self._settings[name].check(name, value)
+        elif isinstance(value, nn.Module | nn.Parameter) and hasattr(getattr(type(self), name, None), "__set__"):
+            object.__setattr__(self, name, value)  # torch would register it, and leave the attribute as it is
+        elif name in self.sizes and name in self.__dict__ and self.__dict__[name] != value:
+            raise ValueError(
+                f"{name} of {type(self).__name__} is {self.__dict__[name]!r} and cannot become {value!r}, as its "
+                "parameters have their shapes by it: build a new module of that size"
+            )
+        else:
+            super().__setattr__(name, value)
 
 
-class FixedShapes(nn.Module):
+class FixedShapes(CheckedModule):
     """A module that knows the sizes of its parameters: none is replaced by one of another shape.
 
     Replaced by hand (to prune experts, to add some) they would leave the sizes that capacity is reckoned from behind.

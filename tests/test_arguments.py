@@ -20,7 +20,10 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
+from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.top2 import Top2Settings
+from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.settings import setting
 
 GATES = {
     "Top2Gating": lambda **kinds: Top2Gating(8, 4, **kinds),
@@ -192,3 +195,70 @@ def test_stacked_experts_keep_their_shape(kind):
             setattr(experts, name, nn.Parameter(parameter.detach()[:2]))
         setattr(experts, name, nn.Parameter(parameter.detach() * 2))
     assert experts(torch.randn(4, 3, 8)).shape == (4, 3, 8)
+
+
+@pytest.mark.parametrize("value", [nn.GELU(), nn.Parameter(torch.ones(()))], ids=["module", "parameter"])
+def test_a_module_or_a_parameter_is_no_setting(value):
+    moe = MoE(8, 2)
+    for owner, name in ((moe.gate, "priority"), (moe.gate, "capacity_factor_train"), (moe, "loss_coef")):
+        before = getattr(owner, name)
+        with pytest.raises((ValueError, TypeError), match=name):
+            setattr(owner, name, value)
+        assert getattr(owner, name) == before
+        assert name not in owner._modules.keys() | owner._parameters.keys()
+
+
+def test_a_setting_that_nobody_set_is_no_attribute():
+    gate = object.__new__(TopKGating)
+    nn.Module.__init__(gate)
+    with pytest.raises(AttributeError, match="jitter"):
+        _ = gate.jitter
+
+
+def test_settings_are_inherited_and_may_be_redefined():
+    class Hot(TopKGating):
+        temperature: float = setting(check_number, above=0.0)
+
+        def __init__(self, *args, temperature=1.0, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.temperature = temperature
+
+    gate = Hot(8, 4, temperature=2)
+    for name, value in (("temperature", 0.0), ("jitter", -1.0), ("priority", "none")):
+        with pytest.raises(ValueError, match=name):
+            setattr(gate, name, value)
+    assert not hasattr(TopKGating(8, 4), "temperature")
+
+
+@pytest.mark.parametrize("name", ["dim", "num_experts"])
+def test_sizes_do_not_change(name):
+    moe = MoE(8, 2)
+    for module in (moe, moe.gate, moe.experts):
+        before = getattr(module, name)
+        with pytest.raises(ValueError, match=rf"{name} of {type(module).__name__} is {before} and cannot become 9"):
+            setattr(module, name, 9)
+        assert getattr(module, name) == before
+        setattr(module, name, before)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: MoE(8, 2, experts=Experts(8, 2), hidden_dim=5), "hidden_dim=5 would do nothing"),
+        (lambda: MoE(8, 2, experts=Experts(8, 2), activation=nn.ReLU), "activation=.*ReLU.* would do nothing"),
+        (lambda: HeirarchicalMoE(8, (2, 2), experts=Experts(8, (2, 2)), hidden_dim=5), "hidden_dim=5 would do"),
+        (lambda: TopKGating(8, 4, jitter=2.0), "jitter must be a finite number of at least 0.0 and below 1.0, got 2.0"),
+        (lambda: ClampedSwiGLU("x", None), "alpha must be a finite number, got 'x'"),  # type: ignore[arg-type]
+        (lambda: ClampedSwiGLU(1.0, 0.0), "limit must be a finite number above 0.0, got 0.0"),
+    ],
+)
+def test_values_that_would_do_nothing_or_harm_are_refused(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda dtype: MoE(8, 2, dtype=dtype), lambda dtype: Experts(8, 2, dtype=dtype)])
+@pytest.mark.parametrize("dtype", ["float32", torch.int64, float])
+def test_a_dtype_is_a_floating_one_of_torch(make, dtype):
+    with pytest.raises(TypeError, match=r"dtype must be a floating torch\.dtype such as"):
+        make(dtype)

@@ -138,6 +138,8 @@ def test_one_level_layer(name):
         experts = Experts(dim, e, arguments["hidden_dim"], nn.ReLU)
         set_weights(experts, w1=case["wi"], w2=case["wo"])
         named = {"wi": experts.w1, "wo": experts.w2}
+    for of_experts in ("hidden_dim", "activation"):
+        del arguments[of_experts]
     moe = MoE(dim, e, experts=experts, **arguments).train(case.mode == "train")
     set_weights(moe, gate__w_gating=case["w_gate"])
     x = case["inputs"].requires_grad_()

@@ -428,3 +428,74 @@ def test_experts_as_heads(kind, factor):
 def test_rows_and_counts_go_to_compute():
     with pytest.raises(ValueError, match="rows and num_tokens_per_expert go to `compute`"):
         Experts(D, E)(torch.randn(5, D), torch.tensor([1, 1, 1, 2]))
+
+
+@pytest.mark.parametrize("kind", ["forward", "compute"])
+def test_experts_that_return_another_width_say_so(kind):
+    """5 of 8 columns are an error that names both, unless dim_out tells of them."""
+
+    class Narrow(RoutedExperts):
+        num_experts = E
+
+        def compute(self, rows, num_tokens_per_expert):
+            return rows[:, :5]
+
+    class NarrowForward(RoutedExperts):
+        num_experts = E
+
+        def forward(self, x, decision):
+            return x[:, :5]
+
+    experts = Narrow() if kind == "compute" else NarrowForward()
+    layer = MoE(D, E, experts=experts)
+    with pytest.raises(ValueError, match=rf"must return \(12, {D}\).*got \(12, 5\)"):
+        layer(torch.randn(2, 6, D))
+    experts.dim_out = 5
+    assert layer(torch.randn(2, 6, D))[0].shape == (2, 6, 5)
+
+
+def test_rows_that_do_not_fit_are_named():
+    class Short(RoutedExperts):
+        def compute(self, rows, num_tokens_per_expert):
+            return rows[1:]
+
+    with pytest.raises(ValueError, match=r"Short.compute must return a row for each of 6 rows, got \(5, 8\)"):
+        Short()(torch.randn(2, 3, 8))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_that_return_what_they_are_given_leave_the_inputs_alone(compiled):
+    class Same(RoutedExperts):
+        num_experts = E
+
+        def forward(self, x, decision):
+            return x
+
+    layer, x = MoE(D, E, experts=Same()), torch.randn(2, 6, D)
+    if compiled:
+        layer = torch.compile(layer, backend="aot_eager")
+    before = x.clone()
+    with torch.no_grad():
+        out, _ = layer(x)
+        out += 1
+    assert torch.equal(x, before)
+
+
+def test_tokens_on_another_device_are_refused():
+    with pytest.raises(ValueError, match="tokens are on meta, the experts' weights on cpu"):
+        moe_ffn(
+            torch.randn(4, D, device="meta"),
+            torch.zeros(4, 1, dtype=torch.int64),
+            torch.ones(4, 1),
+            torch.randn(E, D, 3),
+            torch.randn(E, 3, D),
+            activation=nn.SiLU(),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_tokens_are_floating_point(dtype):
+    x = torch.ones(4, D, dtype=dtype)
+    expert, weight = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    with pytest.raises(TypeError, match="x must be floating point"):
+        moe_ffn(x, expert, weight, torch.randn(E, D, 3), torch.randn(E, 3, D), activation=nn.SiLU())

@@ -67,6 +67,8 @@ class Gate(FixedShapes):
         process_group: the ranks that share the batch, so that losses are those of the whole batch; None: this rank.
     """
 
+    sizes = ("dim", "num_experts", "outer_expert_dims")
+
     def __init__(
         self,
         dim: int,

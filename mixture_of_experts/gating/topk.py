@@ -65,7 +65,7 @@ class TopKGating(TokenChoiceGate):
     score: Score = setting(check_choice, allowed=SCORES)
     normalize: bool = setting(check_flag)
     scale: float = setting(check_number, above=0.0)
-    jitter: float = setting(check_number, at_least=0.0)
+    jitter: float = setting(check_number, at_least=0.0, below=1.0)
     balance_over: Literal["group", "batch"] = setting(check_choice, allowed=BALANCES)
 
     def __init__(

@@ -127,6 +127,8 @@ def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: boo
         training: the experts' mode.
     """
     dtype = x.dtype
+    if x.device.type != network.w_out.device.type:  # to torch the meta device fits everywhere, and its numbers are none
+        raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
     return WAYS[_choose(call)].run(call).to(dtype)
@@ -230,6 +232,8 @@ def _check_call(
     gate_up: Halves | None,
 ) -> None:
     """Shapes fit each other."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}: embed or cast the tokens first")
     if x.ndim != 2 or w2.ndim != 3:
         raise ValueError(f"x must have shape (t, d) and w2 (e, h, o), got {tuple(x.shape)} and {tuple(w2.shape)}")
     (t, d), (e, h, o) = x.shape, w2.shape

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.checks import check_number
 from mixture_of_experts.private_torch import constant_in_graphs, has_hooks
 
 aten = torch.ops.aten
@@ -42,7 +43,7 @@ class ClampedSwiGLU(nn.Module):
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
         super().__init__()
-        self.alpha, self.limit = alpha, limit
+        self.alpha, self.limit = check_number("alpha", alpha), check_number("limit", limit, above=0.0)
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)

@@ -52,7 +52,8 @@ def shared_expert() -> nn.Module:
 
 
 def top2(**more) -> MoE:
-    return MoE(DIM, EXPERTS, HIDDEN, second_policy_train="all", z_loss_coef=0.3, loss_coef=0.7, **more)
+    experts = {} if "experts" in more else {"hidden_dim": HIDDEN}
+    return MoE(DIM, EXPERTS, second_policy_train="all", z_loss_coef=0.3, loss_coef=0.7, **experts, **more)
 
 
 def topk(experts: object = None, **more) -> MoE:
