@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,33 @@ def mask_and_group(
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
+
+
+def group_side_inputs(
+    side: Mapping[str, Tensor], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
+) -> dict[str, Tensor]:
+    """Side inputs in groups, zeros where a token is masked.
+
+    Args:
+        side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token.
+        reads: the names that the gates read.
+        mask: `(..., n)` or None.
+        shape: `(..., n)` of the inputs.
+        groups: `(b, n, d)`, the inputs in groups.
+    """
+    grouped = {}
+    for name, value in side.items():
+        if name not in reads:
+            known = f"it reads {', '.join(sorted(reads))}" if reads else "it reads none"
+            raise TypeError(f"the gate reads no side input {name!r}: {known}. Masks are `mask=`")
+        if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, ...), an entry a token, got {got}")
+        rest = value.shape[len(shape) :]
+        if mask is not None:
+            value = torch.where(mask.view(*mask.shape, *[1] * len(rest)), value, 0)
+        grouped[name] = value.reshape(*groups.shape[:2], *rest)
+    return grouped
 
 
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:

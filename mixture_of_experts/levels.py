@@ -5,6 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +18,9 @@ from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
 
 
-def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | None) -> dict[str, Any]:
+def second_level(
+    groups: Tensor, outer: Routing, slots: Plan, group_size: int | None, side: Mapping[str, Tensor]
+) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
     If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
@@ -29,12 +32,14 @@ def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | 
         outer: what the gate of level one tells.
         slots: `slots_of(outer)`.
         group_size: of level two, if its groups are others.
+        side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0.
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots
     if outer.k is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
     x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
+    side = {name: _in_slots(value, slots).view(eo, b, c, *value.shape[2:]) for name, value in side.items()}
     handed_on = outer.importance.flatten()
     importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
     mask = length = None
@@ -48,5 +53,12 @@ def second_level(groups: Tensor, outer: Routing, slots: Plan, group_size: int | 
         shape = (eo, *group_shape(b * c, group_size))
         x, importance = x.reshape(*shape, d), importance.reshape(shape)
         mask = None if mask is None else mask.reshape(shape)
-    arguments = {"x": x, "importance": importance, "mask": mask}
+        side = {name: value.reshape(*shape, *value.shape[3:]) for name, value in side.items()}
+    arguments = {"x": x, "importance": importance, "mask": mask, **side}
     return arguments if length is None else {**arguments, "length": length}
+
+
+def _in_slots(value: Tensor, slots: Plan) -> Tensor:
+    """Entries `(b, n, ...)` of tokens as those of slots `(r, ...)`."""
+    rows = dispatch(value.reshape(slots.num_tokens, -1), slots)
+    return rows.view(slots.num_rows, *value.shape[2:])

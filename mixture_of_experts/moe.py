@@ -28,9 +28,9 @@ from mixture_of_experts.arguments import (
 from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
 from mixture_of_experts.decision import compose, decision_of, slots_of
 from mixture_of_experts.experts import Experts, run_experts
-from mixture_of_experts.gating import Top2Gating
+from mixture_of_experts.gating import Top2Gating, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
-from mixture_of_experts.groups import mask_and_group, ungroup_and_add_shared
+from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
@@ -129,6 +129,8 @@ class MoE(Layer):
     Shape:
         inputs `(..., n, d)`, mask `(..., n)` bool; returns `out` of the inputs' shape and dtype and a 0-dim
         `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus those of `loss_coefs`.
+        Side inputs are given by keyword: `(..., n)` or `(..., n, anything)`, an entry for each token, under a name that
+        the gate reads, such as `router_input` `(..., n, d)`, which a gate reads instead of the inputs.
 
     Raises:
         ValueError, TypeError: naming the value, what is allowed and what to do, before anything is changed.
@@ -193,9 +195,10 @@ class MoE(Layer):
         elif name == "experts":
             check_experts(part, self.dim, (self.num_experts,))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        routing = check_routing("gate", self.gate(groups, mask=group_mask))
+        side = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **side))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
@@ -299,11 +302,15 @@ class HeirarchicalMoE(Layer):
         elif name == "experts":
             check_experts(part, self.dim, (outer, inner))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask))
+        reads = reads_of(self.gate_outer), reads_of(self.gate_inner)
+        side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups) if side else {}
+        side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
         slots = slots_of(outer)
-        inner = check_routing("gate_inner", self.gate_inner(**second_level(groups, outer, slots, self.group_size)))
+        level_two = second_level(groups, outer, slots, self.group_size, side_inner)
+        inner = check_routing("gate_inner", self.gate_inner(**level_two))
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

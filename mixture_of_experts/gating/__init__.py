@@ -1,6 +1,6 @@
 """Gates: modules that decide and return a `Routing`. `Gate` and `TokenChoiceGate` are the bases for one's own."""
 
-from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens
+from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, reads_of
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
@@ -16,4 +16,5 @@ __all__ = [
     "Tokens",
     "Top2Gating",
     "TopKGating",
+    "reads_of",
 ]

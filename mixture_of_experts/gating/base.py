@@ -5,13 +5,13 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import (
@@ -51,6 +51,7 @@ class Tokens:
     full: Tensor | None  # (..., b, n) bool: importance 1, makes all choices and counts in the losses; None if all do
     active: Tensor | None  # (..., b, n) bool: importance above 0, makes at least one choice; None if all do
     length: Length | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
+    side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
 
     @property
     def num_tokens(self) -> int:
@@ -68,6 +69,8 @@ class Gate(FixedShapes):
     """
 
     sizes = ("dim", "num_experts", "outer_expert_dims")
+    #: side inputs that the gate reads; all gates read `router_input` `(..., n, d)` instead of the experts' tokens
+    reads: ClassVar[tuple[str, ...]] = ("router_input",)
 
     def __init__(
         self,
@@ -98,10 +101,14 @@ class Gate(FixedShapes):
         importance: Tensor | None = None,
         mask: Tensor | None = None,
         length: Length | Tensor | None = None,
+        side: Mapping[str, Tensor] | None = None,
     ) -> Tokens:
         """Check the arguments of `forward` and join mask and importance. See `TokenChoiceGate.forward`."""
-        outer = self.outer_expert_dims
+        outer, side = self.outer_expert_dims, dict(side or {})
         check_tokens("x", x, self.dim, min_ndim=3)
+        if (router_input := side.pop("router_input", None)) is not None:
+            check_tokens("router_input", router_input, self.dim, min_ndim=3)
+            x = router_input
         if x.ndim != 3 + len(outer) or tuple(x.shape[: len(outer)]) != outer:
             wanted = ", ".join([*map(str, outer), "b", "n", str(self.dim)])
             raise ValueError(f"a gate reads x of shape ({wanted}), got {tuple(x.shape)}: add or flatten leading axes")
@@ -117,7 +124,7 @@ class Gate(FixedShapes):
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
-        return Tokens(x, mask, full, active, x.shape[-2] if length is None else length)
+        return Tokens(x, mask, full, active, x.shape[-2] if length is None else length, side)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
@@ -201,6 +208,7 @@ class TokenChoiceGate(Gate):
         importance: Tensor | None = None,
         mask: Tensor | None = None,
         length: Length | Tensor | None = None,
+        **side: Tensor,
     ) -> Routing:
         """Decide.
 
@@ -211,8 +219,9 @@ class TokenChoiceGate(Gate):
             mask: `(*outer, b, n)` bool, True where the token is real.
             length: number of tokens that capacity and means reckon with, if it is neither n nor what the mask says:
                 integers `(*outer, b)`, at most n, or a `queues.Length`.
+            side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
         """
-        tokens = self.read(x, importance, mask, length)
+        tokens = self.read(x, importance, mask, length, side)
         made = self.decide(tokens)
         chosen = self.allowed(tokens)
         if made.chosen is not None:
@@ -391,3 +400,8 @@ def top_choices(score: Tensor, k: int) -> Tensor:
         score = score.scatter(-1, picked[-1], -torch.inf)
         picked.append(score.argmax(dim=-1, keepdim=True))
     return torch.cat(picked, dim=-1)
+
+
+def reads_of(gate: nn.Module) -> tuple[str, ...]:
+    """The names of the side inputs that a gate, or one that is wrapped, says it reads."""
+    return tuple(getattr(gate, "reads", ()))

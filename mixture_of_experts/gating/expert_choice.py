@@ -60,7 +60,9 @@ class ExpertChoiceGating(Gate):
         """Draw the weights anew: standard deviation 1 / sqrt(d)."""
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
-    def forward(self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, **side: Tensor
+    ) -> Routing:
         """Decide.
 
         Args:
@@ -68,10 +70,11 @@ class ExpertChoiceGating(Gate):
             importance: not for this gate: raises ValueError (it cannot be a level of a hierarchy).
             mask: `(b, n)` bool, True where the token is real: limits the choice and, by the real length, the number
                 of tokens an expert takes.
+            side: `router_input` `(b, n, d)`, which it reads instead of x.
         """
         if importance is not None:
             raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
-        tokens = self.read(x, None, mask)
+        tokens = self.read(x, None, mask, side=side)
         n, e = tokens.num_tokens, self.num_experts
         probs, log_total = recomputed(self._scores, tokens.x, self.w_gating)
         capacity, limit = self._capacity(n, tokens.length)

@@ -1,0 +1,139 @@
+"""Side inputs: tensors for each token that a gate says it reads, grouped, masked and handed on like tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import (
+    Choices,
+    ExpertChoiceGating,
+    HeirarchicalMoE,
+    MoE,
+    TokenChoiceGate,
+    Top2Gating,
+    TopKGating,
+)
+
+DIM = 6
+
+
+class IdGate(TokenChoiceGate):
+    """Every token goes to the expert `token_ids % e`, with a learned weight; notes what it read."""
+
+    reads = (*TokenChoiceGate.reads, "token_ids", "features")
+
+    def __init__(self, num_experts, **settings):
+        super().__init__(DIM, num_experts, k=1, **settings)
+        self.w_gating = nn.Parameter(torch.randn(*self.outer_expert_dims, DIM, num_experts))
+        self.seen: list = []
+
+    def decide(self, tokens):
+        if not torch.compiler.is_compiling():
+            self.seen.append({"x": tokens.x, **tokens.side})
+        score = self.product(tokens.x, self.w_gating).sigmoid()
+        expert = (tokens.side["token_ids"] % self.num_experts).unsqueeze(-1)
+        probs = score / score.sum(dim=-1, keepdim=True)
+        return Choices(expert, score.gather(-1, expert), probs, {})
+
+
+def test_a_toy():
+    """Three tokens of ids 4, 1, 2 and three experts: by hand."""
+    moe = MoE(DIM, gate=IdGate(3))
+    routing = moe.gate(torch.randn(1, 3, DIM), token_ids=torch.tensor([[4, 1, 2]]))
+    assert routing.expert.tolist() == [[1, 1, 2]]
+    out, _ = moe(x := torch.randn(1, 3, DIM), token_ids=torch.tensor([[4, 1, 2]]))
+    weight = (x[0] @ moe.gate.w_gating).sigmoid()
+    for token, expert in enumerate([1, 1, 2]):
+        network = nn.Sequential(nn.Linear(DIM, 4 * DIM, bias=False), nn.GELU(), nn.Linear(4 * DIM, DIM, bias=False))
+        network[0].weight.data, network[2].weight.data = moe.experts.w1[expert].T, moe.experts.w2[expert].T
+        torch.testing.assert_close(out[0, token], weight[token, expert] * network(x[0, token]))
+
+
+def test_they_are_grouped_and_masked_like_tokens():
+    moe = MoE(DIM, gate=IdGate(3), group_size=4)
+    x, ids = torch.randn(2, 6, DIM), torch.arange(12).view(2, 6) + 1
+    features, mask = torch.randn(2, 6, 2, 3), torch.rand(2, 6) < 0.6
+    moe(x, mask=mask, token_ids=ids, features=features)
+    seen = moe.gate.seen[0]
+    assert seen["token_ids"].equal(torch.where(mask, ids, 0).view(3, 4))
+    assert seen["token_ids"].dtype == torch.int64
+    assert seen["features"].equal(torch.where(mask[..., None, None], features, 0.0).view(3, 4, 2, 3))
+
+
+@pytest.mark.parametrize("group_size", [None, 3])
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_level_two_gets_those_of_the_tokens_in_its_slots(factor, group_size):
+    """Recognised by the token itself; an empty slot makes no choice, whatever id stands there."""
+    outer = TopKGating(DIM, 2, 2, capacity_factor_train=factor)
+    inner = IdGate(3, outer_expert_dims=(2,))
+    moe = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=inner, group_size=group_size)
+    x, ids = torch.randn(2, 6, DIM), torch.arange(1, 13).view(2, 6)
+    moe(x, token_ids=ids)
+    seen = inner.seen[0]
+    known = {tuple(token.tolist()): int(i) for token, i in zip(x.flatten(0, 1), ids.flatten(), strict=True)}
+    empty = (0.0,) * DIM
+    found = [
+        (known.get(tuple(token.tolist()), 0), int(i))
+        for token, i in zip(seen["x"].detach().flatten(0, -2), seen["token_ids"].flatten(), strict=True)
+    ]
+    assert all(wanted == got for wanted, got in found)
+    assert {got for _, got in found} >= set(range(1, 13))
+    assert all(any(token) or tuple(token.tolist()) == empty for token in seen["x"].flatten(0, -2))
+
+
+def test_an_empty_slot_makes_no_choice():
+    outer = TopKGating(DIM, 2, 1, capacity_factor_train=4.0)  # six tokens, and twelve slots
+    moe = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=IdGate(3, outer_expert_dims=(2,)))
+    routings = []
+    moe.gate_inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
+    moe(torch.randn(1, 6, DIM), token_ids=torch.arange(6).view(1, 6))
+    assert int(routings[0].kept.sum()) == 6
+
+
+def test_names_and_shapes_are_checked():
+    moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
+    with pytest.raises(TypeError, match="reads no side input 'ids': it reads features, router_input, token_ids"):
+        moe(x, ids=torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"token_ids must have shape \(2, 6, ...\), an entry a token, got \(2, 5\)"):
+        moe(x, token_ids=torch.zeros(2, 5))
+    with pytest.raises(TypeError, match="reads no side input 'token_ids'"):
+        MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
+
+
+GATES = {
+    "top2": lambda: Top2Gating(DIM, 4, second_policy_train="all"),
+    "topk": lambda: TopKGating(DIM, 4),
+    "expert choice": lambda: ExpertChoiceGating(DIM, 4),
+}
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_gate_reads_another_tensor_than_its_experts(name):
+    moe = MoE(DIM, gate=GATES[name]())
+    x, other = (torch.randn(2, 6, DIM, requires_grad=True) for _ in range(2))
+    out, aux_loss = moe(x, router_input=other)
+    wanted, given = moe.gate(other), moe.gate(x, router_input=other)
+    assert given.expert.equal(wanted.expert)
+    torch.testing.assert_close(given.weight, wanted.weight)
+    (out.square().sum() + aux_loss).backward()
+    assert x.grad.any()
+    assert other.grad.any()
+    with torch.no_grad():
+        torch.testing.assert_close(moe(other, router_input=other)[0], moe(other)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.parametrize("kind", ["compiled", "checkpointed"])
+def test_paths(kind):
+    moe = MoE(DIM, gate=IdGate(3))
+    x, ids = torch.randn(2, 6, DIM, requires_grad=True), torch.arange(12).view(2, 6)
+    wanted = torch.autograd.grad(moe(x, token_ids=ids)[0].sum(), x)
+    if kind == "compiled":
+        compiled = torch.compile(moe, backend="aot_eager")
+        got = torch.autograd.grad(compiled(x, token_ids=ids)[0].sum(), x)
+    else:
+        got = torch.autograd.grad(checkpoint(moe, x, token_ids=ids, use_reentrant=False)[0].sum(), x)
+    torch.testing.assert_close(got, wanted)
