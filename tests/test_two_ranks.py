@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from support import parallel_checks as checks
+from support import parallel_odd_models as odd
 from support.parallel_workers import Workers
 
 from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
@@ -24,6 +25,13 @@ def workers() -> Iterator[Workers]:
 @pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])
 def test_two_ranks_are_one_process(workers: Workers, layer: str):
     workers.run(checks.check_exact, 2, layer)
+
+
+@pytest.mark.parametrize(
+    "check", [odd.check_experts_that_return_other_dtypes, odd.check_rank_with_sequences_of_no_length]
+)
+def test_borders(workers: Workers, check: Callable[[], None]):
+    workers.run(check, 2)
 
 
 def test_old_checkpoints_are_removed(tmp_path: Path):

@@ -9,17 +9,14 @@ expert, r rows.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
-from datetime import timedelta
 from functools import cache, reduce
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixture_of_experts.checks import shape_of
@@ -31,65 +28,13 @@ from mixture_of_experts.parallel.exchange import (
     ROWS,
     SLOTS,
     CallHeader,
-    Channel,
     exchange_rows,
     exchange_slots,
     scale_gradient,
     with_backward_to,
 )
-
-Gradient = Literal["mean", "sum"]
-
-
-@dataclass(frozen=True)
-class ExpertSharding:
-    """Where the experts of one layer are.
-
-    Attributes:
-        mesh: 1-D, the ranks that share the experts.
-        dims: `*e`, number of experts of all ranks.
-        gradient: "mean" or "sum" over the ranks' losses.
-        static_shapes: every rank has as many slots as every other.
-        debug: check at every call what is otherwise trusted.
-        timeout: how long a rank waits for the others.
-        stacked: names of the parameters that are sharded, and of buffers of which an expert sees its own part; empty
-            for a list of modules.
-    """
-
-    mesh: DeviceMesh
-    dims: tuple[int, ...]
-    gradient: Gradient
-    static_shapes: bool
-    debug: bool
-    timeout: timedelta
-    stacked: frozenset[str] = frozenset()
-
-    @property
-    def ranks(self) -> int:
-        return self.mesh.size()
-
-    @property
-    def local_dims(self) -> tuple[int, ...]:
-        """`*e` of one rank."""
-        return (self.dims[0] // self.ranks, *self.dims[1:])
-
-    @property
-    def experts(self) -> range:
-        """The (flat, outer-major) indices of this rank's experts."""
-        each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
-        return range(rank * each, (rank + 1) * each)
-
-    @property
-    def factor(self) -> float:
-        """What an expert's gradient is multiplied by: it is the sum over the losses of all ranks."""
-        return 1 / self.ranks if self.gradient == "mean" else 1.0
-
-    @property
-    def channel(self) -> Channel:
-        return Channel(self.mesh.get_group(), self.debug, self.timeout)
-
-    def __deepcopy__(self, memo: dict) -> ExpertSharding:
-        return self  # a copy of a layer is on the same ranks
+from mixture_of_experts.parallel.local_view import LocalView, local_view, make_view
+from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 class SpreadExperts(RoutedExperts):
@@ -159,20 +104,45 @@ class SpreadExperts(RoutedExperts):
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         """This rank's experts on slots `(*l, s, d)` or rows; hooks run around the whole, at the layer's own module."""
-        local: Any = self._local()
+        view = self._local_view()
+        local: Any = view.module
         out = local.forward(x) if counts is None else local.compute(x, counts)
+        if not torch.compiler.is_compiling():
+            view.keep_changes()
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {shape_of(out)}")
         return out
 
-    def _local(self) -> nn.Module:
-        """The module as it would be if this rank's experts were all there are."""
+    def _local_view(self) -> LocalView:
         return local_view(self, self.expert_parallel)
 
     def own_parameter_names(self) -> set[str]:
         """Names of the parameters of which every rank has a part of its own."""
         return set(self.expert_parallel.stacked)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError(
+            f"{type(self).__name__} cannot be pickled: its experts are spread over ranks, and each has a part. Save a "
+            "checkpoint by torch.distributed.checkpoint; or, of stacked experts, the whole state, by "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on every rank"
+        )
+
+    def __copy__(self) -> SpreadExperts:
+        twin, state = self._empty_twin()
+        twin.__setstate__({**state})
+        return twin
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SpreadExperts:
+        twin, state = self._empty_twin()
+        memo[id(self)] = twin
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+    def _empty_twin(self) -> tuple[SpreadExperts, dict[str, Any]]:
+        """Another object of this class, and the state that makes it a copy: what `copy` would ask `__reduce_ex__`."""
+        make, arguments, state, *_ = tuple(super().__reduce_ex__(4))
+        return make(*arguments), state  # type: ignore[operator]
 
     def mark_parameters(self) -> None:
         """Have parameters that only their module tells to be a rank's own tell it themselves; see `SpreadList`."""
@@ -211,9 +181,9 @@ class SpreadList(SpreadExperts):
         # modules differ between ranks: where all are frozen or constant, the others' gradients still pass here
         return with_backward_to(result, x)
 
-    def _local(self) -> nn.Module:
+    def _local_view(self) -> LocalView:
         own = {str(i): module for i, module in enumerate(self._modules.values())}
-        return view_of(self, self.local_class, _modules=own)
+        return make_view(self, self.local_class, {"_modules": own})
 
     def own_parameter_names(self) -> set[str]:
         return {name for name, _ in self.named_parameters()}
@@ -276,72 +246,3 @@ def reset_parameters(experts: SpreadExperts) -> None:
         warnings.filterwarnings("ignore", message="DTensor random operators")
         torch.manual_seed(seed)
         return reset(experts)
-
-
-def local_view(module: nn.Module, sharding: ExpertSharding) -> nn.Module:
-    """A module that shares everything with `module` but holds this rank's part of what is stacked over experts."""
-    view = _local_part(module, sharding, "")
-    assert view is not None
-    return view
-
-
-def _local_part(module: nn.Module, sharding: ExpertSharding, prefix: str) -> nn.Module | None:
-    """View of a module of the tree; None where nothing in it depends on the rank."""
-    children = {
-        name: child and _local_part(child, sharding, f"{prefix}{name}.") for name, child in module._modules.items()
-    }
-    stacked = {name for name in module._parameters if prefix + name in sharding.stacked}
-    buffers = {
-        name: _local_buffer(buffer, sharding) if prefix + name in sharding.stacked else buffer
-        for name, buffer in module._buffers.items()
-    }
-    sizes = _local_sizes(module, sharding)
-    changed = stacked or sizes or any(children.values()) or any(buffers[n] is not b for n, b in module._buffers.items())
-    if not changed and prefix:
-        return None
-    parameters = {
-        name: _local_shard(parameter, sharding) if name in stacked else parameter
-        for name, parameter in module._parameters.items()
-    }
-    # buffers are shared as a dict where possible, so that a buffer that a forward assigns anew stays
-    same = all(buffers[name] is buffer for name, buffer in module._buffers.items())
-    return view_of(
-        module,
-        getattr(module, "local_class", type(module)),
-        _parameters=parameters,
-        _buffers=module._buffers if same else buffers,
-        _modules={name: children[name] or child for name, child in module._modules.items()},
-        **sizes,
-    )
-
-
-def _local_shard(parameter: Tensor | None, sharding: ExpertSharding) -> Tensor | None:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return None if local is None else scale_gradient(local, sharding.factor)
-
-
-def _local_buffer(buffer: Tensor | None, sharding: ExpertSharding) -> Tensor | None:
-    """A buffer with an entry for each expert is whole on every rank; a part of it is what an expert sees."""
-    if buffer is None:
-        return None
-    each = sharding.local_dims[0]
-    return buffer.narrow(0, sharding.mesh.get_local_rank() * each, each)
-
-
-def _local_sizes(module: nn.Module, sharding: ExpertSharding) -> Mapping[str, Any]:
-    """Attributes that tell the number of experts, as they are for one rank's."""
-    sizes = {}
-    for name in ("num_experts", "expert_dims"):
-        size = module.__dict__.get(name)
-        if size == sharding.dims:
-            sizes[name] = sharding.local_dims
-        elif isinstance(size, int) and size == math.prod(sharding.dims):
-            sizes[name] = math.prod(sharding.local_dims)
-    return sizes
-
-
-def view_of(module: nn.Module, cls: type[nn.Module], **different: Any) -> nn.Module:
-    """Another object of class `cls` with the attributes of `module`, but for those given; nothing is copied."""
-    view = object.__new__(cls)
-    view.__dict__.update({**module.__dict__, **different})
-    return view

@@ -19,7 +19,8 @@ from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree, default_timeout
-from mixture_of_experts.parallel.experts import ExpertSharding, Gradient, SpreadExperts, parallel_class
+from mixture_of_experts.parallel.experts import SpreadExperts, parallel_class
+from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
 
 GRADIENTS = ("mean", "sum")
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -191,6 +193,58 @@ def check_experts_that_return_other_dtypes() -> None:
                 assert out.dtype == torch.float32
                 out.square().mean(-1).sum().backward()
             torch.testing.assert_close(x_own.grad, own_part(x_alone.grad), **HALF)
+
+
+class RememberingExperts(OwnExperts):
+    """Experts that set attributes, and assign buffers anew, in their forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("load", torch.zeros(EXPERTS))
+        self.seen, self.forgotten = 0, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seen == 0:
+            del self.forgotten
+            self.made = nn.Identity()
+        self.seen += 1
+        self.last_shape = x.shape
+        self.steps = self.steps + 1
+        self.load = self.load + x.abs().sum(dim=-1).gt(0).sum(dim=-1)
+        self.inner.note = f"call {self.seen}"
+        return super().forward(x)
+
+
+def check_attributes_set_in_a_forward() -> None:
+    """They stay, as in one process, those of parts and those with an entry for each expert too."""
+    alone = top2(experts=RememberingExperts())
+    together = spread(copy.deepcopy(alone), make_mesh(), replicated=["shared_scale"])
+    for _ in range(2):
+        alone(batch()[0])
+        together(own_part(batch()[0]))
+    for layer in (alone, together):
+        experts = layer.experts
+        assert (experts.seen, experts.steps, experts.inner.note) == (2, 2, "call 2")
+        assert isinstance(experts.made, nn.Identity)
+        assert not hasattr(experts, "forgotten")
+        assert experts.num_experts == EXPERTS
+    assert together.experts.last_shape[0] == EXPERTS // dist.get_world_size()
+    here = together.experts.expert_parallel.experts
+    expected = torch.zeros(EXPERTS)
+    expected[here.start : here.stop] = alone.experts.load[here.start : here.stop]
+    assert torch.equal(together.experts.load, expected)
+
+
+def check_pickling_says_what_to_do() -> None:
+    for name in ("top2", "top2, list"):
+        layer = spread(make(name), make_mesh())
+        for pickled in (layer, nn.ModuleDict({"ffn": layer})):
+            for write in (pickle.dumps, lambda module: torch.save(module, io.BytesIO())):
+                with pytest.raises(TypeError, match=r"spread over .* by torch\.distributed\.checkpoint; or, of"):
+                    write(pickled)
+        for twin in (copy.copy(layer.experts), copy.deepcopy(layer.experts)):
+            assert repr(twin) == repr(layer.experts)
 
 
 def check_buffer_that_looks_stacked() -> None:

@@ -1,0 +1,68 @@
+"""How the experts of one layer are spread over ranks.
+
+Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal
+
+from torch.distributed.device_mesh import DeviceMesh
+
+from mixture_of_experts.parallel.exchange import Channel
+
+Gradient = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class ExpertSharding:
+    """Where the experts of one layer are.
+
+    Attributes:
+        mesh: 1-D, the ranks that share the experts.
+        dims: `*e`, number of experts of all ranks.
+        gradient: "mean" or "sum" over the ranks' losses.
+        static_shapes: every rank has as many slots as every other.
+        debug: check at every call what is otherwise trusted.
+        timeout: how long a rank waits for the others.
+        stacked: names of the parameters that are sharded, and of buffers of which an expert sees its own part; empty
+            for a list of modules.
+    """
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]
+    gradient: Gradient
+    static_shapes: bool
+    debug: bool
+    timeout: timedelta
+    stacked: frozenset[str] = frozenset()
+
+    @property
+    def ranks(self) -> int:
+        return self.mesh.size()
+
+    @property
+    def local_dims(self) -> tuple[int, ...]:
+        """`*e` of one rank."""
+        return (self.dims[0] // self.ranks, *self.dims[1:])
+
+    @property
+    def experts(self) -> range:
+        """The (flat, outer-major) indices of this rank's experts."""
+        each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
+        return range(rank * each, (rank + 1) * each)
+
+    @property
+    def factor(self) -> float:
+        """What an expert's gradient is multiplied by: it is the sum over the losses of all ranks."""
+        return 1 / self.ranks if self.gradient == "mean" else 1.0
+
+    @property
+    def channel(self) -> Channel:
+        return Channel(self.mesh.get_group(), self.debug, self.timeout)
+
+    def __deepcopy__(self, memo: dict) -> ExpertSharding:
+        return self  # a copy of a layer is on the same ranks
