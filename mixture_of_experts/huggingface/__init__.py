@@ -1,6 +1,6 @@
 """Inside the models of `transformers`: replace and upcycle feed-forward networks, train, save and load them."""
 
-from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter
+from mixture_of_experts.huggingface.adapters import Adapter
 from mixture_of_experts.huggingface.backend import experts_forward
 from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import RoutingCallback, log_routing
@@ -10,7 +10,6 @@ from mixture_of_experts.huggingface.losses import aux_loss
 from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
 
 __all__ = [
-    "ADAPTERS",
     "Adapter",
     "MoEFeedForward",
     "RoutingCallback",

@@ -6,12 +6,15 @@ Axes: d model dim, h hidden dim, e experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixture_of_experts.ops.activations import make_activation
+
+Halves = Literal["gate_up", "up_gate", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -22,69 +25,28 @@ class Adapter:
         up: the first linear layer; of a gated network the one that is not under the activation.
         down: the last one.
         gate: the linear layer under the activation of a gated network. The same path as `up`, if one layer holds both:
-            the first half of its results is the gate.
-        activation: the activation, a module or a function.
-        hidden_dropout: dropout between activation and `down`: a module, or a number.
-        output_dropout: a dropout module after `down`, within the network.
+            `halves` tells which of its results are the gate's.
+        activation: the path of the activation, a module or a function; or the module.
+        hidden_dropout: dropout between activation and `down`: the path of a module or of a number, or the number.
+        output_dropout: dropout after `down`, likewise.
         slot: the parts stand in a layer that does other things too and calls them one by one. Then the MoE takes the
-            place of `down`, and those that `bypass` names become identities; otherwise it takes the whole module's.
+            place of `down`, and those that `bypass` names and `hidden_dropout` become identities; otherwise it takes
+            the whole module's.
         bypass: see `slot`.
-        masked: whether the attention mask of the model around it is of the tokens that come here.
+        ones: see `slot`: a path that returns 1, where the model multiplies by it.
+        halves: where `gate` and `up` are one layer, how its results are ordered.
     """
 
     up: str
     down: str
     gate: str | None = None
-    activation: str = "act_fn"
-    hidden_dropout: str | None = None
-    output_dropout: str | None = None
+    activation: str | nn.Module = "act_fn"
+    hidden_dropout: str | float | None = None
+    output_dropout: str | float | None = None
     slot: bool = False
     bypass: tuple[str, ...] = field(default=())
-    masked: bool = True
-
-
-LLAMA = Adapter(up="up_proj", down="down_proj", gate="gate_proj")
-BERT = Adapter(
-    up="intermediate.dense",
-    down="output.dense",
-    activation="intermediate.intermediate_act_fn",
-    slot=True,
-    bypass=("intermediate",),
-)
-OPT = Adapter(up="fc1", down="fc2", activation="activation_fn", slot=True, bypass=("fc1", "activation_fn"))
-WHISPER = Adapter(
-    up="fc1",
-    down="fc2",
-    activation="activation_fn",
-    hidden_dropout="activation_dropout",
-    slot=True,
-    bypass=("fc1", "activation_fn"),
-)
-# the encoder hears all of its frames, also those that a mask of the sound calls padding
-WHISPER_ENCODER = Adapter(**{**vars(WHISPER), "masked": False})
-
-#: class name of a module in `transformers`: where its parts are
-ADAPTERS: dict[str, Adapter] = {
-    "BertLayer": BERT,
-    "GPT2MLP": Adapter(up="c_fc", down="c_proj", activation="act", output_dropout="dropout"),
-    "GPTNeoXMLP": Adapter(up="dense_h_to_4h", down="dense_4h_to_h", activation="act"),
-    "Gemma2MLP": LLAMA,
-    "Gemma3MLP": LLAMA,
-    "GemmaMLP": LLAMA,
-    "LlamaMLP": LLAMA,
-    "MistralMLP": LLAMA,
-    "OPTDecoderLayer": OPT,
-    "Phi3MLP": Adapter(up="gate_up_proj", down="down_proj", gate="gate_up_proj", activation="activation_fn"),
-    "PhiMLP": Adapter(up="fc1", down="fc2", activation="activation_fn"),
-    "Qwen2MLP": LLAMA,
-    "Qwen3MLP": LLAMA,
-    "RobertaLayer": BERT,
-    "T5DenseActDense": Adapter(up="wi", down="wo", activation="act", hidden_dropout="dropout"),
-    "T5DenseGatedActDense": Adapter(up="wi_1", down="wo", gate="wi_0", activation="act", hidden_dropout="dropout"),
-    "ViTMLP": Adapter(up="fc1", down="fc2", activation="activation_fn"),
-    "WhisperDecoderLayer": WHISPER,
-    "WhisperEncoderLayer": WHISPER_ENCODER,
-}
+    ones: str | None = None
+    halves: Halves = "gate_up"
 
 
 @dataclass(frozen=True)
@@ -111,6 +73,14 @@ class Dense:
     def hidden_dim(self) -> int:
         return self.w1.shape[1]
 
+    def compute(self, x: Tensor) -> Tensor:
+        """What the network computes in evaluation, of tokens `(..., d)`."""
+        activation = self.activation.eval()
+        hidden = activation(linear(x, self.w1, self.b1))
+        if self.w3 is not None:
+            hidden = hidden * linear(x, self.w3, self.b3)
+        return linear(hidden, self.w2, self.b2)
+
     def weights(self) -> dict[str, Tensor]:
         """Those that are there, by the names that experts give them."""
         found = {name: getattr(self, name) for name in ("w1", "w2", "w3", "b1", "b2", "b3")}
@@ -127,32 +97,77 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
     w3 = b3 = None
     w1, b1 = read_linear(module, adapter.up)
     if adapter.gate == adapter.up:
-        (w1, w3), (b1, b3) = w1.chunk(2, dim=-1), (None, None) if b1 is None else b1.chunk(2)
+        w1, w3 = halves_of(w1, adapter.halves)
+        b1, b3 = (None, None) if b1 is None else halves_of(b1, adapter.halves)
     elif adapter.gate is not None:
         (w3, b3), (w1, b1) = (w1, b1), read_linear(module, adapter.gate)
-    biases = [b1, b2] if adapter.gate is None else [b1, b2, b3]
-    if len({bias is None for bias in biases}) != 1:
-        raise TypeError(f"{type(module).__name__} has a bias in some of its linear layers only: that has no experts")
-    activation = read_activation(part(module, adapter.activation))
-    dropout = 0.0 if adapter.hidden_dropout is None else part(module, adapter.hidden_dropout)
-    dropout = nn.Dropout(dropout) if isinstance(dropout, float | int) else dropout
-    if dropout.p:
+    own = adapter.activation
+    activation = read_activation(part(module, own) if isinstance(own, str) else own)
+    dropout = read_dropout(module, adapter.hidden_dropout)
+    if dropout is not None:
         activation = nn.Sequential(activation, dropout)  # of a gated network too: a factor is a factor
-    outer = None if adapter.output_dropout is None else part(module, adapter.output_dropout)
-    return Dense(w1, w2, w3, b1, b2, b3, activation, outer)
+    return Dense(w1, w2, w3, b1, b2, b3, activation, read_dropout(module, adapter.output_dropout))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ weight if bias is None else x @ weight + bias
+
+
+def halves_of(tensor: Tensor, order: Halves) -> tuple[Tensor, Tensor]:
+    """Gate and up `(..., h)` of a weight or bias `(..., 2 h)`."""
+    if order == "interleaved":
+        return tensor[..., ::2], tensor[..., 1::2]
+    first, second = tensor.chunk(2, dim=-1)
+    return (first, second) if order == "gate_up" else (second, first)
+
+
+def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
+    """A module, from a path of one or of a number, or a number; None if it drops nothing."""
+    found = part(module, dropout) if isinstance(dropout, str) else dropout
+    if found is None or getattr(found, "p", found) == 0:
+        return None
+    return found if isinstance(found, nn.Module) else nn.Dropout(found)
 
 
 def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     """Weight `(in, out)` and bias of a linear layer, or of GPT-2's `Conv1D`, which is one that keeps it so."""
-    linear = part(module, path)
-    if type(linear) is Conv1D:
-        return linear.weight.detach(), linear.bias.detach()
-    if type(linear) is not nn.Linear:
+    layer = part(module, path)
+    plain = isinstance(layer, Conv1D | nn.Linear) and all(
+        type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
+    )
+    if not plain or not computes_as_linear(layer):
         raise TypeError(
-            f"{path} of {type(module).__name__} is {type(linear).__name__}, not nn.Linear: replace feed-forward "
+            f"{path} of {type(module).__name__} is {type(layer).__name__}, not nn.Linear: replace feed-forward "
             "networks before a model is quantised, sharded or given adapters"
         )
-    return linear.weight.detach().T, None if linear.bias is None else linear.bias.detach()
+    weight = layer.weight.detach()
+    return weight if isinstance(layer, Conv1D) else weight.T, None if layer.bias is None else layer.bias.detach()
+
+
+@torch.no_grad()
+def computes_as_linear(layer: nn.Linear | Conv1D) -> bool:
+    """Whether a layer of a class that inherits from a linear one returns the same, on random numbers."""
+    if type(layer) in (nn.Linear, Conv1D) or layer.weight.is_meta:
+        return True
+    weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
+    x = random_tokens(weight)
+    try:
+        found = layer(x)
+    except Exception:  # anybody's code: it is no linear layer
+        return False
+    return isinstance(found, Tensor) and close(found, linear(x, weight, layer.bias))
+
+
+def random_tokens(weight: Tensor) -> Tensor:
+    """`(2, 3, d)` for a weight `(d, h)`, the same ones each time."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    return torch.randn(2, 3, weight.shape[0], generator=generator, device="cpu").to(weight)
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors are equal up to rounding in their dtype."""
+    tolerance = 1e-4 if found.dtype in (torch.float32, torch.float64) else 3e-2
+    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
 
 
 def part(module: nn.Module, path: str) -> Any:

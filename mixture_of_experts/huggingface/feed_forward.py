@@ -82,7 +82,7 @@ class MoEFeedForward(Replaced):
         self.masked = masked
         if stands_for:
             del self.weight
-            self.add_module(stands_for, Replaced())
+            add_below(self, stands_for, Replaced())
         self.was_masked = False
         self.begin(None)
 
@@ -145,6 +145,16 @@ class MoEFeedForward(Replaced):
 
     def extra_repr(self) -> str:
         return "" if self.masked else "masked=False"
+
+
+def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
+    """Add a child at a path, and what has to be there above it."""
+    *above, last = path.split(".")
+    for name in above:
+        if name not in module._modules:
+            module.add_module(name, nn.Module())
+        module = module.get_submodule(name)
+    module.add_module(last, child)
 
 
 def feed_forwards(model: nn.Module) -> list[MoEFeedForward]:

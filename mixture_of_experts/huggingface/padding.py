@@ -47,6 +47,11 @@ def find_around(model: nn.Module, name: str) -> nn.Module:
     return found[0] if found else model
 
 
+def is_masked(model: nn.Module, name: str) -> bool:
+    """Whether the mask of the model around a module is of its tokens: a model of sound hears all frames."""
+    return getattr(find_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+
+
 class BeginCall:
     """Forward pre-hook of a model: its feed-forward networks learn what it knows of its tokens."""
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_number, check_size
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.adapters import ADAPTERS, Adapter, Dense, part, read_dense
+from mixture_of_experts.huggingface.adapters import Adapter, Dense, close, part, random_tokens, read_dense
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.losses import add_to_loss
-from mixture_of_experts.huggingface.padding import bring_mask
+from mixture_of_experts.huggingface.padding import bring_mask, is_masked
 from mixture_of_experts.huggingface.record import KEY, GateFactory, describe_gate
+from mixture_of_experts.huggingface.search import Miss, is_routed, search
 from mixture_of_experts.moe import MoE
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
@@ -66,7 +67,7 @@ def replace_ffn(
             `TopKGating(dim, num_experts, k)`, which drops no token.
         hidden_dim: of an expert; by default that of the network.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
-        adapters: for networks that are not in `ADAPTERS`, by the names of their classes.
+        adapters: for networks that are not found, by the names of their classes.
 
     Returns:
         The paths of the new layers.
@@ -164,19 +165,76 @@ def upcycle(
 
 
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[Place]:
-    """The networks of a model that an adapter is for and that `layers` names."""
-    known = {**ADAPTERS, **(adapters or {})}
-    modules = dict(model.named_modules())
-    places = [Place(n, m, known[type(m).__name__]) for n, m in modules.items() if type(m).__name__ in known]
+    """The networks of a model that an adapter is for, or that its structure shows, and that `layers` names."""
+    adapters = adapters or {}
+    named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
+    refuse_chunks(model)
+    found, misses = search(model, named)
+    places = [Place(name, module, adapters[type(module).__name__]) for name, module in named.items()]
+    places = sorted([*places, *(Place(*network[:3]) for network in found)], key=order_in(model))
     if not places:
-        seen = sorted({type(module).__name__ for module in modules.values()})
-        done = " (some are replaced already)" if "MoEFeedForward" in seen else ""
+        raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
+    if layers is None and (misses or (misses := torn(model, places))):
+        some = patterns(place.target for place in places)
         raise ValueError(
-            f"no feed-forward network was found in {type(model).__name__}{done}: known are {', '.join(sorted(known))}; "
-            f"its modules are {', '.join(seen)}. Say by adapters={{class name: Adapter(...)}} where its parts are"
+            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
+            f"{why(model, misses)}. Or name by layers= those that you want"
         )
     chosen = choose([place.target for place in places], layers)
     return [place for place in places if place.target in chosen]
+
+
+def order_in(model: nn.Module) -> Callable[[Place], int]:
+    """By where a place stands in a model."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda place: order[place.name]
+
+
+def why(model: nn.Module, misses: Collection[Miss]) -> str:
+    """What to say of networks that cannot be replaced."""
+    modules = list(model.modules())
+    if misses:
+        said = "; ".join({f"{pattern(miss.name)} of {miss.kind}: {miss.reason}": None for miss in misses})
+    elif any(isinstance(module, MoEFeedForward) for module in modules):
+        said = "some are replaced already"
+    elif any(map(is_routed, modules)):
+        said = "its blocks have routers and experts already"
+    else:
+        said = f"its modules are {', '.join(sorted({type(module).__name__ for module in modules}))}"
+    return f": {said}. Say by adapters={{class name: Adapter(...)}} where its parts are"
+
+
+def torn(model: nn.Module, places: list[Place]) -> list[Miss]:
+    """Modules of the same class and at the same place in their block as one with a network, that show none."""
+    found = {(pattern(place.name), type(place.module)) for place in places}
+    names = {place.name for place in places}
+    misses = []
+    for name, module in model.named_modules():
+        if (pattern(name), type(module)) in found and name not in names and not holds_routed(module):
+            misses.append(Miss(name, type(module).__name__, "it is not as others of its class"))
+    return misses
+
+
+def holds_routed(module: nn.Module) -> bool:
+    return any(map(is_routed, module.modules()))
+
+
+def pattern(name: str) -> str:
+    """A path with a star for each number."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def patterns(names: Iterable[str]) -> str:
+    return ", ".join({pattern(name): None for name in names})
+
+
+def refuse_chunks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"{name} computes its feed-forward network in chunks, but a router has to see whole sequences: "
+                "set config.chunk_size_feed_forward = 0 before the model is built"
+            )
 
 
 def choose(names: list[str], layers: Layers) -> Collection[str]:
@@ -216,9 +274,9 @@ def make_moe(
     """A layer on the network's device, with experts of its kind."""
     kind = Experts if dense.w3 is None else GatedExperts
     with dense.w1.device:
-        experts: Any = kind(
-            dense.dim, num_experts, hidden_dim or dense.hidden_dim, dense.activation, bias=dense.b1 is not None
-        )
+        experts: Any = kind(dense.dim, num_experts, hidden_dim or dense.hidden_dim, dense.activation, bias=True)
+        for name in {name for name, _ in experts.named_parameters(recurse=False)} - set(dense.weights()):
+            experts.register_parameter(name, None)  # a bias that the network has not
         experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
         router = TopKGating(dense.dim, num_experts, k) if gate is None else gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=router, experts=experts, **coefs)
@@ -229,14 +287,13 @@ def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -
     built = []
     for place in places:
         adapter = place.adapter
-        if getattr(place.module, "chunk_size_feed_forward", 0):
-            raise ValueError(
-                f"{place.name} computes its feed-forward network in chunks, but a router has to see whole sequences: "
-                "set config.chunk_size_feed_forward = 0 before the model is built"
-            )
         dense = read_dense(place.module, adapter)
+        if not adapter.slot:
+            refuse_unequal(place, dense)
         stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
-        feed_forward = MoEFeedForward(build(dense), dense.output_dropout, masked=adapter.masked, stands_for=stands_for)
+        feed_forward = MoEFeedForward(
+            build(dense), dense.output_dropout, masked=is_masked(model, place.target), stands_for=stands_for
+        )
         feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
         built.append(feed_forward.train(place.module.training))
     for place, feed_forward in zip(places, built, strict=True):
@@ -248,16 +305,44 @@ def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -
     return names
 
 
+@torch.no_grad()
+def refuse_unequal(place: Place, dense: Dense) -> None:
+    """A module that does something else than the network that was read in it, on random tokens, stays."""
+    if dense.w1.is_meta:
+        return
+    x, modes = random_tokens(dense.w1), [(module, module.training) for module in place.module.modules()]
+    try:
+        found = place.module.eval()(x)
+    except Exception as error:  # a forward that takes more, for one
+        raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not isinstance(found, Tensor) or not close(found, dense.compute(x)):
+        raise ValueError(
+            f"{place.name} is no feed-forward network, or its adapter is wrong: it returns something else than "
+            f"{place.adapter} does"
+        )
+
+
 def put(model: nn.Module, place: Place, feed_forward: MoEFeedForward) -> None:
     """Into the model, and out of the way with what the network had besides."""
     adapter = place.adapter
     if adapter.slot:
         for path in adapter.bypass:
-            replace(place.module, path, nn.Identity())
-        if adapter.hidden_dropout is not None:
-            off: Any = 0.0 if isinstance(part(place.module, adapter.hidden_dropout), float | int) else nn.Identity()
-            replace(place.module, adapter.hidden_dropout, off)
+            replace(place.module, path, One() if path == adapter.ones else nn.Identity())
+        dropout = adapter.hidden_dropout
+        if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
+            off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
+            replace(place.module, dropout, off)
     replace(model, place.target, feed_forward)
+
+
+class One(nn.Module):
+    """Returns 1: in the place of a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(())
 
 
 def replace(module: nn.Module, path: str, value: Any) -> None:

@@ -222,12 +222,50 @@ def test_dtype_device_and_mode_stay():
     assert feed_forwards(shapes)[0].moe.experts.w1.is_meta
 
 
+class Rounded(nn.Linear):
+    """As quantised layers are: one of the linear layers by its class, and something else by what it computes."""
+
+    def forward(self, x):
+        return super().forward(x).mul(4).round().div(4)
+
+
+class Packed(nn.Module):
+    """As quantised layers of other packages are: no class of torch's, weights in integers."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("qweight", torch.ones(out_features, in_features, dtype=torch.int8))
+
+    def forward(self, x):
+        return x @ self.qweight.T.to(x.dtype)
+
+
 def test_networks_that_cannot_be_read_are_refused():
-    model = ARCHITECTURES["llama"].build()
-    model.model.layers[1].mlp.up_proj = nn.Sequential(nn.Linear(DIM, HIDDEN))
-    with pytest.raises(TypeError, match=r"up_proj of LlamaMLP is Sequential, not nn.Linear"):
-        replace_ffn(model)
-    assert not feed_forwards(model)
+    for kind in (Rounded, Packed):
+        model = ARCHITECTURES["llama"].build()
+        model.model.layers[1].mlp.up_proj = kind(DIM, HIDDEN)
+        with pytest.raises(TypeError, match=rf"up_proj of LlamaMLP is {kind.__name__}, not nn.Linear"):
+            replace_ffn(model)
+        assert not feed_forwards(model)
     model = ARCHITECTURES["bert"].build(chunk_size_feed_forward=2)
     with pytest.raises(ValueError, match="chunk_size_feed_forward = 0"):
         replace_ffn(model)
+
+
+class Doubled(nn.Linear):
+    """A subclass with an attribute and nothing else: it computes the same."""
+
+    doubled = True
+
+
+def test_what_computes_as_a_linear_layer_is_one():
+    """Also within another module."""
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    model.model.layers[0].mlp.up_proj = nn.Sequential(nn.Linear(DIM, HIDDEN))
+    model.model.layers[1].mlp.down_proj = Doubled(HIDDEN, DIM, bias=False)
+    before = model(**inputs).logits
+    upcycle(model, num_experts=4)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+    assert [module.moe.experts.b3 is not None for module in feed_forwards(model)] == [True, False]
+    assert all(module.moe.experts.b1 is None for module in feed_forwards(model))

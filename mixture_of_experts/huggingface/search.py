@@ -1,0 +1,428 @@
+"""Feed-forward networks found by their structure, in models whose classes nobody has written down.
+
+A network is two linear layers and an activation between them, or three of which two are multiplied: as wide at both
+ends as the residual stream, no narrower within, inside a numbered block. It is read from what the block's forward calls
+(`symbolic.py`). What its hidden layer computes is found by computing it, on random numbers: an activation is accepted
+if the results are equal.
+
+Axes: d model dim, h hidden dim.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.fx import Node
+from transformers.pytorch_utils import Conv1D
+
+from mixture_of_experts.huggingface.adapters import Adapter, Halves
+from mixture_of_experts.huggingface.symbolic import Bench, Record, Setting, Within, is_linear, record
+from mixture_of_experts.ops.activations import SquaredReLU
+
+#: parts of names, of paths and classes, of modules that are no feed-forward network of a block, or one of many experts
+APART = re.compile(
+    r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
+)
+LEADS_TO_EXPERTS = re.compile(r"router|expert", re.I)
+
+
+class Miss(NamedTuple):
+    """A network that is there, and cannot be taken out."""
+
+    name: str  # of its last linear layer
+    kind: str  # class of the module that calls it
+    reason: str
+
+
+class Found(NamedTuple):
+    """A network, and where its parts are."""
+
+    name: str  # of the module that calls it
+    module: nn.Module
+    adapter: Adapter
+    linears: tuple[nn.Module, ...]
+
+
+def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], list[Miss]]:
+    """The networks of a model, and those that cannot be taken out.
+
+    Args:
+        given: modules whose networks are known already.
+    """
+    found: list[Found] = []
+    misses: list[Miss] = []
+    names = {module: name for name, module in model.named_modules()}
+    skipped = tuple(f"{name}." for name in given)
+    routed = tuple(f"{name}." for name, module in model.named_modules() if name and is_routed(module))
+    seen: set[nn.Module] = set()
+    for name, module in inside_out(model):
+        if not is_place(name, module) or f"{name}.".startswith((*skipped, *routed)):
+            continue
+        if not own_linears(module) - seen:
+            continue
+        calls = record(module)
+        for network in [] if calls is None else networks(calls):
+            parts = network.linears
+            last = f"{names[parts[-1]]}."
+            if any(part in seen for part in parts) or APART.search(last) or last.startswith((*skipped, *routed)):
+                continue
+            seen.update(parts)
+            if isinstance(network, Lost):
+                misses.append(Miss(names[parts[-1]], type(module).__name__, network.reason))
+            else:
+                found.append(Found(name, module, network.adapter, parts))
+    order = {name: i for i, name in enumerate(names.values())}
+    return sorted(found, key=lambda place: order[place.name]), misses
+
+
+def inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules, each after those within it."""
+    return reversed(list(model.named_modules()))
+
+
+NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
+
+
+def is_place(name: str, module: nn.Module) -> bool:
+    """Whether a module is, or is within, a numbered block, and may hold a network of it."""
+    if not NUMBER.search(name) or isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    if APART.search(name) or APART.search(type(module).__name__):
+        return False
+    return sum(is_linear(child) for child in module.modules()) >= 2
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether a module has a router and experts, or experts, for children."""
+    return any(LEADS_TO_EXPERTS.search(name) for name, _ in module.named_children())
+
+
+def own_linears(module: nn.Module) -> set[nn.Module]:
+    """Linear layers of a module that are in no numbered block within it: no network spans blocks."""
+    return {child for name, child in module.named_modules() if is_linear(child) and not NUMBER.search(name)}
+
+
+class Kept(NamedTuple):
+    adapter: Adapter
+    linears: tuple[nn.Module, ...]
+
+
+class Lost(NamedTuple):
+    reason: str
+    linears: tuple[nn.Module, ...]
+
+
+def networks(calls: Record) -> Iterator[Kept | Lost]:
+    """The networks whose last layer a module calls."""
+    for node in calls.graph.nodes:
+        if is_linear(calls.called(node)):
+            chain = Chain.before(calls, node)
+            if chain is None:
+                continue
+            try:
+                yield Kept(chain.adapter(), chain.linears)
+            except UnfitError as unfit:
+                yield Lost(str(unfit), chain.linears)
+
+
+class UnfitError(Exception):
+    """Why a network cannot be taken out."""
+
+
+class Chain(NamedTuple):
+    """The calls from the first linear layers of a network to its last."""
+
+    calls: Record
+    ups: tuple[Node, ...]
+    middle: tuple[Node, ...]
+    down: Node
+    bench: Bench
+
+    @classmethod
+    def before(cls, calls: Record, down: Node) -> Chain | None:
+        """The network that ends in a linear layer, if there is one."""
+        if len(down.args) != 1 or down.kwargs or not isinstance(down.args[0], Node):
+            return None
+        ups: list[Node] = []
+        middle: list[Node] = []
+        todo = [down.args[0]]
+        while todo:
+            node = todo.pop()
+            if node in ups or node in middle:
+                continue
+            layer = calls.called(node)
+            if is_linear(layer):
+                ups.append(node)
+                continue
+            holds_linear = layer is not None and any(is_linear(child) for child in layer.modules())
+            if node.op == "placeholder" or holds_linear or len(middle) > 60:
+                return None
+            middle.append(node)
+            todo += node.all_input_nodes
+        order = {node: i for i, node in enumerate(calls.graph.nodes)}
+        chain = cls(calls, tuple(sorted(ups, key=lambda up: order[up])), tuple(middle), down, Bench())
+        return chain if chain._is_network() else None
+
+    def _is_network(self) -> bool:
+        if not 1 <= len(self.ups) <= 2 or not self.middle or len(set(self.linears)) <= len(self.ups):
+            return False
+        if any(len(up.args) != 1 or up.args != self.ups[0].args or up.kwargs for up in self.ups):
+            return False
+        layers = [self.calls.called(node) for node in self.middle]
+        if any(p.ndim > 1 for layer in layers if layer is not None for p in layer.parameters()):
+            return False  # a convolution: not of a token alone
+        (d, width), (h, out) = sizes(self.linears[0]), sizes(self.linears[-1])
+        widths = {sizes(up) for up in self.linears[:-1]}
+        fits = widths == {(d, h)} or (len(self.ups) == 1 and width == 2 * h)
+        return fits and out == d and h >= d
+
+    @property
+    def linears(self) -> tuple[nn.Module, ...]:
+        """First those that are called first."""
+        found = [self.calls.called(node) for node in (*self.ups, self.down)]
+        return tuple(layer for layer in found if layer is not None)
+
+    @property
+    def dropouts(self) -> list[Node]:
+        return [node for node in self.middle if is_dropout(self.calls, node)]
+
+    @property
+    def activations(self) -> list[Node]:
+        """Layers between, but dropouts."""
+        return [node for node in self.middle if node.op == "call_module" and node not in self.dropouts]
+
+    def adapter(self) -> Adapter:
+        """Where the parts are.
+
+        Raises:
+            UnfitError: they cannot be taken out.
+        """
+        self._check_alone()
+        activation, gate, up, halves = self._hidden()
+        whole, outer = self._after()
+        inner = self._inner_dropout()
+        place = None if inner is None else place_of(self.calls, inner)
+        if whole:
+            return Adapter(
+                target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves
+            )
+        bypass = self._bypass()
+        return Adapter(
+            up=target(up),
+            down=target(self.down),
+            gate=gate and target(gate),
+            activation=activation,
+            hidden_dropout=place,
+            output_dropout=None if inner is None else self._other_use(inner),
+            slot=True,
+            bypass=bypass,
+            ones=target(up) if gate is not None and target(up) in bypass else None,
+            halves=halves,
+        )
+
+    def _check_alone(self) -> None:
+        """Nothing else reads what is within, and no layer is called twice."""
+        nodes = {*self.ups, *self.middle, self.down}
+        for node in (*self.ups, *self.middle):
+            if any(user not in nodes for user in node.users):
+                raise UnfitError("what is between its linear layers is used elsewhere too")
+        for node in (*self.ups, self.down):
+            if self._times_called(node) > 1:
+                raise UnfitError(f"{node.target} is called twice")
+
+    def _times_called(self, node: Node) -> int:
+        return sum(n.op == "call_module" and n.target == node.target for n in self.calls.graph.nodes)
+
+    def _hidden(self) -> tuple[str | nn.Module, Node | None, Node, Halves]:
+        """Activation, the linear layers of gate and up, and which half of one is the gate: those whose results are
+        equal to what the calls compute."""
+        h = sizes(self.linears[-1])[0]
+        generator = torch.Generator("cpu").manual_seed(0)
+        a, b = (2 * torch.randn(5, h, generator=generator, device="cpu") for _ in range(2))
+        with torch.no_grad():
+            for activation in self._candidates():
+                for gate, up, halves, given in self._forms(a, b):
+                    wanted = self._compute(given)
+                    found = self.bench.apply(activation, a if gate is None else b)
+                    if found is None or wanted is None:
+                        continue
+                    if equal(found if gate is None else found * a, wanted):
+                        return self._as_part(activation, a), gate, up, halves
+        names = [str(getattr(node.target, "__name__", node.target)) for node in reversed(self.middle)]
+        raise UnfitError(f"no activation is known that computes its hidden layer ({', '.join(names)})")
+
+    def _forms(self, a: Tensor, b: Tensor) -> Iterator[tuple[Node | None, Node, Halves, dict[Node, Tensor]]]:
+        """Ways in which `a` may be multiplied by the activation of `b`, and what the linear layers return in each."""
+        first, last = self.ups[0], self.ups[-1]
+        if first is not last:
+            yield first, last, "gate_up", {first: b, last: a}
+            yield last, first, "gate_up", {first: a, last: b}
+        elif sizes(self.linears[0])[1] == a.shape[-1]:
+            yield None, first, "gate_up", {first: a}
+        else:
+            yield first, first, "gate_up", {first: torch.cat([b, a], dim=-1)}
+            yield first, first, "up_gate", {first: torch.cat([a, b], dim=-1)}
+            yield first, first, "interleaved", {first: torch.stack([b, a], dim=-1).flatten(-2)}
+
+    def _candidates(self) -> Iterator[nn.Module]:
+        yield from (nn.SiLU(), nn.GELU("tanh"), nn.GELU(), nn.ReLU(), SquaredReLU(), nn.Tanh())
+        for node in self.activations:
+            layer = self.calls.called(node)
+            if layer is not None:
+                yield layer
+        yield from (nn.Sigmoid(), nn.Identity()) if len(self.activations) == 0 else ()
+
+    def _as_part(self, activation: nn.Module, a: Tensor) -> str | nn.Module:
+        """Its path, if it is the network's own, and the same for every unit."""
+        for node in self.activations:
+            if self.calls.called(node) is activation:
+                some, all_units = a[:, : a.shape[-1] // 2], self.bench.apply(activation, a)
+                alone = self.bench.apply(activation, some)
+                if alone is None or all_units is None or not equal(alone, all_units[:, : some.shape[-1]]):
+                    raise UnfitError(f"{node.target} computes the units of its hidden layer together")
+                return target(node)
+        return activation
+
+    def _compute(self, given: dict[Node, Tensor]) -> Tensor | None:
+        (result,) = self.down.args
+        return self.bench.compute(self.calls, result, given, lambda node: node in self.dropouts)  # pyright: ignore[reportArgumentType]
+
+    def _after(self) -> tuple[bool, str | float | None]:
+        """Whether the module does nothing but this, and the dropout that comes last."""
+        node, dropout = self.calls.output, None
+        if isinstance(node, Node) and is_dropout(self.calls, node):
+            dropout, node = place_of(self.calls, node), node.args[0]
+        alone = node is self.down and self.calls.lone and self.ups[0].args == self.calls.arguments
+        others = [child for child in self.calls.module.modules() if is_linear(child) and child not in self.linears]
+        return alone and not others, dropout
+
+    def _inner_dropout(self) -> Node | None:
+        """The dropout between the linear layers that drops something."""
+        active = [node for node in self.dropouts if rate(self.calls, node)]
+        for node in active:
+            later = {user for user in after(node) if user in self.middle and user not in self.dropouts}
+            if not all(user.target in PRODUCTS or user.target in HARMLESS for user in later):
+                raise UnfitError("its dropout comes before its activation")
+        if len(active) > 1:
+            raise UnfitError("it has more than one dropout between its linear layers")
+        return active[0] if active else None
+
+    def _other_use(self, inner: Node) -> str | None:
+        """Of the dropout between the linear layers, which has to be turned off there: where it is, if it is the one
+        after the last layer too, and so has to be the mixture's.
+
+        Raises:
+            UnfitError: it cannot be turned off, or something else would be turned off with it.
+        """
+        if any(inner in child.nodes for child in self._children()):
+            return None  # it goes with its module
+        place = place_of(self.calls, inner)
+        if not isinstance(place, str):
+            raise UnfitError("the dropout between its linear layers cannot be turned off")
+        others = [n for n in self.calls.graph.nodes if n is not inner and uses(self.calls, n, place)]
+        if any(not is_dropout(self.calls, other) or other.all_input_nodes != [self.down] for other in others):
+            raise UnfitError(f"{place} is another's dropout too")
+        return place if others else None
+
+    def _children(self) -> list[Within]:
+        """Children that do nothing but a first part of this network."""
+        own = {*self.ups, *self.middle}
+        found: list[Within] = []
+        for child in reversed(self.calls.children):  # the outer before the inner
+            used = {node for node in child.nodes if node.users}
+            first = child.given == self.ups[0].args and all(up in used for up in self.ups)
+            if first and used <= own and child.output in own and not any(c.nodes >= child.nodes for c in found):
+                found.append(child)
+        return found
+
+    def _bypass(self) -> tuple[str, ...]:
+        """What has to become an identity, so that the tokens reach the last layer."""
+        children = self._children()
+        gone = set().union(*(child.nodes for child in children))
+        for node in self.middle:
+            product = len(self.ups) > 1 and node.target in PRODUCTS
+            if node in gone or node in self.dropouts or node.target in HARMLESS or product:
+                continue
+            if node.op != "call_module":
+                name = getattr(node.target, "__name__", node.target)
+                raise UnfitError(f"{name} between its linear layers is part of the code of {self._kind}")
+            if self._times_called(node) > 1:
+                raise UnfitError(f"{node.target} is another's activation too")
+        if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and self.ups[0] not in gone:
+            raise UnfitError(f"its halves are taken apart in the code of {self._kind}")
+        rest = [target(node) for node in (*self.ups, *self.activations) if node not in gone]
+        return (*(child.path for child in children), *rest)
+
+    @property
+    def _kind(self) -> str:
+        return type(self.calls.module).__name__
+
+
+PRODUCTS = (operator.mul, torch.mul, "mul")
+HARMLESS = ("to", "contiguous", "type_as", getattr)
+
+
+def target(node: Node) -> str:
+    return str(node.target)
+
+
+def sizes(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(linear, Conv1D):
+        return linear.nx, linear.nf
+    return linear.in_features, linear.out_features
+
+
+def is_dropout(calls: Record, node: Node) -> bool:
+    return isinstance(calls.called(node), nn.Dropout) or node.target is F.dropout
+
+
+def rate(calls: Record, node: Node) -> float:
+    """The probability of a dropout."""
+    layer: Any = calls.called(node)
+    if layer is not None:
+        return layer.p
+    if node.kwargs.get("training", node.args[2] if len(node.args) > 2 else True) is not True:
+        raise UnfitError("its dropout does not tell when it is active")
+    p = node.kwargs.get("p", node.args[1] if len(node.args) > 1 else 0.5)
+    if not isinstance(p, float | int):
+        raise UnfitError("its dropout has no fixed probability")
+    return p
+
+
+def place_of(calls: Record, node: Node) -> str | float | None:
+    """Where a dropout is: the path of a module or of a number, or else the number."""
+    if node.op == "call_module":
+        return target(node)
+    p = rate(calls, node)
+    return p.path if isinstance(p, Setting) else (float(p) or None)
+
+
+def uses(calls: Record, node: Node, place: str) -> bool:
+    """Whether a call is of a layer at a path, or is given the number there."""
+    given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, Setting)]
+    return (node.op == "call_module" and node.target == place) or any(value.path == place for value in given)
+
+
+def after(node: Node) -> set[Node]:
+    """All nodes that read a node, or one that reads it."""
+    found: set[Node] = set()
+    todo = list(node.users)
+    while todo:
+        user = todo.pop()
+        if user not in found:
+            found.add(user)
+            todo += user.users
+    return found
+
+
+def equal(found: Tensor, wanted: Tensor) -> bool:
+    if found.shape != wanted.shape:
+        return False
+    return torch.allclose(found, wanted.to(found.dtype), atol=2e-6, rtol=2e-5)

@@ -1,0 +1,242 @@
+"""What a module's forward calls, written down without computing anything: a graph of layers and functions.
+
+The forward runs once on symbols (`torch.fx.Proxy`), so that neither inputs nor weights are needed: a module on the meta
+device is read as any other. It runs on a copy that shares everything but its children, in whose places stand functions
+that write down their call. Nothing of the module, of torch or of the process is changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_arg
+from torch.fx.proxy import GraphAppendingTracer, TraceError
+from transformers.pytorch_utils import Conv1D
+
+
+class Within(NamedTuple):
+    """What a child of a module calls."""
+
+    path: str
+    given: tuple[Any, ...]  # its arguments
+    output: Any
+    nodes: frozenset[Node]
+
+
+class Record(NamedTuple):
+    """What a module calls, from its arguments to its output."""
+
+    module: nn.Module
+    graph: Graph
+    arguments: tuple[Node, ...]  # of its forward; the first is the tokens
+    lone: bool  # whether there is no other argument that somebody could give
+    output: Any  # a node, or something that holds nodes
+    children: tuple[Within, ...]  # those whose own calls are in the graph
+
+    def called(self, node: Any) -> nn.Module | None:
+        """The layer that a node is a call of."""
+        if not isinstance(node, Node) or node.op != "call_module":
+            return None
+        return self.module.get_submodule(str(node.target))
+
+
+class Setting(float):
+    """A number that a module holds as an attribute, which knows the attribute's path."""
+
+    path: str
+
+
+class Symbol(Proxy):
+    """A tensor of which only dtype and device are known."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tracer.dtype  # pyright: ignore[reportAttributeAccessIssue]
+
+    @property
+    def device(self) -> torch.device:
+        return self.tracer.device  # pyright: ignore[reportAttributeAccessIssue]
+
+
+class Recorder(GraphAppendingTracer):
+    """Writes the calls of symbols into a graph."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        super().__init__(Graph())
+        self.dtype, self.device = like.dtype, like.device
+        self.children: list[Within] = []
+        self.asked = 0
+
+    def proxy(self, node: Node) -> Symbol:
+        return Symbol(node, self)
+
+    def to_bool(self, obj: Proxy) -> bool:
+        """A check of values, such as one for infinities: no."""
+        self.asked += 1
+        if self.asked > 1000:
+            raise TraceError("a loop that ends when a value says so")
+        return False
+
+    def create_arg(self, a: Any) -> Any:
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return a  # any object, as it is
+
+    def call(self, path: str, *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_module", path, args, kwargs)
+
+
+class Stub:
+    """In the place of a child: writes down its call, or the calls within; has the child's attributes."""
+
+    def __init__(self, recorder: Recorder, module: nn.Module, path: str) -> None:
+        self.__dict__.update(_recorder=recorder, _child=module, _path=path)
+
+    @property
+    def __class__(self) -> type:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return type(self._child)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._child, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        recorder, path = self._recorder, self._path
+        if is_leaf(self._child):
+            return recorder.call(path, *args, **kwargs)
+        nodes, children = len(recorder.graph.nodes), len(recorder.children)
+        try:
+            out = run(recorder, self._child, path, args, kwargs)
+        except Exception:  # what cannot be read is one node, whatever is in it
+            for node in reversed(list(recorder.graph.nodes)[nodes:]):
+                recorder.graph.erase_node(node)
+            del recorder.children[children:]
+            return recorder.call(path, *args, **kwargs)
+        given = recorder.create_arg((*args, *kwargs.values()))
+        within = frozenset(list(recorder.graph.nodes)[nodes:])
+        recorder.children.append(Within(path, given, recorder.create_arg(out), within))
+        return out
+
+
+def record(module: nn.Module) -> Record | None:
+    """The calls of a module's forward, in training; None if it cannot be read."""
+    like = next((p for p in module.parameters() if p.is_floating_point()), None)
+    recorder = Recorder(torch.empty(0) if like is None else like)
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    symbols = {p.name: recorder.create_proxy("placeholder", p.name, (), {}) for p in parameters if is_needed(p)}
+    if not symbols:
+        return None
+    try:
+        out = run(recorder, module, "", (), symbols)
+        lone = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
+        given = tuple(symbol.node for symbol in symbols.values())
+        return Record(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
+    except Exception:  # anybody's code, run on what it was not written for
+        return None
+
+
+def is_needed(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )
+
+
+def run(recorder: Recorder, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """A module's forward on symbols."""
+    return type(module).forward(skeleton(recorder, module, path), *args, **kwargs)
+
+
+def skeleton(recorder: Recorder, module: nn.Module, path: str) -> Any:
+    """A copy whose children write down their calls, in training mode."""
+    shell = object.__new__(type(module))
+    prefix = f"{path}." if path else ""
+    for name, value in module.__dict__.items():
+        if isinstance(value, float):
+            setting = Setting(value)
+            setting.path = prefix + name
+            value = setting
+        shell.__dict__[name] = value
+    shell.__dict__["training"] = True
+    shell.__dict__["_buffers"] = {n: None if b is None else b.clone() for n, b in module._buffers.items()}
+    shell.__dict__["_modules"] = {
+        name: child
+        if child is None
+        else skeleton(recorder, child, prefix + name)
+        if isinstance(child, nn.ModuleList | nn.ModuleDict)
+        else Stub(recorder, child, prefix + name)
+        for name, child in module._modules.items()
+    }
+    return shell
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module is a linear layer, of whatever kind: quantised ones and those with adapters too."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    return isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether there is nothing to be found in a module."""
+    return is_linear(module) or not any(is_linear(child) for child in module.modules())
+
+
+class Bench:
+    """Computes parts of a graph, with copies of its layers in evaluation, on the CPU and in float32."""
+
+    def __init__(self) -> None:
+        self.copies: dict[nn.Module, nn.Module] = {}
+
+    def copy(self, module: nn.Module) -> nn.Module:
+        """The same one each time. Of a module on the meta device the numbers are arbitrary."""
+        if module not in self.copies:
+            own = copy.deepcopy(module)
+            state = [*own.parameters(), *own.buffers()]
+            if any(tensor.is_meta for tensor in state):
+                own.to_empty(device="cpu")
+                for tensor in own.state_dict().values():
+                    tensor.fill_(0.5)
+            self.copies[module] = own.cpu().float().eval()
+        return self.copies[module]
+
+    def compute(
+        self, calls: Record, result: Node, given: Mapping[Node, Tensor], skip: Callable[[Node], bool]
+    ) -> Tensor | None:
+        """The value of a node, where those of others are given; calls that are skipped return their first argument.
+        None if it cannot be computed."""
+        values: dict[Node, Any] = dict(given)
+
+        def value(node: Node) -> Any:
+            if node not in values:
+                args, kwargs = map_arg(node.args, value), map_arg(node.kwargs, value)
+                values[node] = args[0] if skip(node) else self._call(calls, node)(*args, **kwargs)
+            return values[node]
+
+        try:
+            out = value(result)
+        except Exception:  # anybody's code, on numbers that it was not written for
+            return None
+        return out if isinstance(out, Tensor) else None
+
+    def _call(self, calls: Record, node: Node) -> Callable[..., Any]:
+        layer = calls.called(node)
+        if layer is not None:
+            return self.copy(layer)
+        if node.op == "call_method":
+            return lambda of, *args, **kwargs: getattr(of, str(node.target))(*args, **kwargs)
+        return node.target  # pyright: ignore[reportReturnType]
+
+    def apply(self, activation: nn.Module, x: Tensor) -> Tensor | None:
+        """What an activation returns; None if the module is none."""
+        try:
+            out = self.copy(activation)(x)
+        except Exception:
+            return None
+        return out if isinstance(out, Tensor) and out.shape == x.shape else None

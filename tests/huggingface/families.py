@@ -1,0 +1,205 @@
+"""Tiny models with random weights of every family of `transformers`, made from their configurations by rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.models.auto import configuration_auto, modeling_auto
+
+DIM, HIDDEN, HEADS, HEAD_DIM, VOCABULARY = 32, 48, 4, 8, 99
+
+#: sizes by the names that configurations give them
+SIZES: dict[str, Any] = {
+    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "emb_dim", "embed_dim", "embedding_size"), DIM),
+    **dict.fromkeys(("word_embed_proj_dim", "model_dim", "hidden_dim_text", "cross_attention_hidden_size"), DIM),
+    **dict.fromkeys(("input_embedding_size", "output_embedding_size", "trunk_dim"), DIM),
+    **dict.fromkeys(("attention_hidden_size", "dim_att", "decoder_hidden_size", "lru_width"), DIM),
+    **dict.fromkeys(("intermediate_size", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "d_ff", "n_inner"), HIDDEN),
+    **dict.fromkeys(("d_inner", "ffn_hidden_size", "feed_forward_size", "intermediate_size_mlp"), HIDDEN),
+    **dict.fromkeys(("dense_intermediate_size", "prefix_dense_intermediate_size", "decoder_intermediate_size"), HIDDEN),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("expert_ffn_hidden_size", "moe_shared_expert_intermediate_size"), 16),
+    **dict.fromkeys(("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth"), 2),
+    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_query_heads"), HEADS),
+    **dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "num_encoder_attention_heads"), HEADS),
+    **dict.fromkeys(("num_decoder_attention_heads",), HEADS),
+    **dict.fromkeys(("num_key_value_heads", "multi_query_group_num"), 2),
+    **dict.fromkeys(("head_dim", "d_kv", "attention_head_dim", "d_head", "attention_head_size"), HEAD_DIM),
+    **dict.fromkeys(("global_head_dim", "kv_channels"), HEAD_DIM),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts"), 4),
+    **dict.fromkeys(("num_experts_per_tok", "top_k", "moe_topk", "moe_k", "num_experts_per_token"), 2),
+    **dict.fromkeys(("n_group", "topk_group"), 1),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "v_head_dim"), 8),
+    **dict.fromkeys(("qk_rope_head_dim",), 4),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "text_vocab_size"), VOCABULARY),
+    **dict.fromkeys(
+        ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx", "max_2d_position_embeddings"), 128
+    ),
+    **dict.fromkeys(("image_size", "crop_size"), 16),
+    **dict.fromkeys(("patch_size",), 4),
+    **dict.fromkeys(("pad_token_id",), 0),
+    **dict.fromkeys(("bos_token_id", "decoder_start_token_id"), 1),
+    **dict.fromkeys(("eos_token_id",), 2),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "linear_num_key_heads", "linear_num_value_heads"), 4),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size", "time_step_rank", "mamba_dt_rank"), 8),
+    **dict.fromkeys(("projection_dim",), DIM),
+    **dict.fromkeys(("hidden_size_per_layer_input", "laurel_rank"), 8),
+    **dict.fromkeys(("first_k_dense_replace", "first_k_dense"), 1),
+    **dict.fromkeys(("decoder_sparse_step", "encoder_sparse_step"), 1),
+}
+
+#: what the rules do not know, by model type
+MIXED = ["linear_attention", "full_attention"]
+MORE: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": dict(layer_types=MIXED),
+    "bamba": dict(attn_layer_indices=[1]),
+    "codegen": dict(rotary_dim=8),
+    "dots1": dict(n_shared_experts=1),
+    "dots3_note": dict(text_config=dict(num_key_value_heads=HEADS)),
+    "dots3_note_text": dict(num_key_value_heads=HEADS),
+    "falcon_h1": dict(mamba_d_ssm=64),
+    "gemma3n": dict(text_config=dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"])),
+    "gemma3n_text": dict(num_kv_shared_layers=0, layer_types=["sliding_attention", "full_attention"]),
+    "gpt_neo": dict(attention_types=[[["global", "local"], 1]]),
+    "gptj": dict(rotary_dim=8),
+    "granitemoehybrid": dict(layer_types=["mamba", "attention"]),
+    "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
+    "kimi_linear": dict(layer_types=MIXED, mlp_layer_types=["dense", "sparse"], linear_head_dim=8, linear_num_heads=4),
+    "layoutlmv3": dict(coordinate_size=4, shape_size=8),
+    "lfm2_moe": dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "lfm3": dict(layer_types=["conv", "full_attention"]),
+    "lilt": dict(hidden_size=48),
+    "longcat_flash": dict(head_dim=4, num_layers=1),
+    **{f"qwen3_5{kind}": dict(text_config=dict(layer_types=MIXED)) for kind in ("", "_moe")},
+    **{f"qwen3_5{kind}_text": dict(layer_types=MIXED) for kind in ("", "_moe")},
+    "blt": dict(patch_in_forward=False),
+    "cohere_compass_text": dict(layer_types=["sliding_attention", "full_attention"]),
+    "esmc": dict(num_key_value_heads=HEADS),
+    "nemotron_h": dict(n_groups=2, layers_block_type=["linear_attention", "moe", "full_attention", "mlp"]),
+    "neomme": dict(head_dim=16),
+    "qwen3_next": dict(layer_types=MIXED),
+    "recurrent_gemma": dict(block_types=["recurrent", "attention"]),
+    "reformer": dict(is_decoder=True, axial_pos_shape=[4, 4], axial_pos_embds_dim=[16, 16], attn_layers=["local"] * 2),
+    "xmod": dict(default_language="en_XX"),
+    "zamba": dict(attn_layer_period=2, attn_layer_offset=1, attention_hidden_size=64, attention_head_dim=16),
+    "zamba2": dict(layers_block_type=["mamba", "hybrid"]),
+    "zaya": dict(num_experts_per_tok=1),
+    "luke": dict(entity_vocab_size=16, entity_emb_size=16),
+    "mamba2": dict(num_heads=4, head_dim=16, n_groups=2),
+    "mobilebert": dict(intra_bottleneck_size=16),
+    "moshi": dict(audio_vocab_size=32),
+}
+
+TASKS = {
+    "causal": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "sequences": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "encoding": "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES",
+    "classes": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "questions": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "pretraining": "MODEL_FOR_PRETRAINING_MAPPING_NAMES",
+    "any": "MODEL_MAPPING_NAMES",
+}
+
+
+TEXT = ("causal", "sequences", "masked", "encoding", "classes", "questions")
+
+
+def model_class(model_type: str) -> Any:
+    for mapping in TASKS.values():
+        name = getattr(modeling_auto, mapping).get(model_type)
+        if name is not None:
+            return getattr(transformers, name if isinstance(name, str) else name[0], None)
+    return None
+
+
+def fields(config_class: Any) -> set[str]:
+    names = set(inspect.signature(config_class.__init__).parameters)
+    if dataclasses.is_dataclass(config_class):
+        names |= {field.name for field in dataclasses.fields(config_class)}
+    return names
+
+
+def tiny(config_class: Any, **more: Any) -> dict[str, Any]:
+    """Arguments of a small configuration."""
+    names = fields(config_class)
+    aliases = getattr(config_class, "attribute_map", {})
+    settings = {name: size for name, size in SIZES.items() if name in names}
+    for name, alias in aliases.items():
+        settings.pop(name, None) if alias in settings else None
+    if "dim" in names and "hidden_dim" in names:
+        settings["hidden_dim"] = HIDDEN
+    for name, sub in getattr(config_class, "sub_configs", {}).items():
+        if inspect.isclass(sub) and name in names and sub.__name__ != "AutoConfig":
+            settings[name] = tiny(sub)
+        elif name in names:
+            default = getattr(config_class(), name, None)
+            if default is not None:
+                settings[name] = {**tiny(type(default)), "model_type": default.model_type}
+    if "kv_lora_rank" in names and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = HEADS
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(settings.get(name), dict):
+            settings[name] |= value
+        else:
+            settings[name] = value
+    return settings
+
+
+def build(model_type: str, kind: Any = None, **more: Any) -> Any:
+    kind = kind or model_class(model_type)
+    config_class = kind.config_class
+    if config_class is None:
+        config_class = configuration_auto.CONFIG_MAPPING[model_type]
+    config = config_class(**tiny(config_class, **{**MORE.get(model_type, {}), **more}))
+    torch.manual_seed(0)
+    model = kind(config)
+    draw(model)
+    return model.eval()
+
+
+def draw(model: nn.Module) -> None:
+    """Weights as large as trained ones, biases too."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        elif parameter.is_floating_point():
+            nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+
+
+def inputs(model: Any, b: int = 2, n: int = 12) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(3, 60, (b, n), generator=generator)
+    parameters = inspect.signature(model.forward).parameters
+    given = {"input_ids": tokens}
+    if "decoder_input_ids" in parameters and getattr(model.config, "is_encoder_decoder", False):
+        given["decoder_input_ids"] = torch.randint(3, 60, (b, n), generator=generator)
+    return given
+
+
+def outputs(model: Any, given: dict[str, Tensor]) -> Tensor:
+    """The first floating-point tensor of what a model returns."""
+    with torch.no_grad():
+        out = model(**given)
+    return first(out)
+
+
+def first(out: Any) -> Tensor:
+    tensors = [value for value in out.to_tuple() if isinstance(value, Tensor)] if hasattr(out, "to_tuple") else [out]
+    return next(value for value in tensors if value.is_floating_point())
+
+
+def text_types() -> Iterator[str]:
+    """Model types with a class that is for text."""
+    known = {name for task in TEXT for name in getattr(modeling_auto, TASKS[task])}
+    for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+        if model_type in known and getattr(model_class(model_type), "main_input_name", "") == "input_ids":
+            yield model_type
