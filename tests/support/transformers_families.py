@@ -94,6 +94,11 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": dict(num_experts_per_tok=1),
     "luke": dict(entity_vocab_size=16, entity_emb_size=16),
     "mamba2": dict(num_heads=4, head_dim=16, n_groups=2),
+    **dict.fromkeys(
+        ("swin", "swinv2", "donut-swin"),
+        dict(embed_dim=24, depths=[1, 1], num_heads=[2, 4], image_size=32, window_size=4),
+    ),
+    "siglip2": dict(vision_config=dict(num_channels=3, num_patches=16)),
     "mobilebert": dict(intra_bottleneck_size=16),
     "moshi": dict(audio_vocab_size=32),
 }
@@ -132,7 +137,8 @@ def tiny(config_class: Any, **more: Any) -> dict[str, Any]:
     """Arguments of a small configuration."""
     names = fields(config_class)
     aliases = getattr(config_class, "attribute_map", {})
-    settings = {name: size for name, size in SIZES.items() if name in names}
+    many = {name for name in names if isinstance(getattr(config_class, name, None), list | tuple)}  # one for each stage
+    settings = {name: size for name, size in SIZES.items() if name in names - many}
     for name, alias in aliases.items():
         settings.pop(name, None) if alias in settings else None
     if "dim" in names and "hidden_dim" in names:
@@ -171,30 +177,58 @@ def draw(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.ndim == 1:
             parameter.data += 0.2 * torch.randn_like(parameter)
-        elif parameter.is_floating_point():
+        elif parameter.ndim > 1 and parameter.is_floating_point():
             nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
 
 
 def inputs(model: Any, b: int = 2, n: int = 12) -> dict[str, Tensor]:
+    """What a model of any kind takes."""
     generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(3, 60, (b, n), generator=generator)
     parameters = inspect.signature(model.forward).parameters
-    given = {"input_ids": tokens}
+    given = {}
+    sees = model.main_input_name == "pixel_values" or model.config.model_type in TWO_TOWERS
+    if "pixel_values" in parameters and sees:
+        size = image_size(model.config)
+        given["pixel_values"] = torch.randn(b, 3, *size, generator=generator)
+    if "input_values" in parameters:
+        given["input_values"] = torch.randn(b, 4000, generator=generator)
+    if "input_features" in parameters and model.main_input_name == "input_features":
+        config = model.config
+        bins = getattr(config, "num_mel_bins", getattr(config, "feature_projection_input_dim", 80))
+        frames = 2 * getattr(config, "max_source_positions", 20)
+        wide = config.model_type in ("whisper",)
+        shape = (b, bins, frames) if wide else (b, 40, bins)
+        given["input_features"] = torch.randn(*shape, generator=generator)
+    if "input_ids" in parameters and (not given or model.config.model_type in TWO_TOWERS):
+        books = getattr(getattr(model.config, "decoder", model.config), "num_codebooks", 1)
+        rows = b * (books if model.config.model_type.startswith("musicgen") else 1)
+        given["input_ids"] = torch.randint(3, 30, (rows, n), generator=generator)
     if "decoder_input_ids" in parameters and getattr(model.config, "is_encoder_decoder", False):
-        given["decoder_input_ids"] = torch.randint(3, 60, (b, n), generator=generator)
+        given["decoder_input_ids"] = torch.randint(3, 30, (b, n), generator=generator)
     return given
 
 
+TWO_TOWERS = ("clip", "siglip", "siglip2", "altclip", "chinese_clip", "clipseg", "align", "blip", "groupvit", "owlvit")
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 32)
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
 def outputs(model: Any, given: dict[str, Tensor]) -> Tensor:
-    """The first floating-point tensor of what a model returns."""
+    """All floating-point tensors that a model returns first, one after the other."""
     with torch.no_grad():
         out = model(**given)
-    return first(out)
+    return torch.cat([tensor.flatten().float() for tensor in tensors(out)])
 
 
-def first(out: Any) -> Tensor:
-    tensors = [value for value in out.to_tuple() if isinstance(value, Tensor)] if hasattr(out, "to_tuple") else [out]
-    return next(value for value in tensors if value.is_floating_point())
+def tensors(out: Any) -> list[Tensor]:
+    """Those of an output; not of a cache."""
+    if isinstance(out, Tensor):
+        return [out] if out.is_floating_point() else []
+    values = out.to_tuple() if hasattr(out, "to_tuple") else out if isinstance(out, tuple) else ()
+    return [tensor for value in values for tensor in tensors(value)]
 
 
 def text_types() -> Iterator[str]:
@@ -203,3 +237,24 @@ def text_types() -> Iterator[str]:
     for model_type in configuration_auto.CONFIG_MAPPING_NAMES:
         if model_type in known and getattr(model_class(model_type), "main_input_name", "") == "input_ids":
             yield model_type
+
+
+#: mappings of transformers with families that are not for text, the first ones asked first
+OTHERS = {
+    "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES": "zero-shot",
+    "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES": "pictures",
+    "MODEL_FOR_CTC_MAPPING_NAMES": "sound",
+    "MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES": "sound",
+}
+
+
+def other_classes() -> dict[str, Any]:
+    """Classes for pictures and sound, by model type, that are for no text alone."""
+    found: dict[str, Any] = {}
+    text = {name for task in TEXT for name in getattr(modeling_auto, TASKS[task])}
+    for mapping in OTHERS:
+        for model_type, name in getattr(modeling_auto, mapping).items():
+            kind = getattr(transformers, name if isinstance(name, str) else name[0], None)
+            if model_type not in text and kind is not None:
+                found.setdefault(model_type, kind)
+    return found

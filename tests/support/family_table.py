@@ -1,0 +1,183 @@
+"""Which families of `transformers` upcycle: each is built tiny, upcycled, trained, saved, loaded and compared.
+
+    python -m tests.support.family_table [--results FILE] [--write docs/families.md] [family ...]
+
+With `--results` families that are in the file are not run again. All of them take about half an hour of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import re
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from mixture_of_experts.huggingface import from_pretrained, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from tests.support.transformers_families import build, inputs, other_classes, outputs, text_types
+
+CLOSE = 1e-4  # largest difference of an output, in standard deviations of all of them
+
+
+class Result(NamedTuple):
+    """What became of a family.
+
+    Attributes:
+        kind: "upcycles", "refused", "wrong", or "unbuilt" where no tiny model could be made.
+        model: class of the model.
+        networks: paths of the networks, numbers as stars.
+        reason: of a refusal, or what was wrong.
+    """
+
+    kind: str
+    model: str = ""
+    networks: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def try_family(model_type: str, model_class: Any = None) -> Result:
+    """Build, compare and say how it went."""
+    try:
+        model = build(model_type, model_class)
+        given = inputs(model)
+        dense = outputs(model, given)
+    except Exception as error:  # any of the rules does not fit
+        return Result("unbuilt", reason=f"{type(error).__name__}: {error}"[:200])
+    name = type(model).__name__
+    (trained, plain), state = (
+        (copy.deepcopy(model) for _ in range(2)),
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+    try:
+        found = upcycle(model, num_experts=4, k=2)
+    except (ValueError, TypeError) as error:
+        same = state.keys() == model.state_dict().keys()
+        return Result("refused" if same else "wrong", name, reason=short(error, name))
+    networks = tuple({stars(path): None for path in found})
+    wrong = [what for what, off in differences(model, trained, plain, given, dense).items() if off > CLOSE]
+    return Result("wrong" if wrong else "upcycles", name, networks, ", ".join(wrong))
+
+
+def differences(model: Any, trained: Any, plain: Any, given: dict[str, Any], dense: torch.Tensor) -> dict[str, float]:
+    """How far an upcycled model is from the dense one: in evaluation, in training, and after save and load."""
+    unit = dense.std()
+    called = [0]
+    for feed_forward in feed_forwards(model):
+        feed_forward.moe.register_forward_hook(lambda *_: called.__setitem__(0, called[0] + 1))
+    found = outputs(model, given)
+    far = {"evaluation": float((found - dense).abs().max() / unit), "not called": 0.0 if called[0] else 1.0}
+
+    # one expert draws the same dropout as the network
+    expected = seeded(trained.train(), given)
+    upcycle(trained.eval(), num_experts=1, k=1)
+    far["training"] = float((seeded(trained.train(), given) - expected).abs().max() / expected.std())
+
+    if reloads(plain, given, dense):
+        far["loading"] = reload(model, given, found)
+    return far
+
+
+def reloads(model: Any, given: dict[str, Any], dense: torch.Tensor) -> bool:
+    """Whether transformers itself loads what it saved of the dense model."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            model.save_pretrained(folder)
+            return torch.equal(outputs(type(model).from_pretrained(folder).eval(), given), dense)
+        except Exception:  # any of their own
+            return False
+
+
+def reload(model: Any, given: dict[str, Any], found: torch.Tensor) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        try:
+            again = from_pretrained(folder, type(model)).eval()
+        except (ValueError, RuntimeError):
+            return float("inf")
+        return float((outputs(again, given) - found).abs().max())
+
+
+def seeded(model: nn.Module, given: dict[str, Any]) -> torch.Tensor:
+    transformers.set_seed(7)  # that of numpy too, which draws SpecAugment's masks
+    return outputs(model, given)
+
+
+def stars(path: str) -> str:
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", path)
+
+
+def short(error: Exception, name: str) -> str:
+    """The reason in an error's text."""
+    text = str(error).split(". Say by")[0]
+    return "none was found" if "its modules are" in text else text.split(f"{name}: ")[-1].replace("|", "or")
+
+
+def table(results: dict[str, Result], title: str) -> list[str]:
+    """Two tables: what upcycles, and what is refused."""
+    kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in ("upcycles", "refused", "wrong")}
+    tried = sum(map(len, kinds.values()))
+    lines = [
+        f"## {title}",
+        "",
+        f"{len(kinds['upcycles'])} of {tried} upcycle, {len(kinds['refused'])} are refused.",
+        "",
+    ]
+    lines += ["| family | networks |", "|---|---|"]
+    lines += [f"| {n} | {', '.join(f'`{path}`' for path in r.networks)} |" for n, r in kinds["upcycles"].items()]
+    lines += ["", "| refused | why |", "|---|---|"]
+    return [*lines, *(f"| {n} | {r.reason} |" for n, r in kinds["refused"].items()), ""]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*")
+    parser.add_argument("--results", type=Path)
+    parser.add_argument("--write", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    others = other_classes()
+    text = list(text_types())
+    known: dict[str, Result] = {}
+    if arguments.results and arguments.results.exists():
+        known = {name: Result(*values) for name, values in json.loads(arguments.results.read_text()).items()}
+    for name in arguments.families or [*text, *others]:
+        if name not in known or arguments.families:
+            known[name] = try_family(name, others.get(name))
+            print(f"{name:28} {known[name].kind:10} {' '.join(known[name].networks)} {known[name].reason}", flush=True)
+            if arguments.results:
+                arguments.results.write_text(json.dumps(known))
+    if arguments.write:
+        of_text = {name: result for name, result in known.items() if name not in others}
+        of_others = {name: result for name, result in known.items() if name in others}
+        lines = [*HEAD, *table(of_text, "Text"), *table(of_others, "Pictures and sound")]
+        arguments.write.write_text("\n".join(lines).rstrip() + "\n")
+
+
+HEAD = [
+    "# Families of `transformers` that upcycle",
+    "",
+    "```bash",
+    "python -m tests.support.family_table --write docs/families.md",
+    "```",
+    "",
+    f"Every family of transformers {transformers.__version__} of which a tiny model with random weights can be made.",
+    f"One that upcycles gives outputs within {CLOSE} of the dense model's, in units of their deviation: with four",
+    "experts in evaluation; with one and the same seed in training, with the dropout of its configuration; and equal",
+    "ones after it was saved and loaded, where transformers loads what it saved of the dense one. One that is refused",
+    "says why, and is not changed.",
+    "",
+]
+
+
+if __name__ == "__main__":
+    main()
