@@ -104,8 +104,10 @@ def is_routed(module: nn.Module) -> bool:
 
 
 def own_linears(module: nn.Module) -> set[nn.Module]:
-    """Linear layers of a module that are in no numbered block within it: no network spans blocks."""
-    return {child for name, child in module.named_modules() if is_linear(child) and not NUMBER.search(name)}
+    """Linear layers of a module that are in no list of blocks within it: no network spans blocks."""
+    own = {module} if is_linear(module) else set()
+    within = [child for child in module.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
+    return own.union(*(own_linears(child) for child in within))
 
 
 class Kept(NamedTuple):

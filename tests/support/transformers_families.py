@@ -58,6 +58,7 @@ SIZES: dict[str, Any] = {
 
 #: what the rules do not know, by model type
 MIXED = ["linear_attention", "full_attention"]
+SWIN = dict(embed_dim=24, depths=[1, 1], num_heads=[2, 4], image_size=32, window_size=4)
 MORE: dict[str, dict[str, Any]] = {
     "bailing_hybrid": dict(layer_types=MIXED),
     "bamba": dict(attn_layer_indices=[1]),
@@ -94,10 +95,7 @@ MORE: dict[str, dict[str, Any]] = {
     "zaya": dict(num_experts_per_tok=1),
     "luke": dict(entity_vocab_size=16, entity_emb_size=16),
     "mamba2": dict(num_heads=4, head_dim=16, n_groups=2),
-    **dict.fromkeys(
-        ("swin", "swinv2", "donut-swin"),
-        dict(embed_dim=24, depths=[1, 1], num_heads=[2, 4], image_size=32, window_size=4),
-    ),
+    **{name: dict(SWIN) for name in ("swin", "swinv2", "donut-swin")},
     "siglip2": dict(vision_config=dict(num_channels=3, num_patches=16)),
     "mobilebert": dict(intra_bottleneck_size=16),
     "moshi": dict(audio_vocab_size=32),

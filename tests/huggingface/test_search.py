@@ -1,0 +1,349 @@
+"""Feed-forward networks are found by structure: what is one, what is none, and what is refused before it is changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import QuickGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+from mixture_of_experts.huggingface import replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.search import search
+from tests.support.family_table import try_family
+from tests.support.transformers_models import ARCHITECTURES
+
+D, H = 16, 24
+
+
+class Parts(nn.Module):
+    """Linear layers and a forward that somebody gives."""
+
+    def __init__(self, compute: Callable[..., Tensor], **parts: nn.Module | float) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
+        self.compute = compute
+        self.register_buffer("calls", torch.zeros(()))
+
+
+class Whole(Parts):
+    def forward(self, x):
+        return self.compute(self, x)
+
+
+class Inline(Parts):
+    """A layer that calls the linear layers itself, between its norm and its residual path."""
+
+    def __init__(self, compute: Callable[..., Tensor], **parts: nn.Module | float) -> None:
+        super().__init__(compute, **parts)
+        self.norm = nn.LayerNorm(D)
+
+    def forward(self, x, residual=None):
+        self.calls += 1
+        return self.norm(x + self.compute(self, x))
+
+
+class Model(nn.Module):
+    """Residual blocks."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def up(out: int = H, bias: bool = True) -> nn.Linear:
+    return nn.Linear(D, out, bias=bias)
+
+
+def down(bias: bool = True) -> nn.Linear:
+    return nn.Linear(H, D, bias=bias)
+
+
+def fused(order: str) -> Callable[..., Tensor]:
+    def compute(m, x):
+        both = m.a(x)
+        if order == "interleaved":
+            gate, value = both[..., ::2], both[..., 1::2]
+        else:
+            gate, value = both.chunk(2, dim=-1)
+        return m.c(F.silu(gate) * value if order != "up_gate" else gate * F.silu(value))
+
+    return compute
+
+
+WHOLE = {
+    "function": (lambda m, x: m.c(F.gelu(m.a(x))), dict(a=up(), c=down())),
+    "module": (lambda m, x: m.c(m.act(m.a(x))), dict(a=up(), act=QuickGELUActivation(), c=down())),
+    "squared": (lambda m, x: m.c(torch.square(F.relu(m.a(x)))), dict(a=up(), c=down())),
+    "conv1d": (lambda m, x: m.c(torch.tanh(m.a(x))), dict(a=Conv1D(H, D), c=Conv1D(D, H))),
+    "one bias": (lambda m, x: m.c(F.relu(m.a(x))), dict(a=up(bias=False), c=down())),
+    "gated": (lambda m, x: m.c(F.silu(m.a(x)) * m.b(x)), dict(a=up(), b=up(), c=down())),
+    "gated the other way": (lambda m, x: m.c(m.a(x) * F.silu(m.b(x))), dict(a=up(), b=up(bias=False), c=down())),
+    "sigmoid": (lambda m, x: m.c(F.glu(m.a(x))), dict(a=up(2 * H), c=down())),
+    **{order: (fused(order), dict(a=up(2 * H), c=down())) for order in ("gate_up", "up_gate", "interleaved")},
+    "dropouts": (
+        lambda m, x: m.late(m.c(m.early(F.relu(m.a(x))))),
+        dict(a=up(), early=nn.Dropout(0.3), c=down(), late=nn.Dropout(0.2)),
+    ),
+    "numbers": (
+        lambda m, x: F.dropout(m.c(F.dropout(F.relu(m.a(x)), m.p, m.training)), 0.2, m.training),
+        dict(a=up(), c=down(), p=0.3),
+    ),
+    "sequence": (lambda m, x: m.all(x), dict(all=nn.Sequential(up(), nn.GELU(), nn.Dropout(0.1), down()))),
+}
+INLINE = {
+    "module": (lambda m, x: m.c(m.act(m.a(x))), dict(a=up(), act=nn.GELU(), c=down())),
+    "gated": (lambda m, x: m.c(m.act(m.a(x)) * m.b(x)), dict(a=up(), b=up(), act=nn.SiLU(), c=down())),
+    "first part": (lambda m, x: m.c(m.first(x)), dict(first=Whole(lambda m, x: F.gelu(m.a(x)), a=up()), c=down())),
+    "number": (
+        lambda m, x: m.c(F.dropout(m.act(m.a(x)), m.p, m.training)),
+        dict(a=up(), act=nn.ReLU(), c=down(), p=0.3),
+    ),
+    "one dropout twice": (
+        lambda m, x: m.drop(m.c(m.drop(m.act(m.a(x))))),
+        dict(a=up(), act=nn.ReLU(), c=down(), drop=nn.Dropout(0.3)),
+    ),
+    "one number twice": (
+        lambda m, x: F.dropout(m.c(F.dropout(m.act(m.a(x)), m.p, m.training)), m.p, m.training),
+        dict(a=up(), act=nn.ReLU(), c=down(), p=0.3),
+    ),
+}
+FORMS = {
+    f"{kind.__name__}, {name}": (kind, *form)
+    for kind, of in ((Whole, WHOLE), (Inline, INLINE))
+    for name, form in of.items()
+}
+
+
+def seeded_forward(model: nn.Module, x: Tensor) -> Tensor:
+    torch.manual_seed(3)
+    return model(x)
+
+
+def make(kind: type[Parts], compute: Callable[..., Tensor], parts: dict) -> nn.Module:
+    model = Model(*(kind(compute, **copy.deepcopy(parts)) for _ in range(2)))
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=D**-0.5)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_networks_of_every_form(form):
+    """Equal in evaluation; and in training with one expert, which draws the same dropout from the same seed."""
+    model, x = make(*FORMS[form]), torch.randn(2, 5, D)
+    dense = copy.deepcopy(model)
+    names = upcycle(model.eval(), num_experts=4, k=2)
+    assert len(names) == len(feed_forwards(model)) == 2
+    expected = dense.eval()(x)
+    assert (expected - x).std() > 0.1
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+    model = copy.deepcopy(dense)
+    upcycle(model, num_experts=1, k=1)
+    expected = seeded_forward(dense.train(), x)
+    torch.testing.assert_close(seeded_forward(model.train(), x), expected, atol=1e-5, rtol=1e-5)
+    drops = any(isinstance(m, nn.Dropout) for m in dense.modules()) or hasattr(dense.blocks[0], "p")
+    assert drops == bool((expected - dense.eval()(x)).abs().max() > 1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_on_the_meta_device_the_same_is_found(form):
+    model = make(*FORMS[form])
+    found = [(place.name, repr(place.adapter)) for place in search(model)[0]]
+    assert [(place.name, repr(place.adapter)) for place in search(copy.deepcopy(model).to("meta"))[0]] == found
+    with torch.device("meta"):  # as transformers builds what it loads
+        assert [(place.name, repr(place.adapter)) for place in search(model)[0]] == found
+
+
+def pair(m, x):
+    return m.c(m.act(m.a(x)))
+
+
+PAIR = dict(a=up(), act=nn.ReLU(), c=down())
+
+
+class SideAdapter(Whole):
+    pass
+
+
+class Routed(nn.Module):
+    """A layer with a router: its shared expert is no network of the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.experts, self.shared = (
+            nn.Linear(D, 2),
+            nn.ModuleList([Whole(pair, **PAIR)]),
+            Whole(pair, **PAIR),
+        )
+
+    def forward(self, x):
+        return self.shared(x) + self.experts[0](x) * self.router(x).softmax(-1)[..., :1]
+
+
+NONE = {
+    "adapter": Model(SideAdapter(pair, **PAIR)),
+    "router": Model(Routed()),
+    "outside of blocks": Whole(pair, **PAIR),
+    "narrow": Model(Whole(pair, a=nn.Linear(D, 4), act=nn.ReLU(), c=nn.Linear(4, D))),
+    "another width": Model(Whole(lambda m, x: x + pair(m, x)[..., :1], a=up(), act=nn.ReLU(), c=nn.Linear(H, 3))),
+    "no activation": Model(Whole(lambda m, x: m.c(m.a(x)), a=up(), c=down())),
+    "not of a token alone": Model(
+        Whole(
+            lambda m, x: m.c(m.mix(m.a(x).transpose(1, 2)).transpose(1, 2)),
+            a=up(),
+            mix=nn.Conv1d(H, H, 3, padding=1),
+            c=down(),
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NONE)
+def test_what_is_no_feed_forward_network(name):
+    model = copy.deepcopy(NONE[name])
+    state = model.state_dict().keys()
+    with pytest.raises(ValueError, match="no feed-forward network was found"):
+        replace_ffn(model)
+    assert model.state_dict().keys() == state
+
+
+LOST = {
+    "function in the code of": (
+        lambda m, x: m.c(F.gelu(m.a(x))),
+        dict(a=up(), c=down()),
+        "gelu between its .* code of Inline",
+    ),
+    "units together": (
+        lambda m, x: m.c(m.act(m.a(x))),
+        dict(a=up(), act=nn.Sequential(nn.ReLU(), nn.Softmax(-1)), c=down()),
+        "act computes the units of its hidden layer together",
+    ),
+    "norm": (
+        lambda m, x: m.c(m.sub(m.act(m.a(x)))),
+        dict(a=up(), act=nn.ReLU(), sub=nn.LayerNorm(H), c=down()),
+        "no activation is known that computes its hidden layer",
+    ),
+    "used elsewhere": (lambda m, x: m.c(m.act(m.a(x))) + m.a(x)[..., :D], PAIR, "a is called twice"),
+    "read elsewhere": (
+        lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)),
+        PAIR,
+        "what is between its linear layers is used elsewhere too",
+    ),
+    "another's activation": (lambda m, x: m.c(m.act(m.a(x))) + m.act(x), PAIR, "act is another's activation too"),
+    "another's dropout": (
+        lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
+        dict(PAIR, drop=nn.Dropout(0.5)),
+        "drop is another's dropout too",
+    ),
+    "dropout first": (
+        lambda m, x: m.c(m.act(m.drop(m.a(x)))),
+        dict(PAIR, drop=nn.Dropout(0.5)),
+        "its dropout comes before its activation",
+    ),
+    "two dropouts": (
+        lambda m, x: m.c(m.drop(m.other(m.act(m.a(x))))),
+        dict(PAIR, drop=nn.Dropout(0.5), other=nn.Dropout(0.5)),
+        "more than one dropout",
+    ),
+    "halves in the code of": (
+        lambda m, x: (lambda both: m.c(m.act(both[..., :H]) * both[..., H:]))(m.a(x)),
+        dict(a=up(2 * H), act=nn.SiLU(), c=down()),
+        "code of Inline",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+@pytest.mark.parametrize("beside", [False, True])
+def test_what_cannot_be_taken_out_is_refused(name, beside):
+    """With the reason, alone or beside a network that can: nothing is changed."""
+    compute, parts, reason = LOST[name]
+    model = Model(Inline(compute, **copy.deepcopy(parts)), *([Whole(pair, **copy.deepcopy(PAIR))] if beside else []))
+    state = model.state_dict().keys()
+    with pytest.raises(ValueError, match=reason) as error:
+        upcycle(model, num_experts=2)
+    assert model.state_dict().keys() == state
+    if beside:
+        assert "some feed-forward networks of Model can be replaced (blocks.*)" in str(error.value)
+        assert replace_ffn(model, num_experts=2, layers=[1]) == ["blocks.1"]  # asked for by name, it is taken
+
+
+def test_one_block_that_is_not_as_the_others():
+    """Of one class in two blocks, a network in the one alone is no network of the family."""
+    blocks = [Whole(pair, **copy.deepcopy(PAIR)) for _ in range(3)]
+    blocks[1].compute = lambda m, x: m.c(m.act(m.a(x)).cumsum(-1))
+    blocks[2].compute = lambda m, x: m.c.weight.sum() * m.a(x)[..., :D]
+    for block in blocks[1:]:
+        model = Model(blocks[0], block)
+        with pytest.raises(ValueError, match="some feed-forward networks of Model can be replaced"):
+            upcycle(model, num_experts=2)
+        assert not feed_forwards(model)
+
+
+def test_searching_changes_nothing():
+    """No buffer that a forward counts in, no mode, no draw of a random number, no attribute."""
+    model = make(*FORMS["Inline, one dropout twice"]).train()
+    model.blocks[1].eval()
+    state, draws = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    attributes = [dict(vars(module)) for module in model.modules()]
+    assert len(search(model)[0]) == 2
+    assert torch.equal(torch.get_rng_state(), draws)
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+    assert [vars(module) == before for module, before in zip(model.modules(), attributes, strict=True)].count(
+        False
+    ) == 0
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_what_a_wrong_adapter_would_change_is_refused(name):
+    """An adapter that somebody gives is held to what the module computes."""
+    from mixture_of_experts.huggingface import Adapter
+
+    found, _ = search(ARCHITECTURES[name].build())
+    kind, adapter = type(found[0].module).__name__, found[0].adapter
+    if adapter.slot:
+        pytest.skip("the layer does more than the network")
+    model = ARCHITECTURES[name].build()
+    wrong = Adapter(adapter.up, adapter.down, adapter.gate, nn.Tanh(), halves=adapter.halves)
+    with pytest.raises(ValueError, match="returns something else than Adapter"):
+        replace_ffn(model, adapters={kind: wrong})
+    assert not feed_forwards(model)
+
+
+#: a forward that takes the residual; functions in the code; shared layers; one dropout in two places; norms of its own
+SOME = ["bloom", "mpt", "xlnet", "esm", "albert", "gte", "mobilebert", "cpmant", "apertus"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SOME)
+def test_families_of_transformers(name):
+    assert try_family(name).kind == "upcycles"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "deit", "beit", "dinov2", "swin", "wav2vec2", "hubert"])
+def test_families_of_pictures_and_sound(name):
+    from tests.support.transformers_families import other_classes
+
+    assert try_family(name, other_classes()[name]).kind == "upcycles"
+
+
+@pytest.mark.exhaustive
+def test_all_families():
+    from tests.support.transformers_families import text_types
+
+    kinds = {name: try_family(name).kind for name in text_types()}
+    assert "wrong" not in kinds.values(), kinds
+    assert list(kinds.values()).count("upcycles") >= 180
