@@ -21,7 +21,9 @@ def dispatch(x: Tensor, plan: Plan) -> Tensor:
 
 def combine(rows: Tensor, plan: Plan) -> Tensor:
     """Rows `(r, d)` to tokens `(t, d)`: each token's weighted sum, taken in float32 and cast once."""
-    return _Combine.apply(rows, plan.weight, plan.token, plan.row, plan.assignment, plan.k, plan.num_tokens)
+    # of one choice a token the two are one tensor, which graphs do not take twice
+    assignment = None if plan.token is plan.assignment else plan.assignment
+    return _Combine.apply(rows, plan.weight, plan.token, plan.row, assignment, plan.k, plan.num_tokens)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -46,7 +48,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sum of each token's rows, weighted if there are weights."""
+    """Sum of each token's rows, weighted if there are weights; the assignments are the tokens if they are None."""
 
     generate_vmap_rule = True
 
@@ -61,7 +63,7 @@ class _Combine(torch.autograd.Function):
         num_tokens: int,
     ) -> Tensor:
         if k is None and weight is not None:
-            weight = append(weight, 0)[assignment]
+            weight = append(weight, 0)[token if assignment is None else assignment]
         return sum_rows(rows, weight, token, row, k, num_tokens)
 
     @staticmethod
@@ -75,6 +77,7 @@ class _Combine(torch.autograd.Function):
         spread = _Dispatch.apply(grad, token, row, ctx.k)  # (r, d), zeros where empty
         if weight is None:
             return spread, None, None, None, None, None, None
+        assignment = token if assignment is None else assignment
         spread, empty = spread.to(weight.dtype), (assignment == weight.shape[0]).unsqueeze(-1)
         grad_row_weight = (spread * rows.masked_fill(empty, 0)).sum(dim=-1)
         grad_rows = (spread * append(weight, 0)[assignment].unsqueeze(-1)).to(rows.dtype)

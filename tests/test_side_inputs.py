@@ -132,7 +132,7 @@ def test_paths(kind):
     x, ids = torch.randn(2, 6, DIM, requires_grad=True), torch.arange(12).view(2, 6)
     wanted = torch.autograd.grad(moe(x, token_ids=ids)[0].sum(), x)
     if kind == "compiled":
-        compiled = torch.compile(moe, backend="aot_eager")
+        compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
         got = torch.autograd.grad(compiled(x, token_ids=ids)[0].sum(), x)
     else:
         got = torch.autograd.grad(checkpoint(moe, x, token_ids=ids, use_reentrant=False)[0].sum(), x)
