@@ -356,7 +356,7 @@ class Chain(NamedTuple):
                 raise UnfitError(f"{name} between its linear layers is part of the code of {self._kind}")
             if self._times_called(node) > 1:
                 raise UnfitError(f"{node.target} is another's activation too")
-        if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and self.ups[0] not in gone:
+        if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and next(iter(self.ups)) not in gone:
             raise UnfitError(f"its halves are taken apart in the code of {self._kind}")
         rest = [target(node) for node in (*self.ups, *self.activations) if node not in gone]
         return (*(child.path for child in children), *rest)
