@@ -80,7 +80,7 @@ class Decision:
 
     @property
     def expert(self) -> Tensor:
-        """`(a,)` int64, expert of each assignment, of two levels outer-major; any value where it is not kept."""
+        """`(a,)` int64, expert of each assignment, of two levels outer-major; any expert where it is not kept."""
         if self._expert is not None:
             return self._expert
         assert self.slots is not None
@@ -98,8 +98,7 @@ class Decision:
         if self.slots is not None:
             return self.slots.find()
         assert self.k is not None
-        expert = torch.where(self.kept, self.expert, 0)
-        return expert, queue_up(expert, self.kept, math.prod(self.num_experts), self.k, "token")
+        return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), self.k, "token")
 
     def in_slots(self) -> Plan:
         """The plan whose rows are all slots: `(e, b, c)`, some of them empty."""
@@ -151,7 +150,7 @@ class Decision:
 def decision_on(expert: Tensor, weight: Tensor, num_experts: int) -> Decision:
     """The decision of experts and weights `(t, k)` that somebody chose; ids other than 0 to e - 1 are nobody's."""
     kept = (expert >= 0) & (expert < num_experts)
-    (t, k), weight = expert.shape, torch.where(kept, weight, 0)
+    (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     return Decision(expert.flatten(), weight.flatten(), kept.flatten(), k=k, num_tokens=t, num_experts=(num_experts,))
 
 

@@ -92,10 +92,9 @@ def ending() -> str:
 
 def stuck(marker: Path, where: str, debug: bool, data_parallel: int = 1) -> str:
     """One rank does not come in time, before the layer or in its experts."""
-    experts = Experts(DIM, EXPERTS, HIDDEN)
+    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh(data_parallel), debug=debug)
     if odd_one() and where == "experts":
-        experts.act = Waiting(marker)
-    moe = spread(MoE(DIM, EXPERTS, experts=experts), make_mesh(data_parallel), debug=debug)
+        moe.experts.act = Waiting(marker)  # not before: ranks compare their layers when they are set up
     if odd_one() and where == "before":
         live_on(marker)
         return "came late"

@@ -76,9 +76,9 @@ def expert_choice() -> MoE:
 
 
 def two_levels(**more) -> HeirarchicalMoE:
-    return HeirarchicalMoE(
-        DIM, (4, 2), HIDDEN, second_policy_train="all", z_loss_coef=0.3, loss_coef=0.7, second_place_loss=True, **more
-    )
+    experts = {} if "experts" in more else {"hidden_dim": HIDDEN}
+    losses = {"z_loss_coef": 0.3, "loss_coef": 0.7, "second_place_loss": True}
+    return HeirarchicalMoE(DIM, (4, 2), second_policy_train="all", **losses, **experts, **more)
 
 
 def two_levels_of(outer: dict, inner: dict, **more) -> HeirarchicalMoE:
@@ -86,7 +86,8 @@ def two_levels_of(outer: dict, inner: dict, **more) -> HeirarchicalMoE:
         "gate_outer": TopKGating(DIM, 4, k=2, **outer),
         "gate_inner": TopKGating(DIM, 2, k=1, outer_expert_dims=(4,), **inner),
     }
-    return HeirarchicalMoE(DIM, (4, 2), HIDDEN, z_loss_coef=0.3, loss_coef=0.7, **gates, **more)
+    experts = {} if "experts" in more else {"hidden_dim": HIDDEN}
+    return HeirarchicalMoE(DIM, (4, 2), z_loss_coef=0.3, loss_coef=0.7, **gates, **experts, **more)
 
 
 DEEPSEEK = dict(k=2, score="sigmoid", bias=True, scale=2.5, num_groups=4, top_groups=2, expert_bias=True)

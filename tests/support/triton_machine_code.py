@@ -111,14 +111,13 @@ def run_operators(case: Case, operators, plan) -> None:
     def weight(p: int, q: int) -> torch.Tensor:
         return torch.empty(e, q, p).mT if case.transposed else torch.empty(e, p, q)
 
-    index, table = torch.empty(r, dtype=torch.int64), torch.empty(r, dtype=torch.int32)
+    index, flag, table = (torch.empty(r, dtype=dtype) for dtype in (torch.int64, torch.bool, torch.int32))
     tables = (torch.empty(r, dtype=torch.float32), table, table, table, torch.empty(e, dtype=torch.int64), case.choices)
     w_in, w_out = [weight(d, width) for _ in range(number)], weight(h, o)
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
-    flag = torch.empty(1, r, dtype=torch.bool)
-    plan.triton_plan._init_fn(index.view(1, r), index.view(1, r), flag, flag, torch.empty(1, e, dtype=torch.int64), 2)
+    plan.triton_plan._init_fn(index, index, flag, flag, torch.empty(e, dtype=torch.int64), e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 
