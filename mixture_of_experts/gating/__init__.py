@@ -3,6 +3,7 @@
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, reads_of
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
+from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
 from mixture_of_experts.gating.top2 import Top2Gating
 from mixture_of_experts.gating.topk import TopKGating
@@ -12,6 +13,7 @@ __all__ = [
     "ExpertChoiceGating",
     "Gate",
     "NoisyTopKGating",
+    "RouterLogits",
     "TokenChoiceGate",
     "Tokens",
     "Top2Gating",

@@ -1,16 +1,20 @@
-"""The product of tokens and a router's weight, in float32 whatever their dtype is.
+"""Logits of a router: the product of tokens and its weight, in float32 whatever their dtype is, or a module's.
 
-Axes: t tokens, d model dim, e experts; outer experts stand before them: `...`.
+Axes: t tokens, d model dim, e experts; outer experts stand before them: `...`. In modules also b groups, n tokens of a
+group.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mixture_of_experts.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.private_torch import is_wrapper_subclass
+from mixture_of_experts.settings import FixedShapes, setting
 from mixture_of_experts.tracing import is_wrapped, without_autocast
 
 
@@ -21,6 +25,102 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     with without_autocast(x.device):
         return x @ weight if x.dtype == dtype == weight.dtype else _Logits.apply(x, weight, dtype)
+
+
+def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
+    """What a module makes of tokens `(..., b, n, d)`, in float32 (float64 stays), also under autocast."""
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    with without_autocast(x.device):
+        logits = module(x if weight is None or isinstance(module, RouterLogits) else x.to(weight.dtype))
+    if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
+        wanted = (*x.shape[:-1], num_experts)
+        raise ValueError(f"logits must return {wanted}, one for each token and expert, got {shape_of(logits)}")
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+class RouterLogits(FixedShapes):
+    """Logits `multiplier * norm(x) w`, soft-capped to `cap * tanh(logits / cap)`, all of it in float32.
+
+    Args:
+        dim, num_experts: d and e.
+        norm_eps: before the product tokens are divided by their root mean square, with this epsilon, and multiplied by
+            `norm_weight (*outer, d)`; None does not.
+        multiplier: multiplies the logits.
+        softcap: bounds them, smoothly; None does not.
+        bias: adds `bias (*outer, e)` to the product.
+        outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
+        device, dtype: of the weights.
+
+    Shape:
+        `(*outer, b, n, d)` to `(*outer, b, n, e)` in float32, or float64 for float64 weights. `weight` is
+        `(*outer, d, e)`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import TopKGating
+        >>> gate = TopKGating(dim=8, num_experts=4, logits=RouterLogits(8, 4, norm_eps=1e-6, softcap=30.0))
+        >>> gate(torch.randn(2, 16, 8)).probs.shape
+        torch.Size([2, 16, 4])
+    """
+
+    norm_weight: Tensor | None
+    bias: Tensor | None
+    multiplier: float = setting(check_number)
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        norm_eps: float | None = None,
+        multiplier: float = 1.0,
+        softcap: float | None = None,
+        bias: bool = False,
+        outer_expert_dims: int | Sequence[int] = (),
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_experts = check_size("dim", dim), check_size("num_experts", num_experts)
+        outer = check_sizes("outer_expert_dims", outer_expert_dims)
+        self.norm_eps = None if norm_eps is None else check_number("norm_eps", norm_eps, at_least=0.0)
+        self.multiplier = multiplier
+        self.softcap = None if softcap is None else check_number("softcap", softcap, above=0.0)
+        self.weight = nn.Parameter(torch.empty(*outer, dim, num_experts, device=device, dtype=dtype))
+        for name, there, size in (("norm_weight", norm_eps is not None, dim), ("bias", bias, num_experts)):
+            vector = torch.empty(*outer, size, device=device, dtype=dtype) if check_flag(name, there) else None
+            self.register_parameter(name, None if vector is None else nn.Parameter(vector))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weight anew (standard deviation 1 / sqrt(d)); the bias is 0, the norm's weight 1."""
+        nn.init.normal_(self.weight, std=self.dim**-0.5)
+        if self.norm_weight is not None:
+            nn.init.ones_(self.norm_weight)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        if self.norm_eps is not None and self.norm_weight is not None:
+            x = x.to(dtype)
+            x = x * (x.square().mean(dim=-1, keepdim=True) + self.norm_eps).rsqrt()
+            x = x * self.norm_weight.to(dtype)[..., None, None, :]
+        logits = router_logits(x.flatten(-3, -2), self.weight, dtype)
+        if self.bias is not None:
+            logits = logits + self.bias.to(dtype).unsqueeze(-2)
+        logits = logits.view(*x.shape[:-1], self.num_experts)
+        if self.multiplier != 1:
+            logits = logits * self.multiplier
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def extra_repr(self) -> str:
+        parts = [f"{self.dim}, {self.num_experts}"]
+        parts += [f"norm_eps={self.norm_eps}"] if self.norm_eps is not None else []
+        parts += [f"multiplier={self.multiplier}"] if self.multiplier != 1 else []
+        parts += [f"softcap={self.softcap}"] if self.softcap is not None else []
+        parts += ["bias=True"] if self.bias is not None else []
+        return ", ".join(parts)
 
 
 class _Logits(torch.autograd.Function):

@@ -1,7 +1,11 @@
-"""Top-k gating: softmax or sigmoid scores, with or without normalisation, expert groups and expert bias."""
+"""Top-k gating in three steps: logits of every expert, the choice of k, and what the chosen weigh.
+
+Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -13,15 +17,27 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
+from mixture_of_experts.gating.steps import (
+    GROUP_SCORES,
+    SCORES,
+    STEPS,
+    GroupScore,
+    Normalize,
+    Score,
+    Select,
+    Weigh,
+    check_step,
+    named,
+)
 from mixture_of_experts.queues import Length
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-Score = Literal["softmax", "sigmoid"]
-SCORES = {"softmax": lambda logits: logits.softmax(dim=-1), "sigmoid": torch.sigmoid}
+NO_EPSILON = 1e-20  # of float32 beside any sum of weights but of those that are all 0
 BALANCES = ("group", "batch")
 
 
@@ -32,16 +48,27 @@ class TopKGating(TokenChoiceGate):
         dim: d, model dimension.
         num_experts: e.
         k: choices of a token.
-        score: "softmax" over all experts, or "sigmoid" of each logit.
+        score: "softmax" over all experts, "sigmoid" of each logit, "sqrt_softplus", `sqrt(log(1 + exp(logit)))`; or a
+            function of the logits `(..., b, n, e)`.
         normalize: divide the k weights by their sum; by default for k > 1 (one normalised weight is the constant 1,
-            which gives the router no gradient).
+            which gives the router no gradient). Or a function of the weights `(..., b, n, k)`.
         scale: multiplies the weights.
         bias: adds a router bias `b_gating`.
         jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
         num_groups, top_groups: experts stand in `num_groups` equal groups, and only the `top_groups` groups with the
-            largest sum of their two best scores may be chosen from (DeepSeek-V3, arXiv 2412.19437).
+            largest `group_score` may be chosen from (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: a buffer added to the scores for choosing only, moved by `update_bias` (arXiv 2408.15664).
         balance_over: the balancing loss for each "group", averaged, or over the whole "batch".
+        logits: a module `(..., b, n, d)` to logits `(..., b, n, e)` instead of the matrix `w_gating`: a network, or
+            `RouterLogits`, which has a norm before, a multiplier and a soft cap.
+        select: experts are chosen by their "score" or by their "logits", plus the expert bias; or a function
+            `(logits, scores, expert_bias)` of what they are chosen by `(..., b, n, e)`, bias and expert groups and all.
+        group_score: what an expert group scores: the sum of its "two_best", or its "best"; or a function of the scores
+            by expert group `(..., b, n, num_groups, e / num_groups)`.
+        weigh: the chosen weigh their "score", or the "softmax" over their logits; or a function
+            `(logits, scores, expert)` of the weights `(..., b, n, k)` of the experts chosen. Then `normalize` (of a
+            function False by default) and `scale` follow.
+        eps: is added to the sum that `normalize` divides by.
         device, dtype: of the weights, as in `torch.nn`.
         settings: `capacity_factor_train`, `capacity_factor_eval` (slots of an expert in units of k n / e; None, the
             default, is dropless), `min_expert_capacity=4` (the least number of slots, applied last), `priority`
@@ -50,7 +77,7 @@ class TopKGating(TokenChoiceGate):
 
     Shape:
         x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
-        `(*outer_expert_dims, d, e)`.
+        `(*outer_expert_dims, d, e)`, None beside a module of logits.
 
     Example:
         >>> import torch
@@ -62,8 +89,12 @@ class TopKGating(TokenChoiceGate):
 
     expert_bias: Tensor | None
     expert_counts: Tensor | None
-    score: Score = setting(check_choice, allowed=SCORES)
-    normalize: bool = setting(check_flag)
+    score: Score
+    select: Select
+    group_score: GroupScore
+    weigh: Weigh
+    normalize: bool | Callable[[Tensor], Tensor]
+    eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
     balance_over: Literal["group", "batch"] = setting(check_choice, allowed=BALANCES)
@@ -75,7 +106,7 @@ class TopKGating(TokenChoiceGate):
         k: int = 2,
         *,
         score: Score = "softmax",
-        normalize: bool | None = None,
+        normalize: Normalize = None,
         scale: float = 1.0,
         bias: bool = False,
         jitter: float = 0.0,
@@ -83,6 +114,11 @@ class TopKGating(TokenChoiceGate):
         top_groups: int | None = None,
         expert_bias: bool = False,
         balance_over: Literal["group", "batch"] = "group",
+        logits: nn.Module | None = None,
+        select: Select = "score",
+        group_score: GroupScore = "two_best",
+        weigh: Weigh = "score",
+        eps: float = NO_EPSILON,
         device: Any = None,
         dtype: torch.dtype | None = None,
         **settings: Unpack[TokenChoiceSettings],
@@ -90,16 +126,18 @@ class TopKGating(TokenChoiceGate):
         super().__init__(dim, num_experts, k, **settings)
         if k > num_experts:
             raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
-        self.score = score
-        self.normalize = k > 1 if normalize is None else normalize
+        self.score, self.select, self.group_score, self.weigh = score, select, group_score, weigh
+        self.normalize = k > 1 and not callable(weigh) if normalize is None else normalize
+        self.eps = eps
         self.scale = scale
         self.jitter = jitter
         self.balance_over = balance_over
         self.num_groups, self.top_groups = check_expert_groups(num_experts, k, num_groups, top_groups)
         bias_of_each = (*self.outer_expert_dims, self.num_experts)
         weight = (*self.outer_expert_dims, self.dim, self.num_experts)
-        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
         has_bias = check_flag("bias", bias)
+        self.logits = check_logits(logits, has_bias)
+        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype)) if logits is None else None
         self.b_gating = nn.Parameter(torch.empty(bias_of_each, device=device, dtype=dtype)) if has_bias else None
         counted = check_flag("expert_bias", expert_bias)
         for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
@@ -108,7 +146,8 @@ class TopKGating(TokenChoiceGate):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew (standard deviation 1 / sqrt(d)); biases and counts start at 0."""
-        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+        if self.w_gating is not None:  # a module of logits draws its own
+            nn.init.normal_(self.w_gating, std=self.dim**-0.5)
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
@@ -116,22 +155,24 @@ class TopKGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """The k experts of each token's largest scores."""
         x = self._jittered(tokens.x)
-        logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
-        ranked = self._ranked(score)
+        if self.w_gating is not None:
+            logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
+        elif isinstance(self.logits, RouterLogits):
+            logits, score, probs, log_total = recomputed(self._module_scores, x, self.logits.weight)
+        else:  # of no known size, and it may draw
+            logits, score, probs, log_total = self._module_scores(x)
+        ranked = self._ranked(logits, score)
         expert = top_choices(ranked, self.k)
         allowed = self.allowed(tokens)
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         balance = self.balance_loss(tokens, probs, expert, k=self.k)
 
-        weight = gather_chosen(score, expert)
+        weight = self._weigh(logits, score, expert)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
-        if self.normalize:
-            total = weight.sum(dim=-1, keepdim=True)
-            # the largest of a softmax are not all 0
-            weight = weight / (total if self._first_is_likeliest and allowed is None else total + 1e-20)
+        weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
         if self.expert_counts is not None and self.training:
@@ -149,13 +190,21 @@ class TopKGating(TokenChoiceGate):
     @property
     def _first_is_likeliest(self) -> bool:
         """Whether a token's first choice is its likeliest expert of a softmax."""
-        return self.score == "softmax" and self.expert_bias is None and self.num_groups is None
+        by_score = self.score == "softmax" and self.select == self.weigh == "score"
+        return by_score and self.expert_bias is None and self.num_groups is None
 
     def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, scores and probabilities `(..., b, n, e)`, and `(..., b, n)` the logsumexp of the logits; None where
         that is read off the first choice."""
-        logits = self.product(x, weight, bias)
-        score = SCORES[self.score](logits)
+        return self._scored(self.product(x, weight, bias))
+
+    def _module_scores(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The same of the module of logits."""
+        assert self.logits is not None
+        return self._scored(module_logits(self.logits, x, self.num_experts))
+
+    def _scored(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, score, probs, log_total
@@ -176,18 +225,41 @@ class TopKGating(TokenChoiceGate):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _ranked(self, score: Tensor) -> Tensor:
+    def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
         """`(..., b, n, e)` the biased scores by which experts are chosen, -inf outside the best groups of experts."""
-        score = score.detach()
+        if not isinstance(self.select, str):
+            bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
+            return self.select(logits.detach(), score.detach(), bias).detach()
+        score = (score if self.select == "score" else logits).detach()
         if self.expert_bias is not None:
             score = score + self.expert_bias[..., None, None, :].to(score.dtype)
         if self.num_groups is not None and self.top_groups is not None:
             grouped = score.unflatten(-1, (self.num_groups, -1))
-            best_two = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
-            open_groups = torch.zeros_like(best_two, dtype=torch.bool)
-            open_groups = open_groups.scatter(-1, top_choices(best_two, self.top_groups), True)
+            of_group = self.group_score
+            totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
+            open_groups = torch.zeros_like(totals, dtype=torch.bool)
+            open_groups = open_groups.scatter(-1, top_choices(totals, self.top_groups), True)
             score = torch.where(open_groups.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
         return score
+
+    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
+        """`(..., b, n, k)` what the chosen weigh, not yet normalised."""
+        if self.weigh == "score":
+            return gather_chosen(score, expert)
+        if self.weigh == "softmax":
+            return gather_chosen(logits, expert).softmax(dim=-1)
+        assert callable(self.weigh)
+        return self.weigh(logits, score, expert)
+
+    def _normalized(self, weight: Tensor, allowed: Tensor | None) -> Tensor:
+        if not self.normalize:
+            return weight
+        if callable(self.normalize):
+            return self.normalize(weight)
+        total = weight.sum(dim=-1, keepdim=True)
+        # the largest of a softmax are not all 0
+        needless = self._first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
+        return weight / (total if needless else total + self.eps)
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
@@ -207,6 +279,15 @@ class TopKGating(TokenChoiceGate):
         self.expert_bias += rate * torch.sign(below_mean)
         self.expert_counts.zero_()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in STEPS:
+            check_step(name, value)
+        elif name == "normalize" and not callable(value):
+            value = check_flag(name, value)
+        if name in STEPS or name == "normalize":
+            self.__dict__.get("_modules", {}).pop(name, None)  # a module makes room for a name or a function
+        super().__setattr__(name, value)
+
     def _apply(self, fn, recurse: bool = True):
         """Casts of the module (`.bfloat16()`) leave bias and counts as they are: the bias' steps are small."""
         before = {"expert_bias": self.expert_bias, "expert_counts": self.expert_counts}
@@ -218,13 +299,30 @@ class TopKGating(TokenChoiceGate):
         return self
 
     def extra_repr(self) -> str:
-        parts = [super().extra_repr(), f"score={self.score!r}"]
-        parts += [f"normalize={self.normalize}"] if self.normalize != (self.k > 1) else []
+        parts = [super().extra_repr(), f"score={named(self.score)}"]
+        parts += [f"select={named(self.select)}"] if self.select != "score" else []
+        parts += [f"weigh={named(self.weigh)}"] if self.weigh != "score" else []
+        normalize = self.normalize if isinstance(self.normalize, bool) else named(self.normalize)
+        parts += [f"normalize={normalize}"] if normalize != (self.k > 1) else []
+        parts += [f"eps={self.eps}"] if self.eps != NO_EPSILON else []
         parts += [f"scale={self.scale}"] if self.scale != 1 else []
         parts += [f"jitter={self.jitter}"] if self.jitter else []
         parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
+        parts += [f"group_score={named(self.group_score)}"] if self.group_score != "two_best" else []
         parts += ["expert_bias=True"] if self.expert_bias is not None else []
         return ", ".join(parts)
+
+
+def check_logits(logits: Any, bias: bool) -> nn.Module | None:
+    """A module that makes logits, or None; a router bias is the matrix'."""
+    if logits is None:
+        return None
+    if not isinstance(logits, nn.Module):
+        got = f"the class {logits.__name__}: make an instance" if isinstance(logits, type) else repr(logits)
+        raise TypeError(f"logits must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
+    if bias:
+        raise ValueError("bias=True is the bias of the matrix w_gating, beside logits there is none: put it in there")
+    return logits
 
 
 def check_expert_groups(

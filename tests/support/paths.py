@@ -21,6 +21,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
+from mixture_of_experts.gating import RouterLogits
 
 LAYERS = ("MoE", "HeirarchicalMoE")
 EXPERTS = ("Experts", "GatedExperts", "ExpertList", "custom")
@@ -133,6 +134,15 @@ def top2(policy: str, **settings) -> Top2Gating:
     return Top2Gating(DIM, NUM_EXPERTS, second_policy_train=policy, second_policy_eval=policy, **settings)
 
 
+def by_margin(logits: Tensor, score: Tensor, bias: Tensor | None) -> Tensor:
+    """Experts are chosen by how far they are above the mean."""
+    return score - score.mean(dim=-1, keepdim=True)
+
+
+def by_norm(weight: Tensor) -> Tensor:
+    return weight / (weight.square().sum(dim=-1, keepdim=True) + 1e-9).sqrt()
+
+
 ROUTERS = {
     "Top2, policy all": lambda: top2("all"),
     "Top2, policy threshold": lambda: top2("threshold"),
@@ -144,6 +154,27 @@ ROUTERS = {
     ),
     "TopK, expert bias": lambda: TopKGating(
         DIM, NUM_EXPERTS, k=2, score="sigmoid", scale=2.5, num_groups=2, top_groups=1, expert_bias=True
+    ),
+    "TopK, chosen by capped logits": lambda: TopKGating(
+        DIM,
+        NUM_EXPERTS,
+        k=2,
+        score="sigmoid",
+        select="logits",
+        expert_bias=True,
+        logits=RouterLogits(DIM, NUM_EXPERTS, norm_eps=1e-6, multiplier=2.0, softcap=3.0, bias=True),
+    ),
+    "TopK, steps of one's own": lambda: TopKGating(
+        DIM,
+        NUM_EXPERTS,
+        k=2,
+        score="sqrt_softplus",
+        weigh="softmax",
+        num_groups=2,
+        top_groups=1,
+        group_score="best",
+        select=by_margin,
+        normalize=by_norm,
     ),
     "NoisyTopK": lambda: NoisyTopKGating(DIM, NUM_EXPERTS, k=2),
     "ExpertChoice": lambda: ExpertChoiceGating(DIM, NUM_EXPERTS, capacity_factor=1.5),

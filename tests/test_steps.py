@@ -1,0 +1,204 @@
+"""The steps of top-k gating, by numbers that a person can check: what is scored, chosen by, and weighed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixture_of_experts import MoE, TopKGating
+from mixture_of_experts.gating import RouterLogits
+
+L2, L3, L4 = math.log(2), math.log(3), math.log(4)
+
+
+def decided(logits: list[float], k: int = 2, **settings) -> tuple[list[int], list[float]]:
+    """Experts and weights of one token that has these logits."""
+    gate = TopKGating(1, len(logits), k, **settings)
+    assert gate.w_gating is not None
+    gate.w_gating.data.copy_(torch.tensor([logits]))
+    routing = gate(torch.ones(1, 1, 1))
+    return routing.expert[0].tolist(), routing.weight[0].tolist()
+
+
+def approx(*values: float):
+    return pytest.approx(values, abs=1e-6)
+
+
+# ---- weigh ----
+
+
+def test_softmax_over_the_chosen_is_the_normalised_softmax():
+    """exp: 1, 2, 4, so 4/6 and 2/6."""
+    for settings in (dict(weigh="softmax"), dict(weigh="score")):
+        assert decided([0.0, L2, L4], **settings) == ([2, 1], approx(4 / 6, 2 / 6))
+
+
+def test_softmax_over_the_chosen_whatever_the_score_is():
+    """The sigmoids choose, with odds 1/2, 2/3, 4/5; their logits weigh."""
+    assert decided([0.0, L2, L4], score="sigmoid") == ([2, 1], approx((4 / 5) / (22 / 15), (2 / 3) / (22 / 15)))
+    assert decided([0.0, L2, L4], score="sigmoid", weigh="softmax") == ([2, 1], approx(4 / 6, 2 / 6))
+
+
+def test_weights_of_ones_own_are_not_normalised_unless_asked():
+    def twice(logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
+        return 2 * score.gather(-1, expert)
+
+    assert decided([0.0, L2, L4], weigh=twice) == ([2, 1], approx(8 / 7, 4 / 7))
+    assert decided([0.0, L2, L4], weigh=twice, normalize=True, scale=3.0) == ([2, 1], approx(2.0, 1.0))
+
+
+def test_normalisation_by_an_epsilon_and_by_a_norm():
+    """Sigmoids 1/2 and 3/4: over 1.25 + 0.75; over the Euclidean norm."""
+    settings: dict = dict(score="sigmoid")
+    assert decided([0.0, L3], eps=0.75, **settings) == ([1, 0], approx(3 / 8, 1 / 4))
+    norm = math.hypot(1 / 2, 3 / 4)
+    by_norm = decided([0.0, L3], normalize=lambda w: w / w.norm(dim=-1, keepdim=True), **settings)
+    assert by_norm == ([1, 0], approx(3 / 4 / norm, 1 / 2 / norm))
+
+
+# ---- score ----
+
+
+def test_square_root_of_softplus():
+    """Of logit log(e - 1) it is 1, of log(e^4 - 1) 2."""
+    logits = [math.log(math.e - 1), math.log(math.e**4 - 1), -9.0]
+    assert decided(logits, score="sqrt_softplus", normalize=False) == ([1, 0], approx(2.0, 1.0))
+    assert decided(logits, score=lambda logits: F.softplus(logits).sqrt()) == ([1, 0], approx(2 / 3, 1 / 3))
+
+
+# ---- select ----
+
+
+def test_a_bias_on_logits_and_on_scores():
+    """Far out sigmoids are nearly equal: 0.1 on the score turns the choice, on the logits it does not."""
+
+    def first(**settings) -> int:
+        gate = TopKGating(1, 2, 1, score="sigmoid", expert_bias=True, **settings)
+        gate.w_gating.data.copy_(torch.tensor([[6.0, 5.0]]))
+        gate.expert_bias.copy_(torch.tensor([0.0, 0.1]))
+        return int(gate(torch.ones(1, 1, 1)).expert)
+
+    assert first() == 1
+    assert first(select="logits") == 0
+
+
+def test_chosen_by_a_function():
+    """The worst are chosen; they weigh their scores, 1/7 and 2/7."""
+    expert, weight = decided([0.0, L2, L4], select=lambda logits, score, bias: -score, normalize=False)
+    assert (expert, weight) == ([0, 1], approx(1 / 7, 2 / 7))
+
+
+def test_expert_groups_by_their_best_and_by_their_two_best():
+    """Groups (5, 0) and (4, 3): the first has the best one, the second the best two."""
+    logits = torch.tensor([5.0, 0.0, 4.0, 3.0]).log1p().tolist()
+    groups: dict = dict(num_groups=2, top_groups=1, score=torch.exp, normalize=False)
+    assert decided(logits, k=1, **groups, group_score="best")[0] == [0]
+    assert decided(logits, k=1, **groups, group_score="two_best")[0] == [2]
+    assert decided(logits, k=1, **groups, group_score=lambda grouped: -grouped.amin(dim=-1))[0] == [0]
+
+
+# ---- logits ----
+
+
+def test_logits_multiplied_and_capped():
+    gate = TopKGating(1, 2, 1, logits=RouterLogits(1, 2, multiplier=4.0, softcap=2.0, bias=True))
+    gate.logits.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    gate.logits.bias.data.copy_(torch.tensor([0.5, 0.0]))
+    x = torch.ones(1, 1, 1)
+    torch.testing.assert_close(gate.logits(x), torch.tensor([[[2 * math.tanh(3.0), 0.0]]]))
+    assert gate.w_gating is None
+    torch.testing.assert_close(gate(x).z_loss, gate.logits(x).logsumexp(-1).square().mean())
+
+
+def test_a_norm_before_the_product():
+    """(3, 4) has the root mean square sqrt(12.5); its weight is (1, 2)."""
+    logits = RouterLogits(2, 2, norm_eps=0.0)
+    logits.weight.data.copy_(torch.eye(2))
+    logits.norm_weight.data.copy_(torch.tensor([1.0, 2.0]))
+    found = logits(torch.tensor([[[3.0, 4.0]]]))
+    torch.testing.assert_close(found, torch.tensor([[[3.0, 8.0]]]) / math.sqrt(12.5))
+
+
+@pytest.mark.parametrize("outer", [(), (3,)])
+def test_a_module_of_nothing_but_the_matrix_is_the_matrix(outer):
+    torch.manual_seed(0)
+    gate = TopKGating(5, 4, outer_expert_dims=outer)
+    other = TopKGating(5, 4, outer_expert_dims=outer, logits=RouterLogits(5, 4, outer_expert_dims=outer))
+    other.logits.weight.data.copy_(gate.w_gating.data)
+    x = torch.randn(*outer, 2, 6, 5)
+    for ours, theirs in zip(vars(gate(x)).items(), vars(other(x)).items(), strict=True):
+        assert ours[0] == theirs[0]
+        if isinstance(ours[1], Tensor):
+            torch.testing.assert_close(ours[1], theirs[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_a_network_as_router(dtype):
+    """Its logits are float32 at least, also under autocast, and all its weights are trained."""
+    network = nn.Sequential(nn.Linear(6, 4), nn.GELU(), nn.Linear(4, 3))
+    moe = MoE(6, 3, gate=TopKGating(6, 3, logits=network)).to(dtype)
+    x = torch.randn(2, 5, 6, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.float32):
+        routing = moe.gate(x)
+        out, aux_loss = moe(x)
+    assert routing.probs.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    (out.square().sum() + aux_loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in moe.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(routing.probs, network(x).to(routing.probs.dtype).softmax(-1))
+
+
+# ---- what is refused, and what is shown ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(score="tanh"), "score must be one of 'softmax', 'sigmoid', 'sqrt_softplus', or a function, got 'tanh'"),
+        (dict(select="scores"), "select must be one of 'score', 'logits', or a function, got 'scores'"),
+        (dict(weigh=nn.Identity), r"weigh must be .* or a function, got the class Identity: make an instance"),
+        (dict(group_score=2), "group_score must be one of 'best', 'two_best', or a function, got 2"),
+        (dict(normalize="yes"), "normalize must be True or False, got 'yes'"),
+        (dict(eps=-1.0), "eps must be a finite number of at least 0"),
+        (dict(bias=True, logits=nn.Identity()), "bias=True is the bias of the matrix w_gating"),
+    ],
+)
+def test_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TopKGating(4, 4, **settings)
+
+
+def test_a_module_of_logits_that_does_not_fit():
+    with pytest.raises(TypeError, match=r"logits must be a module .*, got the class Linear: make an instance"):
+        TopKGating(4, 4, logits=nn.Linear)
+    with pytest.raises(
+        ValueError, match=r"logits must return \(1, 2, 4\), one for each token and expert, got \(1, 2, 3"
+    ):
+        TopKGating(4, 4, logits=nn.Linear(4, 3))(torch.randn(1, 2, 4))
+
+
+def test_steps_are_checked_when_set_and_may_be_modules():
+    gate = TopKGating(4, 4)
+    with pytest.raises(ValueError, match="score must be one of"):
+        gate.score = "tanh"
+    gate.score = nn.Sigmoid()
+    assert [name for name, _ in gate.named_children()] == ["score"]
+    gate.score = "softmax"
+    assert not list(gate.named_children())
+
+
+def test_repr_shows_what_is_not_the_default():
+    def named(step: Callable) -> str:
+        return step.__qualname__
+
+    own = lambda logits, score, expert: score.gather(-1, expert)  # noqa: E731
+    gate = TopKGating(4, 4, weigh=own, select="logits", eps=1e-6, num_groups=2, top_groups=1, group_score="best")
+    shown = repr(gate)
+    for part in (f"weigh={named(own)}", "normalize=False", "select='logits'", "eps=1e-06", "group_score='best'"):
+        assert part in shown
+    assert not any(word in repr(TopKGating(4, 4)) for word in ("weigh", "select", "eps", "group_score"))
