@@ -18,9 +18,10 @@ CORE = [
     {"gating", "plan", "decision", "dispatch", "levels"},
     {"ops"},
     {"experts"},
+    {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary"},
+    {"auxiliary", "recipes"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.

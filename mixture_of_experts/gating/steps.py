@@ -16,7 +16,9 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_number, check_size
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"] | Callable[[Tensor], Tensor]
 Select = Literal["score", "logits"] | Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -51,4 +53,87 @@ def check_step(name: str, value: Any) -> Any:
 
 def named(step: Any) -> str:
     """How a step is written in a module's repr."""
-    return repr(step) if isinstance(step, str) else getattr(step, "__qualname__", None) or type(step).__name__
+    if isinstance(step, str) or type(step).__module__.startswith("mixture_of_experts."):
+        return repr(step) if not isinstance(step, nn.Module) else type(step).__name__
+    return getattr(step, "__qualname__", None) or type(step).__name__
+
+
+class AlwaysChosen:
+    """A `select` by which every token chooses the last `num` experts, and the others by their biased scores: shared
+    experts that the router weighs.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import TopKGating
+        >>> gate = TopKGating(8, 5, k=3, select=AlwaysChosen(2))
+        >>> gate(torch.randn(1, 1, 8)).expert[0, :2].tolist()
+        [3, 4]
+    """
+
+    def __init__(self, num: int) -> None:
+        self.num = check_size("num", num)
+
+    def __call__(self, logits: Tensor, score: Tensor, bias: Tensor | None) -> Tensor:
+        biased = score if bias is None else score + bias
+        return torch.cat([biased[..., : -self.num], torch.full_like(biased[..., -self.num :], torch.inf)], dim=-1)
+
+    def __repr__(self) -> str:
+        return f"AlwaysChosen({self.num})"
+
+
+class OpenGroups:
+    """A `select` by expert groups in which the experts of closed groups rank as 0 instead of below all: where biased
+    scores are negative, they come before those."""
+
+    def __init__(self, num_groups: int, top_groups: int) -> None:
+        self.num_groups, self.top_groups = check_size("num_groups", num_groups), check_size("top_groups", top_groups)
+
+    def __call__(self, logits: Tensor, score: Tensor, bias: Tensor | None) -> Tensor:
+        grouped = (score if bias is None else score + bias).unflatten(-1, (self.num_groups, -1))
+        best = GROUP_SCORES["two_best"](grouped).topk(self.top_groups, dim=-1).indices
+        is_open = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=score.device).scatter(-1, best, True)
+        return torch.where(is_open.unsqueeze(-1), grouped, 0.0).flatten(-2)
+
+    def __repr__(self) -> str:
+        return f"OpenGroups({self.num_groups}, {self.top_groups})"
+
+
+class NormalizeBy:
+    """A `normalize` by the norm of order `p` of the weights, by at least `least`."""
+
+    def __init__(self, p: float = 1.0, least: float = 0.0) -> None:
+        self.p, self.least = check_number("p", p, above=0.0), check_number("least", least, at_least=0.0)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        total = weight.sum(dim=-1, keepdim=True) if self.p == 1 else weight.norm(p=self.p, dim=-1, keepdim=True)
+        return weight / total.clamp(min=self.least)
+
+    def __repr__(self) -> str:
+        return f"NormalizeBy(p={self.p}, least={self.least})"
+
+
+class LearnedScale(nn.Module):
+    """A `weigh`: normalised scores times learned numbers, one for each expert or one for all.
+
+    Args:
+        num_scales: e, or 1.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import TopKGating
+        >>> gate = TopKGating(8, 4, weigh=LearnedScale(4))
+        >>> gate.weigh.scale.data.fill_(3.0).shape
+        torch.Size([4])
+        >>> bool((gate(torch.randn(1, 1, 8)).weight.sum() - 3).abs() < 1e-5)
+        True
+    """
+
+    def __init__(self, num_scales: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(check_size("num_scales", num_scales), device=device, dtype=dtype))
+
+    def forward(self, logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
+        weight = score.gather(-1, expert)
+        scale = self.scale.to(weight.dtype)
+        weight = weight / (weight.sum(dim=-1, keepdim=True) + 1e-20)
+        return weight * (scale if len(self.scale) == 1 else scale[expert])

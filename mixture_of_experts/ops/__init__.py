@@ -21,13 +21,21 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
-from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU, known_module, takes_two
+from mixture_of_experts.ops.activations import (
+    ActivationLike,
+    ClampedGLU,
+    ClampedSwiGLU,
+    SquaredReLU,
+    known_module,
+    takes_two,
+)
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 
 __all__ = [
+    "ClampedGLU",
     "ClampedSwiGLU",
     "Explanation",
     "Network",

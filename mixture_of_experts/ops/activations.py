@@ -53,6 +53,35 @@ class ClampedSwiGLU(nn.Module):
         return f"alpha={self.alpha}, limit={self.limit}"
 
 
+class ClampedGLU(nn.Module):
+    """`act(gate) * up`, both clamped: DeepSeek-V4's, GLM-5's, Step-3.7's.
+
+    Args:
+        activation: of the gate; a class, a module or a function.
+        limit: the gate is clamped to at most, `up` to plus and minus this.
+        after: the gate is clamped after its activation instead of before.
+
+    Shape:
+        gate and up `(..., h)`; returns `(..., h)`.
+
+    Example:
+        >>> import torch
+        >>> ClampedGLU(nn.ReLU, limit=2.0)(torch.tensor([1.0, 9.0]), torch.tensor([-3.0, 1.0]))
+        tensor([-2.,  2.])
+    """
+
+    def __init__(self, activation: ActivationLike = nn.SiLU, limit: float = 7.0, *, after: bool = False) -> None:
+        super().__init__()
+        self.act, self.limit, self.after = make_activation(activation), limit, after
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        gate = self.act(gate).clamp(max=self.limit) if self.after else self.act(gate.clamp(max=self.limit))
+        return gate * up.clamp(-self.limit, self.limit)
+
+    def extra_repr(self) -> str:
+        return f"limit={self.limit}" + (", after=True" if self.after else "")
+
+
 class SquaredReLU(nn.Module):
     """`relu(x)^2` (Primer, arXiv 2109.08668).
 

@@ -1,0 +1,210 @@
+"""Experts around others: between two modules, beside experts that compute nothing, with a norm, or weighed first.
+
+Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_number
+from mixture_of_experts.dispatch import Decision, GivenChoices, combine, dispatch
+from mixture_of_experts.experts import RoutedExperts, run_experts
+
+
+class EnclosedExperts(RoutedExperts):
+    """Experts between two modules, `after(experts(before(x)) + beside(x))`: latent experts, which compute in a
+    narrower space that all of them share (arXiv 2601.18089); norms around the whole.
+
+    Args:
+        experts: any experts, of the width that `before` returns.
+        before, after, beside: modules of tokens `(t, d)`; None leaves the step out.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> latent = EnclosedExperts(Experts(4, 8), before=nn.Linear(16, 4), after=nn.Linear(4, 16))
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 8), experts=latent)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(
+        self,
+        experts: nn.Module,
+        *,
+        before: nn.Module | None = None,
+        after: nn.Module | None = None,
+        beside: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.experts = experts
+        self.before, self.after, self.beside = before, after, beside
+        self.num_experts = getattr(experts, "num_experts", None)
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        inner = x if self.before is None else self.before(x)
+        out = self.experts(inner) if decision is None else run_experts(self.experts, inner, decision)
+        if self.beside is not None:
+            out = out + self.beside(x)
+        if self.after is not None:
+            out = self.after(out)
+        real = decision.levels[0].real if decision is not None and decision.levels else None
+        return out if real is None else torch.where(real.reshape(-1, 1), out, 0)  # a bias is of real tokens alone
+
+
+class ExpertsBesideIdentity(RoutedExperts):
+    """Experts, and behind them ids that cost nothing: their experts return the token itself, or zero (LongCat-Flash,
+    arXiv 2509.01322).
+
+    Args:
+        experts: e experts of contract two (`Experts`, `GatedExperts`, a subclass of `RoutedExperts`).
+        num_identity: ids from e on whose experts return the token.
+        num_zero: ids behind those whose experts return zero.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> experts = ExpertsBesideIdentity(Experts(dim=16, num_experts=4), num_identity=2)
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 6, k=2), experts=experts)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(self, experts: RoutedExperts, *, num_identity: int = 0, num_zero: int = 0) -> None:
+        super().__init__()
+        if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
+            raise TypeError(
+                f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: ids "
+                "that cost nothing stand behind theirs"
+            )
+        for name, number in (("num_identity", num_identity), ("num_zero", num_zero)):
+            if check_number(name, number, at_least=0) != int(number):
+                raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
+        self.experts = experts
+        self.num_identity, self.num_zero = int(num_identity), int(num_zero)
+        self.num_computing = int(getattr(experts, "num_experts"))  # noqa: B009
+        self.num_experts = self.num_computing + self.num_identity + self.num_zero
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        made = None if decision is None else decision.choices
+        if made is None:
+            return super().forward(x, decision)
+        e, k = self.num_computing, made.k
+        expert, weight, kept = (part.reshape(-1, k) for part in (made.expert, made.weight, made.kept))
+        out = self.experts(x, GivenChoices(torch.where(kept, expert, e), weight, e))
+        copies = kept & (expert >= e) & (expert < e + self.num_identity)
+        share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
+        return (out + share * x).to(x.dtype)
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        e, row = self.num_computing, torch.arange(len(rows), device=rows.device).unsqueeze(-1)
+        stops = counts.cumsum(0)
+        first, last = stops[e - 1], stops[e - 1 + self.num_identity]
+        out = self.experts.compute(rows, counts[:e])
+        return torch.where(row < first, out, torch.where(row < last, rows, 0))
+
+    def extra_repr(self) -> str:
+        return f"num_identity={self.num_identity}, num_zero={self.num_zero}"
+
+
+class InputWeightedExperts(RoutedExperts):
+    """Experts whose weights multiply what they read, not what they return (Llama 4).
+
+    Args:
+        experts: experts that have `compute`, such as `GatedExperts`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import GatedExperts, MoE, TopKGating
+        >>> gate = TopKGating(16, 4, k=1, score="sigmoid")
+        >>> moe = MoE(dim=16, gate=gate, experts=InputWeightedExperts(GatedExperts(16, 4)))
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(self, experts: RoutedExperts) -> None:
+        super().__init__()
+        self.experts = experts
+        self.num_experts = getattr(experts, "num_experts", None)
+
+    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+        if decision is None:
+            return super().forward(x, decision)
+        plan = decision.plan(ragged=True)
+        assert plan.counts is not None
+        rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)
+        out = self.compute(rows.to(x.dtype), plan.counts)
+        return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return self.experts.compute(rows, counts)
+
+
+class NormedExperts(RoutedExperts):
+    """Experts whose results go through a norm before their weights multiply them.
+
+    Args:
+        experts: experts that have `compute`, such as `GatedExperts`.
+        norm: a module of rows `(r, d)`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import Experts, MoE, TopKGating
+        >>> moe = MoE(dim=16, gate=TopKGating(16, 4), experts=NormedExperts(Experts(16, 4), nn.RMSNorm(16)))
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
+        super().__init__()
+        self.experts, self.norm = experts, norm
+        self.num_experts = getattr(experts, "num_experts", None)
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        return self.norm(self.experts.compute(rows, counts))
+
+
+class Scale(nn.Module):
+    """Times a number."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = check_number("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return f"{self.factor}"
+
+
+class Shift(nn.Module):
+    """Plus a learned vector `bias (d,)`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias
+
+
+class TokenGated(nn.Module):
+    """A module whose result a learned gate of each token multiplies, `sigmoid(gate(x)) * module(x)`: the shared
+    expert of Qwen2-MoE (arXiv 2407.10671).
+
+    Args:
+        module: `(..., d)` to the same shape.
+        gate: `(..., d)` to `(..., 1)`.
+    """
+
+    def __init__(self, module: nn.Module, gate: nn.Module) -> None:
+        super().__init__()
+        self.module, self.gate = module, gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.gate(x)) * self.module(x)
