@@ -22,6 +22,7 @@ CORE = [
     {"arguments"},
     {"moe"},
     {"auxiliary", "recipes"},
+    {"held"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.

@@ -1,59 +1,31 @@
 """Sparse blocks of models in `transformers` as `MoE` layers, and back: the same weights in another layout.
 
+What a block computes is told by its record in `recipes.MODELS`, and by what it holds under the names in
+`recipes.KEEPS`.
+
 Axes: d model dim, h hidden dim, e experts.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.experts import GatedExperts
-from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.adapters import read_activation
+from mixture_of_experts.held import BlockSettings, record_of
+from mixture_of_experts.huggingface.block_experts import BlockExperts, Pieces
+from mixture_of_experts.huggingface.block_router import make_gate, router_views
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.recipes import BLOCKS, KEEPS
 
-
-class Block(NamedTuple):
-    """How a sparse block is made."""
-
-    router: str  # attribute that holds the router
-    gate: Callable[[Any], dict[str, Any]]  # the router's settings, for `TopKGating`
-    shared: str | None = None  # attribute that holds the shared experts
-
-
-def mixtral(router: Any) -> dict[str, Any]:
-    return dict(normalize=True)
-
-
-def qwen3(router: Any) -> dict[str, Any]:
-    return dict(normalize=bool(router.norm_topk_prob))
-
-
-def deepseek(router: Any) -> dict[str, Any]:
-    groups = dict(num_groups=router.num_group, top_groups=router.topk_group) if router.num_group > 1 else {}
-    scale = float(router.routed_scaling_factor)
-    return dict(score="sigmoid", normalize=bool(router.norm_topk_prob), scale=scale, expert_bias=True, **groups)
-
-
-def gpt_oss(router: Any) -> dict[str, Any]:
-    return dict(normalize=True, bias=True)  # softmax over the chosen is that over all, normalised over the chosen
-
-
-BLOCKS = {
-    "DeepseekV3MoE": Block("gate", deepseek, shared="shared_experts"),
-    "GptOssMLP": Block("router", gpt_oss),
-    "MixtralSparseMoeBlock": Block("gate", mixtral),
-    "OlmoeSparseMoeBlock": Block("gate", qwen3),
-    "Qwen3MoeSparseMoeBlock": Block("gate", qwen3),
+COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
+COMPARED += ("group_score", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity", "logits")
+REFUSED = {
+    "is_hash": "chooses by the ids of tokens",
+    "use_eda": "reads the state of the layer before's router",
 }
-COMPARED = ("k", "score", "normalize", "scale", "num_groups", "top_groups")
-COMPARED += ("capacity_factor_train", "capacity_factor_eval")
 
 
 def from_transformers(
@@ -61,7 +33,9 @@ def from_transformers(
 ) -> MoE:
     """A `MoE` that computes what a sparse block of `transformers` does, with copies of its weights.
 
-    Known are the blocks of Mixtral, Qwen3-MoE, OLMoE, DeepSeek-V3 and GPT-OSS, of a model that is loaded.
+    Known are the blocks that `recipes.MODELS` lists, of a model that is loaded; docs/huggingface.md has the table, and
+    what of theirs is left out. Of a layer that holds router and experts itself (Gemma 4) it is what lies between the
+    layer's feed-forward input and the addition of both networks.
 
     Args:
         block: such as `model.model.layers[0].mlp`.
@@ -81,11 +55,10 @@ def from_transformers(
         >>> moe = from_transformers(block)
         >>> torch.testing.assert_close(moe(x)[0], block(x))
     """
-    known = find_block(block)
-    moe = like(block, known, balance_over, loss_coef=loss_coef, z_loss_coef=z_loss_coef)
-    state = {
-        name: view.detach().clone(memory_format=torch.contiguous_format) for name, view in views(block, known).items()
-    }
+    read = read_block(block)
+    moe = read.layer(balance_over, loss_coef=loss_coef, z_loss_coef=z_loss_coef)
+    wanted = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    state = {name: joined(pieces, wanted[name]) for name, pieces in read.views().items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # its steps are small
         state["gate.expert_counts"] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
@@ -106,76 +79,97 @@ def to_transformers(moe: MoE, block: nn.Module) -> nn.Module:
     Raises:
         ValueError: a block that is not known, or another computation; nothing is changed then.
     """
-    known = find_block(block)
-    wanted = like(block, known, "batch")
-    differ = [
-        f"the gate has {name}={getattr(moe.gate, name, None)!r}, the block {getattr(wanted.gate, name)!r}"
-        for name in COMPARED
-        if getattr(moe.gate, name, None) != getattr(wanted.gate, name)
-    ]
-    act, wanted_act = getattr(moe.experts, "act", None), wanted.experts.act
-    if repr(act) != repr(wanted_act):
-        differ.append(f"the experts have the activation {act}, the block {wanted_act}")
+    read = read_block(block)
+    like, theirs = read.layer(), read.views()
+    differ = differences(moe, like)
     own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
     own.pop("gate.expert_counts", None)
-    theirs = views(block, known)
+    wanted = {**dict(like.named_parameters()), **dict(like.named_buffers())}
     for name in sorted(own.keys() | theirs.keys()):
-        shapes = [tuple(side[name].shape) if name in side else None for side in (own, theirs)]
+        shapes = [tuple(side[name].shape) if name in side else None for side in (own, wanted)]
         if shapes[0] != shapes[1]:
             differ.append(f"{name} has shape {shapes[0]} in the layer and {shapes[1]} in the block")
     if differ:
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: " + "; ".join(differ))
-    for name, view in theirs.items():
-        view.copy_(own[name])
+    for name, pieces in theirs.items():
+        for index, view in pieces:
+            view.copy_(own[name][index])
     return block
 
 
-def find_block(block: nn.Module) -> Block:
-    known = BLOCKS.get(type(block).__name__)
-    if known is None:
-        raise ValueError(f"a {type(block).__name__} is not known: there are {', '.join(BLOCKS)}")
-    if getattr(block, "jitter_noise", 0):
-        raise ValueError(
-            f"{type(block).__name__} has jitter_noise={block.jitter_noise}, which disturbs what its experts read too, "
-            "as no gate does: set it to 0"
-        )
-    return known
+def differences(moe: MoE, wanted: MoE) -> list[str]:
+    """What settings of the layer are not the block's."""
+
+    def told(gate: nn.Module, name: str) -> str:
+        return repr(getattr(gate, name, None))
+
+    differ = [
+        f"the gate has {name}={told(moe.gate, name)}, the block {told(wanted.gate, name)}"
+        for name in COMPARED
+        if told(moe.gate, name) != told(wanted.gate, name)
+    ]
+    ours, theirs = innermost(moe.experts), innermost(wanted.experts)
+    act, wanted_act = getattr(ours, "act", None), getattr(theirs, "act", None)
+    if repr(act) != repr(wanted_act):
+        differ.append(f"the experts have the activation {act}, the block {wanted_act}")
+    kinds = [[type(part).__name__ for part in layers(experts)] for experts in (moe.experts, wanted.experts)]
+    if kinds[0] != kinds[1]:
+        differ.append(f"the experts are {' around '.join(kinds[0])}, the block's {' around '.join(kinds[1])}")
+    return differ
 
 
-def like(block: Any, known: Block, balance_over: Any, **coefs: Any) -> MoE:
-    """A layer of a block's sizes and settings, its weights not yet there."""
-    router, experts = getattr(block, known.router), block.experts
-    e, d = router.weight.shape
-    h = experts.down_proj.shape[1 if experts.is_transposed else 2]
-    clamped = known.gate is gpt_oss
-    activation = ClampedSwiGLU(experts.alpha, experts.limit) if clamped else read_activation(experts.act_fn)
-    with torch.device("meta"):  # no draws for weights that are copied
-        gate = TopKGating(d, e, router.top_k, balance_over=balance_over, **known.gate(router))
-        ours: Any = GatedExperts(d, e, h, activation, bias=experts.has_bias)
-    shared = None if known.shared is None else copy.deepcopy(getattr(block, known.shared))
-    ours.is_transposed = True  # (e, in, out): what PEFT asks
-    return MoE(d, e, gate=gate, experts=ours, shared_expert=shared, **coefs)
+def layers(experts: nn.Module) -> Iterator[nn.Module]:
+    """Experts, and those they are around."""
+    yield experts
+    if isinstance(inner := getattr(experts, "experts", None), nn.Module):
+        yield from layers(inner)
 
 
-def views(block: Any, known: Block) -> dict[str, Tensor]:
-    """The block's parameters by our names and in our layout, as views: to be read, and to be written."""
-    router, experts = getattr(block, known.router), block.experts
-    found = {"gate.w_gating": router.weight.T}
-    if getattr(router, "bias", None) is not None:
-        found["gate.b_gating"] = router.bias
-    if hasattr(router, "e_score_correction_bias"):
-        found["gate.expert_bias"] = router.e_score_correction_bias
-    gate_up, down = experts.gate_up_proj, experts.down_proj
-    if not experts.is_transposed:
-        gate_up, down = gate_up.mT, down.mT  # (e, in, out)
-    halves = {"w": gate_up, "b": experts.gate_up_proj_bias} if experts.has_bias else {"w": gate_up}
-    for kind, both in halves.items():
-        gate, up = both.chunk(2, dim=-1) if experts.is_concatenated else (both[..., ::2], both[..., 1::2])
-        found |= {f"experts.{kind}1": gate, f"experts.{kind}3": up}
-    found["experts.w2"] = down
-    if experts.has_bias:
-        found["experts.b2"] = experts.down_proj_bias
-    if known.shared is not None:
-        shared = getattr(block, known.shared)
-        found |= {f"shared_expert.{name}": parameter for name, parameter in shared.named_parameters()}
-    return found
+def innermost(experts: nn.Module) -> nn.Module:
+    return list(layers(experts))[-1]
+
+
+def joined(pieces: Pieces, like: Tensor) -> Tensor:
+    """The pieces as one tensor of ours, with memory of its own."""
+    (index, first), *rest = pieces
+    if index is Ellipsis and not rest:
+        return first.detach().clone(memory_format=torch.contiguous_format)
+    whole = torch.zeros(like.shape, dtype=first.dtype, device=first.device)
+    for index, piece in pieces:
+        whole[index] = piece.detach()
+    return whole
+
+
+class ReadBlock(NamedTuple):
+    """A block, read."""
+
+    router: BlockSettings
+    experts: BlockExperts
+
+    def layer(self, balance_over: Any = "batch", **coefs: Any) -> MoE:
+        """A layer of the block's sizes and settings; weights that are copied one by one are not there yet."""
+        gate, (experts, shared) = make_gate(self.router, balance_over), self.experts.module()
+        return MoE(gate.dim, gate.num_experts, gate=gate, experts=experts, shared_expert=shared, **coefs)
+
+    def views(self, of: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Pieces]:
+        """The block's weights by our names and in our layout; `of` a parameter, its gradient for instance."""
+        return {**router_views(self.router, of), **self.experts.views(of)}
+
+
+def read_block(block: nn.Module) -> ReadBlock:
+    """A block that is known, and does nothing that no layer does."""
+    name, model = type(block).__name__, record_of(block)
+    if model is None:
+        raise ValueError(f"a {name} is not known: there are {', '.join(sorted(BLOCKS))}")
+    settings = BlockSettings(block, model)
+    for attribute, reason in REFUSED.items():
+        if getattr(block, attribute, False) or getattr(settings.router, attribute, False):
+            raise ValueError(f"{name} {reason}, which no gate is given")
+    for attribute in KEEPS["jitter"]:
+        for holder in (block, settings.router):
+            if getattr(holder, attribute, None):
+                raise ValueError(
+                    f"{name} has {attribute}={getattr(holder, attribute)}, which disturbs what its experts read too, "
+                    "as no gate does: set it to 0"
+                )
+    return ReadBlock(settings, BlockExperts(settings))

@@ -1,0 +1,148 @@
+"""What a sparse block of `transformers` holds under the names in `recipes.KEEPS`: the settings of its router.
+
+Nothing of that package is imported.
+
+Axes: d model dim, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mixture_of_experts.gating.steps import AlwaysChosen, NormalizeBy, OpenGroups
+from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
+
+#: names of classes and words of theirs for a router's score
+SCORES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
+
+
+def find(holder: Any, *names: str) -> Any:
+    """The first of these attributes that is there and not None; a name may be a path."""
+    for name in names:
+        found = holder
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
+
+
+def record_of(block: nn.Module) -> Model | None:
+    """The record of a block that is known, and holds a router."""
+    kind = type(block)
+    known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+    return known if known is not None and find(block, *KEEPS["router"]) is not None else None
+
+
+class BlockSettings:
+    """What the router of a block does, by the record of the block and what it holds itself."""
+
+    def __init__(self, block: Any, model: Model) -> None:
+        self.block, self.model = block, model
+        self.router: Any = find(block, *KEEPS["router"])
+        network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
+        self.network = network if len(network) == 2 else []  # instead of a matrix
+        self.weight = None if self.network else self.held("weight")
+
+    def held(self, part: str) -> Any:
+        """What the router, or else the block, holds under one of a part's names; None if nothing."""
+        found = find(self.router, *KEEPS[part])
+        return find(self.block, *KEEPS[part]) if found is None else found
+
+    @property
+    def dim(self) -> int:
+        return self.router.down_proj.in_features if self.weight is None else self.weight.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_router_classes if self.weight is None else self.weight.shape[0]
+
+    @property
+    def always(self) -> int:
+        """Shared experts that the router weighs: they stand behind the others."""
+        return self.block.shared_experts.n_shared_experts if self.model.scales == "all" else 0
+
+    @property
+    def k(self) -> int:
+        held = self.held("k")
+        return (
+            getattr(getattr(self.router, "config", None), "top_k_experts", self.model.gate["k"])
+            if held is None
+            else held
+        )
+
+    @property
+    def score(self) -> str:
+        if (function := getattr(self.router, "score_fn", None)) is not None:
+            return SCORES[type(function).__name__]
+        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+            return "softmax"
+        return self.model.gate.get("score", "softmax")
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots of an expert for each sequence, whatever its length."""
+        return getattr(self.router, "expert_capacity", None)
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the router's matrix, where its forward adds it."""
+        if self.network or hasattr(self.router, "get_topk_indices"):  # there it is held, and not read
+            return None
+        path = next(path for path in KEEPS["weight"] if find(self.router, path) is not None)
+        return find(self.router, path.removesuffix("weight") + "bias")
+
+    @property
+    def expert_bias(self) -> Any:
+        if not self.model.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
+            return None
+        return self.held("expert_bias")
+
+    @property
+    def scale(self) -> float:
+        """The router's, times the block's, which multiplies what the experts return."""
+        product = 1.0
+        for holder in (self.router, self.block):
+            factor = find(holder, *KEEPS["scale"])
+            product *= 1.0 if factor is None else float(factor)
+        return product / 2 if getattr(self.block, "shared_expert_combination_strategy", "") == "average" else product
+
+    def gate(self) -> dict[str, Any]:
+        """Settings for `TopKGating`, but for modules."""
+        unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
+        settings = {name: value for name, value in self.model.gate.items() if name not in unheld}
+        settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
+        settings["expert_bias"] = self.expert_bias is not None
+        if "normalize" in settings and isinstance(normalize := self.held("normalize"), bool):
+            settings["normalize"] = normalize
+        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+            settings |= dict(weigh="softmax", normalize=True)
+        if (least := getattr(self.router, "norm_min", None)) is not None:
+            settings["normalize"] = NormalizeBy(least=float(least))
+        if hasattr(self.block, "moe_normalize_expert_weights"):
+            order = self.block.moe_normalize_expert_weights
+            settings["normalize"] = False if order is None else NormalizeBy(p=float(order))
+        if self.always:
+            settings |= dict(select=AlwaysChosen(self.always), k=self.k + self.always)
+        if self.capacity is not None:
+            settings |= dict(capacity_factor_train=1e-9, capacity_factor_eval=1e-9, min_expert_capacity=self.capacity)
+        return settings | self.groups()
+
+    def groups(self) -> dict[str, Any]:
+        groups, best = self.held("num_groups"), self.held("top_groups")
+        if groups is None or groups == 1 or getattr(self.router, "topk_method", "") == "greedy":
+            return {}
+        if hasattr(self.router, "apply_group_scoring"):
+            return dict(select=OpenGroups(groups, best))
+        return dict(num_groups=groups, top_groups=best, group_score=self.model.gate.get("group_score", "two_best"))
+
+    def logits(self) -> dict[str, Any]:
+        """Settings for `RouterLogits`."""
+        settings = dict(self.model.logits or {})
+        if "norm_eps" in settings:
+            return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
+        if "softcap" in settings:
+            return dict(softcap=float(self.held("softcap")) or None)
+        return dict(multiplier=float(self.held("multiplier")))

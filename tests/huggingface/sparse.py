@@ -1,0 +1,285 @@
+"""Every sparse block of the installed `transformers`, made small; `python tests/huggingface/sparse.py` prints what each
+of them can be given to.
+
+A block is a module that makes experts in its constructor, found in the text of every model's file: what a later version
+adds is found too.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import inspect
+import typing
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from mixture_of_experts.huggingface import from_transformers, to_transformers
+from mixture_of_experts.huggingface.blocks import joined, read_block
+from mixture_of_experts.stats import track_routing
+
+MODELS = Path(transformers.__file__).parent / "models"
+DIM, TOKENS = 16, (2, 7)
+
+#: settings of configurations, where one has them: every block gets its groups, latent sizes, biases and shared experts
+SMALL: dict[str, Any] = dict(
+    hidden_size=DIM, d_model=DIM, intermediate_size=12, moe_intermediate_size=12, d_ff=12, ffn_hidden_size=12,
+    expert_ffn_hidden_size=12, moe_hidden_size=8, moe_latent_size=8, shared_expert_intermediate_size=20,
+    shared_experts_intermediate_size=20, moe_shared_expert_intermediate_size=20, shared_intermediate_size=20,
+    intermediate_size_mlp=20, dense_intermediate_size=20, router_hidden_size=10, num_experts=8, num_local_experts=8,
+    n_routed_experts=8, moe_num_experts=8, zero_expert_num=3, num_experts_per_tok=3, top_k_experts=3, moe_topk=3,
+    moe_top_k=3, n_shared_experts=2, num_shared_experts=2, moe_num_shared_experts=2, n_group=4, topk_group=2,
+    topk_method="group_limited_greedy", routed_scaling_factor=2.5, route_scale=2.5, router_scaling_factor=2.5,
+    moe_routed_scaling_factor=2.5, moe_router_scaling_factor=2.5, moe_router_logit_softcapping=2.0,
+    output_multiplier=1.5, swiglu_limit=0.7, enable_moe_block=True, router_bias=True, mlp_bias=True,
+    hidden_size_per_layer_input=0, expert_capacity=3, moe_jitter_eps=None, router_jitter_noise=0.0, dropout_rate=0.0,
+    moe_token_dropout=0.0, num_hidden_layers=4, head_dim=8, num_attention_heads=2, num_key_value_heads=1, kv_channels=8,
+    vocab_size=64,
+)  # fmt: skip
+#: what has to be given when the configuration is made, or to the block
+GIVEN: dict[str, dict[str, Any]] = {
+    "Dots3NoteVisionMoE": dict(
+        hidden_size=DIM, num_attention_heads=2, adapter_in_dim=DIM, num_hidden_layers=2, moe_intermediate_size=12,
+        pyramid_num_routed=[8, 8], num_experts_per_tok=3, router_scaling_factor=2.5,
+    ),
+    "Gemma4TextDecoderLayer": dict(num_kv_shared_layers=0, num_hidden_layers=2),
+    "DeepseekV4SparseMoeBlock": dict(mlp_layer_types=["moe", "moe", "hash_moe", "moe"], num_hidden_layers=4),
+}  # fmt: skip
+
+#: what is not converted, and why
+LEFT_OUT = {
+    "JetMoeMoA": "experts of an attention layer, two calls with attention between them: no feed-forward network",
+    "NllbMoeSparseMLP": (
+        "transformers 5.24 reads the router's one-hot mask as ids of experts: it computes experts 0 and 1 alone, "
+        "whatever was chosen"
+    ),
+}
+
+
+class Found(NamedTuple):
+    """A class of blocks."""
+
+    family: str
+    module: str
+    name: str
+
+    @property
+    def kind(self) -> type[nn.Module]:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+def find_blocks() -> Iterator[Found]:
+    for file in sorted(MODELS.glob("*/modeling_*.py")):
+        text, family = file.read_text(encoding="utf-8"), file.parent.name
+        if "Experts" in text:
+            for node in ast.parse(text).body:
+                if isinstance(node, ast.ClassDef) and makes_experts(node):
+                    yield Found(family, f"transformers.models.{family}.{file.stem}", node.name)
+
+
+def makes_experts(node: ast.ClassDef) -> bool:
+    """Whether its constructor makes experts, and not only shared ones."""
+    made = [
+        ast.unparse(call.func)
+        for method in node.body
+        if isinstance(method, ast.FunctionDef) and method.name == "__init__"
+        for call in ast.walk(method)
+        if isinstance(call, ast.Call)
+    ]
+    return any(name.endswith("Experts") and "Shared" not in name for name in made)
+
+
+BLOCKS = {found.name: found for found in find_blocks()}
+
+
+def configurations(found: Found) -> Iterator[type[PreTrainedConfig]]:
+    """Of the annotation, else all of the family."""
+    annotation = inspect.signature(found.kind.__init__).parameters["config"].annotation
+    if isinstance(annotation, type) and issubclass(annotation, PreTrainedConfig):
+        yield annotation
+    yield from (kind for kind in typing.get_args(annotation) if isinstance(kind, type))
+    module = importlib.import_module(f"transformers.models.{found.family}.configuration_{found.family}")
+    for kind in list(vars(module).values()):
+        if isinstance(kind, type) and issubclass(kind, PreTrainedConfig) and kind.__module__ == module.__name__:
+            yield kind
+
+
+def shrink(config: Any) -> Any:
+    for name, value in SMALL.items():
+        with contextlib.suppress(Exception):  # some may not be set, or differ from layer to layer
+            old = getattr(config, name)
+            setattr(config, name, type(old)([value] * len(old)) if isinstance(old, list | tuple) else value)
+    for part in ("ffn_config", "text_config"):
+        if getattr(config, part, None) is not None:
+            shrink(getattr(config, part))
+    config._experts_implementation = "eager"
+    return config
+
+
+def make(name: str, layer_idx: int | None = None) -> nn.Module:
+    """A small block of random weights, as large as trained ones, and biases that matter."""
+    found, failures = BLOCKS[name], []
+    for kind in configurations(found):
+        try:
+            config = shrink(kind(**GIVEN.get(name, {})))
+            if not hasattr(config, "num_experts_per_tok"):
+                config = getattr(config, "text_config", config)
+            parameters = inspect.signature(found.kind.__init__).parameters
+            layer_idx = (0 if found.family == "zaya" else 1) if layer_idx is None else layer_idx
+            given: dict[str, Any] = dict(layer_idx=layer_idx, intermediate_size=12, ffn_dim=12)
+            block = found.kind(config, **{key: value for key, value in given.items() if key in parameters})
+        except Exception as error:
+            failures.append(f"{kind.__name__}: {error}")
+            continue
+        return randomize(block)
+    raise RuntimeError("; ".join(failures))
+
+
+@torch.no_grad()
+def randomize(block: nn.Module) -> nn.Module:
+    for path, tensor in [*block.named_parameters(), *block.named_buffers()]:
+        if tensor.is_floating_point():
+            around = 1.0 if "norm" in path or "scale" in path else 0.0
+            tensor.copy_(around + torch.randn_like(tensor) * (DIM**-0.5 if tensor.ndim > 1 else 0.2))
+    return block
+
+
+def run(block: Any, x: Tensor) -> Tensor:
+    """What a `MoE` in its place returns for `(b, n, d)`."""
+    if type(block).__name__.endswith("Layer") and hasattr(block, "router") and hasattr(block, "experts"):
+        if not hasattr(block, "pre_feedforward_layernorm_2"):
+            return block(x)
+        flat = x.flatten(0, 1)  # what stands in the forward of a layer that holds router and experts itself
+        _, weight, expert = block.router(flat)
+        out = block.post_feedforward_layernorm_2(block.experts(block.pre_feedforward_layernorm_2(flat), expert, weight))
+        return out.view_as(x)
+    out = block(x)
+    return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+
+
+def unread(block: nn.Module) -> set[str]:
+    """Keys of what is no part of the block: of the rest of a layer that holds router and experts itself, and weights,
+    or rows of them, that no forward reads."""
+    if hasattr(block, "self_attn"):
+        mine = ("router.", "experts.", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_2")
+        return {key for key in block.state_dict() if not key.startswith(mine)}
+    if type(block).__name__ == "LongcatFlashMoE":
+        return {"experts.gate_up_proj", "router.classifier.bias"}  # rows of the experts that return the token
+    return set()
+
+
+# ---- the table ----
+
+
+class Gap(NamedTuple):
+    """The largest difference between a block and a layer of ours, relative to the largest number if that is above 1."""
+
+    value: float
+    where: str
+
+
+def compare(block: nn.Module, moe: nn.Module) -> Gap:
+    """Outputs, and the gradients of the input and of every weight."""
+    x, cotangent = torch.randn(*TOKENS, DIM), torch.randn(*TOKENS, DIM)
+    results: list[dict[str, Tensor]] = []
+    for layer in (block, moe):
+        torch.manual_seed(1)  # for what draws in training
+        leaf = x.clone().requires_grad_()
+        out = run(layer, leaf)
+        out.backward(cotangent)
+        assert leaf.grad is not None
+        results.append({"output": out.detach(), "input": leaf.grad})
+    trained = {name: p for name, p in moe.named_parameters() if p.requires_grad}
+
+    def grad(parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    views = read_block(block).views(grad)
+    results[0] |= {name: joined(views[name], p) for name, p in trained.items()}
+    results[1] |= {name: grad(p) for name, p in trained.items()}
+    worst = Gap(0.0, "")
+    for name, theirs in results[0].items():
+        gap = (results[1][name] - theirs).abs().max() / theirs.abs().max().clamp(min=1.0)
+        worst = max(worst, Gap(gap.item(), name))
+    return worst
+
+
+def goes_in(name: str) -> None:
+    for training in (False, True):
+        torch.manual_seed(0)
+        block = make(name).train(training)
+        gap = compare(block, from_transformers(block))
+        assert gap.value < 1e-5, f"{gap.where} differs by {gap.value}"
+
+
+def comes_back(name: str) -> None:
+    """Bit for bit, into a block of other weights, buffers too."""
+    block, other = make(name), make(name)
+    to_transformers(from_transformers(block), other)
+    state = block.state_dict()
+    left = [key for key, value in other.state_dict().items() if not torch.equal(value, state[key])]
+    assert set(left) <= unread(block), f"{left} did not come back"
+
+
+def is_tracked(name: str) -> None:
+    """Every measure is that of the layer of ours on the same tokens."""
+    block, x = make(name).eval(), torch.randn(*TOKENS, DIM)
+    moe = from_transformers(block, balance_over="group").eval()
+    with track_routing(block) as found, track_routing(moe) as expected:
+        run(block, x), run(moe, x)
+    (layer,) = found.layers
+    theirs, ours = found.last(layer), expected.last("gate")
+    assert torch.equal(theirs.load, ours.load), f"load {theirs.load} instead of {ours.load}"
+    for measure in ("dropped", "unseen", "entropy", "confidence"):
+        gap = abs(getattr(theirs, measure) - getattr(ours, measure))
+        assert gap < 1e-4, f"{measure} differs by {gap}"
+
+
+def has_backend(name: str) -> None:
+    """The experts, computed by this package inside of the block."""
+    block, x = make(name), torch.randn(*TOKENS, DIM)
+    experts: Any = block.experts
+    assert hasattr(experts, "has_gate"), "the experts have no such interface"
+    expected = run(block, x)
+    experts.config._experts_implementation = "mixture_of_experts"
+    torch.testing.assert_close(run(block, x), expected, atol=1e-5, rtol=1e-5)
+
+
+CHECKS = {
+    "from_transformers": goes_in,
+    "to_transformers": comes_back,
+    "track_routing": is_tracked,
+    "backend": has_backend,
+}
+
+
+def table() -> str:
+    lines = ["| block | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 1) + "|"]
+    totals, notes = dict.fromkeys(CHECKS, 0), []
+    for name in sorted(BLOCKS):
+        cells = []
+        for column, check in CHECKS.items():
+            try:
+                check(name)
+                cells.append("yes")
+                totals[column] += 1
+            except Exception as error:
+                cells.append("no")
+                notes.append(f"{name}, {column}: {type(error).__name__}: {str(error)[:160]}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append(f"| of {len(BLOCKS)} | " + " | ".join(map(str, totals.values())) + " |")
+    reasons = [f"{name}: {reason}" for name, reason in LEFT_OUT.items()]
+    return "\n".join([*lines, "", *reasons, "", *notes])
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    print(table())
