@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -42,6 +42,7 @@ class Model:
         layer: settings of `MoE`: coefficients of losses.
         blocks: classes of `transformers` that compute this.
         keeps: where those keep a part, if under none of the names in `KEEPS`.
+        tells: whether their router returns logits, or probabilities in the place of those.
     """
 
     paper: str = ""
@@ -59,6 +60,7 @@ class Model:
     layer: Mapping[str, Any] = field(default_factory=dict)
     blocks: tuple[str, ...] = ()
     keeps: Mapping[str, str] = field(default_factory=dict)
+    tells: Literal["logits", "probs"] = "logits"
 
 
 #: names under which blocks of `transformers`, or their routers, keep what varies: settings, weights and modules
@@ -334,6 +336,7 @@ MODELS: dict[str, Model] = {
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
         scales="expert",
         experts=dict(activation="gelu_tanh"),
+        tells="probs",
         blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
     ),
     "inkling": Model(

@@ -1,7 +1,8 @@
 """Routers of the MoE models in `transformers`, read as if they were gates. Nothing of that package is imported.
 
-Such a router returns `(logits, weights, experts)` of flattened tokens. Which of them are padding, and where a sequence
-ends, is read from what the model around it is given.
+Most return `(logits, weights, experts)` of flattened tokens; of those that tell less the choices are made again from
+the logits, by the record of their block in `recipes.MODELS`. Which tokens are padding, and where a sequence ends, is
+read from what the model around it is given.
 
 Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 """
@@ -9,6 +10,7 @@ Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.queues import Length
+from mixture_of_experts.gating.base import top_choices
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.held import BlockSettings, record_of
+from mixture_of_experts.queues import Length, queue_up
 from mixture_of_experts.routing import Routing
 
 ROUTER = re.compile(r"Top[kK]Router$")
@@ -41,8 +46,14 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.names = list(inspect.signature(model.forward).parameters)
+        self.blocks: dict[nn.Module, BlockSettings] = {}  # of routers, where their block is known
         self.tokens: tuple[int, ...] | None = None  # (b, n)
         self.mask: Tensor | None = None  # (b, n) bool
+
+    def num_experts(self, router: nn.Module) -> int:
+        """Those that a router chooses from."""
+        held = self.blocks.get(router)
+        return getattr(router, "num_experts") if held is None else num_logits(held)  # noqa: B009
 
     def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the model."""
@@ -55,20 +66,26 @@ class Reader:
 
     def routing(self, router: nn.Module, output: Any) -> Routing:
         """What a router returned, as a decision without a capacity."""
-        logits, weight, expert = checked(router, output)
-        (t, e), k = logits.shape, expert.shape[-1]
-        b, n = self.tokens if self.tokens is not None and self.tokens[0] * self.tokens[1] == t else (1, t)
+        held = self.blocks.get(router)
+        logits, weight, expert = told(router, output, held)
+        *shape, e = logits.shape
+        t, k = math.prod(shape), expert.shape[-1]
+        b, n = shape if len(shape) == 2 else (1, t)  # some keep the sequences
+        if self.tokens is not None and self.tokens[0] * self.tokens[1] == t:
+            b, n = self.tokens
         real = self.mask if self.mask is not None and tuple(self.mask.shape) == (b, n) else None
         logits, expert = logits.float().view(b, n, e), expert.reshape(b, n * k).to(torch.int64)
-        if hasattr(router, "e_score_correction_bias"):
-            scores = logits.sigmoid()
-            probs = scores / scores.sum(dim=-1, keepdim=True)
-        else:
-            probs = logits.softmax(dim=-1)
+        unknown = "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
+        probs = SCORES[unknown if held is None else held.score](logits)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
         kept = torch.ones_like(expert, dtype=torch.bool) if real is None else real.repeat_interleave(k, dim=-1)
         kept = kept & (expert < e)  # those of other ranks are not
-        expert = torch.where(kept, expert, 0)
-        load = expert.new_zeros(b, e).scatter_add(-1, expert, kept.to(torch.int64))
+        expert, chosen = torch.where(kept, expert, 0), kept
+        capacity, queues = None if held is None else held.capacity, None
+        if capacity is not None:
+            queues = queue_up(expert, chosen, e, k)
+            kept = chosen & (queues.position < capacity)
+        load = expert.new_zeros(b, e).scatter_add(-1, expert, chosen.to(torch.int64))
         proxy = (probs if real is None else torch.where(real.unsqueeze(-1), probs, 0.0)).sum(dim=-2)
         return Routing(
             expert=expert,
@@ -79,22 +96,42 @@ class Reader:
             z_loss=losses.z_loss(logits, real),
             num_tokens=n,
             num_experts=e,
-            capacity=None,
+            capacity=capacity,
             k=k,
-            chosen=kept,
+            chosen=chosen,
+            queues=queues,
             real=real,
         )
 
 
-def checked(router: nn.Module, output: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)`, weights and experts `(t, k)`."""
-    if isinstance(output, tuple) and len(output) == 3 and all(isinstance(part, Tensor) for part in output):
-        logits, weight, expert = (part.detach() for part in output)
-        if logits.ndim == 2 and weight.shape == expert.shape and not expert.is_floating_point():
-            return logits, weight, expert
+def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `(t, e)` or `(b, n, e)`, weights and experts `(..., k)`."""
+    parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+    if held is None:
+        if len(parts) == 3 and parts[0].ndim == 2 and are_choices(*parts[1:]):
+            return parts[0], parts[1], parts[2]
+    elif wide := [part for part in parts if part.is_floating_point() and part.shape[-1] == num_logits(held)]:
+        pairs = [(one, other) for one in parts for other in parts if are_choices(one, other)]
+        logits = wide[0 if pairs else -1]  # those that return no choices have them last
+        logits = logits.log() if held.model.tells == "probs" else logits
+        if pairs:
+            weight, expert = pairs[0]
+            return logits, weight, expert if not held.model.zero else expert.where(weight != 0, held.num_experts - 1)
+        expert = top_choices(logits, held.k)
+        return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
         f"{type(router).__name__} does not return (logits, weights, experts) of flattened tokens: it cannot be tracked"
     )
+
+
+def are_choices(weight: Tensor, expert: Tensor) -> bool:
+    ids = not expert.is_floating_point() and expert.ndim == 2
+    return ids and weight.is_floating_point() and weight.shape == expert.shape
+
+
+def num_logits(held: BlockSettings) -> int:
+    """Logits of a token that a router returns: not those of shared experts that it weighs."""
+    return held.num_experts - held.always
 
 
 def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
@@ -102,11 +139,20 @@ def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
     around: dict[str, Reader] = {}
     found: dict[nn.Module, Reader] = {}
     modules = dict(model.named_modules())
+    blocks = {held.router: held for module in modules.values() if (held := block_of(module)) is not None}
     for name, module in modules.items():
-        if is_router(module):
+        if module in blocks or is_router(module):
             path = model_around(modules, name)
-            found[module] = around.setdefault(path, Reader(modules[path]))
+            reader = found[module] = around.setdefault(path, Reader(modules[path]))
+            if module in blocks:
+                reader.blocks[module] = blocks[module]
     return found
+
+
+def block_of(module: nn.Module) -> BlockSettings | None:
+    """The settings of a block that is known."""
+    model = record_of(module)
+    return None if model is None else BlockSettings(module, model)
 
 
 def model_around(modules: Mapping[str, nn.Module], name: str) -> str:

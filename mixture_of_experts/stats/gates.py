@@ -47,7 +47,8 @@ def find_gates(model: nn.Module) -> list[GateSite]:
         elif isinstance(module, Gate) and module not in copies:
             found.setdefault(module, GateSite(name, module, module.outer_expert_dims, module.num_experts))
         elif module in readers:
-            found[module] = GateSite(name, module, (), getattr(module, "num_experts"), reader=readers[module])  # noqa: B009
+            reader = readers[module]
+            found[module] = GateSite(name, module, (), reader.num_experts(module), reader=reader)
     return list(found.values())
 
 
