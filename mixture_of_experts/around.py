@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_number
-from mixture_of_experts.dispatch import Decision, GivenChoices, combine, dispatch
+from mixture_of_experts.decision import Decision, decision_on
+from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 
 
@@ -51,8 +52,16 @@ class EnclosedExperts(RoutedExperts):
             out = out + self.beside(x)
         if self.after is not None:
             out = self.after(out)
-        real = decision.levels[0].real if decision is not None and decision.levels else None
-        return out if real is None else torch.where(real.reshape(-1, 1), out, 0)  # a bias is of real tokens alone
+        return out if decision is None else torch.where(routed_tokens(decision).unsqueeze(-1), out, 0)
+
+
+def routed_tokens(decision: Decision) -> Tensor:
+    """`(t,)` bool: the tokens that are sent to an expert, whether it has room or not; padding is not."""
+    if decision.k is not None:
+        return decision.chosen.view(-1, decision.k).any(dim=-1)
+    assert decision.token is not None
+    counts = torch.zeros(decision.num_tokens, dtype=torch.int64, device=decision.token.device)
+    return counts.scatter_add(0, decision.token, decision.chosen.to(torch.int64)) > 0
 
 
 class ExpertsBesideIdentity(RoutedExperts):
@@ -89,21 +98,21 @@ class ExpertsBesideIdentity(RoutedExperts):
         self.num_experts = self.num_computing + self.num_identity + self.num_zero
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        made = None if decision is None else decision.choices
-        if made is None:
+        if decision is None or decision.k is None:
             return super().forward(x, decision)
-        e, k = self.num_computing, made.k
-        expert, weight, kept = (part.reshape(-1, k) for part in (made.expert, made.weight, made.kept))
-        out = self.experts(x, GivenChoices(torch.where(kept, expert, e), weight, e))
+        e = self.num_computing
+        parts = decision.expert, decision.weight, decision.kept
+        expert, weight, kept = (part.view(-1, decision.k) for part in parts)
+        out = self.experts(x, decision_on(torch.where(kept, expert, e), weight, e))
         copies = kept & (expert >= e) & (expert < e + self.num_identity)
         share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
         return (out + share * x).to(x.dtype)
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         e, row = self.num_computing, torch.arange(len(rows), device=rows.device).unsqueeze(-1)
-        stops = counts.cumsum(0)
+        stops = num_tokens_per_expert.cumsum(0)
         first, last = stops[e - 1], stops[e - 1 + self.num_identity]
-        out = self.experts.compute(rows, counts[:e])
+        out = self.experts.compute(rows, num_tokens_per_expert[:e])
         return torch.where(row < first, out, torch.where(row < last, rows, 0))
 
     def extra_repr(self) -> str:
@@ -133,14 +142,14 @@ class InputWeightedExperts(RoutedExperts):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
             return super().forward(x, decision)
-        plan = decision.plan(ragged=True)
-        assert plan.counts is not None
+        plan = decision.without_gaps()
+        assert plan.num_tokens_per_expert is not None
         rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)
-        out = self.compute(rows.to(x.dtype), plan.counts)
+        out = self.compute(rows.to(x.dtype), plan.num_tokens_per_expert)
         return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return self.experts.compute(rows, counts)
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return self.experts.compute(rows, num_tokens_per_expert)
 
 
 class NormedExperts(RoutedExperts):
@@ -164,8 +173,8 @@ class NormedExperts(RoutedExperts):
         self.experts, self.norm = experts, norm
         self.num_experts = getattr(experts, "num_experts", None)
 
-    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
-        return self.norm(self.experts.compute(rows, counts))
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        return self.norm(self.experts.compute(rows, num_tokens_per_expert))
 
 
 class Scale(nn.Module):

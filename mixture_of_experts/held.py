@@ -110,7 +110,9 @@ class BlockSettings:
         return product / 2 if getattr(self.block, "shared_expert_combination_strategy", "") == "average" else product
 
     def gate(self) -> dict[str, Any]:
-        """Settings for `TopKGating`, but for modules."""
+        """Settings for the gate, but for modules."""
+        if "tolerance" in self.model.gate:
+            return dict(k=self.model.gate["k"], tolerance=float(self.held("tolerance")))
         unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
         settings = {name: value for name, value in self.model.gate.items() if name not in unheld}
         settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)

@@ -18,6 +18,7 @@ from torch import nn
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
     NoisyTopKGating,
+    SparseMixerGating,
     Top2Gating,
     TopKGating,
 )
@@ -77,6 +78,7 @@ KEEPS: dict[str, tuple[str, ...]] = {
     "softcap": ("router_logit_softcapping",),
     "limit": ("limit", "swiglu_limit"),
     "alpha": ("alpha", "swiglu_alpha"),
+    "tolerance": ("router_jitter_noise",),
     "jitter": ("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),
     # weights of the router
     "weight": ("weight", "classifier.weight", "layer.weight", "wg.weight", "gate.weight", "proj.weight"),
@@ -347,6 +349,13 @@ MODELS: dict[str, Model] = {
     "inkling2": Model(
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
         blocks=("Inkling2SparseMoeBlock", "Inkling2LoopSparseMoeBlock"),
+    ),
+    "phi3_5": Model(
+        "2409.12136",
+        router=SparseMixerGating,
+        gate=dict(k=2, tolerance=0.01),
+        layer=dict(loss_coef=1e-2),
+        blocks=("PhimoeSparseMoeBlock",),
     ),
     "dbrx": Model("", gate=dict(k=4, normalize=True), layer=dict(loss_coef=5e-2), blocks=("DbrxFFN",)),
     "longcat_flash": Model(

@@ -5,6 +5,7 @@ from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
+from mixture_of_experts.gating.sparse_mixer import SparseMixerGating
 from mixture_of_experts.gating.top2 import Top2Gating
 from mixture_of_experts.gating.topk import TopKGating
 
@@ -14,6 +15,7 @@ __all__ = [
     "Gate",
     "NoisyTopKGating",
     "RouterLogits",
+    "SparseMixerGating",
     "TokenChoiceGate",
     "Tokens",
     "Top2Gating",

@@ -14,7 +14,7 @@ from mixture_of_experts.held import BlockSettings
 from mixture_of_experts.huggingface.block_experts import Pieces, copied, paths
 
 
-def make_gate(held: BlockSettings, balance_over: Any) -> TopKGating:
+def make_gate(held: BlockSettings, balance_over: Any) -> Any:
     """The gate, weights that are copied one by one not yet there."""
     e, settings = held.num_experts, held.gate()
     with torch.device("meta"):  # no draws for weights that are copied
@@ -24,7 +24,9 @@ def make_gate(held: BlockSettings, balance_over: Any) -> TopKGating:
             settings["logits"] = nn.Identity()
         if held.model.scales is not None:
             settings["weigh"] = LearnedScale(e if held.model.scales == "expert" else 1)
-        gate = TopKGating(held.dim, e, balance_over=balance_over, **settings)
+        if held.model.router is TopKGating:
+            settings["balance_over"] = balance_over
+        gate: Any = held.model.router(held.dim, e, **settings)
     if held.network:
         gate.logits = nn.Sequential(*(copied(getattr(held.router, name)) for name in held.network))
     return gate

@@ -21,7 +21,14 @@ from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
 
 COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
-COMPARED += ("group_score", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity", "logits")
+COMPARED += (
+    "group_score",
+    "tolerance",
+    "logits",
+    "capacity_factor_train",
+    "capacity_factor_eval",
+    "min_expert_capacity",
+)
 REFUSED = {
     "is_hash": "chooses by the ids of tokens",
     "use_eda": "reads the state of the layer before's router",
@@ -160,7 +167,10 @@ def read_block(block: nn.Module) -> ReadBlock:
     """A block that is known, and does nothing that no layer does."""
     name, model = type(block).__name__, record_of(block)
     if model is None:
-        raise ValueError(f"a {name} is not known: there are {', '.join(sorted(BLOCKS))}")
+        raise ValueError(
+            f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} classes that are, such as DeepseekV3MoE, "
+            "GptOssMLP and MixtralSparseMoeBlock"
+        )
     settings = BlockSettings(block, model)
     for attribute, reason in REFUSED.items():
         if getattr(block, attribute, False) or getattr(settings.router, attribute, False):

