@@ -29,6 +29,8 @@ CORE = [
 OUTSIDE = {
     "stats": set(),
     "plot": {"stats"},
+    "summary": set(),
+    "unstack": set(),
     "parallel": set(),
     "huggingface": {"parallel", "stats"},
     "mixture_of_experts": set(),  # the one module of 0.2.3

@@ -1,0 +1,150 @@
+"""What a model with experts has and what a token uses of it: parameters, and floating-point operations.
+
+Axes: e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from mixture_of_experts.experts import RoutedExperts, StackedExperts
+from mixture_of_experts.gating import ExpertChoiceGating
+from mixture_of_experts.gating.base import Gate
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+
+
+class Cost(NamedTuple):
+    """Of a model, or of one of its layers.
+
+    Attributes:
+        parameters: all of them, shared ones once.
+        active: those that a token uses: of e equal experts the part k / e, and everything else.
+        flops: of a token's forward, two for each weight of a matrix that it is multiplied by. A backward takes twice as
+            many. Attention's products of tokens with each other, which grow with the length, and convolutions are left
+            out.
+    """
+
+    parameters: int
+    active: int
+    flops: int
+
+
+class Summary(NamedTuple):
+    """What `summary` returns; `print` it for a table.
+
+    Attributes:
+        model: of the whole model.
+        layers: of each MoE layer, by its path.
+    """
+
+    model: Cost
+    layers: dict[str, Cost]
+
+    @property
+    def parameters(self) -> int:
+        return self.model.parameters
+
+    @property
+    def active(self) -> int:
+        return self.model.active
+
+    @property
+    def flops(self) -> int:
+        return self.model.flops
+
+    def __str__(self) -> str:
+        rows = [("", "parameters", "active", "FLOPs a token")]
+        rows += [(name or "(itself)", *(f"{n:,}" for n in cost)) for name, cost in self.layers.items()]
+        rows.append(("in all", *(f"{n:,}" for n in self.model)))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+            for row in rows
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """Count the parameters of a model, those that a token uses, and the operations that it takes.
+
+    Numbers are those of the definition of the layers, whatever way computes them; every layer of the model is taken to
+    run once. With a capacity a token may use less than k experts. On the meta device a model of any size is counted.
+
+    Args:
+        model: with any number of `MoE` and `HeirarchicalMoE` layers.
+
+    Raises:
+        ValueError: a gate does not say how many experts a token chooses (`k`).
+
+    Example:
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> moe = MoE(dim=8, hidden_dim=32, gate=TopKGating(8, num_experts=4, k=1))
+        >>> cost = summary(moe)
+        >>> cost.parameters, cost.active, cost.flops  # experts of 2 * 8 * 32 weights, a router of 8 * 4
+        (2080, 544, 1088)
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE | HeirarchicalMoE)}
+    shares: dict[nn.Module, float] = {}
+    for name, layer in layers.items():
+        shares[layer.experts] = math.prod(share(name, gate) for gate in gates(layer))
+        if isinstance(layer, HeirarchicalMoE):  # level two's weights are of each outer expert
+            shares[layer.gate_inner] = share(name, layer.gate_outer)
+    return Summary(cost(model, shares), {name: cost(layer, shares) for name, layer in layers.items()})
+
+
+def gates(layer: Any) -> list[Any]:
+    return [layer.gate] if isinstance(layer, MoE) else [layer.gate_outer, layer.gate_inner]
+
+
+def share(name: str, gate: Any) -> float:
+    """The part of its experts that a gate chooses for a token."""
+    k = gate.capacity_factor if isinstance(gate, ExpertChoiceGating) else getattr(gate, "k", None)
+    if k is None:
+        raise ValueError(
+            f"the {type(gate).__name__} of {name or 'the layer'} does not say how many experts a token chooses: "
+            "give it an attribute k"
+        )
+    return min(k / gate.num_experts, 1.0)
+
+
+def cost(model: nn.Module, shares: dict[nn.Module, float]) -> Cost:
+    total = active = flops = 0.0
+    counted: set[Tensor] = set()
+    for module, part in with_shares(model, shares):
+        for parameter in module.parameters(recurse=False):
+            if parameter not in counted:
+                counted.add(parameter)
+                total += parameter.numel()
+                active += part * parameter.numel()
+        flops += 2 * part * multiplied(module)
+    return Cost(round(total), round(active), round(flops))
+
+
+def with_shares(model: nn.Module, shares: dict[nn.Module, float]) -> Iterator[tuple[nn.Module, float]]:
+    """Every module once, and the part of it that a token uses."""
+    seen: set[nn.Module] = set()
+    todo = [(model, 1.0)]
+    while todo:
+        module, part = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            part *= shares.get(module, 1.0)
+            yield module, part
+            todo += [(child, part) for child in module.children()]
+
+
+def multiplied(module: nn.Module) -> int:
+    """Weights of the matrices by which a token is multiplied in a module: of linear layers, experts and routers."""
+    own = dict(module.named_parameters(recurse=False))
+    if isinstance(module, StackedExperts | Gate):
+        found = [parameter for name, parameter in own.items() if name.startswith("w")]
+    elif isinstance(module, RoutedExperts):  # one's own, stacked
+        found = [parameter for parameter in own.values() if parameter.ndim >= 3]
+    elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # a linear layer of transformers
+        found = [own["weight"]]
+    else:
+        found = []
+    return sum(parameter.numel() for parameter in found)

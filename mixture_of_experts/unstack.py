@@ -1,0 +1,154 @@
+"""Stacked experts as plain linear layers, for tools that know no other weights, and back.
+
+Quantisers, adapters and optimizers look for `nn.Linear` or for matrices, and pass over a tensor `(e, d, h)` in silence.
+
+Axes: e experts, d model dim, h hidden dim, o dim of the outputs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.ops.activations import takes_two
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class FeedForward(nn.Module):
+    """One expert, in linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
+
+    Shape:
+        `(n, d)` to `(n, o)`.
+    """
+
+    def __init__(self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module) -> None:
+        super().__init__()
+        self.w1, self.w2, self.w3, self.act = w1, w2, w3, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.w3 is None:
+            return self.w2(self.act(self.w1(x)))
+        if takes_two(self.act):
+            return self.w2(self.act(self.w1(x), self.w3(x)))
+        return self.w2(self.act(self.w1(x)) * self.w3(x))
+
+
+class UnstackedExperts(ExpertList):
+    """What `unstack` makes of stacked experts; a grid of them is outer-major.
+
+    Args:
+        experts: one module for each expert.
+        empty: the stacked experts that they were, without weights.
+    """
+
+    def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
+        super().__init__(experts, dim_out=empty.dim_out)
+        self.__dict__["empty"] = empty  # no child: it has nothing to save, to train or to move
+
+
+def unstack(model: Model) -> Model:
+    """Make plain linear layers of all stacked experts of a model, which is changed and returned.
+
+    It computes what it did, up to rounding, one expert after the other. Weights are copies: make the optimizer
+    afterwards. `restack` goes back.
+
+    Args:
+        model: with `MoE` layers anywhere in it.
+
+    Raises:
+        ValueError: it has no stacked experts, or is nothing else.
+        TypeError: their weights are no plain tensors, as after they were spread over processes.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> moe, x = MoE(dim=16, num_experts=4, second_policy_eval="all").eval(), torch.randn(1, 10, 16)
+        >>> before = moe(x)[0]
+        >>> unstack(moe).experts[0].w1
+        Linear(in_features=16, out_features=64, bias=False)
+        >>> torch.testing.assert_close(moe(x)[0], before)
+        >>> restack(moe).experts
+        Experts(
+          16, 4, hidden_dim=64
+          (act): GELU(approximate='none')
+        )
+    """
+    return exchange(model, StackedExperts, to_list, "stacked experts (Experts, GatedExperts)")
+
+
+def restack(model: Model) -> Model:
+    """Stack the experts again of which `unstack` made linear layers. The model is changed and returned.
+
+    Raises:
+        ValueError: it has nothing that `unstack` made, or is nothing else.
+        TypeError: a layer is no plain linear one any more, as after quantisation or with adapters that are not merged.
+    """
+    return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
+
+
+def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
+    """Put what `make` makes of the modules of a kind in their places; all are made before the first is put in."""
+    made = {module: make(module, name) for name, module in model.named_modules() if isinstance(module, kind)}
+    if not made:
+        raise ValueError(f"{type(model).__name__} has no {what}")
+    if model in made:
+        raise ValueError(f"{type(model).__name__} is nothing but {what}: give the layer or model around")
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in made:
+                setattr(parent, name, made[child])
+    return model
+
+
+@torch.no_grad()
+def to_list(stacked: StackedExperts, name: str) -> UnstackedExperts:
+    matrices: dict[str, list[Tensor]] = {}  # by name, one for each expert; biases too
+    for key, stack in stacked.named_parameters(recurse=False):
+        if type(stack) is not nn.Parameter:
+            raise TypeError(f"{name}.{key} is a {type(stack).__name__}: unstack before experts are spread or quantised")
+        matrices[key] = list(stack.flatten(0, len(stacked.expert_dims) - 1).unbind(0))
+    needs = {key: stack.requires_grad for key, stack in stacked.named_parameters(recurse=False)}
+
+    def layer(number: str, i: int) -> nn.Linear | None:
+        weight, bias = f"w{number}", f"b{number}"
+        if weight not in matrices:
+            return None
+        linear = nn.Linear(*matrices[weight][i].shape, bias=bias in matrices, device="meta")
+        linear.weight = nn.Parameter(matrices[weight][i].mT.clone(memory_format=torch.contiguous_format), needs[weight])
+        if bias in matrices:
+            linear.bias = nn.Parameter(matrices[bias][i].clone(), needs[bias])
+        return linear
+
+    empty = copy.copy(stacked)
+    empty.__dict__["_parameters"] = dict.fromkeys(stacked._parameters)
+    parts = [[layer(number, i) for number in "123"] for i in range(len(matrices["w1"]))]
+    experts = [FeedForward(w1, w2, w3, stacked.act) for w1, w2, w3 in parts if w1 is not None and w2 is not None]
+    return UnstackedExperts(experts, empty).train(stacked.training)
+
+
+@torch.no_grad()
+def to_stack(unstacked: UnstackedExperts, name: str) -> StackedExperts:
+    empty: StackedExperts = unstacked.__dict__["empty"]
+    stacked = copy.copy(empty)
+    stacked.__dict__["_parameters"] = dict(empty._parameters)
+    for key in empty._parameters:
+        part, of = ("weight", f"w{key[1]}") if key[0] == "w" else ("bias", f"w{key[1]}")
+        layers: list[Any] = [getattr(expert, of) for expert in unstacked]
+        for i, layer in enumerate(layers):
+            if layer is not None and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
+                what = type(layer).__name__ if type(layer) is not nn.Linear else type(layer.weight).__name__
+                raise TypeError(
+                    f"{name}.{i}.{of} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
+                )
+        values = [getattr(layer, part) for layer in layers if getattr(layer, part, None) is not None]
+        if values:
+            stack = torch.stack([value.mT if part == "weight" else value for value in values])
+            stack = stack.view(*stacked.expert_dims, *stack.shape[1:])
+            stacked._parameters[key] = nn.Parameter(stack, values[0].requires_grad)
+    return stacked.train(unstacked.training)
