@@ -1,0 +1,69 @@
+"""The site: `sphinx-build --fail-on-warning --keep-going docs docs/_build`, with the extra `docs`.
+
+The pages are the Markdown files of this folder, which read well where they lie too; those of the interface are made
+from the docstrings.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from sphinx.application import Sphinx
+
+from mixture_of_experts import __version__
+
+project, author, version, release = "mixture_of_experts", "the mixture_of_experts authors", __version__, __version__
+project_copyright = f"{author}, MIT licence"
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+default_role = "py:obj"  # `name` in a docstring: a link where the name is documented, else code
+suppress_warnings = ["myst.header"]  # a page may begin with an included one
+
+myst_heading_anchors = 3  # a link's #fragment is the heading's, as it is where the repository is read
+myst_links_external_new_tab = False
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+autodoc_mock_imports = [name for name in ("transformers", "triton") if find_spec(name) is None]
+python_display_short_literal_types = True
+python_maximum_signature_line_length = 88
+
+html_theme = "pydata_sphinx_theme"
+html_title = project
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+templates_path = ["_templates"]
+html_sidebars = {"**": ["all_pages.html"]}
+html_show_sourcelink = False
+html_theme_options = {
+    "navbar_center": [],
+    "navbar_end": ["theme-switcher"],
+    "navbar_persistent": ["search-field"],
+    "secondary_sidebar_items": ["page-toc"],
+    "show_toc_level": 2,
+    "navigation_with_keys": False,
+    "footer_start": ["copyright"],
+    "footer_end": [],
+}
+copybutton_exclude = ".linenos, .gp, .go"  # what is typed, without prompts and output
+
+# Pages of the repository that lie outside this folder, and the page of the site that includes each
+INCLUDED = {
+    "../README.md": "index.md",
+    "../CONTRIBUTING.md": "contributing.md",
+    "../CHANGELOG.md": "changelog.md",
+    "../benchmarks/README.md": "benchmarks.md",
+}
+
+
+def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:
+    """Links to files outside of the site lead to the pages that include them."""
+    for file, included in INCLUDED.items():
+        source[0] = source[0].replace(f"]({file}", f"]({included}")
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("source-read", lead_to_included)
