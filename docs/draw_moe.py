@@ -21,7 +21,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch, PathPatch, Rectangle
 from matplotlib.path import Path as Curve
 
-from mixture_of_experts import Top2Gating
+from mixture_of_experts import Routing, Top2Gating
 
 # What the router says of each token: its logit for every expert.
 TOKENS = {
@@ -64,13 +64,17 @@ def route() -> tuple[torch.Tensor, list[Choice], int]:
     with torch.no_grad():
         gate.w_gating.copy_(torch.eye(4))  # so that the tokens are their own logits
         routing = gate(torch.tensor(list(TOKENS.values())).unsqueeze(0))
+    return routing.probs[0], choices_of(routing), routing.capacity
+
+
+def choices_of(routing: Routing) -> list[Choice]:
+    """What a gate that sends two choices a token decided of its only group."""
     fields = (routing.token, routing.expert, routing.slot, routing.kept, routing.weight)
-    probs = routing.probs[0]
     choices = []
     for token, expert, slot, kept, weight in zip(*(f[0].tolist() for f in fields), strict=True):
-        rank = int(expert != probs[token].argmax())
+        rank = int(expert != routing.probs[0, token].argmax())
         choices.append(Choice(token, rank, expert, slot, kept, weight))
-    return probs, choices, routing.capacity
+    return choices
 
 
 def row_y(token: int) -> float:
