@@ -12,18 +12,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mixture_of_experts import Routing, Top2Gating, TopKGating
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
 
 from draw_moe import FAINT, HUES, INK, PALE, TOKENS, Choice, arrow, box, choices_of, cross, number, style_of  # noqa: E402
-
-import matplotlib.pyplot as plt  # noqa: E402  (draw_moe has chosen the backend)
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
-
-from mixture_of_experts import Routing, Top2Gating, TopKGating  # noqa: E402
 
 WIDTH, INCHES = 100.0, 7.0  # of a picture, in its own units and on paper
 SLOT, ROW = 11.6, 8.0
