@@ -144,15 +144,18 @@ def last_training_bits(record: Record) -> float:
     return mean(record["train"][-3:])
 
 
-def equal_shares(plan: Plan, finished: Finished, model: str) -> dict[int, Equal]:
-    """By seed: the share of the dense model's steps with which `model` has that model's final loss."""
-    groups = at_best_rate(plan, finished)
+def equal_shares(plan: Plan, finished: Finished, model: str, dense_steps: int | None = None) -> dict[int, Equal]:
+    """By seed: the share of the dense model's steps with which `model` has the final loss of its runs of that length.
+
+    The length is that of the plan's long runs, or `dense_steps`.
+    """
+    groups, dense_steps = at_best_rate(plan, finished), dense_steps or plan.steps
     shares = {}
-    for seed, target in groups.get(("dense", plan.steps), {}).items():
+    for seed, target in groups.get(("dense", dense_steps), {}).items():
         lengths = {steps: bits[seed] for (name, steps), bits in groups.items() if name == model and seed in bits}
         if lengths:
             steps, sign = steps_to(target, lengths)
-            shares[seed] = Equal(steps / plan.steps, sign)
+            shares[seed] = Equal(steps / dense_steps, sign)
     return shares
 
 

@@ -18,7 +18,7 @@ from model import count_parameters, upcycle  # noqa: E402
 from settings import Settings  # noqa: E402
 from training import Training, make_trainee  # noqa: E402
 
-from experiments import modelled_step, scaling, scaling_runs, step_times  # noqa: E402
+from experiments import modelled_step, regime, scaling, scaling_runs, step_times  # noqa: E402
 from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
 from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
 from experiments.sizes import SIZES, SMALL  # noqa: E402
@@ -178,6 +178,37 @@ def test_shares_are_of_the_same_seed() -> None:
     shares = equal_shares(plan, finished, "moe32")
     assert 0.24 < shares[0].share < 0.32
     assert shares[1] == Equal(0.32, ">")
+
+
+def test_the_regime_says_from_which_length_on_a_mixture_wins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Dense runs of 3,000 and 12,500 steps: 32 experts have their losses after 3,000 steps, and after 6,000 of theirs.
+
+    A step of theirs takes 1.5 times as long. So they lose the short race by half, and win the long one.
+    """
+    ends = {
+        ("dense", 3000): 2.1,
+        ("dense", 12_500): 1.9,
+        ("moe32", 2000): 2.2,
+        ("moe32", 3000): 2.1,
+        ("moe32", 6000): 1.9,
+    }
+    with open(tmp_path / "scaling_0.07m.jsonl", "w") as file:
+        for (model, steps), bits in ends.items():
+            run = Run(model, 0, 0.01, steps)
+            record = {"run": run, "settings": asdict(run.settings(BASE)), "held_out": [[steps, bits]]}
+            file.write(json.dumps({**record, "active_parameters": 2048 * 100}) + "\n")
+    times = {"dense": {"step": 0.1}, "moe32": {"step": 0.15}}
+    (tmp_path / "step_times_0.07m.json").write_text(json.dumps(times))
+    picture = tmp_path / "regime.png"
+    assert regime.main([f"--records={tmp_path}", f"--picture={picture}"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "32 experts" in line]
+    assert [line[3:] for line in lines] == [
+        ["3,000", "30", "1.00", "one", "1.50", "1.50"],
+        ["12,500", "125", "0.48", "one", "1.50", "0.72"],
+    ]
+    assert picture.stat().st_size > 10_000
 
 
 # ---- the command ----

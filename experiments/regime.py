@@ -1,0 +1,168 @@
+"""Where a mixture wins and where it loses: its share of the dense model's seconds, over how long that one is trained.
+
+    python -m experiments.regime                         # the table and the picture of what is finished
+    python -m experiments.regime --picture docs/images/regime.png
+
+Of every size of `scaling`, and every length of the dense model's runs: with which share of its steps a mixture has its
+final loss, for each seed, and what that is in seconds. The lengths lie between those that were run, on a line in the
+logarithm of the steps. How long a run is, is said in bytes read for each active parameter.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")  # draws to files, needs no screen
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import LogLocator, NullFormatter
+from report import format_rows
+
+from .scaling import RECORDS, base_settings
+from .scaling_picture import COLOURS
+from .scaling_plan import MODELS, Plan
+from .scaling_report import Equal, Times, at_best_rate, equal_shares
+from .scaling_runs import Records
+from .sizes import SIZES
+
+MIXTURES = ("moe8", "moe32", "moe128")
+STYLES = {"0.07m": ("o", "-"), "0.3m": ("s", "--"), "1m": ("D", ":")}
+
+
+class Point(NamedTuple):
+    """A mixture beside the dense model's runs of one length. `ratio` is of the seconds of their steps, if measured."""
+
+    size: str
+    model: str
+    dense_steps: int
+    bytes_per_parameter: float
+    shares: dict[int, Equal]
+    ratio: float | None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the equal loss lies between the lengths that were run, for all seeds."""
+        return not any(share.sign for share in self.shares.values())
+
+    @property
+    def share(self) -> float:
+        """Of the steps, the mean of the seeds."""
+        return mean(share.share for share in self.shares.values())
+
+
+def points(size: str, records: Path) -> list[Point]:
+    """All that the finished runs of a size say, by mixture and length."""
+    settings = base_settings(size)
+    finished = Records(records / f"scaling_{size}.jsonl", settings).finished
+    plan = Plan(SIZES[size].stages, SIZES[size].steps, SIZES[size].learning_rate)
+    times_file = records / f"step_times_{size}.json"
+    times: Times = json.loads(times_file.read_text()) if times_file.exists() else {}
+    active = {run.model: record["active_parameters"] for run, record in finished.items()}
+    lengths = sorted(steps for model, steps in at_best_rate(plan, finished) if model == "dense")
+    found = []
+    for model in MIXTURES:
+        ratio = times[model]["step"] / times["dense"]["step"] if model in times else None
+        for steps in lengths:
+            shares = equal_shares(plan, finished, model, steps)
+            read = steps * settings.batch_size * settings.context / active["dense"]
+            if shares:
+                found.append(Point(size, model, steps, read, shares, ratio))
+    return found
+
+
+def table(found: Sequence[Point]) -> str:
+    """A line for each mixture and length; seconds where all seeds' shares are exact."""
+    header = (
+        "active",
+        "model",
+        "dense steps",
+        "bytes/parameter",
+        "share of steps",
+        "seeds",
+        "step ÷ dense",
+        "of seconds",
+    )
+    rows: list[tuple[str, ...]] = [header]
+    for point in found:
+        low, high = (pick(point.shares.values(), key=lambda share: share.share) for pick in (min, max))
+        seeds = f"{low} to {high}" if len(point.shares) > 1 else "one"
+        seconds = f"{point.share * point.ratio:.2f}" if point.ratio and point.exact else ""
+        share = f"{point.share:.2f}" if point.exact else f"{low}"
+        ratio = f"{point.ratio:.2f}" if point.ratio else ""
+        label = MODELS[point.model].label
+        length = (f"{point.dense_steps:,}", f"{point.bytes_per_parameter:.0f}")
+        rows.append((point.size, label, *length, share, seeds, ratio, seconds))
+    return format_rows(rows)
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    """One panel: the share of seconds over the length, a dot for every seed, a line through the means."""
+    figure, axes = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
+    for size in SIZES:
+        for model in MIXTURES:
+            draw_line(axes, [point for point in found if (point.size, point.model) == (size, model) and point.ratio])
+    axes.axhline(1, color=COLOURS["dense"], linewidth=1.5)
+    axes.set_xscale("log")
+    axes.set_yscale("log", base=2)
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 1 / 8), max(high, 2.2))
+    axes.set_yticks([1 / 8, 1 / 4, 1 / 2, 1, 2], ["1/8", "1/4", "1/2", "1", "2"])
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    note = dict(transform=axes.get_yaxis_transform(), color=COLOURS["dense"], ha="right")
+    axes.text(0.99, 1.04, "above: the mixture loses", va="bottom", **note)
+    axes.text(0.99, 0.96, "below: it wins", va="top", **note)
+    axes.set(
+        xlabel="how long the dense model is trained: bytes read for each parameter in use",
+        ylabel="seconds until its final loss,\nof the dense model's",
+    )
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=9, loc="lower left")
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def draw_line(axes: Axes, line: Sequence[Point]) -> None:
+    """The points of one mixture of one size. A triangle points to where the share really is."""
+    if not line:
+        return
+    colour, (marker, style) = COLOURS[line[0].model], STYLES[line[0].size]
+    means = [(point.bytes_per_parameter, point.share * (point.ratio or 0)) for point in line if point.exact]
+    label = f"{MODELS[line[0].model].label}, {line[0].size.removesuffix('m')} million parameters in use"
+    axes.plot(*zip(*means, strict=True) if means else ([], []), style, color=colour, linewidth=2, label=label)
+    for point in line:
+        for share in point.shares.values():
+            shape = {"": marker, "<": "v", ">": "^"}[share.sign]
+            axes.plot(point.bytes_per_parameter, share.share * (point.ratio or 0), shape, color=colour, markersize=5)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    found = [point for size in SIZES for point in points(size, args.records)]
+    print(table(found))
+    args.picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(found, args.picture)
+    print(f"wrote {args.picture}")
+    return 0
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of what scaling and step_times wrote")
+    parser.add_argument("--picture", type=Path, default=Path("runs/regime.png"))
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
