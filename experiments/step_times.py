@@ -59,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{operators_table(results)}")
     out = args.out or RECORDS / f"step_times_{args.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(model)}: {json.dumps(own)}" for model, own in results.items())
+    out.write_text(f"{{\n{lines}\n}}\n")
     print(f"wrote {out}")
     return 0
 
@@ -126,7 +127,7 @@ def summary(costs: Sequence[tuple[float, float, int]], clocks: Sequence[Clock]) 
     for part, operator in keys:
         key = part, operator
         own = median(clock.seconds[key] - watching * clock.calls[key] for clock in clocks)
-        operators.append((part, operator, max(own, 0.0), median(clock.calls[key] for clock in clocks)))
+        operators.append((part, operator, round(max(own, 0.0), 7), median(clock.calls[key] for clock in clocks)))
     operators.sort(key=lambda line: -line[2])
     parts: dict[str, float] = {}
     for part, operator, own, _ in operators:
