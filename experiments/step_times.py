@@ -17,6 +17,8 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,8 +27,7 @@ import torch
 from corpus import Batches, load_corpus
 from report import format_rows
 from settings import Settings
-from torch import Tensor
-from training import Trainee, make_trainee
+from training import make_trainee
 
 from .operator_clock import LAYERS, Clock, cost_of_watching, watched
 from .scaling import RECORDS, base_settings
@@ -34,6 +35,7 @@ from .scaling_plan import MODELS, Run
 from .sizes import SIZES
 
 Result = dict[str, Any]  # of a model: see `summary`
+Cost = tuple[float, float, int]  # of a step: see `cost_of_step`
 BETWEEN = "between operators"
 KINDS = {
     "products": {"mm", "bmm", "addmm", "baddbmm", "baddbmm_"},
@@ -47,13 +49,8 @@ KINDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
-    torch.set_num_threads(1)
-    settings = base_settings(args.size)
     models = args.models or list(dict.fromkeys(stage.model for stage in SIZES[args.size].stages))
-    results = measure(models, settings, args.rounds, args.before)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for model in models:
-            results[model]["memory"] = pool.apply(measure_memory, (model, settings))
+    results = measure(models, base_settings(args.size), args.rounds, args.before)
     print(f"{table(results)}\n\n{parts_table(results)}")
     if "moe32" in results:
         print(f"\n{operators_table(results)}")
@@ -81,44 +78,75 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def measure(models: Sequence[str], settings: Settings, rounds: int, before: int) -> dict[str, Result]:
-    """What a step costs, by model, after `before` steps of training."""
-    batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
-    trainees = {model: make(model, settings) for model in models}
-    for trainee in trainees.values():
-        for _ in range(max(before, 3)):  # the first ones warm caches and allocate the optimizer's state
-            train_step(trainee, batches.next())
-    costs: dict[str, list[tuple[float, float, int]]] = {model: [] for model in models}
-    clocks: dict[str, list[Clock]] = {model: [] for model in models}
-    order = list(models)
-    for i in range(rounds):
-        random.Random(i).shuffle(order)
-        for model in order:
-            costs[model].append(cost_of_step(trainees[model], batches.next()))
-            with watched(trainees[model]) as clock:
-                train_step(trainees[model], batches.next())
-            clocks[model].append(clock)
-    return {model: summary(costs[model], clocks[model]) for model in models}
+    """What a step costs, by model, after `before` steps of training.
+
+    Each model has a process of its own, as in its runs: what the allocator keeps depends on all that a process frees.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ExitStack() as stack:
+        processes = {}
+        for model in models:
+            pool = ProcessPoolExecutor(1, context, prepare_worker, (model, settings))
+            processes[model] = stack.enter_context(pool)
+        for process in processes.values():
+            process.submit(train, max(before, 3)).result()  # the first steps allocate the optimizer's state
+        order, costs = list(models), {model: [] for model in models}
+        for i in range(rounds):
+            random.Random(i).shuffle(order)
+            for model in order:
+                costs[model].append(processes[model].submit(cost_of_step).result())
+                processes[model].submit(watch_step).result()
+        return {model: process.submit(summary, costs[model]).result() for model, process in processes.items()}
 
 
-def make(model: str, base: Settings) -> Trainee:
-    settings = Run(model, seed=0, learning_rate=0.01, steps=1).settings(base)
-    return make_trainee(settings.models[0], settings)
+# ---- in a process of its own ----
+
+_worker: "Worker"
 
 
-def train_step(trainee: Trainee, windows: Tensor) -> None:
-    trainee.train_step(windows, trainee.settings.learning_rate)
+class Worker:
+    """A model, its batches, and what its steps were seen to do."""
+
+    def __init__(self, model: str, settings: Settings):
+        self.memory_before = peak_memory()
+        self.batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
+        run = Run(model, seed=0, learning_rate=0.01, steps=1)
+        self.trainee = make_trainee(MODELS[model].kind, run.settings(settings))
+        self.clocks: list[Clock] = []
+
+    def train_step(self) -> None:
+        self.trainee.train_step(self.batches.next(), self.trainee.settings.learning_rate)
 
 
-def cost_of_step(trainee: Trainee, windows: Tensor) -> tuple[float, float, int]:
-    """Seconds of the processor, those of them in the system, and page faults."""
+def prepare_worker(model: str, settings: Settings) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = Worker(model, settings)
+
+
+def train(steps: int) -> None:
+    for _ in range(steps):
+        _worker.train_step()
+
+
+def cost_of_step() -> Cost:
+    """Of a step: seconds of the processor, those of them in the system, and page faults."""
     before, begin = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
-    train_step(trainee, windows)
+    _worker.train_step()
     seconds, after = time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF)
     return seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
 
 
-def summary(costs: Sequence[tuple[float, float, int]], clocks: Sequence[Clock]) -> Result:
-    """Seconds of a step, and of it those of eight in ten rounds and those in the system, page faults; parts of it."""
+def watch_step() -> None:
+    """Take a step whose operators are timed."""
+    with watched(_worker.trainee) as clock:
+        _worker.train_step()
+    _worker.clocks.append(clock)
+
+
+def summary(costs: Sequence[Cost]) -> Result:
+    """Seconds of a step, of eight in ten of them and of them in the system; page faults, parts, operators, memory."""
+    clocks = _worker.clocks
     seconds, system, faults = zip(*costs, strict=True)
     tenths = quantiles(seconds, n=10) if len(seconds) > 1 else [*seconds]
     watching = cost_of_watching()
@@ -139,6 +167,7 @@ def summary(costs: Sequence[tuple[float, float, int]], clocks: Sequence[Clock]) 
         "most": [tenths[0], tenths[-1]],
         "system": median(system),
         "faults": median(faults),
+        "memory": peak_memory() - _worker.memory_before,
         "parts": parts,
         "operators": operators,
     }
@@ -149,17 +178,6 @@ def name_of(part: str, operator: str) -> str:
     if part != LAYERS:
         return part
     return next((f"{LAYERS}: {kind}" for kind, names in KINDS.items() if operator in names), f"{LAYERS}: other")
-
-
-def measure_memory(model: str, settings: Settings) -> int:
-    """Bytes by which the peak memory of a process grows from a few steps of training."""
-    torch.set_num_threads(1)
-    batches = Batches(torch.randint(256, (100_000,), dtype=torch.uint8), settings.context, settings.batch_size, seed=0)
-    before = peak_memory()
-    trainee = make(model, settings)
-    for _ in range(5):
-        train_step(trainee, batches.next())
-    return peak_memory() - before
 
 
 def peak_memory() -> int:

@@ -287,18 +287,13 @@ def test_tables_have_times_and_shares() -> None:
 
 @pytest.mark.slow
 def test_step_times_say_where_the_seconds_go() -> None:
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        results = step_times.measure(["dense", "moe8"], BASE, rounds=2, before=3)
-    finally:
-        torch.set_num_threads(threads)
+    results = step_times.measure(["dense", "moe8"], BASE, rounds=2, before=3)
     dense, mixture = results["dense"], results["moe8"]
     assert dense["parts"].keys() < mixture["parts"].keys()
     assert {"router", "feed-forward: moving rows"} <= mixture["parts"].keys() - dense["parts"].keys()
     for own in results.values():
         assert sum(own["parts"].values()) == pytest.approx(own["step"])
-        own["memory"] = 0  # of a new process: slow, and tried by hand
+        assert own["memory"] > 10e6
     calls = {name: {(part, op): calls for part, op, _, calls in own["operators"]} for name, own in results.items()}
     assert calls["dense"]["feed-forward", "mm"] == 9 * BASE.layers  # three matrices, forward and twice backward
     assert calls["dense"]["attention, embeddings, loss", "mm"] == 3 * (2 * BASE.layers + 1)
