@@ -47,13 +47,15 @@ SMALL = (
     Stage("dense", 0.5),
     Stage("upcycled", 0.24, rates=3),
     Stage("upcycled", 0.48),
-    Stage("dense", 0.06, seeds=(0, 1, 2)),  # from here to the next comment: what shorter runs gain, see regime.py
-    Stage("moe32", 0.03, seeds=(0, 1, 2)),
-    Stage("moe32", 0.06, seeds=(0, 1, 2)),
-    Stage("dense", 0.12, seeds=(0, 1, 2)),
-    Stage("moe32", 0.12, seeds=(0, 1, 2)),
-    Stage("dense", 0.24, seeds=(1, 2)),
-    Stage("moe128", 0.32, seeds=(0, 1, 2)),  # and what was left for later
+    *(  # what shorter runs gain: see regime.py
+        Stage(model, share, seeds=(seed,))
+        for seed in (0, 1, 2)
+        for model, share in (
+            *(("dense", 0.06), ("moe32", 0.03), ("moe32", 0.06)),
+            *(("dense", 0.12), ("moe32", 0.12), ("dense", 0.24)),
+        )
+    ),
+    Stage("moe128", 0.32, seeds=(0, 1, 2)),
     Stage("moe8", 0.16, seeds=(0, 1, 2)),
     Stage("wide", 0.24, rates=4),
     Stage("dense", 0.5, seeds=(1, 2)),
