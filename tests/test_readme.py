@@ -79,7 +79,7 @@ def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
     """After a training forward, whose graph is still there."""
-    (block,) = (block for block in BLOCKS if "collect_aux" in block.code and "TransformerEncoderLayer" in block.code)
+    block = next(block for block in BLOCKS if "collect_aux" in block.code and "TransformerEncoderLayer" in block.code)
     names = block.run()
     layers, x = names["layers"], torch.randn(2, 5, 64)
     with names["collect_aux"](layers) as aux:
@@ -95,7 +95,7 @@ def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
 
 
 def test_initial_weights_of_the_recipe_reach_the_experts():
-    (block,) = (block for block in BLOCKS if "def init_weights" in block.code)
+    block = next(block for block in BLOCKS if "def init_weights" in block.code)
     experts = block.run()["model"][1].experts
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
 

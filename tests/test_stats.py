@@ -189,7 +189,8 @@ def test_numbers_of_every_router(name: str, masked: bool):
 def hierarchy(**more: object) -> HeirarchicalMoE:
     tight = {"capacity_factor_train": 0.8, "min_expert_capacity": 2, "second_policy_train": "all", **more}
     torch.manual_seed(1)
-    return HeirarchicalMoE(DIM, (3, 4), 16, **tight)
+    experts = {} if "experts" in more else {"hidden_dim": 16}
+    return HeirarchicalMoE(DIM, (3, 4), **experts, **tight)
 
 
 @pytest.mark.parametrize("group_size", [None, 6])

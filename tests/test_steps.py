@@ -110,6 +110,7 @@ def test_logits_multiplied_and_capped():
     gate.logits.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
     gate.logits.bias.data.copy_(torch.tensor([0.5, 0.0]))
     x = torch.ones(1, 1, 1)
+    assert gate.logits is not None
     torch.testing.assert_close(gate.logits(x), torch.tensor([[[2 * math.tanh(3.0), 0.0]]]))
     assert gate.w_gating is None
     torch.testing.assert_close(gate(x).z_loss, gate.logits(x).logsumexp(-1).square().mean())

@@ -128,7 +128,7 @@ class BlockExperts:
         experts = self.experts
         limit, alpha = find(experts, *KEEPS["limit"]), find(experts, *KEEPS["alpha"])
         if isinstance(experts, nn.ModuleDict):
-            one = next(iter(experts.values()))
+            one: Any = next(iter(experts.values()))
             act = read_activation(one.act)
             return act if not one.dropout.p else nn.Sequential(act, copy.deepcopy(one.dropout))
         act = find(experts, "act_fn", "mlp.activation_fn")

@@ -290,7 +290,7 @@ def table() -> str:
                 check(name)
                 cells.append("yes")
                 totals[column] += 1
-            except Exception as error:
+            except Exception as error:  # noqa: PERF203
                 cells.append("no")
                 notes.append(f"{name}, {column}: {type(error).__name__}: {str(error)[:160]}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
