@@ -5,6 +5,7 @@ from mixture_of_experts.experts import ExpertList, Experts, GatedExperts, Routed
 from mixture_of_experts.gating import (
     Choices,
     ExpertChoiceGating,
+    HashGating,
     NoisyTopKGating,
     TokenChoiceGate,
     Top2Gating,
@@ -21,6 +22,7 @@ __all__ = [
     "ExpertList",
     "Experts",
     "GatedExperts",
+    "HashGating",
     "HeirarchicalMoE",
     "HierarchicalMoE",
     "MoE",

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import (
     Choices,
     ExpertChoiceGating,
+    HashGating,
     HeirarchicalMoE,
     MoE,
     TokenChoiceGate,
@@ -137,3 +138,65 @@ def test_paths(kind):
     else:
         got = torch.autograd.grad(checkpoint(moe, x, token_ids=ids, use_reentrant=False)[0].sum(), x)
     torch.testing.assert_close(got, wanted)
+
+
+# ---- given experts ----
+
+
+def test_given_experts_are_weighed_by_the_live_scores():
+    gate, x = TopKGating(DIM, 4, k=2), torch.randn(1, 3, DIM, requires_grad=True)
+    given = torch.tensor([[[3, 0], [1, -1], [2, 1]]])
+    routing = gate(x, given_experts=given)
+    probs = (x @ gate.w_gating).softmax(-1)[0]
+    for token, experts in enumerate([[3, 0], [1], [2, 1]]):
+        mine = routing.token[0] == token
+        assert routing.expert[0][mine & routing.kept[0]].tolist() == experts
+        wanted = probs[token, experts] / probs[token, experts].sum()
+        torch.testing.assert_close(routing.weight[0][mine & routing.kept[0]], wanted)
+    routing.weight.square().sum().backward()
+    assert gate.w_gating.grad.any()
+
+
+@pytest.mark.parametrize("settings", [{}, {"score": "sigmoid", "capacity_factor_train": 1.0}, {"weigh": "softmax"}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_given_what_it_would_choose_it_does_the_same(settings, masked):
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2, **settings)), torch.randn(2, 6, DIM)
+    mask = torch.rand(2, 6) < 0.7 if masked else None
+    routing = moe.gate(x, mask=mask)
+    given = torch.where(routing.chosen, routing.expert, -1).view(2, 6, 2)
+    for got, wanted in zip(moe(x, mask=mask, given_experts=given), moe(x, mask=mask), strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_given_experts_are_checked():
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(2, 6, DIM)
+    with pytest.raises(ValueError, match=r"given_experts must be int64 of shape \(2, 6, 2\), got .* \(2, 6, 3\)"):
+        moe(x, given_experts=torch.zeros(2, 6, 3, dtype=torch.int64))
+
+
+def test_a_hash_layer():
+    """An id has its experts wherever it stands; experts have equally many ids, give or take one."""
+    moe = MoE(DIM, gate=HashGating(DIM, 5, k=2, num_ids=33))
+    table = moe.gate.experts_of_id
+    assert table.flatten().bincount(minlength=5).tolist() in ([14, 13, 13, 13, 13], *_rotations([14, 13, 13, 13, 13]))
+    assert all(len(set(row)) == 2 for row in table.tolist())
+    ids = torch.randint(0, 33, (2, 6))
+    routing = moe.gate(torch.randn(2, 6, DIM), token_ids=ids)
+    assert routing.expert.view(2, 6, 2).equal(table[ids])
+    assert "experts_of_id" in dict(moe.gate.named_buffers())
+    with pytest.raises(ValueError, match=r"call the layer as moe\(x, token_ids=ids\)"):
+        moe(torch.randn(2, 6, DIM))
+
+
+def _rotations(values):
+    return [values[i:] + values[:i] for i in range(len(values))]
+
+
+def test_a_hash_layer_at_level_two():
+    """Empty slots have id 0 and make no choice."""
+    inner = HashGating(DIM, 3, k=1, num_ids=7, outer_expert_dims=(2,))
+    moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2, 1, capacity_factor_train=4.0), gate_inner=inner)
+    routings = []
+    inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
+    moe(torch.randn(1, 6, DIM), token_ids=torch.arange(1, 7).view(1, 6))
+    assert int(routings[0].kept.sum()) == 6

@@ -3,6 +3,7 @@
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, reads_of
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
+from mixture_of_experts.gating.hashing import HashGating
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
 from mixture_of_experts.gating.sparse_mixer import SparseMixerGating
@@ -13,6 +14,7 @@ __all__ = [
     "Choices",
     "ExpertChoiceGating",
     "Gate",
+    "HashGating",
     "NoisyTopKGating",
     "RouterLogits",
     "SparseMixerGating",

@@ -87,6 +87,8 @@ class TopKGating(TokenChoiceGate):
         (True, True)
     """
 
+    #: `given_experts` `(..., n, k)` int64: the experts of each token, which the gate then only weighs
+    reads = (*TokenChoiceGate.reads, "given_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     score: Score
@@ -162,8 +164,12 @@ class TopKGating(TokenChoiceGate):
         else:  # of no known size, and it may draw
             logits, score, probs, log_total = self._module_scores(x)
         ranked = self._ranked(logits, score)
-        expert = top_choices(ranked, self.k)
-        allowed = self.allowed(tokens)
+        allowed, given = self.allowed(tokens), self.given_experts(tokens)
+        expert = top_choices(ranked, self.k) if given is None else given.clamp(min=0)
+        if given is not None:
+            made = given >= 0
+            allowed = made if allowed is None else allowed & made
+            log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         balance = self.balance_loss(tokens, probs, expert, k=self.k)
@@ -185,7 +191,17 @@ class TopKGating(TokenChoiceGate):
         top = None
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
-        return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, score=top)
+        chosen = None if given is None else allowed
+        return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, chosen=chosen, score=top)
+
+    def given_experts(self, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, k)` int64, the experts of each token that somebody else chose, -1 for no choice; None if the
+        gate chooses. They weigh what the scores of this gate say, with gradients."""
+        given = tokens.side.get("given_experts")
+        if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
+            wanted = (*tokens.x.shape[:-1], self.k)
+            raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
+        return given
 
     @property
     def _first_is_likeliest(self) -> bool:

@@ -1,0 +1,68 @@
+"""Hash layers: the token's id says which experts compute it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.checks import check_size
+from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.topk import TopKGating
+
+
+class HashGating(TopKGating):
+    """Every token id has k experts of its own, fixed; what they weigh is learned, as `TopKGating` does.
+
+    Balanced as far as the ids are, without a loss (Roller et al. 2021, arXiv 2106.04426); the first layers of
+    DeepSeek-V4 are so. Called as `moe(x, token_ids=ids)`, ids `(..., n)` integers of at least 0 and below `num_ids`.
+
+    Args:
+        dim, num_experts, k: d, e, and the experts of an id.
+        num_ids: v, number of token ids.
+        settings: of `TopKGating`.
+
+    Shape:
+        x `(b, n, d)` and token_ids `(b, n)` to a `Routing`. `experts_of_id` is a buffer `(v, k)` int64, drawn so that
+        experts have equally many ids, give or take one.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> moe = MoE(dim=8, gate=HashGating(8, 4, num_ids=100))
+        >>> ids = torch.tensor([[5, 7, 5]])
+        >>> routing = moe.gate(torch.randn(1, 3, 8), token_ids=ids)
+        >>> routing.expert[0, :2].tolist() == routing.expert[0, 4:].tolist()  # of the two tokens of id 5
+        True
+    """
+
+    reads = (*TopKGating.reads, "token_ids")
+    experts_of_id: Tensor
+
+    def __init__(
+        self, dim: int, num_experts: int, k: int = 2, *, num_ids: int, device: Any = None, **settings: Any
+    ) -> None:
+        super().__init__(dim, num_experts, k, device=device, **settings)
+        v = self.num_ids = check_size("num_ids", num_ids)
+        self.register_buffer("experts_of_id", draw_experts(v, num_experts, k).to(device))
+
+    def given_experts(self, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, k)` the experts of the tokens' ids."""
+        if (given := super().given_experts(tokens)) is not None:
+            return given
+        if (ids := tokens.side.get("token_ids")) is None:
+            raise ValueError(
+                "HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers"
+            )
+        return self.experts_of_id[ids]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, num_ids={self.num_ids}"
+
+
+def draw_experts(num_ids: int, num_experts: int, k: int) -> Tensor:
+    """`(v, k)` int64, k different experts for each id, each expert of equally many ids, give or take one."""
+    order = torch.randperm(num_experts)
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids one after the other around a circle of experts
+    return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]
