@@ -23,6 +23,7 @@ from support import parallel_checks as checks
 from support import parallel_faults as faults
 from support import parallel_odd_models as odd
 from support import parallel_training as training
+from support import parallel_transformers as hub
 from support.parallel_layers import LAYERS, LAYERS_OF_MODEL, make_model
 from support.parallel_workers import Workers
 
@@ -147,6 +148,18 @@ def test_published_checkpoint_loads(workers: Workers):
 
 def test_wrong_shape_in_a_state_dict_is_named(workers: Workers):
     workers.run(saves.check_wrong_shape_is_named, 2)
+
+
+@pytest.mark.parametrize("check", [hub.check_saved_model_is_whole, hub.check_lists_are_refused])
+def test_swapped_model_is_saved_whole(workers: Workers, tmp_path: Path, check: Callable[[Path], None]):
+    workers.run(check, 2, tmp_path / "saved")
+
+
+def test_swapped_model_saved_on_one_rank(workers: Workers, tmp_path: Path):
+    first = workers.outcomes(hub.save_on_one_rank, 2, tmp_path, timeout=LIMIT)[0]
+    assert "could not gather the experts of all ranks" in first
+    assert "Call it on every rank" in first
+    assert seconds(first) < LIMIT + 2
 
 
 # ---- setting up, copies, collectives, gradients ----

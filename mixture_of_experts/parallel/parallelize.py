@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from fnmatch import fnmatch
+from types import MethodType
 from typing import Any
 
 import torch.distributed.tensor.parallel as tensor_parallel
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
+from mixture_of_experts.parallel.experts import SpreadExperts, SpreadList
 from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
 
 
@@ -22,6 +25,9 @@ def parallelize_module(
     src_data_rank: int | None = 0,
 ) -> nn.Module:
     """`torch.distributed.tensor.parallel.parallelize_module`, but a key that matches nothing is an error.
+
+    A model that has a `save_pretrained` (as those of transformers) afterwards gathers its experts there: all ranks call
+    it together.
 
     Args:
         module: the model, changed in place and returned.
@@ -42,6 +48,8 @@ def parallelize_module(
     for key, style in parallelize_plan.items():
         for submodule in matching_submodules(module, key).values():
             tensor_parallel.parallelize_module(submodule, device_mesh, style, src_data_rank=src_data_rank)
+    if device_mesh.size() > 1:
+        save_whole(module)
     return module
 
 
@@ -84,3 +92,29 @@ def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
         }
     first = {id(submodule): name for name, submodule in reversed(found.items())}
     return {name: submodule for name, submodule in found.items() if first[id(submodule)] == name}
+
+
+def save_whole(module: nn.Module) -> None:
+    """Have `save_pretrained` of all models in a module write whole experts."""
+    for model in module.modules():
+        save = getattr(type(model), "save_pretrained", None)
+        if save is not None and any(isinstance(part, SpreadExperts) for part in model.modules()):
+            model.save_pretrained = MethodType(save_pretrained_whole, model)  # type: ignore[assignment]
+
+
+def save_pretrained_whole(model: Any, *args: Any, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
+    """The model's own `save_pretrained`, with a state that is gathered from all ranks; the first one writes."""
+    if state_dict is None:
+        for name, part in model.named_modules():
+            if isinstance(part, SpreadList):
+                raise TypeError(
+                    f"save_pretrained cannot gather {name}, a list of modules of which every rank has its own: save a "
+                    "checkpoint by torch.distributed.checkpoint"
+                )
+        try:
+            state_dict = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"save_pretrained could not gather the experts of all ranks: {error}\nCall it on every rank"
+            ) from error
+    return type(model).save_pretrained(model, *args, state_dict=state_dict, **options)
