@@ -1,0 +1,131 @@
+"""What a model has and what a token uses of it: by hand, by published figures, and by counting operations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    ExpertList,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    RoutedExperts,
+    TopKGating,
+)
+from mixture_of_experts.summary import Cost, summary
+from mixture_of_experts.unstack import unstack
+
+D, E, H, K = 16, 8, 24, 3
+ROUTER = D * E
+PLAIN, GATED = 2 * D * H, 3 * D * H
+
+
+class OwnExperts(RoutedExperts):
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.dim = E, D
+        self.weight, self.bias = nn.Parameter(torch.zeros(E, D, D)), nn.Parameter(torch.zeros(E, D))
+
+    def compute(self, rows, counts):
+        return rows
+
+
+def cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:
+    """Of weights that every token is multiplied by, and of those of one expert; biases count as parameters alone."""
+    flops = 2 * (every + k * (routed if matrices is None else matrices))
+    return Cost(every + number * routed, round(every + k * routed), round(flops))
+
+
+CASES = {
+    "plain": (lambda: MoE(D, gate=TopKGating(D, E, K), hidden_dim=H), cost(ROUTER, PLAIN, K)),
+    "gated": (lambda: MoE(D, gate=TopKGating(D, E, K), experts=GatedExperts(D, E, H)), cost(ROUTER, GATED, K)),
+    "biases": (
+        lambda: MoE(D, gate=TopKGating(D, E, K), experts=Experts(D, E, H, bias=True)),
+        cost(ROUTER, PLAIN + H + D, K, PLAIN),
+    ),
+    "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)),
+    "noisy": (lambda: MoE(D, gate=NoisyTopKGating(D, E, K), hidden_dim=H), cost(2 * ROUTER, PLAIN, K)),
+    "expert choice": (
+        lambda: MoE(D, gate=ExpertChoiceGating(D, E, capacity_factor=1.5), hidden_dim=H),
+        cost(ROUTER, PLAIN, 1.5),
+    ),
+    "shared": (
+        lambda: MoE(D, gate=TopKGating(D, E, K), hidden_dim=H, shared_expert=nn.Linear(D, D, bias=False)),
+        cost(ROUTER + D * D, PLAIN, K),
+    ),
+    "list": (
+        lambda: MoE(D, gate=TopKGating(D, E, K), experts=ExpertList(nn.Linear(D, D) for _ in range(E))),
+        cost(ROUTER, D * D + D, K, D * D),
+    ),
+    "one's own": (lambda: MoE(D, gate=TopKGating(D, E, K), experts=OwnExperts()), cost(ROUTER, D * D + D, K, D * D)),
+    "unstacked": (lambda: unstack(MoE(D, gate=TopKGating(D, E, K), hidden_dim=H)), cost(ROUTER, PLAIN, K)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_layers_by_hand(name):
+    make, expected = CASES[name]
+    assert summary(make()).model == expected
+    assert summary(nn.Sequential(make())).layers == {"0": expected}
+
+
+def test_two_levels():
+    moe = HeirarchicalMoE(D, (2, 4), H)  # two choices at either level: of 4 inner routers of 4 experts each two
+    outer, inner, expert = D * 2, D * 4, PLAIN
+    assert summary(moe).model == Cost(
+        outer + 2 * inner + 8 * expert, outer + 2 * inner + 4 * expert, 2 * (outer + 2 * inner + 4 * expert)
+    )
+
+
+def test_mixtral_8x7b():
+    """Mistral 7B, upcycled, has what its authors published of Mixtral 8x7B: 46.7B parameters, 12.9B for a token."""
+    transformers = pytest.importorskip("transformers")
+    from mixture_of_experts.huggingface import upcycle
+
+    config = transformers.MistralConfig(vocab_size=32000)  # the sizes of Mistral 7B
+    with torch.device("meta"):
+        model = transformers.MistralForCausalLM(config)
+    dense = summary(model)
+    assert dense.parameters == dense.active == 7_241_732_096
+    assert not dense.layers
+    upcycle(model, num_experts=8, k=2)
+    found = summary(model)
+    stands_for = sum(b.numel() for b in model.buffers() if b.numel() == 1)
+    assert (found.parameters, found.active) == (46_702_792_704, 12_879_925_248)
+    assert stands_for == 32
+    assert len(found.layers) == 32
+    embedding, norms = 32000 * 4096, 65 * 4096
+    assert found.flops == 2 * (found.active - embedding - norms)
+    assert "46,702,792,704" in str(found)
+
+
+def test_operations_are_those_that_are_counted():
+    """torch counts as many in layers that it can follow; ours are the same in every mode."""
+    model, x = nn.Sequential(nn.Linear(D, H), nn.GELU(), nn.Linear(H, D)), torch.randn(3, 10, D)
+    with FlopCounterMode(display=False) as counter:
+        model(x)
+    assert counter.get_total_flops() == 30 * summary(model).flops
+    moe = MoE(D, gate=TopKGating(D, E, K), hidden_dim=H)
+    assert summary(moe.eval()) == summary(moe.train())
+
+
+def test_a_gate_that_does_not_say():
+    class Gate(nn.Module):
+        num_experts = E
+
+    moe = MoE(D, E, hidden_dim=H)
+    moe._modules["gate"] = Gate()
+    with pytest.raises(ValueError, match="the Gate of the layer does not say how many experts a token chooses"):
+        summary(moe)
+
+
+def test_the_table():
+    text = str(summary(nn.Sequential(MoE(D, E, hidden_dim=H), nn.Linear(D, D))))
+    assert [line.split()[0] for line in text.splitlines()] == ["parameters", "0", "in"]
+    assert f"{D * D + D + ROUTER + E * PLAIN:,}" in text

@@ -1,0 +1,179 @@
+"""Stacked experts as linear layers: the same numbers, and back bit for bit."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.unstack import FeedForward, UnstackedExperts, restack, unstack
+
+D, E, H = 16, 4, 24
+
+
+def without(experts: nn.Module, *names: str) -> nn.Module:
+    for name in names:
+        experts.register_parameter(name, None)
+    return experts
+
+
+EXPERTS = {
+    "plain": lambda: Experts(D, E, H),
+    "biases": lambda: Experts(D, E, H, nn.ReLU, bias=True),
+    "last bias alone": lambda: without(Experts(D, E, H, bias=True), "b1"),
+    "gated": lambda: GatedExperts(D, E, H),
+    "gated, biases": lambda: GatedExperts(D, E, H, nn.GELU, bias=True),
+    "function of two": lambda: GatedExperts(D, E, H, ClampedSwiGLU, bias=True),
+    "bfloat16": lambda: GatedExperts(D, E, H, dtype=torch.bfloat16),
+}
+
+
+def layer(name: str, capacity: float | None = None) -> MoE:
+    torch.manual_seed(0)
+    experts = EXPERTS[name]()
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=D**-0.5)
+    gate = TopKGating(D, E, 2, capacity_factor_train=capacity, capacity_factor_eval=capacity)
+    return MoE(D, gate=gate, experts=experts).to(experts.w1.dtype)
+
+
+@pytest.mark.parametrize("capacity", [None, 0.75])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_the_same_outputs_and_gradients(name, capacity):
+    stacked, x = layer(name, capacity), torch.randn(2, 12, D)
+    x = x.to(stacked.experts.w1.dtype)
+    lists = unstack(copy.deepcopy(stacked))
+    assert isinstance(lists.experts, UnstackedExperts)
+    assert all(isinstance(expert, FeedForward) for expert in lists.experts)
+    assert {type(m) for m in lists.experts[0].children() if list(m.parameters())} == {nn.Linear}
+    assert sum(p.numel() for p in lists.parameters()) == sum(p.numel() for p in stacked.parameters())
+    close = dict(atol=2e-5, rtol=1e-5) if x.dtype == torch.float32 else dict(atol=0.1, rtol=0.05)
+    outs = [moe(x)[0] for moe in (stacked, lists)]
+    torch.testing.assert_close(outs[1], outs[0], **close)
+    for out in outs:
+        out.square().sum().backward()
+    grads = torch.stack([expert.w1.weight.grad.mT for expert in lists.experts])
+    close = close if x.dtype == torch.float32 else dict(atol=1.0, rtol=0.1)
+    torch.testing.assert_close(grads, stacked.experts.w1.grad, **close)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_there_and_back(name):
+    """Class, attributes, weights, what is trained, and mode."""
+    moe = layer(name).eval()
+    moe.experts.is_transposed = True
+    moe.experts.w1.requires_grad_(False)
+    before, shown = {key: value.clone() for key, value in moe.state_dict().items()}, repr(moe)
+    lists = unstack(moe)
+    assert not any(expert.w1.weight.requires_grad or expert.training for expert in lists.experts)
+    assert all(expert.w2.weight.requires_grad for expert in lists.experts)
+    lists.experts[1].w2.weight.data += 1
+    copied = copy.deepcopy(lists)  # it takes along what it needs to go back
+    again = restack(copied)
+    assert repr(again) == shown
+    assert again.experts.is_transposed
+    assert [p.requires_grad for p in again.experts.parameters()][:2] == [False, True]
+    before["experts.w2"][1] += 1
+    assert again.state_dict().keys() == before.keys()
+    for key, value in before.items():
+        assert torch.equal(again.state_dict()[key], value), key
+    assert isinstance(lists.experts, UnstackedExperts)  # the other is as it was
+
+
+def test_a_grid_and_a_layer_in_two_places():
+    moe, x = HeirarchicalMoE(D, (2, 3), H), torch.randn(2, 12, D)
+    model = nn.ModuleDict({"a": moe, "b": moe}).eval()
+    torch.manual_seed(1)
+    expected = moe(x)[0]
+    weights = moe.experts.w1.clone()
+    unstack(model)
+    assert len(model["a"].experts) == 6
+    assert model["b"].experts is model["a"].experts
+    torch.manual_seed(1)
+    torch.testing.assert_close(model["b"](x)[0], expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(restack(model)["a"].experts.w1, weights)
+
+
+class Quantised(nn.Linear):
+    pass
+
+
+def test_what_is_refused():
+    """Nothing is changed then."""
+    with pytest.raises(ValueError, match="Linear has no stacked experts"):
+        unstack(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="is nothing but stacked experts"):
+        unstack(Experts(D, E))
+    with pytest.raises(ValueError, match="MoE has no experts that unstack"):
+        restack(layer("plain"))
+    model = nn.ModuleList([layer("plain"), layer("gated")])
+    model[1].experts.w3 = nn.Parameter(model[1].experts.w3.data)
+    model[1].experts.w3.__class__ = type("Spread", (nn.Parameter,), {})
+    with pytest.raises(TypeError, match=r"1.experts.w3 is a Spread: unstack before"):
+        unstack(model)
+    assert isinstance(model[0].experts, Experts)
+    model = unstack(nn.ModuleList([layer("plain"), layer("gated")]))
+    model[1].experts[2].w3 = Quantised(D, H, bias=False)
+    with pytest.raises(TypeError, match=r"1.experts.2.w3 is a Quantised, no plain linear layer"):
+        restack(model)
+    assert isinstance(model[0].experts, UnstackedExperts)
+
+
+def test_muon_of_each_expert():
+    """Matrices that are views of a stack learn as linear layers do."""
+    stacked, x = layer("gated"), torch.randn(2, 12, D)
+    lists = unstack(copy.deepcopy(stacked))
+    stacks = [p for name, p in stacked.experts.named_parameters() if name.startswith("w")]
+    views = {stack: [nn.Parameter(matrix.mT) for matrix in stack.data] for stack in stacks}
+    ours = torch.optim.Muon([view for of in views.values() for view in of], lr=0.1)
+
+    def give_gradients(*_):
+        for stack, of in views.items():
+            for view, grad in zip(of, stack.grad, strict=True):
+                view.grad = grad.mT
+
+    ours.register_step_pre_hook(give_gradients)
+    theirs = torch.optim.Muon([p for p in lists.experts.parameters() if p.ndim == 2], lr=0.1)
+    before = stacked.experts.w1.clone()
+    for _ in range(3):
+        for moe, optimizer in ((stacked, ours), (lists, theirs)):
+            moe.zero_grad()
+            moe(x)[0].square().sum().backward()
+            optimizer.step()
+    assert (stacked.experts.w1 - before).abs().max() > 0.05
+    torch.testing.assert_close(
+        restack(lists).experts.w1, stacked.experts.w1, atol=2e-2, rtol=0
+    )  # it computes in bfloat16
+
+
+def test_torchao():
+    """It passes over stacks in silence, and takes what `unstack` makes of them."""
+    ao = pytest.importorskip("torchao.quantization")
+    moe, x = layer("gated").eval(), torch.randn(2, 12, D)
+    before = moe(x)[0]
+    ao.quantize_(moe, ao.Int8WeightOnlyConfig())
+    assert torch.equal(moe(x)[0], before)
+    ao.quantize_(unstack(moe), ao.Int8WeightOnlyConfig())
+    found = moe(x)[0]
+    assert 0 < (found - before).norm() < 0.02 * before.norm()
+    with pytest.raises(TypeError, match="no plain linear layer"):
+        restack(moe)
+
+
+def test_bitsandbytes():
+    bnb = pytest.importorskip("bitsandbytes")
+    moe, x = unstack(layer("gated").eval()), torch.randn(2, 12, D)
+    before = moe(x)[0]
+    for expert in moe.experts:
+        for name in ("w1", "w2", "w3"):
+            linear = getattr(expert, name)
+            sizes = linear.in_features, linear.out_features
+            four = bnb.nn.Linear4bit(*sizes, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+            four.load_state_dict(linear.state_dict())
+            setattr(expert, name, four.to("cpu"))
+    found = moe(x)[0]
+    assert 0 < (found - before).norm() < 0.5 * before.norm()
