@@ -24,6 +24,9 @@ myst_heading_anchors = 3  # a link's #fragment is the heading's, as it is where 
 myst_links_external_new_tab = False
 
 autodoc_member_order = "bysource"
+autodoc_inherit_docstrings = False  # what a class does not say of its own is said where it comes from
+napoleon_use_ivar = True
+toc_object_entries_show_parents = "hide"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True

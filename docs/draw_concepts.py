@@ -201,7 +201,7 @@ def draw_balance() -> Figure:
         with torch.no_grad():
             gate.w_gating.copy_(torch.eye(e))
             routing = gate(strength * favour + torch.randn(1, 4096, e))
-        load = routing.queued[0] / (4096 * k / e)
+        load = (routing.queued[0] / (4096 * k / e)).tolist()
         ax.bar(range(1, e + 1), load, color=HUES[0], width=0.8)
         ax.axhline(1.0, color=INK, linewidth=1.0, linestyle=(0, (4, 3)))
         ax.set_title(f"{title}: loss {routing.balance_loss.item():.2f}", fontsize=11, color=INK)

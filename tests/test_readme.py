@@ -20,7 +20,10 @@ import mixture_of_experts
 from mixture_of_experts import HeirarchicalMoE, MoE
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 LARGE = 12 * 2**30  # bytes of memory a machine should have to run a block marked "large"
 
 # an optional mark, `<!-- test: cuda -->` or `<!-- test: large -->`, then the block
@@ -77,9 +80,13 @@ def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.Mon
     block.run()
 
 
+def in_your_model() -> list[Block]:
+    return [block for block in BLOCKS if block.file.name == "in_your_model.md"]
+
+
 def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
     """After a training forward, whose graph is still there."""
-    block = next(block for block in BLOCKS if "collect_aux" in block.code and "TransformerEncoderLayer" in block.code)
+    (block,) = (block for block in in_your_model() if "collect_aux" in block.code)
     names = block.run()
     layers, x = names["layers"], torch.randn(2, 5, 64)
     with names["collect_aux"](layers) as aux:
@@ -95,7 +102,7 @@ def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
 
 
 def test_initial_weights_of_the_recipe_reach_the_experts():
-    block = next(block for block in BLOCKS if "def init_weights" in block.code)
+    (block,) = (block for block in in_your_model() if "def init_weights" in block.code)
     experts = block.run()["model"][1].experts
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
 
@@ -107,9 +114,9 @@ def test_every_python_block_is_found():
 
 
 def argument_rows() -> dict[str, str]:
-    """Name and default of every row of the README's table of arguments."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Arguments")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", section, re.MULTILINE))
+    """Name and default of every row of the table of arguments."""
+    text = (ROOT / "docs" / "arguments.md").read_text(encoding="utf-8")
+    return dict(re.findall(r"^\| `(\w+)` \| `([^`]+)` \|", text, re.MULTILINE))
 
 
 def default_of(parameter: inspect.Parameter) -> str:
@@ -128,10 +135,24 @@ def test_table_of_arguments_matches_the_signature():
     assert set(parameters) - two_levels == {"gate"}
 
 
-@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
-def test_relative_links_lead_to_files(file: Path):
-    targets = re.findall(r"(?:\]\(|src=\")(?!http|#)([^)#\"]+)", file.read_text(encoding="utf-8"))
-    missing = [target for target in targets if not (file.parent / target).exists()]
+def prose(file: Path) -> str:
+    """A document without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def anchors(file: Path) -> set[str]:
+    """The fragments by which its headings are linked."""
+    headings = re.findall(r"^#+ (.+)$", prose(file), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT)))
+def test_relative_links_lead_to_files_and_headings(file: Path):
+    missing = []
+    for target, fragment in re.findall(r"(?:\]\(|src=\")(?!http)([^)#\s\"]*)(?:#([^)\"]+))?", prose(file)):
+        page = file.parent / target if target else file
+        if not page.exists() or (fragment and fragment not in anchors(page)):
+            missing.append(f"{target}#{fragment}")
     assert not missing
 
 
@@ -152,3 +173,22 @@ def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert kept[script["FOLLOWED"]] == [True, True]
     assert kept[script["DROPPED"]] == [False, False]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pictures_of_concepts_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each has its file, and the gate does what the pictures of capacity and causality tell."""
+    monkeypatch.setattr(sys, "argv", ["draw_concepts.py", "--out", str(tmp_path)])
+    script = runpy.run_path(str(ROOT / "docs" / "draw_concepts.py"), run_name="__main__")
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert re.findall(r"\]\(images/(\w+)\.png\)", page) == list(script["PICTURES"])
+    for name in script["PICTURES"]:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    limited = script["route"](script["WORDS"], factor=1.75)
+    assert limited.capacity == 3
+    assert limited.queued.tolist() == [[4, 5, 3, 2]]
+    words = list(script["TOKENS"])
+    for priority, kept in (("choice", ["quick", "jumps"]), ("token", ["the", "quick"])):
+        queue = script["queues_of"](script["route"](words, factor=1.0, priority=priority))[1]
+        served = sorted((choice for choice in queue if choice.kept), key=lambda choice: choice.slot)
+        assert [words[choice.token] for choice in served] == kept

@@ -18,14 +18,14 @@ from mixture_of_experts.tracing import is_wrapped
 class Choices(NamedTuple):
     """What the tokens choose, before masks, priorities and capacity."""
 
-    expert: Tensor  # (..., b, n, k) int64, a token's best choice first, no expert twice
-    weight: Tensor  # (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
-    probs: Tensor  # (..., b, n, e) the router's probabilities (normalised scores)
-    losses: dict[str, Tensor]  # every loss by name, 0-dim; "z" is the z-loss
-    balance_loss: Tensor | None = None  # what the layer's loss_coef weighs; by default losses["balance"], 0 without it
-    chosen: Tensor | None = None  # (..., b, n, k) bool, the choices that are made at all; None if all are
-    score: Tensor | None = None  # (..., b, n) by which tokens queue with priority "score"; None: the top probability
-    primary: Tensor | None = None  # (..., b, n, k) bool, a second level's first choices; None: those that stand first
+    expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice
+    weight: Tensor  #: (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
+    probs: Tensor  #: (..., b, n, e) the router's probabilities (normalised scores)
+    losses: dict[str, Tensor]  #: every loss by name, 0-dim; "z" is the z-loss
+    balance_loss: Tensor | None = None  #: what the layer's loss_coef weighs; by default losses["balance"], 0 without it
+    chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
+    score: Tensor | None = None  #: (..., b, n) by which tokens queue with priority "score"; None: the top probability
+    primary: Tensor | None = None  #: (..., b, n, k) bool, a second level's first choices; None: those that stand first
 
 
 def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:

@@ -1,0 +1,25 @@
+"""Checks a site that was built: `check_site.py FOLDER`. Its search finds what readers ask for; pictures are there."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import snowballstemmer
+
+ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "LoRA": "transformers"}
+
+site = Path(sys.argv[1])
+index = json.loads(re.sub(r"^Search\.setIndex\((.*)\)$", r"\1", (site / "searchindex.js").read_text(encoding="utf-8")))
+stemmer = snowballstemmer.stemmer("english")
+for word, page in ASKED_FOR.items():
+    stem = stemmer.stemWord(word.lower())
+    found = [index[part].get(stem, []) for part in ("terms", "titleterms")]
+    pages = {index["docnames"][number] for hits in found for number in (hits if isinstance(hits, list) else [hits])}
+    assert page in pages, f"the search for {word!r} finds {sorted(pages)}, not {page}"
+
+pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
+for page in pages:
+    for source in re.findall(r'<img [^>]*src="(?!https?:|data:)([^"]+)"', page.read_text(encoding="utf-8")):
+        assert (page.parent / source).is_file(), f"{page.name} shows {source}, which is not there"
+print(f"{len(pages)} pages; the search finds {', '.join(ASKED_FOR)}")
