@@ -69,8 +69,9 @@ def test_there_and_back(name):
     moe.experts.w1.requires_grad_(False)
     before, shown = {key: value.clone() for key, value in moe.state_dict().items()}, repr(moe)
     lists = unstack(moe)
-    assert not any(expert.w1.weight.requires_grad or expert.training for expert in lists.experts)
-    assert all(expert.w2.weight.requires_grad for expert in lists.experts)
+    experts = list(lists.experts.children())
+    assert not any(expert.w1.weight.requires_grad or expert.training for expert in experts)
+    assert all(expert.w2.weight.requires_grad for expert in experts)
     lists.experts[1].w2.weight.data += 1
     copied = copy.deepcopy(lists)  # it takes along what it needs to go back
     again = restack(copied)
@@ -168,7 +169,7 @@ def test_bitsandbytes():
     bnb = pytest.importorskip("bitsandbytes")
     moe, x = unstack(layer("gated").eval()), torch.randn(2, 12, D)
     before = moe(x)[0]
-    for expert in moe.experts:
+    for expert in moe.experts.children():
         for name in ("w1", "w2", "w3"):
             linear = getattr(expert, name)
             sizes = linear.in_features, linear.out_features
