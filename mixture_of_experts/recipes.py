@@ -9,19 +9,28 @@ and by the documentation. Nothing here needs `transformers`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, TokenGated
+from mixture_of_experts.checks import check_size
+from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
     NoisyTopKGating,
+    RouterLogits,
     SparseMixerGating,
     Top2Gating,
     TopKGating,
 )
+from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.activations import make_activation
 
 
 @dataclass(frozen=True)
@@ -38,9 +47,10 @@ class Model:
             "after" of a clamped gating.
         weigh_input: whether weights multiply what the experts read.
         identity: experts that return the token, as a share of the others; `zero`: that return nothing.
-        latent: the width the experts compute in, as a share of the model's.
         shared: width of the shared expert in hidden widths of an expert; `shared_gate`: whether a token gates it.
         layer: settings of `MoE`: coefficients of losses.
+        router_aux_loss_coef: their coefficient, and the number of layers whose losses it is of, where a loss over all
+            layers is meant, as that of transformers; `loss_coef` is the first times k by the second.
         blocks: classes of `transformers` that compute this.
         keeps: where those keep a part, if under none of the names in `KEEPS`.
         tells: whether their router returns logits, or probabilities in the place of those.
@@ -55,10 +65,10 @@ class Model:
     weigh_input: bool = False
     identity: float = 0.0
     zero: int = 0
-    latent: float | None = None
     shared: float = 0.0
     shared_gate: bool = False
     layer: Mapping[str, Any] = field(default_factory=dict)
+    router_aux_loss_coef: tuple[float, int] | None = None
     blocks: tuple[str, ...] = ()
     keeps: Mapping[str, str] = field(default_factory=dict)
     tells: Literal["logits", "probs"] = "logits"
@@ -103,7 +113,6 @@ KEEPS: dict[str, tuple[str, ...]] = {
 
 BATCH = dict(balance_over="batch")
 SIGMOID = dict(score="sigmoid", expert_bias=True)
-LOSS_OF_TRANSFORMERS = 1e-3  # of their 0.001 in one layer: see docs/routers.md
 
 MODELS: dict[str, Model] = {
     "gshard": Model(
@@ -137,7 +146,7 @@ MODELS: dict[str, Model] = {
     "mixtral": Model(
         "2401.04088",
         gate=dict(k=2, normalize=True, **BATCH),
-        layer=dict(loss_coef=2e-2),
+        router_aux_loss_coef=(0.001, 32),
         blocks=(
             "MixtralSparseMoeBlock",
             "MiniMaxSparseMoeBlock",
@@ -147,13 +156,14 @@ MODELS: dict[str, Model] = {
     "olmoe": Model(
         "2409.02060",
         gate=dict(k=8, normalize=False, **BATCH),
-        layer=dict(loss_coef=1e-2, z_loss_coef=1e-3),
+        layer=dict(z_loss_coef=1e-3),
+        router_aux_loss_coef=(0.01, 16),
         blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
     ),
     "qwen2": Model(
         "2407.10671",
         gate=dict(k=4, normalize=False, **BATCH),
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 24),
         shared=4.0,
         shared_gate=True,
         blocks=("Qwen2MoeSparseMoeBlock", "Qwen3OmniMoeTalkerTextSparseMoeBlock"),
@@ -161,13 +171,13 @@ MODELS: dict[str, Model] = {
     "qwen3": Model(
         "2505.09388",
         gate=dict(k=8, normalize=True, **BATCH),
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 48),
         blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
     ),
     "qwen3_next": Model(
         "",
         gate=dict(k=10, normalize=True, **BATCH),
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 48),
         shared=1.0,
         shared_gate=True,
         blocks=("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock", "Qwen4ExpTextSparseMoeBlock"),
@@ -228,15 +238,15 @@ MODELS: dict[str, Model] = {
         "2504.03624",
         gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="relu2", gated=False),
-        latent=0.25,
         shared=2.0,
         layer=dict(loss_coef=1e-4),
         blocks=("NemotronHMoE",),
     ),
-    "kimi_k3": Model(
-        gate=dict(k=16, normalize=True, scale=2.5, **SIGMOID),
+    "kimi_k2": Model(
+        "2507.20534",
+        gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
         shared=1.0,
-        layer=dict(loss_coef=0.0),
+        layer=dict(loss_coef=1e-4),
     ),
     "hy_v3": Model(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
@@ -247,14 +257,14 @@ MODELS: dict[str, Model] = {
     "minimax_m2": Model(
         "",
         gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID),
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
     ),
     "minimax_m3": Model(
         gate=dict(k=4, normalize=True, eps=0.0, scale=2.0, **SIGMOID),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
         shared=1.0,
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 60),
         blocks=("MiniMaxM3VLSparseMoeBlock",),
     ),
     "step3": Model(
@@ -274,7 +284,7 @@ MODELS: dict[str, Model] = {
         "",
         gate=dict(k=6, expert_bias=True),
         shared=2.0,
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 28),
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
     ),
     "mistral4": Model(
@@ -285,7 +295,7 @@ MODELS: dict[str, Model] = {
     "granite4": Model(
         "",
         gate=dict(k=8, weigh="softmax", **BATCH),
-        layer=dict(loss_coef=8e-3),
+        router_aux_loss_coef=(0.001, 32),
         blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
     ),
     "aria": Model("2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks=("AriaTextMoELayer",)),
@@ -299,7 +309,7 @@ MODELS: dict[str, Model] = {
         "2508.10925",
         gate=dict(k=4, weigh="softmax", bias=True, **BATCH),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
-        layer=dict(loss_coef=3.6e-3),
+        router_aux_loss_coef=(0.001, 36),
         blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
     ),
     "cohere2": Model(
@@ -317,7 +327,7 @@ MODELS: dict[str, Model] = {
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
         weigh_input=True,
         shared=1.0,
-        layer=dict(loss_coef=1e-3),
+        router_aux_loss_coef=(0.001, 48),
         blocks=("Llama4TextMoe",),
     ),
     "laguna": Model(
@@ -329,7 +339,6 @@ MODELS: dict[str, Model] = {
     "muse_spark": Model(
         gate=dict(k=8, normalize=True, eps=1e-15, scale=2.5, **SIGMOID),
         logits=dict(multiplier=1.0),
-        latent=0.5,
         blocks=("MuseSparkMoE",),
     ),
     "gemma4": Model(
@@ -354,7 +363,7 @@ MODELS: dict[str, Model] = {
         "2409.12136",
         router=SparseMixerGating,
         gate=dict(k=2, tolerance=0.01),
-        layer=dict(loss_coef=1e-2),
+        router_aux_loss_coef=(0.001, 32),
         blocks=("PhimoeSparseMoeBlock",),
     ),
     "dbrx": Model("", gate=dict(k=4, normalize=True), layer=dict(loss_coef=5e-2), blocks=("DbrxFFN",)),
@@ -370,3 +379,241 @@ MODELS: dict[str, Model] = {
 
 #: the record of each class of a block
 BLOCKS: dict[str, Model] = {block: model for model in MODELS.values() for block in model.blocks}
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU("tanh"),
+    "relu": nn.ReLU,
+    "relu2": SquaredReLU,
+    "silu": nn.SiLU,
+}
+
+
+class SharedExpert(nn.Module):
+    """A feed-forward network for every token: `act(x gate) * (x up)` (or `act(x up)`), then `down`; no biases.
+
+    Args:
+        dim, hidden_dim: d and h.
+        activation: a class, a module or a function; of gated networks also one of `(gate, up)`.
+        gated: whether it has a gate projection.
+
+    Example:
+        >>> import torch
+        >>> SharedExpert(8, 16)(torch.randn(2, 5, 8)).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: Any = nn.SiLU, gated: bool = True, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, **factory) if gated else None
+        self.up_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
+        self.act = make_activation(activation)
+        self.of_both = isinstance(self.act, ClampedGLU | ClampedSwiGLU)
+
+    def forward(self, x: Tensor) -> Tensor:
+        up = self.up_proj(x)
+        if self.gate_proj is None:
+            return self.down_proj(self.act(up))
+        gate = self.gate_proj(x)
+        return self.down_proj(self.act(gate, up) if self.of_both else self.act(gate) * up)
+
+
+def build(
+    model: Model,
+    dim: int,
+    num_experts: int,
+    hidden_dim: int | None = None,
+    *,
+    latent_dim: int | None = None,
+    device: Any = None,
+    dtype: torch.dtype | None = None,
+    **changes: Any,
+) -> MoE:
+    """A layer by a record.
+
+    Args:
+        model: one of `MODELS`, or a record of one's own.
+        dim, num_experts: d and e; experts that compute nothing come on top.
+        hidden_dim: h, hidden width of an expert; 4 d by default.
+        latent_dim: experts compute in this width, between two linear layers (arXiv 2601.18089); None: in d.
+        device, dtype: of the weights.
+        changes: settings of the gate, in the place of the record's.
+
+    Example:
+        >>> import torch
+        >>> moe = build(Model(gate=dict(k=3, score="sigmoid")), dim=16, num_experts=8, hidden_dim=4)
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+    e, factory = check_size("num_experts", num_experts), dict(device=device, dtype=dtype)
+    d, h = check_size("dim", dim), check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
+    spare = [round(model.identity * e), model.zero]
+    gate = make_gate(model, d, e + sum(spare), changes, factory)
+    activation, gated = make_activation_of(model), model.experts.get("gated", True)
+    width = d if latent_dim is None else check_size("latent_dim", latent_dim)
+    kind: Any = GatedExperts if gated else Experts
+    experts = kind(width, e, h, activation, bias=model.experts.get("bias", False), **factory)
+    if model.weigh_input:
+        experts = InputWeightedExperts(experts)
+    if any(spare):
+        experts = ExpertsBesideIdentity(experts, num_identity=spare[0], num_zero=spare[1])
+    if latent_dim is not None:
+        narrow, wide = nn.Linear(d, width, bias=False, **factory), nn.Linear(width, d, bias=False, **factory)
+        experts = EnclosedExperts(experts, before=narrow, after=wide)
+    shared: nn.Module | None = None
+    if model.shared:
+        shared = SharedExpert(d, round(model.shared * h), make_activation_of(model), gated, **factory)
+        if model.shared_gate:
+            shared = TokenGated(shared, nn.Linear(d, 1, bias=False, **factory))
+    layer = dict(model.layer)
+    if model.router_aux_loss_coef is not None:
+        coef, layers = model.router_aux_loss_coef
+        layer["loss_coef"] = coef * gate.k / layers
+    return MoE(d, gate=gate, experts=experts, shared_expert=shared, **layer)
+
+
+def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
+    """The gate of a record, for so many experts."""
+    settings = {**model.gate, **changes, **factory}
+    if model.logits is not None:
+        logits = dict(model.logits)
+        if logits.get("multiplier") == "1/sqrt(d)":
+            logits["multiplier"] = dim**-0.5
+        settings["logits"] = RouterLogits(dim, num_experts, **logits, **factory)
+    if model.scales is not None:
+        settings["weigh"] = LearnedScale(num_experts if model.scales == "expert" else 1, **factory)
+    return model.router(dim, num_experts, **settings)
+
+
+def make_activation_of(model: Model) -> nn.Module:
+    """The activation of a record's experts."""
+    name, limit = model.experts.get("activation", "silu"), model.experts.get("limit")
+    if name == "clamped_swiglu":
+        return ClampedSwiGLU(model.experts["alpha"], model.experts["limit"])
+    activation = ACTIVATIONS[name]()
+    return activation if limit is None else ClampedGLU(activation, limit, after=model.experts.get("after", False))
+
+
+def gshard(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """GShard: two choices, the second drawn by its weight; in eval every choice is computed (arXiv 2006.16668)."""
+    return build(MODELS["gshard"], dim, num_experts, hidden_dim, **changes)
+
+
+def switch(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Switch Transformer: one choice, of limited capacity in training; in eval every choice is computed (arXiv
+    2101.03961).
+    """
+    return build(MODELS["switch"], dim, num_experts, hidden_dim, **changes)
+
+
+def shazeer(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Shazeer et al. 2017: k choices by noisy logits, softmax over them, losses on importance and load (arXiv
+    1701.06538).
+    """
+    return build(MODELS["shazeer"], dim, num_experts, hidden_dim, **changes)
+
+
+def expert_choice(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Expert choice: every expert takes its best tokens of the group. Not for models that generate (arXiv
+    2202.09368).
+    """
+    return build(MODELS["expert_choice"], dim, num_experts, hidden_dim, **changes)
+
+
+def mixtral(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Mixtral: two choices, softmax normalised (arXiv 2401.04088)."""
+    return build(MODELS["mixtral"], dim, num_experts, hidden_dim, **changes)
+
+
+def olmoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060)."""
+    return build(MODELS["olmoe"], dim, num_experts, hidden_dim, **changes)
+
+
+def qwen2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Qwen2-MoE: 4 choices, and a shared expert that a token gates (arXiv 2407.10671)."""
+    return build(MODELS["qwen2"], dim, num_experts, hidden_dim, **changes)
+
+
+def qwen3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388)."""
+    return build(MODELS["qwen3"], dim, num_experts, hidden_dim, **changes)
+
+
+def qwen3_next(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert that a token gates."""
+    return build(MODELS["qwen3_next"], dim, num_experts, hidden_dim, **changes)
+
+
+def deepseek_v2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """DeepSeek-V2: 6 choices in 3 of 8 groups of experts by their best one, and shared experts (arXiv 2405.04434)."""
+    return build(MODELS["deepseek_v2"], dim, num_experts, hidden_dim, **changes)
+
+
+def deepseek_v3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """DeepSeek-V3: 8 choices in 4 of 8 groups of experts, sigmoid, an expert bias, and a shared expert (arXiv
+    2412.19437).
+    """
+    return build(MODELS["deepseek_v3"], dim, num_experts, hidden_dim, **changes)
+
+
+def deepseek_v4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """DeepSeek-V4, but for its first layers, which choose by token id: 6 choices by the root of softplus."""
+    return build(MODELS["deepseek_v4"], dim, num_experts, hidden_dim, **changes)
+
+
+def kimi_k2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Kimi K2: as DeepSeek-V3 without groups of experts (arXiv 2507.20534)."""
+    return build(MODELS["kimi_k2"], dim, num_experts, hidden_dim, **changes)
+
+
+def nemotron_h(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` (arXiv
+    2504.03624).
+    """
+    return build(MODELS["nemotron_h"], dim, num_experts, hidden_dim, **changes)
+
+
+def minimax_m2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """MiniMax-M2: 8 choices, sigmoid normalised, an expert bias."""
+    return build(MODELS["minimax_m2"], dim, num_experts, hidden_dim, **changes)
+
+
+def gpt_oss(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """GPT-OSS: 4 choices, softmax over them, a router bias, clamped SwiGLU with biases (arXiv 2508.10925)."""
+    return build(MODELS["gpt_oss"], dim, num_experts, hidden_dim, **changes)
+
+
+def granite4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Granite 4: 8 choices, softmax over them."""
+    return build(MODELS["granite4"], dim, num_experts, hidden_dim, **changes)
+
+
+def ernie4_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts."""
+    return build(MODELS["ernie4_5"], dim, num_experts, hidden_dim, **changes)
+
+
+def llama4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Llama 4: one choice by logits, whose sigmoid multiplies what the expert reads, and a shared expert."""
+    return build(MODELS["llama4"], dim, num_experts, hidden_dim, **changes)
+
+
+def gemma4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Gemma 4: a norm before the router, 8 choices, and learned scales of the experts; without the layer's norms."""
+    return build(MODELS["gemma4"], dim, num_experts, hidden_dim, **changes)
+
+
+def longcat_flash(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """LongCat-Flash: 12 choices, an expert bias, and half as many experts again that return the token (arXiv
+    2509.01322).
+    """
+    return build(MODELS["longcat_flash"], dim, num_experts, hidden_dim, **changes)
+
+
+def phi3_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136)."""
+    return build(MODELS["phi3_5"], dim, num_experts, hidden_dim, **changes)

@@ -1,12 +1,13 @@
 """A few rows in inference are computed without a plan: what comes out is that of the plan."""
 
+import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
 
-from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
 from mixture_of_experts.ops.cpu import decode
 
 
@@ -108,3 +109,44 @@ def test_few_rows_of_an_ensemble(experts, mapped):
         for index in range(3):
             state_of = {name: value[index] if in_dims[name] == 0 else value for name, value in state.items()}
             torch.testing.assert_close(out[index], one(state_of, x[index] if mapped == "inputs" else x))
+
+
+# ---- what a layer says of itself ----
+
+
+def decoding_warnings(moe: MoE, calls: int = 1) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")
+        for _ in range(calls):
+            moe(torch.randn(3, 1, 8))
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_layer_that_decodes_by_what_else_is_in_the_call_says_so_once():
+    moe = MoE(8, 4).eval()
+    (message,) = decoding_warnings(moe, calls=3)
+    assert "has capacity_factor_eval=2.0 and second_policy_eval='random'" in message
+    remedy = message.rpartition("set ")[2]
+    assert remedy == "gate.capacity_factor_eval = None, gate.second_policy_eval = 'all'"
+    moe.gate.capacity_factor_eval, moe.gate.second_policy_eval = None, "all"
+    assert decoding_warnings(moe) == []
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        TopKGating(8, 4, capacity_factor_train=1.0),
+        Top2Gating(8, 4, capacity_factor_eval=None, second_policy_eval="threshold"),
+    ],
+)
+def test_a_layer_that_decodes_as_it_reads_says_nothing(gate):
+    assert decoding_warnings(MoE(8, gate=gate).eval()) == []
+
+
+def test_of_a_sequence_and_in_training_nothing_is_said():
+    moe = MoE(8, 4)
+    assert decoding_warnings(moe) == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        moe.eval()(torch.randn(1, 2, 8))
+        HeirarchicalMoE(8, (2, 2), capacity_factor_eval=0.1, min_expert_capacity=1).eval()(torch.randn(1, 4, 8))

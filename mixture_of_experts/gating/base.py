@@ -26,6 +26,7 @@ from mixture_of_experts.checks import (
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
+from mixture_of_experts.gating.decoding import warn_of_decoding
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
@@ -222,6 +223,7 @@ class TokenChoiceGate(Gate):
             side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
         """
         tokens = self.read(x, importance, mask, length, side)
+        warn_of_decoding(self, tokens.num_tokens)
         made = self.decide(tokens)
         chosen = self.allowed(tokens)
         if made.chosen is not None:
@@ -380,7 +382,8 @@ class TokenChoiceGate(Gate):
         parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]
         factors = (self.capacity_factor_train, self.capacity_factor_eval)
         parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
-        parts.append(f"priority={self.priority!r}")
+        if factors != (None, None):  # else nobody waits
+            parts.append(f"priority={self.priority!r}")
         if self.outer_expert_dims:
             parts.append(f"outer_expert_dims={self.outer_expert_dims}")
         return ", ".join(parts)

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.transformers_blocks import BLOCKS, LEFT_OUT, comes_back, goes_in, has_backend, is_tracked, make
 from torch import Tensor, nn
 
-from mixture_of_experts import GatedExperts, MoE, TopKGating
+from mixture_of_experts import GatedExperts, MoE, TopKGating, recipes
 from mixture_of_experts.huggingface import from_transformers, to_transformers
 
+SLOW_EXPERTS = {"SwitchTransformersSparseMLP"}  # a list of networks
 MODELS: dict[str, dict[str, Any]] = {
     "Mixtral": dict(num_local_experts=8, num_experts_per_tok=2),
     "Qwen3Moe": dict(num_experts=8, num_experts_per_tok=3, norm_topk_prob=False, decoder_sparse_step=1, head_dim=8),
@@ -89,6 +91,82 @@ def test_dtypes_and_modes_stay(name):
     to_transformers(moe, block)
     for key, value in block.state_dict().items():
         assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LEFT_OUT.keys()))
+def test_every_block_goes_in_and_comes_back(name):
+    """Outputs and all gradients in eval and training; bit for bit, buffers too, into a block of other weights."""
+    goes_in(name)
+    comes_back(name)
+
+
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LEFT_OUT.keys()))
+def test_every_block_is_tracked(name):
+    is_tracked(name)
+
+
+@pytest.mark.parametrize("name", sorted(recipes.BLOCKS))
+def test_every_experts_interface_is_computed_by_the_backend(name):
+    experts = make(name)
+    if name in {"DbrxFFN", "JetMoeMoE", "Llama4TextMoe", "LongcatFlashMoE", "Step3p7SparseMoeBlock"} | SLOW_EXPERTS:
+        assert not hasattr(getattr(experts, "experts", None), "has_gate")
+    else:
+        has_backend(name)
+
+
+def test_the_table_names_the_blocks_there_are():
+    """Those that a later version adds are found, and those that it takes away."""
+    assert set(recipes.BLOCKS) | set(LEFT_OUT) == set(BLOCKS)
+    assert not set(recipes.BLOCKS) & set(LEFT_OUT)
+
+
+def test_a_block_left_out_for_a_fault_has_it_still():
+    """NLLB's second choice is always expert 0, its first always expert 1."""
+    torch.manual_seed(0)
+    block, x = make("NllbMoeSparseMLP").eval(), torch.randn(1, 7, 16)
+    flat = x.flatten(0, 1)
+    first, weight, _ = block.router(flat)
+    zero, one = (block.experts[f"expert_{i}"](flat) for i in (0, 1))
+    firsts = (weight * first).sum(-1, keepdim=True)
+    expected = firsts * one + (weight.sum(-1, keepdim=True) - firsts) * zero
+    torch.testing.assert_close(block(x).view_as(flat), expected)
+    assert first.argmax(-1).unique().numel() > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "message"),
+    [
+        ("DeepseekV4SparseMoeBlock", 2, "chooses by the ids of tokens, which no gate is given"),
+        ("ZayaSparseMoeBlock", 1, "reads the state of the layer before's router, which no gate is given"),
+    ],
+)
+def test_layers_that_read_more_than_tokens_are_refused(name, layer, message):
+    with pytest.raises(ValueError, match=message):
+        from_transformers(make(name, layer))
+
+
+@pytest.mark.parametrize(
+    "name", ["AXK1MoE", "GptOssMLP", "JetMoeMoE", "Llama4TextMoe", "LongcatFlashMoE", "MuseSparkMoE"]
+)
+def test_padding_of_a_block_costs_nothing_and_is_zero(name):
+    """Wrappers around experts too: biases, norms and identities are of real tokens alone."""
+    torch.manual_seed(0)
+    moe, x = from_transformers(make(name)).eval(), torch.randn(2, 7, 16)
+    mask = torch.arange(7) < torch.tensor([[7], [4]])
+    out = moe(x, mask=mask)[0]
+    torch.testing.assert_close(out[mask], moe(x)[0][mask], atol=1e-5, rtol=1e-5)
+    assert not out[~mask].any()
+
+
+def test_another_choice_or_wrapper_is_refused():
+    moe = from_transformers(make("Kolibri1SparseMoeBlock"))
+    moe.gate.select = "score"
+    with pytest.raises(ValueError, match="the gate has select='score', the block 'logits'"):
+        to_transformers(moe, make("Kolibri1SparseMoeBlock"))
+    moe = from_transformers(make("Llama4TextMoe"))
+    moe.experts = moe.experts.experts
+    with pytest.raises(ValueError, match="the experts are GatedExperts, the block's InputWeightedExperts around Gated"):
+        to_transformers(moe, make("Llama4TextMoe"))
 
 
 def test_gradients_reach_every_weight():

@@ -1,5 +1,6 @@
-"""Every sparse block of the installed `transformers`, made small; `python tests/huggingface/sparse.py` prints what each
-of them can be given to.
+"""Every sparse block of the installed `transformers`, made small.
+
+`python tests/support/transformers_blocks.py` prints the table of docs/transformers.md: what each of them can be given to.
 
 A block is a module that makes experts in its constructor, found in the text of every model's file: what a later version
 adds is found too.
@@ -13,7 +14,7 @@ import importlib
 import inspect
 import typing
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ def find_blocks() -> Iterator[Found]:
 
 
 def makes_experts(node: ast.ClassDef) -> bool:
-    """Whether its constructor makes experts, and not only shared ones."""
+    """Whether its constructor makes experts."""
     made = [
         ast.unparse(call.func)
         for method in node.body
@@ -95,7 +96,7 @@ def makes_experts(node: ast.ClassDef) -> bool:
         for call in ast.walk(method)
         if isinstance(call, ast.Call)
     ]
-    return any(name.endswith("Experts") and "Shared" not in name for name in made)
+    return any(name.endswith("Experts") for name in made)
 
 
 BLOCKS = {found.name: found for found in find_blocks()}
@@ -280,19 +281,24 @@ CHECKS = {
 }
 
 
+def why_not(check: Callable[[str], None], name: str) -> str | None:
+    try:
+        check(name)
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:160]}"
+    return None
+
+
 def table() -> str:
     lines = ["| block | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 1) + "|"]
     totals, notes = dict.fromkeys(CHECKS, 0), []
     for name in sorted(BLOCKS):
         cells = []
         for column, check in CHECKS.items():
-            try:
-                check(name)
-                cells.append("yes")
-                totals[column] += 1
-            except Exception as error:  # noqa: PERF203
-                cells.append("no")
-                notes.append(f"{name}, {column}: {type(error).__name__}: {str(error)[:160]}")
+            reason = why_not(check, name)
+            cells.append("yes" if reason is None else "no")
+            totals[column] += reason is None
+            notes += [] if reason is None else [f"{name}, {column}: {reason}"]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     lines.append(f"| of {len(BLOCKS)} | " + " | ".join(map(str, totals.values())) + " |")
     reasons = [f"{name}: {reason}" for name, reason in LEFT_OUT.items()]

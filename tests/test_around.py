@@ -1,0 +1,169 @@
+"""Experts around others, by numbers that a person can check, and on every path."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, RoutedExperts, TopKGating
+from mixture_of_experts.around import (
+    EnclosedExperts,
+    ExpertsBesideIdentity,
+    InputWeightedExperts,
+    NormedExperts,
+    Scale,
+    Shift,
+    TokenGated,
+)
+
+
+class Times(RoutedExperts):
+    """Expert i multiplies by i + 1, then adds 1."""
+
+    def __init__(self, num_experts: int) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        stops = num_tokens_per_expert.cumsum(0)
+        factor = torch.searchsorted(stops, torch.arange(len(rows)), right=True) + 1
+        return rows * factor.unsqueeze(-1) + 1
+
+
+def layer(experts: nn.Module, logits: list[float], k: int = 1, **settings) -> MoE:
+    """Of width 1, where the token 1 has these logits."""
+    gate = TopKGating(1, len(logits), k, **settings)
+    gate.w_gating.data.copy_(torch.tensor([logits]))
+    return MoE(1, gate=gate, experts=experts)
+
+
+ONE = torch.ones(1, 1, 1)
+
+
+def test_between_two_modules_and_beside_a_third():
+    """The token 1 times 2 is 2; expert 1 makes 2 * 2 + 1 of it; the token beside makes 6; minus 0.5."""
+    shift = Shift(1)
+    shift.bias.data.fill_(-0.5)
+    moe = layer(
+        EnclosedExperts(Times(2), before=Scale(2.0), beside=nn.Identity(), after=shift), [0.0, 9.0], score="sigmoid"
+    )
+    assert moe(ONE)[0].item() == pytest.approx(5 * torch.tensor(9.0).sigmoid().item() + 1 - 0.5, abs=1e-5)
+
+
+def test_identity_and_nothing_are_ids_behind_the_experts():
+    """Ids 0, 1 compute, 2 is the token itself, 3 nothing; a choice of weight 1 each."""
+    experts = ExpertsBesideIdentity(Times(2), num_identity=1, num_zero=1)
+    assert experts.num_experts == 4
+    for chosen, expected in ((0, 2.0), (1, 3.0), (2, 1.0), (3, 0.0)):
+        logits = [0.0] * 4
+        logits[chosen] = 50.0
+        assert layer(experts, logits)(ONE)[0].item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_weights_on_what_is_read_or_on_what_is_returned():
+    """Half of the token through x + 1 is 1.5; half of what it makes of the token is 1."""
+    for experts, expected in ((InputWeightedExperts(Times(1)), 1.5), (Times(1), 1.0)):
+        assert layer(experts, [0.0], score="sigmoid")(ONE)[0].item() == expected
+
+
+def test_a_norm_before_the_weights():
+    """3 becomes 1 by its root mean square; it weighs a half."""
+    experts = NormedExperts(Times(1), nn.RMSNorm(1, eps=0.0))
+    assert layer(experts, [0.0], score="sigmoid")(2 * ONE)[0].item() == pytest.approx(0.5)
+
+
+def test_a_gate_of_each_token():
+    shared = TokenGated(nn.Identity(), nn.Linear(1, 1, bias=False))
+    shared.gate.weight.data.fill_(0.0)
+    assert shared(ONE).item() == 0.5
+
+
+D, E = 6, 4
+WRAPPERS = {
+    "latent": lambda: EnclosedExperts(Experts(3, E, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+    "identity": lambda: ExpertsBesideIdentity(Experts(D, E - 2, 5), num_identity=1, num_zero=1),
+    "input": lambda: InputWeightedExperts(Experts(D, E, 5)),
+    "norm": lambda: NormedExperts(Experts(D, E, 5), nn.RMSNorm(D)),
+}
+GATES = {
+    "dropless": lambda: TopKGating(D, E, 2),
+    "capacity": lambda: TopKGating(D, E, 2, capacity_factor_train=0.5, min_expert_capacity=1),
+    "expert choice": lambda: ExpertChoiceGating(D, E),
+}
+
+
+def dense(moe: MoE, x: Tensor) -> Tensor:
+    """Every expert on every token, as its wrapper is defined, weighted by the combine tensor."""
+    experts, weight = moe.experts, moe.gate(x).combine_tensor().sum(-1)  # (b, n, e)
+
+    def each(inner: nn.Module, x: Tensor) -> Tensor:
+        return inner(x.flatten(0, 1).expand(inner.num_experts, -1, -1)).view(inner.num_experts, *x.shape[:2], -1)
+
+    if isinstance(experts, EnclosedExperts):
+        mixed = torch.einsum("bne,ebnd->bnd", weight, each(experts.experts, experts.before(x)))
+        routed = (weight != 0).any(-1) | moe.gate(x).chosen.view(*x.shape[:2], -1).any(-1) if moe.gate.k else None
+        return torch.where(routed.unsqueeze(-1), experts.after(mixed), 0)
+    if isinstance(experts, ExpertsBesideIdentity):
+        mixed = torch.einsum("bne,ebnd->bnd", weight[..., : E - 2], each(experts.experts, x))
+        return mixed + weight[..., E - 2, None] * x
+    if isinstance(experts, NormedExperts):
+        return torch.einsum("bne,ebnd->bnd", weight, experts.norm(each(experts.experts, x)))
+    read = x.unsqueeze(0) * weight.permute(2, 0, 1).unsqueeze(-1)
+    result = experts.experts(read.flatten(1, 2)).view(E, *x.shape)
+    return (result * (weight != 0).permute(2, 0, 1).unsqueeze(-1)).sum(0)
+
+
+@pytest.mark.parametrize("gate", ["dropless", "capacity"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_against_every_expert_on_every_token(wrapper, gate):
+    torch.manual_seed(0)
+    moe = MoE(D, gate=GATES[gate](), experts=WRAPPERS[wrapper]()).double()
+    x = torch.randn(2, 9, D, dtype=torch.float64, requires_grad=True)
+    wanted = [x, *moe.experts.parameters()]
+    found = [
+        [out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)] for out in (moe(x)[0], dense(moe, x))
+    ]
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_masks_empty_inputs_and_every_weight_is_trained(wrapper, gate):
+    torch.manual_seed(0)
+    moe = MoE(D, gate=GATES[gate](), experts=WRAPPERS[wrapper]())
+    x, mask = torch.randn(2, 9, D), torch.arange(9) < torch.tensor([[9], [5]])
+    out, aux_loss = moe(x, mask=mask)
+    assert not out[~mask].any()
+    torch.testing.assert_close(out[1, :5], moe(x[1:, :5])[0][0])
+    (out.square().sum() + aux_loss).backward()
+    assert all(p.grad is not None and p.grad.any() for p in moe.parameters())
+    assert moe(torch.randn(2, 0, D))[0].shape == (2, 0, D)
+    assert moe(torch.randn(0, 3, D))[0].shape == (0, 3, D)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_compiled_in_one_graph(wrapper):
+    torch.compiler.reset()
+    moe, x = MoE(D, gate=TopKGating(D, E, 2), experts=WRAPPERS[wrapper]()), torch.randn(2, 9, D)
+    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="aot_eager")(x)[0], moe(x)[0])
+    torch.compiler.reset()
+
+
+def test_two_levels():
+    """A flat row of wrapped experts is no grid; experts in a latent space may be one."""
+    latent = EnclosedExperts(Experts(3, (2, 2), 5), before=nn.Linear(D, 3), after=nn.Linear(3, D))
+    out, _ = HeirarchicalMoE(D, (2, 2), experts=latent)(torch.randn(2, 9, D))
+    assert out.shape == (2, 9, D)
+
+
+def test_refused():
+    with pytest.raises(
+        TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
+    ):
+        ExpertsBesideIdentity(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="num_identity must be an integer of at least 0, got 1.5"):
+        ExpertsBesideIdentity(Experts(D, E), num_identity=1.5)
