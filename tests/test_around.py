@@ -101,6 +101,8 @@ def dense(moe: MoE, x: Tensor) -> Tensor:
         return inner(x.flatten(0, 1).expand(inner.num_experts, -1, -1)).view(inner.num_experts, *x.shape[:2], -1)
 
     if isinstance(experts, EnclosedExperts):
+        assert experts.before is not None
+        assert experts.after is not None
         mixed = torch.einsum("bne,ebnd->bnd", weight, each(experts.experts, experts.before(x)))
         routed = (weight != 0).any(-1) | moe.gate(x).chosen.view(*x.shape[:2], -1).any(-1) if moe.gate.k else None
         return torch.where(routed.unsqueeze(-1), experts.after(mixed), 0)
@@ -165,5 +167,5 @@ def test_refused():
         TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
     ):
         ExpertsBesideIdentity(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="num_identity must be an integer of at least 0, got 1.5"):
+    with pytest.raises(ValueError, match=r"num_identity must be an integer of at least 0, got 1\.5"):
         ExpertsBesideIdentity(Experts(D, E), num_identity=1.5)

@@ -19,14 +19,11 @@ def warn_of_decoding(gate: Any, num_tokens: int) -> None:
     """
     if gate.training or num_tokens != 1 or gate.outer_expert_dims or torch.compiler.is_compiling():
         return
-    found = {
-        "capacity_factor_eval": (gate.capacity_factor_eval, None),
-        "second_policy_eval": (getattr(gate, "second_policy_eval", None), "all"),
-    }
-    if found["second_policy_eval"][0] != "random":
-        del found["second_policy_eval"]
-    if gate.capacity_factor_eval is None:
-        del found["capacity_factor_eval"]
+    found = {}  # what it has, and what to set instead
+    if gate.capacity_factor_eval is not None:
+        found["capacity_factor_eval"] = (gate.capacity_factor_eval, None)
+    if getattr(gate, "second_policy_eval", None) == "random":
+        found["second_policy_eval"] = ("random", "all")
     if found:
         has = " and ".join(f"{name}={value!r}" for name, (value, _) in found.items())
         remedy = ", ".join(f"gate.{name} = {value!r}" for name, (_, value) in found.items())
