@@ -3,11 +3,14 @@
 import json
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import snowballstemmer
 
 ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "LoRA": "transformers"}
+
+PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in ("huggingface", "ops", "parallel", "stats"))]
 
 site = Path(sys.argv[1])
 index = json.loads(re.sub(r"^Search\.setIndex\((.*)\)$", r"\1", (site / "searchindex.js").read_text(encoding="utf-8")))
@@ -17,6 +20,11 @@ for word, page in ASKED_FOR.items():
     found = [index[part].get(stem, []) for part in ("terms", "titleterms")]
     pages = {index["docnames"][number] for hits in found for number in (hits if isinstance(hits, list) else [hits])}
     assert page in pages, f"the search for {word!r} finds {sorted(pages)}, not {page}"
+
+reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
+for module in PUBLIC:
+    for name in import_module(module).__all__:
+        assert f'id="{module}.{name}"' in reference, f"{module}.{name} is public, and no page of docs/api has it"
 
 pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
 for page in pages:

@@ -64,7 +64,7 @@ class Gate(FixedShapes):
 
     Args:
         dim: d, model dimension.
-        num_experts: e.
+        num_experts: e, how many there are.
         outer_expert_dims: leading dimensions of the weights (and of the input), one router for each.
         process_group: the ranks that share the batch, so that losses are those of the whole batch; None: this rank.
     """

@@ -27,7 +27,7 @@ class ExpertChoiceGating(Gate):
 
     Args:
         dim: d, model dimension.
-        num_experts: e.
+        num_experts: e, how many there are.
         capacity_factor: experts a token gets on average: an expert takes `min(n, max(1, int(n * factor / e)))` tokens.
         process_group: the ranks that share the batch; see `Gate`.
         device, dtype: of the weights, as in `torch.nn`.

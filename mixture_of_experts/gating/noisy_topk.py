@@ -27,7 +27,7 @@ class NoisyTopKGating(TokenChoiceGate):
 
     Args:
         dim: d, model dimension.
-        num_experts: e.
+        num_experts: e, how many there are.
         k: choices of a token, fewer than e (the load's probability needs the next best score).
         device, dtype, settings: as of `TopKGating`; dropless by default.
 

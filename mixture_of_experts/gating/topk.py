@@ -46,7 +46,7 @@ class TopKGating(TokenChoiceGate):
 
     Args:
         dim: d, model dimension.
-        num_experts: e.
+        num_experts: e, how many there are.
         k: choices of a token.
         score: "softmax" over all experts, "sigmoid" of each logit, "sqrt_softplus", `sqrt(log(1 + exp(logit)))`; or a
             function of the logits `(..., b, n, e)`.

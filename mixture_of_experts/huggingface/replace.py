@@ -60,7 +60,7 @@ def replace_ffn(
 
     Args:
         model: of `transformers`, the one that you train (so that its loss is found).
-        num_experts: e.
+        num_experts: e, how many there are.
         k: choices of a token, of the default gate.
         layers: which ones, by default all: numbers of blocks, names as they are returned, or a function of a name.
         gate: a function `(dim, num_experts)` that makes the gate of a layer; by default
@@ -119,7 +119,7 @@ def upcycle(
     and the gate's choices are multiples of g.
 
     Args:
-        granularity: g.
+        granularity: g, as above.
         noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
         redraw: share of the hidden units of each expert that are drawn anew, normally distributed with mean and
             deviation of the network's weights (arXiv 2502.19261).
