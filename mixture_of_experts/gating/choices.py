@@ -24,8 +24,8 @@ class Choices(NamedTuple):
     losses: dict[str, Tensor]  #: every loss by name, 0-dim; "z" is the z-loss
     balance_loss: Tensor | None = None  #: what the layer's loss_coef weighs; by default losses["balance"], 0 without it
     chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
-    score: Tensor | None = None  #: (..., b, n) by which tokens queue with priority "score"; by default the top probability
-    primary: Tensor | None = None  #: (..., b, n, k) bool, a second level's first choices; by default those that stand first
+    score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
+    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices of a second level; by default the first
 
 
 def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
