@@ -10,7 +10,7 @@ import snowballstemmer
 
 ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "LoRA": "transformers"}
 
-PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in ("huggingface", "ops", "parallel", "stats"))]
+PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in ("gating", "huggingface", "ops", "parallel", "stats"))]
 
 site = Path(sys.argv[1])
 index = json.loads(re.sub(r"^Search\.setIndex\((.*)\)$", r"\1", (site / "searchindex.js").read_text(encoding="utf-8")))
@@ -24,7 +24,8 @@ for word, page in ASKED_FOR.items():
 reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
 for module in PUBLIC:
     for name in import_module(module).__all__:
-        assert f'id="{module}.{name}"' in reference, f"{module}.{name} is public, and no page of docs/api has it"
+        shown = f'id="{module}.{name}"' in reference or f'id="mixture_of_experts.{name}"' in reference
+        assert shown, f"{module}.{name} is public: a page of docs/api has to show it"
 
 pages = [page for page in site.rglob("*.html") if "_static" not in page.parts]
 for page in pages:
