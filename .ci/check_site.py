@@ -10,7 +10,8 @@ import snowballstemmer
 
 ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "LoRA": "transformers"}
 
-PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in ("gating", "huggingface", "ops", "parallel", "stats"))]
+PARTS = ("gating", "huggingface", "ops", "parallel", "stats")
+PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]
 
 site = Path(sys.argv[1])
 index = json.loads(re.sub(r"^Search\.setIndex\((.*)\)$", r"\1", (site / "searchindex.js").read_text(encoding="utf-8")))
