@@ -70,6 +70,8 @@ def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], li
         for network in [] if calls is None else networks(calls):
             parts = network.linears
             last = f"{names[parts[-1]]}."
+            if not is_of_stream(model, last, parts):
+                continue
             if any(part in seen for part in parts) or APART.search(last) or last.startswith((*skipped, *routed)):
                 continue
             seen.update(parts)
@@ -96,6 +98,28 @@ def is_place(name: str, module: nn.Module) -> bool:
     if APART.search(name) or APART.search(type(module).__name__):
         return False
     return sum(is_linear(child) for child in module.modules()) >= 2
+
+
+def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> bool:
+    """Whether something else in the block around a network, a norm or another linear layer, is as wide as its ends."""
+    path = name.split(".")
+    around = next(
+        model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1) if is_item(model, path[:end])
+    )
+    widths: set[int] = set()
+    for module in around.modules():
+        if is_linear(module) and module not in parts:
+            widths.update(sizes(module))
+        elif not is_linear(module):
+            widths.update(len(p) for p in module.parameters(recurse=False) if p.ndim == 1)
+    return not widths or sizes(parts[-1])[1] in widths
+
+
+def is_item(model: nn.Module, path: list[str]) -> bool:
+    """Whether a path is of a numbered block; that of the model itself, "", is the last to be asked."""
+    if not path:
+        return True
+    return isinstance(model.get_submodule(".".join(path[:-1])), nn.ModuleList) and path[-1].isdigit()
 
 
 def is_routed(module: nn.Module) -> bool:

@@ -198,6 +198,14 @@ NONE = {
     "outside of blocks": Whole(pair, **PAIR),
     "narrow": Model(Whole(pair, a=nn.Linear(D, 4), act=nn.ReLU(), c=nn.Linear(4, D))),
     "another width": Model(Whole(lambda m, x: x + pair(m, x)[..., :1], a=up(), act=nn.ReLU(), c=nn.Linear(H, 3))),
+    "another width than the block's": Model(
+        Inline(
+            lambda m, x: x * pair(m, x[..., :2]).mean(-1, keepdim=True),
+            a=nn.Linear(2, H),
+            act=nn.ReLU(),
+            c=nn.Linear(H, 2),
+        )
+    ),
     "no activation": Model(Whole(lambda m, x: m.c(m.a(x)), a=up(), c=down())),
     "not of a token alone": Model(
         Whole(
