@@ -189,9 +189,10 @@ def _queue_by_group(routing: Routing) -> tuple[Tensor, Queues]:
     """The queue of every assignment (by outer expert, expert, group), and the queues as far as slots go."""
     *outer, b, a = routing.expert.shape
     e, routers = routing.num_experts, math.prod(outer)
-    router = torch.arange(routers, device=routing.expert.device).view(-1, 1, 1)
-    group = torch.arange(b, device=routing.expert.device).view(-1, 1)
-    queue = (router * e + routing.expert.reshape(routers, b, a)) * b + group
+    expert = routing.expert.reshape(routers, b, a)
+    if outer:
+        expert = expert + torch.arange(routers, device=expert.device).view(-1, 1, 1) * e
+    queue = expert * b + torch.arange(b, device=expert.device).view(-1, 1)
     queues = routing.group_queues()
     length = routing.slots_held(queues).reshape(routers, b, e).transpose(1, 2)
     return queue.flatten(), Queues(queues.position.flatten(), length.flatten())

@@ -6,7 +6,7 @@ Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from mixture_of_experts.ops.activations import ActivationLike, takes_two
 
 Halves = Literal["concatenated", "interleaved"]
+W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
 
 
 @dataclass(frozen=True)
@@ -47,23 +48,16 @@ class Network:
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights and biases there are, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1" and "b_out"."""
-        named = {
-            **{f"w_in.{i}": weight for i, weight in enumerate(self.w_in)},
-            "w_out": self.w_out,
-            **{f"b_in.{i}": bias for i, bias in enumerate(self.b_in)},
-            "b_out": self.b_out,
-        }
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
+        names = (*W_IN[: len(self.w_in)], "w_out", *B_IN[: len(self.b_in)], "b_out")
+        there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
+        return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
         """The network of other weights and biases, None where `tensors` has none of the name."""
-        return replace(
-            self,
-            w_in=tuple(tensors.get(f"w_in.{i}") for i in range(len(self.w_in))),
-            w_out=tensors.get("w_out"),
-            b_in=tuple(tensors.get(f"b_in.{i}") for i in range(len(self.w_in))),
-            b_out=tensors.get("b_out"),
-        )
+        number, get = len(self.w_in), tensors.get
+        w_in: Any = tuple([get(name) for name in W_IN[:number]])
+        b_in = tuple([get(name) for name in B_IN[:number]])
+        return Network(w_in, tensors.get("w_out"), self.activation, b_in, get("b_out"), self.halves)  # type: ignore
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
         """The network with `function` of every weight and bias."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.ops.activations import KNOWN
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import B_IN, W_IN, Network
 from mixture_of_experts.plan import Plan
 
 
@@ -128,8 +128,8 @@ def backward(
     act.backward(parts, grad_hidden, grad_parts)
     del hidden, grad_rows
 
-    for i, part in enumerate(grad_pre):
-        if (name := f"b_in.{i}") in wanted:
+    for name, part in zip(B_IN, grad_pre, strict=False):
+        if name in wanted:
             grads[name] = products.sums(scale, part, memory.get(name))
     grads |= _of_input_weights(products, x, scale, grad_pre, wanted, memory)
     total = None
@@ -147,7 +147,7 @@ def _of_input_weights(
     memory: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """The gradients of `w_in` that are wanted, by name; the tokens' rows are gone when it returns."""
-    named = {f"w_in.{i}": part for i, part in enumerate(grad_pre) if f"w_in.{i}" in wanted}
+    named = {name: part for name, part in zip(W_IN, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}
     tokens = products.gather(x).mul_(scale)
