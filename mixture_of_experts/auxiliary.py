@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts import under_way
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.tracing import in_checkpoint
+from mixture_of_experts.under_way import CallUnderWay
 
 
 @contextmanager
@@ -18,8 +20,10 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
     """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`, while the context lasts.
 
     For models whose blocks return the output of a layer alone. Around one forward, or around the whole training:
-    `take()` gives the losses of the forwards since it was called last. With `torch.compile`, around the whole training
-    and entered before the first compiled call, so that one graph serves all steps.
+    `take()` gives the losses of the training forwards since it was called last; a forward that raised, and evaluation
+    between them, are left out. Forwards of other threads are not collected: each may have a context of its own. With
+    `torch.compile`, around the whole training and entered before the first compiled call, so that one graph serves all
+    steps.
 
     Args:
         model: the module that you call.
@@ -53,59 +57,93 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
     with ExitStack() as hooks:
         for layer in layers:
             hooks.callback(layer.register_forward_hook(aux._collect).remove)
-        hooks.callback(model.register_forward_pre_hook(aux._enter).remove)
-        # last, so that it runs after the hook of a model that is itself a layer
-        hooks.callback(model.register_forward_hook(aux._leave, always_call=True).remove)
-        yield aux
+        hooks.callback(model.register_forward_pre_hook(aux._begin).remove)
+        # last, so that they run after the hook of a model that is itself a layer
+        hooks.callback(model.register_forward_hook(aux._returned).remove)
+        hooks.callback(model.register_forward_hook(aux._end, always_call=True).remove)
+        with under_way.within([(aux, OutsideCall())]):
+            yield aux
+
+
+class AuxCall(CallUnderWay):
+    """A forward of the model that was given to `collect_aux`."""
+
+    def __init__(self, training: bool) -> None:
+        self.training = training
+        self.losses: list[Tensor] = []
+
+
+class OutsideCall(CallUnderWay):
+    """Where no forward of the model is under way, in the thread that collects."""
 
 
 class AuxLosses:
     """What `collect_aux` collected."""
 
     def __init__(self) -> None:
-        self._losses: list[Tensor] = []
-        self._under_way: bool | None = None  # a forward of the model; None: there was none yet
+        self._training: list[Tensor] = []
+        self._others: list[Tensor] = []  # of evaluation
 
     def take(self) -> Tensor:
-        """The sum, 0-dim, of the auxiliary losses of all layers, in all forwards since the last call."""
-        if not self._losses:
+        """The sum, 0-dim, of the auxiliary losses of all layers, in all training forwards since the last call.
+
+        A forward is one of training if the model is in training mode and gradients are enabled. If there was none, the
+        sum is that of the evaluation forwards.
+        """
+        losses = self._training or self._others
+        if not losses:
             raise RuntimeError(
-                "no auxiliary loss was collected: call the model that was given to collect_aux inside the context, "
-                "then take() once. If it was compiled and called before, its graph has no hooks: enter collect_aux "
-                "before the first compiled call"
+                "no auxiliary loss was collected: call the model that was given to collect_aux inside the context and "
+                "in its thread, then take() once. If it was compiled and called before, its graph has no hooks: enter "
+                "collect_aux before the first compiled call"
             )
-        total = self._losses[0]
-        for loss in self._losses[1:]:
+        total = losses[0]
+        for loss in losses[1:]:
             total = total + loss.to(total.device)
-        self._losses.clear()
+        self._training.clear()
+        self._others.clear()
         return total
 
-    def _enter(self, model: nn.Module, args: object) -> None:
+    def _begin(self, model: nn.Module, args: object) -> None:
+        if under_way.current(self) is None:
+            return  # in another thread, or in a backward
         if not torch.compiler.is_compiling() and model.training and in_checkpoint():
             raise RuntimeError(
                 f"the {type(model).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
                 "recomputation looks like any other forward: give collect_aux the module that calls the checkpoint"
             )
-        self._under_way = True
+        under_way.begin(AuxCall(model.training and torch.is_grad_enabled()), self)
 
-    def _leave(self, model: nn.Module, args: object, output: object) -> None:
-        self._under_way = False
+    def _returned(self, model: nn.Module, args: object, output: object) -> None:
+        call = under_way.current(self)
+        if isinstance(call, AuxCall):
+            call.returned = True
+
+    def _end(self, model: nn.Module, args: object, output: object) -> None:
+        if not isinstance(under_way.current(self), AuxCall):
+            return
+        call = under_way.end(self)
+        if call.returned:
+            (self._training if call.training else self._others).extend(call.losses)
 
     def _collect(self, layer: nn.Module, args: object, output: Any) -> None:
-        if self._under_way is None:
+        call = under_way.current(self)
+        if call is None:
+            return  # in another thread, or a recomputation in backward
+        if not isinstance(call, AuxCall):
+            if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
+                return  # a compiled recomputation, or nothing that trains
             raise RuntimeError(
                 f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give it "
                 "the module that you call"
             )
-        if not self._under_way:
-            return  # a recomputation in backward
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
                 f"{type(layer).__name__} must return (output, auxiliary loss) to be collected, got "
                 f"{type(output).__name__}: let a module around the layer, not a subclass, drop the loss"
             )
         refuse_reentrant(layer)
-        self._losses.append(output[1])
+        call.losses.append(output[1])
 
 
 def refuse_reentrant(layer: nn.Module) -> None:

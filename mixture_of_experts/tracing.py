@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import traceback
+import sys
 from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
 
 import torch
 from torch import Tensor
@@ -53,9 +54,14 @@ def is_wrapped(tensor: Tensor) -> bool:
     return in_transform() or private_torch.is_legacy_batched(tensor)
 
 
-def in_checkpoint() -> bool:
-    """Whether a function of torch's activation checkpointing is on the stack."""
-    return any(frame.f_code.co_filename == checkpoint.__file__ for frame, _ in traceback.walk_stack(None))
+def in_checkpoint(within: FrameType | None = None) -> bool:
+    """Whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not within:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -194,7 +196,62 @@ def test_explain_changes_nothing():
     torch.testing.assert_close(layer(x), expected)
     with pytest.raises(TypeError):
         ops.explain(layer, x, importance=1)
-    assert ops._listener is None
+    assert not ops._LISTENERS.told
+
+
+def test_explain_tells_of_its_own_thread():
+    """Others compute meanwhile, and explain by themselves."""
+    layers = [MoE(8, 4, activation=activation) for activation in (nn.GELU, nn.CELU)]
+    x = torch.randn(1, 6, 8)
+    expected = [ops.explain(layer, x).way for layer in layers]
+    assert len(set(expected)) == 2
+    entered, started = threading.Barrier(2), threading.Barrier(2)
+
+    class Waits(nn.Module):
+        """Computes when the other thread explains too."""
+
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x: Tensor) -> Tensor:
+            entered.wait(60)
+            return self.layer(x)[0]
+
+    def told(layer: nn.Module) -> str:
+        started.wait(60)
+        return ops.explain(Waits(layer), x).way
+
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(20):
+            assert list(pool.map(told, layers)) == expected
+
+
+def test_use_ends_in_any_order():
+    """Contexts of two threads that overlap: each takes out its own, and nothing stays."""
+    layer, x, steps = MoE(8, 4), torch.randn(1, 6, 8), threading.Barrier(2)
+    before = ops.explain(layer, x).way
+
+    def other() -> None:
+        steps.wait(60)  # 1: the first one is open
+        with ops.use("lean"):
+            steps.wait(60)  # 2: both are
+            steps.wait(60)  # 3: the first one is closed
+            assert ops.explain(layer, x).way == "lean"
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(other)
+        with ops.use("plain"):
+            assert ops.explain(layer, x).way == "plain"
+            steps.wait(60)
+            steps.wait(60)
+            assert ops.explain(layer, x).way == "lean"  # for all threads
+        steps.wait(60)
+        future.result()
+    assert ops.explain(layer, x).way == before != "plain"
+    with ops.use("plain"), ops.use("lean"):
+        assert ops.explain(layer, x).way == "lean"
+    assert ops.explain(layer, x).way == before
 
 
 def test_a_way_that_is_asked_for_and_impossible():

@@ -6,23 +6,49 @@ Axes: b sequences, n tokens of a sequence, d model dim.
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts import under_way
+from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.auxiliary import refuse_reentrant
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.tracing import in_checkpoint
+from mixture_of_experts.tracing import in_checkpoint, in_transform
+from mixture_of_experts.under_way import CallUnderWay
 
 
-class Call(NamedTuple):
-    """What the model around knows of the tokens of its forward that is under way."""
+class ModelCall(CallUnderWay):
+    """A forward of the model around.
 
-    mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
-    shape: tuple[int, int] | None = None  # (b, n), where it can be told
-    unknown: str | None = None  # why the mask cannot be told
-    again: bool = False  # whether activation checkpointing runs this forward again
+    Args:
+        tokens: what it knows of its tokens.
+        around: the call of a larger model, of which this one is a part.
+    """
+
+    def __init__(self, tokens: TokensAround | None = None, around: ModelCall | None = None) -> None:
+        self.tokens = TokensAround() if tokens is None else tokens
+        self.around = around
+        self.with_gradients = torch.is_grad_enabled()
+        self.losses: list[Tensor] = []  # auxiliary ones, of the feed-forward networks that ran
+        self.added = False  # whether they are in the loss that the model returned
+        self.reached = Reached() if around is None else around.reached
+        self.remembered = False  # whether activation checkpointing has it, so that what runs again has it too
+        self.again = False  # whether this is activation checkpointing running it again
+
+
+class Reached:
+    """Where a backward came by: hooks on tensors, which hold nothing else."""
+
+    def __init__(self) -> None:
+        self.output = False
+        self.loss = False
+
+    def at_output(self, grad: Tensor) -> None:
+        self.output = True
+
+    def at_loss(self, grad: Tensor) -> None:
+        self.loss = True
 
 
 class Replaced(nn.Module):
@@ -57,8 +83,8 @@ class Replaced(nn.Module):
 class MoEFeedForward(Replaced):
     """A `MoE` layer in the place of a feed-forward network: takes tokens, returns their outputs alone.
 
-    The padding mask comes from the model around it (`padding.py`), and the auxiliary loss goes there (`losses.py`);
-    both are kept only as long as they are needed, and neither copied nor saved.
+    The padding mask comes from the call of the model around that is under way, and the auxiliary loss goes there
+    (`padding.py`, `losses.py`). Called alone it knows no padding, and its auxiliary loss goes nowhere.
 
     Args:
         moe: the layer.
@@ -70,9 +96,6 @@ class MoEFeedForward(Replaced):
         `(b, n, d)`, or flattened `(b n, d)`, to the same.
     """
 
-    call: Call | None
-    aux_loss: Tensor | None
-
     def __init__(
         self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, stands_for: str = ""
     ) -> None:
@@ -83,65 +106,62 @@ class MoEFeedForward(Replaced):
         if stands_for:
             del self.weight
             add_below(self, stands_for, Replaced())
-        self.was_masked = False
-        self.begin(None)
-
-    def begin(self, call: Call | None) -> None:
-        """Before a forward of the model around."""
-        self.call = call
-        self.aux_loss = None
-        self.aux_used = False
 
     def forward(self, x: Tensor) -> Tensor:
-        call = self._outside() if self.call is None else self.call
-        mask = self._mask(call, x)
+        call = under_way.current(self) or ModelCall()
+        mask, shape = self._mask(call, x), call.tokens.shape
         tokens = x
-        if x.ndim == 2 and call.shape is not None and call.shape[0] * call.shape[1] == x.shape[0]:
-            tokens = x.view(*call.shape, x.shape[-1])  # the router sees sequences, also where the model flattens them
+        if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
+            tokens = x.view(*shape, x.shape[-1])  # the router sees sequences, also where the model flattens them
         elif x.ndim == 2 and mask is not None:
             raise RuntimeError(
                 f"{x.shape[0]} tokens came without their shape, and the mask of this forward is {tuple(mask.shape)}"
             )
+        if mask is not None or tokens is not x:
+            self._refuse_forgetting(call)
         out, aux_loss = self.moe(tokens, mask=mask)
         if not call.again:
-            if self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs:
-                refuse_reentrant(self.moe)
-            self.aux_loss = aux_loss if self.aux_loss is None else self.aux_loss + aux_loss
+            self._give(call, out, aux_loss)
         out = out.view(x.shape)
         return out if self.dropout is None else self.dropout(out)
 
-    def _outside(self) -> Call:
-        """Nobody knows the tokens: a direct call, or checkpointing that is not the model's own, which runs it again."""
-        if torch.compiler.is_compiling() or not self.training or not in_checkpoint():
-            return Call()
-        if self.was_masked:
-            raise RuntimeError(
-                "a feed-forward network runs again under torch.utils.checkpoint, where its padding mask is not known "
-                "any more: checkpoint by model.activation_checkpointing_enable()"
-            )
-        return Call(again=True)
+    def _give(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
+        """The auxiliary loss to the call, which learns whether gradients reach it."""
+        call.losses.append(aux_loss)
+        if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
+            return
+        if call.with_gradients or not call.keys:  # a forward without any has nothing to lose
+            refuse_reentrant(self.moe)
+        if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
+            out.register_hook(call.reached.at_output)
+            aux_loss.register_hook(call.reached.at_loss)
 
-    def _mask(self, call: Call, x: Tensor) -> Tensor | None:
+    def _refuse_forgetting(self, call: ModelCall) -> None:
+        """Checkpointing that is not the model's own would run this again without what the call knows of the tokens."""
+        if torch.compiler.is_compiling() or not self.training or not call.with_gradients or call.remembered:
+            return
+        if in_checkpoint(call.frame):
+            raise RuntimeError(
+                "a feed-forward network runs under torch.utils.checkpoint, which will run it again when its padding "
+                "mask is not known any more: checkpoint by model.activation_checkpointing_enable()"
+            )
+
+    def _mask(self, call: ModelCall, x: Tensor) -> Tensor | None:
         """`(b, n)` for tokens `(b, n, d)` or `(b n, d)`."""
         if not self.masked:
             return None
+        mask, unknown = call.tokens.mask, call.tokens.unknown
         dropless = not self.training and getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if call.unknown is not None and not dropless:  # dropless in eval padding changes nothing for other tokens
-            raise ValueError(f"the router cannot know which tokens are padding: {call.unknown}")
-        mask = call.mask
+        if unknown is not None and not dropless:  # dropless in eval padding changes nothing for other tokens
+            raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
         if mask is None:
             return None
-        self.was_masked = True
         if mask.numel() * x.shape[-1] != x.numel() or (x.ndim == 3 and mask.shape != x.shape[:-1]):
             raise ValueError(
                 f"an attention mask for {tuple(mask.shape)} tokens does not fit {tuple(x.shape[:-1])} tokens of a "
                 "feed-forward network: call it once, on all tokens of the forward"
             )
         return mask
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: what belongs to a forward stays behind, its graph could not be copied."""
-        return {**self.__dict__, "call": None, "aux_loss": None, "aux_used": False}
 
     def extra_repr(self) -> str:
         return "" if self.masked else "masked=False"

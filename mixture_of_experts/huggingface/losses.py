@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -11,11 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
+from mixture_of_experts import under_way
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.padding import last_calls
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward.
+    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any
+    mode; within a forward, of that one so far.
 
     Where a training forward is given labels, `out.loss` holds it already. Add it to a loss that you compute yourself.
 
@@ -36,31 +38,32 @@ def aux_loss(model: nn.Module) -> Tensor:
         >>> logits = model(torch.randint(64, (2, 10))).logits
         >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
     """
-    found = collect(model)
-    if found is None:
+    members = feed_forwards(model)
+    call = under_way.current(members[0]) if members else None
+    calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
+    losses = [loss for call in calls if call is not None for loss in call.losses]
+    if not losses:
         raise RuntimeError(
-            f"{type(model).__name__} has no auxiliary loss: call it first, and replace_ffn or upcycle before that"
+            f"{type(model).__name__} has no auxiliary loss: call it first, in this thread, and replace_ffn or upcycle "
+            "before that"
         )
-    return found
+    return total_of(losses)
 
 
-def collect(model: nn.Module) -> Tensor | None:
-    """The sum over those feed-forward networks that ran, which are told that it will be used."""
-    total = None
-    for module in feed_forwards(model):
-        if module.aux_loss is not None:
-            module.aux_used = True
-            total = module.aux_loss if total is None else total + module.aux_loss.to(total.device)
+def total_of(losses: list[Tensor]) -> Tensor:
+    """Their sum, where the first one is."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
     return total
 
 
 def add_to_loss(model: nn.Module) -> None:
-    """Put the hooks on a model, once."""
+    """Put the hook on a model, once."""
     if any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
         return
-    hook = AddAuxLoss()
-    model.register_forward_pre_hook(hook.begin)
-    model.register_forward_hook(hook, with_kwargs=True)
+    # before the hook that ends the call
+    model.register_forward_hook(AddAuxLoss(), with_kwargs=True, prepend=True)
     if not hasattr(model, "accepts_loss_kwargs") and not divides_by_batch(model):
         # T5's and BERT's losses are means of a micro-batch, whatever they are told of the batch. The Trainer takes them
         # for sums over its share, and both losses would be A times too large with A steps of accumulation
@@ -75,40 +78,16 @@ def divides_by_batch(model: nn.Module) -> bool:
 class AddAuxLoss:
     """Forward hook of a model: the loss that it returns in training becomes the task's plus the auxiliary one."""
 
-    def __init__(self) -> None:
-        self.waits = False  # whether the last training forward had no loss to add to
-        self.warned = False
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of the model has had no forward yet."""
-        return {**self.__dict__, "waits": False}
-
-    def begin(self, model: nn.Module, args: object) -> None:
-        if not torch.compiler.is_compiling() and self.waits:
-            self.waits = False
-            if not self.warned and not any(module.aux_used for module in feed_forwards(model)):
-                self.warned = True
-                warnings.warn(
-                    f"{type(model).__name__} returned no loss to which its auxiliary loss could be added, and nobody "
-                    "asked for it: experts will not stay balanced. With label smoothing or a loss of your own add "
-                    "aux_loss(model) to it",
-                    stacklevel=2,
-                )
-        for module in feed_forwards(model):
-            module.begin(module.call)
-
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
-        if not model.training or not torch.is_grad_enabled():
+        call = under_way.current(model)
+        if not model.training or not torch.is_grad_enabled() or call is None or not call.losses:
             return None
         loss = output.get("loss") if isinstance(output, MutableMapping) else output
         loss = loss[0] if isinstance(loss, tuple) else loss
         if not isinstance(loss, Tensor) or loss.ndim:
-            self.waits = True
             return None
-        aux = collect(model)
-        if aux is None:
-            return None
-        loss = loss + share_of_batch(model, kwargs) * aux.to(loss.device)
+        call.added = True
+        loss = loss + share_of_batch(model, kwargs) * total_of(call.losses).to(loss.device)
         if isinstance(output, tuple):
             return (loss, *output[1:])
         if not isinstance(output, MutableMapping):

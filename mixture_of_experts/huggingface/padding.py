@@ -1,114 +1,125 @@
-"""The attention mask of a model, brought to the routers of its feed-forward networks.
+"""The calls of a model, brought to its feed-forward networks: the attention mask on the way in, losses on the way out.
 
-A hook on the nearest model around them (`PreTrainedModel`; an encoder and a decoder each) leaves the mask on them for
-the time of a forward. Activation checkpointing runs layers again when that time is over: what it is given to run is
-wrapped, so that the mask of that forward comes back with it. Everything is kept on modules and in objects that are
-copied and pickled with them.
-
-Axes: b sequences, n tokens of the forward, m tokens with those in the cache.
+Hooks on the model that was changed, and on the nearest models around its networks (an encoder and a decoder each), have
+a `ModelCall` under way for the time of a forward. Activation checkpointing runs layers again when that time is over:
+what it is given to run is wrapped, so that the call of that forward comes back with it.
 """
 
 from __future__ import annotations
 
-import inspect
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 
-from mixture_of_experts.huggingface.feed_forward import Call, MoEFeedForward, feed_forwards
+from mixture_of_experts import under_way
+from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 
-READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
+
+class LastCall(threading.local):
+    """The last outermost call that came to its end, of each thread its own. Copies of a model have had none."""
+
+    def __init__(self) -> None:
+        self.box: list[ModelCall | None] = [None]  # what is in a list torch.compile stores, an attribute it does not
+
+    def __reduce__(self) -> tuple[type[LastCall], tuple[()]]:
+        return LastCall, ()
 
 
 def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
-    """Put the hooks on the models around the modules that are named."""
-    for around in {find_around(model, name): None for name in names}:
-        if not any(isinstance(hook, BeginCall) for hook in around._forward_pre_hooks.values()):
-            around.register_forward_pre_hook(BeginCall(around), with_kwargs=True)
-            around.register_forward_hook(end_call, always_call=True)
-
-
-def find_around(model: nn.Module, name: str) -> nn.Module:
-    """The nearest `PreTrainedModel` around a module that reads a mask of its tokens; else the nearest, else `model`."""
-    found: list[nn.Module] = []
-    path = name.split(".")[:-1]
-    for depth in range(len(path), -1, -1):
-        module = model.get_submodule(".".join(path[:depth]))
-        if not isinstance(module, PreTrainedModel):
+    """Put the hooks on a model, and on those around the modules that are named."""
+    last = last_calls(model)[0] if last_calls(model) else LastCall()
+    readers = {model_around(model, name): True for name in names}
+    for around, reads in {model: False, **readers}.items():
+        hooks = [hook for hook in around._forward_pre_hooks.values() if isinstance(hook, BeginCall)]
+        if hooks:
+            hooks[0].reader = TokensReader(around) if reads else hooks[0].reader
             continue
-        found.append(module)
-        if "attention_mask" in inspect.signature(module.forward).parameters:
-            return module
-        if module.main_input_name != "input_ids":  # pictures or sound: a mask further out is of something else
-            break
-    return found[0] if found else model
+        around.register_forward_pre_hook(BeginCall(TokensReader(around) if reads else None, last), with_kwargs=True)
+        around.register_forward_hook(call_returned)
+        around.register_forward_hook(EndCall(last), always_call=True)
+
+
+def last_calls(model: nn.Module) -> list[LastCall]:
+    """Where the last calls are found of the models that were changed, in a model that is one or contains some."""
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    return list({id(hook.last): hook.last for hook in hooks if isinstance(hook, BeginCall)}.values())
 
 
 def is_masked(model: nn.Module, name: str) -> bool:
     """Whether the mask of the model around a module is of its tokens: a model of sound hears all frames."""
-    return getattr(find_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+    return getattr(model_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 class BeginCall:
     """Forward pre-hook of a model: its feed-forward networks learn what it knows of its tokens."""
 
-    def __init__(self, model: nn.Module) -> None:
-        parameters = list(inspect.signature(model.forward).parameters)
-        self.positions = {name: parameters.index(name) for name in READ if name in parameters}
+    def __init__(self, reader: TokensReader | None, last: LastCall) -> None:
+        self.reader = reader
+        self.last = last
+        self.warned = False
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
-        given.update({name: kwargs[name] for name in READ if name in kwargs})
-        call = read_call(given)
-        for feed_forward in feed_forwards(model):
-            feed_forward.begin(call)
+        members = feed_forwards(model)
+        around = under_way.current(members[0]) if members else None
+        if self.reader is not None:
+            tokens = self.reader(args, kwargs)
+        else:
+            tokens = TokensAround() if around is None else around.tokens
+        call = ModelCall(tokens, around)
+        under_way.begin(call, model, *members)
+        if around is None and model.training and call.with_gradients and not torch.compiler.is_compiling():
+            self.warn_of_loss(model)
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             keep_for_checkpointing(model)
 
-
-def end_call(model: nn.Module, args: object, output: object) -> None:
-    """Forward hook of a model: no mask outlives its forward."""
-    for feed_forward in feed_forwards(model):
-        feed_forward.call = None
-
-
-def read_call(given: Mapping[str, Any]) -> Call:
-    """The call of a forward that was given these arguments."""
-    tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
-    shape = tokens.shape if tokens is not None else embeds.shape[:-1] if embeds is not None else None
-    if shape is None or len(shape) != 2:
-        return Call()
-    b, n = shape
-    if isinstance(mask, Mapping):  # one for each kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
-    if mask is None:
-        return Call(shape=(b, n))
-    if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
-        return Call(mask[:, -n:].bool(), (b, n))
-    if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
-        return Call(attends_to_itself(mask, given), (b, n))
-    return Call(None, (b, n), f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
+    def warn_of_loss(self, model: nn.Module) -> None:
+        """Once, if the gradient of the forward before went past its auxiliary losses."""
+        last = self.last.box[0]
+        if last is None or self.warned or not last.reached.output or last.reached.loss:
+            return
+        self.warned = True
+        warnings.warn(
+            "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
+            f"{type(model).__name__} returned no loss that holds it, or another was taken, and nobody asked for it, so "
+            "that experts will not stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
+            stacklevel=2,
+        )
 
 
-def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-    """`(b, n)` bool from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to itself, padding to nothing
-    that is padding. Of a single token there is nothing to know: nobody decodes padding."""
-    n = mask.shape[-2]
-    if n == 1:
-        return None
-    cache = given.get("cache", given.get("past_key_values"))
-    seen = 0 if cache is None else int(cache.get_seq_length())
-    own = mask[..., seen : seen + n] if mask.ndim == 3 else mask[:, 0, :, seen : seen + n]
-    own = own.diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own >= 0 if own.is_floating_point() else own > 0
+def call_returned(model: nn.Module, args: object, output: object) -> None:
+    """Forward hook of a model, to which one that raises never comes."""
+    call = under_way.current(model)
+    if call is not None:
+        call.returned = True
+
+
+class EndCall:
+    """Forward hook of a model, called also where it raises: nothing of a forward outlives it but its losses."""
+
+    def __init__(self, last: LastCall) -> None:
+        self.last = last
+
+    def __call__(self, model: nn.Module, args: object, output: object) -> None:
+        call = under_way.end(model)
+        if call is None or not call.returned:
+            return
+        around, call.around = call.around, None
+        if around is None:
+            if call.backward in (None, -1):  # one that a backward runs again was there before
+                self.last.box[0] = call
+        elif not call.added and call.with_gradients == around.with_gradients:
+            around.losses.extend(call.losses)
 
 
 @torch.compiler.disable
 def keep_for_checkpointing(model: nn.Module) -> None:
-    """See to it that what the model's own checkpointing runs again has its mask again."""
+    """See to it that what the model's own checkpointing runs again has its call again."""
     for module in model.modules():
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and not isinstance(run, Checkpoint) and feed_forwards(module):
@@ -127,27 +138,29 @@ class Checkpoint:
 
     @torch.compiler.disable
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        run = Remembered(run, [(module, module.call) for module in feed_forwards(self.layer)])
-        return self.checkpoint(run, *args, **kwargs)
+        calls = [(module, under_way.current(module) or ModelCall()) for module in feed_forwards(self.layer)]
+        return self.checkpoint(Remembered(run, calls), *args, **kwargs)
 
 
 class Remembered:
     """A function that is run once, and then any number of times again with the calls of the first time."""
 
-    def __init__(self, run: Callable[..., Any], calls: list[tuple[MoEFeedForward, Call | None]]) -> None:
+    def __init__(self, run: Callable[..., Any], calls: Sequence[tuple[nn.Module, ModelCall]]) -> None:
         self.run = run
-        self.calls = [(module, (call or Call())._replace(again=True)) for module, call in calls]
+        self.calls: list[tuple[nn.Module, ModelCall]] = []
+        for module, call in calls:
+            call = copy(call)
+            call.remembered = True
+            self.calls.append((module, call))
         self.first = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.first:
-            self.first = False
+        with under_way.within(self.calls):
+            if self.first:
+                self.first = False
+                try:
+                    return self.run(*args, **kwargs)
+                finally:
+                    for _, call in self.calls:  # a backward needs the tokens alone
+                        call.again, call.around, call.losses = True, None, []
             return self.run(*args, **kwargs)
-        before = [(module, module.call) for module, _ in self.calls]
-        try:
-            for module, call in self.calls:
-                module.call = call
-            return self.run(*args, **kwargs)
-        finally:
-            for module, call in before:
-                module.call = call

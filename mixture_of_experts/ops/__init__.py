@@ -10,7 +10,8 @@ recomputation goes the way of its forward (but for decoding in eval, inside the 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -54,8 +55,20 @@ AUTO = ("cpu", "grouped", "lean", "plain")  # those that are taken unasked; no G
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once: a compiled graph is guarded by this variable, and could not be by the environment
-_asked_for: str = check_choice(VARIABLE, os.environ.get(VARIABLE) or "auto", ("auto", *WAYS))
-_listener: list[Explanation] | None = None
+_from_start: str = check_choice(VARIABLE, os.environ.get(VARIABLE) or "auto", ("auto", *WAYS))
+_asked_for = _from_start
+_uses: dict[object, str] = {}  # the contexts of `use` that are open, in any thread; the last one is asked for
+_CHANGING = threading.Lock()
+
+
+class Listeners(threading.local):
+    """Who is told which way calls go: of each thread its own, the innermost last."""
+
+    def __init__(self) -> None:
+        self.told: list[list[Explanation]] = []
+
+
+_LISTENERS = Listeners()
 
 
 @dataclass(frozen=True)
@@ -78,8 +91,9 @@ class Explanation:
 def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> Iterator[None]:
     """Have every call of `routed_ffn` and `moe_ffn` go one way, or again each the fastest ("auto").
 
-    It holds for the whole process, all its threads, as the variable `MIXTURE_OF_EXPERTS_KERNELS` does from the start.
-    Experts that compute by themselves are not concerned. What is recomputed (activation checkpointing) has to be
+    It holds for the whole process, all its threads (a backward on a GPU has one of its own), as the variable
+    `MIXTURE_OF_EXPERTS_KERNELS` does from the start. Of several contexts that are open, the last that was entered
+    holds. Experts that compute by themselves are not concerned. What is recomputed (activation checkpointing) has to be
     recomputed within it too: keep the backward inside.
 
     Raises:
@@ -91,12 +105,23 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> It
         >>> with use("plain"):
         ...     out, aux_loss = MoE(dim=32, num_experts=4)(torch.randn(2, 10, 32))
     """
-    global _asked_for
-    before, _asked_for = _asked_for, check_choice("way", way, ("auto", *WAYS))
+    check_choice("way", way, ("auto", *WAYS))
+    context = object()
+    _ask_for({context: way}, ())
     try:
         yield
     finally:
-        _asked_for = before
+        _ask_for({}, [context])
+
+
+def _ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+    """Each context takes out its own entry, in whatever order those of several threads end."""
+    global _asked_for
+    with _CHANGING:
+        _uses.update(opened)
+        for context in closed:
+            del _uses[context]
+        _asked_for = next(reversed(_uses.values()), _from_start)
 
 
 def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -115,14 +140,14 @@ def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanati
         >>> explain(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
-    global _listener
-    before, _listener = _listener, []
+    told: list[Explanation] = []
+    _LISTENERS.told.append(told)
     try:
         with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
             layer(x, *args, **kwargs)
-        return _listener[0] if _listener else Explanation("module")
     finally:
-        _listener = before
+        _LISTENERS.told.pop()
+    return told[0] if told else Explanation("module")
 
 
 def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
@@ -149,7 +174,7 @@ def _choose(call: Call) -> str:
             raise ValueError(f"{_asked_for!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
         return _tell(_asked_for, {})
     reasons = {}
-    if _listener is not None and call.x.is_cuda:
+    if _LISTENERS.told and call.x.is_cuda:
         reasons["triton"] = triton.why_not(call) or "it is taken when asked for only, as no GPU has timed it yet"
     for name in AUTO:
         reason = WAYS[name].why_not(call)
@@ -160,8 +185,8 @@ def _choose(call: Call) -> str:
 
 
 def _tell(way: str, reasons: dict[str, str]) -> str:
-    if _listener is not None:
-        _listener.append(Explanation(way, reasons))
+    if _LISTENERS.told:
+        _LISTENERS.told[-1].append(Explanation(way, reasons))
     return way
 
 

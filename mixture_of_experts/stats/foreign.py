@@ -9,7 +9,6 @@ Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Mapping
@@ -18,15 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import losses
+from mixture_of_experts import losses, under_way
 from mixture_of_experts.gating.base import top_choices
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, record_of
+from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 from mixture_of_experts.queues import Length, queue_up
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.under_way import CallUnderWay
 
 ROUTER = re.compile(r"Top[kK]Router$")
-READ = ("attention_mask", "input_ids", "inputs_embeds")
 
 
 def is_router(module: nn.Module) -> bool:
@@ -34,6 +34,13 @@ def is_router(module: nn.Module) -> bool:
     kind = type(module)
     sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
+
+
+class ReadCall(CallUnderWay):
+    """A forward of the model around routers."""
+
+    def __init__(self, tokens: TokensAround) -> None:
+        self.tokens = tokens
 
 
 class Reader:
@@ -45,35 +52,33 @@ class Reader:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.names = list(inspect.signature(model.forward).parameters)
+        self.read = TokensReader(model)
         self.blocks: dict[nn.Module, BlockSettings] = {}  # of routers, where their block is known
-        self.tokens: tuple[int, ...] | None = None  # (b, n)
-        self.mask: Tensor | None = None  # (b, n) bool
 
     def num_experts(self, router: nn.Module) -> int:
         """Those that a router chooses from."""
         held = self.blocks.get(router)
         return getattr(router, "num_experts") if held is None else num_logits(held)  # noqa: B009
 
-    def see(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Forward pre-hook of the model."""
-        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        mask, ids, embeds = (given.get(name) for name in READ)
-        self.tokens = tuple(ids.shape) if ids is not None else None if embeds is None else tuple(embeds.shape[:-1])
-        self.mask = None
-        if mask is not None and mask.ndim == 2 and self.tokens is not None:  # that of a static cache has four
-            self.mask = mask[:, -self.tokens[-1] :].bool()
+        under_way.begin(ReadCall(self.read(args, kwargs)), self)
+
+    def end(self, model: nn.Module, args: object, output: object) -> None:
+        """Forward hook of the model."""
+        under_way.end(self)
 
     def routing(self, router: nn.Module, output: Any) -> Routing:
         """What a router returned, as a decision without a capacity."""
-        held = self.blocks.get(router)
+        held, call = self.blocks.get(router), under_way.current(self)
         logits, weight, expert = told(router, output, held)
+        tokens = TokensAround() if call is None else call.tokens
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, t)  # some keep the sequences
-        if self.tokens is not None and self.tokens[0] * self.tokens[1] == t:
-            b, n = self.tokens
-        real = self.mask if self.mask is not None and tuple(self.mask.shape) == (b, n) else None
+        if tokens.shape is not None and tokens.shape[0] * tokens.shape[1] == t:
+            b, n = tokens.shape
+        real = tokens.mask if tokens.mask is not None and tuple(tokens.mask.shape) == (b, n) else None
         logits, expert = logits.float().view(b, n, e), expert.reshape(b, n * k).to(torch.int64)
         unknown = "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
         probs = SCORES[unknown if held is None else held.score](logits)
@@ -136,14 +141,14 @@ def num_logits(held: BlockSettings) -> int:
 
 def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
     """A reader for every such router of a model; those of one model around share it."""
-    around: dict[str, Reader] = {}
+    readers: dict[nn.Module, Reader] = {}
     found: dict[nn.Module, Reader] = {}
     modules = dict(model.named_modules())
     blocks = {held.router: held for module in modules.values() if (held := block_of(module)) is not None}
     for name, module in modules.items():
         if module in blocks or is_router(module):
-            path = model_around(modules, name)
-            reader = found[module] = around.setdefault(path, Reader(modules[path]))
+            around = model_around(model, name)
+            reader = found[module] = readers.setdefault(around, Reader(around))
             if module in blocks:
                 reader.blocks[module] = blocks[module]
     return found
@@ -153,12 +158,3 @@ def block_of(module: nn.Module) -> BlockSettings | None:
     """The settings of a block that is known."""
     model = record_of(module)
     return None if model is None else BlockSettings(module, model)
-
-
-def model_around(modules: Mapping[str, nn.Module], name: str) -> str:
-    """The path of the nearest module above a name whose forward takes token ids and a mask; else the root's."""
-    while name:
-        name = name.rpartition(".")[0]
-        if {"attention_mask", "input_ids"} <= inspect.signature(modules[name].forward).parameters.keys():
-            return name
-    return ""

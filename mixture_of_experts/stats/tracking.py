@@ -3,21 +3,24 @@
 A forward hook on each gate reduces its `Routing` to one short row of numbers and writes it into a ring of the last
 rows, on the gate's device and in place: no host sync until something is read, bounded memory, and a graph that
 `torch.compile` can trace. Activation checkpointing runs forwards again in backward; such a forward is recognised by
-the fact that no forward of the tracked model is under way, and is not recorded.
+the fact that no forward of the tracked model is under way, and is not recorded. What is known of one forward alone lies
+in a `TrackedCall`, so that those of several threads do not mix.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from os import PathLike
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
@@ -25,9 +28,11 @@ from mixture_of_experts.stats.gates import GateSite, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
 from mixture_of_experts.tracing import in_checkpoint
+from mixture_of_experts.under_way import CallUnderWay
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
+WRITING = threading.Lock()
 MOST_LOSSES = 8  # columns of a row that are set aside for losses, the z-loss among them
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
@@ -58,7 +63,7 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
             called (both: track the module around it); on reading, where nothing was recorded.
 
     Under activation checkpointing of either kind a forward is recorded once. Under `torch.compile` enter the context
-    before the first compiled call. Over ranks, each one sees its own tokens.
+    before the first compiled call. Over ranks, each one sees its own tokens; of threads, all are recorded.
 
     Example:
         >>> import torch
@@ -85,7 +90,7 @@ class RoutingStats:
         check_size("keep", keep)
         check_choice("when", when, WHEN)
         self._when: str = when
-        self._under_way: bool | None = None  # a forward of the model; None: there was none yet
+        self._was_called = False
         self._marked = False
         self._clocks: dict[torch.device, Clock] = {}
         self._gates = {place.name: GateTracker(place, self, keep) for place in find_gates(model)}
@@ -173,7 +178,9 @@ class RoutingStats:
     def _steps(self, tracker: GateTracker) -> list[tuple[int, Tensor]]:
         """Number and rows `(forwards, width)` of every remembered step."""
         rows = tracker.rows()
-        numbers, sizes = rows[:, 0 if self._marked else 1].unique_consecutive(return_counts=True)
+        numbers = rows[:, 0 if self._marked else 1]
+        rows = rows[numbers.argsort(stable=True)]  # threads write in turn
+        numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(map(int, numbers.tolist()), rows.split(sizes.tolist()), strict=True))
         # once rows have been overwritten, some of the oldest step may be missing
         return steps[1:] if len(steps) > 1 and tracker.forwards > tracker.keep else steps
@@ -200,34 +207,50 @@ class RoutingStats:
             handle = tracker.place.gate.register_forward_hook(tracker.hook, with_kwargs=True)
             hooks.callback(handle.remove)
         for reader in {reader for tracker in self._gates.values() if (reader := tracker.place.reader) is not None}:
-            hooks.callback(reader.model.register_forward_pre_hook(reader.see, with_kwargs=True).remove)
-        hooks.callback(model.register_forward_pre_hook(self._enter).remove)
+            hooks.callback(reader.model.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
+            hooks.callback(reader.model.register_forward_hook(reader.end, always_call=True).remove)
+        hooks.callback(model.register_forward_pre_hook(self._begin).remove)
         # last, so that it runs after the hook of a model that is itself a gate
-        hooks.callback(model.register_forward_hook(self._leave, always_call=True).remove)
+        hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
 
     def _stop(self) -> None:
         """A compiled graph keeps the hooks it was traced with, but it asks for this before it runs."""
         self._when = "never"
-        for tracker in self._gates.values():
-            tracker.handed_on = None  # after an error between two levels
 
-    def _enter(self, model: nn.Module, args: object) -> None:
+    def _begin(self, model: nn.Module, args: object) -> None:
         if not torch.compiler.is_compiling() and model.training and in_checkpoint():
             raise RuntimeError(
                 f"the tracked {type(model).__name__} itself runs inside torch.utils.checkpoint, where a recomputation "
                 "looks like any other forward: give track_routing the module that calls the checkpoint"
             )
-        self._under_way = True
+        self._was_called = True
+        call = TrackedCall()
+        under_way.begin(call, self)
         if self._counts(model):
-            for clock in self._clocks.values():
-                clock.forwards.add_(1)
+            with exclusively():
+                for device, clock in self._clocks.items():
+                    clock.forwards.add_(1)
+                    call.numbers[device] = clock.forwards.clone()
 
-    def _leave(self, model: nn.Module, args: object, output: object) -> None:
-        self._under_way = False
+    def _end(self, model: nn.Module, args: object, output: object) -> None:
+        under_way.end(self)
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether a forward is to be recorded in the mode that `module` is in."""
         return self._when == "always" or self._when == ("training" if module.training else "eval")
+
+
+class TrackedCall(CallUnderWay):
+    """A forward of the tracked model."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[torch.device, Tensor] = {}  # which forward it is, on each device
+        self.handed_on: dict[str, Routing] = {}  # to level two, by level one's name
+
+
+def exclusively() -> AbstractContextManager[Any]:
+    """Where one thread writes. A traced graph has no lock, and threads that run one each their own rows."""
+    return nullcontext() if torch.compiler.is_compiling() else WRITING
 
 
 class Clock:
@@ -249,7 +272,6 @@ class GateTracker:
         self.routers = math.prod(place.outer)
         self.outer: GateTracker | None = None  # of level one
         self.hands_on = False  # whether this is level one of a hierarchy
-        self.handed_on: Routing | None = None  # from the hook of level one to that of level two
         self.losses: tuple[str, ...] = ()
         # where torch.compile traces, nothing may be stored, but a function of constants is called; methods are none
         self.learn_names = constant_in_graphs(lambda losses: self._learn_names(losses))
@@ -280,39 +302,41 @@ class GateTracker:
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
             return
-        if self.stats._under_way is None:
-            raise RuntimeError(
-                f"{self.place.name!r} ran, but not within a forward of the module given to track_routing: give it the "
-                "module that you call"
-            )
-        if not self.stats._under_way:
+        call = under_way.current(self.stats)
+        if call is None:
+            if not self.stats._was_called:
+                raise RuntimeError(
+                    f"{self.place.name!r} ran, but not within a forward of the module given to track_routing: give it "
+                    "the module that you call"
+                )
             return  # a recomputation in backward
         importance = kwargs.get("importance", args[1] if len(args) > 1 else None)
         with torch.no_grad():
-            self.write(routing, importance, list(losses.values()))
+            self.write(call, routing, importance, list(losses.values()))
 
-    def write(self, routing: Routing, importance: Tensor | None, losses: list[Tensor]) -> None:
+    def write(self, call: TrackedCall, routing: Routing, importance: Tensor | None, losses: list[Tensor]) -> None:
         """Add a row. Everything here is traced by `torch.compile`: only tensors change, and they in place."""
         device = routing.probs.device
         if self.ring.device != device:
             self.allocate(device)  # the model moved
         clock = self.stats._clocks[device]
+        # a graph has no tensors of an object that was made outside of it
+        number = clock.forwards if torch.compiler.is_compiling() else call.numbers.get(device, clock.forwards)
         values = [value.detach().float().reshape(1) for value in losses]
         rest = self.ring.new_zeros(MOST_LOSSES - len(values))
-        row = [clock.steps, clock.forwards, measure(routing, importance), self.lost_in_layer(routing), *values, rest]
-        self.ring.index_copy_(0, self.written % (self.keep + 1), torch.cat(row).unsqueeze(0))
-        self.written.add_(1)
+        row = [clock.steps, number, measure(routing, importance), self.lost_in_layer(call, routing), *values, rest]
+        with exclusively():
+            self.ring.index_copy_(0, self.written % (self.keep + 1), torch.cat(row).unsqueeze(0))
+            self.written.add_(1)
 
-    def lost_in_layer(self, routing: Routing) -> Tensor:
+    def lost_in_layer(self, call: TrackedCall, routing: Routing) -> Tensor:
         """`(1,)`: tokens that no expert of a hierarchy computes, if this is its level two and level one was seen."""
         if torch.compiler.is_compiling():  # nothing may be stored inside a checkpoint that is traced
             return self.ring.new_full((1,), torch.nan)
         if self.hands_on:
-            self.handed_on = routing
-        if self.outer is None or self.outer.handed_on is None:
-            return self.ring.new_full((1,), torch.nan)
-        outer, self.outer.handed_on = self.outer.handed_on, None
-        return lost_tokens(outer, routing)
+            call.handed_on[self.place.name] = routing
+        outer = None if self.outer is None else call.handed_on.pop(self.outer.place.name, None)
+        return self.ring.new_full((1,), torch.nan) if outer is None else lost_tokens(outer, routing)
 
     @property
     def forwards(self) -> int:

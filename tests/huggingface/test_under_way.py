@@ -1,0 +1,375 @@
+"""What is known of a forward belongs to that forward: threads, nested calls and interrupted ones do not mix."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import MoE, TopKGating, collect_aux
+from mixture_of_experts.huggingface import aux_loss, replace_ffn
+from mixture_of_experts.stats import track_routing
+from mixture_of_experts.under_way import HERE
+
+from .models import ARCHITECTURES, without_dropout
+from .test_blocks import build as build_sparse
+from .test_losses import batch_of, gradients
+from .test_padding import build
+
+THREADS, FORWARDS = 4, 20
+
+
+def in_threads(work: Callable[[int], None], threads: int = THREADS) -> None:
+    """All at once; what one of them raises is raised."""
+    start = threading.Barrier(threads)
+
+    def begin(number: int) -> None:
+        start.wait()
+        work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(begin, number) for number in range(threads)]:
+            future.result()
+
+
+def batches(number: int = THREADS) -> list[dict[str, Tensor]]:
+    """Each with another mask, and of another shape every second."""
+    made = []
+    for i in range(number):
+        tokens = torch.randint(3, 64, (2, 9 + i % 2))
+        mask = torch.ones_like(tokens)
+        mask[i % 2, 3 + i :] = 0
+        made.append({"input_ids": tokens, "attention_mask": mask, "labels": torch.where(mask.bool(), tokens, -100)})
+    return made
+
+
+def train_sparse(name: str = "llama", **settings) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build(**settings)).train()
+    replace_ffn(model, num_experts=4, loss_coef=0.5)
+    return model
+
+
+# Threads
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+def test_masks_of_two_threads_do_not_mix(name):
+    model, given = build(name).eval(), batches()
+    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
+    expected = [model(**batch).logits for batch in inputs]
+
+    def work(number: int) -> None:
+        for _ in range(FORWARDS):
+            torch.testing.assert_close(model(**inputs[number]).logits, expected[number], atol=1e-5, rtol=1e-5)
+
+    in_threads(work)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_losses_of_two_threads_do_not_mix(checkpointing):
+    """The loss, its auxiliary part and the gradient; with checkpointing, what runs again has its own mask."""
+    model, given = build("llama").train(), batches()
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.loss_coef = 0.5
+    parameters = list(model.parameters())
+    expected = []
+    for batch in given:
+        loss = model(**batch).loss
+        expected.append((loss, aux_loss(model), torch.autograd.grad(loss, parameters, allow_unused=True)))
+    if checkpointing:
+        model.activation_checkpointing_enable()
+
+    def work(number: int) -> None:
+        for _ in range(FORWARDS // 2):
+            loss = model(**given[number]).loss
+            found = (loss, aux_loss(model), torch.autograd.grad(loss, parameters, allow_unused=True))
+            torch.testing.assert_close(found, expected[number], atol=1e-5, rtol=1e-5)
+
+    in_threads(work)
+
+
+def test_each_thread_collects_its_own():
+    model, given = train_sparse(), batches()
+    expected = []
+    for batch in given:
+        model(**batch)
+        expected.append(aux_loss(model))
+
+    def work(number: int) -> None:
+        with collect_aux(model) as aux:
+            for _ in range(FORWARDS):
+                model(**given[number])
+                torch.testing.assert_close(aux.take(), expected[number], atol=1e-6, rtol=1e-5)
+
+    in_threads(work)
+
+
+def test_a_thread_has_no_auxiliary_loss_of_another():
+    model = train_sparse()
+    model(**batches(1)[0])
+
+    def work(_: int) -> None:
+        with pytest.raises(RuntimeError, match="call it first, in this thread"):
+            aux_loss(model)
+
+    in_threads(work, 1)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+def test_statistics_count_every_thread_once(theirs):
+    """Each forward under its number, with its own mask, also where others are under way or checkpointing runs again."""
+    model = build_sparse("Mixtral").train() if theirs else train_sparse()
+    model.activation_checkpointing_enable()
+    given = batches()
+    with track_routing(model) as expected:
+        for batch in given:
+            model(**batch)
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            model(**given[number]).loss.backward()
+
+    with track_routing(model) as found:
+        in_threads(work)
+    for layer in found.layers:
+        assert [record.forwards for record in found.records(layer)] == [1] * 5 * THREADS
+        seen = sorted(tuple(record.load.tolist()) for record in found.records(layer))
+        assert seen == sorted(5 * [tuple(record.load.tolist()) for record in expected.records(layer)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_compiled_graphs_read_the_call_of_their_own_thread(whole):
+    """The model in one graph, or each of its networks."""
+    torch.compiler.reset()
+    model, given = build("llama").eval(), batches(2)
+    given[1] = {key: value[:, :9] for key, value in given[1].items()}
+    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
+    expected = [model(**batch).logits for batch in inputs]
+    for module in [model] if whole else [layer.mlp for layer in model.model.layers]:
+        module.compile(fullgraph=True, backend="eager")
+    for batch in inputs:
+        model(**batch, use_cache=False)
+
+    def work(number: int) -> None:
+        for _ in range(5):
+            found = model(**inputs[number], use_cache=False).logits
+            torch.testing.assert_close(found, expected[number], atol=1e-5, rtol=1e-5)
+        assert not HERE.calls
+
+    in_threads(work, 2)
+    torch.compiler.reset()
+
+
+# Calls within calls, interrupted ones, and those that raise
+
+
+class Siamese(nn.Module):
+    """One model, called twice in one forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, first: dict[str, Tensor], second: dict[str, Tensor]) -> Tensor:
+        return self.model(**first).logits.logsumexp(-1).mean() + self.model(**second).logits.logsumexp(-1).mean()
+
+
+def siamese(**settings) -> Siamese:
+    model = Siamese(without_dropout(ARCHITECTURES["llama"].build())).train()
+    replace_ffn(model, num_experts=4, loss_coef=0.5, **settings)
+    return model
+
+
+def unlabelled(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
+def test_a_model_that_is_called_twice_in_one_forward():
+    """Both calls are in the loss that the forward returns."""
+    model = siamese()
+    pair = [unlabelled(batch) for batch in batches(2)]
+    parts, task = [], torch.zeros(())
+    for batch in pair:
+        task = task + model.model(**batch).logits.logsumexp(-1).mean()
+        parts.append(aux_loss(model))
+    loss = model(*pair)
+    torch.testing.assert_close(aux_loss(model), sum(parts))
+    torch.testing.assert_close(loss, task + sum(parts))
+
+
+def test_a_model_that_is_called_within_itself():
+    """By a hook: the outer call keeps its mask, and its loss is its own."""
+    model, (outer, inner) = build("llama").train(), batches(2)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.loss_coef = 0.5
+    expected, alone = model(**outer), model(**inner)
+    found = []
+
+    def within(*_) -> None:
+        if not found:
+            found.append(None)
+            found.append(model(**inner))
+
+    model.model.layers[0].self_attn.register_forward_hook(within)
+    out = model(**outer)
+    torch.testing.assert_close(out.logits, expected.logits)
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(found[1].loss, alone.loss)
+
+
+def test_what_a_call_within_has_no_loss_for_its_caller_has():
+    model, (outer, inner) = train_sparse(), batches(2)
+    model(**inner)
+    of_inner, found = aux_loss(model), []
+    expected = model(**outer).loss
+
+    def within(*_) -> None:
+        if not found:
+            found.append(None)
+            model(**unlabelled(inner))
+
+    model.model.layers[0].self_attn.register_forward_hook(within)
+    torch.testing.assert_close(model(**outer).loss, expected + of_inner)
+    found.clear()
+
+    def teach(*_) -> None:  # without gradients it has no loss to give
+        if not found:
+            found.append(None)
+            with torch.no_grad():
+                model(**unlabelled(inner))
+
+    model.model.layers[0].self_attn._forward_hooks.clear()
+    model.model.layers[0].self_attn.register_forward_hook(teach)
+    torch.testing.assert_close(model(**outer).loss, expected)
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_a_call_that_does_not_come_to_its_end(error):
+    """Its mask and the losses of its first layers are gone."""
+    model = train_sparse()
+    batch, other = batches(2)
+    expected = model(**other).loss
+    layer, x = model.model.layers[0].mlp, torch.randn(3, 4, 32)
+    alone = layer(x)
+
+    def fail(*_) -> None:
+        raise error
+
+    hook = model.model.layers[0].mlp.register_forward_hook(fail)
+    with pytest.raises(error):
+        model(**batch)
+    hook.remove()
+    torch.testing.assert_close(layer(x), alone)  # as if nothing were under way
+    torch.testing.assert_close(model(**other).loss, expected)
+    assert not HERE.calls
+
+
+def test_a_part_that_raised_and_was_called_again_counts_once():
+    class Tries(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, batch: dict[str, Tensor]) -> Tensor:
+            for _ in range(2):
+                with contextlib.suppress(ArithmeticError):
+                    return self.model(**batch).logits.logsumexp(-1).mean()
+            raise AssertionError
+
+    model, batch = Tries(without_dropout(ARCHITECTURES["llama"].build())).train(), unlabelled(batches(1)[0])
+    replace_ffn(model, num_experts=4, loss_coef=0.5)
+    expected, failed = model(batch), []
+
+    def fail(*_) -> None:
+        if not failed:
+            failed.append(None)
+            raise ArithmeticError
+
+    model.model.model.layers[1].register_forward_hook(fail)
+    with collect_aux(model) as aux:
+        torch.testing.assert_close(model(batch), expected)
+        assert failed
+    torch.testing.assert_close(aux_loss(model), expected - model.model(**batch).logits.logsumexp(-1).mean())
+    del aux
+
+
+def test_a_backward_within_a_forward_runs_layers_again_outside_of_it():
+    """With a checkpoint of one's own: its recomputation is no part of the forward around the backward."""
+
+    class Step(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            self.model(tokens, use_cache=False).logits.logsumexp(-1).mean().backward()
+            return tokens.sum()
+
+    model, tokens = train_sparse(), batches(1)[0]["input_ids"]
+    model(tokens)
+    expected = aux_loss(model)
+    for layer in model.get_submodule("model.layers").children():
+        forward = layer.forward
+        layer.forward = lambda *args, forward=forward, **kwargs: checkpoint(
+            forward, *args, use_reentrant=False, **kwargs
+        )
+    with collect_aux(step := Step(model)) as aux, track_routing(step) as stats:
+        step(tokens)
+    torch.testing.assert_close(aux.take(), expected)
+    torch.testing.assert_close(aux_loss(model), expected)
+    assert stats.last(stats.layers[0]).forwards == 1
+
+
+def test_evaluation_between_two_steps_is_not_collected():
+    model, given = train_sparse(), batches(3)
+    model(**given[0])
+    expected = aux_loss(model)
+    with collect_aux(model) as aux:
+        for step in range(2):
+            model.train()(**given[0])
+            with torch.no_grad():
+                model.eval()(**given[1])
+                model.train()(**given[2])  # as in sampling
+            torch.testing.assert_close(aux.take(), expected, msg=lambda m, step=step: f"step {step}: {m}")
+        model.eval()(**given[1])
+        assert aux.take() > 0  # where nothing else is asked for
+
+
+# The warning
+
+
+def test_a_loss_that_is_returned_and_not_used_is_warned_of():
+    """A trainer that computes its own loss from the logits, though it gives labels."""
+    model, batch = train_sparse(), batches(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(**batch).loss.backward()
+            (model(**unlabelled(batch)).logits.logsumexp(-1).mean() + aux_loss(model)).backward()
+    model(**batch).logits.logsumexp(-1).mean().backward()
+    with pytest.warns(UserWarning, match="a gradient reached the outputs .* but not their auxiliary loss"):
+        model(**batch)
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        model(**batch).logits.sum().backward()
+        model(**batch)
+
+
+def test_where_nothing_is_lost_nothing_is_warned_of():
+    model = without_dropout(ARCHITECTURES["llama"].build()).train()
+    replace_ffn(model, gate=lambda d, e: TopKGating(d, e), loss_coef=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(**unlabelled(batch_of(2))).logits.sum().backward()
+    assert gradients(model)
