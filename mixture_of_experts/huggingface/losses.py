@@ -59,9 +59,10 @@ def total_of(losses: list[Tensor]) -> Tensor:
 
 
 def add_to_loss(model: nn.Module) -> None:
-    """Put the hook on a model, once."""
+    """Put the hooks on a model, once."""
     if any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
         return
+    announce(model)
     # before the hook that ends the call
     model.register_forward_hook(AddAuxLoss(), with_kwargs=True, prepend=True)
     if not hasattr(model, "accepts_loss_kwargs") and not divides_by_batch(model):
@@ -70,30 +71,94 @@ def add_to_loss(model: nn.Module) -> None:
         model.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
 
 
+def announce(model: nn.Module) -> None:
+    """Have the trainers of TRL ask for the auxiliary loss, as they do of models that say in their configuration that
+    they have routers: those compute their losses from the model's log-probabilities, and pass its own loss by.
+
+    Asked for, it is `out.aux_loss`. What they ask the backbone for beside it, logits of routers, is kept from that.
+    """
+    config, backbone = text_config(model), getattr(model, "base_model", model)
+    if config is None or reports_routers(config) or backbone is model:
+        return
+    members = feed_forwards(model)
+    said = {
+        "output_router_logits": True,
+        "router_aux_loss_coef": 1.0,  # coefficients are the layers'; this is a factor, and 0.0 the trainer's way of "off"
+        "num_experts": members[0].moe.num_experts,
+        "num_experts_per_tok": getattr(members[0].moe.gate, "choices", 1),
+    }
+    for name, value in said.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)
+    backbone.register_forward_pre_hook(take_away, with_kwargs=True)
+    backbone.register_forward_hook(no_router_logits)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's configuration in which routers are; None if it has no configuration."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def reports_routers(config: Any) -> bool:
+    """Whether models of this configuration have routers of their own."""
+    return hasattr(type(config), "output_router_logits")
+
+
+def take_away(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    """Forward pre-hook of a backbone."""
+    return args, {name: value for name, value in kwargs.items() if name != "output_router_logits"}
+
+
+def no_router_logits(backbone: nn.Module, args: object, output: Any) -> None:
+    """Forward hook of a backbone: what TRL reads of its output is there."""
+    if isinstance(output, MutableMapping):
+        output.router_logits = None  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def factor_of(config: Any) -> float:
+    """What the auxiliary loss is multiplied by: 1, or what a trainer was told as `router_aux_loss_coef`."""
+    return 1.0 if config is None or reports_routers(config) else getattr(config, "router_aux_loss_coef", 1.0)
+
+
 def divides_by_batch(model: nn.Module) -> bool:
     """Whether a model computes its loss by the function that reads `num_items_in_batch`."""
     return "loss_function" in inspect.unwrap(type(model).forward).__code__.co_names
 
 
 class AddAuxLoss:
-    """Forward hook of a model: the loss that it returns in training becomes the task's plus the auxiliary one."""
+    """Forward hook of a model: the loss that it returns in training becomes the task's plus the auxiliary one, and its
+    `aux_loss` that one, if it is asked for router logits."""
 
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         call = under_way.current(model)
-        if not model.training or not torch.is_grad_enabled() or call is None or not call.losses:
+        if call is None or not call.losses:
+            return None
+        aux, config = total_of(call.losses), text_config(model)
+        if kwargs.get("output_router_logits") and isinstance(output, MutableMapping):
+            self.hand_up(aux, config, output)
+        if not model.training or not torch.is_grad_enabled():
             return None
         loss = output.get("loss") if isinstance(output, MutableMapping) else output
         loss = loss[0] if isinstance(loss, tuple) else loss
         if not isinstance(loss, Tensor) or loss.ndim:
             return None
         call.added = True
-        loss = loss + share_of_batch(model, kwargs) * total_of(call.losses).to(loss.device)
+        loss = loss + factor_of(config) * share_of_batch(model, kwargs) * aux.to(loss.device)
         if isinstance(output, tuple):
             return (loss, *output[1:])
         if not isinstance(output, MutableMapping):
             return loss
         output["loss"] = loss
         return output
+
+    def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
+        """To a trainer, which multiplies it by a coefficient. A model's own routers have theirs in there already."""
+        theirs = getattr(output, "aux_loss", None)
+        if reports_routers(config) and isinstance(theirs, Tensor):
+            coef = getattr(config, "router_aux_loss_coef", 0.0)
+            aux = theirs + aux.to(theirs.device) / coef if coef else theirs
+        output["aux_loss"] = aux
 
 
 def share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:

@@ -83,6 +83,9 @@ class BeginCall:
         last = self.last.box[0]
         if last is None or self.warned or not last.reached.output or last.reached.loss:
             return
+        config = getattr(model, "config", None)
+        if config is not None and getattr(config.get_text_config(), "router_aux_loss_coef", 1.0) == 0:
+            return  # it was switched off
         self.warned = True
         warnings.warn(
             "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "

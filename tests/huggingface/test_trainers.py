@@ -1,0 +1,133 @@
+"""Whatever a trainer computes, an optimizer's step receives the auxiliary loss once, or somebody is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts.huggingface import Adapter, aux_loss, replace_ffn
+
+from .models import ARCHITECTURES
+from .test_blocks import build as build_sparse
+from .trainers import CASES, COEFFICIENT, Probe, build, factor, in_two_processes, label_smoothing, rows, sft
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers; those of this package are asked for
+NOT = "`Trainer`, label smoothing"
+
+
+def need(package: str | None) -> None:
+    if package is not None and importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}")
+
+
+def expected(name: str) -> float:
+    return 0.0 if name == NOT else 1.0
+
+
+SLOW = ("TRL, DPO", "TRL, KTO", "TRL, GRPO", "Lightning")
+
+
+@pytest.mark.parametrize(("accumulation", "padding"), [pytest.param(1, False, marks=pytest.mark.slow), (4, True)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CASES])
+def test_one_process(name, accumulation, padding):
+    case, package = CASES[name]
+    need(package)
+    assert factor(case, accumulation, padding) == pytest.approx(expected(name), abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["TRL, SFT", "TRL, DPO"])
+def test_another_architecture(name):
+    need("trl")
+    assert factor(CASES[name][0], 4, True, "gpt2") == pytest.approx(1.0, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path):
+    names = [name for name, (_, package) in CASES.items() if package is None or importlib.util.find_spec(package)]
+    for name, found in in_two_processes(names, tmp_path).items():
+        assert found == pytest.approx([expected(name)] * 3, abs=1e-3), name
+
+
+def test_label_smoothing_is_warned_of(tmp_path: Path):
+    model = build()
+    label_smoothing(model, 1, False, tmp_path)
+    with pytest.warns(UserWarning, match=r"a gradient reached the outputs .* add aux_loss\(model\)"):
+        model(**{name: value[None] for name, value in rows(False)[0].items()})
+
+
+def test_trl_switches_it_off(tmp_path: Path):
+    """With no word of ours: it was asked for."""
+    need("trl")
+
+    def off(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+        sft(model, accumulation, padding, folder, router_aux_loss_coef=0.0)
+
+    assert factor(off, 1, False) == 0
+    model, batch = build(), {name: value[None] for name, value in rows(False)[0].items()}
+    off(model, 1, False, tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        task = model.eval()(**batch).loss
+        torch.testing.assert_close(model.train()(**batch).loss, task)
+
+
+@pytest.mark.slow
+def test_trl_weighs_it():
+    need("trl")
+
+    def weighed(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+        sft(model, accumulation, padding, folder, router_aux_loss_coef=0.5)
+
+    assert factor(weighed, 4, False) == pytest.approx(0.5, abs=1e-3)
+
+
+def test_trl_evaluates(tmp_path: Path):
+    need("trl")
+    from trl import SFTConfig, SFTTrainer
+
+    from .trainers import dataset, settings, texts, tokenizer
+
+    model = build()
+    data = dataset([{"text": text} for text in texts(True)])
+    config = SFTConfig(**settings(1, tmp_path), bf16=False)
+    made = SFTTrainer(model, args=config, train_dataset=data, eval_dataset=data, processing_class=tokenizer())
+    assert made.evaluate()["eval_aux_loss"] > 0
+
+
+def test_only_who_asks_gets_it_in_the_output():
+    """The Trainer's predictions stay what they were."""
+    model, batch = build().eval(), {name: value[None] for name, value in rows(False)[0].items()}
+    assert set(model(**batch)) == set(ARCHITECTURES["llama"].build()(**batch))
+    out = model(**batch, output_router_logits=True)
+    torch.testing.assert_close(out.aux_loss, aux_loss(model))
+    out.logits.sum().backward()
+
+
+def test_a_model_with_routers_of_its_own():
+    """Theirs is in `aux_loss` already, times their coefficient; ours comes to it."""
+    model = build_sparse("Qwen3Moe", mlp_only_layers=[1], router_aux_loss_coef=0.125, output_router_logits=True).train()
+    batch = {key: value[None] for key, value in rows(False)[0].items()}
+    before = model(**batch)
+    llama = Adapter(up="up_proj", down="down_proj", gate="gate_proj")
+    assert len(replace_ffn(model, num_experts=4, loss_coef=COEFFICIENT, adapters={"Qwen3MoeMLP": llama})) == 1
+    out = model(**batch, output_router_logits=True)
+    theirs = out.aux_loss - aux_loss(model) / 0.125
+    torch.testing.assert_close(theirs, before.aux_loss, atol=0.2, rtol=0.2)  # of other hidden states
+    logits = model.eval()(**batch).logits
+    task = nn.functional.cross_entropy(logits[0, :-1], batch["labels"][0, 1:])
+    torch.testing.assert_close(out.loss, task + 0.125 * theirs + aux_loss(model), atol=1e-4, rtol=1e-4)
+
+
+def test_the_probe():
+    """It is what it measures."""
+    model = build()
+    batch = {name: value[None] for name, value in rows(False)[0].items()}
+    (0.5 * model(**batch).loss).backward()
+    layers = sum(isinstance(hook, Probe) for module in model.modules() for hook in module._forward_hooks.values())
+    assert model.probe.grad.item() / (COEFFICIENT * layers) == pytest.approx(0.5)

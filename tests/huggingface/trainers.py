@@ -1,0 +1,351 @@
+"""How much of the auxiliary loss an optimizer's step receives, by trainer: `python -m huggingface.trainers`, in `tests/`.
+
+A probe is a parameter whose gradient comes only through the auxiliary losses of layers, to which it is added times
+their coefficient. So its gradient in an optimizer's step, divided by the coefficient and the number of layers, is the
+factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. The table in docs/huggingface.md
+is what this prints. Two processes are started with `--processes 2`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
+
+from mixture_of_experts import MoE
+from mixture_of_experts.huggingface import aux_loss, replace_ffn
+
+from .models import ARCHITECTURES, VOCABULARY, without_dropout
+
+COEFFICIENT = 0.25
+Case = Callable[[nn.Module, int, bool, Path], None]
+
+
+def build(name: str = "llama") -> Any:
+    model = without_dropout(ARCHITECTURES[name].build()).train()
+    replace_ffn(model, num_experts=4, loss_coef=COEFFICIENT)
+    model.probe = nn.Parameter(torch.zeros(()))
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.register_forward_hook(Probe(model.probe))
+    return model
+
+
+class Probe:
+    """Forward hook of a layer."""
+
+    def __init__(self, probe: nn.Parameter) -> None:
+        self.probe = probe
+
+    def __call__(self, moe: nn.Module, args: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        out, loss = output
+        return out + 0 * self.probe, loss + COEFFICIENT * self.probe  # DDP looks for parameters in outputs
+
+
+def factor(case: Case, accumulation: int, padding: bool, name: str = "llama") -> float:
+    """That of the first optimizer step."""
+    torch.manual_seed(0)
+    model, found = build(name), []
+    layers = sum(isinstance(module, MoE) for module in model.modules())
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found.append(0.0 if model.probe.grad is None else model.probe.grad.item())
+
+    hook = register_optimizer_step_post_hook(keep)
+    try:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            case(model, accumulation, padding, Path(folder))
+    finally:
+        hook.remove()
+    return found[0] / (COEFFICIENT * layers)
+
+
+# What is trained on
+
+
+def texts(padding: bool, number: int = 16) -> list[str]:
+    draw = random.Random(0)
+    return [" ".join(f"w{draw.randrange(50)}" for _ in range(8 - i % 3 if padding else 8)) for i in range(number)]
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(VOCABULARY - 4))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=made, **special)
+
+
+def rows(padding: bool, number: int = 16) -> list[dict[str, Tensor]]:
+    encoded = tokenizer()(texts(padding, number), padding=True, return_tensors="pt")
+    ids, mask = encoded["input_ids"], encoded["attention_mask"]
+    labels = torch.where(mask.bool(), ids, -100)
+    return [{"input_ids": i, "attention_mask": m, "labels": y} for i, m, y in zip(ids, mask, labels, strict=True)]
+
+
+def settings(accumulation: int, folder: Path) -> dict[str, Any]:
+    return dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        learning_rate=0.0,
+        optim="sgd",
+        max_grad_norm=0.0,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+    )
+
+
+def dataset(rows: list[dict[str, Any]]) -> Any:
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    return Dataset.from_list(rows)
+
+
+# The trainers
+
+
+def trainer(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer, **more) -> None:
+    arguments = TrainingArguments(**settings(accumulation, folder), **more)
+    kind(model, arguments, train_dataset=rows(padding)).train()
+
+
+def label_smoothing(model: nn.Module, accumulation: int, padding: bool, folder: Path, kind: type = Trainer) -> None:
+    trainer(model, accumulation, padding, folder, kind, label_smoothing_factor=0.1)
+
+
+def label_smoothing_and_aux_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+    class WithAuxLoss(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, out = super().compute_loss(model, inputs, True, num_items_in_batch)
+            loss = loss + aux_loss(model) / self.current_gradient_accumulation_steps
+            return (loss, out) if return_outputs else loss
+
+    label_smoothing(model, accumulation, padding, folder, WithAuxLoss)
+
+
+def sft(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    from trl import SFTConfig, SFTTrainer
+
+    config = SFTConfig(**settings(accumulation, folder), bf16=False, **more)
+    data = dataset([{"text": text} for text in texts(padding)])
+    SFTTrainer(model, args=config, train_dataset=data, processing_class=tokenizer()).train()
+
+
+def preferences(padding: bool) -> list[dict[str, str]]:
+    all_texts = texts(padding, 48)
+    parts = zip(all_texts[:16], all_texts[16:32], all_texts[32:], strict=True)
+    return [{"prompt": a, "chosen": f" {b}", "rejected": f" {c}"} for a, b, c in parts]
+
+
+def dpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    config = DPOConfig(**settings(accumulation, folder), bf16=False, **more)
+    reference, data = copy.deepcopy(model), dataset(preferences(padding))
+    made = DPOTrainer(model, reference, args=config, train_dataset=data, processing_class=tokenizer())
+    made.train()
+
+
+def kto(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    config = KTOConfig(**settings(accumulation, folder), bf16=False, **more)
+    data = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        for i, row in enumerate(preferences(padding))
+    ]
+    reference = copy.deepcopy(model)
+    KTOTrainer(model, reference, args=config, train_dataset=dataset(data), processing_class=tokenizer()).train()
+
+
+def grpo(model: nn.Module, accumulation: int, padding: bool, folder: Path, **more) -> None:
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = GRPOConfig(
+        **settings(accumulation, folder), bf16=False, num_generations=2, max_completion_length=6, beta=0.0, **more
+    )
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(completion)) for completion in completions]
+
+    data = dataset([{"prompt": text} for text in texts(padding)])
+    GRPOTrainer(model, reward, args=config, train_dataset=data, processing_class=tokenizer()).train()
+
+
+def batches(padding: bool, accumulation: int) -> Iterator[dict[str, Tensor]]:
+    """As many as a step takes, those of this process."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    given = rows(padding, 2 * accumulation * processes)[rank::processes]
+    for i in range(0, len(given), 2):
+        yield {name: torch.stack([row[name] for row in given[i : i + 2]]) for name in given[i]}
+
+
+def accelerated(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=accumulation)
+    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    for batch in batches(padding, accumulation):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared(**batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def own_loss(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+    run: Any = model
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        run = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    for batch in batches(padding, accumulation):
+        labels = batch.pop("labels")
+        logits = run(**batch).logits[:, :-1].flatten(0, 1)
+        loss = nn.functional.cross_entropy(logits, labels[:, 1:].flatten()) + aux_loss(model)
+        (loss / accumulation).backward()
+    optimizer.step()
+
+
+def lightning(model: nn.Module, accumulation: int, padding: bool, folder: Path) -> None:
+    import lightning as pl
+
+    class Module(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor]) -> Tensor:
+            return self.model(**batch).loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    data: Any = rows(padding)
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    pl.Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="auto" if processes == 1 else "ddp",
+        max_steps=1,
+        accumulate_grad_batches=accumulation,
+        default_root_dir=folder,
+        **quiet,
+    ).fit(Module(), torch.utils.data.DataLoader(data, batch_size=2))
+
+
+CASES: dict[str, tuple[Case, str | None]] = {
+    "`Trainer`": (trainer, None),
+    "`Trainer`, label smoothing": (label_smoothing, None),
+    "the same, `aux_loss(model)` added": (label_smoothing_and_aux_loss, None),
+    "TRL, SFT": (sft, "trl"),
+    "TRL, DPO": (dpo, "trl"),
+    "TRL, KTO": (kto, "trl"),
+    "TRL, GRPO": (grpo, "trl"),
+    "accelerate": (accelerated, None),
+    "Lightning": (lightning, "lightning"),
+    "a loss of your own, `+ aux_loss(model)`": (own_loss, None),
+}
+
+
+def factors(names: list[str]) -> dict[str, list[float]]:
+    """Of each trainer: without accumulation, of four micro-batches, and of four with padding."""
+    found = {}
+    for name in names:
+        case, package = CASES[name]
+        if package is None or importlib.util.find_spec(package):
+            found[name] = [factor(case, *at) for at in ((1, False), (4, False), (4, True))]
+    return found
+
+
+@contextmanager
+def one_of(processes: int) -> Iterator[None]:
+    """This process as one of several that were started."""
+    if processes > 1:
+        import torch.distributed as dist
+
+        at, rank = f"file://{os.environ['RENDEZVOUS']}", int(os.environ["RANK"])
+        dist.init_process_group("gloo", init_method=at, rank=rank, world_size=processes)
+    yield
+    if processes > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def in_two_processes(names: list[str], folder: Path) -> dict[str, list[float]]:
+    """What the first of two finds."""
+    running, port = [], str(free_port())
+    for rank in range(2):
+        more = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
+        more |= dict(TORCHELASTIC_RUN_ID="factors", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        more |= dict(RENDEZVOUS=str(folder / "rendezvous"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        command = [sys.executable, "-m", "huggingface.trainers", "--results", str(folder / f"{rank}.json"), *names]
+        running.append(
+            subprocess.Popen(
+                command,
+                cwd=Path(__file__).parent.parent,
+                env={**os.environ, **more},
+                stdout=subprocess.DEVNULL,
+                stderr=(folder / f"{rank}.txt").open("w"),
+            )
+        )
+    for rank, process in enumerate(running):
+        if process.wait(timeout=500):
+            raise RuntimeError((folder / f"{rank}.txt").read_text()[-4000:])
+    return json.loads((folder / "0.json").read_text())
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("names", nargs="*", default=list(CASES))
+    parser.add_argument("--results")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.results:
+        with one_of(int(os.environ.get("WORLD_SIZE", 1))):
+            found = factors(arguments.names)
+        Path(arguments.results).write_text(json.dumps(found))
+        return
+    one = factors(arguments.names)
+    with tempfile.TemporaryDirectory() as folder:
+        two = in_two_processes(arguments.names, Path(folder))
+    print("| | 1 | 4 | 4, padding | two processes: 1 | 4 | 4, padding |")
+    print("|---|---|---|---|---|---|---|")
+    for name, values in one.items():
+        print(f"| {name} | " + " | ".join(f"{value:.3f}" for value in (*values, *two[name])) + " |")
+
+
+if __name__ == "__main__":
+    main()
