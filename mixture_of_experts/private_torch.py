@@ -79,6 +79,11 @@ def find_process_group(name: str) -> dist.ProcessGroup | None:
         return None
 
 
+def number_of_backward() -> int:
+    """Of the backward that runs in this thread; -1 if none does."""
+    return torch._C._current_graph_task_id()
+
+
 #: where wrappers of torch and of PEFT keep the module that they are around
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
 

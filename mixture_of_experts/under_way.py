@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from mixture_of_experts.private_torch import number_of_backward
+
 
 class CallUnderWay:
     """One forward of a module. What is known of it, and what it gathers, are attributes of subclasses."""
@@ -110,8 +112,3 @@ def runs(frame: FrameType) -> bool:
     while above is not None and above is not frame:
         above = above.f_back
     return above is frame
-
-
-def number_of_backward() -> int:
-    """Of the backward that runs in this thread; -1 if none does."""
-    return torch._C._current_graph_task_id()

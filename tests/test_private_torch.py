@@ -133,3 +133,23 @@ def test_hooks(register):
     assert not private_torch.has_hooks(module)
     getattr(module, f"register_{register}")(lambda *_: None)
     assert private_torch.has_hooks(module)
+
+
+def test_backwards_have_numbers():
+    """Each its own, also one within another; outside of them there is none."""
+    seen = [private_torch.number_of_backward()]
+    x = torch.ones((), requires_grad=True)
+
+    def within(grad):
+        seen.append(private_torch.number_of_backward())
+        with torch.enable_grad():
+            y = x * 2
+            y.register_hook(lambda grad: seen.append(private_torch.number_of_backward()))
+            torch.autograd.grad(y, x)
+
+    y = x * 3
+    y.register_hook(within)
+    y.backward()
+    seen.append(private_torch.number_of_backward())
+    assert seen[0] == seen[-1] == -1
+    assert len(set(seen)) == 3

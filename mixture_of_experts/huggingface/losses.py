@@ -83,7 +83,7 @@ def announce(model: nn.Module) -> None:
     members = feed_forwards(model)
     said = {
         "output_router_logits": True,
-        "router_aux_loss_coef": 1.0,  # coefficients are the layers'; this is a factor, and 0.0 the trainer's way of "off"
+        "router_aux_loss_coef": 1.0,  # a factor, since coefficients are the layers'; 0.0 is a trainer's way of "off"
         "num_experts": members[0].moe.num_experts,
         "num_experts_per_tok": getattr(members[0].moe.gate, "choices", 1),
     }

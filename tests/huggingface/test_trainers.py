@@ -8,13 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES
+from support.transformers_trainers import (
+    CASES,
+    COEFFICIENT,
+    Probe,
+    build,
+    factor,
+    in_two_processes,
+    label_smoothing,
+    rows,
+    sft,
+)
 from torch import nn
 
 from mixture_of_experts.huggingface import Adapter, aux_loss, replace_ffn
 
-from .models import ARCHITECTURES
 from .test_blocks import build as build_sparse
-from .trainers import CASES, COEFFICIENT, Probe, build, factor, in_two_processes, label_smoothing, rows, sft
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers; those of this package are asked for
 NOT = "`Trainer`, label smoothing"
@@ -89,9 +99,8 @@ def test_trl_weighs_it():
 
 def test_trl_evaluates(tmp_path: Path):
     need("trl")
+    from support.transformers_trainers import dataset, settings, texts, tokenizer
     from trl import SFTConfig, SFTTrainer
-
-    from .trainers import dataset, settings, texts, tokenizer
 
     model = build()
     data = dataset([{"text": text} for text in texts(True)])

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, without_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -18,12 +19,11 @@ from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.under_way import HERE
 
-from .models import ARCHITECTURES, without_dropout
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, gradients
 from .test_padding import build
 
-THREADS, FORWARDS = 4, 20
+THREADS, FORWARDS = 3, 10
 
 
 def in_threads(work: Callable[[int], None], threads: int = THREADS) -> None:
@@ -146,7 +146,8 @@ def test_statistics_count_every_thread_once(theirs):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [True, False])
 def test_compiled_graphs_read_the_call_of_their_own_thread(whole):
     """The model in one graph, or each of its networks."""
     torch.compiler.reset()

@@ -1,9 +1,9 @@
-"""How much of the auxiliary loss an optimizer's step receives, by trainer: `python -m huggingface.trainers`, in `tests/`.
+"""How much of the auxiliary loss an optimizer's step receives: `python -m support.transformers_trainers` in `tests`.
 
 A probe is a parameter whose gradient comes only through the auxiliary losses of layers, to which it is added times
 their coefficient. So its gradient in an optimizer's step, divided by the coefficient and the number of layers, is the
-factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. The table in docs/huggingface.md
-is what this prints. Two processes are started with `--processes 2`.
+factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. The table in
+docs/transformers.md is what this prints.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
-
-from .models import ARCHITECTURES, VOCABULARY, without_dropout
+from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
 
 COEFFICIENT = 0.25
 Case = Callable[[nn.Module, int, bool, Path], None]
@@ -303,7 +302,14 @@ def in_two_processes(names: list[str], folder: Path) -> dict[str, list[float]]:
         more = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
         more |= dict(TORCHELASTIC_RUN_ID="factors", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         more |= dict(RENDEZVOUS=str(folder / "rendezvous"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        command = [sys.executable, "-m", "huggingface.trainers", "--results", str(folder / f"{rank}.json"), *names]
+        command = [
+            sys.executable,
+            "-m",
+            "support.transformers_trainers",
+            "--results",
+            str(folder / f"{rank}.json"),
+            *names,
+        ]
         running.append(
             subprocess.Popen(
                 command,
