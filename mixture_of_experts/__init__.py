@@ -1,6 +1,7 @@
 """Sparsely gated mixture of experts for PyTorch."""
 
 from mixture_of_experts.auxiliary import collect_aux
+from mixture_of_experts.balancing import balance_experts
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts, RoutedExperts
 from mixture_of_experts.gating import (
     Choices,
@@ -32,5 +33,6 @@ __all__ = [
     "TokenChoiceGate",
     "Top2Gating",
     "TopKGating",
+    "balance_experts",
     "collect_aux",
 ]

@@ -21,7 +21,7 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary", "recipes"},
+    {"auxiliary", "balancing", "recipes"},
     {"held"},
     {""},
 ]

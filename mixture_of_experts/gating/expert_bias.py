@@ -6,8 +6,12 @@ evaluation has none.
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor
+
+from mixture_of_experts.tracing import in_transform
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
@@ -71,3 +75,41 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
         return weight
     anchor = None if weight.requires_grad else ANCHOR
     return _CountInBackward.apply(weight, anchor, counts, total)
+
+
+def towards_mean(load: Tensor) -> Tensor:
+    """`(..., e)` int64: 1 for experts with less than the mean load `(..., e)` int64, -1 for those with more, 0 else.
+
+    In integers, so that there is no rounding at balance.
+    """
+    return torch.sign(load.sum(dim=-1, keepdim=True) - load.shape[-1] * load)
+
+
+class StepsWithoutUpdate:
+    """Notices that counts pile up: a router that is trained, while nobody moves its bias."""
+
+    SO_MANY = 10  # steps of an optimizer
+
+    def __init__(self) -> None:
+        self.start()
+        self.warned = False
+
+    def start(self) -> None:
+        """The bias was moved."""
+        self.steps, self.version = 0, -1
+
+    def training_forward(self, weight: Tensor | None) -> None:
+        """A forward counts: a step of an optimizer before it shows in the version of the router's weight."""
+        if torch.compiler.is_compiling() or self.warned or weight is None or in_transform():
+            return
+        version = weight._version
+        self.steps += self.version not in (-1, version)
+        self.version = version
+        if self.steps >= self.SO_MANY:
+            self.warned = True
+            warnings.warn(
+                f"expert_bias=True counts loads, but nobody moved the bias in {self.steps} steps of the optimizer: use "
+                "balance_experts(model, optimizer), its callback in a Trainer, or gate.update_bias(rate) after each "
+                "step (a rate of 0 leaves the bias as it is)",
+                stacklevel=4,
+            )

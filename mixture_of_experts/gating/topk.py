@@ -16,7 +16,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward, towards_mean
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
@@ -144,6 +144,7 @@ class TopKGating(TokenChoiceGate):
         counted = check_flag("expert_bias", expert_bias)
         for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
             self.register_buffer(name, torch.zeros(bias_of_each, device=device, dtype=kind) if counted else None)
+        self._steps_without_update = StepsWithoutUpdate()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -184,6 +185,8 @@ class TopKGating(TokenChoiceGate):
         if self.expert_counts is not None and self.training:
             load = self.load(expert, allowed).sum(dim=-2)
             weight = count_in_backward(weight, load, self.expert_counts)
+            if torch.is_grad_enabled():
+                self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # the first choice tells it
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
         else:
@@ -291,9 +294,16 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None or self.expert_counts is None:
             raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
         load = losses.global_sum(self.expert_counts, group)
-        below_mean = load.sum(dim=-1, keepdim=True) - self.num_experts * load  # in integers: no rounding at balance
-        self.expert_bias += rate * torch.sign(below_mean)
+        self.move_bias(rate * towards_mean(load))
         self.expert_counts.zero_()
+
+    @torch.no_grad()
+    def move_bias(self, step: Tensor) -> None:
+        """Add `step` `(*outer, e)` to the bias."""
+        if self.expert_bias is None:
+            raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
+        self.expert_bias += step
+        self._steps_without_update.start()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in STEPS:

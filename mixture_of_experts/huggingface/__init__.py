@@ -3,7 +3,7 @@
 from mixture_of_experts.huggingface.adapters import Adapter
 from mixture_of_experts.huggingface.backend import experts_forward
 from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
-from mixture_of_experts.huggingface.callback import RoutingCallback, log_routing
+from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
@@ -11,6 +11,7 @@ from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
 
 __all__ = [
     "Adapter",
+    "BalanceCallback",
     "MoEFeedForward",
     "RoutingCallback",
     "aux_loss",

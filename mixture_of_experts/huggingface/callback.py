@@ -1,4 +1,4 @@
-"""What the routers do, in the logs of a `Trainer`."""
+"""For a `Trainer`: what the routers do, in its logs; and the expert bias, moved after its steps."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
+from mixture_of_experts.balancing import ExpertBalancing, Rule, balance_experts, leave_counts_alone
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
 
 
@@ -81,3 +82,39 @@ def summary(records: list[Record]) -> dict[str, float]:
         "routing/max_load": max(float(record.relative_load.max()) for record in records),
         "routing/dead_experts": float(sum(len(record.dead) for record in records)),
     }
+
+
+class BalanceCallback(TrainerCallback):
+    """Moves the expert bias of every gate of the model once after each optimizer step of a Trainer.
+
+    Give it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`. See `balance_experts`.
+
+    Args:
+        rule, rate: see `balance_experts`.
+    """
+
+    def __init__(self, rule: Rule = "sign", rate: float = 1e-3) -> None:
+        self.rule: Rule = rule
+        self.rate = rate
+        self.balancing: ExpertBalancing | None = None
+
+    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module | None = None, **kwargs: Any) -> None:
+        if model is not None:  # before DDP wraps it
+            leave_counts_alone(model)
+
+    def on_train_begin(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        assert model is not None
+        self.on_train_end(args, state, control)
+        self.balancing = balance_experts(model, optimizer, self.rule, self.rate)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.balancing is not None:
+            self.balancing.remove()

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
-from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.auxiliary import refuse_reentrant
+from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.tracing import in_checkpoint, in_transform
 from mixture_of_experts.under_way import CallUnderWay

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from mixture_of_experts import under_way
-from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
+from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 
 
 class LastCall(threading.local):

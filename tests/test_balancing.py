@@ -1,0 +1,254 @@
+"""The bias of every gate moves once for each optimizer step, by all that was counted for it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.parallel_workers import Workers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
+
+DIM, EXPERTS, RATE = 6, 4, 1e-2
+
+
+class Model(nn.Module):
+    """Two layers and a loss, one of them with two levels."""
+
+    def __init__(self, checkpointing: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.one = MoE(DIM, gate=TopKGating(DIM, EXPERTS, expert_bias=True), experts=GatedExperts(DIM, EXPERTS, 8))
+        self.two = HeirarchicalMoE(
+            DIM,
+            gate_outer=TopKGating(DIM, 2, k=1, expert_bias=True),
+            gate_inner=TopKGating(DIM, 3, expert_bias=True, outer_expert_dims=(2,)),
+        )
+        self.checkpointing = checkpointing
+
+    def gates(self) -> list[Any]:
+        return [self.one.gate, self.two.gate_outer, self.two.gate_inner]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.one, self.two):
+            out, _ = checkpoint(layer, x, use_reentrant=False) if self.checkpointing else layer(x)
+            x = x + out
+        return x.square().mean()
+
+
+def tokens(seed: int, sequences: int = 2) -> Tensor:
+    return torch.randn(sequences, 9, DIM, generator=torch.Generator().manual_seed(seed))
+
+
+def biases(model: Model) -> list[Tensor]:
+    return [gate.expert_bias.clone() for gate in model.gates()]
+
+
+def train(model: Model, steps: int = 3, accumulation: int = 2, lr: float = 0.0) -> None:
+    """By hand: `update_bias` after each step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for step in range(steps):
+        for micro in range(accumulation):
+            model(tokens(10 * step + micro)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for gate in model.gates():
+            gate.update_bias(RATE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_once_for_each_step(checkpointing, accumulation):
+    by_hand, model = Model(), Model(checkpointing)
+    train(by_hand, accumulation=accumulation)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancing = balance_experts(model, optimizer, rate=RATE)
+    for step in range(3):
+        for micro in range(accumulation):
+            model(tokens(10 * step + micro)).backward()
+            model.eval()(tokens(1))  # evaluation counts nothing
+            model.train()
+        optimizer.step()
+    torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
+    assert all(bias.any() for bias in biases(model))
+    assert not any(gate.expert_counts.any() for gate in model.gates())
+    balancing.remove()
+    optimizer.step()
+    torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
+
+
+def test_a_step_that_a_scaler_skips_moves_nothing():
+    """Its choices count in the next one."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balance_experts(model, optimizer, rate=RATE)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(model(tokens(1)) * torch.inf).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert not any(bias.any() for bias in biases(model))
+    counted = model.one.gate.expert_counts.clone()
+    assert counted.any()
+    optimizer.zero_grad()
+    scaler.scale(model(tokens(2))).backward()
+    total = model.one.gate.expert_counts.clone()
+    assert (total > counted).any()
+    scaler.step(optimizer)
+    expected = RATE * torch.sign(total.sum() - EXPERTS * total)
+    torch.testing.assert_close(model.one.gate.expert_bias, expected.float())
+
+
+def test_a_step_that_a_fused_optimizer_skips_moves_nothing():
+    """It is called, and finds out by itself."""
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    balance_experts(model, optimizer, rate=RATE)
+    before = [parameter.clone() for parameter in model.parameters()]
+    for scale, moved in ((torch.inf, False), (1.0, True)):
+        (model(tokens(1)) * 1.0).backward()
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.full((), float(scale == torch.inf))
+        optimizer.step()
+        assert all(bias.any() == moved for bias in biases(model))
+        assert all(gate.expert_counts.any() != moved for gate in model.gates())
+        changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert any(changed) == moved
+
+
+def test_going_on_from_a_checkpoint():
+    whole, first = Model(), Model()
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)
+    balance_experts(whole, optimizer, rate=RATE)
+    states = []
+    for model, opt in ((whole, optimizer), (first, torch.optim.SGD(first.parameters(), lr=0.1))):
+        if model is first:
+            balance_experts(model, opt, rate=RATE)
+        for step in range(2):
+            opt.zero_grad()
+            model(tokens(step)).backward()
+            opt.step()
+        states.append(copy.deepcopy(model.state_dict()))
+    second = Model()
+    second.load_state_dict(states[1])
+    optimizer_of_second = torch.optim.SGD(second.parameters(), lr=0.1)
+    balance_experts(second, optimizer_of_second, rate=RATE)
+    for model, opt in ((whole, optimizer), (second, optimizer_of_second)):
+        opt.zero_grad()
+        model(tokens(7)).backward()
+        opt.step()
+    torch.testing.assert_close(dict(second.state_dict()), dict(whole.state_dict()), atol=0, rtol=0)
+
+
+def test_a_rate_can_be_changed():
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancing = balance_experts(model, optimizer)
+    assert balancing.rate == 1e-3
+    balancing.rate = 0
+    model(tokens(1)).backward()
+    optimizer.step()
+    assert not any(bias.any() for bias in biases(model))
+    assert not any(gate.expert_counts.any() for gate in model.gates())
+
+
+def test_what_is_refused():
+    model, parameters = Model(), [nn.Parameter(torch.zeros(()))]
+    optimizer = torch.optim.SGD(parameters, lr=0.1)
+    with pytest.raises(ValueError, match=r"no gate of MoE has an expert bias: build its gates with TopKGating"):
+        balance_experts(MoE(DIM, 4), optimizer)
+    with pytest.raises(ValueError, match="rule must be one of"):
+        balance_experts(model, optimizer, rule="loss")
+    with pytest.raises(ValueError, match="rate must be a finite number"):
+        balance_experts(model, optimizer, rate=-1.0)
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_it_balances():
+    """Three of the experts are favoured; without a loss the busiest comes near the mean."""
+    torch.manual_seed(0)
+    gate = TopKGating(32, 16, score="sigmoid", expert_bias=True)
+    moe = MoE(32, gate=gate, experts=GatedExperts(32, 16, 8), loss_coef=0.0)
+    common = nn.functional.normalize(torch.randn(32), dim=0)
+    gate.w_gating.data[:, :3] += common[:, None]
+    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
+    balance_experts(moe, optimizer, rate=4e-3)
+
+    def imbalance(x: Tensor) -> float:
+        with torch.no_grad():
+            load = gate(x).queued.sum(0).float()
+        return (load.max() / load.mean()).item()
+
+    before = imbalance(torch.randn(16, 64, 32) + 2 * common)
+    for _ in range(100):
+        moe(torch.randn(4, 64, 32) + 2 * common)[0].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before > 4
+    assert imbalance(torch.randn(16, 64, 32) + 2 * common) < 1.3
+
+
+# Nobody moves it
+
+
+def test_counts_that_pile_up_are_warned_of():
+    moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS, expert_bias=True))
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+
+    def step() -> None:
+        for micro in range(3):  # of one step
+            moe(tokens(micro))[0].sum().backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            step()
+        moe.gate.update_bias(0.0)
+        for _ in range(10):
+            step()
+    with pytest.warns(UserWarning, match=r"nobody moved the bias in 10 steps .* balance_experts\(model, optimizer\)"):
+        step()
+    with warnings.catch_warnings():  # once
+        warnings.simplefilter("error")
+        for _ in range(12):
+            step()
+
+
+# Two processes
+
+
+def run_two() -> None:
+    """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay."""
+    rank = dist.get_rank()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        model, alone = Model(), Model()
+        optimizers = [torch.optim.SGD(each.parameters(), lr=0.0) for each in (model, alone)]
+        balance_experts(model, optimizers[0], rate=RATE)
+        parallel = DistributedDataParallel(model)
+        for step in range(2):
+            for micro in range(2):
+                parallel(tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
+                for other in range(2):
+                    alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
+            optimizers[0].step()
+            for gate in alone.gates():
+                gate.update_bias(RATE)
+        for found, expected in zip(biases(model), biases(alone), strict=True):
+            assert torch.equal(found, expected)
+            assert found.any()
+
+
+@pytest.mark.slow
+def test_two_processes():
+    workers = Workers()
+    try:
+        workers.run(run_two, 2)
+    finally:
+        workers.stop()
