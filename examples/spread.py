@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from checkpoints import checkpoints, load_checkpoint, save_checkpoint
 from corpus import Corpus
 from model import ByteLM
 from settings import Settings
@@ -23,13 +24,9 @@ from mixture_of_experts import MoE
 from mixture_of_experts.parallel import (
     ExpertParallel,
     average_gradients,
-    checkpoints,
     clip_grad_norm_,
-    load_checkpoint,
     parallelize_module,
-    param_groups,
     replicated_parameters,
-    save_checkpoint,
 )
 
 
@@ -71,7 +68,7 @@ class SpreadTrainee(Trainee):
         self.history.loads[-1] = loads.cpu()
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate, param_groups)
+        return make_optimizer(self.model, self.settings.learning_rate, self.settings.expert_rate, by_mesh)
 
     def _own(self, windows: Tensor) -> Tensor:
         return windows.chunk(dist.get_world_size())[dist.get_rank()]
@@ -84,6 +81,17 @@ class SpreadTrainee(Trainee):
     def _clip(self) -> None:
         average_gradients(replicated_parameters(self.model).values(), self.mesh)
         clip_grad_norm_(self.model, 1.0)
+
+
+def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups for an optimizer, divided: fused steps take no mixture of DTensors of one mesh and of none."""
+    divided = []
+    for group in groups:
+        of_mesh: dict[Any, list[Tensor]] = {}
+        for parameter in group["params"]:
+            of_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+        divided += [{**group, "params": parameters} for parameters in of_mesh.values()]
+    return divided
 
 
 class SpreadTraining(Training):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from support import parallel_checks as checks
 from support import parallel_odd_models as odd
 from support.parallel_workers import Workers
 
-from mixture_of_experts.parallel import checkpoints, load_checkpoint, save_checkpoint
 from mixture_of_experts.parallel.exchange import by_expert
 
 
@@ -32,15 +30,6 @@ def test_two_ranks_are_one_process(workers: Workers, layer: str):
 )
 def test_borders(workers: Workers, check: Callable[[], None]):
     workers.run(check, 2)
-
-
-def test_old_checkpoints_are_removed(tmp_path: Path):
-    model = torch.nn.Linear(2, 2)
-    for step in (9, 10, 11, 1_000_000_000):
-        save_checkpoint(tmp_path, model, step=step, keep=2)
-    assert [path.name for path in checkpoints(tmp_path)] == ["step-000000011", "step-1000000000"]
-    with pytest.raises(FileNotFoundError, match="holds none"):
-        load_checkpoint(tmp_path / "nowhere", model)
 
 
 def test_comparisons_have_an_empty_rank_and_an_empty_expert():

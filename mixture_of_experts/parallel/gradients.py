@@ -1,4 +1,4 @@
-"""What a training loop does with gradients when some parameters are a rank's own: the norm, averages, groups.
+"""What a training loop does with gradients when some parameters are a rank's own: the norm, and averages.
 
 A parameter is *whole* (the same on every rank), a DTensor (each rank has a part, along the mesh dimensions on which it
 is sharded), or a plain parameter of a rank's own, in a list of modules of which every rank keeps some.
@@ -7,9 +7,8 @@ is sharded), or a plain parameter of a rank's own, in a list of modules of which
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import reduce
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -75,13 +74,6 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
             _local(parameter.grad).copy_((total / group.size() if op == "mean" else total).view_as(parts[i]))
 
 
-def broadcast_parameters(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh) -> None:
-    """Give every rank of a group the first one's values: experts of data-parallel replicas, which DDP ignores."""
-    group = group.get_group() if isinstance(group, DeviceMesh) else group
-    for parameter in parameters:
-        dist.broadcast(_local(parameter.detach()), group=group, group_src=0)
-
-
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
@@ -113,32 +105,6 @@ def clip_grad_norm_(
             gradient = _local(parameter.grad)
             gradient.mul_(factor.to(gradient.device))
     return total
-
-
-def param_groups(parameters: Parameters | Iterable[Mapping[str, Any]], **options: Any) -> list[dict[str, Any]]:
-    """Groups for an optimizer, each of one kind of parameter: fused and foreach steps take no mixture of kinds.
-
-    Args:
-        parameters: a model, parameters, or groups of one's own (dicts with "params"), whose options stay.
-        options: options of all groups that have none of that name.
-
-    Example:
-        >>> import torch
-        >>> from torch import nn
-        >>> from mixture_of_experts.parallel import param_groups
-        >>> optimizer = torch.optim.AdamW(param_groups(nn.Linear(2, 2), weight_decay=0.1), lr=1e-3)
-    """
-    given: list[Any] = _as_list(parameters)  # type: ignore[arg-type]
-    if not given or not isinstance(given[0], Mapping):
-        given = [{"params": given}]
-    made = []
-    for group in given:
-        kinds: dict[Any, list[Tensor]] = {}
-        for parameter in _as_list(group["params"]):
-            tensor = parameter[1] if isinstance(parameter, tuple) else parameter  # optimizers take names too
-            kinds.setdefault(tensor.device_mesh if isinstance(tensor, DTensor) else None, []).append(parameter)
-        made += [{**options, **group, "params": members} for members in kinds.values()]
-    return made
 
 
 def _as_list(parameters: Parameters) -> list[Tensor]:

@@ -15,13 +15,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 
 import mixture_of_experts
 from mixture_of_experts import MoE
-from mixture_of_experts.parallel import (
-    average_gradients,
-    checkpoints,
-    load_checkpoint,
-    replicated_parameters,
-    save_checkpoint,
-)
+from mixture_of_experts.parallel import average_gradients, replicated_parameters
+from support.checkpoint_recipe import checkpoints, load_checkpoint, save_checkpoint
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import DIM, EXPERTS, HIDDEN, Model, make, make_model
 from support.parallel_training import LAYOUTS, make_optimizer, train_together, whole
@@ -73,6 +68,14 @@ def load(folder: Path, layout: str | None, layers: tuple[str, ...], saved: Numbe
     assert len(found) > 30
 
 
+def save_after_a_kill(folder: Path, step: int) -> None:
+    """One process finds the checkpoint that is whole, and writes the one that is not."""
+    model = make_model()
+    optimizer = make_optimizer(model)
+    assert load_checkpoint(folder, model, optimizer) == EXTRA
+    save_checkpoint(folder, model, optimizer, step=step, extra=EXTRA)
+
+
 def go_on(folder: Path, layout: str, steps: int) -> Numbers:
     """Load, train on, and tell where that led."""
     model = train_together(layout, steps=steps, resume=folder)[0]
@@ -93,7 +96,7 @@ def save_and_die(folder: Path, steps: tuple[int, int]) -> str:
 
         dcp.FileSystemWriter.write_data = die  # type: ignore[method-assign]
     try:
-        save_checkpoint(folder, model, make_optimizer(model), step=steps[1])
+        save_checkpoint(folder, model, make_optimizer(model), step=steps[1], extra=EXTRA)
     except BaseException as error:
         return f"{type(error).__name__}: {error}"
     return "saved"

@@ -21,13 +21,11 @@ from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import (
     ExpertParallel,
     average_gradients,
-    checkpoints,
     clip_grad_norm_,
-    load_checkpoint,
     parallelize_module,
     replicated_parameters,
-    save_checkpoint,
 )
+from support.checkpoint_recipe import checkpoints, load_checkpoint, save_checkpoint
 from support.parallel_checks import (
     CLOSE,
     check_same_counts,
@@ -54,7 +52,7 @@ from support.parallel_layers import (
     small_network,
     top2,
 )
-from support.parallel_training import KEY, LAYOUTS, batches, whole
+from support.parallel_training import KEY, LAYOUTS, batches, make_optimizer, whole
 
 Call = Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]]
 
@@ -430,22 +428,33 @@ def check_what_is_written_stays(folder: Path) -> None:
     """Also where the folder has later steps, of a run that was given up."""
     model = nn.Linear(2, 2)
     for step in (8, 9, 4):
-        path = save_checkpoint(folder, model, step=step, keep=2)
+        path = save_checkpoint(folder, model, make_optimizer(model), step=step, extra={}, keep=2)
         assert path.exists()
     dist.barrier()
     assert [path.name for path in checkpoints(folder)] == ["step-000000004", "step-000000008", "step-000000009"]
 
 
 def check_extra_that_could_not_be_read(folder: Path) -> None:
-    with pytest.raises(TypeError, match=r"extra \(step, path\) holds what torch.load\(weights_only=True\) does not"):
-        save_checkpoint(folder, nn.Linear(2, 2), step=1, extra={"step": 1, "path": object})
+    model = nn.Linear(2, 2)
+    with pytest.raises(pickle.UnpicklingError, match=r"Unsupported global: GLOBAL pathlib"):
+        save_checkpoint(folder, model, make_optimizer(model), step=1, extra={"step": 1, "path": Path})
     assert not list(folder.iterdir())
+
+
+def check_old_checkpoints_are_removed(folder: Path) -> None:
+    model = nn.Linear(2, 2)
+    for step in (9, 10, 11, 1_000_000_000):
+        save_checkpoint(folder, model, make_optimizer(model), step=step, extra={}, keep=2)
+    assert [path.name for path in checkpoints(folder)] == ["step-000000011", "step-1000000000"]
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        load_checkpoint(folder / "nowhere", model, make_optimizer(model))
 
 
 def check_same_step_again(folder: Path) -> None:
     """A save over an earlier one of the same step: killed before the last renaming, it leaves the earlier one."""
     model, rename = nn.Linear(2, 2), Path.rename
-    save_checkpoint(folder, model, step=4, extra={"try": 1})
+    optimizer = make_optimizer(model)
+    save_checkpoint(folder, model, optimizer, step=4, extra={"try": 1})
 
     def die(path: Path, target: Path) -> None:
         if target.name == "step-000000004":
@@ -455,10 +464,10 @@ def check_same_step_again(folder: Path) -> None:
     Path.rename = die  # type: ignore[method-assign]
     try:
         with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(folder, model, step=4, extra={"try": 2})
+            save_checkpoint(folder, model, optimizer, step=4, extra={"try": 2})
     finally:
         Path.rename = rename  # type: ignore[method-assign]
-    assert load_checkpoint(folder, model) == {"try": 1}
-    save_checkpoint(folder, model, step=4, extra={"try": 3})
-    assert load_checkpoint(folder, model) == {"try": 3}
+    assert load_checkpoint(folder, model, optimizer) == {"try": 1}
+    save_checkpoint(folder, model, optimizer, step=4, extra={"try": 3})
+    assert load_checkpoint(folder, model, optimizer) == {"try": 3}
     assert [path.name for path in folder.iterdir()] == ["step-000000004"]

@@ -22,10 +22,9 @@ from mixture_of_experts.parallel import (
     clip_grad_norm_,
     expert_parameters,
     ignore_experts_in_ddp,
-    load_checkpoint,
-    param_groups,
     replicated_parameters,
 )
+from support.checkpoint_recipe import load_checkpoint
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
 
@@ -42,7 +41,11 @@ def batches(step: int, pieces: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def make_optimizer(model: nn.Module, **options) -> torch.optim.AdamW:
-    return torch.optim.AdamW(param_groups(model, weight_decay=0.1), lr=1e-2, **options)
+    by_mesh: dict[Any, list[Tensor]] = {}
+    for parameter in model.parameters():
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    groups = [{"params": parameters} for parameters in by_mesh.values()]
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, **options)
 
 
 def update_biases(model: nn.Module, group: dist.ProcessGroup | None) -> None:

@@ -1,0 +1,75 @@
+"""Checkpoints of models that are spread over ranks: they load on another number of ranks, and survive a kill."""
+
+import io
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.distributed.checkpoint.state_dict as states
+from torch import nn
+from torch.optim import Optimizer
+
+Optimizers = Optimizer | tuple[Optimizer, ...]
+# hyperparameters by parameter, not by group: another number of ranks may group parameters otherwise
+BY_PARAMETER = states.StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_checkpoint(
+    folder: str | Path, model: nn.Module, optimizer: Optimizers, *, step: int, extra: dict[str, Any], keep: int = 2
+) -> Path:
+    """Write `folder/step-N`, on a file system that all ranks share; the newest `keep` checkpoints stay, and this one.
+
+    It has a temporary name until it is whole, so that whatever dies and when, what `checkpoints` finds is complete.
+    """
+    path = Path(folder) / f"step-{step:09d}"
+    temporary, replaced = path.with_suffix(".tmp"), path.with_suffix(".old")
+    written = io.BytesIO()
+    torch.save(extra, written)
+    torch.load(io.BytesIO(written.getvalue()), weights_only=True)  # what could not be read is an error now, everywhere
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)  # of a save that was killed
+        temporary.mkdir(parents=True)
+        (temporary / "extra.pt").write_bytes(written.getvalue())
+    dist.barrier()
+    dcp.save(state_of(model, optimizer), checkpoint_id=temporary)
+    if first:
+        if path.exists():  # the same step saved twice: the earlier one counts until the new one has its name
+            shutil.rmtree(replaced, ignore_errors=True)
+            path.rename(replaced)
+        temporary.rename(path)
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in checkpoints(folder)[:-keep]:
+            if old != path:
+                shutil.rmtree(old)
+    dist.barrier()
+    return path
+
+
+def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+    """Read the newest into a model and optimizer of whatever layout, on any number of ranks; returns `extra`."""
+    found = checkpoints(folder)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no checkpoint, no folder step-N")
+    state = state_of(model, optimizer)
+    dcp.load(state, checkpoint_id=found[-1])
+    states.set_model_state_dict(model, state["model"])
+    states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=BY_PARAMETER)
+    return torch.load(found[-1] / "extra.pt", map_location="cpu", weights_only=True)
+
+
+def checkpoints(folder: str | Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first; one that was being replaced stands before the new one."""
+    found = [(path, re.fullmatch(r"step-(\d+)(\.old)?", path.name)) for path in Path(folder).glob("step-*")]
+    complete = [(int(match[1]), match[2] is None, path) for path, match in found if match]
+    return [path for *_, path in sorted(complete)]
+
+
+def state_of(model: nn.Module, optimizer: Optimizers) -> dict[str, Any]:
+    """All that changes in training, each rank's part of it."""
+    of_optimizer = states.get_optimizer_state_dict(model, optimizer, options=BY_PARAMETER)
+    return {"model": states.get_model_state_dict(model), "optimizer": of_optimizer}

@@ -1,0 +1,14 @@
+"""The recipe for checkpoints of the documentation, which the examples have as a file."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from checkpoints import checkpoints, load_checkpoint, save_checkpoint  # noqa: E402
+
+FILE = EXAMPLES / "checkpoints.py"
+__all__ = ["FILE", "checkpoints", "load_checkpoint", "save_checkpoint"]
