@@ -62,6 +62,7 @@ VARIANTS = {
     "shared": Variant("one of the two experts shared", dict(router="mixtral_shared")),
     "slow_experts": Variant("experts' rate halved", dict(expert_rate=0.5)),
     "fast_experts": Variant("experts' rate doubled", dict(expert_rate=2.0)),
+    # a further rule by which experts are balanced is a router in examples/routers.py, and a line here
     "bias": Variant("expert bias by sign, balance 0", dict(router="mixtral_bias")),
 }
 
