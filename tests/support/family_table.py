@@ -14,7 +14,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import transformers
@@ -27,6 +27,9 @@ from tests.support.transformers_families import build, inputs, other_classes, ou
 CLOSE = 1e-4  # largest difference of an output, in standard deviations of all of them
 
 
+Kinds = Literal["upcycles", "refused", "wrong", "unbuilt"]
+
+
 class Result(NamedTuple):
     """What became of a family.
 
@@ -37,7 +40,7 @@ class Result(NamedTuple):
         reason: of a refusal, or what was wrong.
     """
 
-    kind: str
+    kind: Kinds
     model: str = ""
     networks: tuple[str, ...] = ()
     reason: str = ""
@@ -131,19 +134,29 @@ def short(error: Exception, name: str) -> str:
 
 
 def table(results: dict[str, Result], title: str) -> list[str]:
-    """Two tables: what upcycles, and what is refused."""
-    kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in ("upcycles", "refused", "wrong")}
-    tried = sum(map(len, kinds.values()))
-    lines = [
+    """Two tables: what upcycles, and what does not."""
+    kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in get_args(Kinds)}
+    tried = len(results) - len(kinds["unbuilt"])
+    refused, wrong = len(kinds["refused"]), len(kinds["wrong"])
+    return [
         f"## {title}",
         "",
-        f"{len(kinds['upcycles'])} of {tried} upcycle, {len(kinds['refused'])} are refused.",
+        f"{len(kinds['upcycles'])} of {tried} upcycle, {refused} are refused, {wrong} differ where the table says.",
+        "",
+        *("| family | networks |", "|---|---|"),
+        *(f"| {n} | {', '.join(f'`{path}`' for path in r.networks)} |" for n, r in kinds["upcycles"].items()),
+        *("", "| family | why not |", "|---|---|"),
+        *(f"| {n} | {stars_as_code(r.reason)} |" for n, r in kinds["refused"].items()),
+        *(f"| {n} | equal, but not in: {r.reason} |" for n, r in kinds["wrong"].items()),
+        "",
+        f"No tiny model could be made by the rules of {', '.join(kinds['unbuilt']) or 'none'}.",
         "",
     ]
-    lines += ["| family | networks |", "|---|---|"]
-    lines += [f"| {n} | {', '.join(f'`{path}`' for path in r.networks)} |" for n, r in kinds["upcycles"].items()]
-    lines += ["", "| refused | why |", "|---|---|"]
-    return [*lines, *(f"| {n} | {r.reason} |" for n, r in kinds["refused"].items()), ""]
+
+
+def stars_as_code(text: str) -> str:
+    """Paths with stars would be read as emphasis."""
+    return re.sub(r"[\w.]*\*[\w.*]*", lambda match: f"`{match[0]}`", text)
 
 
 def main() -> None:
