@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
@@ -285,8 +286,6 @@ def factors(names: list[str]) -> dict[str, list[float]]:
 def one_of(processes: int) -> Iterator[None]:
     """This process as one of several that were started."""
     if processes > 1:
-        import torch.distributed as dist
-
         at, rank = f"file://{os.environ['RENDEZVOUS']}", int(os.environ["RANK"])
         dist.init_process_group("gloo", init_method=at, rank=rank, world_size=processes)
     yield
