@@ -256,7 +256,7 @@ MODELS: dict[str, Model] = {
     ),
     "minimax_m2": Model(
         "",
-        gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID),
+        gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
         router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
     ),
@@ -282,7 +282,7 @@ MODELS: dict[str, Model] = {
     ),
     "ernie4_5": Model(
         "",
-        gate=dict(k=6, expert_bias=True),
+        gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
         router_aux_loss_coef=(0.001, 28),
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),

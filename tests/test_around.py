@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,11 +95,12 @@ GATES = {
 }
 
 
-def dense(moe: MoE, x: Tensor) -> Tensor:
+def dense(moe: Any, x: Tensor) -> Tensor:
     """Every expert on every token, as its wrapper is defined, weighted by the combine tensor."""
-    experts, weight = moe.experts, moe.gate(x).combine_tensor().sum(-1)  # (b, n, e)
+    experts: Any = moe.experts
+    weight = moe.gate(x).combine_tensor().sum(-1)  # (b, n, e)
 
-    def each(inner: nn.Module, x: Tensor) -> Tensor:
+    def each(inner: Any, x: Tensor) -> Tensor:
         return inner(x.flatten(0, 1).expand(inner.num_experts, -1, -1)).view(inner.num_experts, *x.shape[:2], -1)
 
     if isinstance(experts, EnclosedExperts):

@@ -106,14 +106,13 @@ def test_expert_groups_by_their_best_and_by_their_two_best():
 
 
 def test_logits_multiplied_and_capped():
-    gate = TopKGating(1, 2, 1, logits=RouterLogits(1, 2, multiplier=4.0, softcap=2.0, bias=True))
-    gate.logits.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
-    gate.logits.bias.data.copy_(torch.tensor([0.5, 0.0]))
-    x = torch.ones(1, 1, 1)
-    assert gate.logits is not None
-    torch.testing.assert_close(gate.logits(x), torch.tensor([[[2 * math.tanh(3.0), 0.0]]]))
+    logits = RouterLogits(1, 2, multiplier=4.0, softcap=2.0, bias=True)
+    logits.weight.data.copy_(torch.tensor([[1.0, 0.0]]))
+    logits.bias.data.copy_(torch.tensor([0.5, 0.0]))
+    gate, x = TopKGating(1, 2, 1, logits=logits), torch.ones(1, 1, 1)
+    torch.testing.assert_close(logits(x), torch.tensor([[[2 * math.tanh(3.0), 0.0]]]))
     assert gate.w_gating is None
-    torch.testing.assert_close(gate(x).z_loss, gate.logits(x).logsumexp(-1).square().mean())
+    torch.testing.assert_close(gate(x).z_loss, logits(x).logsumexp(-1).square().mean())
 
 
 def test_a_norm_before_the_product():

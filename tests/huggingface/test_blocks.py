@@ -4,7 +4,9 @@ bit."""
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -118,6 +120,15 @@ def test_the_table_names_the_blocks_there_are():
     """Those that a later version adds are found, and those that it takes away."""
     assert set(recipes.BLOCKS) | set(LEFT_OUT) == set(BLOCKS)
     assert not set(recipes.BLOCKS) & set(LEFT_OUT)
+
+
+def test_the_page_shows_them_all():
+    """`python tests/support/transformers_blocks.py` prints what belongs there."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| (\w+) \| (\w+ \| \w+ \| \w+) \|", page, re.MULTILINE))
+    assert shown == {name: "no | no | no" if name in LEFT_OUT else "yes | yes | yes" for name in BLOCKS} | {
+        name: value for name, value in shown.items() if name not in BLOCKS
+    }
 
 
 def test_a_block_left_out_for_a_fault_has_it_still():

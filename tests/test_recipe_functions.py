@@ -1,0 +1,112 @@
+"""`mixture_of_experts.recipes`: one line for each published router, and the table that they are made from."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.recipes import RECIPES as PAGE
+
+from mixture_of_experts import MoE, TopKGating, recipes
+from mixture_of_experts.recipes import MODELS, Model
+
+FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
+PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODELS), 'transformers' in sys.modules)"
+
+
+def rows() -> list[str]:
+    """The table of docs/recipes.md, of the records that have a function."""
+    return [row(name, MODELS[name]) for name in FUNCTIONS]
+
+
+def row(name: str, model: Model) -> str:
+    """What a record sets, in words of its own."""
+    settings = {key: value for key, value in model.gate.items() if key != "balance_over"}
+    gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    logits = "" if model.logits is None else "; logits: " + ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
+    scales = "" if model.scales is None else f"; learned scales: {model.scales}"
+    parts = [model.experts.get("activation", "silu")]
+    parts += [] if model.experts.get("gated", True) else ["not gated"]
+    parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
+    parts += ["biases"] if model.experts.get("bias") else []
+    parts += ["weights on what they read"] if model.weigh_input else []
+    parts += [f"{model.identity:g} as many return the token"] if model.identity else []
+    shared = f"{model.shared:g} h" + (", gated" if model.shared_gate else "") if model.shared else ""
+    kind = "" if model.router is TopKGating else f"`{model.router.__name__}` "
+    return f"| `{name}` | {kind}`{gate}`{logits}{scales} | {', '.join(parts)} | {shared} |"
+
+
+def test_the_page_shows_the_table():
+    """If not: put what this prints there."""
+    text = PAGE.read_text(encoding="utf-8")
+    missing = [line for line in rows() if line not in text]
+    assert not missing, "\n".join(rows())
+
+
+def test_the_table_is_read_without_transformers():
+    done = subprocess.run([sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(len(MODELS)), "False"]
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_plain_layer_whose_weights_are_all_trained(name):
+    torch.manual_seed(0)
+    moe = FUNCTIONS[name](16, 32, 12)
+    assert type(moe) is MoE
+    out, aux_loss = moe(torch.randn(4, 64, 16))
+    (out.square().sum() + aux_loss).backward()
+    assert [path for path, p in moe.named_parameters() if p.grad is None or not p.grad.any()] == []
+    assert ("priority=" in repr(moe)) == (name in ("gshard", "switch"))  # where somebody queues
+
+
+@pytest.mark.parametrize("name", FUNCTIONS.keys() - {"expert_choice"})
+def test_decoding_token_by_token_is_the_prefill(name):
+    torch.manual_seed(0)
+    moe, x = FUNCTIONS[name](16, 32, 12).eval(), torch.randn(3, 24, 16)
+    with torch.no_grad():
+        whole = moe(x)[0]
+        tokens = torch.cat([moe(x[:, i : i + 1])[0] for i in range(24)], dim=1)
+    torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_expert_choice_does_not_decode():
+    """It looks at the whole group, as its recipe says."""
+    torch.manual_seed(0)
+    moe, x = recipes.expert_choice(16, 8, 12).eval(), torch.randn(1, 24, 16)
+    assert not torch.allclose(moe(x[:, :1])[0], moe(x)[0][:, :1], atol=1e-3)
+    assert "Not for models that generate" in inspect.getdoc(recipes.expert_choice)
+
+
+def test_changes_dtype_device_and_a_record_of_ones_own():
+    moe = recipes.mixtral(16, 8, 12, k=3, capacity_factor_train=1.0, dtype=torch.bfloat16, device="meta")
+    assert (moe.gate.k, moe.gate.capacity_factor_train) == (3, 1.0)
+    assert {(p.dtype, p.device.type) for p in moe.parameters()} == {(torch.bfloat16, "meta")}
+    assert recipes.deepseek_v3(16, 32).experts.hidden_dim == 64
+    latent = recipes.nemotron_h(16, 32, 12, latent_dim=4)
+    assert latent.experts.before.out_features == latent.experts.experts.dim == 4
+    own = recipes.build(Model(gate=dict(k=3), zero=2, shared=0.5, experts=dict(activation="gelu")), 16, 8, 12)
+    assert (own.num_experts, own.experts.num_zero, own.shared_expert.up_proj.out_features) == (10, 2, 6)
+    with pytest.raises(ValueError, match="k must be at most num_experts=4, got 8"):
+        recipes.qwen3(16, 4)
+
+
+# their loss is of a softmax without a bias, whatever the router does
+OF_A_SOFTMAX = ["mixtral", "olmoe", "qwen2", "qwen3", "qwen3_next", "gpt_oss", "granite4"]
+
+
+@pytest.mark.parametrize("name", OF_A_SOFTMAX)
+def test_coefficients_are_those_of_the_table_of_conversions(name):
+    """Of L equal layers, ours together are their coefficient times their loss over all layers."""
+    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    torch.manual_seed(0)
+    moe = FUNCTIONS[name](16, 32, 12)
+    assert moe.gate.balance_over == "batch"
+    coef, layers = MODELS[name].router_aux_loss_coef or (0.0, 0)
+    x = torch.randn(2, 20, 16)
+    gate, routing = moe.gate, moe.gate(x)
+    logits = gate.product(x, gate.w_gating, gate.b_gating).flatten(0, 1)
+    theirs = mixtral.load_balancing_loss_func((logits,) * 3, 32, gate.k)
+    torch.testing.assert_close(layers * moe.loss_coef * routing.balance_loss, coef * theirs)
