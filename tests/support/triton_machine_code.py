@@ -18,11 +18,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SHARED_LIMIT = {(8, 0): 163, (8, 6): 99, (8, 9): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}  # KB
-TENSOR_CORES = r"\bmma\.sync|wgmma\.mma_async|tcgen05\.mma"
+TENSOR_CORES = r"\b(?:mma\.sync\.aligned|wgmma\.mma_async\.sync\.aligned|tcgen05\.mma)\S*"
+SHAPE = r"m\d+n\d+k\d+"
 ATOMICS = r"\b(?:atom|red)\.\S+"
 PRODUCTS = ("rows_by_weights", "hidden_grads", "row_grads", "weight_grads")
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
+
+
+class Multiprocessor(NamedTuple):
+    """What the programs of one multiprocessor share, and what one of them may have."""
+
+    shared: int  # KB
+    shared_of_one: int  # KB
+    threads: int
+    registers: int = 65536
+
+
+CARDS = {
+    (8, 0): Multiprocessor(164, 163, 2048),
+    (8, 6): Multiprocessor(100, 99, 1536),
+    (8, 9): Multiprocessor(100, 99, 1536),
+    (9, 0): Multiprocessor(228, 227, 2048),
+    (10, 0): Multiprocessor(228, 227, 2048),
+    (12, 0): Multiprocessor(100, 99, 1536),
+}
 
 
 class Case(NamedTuple):
@@ -41,20 +60,37 @@ class Case(NamedTuple):
 
 
 class Code(NamedTuple):
+    """What a launch is compiled to.
+
+    Attributes:
+        registers: of a thread.
+        spilled: bytes of a thread's stack and local memory.
+        shared: KB.
+        programs: how many a multiprocessor runs at once.
+        buffers: of each operand that loops copy asynchronously, how many blocks are under way or in use.
+        waited: blocks of two dimensions that loops load into registers, and wait for.
+        tensor_cores: the shapes of the instructions.
+        atomics: instructions.
+    """
+
     kernel: str
     blocks: tuple[int, ...]
     registers: int
-    spilled: int  # bytes
-    shared: int  # KB
-    tensor_cores: int  # instructions
+    spilled: int
+    shared: int
+    programs: int
+    buffers: tuple[int, ...]
+    waited: int
+    tensor_cores: tuple[str, ...]
     atomics: int
 
     def faults(self, case: Case) -> list[str]:
         wants_cores = self.kernel in PRODUCTS and (case.tf32 or case.dtype != "float32")
         faults = {
             f"{self.spilled} bytes spilled": self.spilled > 0,
-            f"{self.shared} KB of shared memory": self.shared > SHARED_LIMIT[case.capability],
+            f"{self.shared} KB of shared memory": self.programs == 0,
             "no tensor cores": wants_cores and not self.tensor_cores,
+            f"{self.waited} loads that are waited for": self.waited > 0,
             f"{self.atomics} atomics": self.atomics > 0,
         }
         return [fault for fault, found in faults.items() if found]
@@ -163,17 +199,42 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: tuple[int
     target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
     compiled = triton.compile(source, target=target, options={**options, "enable_fp_fusion": True})
     registers, spilled = used(compiled.asm["cubin"])
-    ptx = compiled.asm["ptx"]
+    shared, warps = compiled.metadata.shared, compiled.metadata.num_warps
+    found = re.findall(TENSOR_CORES, compiled.asm["ptx"])
+    shapes = {shape[0] if (shape := re.findall(SHAPE, name)) else name for name in found}
     sizes = [arguments[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_C") if name in arguments]
     return Code(
         kernel.fn.__name__,
         (*sizes, *options.values()),
         registers,
         spilled,
-        -(-compiled.metadata.shared // 1024),
-        len(re.findall(TENSOR_CORES, ptx)),
-        len(re.findall(ATOMICS, ptx)),
+        -(-shared // 1024),
+        programs_at_once(CARDS[capability], registers, shared, warps),
+        *copied(compiled.asm["ttgir"]),
+        tuple(sorted(shapes)),
+        len(re.findall(ATOMICS, compiled.asm["ptx"])),
     )
+
+
+def programs_at_once(card: Multiprocessor, registers: int, shared: int, warps: int) -> int:
+    """0 if not even one fits."""
+    of_warp = -(-registers // 8) * 8 * 32
+    by_shared = (card.shared * 1024) // (shared + 1024) if shared <= card.shared_of_one * 1024 else 0
+    return min(card.registers // (of_warp * warps), by_shared, card.threads // (32 * warps))
+
+
+def copied(text: str) -> tuple[tuple[int, ...], int]:
+    """Of a program before it is PTX: the buffers of what its loops copy, and the blocks that they wait for."""
+    buffers = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", text)
+    waited, loops = 0, []
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("}"):
+            loops.pop()
+        if re.search(r"\{(?: loc\(\S+\))?$", line):
+            loops.append("scf.for" in line)
+        elif any(loops) and re.search(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr", line):
+            waited += 1
+    return tuple(map(int, buffers)), waited
 
 
 def used(cubin: bytes) -> tuple[int, int]:
@@ -204,9 +265,9 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
 
 
 def main() -> int:
-    wanted = sys.argv[1:] or [f"sm_{major}{minor}" for major, minor in SHARED_LIMIT]
+    wanted = sys.argv[1:] or [f"sm_{major}{minor}" for major, minor in CARDS]
     failed = 0
-    for capability in SHARED_LIMIT:
+    for capability in CARDS:
         name = "sm_{}{}".format(*capability)
         if name not in wanted:
             continue
