@@ -29,6 +29,7 @@ GATHERED = {
     ("hidden_grads", "grad"): "token",
     ("weight_grads", "x"): "GATHER_X",
     ("weight_grads", "y"): "GATHER_Y",
+    ("bias_grads", "y"): "token",
 }
 
 

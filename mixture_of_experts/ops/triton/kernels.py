@@ -411,17 +411,11 @@ def weight_grads(
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, m, n) in any strides
     out_up,
-    bias,  # (e, n) in any strides: sums of y; or None
-    bias_up,
-    row_weight,  # (a,) float32: the weight of each row in the sums of y, or None (then 1)
-    assignment,  # (r,) int32
     M,
     N,
     out_e,
     out_m,
     out_n,
-    bias_e,
-    bias_n,
     GATED: tl.constexpr,
     GATHER_X: tl.constexpr,
     GATHER_Y: tl.constexpr,
@@ -431,54 +425,83 @@ def weight_grads(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """For every expert `x^T y` over its rows, zeros where it has none."""
+    """For every expert `x^T y` over its rows, zeros where it has none.
+
+    x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
+    asynchronously, with as many blocks under way as the schedule says.
+    """
     each = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     expert = tl.program_id(0) // each
     block_m, block_n = block_of(tl.program_id(0) % each, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
-    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
-    end = tl.load(ends + expert)
+    begin, end = rows_of(ends, expert)
     line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, n = line % M, column % N
+    of_line, of_column = x + line % M, y + column % N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    total = tl.zeros((BLOCK_N,), tl.float32)
     if GATED:
+        of_column_up = y_up + column % N
         acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        total_up = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(begin, end, BLOCK_C):
-        row = start + tl.arange(0, BLOCK_C)
+    row = begin + tl.arange(0, BLOCK_C)
+    if GATHER_X or GATHER_Y:
+        source = tl.load(token + row, mask=row < end, other=0)
+    for _ in range(begin, end, BLOCK_C):
         exists = row < end
-        row = row.to(tl.int64)
-        if GATHER_X or GATHER_Y:
-            source = tl.load(token + row, mask=exists, other=0).to(tl.int64)
-        row_x = source if GATHER_X else row
-        row_y = source if GATHER_Y else row
-        a = tl.load(x + row_x[:, None] * M + m[None, :], mask=exists[:, None], other=0.0)
-        b = tl.load(y + row_y[:, None] * N + n[None, :], mask=exists[:, None], other=0.0)
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        row_x = (source if GATHER_X else row).to(tl.int64)
+        row_y = (source if GATHER_Y else row).to(tl.int64)
+        a = tl.load(of_line[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
+        b = tl.load(of_column[None, :] + row_y[:, None] * N, mask=exists[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
         if GATED:
-            b_up = tl.load(y_up + row_y[:, None] * N + n[None, :], mask=exists[:, None], other=0.0)
-            acc_up = tl.dot(tl.trans(a), b_up, acc_up, input_precision=PRECISION)
-            if bias_up is not None:
-                total_up += tl.sum(b_up.to(tl.float32), 0)
-        if bias is not None:
-            summed = b.to(tl.float32)
-            if row_weight is not None:
-                index = tl.load(assignment + row, mask=exists, other=0)
-                summed *= tl.load(row_weight + index, mask=exists, other=0.0).to(tl.float32)[:, None]
-            total += tl.sum(summed, 0)
-    expert = expert.to(tl.int64)
-    place = expert * out_e + (line[:, None] * out_m + column[None, :] * out_n)
+            b_up = tl.load(of_column_up[None, :] + row_y[:, None] * N, mask=exists[:, None], other=0.0)
+            acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        row += BLOCK_C
+        if GATHER_X or GATHER_Y:
+            source = tl.load(token + row, mask=row < end, other=0)
+    place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
     stored = (line < M)[:, None] & (column < N)[None, :]
     tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
     if GATED:
         tl.store(out_up + place, acc_up.to(out.dtype.element_ty), mask=stored)
-    if bias is not None:
-        place = expert * bias_e + column * bias_n
-        stored = column < tl.where(block_m == 0, N, 0)  # one block of lines writes what all of them have
-        tl.store(bias + place, total.to(bias.dtype.element_ty), mask=stored)
-        if GATED:
-            tl.store(bias_up + place, total_up.to(bias.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def rows_of(ends, expert):
+    """First row of an expert, and the row after its last."""
+    return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
+
+
+@triton.jit
+def bias_grads(
+    y,  # (t or r, n)
+    token,  # (r,) int32: which rows of y are read; None reads those of the expert
+    row_weight,  # (a,) float32: the weight of each of them, or None (then 1)
+    assignment,  # (r,) int32; read if there are weights
+    ends,  # (e,) int32: the row after each expert's last
+    out,  # (e, n) in any strides
+    N,
+    out_e,
+    out_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """For every expert the sum of its rows of y, 0 where it has none."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    begin, end = rows_of(ends, expert)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_C):
+        row = start + tl.arange(0, BLOCK_C)
+        exists = row < end
+        source = row if token is None else tl.load(token + row, mask=exists, other=0)
+        place = source.to(tl.int64)[:, None] * N + column[None, :]
+        value = tl.load(y + place, mask=exists[:, None] & (column < N)[None, :], other=0.0).to(tl.float32)
+        if row_weight is not None:
+            index = tl.load(assignment + row, mask=exists, other=0)
+            value *= tl.load(row_weight + index, mask=exists, other=0.0).to(tl.float32)[:, None]
+        acc += value
+    place = out + expert.to(tl.int64) * out_e + column * out_n
+    tl.store(place, tl.sum(acc, 0).to(out.dtype.element_ty), mask=column < N)
 
 
 @triton.jit

@@ -162,11 +162,16 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     grad_pre = torch.empty_like(pre)
     launch_hidden_grads(schedule, tiles, given, grad, pre, hidden, grad_pre, grads.weight, form)
     if hidden is not None:
-        launch_weight_grads(schedule, tiles, given, hidden, [grad], [grads.w_out], some(grads.b_out), of_inputs=False)
+        launch_weight_grads(schedule, tiles, given.token, hidden, [grad], [grads.w_out], of_inputs=False)
+        if grads.b_out is not None:
+            launch_bias_grads(tiles, grad, grads.b_out, given)
     del hidden  # its memory serves the rows of x
     if need_in:
-        w_in, b_in = form.views(grads.w_in), form.views(grads.b_in)
-        launch_weight_grads(schedule, tiles, given, given.x, list(grad_pre), w_in, b_in, of_inputs=True)
+        launch_weight_grads(
+            schedule, tiles, given.token, given.x, list(grad_pre), form.views(grads.w_in), of_inputs=True
+        )
+        for part, bias in zip(grad_pre, form.views(grads.b_in), strict=False):
+            launch_bias_grads(tiles, part, bias)
     if need_x:
         grad_rows = given.x.new_empty(rows, given.x.shape[1])
         launch_row_grads(schedule, tiles, grad_pre, form.parts(given.w_in), grad_rows)
@@ -403,36 +408,23 @@ def launch_product(kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: s
 
 
 def launch_weight_grads(
-    schedule: Schedule,
-    tiles: Tiles,
-    given: Operands,
-    x: Tensor,
-    y: list[Tensor],
-    grads: list[Tensor],
-    biases: list[Tensor],
-    *,
-    of_inputs: bool,
+    schedule: Schedule, tiles: Tiles, token: Tensor, x: Tensor, y: list[Tensor], grads: list[Tensor], *, of_inputs: bool
 ) -> None:
-    """`x^T y` of every expert. Of input weights x is gathered; else y, whose rows count in biases by their weight."""
+    """`x^T y` of every expert. Of input weights x is gathered, else y."""
     experts, lines, columns = grads[0].shape
     two = len(grads) == 2
     blocks = schedule.two_weight_grads if two else schedule.one_weight_grads
-    weighted = bool(biases) and not of_inputs
     launch(
         kernels.weight_grads,
         (experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, blocks.n),),
         x=x,
         **pair("y", y),
-        token=given.token,
+        token=token,
         ends=tiles.ends,
         **pair("out", grads),
-        **pair("bias", biases),
-        row_weight=given.weight if weighted else None,
-        assignment=given.assignment if weighted else None,
         M=lines,
         N=columns,
         **strides("out", grads, "emn"),
-        **strides("bias", biases, "en"),
         GATED=two,
         GATHER_X=of_inputs,
         GATHER_Y=not of_inputs,
@@ -443,6 +435,26 @@ def launch_weight_grads(
         GROUP=GROUP,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+    )
+
+
+def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | None = None) -> None:
+    """Sums of every expert's rows: of y itself; or, `given` the operands, of what is gathered, by weight."""
+    (experts, columns), block = out.shape, 64
+    launch(
+        kernels.bias_grads,
+        (experts * triton.cdiv(columns, block),),
+        y=y,
+        token=None if given is None else given.token,
+        row_weight=None if given is None else given.weight,
+        assignment=None if given is None else given.assignment,
+        ends=tiles.ends,
+        out=out,
+        N=columns,
+        **strides("out", [out], "en"),
+        BLOCK_N=block,
+        BLOCK_C=32,
+        num_warps=4,
     )
 
 
