@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 TENSOR_CORES = r"\b(?:mma\.sync\.aligned|wgmma\.mma_async\.sync\.aligned|tcgen05\.mma)\S*"
 SHAPE = r"m\d+n\d+k\d+"
 ATOMICS = r"\b(?:atom|red)\.\S+"
+MANY = 512  # rows of an expert for which tiles are the highest
+ALONE_IS_SLOW = ("hidden_grads",)  # a long end, in which one program leaves tensor cores idle
 PRODUCTS = ("rows_by_weights", "hidden_grads", "row_grads", "weight_grads")
 TYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int64": "i64", "int32": "i32", "bool": "i1"}
 
@@ -52,7 +54,7 @@ class Case(NamedTuple):
     layout: str = "gated"
     activation: str = "silu"
     bias: bool = False
-    mean_rows: int = 128
+    mean_rows: int = MANY
     tf32: bool = False
     transposed: bool = False  # weights stored `(e, h, d)` and `(e, o, h)`
     even: bool = True  # blocks fit into every size
@@ -85,12 +87,21 @@ class Code(NamedTuple):
     atomics: int
 
     def faults(self, case: Case) -> list[str]:
-        wants_cores = self.kernel in PRODUCTS and (case.tf32 or case.dtype != "float32")
+        is_product = self.kernel in PRODUCTS
+        wants_cores = is_product and (case.tf32 or case.dtype != "float32")
+        # what warp groups multiply stays in use a turn longer
+        by_groups = any(shape.startswith(("m64", "tcgen05")) for shape in self.tensor_cores)
+        under_way = self.blocks[-1] - (not by_groups) if is_product else 0
         faults = {
             f"{self.spilled} bytes spilled": self.spilled > 0,
             f"{self.shared} KB of shared memory": self.programs == 0,
             "no tensor cores": wants_cores and not self.tensor_cores,
             f"{self.waited} loads that are waited for": self.waited > 0,
+            f"{self.buffers} blocks, not {under_way} of each": is_product
+            and (len(self.buffers) < 2 or set(self.buffers) != {under_way}),
+            "one program a multiprocessor": self.kernel in ALONE_IS_SLOW
+            and (case.dtype, case.mean_rows) == ("bfloat16", MANY)
+            and self.programs < 2,
             f"{self.atomics} atomics": self.atomics > 0,
         }
         return [fault for fault, found in faults.items() if found]
@@ -102,6 +113,23 @@ def check(case: Case) -> list[Code]:
     wrong = [(code, code.faults(case)) for code in codes if code.faults(case)]
     assert not wrong, (case, wrong)
     return codes
+
+
+def check_chosen(capability: tuple[int, int], wanted: dict[str, tuple[int, int, str]]) -> None:
+    """The programs of many rows are what the table's entries are chosen for: of each kernel, where it is launched with
+    the most columns, KB of shared memory at most, programs at once at least, and the widest instruction."""
+    case, found = Case(capability), {}
+    for kernel, arguments in launches_of(case):
+        if kernel.fn.__name__ in wanted:
+            code = compile_launch(kernel, arguments, capability)
+            assert not code.faults(case), code
+            if code.kernel not in found or code.blocks[1] > found[code.kernel].blocks[1]:
+                found[code.kernel] = code
+    for kernel, (shared, programs, shape) in wanted.items():
+        code = found[kernel]
+        assert code.shared <= shared, code
+        assert code.programs >= programs, code
+        assert shape in code.tensor_cores, code
 
 
 def programs_over_lengths(number: int) -> dict[str, int]:
@@ -226,14 +254,16 @@ def programs_at_once(card: Multiprocessor, registers: int, shared: int, warps: i
 def copied(text: str) -> tuple[tuple[int, ...], int]:
     """Of a program before it is PTX: the buffers of what its loops copy, and the blocks that they wait for."""
     buffers = re.findall(r"ttg\.local_alloc : \(\) -> !ttg\.memdesc<(\d+)x\d+x\d+x", text)
-    waited, loops = 0, []
+    waited, blocks = 0, []  # of the blocks of the text that are open: whether it is a loop, its loads, its products
     for line in map(str.strip, text.splitlines()):
         if line.startswith("}"):
-            loops.pop()
+            is_loop, loads, products = blocks.pop()
+            waited += loads if is_loop and products else 0
         if re.search(r"\{(?: loc\(\S+\))?$", line):
-            loops.append("scf.for" in line)
-        elif any(loops) and re.search(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr", line):
-            waited += 1
+            blocks.append(["scf.for" in line, 0, 0])
+        elif blocks:
+            blocks[-1][1] += bool(re.search(r"tt\.load .*: tensor<\d+x\d+x!tt\.ptr", line))
+            blocks[-1][2] += bool(re.search(r"tt\.dot |warp_group_dot |tc_gen5_mma ", line))
     return tuple(map(int, buffers)), waited
 
 
@@ -260,7 +290,7 @@ def cases(capability: tuple[int, int]) -> Iterator[Case]:
     bfloat16 += (gated._replace(even=False, choices=0),)
     float32 = [gated._replace(dtype="float32", even=even) for even in (True, False)]
     for case in (*bfloat16, gated._replace(dtype="float16"), *(one._replace(tf32=True) for one in float32), *float32):
-        for mean_rows in (16, 32, 64, 128):
+        for mean_rows in (8, 16, 40, MANY):
             yield case._replace(mean_rows=mean_rows)
 
 

@@ -26,19 +26,16 @@ class Form(NamedTuple):
     alpha: float = 0.0
     limit: float = 0.0
 
-    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The parts of input weights or biases, or of their gradients."""
-        if self.layout == "concatenated":
-            return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
-        if self.layout == "interleaved":
-            return [tensor[..., start::2] for tensor in tensors for start in (0, 1)]
-        return list(tensors)
+    @property
+    def gated(self) -> bool:
+        return self.layout != "plain"
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The same, for reading: all of one set of strides."""
-        parts = self.views(tensors)
-        alike = all(part.stride() == parts[0].stride() for part in parts)
-        return parts if alike else [part.contiguous() for part in parts]
+        """Of input weights or biases, or of what is computed with them, what kernels know by a name: columns of gate
+        and of up apart, but where they lie in turn."""
+        if self.layout == "concatenated":
+            return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
+        return list(tensors)
 
 
 def form_of(network: Network) -> Form | None:

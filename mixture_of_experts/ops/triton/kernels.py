@@ -23,10 +23,8 @@ from mixture_of_experts.ops.triton.activations import activate, gated, gated_gra
 @triton.jit(do_not_specialize=["num_tiles"])
 def find_tiles(
     counts,  # (e,) int64
-    tile_expert,  # (tiles,) int32: the expert of each tile, -1 for a tile that is not needed
-    tile_first,  # (tiles,) int32: its first row
-    tile_stop,  # (tiles,) int32: the row after its last
-    ends,  # (e,) int32: the row after each expert's last
+    tiles,  # (tiles, 3) int32: out, of each its expert (-1: it is not needed), first row, and the row after its last
+    ends,  # (e,) int32: out, the row after each expert's last
     num_tiles,
     num_experts,
     ROWS: tl.constexpr,  # rows of a tile
@@ -44,24 +42,25 @@ def find_tiles(
         index = start + tl.arange(0, BLOCK_E)
         exists = index < num_experts
         count = tl.load(counts + index, mask=exists, other=0).to(tl.int32)
-        tiles = (count + ROWS - 1) // ROWS
-        tile_ends = tiles_so_far + tl.cumsum(tiles, 0)
+        its_tiles = (count + ROWS - 1) // ROWS
+        tile_ends = tiles_so_far + tl.cumsum(its_tiles, 0)
         row_ends = rows_so_far + tl.cumsum(count, 0)
         if tl.program_id(0) == 0:
             tl.store(ends + index, row_ends, mask=exists)
         before = (tile_ends[None, :] <= tile[:, None]) & exists[None, :]
         expert += tl.sum(before.to(tl.int32), 1)
-        first_tile += tl.sum(tl.where(before, tiles[None, :], 0), 1)
+        first_tile += tl.sum(tl.where(before, its_tiles[None, :], 0), 1)
         first_row += tl.sum(tl.where(before, count[None, :], 0), 1)
-        tiles_so_far += tl.sum(tiles, 0)
+        tiles_so_far += tl.sum(its_tiles, 0)
         rows_so_far += tl.sum(count, 0)
     needed = tile < tiles_so_far
     inside = tile < num_tiles
     count = tl.load(counts + expert, mask=needed & inside, other=0).to(tl.int32)
     first = first_row + (tile - first_tile) * ROWS
-    tl.store(tile_expert + tile, tl.where(needed, expert, -1), mask=inside)
-    tl.store(tile_first + tile, tl.where(needed, first, 0), mask=inside)
-    tl.store(tile_stop + tile, tl.where(needed, tl.minimum(first + ROWS, first_row + count), 0), mask=inside)
+    place = tiles + 3 * tile
+    tl.store(place, tl.where(needed, expert, -1), mask=inside)
+    tl.store(place + 1, tl.where(needed, first, 0), mask=inside)
+    tl.store(place + 2, tl.where(needed, tl.minimum(first + ROWS, first_row + count), 0), mask=inside)
 
 
 @triton.jit
@@ -74,39 +73,36 @@ def block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
 
 
 @triton.jit
-def find_block(
-    tile_expert,
-    tile_first,
-    tile_stop,
-    num_tiles,
-    N,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """What a program computes: some rows of an expert (-1: nobody's) and some of N columns.
+def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """What a program computes: some rows of an expert (-1: nobody's) and a block of columns.
 
     Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
-    first), and the number of the block of columns.
+    first), and the number of the block.
     """
-    tile, block = block_of(tl.program_id(0), num_tiles, tl.cdiv(N, BLOCK_N), GROUP)
-    expert = tl.load(tile_expert + tile).to(tl.int64)
-    first = tl.load(tile_first + tile)
-    line = tl.arange(0, BLOCK_M)
-    exists = first + line < tl.load(tile_stop + tile)
-    return expert, first.to(tl.int64), tl.where(exists, line, 0), exists, block
-
-
-@triton.jit
-def place_of(line, exists, column, N):
-    """Where rows and columns lie, from the first row on, and which of these places exist."""
-    return line[:, None] * N + column[None, :], exists[:, None] & (column < N)[None, :]
+    tile, block = block_of(tl.program_id(0), num_tiles, blocks_n, GROUP)
+    place = tiles + 3 * tile
+    expert, first, line = tl.load(place), tl.load(place + 1), tl.arange(0, BLOCK_M)
+    exists = first + line < tl.load(place + 2)
+    return expert.to(tl.int64), first.to(tl.int64), tl.where(exists, line, 0), exists, block
 
 
 @triton.jit
 def of_expert(expert, c, n, weight_e, weight_c, weight_n):
     """Where a block of an expert's weight lies."""
     return expert * weight_e + (c[:, None] * weight_c + n[None, :] * weight_n)
+
+
+@triton.jit
+def tokens_of(token, row, num_tokens):
+    """Whose rows these are; some token's where a row is nobody's, whose weight is 0."""
+    return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
+
+
+@triton.jit
+def weights_of(row_weight, assignment, row, exists, num_assignments):
+    """The weights of rows, 0 of one that is nobody's."""
+    index = tl.load(assignment + row, mask=exists, other=num_assignments)
+    return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -154,23 +150,33 @@ def multiply_two(
     return acc, acc_up
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit
+def halves(block, INTERLEAVED: tl.constexpr):
+    """Two blocks of half the columns: every second one, or those on the left and those on the right."""
+    if INTERLEAVED:
+        parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
+    else:
+        parts = block.reshape(block.shape[0], 2, block.shape[1] // 2).permute(0, 2, 1)
+    return parts.split()
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
 def rows_by_weights(
     x,  # (t, c) tokens, or (r, c) rows
-    token,  # (r,) int32; read if GATHER
-    weight,  # (e, c, n) in any strides
-    weight_up,  # likewise, the second of gated experts
-    bias,  # (e, n) in any strides, or None
+    token,  # (r,) int32; None reads the rows
+    weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
+    weight_up,  # likewise if TWO, the second of gated experts
+    bias,  # (e, n) or (e, 2 n) in any strides, or None
     bias_up,
-    pre,  # (r, n): the products, kept for the backward; or None
+    pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, kept for the backward; or None
     pre_up,
     out,  # (r, n)
-    tile_expert,
-    tile_first,
-    tile_stop,
+    tiles,
     num_tiles,
+    num_tokens,
     C,
     N,
+    pre_r,
     weight_e,
     weight_c,
     weight_n,
@@ -179,57 +185,62 @@ def rows_by_weights(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    GATED: tl.constexpr,
-    GATHER: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of weights
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """*up*: tokens gathered, one product or two, activation. *down*: rows in place, one product, no activation."""
-    expert, first, line, exists, block = find_block(
-        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
-    )
+    """*up*: tokens gathered, products, activation. *down*: rows in place, products, no activation."""
+    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
+    BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M, GROUP)
     if expert < 0:
         return
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    n = column % N
     c = tl.arange(0, BLOCK_C)
-    if GATHER:
-        left = x + tl.load(token + first + line).to(tl.int64)[:, None] * C + c[None, :]
+    number = 2 * N if INTERLEAVED else N
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside, column = column < number, column % number
+    if token is not None:
+        left = x + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
     else:
         left = x + first * C + (line[:, None] * C + c[None, :])
-    right = weight + of_expert(expert, c, n, weight_e, weight_c, weight_n)
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GATED:
-        right_up = weight_up + of_expert(expert, c, n, weight_e, weight_c, weight_n)
-        acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        acc, acc_up = multiply_two(acc, acc_up, left, right, right_up, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    right = of_expert(expert, c, column, weight_e, weight_c, weight_n)
+    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    if TWO:
+        up = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+        acc, up = multiply_two(acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
     else:
-        acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+        acc = multiply(acc, left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
 
-    place, stored = place_of(line, exists, column, N)
-    if bias is not None:
-        acc += tl.load(bias + expert * bias_e + n * bias_n).to(tl.float32)[None, :]
-    if pre is not None:
-        tl.store(pre + first * N + place, acc.to(out.dtype.element_ty), mask=stored)
-    if GATED:
-        if bias_up is not None:
-            acc_up += tl.load(bias_up + expert * bias_e + n * bias_n).to(tl.float32)[None, :]
-        if pre_up is not None:
-            tl.store(pre_up + first * N + place, acc_up.to(out.dtype.element_ty), mask=stored)
-        hidden = gated(acc, acc_up, ACTIVATION, ALPHA, LIMIT)
-    else:
-        hidden = activate(acc, ACTIVATION)
-    tl.store(out + first * N + place, hidden.to(out.dtype.element_ty), mask=stored)
+    place = first * pre_r + (line[:, None] * pre_r + column[None, :])
+    stored = exists[:, None] & inside[None, :]
+    acc = with_bias(acc, bias, expert * bias_e + column * bias_n)
+    keep(acc, pre, place, stored)
+    if TWO:
+        up = with_bias(up, bias_up, expert * bias_e + column * bias_n)
+        keep(up, pre_up, place, stored)
+    if INTERLEAVED:
+        acc, up = halves(acc, True)
+    hidden = gated(acc, up, ACTIVATION, ALPHA, LIMIT) if TWO or INTERLEAVED else activate(acc, ACTIVATION)
+    column = block * WIDTH + tl.arange(0, WIDTH)
+    keep(hidden, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
 
 
 @triton.jit
-def split_columns(block):
-    """The left and the right half of a block's columns."""
-    return block.reshape(block.shape[0], 2, block.shape[1] // 2).permute(0, 2, 1).split()
+def with_bias(acc, bias, place):
+    """acc + one number for each column, if there are any."""
+    return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
+
+
+@triton.jit
+def keep(acc, out, place, stored):
+    """Write sums, if there is a tensor for them."""
+    if out is not None:
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit
@@ -238,8 +249,9 @@ def hidden_grads_slice(
     scale,  # (m, 1): weights of the rows
     line,
     exists,
-    column,
+    start,  # the first column
     N,
+    pre_r,
     pre,
     pre_up,
     hidden,
@@ -248,27 +260,40 @@ def hidden_grads_slice(
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    GATED: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     """Write some columns of the gradients; returns what they add to those of the rows' weights."""
-    place, stored = place_of(line, exists, column, N)
     dtype: tl.constexpr = grad_pre.dtype.element_ty
-    h = tl.load(pre + place, mask=stored, other=0.0).to(tl.float32)
-    if GATED:
-        u = tl.load(pre_up + place, mask=stored, other=0.0).to(tl.float32)
+    width: tl.constexpr = grad.shape[1]
+    column = start + tl.arange(0, width)
+    stored = exists[:, None] & (column < N)[None, :]
+    if INTERLEAVED:
+        both = 2 * start + tl.arange(0, 2 * width)
+        place, kept = line[:, None] * pre_r + both[None, :], exists[:, None] & (both < 2 * N)[None, :]
+        h, u = halves(tl.load(pre + place, mask=kept, other=0.0).to(tl.float32), True)
+    else:
+        place, kept = line[:, None] * pre_r + column[None, :], stored
+        h = tl.load(pre + place, mask=kept, other=0.0).to(tl.float32)
+    if TWO:
+        u = tl.load(pre_up + place, mask=kept, other=0.0).to(tl.float32)
+    if TWO or INTERLEAVED:
         value = gated(h, u, ACTIVATION, ALPHA, LIMIT)
         grad_h, grad_u = gated_grads(h, u, grad * scale, ACTIVATION, ALPHA, LIMIT)
-        tl.store(grad_pre_up + place, grad_u.to(dtype), mask=stored)
     else:
         value = activate(h, ACTIVATION)
         grad_h = grad * scale * slope(h, ACTIVATION)
-    tl.store(grad_pre + place, grad_h.to(dtype), mask=stored)
+    if TWO:
+        tl.store(grad_pre_up + place, grad_u.to(dtype), mask=kept)
+    if INTERLEAVED:
+        grad_h = tl.join(grad_h.to(dtype), grad_u.to(dtype)).reshape(grad.shape[0], 2 * width)
+    tl.store(grad_pre + place, grad_h.to(dtype), mask=kept)
     if hidden is not None:
-        tl.store(hidden + place, (value * scale).to(dtype), mask=stored)
+        tl.store(hidden + (line[:, None] * N + column[None, :]), (value * scale).to(dtype), mask=stored)
     return tl.sum(tl.where(stored, grad * value, 0.0), 1)
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_rows"])
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_assignments"])
 def hidden_grads(
     grad,  # (t, c) gradient of the tokens' outputs
     token,  # (r,) int32
@@ -276,26 +301,27 @@ def hidden_grads(
     row_weight,  # (a,) float32
     weight,  # (e, n, c) in any strides: of the last product
     bias,  # (e, c) contiguous: of the last product, or None
-    pre,  # (r, n)
-    pre_up,
+    pre,  # (r, n) or (r, 2 n) if INTERLEAVED, rows `pre_r` apart
+    pre_up,  # likewise if TWO
     hidden,  # (r, n): the hidden layer times its row's weight, computed anew; or None
-    grad_pre,  # (r, n)
+    grad_pre,  # as `pre`
     grad_pre_up,
-    partial,  # (blocks, r) float32: what each block of columns adds to the gradient of a row's weight
-    tile_expert,
-    tile_first,
-    tile_stop,
+    partial,  # (r, blocks) float32: what each block of columns adds to the gradient of a row's weight
+    tiles,
     num_tiles,
-    num_rows,
+    num_tokens,
+    num_assignments,
     C,
     N,
+    pre_r,
     weight_e,
     weight_n,
     weight_c,
     ACTIVATION: tl.constexpr,
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
-    GATED: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -305,14 +331,13 @@ def hidden_grads(
 ):
     """Gradients of the pre-activations. That of a row's weight is `grad . (hidden w + bias)`, and the first part of it
     `(grad w^T) . hidden`: no row of outputs is kept for it."""
-    expert, first, line, exists, block = find_block(
-        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
-    )
+    blocks = tl.cdiv(N, BLOCK_N)
+    expert, first, line, exists, block = find_block(tiles, num_tiles, blocks, BLOCK_M, GROUP)
     if expert < 0:
         return
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
-    left = grad + tl.load(token + first + line).to(tl.int64)[:, None] * C + c[None, :]
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = grad + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
     right = weight + of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
@@ -325,27 +350,27 @@ def hidden_grads(
                 b = tl.load(bias + expert * C + start + c, mask=inside, other=0.0)
                 of_weight += tl.sum(a.to(tl.float32) * b.to(tl.float32)[None, :], 1)
 
-    scale = tl.load(row_weight + tl.load(assignment + first + line)).to(tl.float32)[:, None]
-    start = first * N
-    grad_pre += start
-    pre += start
-    if GATED:
-        grad_pre_up += start
-        pre_up += start
+    scale = weights_of(row_weight, assignment, first + line, exists, num_assignments)[:, None]
+    pre += first * pre_r
+    grad_pre += first * pre_r
+    if TWO:
+        pre_up += first * pre_r
+        grad_pre_up += first * pre_r
     if hidden is not None:
-        hidden += start
+        hidden += first * N
     # in slices, or the registers do not hold it
     quarter: tl.constexpr = BLOCK_N // 4
-    left_half, right_half = split_columns(acc)
-    parts = split_columns(left_half) + split_columns(right_half)
+    left_half, right_half = halves(acc, False)
+    parts = halves(left_half, False) + halves(right_half, False)
     for i in tl.static_range(4):
         of_weight += hidden_grads_slice(
             parts[i],
             scale,
             line,
             exists,
-            block * BLOCK_N + i * quarter + tl.arange(0, quarter),
+            block * BLOCK_N + i * quarter,
             N,
+            pre_r,
             pre,
             pre_up,
             hidden,
@@ -354,28 +379,27 @@ def hidden_grads(
             ACTIVATION,
             ALPHA,
             LIMIT,
-            GATED,
+            TWO,
+            INTERLEAVED,
         )
-    tl.store(partial + block.to(tl.int64) * num_rows + first + line, of_weight, mask=exists)
+    tl.store(partial + (first + line) * blocks + block, of_weight, mask=exists)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_grads(
     grad_pre,  # (r, c)
-    grad_pre_up,
+    grad_pre_up,  # likewise if TWO
     weight,  # (e, n, c) in any strides: of the first products
     weight_up,
     out,  # (r, n)
-    tile_expert,
-    tile_first,
-    tile_stop,
+    tiles,
     num_tiles,
     C,
     N,
     weight_e,
     weight_n,
     weight_c,
-    GATED: tl.constexpr,
+    TWO: tl.constexpr,
     PRECISION: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -385,38 +409,42 @@ def row_grads(
 ):
     """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
     (https://github.com/triton-lang/triton/issues/10821)."""
-    expert, first, line, exists, block = find_block(
-        tile_expert, tile_first, tile_stop, num_tiles, N, BLOCK_M, BLOCK_N, GROUP
-    )
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
     if expert < 0:
         return
-    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     c = tl.arange(0, BLOCK_C)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
     left = first * C + (line[:, None] * C + c[None, :])
     right = of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc = multiply(acc, grad_pre + left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
-    if GATED:
+    if TWO:
         acc = multiply(acc, grad_pre_up + left, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
-    place, stored = place_of(line, exists, column, N)
-    tl.store(out + first * N + place, acc.to(out.dtype.element_ty), mask=stored)
+    keep(acc, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
 
 
 @triton.jit
+def rows_of(ends, expert):
+    """First row of an expert, and the row after its last."""
+    return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
-    y_up,  # likewise, of the second weight of gated experts
+    y_up,  # likewise if TWO, of the second weight of gated experts
     token,  # (r,) int32: which rows of x (GATHER_X) or y (GATHER_Y) are read
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, m, n) in any strides
     out_up,
+    num_tokens,
     M,
     N,
     out_e,
     out_m,
     out_n,
-    GATED: tl.constexpr,
+    TWO: tl.constexpr,
     GATHER_X: tl.constexpr,
     GATHER_Y: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -430,54 +458,52 @@ def weight_grads(
     x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
     asynchronously, with as many blocks under way as the schedule says.
     """
-    each = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    expert = tl.program_id(0) // each
-    block_m, block_n = block_of(tl.program_id(0) % each, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP)
+    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO else BLOCK_N
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, WIDTH)
+    expert = tl.program_id(0) // (blocks_m * blocks_n)
+    block_m, block_n = block_of(tl.program_id(0) % (blocks_m * blocks_n), blocks_m, blocks_n, GROUP)
     begin, end = rows_of(ends, expert)
     line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    of_line, of_column = x + line % M, y + column % N
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if GATED:
-        of_column_up = y_up + column % N
-        acc_up = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    column = block_n * WIDTH + tl.arange(0, WIDTH)
+    left, right = x + line % M, column % N
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    if TWO:
+        up = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     row = begin + tl.arange(0, BLOCK_C)
     if GATHER_X or GATHER_Y:
         source = tl.load(token + row, mask=row < end, other=0)
     for _ in range(begin, end, BLOCK_C):
         exists = row < end
+        if GATHER_X or GATHER_Y:
+            source = tl.minimum(source, num_tokens - 1)
         row_x = (source if GATHER_X else row).to(tl.int64)
-        row_y = (source if GATHER_Y else row).to(tl.int64)
-        a = tl.load(of_line[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
-        b = tl.load(of_column[None, :] + row_y[:, None] * N, mask=exists[:, None], other=0.0)
+        place = right[None, :] + (source if GATHER_Y else row).to(tl.int64)[:, None] * N
+        a = tl.load(left[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
+        b = tl.load(y + place, mask=exists[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if GATED:
-            b_up = tl.load(of_column_up[None, :] + row_y[:, None] * N, mask=exists[:, None], other=0.0)
-            acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        if TWO:
+            b_up = tl.load(y_up + place, mask=exists[:, None], other=0.0)
+            up = tl.dot(a, b_up, up, input_precision=PRECISION)
         row += BLOCK_C
         if GATHER_X or GATHER_Y:
             source = tl.load(token + row, mask=row < end, other=0)
     place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
     stored = (line < M)[:, None] & (column < N)[None, :]
-    tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
-    if GATED:
-        tl.store(out_up + place, acc_up.to(out.dtype.element_ty), mask=stored)
+    keep(acc, out, place, stored)
+    if TWO:
+        keep(up, out_up, place, stored)
 
 
-@triton.jit
-def rows_of(ends, expert):
-    """First row of an expert, and the row after its last."""
-    return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
 def bias_grads(
     y,  # (t or r, n)
-    token,  # (r,) int32: which rows of y are read; None reads those of the expert
-    row_weight,  # (a,) float32: the weight of each of them, or None (then 1)
-    assignment,  # (r,) int32; read if there are weights
+    token,  # (r,) int32: which rows of y are read, each times its weight; None reads those of the expert
+    row_weight,  # (a,) float32
+    assignment,  # (r,) int32
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, n) in any strides
+    num_tokens,
+    num_assignments,
     N,
     out_e,
     out_n,
@@ -493,12 +519,13 @@ def bias_grads(
     for start in range(begin, end, BLOCK_C):
         row = start + tl.arange(0, BLOCK_C)
         exists = row < end
-        source = row if token is None else tl.load(token + row, mask=exists, other=0)
+        source = row
+        if token is not None:
+            source = tl.minimum(tl.load(token + row, mask=exists, other=0), num_tokens - 1)
         place = source.to(tl.int64)[:, None] * N + column[None, :]
         value = tl.load(y + place, mask=exists[:, None] & (column < N)[None, :], other=0.0).to(tl.float32)
-        if row_weight is not None:
-            index = tl.load(assignment + row, mask=exists, other=0)
-            value *= tl.load(row_weight + index, mask=exists, other=0.0).to(tl.float32)[:, None]
+        if token is not None:
+            value *= weights_of(row_weight, assignment, row, exists, num_assignments)[:, None]
         acc += value
     place = out + expert.to(tl.int64) * out_e + column * out_n
     tl.store(place, tl.sum(acc, 0).to(out.dtype.element_ty), mask=column < N)
@@ -516,53 +543,62 @@ def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, B
     return acc + value
 
 
+@triton.jit
+def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The sum of some rows of `(r, blocks)`, 0 where they do not exist."""
+    acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        part = start + tl.arange(0, BLOCKS)
+        inside = exists[:, None] & (part < blocks)[None, :]
+        acc += tl.load(partial + row[:, None] * blocks + part[None, :], mask=inside, other=0.0)
+    return tl.sum(acc, 1)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def sum_rows(
-    rows,  # (r, d)
+    rows,  # (r, d), or None
     row_of,  # (a,) int32 (int64 if CHOICES is 0): the rows of a token, one after the other
     start_of,  # (t + 1,) int64: where each token's begin; read if CHOICES is 0
     weight,  # (a,) float32, by assignment; None sums without
     assignment,  # (r,) int32; read if CHOICES is 0
     out,  # (t, d)
+    partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
+    grad_weight,  # (a,): out, of each assignment; if CHOICES is 0 of those that have a row
     num_rows,
     D,
+    blocks,
     CHOICES: tl.constexpr,  # rows of every token; 0 where they are no fixed number
+    WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
-    """Every token's rows, in float32 and in order."""
+    """Every token's rows, in float32 and in order; and the gradients of their weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    if CHOICES == 0:
-        for index in range(tl.load(start_of + token), tl.load(start_of + token + 1)):
-            acc = add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, True)
-    elif CHOICES <= 16:
-        for choice in tl.static_range(CHOICES):
-            acc = add_row(acc, rows, row_of, token * CHOICES + choice, weight, assignment, column, num_rows, D, False)
-    else:
-        for choice in range(CHOICES):
-            acc = add_row(acc, rows, row_of, token * CHOICES + choice, weight, assignment, column, num_rows, D, False)
-    tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column < D)
-
-
-@triton.jit(do_not_specialize=["num_rows", "num_assignments"])
-def sum_partials(
-    partial,  # (blocks, r) float32
-    row_of,  # (a,) int32
-    out,  # (a,)
-    num_rows,
-    num_assignments,
-    blocks,
-    BLOCK: tl.constexpr,
-):
-    """The gradient of every assignment's weight: the sum of what the blocks of columns added to its row's, else 0."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = index < num_assignments
-    row = tl.load(row_of + index, mask=inside, other=0).to(tl.int64)
-    exists = inside & (row < num_rows)
-    acc = tl.zeros((BLOCK,), tl.float32)
-    place = partial + row
-    for _ in range(blocks):
-        acc += tl.load(place, mask=exists, other=0.0)
-        place += num_rows
-    tl.store(out + index, acc.to(out.dtype.element_ty), mask=inside)
+    if rows is not None:
+        acc = tl.zeros((BLOCK,), tl.float32)
+        if CHOICES == 0:
+            for index in range(tl.load(start_of + token), tl.load(start_of + token + 1)):
+                acc = add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, True)
+        elif CHOICES <= 16:
+            for i in tl.static_range(CHOICES):
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+        else:
+            for i in range(CHOICES):
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+        tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column < D)
+    if partial is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
+        if tl.program_id(1) == 0:
+            choice = tl.arange(0, WIDTH)
+            if CHOICES == 0:
+                stop = tl.load(start_of + token + 1)
+                for begin in range(tl.load(start_of + token), stop, WIDTH):
+                    row = tl.load(row_of + begin + choice, mask=begin + choice < stop, other=num_rows).to(tl.int64)
+                    exists = row < num_rows
+                    index = tl.load(assignment + row, mask=exists, other=0)
+                    total = sum_partial(partial, row, exists, blocks, WIDTH, 16)
+                    tl.store(grad_weight + index, total.to(grad_weight.dtype.element_ty), mask=exists)
+            else:
+                index = token * CHOICES + choice
+                row = tl.load(row_of + index, mask=choice < CHOICES, other=num_rows).to(tl.int64)
+                total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
+                tl.store(grad_weight + index, total.to(grad_weight.dtype.element_ty), mask=choice < CHOICES)

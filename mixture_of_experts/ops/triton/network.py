@@ -28,7 +28,7 @@ def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
     assert plan.num_tokens_per_expert is not None
-    token, assignment, row = (table.to(torch.int32) for table in (*readable(plan), plan.row))
+    token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
     tables = (plan.weight, token, assignment, row, plan.num_tokens_per_expert)
     b_in = [bias for bias in network.b_in if bias is not None]
     return Operands(x, *tables, plan.k or 0, list(network.w_in), network.w_out, b_in, network.b_out)
@@ -38,22 +38,6 @@ def known_form(network: Network) -> Form:
     form = form_of(network)
     assert form is not None
     return form
-
-
-def readable(plan: Plan) -> tuple[Tensor, Tensor]:
-    """Token and assignment of each row, which kernels read for every row of an expert.
-
-    With limited slots a choice of weight 0 holds a row and is not computed: of the tables of two levels and of expert
-    choice the row is nobody's. It gets some token and, as its weight has to be 0, a choice whose weight that is.
-    """
-    number = plan.weight.shape[0]
-    if number == 0 or (plan.k is not None and len(plan.num_experts) == 1):
-        return plan.token, plan.assignment
-    assert plan.num_tokens_per_expert is not None
-    of_experts = torch.arange(plan.num_rows, device=plan.row.device) < plan.num_tokens_per_expert.sum()
-    nobodys = of_experts & (plan.assignment == number)
-    unused = (plan.weight != 0).to(torch.int8).argmin()
-    return plan.token.masked_fill(nobodys, 0), torch.where(nobodys, unused, plan.assignment)
 
 
 class TritonFFN:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixture_of_experts.ops.triton import kernels
 from mixture_of_experts.ops.triton.form import Form
-from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, find_schedule
+from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_of, find_schedule
 from mixture_of_experts.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
@@ -53,7 +53,18 @@ class Operands(NamedTuple):
 
     def in_order(self) -> Operands:
         """The same, without strides what kernels read without."""
-        return Operands._make([*(tensor.contiguous() for tensor in self[:6]), *self[6:]])
+        w_in = [dense(weight) for weight in self.w_in]
+        if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
+            w_in = [weight.contiguous() for weight in w_in]
+        b_in, b_out = ([bias.contiguous() for bias in biases] for biases in (self.b_in, some(self.b_out)))
+        tables = [tensor.contiguous() for tensor in self[:6]]
+        weights = [w_in, dense(self.w_out), b_in, b_out[0] if b_out else None]
+        return Operands._make([*tables, self.choices, *weights])
+
+
+def dense(weight: Tensor) -> Tensor:
+    """A weight whose rows or columns kernels can copy."""
+    return weight if 1 in weight.stride()[1:] else weight.contiguous()
 
 
 OPERANDS = (
@@ -72,15 +83,9 @@ def split(arguments: Sequence[Any]) -> tuple[Operands, Form, Sequence[Any]]:
 class Tiles(NamedTuple):
     """Where the rows lie, in tiles of up to `height`; see `kernels.find_tiles`."""
 
-    expert: Tensor
-    first: Tensor
-    stop: Tensor
+    table: Tensor
     ends: Tensor
     height: int
-
-    @property
-    def number(self) -> int:
-        return self.expert.shape[0]
 
 
 class Grads(NamedTuple):
@@ -112,29 +117,28 @@ def launch(kernel, grid: tuple[int, ...], **arguments: Any) -> None:
     schema=f"({OPERANDS}, {FORM}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
-    """Tokens' outputs `(t, o)`, and pre-activations `(p, r, h)` if `keep` (else of no rows)."""
+    """Tokens' outputs `(t, o)`, and what is computed with each of w_in `(p, r, q)` if `keep` (else of no rows)."""
     given, form, (keep,) = split(arguments)
     check_devices(given)
+    out, pre = empty_outputs(given, keep)
     given = given.in_order()
-    out, pre = empty_outputs(given, form, keep)
     rows, hidden_dim, out_dim = given.token.shape[0], *given.w_out.shape[1:]
     if rows == 0:
         return out.zero_(), pre
     schedule, tiles = tile(given)
     hidden, y = given.x.new_empty(rows, hidden_dim), given.x.new_empty(rows, out_dim)
-    w_in, b_in = form.parts(given.w_in), form.parts(given.b_in)
     kept = list(pre) if keep else []
-    launch_rows_by_weights(schedule, tiles, given.x, w_in, b_in, hidden, token=given.token, pre=kept, form=form)
-    launch_rows_by_weights(schedule, tiles, hidden, [given.w_out], some(given.b_out), y)
-    launch_sum_rows(y, given, out, weighted=True)
+    launch_rows_by_weights(schedule.up, tiles, given.x, given.w_in, given.b_in, hidden, form, given.token, kept)
+    launch_rows_by_weights(schedule.down, tiles, hidden, [given.w_out], some(given.b_out), y)
+    launch_sum_rows(given, y, out)
     return out, pre
 
 
 @triton_ffn.register_fake
 def _(*arguments):
-    given, form, (keep,) = split(arguments)
+    given, _, (keep,) = split(arguments)
     check_devices(given)
-    return empty_outputs(given, form, keep)
+    return empty_outputs(given, keep)
 
 
 @torch.library.custom_op(
@@ -147,35 +151,34 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
 
     Args:
         grad: `(t, o)` gradient of the tokens' outputs.
-        pre: the pre-activations that `triton_ffn` kept.
+        pre: what `triton_ffn` kept.
         arguments: as it was given.
     """
     given, form, (need_x, need_in, need_out) = split(arguments)
     check_devices(given, grad, pre)
-    given, grad = given.in_order(), grad.contiguous()
     grads = empty_grads(given, need_x, need_in, need_out)
-    rows = given.token.shape[0]
+    given, grad = given.in_order(), grad.contiguous()
+    rows, token = given.token.shape[0], given.token
     if rows == 0:
         return [gradient.zero_() for gradient in grads.tensors()]
     schedule, tiles = tile(given)
-    hidden = given.x.new_empty(rows, pre.shape[-1]) if need_out else None
+    hidden = given.x.new_empty(rows, given.w_out.shape[1]) if need_out else None
     grad_pre = torch.empty_like(pre)
-    launch_hidden_grads(schedule, tiles, given, grad, pre, hidden, grad_pre, grads.weight, form)
+    partial = launch_hidden_grads(schedule.hidden_grads, tiles, given, grad, pre, hidden, grad_pre, form)
     if hidden is not None:
-        launch_weight_grads(schedule, tiles, given.token, hidden, [grad], [grads.w_out], of_inputs=False)
+        launch_weight_grads(schedule.weight_grads, tiles, token, hidden, [grad], [grads.w_out], of_inputs=False)
         if grads.b_out is not None:
             launch_bias_grads(tiles, grad, grads.b_out, given)
     del hidden  # its memory serves the rows of x
     if need_in:
-        launch_weight_grads(
-            schedule, tiles, given.token, given.x, list(grad_pre), form.views(grads.w_in), of_inputs=True
-        )
-        for part, bias in zip(grad_pre, form.views(grads.b_in), strict=False):
+        launch_weight_grads(schedule.weight_grads, tiles, token, given.x, list(grad_pre), grads.w_in, of_inputs=True)
+        for part, bias in zip(grad_pre, grads.b_in, strict=False):
             launch_bias_grads(tiles, part, bias)
+    grad_rows = None
     if need_x:
         grad_rows = given.x.new_empty(rows, given.x.shape[1])
-        launch_row_grads(schedule, tiles, grad_pre, form.parts(given.w_in), grad_rows)
-        launch_sum_rows(grad_rows, given, grads.x, weighted=False)
+        launch_row_grads(schedule.row_grads, tiles, grad_pre, given.w_in, grad_rows)
+    launch_sum_rows(given, grad_rows, grads.x, partial=partial, grad_weight=grads.weight)
     return grads.tensors()
 
 
@@ -191,11 +194,11 @@ def _(ctx, *grads):
     raise RuntimeError("the Triton kernels have no second derivative: compute with ops.use('plain') to take one")
 
 
-def empty_outputs(given: Operands, form: Form, keep: bool) -> tuple[Tensor, Tensor]:
-    """Where outputs of tokens and pre-activations are written."""
-    x, (_, hidden_dim, out_dim) = given.x, given.w_out.shape
-    pre = x.new_empty(1 if form.layout == "plain" else 2, given.token.shape[0] if keep else 0, hidden_dim)
-    return x.new_empty(x.shape[0], out_dim), pre
+def empty_outputs(given: Operands, keep: bool) -> tuple[Tensor, Tensor]:
+    """Where outputs of tokens, and what is computed with the input weights, are written."""
+    rows = given.token.shape[0] if keep else 0
+    pre = given.x.new_empty(len(given.w_in), rows, given.w_in[0].shape[-1])
+    return given.x.new_empty(given.x.shape[0], given.w_out.shape[-1]), pre
 
 
 def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Grads:
@@ -240,10 +243,13 @@ def precision(dtype: torch.dtype) -> str:
 
 def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
     """The table's entry for these operands on this card."""
-    if x.device.type == "cpu":
-        return find_schedule("interpreted", mean_rows, None)
-    kind = "half" if x.element_size() == 2 else precision(x.dtype)
-    return find_schedule(kind, mean_rows, capability(x.device))
+    return find_schedule(entries_for(x.device, x.dtype), mean_rows)
+
+
+def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
+    """All there are for such operands on this card."""
+    kind = "half" if dtype.itemsize == 2 else precision(dtype)
+    return entries_of(kind, None if device.type == "cpu" else capability(device))
 
 
 def tile(given: Operands) -> tuple[Schedule, Tiles]:
@@ -264,140 +270,139 @@ def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
     """As many tiles as there can be: every expert may have one that is not full."""
     check_number(rows)
     experts = counts.shape[0]
-    number = triton.cdiv(rows, height) + experts
-    expert, first, stop = (counts.new_empty(number, dtype=torch.int32) for _ in range(3))
-    tiles = Tiles(expert, first, stop, counts.new_empty(experts, dtype=torch.int32), height)
+    number = most_tiles(rows, experts, height)
+    table, ends = (counts.new_empty(size, dtype=torch.int32) for size in ((number, 3), (experts,)))
     launch(
         kernels.find_tiles,
         (triton.cdiv(number, 32),),
         counts=counts,
-        tile_expert=tiles.expert,
-        tile_first=tiles.first,
-        tile_stop=tiles.stop,
-        ends=tiles.ends,
+        tiles=table,
+        ends=ends,
         num_tiles=number,
         num_experts=experts,
         ROWS=height,
         BLOCK=32,
         BLOCK_E=64,
     )
-    return tiles
+    return Tiles(table, ends, height)
+
+
+def most_tiles(rows: int, experts: int, height: int) -> int:
+    """Of so many experts, or fewer if there are fewer rows, each may have one tile that is not full."""
+    experts = min(rows, experts)
+    return experts + (rows - experts) // height
 
 
 def launch_rows_by_weights(
-    schedule: Schedule,
+    blocks: Blocks,
     tiles: Tiles,
     x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
     out: Tensor,
-    *,
+    form: Form = NO_ACTIVATION,
     token: Tensor | None = None,
     pre: Sequence[Tensor] = (),
-    form: Form = NO_ACTIVATION,
 ) -> None:
     """*up*, which gathers tokens, or *down*."""
-    two = len(weights) == 2
+    parts, biases, pre = form.parts(weights), form.parts(biases), form.parts(pre)
     launch_product(
         kernels.rows_by_weights,
         tiles,
-        narrowed(schedule.two if two else schedule.one, weights[0]),
-        weights[0],
+        blocks,
+        parts[0],
         "ecn",
+        columns=out.shape[1],
+        width=blocks.n // 2 if form.gated else blocks.n,
         x=x,
         token=token,
-        **pair("weight", weights),
+        num_tokens=x.shape[0],
+        **pair("weight", parts),
         **pair("bias", biases),
         **strides("bias", biases, "en"),
         **pair("pre", pre),
+        pre_r=pre[0].stride(0) if pre else 0,
         out=out,
         **activation_of(form),
-        GATED=two,
-        GATHER=token is not None,
+        INTERLEAVED=form.layout == "interleaved",
     )
 
 
 def launch_hidden_grads(
-    schedule: Schedule,
+    blocks: Blocks,
     tiles: Tiles,
     given: Operands,
     grad: Tensor,
     pre: Tensor,
     hidden: Tensor | None,
     grad_pre: Tensor,
-    grad_weight: Tensor,
     form: Form,
-) -> None:
-    """Gradients of the pre-activations, and those of the assignments' weights."""
-    blocks = narrowed(schedule.hidden_grads, given.w_out)
-    two, rows, hidden_dim = pre.shape[0] == 2, *pre.shape[1:]
-    num_blocks = triton.cdiv(hidden_dim, blocks.n)
-    partial = pre.new_empty(num_blocks, rows, dtype=torch.float32)
+) -> Tensor:
+    """Gradients of the pre-activations; returns the parts of that of each row's weight, `(r, blocks)`."""
+    hidden_dim, parts = given.w_out.shape[1], form.parts(list(pre))
+    partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
         kernels.hidden_grads,
         tiles,
         blocks,
         given.w_out,
         "enc",
+        columns=hidden_dim,
+        width=blocks.n,
         grad=grad,
         token=given.token,
         assignment=given.assignment,
         row_weight=given.weight,
+        num_tokens=grad.shape[0],
+        num_assignments=given.row.shape[0],
         weight=given.w_out,
-        bias=None if given.b_out is None else given.b_out.contiguous(),
-        **pair("pre", list(pre)),
+        bias=given.b_out,
+        **pair("pre", parts),
+        pre_r=pre.stride(1),
         hidden=hidden,
-        **pair("grad_pre", list(grad_pre)),
+        **pair("grad_pre", form.parts(list(grad_pre))),
         partial=partial,
-        num_rows=rows,
         **activation_of(form),
-        GATED=two,
+        INTERLEAVED=form.layout == "interleaved",
+        TWO=len(parts) == 2,
     )
-    assignments = given.row.shape[0]
-    launch(
-        kernels.sum_partials,
-        (triton.cdiv(assignments, 256),),
-        partial=partial,
-        row_of=given.row,
-        out=grad_weight,
-        num_rows=rows,
-        num_assignments=assignments,
-        blocks=num_blocks,
-        BLOCK=256,
-    )
+    return partial
 
 
-def launch_row_grads(schedule: Schedule, tiles: Tiles, grad_pre: Tensor, weights: list[Tensor], out: Tensor) -> None:
+def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
     """Gradients of rows of tokens."""
     launch_product(
         kernels.row_grads,
         tiles,
-        narrowed(schedule.row_grads, weights[0]),
+        blocks,
         weights[0],
         "enc",
+        columns=out.shape[1],
+        width=blocks.n,
         **pair("grad_pre", list(grad_pre)),
         **pair("weight", weights),
         out=out,
-        GATED=len(weights) == 2,
     )
 
 
-def launch_product(kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: str, /, **arguments: Any) -> None:
-    """A kernel that multiplies rows by weights, whose axes are e, c (summed over) and n (columns of the result)."""
-    sizes = dict(zip(axes, weight.shape, strict=True))
+def launch_product(
+    kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: str, /, *, columns: int, width: int, **arguments: Any
+) -> None:
+    """A kernel that multiplies rows by weights, whose axes are e, c (summed over) and n; a program writes `width` of
+    the `columns` of the result."""
+    length = weight.shape[axes.index("c")]
+    two = arguments.get("weight_up") is not None
     launch(
         kernel,
-        (tiles.number * triton.cdiv(sizes["n"], blocks.n),),
-        **arguments,
-        tile_expert=tiles.expert,
-        tile_first=tiles.first,
-        tile_stop=tiles.stop,
-        num_tiles=tiles.number,
-        C=sizes["c"],
-        N=sizes["n"],
+        (tiles.table.shape[0] * triton.cdiv(columns, width),),
+        tiles=tiles.table,
+        num_tiles=tiles.table.shape[0],
+        C=length,
+        N=columns,
         **strides("weight", [weight], axes),
+        **{"TWO": two} | arguments,
         PRECISION=precision(weight.dtype),
-        EVEN=sizes["c"] % blocks.c == 0,
+        EVEN=length % blocks.c == 0,
         BLOCK_M=tiles.height,
         BLOCK_N=blocks.n,
         BLOCK_C=blocks.c,
@@ -408,24 +413,31 @@ def launch_product(kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: s
 
 
 def launch_weight_grads(
-    schedule: Schedule, tiles: Tiles, token: Tensor, x: Tensor, y: list[Tensor], grads: list[Tensor], *, of_inputs: bool
+    blocks: WeightBlocks,
+    tiles: Tiles,
+    token: Tensor,
+    x: Tensor,
+    y: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    of_inputs: bool,
 ) -> None:
     """`x^T y` of every expert. Of input weights x is gathered, else y."""
-    experts, lines, columns = grads[0].shape
-    two = len(grads) == 2
-    blocks = schedule.two_weight_grads if two else schedule.one_weight_grads
+    (experts, lines, columns), two = grads[0].shape, len(grads) == 2
+    width = blocks.n // 2 if two else blocks.n
     launch(
         kernels.weight_grads,
-        (experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, blocks.n),),
+        (experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, width),),
         x=x,
         **pair("y", y),
         token=token,
         ends=tiles.ends,
         **pair("out", grads),
+        num_tokens=x.shape[0] if of_inputs else y[0].shape[0],
         M=lines,
         N=columns,
         **strides("out", grads, "emn"),
-        GATED=two,
+        TWO=two,
         GATHER_X=of_inputs,
         GATHER_Y=not of_inputs,
         PRECISION=precision(x.dtype),
@@ -441,15 +453,18 @@ def launch_weight_grads(
 def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | None = None) -> None:
     """Sums of every expert's rows: of y itself; or, `given` the operands, of what is gathered, by weight."""
     (experts, columns), block = out.shape, 64
+    token, weight, assignment = (None,) * 3 if given is None else (given.token, given.weight, given.assignment)
     launch(
         kernels.bias_grads,
         (experts * triton.cdiv(columns, block),),
         y=y,
-        token=None if given is None else given.token,
-        row_weight=None if given is None else given.weight,
-        assignment=None if given is None else given.assignment,
+        token=token,
+        row_weight=weight,
+        assignment=assignment,
         ends=tiles.ends,
         out=out,
+        num_tokens=y.shape[0],
+        num_assignments=0 if weight is None else weight.shape[0],
         N=columns,
         **strides("out", [out], "en"),
         BLOCK_N=block,
@@ -458,12 +473,25 @@ def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | No
     )
 
 
-def launch_sum_rows(rows: Tensor, given: Operands, out: Tensor, *, weighted: bool) -> None:
-    """Every token's rows, by weight or not. Without `choices` their places are found by a stable sort."""
-    (num_tokens, dim), row, start = out.shape, given.row, None
+def launch_sum_rows(
+    given: Operands,
+    rows: Tensor | None,
+    out: Tensor,
+    *,
+    partial: Tensor | None = None,
+    grad_weight: Tensor | None = None,
+) -> None:
+    """Every token's rows; in the forward by weight, in the backward with the gradients of the weights.
+
+    Without `choices` a token's rows are found by a stable sort.
+    """
+    num_tokens, row, start = given.x.shape[0], given.row, None
     if given.choices == 0:
         ordered, row = given.token.sort(stable=True)
         start = torch.searchsorted(ordered, torch.arange(num_tokens + 1, dtype=ordered.dtype, device=ordered.device))
+        if grad_weight is not None:
+            grad_weight.zero_()  # not all of them have a row
+    dim = 1 if rows is None else rows.shape[1]
     block = min(1024, max(16, triton.next_power_of_2(dim)))
     launch(
         kernels.sum_rows,
@@ -471,12 +499,16 @@ def launch_sum_rows(rows: Tensor, given: Operands, out: Tensor, *, weighted: boo
         rows=rows,
         row_of=row,
         start_of=start,
-        weight=given.weight if weighted else None,
+        weight=given.weight if partial is None else None,
         assignment=given.assignment,
         out=out,
-        num_rows=rows.shape[0],
+        partial=partial,
+        grad_weight=grad_weight,
+        num_rows=given.token.shape[0],
         D=dim,
+        blocks=0 if partial is None else partial.shape[1],
         CHOICES=given.choices,
+        WIDTH=triton.next_power_of_2(given.choices or 16),
         BLOCK=block,
     )
 
@@ -495,10 +527,3 @@ def strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
 
 def activation_of(form: Form) -> dict[str, Any]:
     return dict(ACTIVATION=form.activation, ALPHA=form.alpha, LIMIT=form.limit)
-
-
-def narrowed(blocks: Blocks, weight: Tensor) -> Blocks:
-    """Loads of every second column take more registers: smaller blocks, and as many threads as there may be."""
-    adjacent = 1 in weight.stride()[1:]
-    small = Blocks(32, max(blocks.c // 2, 16), 8, min(blocks.stages, 3))
-    return blocks if adjacent else small

@@ -1,22 +1,19 @@
-"""Sizes of blocks, warps and stages of every kernel: one table, by kind of product and rows of an expert.
+"""Sizes of blocks, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
 
-`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of `PROVEN`: it fits into the
-card's shared memory, no register spills, and products run on tensor cores (but IEEE float32, which has none). No entry
-has been timed on a GPU yet.
+`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of its class and holds it to
+what it is chosen for: shared memory within the card's, no spilled registers, operands copied asynchronously with all
+stages under way, tensor cores in products (but of IEEE float32, which has none). No entry has been timed on a GPU yet.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-#: compute capabilities that the table is compiled and checked for
-PROVEN = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
-#: those with 163 KB of shared memory or more; the others have 99
-ROOMY = ((8, 0), (9, 0), (10, 0))
+Capability = tuple[int, int]
 
 
 class Blocks(NamedTuple):
-    """Of rows by weights: a block has `n` columns, and `c` are summed over at a time."""
+    """Of rows by weights: a block has `n` columns of weights, and `c` are summed over at a time."""
 
     n: int
     c: int
@@ -35,54 +32,116 @@ class WeightBlocks(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What one call uses. `rows` is the height of its tiles; `two` is for pairs of products with one left operand."""
+    """What one call uses: the height of its tiles, what a row of a full tile is reckoned to cost by that of the highest
+    ones, and the blocks of each kernel. Of gated experts with separate weights half of `n` are columns of either."""
 
     rows: int
-    two: Blocks  # up, of gated experts
-    one: Blocks  # up of plain experts, and down
+    cost: float
+    up: Blocks
+    down: Blocks
     hidden_grads: Blocks
     row_grads: Blocks
-    two_weight_grads: WeightBlocks
-    one_weight_grads: WeightBlocks
+    weight_grads: WeightBlocks
 
 
-def _half(rows: int, warps: int, stages: int) -> Schedule:
-    narrow, wide = Blocks(64, 64, warps, stages), Blocks(128, 64, warps, stages)
-    grads = wide if rows == 128 else narrow
-    return Schedule(rows, narrow, wide, grads, grads, WeightBlocks(128, 64, 64, 8, 4), WeightBlocks(128, 128, 64, 8, 4))
+def _low(weights: WeightBlocks, *costs: float) -> tuple[Schedule, ...]:
+    """Tiles of 16, 32 and 64 rows in bfloat16 or float16. They read weights more often: a program of `m` rows and 128
+    columns reads `1 / m + 1 / 128` elements a product, which costs more where products are faster."""
+    return tuple(
+        Schedule(
+            rows,
+            cost,
+            up=Blocks(128, 64, 4, stages),
+            down=Blocks(128, 64, 4, stages),
+            hidden_grads=Blocks(64, 64, 4, stages),
+            row_grads=Blocks(64, 64, 4, stages),
+            weight_grads=weights,
+        )
+        for rows, cost, stages in zip((16, 32, 64), costs, (4, 3, 3), strict=True)
+    )
 
 
-def _alike(rows: int, blocks: Blocks, weights: WeightBlocks) -> Schedule:
-    return Schedule(rows, blocks, blocks, blocks, blocks, weights, weights)
+def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
+    """float32: row_grads are narrow, since on sm_100 the two sums of 64 columns spill."""
+    blocks = Blocks(64, c, warps, 3)
+    return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlocks(64, 64, c, 8, 4))
 
 
-def _single(rows: int, c: int, warps: int) -> Schedule:
-    entry = _alike(rows, Blocks(64, c, warps, 3), WeightBlocks(64, 64, c, 8, 4))
-    return entry._replace(row_grads=Blocks(32, c, warps, 3))  # on sm_100 the two sums of 64 columns spill
+_MMA = WeightBlocks(128, 128, 32, 8, 4)
+_AMPERE = Schedule(
+    128,
+    1.0,
+    up=Blocks(128, 64, 8, 4),
+    down=Blocks(128, 64, 8, 4),
+    hidden_grads=Blocks(64, 64, 8, 4),
+    row_grads=Blocks(128, 64, 8, 4),
+    weight_grads=_MMA,
+)
+_SMALL = Schedule(
+    128,
+    1.0,
+    up=Blocks(128, 64, 8, 3),
+    down=Blocks(128, 64, 8, 3),
+    hidden_grads=Blocks(64, 64, 8, 3),
+    row_grads=Blocks(128, 64, 8, 3),
+    weight_grads=_MMA,
+)
+_HOPPER = Schedule(
+    128,
+    1.0,
+    up=Blocks(128, 64, 8, 3),
+    down=Blocks(256, 64, 8, 3),
+    hidden_grads=Blocks(64, 64, 8, 3),
+    row_grads=Blocks(256, 64, 8, 3),
+    weight_grads=WeightBlocks(128, 128, 64, 8, 3),
+)
+_BLACKWELL = _HOPPER._replace(down=Blocks(128, 64, 8, 3), row_grads=Blocks(128, 64, 8, 3))
 
-
-#: by kind; the first entry is taken whose tiles hold the mean rows of an expert, else the last
-TABLE: dict[str, tuple[Schedule, ...]] = {
-    "half": (_half(16, 4, 4), _half(32, 4, 3), _half(64, 4, 3), _half(128, 8, 3)),
-    "tf32": (_single(16, 32, warps=4), _single(32, 32, warps=4), _single(64, 32, warps=4), _single(128, 32, warps=8)),
+#: of bfloat16 and float16, by compute capability; these are the cards that the kernels are compiled and checked for
+HALF: dict[Capability, tuple[Schedule, ...]] = {
+    (8, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _AMPERE),  # 163 KB of shared memory
+    (8, 6): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),  # 99 KB
+    (8, 9): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),
+    (9, 0): (*_low(_HOPPER.weight_grads, 4.2, 2.3, 1.35), _HOPPER),  # 227 KB, warp groups multiply
+    (10, 0): (*_low(_BLACKWELL.weight_grads, 4.2, 2.3, 1.35), _BLACKWELL),
+    (12, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),
+}
+#: of float32, the same for all cards
+SINGLE: dict[str, tuple[Schedule, ...]] = {
+    "tf32": tuple(_single(rows, cost, 32, warps) for rows, cost, warps in ((16, 4, 4), (32, 2, 4), (64, 1.2, 4))),
     # on sm_90 the compiler wants 64 registers for the hidden layer's gradients with 4 warps, and spills
-    "ieee": (_single(16, 16, warps=4)._replace(hidden_grads=Blocks(64, 16, 8, 3)), _single(64, 16, warps=8)),
-    # of Triton's interpreter: so small that sizes which it can compute in a second have several of each
-    "interpreted": (
-        _alike(16, Blocks(16, 16, 1, 1), WeightBlocks(16, 32, 16, 1, 1)),
-        _alike(32, Blocks(32, 16, 1, 1), WeightBlocks(32, 16, 32, 1, 1)),
+    "ieee": (
+        _single(16, 2.0, 16, 4)._replace(hidden_grads=Blocks(64, 16, 8, 3)),
+        _single(64, 1.0, 16, 8),
     ),
 }
+SINGLE["tf32"] += (_single(128, 1.0, 32, 8),)
 
 
-def find_schedule(kind: str, mean_rows: int, capability: tuple[int, int] | None) -> Schedule:
-    """The entry for calls whose experts have so many rows on average; a new number of tokens finds one of a few."""
-    entries = TABLE[kind]
-    entry = next((entry for entry in entries if mean_rows <= entry.rows), entries[-1])
-    return deeper(entry) if kind == "half" and entry.rows == 128 and capability in ROOMY else entry
+def _alike(rows: int, cost: float, blocks: Blocks, weights: WeightBlocks) -> Schedule:
+    return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-def deeper(entry: Schedule) -> Schedule:
-    """The same with one block more under way, where there is room for it."""
-    one, row_grads = (blocks._replace(stages=blocks.stages + 1) for blocks in (entry.one, entry.row_grads))
-    return entry._replace(one=one, row_grads=row_grads, two=entry.two._replace(stages=entry.two.stages + 1))
+#: of Triton's interpreter: so small that sizes which it can compute in a second have several of each
+INTERPRETED: tuple[Schedule, ...] = (
+    _alike(16, 1.5, Blocks(32, 16, 1, 1), WeightBlocks(16, 32, 16, 1, 1)),
+    _alike(32, 1.0, Blocks(64, 16, 1, 1), WeightBlocks(32, 32, 32, 1, 1)),
+)
+
+
+def entries_of(kind: str, capability: Capability | None) -> tuple[Schedule, ...]:
+    """The entries for a kind of numbers ("half", "tf32", "ieee") on a card; without a card those of the interpreter."""
+    if capability is None:
+        return INTERPRETED
+    return HALF[capability] if kind == "half" else SINGLE[kind]
+
+
+def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
+    """The entry that is reckoned to take the least time where experts have so many rows on average; a new number of
+    tokens finds one of a few."""
+    return min(entries, key=lambda entry: entry.cost * rows_computed(mean_rows, entry.rows))
+
+
+def rows_computed(mean_rows: int, height: int) -> float:
+    """Of an expert: those of whole tiles, of which the last is half empty on average."""
+    return max(height, mean_rows + height / 2)
