@@ -59,6 +59,13 @@ def own(x: Tensor, shape: Any) -> Tensor:
     return torch.ops.aten._unsafe_view(x, shape)
 
 
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a stand-in without numbers, as tracers and memory estimates use them."""
+    from torch._subclasses import fake_tensor
+
+    return fake_tensor.is_fake(tensor)
+
+
 def is_wrapper_subclass(tensor: Tensor) -> bool:
     """Whether it is a tensor around other tensors, such as a DTensor."""
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)

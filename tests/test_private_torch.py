@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from mixture_of_experts import private_torch
@@ -41,6 +42,12 @@ def test_conditions_on_sizes():
     assert answers[0] == (True, True)
     assert answers[-1] == (False, True)
     assert not private_torch.exporting_flag()
+
+
+def test_stand_ins():
+    assert not private_torch.is_fake(torch.ones(2))
+    with FakeTensorMode():
+        assert private_torch.is_fake(torch.ones(2))
 
 
 class _Function(nn.Module):

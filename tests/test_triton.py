@@ -89,6 +89,31 @@ def test_tiles(check: Checks, experts: int, height: int):
 
 @slow
 @pytest.mark.parametrize(
+    ("layout", "activation", "dtype"),
+    [
+        ("gated", "silu", torch.bfloat16),
+        pytest.param("interleaved", "clamped_swiglu", torch.float16, marks=pytest.mark.slow),
+        pytest.param("concatenated", "gelu_tanh", torch.float32, marks=pytest.mark.slow),
+        pytest.param("plain", "relu_squared", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype):
+    check("check_canary", layout, activation, dtype)
+
+
+def test_pieces_of_the_first_hour(check: Checks):
+    check("check_first_hour")
+
+
+def test_heights_of_tiles(check: Checks):
+    check("check_heights")
+
+
+def test_no_more_tiles_than_there_can_be(check: Checks):
+    check("check_most_tiles")
+
+
+@pytest.mark.parametrize(
     ("layout", "options"),
     [
         ("interleaved", dict(routing="masked", bias=True, sizes=(19, 16, 20, 24, 4, 2))),

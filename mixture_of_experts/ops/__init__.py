@@ -51,7 +51,7 @@ __all__ = [
 
 # the fastest first
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
-AUTO = ("cpu", "grouped", "lean", "plain")  # those that are taken unasked; no GPU has timed the Triton kernels yet
+AUTO = ("cpu", "triton", "grouped", "lean", "plain")  # those that are taken unasked
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
 # read once: a compiled graph is guarded by this variable, and could not be by the environment
@@ -174,10 +174,8 @@ def _choose(call: Call) -> str:
             raise ValueError(f"{_asked_for!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
         return _tell(_asked_for, {})
     reasons = {}
-    if _LISTENERS.told and call.x.is_cuda:
-        reasons["triton"] = triton.why_not(call) or "it is taken when asked for only, as no GPU has timed it yet"
     for name in AUTO:
-        reason = WAYS[name].why_not(call)
+        reason = (triton.why_not_unasked if name == "triton" else WAYS[name].why_not)(call)
         if reason is None:
             return _tell(name, reasons)
         reasons[name] = reason

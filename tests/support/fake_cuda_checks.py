@@ -29,7 +29,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import card
-from support.fake_cuda_counts import count
+from support.fake_cuda_counts import Ledger, count
 
 DIM, HIDDEN = 64, 96
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
@@ -266,6 +266,18 @@ def costs(way: str, size: str = "small") -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def launches_of_decoding(way: str, tokens: int = 64) -> int:
+    """Launches of a layer of 128 experts, 8 of them chosen, on tokens of as many sequences in eval."""
+    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+        layer = MoE(2048, gate=TopKGating(2048, 128, 8), experts=GatedExperts(2048, 128, 768)).eval()
+        x = torch.empty(tokens, 1, 2048)
+        with Ledger() as ledger, pytest.MonkeyPatch.context() as patch:
+            patch.setattr("mixture_of_experts.ops.triton.operators.launch", ledger.launch)
+            layer(x)
+        return ledger.launches.total()
+
+
 def kept_of_scores(router: str, autocast: bool) -> float:
     """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
     tokens, dim, experts = 1024, 256, 512
@@ -328,3 +340,21 @@ def check_example(compiled: bool) -> None:
             (loss + aux_loss).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         optimizer.step()
+
+
+def check_example_for_gpus() -> None:
+    """The mixture of examples/train_gpu.py on a GPU is one graph, forward and backward."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+    import train_gpu
+
+    with fake_gpu(torch.float32, (8, 0)):
+        with torch.device("cuda"):
+            model = train_gpu.LanguageModel(train_gpu.mixture, 64, 2, 32)
+            windows = torch.zeros(2, 33, dtype=torch.int64)
+        with autocasting(), kernels_of_cuda():
+            loss, aux_loss = as_one_graph(model)(windows)
+        with kernels_of_cuda():
+            (loss + aux_loss).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())

@@ -5,6 +5,7 @@ Axes: t tokens, k choices, r rows, e experts, d model dim, h hidden dim, o outpu
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any
@@ -31,8 +32,8 @@ from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.network import Network
-from mixture_of_experts.ops.triton import operators, schedule, why_not
-from mixture_of_experts.ops.triton.form import form_of
+from mixture_of_experts.ops.triton import canary, operators, schedule, why_not
+from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
 from mixture_of_experts.plan import Plan
@@ -141,10 +142,10 @@ def check_values(
     where = make_plan(routing, t, d, e, k)
     network = make_network(layout, activation, e, d, h, o, bias=bias, transposed=transposed)
     x, grad, network = torch.randn(t, d).to(dtype), torch.randn(t, o).to(dtype), network.map(lambda w: w.to(dtype))
-    before = schedule.TABLE["interpreted"]
-    schedule.TABLE["interpreted"] = before if kind is None else schedule.TABLE[kind]
-    found = with_gradients(compute, x, where, network, grad)
-    schedule.TABLE["interpreted"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        if kind is not None:
+            patch.setattr(schedule, "INTERPRETED", schedule.entries_of(kind, (9, 0)))
+        found = with_gradients(compute, x, where, network, grad)
     double = where._replace(weight=where.weight.double())
     wanted = with_gradients(obvious, x.double(), double, network.map(torch.Tensor.double), grad.double())
     for name in wanted:
@@ -170,10 +171,125 @@ def check_tiles(e: int, height: int) -> None:
     for expert, count in enumerate(counts.tolist()):
         wanted += [(expert, start + i, min(start + i + height, start + count)) for i in range(0, count, height)]
         start += count
-    assert tiles.number >= len(wanted)
-    found = list(zip(*(t.tolist() for t in (tiles.expert, tiles.first, tiles.stop)), strict=True))
-    assert found == wanted + [(-1, 0, 0)] * (tiles.number - len(wanted))
+    more = len(tiles.table) - len(wanted)
+    assert more >= 0
+    assert list(map(tuple, tiles.table.tolist())) == wanted + [(-1, 0, 0)] * more
     assert tiles.ends.tolist() == counts.cumsum(0).tolist()
+
+
+def check_first_hour() -> None:
+    """The pieces of `benchmarks/first_hour.py` that run the kernels, on a CPU in the place of a card."""
+    import sys
+    from pathlib import Path
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from benchmarks import first_hour, gpu
+
+    device = first_hour.Device()
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+            *((canary, "TOKENS", 16), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU})),
+            *((first_hour, "DTYPES", ("bfloat16",)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
+        ):
+            patch.setattr(module, name, value)
+        patch.setattr(device, "name", "cpu")
+        patch.setattr(device, "shapes", lambda: [replace(gpu.SHAPES[0], t=16, d=16, h=16, e=2, k=1)])
+        found = first_hour.run_canary(device, "interleaved")
+        assert not found["wrong"]
+        assert found["right"] == 12  # three activations, two sizes, two entries
+
+        height = schedule.INTERPRETED[0].rows
+        patch.setattr(gpu, "candidates", lambda blocks: [blocks._replace(c=32), blocks._replace(c=0)])
+        patch.setattr(gpu, "compiles", lambda entry, step: True)
+        lines = first_hour.run_sweep(device, 0, height)
+        assert len(lines) == 1
+        assert f"tiles of {height}:" in lines[0]
+        patch.undo()
+        assert not gpu.compiles(schedule.INTERPRETED[0], lambda: (_ for _ in ()).throw(RuntimeError("no memory")))
+
+
+def check_heights() -> None:
+    """Rows that whole tiles have, as they are reckoned and of loads that are drawn; and which height they lead to."""
+    torch.manual_seed(0)
+    for mean in (128, 256, 1024):
+        counts = torch.multinomial(torch.ones(128), 128 * mean, replacement=True).bincount(minlength=128)
+        for height in (64, 128):
+            drawn = float((-(-counts // height) * height).sum()) / (128 * mean)
+            assert abs(schedule.rows_computed(mean, height) / mean - drawn) < 0.06
+    found = {
+        card: [schedule.find_schedule(schedule.entries_of("half", card), mean).rows for mean in (1, 24, 128, 1024)]
+        for card in ((8, 0), (9, 0))
+    }
+    assert found == {(8, 0): [16, 32, 64, 128], (9, 0): [16, 64, 128, 128]}
+
+
+KERNELS = [
+    "find_tiles",
+    "rows_by_weights",
+    "sum_rows",
+    "hidden_grads",
+    "weight_grads",
+    "bias_grads",
+    "row_grads",
+]
+
+
+def check_canary(layout: str, activation: str, dtype: torch.dtype) -> None:
+    """Kernels that are right pass, with every entry of the schedule; each that is planted wrong or raises is seen, off
+    is the way for the process, and a lack of memory is no verdict."""
+    form, entries = Form(layout, activation, 1.702, 7.0), schedule.INTERPRETED
+    kind = canary.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16))
+    launch, device = operators.launch, torch.device("cpu")
+
+    def judge(entry: int = 0) -> str | None:
+        return canary.judge(kind, device, entries, entries[entry : entry + 1])
+
+    def planted(name: str, fault: str) -> Any:
+        def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+            if kernel.fn.__name__ != name or fault == "slightly":
+                launch(kernel, grid, **arguments)
+            if kernel.fn.__name__ == name:
+                if fault == "memory":
+                    raise torch.OutOfMemoryError("no memory")
+                if fault == "raises":
+                    raise RuntimeError("a compiler gives up")
+                if fault == "slightly":
+                    out = next(arguments[key] for key in ("out", "grad_pre", "tiles") if arguments.get(key) is not None)
+                    out.mul_(1.2) if out.is_floating_point() else out[:, 2].sub_(1).clamp_(min=0)
+
+        return wrong
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(canary, "TOKENS", 32)
+        patch.setattr(canary, "DIM", 32)
+        patch.setattr(canary, "_verdicts", {})
+        assert judge(0) is None
+        assert judge(1) is None
+        assert len(canary._verdicts) == 2
+        for name in KERNELS:
+            for fault in ("slightly", "raises") if name == "row_grads" else ("slightly",):
+                patch.setattr(canary, "_verdicts", {})
+                patch.setattr(operators, "launch", planted(name, fault))
+                with pytest.warns(UserWarning, match="off in this process"):
+                    wrong = judge()
+                assert wrong is not None
+                assert ("they raise RuntimeError" if fault == "raises" else "differs") in wrong
+                patch.setattr(operators, "launch", launch)
+                assert judge(1) == wrong  # nothing is asked again, and nothing else
+        patch.setattr(canary, "_verdicts", {})
+        patch.setattr(operators, "launch", planted("row_grads", "memory"))
+        assert "no memory" in str(judge())
+        assert not canary._verdicts
+
+
+def check_most_tiles() -> None:
+    """The bound is reached, and never passed: all ways to give some rows to some experts."""
+    for experts in (1, 2, 3):
+        for rows in range(1, 9):
+            shares = [s for s in itertools.product(range(rows + 1), repeat=experts) if sum(s) <= rows]
+            for height in (1, 2, 3, 4):
+                most = max(sum(-(-count // height) for count in share) for share in shares)
+                assert operators.most_tiles(rows, experts, height) == most
 
 
 def check_memory(*args: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""The way of Triton kernels, for NVIDIA GPUs: proven without one, timed on none yet, and taken only when asked for."""
+"""The way of Triton kernels, for NVIDIA GPUs: proven without one, timed on none yet, checked on each at first use."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton.form import form_of
-from mixture_of_experts.ops.triton.schedule import PROVEN
+from mixture_of_experts.ops.triton.schedule import HALF
+from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+UNASKED = ((8, 0), (8, 6), (8, 9), (12, 0))  # elsewhere torch's grouped product is one kernel, here a loop of many
 MULTIPLE = 16  # other sizes would be right too, but loads that are not aligned are slow and take more registers
 WIDEST = 1 << 24  # int32 holds the places of 128 rows, the most that a tile has, up to this width
 
@@ -31,7 +33,20 @@ def why_not(call: Call) -> str | None:
         return "kernels do not run under transforms of torch.func"
     if exporting():
         return "an exported graph has torch's own operators only"
-    return _why_not_on(x.device) or _why_not_of(x.dtype, network)
+    return _why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
+
+
+def why_not_unasked(call: Call) -> str | None:
+    """The same where nobody asks for them: cards and dtypes for which no other way is as good, as far as is known."""
+    x = call.x
+    if not x.is_cuda or torch.version.hip is not None:
+        return "kernels are for NVIDIA GPUs"
+    if capability(x.device) not in UNASKED:
+        said = "on compute capability {}.{} torch's grouped product is taken unless they are asked for"
+        return said.format(*capability(x.device))
+    if x.dtype == torch.float32:
+        return "float32 is computed by torch's products unless they are asked for"
+    return why_not(call)
 
 
 def run(call: Call) -> Tensor:
@@ -41,12 +56,34 @@ def run(call: Call) -> Tensor:
     return network.run(call)
 
 
+def _why_wrong(call: Call) -> str | None:
+    """What a check of the kernels on this card found. Tensors that are not real are taken for right."""
+    x, network = call.x, call.network
+    compiling = torch.compiler.is_compiling()
+    if not x.is_cuda or (not compiling and is_fake(x)):
+        return None
+    from mixture_of_experts.ops.triton import canary
+
+    form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
+    assert form is not None
+    return canary.why_wrong(
+        x.device.index or 0,
+        x.dtype,
+        (form.layout, form.activation, form.alpha, form.limit),
+        (network.b_in[0] is not None, network.b_out is not None),
+        (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
+        (d % 64, h % 64, o % 64),
+        # a graph may leave the number of tokens open
+        None if compiling else call.decision.most_rows // network.w_out.shape[0],
+    )
+
+
 def _why_not_on(device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
-    if capability(device) not in PROVEN:
+    if capability(device) not in HALF:
         return "compute capability {}.{} is none that the kernels were compiled for".format(*capability(device))
     return None
 

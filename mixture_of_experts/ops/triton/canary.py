@@ -1,0 +1,212 @@
+"""Whether the kernels compute on this card what they should: found by calls of some rows before they serve one.
+
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
+
+A call is described by what its programs depend on (`Kind`). For each description and entry of the schedule the kernels
+compute made-up rows, outputs and all gradients, beside the lean way in float32. One that differs, or raises, turns
+the Triton way off for the process, with a warning: a compiler that is wrong once is not asked again.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.decision import decision_on
+from mixture_of_experts.ops import lean
+from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.triton.form import Form
+from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
+from mixture_of_experts.private_torch import constant_in_graphs
+
+TOKENS, CHOICES, DIM = 256, 2, 192  # sizes are this and what is said of the caller's
+#: relative norms of what may be between the kernels and the lean way in float32
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+FAR = 1 << 31  # elements that int32 does not count
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu_squared": SquaredReLU,
+    "identity": nn.Identity,
+}
+
+
+class Kind(NamedTuple):
+    """What programs depend on.
+
+    Attributes:
+        device: its index.
+        dtype: of x and weights.
+        form: of the network.
+        biases: whether there are some of input and of output weights.
+        transposed: whether input and output weights are stored so.
+        sizes: d, h and o modulo 64: whether blocks fit into them.
+    """
+
+    device: int
+    dtype: torch.dtype
+    form: Form
+    biases: tuple[bool, bool]
+    transposed: tuple[bool, bool]
+    sizes: tuple[int, int, int]
+
+
+_verdicts: dict[tuple[Kind, Schedule], str | None] = {}
+
+
+@constant_in_graphs  # while a graph is traced, too, the kernels run on what is made here
+def why_wrong(
+    device: int,
+    dtype: torch.dtype,
+    form: tuple[str, str, float, float],
+    biases: tuple[bool, bool],
+    transposed: tuple[bool, bool],
+    sizes: tuple[int, int, int],
+    mean_rows: int | None,
+) -> str | None:
+    """None if the kernels are right on a kind of calls; `mean_rows` of an expert, None for all there may be."""
+    if not torch.cuda.is_available():
+        return None  # what says that it is on a GPU is not real
+    from mixture_of_experts.ops.triton.operators import entries_for
+
+    entries = entries_for(torch.device("cuda", device), dtype)
+    kind = Kind(device, dtype, Form(*form), biases, transposed, sizes)
+    wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
+    return judge(kind, torch.device("cuda", device), entries, wanted)
+
+
+def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
+    """None if the kernels are right with the `wanted` of all entries, or the reason why they are not taken."""
+    for entry in wanted:
+        if wrong := next((verdict for verdict in _verdicts.values() if verdict), None):
+            return wrong
+        key = kind, entry
+        if key in _verdicts:
+            continue
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            warnings.warn(
+                "a CUDA graph is captured before the Triton kernels were checked, and is captured without them: run "
+                "the layer once before",
+                stacklevel=2,
+            )
+            return "they were not checked before this stream was captured"
+        try:
+            with undisturbed(device):
+                _verdicts[key] = fault(kind, device, entries, entry)
+        except torch.OutOfMemoryError:  # no verdict
+            return "there is no memory to check them"
+        if verdict := _verdicts[key]:
+            warnings.warn(f"the Triton kernels are off in this process: {verdict}", stacklevel=2)
+            return verdict
+    return None
+
+
+def forget() -> None:
+    """Check everything anew, as in a new process."""
+    _verdicts.clear()
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read."""
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
+    try:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
+    """What is wrong with the kernels for one entry of the schedule."""
+    rows = TOKENS * CHOICES
+    experts = max(e for e in range(1, rows // 8 + 1) if find_schedule(entries, rows // e) is entry)
+    far = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * FAR * kind.dtype.itemsize
+    call = make_call(kind, device, experts, far and experts > 1 and entry is entries[-1])
+    said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
+    try:
+        found = results(call, kernels=True)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as reason:  # whatever a compiler or a driver raises
+        return f"{said} they raise {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+    wide = call._replace(x=call.x.float(), network=call.network.map(lambda weight: weight.float()))
+    for name, got, want in zip(names(call), found, results(wide, kernels=False), strict=True):
+        error = float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-6))
+        if not error < TOLERANCE[kind.dtype]:
+            return f"{said} {name} differs from the lean way's by {error:.1e} of its norm"
+    return None
+
+
+def make_call(kind: Kind, device: torch.device, experts: int, far: bool) -> Call:
+    """Of unit scale; the last of three experts or more is empty, and some choices are nobody's. With `far` the last
+    experts' input weights lie past what int32 counts."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(kind.dtype)
+
+    def weight(p: int, q: int, transposed: bool, apart: int = 0) -> Tensor:
+        drawn = draw(experts, q, p).mT if transposed else draw(experts, p, q)
+        drawn = drawn / math.sqrt(p)
+        if not apart:
+            return drawn
+        memory = torch.empty(apart * (experts - 1) + p * q, dtype=kind.dtype, device=device)
+        strides = apart, *drawn.stride()[1:]
+        return memory.as_strided(drawn.shape, strides).copy_(drawn)
+
+    d, h, o = (DIM + size for size in kind.sizes)
+    fused = kind.form.layout in ("concatenated", "interleaved")
+    width, number = (2 * h if fused else h), (2 if kind.form.layout == "gated" else 1)
+    apart = -(-FAR // (experts - 1) // 64) * 64 if far else 0
+    network = Network(
+        tuple(weight(d, width, kind.transposed[0], apart if i == 0 and number == 1 else 0) for i in range(number)),
+        weight(h, o, kind.transposed[1], apart),
+        activation_of(kind.form),
+        tuple(draw(experts, width) if kind.biases[0] else None for _ in range(number)),
+        draw(experts, o) if kind.biases[1] else None,
+        kind.form.layout if fused else None,  # type: ignore[arg-type]
+    )
+    used = experts - 1 if experts > 2 else experts
+    expert = torch.randint(0, used, (TOKENS, CHOICES), generator=generator, device=device)
+    expert[::17, 0] = -1
+    weights = torch.rand(TOKENS, CHOICES, generator=generator, device=device) + 0.1
+    return Call(draw(TOKENS, d), decision_on(expert, weights, experts), network, True)
+
+
+def activation_of(form: Form) -> ActivationLike:
+    if form.activation == "clamped_swiglu":
+        return ClampedSwiGLU(form.alpha, form.limit)
+    return nn.GELU("tanh") if form.activation == "gelu_tanh" else ACTIVATIONS[form.activation]()
+
+
+def results(call: Call, *, kernels: bool) -> list[Tensor]:
+    """Outputs, and the gradients of tokens, of the choices' weights and of the network."""
+    from mixture_of_experts.ops.triton import network as by_kernels
+
+    given = call.decision
+    x, weight = call.x.detach().requires_grad_(), given.weight.detach().requires_grad_()
+    network = call.network.map(lambda tensor: tensor.detach().requires_grad_())
+    expert = torch.where(given.kept, given.expert, -1)
+    decision = decision_on(expert.view(-1, CHOICES), weight.view(-1, CHOICES), network.w_out.shape[0])
+    out = (by_kernels if kernels else lean).run(Call(x, decision, network, True))
+    grad = torch.linspace(-1, 1, out.numel(), device=out.device).sin().view_as(out).to(call.x.dtype).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, [x, weight, *network.tensors().values()], grad)]
+
+
+def names(call: Call) -> list[str]:
+    """Of what `results` returns."""
+    return ["the output", *(f"the gradient of {name}" for name in ("x", "weights", *call.network.tensors()))]
