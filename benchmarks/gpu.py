@@ -14,6 +14,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +31,7 @@ from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
 ROUNDS, WARMUP = 20, 5
 CHECKED = 512  # tokens on which contestants are compared
 TOLERANCE = 3e-2  # relative norm, for bfloat16
+GAP = 0.05  # between the last logit chosen and the next: a router that rounds in bfloat16 may swap closer ones
 WAYS = ("triton", "grouped", "lean")
 
 
@@ -61,6 +63,7 @@ class Contestant:
     forward: Callable[[Tensor], Tensor]
     parameters: list[Tensor]
     computes: bool = True
+    module: nn.Module | None = None  # of its own, whose mode it goes by
     weights: list[Tensor] = field(default_factory=list)  # whose gradients are compared: w1, w3, w2, if they lie alike
 
 
@@ -105,7 +108,7 @@ def transformers_block(backend: str) -> Callable[[Shape, MoE], Contestant]:
             out = block(x)
             return out[0] if isinstance(out, tuple) else out
 
-        return Contestant(forward, list(block.parameters()))
+        return Contestant(forward, list(block.parameters()), module=block)
 
     return enter
 
@@ -139,7 +142,7 @@ def sonicmoe(shape: Shape, layer: MoE) -> Contestant:
 
     options = {"activation_function": ActivationType.SWIGLU, "add_bias": False, "std": 0.02}
     module = package.MoE(shape.e, shape.k, shape.d, shape.h, **options).to(layer.experts.w1.device, torch.bfloat16)
-    return Contestant(lambda x: module(x)[0], list(module.parameters()), computes=False)
+    return Contestant(lambda x: module(x)[0], list(module.parameters()), computes=False, module=module)
 
 
 def even_products(grouped: bool) -> Callable[[Shape, MoE], Contestant]:
@@ -201,13 +204,17 @@ def step_of(contestant: Contestant, x: Tensor, mode: str) -> Callable[[], Tensor
 
 
 def check(contestant: Contestant, layer: MoE, shape: Shape, device: str) -> float | None:
-    """Relative error against the plain way in float32, of outputs and of the gradients that can be compared."""
+    """Relative error against the plain way in float32, of outputs and of the gradients that can be compared; of tokens
+    whose choices are clear."""
     if not contestant.computes:
         return None
     torch.manual_seed(1)
     x = torch.randn(1, min(CHECKED, shape.t), shape.d, device=device, dtype=layer.experts.w1.dtype)
     exact = make_layer(shape, device, torch.float32)
     exact.load_state_dict(layer.state_dict())
+    x = x[:, clear(exact, x.float(), shape)].contiguous()
+    if x.numel() == 0:
+        raise MissingError("no token's choices are clear at this size: nothing is compared")
     leaves = [x.clone().requires_grad_(), *contestant.weights]
     wide = [x.float().requires_grad_(), *([exact.experts.w1, exact.experts.w3, exact.experts.w2][: len(leaves) - 1])]
     out = contestant.forward(leaves[0])
@@ -220,19 +227,39 @@ def check(contestant: Contestant, layer: MoE, shape: Shape, device: str) -> floa
     return max(float(((got.float() - want).norm() / want.norm()).detach()) for got, want in pairs)
 
 
+@torch.no_grad()
+def clear(exact: MoE, x: Tensor, shape: Shape) -> Tensor:
+    """`(t,)` bool: the tokens of `(1, t, d)` whose choices do not hang on how a router rounds."""
+    if shape.k == shape.e:
+        return torch.ones(x.shape[1], dtype=torch.bool, device=x.device)
+    best = (x[0] @ exact.gate.w_gating).topk(shape.k + 1).values  # type: ignore[operator]
+    return best[:, -2] - best[:, -1] > GAP
+
+
 def seconds(
     steps: dict[str, Callable[[], Tensor]], parameters: dict[str, list[Tensor]], device: str
-) -> dict[str, list[float]]:
-    """Every contestant once a round, timed by the device's own events."""
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Every contestant once a round, timed by the device's own events; and what ended those that raise."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    ended: dict[str, str] = {}
     for turn in range(WARMUP + ROUNDS):
-        for name, step in steps.items():
-            found = timed(step, device)
-            for parameter in parameters[name]:
-                parameter.grad = None
+        for name in [name for name in steps if name not in ended]:
+            try:
+                found = timed(steps[name], device)
+            except Exception as reason:  # of a compiler, a driver, a rival's assert
+                ended[name] = told(reason)
+                continue
+            finally:
+                for parameter in parameters[name]:
+                    parameter.grad = None
             if turn >= WARMUP:
                 samples[name].append(found)
-    return samples
+    return {name: found for name, found in samples.items() if name not in ended}, ended
+
+
+def told(reason: Exception) -> str:
+    """What was raised, in a line."""
+    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
 
 
 def timed(step: Callable[[], Tensor], device: str) -> float:
@@ -271,19 +298,25 @@ def run(shape: Shape, mode: str, device: str = "cuda") -> dict[str, Any]:
     for name, enter in CONTESTANTS.items():
         try:
             contestant = enter(shape, layer)
+            if contestant.module is not None:
+                contestant.module.train(mode == "train")
             error = check(contestant, layer, shape, device)
             step = step_of(contestant, x, mode)
             peak = peak_bytes(step, device)
-        except (MissingError, ImportError, ValueError, RuntimeError, TypeError, AttributeError) as reason:
-            record["missing"][name] = f"{type(reason).__name__}: {str(reason).splitlines()[0]}"
+        except Exception as reason:  # errors of Triton derive from nothing else, and rivals assert
+            record["missing"][name] = told(reason)
             continue
         if error is not None and not error < TOLERANCE:
             record["wrong"][name] = error
             continue
         steps[name], parameters[name] = step, [x, *contestant.parameters]
         record["contestants"][name] = {"error": error, "peak_bytes": peak}
-    for name, samples in seconds(steps, parameters, device).items():
-        record["contestants"][name] |= {"median_s": median(samples), "seconds": samples}
+    samples, ended = seconds(steps, parameters, device)
+    for name, found in samples.items():
+        record["contestants"][name] |= {"median_s": median(found), "seconds": found}
+    for name, reason in ended.items():
+        record["missing"][name] = reason
+        del record["contestants"][name]
     return record
 
 
@@ -307,24 +340,27 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
 # ---- the sizes of blocks ----
 
 
-def sweep(shape: Shape) -> Iterator[str]:
+def sweep(shape: Shape, device: str = "cuda", height: int | None = None) -> Iterator[str]:
     """One field of the schedule's entry after the other, the best of some sizes by forward and backward."""
-    from mixture_of_experts.ops.triton import schedule
+    from mixture_of_experts.ops.triton import operators, schedule
 
-    layer = make_layer(shape, "cuda", torch.bfloat16)
-    x = torch.randn(1, shape.t, shape.d, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    layer = make_layer(shape, device, torch.bfloat16)
+    x = torch.randn(1, shape.t, shape.d, device=device, dtype=torch.bfloat16, requires_grad=True)
     step = step_of(by_way("triton")(shape, layer), x, "train")
     mean_rows = shape.t * shape.k // shape.e
-    for rows in (16, 32, 64, 128):
-        best = schedule.find_schedule("half", mean_rows, torch.cuda.get_device_capability())._replace(rows=rows)
-        best_time = time_of(best, step)
-        for name in ("two", "one", "hidden_grads", "row_grads", "two_weight_grads", "one_weight_grads"):
+    for entry in operators.entries_for(torch.device(device), torch.bfloat16):
+        if height not in (None, entry.rows):
+            continue
+        best, best_time = entry, time_of(entry, step, device)
+        for name in schedule.Schedule._fields[2:]:
             for blocks in candidates(getattr(best, name)):
                 tried = best._replace(**{name: blocks})
-                found = time_of(tried, step)
+                if tried == best or not compiles(tried, step):
+                    continue
+                found = time_of(tried, step, device)
                 if found < best_time:
                     best, best_time = tried, found
-        yield f"{shape.name}, {mean_rows} rows an expert, tiles of {rows}: {best_time * 1e3:.3f} ms with {best}"
+        yield f"{shape.name}, {mean_rows} rows an expert, tiles of {best.rows}: {best_time * 1e3:.3f} ms with {best}"
 
 
 def candidates(blocks: Any) -> Iterator[Any]:
@@ -335,18 +371,45 @@ def candidates(blocks: Any) -> Iterator[Any]:
                     yield blocks._replace(n=n, c=c, warps=warps, stages=stages)
 
 
-def time_of(entry: Any, step: Callable[[], Tensor]) -> float:
-    """Median seconds of a step with this entry; infinite where it does not fit the card."""
+@contextmanager
+def with_entry(entry: Any, launch: Callable[..., None] | None = None) -> Iterator[None]:
+    """Where every call has this entry of the schedule, and kernels are launched so."""
     from mixture_of_experts.ops.triton import operators
 
-    before, operators.schedule_for = operators.schedule_for, lambda x, mean_rows: entry
+    before = operators.schedule_for, operators.launch
+    operators.schedule_for, operators.launch = lambda x, mean_rows: entry, launch or operators.launch
     try:
-        return median(timed(step, "cuda") for _ in range(WARMUP + ROUNDS))
-    except Exception as reason:  # too much shared memory, or a compiler that gives up
-        print(f"  {entry} does not run: {type(reason).__name__}", flush=True)
-        return float("inf")
+        yield
     finally:
-        operators.schedule_for = before
+        operators.schedule_for, operators.launch = before
+
+
+def compiles(entry: Any, step: Callable[[], Tensor]) -> bool:
+    """Whether every kernel compiles with this entry, fits the card and spills no register; nothing is launched."""
+
+    def compile_only(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        compiled = kernel.warmup(grid=grid, enable_fp_fusion=True, **arguments)
+        compiled._init_handles()  # which raises where shared memory is too little
+        if compiled.n_spills:
+            raise RuntimeError("registers are spilled")
+
+    try:
+        with with_entry(entry, compile_only):
+            step()
+    except Exception as reason:
+        print(f"  {entry} is left out: {told(reason)}", flush=True)
+        return False
+    return True
+
+
+def time_of(entry: Any, step: Callable[[], Tensor], device: str = "cuda") -> float:
+    """Median seconds of a step with this entry; infinite where it does not run."""
+    try:
+        with with_entry(entry):
+            return median(timed(step, device) for _ in range(WARMUP + ROUNDS))
+    except Exception as reason:
+        print(f"  {entry} does not run: {told(reason)}", flush=True)
+        return float("inf")
 
 
 # ---- the command ----
@@ -372,7 +435,8 @@ def main(options: argparse.Namespace) -> int:
     name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
     print(f"{name}, compute capability {capability}, torch {torch.__version__}", flush=True)
     records = []
-    for shape in SHAPES:
+    memory = torch.cuda.get_device_properties(0).total_memory
+    for shape in (fitting(shape, memory) for shape in SHAPES):
         for mode in MODES:
             if options.only and not fnmatch(f"{shape.name}/{mode}", f"*{options.only}*"):
                 continue
@@ -387,6 +451,16 @@ def main(options: argparse.Namespace) -> int:
     if options.plot:
         plot(records, options.plot)
     return int(any(record["wrong"] for record in records))
+
+
+def fitting(shape: Shape, memory: int) -> Shape:
+    """The shape, made smaller until a card of so many bytes holds the weights of a few contestants with gradients and
+    a float32 copy, and what a call makes of its rows."""
+    while 3 * shape.e * shape.d * shape.h * 2 * 16 > memory:
+        shape = replace(shape, h=shape.h // 2)
+    while shape.t * shape.k * (2 * shape.d + 4 * shape.h) * 2 * 4 > memory:
+        shape = replace(shape, t=shape.t // 2)
+    return shape
 
 
 def small(shape: Shape) -> Shape:

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import constants, counting, counts, field, gpu, pool, problem, report, timing  # noqa: E402
+from benchmarks import constants, counting, counts, field, first_hour, gpu, pool, problem, report, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.loop import load_of  # noqa: E402
 from benchmarks.rivals import PUBLISHED, ST_MOE  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
+from mixture_of_experts import ops  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
 
 TOYS = {case.name: case for case in choose("toy", quick=False)}
@@ -352,3 +353,128 @@ def test_a_wrong_contestant_is_left_out(monkeypatch: pytest.MonkeyPatch):
 def test_without_a_gpu_its_field_says_so(capsys: pytest.CaptureFixture):
     assert command.main(["--device", "cuda"]) == 2
     assert "no GPU" in capsys.readouterr().out
+
+
+# ---- the first hour on a card, with a CPU in the card's place ----
+
+
+class NoCard(first_hour.Device):
+    """Small shapes, no graph, and of the tests one."""
+
+    name = "cpu"
+
+    def describe(self) -> dict:
+        return {"card": "none", "capability": (0, 0), "memory": 1 << 30, "torch": torch.__version__}
+
+    def shapes(self) -> list[gpu.Shape]:
+        return [gpu.small(shape) for shape in gpu.SHAPES[:2]]
+
+    def tests(self) -> list[str]:
+        return ["-m", "", "tests/test_logits.py", "-k", "nothing_of_this_name"]
+
+    def capture(self, call):
+        out = call()
+        return lambda: out.copy_(call()), out
+
+
+@pytest.fixture
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "ROUNDS", 1)
+    monkeypatch.setattr(gpu, "WARMUP", 0)
+
+
+@pytest.mark.usefixtures("few_rounds")
+def test_pieces_of_the_first_hour_are_reported_and_not_run_again(tmp_path: Path, capsys) -> None:
+    """Every piece by the commands a card would run, but those of Triton alone; one of them ends badly, one never."""
+    device = NoCard()
+    child = tmp_path / "child.py"
+    child.write_text(
+        "import sys, time\n"
+        "name, folder = sys.argv[2], sys.argv[4]\n"
+        "if name == 'decoding': raise SystemExit('the driver is gone')\n"
+        "if name == 'training': time.sleep(60)\n"
+        "open(f\"{folder}/{name.replace('/', '.')}.json\", 'w').write('{\"found\": [\"' + name + ' ended\"]}')\n"
+    )
+    command = [sys.executable, str(child)]
+    bad = first_hour.run_all(tmp_path, "[dt]*", device, command, limit=2)
+    assert bad == ["decoding", "training"]
+    told = first_hour.report(tmp_path, device)
+    assert "tests ended" in told
+    assert "the driver is gone" in told
+    assert "was not run" in told
+    capsys.readouterr()
+    assert first_hour.run_all(tmp_path, "tests", device, ["false"]) == []  # it is there
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("few_rounds")
+@pytest.mark.parametrize("name", ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "decoding", "training"])
+def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
+    device = NoCard()
+    (tmp_path / "machine.json").write_text(json.dumps(device.describe()))
+    assert first_hour.main(["--piece", name, "--folder", str(tmp_path)], device) == 0
+    found = json.loads(first_hour.file_of(tmp_path, name).read_text())["found"]
+    told = first_hour.report(tmp_path, device)
+    if name.startswith("cases"):
+        assert "| layer, lean |" in told
+        assert not found["wrong"]
+        assert "NVIDIA" in found["missing"]["layer, triton"]
+    elif name == "tests":
+        assert any("deselected" in line for line in found["lines"])
+    elif name == "decoding":
+        assert found["64 tokens, auto"]["error"] == 0
+        assert "NVIDIA" in found["1 tokens, triton"]["ended"]
+    else:
+        assert found["auto"]["first"] == pytest.approx(found["lean"]["first"], rel=1e-2)
+        assert "NVIDIA" in found["triton"]["ended"]
+
+
+def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
+    device = NoCard()
+    assert first_hour.main(["--list"], device) == 0
+    listed = capsys.readouterr().out.split()
+    assert {"tests", "canary/gated", "cases/mixtral/train", "sweep/mixtral/128"} <= set(listed)
+    if not torch.cuda.is_available():
+        assert first_hour.main([]) == 2
+
+
+def test_what_raises_in_a_timed_round_ends_alone(few_rounds) -> None:
+    def raises() -> torch.Tensor:
+        raise AssertionError("a rival's")
+
+    samples, ended = gpu.seconds({"a": raises, "b": lambda: torch.ones(1)}, {"a": [], "b": []}, "cpu")
+    assert list(samples) == ["b"]
+    assert ended == {"a": "AssertionError: a rival's"}
+
+
+def test_a_rival_that_rounds_its_router_is_compared_where_choices_are_clear(monkeypatch) -> None:
+    """A router in bfloat16 takes other experts where two are close: right all the same."""
+    shape = replace(gpu.SHAPES[1], t=512, d=64, h=16, e=128, k=8)
+
+    def rounding(shape: gpu.Shape, layer: gpu.MoE) -> gpu.Contestant:
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            logits = (x @ layer.gate.w_gating).flatten(0, 1).float()
+            weight, expert = logits.softmax(-1).topk(shape.k)
+            weights = layer.experts.w1, layer.experts.w2, layer.experts.w3
+            weight = weight / weight.sum(-1, keepdim=True)
+            out = ops.moe_ffn(x.flatten(0, 1), expert, weight, *weights, activation=torch.nn.SiLU())
+            return out.view_as(x)
+
+        return gpu.Contestant(forward, [])
+
+    layer = gpu.make_layer(shape, "cpu", torch.bfloat16)
+    contestant = rounding(shape, layer)
+    error = gpu.check(contestant, layer, shape, "cpu")
+    monkeypatch.setattr(gpu, "GAP", -1.0)
+    everywhere = gpu.check(contestant, layer, shape, "cpu")
+    assert error is not None
+    assert everywhere is not None
+    assert error < gpu.TOLERANCE < everywhere
+
+
+@pytest.mark.parametrize("gigabytes", [24, 80])
+def test_shapes_fit_the_card(gigabytes: int) -> None:
+    for shape in gpu.SHAPES:
+        fitted = gpu.fitting(shape, gigabytes << 30)
+        assert 3 * fitted.e * fitted.d * fitted.h * 2 * 16 <= gigabytes << 30
+        assert gigabytes < 80 or fitted == shape

@@ -117,6 +117,7 @@ def test_a_graph_captures_a_call(way: str):
         pytest.skip(f"{way} does not take this here")
     with torch.no_grad(), ops.use(way):
         side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())  # x is made there
         with torch.cuda.stream(side):
             for _ in range(3):
                 layer(x)
