@@ -17,7 +17,7 @@ from benchmarks.problem import weights as make_weights
 
 def build(case: Case, threshold: float = 0.2) -> nn.Module:
     """The layer with fresh weights."""
-    from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating
+    from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 
     top2 = {
         "capacity_factor_train": case.factor,
@@ -33,8 +33,8 @@ def build(case: Case, threshold: float = 0.2) -> nn.Module:
         return MoE(case.d, case.e, case.h, nn.GELU, **top2)
     factors = {"capacity_factor_train": case.factor, "capacity_factor_eval": case.factor}
     gate = TopKGating(case.d, case.e, case.k, **factors)
-    experts = GatedExperts(case.d, case.e, case.h, nn.SiLU) if case.gated else None
-    return MoE(case.d, case.e, case.h, nn.GELU, experts=experts, gate=gate)
+    experts = (GatedExperts if case.gated else Experts)(case.d, case.e, case.h)
+    return MoE(case.d, case.e, experts=experts, gate=gate)
 
 
 def state(case: Case, weights: Weights) -> dict[str, torch.Tensor]:

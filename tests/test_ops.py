@@ -182,7 +182,11 @@ def test_explain():
     assert ops.explain(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
     meta = ops.explain(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
     assert meta.way == "lean"
-    assert meta.reasons == {"cpu": "the tokens are on meta", "grouped": "there is no grouped product on meta"}
+    assert meta.reasons == {
+        "cpu": "the tokens are on meta",
+        "triton": "kernels are for NVIDIA GPUs",
+        "grouped": "there is no grouped product on meta",
+    }
     with ops.use("grouped"):
         assert ops.explain(MoE(D, E), x).way == "grouped"
 

@@ -188,7 +188,7 @@ def check_first_hour() -> None:
     device = first_hour.Device()
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            *((canary, "TOKENS", 16), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU})),
+            *((canary, "TOKENS", 16), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU})),
             *((first_hour, "DTYPES", ("bfloat16",)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
         ):
             patch.setattr(module, name, value)
