@@ -5,6 +5,7 @@ from mixture_of_experts.huggingface.backend import experts_forward
 from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.loader import ExpertsLoader
 from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
 from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
@@ -12,6 +13,7 @@ from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
 __all__ = [
     "Adapter",
     "BalanceCallback",
+    "ExpertsLoader",
     "MoEFeedForward",
     "RoutingCallback",
     "aux_loss",

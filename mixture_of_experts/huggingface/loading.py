@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
 
-import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from mixture_of_experts.huggingface.adapters import Adapter
-from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards
-from mixture_of_experts.huggingface.record import KEY, GateFactory, gate_factory
-from mixture_of_experts.huggingface.replace import replace_ffn
+from mixture_of_experts.huggingface.configuration import KEY, layers_with_experts
+from mixture_of_experts.huggingface.feed_forward import Replaced
+from mixture_of_experts.huggingface.record import GateFactory
+from mixture_of_experts.huggingface.restore import initialise_missing, put_experts
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would take them for its own
 
 
 def from_pretrained(
@@ -31,7 +31,8 @@ def from_pretrained(
 ) -> Any:
     """Load what `save_pretrained` wrote of a model that `replace_ffn` or `upcycle` changed.
 
-    The class of `transformers` alone cannot: it has no place for experts, and refuses the checkpoint.
+    Auto classes and the model's own class do it too, where this package is imported. This function also takes a gate of
+    one's own, adapters, and folders that earlier versions saved.
 
     Args:
         path: the folder, or a name on the hub.
@@ -39,9 +40,9 @@ def from_pretrained(
         gate: the function that was given to `replace_ffn`. Needed where the gate is not one of this package: those are
             written into `config.json`.
         adapters: as they were given to `replace_ffn`.
-        settings: for the class's own `from_pretrained`. With `config=` of a changed model a checkpoint of the dense one
-            can be loaded: its experts start anew, with a warning. (To copy the network into them, load the dense model
-            and call `upcycle`.)
+        settings: for the class's own `from_pretrained`, and for the configuration (`num_labels=3`). With `config=` of a
+            changed model a checkpoint of the dense one can be loaded: its experts start anew, with a warning. (To copy
+            the network into them, load the dense model and call `upcycle`.)
 
     Raises:
         ValueError: the configuration knows of no experts, or not of their gate.
@@ -61,28 +62,26 @@ def from_pretrained(
     """
     config = settings.pop("config", None)
     if config is None:
-        config = AutoConfig.from_pretrained(path, **{name: settings[name] for name in HUB if name in settings})
+        kept = {name: settings.pop(name) for name in (*HUB, *NOT_IN_CONFIG) if name in settings}
+        hub = {name: value for name, value in kept.items() if name in HUB}
+        read: Any = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **hub, **settings)
+        config, settings = read[0], {**read[1], **kept}
     config = copy.deepcopy(config)
-    record = getattr(config, KEY, None)
-    if not record:
+    layers = layers_with_experts(config)
+    if not layers:
         raise ValueError(f"{path} has no experts: its configuration has no {KEY!r}. Load it by its own class")
-    for entry in record:
-        if gate is None and entry["gate"] is None:
-            raise ValueError(
-                f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
-                "describe: pass gate=, the function that was given to replace_ffn"
-            )
+    vars(config).pop("quantization_config", None)
     plain = find_class(config, model_class)
     wants_info = settings.pop("output_loading_info", False)
     # a dense matrix where experts are is no mismatch here: they start anew
     may_mismatch = settings.pop("ignore_mismatched_sizes", False)
-    loads: Any = with_experts(plain, record, gate, adapters)
+    loads: Any = with_experts(plain, layers, gate, adapters)
     model, info = loads.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
     model.__class__ = plain
     refuse_mismatches(model, info["mismatched_keys"], may_mismatch)
-    start_anew(model, info["missing_keys"])
+    initialise_missing(model, info["missing_keys"])
     return (model, info) if wants_info else model
 
 
@@ -98,37 +97,16 @@ def find_class(config: Any, model_class: Any) -> type[PreTrainedModel]:
 
 
 def with_experts(
-    plain: type[PreTrainedModel], record: list[dict[str, Any]], gate: GateFactory | None, adapters: Any
+    plain: type[PreTrainedModel], layers: list[dict[str, Any]], gate: GateFactory | None, adapters: Any
 ) -> type[PreTrainedModel]:
     """The class, but its models have experts from the beginning, so that weights find their places."""
 
     def initialise(self, config, *args, **kwargs):
         plain.__init__(self, config, *args, **kwargs)
-        setattr(config, KEY, [])  # written anew
-        for entry in record:
-            replace_ffn(
-                self,
-                entry["num_experts"],
-                layers=[find_place(self, name) for name in entry["layers"]],
-                gate=gate or gate_factory(entry["gate"]),
-                hidden_dim=entry["hidden_dim"],
-                loss_coef=entry["loss_coef"],
-                z_loss_coef=entry["z_loss_coef"],
-                loss_coefs=entry["loss_coefs"],
-                adapters=adapters,
-            )
+        put_experts(self, layers, gate, adapters)
 
     # of the module it came from, or transformers would take it for code of a user
     return type(plain.__name__, (plain,), {"__init__": initialise, "__module__": plain.__module__})
-
-
-def find_place(model: nn.Module, name: str) -> str:
-    """The path that a layer has here: a model with a head has one more name before it than one without."""
-    paths = [path for path, _ in model.named_modules() if path == name or path.endswith(f".{name}")]
-    paths = paths or [path for path, _ in model.named_modules() if path and name.endswith(f".{path}")]
-    if not paths:
-        raise ValueError(f"{type(model).__name__} has no place for the experts of {name}")
-    return max(paths, key=len)
 
 
 def refuse_mismatches(model: nn.Module, mismatched: Collection[Any], allowed: bool) -> None:
@@ -141,30 +119,3 @@ def refuse_mismatches(model: nn.Module, mismatched: Collection[Any], allowed: bo
             raise RuntimeError(
                 f"size mismatch: {name} has shape {tuple(found)} in the checkpoint, {tuple(expected)} here"
             )
-
-
-@torch.no_grad()
-def start_anew(model: nn.Module, missing: Collection[str]) -> None:
-    """Initialise what a checkpoint did not have: transformers leaves memory there as it is."""
-    names, anew = {module: name for name, module in model.named_modules()}, []
-    for feed_forward in feed_forwards(model):
-        for module in feed_forward.moe.modules():
-            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-            gone = {name for name in own if f"{names[module]}.{name}" in missing}
-            if not gone:
-                continue
-            reset = getattr(module, "reset_parameters", None)
-            if reset is None:
-                raise ValueError(
-                    f"{names[module]} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
-                )
-            kept = {name: value.clone() for name, value in own.items() if name not in gone}
-            reset()
-            for name, value in kept.items():
-                own[name].copy_(value)
-            anew += [f"{names[module]}.{name}" for name in sorted(gone)]
-    if anew:
-        warnings.warn(
-            f"not in the checkpoint, and initialised: {', '.join(anew[:4])}{' and more' if len(anew) > 4 else ''}",
-            stacklevel=3,
-        )

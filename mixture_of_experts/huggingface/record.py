@@ -1,4 +1,7 @@
-"""What `config.json` says of the experts of a model, so that they can be built again before weights are loaded."""
+"""What a configuration says of a model's layers with experts: enough to build them again before weights are loaded.
+
+A list of entries: the names of layers, and what they have in common.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from torch import nn
 
 from mixture_of_experts import gating
 from mixture_of_experts.gating.base import TokenChoiceSettings
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.moe import MoE
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
-KEY = "mixture_of_experts"  # attribute of a model's configuration: a list with what each `replace_ffn` did
 GATES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (gating.Top2Gating, gating.TopKGating, gating.NoisyTopKGating, gating.ExpertChoiceGating)
@@ -22,6 +26,33 @@ CALLED = {"num_gates": "num_experts"}  # arguments that a gate keeps by another 
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that decide whether there is a part
 LEFT_OUT = ("self", "device", "dtype", "settings")  # those that a gate does not keep, or keeps one by one
 PLAIN = (bool, int, float, str, type(None))
+
+
+def describe(model: nn.Module) -> list[dict[str, Any]]:
+    """All layers with experts that a model has; those with equal settings share an entry."""
+    entries: list[dict[str, Any]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, MoEFeedForward):
+            settings = describe_layer(module.moe)
+            same = next((entry for entry in entries if {**entry, "layers": None} == {**settings, "layers": None}), None)
+            if same is None:
+                entries.append({"layers": [name], **settings})
+            else:
+                same["layers"].append(name)
+    return entries
+
+
+def describe_layer(moe: MoE) -> dict[str, Any]:
+    experts: Any = moe.experts
+    return {
+        "num_experts": moe.num_experts,
+        "hidden_dim": experts.hidden_dim,
+        "gate": describe_gate(moe.gate),
+        "gate_class": type(moe.gate).__name__,
+        "loss_coef": moe.loss_coef,
+        "z_loss_coef": moe.z_loss_coef,
+        "loss_coefs": dict(moe.loss_coefs),
+    }
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:

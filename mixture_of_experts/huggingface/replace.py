@@ -16,10 +16,11 @@ from mixture_of_experts.checks import check_number, check_size
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.adapters import Adapter, Dense, close, part, random_tokens, read_dense
+from mixture_of_experts.huggingface.configuration import note
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.losses import add_to_loss
 from mixture_of_experts.huggingface.padding import bring_mask, is_masked
-from mixture_of_experts.huggingface.record import KEY, GateFactory, describe_gate
+from mixture_of_experts.huggingface.record import GateFactory, describe
 from mixture_of_experts.huggingface.search import Miss, is_routed, search
 from mixture_of_experts.moe import MoE
 
@@ -88,7 +89,7 @@ def replace_ffn(
     """
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
 
-    def build(dense: Dense) -> MoE:
+    def build(place: Place, dense: Dense) -> MoE:
         return make_moe(dense, num_experts, k, gate, hidden_dim, coefs)
 
     return swap(model, find(model, layers, adapters), build)
@@ -148,7 +149,7 @@ def upcycle(
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
 
-    def build(dense: Dense) -> MoE:
+    def build(place: Place, dense: Dense) -> MoE:
         if dense.hidden_dim % g:
             raise ValueError(f"granularity={g} must divide the {dense.hidden_dim} hidden units of a network")
         moe = make_moe(dense, num_experts, k, gate, dense.hidden_dim // g, coefs)
@@ -282,7 +283,7 @@ def make_moe(
         return MoE(dense.dim, num_experts, gate=router, experts=experts, **coefs)
 
 
-def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -> list[str]:
+def swap(model: nn.Module, places: list[Place], build: Callable[[Place, Dense], MoE]) -> list[str]:
     """Build all layers, then put them in: an error before changes nothing."""
     built = []
     for place in places:
@@ -291,9 +292,8 @@ def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -
         if not adapter.slot:
             refuse_unequal(place, dense)
         stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
-        feed_forward = MoEFeedForward(
-            build(dense), dense.output_dropout, masked=is_masked(model, place.target), stands_for=stands_for
-        )
+        moe, masked = build(place, dense), is_masked(model, place.target)
+        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
         feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
         built.append(feed_forward.train(place.module.training))
     for place, feed_forward in zip(places, built, strict=True):
@@ -301,7 +301,7 @@ def swap(model: nn.Module, places: list[Place], build: Callable[[Dense], MoE]) -
     names = [place.target for place in places]
     bring_mask(model, names)
     add_to_loss(model)
-    write_record(model, names, built[0].moe)
+    note(model, describe(model))
     return names
 
 
@@ -348,25 +348,6 @@ class One(nn.Module):
 def replace(module: nn.Module, path: str, value: Any) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, value)
-
-
-def write_record(model: nn.Module, names: list[str], moe: MoE) -> None:
-    """Note in the model's configuration what was done, for `from_pretrained`."""
-    config: Any = getattr(model, "config", None)
-    if config is None:
-        return
-    experts: Any = moe.experts
-    entry = {
-        "layers": names,
-        "num_experts": moe.num_experts,
-        "hidden_dim": experts.hidden_dim,
-        "gate": describe_gate(moe.gate),
-        "gate_class": type(moe.gate).__name__,
-        "loss_coef": moe.loss_coef,
-        "z_loss_coef": moe.z_loss_coef,
-        "loss_coefs": dict(moe.loss_coefs),
-    }
-    setattr(config, KEY, [*getattr(config, KEY, []), entry])
 
 
 # Upcycling

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import warnings
@@ -108,10 +109,13 @@ def test_a_gate_of_ones_own(tmp_path):
     "name", ["gpt2", "llama", "phi3", "gpt_neox", "opt", "bert", "t5", "t5_gated", "vit", "whisper"]
 )
 def test_classes_that_know_no_experts_fail(name, tmp_path):
-    """Loudly: random feed-forward networks would look like a model."""
+    """Loudly, where nobody tells them: random feed-forward networks would look like a model."""
     model = ARCHITECTURES[name].build()
     replace_ffn(model, num_experts=2)
     model.save_pretrained(tmp_path)
+    dense = json.loads((tmp_path / "config.json").read_text())["dense_config"]
+    del dense["quantization_config"]
+    (tmp_path / "config.json").write_text(json.dumps(dense))
     for plain in (type(model), AutoModel):
         with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
             plain.from_pretrained(tmp_path)

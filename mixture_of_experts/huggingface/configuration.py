@@ -1,0 +1,107 @@
+"""What `config.json` of a model with experts looks like, and what `AutoConfig` makes of it.
+
+    {"model_type": "mixture_of_experts",
+     "architectures": [...],
+     "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
+                                                                         "layers": [...]}}}
+
+Without this package `AutoConfig`, and so every Auto class, refuses the name. With it they get the dense configuration,
+and what it says of layers with experts leads to `ExpertsLoader`. A model's own class finds `dense_config` by itself: it
+looks for a part of its own `model_type`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from os import PathLike
+from typing import Any
+
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+NAME = "mixture_of_experts"  # `model_type` and `quant_method`
+KEY = "mixture_of_experts"  # attribute of a live model's configuration: its layers with experts
+DENSE = "dense_config"
+
+
+class ExpertsConfig(PreTrainedConfig):
+    """Reads a saved configuration of a model with experts; what comes of it is that of the dense model."""
+
+    model_type = NAME
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        dense = config_dict.get(DENSE, {})
+        name = dense.get("model_type")
+        if name not in CONFIG_MAPPING:
+            raise ValueError(
+                f"this configuration of a model with experts names no dense model that transformers knows: "
+                f"{DENSE}.model_type is {name!r}"
+            )
+        return saves_experts(CONFIG_MAPPING[name]).from_dict(dense, **kwargs)
+
+
+AutoConfig.register(NAME, ExpertsConfig)
+
+
+class SavesExperts:
+    """Mixed into the class of a model's configuration: its file says that the model has experts."""
+
+    def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
+        dense = self.to_diff_dict() if use_diff else self.to_dict()
+        dense["quantization_config"] = {"quant_method": NAME, "layers": layers_with_experts(self)}
+        dense.pop(KEY, None)
+        whole = {"model_type": NAME, "architectures": self.architectures, DENSE: dense}
+        with open(json_file_path, "w", encoding="utf-8") as file:
+            file.write(json.dumps(self._encode_special_floats(whole), indent=2, sort_keys=True) + "\n")
+
+    def __reduce__(self: Any) -> tuple[Any, ...]:
+        return empty, (type(self).__bases__[1],), self.__dict__
+
+
+@cache
+def saves_experts(plain: type[PreTrainedConfig]) -> Any:
+    """The class of a dense model's configuration, by the same name, as transformers looks models up by it."""
+    if issubclass(plain, SavesExperts):
+        return plain
+    return type(plain.__name__, (SavesExperts, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
+
+
+def empty(plain: type[PreTrainedConfig]) -> Any:
+    """For copies and pickles: pickle would look for the class by its name, and find the dense one."""
+    return object.__new__(saves_experts(plain))
+
+
+def layers_with_experts(config: Any) -> list[dict[str, Any]]:
+    """What a configuration says of layers with experts: that of a live model, or one that was read from a file."""
+    found = getattr(config, KEY, None)
+    if found is None:
+        read = getattr(config, "quantization_config", None)
+        read = read if isinstance(read, dict) else vars(read) if read is not None else {}
+        found = read.get("layers") if read.get("quant_method") == NAME else None
+    return found or []
+
+
+def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:
+    """Write the layers with experts into the model's configuration.
+
+    Other models may have been built from the same object, so the model gets one of its own; but a model without a head
+    may be the inside of one with a head, which has to know of it.
+    """
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return
+    copies: dict[int, Any] = {id(config): config}
+    if getattr(model, "base_model", model) is not model:
+        copies.clear()
+        copy.deepcopy(config, copies)
+    own = copies[id(config)]
+    own.__class__ = saves_experts(type(own))
+    setattr(own, KEY, layers)
+    for module in model.modules():
+        held = vars(module).get("config")
+        if held is not None and id(held) in copies:
+            module.config = copies[id(held)]

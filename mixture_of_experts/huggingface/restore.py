@@ -1,0 +1,101 @@
+"""Layers with experts, built again in a dense model from what a configuration says of them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.huggingface.adapters import Adapter, Dense
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.record import GateFactory, gate_factory
+from mixture_of_experts.huggingface.replace import Place, find, make_moe, swap
+from mixture_of_experts.moe import MoE
+
+
+def put_experts(
+    model: nn.Module,
+    layers: list[dict[str, Any]],
+    gate: GateFactory | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> None:
+    """Change a dense model, whose weights do not matter yet, so that those of a model with experts fit.
+
+    Raises:
+        ValueError: a gate that is not described, and no `gate`; no place for any of the layers.
+    """
+    for entry in layers:
+        if gate is None and entry["gate"] is None:
+            raise ValueError(
+                f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
+                "describe: pass gate=, the function that was given to replace_ffn, to "
+                "mixture_of_experts.huggingface.from_pretrained"
+            )
+    places = {find_place(model, name): entry for entry in layers for name in entry["layers"]}
+    entries = {place: entry for place, entry in places.items() if place is not None}
+    if not entries:
+        names = ", ".join(name for entry in layers for name in entry["layers"])
+        raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
+
+    def build(place: Place, dense: Dense) -> MoE:
+        entry = entries[place.target]
+        coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
+        make_gate = gate or gate_factory(entry["gate"])
+        return make_moe(dense, entry["num_experts"], 1, make_gate, entry["hidden_dim"], coefs)
+
+    swap(model, find(model, list(entries), adapters), build)
+
+
+def find_place(model: Any, name: str) -> str | None:
+    """The path that a layer has here: a model with a head has one more name before it than one without.
+
+    None where a model has no such part: the encoder alone of an encoder and decoder.
+    """
+    paths = dict(model.named_modules())
+    head = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in (name, head + name, name.removeprefix(head)):
+        if path in paths:
+            return path
+    ends = [path for path in paths if path and (path.endswith(f".{name}") or name.endswith(f".{path}"))]
+    longest = [path for path in ends if len(path) == max(map(len, ends))]
+    if len(longest) > 1:
+        raise ValueError(f"{name} may be any of {', '.join(longest)} in a {type(model).__name__}")
+    return longest[0] if longest else None
+
+
+@torch.no_grad()
+def initialise_missing(model: nn.Module, missing: Collection[str] | None = None) -> None:
+    """Draw what a checkpoint did not have: transformers leaves memory there as it is.
+
+    Args:
+        missing: names of parameters and buffers; by default those that transformers has not marked as loaded.
+    """
+    names, anew = {module: name for name, module in model.named_modules()}, []
+    for feed_forward in feed_forwards(model):
+        for module in feed_forward.moe.modules():
+            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            if missing is None:
+                gone = {name for name, value in own.items() if not getattr(value, "_is_hf_initialized", False)}
+                gone -= module._non_persistent_buffers_set
+            else:
+                gone = {name for name in own if f"{names[module]}.{name}" in missing}
+            if not gone:
+                continue
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                raise ValueError(
+                    f"{names[module]} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
+                )
+            kept = {name: value.clone() for name, value in own.items() if name not in gone}
+            reset()
+            for name, value in kept.items():
+                own[name].copy_(value)
+            anew += [f"{names[module]}.{name}" for name in sorted(gone)]
+    if anew:
+        warnings.warn(
+            f"not in the checkpoint, and initialised: {', '.join(anew[:4])}{' and more' if len(anew) > 4 else ''}",
+            stacklevel=3,
+        )

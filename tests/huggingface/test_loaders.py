@@ -1,0 +1,371 @@
+"""What `transformers` itself loads of a saved model with experts: all of it, or it says why not."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5EncoderModel,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.auto import modeling_auto
+
+from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.huggingface import ADAPTERS, from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, DIM, VOCABULARY
+from .test_losses import batch_of, build, trainer
+from .test_saving import GATES, OwnGate, same_weights
+
+BEFORE = Path(__file__).with_name("saved_before")
+AUTO = {name: cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")}
+
+
+def auto_classes(model: Any) -> list[Any]:
+    """Those that have a class for a model's configuration."""
+    config = type(model.config)
+    autos = [cls for cls in AUTO.values() if getattr(cls, "_model_mapping", None) is not None]
+    found = {auto: auto._model_mapping[config] for auto in autos if config in auto._model_mapping}
+    # LlamaForQuestionAnswering names its layers otherwise and finds nothing of a dense Llama either, and what is of
+    # another configuration needs more files
+    inside = found[AutoModel]
+    same = ("base_model_prefix", "config_class")
+    return [auto for auto, cls in found.items() if all(getattr(cls, x) == getattr(inside, x) for x in same)]
+
+
+def equal(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_class_itself_and_all_auto_classes(name, tmp_path):
+    model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    replace_ffn(model, num_experts=4, layers=[1], hidden_dim=16)
+    replace_ffn(model, num_experts=3, k=1, layers=[0], loss_coef=0.5)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    same_weights(again, model)
+    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+    assert [repr(module) for module in feed_forwards(again)] == [repr(module) for module in feed_forwards(model)]
+    dense = ARCHITECTURES[name].build()
+    dense.save_pretrained(tmp_path / "dense")
+    dense = type(dense).from_pretrained(tmp_path / "dense")
+    assert vars(again).keys() - {"accepts_loss_kwargs"} == vars(dense).keys()  # nothing of a quantiser
+    assert vars(again.config).keys() - {"mixture_of_experts"} == vars(dense.config).keys()
+
+    classes = auto_classes(model)
+    assert len(classes) > 1
+    expected = [module.state_dict() for module in feed_forwards(model)]
+    for auto in classes:
+        loaded = auto.from_pretrained(tmp_path)
+        networks = feed_forwards(loaded)
+        assert networks
+        assert not any(type(module).__name__ in ADAPTERS and not feed_forwards(module) for module in loaded.modules())
+        found = [
+            next(i for i, state in enumerate(expected) if equal(module.state_dict(), state)) for module in networks
+        ]
+        assert found == list(range(found[0], found[0] + len(found)))  # a part of the model has a part of them
+        assert not any(parameter.is_meta for parameter in loaded.parameters())
+        if type(loaded) is type(model):
+            same_weights(loaded, model)
+
+
+def test_saved_once_more(tmp_path):
+    """Also by another class, and without a head."""
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path / "1")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "2")
+    same_weights(LlamaForCausalLM.from_pretrained(tmp_path / "2"), model)
+    AutoModel.from_pretrained(tmp_path / "2").save_pretrained(tmp_path / "3")
+    same_weights(AutoModel.from_pretrained(tmp_path / "3"), model.model)
+    same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "3").model, model.model)
+    same_weights(from_pretrained(tmp_path / "3"), model.model)
+    AutoConfig.from_pretrained(tmp_path / "1").save_pretrained(tmp_path / "4")
+    first, fourth = (json.loads((tmp_path / name / "config.json").read_text()) for name in "14")
+    assert first == fourth
+
+
+def test_the_inside_of_a_model(tmp_path):
+    """What is changed inside, the whole model's configuration knows."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model.model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_models_that_share_a_configuration(tmp_path):
+    """Only that which is changed says so."""
+    config = ARCHITECTURES["llama"].build().config
+    dense, small, large = (LlamaForCausalLM(config) for _ in range(3))
+    replace_ffn(small, num_experts=2)
+    replace_ffn(large, num_experts=4)
+    for name, model in (("dense", dense), ("small", small), ("large", large)):
+        model.save_pretrained(tmp_path / name)
+        same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / name), model)
+    assert dense.config is config
+    assert all(vars(module).get("config") in (None, small.config) for module in small.modules())
+    assert all(vars(module).get("config") is not config for module in small.modules())
+
+
+def test_widths_that_differ(tmp_path):
+    model = ARCHITECTURES["whisper"].build(encoder_ffn_dim=64, decoder_ffn_dim=40)
+    upcycle(model, num_experts=2)
+    model.save_pretrained(tmp_path)
+    for loaded in (from_pretrained(tmp_path), WhisperForConditionalGeneration.from_pretrained(tmp_path)):
+        same_weights(loaded, model)
+        assert [module.moe.experts.hidden_dim for module in feed_forwards(loaded)] == [64, 64, 40, 40]
+
+
+def test_gates_that_differ_by_layer(tmp_path):
+    made = iter(
+        [
+            lambda d, e: TopKGating(d, e, 1, score="sigmoid", expert_bias=True),
+            lambda d, e: NoisyTopKGating(d, e, 3, capacity_factor_train=1.5),
+            lambda d, e: Top2Gating(d, e),
+            lambda d, e: TopKGating(d, e, 1, score="sigmoid", expert_bias=True),
+        ]
+    )
+    model = ARCHITECTURES["llama"].build(num_hidden_layers=4)
+    replace_ffn(model, num_experts=4, gate=lambda d, e: next(made)(d, e))
+    model.save_pretrained(tmp_path)
+    for loaded in (from_pretrained(tmp_path), AutoModelForCausalLM.from_pretrained(tmp_path)):
+        same_weights(loaded, model)
+        for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
+            assert repr(module.moe.gate) == repr(expected.moe.gate)
+    layers = json.loads((tmp_path / "config.json").read_text())["dense_config"]["quantization_config"]["layers"]
+    assert [len(entry["layers"]) for entry in layers] == [2, 1, 1]  # those that agree share an entry
+
+
+def test_own_gates_that_differ_by_layer(tmp_path):
+    """They are asked for in the order of the model's layers, as before."""
+    ks = (1, 2, 3, 1)
+    model = ARCHITECTURES["llama"].build(num_hidden_layers=4)
+    first, again = iter(ks), iter(ks)
+    replace_ffn(model, num_experts=4, gate=lambda d, e: OwnGate(d, e, next(first)))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"a OwnGate.*huggingface\.from_pretrained"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path, gate=lambda d, e: OwnGate(d, e, next(again)))
+    assert [module.moe.gate.choices for module in feed_forwards(loaded)] == list(ks)
+    same_weights(loaded, model)
+
+
+def test_arguments_of_the_configuration(tmp_path):
+    model = ARCHITECTURES["bert"].build()
+    replace_ffn(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    for load in (
+        AutoModelForSequenceClassification.from_pretrained,
+        lambda path, **settings: from_pretrained(path, AutoModelForSequenceClassification, **settings),
+    ):
+        loaded, info = load(tmp_path, num_labels=3, dtype=torch.bfloat16, output_loading_info=True)
+        assert type(loaded) is transformers.BertForSequenceClassification
+        assert loaded.classifier.weight.shape == (3, DIM)
+        assert loaded.dtype == torch.bfloat16
+        assert {name.split(".")[0] for name in info["missing_keys"]} == {"classifier", "bert"}
+        assert all("pooler" in name for name in info["missing_keys"] if name.startswith("bert"))
+        for module, expected in zip(feed_forwards(loaded), feed_forwards(model), strict=True):
+            assert torch.equal(module.moe.experts.w1, expected.moe.experts.w1.bfloat16())
+        loaded.save_pretrained(tmp_path / "three")
+        assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "three").num_labels == 3
+
+
+def test_a_part_of_a_model(tmp_path):
+    """The encoder alone has no place for the decoder's experts, and needs none."""
+    model, tokens = ARCHITECTURES["t5"].build(), torch.randint(3, VOCABULARY, (2, 7))
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    expected = model.encoder(tokens).last_hidden_state
+    for load in (
+        T5EncoderModel.from_pretrained,
+        AutoModelForTextEncoding.from_pretrained,
+        lambda path: from_pretrained(path, T5EncoderModel),
+    ):
+        assert torch.equal(load(tmp_path)(tokens).last_hidden_state, expected)
+
+
+def test_shards(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4, gate=GATES["TopKGating"], layers=[1])
+    feed_forwards(model)[0].moe.gate.expert_bias.normal_()
+    model.to(torch.bfloat16).save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    for loaded in (
+        LlamaForCausalLM.from_pretrained(tmp_path, device_map="cpu"),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        same_weights(loaded, model)  # dtypes too: the expert bias stays float32
+
+
+def test_experts_that_are_missing_are_drawn(tmp_path):
+    """By the loaders of transformers too: no memory is left as it was found."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4)
+    gone = ("0.mlp.moe.experts.w3", "1.mlp.moe.gate.w_gating")
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith(gone)}
+    model.save_pretrained(tmp_path, state_dict=dict(state))
+    for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained, from_pretrained):
+        with pytest.warns(UserWarning, match=r"initialised: model.layers.0.mlp.moe.experts.w3, model.layers.1"):
+            again = load(tmp_path)
+        for name, value in again.state_dict().items():
+            assert torch.equal(value, model.state_dict()[name]) == (name in state), name
+        assert feed_forwards(again)[0].moe.experts.w3.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
+
+
+def test_the_trainer_takes_what_was_loaded(tmp_path):
+    """As it takes the model that was saved: the same steps, the same weights."""
+    rows, ends = batch_of(16), []
+    for loaded in (False, True):
+        torch.manual_seed(1)
+        model = build()
+        if loaded:
+            model.save_pretrained(tmp_path / "model")
+            model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        made = trainer(model, rows, tmp_path / "run", max_steps=3, per_device_train_batch_size=2)
+        made.train()
+        ends.append(model)
+    same_weights(ends[1], ends[0])
+
+
+def test_folders_of_earlier_versions():
+    """Loaded as before: by the explicit function, and by no class that knows nothing of experts."""
+    tokens = torch.arange(1, 9).unsqueeze(0)
+    found = from_pretrained(BEFORE).float()(tokens).logits[0, -1, :5]
+    torch.testing.assert_close(found, torch.tensor([-0.5381, 0.6170, -0.5081, 0.3240, -0.3854]), atol=1e-4, rtol=0)
+    loaded = from_pretrained(BEFORE, AutoModel)
+    assert [module.moe.num_experts for module in feed_forwards(loaded)] == [2, 3]
+    assert [module.moe.loss_coef for module in feed_forwards(loaded)] == [0.01, 0.5]
+    for plain in (LlamaForCausalLM, AutoModelForCausalLM, AutoModel):
+        with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
+            plain.from_pretrained(BEFORE)
+
+
+def test_an_earlier_folder_saved_anew(tmp_path):
+    model = from_pretrained(BEFORE)
+    model.save_pretrained(tmp_path)
+    same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+def test_copies_and_pickles_of_the_configuration(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for config in (
+        copy.deepcopy(model.config),
+        pickle.loads(pickle.dumps(model.config)),
+        copy.deepcopy(model).config,
+        torch.load(file, weights_only=False).config,
+    ):
+        assert type(config) is type(model.config)
+        assert config.to_dict() == model.config.to_dict()
+    assert type(model.config).__name__ == "LlamaConfig"
+    assert model.config.to_dict()["model_type"] == model.config.model_type == "llama"  # PEFT and others read it
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def test_auto_config_and_tokenizer(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (type(config), config.model_type, config.hidden_size) == (type(model.config), "llama", DIM)
+    assert AutoConfig.from_pretrained(tmp_path, hidden_size=48).hidden_size == 48
+    assert AutoTokenizer.from_pretrained(tmp_path)("w5 w9").input_ids == [5, 9]
+
+
+def test_a_dense_model_that_is_not_known(tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "mixture_of_experts", "dense_config": {"model_type": "x"}})
+    )
+    with pytest.raises(ValueError, match=r"names no dense model .* dense_config.model_type is 'x'"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+WITH_IMPORT = """
+import sys, torch, transformers
+import mixture_of_experts.huggingface
+folder = sys.argv[1]
+inputs, expected = torch.load(f"{folder}/expected.pt")
+for load in (transformers.AutoModelForCausalLM, transformers.LlamaForCausalLM):
+    assert torch.equal(load.from_pretrained(folder)(**inputs).logits, expected)
+pipe = transformers.pipeline("text-generation", model=folder)
+assert type(pipe.model) is transformers.LlamaForCausalLM
+made = pipe("w5 w9", max_new_tokens=3, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+assert made == torch.load(f"{folder}/generated.pt"), made
+labels = transformers.pipeline("text-classification", model=folder)("w5 w9")
+assert len(labels) == 1
+"""
+
+WITHOUT_IMPORT = """
+import sys, transformers
+from transformers.models.auto import modeling_auto
+folder = sys.argv[1]
+auto = [cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")]
+auto = [cls for cls in auto if getattr(cls, "_model_mapping", None) is not None] + [transformers.AutoConfig]
+assert len(auto) > 20
+for cls in auto:
+    try:
+        cls.from_pretrained(folder)
+    except ValueError as error:
+        assert "model type `mixture_of_experts`" in str(error), error
+    else:
+        raise AssertionError(cls)
+try:
+    transformers.pipeline("text-generation", model=folder)
+except ValueError as error:
+    assert "`mixture_of_experts`" in str(error), error
+else:
+    raise AssertionError("pipeline")
+try:
+    transformers.LlamaForCausalLM.from_pretrained(folder)
+except RuntimeError as error:
+    assert "ignore_mismatched_sizes" in str(error), error
+else:
+    raise AssertionError("the class itself")
+assert not any(name.startswith("mixture_of_experts") for name in sys.modules)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [WITH_IMPORT, WITHOUT_IMPORT], ids=["with", "without"])
+def test_in_another_process(code, tmp_path):
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
+    made = model.generate(torch.tensor([[5, 9]]), max_new_tokens=3, do_sample=False)[0].tolist()
+    torch.save(made, tmp_path / "generated.pt")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
