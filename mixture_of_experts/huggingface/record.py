@@ -44,9 +44,11 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
 
 def describe_layer(moe: MoE) -> dict[str, Any]:
     experts: Any = moe.experts
+    shared: Any = moe.shared_expert
     return {
         "num_experts": moe.num_experts,
         "hidden_dim": experts.hidden_dim,
+        "shared_expert": None if shared is None else shared.hidden_dim,
         "gate": describe_gate(moe.gate),
         "gate_class": type(moe.gate).__name__,
         "loss_coef": moe.loss_coef,

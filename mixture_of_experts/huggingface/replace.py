@@ -6,13 +6,14 @@ Axes: d model dim, h hidden dim, e experts, g slices of a network.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace as replace_fields
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.checks import check_number, check_optional_size, check_size
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.adapters import Adapter, Dense, close, part, random_tokens, read_dense
@@ -22,6 +23,7 @@ from mixture_of_experts.huggingface.losses import add_to_loss
 from mixture_of_experts.huggingface.padding import bring_mask, is_masked
 from mixture_of_experts.huggingface.record import GateFactory, describe
 from mixture_of_experts.huggingface.search import Miss, is_routed, search
+from mixture_of_experts.huggingface.shared import SharedExpert
 from mixture_of_experts.moe import MoE
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
@@ -48,6 +50,7 @@ def replace_ffn(
     layers: Layers = None,
     gate: GateFactory | None = None,
     hidden_dim: int | None = None,
+    shared_expert: int | None = None,
     loss_coef: float = 1e-2,
     z_loss_coef: float = 0.0,
     loss_coefs: Mapping[str, float] | None = None,
@@ -67,6 +70,7 @@ def replace_ffn(
         gate: a function `(dim, num_experts)` that makes the gate of a layer; by default
             `TopKGating(dim, num_experts, k)`, which drops no token.
         hidden_dim: of an expert; by default that of the network.
+        shared_expert: hidden dim of a new network that every token passes beside its experts; by default there is none.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
         adapters: for networks that are not found, by the names of their classes.
 
@@ -74,7 +78,8 @@ def replace_ffn(
         The paths of the new layers.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found; the message says what there is.
+        ValueError: no network, or none of `layers`, was found; the message says what there is. A network shares weights
+            with another one.
         TypeError: a network's linear layers are not plain ones.
 
     Example:
@@ -88,21 +93,24 @@ def replace_ffn(
         >>> model(tokens, labels=tokens).loss.backward()
     """
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    check_optional_size("shared_expert", shared_expert)
 
     def build(place: Place, dense: Dense) -> MoE:
-        return make_moe(dense, num_experts, k, gate, hidden_dim, coefs)
+        return make_moe(dense, num_experts, k, gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
 
     return swap(model, find(model, layers, adapters), build)
 
 
 def upcycle(
     model: nn.Module,
-    num_experts: int = 8,
+    num_experts: int | None = None,
     k: int = 2,
     *,
+    models: Sequence[nn.Module] | None = None,
     layers: Layers = None,
     gate: GateFactory | None = None,
     granularity: int = 1,
+    shared_expert: int | None = None,
     noise: float = 0.0,
     redraw: float = 0.0,
     loss_coef: float = 1e-2,
@@ -112,15 +120,22 @@ def upcycle(
 ) -> list[str]:
     """As `replace_ffn`, with experts that start as copies of the dense network (arXiv 2212.05055).
 
-    The model computes what it computed before, up to rounding, until it is trained (or `noise` or `redraw` are given):
-    so a gate's weights have to add up to the same number for every token.
+    The model computes what it computed before, up to rounding, until it is trained (or `models`, `noise` or `redraw`
+    are given): so a gate's weights have to add up to the same number for every token. What is frozen
+    (`requires_grad=False`) stays so in the experts; routers train.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
     are the slices of copy i and start with equal router weights, so that a token chooses them together: `num_experts`
     and the gate's choices are multiples of g.
 
     Args:
+        num_experts: e; by default 8, or g for each of `models`.
+        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copy i is of the i-th
+            one's network, in turn, where there are more copies than models (arXiv 2403.07816). All other weights stay
+            those of `model`.
         granularity: g, as above.
+        shared_expert: so many hidden units, the first ones of `model`'s network, become a network that every token
+            passes; experts are copies of the others.
         noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
         redraw: share of the hidden units of each expert that are drawn anew, normally distributed with mean and
             deviation of the network's weights (arXiv 2502.19261).
@@ -128,7 +143,7 @@ def upcycle(
 
     Raises:
         ValueError, TypeError: as `replace_ffn`; also if the gate's weights add up to different numbers (k = 1 without
-            normalising), or sizes do not divide.
+            normalising), sizes do not divide, or `models` have other networks.
 
     Example:
         >>> import torch
@@ -141,25 +156,41 @@ def upcycle(
         >>> torch.testing.assert_close(model(tokens).logits, before, atol=1e-5, rtol=1e-5)
     """
     g = check_size("granularity", granularity)
+    shared = check_optional_size("shared_expert", shared_expert)
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
         raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
-    if num_experts % g:
-        raise ValueError(f"granularity={g} must divide num_experts={num_experts}: an expert is one of g slices")
+    if models is not None and not models:
+        raise ValueError("models must hold at least one model")
+    sources = 1 if models is None else len(models)
+    e = check_size("num_experts", num_experts if num_experts is not None else 8 if models is None else g * sources)
+    if e % (g * sources):
+        slices = (
+            f"granularity={g} must divide" if models is None else f"granularity={g} times {sources} models must divide"
+        )
+        raise ValueError(f"{slices} num_experts={e}: an expert is one of g slices of a copy")
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    places = find(model, layers, adapters)
+    others = None if models is None else [read_alike(places, other, adapters, i) for i, other in enumerate(models)]
 
     def build(place: Place, dense: Dense) -> MoE:
-        if dense.hidden_dim % g:
-            raise ValueError(f"granularity={g} must divide the {dense.hidden_dim} hidden units of a network")
-        moe = make_moe(dense, num_experts, k, gate, dense.hidden_dim // g, coefs)
+        rest = dense.hidden_dim - (shared or 0)
+        if rest < 1 or rest % g:
+            of = "" if shared is None else f" that shared_expert={shared} leaves"
+            raise ValueError(f"granularity={g} must divide the {rest} hidden units of a network{of}")
+        moe: Any = make_moe(dense, e, k, gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
-        fill(moe.experts, dense, g, total)
+        if shared is not None:
+            moe.shared_expert.fill(cut(dense, 0, shared))
+        copied = [dense] if others is None else [networks[place.name] for networks in others]
+        fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
         vary(moe.experts, noise, redraw)
+        freeze(moe, place)
         return moe
 
-    return swap(model, find(model, layers, adapters), build)
+    return swap(model, places, build)
 
 
 # Finding
@@ -269,23 +300,34 @@ def make_moe(
     num_experts: int,
     k: int,
     gate: GateFactory | None,
-    hidden_dim: int | None,
+    hidden_dim: int,
     coefs: dict[str, Any],
+    shared: int | None = None,
+    *,
+    drawn: bool = True,
 ) -> MoE:
-    """A layer on the network's device, with experts of its kind."""
+    """A layer of the network's device and dtype, with experts of its kind; not `drawn`, they are to be filled."""
     kind = Experts if dense.w3 is None else GatedExperts
-    with dense.w1.device:
-        experts: Any = kind(dense.dim, num_experts, hidden_dim or dense.hidden_dim, dense.activation, bias=True)
-        for name in {name for name, _ in experts.named_parameters(recurse=False)} - set(dense.weights()):
-            experts.register_parameter(name, None)  # a bias that the network has not
+    device, dtype = dense.w1.device, dense.w1.dtype
+    with device if drawn else torch.device("meta"):
+        settings: Any = dict(activation=dense.activation, bias=True, dtype=dtype)
+        experts: Any = kind(dense.dim, num_experts, hidden_dim, **settings)
         experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
+        dense_part = None if shared is None else SharedExpert(dense.dim, shared, gated=dense.w3 is not None, **settings)
+    for module in (experts, *([] if dense_part is None else [dense_part])):
+        for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
+            module.register_parameter(name, None)  # a bias that the network has not
+        if not drawn:
+            module.to_empty(device=device)
+    with device:
         router = TopKGating(dense.dim, num_experts, k) if gate is None else gate(dense.dim, num_experts)
-        return MoE(dense.dim, num_experts, gate=router, experts=experts, **coefs)
+        return MoE(dense.dim, num_experts, gate=router, experts=experts, shared_expert=dense_part, **coefs)
 
 
 def swap(model: nn.Module, places: list[Place], build: Callable[[Place, Dense], MoE]) -> list[str]:
     """Build all layers, then put them in: an error before changes nothing."""
     built = []
+    refuse_ties(model, places)
     for place in places:
         adapter = place.adapter
         dense = read_dense(place.module, adapter)
@@ -335,7 +377,34 @@ def put(model: nn.Module, place: Place, feed_forward: MoEFeedForward) -> None:
         if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
             off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
             replace(place.module, dropout, off)
-    replace(model, place.target, feed_forward)
+    # a network that several layers share stays one
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
+    for path in paths:
+        replace(model, place._replace(name=path).target, feed_forward)
+
+
+def refuse_ties(model: nn.Module, places: list[Place]) -> None:
+    """Weights that a network shares with another module would be its own afterwards."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for place in places:
+        for linear in linears(place).values():
+            for parameter in linear.parameters(recurse=False):
+                if len(owners[id(parameter)]) > 1:
+                    raise ValueError(
+                        f"{' and '.join(owners[id(parameter)])} share a weight, and would share none as experts: give "
+                        "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
+                    )
+
+
+def linears(place: Place) -> dict[str, nn.Module]:
+    """The linear layers of a network, by the number that its weights have in experts."""
+    adapter = place.adapter
+    paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
+    paths |= {} if adapter.gate is None else {"3": adapter.up}
+    return {number: part(place.module, path) for number, path in paths.items()}
 
 
 class One(nn.Module):
@@ -395,17 +464,51 @@ def sum_of_weights(moe: MoE, g: int) -> float:
 
 
 @torch.no_grad()
-def fill(experts: Any, dense: Dense, g: int, total: float) -> None:
-    """Copy slice i mod g of the network to expert i; what the gate's weights take away, the last weights add."""
-    e = experts.num_experts
-    for name, value in dense.weights().items():
-        if name == "b2":  # of every slice: its weights add up to `total` over all of them
-            value = (value / total).expand(e, -1)
-        else:
-            dim = 0 if name == "w2" else -1  # hidden units
-            slices = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
-            value = slices.repeat(e // g, *[1] * value.ndim)
-        getattr(experts, name).copy_(value)
+def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
+    """Copy slice i mod g of the networks, in turn, to expert i; the last weights add what the gate takes away."""
+    for name, parameter in experts.named_parameters():
+        copies = parameter.unflatten(0, (-1, len(networks), g))
+        for i, network in enumerate(networks):
+            value = network.weights()[name]
+            if name == "b2":  # of every slice: its weights add up to `total` over all of them
+                copies[:, i] = value / total
+            else:
+                dim = 0 if name == "w2" else -1  # hidden units
+                copies[:, i] = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
+
+
+def cut(network: Dense, start: int, stop: int) -> Dense:
+    """Some hidden units of a network."""
+    of_columns = {name: getattr(network, name) for name in ("w1", "w3", "b1", "b3")}
+    parts = {name: value if value is None else value[..., start:stop] for name, value in of_columns.items()}
+    return replace_fields(network, **parts, w2=network.w2[start:stop])
+
+
+def read_alike(
+    places: list[Place], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
+) -> dict[str, Dense]:
+    """The networks of another model at the same places, by their names."""
+    found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
+    networks = {}
+    for place in places:
+        own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
+        shapes, its_shapes = ({n: tuple(w.shape) for n, w in d.weights().items()} for d in (own, its))
+        if (shapes, repr(own.activation)) != (its_shapes, repr(its.activation)):
+            raise ValueError(
+                f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
+                f"not {shapes} and {own.activation}. All have to be of one base"
+            )
+        networks[place.name] = its
+    return networks
+
+
+def freeze(moe: MoE, place: Place) -> None:
+    """Weights of a network that do not train do not as experts either."""
+    layers = linears(place)
+    for part_of in (moe.experts, moe.shared_expert):
+        for name, parameter in () if part_of is None else part_of.named_parameters():
+            source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
+            parameter.requires_grad_(source.requires_grad)
 
 
 @torch.no_grad()

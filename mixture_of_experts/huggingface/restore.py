@@ -44,7 +44,8 @@ def put_experts(
         entry = entries[place.target]
         coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
         make_gate = gate or gate_factory(entry["gate"])
-        return make_moe(dense, entry["num_experts"], 1, make_gate, entry["hidden_dim"], coefs)
+        shared = entry.get("shared_expert")
+        return make_moe(dense, entry["num_experts"], 1, make_gate, entry["hidden_dim"], coefs, shared)
 
     swap(model, find(model, list(entries), adapters), build)
 

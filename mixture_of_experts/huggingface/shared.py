@@ -1,0 +1,71 @@
+"""The network that every token passes, beside its experts.
+
+Axes: d model dim, h hidden dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.ops.activations import ActivationLike, make_activation
+
+
+class SharedExpert(nn.Module):
+    """A network with the weights and names of a single expert: `act(x w1) w2`, gated `(act(x w1) * x w3) w2`.
+
+    Args:
+        dim: d.
+        hidden_dim: h.
+        gated: whether there is a `w3`.
+        activation, bias: as `Experts`.
+        device, dtype: of the weights.
+
+    Shape:
+        `(..., d)` to the same.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, activation: ActivationLike, *, gated: bool, bias: bool, **factory: Any
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.act = copy.deepcopy(make_activation(activation))  # its dropout is its own
+        sizes = {"w1": (dim, hidden_dim), "w2": (hidden_dim, dim), "b1": (hidden_dim,), "b2": (dim,)}
+        sizes |= {"w3": (dim, hidden_dim), "b3": (hidden_dim,)}
+        for name, size in sizes.items():
+            there = (gated or not name.endswith("3")) and (bias or name.startswith("w"))
+            self.register_parameter(name, nn.Parameter(torch.zeros(*size, **factory)) if there else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, as those of an expert; biases 0."""
+        for name, parameter in self.named_parameters():
+            if name.startswith("b"):
+                nn.init.zeros_(parameter)
+            else:
+                bound = math.sqrt(3 / parameter.shape[0])
+                nn.init.uniform_(parameter, -bound, bound)
+
+    @torch.no_grad()
+    def fill(self, network: Any) -> None:
+        """Copy a dense network, but for its last bias, which experts have."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(torch.zeros_like(parameter) if name == "b2" else getattr(network, name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.act(self._linear(x, "1"))
+        if self.w3 is not None:
+            hidden = hidden * self._linear(x, "3")
+        return self._linear(hidden, "2")
+
+    def _linear(self, x: Tensor, number: str) -> Tensor:
+        return nn.functional.linear(x, getattr(self, f"w{number}").T, getattr(self, f"b{number}"))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, hidden_dim={self.hidden_dim}"

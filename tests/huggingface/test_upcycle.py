@@ -1,0 +1,275 @@
+"""Experts from several models, shared experts, ties, frozen models: what upcycling does to each."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+from mixture_of_experts import TopKGating
+from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .models import ARCHITECTURES, DIM, HIDDEN
+from .test_losses import gradients
+from .test_saving import same_weights
+
+SOME = ["llama", "llama_bias", "gpt2", "bert", "phi3", "t5_gated", "whisper"]
+
+
+def tuned(base: nn.Module) -> nn.Module:
+    """As fine-tuning would: other feed-forward networks, all else equal."""
+    model = copy.deepcopy(base)
+    for name, parameter in model.named_parameters():
+        if (
+            "attention" not in name
+            and "predictions" not in name
+            and any(part in name for part in ("mlp", "fc", "dense", "Dense"))
+        ):
+            parameter.data += 0.2 * torch.randn_like(parameter) * parameter.std()
+    return model
+
+
+def only(i: int) -> Any:
+    """A gate that chooses expert i for every token, with weight 1."""
+
+    def build(dim: int, num_experts: int) -> TopKGating:
+        gate = TopKGating(dim, num_experts, 1, normalize=True, bias=True)
+        gate.b_gating.data[i] = 100.0
+        return gate
+
+    return build
+
+
+@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize("shared", [None, 8])
+def test_each_expert_is_the_network_of_its_model(name, shared):
+    """A router that sends all tokens to expert i makes the model that gave it."""
+    base, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    others = [tuned(base), tuned(base)]
+    if shared is not None:  # the first units come of the base
+        for other in others:
+            units_of(base, other, shared, name)
+    expected = [other(**inputs).logits for other in others]
+    assert (expected[0] - expected[1]).abs().max() > 1e-2
+    for i in range(4):
+        model = copy.deepcopy(base)
+        upcycle(model, num_experts=4, models=others, gate=only(i), shared_expert=shared)
+        torch.testing.assert_close(model(**inputs).logits, expected[i % 2], atol=2e-5, rtol=0)
+
+
+def units_of(base: Any, other: Any, n: int, name: str) -> None:
+    """The first hidden units of a network, as those of another one: read by what upcycling itself has tested."""
+    from mixture_of_experts.huggingface.replace import find, read_dense
+
+    for place, its in zip(find(base, None, None), find(other, None, None), strict=True):
+        own, to = read_dense(place.module, place.adapter), read_dense(its.module, its.adapter)
+        for key, value in to.weights().items():
+            if key == "w2":
+                value[:n] = own.w2[:n]
+            elif key != "b2":
+                value[..., :n] = getattr(own, key)[..., :n]
+
+
+def test_as_many_experts_as_models_by_default():
+    base = ARCHITECTURES["llama"].build()
+    model = copy.deepcopy(base)
+    upcycle(model, models=[base, tuned(base), tuned(base)], granularity=2)
+    assert feed_forwards(model)[0].moe.num_experts == 6
+
+
+def test_slices_of_several_models():
+    """Experts g i to g i + g - 1 are the slices of the i-th model."""
+    base = ARCHITECTURES["llama"].build()
+    others = [tuned(base), tuned(base)]
+    model = copy.deepcopy(base)
+    upcycle(model, 8, models=others, granularity=2)
+    experts = feed_forwards(model)[1].moe.experts
+    for copy_, source in enumerate([0, 1, 0, 1]):
+        w1 = others[source].model.layers[1].mlp.gate_proj.weight.T
+        assert torch.equal(experts.w1[2 * copy_], w1[:, : HIDDEN // 2])
+        assert torch.equal(experts.w1[2 * copy_ + 1], w1[:, HIDDEN // 2 :])
+
+
+def test_equal_models_are_one_model():
+    base, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    before = base(**inputs).logits
+    upcycle(base, models=[base, copy.deepcopy(base)])
+    torch.testing.assert_close(base(**inputs).logits, before, atol=1e-5, rtol=0)
+
+
+def test_models_that_are_not_of_one_base():
+    base = ARCHITECTURES["llama"].build()
+    state = {name: value.clone() for name, value in base.state_dict().items()}
+    wider = ARCHITECTURES["llama"].build(intermediate_size=HIDDEN + 1)
+    other_act = ARCHITECTURES["llama"].build(hidden_act="gelu")
+    shorter = ARCHITECTURES["llama"].build(num_hidden_layers=1)
+    swapped = copy.deepcopy(base)
+    upcycle(swapped, 2)
+    for models, problem in [
+        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* of one base"),
+        ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model: .*GELU.*SiLU"),
+        ([base, shorter], r"layers: 'model.layers.1.mlp' is not there"),
+        ([swapped], "some are replaced already"),
+        ([], "models must hold at least one model"),
+        ([base, base, base], r"granularity=1 times 3 models must divide num_experts=8"),
+    ]:
+        with pytest.raises(ValueError, match=problem):
+            upcycle(base, 8, models=models)
+    assert base.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in base.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("granularity", [1, 2])
+def test_a_shared_expert_takes_the_first_units(name, granularity, tmp_path):
+    """And the model computes what it did; saved and loaded too."""
+    model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    before = model(**inputs).logits
+    upcycle(model, num_experts=4, granularity=granularity, shared_expert=16)
+    moe = feed_forwards(model)[0].moe
+    assert (moe.experts.hidden_dim, moe.shared_expert.hidden_dim) == ((HIDDEN - 16) // granularity, 16)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+    model.save_pretrained(tmp_path)
+    for loaded in (from_pretrained(tmp_path), type(model).from_pretrained(tmp_path)):
+        same_weights(loaded, model)
+        assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_new_shared_expert():
+    """Its own width, drawn as experts are; every token passes it."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4, hidden_dim=16, shared_expert=64)
+    moe = feed_forwards(model)[0].moe
+    assert moe.shared_expert.w1.shape == (DIM, 64)
+    assert moe.shared_expert.w1.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
+    assert moe.shared_expert.w2.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    x = torch.randn(2, 5, DIM)
+    with_shared = moe(x)[0]
+    shared, moe.shared_expert = moe.shared_expert, None
+    h = nn.functional.silu(x @ shared.w1) * (x @ shared.w3)
+    torch.testing.assert_close(with_shared, moe(x)[0] + h @ shared.w2)
+
+
+def test_missing_shared_experts_are_drawn(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4, shared_expert=64)
+    state = {name: value for name, value in model.state_dict().items() if not name.endswith("shared_expert.w2")}
+    model.save_pretrained(tmp_path, state_dict=state)
+    with pytest.warns(UserWarning, match="initialised: model.layers.0.mlp.moe.shared_expert.w2"):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert feed_forwards(loaded)[0].moe.shared_expert.w2.std().item() == pytest.approx(64**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (dict(shared_expert=HIDDEN), "granularity=1 must divide the 0 hidden units of a network that shared_expert=48"),
+        (dict(shared_expert=9, granularity=2), "must divide the 39 hidden units of a network that shared_expert=9"),
+        (dict(shared_expert=0), "shared_expert"),
+        (dict(shared_expert=True), "shared_expert"),
+    ],
+)
+def test_shared_experts_that_do_not_fit(settings, problem):
+    model = ARCHITECTURES["llama"].build()
+    with pytest.raises((ValueError, TypeError), match=problem):
+        upcycle(model, num_experts=4, **settings)
+    assert not feed_forwards(model)
+
+
+class Draws(TorchDispatchMode):
+    """Notes the shapes that are drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags and not out.is_meta:
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_nothing_is_drawn_that_is_overwritten(name):
+    """Routers alone are drawn, and no memory stays as it was found."""
+    model = ARCHITECTURES[name].build()
+    with Draws() as draws:
+        upcycle(model, num_experts=4, shared_expert=8)
+    assert set(draws.shapes) == {(DIM, 4), (64, 1, DIM)}  # and the tokens that weights are summed on
+    assert all(value.isfinite().all() for module in feed_forwards(model) for value in module.parameters())
+
+
+@pytest.mark.parametrize("name", SOME)
+def test_of_a_frozen_model_only_routers_train(name):
+    model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    model.requires_grad_(False)
+    upcycle(model, num_experts=4, shared_expert=8)
+    trains = [parameter_name for parameter_name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert len(trains) == len(feed_forwards(model))
+    assert all(parameter_name.endswith("moe.gate.w_gating") for parameter_name in trains)
+    model(**inputs, labels=ARCHITECTURES[name].labels(inputs)).loss.backward()
+    found = gradients(model)
+    assert found.keys() == set(trains)
+    assert all(gradient.abs().max() > 0 for gradient in found.values())
+
+
+def test_what_is_frozen_in_part_stays_so():
+    model = ARCHITECTURES["llama"].build()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    upcycle(model, num_experts=4)
+    first, second = (module.moe.experts for module in feed_forwards(model))
+    assert [first.w1.requires_grad, first.w3.requires_grad, first.w2.requires_grad] == [True, False, True]
+    assert all(parameter.requires_grad for parameter in second.parameters())
+    frozen = ARCHITECTURES["llama"].build().requires_grad_(False)
+    replace_ffn(frozen, num_experts=4)  # new experts have everything to learn
+    assert all(parameter.requires_grad for module in feed_forwards(frozen) for parameter in module.parameters())
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.act = nn.Linear(8, 12), nn.Linear(12, 8), nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(self.act(self.enter(x)))
+
+
+MLP = {"Mlp": Adapter(up="enter", down="leave", activation="act")}
+
+
+@pytest.mark.parametrize("change", [upcycle, replace_ffn])
+def test_a_network_that_layers_share_stays_one(change):
+    """All of them, not the first alone."""
+    mlp, x = Mlp(), torch.randn(2, 5, 8)
+    model = nn.ModuleList([nn.Sequential(mlp), nn.Sequential(mlp), nn.Sequential(Mlp())]).eval()
+    before = model[1](x)
+    assert change(model, num_experts=4, adapters=MLP) == ["0.0", "2.0"]
+    assert model[0][0] is model[1][0]
+    assert model[0][0] is not model[2][0]
+    if change is upcycle:
+        torch.testing.assert_close(model[1](x), before)
+
+
+@pytest.mark.parametrize("change", [upcycle, replace_ffn])
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_networks_that_share_weights_are_refused(change, part):
+    model = nn.Sequential(Mlp(), Mlp(), Mlp())
+    setattr(model[2].leave, part, getattr(model[0].leave, part))
+    with pytest.raises(ValueError, match=r"0\.leave and 2\.leave share a weight.*layers="):
+        change(model, num_experts=4, adapters=MLP)
+    assert type(model[0]) is type(model[1]) is Mlp
+    assert change(model, num_experts=4, layers=[1], adapters=MLP) == ["1"]
+
+
+def test_a_network_that_shares_its_weight_with_something_else_is_refused():
+    model = nn.Sequential(Mlp(), nn.Linear(8, 12))
+    model[1].weight = model[0].enter.weight
+    with pytest.raises(ValueError, match=r"0\.enter and 1 share a weight"):
+        upcycle(model, num_experts=4, adapters=MLP)
