@@ -4,6 +4,7 @@ from mixture_of_experts.huggingface.adapters import Adapter
 from mixture_of_experts.huggingface.backend import experts_forward
 from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
+from mixture_of_experts.huggingface.export import export
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.loader import ExpertsLoader
 from mixture_of_experts.huggingface.loading import from_pretrained
@@ -18,6 +19,7 @@ __all__ = [
     "RoutingCallback",
     "aux_loss",
     "experts_forward",
+    "export",
     "from_pretrained",
     "from_transformers",
     "log_routing",

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.transformers_models import ARCHITECTURES, DIM, VOCABULARY
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -34,7 +35,6 @@ from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import ADAPTERS, from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
-from .models import ARCHITECTURES, DIM, VOCABULARY
 from .test_losses import batch_of, build, trainer
 from .test_saving import GATES, OwnGate, same_weights
 
@@ -168,7 +168,7 @@ def test_own_gates_that_differ_by_layer(tmp_path):
     with pytest.raises(ValueError, match=r"a OwnGate.*huggingface\.from_pretrained"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = from_pretrained(tmp_path, gate=lambda d, e: OwnGate(d, e, next(again)))
-    assert [module.moe.gate.choices for module in feed_forwards(loaded)] == list(ks)
+    assert [module.moe.gate.k for module in feed_forwards(loaded)] == list(ks)
     same_weights(loaded, model)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.transformers_models import ARCHITECTURES, DIM, HIDDEN
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -15,7 +16,6 @@ from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
-from .models import ARCHITECTURES, DIM, HIDDEN
 from .test_losses import gradients
 from .test_saving import same_weights
 

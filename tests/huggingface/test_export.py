@@ -1,0 +1,136 @@
+"""Models with experts in classes of `transformers` that have them: equal logits, or a reason why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.transformers_models import ARCHITECTURES
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.huggingface import export, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+
+def gate(k: int = 2, **settings):
+    return lambda d, e: TopKGating(d, e, k, **settings)
+
+
+EXPORTS = [
+    ("llama", {}, "Mixtral"),
+    ("llama", dict(gate=gate(1, normalize=True)), "Mixtral"),
+    ("llama", dict(gate=gate(3, scale=2.5)), "Mixtral"),
+    ("llama", dict(gate=gate(2, capacity_factor_train=1.25, jitter=0.1), z_loss_coef=0.1), "Mixtral"),
+    ("mistral", {}, "Mixtral"),
+    ("qwen3", {}, "Qwen3Moe"),
+    ("qwen3", dict(layers=[1]), "Qwen3Moe"),
+    ("qwen3", dict(gate=gate(2, normalize=False, scale=0.5)), "Qwen3Moe"),
+    ("qwen2", {}, "Qwen2Moe"),
+    ("qwen2", dict(shared_expert=24, layers=[0]), "Qwen2Moe"),
+    ("llama", dict(layers=[0]), "Qwen2Moe"),
+    ("llama", dict(shared_expert=24), "Qwen2Moe"),
+    ("llama", dict(gate=gate(2, normalize=False)), "Qwen2Moe"),
+]
+
+
+@pytest.mark.parametrize(("name", "settings", "family"), EXPORTS)
+def test_logits_are_equal(name, settings, family, tmp_path):
+    """Of experts that differ and routers that decide; with a mask, with a cache, and once saved and loaded."""
+    model, inputs = ARCHITECTURES[name].build(), ARCHITECTURES[name].inputs()
+    replace_ffn(model, num_experts=4, hidden_dim=24, **settings)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    exported = export(model)
+    assert type(exported).__name__ == f"{family}ForCausalLM"
+    assert not any("mixture_of_experts" in type(module).__module__ for module in exported.modules())
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :3] = 0
+    for more in ({}, {"attention_mask": mask}):
+        expected, found = model(**inputs, **more).logits, exported(**inputs, **more).logits
+        assert expected.std() > 0.1
+        real = more.get("attention_mask", torch.ones_like(mask)).bool()  # here padding gets no experts
+        torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
+    made = [its.generate(**inputs, max_new_tokens=5, do_sample=False) for its in (model, exported)]
+    assert torch.equal(made[0], made[1])
+
+    exported.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(exported)
+    torch.testing.assert_close(loaded(**inputs).logits, exported(**inputs).logits, atol=1e-6, rtol=0)
+    with torch.no_grad():
+        for parameter in exported.parameters():
+            parameter.zero_()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())  # they share nothing
+
+
+def test_tied_embeddings_dtype_and_mode():
+    model = ARCHITECTURES["llama"].build(tie_word_embeddings=True).to(torch.bfloat16).train()
+    upcycle(model, num_experts=4)
+    exported = export(model)
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+    assert {parameter.dtype for parameter in exported.parameters()} == {torch.bfloat16}
+    assert exported.training
+    assert exported.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_other_heads(auto):
+    dense, inputs = ARCHITECTURES["llama"].build(num_labels=3), ARCHITECTURES["llama"].inputs()
+    model = auto.from_config(dense.config).eval()
+    upcycle(model, num_experts=4)
+    exported = export(model)
+    assert type(exported).__name__ == type(model).__name__.replace("Llama", "Mixtral")
+    torch.testing.assert_close(exported(**inputs)[0], model(**inputs)[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "problem"),
+    [
+        ("gpt2", {}, "no class of transformers is a GPT2LMHeadModel with experts; there are such for Llama, Mistral"),
+        ("llama_bias", {}, "in Mixtral: biases of experts; Qwen2Moe: biases of experts"),
+        ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: a Top2Gating"),
+        ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "a NoisyTopKGating"),
+        ("llama", dict(gate=gate(score="sigmoid")), "score='sigmoid'"),
+        ("llama", dict(gate=gate(bias=True)), "a bias of the router"),
+        ("llama", dict(gate=gate(expert_bias=True)), "an expert bias"),
+        ("llama", dict(gate=gate(num_groups=2, top_groups=1)), "num_groups=2"),
+        ("llama", dict(gate=gate(capacity_factor_eval=1.0)), "capacity_factor_eval=1.0, which drops tokens"),
+        ("mistral", dict(layers=[0]), r"Mixtral: layers without experts \(1\); Qwen2Moe: sliding attention"),
+        ("qwen3", dict(shared_expert=8), "Qwen3Moe: a shared expert$"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(name, settings, problem):
+    model = ARCHITECTURES[name].build()
+    replace_ffn(model, num_experts=4, **settings)
+    with pytest.raises(ValueError, match=problem):
+        export(model)
+
+
+def test_layers_that_differ():
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4, layers=[0])
+    replace_ffn(model, num_experts=2, layers=[1])
+    with pytest.raises(ValueError, match=r"layers that differ \(num_experts: 2, 4\)"):
+        export(model)
+
+
+def test_settings_and_activations():
+    model = ARCHITECTURES["llama"].build()
+    with pytest.raises(ValueError, match="has no layers with experts: there is nothing to export"):
+        export(model)
+    upcycle(model, num_experts=4)
+    feed_forwards(model)[1].moe.experts.act = nn.GELU()
+    with pytest.raises(ValueError, match="the activation GELU"):
+        export(model)
+    biased = LlamaForCausalLM(
+        LlamaConfig(**{**ARCHITECTURES["llama"].settings, "attention_bias": True, "vocab_size": 64})
+    )
+    upcycle(biased, num_experts=4)
+    with pytest.raises(ValueError, match="Mixtral: attention_bias=True"):
+        export(biased)
