@@ -48,6 +48,10 @@ class Adapter:
     ones: str | None = None
     halves: Halves = "gate_up"
 
+    def linears(self) -> list[str]:
+        """The paths of the linear layers."""
+        return list(dict.fromkeys(path for path in (self.gate, self.up, self.down) if path is not None))
+
 
 @dataclass(frozen=True)
 class Dense:

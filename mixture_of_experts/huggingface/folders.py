@@ -1,0 +1,232 @@
+"""Saved models changed file by file: no more than one layer and one shard is in memory.
+
+What is written lies in a folder beside the one that is asked for, until it is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from mixture_of_experts.huggingface.configuration import layers_with_experts
+from mixture_of_experts.huggingface.export import below, plan_export
+from mixture_of_experts.huggingface.loading import find_class
+from mixture_of_experts.huggingface.replace import find, upcycle
+from mixture_of_experts.huggingface.restore import put_experts
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+
+
+def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
+    """`upcycle` on a saved dense model; the folder holds what `save_pretrained` would write.
+
+    Args:
+        source: a folder with `config.json` and safetensors.
+        target: a folder that is not there yet.
+        max_shard_size: bytes of a file of weights.
+        settings: as of `upcycle`, but for `models`.
+
+    Raises:
+        ValueError, TypeError: as `upcycle`; a model that has experts already, or weights that are not named as its own.
+        FileExistsError: the target is there.
+    """
+    with finished(target) as folder:
+        config = AutoConfig.from_pretrained(source)
+        if layers_with_experts(config):
+            raise ValueError(f"{source} has experts already")
+        model, weights = empty_model(config), Checkpoint(source)
+        names = [place.target for place in find(model, settings.pop("layers", None), settings.get("adapters"))]
+        writer = Shards(folder, max_shard_size)
+        written: set[str] = set()
+        for name in tqdm(names, desc="layers", unit="layer"):
+            (place,) = find(model, [name], settings.get("adapters"))
+            parts = [f"{place.name}.{path}" for path in place.adapter.linears()]
+            inside = {n: p for n, p in model.named_parameters() if any(below(path, n) for path in parts)}
+            read = {parameter: weights.named(parameter, model) for parameter in inside}
+            for parameter, stored in read.items():
+                parent, _, leaf = parameter.rpartition(".")
+                value = nn.Parameter(weights[stored].clone(), requires_grad=inside[parameter].requires_grad)
+                setattr(model.get_submodule(parent), leaf, value)
+            upcycle(model, layers=[name], **settings)
+            written.update(read.values())
+            made = {key: value for key, value in model.state_dict().items() if below(name, key)}
+            for key, value in revert_weight_conversion(model, made).items():
+                writer.add(weights.without_head(key, model), value)
+            model.get_submodule(place.name).to("meta")
+        for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
+            writer.add(stored, weights[stored])
+        writer.close()
+        config = model.config
+        config.architectures = [type(model).__name__]
+        copy_others(source, folder)
+        config.save_pretrained(folder)
+
+
+def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
+    """`export` on a saved model with experts; weights get the names that the class's own checkpoints have.
+
+    Args:
+        source: a folder that `save_pretrained` or `upcycle_folder` wrote.
+        target: a folder that is not there yet.
+        max_shard_size: bytes of a file of weights.
+
+    Raises:
+        ValueError: as `export`.
+        FileExistsError: the target is there.
+    """
+    with finished(target) as folder:
+        config = AutoConfig.from_pretrained(source)
+        layers = layers_with_experts(config)
+        if not layers:
+            raise ValueError(f"{source} has no experts: there is nothing to export")
+        config = copy.deepcopy(config)
+        vars(config).pop("quantization_config", None)
+        model, weights = empty_model(config), Checkpoint(source)
+        put_experts(model, layers)
+        plan = plan_export(model)
+        with torch.device("meta"):
+            made = plan.model_class(plan.config)
+        writer = Shards(folder, max_shard_size)
+        for path, convert in tqdm(plan.layers.items(), desc="layers", unit="layer"):
+            keys = [key for key in model.state_dict() if below(path, key)]
+            read = {key.removeprefix(f"{path}."): weights[weights.named(key, model)] for key in keys}
+            block = {f"{path}.{name}": value for name, value in convert(read).items()}
+            for name, value in revert_weight_conversion(made, block).items():
+                writer.add(name, value)
+        for stored in tqdm([n for n in weights if not any(below(path, n) for path in plan.layers)], desc="others"):
+            writer.add(stored, weights[stored])
+        writer.close()
+        plan.config.architectures = [plan.model_class.__name__]
+        copy_others(source, folder)
+        plan.config.save_pretrained(folder)
+
+
+@contextmanager
+def finished(target: Path) -> Iterator[Path]:
+    """A folder beside the target that becomes it at the end, and is taken away where there is none.
+
+    What is killed leaves `.NAME.xxxx.unfinished`, without a `config.json`.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} is there: take another name, or take it away")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp's is for its owner alone
+        os.rename(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def empty_model(config: Any) -> Any:
+    """The model that was saved, without memory for its weights."""
+    with torch.device("meta"):
+        model = find_class(config, None)(config)
+    return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Tokenizer, generation settings and what else lies beside weights and configuration."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
+            shutil.copy2(file, target / file.name)
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The weights of a folder, each read when it is asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        index = folder / INDEX
+        if index.exists():
+            files = json.loads(index.read_text())["weight_map"]
+        elif (folder / "model.safetensors").exists():
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
+        self.folder = folder
+        self.files = dict(sorted(files.items(), key=lambda item: item[1]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self.folder / self.files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def named(self, name: str, model: Any) -> str:
+        """As the file calls a weight of the model: checkpoints of some classes have other names than they."""
+        renamed = next(iter(revert_weight_conversion(model, {name: model.get_parameter_or_buffer(name)})))
+        for stored in (name, renamed, self.without_head(name, model), self.without_head(renamed, model)):
+            if stored in self.files:
+                return stored
+        raise ValueError(
+            f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
+        )
+
+    def without_head(self, name: str, model: Any) -> str:
+        """A model without a head may have been saved, whose names are shorter by a word."""
+        prefix = f"{model.base_model_prefix}."
+        return name if any(below(model.base_model_prefix, n) for n in self.files) else name.removeprefix(prefix)
+
+
+class Shards:
+    """Files of weights, each written as soon as it is full."""
+
+    def __init__(self, folder: Path, max_size: int) -> None:
+        self.folder = folder
+        self.max_size = max_size
+        self.waiting: dict[str, Tensor] = {}
+        self.size = self.total = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, value: Tensor) -> None:
+        size = value.numel() * value.element_size()
+        if self.waiting and self.size + size > self.max_size:
+            self.write()
+        self.waiting[name] = value.detach().contiguous()
+        self.size += size
+        self.total += size
+
+    def write(self) -> None:
+        save_file(self.waiting, self.part(len(self.files)), metadata={"format": "pt"})
+        self.files.append(list(self.waiting))
+        self.waiting, self.size = {}, 0
+
+    def part(self, i: int) -> Path:
+        return self.folder / f"part-{i}.safetensors"
+
+    def close(self) -> None:
+        """Write the last one, and give all of them the names that depend on their number."""
+        self.write()
+        n = len(self.files)
+        if n == 1:
+            self.part(0).rename(self.folder / "model.safetensors")
+            return
+        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        for i, file in enumerate(files):
+            self.part(i).rename(self.folder / file)
+        names = {name: file for file, held in zip(files, self.files, strict=True) for name in held}
+        index = {"metadata": {"total_size": self.total}, "weight_map": names}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

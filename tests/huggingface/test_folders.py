@@ -1,0 +1,184 @@
+"""The command on folders: what it writes is what the functions make, or nothing that looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.transformers_models import ARCHITECTURES
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from mixture_of_experts.huggingface import export, folders, upcycle
+from mixture_of_experts.huggingface.__main__ import main
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+from .test_saving import same_weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
+COMMAND = [sys.executable, "-m", "mixture_of_experts.huggingface"]
+
+
+def saved(name: str, folder: Path, **settings) -> nn.Module:
+    model = ARCHITECTURES[name].build(**settings)
+    model.save_pretrained(folder, max_shard_size="20KB")
+    (folder / "tokenizer_config.json").write_text("{}")
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_upcycled_folders_are_upcycled_models(name, tmp_path):
+    """Every architecture: equal logits before and after, experts that are copies, all other weights as they were."""
+    dense, inputs = saved(name, tmp_path / "in"), ARCHITECTURES[name].inputs()
+    words = ["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--num-experts", "4", "--max-shard-size", "40KB"]
+    assert main(words) == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    loaded = type(dense).from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits, atol=1e-5, rtol=0)
+    upcycle(dense, num_experts=4)
+    expected = dense.state_dict()
+    for key, value in loaded.state_dict().items():
+        if not key.endswith("gate.w_gating"):  # drawn
+            assert torch.equal(value, expected.pop(key)), key
+    assert all(key.endswith("gate.w_gating") for key in expected)
+    assert (tmp_path / "out" / "tokenizer_config.json").exists()
+    assert loaded.config.architectures == [type(dense).__name__]
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+
+
+def test_settings_of_the_command(tmp_path):
+    dense, inputs = saved("llama", tmp_path / "in"), ARCHITECTURES["llama"].inputs()
+    settings = ["--num-experts", "8", "--k", "4", "--granularity", "2", "--shared-expert", "16", "--layers", "1"]
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), *settings]) == 0
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits, atol=1e-5, rtol=0)
+    (module,) = feed_forwards(loaded)
+    assert (module.moe.gate.k, module.moe.experts.hidden_dim, module.moe.shared_expert.hidden_dim) == (4, 16, 16)
+    assert (tmp_path / "out" / "model.safetensors").exists()  # small enough for one file
+
+
+def test_names_without_the_head_and_other_dtypes(tmp_path):
+    """As the hub has GPT-2: no `transformer.` before the names of weights; in bfloat16."""
+    dense = ARCHITECTURES["gpt2"].build().to(torch.bfloat16)
+    dense.transformer.save_pretrained(tmp_path / "in")
+    config = json.loads((tmp_path / "in" / "config.json").read_text())
+    (tmp_path / "in" / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--num-experts", "2"]) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {value.dtype for name, value in weights.items() if "mlp" in name and "weight" not in name} == {
+        torch.bfloat16
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    inputs = ARCHITECTURES["gpt2"].inputs()
+    torch.testing.assert_close(loaded(**inputs).logits, dense(**inputs).logits, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_exported_folders_are_exported_models(name, tmp_path):
+    dense, inputs = saved(name, tmp_path / "in"), ARCHITECTURES[name].inputs()
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "moe"), "--noise", "0.1"]) == 0
+    assert main(["export", str(tmp_path / "moe"), str(tmp_path / "out"), "--max-shard-size", "40KB"]) == 0
+    model, loaded = (AutoModelForCausalLM.from_pretrained(tmp_path / folder) for folder in ("moe", "out"))
+    expected = export(model)
+    assert type(loaded) is type(expected)
+    same_weights(loaded, expected)
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
+    assert (model(**inputs).logits - dense(**inputs).logits).abs().max() > 1e-3
+    # names as the class's own checkpoints have them, for programs that read those
+    expected.save_pretrained(tmp_path / "theirs")
+    index = json.loads((tmp_path / "out" / folders.INDEX).read_text())["weight_map"]
+    assert index.keys() == load_file(tmp_path / "theirs" / "model.safetensors").keys()
+
+
+def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path, capsys):
+    saved("llama", tmp_path / "in")
+    saved("gpt2", tmp_path / "gpt2")
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "moe")]) == 0
+    assert main(["upcycle", str(tmp_path / "gpt2"), str(tmp_path / "moe2")]) == 0
+    before = sorted(os.listdir(tmp_path))
+    for words, problem in [
+        (("upcycle", "in", "moe"), "moe is there"),
+        (("upcycle", "moe", "out"), "moe has experts already"),
+        (("export", "in", "out"), "in has no experts"),
+        (("export", "moe2", "out"), "no class of transformers is a GPT2LMHeadModel with experts"),
+        (("upcycle", "in", "out", "--granularity", "5"), "granularity=5 must divide num_experts=8"),
+    ]:
+        capsys.readouterr()
+        paths = [words[0], *(str(tmp_path / word) for word in words[1:3]), *words[3:]]
+        assert main(paths) == 1
+        assert problem in capsys.readouterr().err
+        assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
+    saved("llama", tmp_path / "in")
+    monkeypatch.setattr(folders, "copy_others", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out")])
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.parametrize("text", ["0", "5TB", "x", "-1"])
+def test_sizes(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "in", "out", f"--max-shard-size={text}"])
+    assert "is no size: write 500MB or 5GB" in capsys.readouterr().err
+
+
+def large(folder: Path, layers: int, hidden: int) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=hidden, num_hidden_layers=layers, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="10MB")
+
+
+@pytest.mark.slow
+def test_what_is_killed_does_not_look_finished(tmp_path):
+    """SIGKILL while shards are written: no folder of that name, and what lies beside it is refused."""
+    large(tmp_path / "in", layers=24, hidden=512)
+    words = [*COMMAND, "upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--max-shard-size", "5MB"]
+    process = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not list(tmp_path.glob(".out.*.unfinished/part-2.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert process.poll() is None, "it ended before it was killed"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out").exists()
+    (left,) = tmp_path.glob(".out.*.unfinished")
+    assert not list(left.glob("config.json"))
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(left)
+    subprocess.run(words, check=True, timeout=300)  # and again, to the end
+    assert len(feed_forwards(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))) == 24
+
+
+MEASURED = """
+import resource, sys
+import mixture_of_experts.huggingface.folders
+from mixture_of_experts.huggingface.__main__ import main
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(sys.argv[1:]) == 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_a_shard_or_two(tmp_path):
+    """Of 1.2 GB that are written, a layer (50 MB) and two shards (50 MB each) at the most are in memory."""
+    large(tmp_path / "in", layers=24, hidden=2048)
+    for command, source, target in (("upcycle", "in", "moe"), ("export", "moe", "out")):
+        words = [command, str(tmp_path / source), str(tmp_path / target), "--max-shard-size", "50MB"]
+        done = subprocess.run([sys.executable, "-c", MEASURED, *words], check=True, timeout=500, stdout=subprocess.PIPE)
+        assert sum(file.stat().st_size for file in (tmp_path / target).iterdir()) > 1.1e9
+        assert float(done.stdout.split()[-1]) < 300
