@@ -51,11 +51,11 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
         model, weights = empty_model(config), Checkpoint(source)
-        names = [place.target for place in find(model, settings.pop("layers", None), settings.get("adapters"))]
+        places = find(model, settings.pop("layers", None), settings.get("adapters"))
         writer = Shards(folder, max_shard_size)
         written: set[str] = set()
-        for name in tqdm(names, desc="layers", unit="layer"):
-            (place,) = find(model, [name], settings.get("adapters"))
+        for place in tqdm(places, desc="layers", unit="layer"):
+            name = place.target
             parts = [f"{place.name}.{path}" for path in place.adapter.linears()]
             inside = {n: p for n, p in model.named_parameters() if any(below(path, n) for path in parts)}
             read = {parameter: weights.named(parameter, model) for parameter in inside}
@@ -139,7 +139,7 @@ def finished(target: Path) -> Iterator[Path]:
 def empty_model(config: Any) -> Any:
     """The model that was saved, without memory for its weights."""
     with torch.device("meta"):
-        model = find_class(config, None)(config)
+        model: Any = find_class(config, None)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
