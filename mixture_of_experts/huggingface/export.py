@@ -25,6 +25,7 @@ from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.adapters import read_activation
 from mixture_of_experts.huggingface.configuration import KEY
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.losses import ANNOUNCED
 from mixture_of_experts.huggingface.shared import SharedExpert
 
 
@@ -57,7 +58,14 @@ TARGETS = (
 
 # of configurations: what no computation depends on, and what is decided here
 NOT_COMPARED = {"model_type", "architectures", "transformers_version", "pretraining_tp", "_name_or_path", KEY}
-NOT_COMPARED |= {"quantization_config", "mlp_bias", "use_sliding_window", "max_window_layers", "layer_types"}
+NOT_COMPARED |= {
+    *ANNOUNCED,
+    "quantization_config",
+    "mlp_bias",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+}
 
 
 @dataclass(frozen=True)

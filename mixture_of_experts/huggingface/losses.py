@@ -71,6 +71,10 @@ def add_to_loss(model: nn.Module) -> None:
         model.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
 
 
+#: what `announce` writes into a configuration
+ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
+
+
 def announce(model: nn.Module) -> None:
     """Have the trainers of TRL ask for the auxiliary loss, as they do of models that say in their configuration that
     they have routers: those compute their losses from the model's log-probabilities, and pass its own loss by.
@@ -81,13 +85,9 @@ def announce(model: nn.Module) -> None:
     if config is None or reports_routers(config) or backbone is model:
         return
     members = feed_forwards(model)
-    said = {
-        "output_router_logits": True,
-        "router_aux_loss_coef": 1.0,  # a factor, since coefficients are the layers'; 0.0 is a trainer's way of "off"
-        "num_experts": members[0].moe.num_experts,
-        "num_experts_per_tok": getattr(members[0].moe.gate, "choices", 1),
-    }
-    for name, value in said.items():
+    # the second is a factor, since coefficients are the layers'; 0.0 is a trainer's way of "off"
+    values = (True, 1.0, members[0].moe.num_experts, getattr(members[0].moe.gate, "k", 1))
+    for name, value in zip(ANNOUNCED, values, strict=True):
         if not hasattr(config, name):
             setattr(config, name, value)
     backbone.register_forward_pre_hook(take_away, with_kwargs=True)

@@ -34,6 +34,7 @@ from transformers.models.auto import modeling_auto
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.losses import ANNOUNCED
 
 from .test_losses import batch_of, build, trainer
 from .test_saving import GATES, OwnGate, same_weights
@@ -72,7 +73,7 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
     dense.save_pretrained(tmp_path / "dense")
     dense = type(dense).from_pretrained(tmp_path / "dense")
     assert vars(again).keys() - {"accepts_loss_kwargs"} == vars(dense).keys()  # nothing of a quantiser
-    assert vars(again.config).keys() - {"mixture_of_experts"} == vars(dense.config).keys()
+    assert vars(again.config).keys() - {"mixture_of_experts", *ANNOUNCED} == vars(dense.config).keys()
 
     classes = auto_classes(model)
     assert len(classes) > 1
