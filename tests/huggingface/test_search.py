@@ -335,20 +335,24 @@ SOME = ["bloom", "mpt", "xlnet", "esm", "albert", "gte", "mobilebert", "cpmant",
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")  # of a table that a tiny MobileBERT has not
 @pytest.mark.parametrize("name", SOME)
 def test_families_of_transformers(name):
-    assert try_family(name).kind == "upcycles"
+    result = try_family(name)
+    assert result.kind == "upcycles", result
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "deit", "beit", "dinov2", "swin", "wav2vec2", "hubert"])
+@pytest.mark.parametrize("name", ["clip", "siglip", "vit", "deit", "beit", "dinov2", "imagegpt", "wav2vec2", "hubert"])
 def test_families_of_pictures_and_sound(name):
     from tests.support.transformers_families import other_classes
 
-    assert try_family(name, other_classes()[name]).kind == "upcycles"
+    result = try_family(name, other_classes()[name])
+    assert result.kind == "upcycles", result
 
 
 @pytest.mark.exhaustive
+@pytest.mark.filterwarnings("ignore")  # of transformers, about configurations
 def test_all_families():
     from tests.support.transformers_families import text_types
 
