@@ -1,4 +1,4 @@
-"""Models as records of one table: the settings of their router and experts, and where their block keeps them.
+"""Models as records of one table: the settings of their router and experts, and where their block keeps them::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
     recipes.MODELS["mixtral"]                                 # what it is made of
