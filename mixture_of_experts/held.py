@@ -101,6 +101,11 @@ class BlockSettings:
         return self.held("expert_bias")
 
     @property
+    def experts_of_id(self) -> Any:
+        """`(v, k)` the experts of each token id, where those choose."""
+        return self.held("experts_of_id")
+
+    @property
     def scale(self) -> float:
         """The router's, times the block's, which multiplies what the experts return."""
         product = 1.0

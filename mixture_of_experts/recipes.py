@@ -99,6 +99,7 @@ KEEPS: dict[str, tuple[str, ...]] = {
         "balancing_biases",
         "moe_statics.e_score_correction_bias",
     ),
+    "experts_of_id": ("tid2eid",),
     "norm_weight": ("scale",),
     "scales": ("per_expert_scale", "global_scale"),
     # modules

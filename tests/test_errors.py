@@ -232,9 +232,7 @@ def test_a_list_with_a_forward_of_its_own_is_called():
 def test_routers():
     with pytest.raises(ValueError, match=r"k must be at most num_experts=4, got 5"):
         TopKGating(8, 4, 5)
-    with pytest.raises(
-        ValueError, match=r"score must be one of 'softmax', 'sigmoid', .* or a function, got 'relu'"
-    ):
+    with pytest.raises(ValueError, match=r"score must be one of 'softmax', 'sigmoid', .* or a function, got 'relu'"):
         TopKGating(8, 4, score="relu")
     with pytest.raises(ValueError, match=r"num_groups and top_groups go together"):
         TopKGating(8, 4, num_groups=2)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.gating import RouterLogits, TopKGating
+from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
 from mixture_of_experts.gating.steps import LearnedScale
 from mixture_of_experts.held import BlockSettings
 from mixture_of_experts.huggingface.block_experts import Pieces, copied, paths
@@ -26,7 +26,10 @@ def make_gate(held: BlockSettings, balance_over: Any) -> Any:
             settings["weigh"] = LearnedScale(e if held.model.scales == "expert" else 1)
         if held.model.router is TopKGating:
             settings["balance_over"] = balance_over
-        gate: Any = held.model.router(held.dim, e, **settings)
+        kind: Any = held.model.router
+        if held.experts_of_id is not None:
+            kind, settings["num_ids"] = HashGating, len(held.experts_of_id)
+        gate = kind(held.dim, e, **settings)
     if held.network:
         gate.logits = nn.Sequential(*(copied(getattr(held.router, name)) for name in held.network))
     return gate
@@ -44,6 +47,8 @@ def router_views(held: BlockSettings, of: Callable[[Tensor], Tensor]) -> dict[st
         found["gate.logits.norm_weight"] = [(..., of(held.held("norm_weight")))]
     if held.bias is not None:
         found["gate.b_gating"] = [(..., of(held.bias))]
+    if held.experts_of_id is not None:
+        found["gate.experts_of_id"] = [(..., of(held.experts_of_id))]
     if held.model.scales is not None:
         found["gate.weigh.scale"] = [(..., of(held.held("scales")))]
     if held.expert_bias is not None:

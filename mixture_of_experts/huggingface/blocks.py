@@ -30,7 +30,6 @@ COMPARED += (
     "min_expert_capacity",
 )
 REFUSED = {
-    "is_hash": "chooses by the ids of tokens",
     "use_eda": "reads the state of the layer before's router",
 }
 
@@ -110,7 +109,9 @@ def differences(moe: MoE, wanted: MoE) -> list[str]:
     def told(gate: nn.Module, name: str) -> str:
         return repr(getattr(gate, name, None))
 
-    differ = [
+    kinds = [type(gate).__name__ for gate in (moe.gate, wanted.gate)]
+    differ = [] if kinds[0] == kinds[1] else [f"the gate is a {kinds[0]}, the block's a {kinds[1]}"]
+    differ += [
         f"the gate has {name}={told(moe.gate, name)}, the block {told(wanted.gate, name)}"
         for name in COMPARED
         if told(moe.gate, name) != told(wanted.gate, name)

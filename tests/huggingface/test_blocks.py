@@ -147,7 +147,6 @@ def test_a_block_left_out_for_a_fault_has_it_still():
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [
-        ("DeepseekV4SparseMoeBlock", 2, "chooses by the ids of tokens, which no gate is given"),
         ("ZayaSparseMoeBlock", 1, "reads the state of the layer before's router, which no gate is given"),
     ],
 )
@@ -167,6 +166,25 @@ def test_padding_of_a_block_costs_nothing_and_is_zero(name):
     out = moe(x, mask=mask)[0]
     torch.testing.assert_close(out[mask], moe(x)[0][mask], atol=1e-5, rtol=1e-5)
     assert not out[~mask].any()
+
+
+def test_layers_that_choose_by_token_ids():
+    """DeepSeek-V4's first ones: `moe(x, token_ids=ids)`, and back with the table of ids."""
+    torch.manual_seed(0)
+    block, other = (make("DeepseekV4SparseMoeBlock", 2) for _ in range(2))
+    for one in (block, other):
+        one.gate.tid2eid.copy_(torch.stack([torch.randperm(8)[:3] for _ in range(len(one.gate.tid2eid))]))
+    moe, ids = from_transformers(block), torch.randint(len(block.gate.tid2eid), (2, 7))
+    results = []
+    for call in (lambda x: block(x, input_ids=ids), lambda x: moe(x, token_ids=ids)[0]):
+        x = torch.linspace(-1, 1, 224).view(2, 7, 16).requires_grad_()
+        out = call(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), x)])
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    to_transformers(moe, other)
+    assert all(torch.equal(value, block.state_dict()[key]) for key, value in other.state_dict().items())
+    with pytest.raises(ValueError, match="the gate is a HashGating, the block's a TopKGating"):
+        to_transformers(moe, make("DeepseekV4SparseMoeBlock"))
 
 
 def test_another_choice_or_wrapper_is_refused():
