@@ -82,15 +82,15 @@ class AuxLosses:
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
-        self._others: list[Tensor] = []  # of evaluation
+        self._evaluation: list[Tensor] = []  # of the last forward
 
     def take(self) -> Tensor:
         """The sum, 0-dim, of the auxiliary losses of all layers, in all training forwards since the last call.
 
         A forward is one of training if the model is in training mode and gradients are enabled. If there was none, the
-        sum is that of the evaluation forwards.
+        sum is that of the last evaluation forward.
         """
-        losses = self._training or self._others
+        losses = self._training or self._evaluation
         if not losses:
             raise RuntimeError(
                 "no auxiliary loss was collected: call the model that was given to collect_aux inside the context and "
@@ -101,7 +101,7 @@ class AuxLosses:
         for loss in losses[1:]:
             total = total + loss.to(total.device)
         self._training.clear()
-        self._others.clear()
+        self._evaluation = []
         return total
 
     def _begin(self, model: nn.Module, args: object) -> None:
@@ -123,8 +123,10 @@ class AuxLosses:
         if not isinstance(under_way.current(self), AuxCall):
             return
         call = under_way.end(self)
-        if call.returned:
-            (self._training if call.training else self._others).extend(call.losses)
+        if call.returned and call.training:
+            self._training.extend(call.losses)
+        elif call.returned:
+            self._evaluation = call.losses
 
     def _collect(self, layer: nn.Module, args: object, output: Any) -> None:
         call = under_way.current(self)

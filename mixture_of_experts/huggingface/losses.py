@@ -41,7 +41,7 @@ def aux_loss(model: nn.Module) -> Tensor:
     members = feed_forwards(model)
     call = under_way.current(members[0]) if members else None
     calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
-    losses = [loss for call in calls if call is not None for loss in call.losses]
+    losses = [loss for call in calls for loss in call.losses]
     if not losses:
         raise RuntimeError(
             f"{type(model).__name__} has no auxiliary loss: call it first, in this thread, and replace_ffn or upcycle "

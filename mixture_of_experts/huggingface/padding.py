@@ -25,7 +25,7 @@ class LastCall(threading.local):
     """The last outermost call that came to its end, of each thread its own. Copies of a model have had none."""
 
     def __init__(self) -> None:
-        self.box: list[ModelCall | None] = [None]  # what is in a list torch.compile stores, an attribute it does not
+        self.box = [ModelCall()]  # what is in a list torch.compile stores, an attribute it does not
 
     def __reduce__(self) -> tuple[type[LastCall], tuple[()]]:
         return LastCall, ()
@@ -81,7 +81,7 @@ class BeginCall:
     def warn_of_loss(self, model: nn.Module) -> None:
         """Once, if the gradient of the forward before went past its auxiliary losses."""
         last = self.last.box[0]
-        if last is None or self.warned or not last.reached.output or last.reached.loss:
+        if self.warned or not last.reached.output or last.reached.loss:
             return
         config = getattr(model, "config", None)
         if config is not None and getattr(config.get_text_config(), "router_aux_loss_coef", 1.0) == 0:

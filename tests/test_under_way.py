@@ -1,0 +1,139 @@
+"""Calls that are under way: each known to its own thread, read by compiled graphs, gone with its forward."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import under_way
+from mixture_of_experts.under_way import HERE, CallUnderWay
+
+
+class MaskCall(CallUnderWay):
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self.seen: list[Tensor] = []
+
+
+class Layer(nn.Module):
+    """Multiplies by the mask of the call that it is part of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        call = under_way.current(self)
+        if call is None:
+            return x
+        call.seen.append(x.sum())
+        return x * call.mask
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(Layer(), nn.Sigmoid(), Layer())
+        self.sum = [torch.zeros(())]
+        self.register_forward_pre_hook(self.begin, with_kwargs=True)
+        self.register_forward_hook(self.end, always_call=True)
+
+    def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
+        under_way.begin(MaskCall(kwargs["mask"]), self, *self.layers)
+
+    def end(self, *_: object) -> None:
+        call = under_way.end(self)
+        self.sum[0] = call.seen[0] + call.seen[1]
+
+    def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def masks(number: int) -> list[Tensor]:
+    gen = torch.Generator().manual_seed(1)
+    return [torch.randint(2, (5,), generator=gen).float() for _ in range(number)]
+
+
+def in_threads(work: Callable[[int], None], threads: int) -> None:
+    start = threading.Barrier(threads)
+
+    def begin(number: int) -> None:
+        start.wait(60)
+        work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(begin, number) for number in range(threads)]:
+            future.result()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [None, "model", "layers"])
+def test_each_thread_has_its_own(compiled):
+    """In one graph for all threads and masks: hooks outside of it, or within."""
+    torch.compiler.reset()
+    model, graphs = Model(), []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    for module in {None: [], "model": [model], "layers": [*model.layers[::2]]}[compiled]:
+        module.compile(fullgraph=True, backend=backend)
+    x, given = torch.arange(5.0), masks(4)
+    model(x, mask=given[0])
+    made = len(graphs)
+
+    def work(number: int) -> None:
+        for _ in range(50):
+            found = model(x, mask=given[number])
+            assert torch.equal(found, (x * given[number]).sigmoid() * given[number])
+        assert not HERE.calls
+
+    in_threads(work, 4)
+    assert len(graphs) == made == {None: 0, "model": 1, "layers": 2}[compiled]
+    assert torch.equal(model(x, mask=given[1]), (x * given[1]).sigmoid() * given[1])
+    torch.testing.assert_close(model.sum[0], x.sum() + (x * given[1]).sigmoid().sum())
+    torch.compiler.reset()
+
+
+def test_an_interrupted_call_is_forgotten():
+    """No hook is told of it; the next who asks finds that its frame is gone."""
+    model, x = Model(), torch.arange(5.0)
+    layer = model.layers[0]
+
+    def interrupt(*_: object) -> None:
+        assert under_way.current(layer) is not None
+        raise KeyboardInterrupt
+
+    hook = layer.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x, mask=masks(1)[0])
+    hook.remove()
+    assert HERE.calls
+    assert torch.equal(layer(x), x)
+    assert torch.equal(model.layers(x), x.sigmoid())
+    model(x, mask=masks(2)[1])
+    assert not HERE.calls
+
+
+def test_what_a_backward_runs_is_no_part_of_the_call_around():
+    """Unless it brings one along."""
+    layer, x = Layer(), torch.ones(5, requires_grad=True)
+    of_forward, of_backward, seen = MaskCall(torch.zeros(5)), MaskCall(torch.full((5,), 2.0)), []
+
+    def run_again(grad: Tensor) -> None:
+        seen.append(layer(x))
+        with under_way.within([(layer, of_backward)]):
+            seen.append(layer(x))
+        seen.append(layer(x))
+
+    with under_way.within([(layer, of_forward)]):
+        y = layer(x)
+        y.register_hook(run_again)
+        y.sum().backward()
+        seen.append(layer(x))
+    assert [int(value.sum()) for value in seen] == [5, 10, 5, 0]
+    assert under_way.current(layer) is None
+    assert under_way.end(layer) is None
