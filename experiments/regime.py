@@ -132,17 +132,24 @@ def draw(found: Sequence[Point], path: Path) -> None:
 
 
 def draw_line(axes: Axes, line: Sequence[Point]) -> None:
-    """The points of one mixture of one size. A triangle points to where the share really is."""
+    """The points of one mixture of one size. A triangle points up where even its longest run does not reach the loss.
+
+    Where its shortest run is past the loss already, which says little, there is none.
+    """
     if not line:
         return
     colour, (marker, style) = COLOURS[line[0].model], STYLES[line[0].size]
     means = [(point.bytes_per_parameter, point.share * (point.ratio or 0)) for point in line if point.exact]
     label = f"{MODELS[line[0].model].label}, {line[0].size.removesuffix('m')} million parameters in use"
-    axes.plot(*zip(*means, strict=True) if means else ([], []), style, color=colour, linewidth=2, label=label)
+    form = f"{marker}{style}" if len(means) > 1 else marker
+    axes.plot(*zip(*means, strict=True) if means else ([], []), form, color=colour, linewidth=2, label=label)
     for point in line:
         for share in point.shares.values():
-            shape = {"": marker, "<": "v", ">": "^"}[share.sign]
-            axes.plot(point.bytes_per_parameter, share.share * (point.ratio or 0), shape, color=colour, markersize=5)
+            if share.sign != "<":
+                shape = "^" if share.sign else marker
+                axes.plot(
+                    point.bytes_per_parameter, share.share * (point.ratio or 0), shape, color=colour, markersize=4
+                )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
