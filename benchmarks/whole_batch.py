@@ -16,7 +16,7 @@ from benchmarks.cases import Case
 from benchmarks.contest import Contestant
 from benchmarks.layer import loaded
 from benchmarks.problem import Inputs, Weights
-from mixture_of_experts.decision import decision_of, slots_of
+from mixture_of_experts.decision import decision_of, plan_slots_of
 from mixture_of_experts.ops.cpu.batches import Batch
 from mixture_of_experts.ops.cpu.fused import plan_chunks
 from mixture_of_experts.routing import Routing
@@ -54,14 +54,14 @@ class Where(NamedTuple):
 def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
     if case.capacity is not None:
-        where = slots_of(routing)
+        where = plan_slots_of(routing)
         batches, unused = [Batch(slice(0, case.e), case.rows_per_expert, 0)], where.row.new_empty(0)
     else:
         row_bytes = (case.d + (2 if case.gated else 1) * case.h) * weight.element_size()
         where, chunks = plan_chunks(decision_of(routing), case.d * case.h, row_bytes)
-        assert where.num_tokens_per_expert is not None
+        assert where.rows_per_expert is not None
         batches = [batch for chunk in chunks for batch in chunk.batches]
-        unused = (where.num_tokens_per_expert == 0).nonzero().flatten()
+        unused = (where.rows_per_expert == 0).nonzero().flatten()
     table, weights = where.row.view(-1, case.k), where.weight.detach().view(-1, case.k)
     token, row_weight = where.token.clamp(max=where.num_tokens - 1), where.row_weight().unsqueeze(-1)
     return Where(batches, table, token, row_weight, weights, unused)

@@ -143,9 +143,9 @@ class InputWeightedExperts(RoutedExperts):
         if decision is None:
             return super().forward(x, decision)
         plan = decision.without_gaps()
-        assert plan.num_tokens_per_expert is not None
+        assert plan.rows_per_expert is not None
         rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)
-        out = self.compute(rows.to(x.dtype), plan.num_tokens_per_expert)
+        out = self.compute(rows.to(x.dtype), plan.rows_per_expert)
         return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:

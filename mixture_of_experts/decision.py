@@ -24,7 +24,7 @@ from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import exporting, smallest
 
 
-class Slots:
+class SlotLayout:
     """Where limited capacity puts assignments.
 
     Every expert has one queue for each group; queue `expert * num_groups + group` has `capacity` slots.
@@ -69,7 +69,7 @@ class Decision:
         token: Tensor | None = None,
         num_tokens: int,
         num_experts: tuple[int, ...],
-        slots: Slots | None = None,
+        slots: SlotLayout | None = None,
         dropless: bool = True,
         most_rows: int | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class Decision:
         of_expert = self.num_tokens if self.slots is None else self.slots.num_groups * self.slots.capacity
         return math.prod(self.num_experts) * of_expert
 
-    def queue_up(self) -> tuple[Tensor, Queues]:
+    def queues(self) -> tuple[Tensor, Queues]:
         """The queue `(a,)` that each assignment is in, and all queues: positions `(a,)` and lengths `(e b,)`."""
         if self.slots is not None:
             return self.slots.find()
@@ -102,28 +102,28 @@ class Decision:
 
     def in_slots(self) -> Plan:
         """The plan whose rows are all slots: `(e, b, c)`, some of them empty."""
-        queue, queues = self.queue_up()
+        queue, queues = self.queues()
         capacity = self.num_tokens if self.slots is None else self.slots.capacity
         return self._plan(queue * capacity + queues.position, self.num_slots, None)
 
-    def num_tokens_per_expert(self, queues: Queues) -> Tensor:
-        """`(e,)` int64, how many tokens each expert has in `queues`, those that `queue_up` made."""
+    def rows_per_expert(self, queues: Queues) -> Tensor:
+        """`(e,)` int64, the rows that each expert needs: one for each assignment that holds a place in `queues()`."""
         by_expert = queues.length.view(math.prod(self.num_experts), -1)
         return by_expert.flatten() if statically_known_true(by_expert.shape[1] == 1) else by_expert.sum(dim=-1)
 
     def without_gaps(self) -> Plan:
         """The plan whose rows are those of tokens alone, sorted by expert."""
-        queue, queues = self.queue_up()
+        queue, queues = self.queues()
         first = queues.length.cumsum(0) - queues.length
         row = first.gather(0, queue) + queues.position
-        return self._plan(row, self.most_rows, self.num_tokens_per_expert(queues))
+        return self._plan(row, self.most_rows, self.rows_per_expert(queues))
 
     def with_rows(self, queue: Tensor, queues: Queues, rows_per_expert: Tensor, num_rows: int) -> Plan:
         """The plan that gives each expert more rows than it has tokens for; its last ones are empty.
 
         Args:
-            queue, queues: what `queue_up` returned.
-            rows_per_expert: `(e,)` int64, at least `num_tokens_per_expert`.
+            queue, queues: what `queues` returned.
+            rows_per_expert: `(e,)` int64, at least `rows_per_expert(queues)`.
             num_rows: rows in all, at least the sum of those.
         """
         start = rows_per_expert.cumsum(0) - rows_per_expert
@@ -132,10 +132,10 @@ class Decision:
             start = (start.unsqueeze(-1) + by_expert.cumsum(dim=-1) - by_expert).flatten()
         return self._plan(start.gather(0, queue) + queues.position, num_rows, rows_per_expert)
 
-    def _plan(self, row: Tensor, num_rows: int, num_tokens_per_expert: Tensor | None) -> Plan:
+    def _plan(self, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Plan:
         row = torch.where(self.kept, row, num_rows)
         sizes = (self.k, self.num_tokens, num_rows, self.num_experts)
-        return plan_rows(row, self.weight, self.token, num_tokens_per_expert, *sizes)
+        return plan_rows(row, self.weight, self.token, rows_per_expert, *sizes)
 
     def prefers_rows(self) -> bool:
         """Whether rows without gaps are sure to be fewer than slots; always so when dropless."""
@@ -159,7 +159,7 @@ def decision_of(routing: Routing) -> Decision:
     return _decision_of(routing, routing.capacity is not None)
 
 
-def slots_of(routing: Routing) -> Plan:
+def plan_slots_of(routing: Routing) -> Plan:
     """The plan of one gate in slots `(..., e, b, c)` of each group, also where it drops nothing: then c is n."""
     return _decision_of(routing, True).in_slots()
 
@@ -175,7 +175,7 @@ def _decision_of(routing: Routing, by_group: bool) -> Decision:
         token=None if routing.token_index is None else _in_call(routing.token_index, routing.num_tokens).flatten(),
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),
-        slots=Slots(groups, routing.slots, partial(_queue_by_group, routing)) if by_group else None,
+        slots=SlotLayout(groups, routing.slots, partial(_queue_by_group, routing)) if by_group else None,
         dropless=routing.capacity is None,
     )
 
@@ -206,7 +206,7 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
 
     Args:
         outer, inner: what the gates of level one and two tell.
-        slots: the slots of level one, as `slots_of(outer)` makes them.
+        slots: the slots of level one, as `plan_slots_of(outer)` plans them.
     """
     if slots.k is None or inner.k is None:
         raise ValueError("only routers of token choice can be composed: in expert choice a slot has no list of choices")
@@ -224,7 +224,7 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
         k=slots.k * inner.k,
         num_tokens=slots.num_tokens,
         num_experts=(outer.num_experts, inner.num_experts),
-        slots=Slots(groups, capacity, partial(_queue_by_cell, cell, capacity, queues.length)),
+        slots=SlotLayout(groups, capacity, partial(_queue_by_cell, cell, capacity, queues.length)),
         dropless=inner.capacity is None,
         # most slots may be empty: tokens bound the rows too
         most_rows=smallest(math.prod(inner.expert.shape), cell.shape[0]),

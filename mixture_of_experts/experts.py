@@ -69,9 +69,9 @@ class RoutedExperts(nn.Module):
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return own(out, (*x.shape[:-1], out.shape[-1]))
         plan = decision.without_gaps()
-        assert plan.num_tokens_per_expert is not None
+        assert plan.rows_per_expert is not None
         rows = dispatch(x, plan)
-        return combine(self._compute_rows(rows, plan.num_tokens_per_expert), plan)
+        return combine(self._compute_rows(rows, plan.rows_per_expert), plan)
 
     def _compute_rows(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         out = self.compute(rows, num_tokens_per_expert)

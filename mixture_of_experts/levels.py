@@ -30,7 +30,7 @@ def second_level(
     Args:
         groups: `(b, n, d)`.
         outer: what the gate of level one tells.
-        slots: `slots_of(outer)`.
+        slots: `plan_slots_of(outer)`.
         group_size: of level two, if its groups are others.
         side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0.
     """

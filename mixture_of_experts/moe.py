@@ -2,7 +2,8 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate decides (`Routing`), tokens are dispatched to rows, experts compute, and the results are combined.
+A gate tells which experts compute which token (`Routing`), tokens are dispatched to rows, experts compute, and the
+results are combined.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from mixture_of_experts.arguments import (
     resolve_num_experts,
 )
 from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
-from mixture_of_experts.decision import compose, decision_of, slots_of
+from mixture_of_experts.decision import compose, decision_of, plan_slots_of
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import Top2Gating, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
@@ -308,7 +309,7 @@ class HeirarchicalMoE(Layer):
         side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups) if side else {}
         side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
-        slots = slots_of(outer)
+        slots = plan_slots_of(outer)
         level_two = second_level(groups, outer, slots, self.group_size, side_inner)
         inner = check_routing("gate_inner", self.gate_inner(**level_two))
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))

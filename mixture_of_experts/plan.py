@@ -2,7 +2,8 @@
 
 Axes: t tokens of the call, k choices, a assignments (t k for token choice), r rows, e experts.
 
-Rows lie expert by expert, either in slots (as many for each expert) or, with `num_tokens_per_expert`, without gaps.
+Rows lie expert by expert: in slots (as many for each expert), or, with `rows_per_expert`, one expert behind the other,
+without gaps or with padding at the end of an expert's.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Plan(NamedTuple):
         assignment: `(r,)` integers, assignment of each row; a where the row is empty.
         weight: `(a,)` weight of each assignment, 0 where it has no row.
         token: `(r,)` integers, token of each row; t where the row is empty.
-        num_tokens_per_expert: `(e,)` int64 rows of each expert when rows lie without gaps; None for slots.
+        rows_per_expert: `(e,)` int64 rows of each expert, padding among them; None for slots.
         k: assignment i belongs to token i // k; None for expert choice.
         num_tokens, num_rows: t and r.
         num_experts: e, as a tuple (two numbers for two levels).
@@ -34,7 +35,7 @@ class Plan(NamedTuple):
     assignment: Tensor
     weight: Tensor
     token: Tensor
-    num_tokens_per_expert: Tensor | None
+    rows_per_expert: Tensor | None
     k: int | None
     num_tokens: int
     num_rows: int
@@ -77,7 +78,7 @@ def plan_rows(
     row: Tensor,
     weight: Tensor,
     token: Tensor | None,
-    num_tokens_per_expert: Tensor | None,
+    rows_per_expert: Tensor | None,
     k: int | None,
     num_tokens: int,
     num_rows: int,
@@ -92,7 +93,7 @@ def plan_rows(
     empty = row.new_full((num_rows + 1,), num_assignments)
     assignment = empty.scatter(0, row, index)[:num_rows]  # those without a row all write to the last entry
     token = tokens_of(assignment, k or 1) if token is None else append(token, num_tokens)[assignment]
-    return Plan(row, assignment, weight, token, num_tokens_per_expert, k, num_tokens, num_rows, num_experts)
+    return Plan(row, assignment, weight, token, rows_per_expert, k, num_tokens, num_rows, num_experts)
 
 
 def tokens_of(assignment: Tensor, k: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a gate decides: `Routing`, and its dense views.
+"""What a gate tells: `Routing`, and its dense views.
 
 Axes: b groups (one sequence unless the layer's `group_size` says otherwise; outer experts stand before it: `...`),
 n tokens of a group, e experts, c capacity, k choices of a token, a assignments of a group (n * k for token choice).
@@ -33,8 +33,9 @@ class Routing:
         num_tokens, num_experts: n and e.
         capacity: c, slots of an expert for each group; None is dropless.
         k: choices of a token, if assignment i belongs to token i // k; None for expert choice.
-        chosen: `(..., b, a)` bool, the assignments that queue: chosen and not kept is what capacity drops. A weight of
-            0 holds a slot of limited capacity, though nothing is computed in it; dropless it does not queue.
+        chosen: `(..., b, a)` bool, the assignments that queue. Those that are not kept are dropped by capacity, or have
+            a weight of 0: with a capacity such a one holds a slot in which nothing is computed, dropless it does not
+            queue.
         queues: position of each assignment in its expert's queue of this group, and the lengths `(..., b, e)` of the
             queues before capacity; None if dropless, where they are found when somebody asks for them.
         token_index: `(..., b, a)` int64, token of each assignment in expert choice; None where `k` tells it.
@@ -153,7 +154,7 @@ torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_expert
 
 
 def check_routing(name: str, routing: object) -> Routing:
-    """What a gate returned, if it is a decision."""
+    """What a gate returned, if it is a `Routing`."""
     if not isinstance(routing, Routing):
         raise TypeError(
             f"{name} must return a Routing, got {type(routing).__name__}: derive it from TokenChoiceGate, whose "

@@ -79,7 +79,7 @@ def test_each_thread_has_its_own(compiled):
         graphs.append(graph)
         return graph.forward
 
-    for module in {None: [], "model": [model], "layers": [*model.layers[::2]]}[compiled]:
+    for module in {None: [], "model": [model], "layers": list(model.layers.children())[::2]}[compiled]:
         module.compile(fullgraph=True, backend=backend)
     x, given = torch.arange(5.0), masks(4)
     model(x, mask=given[0])

@@ -211,7 +211,7 @@ class TokenChoiceGate(Gate):
         length: Length | Tensor | None = None,
         **side: Tensor,
     ) -> Routing:
-        """Decide.
+        """Tell which experts compute each token.
 
         Args:
             x: `(*outer, b, n, d)`.

@@ -44,13 +44,13 @@ class GroupedProducts(lean.SlotProducts):
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
         plan = decision.without_gaps()
-        assert plan.num_tokens_per_expert is not None
-        return plan, plan.num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+        assert plan.rows_per_expert is not None
+        return plan, plan.rows_per_expert.cumsum(0, dtype=torch.int32)
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
         assert table is not None
-        assert plan.num_tokens_per_expert is not None
-        self.plan, self.ends, self.num_tokens_per_expert = plan, table, plan.num_tokens_per_expert
+        assert plan.rows_per_expert is not None
+        self.plan, self.ends, self.num_tokens_per_expert = plan, table, plan.rows_per_expert
         self.token = plan.token.clamp(max=plan.num_tokens - 1)
 
     def gather(self, x: Tensor) -> Tensor:

@@ -99,10 +99,10 @@ class BlockProducts(SlotProducts):
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        queue, queues = decision.queue_up()
-        num_tokens_per_expert = decision.num_tokens_per_expert(queues)
-        size, number = plain.block_sizes(decision.most_rows, num_tokens_per_expert.shape[0])
-        rows_per_expert, expert = whole_blocks(num_tokens_per_expert, size, number)
+        queue, queues = decision.queues()
+        needed = decision.rows_per_expert(queues)
+        size, number = plain.block_sizes(decision.most_rows, needed.shape[0])
+        rows_per_expert, expert = whole_blocks(needed, size, number)
         return decision.with_rows(queue, queues, rows_per_expert, number * size), expert
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
@@ -125,9 +125,9 @@ class BlockProducts(SlotProducts):
         return weight.index_select(0, self.expert)
 
 
-def whole_blocks(num_tokens_per_expert: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
-    """Rows for as many blocks of `size` as each expert needs `(e,)`, and the expert of each of `number` blocks."""
-    rows_per_expert = (num_tokens_per_expert + (size - 1)) // size * size
+def whole_blocks(needed: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
+    """Rows `(e,)` of the blocks of `size` that hold the rows `needed`, and the expert of each of `number` blocks."""
+    rows_per_expert = (needed + (size - 1)) // size * size
     first = torch.arange(0, number * size, size, device=rows_per_expert.device)
     expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
     return rows_per_expert, expert.clamp_(max=rows_per_expert.shape[0] - 1)

@@ -41,7 +41,7 @@ def plan_of(decision: Decision) -> Plan:
 
 def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = None) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`, in rows without gaps or in slots as the plan has it."""
-    rows, num_tokens_per_expert = dispatch(x, plan), plan.num_tokens_per_expert
+    rows, num_tokens_per_expert = dispatch(x, plan), plan.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(plan.num_experts)
         rows = rows.view(experts, plan.num_rows // experts, rows.shape[-1])

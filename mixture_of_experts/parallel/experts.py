@@ -55,9 +55,9 @@ class SpreadExperts(RoutedExperts):
         ragged = decision.dropless and issubclass(local, RoutedExperts) and local.reads_decisions
         plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
-        if plan.num_tokens_per_expert is not None:
+        if plan.rows_per_expert is not None:
             rows, header = self._announce(rows, ROWS)
-            out = exchange_rows(rows, plan.num_tokens_per_expert, self._compute, self.expert_parallel.channel, header)
+            out = exchange_rows(rows, plan.rows_per_expert, self._compute, self.expert_parallel.channel, header)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])

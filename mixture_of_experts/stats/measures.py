@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.decision import slots_of
+from mixture_of_experts.decision import plan_slots_of
 from mixture_of_experts.routing import Routing
 
 # What a row sums for each router: over tokens; over choices, the second those beyond all slots of their group; over
@@ -87,7 +87,7 @@ def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
     assert outer.k is not None
     seen = seen_tokens(inner).flatten()
     seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot
-    unseen = ~seen[slots_of(outer).row].view(*outer.probs.shape[:-1], outer.k).any(dim=-1)
+    unseen = ~seen[plan_slots_of(outer).row].view(*outer.probs.shape[:-1], outer.k).any(dim=-1)
     if outer.real is not None:
         unseen = unseen & outer.real
     return unseen.sum().float().reshape(1)

@@ -27,7 +27,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.decision import compose, decision_of, decision_on, slots_of
+from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -68,7 +68,7 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
         return with_rows_of_nobody(decision_of(choosing(x)).without_gaps(), bool(zeros))
     if routing == "two levels":
         outer = Top2Gating(d, 2, capacity_factor_train=None)(x)
-        slots = slots_of(outer)
+        slots = plan_slots_of(outer)
         factor = 1.0 if zeros else None
         inner_gate = TopKGating(d, e // 2, 2, outer_expert_dims=(2,), capacity_factor_train=factor)
         inner_gate.w_gating.data *= 300 if zeros else 1
@@ -82,8 +82,8 @@ def make_plan(routing: str, t: int, d: int, e: int, k: int) -> Plan:
 
 
 def with_rows_of_nobody(plan: Plan, wanted: bool) -> Plan:
-    assert plan.num_tokens_per_expert is not None
-    empty = plan.assignment[: int(plan.num_tokens_per_expert.sum())] == plan.weight.shape[0]
+    assert plan.rows_per_expert is not None
+    empty = plan.assignment[: int(plan.rows_per_expert.sum())] == plan.weight.shape[0]
     assert bool(empty.any()) == wanted
     return plan
 
@@ -106,9 +106,9 @@ def make_network(
 
 def obvious(x: Tensor, where: Plan, network: Network) -> Tensor:
     """The network, one expert after the other."""
-    assert where.num_tokens_per_expert is not None
+    assert where.rows_per_expert is not None
     out, start = x.new_zeros(x.shape[0], network.w_out.shape[-1]), 0
-    for expert, count in enumerate(where.num_tokens_per_expert.tolist()):
+    for expert, count in enumerate(where.rows_per_expert.tolist()):
         rows = torch.arange(start, start + count)
         rows, start = rows[where.token[rows] < x.shape[0]], start + count  # some may be nobody's
         its = network.map(lambda tensor, expert=expert: tensor[expert])
@@ -360,10 +360,10 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert found.without_tensors() == wanted.without_tensors()
     assert torch.equal(found.row, wanted.row)
     assert torch.equal(found.weight, wanted.weight)
-    assert found.num_tokens_per_expert is not None
-    assert wanted.num_tokens_per_expert is not None
-    assert torch.equal(found.num_tokens_per_expert, wanted.num_tokens_per_expert)
-    a, total = len(wanted.row), int(wanted.num_tokens_per_expert.sum())
+    assert found.rows_per_expert is not None
+    assert wanted.rows_per_expert is not None
+    assert torch.equal(found.rows_per_expert, wanted.rows_per_expert)
+    a, total = len(wanted.row), int(wanted.rows_per_expert.sum())
     held = (wanted.assignment == a) & (torch.arange(a) < total)
     assert bool(held.any()) == (routing == "capacity, zeros")
     for got, want in ((found.assignment, wanted.assignment), (found.token, wanted.token)):
@@ -410,7 +410,7 @@ def check_operators() -> None:
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
     decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
-    queue, queues = decision.queue_up()
+    queue, queues = decision.queues()
     arguments = (queue, queues.position, decision.chosen, decision.kept, queues.length, 4, 2)
     torch.library.opcheck(triton_plan, arguments)
     torch.use_deterministic_algorithms(True)

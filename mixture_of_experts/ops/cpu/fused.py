@@ -45,8 +45,8 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
     """
     threads = torch.get_num_threads()
     most_rows = most_rows_of_chunk(row_bytes, threads)
-    queue, queues = decision.queue_up()
-    counts = decision.num_tokens_per_expert(queues).tolist()
+    queue, queues = decision.queues()
+    counts = decision.rows_per_expert(queues).tolist()
     batches = batches_of(counts, row_work, threads, most_rows)
     given = rows_given(batches, len(counts))
     plan = decision.with_rows(queue, queues, torch.tensor(given, device=queue.device), sum(given))
@@ -71,8 +71,8 @@ class ChunkedFFN:
         self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
     ) -> Gradients:
         grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
-        assert plan.num_tokens_per_expert is not None
-        numbers = plan.num_tokens_per_expert.tolist()
+        assert plan.rows_per_expert is not None
+        numbers = plan.rows_per_expert.tolist()
         if unused := [expert for expert, number in enumerate(numbers) if not number]:
             for gradient in grads.values():
                 gradient[unused] = 0

@@ -27,9 +27,9 @@ def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
-    assert plan.num_tokens_per_expert is not None
+    assert plan.rows_per_expert is not None
     token, assignment, row = (table.to(torch.int32) for table in (plan.token, plan.assignment, plan.row))
-    tables = (plan.weight, token, assignment, row, plan.num_tokens_per_expert)
+    tables = (plan.weight, token, assignment, row, plan.rows_per_expert)
     b_in = [bias for bias in network.b_in if bias is not None]
     return Operands(x, *tables, plan.k or 0, list(network.w_in), network.w_out, b_in, network.b_out)
 

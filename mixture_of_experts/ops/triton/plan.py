@@ -22,12 +22,12 @@ def plan_of(decision: Decision) -> Plan:
     """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token."""
     if len(decision.num_experts) > 1 or decision.k is None:
         return decision.without_gaps()
-    queue, queues = decision.queue_up()
+    queue, queues = decision.queues()
     e, k = math.prod(decision.num_experts), decision.k
     made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k)
-    row, assignment, token, num_tokens_per_expert = made
+    row, assignment, token, rows_per_expert = made
     sizes = (k, decision.num_tokens, decision.most_rows, decision.num_experts)
-    return Plan(row, assignment, decision.weight, token, num_tokens_per_expert, *sizes)
+    return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
