@@ -8,7 +8,7 @@ from pathlib import Path
 
 import snowballstemmer
 
-ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "LoRA": "transformers"}
+ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "TRL": "transformers"}
 
 PARTS = ("gating", "huggingface", "ops", "parallel", "stats")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]
