@@ -24,6 +24,7 @@ from mixture_of_experts.gating import Gate
 from mixture_of_experts.gating.expert_bias import count_in_backward, towards_mean
 from mixture_of_experts.losses import global_sum
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.private_torch import ignore_in_ddp
 from mixture_of_experts.under_way import CallUnderWay
 
 #: what the bias of blocks of `transformers` is called
@@ -151,8 +152,7 @@ def gates_with_bias(model: nn.Module) -> list[Gate]:
 def leave_counts_alone(model: nn.Module) -> None:
     """Have `DistributedDataParallel` not copy the counts of the first rank to the others before a forward."""
     names = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
-    ignored = names | set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # pyright: ignore[reportArgumentType]  # what DDP reads
+    ignore_in_ddp(model, names)
 
 
 # Blocks of transformers

@@ -6,7 +6,8 @@ which of them a new version breaks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -105,3 +106,33 @@ def has_hooks(module: object) -> bool:
     """Whether hooks wait for a call of the module."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return any(getattr(module, kind, None) for kind in kinds)
+
+
+def default_timeout(group: dist.ProcessGroup) -> timedelta:
+    """What was given to `init_process_group`; groups that a mesh makes do not have it."""
+    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
+    return backend.options._timeout
+
+
+def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
+    """How long the ranks of a process group wait for each other."""
+    dist.distributed_c10d._set_pg_timeout(timeout, group)
+
+
+def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
+    """Rows to the ranks of a process group and from them, differentiable, and an operator that graphs can hold."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
+
+    result = all_to_all_single(x, receive, send, group)
+    return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor, which shares memory with it."""
+    return tensor._local_tensor
+
+
+def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
+    """Have `DistributedDataParallel(model)` leave parameters and buffers of these names alone, beside those before."""
+    ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
+    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]

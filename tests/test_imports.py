@@ -122,3 +122,14 @@ def test_a_circle_is_found():
     modules = {"routing": "from mixture_of_experts import losses", "losses": "from .routing import Routing"}
     (circle,) = wrong_ways(modules)
     assert circle.startswith("a circle: ")
+
+
+def test_no_two_classes_share_a_name():
+    """One word means one thing: a name is of one class in the whole package."""
+    owners: dict[str, list[str]] = {}
+    for module, text in sources().items():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ClassDef):
+                owners.setdefault(node.name, []).append(module)
+    assert len(owners) > 50
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}

@@ -174,13 +174,13 @@ def test_what_moe_ffn_refuses(changed, message):
 def test_explain():
     """The way that is taken, and why no faster one."""
     x = torch.randn(2, 5, D)
-    assert ops.explain(MoE(D, E), x) == ops.Explanation("cpu")
-    odd = ops.explain(MoE(D, E, activation=nn.Tanh), x)
+    assert ops.explain_call(MoE(D, E), x) == ops.Explanation("cpu")
+    odd = ops.explain_call(MoE(D, E, activation=nn.Tanh), x)
     assert odd.way == "grouped"
     assert "Tanh" in odd.reasons["cpu"]
     assert "not cpu: the activation Tanh" in str(odd)
-    assert ops.explain(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
-    meta = ops.explain(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
+    assert ops.explain_call(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
+    meta = ops.explain_call(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
     assert meta.way == "lean"
     assert meta.reasons == {
         "cpu": "the tokens are on meta",
@@ -188,7 +188,7 @@ def test_explain():
         "grouped": "there is no grouped product on meta",
     }
     with ops.use("grouped"):
-        assert ops.explain(MoE(D, E), x).way == "grouped"
+        assert ops.explain_call(MoE(D, E), x).way == "grouped"
 
 
 def test_explain_changes_nothing():
@@ -196,10 +196,10 @@ def test_explain_changes_nothing():
     torch.manual_seed(3)
     expected = layer(x)
     torch.manual_seed(3)
-    ops.explain(layer, x)
+    ops.explain_call(layer, x)
     torch.testing.assert_close(layer(x), expected)
     with pytest.raises(TypeError):
-        ops.explain(layer, x, importance=1)
+        ops.explain_call(layer, x, importance=1)
     assert not ops._LISTENERS.told
 
 
@@ -207,7 +207,7 @@ def test_explain_tells_of_its_own_thread():
     """Others compute meanwhile, and explain by themselves."""
     layers = [MoE(8, 4, activation=activation) for activation in (nn.GELU, nn.CELU)]
     x = torch.randn(1, 6, 8)
-    expected = [ops.explain(layer, x).way for layer in layers]
+    expected = [ops.explain_call(layer, x).way for layer in layers]
     assert len(set(expected)) == 2
     entered, started = threading.Barrier(2), threading.Barrier(2)
 
@@ -224,7 +224,7 @@ def test_explain_tells_of_its_own_thread():
 
     def told(layer: nn.Module) -> str:
         started.wait(60)
-        return ops.explain(Waits(layer), x).way
+        return ops.explain_call(Waits(layer), x).way
 
     with ThreadPoolExecutor(2) as pool:
         for _ in range(20):
@@ -234,28 +234,28 @@ def test_explain_tells_of_its_own_thread():
 def test_use_ends_in_any_order():
     """Contexts of two threads that overlap: each takes out its own, and nothing stays."""
     layer, x, steps = MoE(8, 4), torch.randn(1, 6, 8), threading.Barrier(2)
-    before = ops.explain(layer, x).way
+    before = ops.explain_call(layer, x).way
 
     def other() -> None:
         steps.wait(60)  # 1: the first one is open
         with ops.use("lean"):
             steps.wait(60)  # 2: both are
             steps.wait(60)  # 3: the first one is closed
-            assert ops.explain(layer, x).way == "lean"
+            assert ops.explain_call(layer, x).way == "lean"
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(other)
         with ops.use("plain"):
-            assert ops.explain(layer, x).way == "plain"
+            assert ops.explain_call(layer, x).way == "plain"
             steps.wait(60)
             steps.wait(60)
-            assert ops.explain(layer, x).way == "lean"  # for all threads
+            assert ops.explain_call(layer, x).way == "lean"  # for all threads
         steps.wait(60)
         future.result()
-    assert ops.explain(layer, x).way == before != "plain"
+    assert ops.explain_call(layer, x).way == before != "plain"
     with ops.use("plain"), ops.use("lean"):
-        assert ops.explain(layer, x).way == "lean"
-    assert ops.explain(layer, x).way == before
+        assert ops.explain_call(layer, x).way == "lean"
+    assert ops.explain_call(layer, x).way == before
 
 
 def test_a_way_that_is_asked_for_and_impossible():
@@ -270,7 +270,7 @@ def test_a_way_that_is_asked_for_and_impossible():
 @pytest.mark.slow
 @pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("", "cpu"), ("quick", "must be one of")])
 def test_the_variable(value, expected):
-    code = "import torch; from mixture_of_experts import MoE, ops; print(ops.explain(MoE(8, 4), torch.randn(1, 3, 8)))"
+    code = "import torch; from mixture_of_experts import MoE, ops; print(ops.explain_call(MoE(8, 4), torch.randn(1, 3, 8)))"
     code = code.replace("MoE, ops", "MoE; from mixture_of_experts import ops")
     environment = {**os.environ, "MIXTURE_OF_EXPERTS_KERNELS": value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -286,7 +286,7 @@ def test_hooks_on_the_activation_fire_on_every_path(kind):
         with ops.use(way):
             assert (layer(x)[0] == 0).all(), way
     assert seen == [H] * 3
-    assert "hooks" in ops.explain(layer, x).reasons["cpu"]
+    assert "hooks" in ops.explain_call(layer, x).reasons["cpu"]
 
 
 class Doubling(RoutedExperts):
@@ -344,9 +344,9 @@ def test_ids_of_any_integers(dtype, training):
 
 def test_a_well_known_function_is_as_fast_as_its_module():
     layer, other = MoE(D, E, activation=F.gelu), MoE(D, E, activation=F.gelu)
-    assert ops.explain(layer, torch.randn(1, 3, D)).way == "cpu"
+    assert ops.explain_call(layer, torch.randn(1, 3, D)).way == "cpu"
     other.experts.act.register_forward_hook(lambda *_: None)  # which is the other layer's alone
-    assert ops.explain(layer, torch.randn(1, 3, D)).way == "cpu"
+    assert ops.explain_call(layer, torch.randn(1, 3, D)).way == "cpu"
 
 
 class OfTwo(nn.Module):

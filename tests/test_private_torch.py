@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -10,6 +11,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, distribute_tensor
 
 from mixture_of_experts import private_torch
 
@@ -121,6 +124,7 @@ def test_process_groups():
         assert group is not None
         assert private_torch.find_process_group(group.group_name) is group
         assert private_torch.all_reduce_sum(torch.ones(2), group).shape == (2,)
+        assert private_torch.all_to_all(torch.ones(4, 1), [1, 2], [3, 1], group).shape == (3, 1)
     finally:
         dist.destroy_process_group()
 
@@ -160,3 +164,30 @@ def test_backwards_have_numbers():
     seen.append(private_torch.number_of_backward())
     assert seen[0] == seen[-1] == -1
     assert len(set(seen)) == 3
+
+
+def test_timeouts_of_process_groups(tmp_path):
+    store, half_an_hour = dist.FileStore(str(tmp_path / "store"), 1), timedelta(minutes=30)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=store, timeout=timedelta(seconds=70))
+    try:
+        group = dist.new_group([0], timeout=half_an_hour)
+        assert private_torch.default_timeout(group) == timedelta(seconds=70)
+        private_torch.set_timeout(group, timedelta(seconds=5))
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=5)  # type: ignore[union-attr]
+        mesh = init_device_mesh("cpu", (1,))
+        whole = torch.arange(3.0)
+        assert torch.equal(private_torch.local_part(distribute_tensor(whole, mesh, [Replicate()])), whole)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_ddp_is_to_ignore(tmp_path):
+    model = nn.Linear(1, 1)
+    private_torch.ignore_in_ddp(model, ["bias"])
+    private_torch.ignore_in_ddp(model, ["weight"])
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        with pytest.raises(RuntimeError, match="not needed when a module doesn't have any parameter that requires a"):
+            nn.parallel.DistributedDataParallel(model)
+    finally:
+        dist.destroy_process_group()

@@ -26,7 +26,7 @@ from mixture_of_experts.huggingface.adapters import read_activation
 from mixture_of_experts.huggingface.configuration import KEY
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.losses import ANNOUNCED
-from mixture_of_experts.huggingface.shared import SharedExpert
+from mixture_of_experts.huggingface.shared import SharedNetwork
 
 
 class Target(NamedTuple):
@@ -183,7 +183,7 @@ def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
             yield f"the activation {experts.act} of experts"
         if moe.group_size is not None and not dropless(gate):
             yield f"group_size={moe.group_size}"
-        if shared is not None and not (target.shared and type(shared) is SharedExpert):
+        if shared is not None and not (target.shared and type(shared) is SharedNetwork):
             yield "a shared expert"
         width = getattr(shared, "hidden_dim", None)
         settings = {"num_experts": moe.num_experts, "hidden_dim": experts.hidden_dim, "shared_expert": width}

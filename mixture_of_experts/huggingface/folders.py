@@ -50,7 +50,7 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
         config = AutoConfig.from_pretrained(source)
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
-        model, weights = empty_model(config), Checkpoint(source)
+        model, weights = empty_model(config), WeightFiles(source)
         places = find(model, settings.pop("layers", None), settings.get("adapters"))
         writer = Shards(folder, max_shard_size)
         written: set[str] = set()
@@ -97,7 +97,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
             raise ValueError(f"{source} has no experts: there is nothing to export")
         config = copy.deepcopy(config)
         vars(config).pop("quantization_config", None)
-        model, weights = empty_model(config), Checkpoint(source)
+        model, weights = empty_model(config), WeightFiles(source)
         put_experts(model, layers)
         plan = plan_export(model)
         with torch.device("meta"):
@@ -150,7 +150,7 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
-class Checkpoint(Mapping[str, Tensor]):
+class WeightFiles(Mapping[str, Tensor]):
     """The weights of a folder, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:

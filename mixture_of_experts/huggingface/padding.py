@@ -125,11 +125,11 @@ def keep_for_checkpointing(model: nn.Module) -> None:
     """See to it that what the model's own checkpointing runs again has its call again."""
     for module in model.modules():
         run = module.__dict__.get("_gradient_checkpointing_func")
-        if run is not None and not isinstance(run, Checkpoint) and feed_forwards(module):
-            module._gradient_checkpointing_func = Checkpoint(run, module)  # pyright: ignore[reportArgumentType]
+        if run is not None and not isinstance(run, CheckpointWithMask) and feed_forwards(module):
+            module._gradient_checkpointing_func = CheckpointWithMask(run, module)  # pyright: ignore[reportArgumentType]
 
 
-class Checkpoint:
+class CheckpointWithMask:
     """A model's checkpointing function, of one layer: what it runs becomes `Remembered`.
 
     A compiled model leaves its graph here, as what is remembered is no part of one.

@@ -23,13 +23,13 @@ from mixture_of_experts.huggingface.losses import add_to_loss
 from mixture_of_experts.huggingface.padding import bring_mask, is_masked
 from mixture_of_experts.huggingface.record import GateFactory, describe
 from mixture_of_experts.huggingface.search import Miss, is_routed, search
-from mixture_of_experts.huggingface.shared import SharedExpert
+from mixture_of_experts.huggingface.shared import SharedNetwork
 from mixture_of_experts.moe import MoE
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
 
 
-class Place(NamedTuple):
+class NetworkSite(NamedTuple):
     """A feed-forward network in a model."""
 
     name: str  # of the module that the adapter is for
@@ -95,7 +95,7 @@ def replace_ffn(
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     check_optional_size("shared_expert", shared_expert)
 
-    def build(place: Place, dense: Dense) -> MoE:
+    def build(place: NetworkSite, dense: Dense) -> MoE:
         return make_moe(dense, num_experts, k, gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
 
     return swap(model, find(model, layers, adapters), build)
@@ -174,7 +174,7 @@ def upcycle(
     places = find(model, layers, adapters)
     others = None if models is None else [read_alike(places, other, adapters, i) for i, other in enumerate(models)]
 
-    def build(place: Place, dense: Dense) -> MoE:
+    def build(place: NetworkSite, dense: Dense) -> MoE:
         rest = dense.hidden_dim - (shared or 0)
         if rest < 1 or rest % g:
             of = "" if shared is None else f" that shared_expert={shared} leaves"
@@ -196,14 +196,14 @@ def upcycle(
 # Finding
 
 
-def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[Place]:
+def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that an adapter is for, or that its structure shows, and that `layers` names."""
     adapters = adapters or {}
     named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
     found, misses = search(model, named)
-    places = [Place(name, module, adapters[type(module).__name__]) for name, module in named.items()]
-    places = sorted([*places, *(Place(*network[:3]) for network in found)], key=order_in(model))
+    places = [NetworkSite(name, module, adapters[type(module).__name__]) for name, module in named.items()]
+    places = sorted([*places, *(NetworkSite(*network[:3]) for network in found)], key=order_in(model))
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     if layers is None and (misses or (misses := torn(model, places))):
@@ -216,7 +216,7 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     return [place for place in places if place.target in chosen]
 
 
-def order_in(model: nn.Module) -> Callable[[Place], int]:
+def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
     """By where a place stands in a model."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return lambda place: order[place.name]
@@ -236,7 +236,7 @@ def why(model: nn.Module, misses: Collection[Miss]) -> str:
     return f": {said}. Say by adapters={{class name: Adapter(...)}} where its parts are"
 
 
-def torn(model: nn.Module, places: list[Place]) -> list[Miss]:
+def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
     """Modules of the same class and at the same place in their block as one with a network, that show none."""
     found = {(pattern(place.name), type(place.module)) for place in places}
     names = {place.name for place in places}
@@ -313,7 +313,9 @@ def make_moe(
         settings: Any = dict(activation=dense.activation, bias=True, dtype=dtype)
         experts: Any = kind(dense.dim, num_experts, hidden_dim, **settings)
         experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
-        dense_part = None if shared is None else SharedExpert(dense.dim, shared, gated=dense.w3 is not None, **settings)
+        dense_part = (
+            None if shared is None else SharedNetwork(dense.dim, shared, gated=dense.w3 is not None, **settings)
+        )
     for module in (experts, *([] if dense_part is None else [dense_part])):
         for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
             module.register_parameter(name, None)  # a bias that the network has not
@@ -324,7 +326,7 @@ def make_moe(
         return MoE(dense.dim, num_experts, gate=router, experts=experts, shared_expert=dense_part, **coefs)
 
 
-def swap(model: nn.Module, places: list[Place], build: Callable[[Place, Dense], MoE]) -> list[str]:
+def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:
     """Build all layers, then put them in: an error before changes nothing."""
     built = []
     refuse_ties(model, places)
@@ -348,7 +350,7 @@ def swap(model: nn.Module, places: list[Place], build: Callable[[Place, Dense], 
 
 
 @torch.no_grad()
-def refuse_unequal(place: Place, dense: Dense) -> None:
+def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
     """A module that does something else than the network that was read in it, on random tokens, stays."""
     if dense.w1.is_meta:
         return
@@ -367,7 +369,7 @@ def refuse_unequal(place: Place, dense: Dense) -> None:
         )
 
 
-def put(model: nn.Module, place: Place, feed_forward: MoEFeedForward) -> None:
+def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
     """Into the model, and out of the way with what the network had besides."""
     adapter = place.adapter
     if adapter.slot:
@@ -383,7 +385,7 @@ def put(model: nn.Module, place: Place, feed_forward: MoEFeedForward) -> None:
         replace(model, place._replace(name=path).target, feed_forward)
 
 
-def refuse_ties(model: nn.Module, places: list[Place]) -> None:
+def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
     """Weights that a network shares with another module would be its own afterwards."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -399,7 +401,7 @@ def refuse_ties(model: nn.Module, places: list[Place]) -> None:
                     )
 
 
-def linears(place: Place) -> dict[str, nn.Module]:
+def linears(place: NetworkSite) -> dict[str, nn.Module]:
     """The linear layers of a network, by the number that its weights have in experts."""
     adapter = place.adapter
     paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
@@ -485,7 +487,7 @@ def cut(network: Dense, start: int, stop: int) -> Dense:
 
 
 def read_alike(
-    places: list[Place], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
+    places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
 ) -> dict[str, Dense]:
     """The networks of another model at the same places, by their names."""
     found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
@@ -502,7 +504,7 @@ def read_alike(
     return networks
 
 
-def freeze(moe: MoE, place: Place) -> None:
+def freeze(moe: MoE, place: NetworkSite) -> None:
     """Weights of a network that do not train do not as experts either."""
     layers = linears(place)
     for part_of in (moe.experts, moe.shared_expert):

@@ -12,7 +12,7 @@ from torch import nn
 from mixture_of_experts.huggingface.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.record import GateFactory, gate_factory
-from mixture_of_experts.huggingface.replace import Place, find, make_moe, swap
+from mixture_of_experts.huggingface.replace import NetworkSite, find, make_moe, swap
 from mixture_of_experts.moe import MoE
 
 
@@ -40,7 +40,7 @@ def put_experts(
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
 
-    def build(place: Place, dense: Dense) -> MoE:
+    def build(place: NetworkSite, dense: Dense) -> MoE:
         entry = entries[place.target]
         coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
         make_gate = gate or gate_factory(entry["gate"])

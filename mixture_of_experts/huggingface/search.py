@@ -22,7 +22,7 @@ from torch.fx import Node
 from transformers.pytorch_utils import Conv1D
 
 from mixture_of_experts.huggingface.adapters import Adapter, Halves
-from mixture_of_experts.huggingface.symbolic import Bench, Record, Setting, Within, is_linear, record
+from mixture_of_experts.huggingface.symbolic import Bench, BlockCalls, Setting, Within, is_linear, record
 from mixture_of_experts.ops.activations import SquaredReLU
 
 #: parts of names, of paths and classes, of modules that are no feed-forward network of a block, or one of many experts
@@ -144,7 +144,7 @@ class Lost(NamedTuple):
     linears: tuple[nn.Module, ...]
 
 
-def networks(calls: Record) -> Iterator[Kept | Lost]:
+def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
     """The networks whose last layer a module calls."""
     for node in calls.graph.nodes:
         if is_linear(calls.called(node)):
@@ -164,14 +164,14 @@ class UnfitError(Exception):
 class Chain(NamedTuple):
     """The calls from the first linear layers of a network to its last."""
 
-    calls: Record
+    calls: BlockCalls
     ups: tuple[Node, ...]
     middle: tuple[Node, ...]
     down: Node
     bench: Bench
 
     @classmethod
-    def before(cls, calls: Record, down: Node) -> Chain | None:
+    def before(cls, calls: BlockCalls, down: Node) -> Chain | None:
         """The network that ends in a linear layer, if there is one."""
         if len(down.args) != 1 or down.kwargs or not isinstance(down.args[0], Node):
             return None
@@ -405,11 +405,11 @@ def sizes(linear: Any) -> tuple[int, int]:
     return linear.in_features, linear.out_features
 
 
-def is_dropout(calls: Record, node: Node) -> bool:
+def is_dropout(calls: BlockCalls, node: Node) -> bool:
     return isinstance(calls.called(node), nn.Dropout) or node.target is F.dropout
 
 
-def rate(calls: Record, node: Node) -> float:
+def rate(calls: BlockCalls, node: Node) -> float:
     """The probability of a dropout."""
     layer: Any = calls.called(node)
     if layer is not None:
@@ -422,7 +422,7 @@ def rate(calls: Record, node: Node) -> float:
     return p
 
 
-def place_of(calls: Record, node: Node) -> str | float | None:
+def place_of(calls: BlockCalls, node: Node) -> str | float | None:
     """Where a dropout is: the path of a module or of a number, or else the number."""
     if node.op == "call_module":
         return target(node)
@@ -430,7 +430,7 @@ def place_of(calls: Record, node: Node) -> str | float | None:
     return p.path if isinstance(p, Setting) else (float(p) or None)
 
 
-def uses(calls: Record, node: Node, place: str) -> bool:
+def uses(calls: BlockCalls, node: Node, place: str) -> bool:
     """Whether a call is of a layer at a path, or is given the number there."""
     given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, Setting)]
     return (node.op == "call_module" and node.target == place) or any(value.path == place for value in given)

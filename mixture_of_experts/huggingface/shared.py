@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixture_of_experts.ops.activations import ActivationLike, make_activation
 
 
-class SharedExpert(nn.Module):
+class SharedNetwork(nn.Module):
     """A network with the weights and names of a single expert: `act(x w1) w2`, gated `(act(x w1) * x w3) w2`.
 
     Args:

@@ -29,7 +29,7 @@ class Within(NamedTuple):
     nodes: frozenset[Node]
 
 
-class Record(NamedTuple):
+class BlockCalls(NamedTuple):
     """What a module calls, from its arguments to its output."""
 
     module: nn.Module
@@ -124,7 +124,7 @@ class Stub:
         return out
 
 
-def record(module: nn.Module) -> Record | None:
+def record(module: nn.Module) -> BlockCalls | None:
     """The calls of a module's forward, in training; None if it cannot be read."""
     like = next((p for p in module.parameters() if p.is_floating_point()), None)
     recorder = Recorder(torch.empty(0) if like is None else like)
@@ -136,7 +136,7 @@ def record(module: nn.Module) -> Record | None:
         out = run(recorder, module, "", (), symbols)
         lone = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
         given = tuple(symbol.node for symbol in symbols.values())
-        return Record(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
+        return BlockCalls(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
     except Exception:  # anybody's code, run on what it was not written for
         return None
 
@@ -207,7 +207,7 @@ class Bench:
         return self.copies[module]
 
     def compute(
-        self, calls: Record, result: Node, given: Mapping[Node, Tensor], skip: Callable[[Node], bool]
+        self, calls: BlockCalls, result: Node, given: Mapping[Node, Tensor], skip: Callable[[Node], bool]
     ) -> Tensor | None:
         """The value of a node, where those of others are given; calls that are skipped return their first argument.
         None if it cannot be computed."""
@@ -225,7 +225,7 @@ class Bench:
             return None
         return out if isinstance(out, Tensor) else None
 
-    def _call(self, calls: Record, node: Node) -> Callable[..., Any]:
+    def _call(self, calls: BlockCalls, node: Node) -> Callable[..., Any]:
         layer = calls.called(node)
         if layer is not None:
             return self.copy(layer)

@@ -42,7 +42,7 @@ __all__ = [
     "Network",
     "SquaredReLU",
     "bias_of_rows",
-    "explain",
+    "explain_call",
     "grouped_product",
     "moe_ffn",
     "routed_ffn",
@@ -124,7 +124,7 @@ def _ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
         _asked_for = next(reversed(_uses.values()), _from_start)
 
 
-def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
+def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
     """Call a layer (without gradients) and tell which way its experts were computed, and why by no faster one.
 
     It is a call like any other, in the layer's mode: hooks run, and buffers of its experts change as they would. Random
@@ -137,7 +137,7 @@ def explain(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanati
     Example:
         >>> import torch
         >>> from mixture_of_experts import MoE
-        >>> explain(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
+        >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
     told: list[Explanation] = []

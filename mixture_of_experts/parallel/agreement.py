@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -55,9 +54,3 @@ def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
             f"{error}\nAnother rank has raised, is stuck or sets up other layers: look for the first error among them"
         ) from error
     return told
-
-
-def default_timeout(group: dist.ProcessGroup) -> timedelta:
-    """What was given to `init_process_group`; groups that a mesh makes do not have it."""
-    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
-    return backend.options._timeout

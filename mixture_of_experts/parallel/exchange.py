@@ -17,9 +17,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
 
-from mixture_of_experts.private_torch import own
+from mixture_of_experts.private_torch import all_to_all, own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOTS, ROWS = 0, 1
@@ -65,12 +64,11 @@ class Channel(NamedTuple):
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Blocks of rows `(sum(send), ...)`, one for each rank, to those that the ranks sent here, in their order."""
         if torch.compiler.is_compiling():
-            return all_to_all_single(x.contiguous(), receive, send, self.group)
+            return all_to_all(x.contiguous(), receive, send, self.group)
         if self.debug:
             self.wait_for_all_ranks()
         try:
-            result = all_to_all_single(x.contiguous(), receive, send, self.group)
-            return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
+            return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
             raise RuntimeError(
                 f"expert parallelism: rank {self.group.rank()} of {self.size} could not exchange tokens: {error}\n"

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.parallel.experts import SpreadExperts
+from mixture_of_experts.private_torch import ignore_in_ddp, local_part
 
 Parameters = nn.Module | Iterable[Tensor]
 
@@ -42,9 +43,8 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     """Have `DistributedDataParallel(model)` leave alone what is a rank's own: the experts, and the counts of gates with
     an expert bias, which it would overwrite in every forward with the first rank's. Call it before; returns the model.
     """
-    ignored = set(getattr(model, "_ddp_params_and_buffers_to_ignore", ())) | set(expert_parameters(model))
-    ignored |= {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
-    model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]  # what DDP looks for
+    counts = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
+    ignore_in_ddp(model, counts | expert_parameters(model).keys())
     return model
 
 
@@ -163,7 +163,7 @@ def _local(tensor: Tensor) -> Tensor:
         return tensor
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise ValueError(f"a gradient with placements {tensor.placements} is no finished sum: reduce it first")
-    return tensor._local_tensor
+    return local_part(tensor)
 
 
 def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:

@@ -18,9 +18,10 @@ from mixture_of_experts.checks import check_choice
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
-from mixture_of_experts.parallel.agreement import check_ranks_agree, default_timeout
+from mixture_of_experts.parallel.agreement import check_ranks_agree
 from mixture_of_experts.parallel.experts import SpreadExperts, parallel_class
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
+from mixture_of_experts.private_torch import default_timeout, set_timeout
 
 GRADIENTS = ("mean", "sum")
 
@@ -96,7 +97,7 @@ class ExpertParallel(ParallelStyle):
         """Of all groups in which a rank waits for others, but for the default one; before the first collective."""
         group = mesh.get_group()
         for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
-            dist.distributed_c10d._set_pg_timeout(self.timeout or default_timeout(group), waiting)
+            set_timeout(waiting, self.timeout or default_timeout(group))
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from mixture_of_experts.huggingface import experts_forward
-from mixture_of_experts.ops import explain
+from mixture_of_experts.ops import explain_call
 
 from .test_blocks import MODELS, block_of, build
 
@@ -47,7 +47,7 @@ def test_the_fast_way_is_taken(name):
     """Fused weights, in any strides and with GPT-OSS's clamped gating."""
     model = build(name)
     model.set_experts_implementation(OURS)
-    assert explain(block_of(model).train(), torch.randn(2, 9, 32)).way == "cpu"
+    assert explain_call(block_of(model).train(), torch.randn(2, 9, 32)).way == "cpu"
 
 
 def test_a_model_is_loaded_with_it_and_generates(tmp_path):

@@ -173,7 +173,7 @@ def check_sync_is_seen() -> None:
 def way_of(layer: nn.Module, x: Tensor) -> ops.Explanation:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # there is no generator of numbers
-        return ops.explain(layer, x)
+        return ops.explain_call(layer, x)
 
 
 def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[str, str]) -> None:
