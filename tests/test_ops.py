@@ -270,8 +270,8 @@ def test_a_way_that_is_asked_for_and_impossible():
 @pytest.mark.slow
 @pytest.mark.parametrize(("value", "expected"), [("plain", "plain"), ("", "cpu"), ("quick", "must be one of")])
 def test_the_variable(value, expected):
-    code = "import torch; from mixture_of_experts import MoE, ops; print(ops.explain_call(MoE(8, 4), torch.randn(1, 3, 8)))"
-    code = code.replace("MoE, ops", "MoE; from mixture_of_experts import ops")
+    code = "import torch; from mixture_of_experts import MoE, ops\n"
+    code += "print(ops.explain_call(MoE(8, 4), torch.randn(1, 3, 8)))"
     environment = {**os.environ, "MIXTURE_OF_EXPERTS_KERNELS": value}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert expected in done.stdout + done.stderr
