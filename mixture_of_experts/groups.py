@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_mask, check_result, check_tokens
 from mixture_of_experts.private_torch import own
 
+SHORTEST = 16  # a group so many times shorter than was asked for is refused
+
 
 def mask_and_group(
     inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
@@ -31,6 +33,11 @@ def mask_and_group(
     shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would freeze a dynamic length
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
+        if 0 < SHORTEST * shape[1] < group_size and shape[0] > 1:
+            raise ValueError(
+                f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, as no "
+                "number nearer to it divides them: pad the input or choose a group_size that divides it"
+            )
     return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
 
 
@@ -64,18 +71,13 @@ def group_side_inputs(
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
     """`(m, n)`: m is `max(1, positions // group_size)`, raised until it divides the positions.
 
-    Warns when the groups come out much shorter than asked for, and refuses groups of one token.
+    Warns when the groups come out much shorter than asked for.
     """
     groups = max(1, num_positions // group_size)
     length = num_positions // groups  # less than 2 group_size: the search is short however many positions there are
     while length and num_positions % length:
         length -= 1
     groups = num_positions // length if length else groups
-    if length == 1 < min(group_size, num_positions):
-        raise ValueError(
-            f"group_size={group_size} would split {num_positions} positions into groups of one token, as no other "
-            "length of a group divides them: pad the input or choose a group_size that divides it"
-        )
     if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
         warnings.warn(
             f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
