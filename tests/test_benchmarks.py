@@ -383,6 +383,7 @@ def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "WARMUP", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rounds")
 def test_pieces_of_the_first_hour_are_reported_and_not_run_again(tmp_path: Path, capsys) -> None:
     """Every piece by the commands a card would run, but those of Triton alone; one of them ends badly, one never."""
@@ -407,6 +408,7 @@ def test_pieces_of_the_first_hour_are_reported_and_not_run_again(tmp_path: Path,
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rounds")
 @pytest.mark.parametrize("name", ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "decoding", "training"])
 def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:

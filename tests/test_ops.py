@@ -524,7 +524,7 @@ def test_rows_that_do_not_fit_are_named():
         Short()(torch.randn(2, 3, 8))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_experts_that_return_what_they_are_given_leave_the_inputs_alone(compiled):
     class Same(RoutedExperts):
         num_experts = E

@@ -101,6 +101,7 @@ def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dty
     check("check_canary", layout, activation, dtype)
 
 
+@pytest.mark.slow
 def test_pieces_of_the_first_hour(check: Checks):
     check("check_first_hour")
 

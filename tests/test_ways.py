@@ -190,6 +190,7 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
 
 # torch's own, of what it traces
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
 def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
     """What a GPU takes unasked, forward and backward, saved as there."""

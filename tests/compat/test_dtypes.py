@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.paths import PATHS, ROUTERS, Path, assert_all_close, gradients, layer_with_router, run, some_first
 
+pytestmark = pytest.mark.slow
+
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
 

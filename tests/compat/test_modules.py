@@ -12,6 +12,8 @@ from torch.nn.utils import parametrize
 
 from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 
+pytestmark = pytest.mark.slow
+
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
 MASKED = Path("MoE", "Experts", "capacity", "masked")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.paths import DIM, PATHS, assert_all_close, gradients, run
 
-pytestmark = pytest.mark.parametrize("path", PATHS, ids=str)
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("path", PATHS, ids=str)]
 
 SHAPES = {
     "2-D": (7,),

@@ -18,6 +18,8 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, trainer
 
+pytestmark = pytest.mark.slow
+
 RATE = 1e-2
 SMALL = dict(
     vocab_size=64,

@@ -18,6 +18,8 @@ from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import export, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
+pytestmark = pytest.mark.slow
+
 
 def gate(k: int = 2, **settings):
     return lambda d, e: TopKGating(d, e, k, **settings)

@@ -23,7 +23,7 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 from .test_saving import same_weights
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*unclosed file:ResourceWarning")]
 COMMAND = [sys.executable, "-m", "mixture_of_experts.huggingface"]
 
 

@@ -39,6 +39,8 @@ from mixture_of_experts.huggingface.losses import ANNOUNCED
 from .test_losses import batch_of, build, trainer
 from .test_saving import GATES, OwnGate, same_weights
 
+pytestmark = pytest.mark.slow
+
 BEFORE = Path(__file__).with_name("saved_before")
 AUTO = {name: cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")}
 

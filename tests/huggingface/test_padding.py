@@ -23,6 +23,8 @@ from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.under_way import HERE
 
+pytestmark = pytest.mark.slow
+
 TOKENS = [name for name in ARCHITECTURES if ARCHITECTURES[name].kind in ("causal", "tokens")]
 
 

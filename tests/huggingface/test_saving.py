@@ -20,6 +20,8 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 from .test_losses import batch_of, build, trainer
 
+pytestmark = pytest.mark.slow
+
 GATES = {
     "Top2Gating": lambda d, e: Top2Gating(d, e, second_policy_eval="threshold", second_threshold_eval=0.3),
     "TopKGating": lambda d, e: TopKGating(

@@ -26,7 +26,10 @@ from mixture_of_experts.huggingface import Adapter, aux_loss, replace_ffn
 
 from .test_blocks import build as build_sparse
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of the trainers; those of this package are asked for
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),
+]  # of the trainers; those of this package are asked for
 NOT = "`Trainer`, label smoothing"
 
 

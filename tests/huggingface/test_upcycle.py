@@ -19,6 +19,8 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from .test_losses import gradients
 from .test_saving import same_weights
 
+pytestmark = pytest.mark.slow
+
 SOME = ["llama", "llama_bias", "gpt2", "bert", "phi3", "t5_gated", "whisper"]
 
 
