@@ -5,6 +5,7 @@ Axes: d model dim, h hidden dim, e experts, g slices of a network.
 
 from __future__ import annotations
 
+import numbers
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as replace_fields
@@ -67,7 +68,7 @@ def replace_ffn(
         num_experts: e, how many there are.
         k: choices of a token, of the default gate.
         layers: which ones, by default all: numbers of blocks, names as they are returned, or a function of a name.
-        gate: a function `(dim, num_experts)` that makes the gate of a layer; by default
+        gate: a function `(dim, num_experts)` that makes a new gate for each layer; by default
             `TopKGating(dim, num_experts, k)`, which drops no token.
         hidden_dim: of an expert; by default that of the network.
         shared_expert: hidden dim of a new network that every token passes beside its experts; by default there is none.
@@ -79,8 +80,9 @@ def replace_ffn(
 
     Raises:
         ValueError: no network, or none of `layers`, was found; the message says what there is. A network shares weights
-            with another one.
-        TypeError: a network's linear layers are not plain ones.
+            with another one. `gate` returned one gate for two layers, or a size is not a whole number of at least 1.
+        TypeError: a network's linear layers are not plain ones. `gate` is no function of two sizes that returns a gate,
+            or `layers` holds something else than numbers and names.
 
     Example:
         >>> import torch
@@ -93,10 +95,14 @@ def replace_ffn(
         >>> model(tokens, labels=tokens).loss.backward()
     """
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    check_size("num_experts", num_experts)
+    check_optional_size("hidden_dim", hidden_dim)
     check_optional_size("shared_expert", shared_expert)
+    make_gate = gates_of_layers(gate, k, model)
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
-        return make_moe(dense, num_experts, k, gate, hidden_dim or dense.hidden_dim, coefs, shared_expert)
+        h = dense.hidden_dim if hidden_dim is None else hidden_dim
+        return make_moe(dense, num_experts, make_gate, h, coefs, shared_expert)
 
     return swap(model, find(model, layers, adapters), build)
 
@@ -171,6 +177,7 @@ def upcycle(
         raise ValueError(f"{slices} num_experts={e}: an expert is one of g slices of a copy")
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    make_gate = gates_of_layers(gate, k, model)
     places = find(model, layers, adapters)
     others = None if models is None else [read_alike(places, other, adapters, i) for i, other in enumerate(models)]
 
@@ -179,7 +186,7 @@ def upcycle(
         if rest < 1 or rest % g:
             of = "" if shared is None else f" that shared_expert={shared} leaves"
             raise ValueError(f"granularity={g} must divide the {rest} hidden units of a network{of}")
-        moe: Any = make_moe(dense, e, k, gate, rest // g, coefs, shared, drawn=False)
+        moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
         if shared is not None:
@@ -198,7 +205,7 @@ def upcycle(
 
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that an adapter is for, or that its structure shows, and that `layers` names."""
-    adapters = adapters or {}
+    adapters, layers = adapters or {}, check_layers(layers)
     named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
     found, misses = search(model, named)
@@ -269,7 +276,22 @@ def refuse_chunks(model: nn.Module) -> None:
             )
 
 
-def choose(names: list[str], layers: Layers) -> Collection[str]:
+def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | None:
+    """Numbers and names as a set; a function, or None, as it is."""
+    if layers is None or (callable(layers) and not isinstance(layers, nn.Module)):
+        return layers
+    one = isinstance(layers, str) or not isinstance(layers, Iterable)
+    entries: list[Any] = [layers] if one else list(layers)
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
+            raise TypeError(
+                "layers must be numbers of blocks (whole ones, such as 1), names as they are returned or a function of "
+                f"a name, got {entry!r}: for all layers leave it out"
+            )
+    return set(entries)
+
+
+def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | None) -> Collection[str]:
     """Those names that are asked for: an entry that matches nothing is a mistake."""
     if layers is None:
         return names
@@ -277,10 +299,9 @@ def choose(names: list[str], layers: Layers) -> Collection[str]:
         chosen = [name for name in names if layers(name)]
         nothing = [] if chosen else ["what the function accepts"]
     else:
-        wanted = {layers} if isinstance(layers, str | int) else set(layers)
-        chosen = [name for name in names if name in wanted or number(name) in wanted]
+        chosen = [name for name in names if name in layers or number(name) in layers]
         found = {*chosen, *map(number, chosen)}
-        nothing = [repr(entry) for entry in wanted if entry not in found]
+        nothing = [repr(entry) for entry in layers if entry not in found]
     if nothing or not chosen:
         raise ValueError(f"layers: {', '.join(nothing) or 'nothing'} is not there; there are {', '.join(names)}")
     return chosen
@@ -295,11 +316,35 @@ def number(name: str) -> int | None:
 # Building
 
 
+def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
+    """The function that makes gates, by default `TopKGating`, held to a new gate for each layer of the model."""
+    wanted = "a function (dim, num_experts) that makes the gate of a layer"
+    if gate is None:
+        return lambda dim, num_experts: TopKGating(dim, num_experts, k)
+    if isinstance(gate, nn.Module) or not callable(gate):
+        remedy = "write it as gate=lambda d, e: TopKGating(d, e, k=2)"
+        raise TypeError(f"gate must be {wanted}, got {gate!r}: {remedy}")
+    taken = set(model.modules())
+
+    def make(dim: int, num_experts: int) -> nn.Module:
+        made = gate(dim, num_experts)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"gate must be {wanted}, but it returned {made!r}: let it return a gate, a module")
+        if made in taken:
+            raise ValueError(
+                f"gate must be {wanted}, but it returned a {type(made).__name__} that the model or another layer has: "
+                "make a new one in the function"
+            )
+        taken.add(made)
+        return made
+
+    return make
+
+
 def make_moe(
     dense: Dense,
     num_experts: int,
-    k: int,
-    gate: GateFactory | None,
+    make_gate: GateFactory,
     hidden_dim: int,
     coefs: dict[str, Any],
     shared: int | None = None,
@@ -322,8 +367,8 @@ def make_moe(
         if not drawn:
             module.to_empty(device=device)
     with device:
-        router = TopKGating(dense.dim, num_experts, k) if gate is None else gate(dense.dim, num_experts)
-        return MoE(dense.dim, num_experts, gate=router, experts=experts, shared_expert=dense_part, **coefs)
+        gate = make_gate(dense.dim, num_experts)
+        return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
 
 
 def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:

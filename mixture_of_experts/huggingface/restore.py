@@ -12,7 +12,7 @@ from torch import nn
 from mixture_of_experts.huggingface.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.record import GateFactory, gate_factory
-from mixture_of_experts.huggingface.replace import NetworkSite, find, make_moe, swap
+from mixture_of_experts.huggingface.replace import NetworkSite, find, gates_of_layers, make_moe, swap
 from mixture_of_experts.moe import MoE
 
 
@@ -26,6 +26,7 @@ def put_experts(
 
     Raises:
         ValueError: a gate that is not described, and no `gate`; no place for any of the layers.
+        TypeError, ValueError: `gate` makes no new gate for each layer.
     """
     for entry in layers:
         if gate is None and entry["gate"] is None:
@@ -40,12 +41,14 @@ def put_experts(
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
 
+    own = None if gate is None else gates_of_layers(gate, 1, model)
+
     def build(place: NetworkSite, dense: Dense) -> MoE:
         entry = entries[place.target]
         coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
-        make_gate = gate or gate_factory(entry["gate"])
+        make_gate = own or gate_factory(entry["gate"])
         shared = entry.get("shared_expert")
-        return make_moe(dense, entry["num_experts"], 1, make_gate, entry["hidden_dim"], coefs, shared)
+        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, shared)
 
     swap(model, find(model, list(entries), adapters), build)
 

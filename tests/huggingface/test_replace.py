@@ -89,6 +89,60 @@ def test_layers_that_are_not_there(layers):
     assert not feed_forwards(model)
 
 
+ONE_GATE = TopKGating(DIM, 4, 2)
+
+
+@pytest.mark.parametrize("change", [replace_ffn, upcycle])
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (dict(gate=lambda d, e: None), r"gate must be a function .* but it returned None: let it return a gate"),
+        (dict(gate=lambda d, e: TopKGating), r"gate must be a function .* but it returned <class .*TopKGating"),
+        (
+            dict(gate=ONE_GATE),
+            r"gate must be a function \(dim, num_experts\).* got TopKGating\(32, .* gate=lambda",
+        ),
+        (dict(gate="topk"), r"gate must be a function .* got 'topk': write it as gate=lambda d, e"),
+        (
+            dict(gate=lambda d, e: ONE_GATE),
+            r"gate must .* a TopKGating that the model or another layer has: make",
+        ),
+        (dict(layers=True), "layers must be numbers of blocks .* got True: for all layers leave it out"),
+        (dict(layers=[0, True]), "layers must be .* got True: for all"),
+        (dict(layers=1.0), "layers must be .* got 1.0: for all"),
+        (dict(layers=[1.0]), "layers must be .* got 1.0: for all"),
+        (dict(layers=nn.GELU()), r"layers must be .* got GELU\(.*\): for all"),
+    ],
+)
+def test_wrong_values_are_refused(change, settings, problem):
+    refuse(change, settings, problem)
+
+
+def test_experts_without_hidden_units_are_refused():
+    """0 is no word for the network's own."""
+    refuse(replace_ffn, dict(hidden_dim=0), "hidden_dim must be an integer of at least 1, got 0: ")
+
+
+def refuse(change, settings, problem):
+    """The model stays as it was."""
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    before, config = model(**inputs).logits, model.config.to_dict()
+    with pytest.raises((TypeError, ValueError), match=problem):
+        change(model, **{"num_experts": 4, **settings})
+    assert not feed_forwards(model)
+    assert model.config.to_dict() == config
+    assert torch.equal(model(**inputs).logits, before)
+
+
+def test_a_gate_that_an_earlier_call_put_in_is_refused():
+    model = ARCHITECTURES["llama"].build()
+    gate = TopKGating(DIM, 4, 2)
+    replace_ffn(model, num_experts=4, layers=[0], gate=lambda d, e: gate)
+    with pytest.raises(ValueError, match=r"gate must be .* that the model or another layer has"):
+        replace_ffn(model, num_experts=4, layers=[1], gate=lambda d, e: gate)
+    assert len(feed_forwards(model)) == 1
+
+
 def test_nothing_found_says_what_was_seen():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(ValueError, match=r"no feed-forward .* modules are Linear, ReLU, Sequential"):
