@@ -296,32 +296,30 @@ def one_of(processes: int) -> Iterator[None]:
 
 def in_two_processes(names: list[str], folder: Path) -> dict[str, list[float]]:
     """What the first of two finds."""
+    run_two("support.transformers_trainers", folder, lambda rank: ["--results", str(folder / f"{rank}.json"), *names])
+    return json.loads((folder / "0.json").read_text())
+
+
+def run_two(module: str, folder: Path, arguments: Callable[[int], list[str]]) -> None:
+    """Run a module of `tests` in two processes, each with arguments by its rank, in the environment of torchrun."""
     running, port = [], str(free_port())
     for rank in range(2):
         more = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
-        more |= dict(TORCHELASTIC_RUN_ID="factors", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        more |= dict(TORCHELASTIC_RUN_ID="two", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         more |= dict(RENDEZVOUS=str(folder / "rendezvous"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
-        command = [
-            sys.executable,
-            "-m",
-            "support.transformers_trainers",
-            "--results",
-            str(folder / f"{rank}.json"),
-            *names,
-        ]
-        running.append(
-            subprocess.Popen(
-                command,
-                cwd=Path(__file__).parent.parent,
-                env={**os.environ, **more},
-                stdout=subprocess.DEVNULL,
-                stderr=(folder / f"{rank}.txt").open("w"),
+        with (folder / f"{rank}.txt").open("w") as errors:
+            running.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *arguments(rank)],
+                    cwd=Path(__file__).parent.parent,
+                    env={**os.environ, **more},
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                )
             )
-        )
     for rank, process in enumerate(running):
         if process.wait(timeout=500):
             raise RuntimeError((folder / f"{rank}.txt").read_text()[-4000:])
-    return json.loads((folder / "0.json").read_text())
 
 
 def free_port() -> int:
