@@ -10,6 +10,7 @@ import runpy
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import pytest
@@ -41,9 +42,13 @@ class Block(NamedTuple):
     def run(self) -> dict[str, Any]:
         """Run it alone, as a reader who copies it would; tracebacks show the document's own lines. What it defined."""
         program = compile("\n" * (self.line - 1) + self.code, str(self.file), "exec")
-        names: dict[str, Any] = {"__name__": "__main__"}
-        exec(program, names)
-        return names
+        module, own = ModuleType("__main__"), sys.modules["__main__"]
+        sys.modules["__main__"] = module  # where torch.compile looks for what the block imported
+        try:
+            exec(program, vars(module))
+        finally:
+            sys.modules["__main__"] = own
+        return vars(module)
 
 
 def blocks_of(file: Path) -> list[Block]:
