@@ -280,8 +280,7 @@ def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | Non
     """Numbers and names as a set; a function, or None, as it is."""
     if layers is None or (callable(layers) and not isinstance(layers, nn.Module)):
         return layers
-    one = isinstance(layers, str) or not isinstance(layers, Iterable)
-    entries: list[Any] = [layers] if one else list(layers)
+    entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(

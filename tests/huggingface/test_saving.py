@@ -103,6 +103,8 @@ def test_a_gate_of_ones_own(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"a OwnGate, which config.json cannot describe: pass gate="):
         from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=r"gate must be a function .* but it returned None"):
+        from_pretrained(tmp_path, gate=lambda d, e: None)
     same_weights(from_pretrained(tmp_path, gate=make), model)
     assert issubclass(OwnGate, TokenChoiceGate)
 

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_model
 from support import transformers_story as story
 from torch import nn
+from transformers import AutoModelForCausalLM
 
+from mixture_of_experts.huggingface import from_pretrained
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 pytestmark = [
@@ -100,11 +102,14 @@ def test_saved_and_loaded(trained):
         assert torch.equal(again.state_dict()[name], value), name
 
 
-def test_auto_classes_refuse_what_they_cannot_build(trained):
-    from transformers import AutoModelForCausalLM
-
+def test_what_config_json_cannot_describe(trained):
+    """Auto classes refuse it; `from_pretrained` takes the gate, and says that the experts are new."""
+    folder = trained[2]
     with pytest.raises(ValueError, match=r"CosineGating, which config.json cannot describe: pass gate="):
-        AutoModelForCausalLM.from_pretrained(trained[2])
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.warns(UserWarning, match=r"not in the checkpoint, and initialised: model.layers.0.mlp.moe.experts.w1"):
+        model = from_pretrained(folder, gate=story.CosineGating)
+    assert torch.equal(model.model.layers[0].mlp.moe.gate.w_gating, load(folder).model.layers[0].mlp.moe.gate.w_gating)
 
 
 def test_it_generates(trained):
