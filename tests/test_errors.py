@@ -309,7 +309,7 @@ def test_short_groups_warn():
 def test_groups_that_are_far_too_short_are_refused():
     moe = MoE(8, 2, group_size=256)
     with (
-        pytest.warns(UserWarning),
+        pytest.warns(UserWarning, match="997 groups of 1"),
         pytest.raises(ValueError, match=r"group_size=256 would split 997 positions into groups of 1, as no number"),
     ):
         moe(torch.randn(1, 997, 8))
