@@ -94,7 +94,7 @@ def test_each_thread_has_its_own(compiled):
     in_threads(work, 4)
     assert len(graphs) == made or compiled == "layers"  # nothing was compiled for other threads and masks
     assert bool(graphs) == bool(compiled)
-    assert len(graphs) <= 2 * made
+    assert len(graphs) <= made * 5  # one more of each for each of the four threads, and no more in 200 forwards
     assert torch.equal(model(x, mask=given[1]), (x * given[1]).sigmoid() * given[1])
     torch.testing.assert_close(model.sum[0], x.sum() + (x * given[1]).sigmoid().sum())
     torch.compiler.reset()
