@@ -137,11 +137,11 @@ def table(results: dict[str, Result], title: str) -> list[str]:
     """Two tables: what upcycles, and what does not."""
     kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in get_args(Kinds)}
     tried = len(results) - len(kinds["unbuilt"])
-    refused, wrong = len(kinds["refused"]), len(kinds["wrong"])
+    refused, wrong = len(kinds["refused"]), len(kinds["wrong"]) or "none"
     return [
         f"## {title}",
         "",
-        f"{len(kinds['upcycles'])} of {tried} upcycle, {refused} are refused, {wrong} differ where the table says.",
+        f"{len(kinds['upcycles'])} of {tried} upcycle, {refused} are refused, {wrong} upcycle to other numbers.",
         "",
         *("| family | networks |", "|---|---|"),
         *(f"| {n} | {', '.join(f'`{path}`' for path in r.networks)} |" for n, r in kinds["upcycles"].items()),
