@@ -136,7 +136,7 @@ def draw_line(axes: Axes, line: Sequence[Point]) -> None:
 
     Where its shortest run is past the loss already, which says little, there is none.
     """
-    if not line:
+    if all(share.sign == "<" for point in line for share in point.shares.values()):
         return
     colour, (marker, style) = COLOURS[line[0].model], STYLES[line[0].size]
     means = [(point.bytes_per_parameter, point.share * (point.ratio or 0)) for point in line if point.exact]
