@@ -364,7 +364,7 @@ def make_moe(
         for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
             module.register_parameter(name, None)  # a bias that the network has not
         if not drawn:
-            module.to_empty(device=device)
+            module.to_empty(device=device, recurse=False)  # not the activation, which is the network's
     with device:
         gate = make_gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
@@ -512,7 +512,7 @@ def sum_of_weights(moe: MoE, g: int) -> float:
 @torch.no_grad()
 def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
     """Copy slice i mod g of the networks, in turn, to expert i; the last weights add what the gate takes away."""
-    for name, parameter in experts.named_parameters():
+    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which they share
         copies = parameter.unflatten(0, (-1, len(networks), g))
         for i, network in enumerate(networks):
             value = network.weights()[name]
@@ -544,6 +544,12 @@ def read_alike(
                 f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
                 f"not {shapes} and {own.activation}. All have to be of one base"
             )
+        of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
+        if not all(torch.equal(a, b) for a, b in of_activations):
+            raise ValueError(
+                f"models[{i}] has other parameters than the model in {own.activation} at {place.name}. The experts of a "
+                "layer share their activation: give all models the same one"
+            )
         networks[place.name] = its
     return networks
 
@@ -552,7 +558,7 @@ def freeze(moe: MoE, place: NetworkSite) -> None:
     """Weights of a network that do not train do not as experts either."""
     layers = linears(place)
     for part_of in (moe.experts, moe.shared_expert):
-        for name, parameter in () if part_of is None else part_of.named_parameters():
+        for name, parameter in () if part_of is None else part_of.named_parameters(recurse=False):
             source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
             parameter.requires_grad_(source.requires_grad)
 

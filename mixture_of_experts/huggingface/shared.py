@@ -45,7 +45,7 @@ class SharedNetwork(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights anew, as those of an expert; biases 0."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("b"):
                 nn.init.zeros_(parameter)
             else:
@@ -55,7 +55,7 @@ class SharedNetwork(nn.Module):
     @torch.no_grad()
     def fill(self, network: Any) -> None:
         """Copy a dense network, but for its last bias, which experts have."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             parameter.copy_(torch.zeros_like(parameter) if name == "b2" else getattr(network, name))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from support.transformers_models import ARCHITECTURES, DIM, HIDDEN
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
@@ -103,6 +103,43 @@ def test_equal_models_are_one_model():
     before = base(**inputs).logits
     upcycle(base, models=[base, copy.deepcopy(base)])
     torch.testing.assert_close(base(**inputs).logits, before, atol=1e-5, rtol=0)
+
+
+def apertus():
+    """A model whose activations have parameters, not all equal, and its inputs."""
+    sizes = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model = ApertusForCausalLM(ApertusConfig(vocab_size=64, num_key_value_heads=2, **sizes))
+    for i, layer in enumerate(model.model.layers):
+        nn.init.constant_(layer.mlp.act_fn.alpha_p, 0.3 + i)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, dict(granularity=2, k=4), dict(shared_expert=16), dict(models=2)],
+    ids=["plain", "slices", "shared", "models"],
+)
+def test_an_activation_with_parameters_keeps_them(settings):
+    model, tokens = apertus(), torch.arange(10).view(2, 5)
+    before = model(tokens).logits
+    if "models" in settings:
+        settings = dict(models=[model, copy.deepcopy(model)])
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    upcycle(model, 4, **settings)
+    torch.testing.assert_close(model(tokens).logits, before, atol=1e-6, rtol=0)
+    for i, feed_forward in enumerate(feed_forwards(model)):
+        torch.testing.assert_close(feed_forward.moe.experts.act.alpha_p, torch.tensor([0.3 + i]))
+        assert {n for n, p in feed_forward.moe.named_parameters() if p.requires_grad} == {"gate.w_gating"}
+
+
+def test_models_whose_activations_have_other_parameters():
+    model = apertus()
+    other = copy.deepcopy(model)
+    nn.init.constant_(other.model.layers[1].mlp.act_fn.alpha_n, 5.0)
+    with pytest.raises(ValueError, match=r"models\[1\] has other parameters .* at model.layers.1.mlp.* share"):
+        upcycle(model, models=[model, other])
+    assert not feed_forwards(model)
 
 
 def test_models_that_are_not_of_one_base():
