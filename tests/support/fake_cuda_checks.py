@@ -305,7 +305,7 @@ def check_billion(code: str) -> int:
     names: dict[str, Any] = {}
     with on_gpu(torch.float32):
         exec(code, names)
-        assert names["out"].shape == names["inputs"].shape
+        assert names["out"].shape == (4, 1024, 512)
         assert names["out"].device.type == "cuda"
         names["out"].sum().backward()
         return sum(parameter.numel() for parameter in names["moe"].parameters())
