@@ -547,8 +547,8 @@ def read_alike(
         of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
         if not all(torch.equal(a, b) for a, b in of_activations):
             raise ValueError(
-                f"models[{i}] has other parameters than the model in {own.activation} at {place.name}. The experts of a "
-                "layer share their activation: give all models the same one"
+                f"models[{i}] has other parameters than the model in {own.activation} at {place.name}. The experts of "
+                "a layer share their activation: give all models the same one"
             )
         networks[place.name] = its
     return networks
