@@ -555,7 +555,7 @@ def read_alike(
 
 
 def freeze(moe: MoE, place: NetworkSite) -> None:
-    """Weights of a network that do not train do not as experts either."""
+    """Freeze the experts' weights that are frozen in the network."""
     layers = linears(place)
     for part_of in (moe.experts, moe.shared_expert):
         for name, parameter in () if part_of is None else part_of.named_parameters(recurse=False):
