@@ -5,6 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,5 +61,5 @@ def second_level(
 
 def _in_slots(value: Tensor, slots: Plan) -> Tensor:
     """Entries `(b, n, ...)` of tokens as those of slots `(r, ...)`."""
-    rows = dispatch(value.reshape(slots.num_tokens, -1), slots)
+    rows = dispatch(value.reshape(slots.num_tokens, math.prod(value.shape[2:])), slots)
     return rows.view(slots.num_rows, *value.shape[2:])

@@ -85,6 +85,15 @@ def test_level_two_gets_those_of_the_tokens_in_its_slots(factor, group_size):
     assert all(any(token) or tuple(token.tolist()) == empty for token in seen["x"].flatten(0, -2))
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_two_levels_of_no_tokens(shape):
+    moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2), gate_inner=IdGate(3, outer_expert_dims=(2,)))
+    side = {"token_ids": torch.zeros(shape, dtype=torch.int64), "features": torch.zeros(*shape, 2)}
+    out, aux_loss = moe(torch.zeros(*shape, DIM), **side)
+    assert out.shape == (*shape, DIM)
+    assert aux_loss == 0
+
+
 def test_an_empty_slot_makes_no_choice():
     outer = TopKGating(DIM, 2, 1, capacity_factor_train=4.0)  # six tokens, and twelve slots
     moe = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=IdGate(3, outer_expert_dims=(2,)))
