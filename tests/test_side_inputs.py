@@ -177,6 +177,14 @@ def test_given_what_it_would_choose_it_does_the_same(settings, masked):
         torch.testing.assert_close(got, wanted)
 
 
+def test_a_choice_that_is_not_given_counts_in_no_loss():
+    """Of four choices only two are made, both of expert 2; the others are no choices of expert 0."""
+    gate, x = TopKGating(DIM, 4, k=2), torch.randn(1, 2, DIM)
+    routing = gate(x, given_experts=torch.tensor([[[2, -1], [2, -1]]]))
+    load = torch.tensor([0.0, 0.0, 1.0, 0.0])  # choices a token
+    torch.testing.assert_close(routing.balance_loss, 4 / 2 * (load * routing.probs[0].mean(dim=0)).sum())
+
+
 def test_given_experts_are_checked():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(2, 6, DIM)
     with pytest.raises(ValueError, match=r"given_experts must be int64 of shape \(2, 6, 2\), got .* \(2, 6, 3\)"):

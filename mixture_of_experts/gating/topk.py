@@ -165,7 +165,7 @@ class TopKGating(TokenChoiceGate):
         else:  # of no known size, and it may draw
             logits, score, probs, log_total = self._module_scores(x)
         ranked = self._ranked(logits, score)
-        allowed, given = self.allowed(tokens), self.given_experts(tokens)
+        allowed, given, made = self.allowed(tokens), self.given_experts(tokens), None
         expert = top_choices(ranked, self.k) if given is None else given.clamp(min=0)
         if given is not None:
             made = given >= 0
@@ -173,7 +173,7 @@ class TopKGating(TokenChoiceGate):
             log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        balance = self.balance_loss(tokens, probs, expert, k=self.k)
+        balance = self.balance_loss(tokens, probs, expert, made, k=self.k)
 
         weight = self._weigh(logits, score, expert)
         prob = weight[..., :1]
