@@ -17,6 +17,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Token:
     uniform: Tensor | None = None  # (), the draw of Top2's policy 'random'
     noise: Tensor | None = None  # (e,), the draw of the noisy router
     jitter: Tensor | None = None  # (d,), the factors on the router's input
+    exponential: Tensor | None = None  # (e, k), the draws by which SparseMixer samples each choice
+    whole: Tensor | None = None  # (1, k), the draws that say whether it weighs all of it
+    router_input: Tensor | None = None  # (d,), what the router reads instead of x
+    given_experts: Tensor | None = None  # (k,), the experts that somebody else chose, -1 for none
+    token_ids: Tensor | None = None  # (), the id of a hash layer
 
 
 @dataclass(eq=False)
@@ -74,9 +80,12 @@ class Decision:
     losses: dict[str, Tensor] = field(default_factory=dict)
 
 
-def make_groups(x, importance=None, mask=None, *, uniforms=None, noise=None, jitter=None) -> list[Group]:
-    """Groups of real tokens from x (*outer, b, n, d); importance, mask and uniforms have the shape of the tokens."""
-    groups = []
+def make_groups(x, importance=None, mask=None, **of_tokens) -> list[Group]:
+    """Groups of real tokens from x (*outer, b, n, d); all others have the shape of the tokens and what may follow.
+
+    `of_tokens` are the draws ("uniforms", "noise", ...) and the side inputs, by the names of a token's attributes.
+    """
+    groups, given = [], {name: value for name, value in of_tokens.items() if value is not None}
     n = x.shape[-2]
     for index in all_indices(x.shape[:-2]):
         real = [t for t in range(n) if mask is None or mask[index][t]]
@@ -85,9 +94,7 @@ def make_groups(x, importance=None, mask=None, *, uniforms=None, noise=None, jit
                 x[index][t],
                 t,
                 1.0 if importance is None else float(importance[index][t]),
-                None if uniforms is None else uniforms[index][t],
-                None if noise is None else noise[index][t],
-                None if jitter is None else jitter[index][t],
+                **{{"uniforms": "uniform"}.get(name, name): value[index][t] for name, value in given.items()},
             )
             for t in real
         ]
@@ -170,7 +177,15 @@ def z_loss(groups: list[Group], logits: dict[Token, Tensor], like: Tensor) -> Te
 
 
 def router_input(token: Token) -> Tensor:
-    return token.x if token.jitter is None else token.x * token.jitter
+    x = token.x if token.router_input is None else token.router_input
+    return x if token.jitter is None else x * token.jitter
+
+
+def hand_down(choice: Choice, position: int, importance: float) -> Token:
+    """A choice of level one as a token of level two: what was drawn for it is not handed on, side inputs are."""
+    above = choice.token
+    side = dict(router_input=above.router_input, given_experts=above.given_experts, token_ids=above.token_ids)
+    return Token(above.x, position, importance, **side)
 
 
 def by_outer(groups: list[Group]) -> list[list[Group]]:
@@ -311,6 +326,16 @@ class TopK(TokenChoice):
     num_groups: int | None = None
     top_groups: int | None = None
     balance_over: str = "group"
+    select: str = "score"
+    weigh: str = "score"
+    group_score: str = "two_best"
+    eps: float = 1e-20
+    norm_eps: float | None = None  # the router's input is divided by its root mean square, and multiplied by
+    norm_weight: Tensor | None = None  # (*outer, d)
+    multiplier: float = 1.0
+    softcap: float | None = None
+    scales: Tensor | None = None  # (e,) or (1,), learned numbers that multiply the normalised weights
+    experts_of_id: Tensor | None = None  # (v, k), of a hash layer
 
     @property
     def num_choices(self) -> int:
@@ -321,8 +346,8 @@ class TopK(TokenChoice):
         for group in groups:
             for token in group.tokens:
                 logits[token] = self.logits(group, token)
-                scores[token] = logits[token].softmax(0) if self.score == "softmax" else logits[token].sigmoid()
-                choices += self.choose(group, token, scores[token])
+                scores[token] = self.score_of(logits[token])
+                choices += self.choose(group, token, logits[token], scores[token])
         units = [[g] for g in groups] if self.balance_over == "group" else by_outer(groups)
         losses = [self.balance(unit, scores, choices) for unit in units if sum(g.length for g in unit) > 0]
         balance = mean(losses, self.w_gating)
@@ -330,23 +355,51 @@ class TopK(TokenChoice):
         return Decision(self.placed(groups, choices), balance, z)
 
     def logits(self, group: Group, token: Token) -> Tensor:
-        logits = router_input(token) @ self.w_gating[group.outer]
-        return logits if self.b_gating is None else logits + self.b_gating[group.outer]
+        x = router_input(token)
+        if self.norm_eps is not None:
+            x = x / (x.square().mean() + self.norm_eps).sqrt() * self.norm_weight[group.outer]
+        logits = x @ self.w_gating[group.outer]
+        logits = logits if self.b_gating is None else logits + self.b_gating[group.outer]
+        logits = logits * self.multiplier
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
-    def choose(self, group: Group, token: Token, scores: Tensor) -> list[Choice]:
-        biased = scores.detach()
+    def score_of(self, logits: Tensor) -> Tensor:
+        if self.score == "softmax":
+            return logits.softmax(0)
+        return logits.sigmoid() if self.score == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
+
+    def choose(self, group: Group, token: Token, logits: Tensor, scores: Tensor) -> list[Choice]:
+        """The first choices of all k that a token would make, as many as it may make; what they weigh is of all k
+        where that is a softmax over them, and where learned numbers multiply it."""
+        if not self.choices_of(token):
+            return []
+        biased = (scores if self.select == "score" else logits).detach()
         if self.expert_bias is not None:
             biased = biased + self.expert_bias[group.outer]
-        experts = largest(self.allowed(biased), self.choices_of(token))
-        weights = [scores[i] for i in experts]
-        if self.k > 1 if self.normalize is None else self.normalize:
-            weights = [w / (sum(weights) + 1e-20) for w in weights]
-        open_to_it = self.allowed(biased) != -math.inf
-        top = scores[open_to_it].max().item()
+        allowed = self.allowed(biased)
+        top = scores[allowed != -math.inf].max().item()
+        given = token.given_experts
+        if given is None and self.experts_of_id is not None:
+            given = self.experts_of_id[token.token_ids]
+        experts = largest(allowed, self.k) if given is None else given.tolist()
+        made = [order for order in range(self.choices_of(token)) if experts[order] >= 0]
+        weights = self.weights(logits, scores, [max(expert, 0) for expert in experts], made)
         return [
-            Choice(group, token, order, expert, weight * self.scale, top)
-            for order, (expert, weight) in enumerate(zip(experts, weights, strict=True))
+            Choice(group, token, order, experts[order], weight * self.scale, top)
+            for order, weight in zip(made, weights, strict=True)
         ]
+
+    def weights(self, logits: Tensor, scores: Tensor, experts: list[int], made: list[int]) -> list[Tensor]:
+        """What those of the k choices weigh that are made."""
+        if self.scales is not None:
+            weights = scores[experts] / (scores[experts].sum() + 1e-20)
+            weights = weights * (self.scales if len(self.scales) == 1 else self.scales[experts])
+            return [weights[order] for order in made]
+        weights = scores[experts] if self.weigh == "score" else logits[experts].softmax(0)
+        listed = [weights[order] for order in made]
+        if self.k > 1 if self.normalize is None else self.normalize:
+            listed = [weight / (sum(listed) + self.eps) for weight in listed]
+        return listed
 
     def choices_of(self, token: Token) -> int:
         if token.importance == 1:
@@ -359,7 +412,8 @@ class TopK(TokenChoice):
             return biased
         size = self.num_experts // self.num_groups
         parts = biased.split(size)
-        sums = torch.stack([torch.stack([part[i] for i in largest(part, 2)]).sum() for part in parts])
+        best = 2 if self.group_score == "two_best" else 1
+        sums = torch.stack([torch.stack([part[i] for i in largest(part, best)]).sum() for part in parts])
         chosen = largest(sums, self.top_groups)
         return torch.cat([part if i in chosen else torch.full_like(part, -math.inf) for i, part in enumerate(parts)])
 
@@ -373,6 +427,50 @@ class TopK(TokenChoice):
                 loads[choice.expert] += 1 / n
         probs = sum((scores[t] / scores[t].sum() for t in counted), self.w_gating.new_zeros(self.num_experts)) / n
         return self.num_experts / self.k * (torch.tensor(loads, dtype=probs.dtype) * probs).sum()
+
+
+@dataclass
+class TopP(TopK):
+    """The fewest experts whose probabilities reach p together, at most k (docs/extending.md)."""
+
+    p: float = 0.5
+
+    def choose(self, group: Group, token: Token, logits: Tensor, scores: Tensor) -> list[Choice]:
+        made, reached = [], 0.0
+        for order, expert in enumerate(largest(scores, self.k)):
+            if order < self.choices_of(token) and reached < self.p:
+                made.append(Choice(group, token, order, expert, scores[expert], scores.max().item()))
+            reached += scores[expert].item()
+        return made
+
+    def balance(self, groups: list[Group], scores: dict[Token, Tensor], choices: list[Choice]) -> Tensor:
+        return self.k * super().balance(groups, scores, choices)  # it counts every choice
+
+
+@dataclass
+class SparseMixer(TopK):
+    """SparseMixer (arXiv 2310.00811): each choice one of the nearly best that are left. Without draws as in eval."""
+
+    tolerance: float = 0.01
+
+    def choose(self, group: Group, token: Token, logits: Tensor, scores: Tensor) -> list[Choice]:
+        made, left = [], list(range(self.num_experts))
+        for order in range(self.k):
+            values = logits.tolist()
+            best = max(values[i] for i in left)
+            likeliest = next(i for i in left if values[i] == best)
+            near = [i for i in left if best - values[i] <= 2 * self.tolerance * max(abs(values[i]), best)]
+            expert = likeliest
+            if token.exponential is not None:
+                noise = token.exponential[:, order].log().tolist()
+                expert = max(near, key=lambda i: (values[i] - noise[i], -i))
+            weight = logits[near].softmax(0)[near.index(expert)]
+            if token.whole is not None and expert != likeliest and token.whole[0, order] <= 0.75:
+                weight = weight - weight.detach() * (2 / 3)
+            if order < self.choices_of(token):
+                made.append(Choice(group, token, order, expert, weight, scores.max().item()))
+            left.remove(expert)
+        return made
 
 
 @dataclass
@@ -456,7 +554,7 @@ class ExpertChoice:
         choices, logits = [], {}
         for group in groups:
             for token in group.tokens:
-                logits[token] = token.x @ self.w_gating
+                logits[token] = router_input(token) @ self.w_gating
             scores = [logits[token].softmax(0) for token in group.tokens]
             for expert in range(self.num_experts if scores else 0):
                 best = largest(torch.stack([s[expert] for s in scores]), self.limit(len(scores)))
@@ -480,14 +578,15 @@ def feed_forward(w1, w2, activation, b1=None, b2=None):
     return expert
 
 
-def gated_feed_forward(w1, w3, w2, activation, b1=None, b3=None, b2=None):
-    """Gated experts: activation(x·w1) · (x·w3), then ·w2."""
+def gated_feed_forward(w1, w3, w2, activation, b1=None, b3=None, b2=None, of_both=False):
+    """Gated experts: activation(x·w1) · (x·w3), or activation(x·w1, x·w3), then ·w2."""
 
     def expert(index, x: Tensor) -> Tensor:
         gate, value = x @ w1[index], x @ w3[index]
         gate = gate if b1 is None else gate + b1[index]
         value = value if b3 is None else value + b3[index]
-        out = (activation(gate) * value) @ w2[index]
+        hidden = activation(gate, value) if of_both else activation(gate) * value
+        out = hidden @ w2[index]
         return out if b2 is None else out + b2[index]
 
     return expert
@@ -496,6 +595,21 @@ def gated_feed_forward(w1, w3, w2, activation, b1=None, b3=None, b2=None):
 def listed(modules):
     """Experts that are separate modules (rows, d) -> (rows, d)."""
     return lambda index, x: modules[index](x.unsqueeze(0)).squeeze(0)
+
+
+@dataclass
+class WeighedInput:
+    """Experts that read the token times its weight, and whose results are not weighed."""
+
+    expert: Callable[[Any, Tensor], Tensor]
+
+    def weighted(self, weight: Tensor, index, x: Tensor) -> Tensor:
+        return self.expert(index, weight * x)
+
+
+def weighted(experts, weight: Tensor, index, x: Tensor) -> Tensor:
+    """What one choice adds to its token."""
+    return experts.weighted(weight, index, x) if hasattr(experts, "weighted") else weight * experts(index, x)
 
 
 # Layers
@@ -518,6 +632,11 @@ def regroup(x: Tensor, mask: Tensor | None, group_size: int | None) -> tuple[Ten
     return x.reshape(b, n, d), None if mask is None else mask.reshape(b, n)
 
 
+def regroup_side(side: dict[str, Tensor] | None, inputs: Tensor, x: Tensor) -> dict[str, Tensor]:
+    """Side inputs (..., n, *rest) as (b, n, *rest), by the groups x (b, n, d) of the inputs."""
+    return {name: value.reshape(*x.shape[:2], *value.shape[inputs.ndim - 1 :]) for name, value in (side or {}).items()}
+
+
 @dataclass
 class Output:
     """What a layer computed."""
@@ -527,15 +646,18 @@ class Output:
     decisions: list[Decision]  # one a level
 
 
-def finish(inputs, mask, parts: dict, shared_expert) -> Tensor:
-    """Sum of each position's parts (flat position -> vectors), plus the shared expert; 0 where it is masked."""
+def finish(inputs, mask, parts: dict, shared_expert, after) -> Tensor:
+    """Sum of each position's parts (flat position -> vectors) through `after`, plus the shared expert; 0 where it is
+    masked."""
     rows = []
     flat = inputs.reshape(-1, inputs.shape[-1])
     for position in range(len(flat)):
         if mask is not None and not mask.reshape(-1)[position]:
             rows.append(torch.zeros_like(flat[position]))
             continue
-        total = sum(parts[position], torch.zeros_like(flat[position]))
+        total = sum(parts[position][1:], parts[position][0]) if parts[position] else torch.zeros_like(flat[position])
+        if after is not None and parts[position]:
+            total = after(total)
         if shared_expert is not None:
             total = total + shared_expert(flat[position].unsqueeze(0)).squeeze(0)
         rows.append(total)
@@ -557,16 +679,19 @@ def moe(
     loss_coef=1e-2,
     z_loss_coef=0.0,
     draws=None,
+    side=None,
+    after=None,
 ):
-    """The one-level layer. `draws`: random numbers by name (uniforms, noise, jitter), each shaped like the groups."""
+    """The one-level layer. `draws`: random numbers by name (uniforms, noise, jitter), each shaped like the groups;
+    `side`: side inputs by name, shaped like the inputs; `after`: on the sum of a token's experts."""
     x, real = regroup(inputs, mask, group_size)
-    decision = gate.decide(make_groups(x, mask=real, **(draws or {})))
+    decision = gate.decide(make_groups(x, mask=real, **(draws or {}), **regroup_side(side, inputs, x)))
     parts = defaultdict(list)
     for choice in decision.choices:
         if choice.kept and choice.weight != 0:
             position = choice.group.index[-1] * x.shape[1] + choice.token.position
-            parts[position].append(choice.weight * experts(choice.expert, choice.token.x))
-    out = finish(inputs, mask, parts, shared_expert)
+            parts[position].append(weighted(experts, choice.weight, choice.expert, choice.token.x))
+    out = finish(inputs, mask, parts, shared_expert, after)
     return Output(out, weighted_losses([decision], loss_coef, z_loss_coef), [decision])
 
 
@@ -583,13 +708,15 @@ def hierarchical_moe(
     z_loss_coef=0.0,
     draws=None,
     inner_draws=None,
+    side=None,
+    after=None,
 ):
     """The two-level layer; experts are called with the pair (outer expert, inner expert).
 
     `inner_draws` are shaped (eo, groups, slots of a group, ...), as level two sees its tokens.
     """
     x, real = regroup(inputs, mask, group_size)
-    groups = make_groups(x, mask=real, **(draws or {}))
+    groups = make_groups(x, mask=real, **(draws or {}), **regroup_side(side, inputs, x))
     first = outer_gate.decide(groups)
     inner_groups, source = second_level_groups(outer_gate, groups, first.choices, x, group_size, inner_draws or {})
     second = inner_gate.decide(inner_groups)
@@ -599,8 +726,8 @@ def hierarchical_moe(
         if choice.kept and choice.weight != 0:
             position = above.group.index[-1] * x.shape[1] + above.token.position
             pair = (choice.group.outer[0], choice.expert)
-            parts[position].append(above.weight * choice.weight * experts(pair, above.token.x))
-    out = finish(inputs, mask, parts, shared_expert)
+            parts[position].append(weighted(experts, above.weight * choice.weight, pair, above.token.x))
+    out = finish(inputs, mask, parts, shared_expert, after)
     return Output(out, weighted_losses([first, second], loss_coef, z_loss_coef), [first, second])
 
 
@@ -628,7 +755,7 @@ def dropless_group(gate, outer: int, group: Group, slots: dict, source: dict) ->
     mine = sorted((slot, c) for (e, g, slot), c in slots.items() if (e, g) == (outer, group.index[-1]))
     tokens = []
     for slot, choice in mine:
-        tokens.append(Token(choice.token.x, slot, gate.hand_on(choice)))
+        tokens.append(hand_down(choice, slot, gate.hand_on(choice)))
         source[tokens[-1]] = choice
     choices = min(gate.num_choices, gate.num_experts)  # of a token, among different outer experts
     return Group(tokens, group.length * choices / gate.num_experts, (outer, group.index[-1]))
@@ -644,7 +771,7 @@ def slot_groups(gate, outer: int, groups, slots: dict, source: dict, x: Tensor, 
             choice = slots.get((outer, group.index[-1], slot))
             token = None
             if choice is not None:
-                token = Token(choice.token.x, 0, gate.hand_on(choice))
+                token = hand_down(choice, 0, gate.hand_on(choice))
                 source[token] = choice
             elif slot < gate.limit(group.length):
                 token = Token(x.new_zeros(d), 0, 0.0)

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -22,11 +24,20 @@ from mixture_of_experts import (
     ExpertList,
     Experts,
     GatedExperts,
+    HashGating,
     NoisyTopKGating,
+    RoutedExperts,
     Top2Gating,
     TopKGating,
+    ops,
+    recipes,
 )
-from support import reference
+from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.gating import RouterLogits, SparseMixerGating
+from mixture_of_experts.gating.steps import LearnedScale
+
+from . import reference
+from .recipes import recipe
 
 settings.register_profile(
     "tests",
@@ -64,7 +75,7 @@ def normal(gen: torch.Generator, *shape: int) -> Tensor:
 class RecordDraws(TorchFunctionMode):
     """Keeps what torch draws at random while it is active, in order."""
 
-    NAMES = ("rand", "rand_like", "randn", "randn_like", "uniform_", "normal_")
+    NAMES = ("rand", "rand_like", "randn", "randn_like", "uniform_", "normal_", "exponential_")
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,8 +89,13 @@ class RecordDraws(TorchFunctionMode):
 
     def take(self, router: Router, training: bool) -> dict[str, Tensor] | None:
         """The draws of the next gate that ran, by the name under which the reference knows them."""
-        name = router.draws(training)
-        return {name: self.values.pop(0)} if name else None
+        names = router.draws(training)
+        if not names:
+            return None
+        if router.kind == "sparse_mixer":  # two for each choice
+            taken = [self.values.pop(0) for _ in range(2 * router.arguments["k"])]
+            return {"exponential": torch.stack(taken[::2], -1), "whole": torch.stack(taken[1::2], -1)}
+        return {names: self.values.pop(0)}
 
 
 # Routers
@@ -89,26 +105,19 @@ class RecordDraws(TorchFunctionMode):
 class Router:
     """A router: its kind, the package's arguments (without sizes), and how strongly the weights prefer expert 0."""
 
-    kind: str  # top2, topk, noisy, expert_choice
+    kind: str  # one of KINDS
     arguments: dict
     spread: float = 1.0
 
     def build(self, dim: int, num_experts: int, seed: int, outer: tuple[int, ...] = ()) -> nn.Module:
-        kinds = {
-            "top2": Top2Gating,
-            "topk": TopKGating,
-            "noisy": NoisyTopKGating,
-            "expert_choice": ExpertChoiceGating,
-        }
-        extra = {} if self.kind == "expert_choice" else {"outer_expert_dims": outer}
-        gate = kinds[self.kind](dim, num_experts, **self.arguments, **extra).double()
-        gen = generator(seed)
-        with torch.no_grad():
-            for parameter in gate.parameters():
-                parameter.copy_(self.spread * normal(gen, *parameter.shape))
-            if getattr(gate, "expert_bias", None) is not None:
-                gate.expert_bias.copy_(0.3 * normal(gen, *gate.expert_bias.shape))
-        return gate
+        given, extra = dict(self.arguments), {} if self.kind == "expert_choice" else {"outer_expert_dims": outer}
+        if (logits := given.pop("logits", None)) is not None:
+            given["logits"] = RouterLogits(dim, num_experts, outer_expert_dims=outer, **logits)
+        if (scales := given.pop("scales", None)) is not None:
+            given["weigh"] = LearnedScale(num_experts if scales == "expert" else 1)
+        torch.default_generator.manual_seed(seed)  # of which a hash layer draws
+        gate = KINDS[self.kind](dim, num_experts, **given, **extra)
+        return draw_parameters(gate.double(), seed, self.spread)
 
     def reference(self, gate: nn.Module):
         """The slow router on this gate's parameters, in its mode."""
@@ -116,6 +125,8 @@ class Router:
         given = {**DEFAULTS[self.kind], **self.arguments}
         if self.kind == "expert_choice":
             return reference.ExpertChoice(gate.w_gating, given["capacity_factor"])
+        if self.kind == "own":
+            given.setdefault("k", 4)
         common = {
             "capacity_factor": given[f"capacity_factor_{mode}"],
             "min_expert_capacity": given["min_expert_capacity"],
@@ -132,22 +143,69 @@ class Router:
             )
         if self.kind == "noisy":
             return reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common)
+        if self.kind == "own":
+            return reference.TopP(gate.w_gating, k=given["k"], p=given["p"], **common)
+        if self.kind == "sparse_mixer":
+            return reference.SparseMixer(gate.w_gating, k=given["k"], tolerance=given["tolerance"], **common)
         names = ("k", "score", "normalize", "scale", "num_groups", "top_groups", "balance_over")
+        names += ("select", "weigh", "group_score", "eps")
         bias = None if gate.expert_bias is None else gate.expert_bias.double()
+        weights = {"w_gating": gate.w_gating, "b_gating": gate.b_gating}
+        if (logits := gate.logits) is not None:
+            weights = {"w_gating": logits.weight, "b_gating": logits.bias, "norm_weight": logits.norm_weight}
+            weights.update({name: getattr(logits, name) for name in ("norm_eps", "multiplier", "softcap")})
         return reference.TopK(
-            gate.w_gating, b_gating=gate.b_gating, expert_bias=bias, **{name: given[name] for name in names}, **common
+            expert_bias=bias,
+            scales=gate.weigh.scale if isinstance(gate.weigh, LearnedScale) else None,
+            experts_of_id=getattr(gate, "experts_of_id", None),
+            **weights,
+            **{name: given[name] for name in names},
+            **common,
         )
+
+    def dropless(self, training: bool) -> bool:
+        """Whether it has no capacity in this mode."""
+        mode = "train" if training else "eval"
+        given = {**DEFAULTS[self.kind], **self.arguments}
+        return self.kind != "expert_choice" and given[f"capacity_factor_{mode}"] is None
+
+    def without_underflow(self) -> Router:
+        """The same with scores that float32 tells from 0."""
+        return replace(self, spread=min(self.spread, 3.0))
 
     def draws(self, training: bool) -> str | None:
         """What this router draws at random in this mode."""
         given = {**DEFAULTS[self.kind], **self.arguments}
         if self.kind == "top2" and given[f"second_policy_{'train' if training else 'eval'}"] == "random":
             return "uniforms"
-        if self.kind == "topk" and training and given["jitter"]:
+        if self.kind in ("topk", "hash") and training and given["jitter"]:
             return "jitter"
+        if self.kind == "sparse_mixer" and training:
+            return "sampling"
         return "noise" if self.kind == "noisy" and training else None
 
 
+def draw_parameters(module: Any, seed: int, spread: float) -> Any:
+    """The module with parameters, and biases of experts, from a seed."""
+    gen = generator(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(spread * normal(gen, *parameter.shape))
+        if getattr(module, "expert_bias", None) is not None:
+            module.expert_bias.copy_(0.3 * normal(gen, *module.expert_bias.shape))
+    return module
+
+
+NUM_IDS = 7  # of a hash layer
+KINDS: dict[str, Any] = {
+    "top2": Top2Gating,
+    "topk": TopKGating,
+    "noisy": NoisyTopKGating,
+    "expert_choice": ExpertChoiceGating,
+    "sparse_mixer": SparseMixerGating,
+    "hash": lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
+    "own": recipe("A router of your own")["TopPGating"],
+}
 DEFAULTS = {
     "top2": {
         "eps": 1e-9,
@@ -174,6 +232,10 @@ DEFAULTS = {
         "num_groups": None,
         "top_groups": None,
         "balance_over": "group",
+        "select": "score",
+        "weigh": "score",
+        "group_score": "two_best",
+        "eps": 1e-20,
     },
     "noisy": {
         "k": 2,
@@ -184,6 +246,9 @@ DEFAULTS = {
     },
     "expert_choice": {"capacity_factor": 2.0},
 }
+DEFAULTS["hash"] = DEFAULTS["topk"]
+DEFAULTS["own"] = {**DEFAULTS["noisy"], "k": 4, "p": 0.5}
+DEFAULTS["sparse_mixer"] = {**DEFAULTS["noisy"], "tolerance": 0.01}
 
 # 0 makes every score equal; 1000 makes probabilities of exactly 0, so choices of weight 0
 spreads = st.sampled_from([1.0, 0.3, 3.0, 2.0, 0.0, 1000.0])
@@ -252,6 +317,103 @@ def noisy_routers(draw, num_experts: int, **limits) -> Router:
 @st.composite
 def expert_choice_routers(draw) -> Router:
     return Router("expert_choice", {"capacity_factor": draw(st.sampled_from([0.5, 1.0, 1.7, 2.0]))}, draw(spreads))
+
+
+@st.composite
+def stepped_routers(draw, num_experts: int) -> Router:
+    """Top-k routers of other steps: logits of a module, what is chosen by, what weighs."""
+    router = draw(topk_routers(num_experts))
+    score = draw(st.sampled_from(["softmax", "sigmoid", "sqrt_softplus"]))
+    given = {
+        **router.arguments,
+        "score": score,
+        "select": draw(st.sampled_from(["score", "logits"])),
+        "group_score": draw(st.sampled_from(["two_best", "best"])),
+        "eps": draw(st.sampled_from([1e-20, 0.0, 1e-6, 1e-2])),
+    }
+    weigh = draw(st.sampled_from(["score", "softmax", "expert", "all"]))
+    if weigh in ("score", "softmax"):
+        given["weigh"] = weigh
+    else:
+        given.update(scales=weigh, normalize=None)
+    if draw(st.booleans()):
+        given.update(bias=False, logits=draw(logits_settings()))
+    return Router("topk", given, min(router.spread, 3.0) or 1.0)
+
+
+@st.composite
+def logits_settings(draw) -> dict:
+    return {
+        "norm_eps": draw(st.sampled_from([None, 1e-6, 0.1])),
+        "multiplier": draw(st.sampled_from([1.0, 0.5])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "bias": draw(st.booleans()),
+    }
+
+
+@st.composite
+def sparse_mixer_routers(draw) -> Router:
+    given = {"k": draw(st.sampled_from([2, 1, 3])), "tolerance": draw(st.sampled_from([0.3, 0.01, 1.0, 0.0]))}
+    return Router("sparse_mixer", {**given, **draw(capacities())}, draw(st.sampled_from([1.0, 0.3, 3.0, 0.0])))
+
+
+@st.composite
+def own_routers(draw, num_experts: int) -> Router:
+    k, p = draw(st.integers(1, min(4, num_experts))), draw(st.sampled_from([0.5, 0.9, 0.2]))
+    return Router("own", {"k": k, "p": p, **draw(capacities())}, draw(st.sampled_from([1.0, 0.3, 3.0])))
+
+
+@st.composite
+def matrix_routers(draw, kind: str, num_experts: int) -> Router:
+    """Any router, now and then one that is not possible with so many experts."""
+    if kind == "topk":
+        router = draw(st.one_of(topk_routers(num_experts), stepped_routers(num_experts)))
+        odd = [{}, {}, {}, {}, {}, {"k": num_experts + 1, "num_groups": None, "top_groups": None}]
+        odd += [{"num_groups": 4, "top_groups": 1, "k": 2}]
+        return replace(router, arguments={**router.arguments, **draw(st.sampled_from(odd))})
+    if kind == "hash":
+        router = draw(topk_routers(num_experts))
+        return replace(router, kind="hash")
+    if kind == "noisy" and num_experts > 1:
+        return draw(noisy_routers(num_experts))
+    others = {"top2": top2_routers(), "expert_choice": expert_choice_routers(), "own": own_routers(num_experts)}
+    others |= {"noisy": st.just(Router("noisy", {"k": 1})), "sparse_mixer": sparse_mixer_routers()}
+    return draw(others[kind])
+
+
+@st.composite
+def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
+    """Router and experts of a record for a few experts, how many those are, and whether one is shared."""
+    model, e = recipes.MODELS[name], draw(st.sampled_from([4, 6, 8]))
+    names = {TopKGating: "topk", Top2Gating: "top2", NoisyTopKGating: "noisy", SparseMixerGating: "sparse_mixer"}
+    kind = names.get(model.router, "expert_choice")
+    given = dict(model.gate)
+    if "k" in given:
+        given["k"] = min(given["k"], draw(st.sampled_from([2, 3, 1])))
+    if "num_groups" in given:
+        given.update(num_groups=2, top_groups=1, k=min(given["k"], 2))
+    if kind != "expert_choice" and draw(st.booleans()):
+        given.update(capacity_factor_train=1.0, capacity_factor_eval=1.25)
+    if model.logits is not None:
+        given["logits"] = dict(model.logits)
+    if model.scales is not None:
+        given["scales"] = model.scales
+    settings = dict(model.experts)
+    activation = settings.get("activation", "silu")
+    if activation == "gelu_tanh":
+        activation = "tanh gelu"
+    elif activation == "clamped_swiglu":
+        activation = "clamped swiglu"
+    elif "limit" in settings:
+        activation = f"clamped silu, {settings['limit']:g}" + (", after" if settings.get("after") else "")
+    kind_of_experts = "gated" if settings.get("gated", True) else "ffn"
+    identity = round(model.identity * e)
+    bank = Bank(kind_of_experts, settings.get("bias", False), activation, identity=identity, zero=model.zero)
+    if model.weigh_input:
+        bank = replace(bank, kind="input_weighted")
+    elif identity or model.zero:
+        bank = replace(bank, kind="identity")
+    return Router(kind, given), bank, e + identity + model.zero, bool(model.shared)
 
 
 TOKEN_CHOICE = ("top2", "topk", "noisy")
@@ -346,6 +508,21 @@ class ScaledExperts(nn.Module):
         return torch.tanh(x + 0.5) * self.scale.unsqueeze(-2)
 
 
+class LinearExperts(RoutedExperts):
+    """A subclass that writes `compute`: one matrix an expert."""
+
+    def __init__(self, dim: int, *sizes: int) -> None:
+        super().__init__()
+        self.num_experts = sizes[0] if len(sizes) == 1 else sizes
+        self.weight = nn.Parameter(torch.empty(*sizes, dim, dim))
+
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        weight = self.weight.flatten(0, -3)
+        if torch.is_autocast_enabled("cpu"):
+            rows, weight = rows.float(), weight.float()
+        return ops.grouped_product(rows, weight, num_tokens_per_expert)
+
+
 ACTIVATIONS = {
     "gelu": nn.GELU,
     "relu": nn.ReLU,
@@ -353,52 +530,136 @@ ACTIVATIONS = {
     "tanh": torch.tanh,
     "tanh gelu": nn.GELU(approximate="tanh"),
 }
+# the same for the reference, written once more; those of (gate, up) say so
+MORE_ACTIVATIONS: dict[str, tuple[Any, Any]] = {
+    "relu2": (ops.SquaredReLU, lambda h: F.relu(h) ** 2),
+    "clamped swiglu": (ops.ClampedSwiGLU, lambda g, u: clamped_swiglu(g, u, 1.702, 7.0)),
+    "clamped swiglu, tight": (ops.ClampedSwiGLU(0.5, 0.6), lambda g, u: clamped_swiglu(g, u, 0.5, 0.6)),
+    "clamped silu, 10": (ops.ClampedGLU(limit=10.0), lambda g, u: F.silu(at_most(g, 10.0)) * within(u, 10.0)),
+    "clamped silu, 0.5": (ops.ClampedGLU(limit=0.5), lambda g, u: F.silu(at_most(g, 0.5)) * within(u, 0.5)),
+    "clamped silu, 7, after": (
+        ops.ClampedGLU(limit=7.0, after=True),
+        lambda g, u: at_most(F.silu(g), 7.0) * within(u, 7.0),
+    ),
+}
+KNOWN_ACTIVATIONS = ("gelu", "relu", "silu", "tanh gelu", "relu2", "clamped swiglu", "clamped swiglu, tight")
+SMOOTH = ("gelu", "silu", "tanh", "tanh gelu", "relu2", "clamped swiglu", "clamped silu, 10", "clamped silu, 7, after")
+
+
+def at_most(x: Tensor, limit: float) -> Tensor:
+    return torch.where(x > limit, limit, x)
+
+
+def within(x: Tensor, limit: float) -> Tensor:
+    return torch.where(x < -limit, -limit, at_most(x, limit))
+
+
+def clamped_swiglu(gate: Tensor, up: Tensor, alpha: float, limit: float) -> Tensor:
+    gate = at_most(gate, limit)
+    return gate / (1 + torch.exp(-alpha * gate)) * (within(up, limit) + 1)
 
 
 @dataclass(frozen=True)
 class Bank:
     """A bank of experts of one kind."""
 
-    kind: str  # ffn, gated, list, custom
+    kind: str  # ffn, gated, list, custom, routed, and around gated ones: input_weighted, identity, enclosed, normed
     bias: bool = False
     activation: str = "gelu"
     hidden_dim: int = 5
+    identity: int = 0  # experts behind the others that return the token, and
+    zero: int = 0  # those that return nothing
 
-    def build(self, dim: int, num_experts: int | tuple[int, int], seed: int) -> nn.Module:
+    @property
+    def takes_two(self) -> bool:
+        return self.kind != "list" and self.activation.startswith("clamped")
+
+    def computing(self, num_experts: int) -> int:
+        """How many compute something."""
+        return max(1, num_experts - self.identity - self.zero)
+
+    def build(self, dim: int, num_experts: int | tuple[int, ...], seed: int) -> nn.Module:
         sizes = num_experts if isinstance(num_experts, tuple) else (num_experts,)
+        act, outer = ACTIVATIONS.get(self.activation) or MORE_ACTIVATIONS[self.activation][0], None
         if self.kind == "ffn":
-            experts = Experts(dim, num_experts, self.hidden_dim, ACTIVATIONS[self.activation], bias=self.bias)
-        elif self.kind == "gated":
-            experts = GatedExperts(dim, num_experts, self.hidden_dim, ACTIVATIONS[self.activation], bias=self.bias)
+            experts = Experts(dim, num_experts, self.hidden_dim, act, bias=self.bias)
         elif self.kind == "list":
             experts = ExpertList(nn.Linear(dim, dim, bias=self.bias) for _ in range(torch.Size(sizes).numel()))
-        else:
+        elif self.kind == "custom":
             experts = ScaledExperts(*sizes, dim)
-        gen = generator(seed)
-        with torch.no_grad():
-            for parameter in experts.double().parameters():
-                parameter.copy_(0.7 * normal(gen, *parameter.shape))
-        return experts.double()
+        elif self.kind == "routed":
+            experts = LinearExperts(dim, *sizes)
+        else:
+            width, number = dim + 1 if self.kind == "enclosed" else dim, num_experts
+            if self.kind == "identity" and isinstance(num_experts, int):
+                number = self.computing(num_experts)
+            experts = GatedExperts(width, number, self.hidden_dim, act, bias=self.bias)
+            if self.kind == "input_weighted":
+                experts = InputWeightedExperts(experts)
+            elif self.kind == "identity":
+                spare = num_experts - number if isinstance(num_experts, int) else 0
+                zero = min(self.zero, spare)
+                experts = ExpertsBesideIdentity(experts, num_identity=spare - zero, num_zero=zero)
+            elif self.kind == "normed":
+                experts = NormedExperts(experts, nn.RMSNorm(dim, eps=0.5))
+            elif self.kind == "enclosed":
+                outer = nn.Linear(dim, width, bias=self.bias), nn.Linear(width, dim, bias=False)
+                experts = EnclosedExperts(experts, before=outer[0], after=outer[1])
+        return draw_parameters(experts.double(), seed, 0.7)
 
-    def reference(self, experts: nn.Module, num_inner: int | None = None):
+    def reference(self, experts: Any, num_inner: int | None = None) -> Any:
         """The same experts one token at a time; of two levels a list is indexed by outer · num_inner + inner."""
-        act = ACTIVATIONS[self.activation]
-        act = act() if isinstance(act, type) else act
-        if self.kind == "ffn":
-            return reference.feed_forward(experts.w1, experts.w2, act, experts.b1, experts.b2)
-        if self.kind == "gated":
-            weights, biases = (experts.w1, experts.w3, experts.w2), (experts.b1, experts.b3, experts.b2)
-            return reference.gated_feed_forward(*weights, act, *biases)
         if self.kind == "list":
             single = reference.listed(experts)
             return single if num_inner is None else lambda pair, x: single(pair[0] * num_inner + pair[1], x)
-        return lambda index, x: torch.tanh(x + 0.5) * experts.scale[index]
+        if self.kind == "custom":
+            return lambda index, x: torch.tanh(x + 0.5) * experts.scale[index]
+        if self.kind == "routed":
+            return lambda index, x: x @ experts.weight[index]
+        inner = experts if self.kind in ("ffn", "gated") else experts.experts
+        act = self._activation(inner.act)
+        if self.kind == "ffn":
+            return reference.feed_forward(inner.w1, inner.w2, act, inner.b1, inner.b2)
+        weights, biases = (inner.w1, inner.w3, inner.w2), (inner.b1, inner.b3, inner.b2)
+        gated = reference.gated_feed_forward(*weights, act, *biases, of_both=self.takes_two)
+        if self.kind == "input_weighted":
+            return reference.WeighedInput(gated)
+        if self.kind == "identity":
+            identities = range(len(inner.w1), len(inner.w1) + experts.num_identity)
+            return lambda i, x: gated(i, x) if i < len(inner.w1) else x * (i in identities)
+        if self.kind == "normed":
+            return lambda index, x: rms_normed(gated(index, x)) * experts.norm.weight
+        if self.kind == "enclosed":
+            return lambda index, x: gated(index, experts.before(x))
+        return gated
+
+    def _activation(self, module: nn.Module) -> Any:
+        if self.activation in MORE_ACTIVATIONS:
+            return MORE_ACTIVATIONS[self.activation][1]
+        return module
+
+
+def rms_normed(x: Tensor) -> Tensor:
+    return x / (x.square().mean() + 0.5).sqrt()
 
 
 @st.composite
 def banks(draw) -> Bank:
     kind = draw(st.sampled_from(["ffn", "gated", "list", "gated", "ffn", "custom"]))
     return Bank(kind, draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))))
+
+
+AROUND = ("input_weighted", "identity", "enclosed", "normed")
+
+
+@st.composite
+def matrix_banks(draw, smooth: bool) -> Bank:
+    """Any experts; of low precision with smooth activations, for rounding turns the others' gradients."""
+    kind = draw(st.sampled_from(["ffn", "gated", "list", "custom", "routed", "ffn", "gated", *AROUND]))
+    names = [*ACTIVATIONS, *MORE_ACTIVATIONS] if kind != "ffn" else [*ACTIVATIONS, "relu2", "relu2", "clamped swiglu"]
+    activation = draw(st.sampled_from([name for name in names if not smooth or name in SMOOTH]))
+    identity, zero = draw(st.sampled_from([(1, 0), (1, 1), (0, 1), (0, 0)])) if kind == "identity" else (0, 0)
+    return Bank(kind, draw(st.booleans()), activation, identity=identity, zero=zero)
 
 
 # Comparing
