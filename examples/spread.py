@@ -133,6 +133,7 @@ class SpreadTraining(Training):
             "corpus": self.corpus.digest,
             "step": self.step,
             "data_position": self.batches.position,
+            "rng": rng_of_ranks(self.settings),
             "histories": {trainee.name: vars(trainee.history) for trainee in self.trainees},
         }
         save_checkpoint(self.folder, *self._models(), step=self.step, extra=state)
@@ -143,8 +144,26 @@ class SpreadTraining(Training):
         for trainee in self.trainees:
             trainee.history = History(**state["histories"][trainee.name])
         self.step, self.batches.position = state["step"], state["data_position"]
-        # other numbers than those drawn before, and others on every rank
-        torch.manual_seed(hash((self.settings.seed, self.step, dist.get_rank())) % 2**63)
+        set_rng(state["rng"], self.settings, self.step)
+
+
+def rng_of_ranks(settings: Settings) -> list[dict[str, Any]]:
+    """What every rank's next random numbers depend on."""
+    cuda = torch.cuda.get_rng_state(settings.device) if settings.device.startswith("cuda") else None
+    told: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, {"cpu": torch.get_rng_state(), "cuda": cuda})
+    return told
+
+
+def set_rng(saved: list[dict[str, Any]], settings: Settings, step: int) -> None:
+    """As many ranks as before go on with their numbers; others with new ones, others on every rank."""
+    if len(saved) != dist.get_world_size():
+        torch.manual_seed(hash((settings.seed, step, dist.get_rank())) % 2**63)
+        return
+    own = saved[dist.get_rank()]
+    torch.set_rng_state(own["cpu"])
+    if own["cuda"] is not None and settings.device.startswith("cuda"):
+        torch.cuda.set_rng_state(own["cuda"], settings.device)
 
 
 def loads_of_ranks(loads: list[Tensor], ranks: int) -> list[str]:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixture_of_experts.failures import waited_in_vain
 from mixture_of_experts.private_torch import all_reduce_sum
 from mixture_of_experts.queues import Length
 from mixture_of_experts.tracing import largest, smallest
@@ -27,10 +28,7 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     try:
         return all_reduce_sum(value, group)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"a gate could not sum over the {world_size(group)} ranks of its process group: {error}\n"
-            "Another rank has raised, is stuck or ran other layers: look for the first error among the ranks"
-        ) from error
+        raise waited_in_vain("a gate could not sum over its process group", error, group) from error
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:

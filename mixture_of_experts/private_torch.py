@@ -119,6 +119,11 @@ def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
     dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
+def store_of_job() -> dist.Store:
+    """Through which the processes of the default process group found each other."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
     """Rows to the ranks of a process group and from them, differentiable, and an operator that graphs can hold."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single

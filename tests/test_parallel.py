@@ -298,7 +298,8 @@ def test_example_runs_on_ranks_and_goes_on_with_another_number(tmp_path: Path):
 
 # ---- faults: what one rank does wrong, the others are told within the timeout ----
 
-LIMIT = 2.0
+# longer where the machine is busy, so that ranks which come late are not taken for stuck ones
+LIMIT = 2.0 * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)) if hasattr(os, "getloadavg") else 2.0
 
 
 def seconds(message: str) -> float:
@@ -307,11 +308,30 @@ def seconds(message: str) -> float:
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_one_rank_raises(workers: Workers, tmp_path: Path, where: str):
-    first, odd, *_ = workers.outcomes(faults.raising, 4, tmp_path / "ended", where, timeout=LIMIT)
+    first, odd, *others = workers.outcomes(faults.raising, 4, tmp_path / "ended", where, timeout=LIMIT)
     assert "ZeroDivisionError" in odd
-    assert "could not exchange tokens" in first
-    assert "Another rank has raised" in first
+    assert "tokens could not be exchanged" in first
     assert seconds(first) < LIMIT + 2
+    for message in (first, *others):
+        assert "Another rank has raised" in message
+        assert "rank 1 raised ZeroDivisionError: the experts of rank 1 broke" in message, message
+
+
+@pytest.mark.parametrize(
+    ("what", "named"),
+    [
+        ("data", r"rank 1 raised OSError: the file of rank 1 is gone$"),
+        ("width", r"rank 1 raised ValueError: .*\b7\b"),
+        ("killed", r"ranks? (\d, )*1(, \d)* told nothing"),
+    ],
+)
+def test_others_say_which_rank_failed_and_why(workers: Workers, tmp_path: Path, what: str, named: str):
+    """Whatever it is and wherever, also with other ranks that are slow."""
+    outcomes = workers.outcomes(faults.failing, 4, tmp_path / "ended", what, timeout=LIMIT)
+    for message in (outcomes[0], *outcomes[2:]):
+        assert "RuntimeError" in message
+        assert re.search(named, message), message
+        assert seconds(message) < 30
 
 
 def test_one_rank_leaves(workers: Workers):
@@ -319,7 +339,7 @@ def test_one_rank_leaves(workers: Workers):
     assert outcomes[1] == "left"
     for message in (outcomes[0], *outcomes[2:]):
         assert "RuntimeError" in message
-        assert "Another rank has raised, is stuck" in message
+        assert re.search(r"Another rank has raised, is stuck.*: ranks? (\d, )*1(, \d)* told nothing", message), message
         assert seconds(message) < LIMIT + 2
 
 
@@ -328,7 +348,7 @@ def test_one_rank_is_stuck(workers: Workers, tmp_path: Path, where: str, data_pa
     """Also in the groups of a mesh of two dimensions, which are made with half an hour."""
     waiting = workers.outcomes(faults.stuck, 4, tmp_path / "ended", where, False, data_parallel, timeout=LIMIT)[0]
     assert "Timed out waiting" in waiting
-    assert "is stuck" in waiting
+    assert re.search(r"ranks? (\d, )*1(, \d)* told nothing: .* is stuck", waiting), waiting
     assert seconds(waiting) < LIMIT + 2
 
 

@@ -1,5 +1,6 @@
 """Expert parallelism on PyTorch's own distributed stack; the recipes are in docs/many_gpus.md."""
 
+from mixture_of_experts.failures import tell_failures
 from mixture_of_experts.parallel.experts import SpreadExperts
 from mixture_of_experts.parallel.gradients import (
     average_gradients,
@@ -20,4 +21,5 @@ __all__ = [
     "ignore_experts_in_ddp",
     "parallelize_module",
     "replicated_parameters",
+    "tell_failures",
 ]

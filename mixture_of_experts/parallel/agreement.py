@@ -8,6 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from mixture_of_experts.failures import known_to_all, waited_in_vain
+
 MOST = 3  # differences that an error names
 
 
@@ -23,18 +25,18 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
         description = describe()
     except Exception as error:  # raised below, when the others have been told
         problem = error
-    told = [(description, str(problem or ""))]
+    descriptions = [(description, str(problem or ""))]
     if mesh.size() > 1:
-        told = gather_from_ranks((description, str(problem or "")), mesh.get_group())
+        descriptions = gather_from_ranks((description, str(problem or "")), mesh.get_group())
     if problem is not None:
-        raise problem
-    for rank, (other, message) in enumerate(told):
+        raise known_to_all(problem)
+    for rank, (other, message) in enumerate(descriptions):
         if message:
-            raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
-        if differing := differences(told[0][0], other):
+            raise known_to_all(ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}"))
+        if differing := differences(descriptions[0][0], other):
             shown = [f"{key}: {first} on rank 0, {its} on rank {rank}" for key, first, its in differing[:MOST]]
             more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
-            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}")
+            raise known_to_all(ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}"))
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -45,12 +47,11 @@ def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tupl
 
 def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
     """Something of every rank, at its place."""
-    told: list[Any] = [None] * group.size()
+    values: list[Any] = [None] * group.size()
     try:
-        dist.all_gather_object(told, value, group=group)
+        dist.all_gather_object(values, value, group=group)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"expert parallelism: rank {group.rank()} of {group.size()} could not compare its layers with the others': "
-            f"{error}\nAnother rank has raised, is stuck or sets up other layers: look for the first error among them"
+        raise waited_in_vain(
+            "expert parallelism: a rank could not compare its layers with the others'", error, group
         ) from error
-    return told
+    return values

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixture_of_experts.failures import known_to_all, waited_in_vain
 from mixture_of_experts.private_torch import all_to_all, own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -70,10 +71,8 @@ class Channel(NamedTuple):
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"expert parallelism: rank {self.group.rank()} of {self.size} could not exchange tokens: {error}\n"
-                "Another rank has raised, is stuck or ran other layers: look for the first error among the ranks"
-                + ("" if self.debug else "; ExpertParallel(debug=True) names the ranks that are missing (gloo)")
+            raise waited_in_vain(
+                "expert parallelism: tokens could not be exchanged", error, self.group, self.timeout
             ) from error
 
     def wait_for_all_ranks(self, *_: object) -> None:
@@ -82,7 +81,8 @@ class Channel(NamedTuple):
             try:
                 dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
             except RuntimeError as error:
-                raise RuntimeError(f"expert parallelism: not all {self.size} ranks came to a layer: {error}") from error
+                what = f"expert parallelism: not all {self.size} ranks came to a layer"
+                raise waited_in_vain(what, error, self.group, self.timeout) from error
 
     def move(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """`transfer` with a gradient, which travels back the same way."""
@@ -184,7 +184,8 @@ def exchange_slots(
         told = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
         sizes, returned = told.sizes, told.returned
         if equal and len(set(sizes)) > 1:
-            raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
+            wrong = f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches"
+            raise known_to_all(ValueError(wrong))
     local_dims = (dims[0] // ranks, *dims[1:])
     send = [math.prod(local_dims) * s] * ranks
     receive = [math.prod(local_dims) * size for size in sizes]
@@ -249,11 +250,12 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
     headers = [CallHeader(*row[:width]) for row in table]
     for rank, other in enumerate(headers):
         if other.agreed != header.agreed:
-            raise ValueError(
+            wrong = (
                 f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
                 f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension, and "
                 "all with gradients or all without"
             )
+            raise known_to_all(ValueError(wrong))
     send, receive = ([row[column] for row in table] for column in (width, width + 1))
     returned = reduce(torch.promote_types, (DTYPES[other.returned] for other in headers))
     return ExchangeSizes([other.size for other in headers], send, receive, received, returned)

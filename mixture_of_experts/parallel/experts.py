@@ -23,6 +23,7 @@ from mixture_of_experts.checks import shape_of
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
+from mixture_of_experts.failures import telling_ranks
 from mixture_of_experts.parallel.exchange import (
     DTYPES,
     ROWS,
@@ -49,6 +50,12 @@ class SpreadExperts(RoutedExperts):
         All ranks of the mesh must call it together. What is true of one rank's batch must not decide for all ranks:
         rows travel when dropless, slots otherwise (and to experts that know nothing else).
         """
+        if torch.compiler.is_compiling():
+            return self._exchange(x, decision)
+        with telling_ranks(self.expert_parallel.mesh.get_group()):
+            return self._exchange(x, decision)
+
+    def _exchange(self, x: Tensor, decision: Decision | None) -> Tensor:
         if decision is None:
             return self._exchange_slots(x)
         local: Any = self.local_class

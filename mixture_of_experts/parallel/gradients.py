@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from mixture_of_experts.checks import check_choice
+from mixture_of_experts.failures import telling_ranks
 from mixture_of_experts.parallel.experts import SpreadExperts
 from mixture_of_experts.private_torch import ignore_in_ddp, local_part
 
@@ -59,6 +60,11 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     if group.size() == 1:
         return
+    with telling_ranks(group):
+        _average_gradients(parameters, group, op)
+
+
+def _average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup, op: str) -> None:
     for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
         parts = [_local(p) if p.grad is None else _local(p.grad) for p in bucket]
         values = [torch.zeros_like(part) if p.grad is None else part for p, part in zip(bucket, parts, strict=True)]
@@ -94,7 +100,8 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     every = _as_list(parameters)
-    totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
+    with telling_ranks(None):
+        totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
     totals = [total.to(totals[0].device) for total in totals]
     total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
     if error_if_nonfinite and not bool(torch.isfinite(total)):

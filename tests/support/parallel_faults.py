@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import Experts, MoE, TopKGating
-from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+from mixture_of_experts.parallel import (
+    ExpertParallel,
+    average_gradients,
+    parallelize_module,
+    replicated_parameters,
+    tell_failures,
+)
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
 
@@ -40,7 +49,7 @@ def ended(marker: Path) -> None:
 def live_on(marker: Path) -> None:
     """Stay until rank 0 has ended, so that only a timeout can have helped it."""
     start = time.perf_counter()
-    while not marker.exists() and time.perf_counter() - start < 30:
+    while not marker.exists() and time.perf_counter() - start < 120:
         time.sleep(0.05)
 
 
@@ -73,12 +82,44 @@ def raising(marker: Path, where: str) -> str:
     moe = spread(MoE(DIM, EXPERTS, experts=Breaking(where)), make_mesh())
 
     def call() -> None:
-        out, aux_loss = moe(tokens())
-        (out.sum() + aux_loss).backward()
+        with nullcontext() if where == "forward" else tell_failures():  # the layer knows of what its experts do
+            out, aux_loss = moe(tokens())
+            (out.sum() + aux_loss).backward()
 
     result = told(call)
     live_on(marker) if odd_one() else ended(marker)
     return result
+
+
+def failing(marker: Path, what: str) -> str:
+    """In the second step something happens to one rank that its layers do not see."""
+    moe = spread(make("top2"), make_mesh())
+
+    def steps() -> None:
+        with tell_failures():
+            for step in range(2):
+                x = tokens()
+                if odd_one() and step == 1:
+                    x = ODD[what](x)
+                out, aux_loss = moe(x)
+                (out.sum() + aux_loss).backward()
+                average_gradients(replicated_parameters(moe).values(), dist.group.WORLD)
+
+    result = told(steps)
+    live_on(marker) if odd_one() else ended(marker)
+    return result
+
+
+def no_data(x: Tensor) -> Tensor:
+    raise OSError("the file of rank 1 is gone")
+
+
+def killed(x: Tensor) -> Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return x
+
+
+ODD = {"data": no_data, "width": lambda x: x[..., 1:], "killed": killed}
 
 
 def ending() -> str:
