@@ -182,6 +182,10 @@ def test_what_int32_does_not_hold(check: Checks):
     check("check_too_large")
 
 
+def test_the_last_rows(check: Checks):
+    check("check_last_rows")
+
+
 def test_two_devices(check: Checks):
     check("check_devices")
 

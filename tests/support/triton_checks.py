@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from dataclasses import replace
 from typing import Any
 
@@ -32,10 +33,11 @@ from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.network import Network
-from mixture_of_experts.ops.triton import canary, operators, schedule, why_not
+from mixture_of_experts.ops.triton import canary, kernels, operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.network import compute, operands
 from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
+from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
 from mixture_of_experts.plan import Plan
 from support.triton_memory import watched
 
@@ -499,8 +501,49 @@ def check_too_large() -> None:
     for d, h in ((16, (1 << 24) + 16), ((1 << 24) + 16, 16), (1 << 16, 1 << 15)):
         network = Network((one.expand(2, d, h),), one.expand(2, h, 16), nn.SiLU())
         assert "too large" in str(why_not(Call(one.expand(4, d), nothing, network, False)))
-    with pytest.raises(ValueError, match=f"fewer than 2\\^31 rows, not {many}"):
-        operators.find_tiles(torch.tensor([many]), many, 128)
+    for rows in (many, operators.MOST_ROWS + 1):
+        with pytest.raises(ValueError, match=f"at most {operators.MOST_ROWS} rows, not {rows}"):
+            operators.find_tiles(torch.tensor([rows]), rows, 128)
+
+
+@triton.jit
+def only_rows(ends, expert):
+    """In the place of `kernels.rows_of`: the rows of an expert behind which nobody computes those before it."""
+    return tl.load(ends), tl.load(ends + 1)
+
+
+def untouched(rows: int, dtype: torch.dtype) -> Tensor:
+    """Numbers `(rows, 1)` that take memory where they are written."""
+    no_reserve = 0x4000  # of Linux; Python has its name since 3.13
+    memory = mmap.mmap(-1, rows * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=dtype).view(rows, 1)
+
+
+def check_last_rows() -> None:
+    """The last rows that are not refused: nothing of them or behind them passes what int32 holds."""
+    torch.manual_seed(0)
+    stop, number = operators.MOST_ROWS, 20
+    first, d = stop - number, 16
+    token, far = untouched(stop, torch.int32), untouched(stop, torch.float32)
+    token[first:, 0], far[first:] = torch.arange(number) % 4, torch.randn(number, 1)
+    x, rows, token = torch.randn(4, d), far[first:], token[:, 0]
+    gathered, ends = x[token[first:]], torch.tensor([first, stop], dtype=torch.int32)
+    tiles = operators.Tiles(torch.tensor([[0, first, stop]], dtype=torch.int32), ends, 128)
+    blocks = WeightBlocks(16, 16, 64, 1, 1)  # the largest c there is
+    assert blocks.c == max(entry.weight_grads.c for entries in schedule.HALF.values() for entry in entries)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "rows_of", only_rows)
+        for of_inputs, left, right in ((True, x, far), (False, far, x)):
+            found = torch.empty(1, left.shape[1], right.shape[1])
+            operators.launch_weight_grads(blocks, tiles, token, left, [right], [found], of_inputs=of_inputs)
+            wanted = gathered.T @ rows if of_inputs else rows.T @ gathered
+            torch.testing.assert_close(found[0], wanted)
+        found = torch.empty(1, 1)
+        operators.launch_bias_grads(tiles, far, found)
+        torch.testing.assert_close(found[0], rows.sum(0))
+    weight, out = torch.randn(1, d, 1), untouched(stop, torch.float32)
+    operators.launch_rows_by_weights(Blocks(16, 16, 1, 1), tiles, x, [weight], [], out, token=token)
+    torch.testing.assert_close(out[first:], gathered @ weight[0])
 
 
 def check_devices() -> None:

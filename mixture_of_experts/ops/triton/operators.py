@@ -23,6 +23,7 @@ from mixture_of_experts.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
 NO_ACTIVATION = Form("plain", "identity")
+MOST_ROWS = (1 << 31) - 256  # kernels count on for two blocks of 128 rows behind the last one, in int32
 
 
 class Operands(NamedTuple):
@@ -261,9 +262,9 @@ def tile(given: Operands) -> tuple[Schedule, Tiles]:
 
 
 def check_number(number: int) -> None:
-    """Rows, and the choices of all tokens, have numbers of int32."""
-    if number >= 1 << 31:
-        raise ValueError(f"the kernels count fewer than 2^31 rows, not {number}: call them with fewer tokens at a time")
+    """Rows, and the choices of all tokens, have numbers of int32, and so have those of blocks that are not full."""
+    if number > MOST_ROWS:
+        raise ValueError(f"the kernels count at most {MOST_ROWS} rows, not {number}: call with fewer tokens at a time")
 
 
 def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
