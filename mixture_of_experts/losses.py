@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.failures import waited_in_vain
@@ -68,7 +69,32 @@ def load_balance(
         k: the choices that a token makes.
         group: process group that shares the batch.
     """
-    products, each = load.detach() * proxy, k / load.shape[-1]
+    return _of_products(load.detach() * proxy, length, k / load.shape[-1], group)
+
+
+def load_balance_of(
+    expert: Tensor,
+    counted: Tensor | None,
+    proxy: Tensor,
+    length: Length | int,
+    k: int = 1,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """The same, read off the choices: `sum_e load_e P_e` is the sum of P over them. It needs no table of loads.
+
+    Args:
+        expert: `(..., b, n, k)` int64, the choices.
+        counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
+        proxy, length, k, group: as in `load_balance`.
+    """
+    chosen = proxy.gather(-1, expert.flatten(-2))
+    if counted is not None:
+        chosen = torch.where(counted.expand_as(expert).flatten(-2), chosen, 0.0)
+    return _of_products(chosen, length, k / proxy.shape[-1], group)
+
+
+def _of_products(products: Tensor, length: Length | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
+    """The mean over groups `(..., b)` of the sums of `products`, by the squares of their lengths."""
     if isinstance(length, Length):
         per_group = products.sum(dim=-1) / positive(length.tokens(products.dtype)).square()
         return mean(per_group.sum(), (length.parts > 0).sum(), group, each)
@@ -123,6 +149,8 @@ def z_loss_at(
         logit = logits.flatten(end_dim=-2)[line, expert.flatten()].view(expert.shape)
     else:
         logit = logits.gather(-1, expert)
+        if counted is None:
+            return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(expert.shape), group)
     return token_mean((logit - prob.log()).square(), None if counted is None else counted.unsqueeze(-1), group)
 
 

@@ -276,7 +276,9 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
             proxy, length, k: as in `losses.load_balance`.
         """
-        return losses.load_balance(self.load(expert, counted), proxy, length, k, self.process_group)
+        if torch.is_grad_enabled():  # its gradient is a product, and no sum of scattered numbers
+            return losses.load_balance(self.load(expert, counted), proxy, length, k, self.process_group)
+        return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: int = 1
@@ -293,7 +295,8 @@ class TokenChoiceGate(Gate):
         full = None if tokens.full is None else tokens.full.unsqueeze(-1)
         if full is not None:
             probs, chosen = torch.where(full, probs, 0.0), full if chosen is None else chosen & full
-        return self.balance(expert, chosen, probs.sum(dim=-2), tokens.length, k)
+        alone = statically_known_true(tokens.num_tokens == 1)  # in decoding: a launch less
+        return self.balance(expert, chosen, probs.squeeze(-2) if alone else probs.sum(dim=-2), tokens.length, k)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """The router z-loss over the tokens that count; logits `(..., b, n, e)`."""
