@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
+from torch import nn
 
-from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating, ops
+from mixture_of_experts.ops import few
 from mixture_of_experts.ops.cpu import decode
 
 
@@ -73,6 +75,48 @@ def test_few_rows_leave_out_what_is_not_kept(shape):
     with torch.no_grad():
         layer.experts.w1[1::2] = torch.nan
     assert few_and_planned(layer, x)[0][0].isfinite().all()
+
+
+@pytest.mark.parametrize("copied", [True, False], ids=["copied weights", "all experts"])
+@pytest.mark.parametrize("name", [*ROUTERS, "two levels"])
+def test_few_tokens_without_a_plan(name, copied, monkeypatch):
+    """As GPUs decode by torch's operators: what the definition computes, and an expert without a row is not touched."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(few, "PER_COPY", 0 if copied else 1 << 20)
+    taken, way = [], few.run
+    monkeypatch.setattr(few, "run", lambda call: taken.append(call) or way(call))
+    if name == "two levels":
+        layer = HeirarchicalMoE(DIM, (2, 4), 16, second_policy_eval="all")
+    else:
+        layer = MoE(DIM, gate=ROUTERS[name](), experts=GatedExperts(DIM, NUM_EXPERTS, 16, bias=name == "TopK"))
+    layer = layer.double().eval()
+    for bias in (layer.experts.b1, layer.experts.b2):
+        if bias is not None:
+            nn.init.normal_(bias)
+    for shape in [(1, 1), (64, 1), (1, 5), (3, 4), (0, 1), (1, 0), (1, 65)]:
+        x = torch.randn(*shape, DIM, dtype=torch.float64)
+        mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
+        for masked in (None, mask):
+            taken.clear()
+            with torch.no_grad(), ops.use("lean"):
+                found = run(layer, x, masked)
+            assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few.MOST_TOKENS)
+            with torch.no_grad(), ops.use("plain"):
+                torch.testing.assert_close(found, run(layer, x, masked))
+
+
+@pytest.mark.parametrize("per_copy", [0, 1 << 20])
+def test_few_tokens_leave_out_what_nobody_chose(per_copy, monkeypatch):
+    """To the last NaN; a token may have an expert twice."""
+    monkeypatch.setattr(few, "PER_COPY", per_copy)
+    w1, w2, x = torch.randn(4, 8, 8), torch.randn(4, 8, 8), torch.randn(3, 8)
+    w1[2:] = torch.nan
+    expert, weight = torch.tensor([[0, 1], [1, 1], [4, 0]]), torch.rand(3, 2)
+    with torch.no_grad(), ops.use("lean"):
+        found = ops.moe_ffn(x, expert, weight, w1, w2, activation=nn.SiLU())
+    with ops.use("plain"):
+        torch.testing.assert_close(found, ops.moe_ffn(x, expert, weight, w1, w2, activation=nn.SiLU()))
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("length", [1, 3, 40])

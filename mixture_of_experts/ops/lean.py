@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import add_rows, sum_rows
-from mixture_of_experts.ops import autograd, plain, rows
+from mixture_of_experts.ops import autograd, few, plain, rows
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.call import Call
@@ -144,6 +144,8 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Tokens `(t, d)` to `(t, o)`; `products` is for rows without gaps."""
+    if few.why_not(call) is None:
+        return few.run(call)
     if not call.decision.prefers_rows():
         products = SlotProducts
     plan, table = products.arrange(call.decision)

@@ -125,6 +125,7 @@ def check_layer(
         for training in (True, False):
             layer.train(training)
             check_call(layer, DTYPES[dtype], masked, autocast)
+        check_decoding(layer, DTYPES[dtype], masked, autocast)
 
 
 def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
@@ -143,6 +144,18 @@ def check_call(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: boo
         assert grad is not None, name
         assert (grad.device, grad.dtype, grad.shape) == (tensor.device, tensor.dtype, tensor.shape), name
         tensor.grad = None
+
+
+@torch.no_grad()
+def check_decoding(layer: nn.Module, dtype: torch.dtype, masked: bool, autocast: bool) -> None:
+    """A few tokens in eval, of many sequences or of one."""
+    for shape in ((2, 1), (1, 20)):
+        x, mask = torch.empty(*shape, DIM, dtype=dtype), torch.empty(shape, dtype=torch.bool) if masked else None
+        with torch.device("cpu"), autocasting() if autocast else nullcontext(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+            out, aux_loss = layer(x, mask=mask)
+        assert (out.device.type, out.dtype, out.shape) == ("cuda", dtype, x.shape)
+        assert aux_loss.device.type == "cuda"
 
 
 def check_statistics() -> None:

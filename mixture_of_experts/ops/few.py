@@ -1,0 +1,60 @@
+"""A few tokens in inference, as in decoding on a GPU, in torch's operators and without a plan.
+
+Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
+
+With so few rows launches are the time, and the bytes of weights. Each choice gets a copy of its expert's weights; or,
+where that would move more bytes than all weights are, every expert computes all tokens, and what nobody chose is left
+out. Without gradients and in eval mode only, as on the CPU: a recomputation must take the way of its forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.call import Call
+from mixture_of_experts.private_torch import statically_known_true
+from mixture_of_experts.tracing import without_autocast
+
+MOST_TOKENS = 64
+MOST_ROWS = 8192  # of all experts, where each computes all tokens
+PER_COPY = 3  # a copied weight is read, written and read again
+
+
+def copies(call: Call) -> bool:
+    """Whether copies for every choice move fewer bytes than all weights are."""
+    return PER_COPY * call.decision.weight.shape[0] < call.network.w_out.shape[0]
+
+
+def why_not(call: Call) -> str | None:
+    """Token choice and few tokens, in eval and without gradients."""
+    if call.training or torch.is_grad_enabled():
+        return "it is for eval mode without gradients"
+    if call.decision.k is None:
+        return "it is for token choice"
+    tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
+    if not statically_known_true(tokens <= MOST_TOKENS):
+        return f"there are {tokens} tokens, or it is open how many: more than {MOST_TOKENS}"
+    if not copies(call) and tokens * experts > MOST_ROWS:
+        return f"{experts} experts would compute {tokens} tokens each, more than {MOST_ROWS} rows"
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
+    x, network, decision = call.x, call.network, call.decision
+    assert decision.k is not None
+    (t, d), experts, k = x.shape, network.w_out.shape[0], decision.k
+    weight = decision.weight.view(t, k).to(torch.promote_types(decision.weight.dtype, torch.float32))
+    with without_autocast(x.device):
+        if copies(call):
+            chosen = network.map(lambda weights: weights.index_select(0, decision.expert))
+            rows = x.unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)
+            y = plain.feed_forward(rows, chosen).view(t, k, network.w_out.shape[-1])
+            unused = decision.kept.logical_not().view(t, k)
+        else:
+            y = plain.feed_forward(x.expand(experts, t, d), network).transpose(0, 1)
+            weight = weight.new_zeros(t, experts).scatter_add(1, decision.expert.view(t, k), weight)
+            unused = weight == 0
+        return (y * weight.unsqueeze(-1)).masked_fill(unused.unsqueeze(-1), 0).sum(dim=1).to(x.dtype)
