@@ -36,7 +36,7 @@ from mixture_of_experts.ops.network import Network
 from mixture_of_experts.ops.triton import canary, kernels, operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.network import compute, operands
-from mixture_of_experts.ops.triton.plan import plan_of, triton_plan
+from mixture_of_experts.ops.triton.plan import plan_of, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
 from mixture_of_experts.plan import Plan
 from support.triton_memory import watched
@@ -226,6 +226,8 @@ def check_heights() -> None:
 
 
 KERNELS = [
+    "find_rows",
+    "rank_rows",
     "find_tiles",
     "rows_by_weights",
     "sum_rows",
@@ -256,8 +258,11 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype) -> None:
                 if fault == "raises":
                     raise RuntimeError("a compiler gives up")
                 if fault == "slightly":
-                    out = next(arguments[key] for key in ("out", "grad_pre", "tiles") if arguments.get(key) is not None)
-                    out.mul_(1.2) if out.is_floating_point() else out[:, 2].sub_(1).clamp_(min=0)
+                    out = next(
+                        arguments[key] for key in ("out", "grad_pre", "tiles", "row") if arguments.get(key) is not None
+                    )
+                    whole = out[:, 2] if out.ndim == 2 else out
+                    out.mul_(1.2) if out.is_floating_point() else whole.sub_(1).clamp_(min=0)
 
         return wrong
 
@@ -275,7 +280,7 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype) -> None:
                 with pytest.warns(UserWarning, match="off in this process"):
                     wrong = judge()
                 assert wrong is not None
-                assert ("they raise RuntimeError" if fault == "raises" else "differs") in wrong
+                assert ("they raise RuntimeError" if fault == "raises" else "differ") in wrong
                 patch.setattr(operators, "launch", launch)
                 assert judge(1) == wrong  # nothing is asked again, and nothing else
         patch.setattr(canary, "_verdicts", {})
@@ -358,7 +363,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
             balance_loss=decided.balance_loss,
             z_loss=decided.z_loss,
         )
-    wanted, found = decision_of(decided).without_gaps(), plan_of(decision_of(decided))
+    wanted, found = decision_of(decided).without_gaps(), plan_of(decision_of(decided), few=0)
     assert found.without_tensors() == wanted.without_tensors()
     assert torch.equal(found.row, wanted.row)
     assert torch.equal(found.weight, wanted.weight)
@@ -372,6 +377,18 @@ def check_plan(e: int, groups: int, routing: str) -> None:
         assert torch.equal(got[~held], want[~held])
     assert (wanted.weight[found.assignment[held]] == 0).all()
     assert torch.equal(found.token[held], found.assignment[held] // k)
+
+    with watched(operators):
+        few = plan_of(decision_of(decided))  # rows of what is kept alone, by expert and in the order of tokens
+    kept, expert = decided.kept.flatten().tolist(), decided.expert.flatten().tolist()
+    order = sorted((i for i in range(a) if kept[i]), key=expert.__getitem__)
+    assert few.without_tensors() == wanted.without_tensors()
+    assert few.assignment.tolist() == order + [a] * (a - len(order))
+    assert few.token.tolist() == [i // k for i in few.assignment.tolist()]
+    assert few.row[order].tolist() == list(range(len(order)))
+    assert (few.row == a).equal(~decided.kept.flatten())
+    assert few.rows_per_expert is not None
+    assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
 def check_nothing() -> None:
@@ -415,6 +432,7 @@ def check_operators() -> None:
     queue, queues = decision.queues()
     arguments = (queue, queues.position, decision.chosen, decision.kept, queues.length, 4, 2)
     torch.library.opcheck(triton_plan, arguments)
+    torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
     torch.use_deterministic_algorithms(True)
 
 

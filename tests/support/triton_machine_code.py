@@ -182,6 +182,7 @@ def run_operators(case: Case, operators, plan) -> None:
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     plan.triton_plan._init_fn(index, index, flag, flag, torch.empty(e, dtype=torch.int64), e, 2)
+    plan.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.decision import decision_on
+from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.ops import lean
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -139,6 +139,8 @@ def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry
     said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     try:
         found = results(call, kernels=True)
+        if not same_plans(call.decision):
+            return f"{said} plans of few and of many assignments differ"
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # whatever a compiler or a driver raises
@@ -191,6 +193,14 @@ def activation_of(form: Form) -> ActivationLike:
     if form.activation == "clamped_swiglu":
         return ClampedSwiGLU(form.alpha, form.limit)
     return nn.GELU("tanh") if form.activation == "gelu_tanh" else ACTIVATIONS[form.activation]()
+
+
+def same_plans(decision: Decision) -> bool:
+    """Whether the kernel for many assignments makes the plan of that for a few, which `results` is computed by."""
+    from mixture_of_experts.ops.triton.plan import plan_of
+
+    one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
+    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def results(call: Call, *, kernels: bool) -> list[Tensor]:

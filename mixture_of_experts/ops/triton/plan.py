@@ -1,4 +1,4 @@
-"""The plan of a call by one kernel, where it is of one level of token choice.
+"""The plan of a call by one kernel, where it is of token choice and of one level, or has few assignments.
 
 Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
@@ -14,20 +14,61 @@ from torch import Tensor
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops.triton import operators, tables
 from mixture_of_experts.plan import Plan
+from mixture_of_experts.private_torch import statically_known_true
 
 BLOCK = 128  # assignments of a program
+FEW = 2048  # assignments that are compared with each other
 
 
-def plan_of(decision: Decision) -> Plan:
-    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token."""
-    if len(decision.num_experts) > 1 or decision.k is None:
+def plan_of(decision: Decision, few: int = FEW) -> Plan:
+    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token.
+
+    Up to `few` assignments need no queues: each counts those before it.
+    """
+    k, e, number = decision.k, math.prod(decision.num_experts), decision.weight.shape[0]
+    if k is not None and statically_known_true(number <= few) and statically_known_true(number == decision.most_rows):
+        made = triton_few_plan(decision.expert, decision.kept, e, k)
+    elif k is None or len(decision.num_experts) > 1:
         return decision.without_gaps()
-    queue, queues = decision.queues()
-    e, k = math.prod(decision.num_experts), decision.k
-    made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k)
+    else:
+        queue, queues = decision.queues()
+        made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k)
     row, assignment, token, rows_per_expert = made
     sizes = (k, decision.num_tokens, decision.most_rows, decision.num_experts)
     return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
+
+
+@torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
+def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same as `triton_plan` from the experts `(a,)` int64 and what is kept `(a,)` bool, in a time of a squared; of
+    what is not kept no assignment has a row."""
+    operators.on_one_device(expert, kept)
+    expert, kept = expert.contiguous(), kept.contiguous()
+    row, assignment, token = tables_of(expert)
+    counts = expert.new_empty(num_experts)
+    operators.launch(
+        tables.rank_rows,
+        (triton.cdiv(max(expert.shape[0], num_experts), 32),),
+        expert=expert,
+        kept=kept,
+        row=row,
+        assignment=assignment,
+        token=token,
+        counts=counts,
+        num_assignments=expert.shape[0],
+        num_experts=num_experts,
+        CHOICES=k,
+        BLOCK=32,
+        BLOCK_A=64,
+        num_warps=4,
+    )
+    return row, assignment, token, counts
+
+
+@triton_few_plan.register_fake
+def _(expert, kept, num_experts, k):
+    operators.on_one_device(expert, kept)
+    return *tables_of(expert), expert.new_empty(num_experts)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())

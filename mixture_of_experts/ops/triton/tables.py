@@ -1,5 +1,5 @@
 # type: ignore  (a language of its own: type checkers take it for Python)
-"""The kernel that says which row belongs to which assignment.
+"""The kernels that say which row belongs to which assignment: from queues, and of a few assignments without.
 
 Axes: a assignments of the call (t tokens, k choices), r = a rows (by expert, without gaps), e experts, b groups,
 q = e b queues (of every expert one for each group).
@@ -61,3 +61,41 @@ def find_rows(
     past, nobodys = exists & (index >= num_rows), tl.zeros((BLOCK,), tl.int32)
     tl.store(assignment + index, nobodys + number.to(tl.int32), mask=past)
     tl.store(token + index, nobodys + (number // CHOICES).to(tl.int32), mask=past)
+
+
+@triton.jit(do_not_specialize=["num_assignments"])
+def rank_rows(
+    expert,  # (a,) int64: the expert of each assignment
+    kept,  # (a,) bool: those that are computed
+    row,  # (a,), and the others: out, as those of `find_rows`
+    assignment,
+    token,
+    counts,
+    num_assignments,
+    num_experts,
+    CHOICES: tl.constexpr,
+    BLOCK: tl.constexpr,  # assignments of a program, and experts
+    BLOCK_A: tl.constexpr,
+):
+    """Every assignment counts those that stand before it: of experts before its own, and earlier ones of its own.
+
+    Those that are not kept stand behind all experts: so each has a place, and none is anybody else's.
+    """
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    exists = index < num_assignments
+    is_kept = tl.load(kept + index, mask=exists, other=0).to(tl.int1)
+    own = tl.where(is_kept, tl.load(expert + index, mask=exists, other=0).to(tl.int32), num_experts)
+    place = tl.zeros((BLOCK,), tl.int32)
+    count = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, num_assignments, BLOCK_A):
+        other = start + tl.arange(0, BLOCK_A)
+        there = other < num_assignments
+        its = tl.load(expert + other, mask=there, other=0).to(tl.int32)
+        its = tl.where(tl.load(kept + other, mask=there, other=0).to(tl.int1), its, num_experts)[None, :]
+        before = (its < own[:, None]) | ((its == own[:, None]) & (other[None, :] < index[:, None]))
+        place += tl.sum((before & there[None, :]).to(tl.int32), 1)
+        count += tl.sum((its == index[:, None]).to(tl.int32), 1)
+    tl.store(row + index, tl.where(is_kept, place, num_assignments), mask=exists)
+    tl.store(assignment + place, tl.where(is_kept, index, num_assignments), mask=exists)
+    tl.store(token + place, tl.where(is_kept, index, num_assignments) // CHOICES, mask=exists)
+    tl.store(counts + index, count.to(tl.int64), mask=index < num_experts)
