@@ -181,7 +181,7 @@ def run_operators(case: Case, operators, plan) -> None:
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
-    plan.triton_plan._init_fn(index, index, flag, flag, torch.empty(e, dtype=torch.int64), e, 2)
+    plan.triton_plan._init_fn(index, index, flag, flag, torch.empty(e, dtype=torch.int64), e, 2, r)
     plan.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)

@@ -84,7 +84,9 @@ def finish(buffers: list[Buffer]) -> None:
 
 
 def is_fresh(memory: Tensor) -> Tensor:
-    """What torch fills fresh memory with, where it has to be deterministic."""
+    """What torch fills fresh memory with, where it has to be deterministic; of booleans nobody can tell."""
+    if memory.dtype == torch.bool:
+        return torch.zeros_like(memory)
     return memory.isnan() if memory.is_floating_point() else memory == torch.iinfo(memory.dtype).max
 
 

@@ -15,26 +15,29 @@ from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops.triton import operators, tables
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.private_torch import statically_known_true
+from mixture_of_experts.tracing import smallest
 
 BLOCK = 128  # assignments of a program
 FEW = 2048  # assignments that are compared with each other
 
 
 def plan_of(decision: Decision, few: int = FEW) -> Plan:
-    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token.
+    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token, and that
+    there are no more rows than slots.
 
     Up to `few` assignments need no queues: each counts those before it.
     """
     k, e, number = decision.k, math.prod(decision.num_experts), decision.weight.shape[0]
     if k is not None and statically_known_true(number <= few) and statically_known_true(number == decision.most_rows):
-        made = triton_few_plan(decision.expert, decision.kept, e, k)
+        made, rows = triton_few_plan(decision.expert, decision.kept, e, k), number
     elif k is None or len(decision.num_experts) > 1:
         return decision.without_gaps()
     else:
         queue, queues = decision.queues()
-        made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k)
+        rows = number if decision.slots is None else smallest(number, decision.num_slots)
+        made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k, rows)
     row, assignment, token, rows_per_expert = made
-    sizes = (k, decision.num_tokens, decision.most_rows, decision.num_experts)
+    sizes = (k, decision.num_tokens, rows, decision.num_experts)
     return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
 
 
@@ -44,7 +47,7 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
     what is not kept no assignment has a row."""
     operators.on_one_device(expert, kept)
     expert, kept = expert.contiguous(), kept.contiguous()
-    row, assignment, token = tables_of(expert)
+    row, assignment, token = tables_of(expert, expert.shape[0])
     counts = expert.new_empty(num_experts)
     operators.launch(
         tables.rank_rows,
@@ -68,12 +71,19 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
 @triton_few_plan.register_fake
 def _(expert, kept, num_experts, k):
     operators.on_one_device(expert, kept)
-    return *tables_of(expert), expert.new_empty(num_experts)
+    return *tables_of(expert, expert.shape[0]), expert.new_empty(num_experts)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
 def triton_plan(
-    queue: Tensor, position: Tensor, chosen: Tensor, kept: Tensor, length: Tensor, num_experts: int, k: int
+    queue: Tensor,
+    position: Tensor,
+    chosen: Tensor,
+    kept: Tensor,
+    length: Tensor,
+    num_experts: int,
+    k: int,
+    num_rows: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
 
@@ -81,13 +91,13 @@ def triton_plan(
         queue, position: `(a,)` int64, the queue of each assignment, and its position in it.
         chosen, kept: `(a,)` bool, those that hold a place in the queue, and those of them that are computed.
         length: `(e b,)` int64, the rows of each queue.
-        num_experts, k: e, and the choices of a token.
+        num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
     """
     number, queues = queue.shape[0], length.shape[0]
     operators.on_one_device(queue, position, chosen, kept, length)
     operators.check_number(number)
     queue, position, chosen, kept, length = (tensor.contiguous() for tensor in (queue, position, chosen, kept, length))
-    row, assignment, token = tables_of(queue)
+    row, assignment, token = tables_of(queue, num_rows)
     counts = length.new_empty(num_experts)
     if number == 0:
         return row, assignment, token, counts.zero_()
@@ -105,6 +115,7 @@ def triton_plan(
         token=token,
         counts=counts,
         num_assignments=number,
+        num_rows=num_rows,
         num_groups=queues // num_experts,
         num_queues=queues,
         num_experts=num_experts,
@@ -117,11 +128,11 @@ def triton_plan(
 
 
 @triton_plan.register_fake
-def _(queue, position, chosen, kept, length, num_experts, k):
+def _(queue, position, chosen, kept, length, num_experts, k, num_rows):
     operators.on_one_device(queue, position, chosen, kept, length)
-    return *tables_of(queue), length.new_empty(num_experts)
+    return *tables_of(queue, num_rows), length.new_empty(num_experts)
 
 
-def tables_of(queue: Tensor) -> list[Tensor]:
+def tables_of(queue: Tensor, num_rows: int) -> list[Tensor]:
     """Where `row`, `assignment` and `token` are written."""
-    return [queue.new_empty(queue.numel(), dtype=torch.int32) for _ in range(3)]
+    return [queue.new_empty(size, dtype=torch.int32) for size in (queue.shape[0], num_rows, num_rows)]

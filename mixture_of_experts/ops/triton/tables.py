@@ -1,7 +1,7 @@
 # type: ignore  (a language of its own: type checkers take it for Python)
 """The kernels that say which row belongs to which assignment: from queues, and of a few assignments without.
 
-Axes: a assignments of the call (t tokens, k choices), r = a rows (by expert, without gaps), e experts, b groups,
+Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
 q = e b queues (of every expert one for each group).
 """
 
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_assignments", "num_groups", "num_queues"])
+@triton.jit(do_not_specialize=["num_assignments", "num_rows", "num_groups", "num_queues"])
 def find_rows(
     queue,  # (a,) int64: the queue of each assignment
     position,  # (a,) int64: its position in it
@@ -24,6 +24,7 @@ def find_rows(
     token,  # (r,) int32: out, of each row; t past the last expert's
     counts,  # (e,) int64: out, the rows of each expert
     num_assignments,
+    num_rows,
     num_groups,
     num_queues,
     num_experts,
@@ -45,7 +46,7 @@ def find_rows(
     holds = tl.load(chosen + index, mask=exists, other=0).to(tl.int1) & (place < its_length)
     is_kept = tl.load(kept + index, mask=exists, other=0).to(tl.int1)
     place += tl.load(stop + its_queue, mask=exists, other=0) - its_length
-    num_rows = tl.load(stop + num_queues - 1)
+    used = tl.load(stop + num_queues - 1)
 
     if tl.program_id(0) == 0:
         for start in range(0, num_experts, BLOCK_E):
@@ -55,10 +56,10 @@ def find_rows(
             before = tl.load(stop + expert.to(tl.int64) * num_groups - 1, mask=there & (expert > 0), other=0)
             tl.store(counts + expert, last - before, mask=there)
 
-    tl.store(row + index, tl.where(is_kept, place, number).to(tl.int32), mask=exists)
+    tl.store(row + index, tl.where(is_kept, place, num_rows).to(tl.int32), mask=exists)
     tl.store(assignment + place, index.to(tl.int32), mask=exists & holds)
     tl.store(token + place, (index // CHOICES).to(tl.int32), mask=exists & holds)
-    past, nobodys = exists & (index >= num_rows), tl.zeros((BLOCK,), tl.int32)
+    past, nobodys = (index >= used) & (index < num_rows), tl.zeros((BLOCK,), tl.int32)
     tl.store(assignment + index, nobodys + number.to(tl.int32), mask=past)
     tl.store(token + index, nobodys + (number // CHOICES).to(tl.int32), mask=past)
 
