@@ -12,7 +12,6 @@ import math
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.failures import waited_in_vain
@@ -56,7 +55,7 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
 
 
 def load_balance(
-    load: Tensor, proxy: Tensor, length: Length | int, k: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
 
@@ -103,7 +102,7 @@ def _of_products(products: Tensor, length: Length | int, each: float, group: dis
 
 
 def load_balance_over_batch(
-    load: Tensor, proxy: Tensor, length: Length | int, k: int = 1, group: dist.ProcessGroup | None = None
+    load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
@@ -132,14 +131,8 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
-def z_loss_at(
-    logits: Tensor,
-    expert: Tensor,
-    prob: Tensor,
-    counted: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Tensor:
-    """The same where `logits` went through a softmax: `logsumexp(logits)` is logit - log p of any expert.
+def log_total_at(logits: Tensor, expert: Tensor, prob: Tensor) -> Tensor:
+    """`logsumexp(logits)` `(..., n)` of logits that went through a softmax: it is logit - log p of any expert.
 
     Read at one `expert` `(..., n, 1)` of probability `prob` `(..., n, 1)` that is likely, such as the first choice, it
     costs no pass over all of them, and the backward needs no logits.
@@ -149,9 +142,7 @@ def z_loss_at(
         logit = logits.flatten(end_dim=-2)[line, expert.flatten()].view(expert.shape)
     else:
         logit = logits.gather(-1, expert)
-        if counted is None:
-            return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(expert.shape), group)
-    return token_mean((logit - prob.log()).square(), None if counted is None else counted.unsqueeze(-1), group)
+    return (logit - prob.log()).squeeze(-1)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

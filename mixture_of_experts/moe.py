@@ -29,7 +29,7 @@ from mixture_of_experts.arguments import (
 from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
 from mixture_of_experts.decision import compose, decision_of, plan_slots_of
 from mixture_of_experts.experts import Experts, run_experts
-from mixture_of_experts.gating import Top2Gating, reads_of
+from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
 from mixture_of_experts.levels import second_level
@@ -84,9 +84,17 @@ class Layer(CheckedModule):
                 found = [routing.losses[name] for routing in levels if name in routing.losses]
                 if not found:
                     reported = sorted({name for routing in levels for name in routing.losses})
-                    raise ValueError(f"loss_coefs has {name!r}, which no gate reports: they report {reported}")
+                    raise ValueError(
+                        f"loss_coefs has {name!r}, which no gate reports: they report {reported}, and gates of token "
+                        f"choice what is asked for of {list(BALANCE_LOSSES)}, the last two if they have num_groups"
+                    )
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
+
+    def asked_of_gates(self) -> dict[str, Any]:
+        """The balancing losses by name that gates are asked for, as an argument; none if no coefficient is of any."""
+        names = [name for name, coef in self.loss_coefs.items() if coef and name in BALANCE_LOSSES]
+        return {"losses": tuple(names)} if names else {}
 
     def reset_parameters(self) -> None:
         """Draw all weights anew: those of gates, experts and shared expert, each by its own `reset_parameters`."""
@@ -122,7 +130,8 @@ class MoE(Layer):
         group_size: tokens that share an expert's capacity; by default a group is one sequence.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
         loss_coefs: coefficients of further losses in `aux_loss`, by the names that the gate reports them under in
-            `Routing.losses`: a loss of one's own, or one part of the balancing loss more than the other.
+            `Routing.losses`: a loss of one's own, one part of the balancing loss more than the other, or any of
+            `gating.BALANCE_LOSSES`, which are computed if they are here: `{"balance_batch": 1e-2}`.
         shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token. It reads the
             inputs themselves, so one that begins in place (`nn.ReLU(inplace=True)`) overwrites them, as anywhere.
         device, dtype: of the weights that the layer makes, as in `torch.nn`.
@@ -199,7 +208,7 @@ class MoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
-        routing = check_routing("gate", self.gate(groups, mask=group_mask, **side))
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.asked_of_gates(), **side))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
@@ -308,10 +317,11 @@ class HeirarchicalMoE(Layer):
         reads = reads_of(self.gate_outer), reads_of(self.gate_inner)
         side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups) if side else {}
         side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
+        asked = self.asked_of_gates()
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **asked, **side_outer))
         slots = plan_slots_of(outer)
         level_two = second_level(groups, outer, slots, self.group_size, side_inner)
-        inner = check_routing("gate_inner", self.gate_inner(**level_two))
+        inner = check_routing("gate_inner", self.gate_inner(**level_two, **asked))
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

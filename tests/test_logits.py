@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixture_of_experts.gating.logits as logits_module
-from mixture_of_experts.gating.base import top_choices
+from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.queues import stable_order
 

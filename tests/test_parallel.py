@@ -177,6 +177,7 @@ CHECKS = {
         checks.check_copies_and_pickles,
         checks.check_norms,
         checks.check_averages,
+        checks.check_balance_of_each_rank,
     ),
     2: (
         checks.check_number_of_collectives,

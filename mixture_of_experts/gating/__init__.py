@@ -1,5 +1,6 @@
 """Gates: modules that decide and return a `Routing`. `Gate` and `TokenChoiceGate` are the bases for one's own."""
 
+from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, reads_of
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
@@ -11,6 +12,7 @@ from mixture_of_experts.gating.top2 import Top2Gating
 from mixture_of_experts.gating.topk import TopKGating
 
 __all__ = [
+    "BALANCE_LOSSES",
     "Choices",
     "ExpertChoiceGating",
     "Gate",

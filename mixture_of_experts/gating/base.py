@@ -5,7 +5,7 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, TypedDict
 
@@ -24,6 +24,7 @@ from mixture_of_experts.checks import (
     check_sizes,
     check_tokens,
 )
+from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, Counted, load_of
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
@@ -37,7 +38,6 @@ from mixture_of_experts.queues import (
     expert_capacity,
     group_capacity,
     queue_up,
-    stable_order,
 )
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.settings import FixedShapes, setting
@@ -195,6 +195,11 @@ class TokenChoiceGate(Gate):
         """The factor of the present mode."""
         return self.capacity_factor_train if self.training else self.capacity_factor_eval
 
+    @property
+    def choices_at_balance(self) -> float:
+        """The number of choices of a token by which balancing losses divide: k, if it makes as many."""
+        return self.k
+
     def decide(self, tokens: Tokens) -> Choices:
         """What each of the tokens chooses. This is the method of a router of one's own.
 
@@ -209,6 +214,7 @@ class TokenChoiceGate(Gate):
         importance: Tensor | None = None,
         mask: Tensor | None = None,
         length: Length | Tensor | None = None,
+        losses: Collection[str] = (),
         **side: Tensor,
     ) -> Routing:
         """Tell which experts compute each token.
@@ -220,6 +226,8 @@ class TokenChoiceGate(Gate):
             mask: `(*outer, b, n)` bool, True where the token is real.
             length: number of tokens that capacity and means reckon with, if it is neither n nor what the mask says:
                 integers `(*outer, b)`, at most n, or a `queues.Length`.
+            losses: names of `BALANCE_LOSSES` that are reported beside those of `decide`; those of expert groups only
+                if the gate has some.
             side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
         """
         tokens = self.read(x, importance, mask, length, side)
@@ -240,8 +248,20 @@ class TokenChoiceGate(Gate):
             primary=made.primary,
             balance_loss=made.probs.new_zeros(()) if balance_loss is None else balance_loss,
             z_loss=made.probs.new_zeros(()) if z_loss is None else z_loss,
-            losses=made.losses,
+            losses={**made.losses, **self.named_losses(losses, tokens, made)} if losses else made.losses,
         )
+
+    def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
+        """Those of `BALANCE_LOSSES` among the names, of the choices that are made."""
+        groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
+        known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
+        if not known:
+            return {}
+        chosen, probs = self.counted(tokens, made.chosen, made.probs)
+        load, proxy = self.load(made.expert, chosen), probs.sum(dim=-2)
+        k, group = self.choices_at_balance, self.process_group
+        counted = Counted(made.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
+        return {name: BALANCE_LOSSES[name](counted) for name in known}
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
@@ -262,12 +282,10 @@ class TokenChoiceGate(Gate):
 
     def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
         """`(..., b, e)` int64: number of choices `(..., b, n, k)` (those `counted`) of each expert."""
-        ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
-        zeros = torch.zeros(*expert.shape[:-2], self.num_experts, dtype=torch.int64, device=expert.device)
-        return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
+        return load_of(expert, counted, self.num_experts)
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
         """The balancing loss of GShard and Switch, 1.0 where choices and probabilities are uniform.
 
@@ -281,7 +299,7 @@ class TokenChoiceGate(Gate):
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)
 
     def balance_loss(
-        self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: int = 1
+        self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
     ) -> Tensor:
         """The balancing loss over the tokens that count: `balance` with masks and importance seen to.
 
@@ -292,11 +310,17 @@ class TokenChoiceGate(Gate):
             chosen: `(..., b, n, k)` bool, those that are made; None if all are.
             k: number of choices by which the loss is divided: 1.0 at balance if a token makes that many.
         """
-        full = None if tokens.full is None else tokens.full.unsqueeze(-1)
-        if full is not None:
-            probs, chosen = torch.where(full, probs, 0.0), full if chosen is None else chosen & full
+        chosen, probs = self.counted(tokens, chosen, probs)
         alone = statically_known_true(tokens.num_tokens == 1)  # in decoding: a launch less
         return self.balance(expert, chosen, probs.squeeze(-2) if alone else probs.sum(dim=-2), tokens.length, k)
+
+    def counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The choices `(..., b, n, k)` that count (or of 1 instead of k; None if all do), and the probabilities of the
+        tokens that count, 0 for the others."""
+        if tokens.full is None:
+            return chosen, probs
+        full = tokens.full.unsqueeze(-1)
+        return full if chosen is None else chosen & full, torch.where(full, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """The router z-loss over the tokens that count; logits `(..., b, n, e)`."""
@@ -390,22 +414,6 @@ class TokenChoiceGate(Gate):
         if self.outer_expert_dims:
             parts.append(f"outer_expert_dims={self.outer_expert_dims}")
         return ", ".join(parts)
-
-
-def top_choices(score: Tensor, k: int) -> Tensor:
-    """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
-
-    `torch.topk` promises no order among equals; `argmax` does, and on the CPU it is as fast for a few choices. On a GPU
-    a stable sort is one operator for all of them.
-    """
-    score = score.detach()
-    if k > 2 and score.device.type != "cpu":
-        return stable_order(score, descending=True)[..., :k].contiguous()
-    picked = [score.argmax(dim=-1, keepdim=True)]
-    while len(picked) < k:
-        score = score.scatter(-1, picked[-1], -torch.inf)
-        picked.append(score.argmax(dim=-1, keepdim=True))
-    return torch.cat(picked, dim=-1)
 
 
 def reads_of(gate: nn.Module) -> tuple[str, ...]:

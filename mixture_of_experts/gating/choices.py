@@ -1,4 +1,4 @@
-"""What the tokens choose, and whether it fits the tokens.
+"""What the tokens choose, whether it fits the tokens, and the choice of the largest scores.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token.
 """
@@ -76,3 +76,19 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
             f"{gate} chose one expert twice for a token: a token takes an expert once. Add up the weights of the two, "
             "and give the second choice the weight 0"
         )
+
+
+def top_choices(score: Tensor, k: int) -> Tensor:
+    """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
+
+    `torch.topk` promises no order among equals; `argmax` does, and on the CPU it is as fast for a few choices. On a GPU
+    a stable sort is one operator for all of them.
+    """
+    score = score.detach()
+    if k > 2 and score.device.type != "cpu":
+        return stable_order(score, descending=True)[..., :k].contiguous()
+    picked = [score.argmax(dim=-1, keepdim=True)]
+    while len(picked) < k:
+        score = score.scatter(-1, picked[-1], -torch.inf)
+        picked.append(score.argmax(dim=-1, keepdim=True))
+    return torch.cat(picked, dim=-1)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
-from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
+from mixture_of_experts.gating.choices import Choices, top_choices
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -176,7 +176,7 @@ class Top2Gating(TokenChoiceGate):
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
-        parts["z"] = losses.z_loss_at(logits, expert_1, p_1, tokens.full, self.process_group)
+        parts["z"] = self.token_mean(tokens, losses.log_total_at(logits, expert_1, p_1).square())
         # a choice of more than half the weight; at an exact tie neither is first
         return Choices(expert, weight, probs, parts, balance_loss, chosen=self._sent(weight), primary=weight > 0.5)
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
-from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens, top_choices
-from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
+from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward, towards_mean
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
@@ -173,7 +173,7 @@ class TopKGating(TokenChoiceGate):
             log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        balance = self.balance_loss(tokens, probs, expert, made, k=self.k)
+        balance = self.balance_loss(tokens, probs, expert, made, k=self.choices_at_balance)
 
         weight = self._weigh(logits, score, expert)
         prob = weight[..., :1]
@@ -188,9 +188,8 @@ class TopKGating(TokenChoiceGate):
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # the first choice tells it
-            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
-        else:
-            z_loss = self.token_mean(tokens, log_total.square())
+            log_total = losses.log_total_at(logits, expert[..., :1], prob)
+        z_loss = self.token_mean(tokens, log_total.square())
         top = None
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
@@ -229,7 +228,7 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: int = 1
+        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
         """The balancing loss over each group, or over all tokens of the batch."""
         if self.balance_over == "group":

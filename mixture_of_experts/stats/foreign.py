@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import losses, under_way
-from mixture_of_experts.gating.base import top_choices
+from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, record_of
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around

@@ -33,7 +33,7 @@ from mixture_of_experts.under_way import CallUnderWay
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
 WRITING = threading.Lock()
-MOST_LOSSES = 8  # columns of a row that are set aside for losses, the z-loss among them
+MOST_LOSSES = 12  # columns of a row that are set aside for losses, the z-loss among them
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "

@@ -154,6 +154,25 @@ def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
             assert gate.expert_bias.abs().sum() > 0
 
 
+def check_balance_of_each_rank() -> None:
+    """The average over the ranks is that over the ranks that have tokens, each by itself, gradients included."""
+    torch.manual_seed(1)
+    alone, (x, mask) = TopKGating(DIM, EXPERTS), batch(masked=True)
+    together, world = copy.deepcopy(alone), dist.get_world_size()
+    together.process_group = dist.group.WORLD
+    asked = {"losses": ["balance_rank"]}
+    parts = [(own_part(x, rank), own_part(mask, rank)) for rank in range(world)]
+    each = [alone(own, mask=real, **asked).losses["balance_rank"] for own, real in parts if real.any()]
+    expected = torch.stack(each).mean()
+    own, real = parts[dist.get_rank()]
+    found = together(own, mask=real, **asked).losses["balance_rank"]
+    (gradient,) = torch.autograd.grad(found, together.w_gating)
+    for value in (found.detach(), gradient):
+        dist.all_reduce(value)
+    torch.testing.assert_close(found / world, expected)
+    torch.testing.assert_close(gradient / world, torch.autograd.grad(expected, alone.w_gating)[0])
+
+
 def check_unequal_sizes_are_tested() -> None:
     """The exact comparisons above do have a rank without tokens, and an expert without."""
     moe = make("top-k, dropless")

@@ -21,6 +21,7 @@ from mixture_of_experts import (
     NoisyTopKGating,
     TopKGating,
 )
+from mixture_of_experts.gating import BALANCE_LOSSES
 
 DIM, EXPERTS, HIDDEN, LENGTH = 8, 8, 12, 7
 SIZES = {2: [2, 4], 4: [3, 0, 2, 1]}  # sequences of every rank: one of four has none
@@ -58,8 +59,9 @@ def top2(**more) -> MoE:
 
 def topk(experts: object = None, **more) -> MoE:
     experts = GatedExperts(DIM, EXPERTS, HIDDEN, bias=True) if experts is None else experts
+    losses = {"z_loss_coef": 0.3, "loss_coef": 0.7, "loss_coefs": more.pop("loss_coefs", None)}
     gate = TopKGating(DIM, EXPERTS, **{"k": 2, **more})
-    return MoE(DIM, gate=gate, experts=experts, z_loss_coef=0.3, loss_coef=0.7, shared_expert=shared_expert())
+    return MoE(DIM, gate=gate, experts=experts, shared_expert=shared_expert(), **losses)
 
 
 def noisy() -> MoE:
@@ -92,6 +94,8 @@ def two_levels_of(outer: dict, inner: dict, **more) -> HeirarchicalMoE:
 
 DEEPSEEK = dict(k=2, score="sigmoid", bias=True, scale=2.5, num_groups=4, top_groups=2, expert_bias=True)
 
+LOSSES = [name for name in BALANCE_LOSSES if name != "balance_rank"]  # which ranks change
+
 LAYERS: dict[str, Callable[[], nn.Module]] = {
     "top2": lambda: top2(second_place_loss=True),
     "top2, threshold, token priority": lambda: MoE(
@@ -103,7 +107,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "switch": lambda: topk(k=1, capacity_factor_train=1.25),
     "top-k, dropless": topk,
     "top-k, score priority": lambda: topk(capacity_factor_train=0.7, priority="score", balance_over="batch"),
-    "top-k, deepseek": lambda: topk(**DEEPSEEK),
+    "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(LOSSES, 0.1)),
     "top-k, dropless list": lambda: topk([small_network() for _ in range(EXPERTS)], balance_over="batch"),
     "top-k, dropless own experts": lambda: topk(OwnExperts()),
     "noisy top-k": noisy,

@@ -1,0 +1,127 @@
+"""Balancing losses that have names: one formula, `losses.load_balance`, over different counts of the same choices.
+
+A gate of token choice reports those that it is asked for, `gate(x, losses=("balance_device",))`, and a layer asks for
+those that its `loss_coefs` weighs. What nobody asks for is not computed::
+
+    balance_group            of each group of tokens (a sequence), averaged
+    balance_rank             of all tokens of a rank, averaged over the ranks
+    balance_batch            of all tokens of the batch: f is summed over the ranks
+    balance_score            of each group, f of what the scores alone would choose: DeepSeek-V3
+    balance_device           of each group, over expert groups in the place of experts: DeepSeek-V2
+    balance_communication    of each group, over the tokens that expert groups receive: DeepSeek-V2
+
+Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a token; outer experts stand before them:
+`...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.losses import load_balance, load_balance_over_batch
+from mixture_of_experts.queues import Length
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Choices and probabilities of the tokens that count.
+
+    Attributes:
+        expert: `(..., b, n, k)` int64.
+        chosen: `(..., b, n, k)` bool (or of 1 instead of k), the choices that are made; None if all are.
+        probs: `(..., b, n, e)` normalised scores, 0 for a token that does not count.
+        load, proxy: `(..., b, e)`, the choices of each expert and the sum of its probabilities.
+        length: number of real tokens of each group `(..., b)`; n if all have that many.
+        k: choices of a token, by which f is divided.
+        num_groups, top_groups: of the experts.
+        process_group: the ranks that share the batch.
+    """
+
+    expert: Tensor
+    chosen: Tensor | None
+    probs: Tensor
+    load: Tensor
+    proxy: Tensor
+    length: Length | int
+    k: float
+    num_groups: int = 1
+    top_groups: int = 1
+    process_group: dist.ProcessGroup | None = None
+
+    def loss(self) -> Tensor:
+        """`e / k * sum_e f_e P_e` of each group, averaged."""
+        return load_balance(self.load, self.proxy, self.length, self.k, self.process_group)
+
+
+def over_rank(counted: Counted) -> Tensor:
+    """The tokens of all groups as those of one (Megatron's "aux_loss" of a micro-batch)."""
+    length = counted.length
+    if isinstance(length, Length):
+        length = Length(length.parts.sum(dim=-1, keepdim=True), length.parts_per_token)
+    else:
+        length = length * counted.load.shape[-2]
+    load, proxy = (values.sum(dim=-2, keepdim=True) for values in (counted.load, counted.proxy))
+    return replace(counted, load=load, proxy=proxy, length=length).loss()
+
+
+def over_batch(counted: Counted) -> Tensor:
+    """f and P of the whole batch (arXiv 2501.11873)."""
+    return load_balance_over_batch(counted.load, counted.proxy, counted.length, counted.k, counted.process_group)
+
+
+def over_score(counted: Counted) -> Tensor:
+    """The complementary sequence-wise loss of DeepSeek-V3 (arXiv 2412.19437, equations 17 to 20): f counts the experts
+    of the k largest scores, among all experts and without their bias; P is of scores normalised over all experts."""
+    best = top_choices(counted.probs, counted.expert.shape[-1])
+    return replace(counted, load=load_of(best, counted.chosen, counted.probs.shape[-1])).loss()
+
+
+def over_devices(counted: Counted) -> Tensor:
+    """The device-level loss of DeepSeek-V2 (arXiv 2405.04434, equations 26 to 28), expert groups being devices: f is
+    the mean of a group's experts, P their sum."""
+    load, proxy = (of_expert_groups(values, counted.num_groups) for values in (counted.load, counted.proxy))
+    return replace(counted, load=load, proxy=proxy).loss()
+
+
+def over_communication(counted: Counted) -> Tensor:
+    """The communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31): f counts the tokens that an expert
+    group receives, once each, in units of `top_groups` for each token."""
+    size = counted.probs.shape[-1] // counted.num_groups
+    groups = torch.arange(counted.num_groups, device=counted.expert.device)
+    sent = (counted.expert // size).unsqueeze(-1) == groups
+    if counted.chosen is not None:
+        sent = sent & counted.chosen.unsqueeze(-1)
+    load = sent.any(dim=-2).sum(dim=-2)  # (..., b, n, k, g) to (..., b, g)
+    proxy = of_expert_groups(counted.proxy, counted.num_groups)
+    return replace(counted, load=load, proxy=proxy, k=counted.top_groups).loss()
+
+
+def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
+    """`(..., e)` to the sums `(..., g)`."""
+    return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
+
+
+def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
+    """`(..., b, e)` int64: number of choices `(..., b, n, k)` (those `counted`) of each expert."""
+    ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
+    zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
+    return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
+
+
+#: the losses by name
+BALANCE_LOSSES: Mapping[str, Callable[[Counted], Tensor]] = {
+    "balance_group": Counted.loss,
+    "balance_rank": over_rank,
+    "balance_batch": over_batch,
+    "balance_score": over_score,
+    "balance_device": over_devices,
+    "balance_communication": over_communication,
+}
+#: those that read expert groups
+OF_EXPERT_GROUPS = ("balance_device", "balance_communication")

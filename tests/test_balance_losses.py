@@ -1,0 +1,185 @@
+"""Balancing losses by name, each against a loop that follows its paper token by token.
+
+`test_two_ranks.py` and `test_parallel.py` have them over ranks.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from unittest.mock import patch
+
+import pytest
+import torch
+from support.paths import run
+from torch import Tensor
+
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.gating import BALANCE_LOSSES
+from mixture_of_experts.gating.base import TokenChoiceGate
+from mixture_of_experts.stats import track_routing
+
+E, K, D, M = 8, 3, 4, 2  # experts, choices, devices (expert groups), devices of a token
+DEVICES = [range(2 * i, 2 * i + 2) for i in range(D)]
+ONE_GROUP = ["balance_group", "balance_score", "balance_device", "balance_communication"]
+
+GATES = {
+    "softmax": dict(normalize=False),
+    "sigmoid, bias": dict(score="sigmoid", expert_bias=True),
+}
+
+
+def make_gate(name: str, **more) -> TopKGating:
+    torch.manual_seed(0)
+    gate = TopKGating(6, E, K, num_groups=D, top_groups=M, **GATES[name], **more).double()
+    if gate.expert_bias is not None:
+        gate.expert_bias.normal_()
+    return gate
+
+
+def of_tokens(name: str, scores: list[Tensor], experts: list[list[int]], length: float, k: float = K) -> Tensor:
+    """The loss of one unit: scores `(e,)` and chosen experts of each token that counts, and the divisor of means."""
+    if name == "balance_score":
+        experts = [sorted(range(E), key=lambda i, s=s: (-s[i].item(), i))[:k] for s in scores]  # equation 18
+    normalized = [s / s.sum() for s in scores]  # equation 19; the scores of a softmax are
+    p = [sum(s[i] for s in normalized) / length for i in range(E)]
+    f = [E / (k * length) * sum(i in chosen for chosen in experts) for i in range(E)]
+    if name == "balance_device":  # equations 26 to 28 of DeepSeek-V2
+        return sum(sum(f[i] for i in device) / len(device) * sum(p[i] for i in device) for device in DEVICES)
+    if name == "balance_communication":  # equations 29 to 31
+        sent = [sum(any(i in device for i in chosen) for chosen in experts) for device in DEVICES]
+        return sum(D / (M * length) * n * sum(p[i] for i in device) for n, device in zip(sent, DEVICES, strict=True))
+    return sum(f[i] * p[i] for i in range(E))
+
+
+def slow(name: str, gate: TopKGating, x: Tensor, counted: Tensor, length: Tensor) -> Tensor:
+    """Of tokens `(*outer, b, n, d)`, those `counted`, in groups of so many real ones."""
+    expert = gate(x).expert.unflatten(-1, (-1, K))  # who is chosen is tested elsewhere
+    units = []
+    for outer in [()] if not gate.outer_expert_dims else [(i,) for i in range(gate.outer_expert_dims[0])]:
+        scores = x[outer] @ gate.w_gating[outer]
+        scores = scores.softmax(-1) if gate.score == "softmax" else scores.sigmoid()
+        of_groups = [
+            ([g[t] for t in range(len(g)) if c[t]], [e[t].tolist() for t in range(len(g)) if c[t]], float(n))
+            for g, e, c, n in zip(scores, expert[outer], counted[outer], length[outer], strict=True)
+        ]
+        if name in ONE_GROUP:
+            units += of_groups
+        else:
+            s, e, n = zip(*of_groups, strict=True)
+            units.append((list(chain(*s)), list(chain(*e)), sum(n)))
+    found = [of_tokens(name, *unit) for unit in units if unit[2] > 0]
+    return sum(found, x.new_zeros(())) / len(found)
+
+
+@pytest.mark.parametrize("kind", ["all", "mask", "importance, two levels"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("name", BALANCE_LOSSES)
+def test_every_loss_is_its_papers(name: str, gate: str, kind: str):
+    outer = (2,) if "two levels" in kind else ()
+    made = make_gate(gate, outer_expert_dims=outer)
+    x = torch.randn(*outer, 3, 7, 6, dtype=torch.float64, requires_grad=True)
+    counted, length, given = torch.ones(x.shape[:-1], dtype=torch.bool), torch.full(x.shape[:-2], 7), {}
+    if kind == "mask":
+        counted = torch.arange(7) < torch.tensor([[7], [0], [4]])  # one group has no token
+        length, given = counted.sum(-1), {"mask": counted}
+    if outer:
+        importance = torch.randint(3, x.shape[:-1]) / 2
+        counted, given = importance == 1, {"importance": importance.to(torch.float64)}
+    fast = made(x, losses=[name], **given).losses[name]
+    expected = slow(name, made, x, counted, length)
+    torch.testing.assert_close(fast, expected)
+    ours, theirs = (torch.autograd.grad(loss, [x, made.w_gating]) for loss in (fast, expected))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_by_hand():
+    """Two tokens, four experts on two devices, one choice. Both tokens choose expert 0; the scores, by themselves,
+    would send the second one to expert 3."""
+    gate = TopKGating(2, 4, k=1, num_groups=2, top_groups=1, expert_bias=True)
+    gate.w_gating.data.copy_(torch.tensor([[0.5, 0.2, 0.2, 0.1], [0.3, 0.1, 0.2, 0.4]]).log())
+    gate.expert_bias.copy_(torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    routing = gate(torch.eye(2).unsqueeze(0), losses=tuple(BALANCE_LOSSES))
+    assert routing.expert.tolist() == [[0, 0]]
+    p = [0.4, 0.15, 0.2, 0.25]  # mean probabilities
+    expected = {
+        "balance_group": 4 * p[0],  # e sum f P, f = 1, 0, 0, 0
+        "balance_rank": 4 * p[0],
+        "balance_batch": 4 * p[0],
+        "balance_score": 4 * (0.5 * p[0] + 0.5 * p[3]),
+        "balance_device": 2 * (p[0] + p[1]),
+        "balance_communication": 2 * (p[0] + p[1]),
+    }
+    assert {name: routing.losses[name].item() for name in expected} == pytest.approx(expected)
+
+
+def test_groups_that_balance_each_other():
+    """Each of two groups has its own favourite: alone they are as skewed as can be, together balanced."""
+    gate = TopKGating(2, 2, k=1)
+    gate.w_gating.data.copy_(torch.eye(2) * 50)
+    x = torch.eye(2).unsqueeze(1).expand(2, 3, 2)
+    losses = gate(x, losses=tuple(BALANCE_LOSSES)).losses
+    assert {name: round(losses[name].item(), 4) for name in ("balance_group", "balance_rank", "balance_batch")} == {
+        "balance_group": 2.0,
+        "balance_rank": 1.0,
+        "balance_batch": 1.0,
+    }
+    assert "balance_device" not in losses  # no expert groups
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Top2Gating(6, E, second_policy_train="none"), lambda: NoisyTopKGating(6, E), lambda: make_gate("softmax")],
+)
+def test_any_gate_of_token_choice_reports_them(make):
+    """Of the choices that are made: without second ones, a Top-2 gate has half of its load."""
+    torch.manual_seed(0)
+    gate, x = make().float(), torch.randn(2, 9, 6)
+    routing = gate(x, losses=["balance_batch"])
+    made = routing.expert[routing.chosen] if isinstance(gate, Top2Gating) else routing.expert
+    f = made.flatten().bincount(minlength=E) / (18 * gate.k)
+    torch.testing.assert_close(routing.losses["balance_batch"], E * (f * routing.probs.mean((0, 1))).sum())
+
+
+def test_a_layer_weighs_several_and_shows_them():
+    torch.manual_seed(0)
+    coefs = {"balance_batch": 0.5, "balance_device": 0.05, "balance_communication": 0.0}
+    moe = MoE(6, gate=make_gate("softmax").float(), loss_coef=0.1, loss_coefs=coefs)
+    x = torch.randn(2, 9, 6)
+    with track_routing(moe) as stats:
+        _, aux_loss = moe(x)
+    found = moe.gate(x, losses=tuple(coefs)).losses
+    wanted = 0.1 * found["balance"] + 0.5 * found["balance_batch"] + 0.05 * found["balance_device"]
+    torch.testing.assert_close(aux_loss, wanted)
+    assert set(stats.last("gate").losses) == {"balance", "z", "balance_batch", "balance_device"}
+    moe.loss_coefs = {}
+    with patch.object(TokenChoiceGate, "named_losses", side_effect=AssertionError):  # nobody asks: nothing is computed
+        moe(x)
+    assert set(moe.gate(x).losses) == {"balance", "z"}
+
+
+def test_two_levels_add_theirs_up():
+    torch.manual_seed(0)
+    inner = TopKGating(6, 4, num_groups=2, top_groups=2, outer_expert_dims=(3,))
+    moe = HeirarchicalMoE(6, (3, 4), gate_inner=inner, loss_coef=0, loss_coefs={"balance_rank": 0.5})
+    seen = []
+    for gate in (moe.gate_outer, moe.gate_inner):
+        gate.register_forward_hook(lambda gate, args, routing: seen.append(routing.losses))
+    _, aux_loss = run(moe, torch.randn(2, 9, 6))
+    torch.testing.assert_close(aux_loss, 0.5 * (seen[0]["balance_rank"] + seen[1]["balance_rank"]))
+    moe.loss_coefs = {"balance_device": 1.0}  # only the inner gate has expert groups
+    assert run(moe, torch.randn(2, 9, 6))[1] == seen[-1]["balance_device"]
+
+
+@pytest.mark.parametrize("gate", [TopKGating(6, E), ExpertChoiceGating(6, E)])
+def test_what_no_gate_reports_is_named(gate):
+    moe = MoE(6, gate=gate, loss_coefs={"balance_device": 0.1})
+    with pytest.raises(
+        ValueError, match=r"'balance_device', which no gate reports.*the last two if they have num_groups"
+    ):
+        moe(torch.randn(1, 5, 6))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_of_nothing(shape):
+    losses = make_gate("softmax").float()(torch.randn(*shape, 6), losses=tuple(BALANCE_LOSSES)).losses
+    assert all(losses[name] == 0 for name in BALANCE_LOSSES)
