@@ -6,7 +6,7 @@ Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ from mixture_of_experts.groups import group_shape
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
+
+
+GIVEN, GIVEN_INNER = "given_experts", "given_experts_inner"
+
+
+def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
+    """The names of side inputs for the gates of level one and two, by what they read: each level has choices that
+    somebody else made under a name of its own."""
+    own = {name for name in inner if name != GIVEN}
+    return set(outer), own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
 def second_level(
@@ -33,14 +43,18 @@ def second_level(
         outer: what the gate of level one tells.
         slots: `plan_slots_of(outer)`.
         group_size: of level two, if its groups are others.
-        side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0.
+        side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0. `given_experts_inner`
+            `(b, n, k, k2)` is for each choice of a token.
     """
     b, n, d = groups.shape
     eo, c = outer.num_experts, outer.slots
     if outer.k is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
-    x = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d)
+    x, given = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d), side.get(GIVEN_INNER)
+    side = {name: value for name, value in side.items() if name != GIVEN_INNER}
     side = {name: _in_slots(value, slots).view(eo, b, c, *value.shape[2:]) for name, value in side.items()}
+    if given is not None:
+        side[GIVEN] = _of_choices(given, outer.k, slots).view(eo, b, c, -1)
     handed_on = outer.importance.flatten()
     importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
     mask = length = None
@@ -63,3 +77,11 @@ def _in_slots(value: Tensor, slots: Plan) -> Tensor:
     """Entries `(b, n, ...)` of tokens as those of slots `(r, ...)`."""
     rows = dispatch(value.reshape(slots.num_tokens, math.prod(value.shape[2:])), slots)
     return rows.view(slots.num_rows, *value.shape[2:])
+
+
+def _of_choices(given: Tensor, k: int, slots: Plan) -> Tensor:
+    """Entries `(b, n, k, k2)` of choices as those of slots `(r, k2)`; an empty slot has -1."""
+    if given.ndim != 4 or given.shape[2] != k:
+        raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {tuple(given.shape[1:])}")
+    none = given.new_full((1, given.shape[-1]), -1)
+    return torch.cat([given.reshape(-1, given.shape[-1]), none])[slots.assignment]

@@ -32,7 +32,7 @@ from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
-from mixture_of_experts.levels import second_level
+from mixture_of_experts.levels import second_level, side_inputs_of_levels
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
@@ -228,7 +228,9 @@ class HeirarchicalMoE(Layer):
             or is a list of eo * ei modules, outer-major.
 
     Shape:
-        as `MoE`; the balancing loss is the sum of both levels'.
+        as `MoE`; the balancing loss is the sum of both levels'. Side inputs reach the gates that read them, those of
+        level two in the slots of level one; `given_experts` `(..., n, k)` are the choices of level one, and
+        `given_experts_inner` `(..., n, k, k2)` those of level two for each of them.
 
     Example:
         >>> import torch
@@ -314,9 +316,11 @@ class HeirarchicalMoE(Layer):
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        reads = reads_of(self.gate_outer), reads_of(self.gate_inner)
-        side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups) if side else {}
-        side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
+        side_outer, side_inner = {}, {}
+        if side:
+            reads = side_inputs_of_levels(reads_of(self.gate_outer), reads_of(self.gate_inner))
+            side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
+            side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
         asked = self.asked_of_gates()
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **asked, **side_outer))
         slots = plan_slots_of(outer)

@@ -28,6 +28,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
+from mixture_of_experts.gating.given import Settled, settle
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
@@ -199,6 +200,18 @@ class TokenChoiceGate(Gate):
     def choices_at_balance(self) -> float:
         """The number of choices of a token by which balancing losses divide: k, if it makes as many."""
         return self.k
+
+    def settle(self, tokens: Tokens, expert: Tensor) -> Settled:
+        """What the gate would choose `(..., b, n, k)`, given way to what somebody else chose.
+
+        For `decide` of a gate that says in `reads` that it reads "given_experts", `(..., b, n, k)` int64: an expert, -1
+        for no choice, or what `gating/given.py` tells besides.
+        """
+        given = tokens.side.get("given_experts")
+        if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
+            wanted = (*tokens.x.shape[:-1], self.k)
+            raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
+        return settle(given, expert)
 
     def decide(self, tokens: Tokens) -> Choices:
         """What each of the tokens chooses. This is the method of a router of one's own.

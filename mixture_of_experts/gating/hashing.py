@@ -47,15 +47,17 @@ class HashGating(TopKGating):
         v = self.num_ids = check_size("num_ids", num_ids)
         self.register_buffer("experts_of_id", draw_experts(v, num_experts, k).to(device))
 
-    def given_experts(self, tokens: Tokens) -> Tensor | None:
+    def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` the experts of the tokens' ids."""
-        if (given := super().given_experts(tokens)) is not None:
-            return given
-        if (ids := tokens.side.get("token_ids")) is None:
-            raise ValueError(
-                "HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers"
-            )
-        return self.experts_of_id[ids]
+        if (ids := tokens.side.get("token_ids")) is not None:
+            return self.experts_of_id[ids]
+        if "given_experts" in tokens.side:
+            return super().own_choices(tokens, ranked)
+        raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
+
+    @property
+    def _first_is_likeliest(self) -> bool:
+        return False
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, num_ids={self.num_ids}"

@@ -38,6 +38,8 @@ class NoisyTopKGating(TokenChoiceGate):
         ['importance', 'load', 'z']
     """
 
+    reads = (*TokenChoiceGate.reads, "given_experts")
+
     def __init__(
         self,
         dim: int,
@@ -71,19 +73,20 @@ class NoisyTopKGating(TokenChoiceGate):
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
         best = top_choices(noisy, self.k + 1)
-        expert = best[..., : self.k]
-        allowed = self.allowed(tokens)
+        settled = self.settle(tokens, best[..., : self.k])
+        expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         top = noisy.gather(-1, expert)
         # by what tokens queue with priority "score": the weight of the first choice, which of a single one is always 1
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
-        if allowed is not None and tokens.active is not None:
-            top = torch.where(allowed | ~tokens.active.unsqueeze(-1), top, -torch.inf)
+        if allowed is not None:
+            top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
         probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         balance_loss = parts["importance"] + parts["load"]
-        return Choices(expert, weight, probs, {**parts, "z": self.z_loss(tokens, clean)}, balance_loss, score=score)
+        parts["z"] = self.z_loss(tokens, clean)
+        return Choices(expert, weight, probs, parts, balance_loss, chosen=settled.chosen(), score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """Squared variation of importance and load, each summed over the call."""

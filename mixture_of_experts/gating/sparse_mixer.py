@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.given import Settled
 from mixture_of_experts.settings import setting
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
+    reads = (*TokenChoiceGate.reads, "given_experts")
     tolerance: float = setting(check_number, at_least=0.0)
 
     def __init__(
@@ -76,20 +78,30 @@ class SparseMixerGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """One choice after the other."""
         logits = self.product(tokens.x, self.w_gating)
+        settled, weights = self._choices(tokens, logits)
+        probs = logits.softmax(dim=-1)
+        losses = {
+            "balance": self.balance_loss(tokens, probs, settled.expert, settled.weighed, k=self.k),
+            "z": self.z_loss(tokens, logits),
+        }
+        return Choices(settled.expert, weights, probs, losses, chosen=settled.chosen())
+
+    def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[Settled, Tensor]:
+        """Experts and weights `(..., b, n, k)`."""
         left, experts, weights = logits, [], []
-        for _ in range(self.k):
-            expert, weight = self._choose(logits, left)
+        given = None
+        if "given_experts" in tokens.side:
+            given = self.settle(
+                tokens, torch.zeros(*logits.shape[:-1], self.k, dtype=torch.int64, device=logits.device)
+            )
+        for i in range(self.k):
+            expert, weight = self._choose(logits, left, None if given is None else given.column(i))
             experts.append(expert)
             weights.append(weight)
             left = left.scatter(-1, expert, -torch.inf)
-        expert, probs = torch.cat(experts, dim=-1), logits.softmax(dim=-1)
-        losses = {
-            "balance": self.balance_loss(tokens, probs, expert, k=self.k),
-            "z": self.z_loss(tokens, logits),
-        }
-        return Choices(expert, torch.cat(weights, dim=-1), probs, losses)
+        return self.settle(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
 
-    def _choose(self, logits: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, left: Tensor, given: Settled | None) -> tuple[Tensor, Tensor]:
         """One expert `(..., b, n, 1)` of those that are left, the others' logits being -inf, and its weight."""
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)
@@ -98,6 +110,9 @@ class SparseMixerGating(TokenChoiceGate):
         expert = likeliest
         if self.training:  # by noise of Gumbel's distribution
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
+        if given is not None and given.live is not None:
+            expert = torch.where(given.live, expert, given.expert)
+            near = near.scatter(-1, expert, logits.gather(-1, expert))  # it is one of them, whatever it scores now
         weight = near.softmax(dim=-1).gather(-1, expert)
         if not self.training:
             return expert, weight

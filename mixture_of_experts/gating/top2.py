@@ -101,6 +101,7 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
+    reads = (*TokenChoiceGate.reads, "given_experts")
     capacity_per_choice = False
     eps: float = setting(check_number, above=0.0)
     second_policy_train: SecondPolicy = setting(check_choice, allowed=POLICIES)
@@ -169,16 +170,22 @@ class Top2Gating(TokenChoiceGate):
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
-        expert = torch.cat([expert_1, expert_2], dim=-1)
+        settled = self.settle(tokens, torch.cat([expert_1, expert_2], dim=-1))
+        expert, weighed = settled.expert, settled.weighed
+        if weighed is not None:
+            expert_1, expert_2 = expert.split(1, dim=-1)
 
         # losses first: then the backward adds their gradient, an expanded row, in place to that of the weights
-        parts = self._losses(tokens, probs, expert_1, expert_2)
+        parts = self._losses(tokens, probs, expert_1, expert_2, weighed)
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
+        if weighed is not None:
+            p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
         parts["z"] = self.token_mean(tokens, losses.log_total_at(logits, expert_1, p_1).square())
         # a choice of more than half the weight; at an exact tie neither is first
-        return Choices(expert, weight, probs, parts, balance_loss, chosen=self._sent(weight), primary=weight > 0.5)
+        chosen = settled.chosen(self._sent(weight))
+        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=weight > 0.5)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -226,14 +233,19 @@ class Top2Gating(TokenChoiceGate):
         other = weight != 0  # after the only expert there is no second one
         return other if sent is None else sent & other
 
-    def _losses(self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor) -> dict[str, Tensor]:
+    def _losses(
+        self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None
+    ) -> dict[str, Tensor]:
         """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
-        parts = {"balance": self.balance_loss(tokens, probs, expert_1)}
+        first, second = (None, None) if weighed is None else (weighed[..., :1], weighed[..., 1:])
+        parts = {"balance": self.balance_loss(tokens, probs, expert_1, first)}
         if self.second_place_loss:
             rest = self._without_first(probs, expert_1, tokens.full)
             proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
             if tokens.real is not None:
                 proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
             active = None if tokens.active is None else tokens.active.unsqueeze(-1)
+            if second is not None:
+                active = second if active is None else second & active
             parts["second_place"] = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return parts

@@ -87,7 +87,7 @@ class TopKGating(TokenChoiceGate):
         (True, True)
     """
 
-    #: `given_experts` `(..., n, k)` int64: the experts of each token, which the gate then only weighs
+    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none, which the gate then only weighs
     reads = (*TokenChoiceGate.reads, "given_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
@@ -165,15 +165,13 @@ class TopKGating(TokenChoiceGate):
         else:  # of no known size, and it may draw
             logits, score, probs, log_total = self._module_scores(x)
         ranked = self._ranked(logits, score)
-        allowed, given, made = self.allowed(tokens), self.given_experts(tokens), None
-        expert = top_choices(ranked, self.k) if given is None else given.clamp(min=0)
-        if given is not None:
-            made = given >= 0
-            allowed = made if allowed is None else allowed & made
+        settled = self.settle(tokens, self.own_choices(tokens, ranked))
+        expert, allowed = settled.expert, settled.among(self.allowed(tokens))
+        if settled.weighed is not None:
             log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        balance = self.balance_loss(tokens, probs, expert, made, k=self.choices_at_balance)
+        balance = self.balance_loss(tokens, probs, expert, settled.weighed, k=self.choices_at_balance)
 
         weight = self._weigh(logits, score, expert)
         prob = weight[..., :1]
@@ -193,17 +191,12 @@ class TopKGating(TokenChoiceGate):
         top = None
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
-        chosen = None if given is None else allowed
-        return Choices(expert, weight, probs, {"balance": balance, "z": z_loss}, chosen=chosen, score=top)
+        parts = {"balance": balance, "z": z_loss}
+        return Choices(expert, weight, probs, parts, chosen=settled.chosen(), score=top)
 
-    def given_experts(self, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, k)` int64, the experts of each token that somebody else chose, -1 for no choice; None if the
-        gate chooses. They weigh what the scores of this gate say, with gradients."""
-        given = tokens.side.get("given_experts")
-        if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
-            wanted = (*tokens.x.shape[:-1], self.k)
-            raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        return given
+    def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
+        """`(..., b, n, k)` int64: what the tokens choose where nobody else chose, by scores `(..., b, n, e)`."""
+        return top_choices(ranked, self.k)
 
     @property
     def _first_is_likeliest(self) -> bool:
