@@ -53,9 +53,19 @@ class TokensReader:
         self.positions = {name: parameters.index(name) for name in READ if name in parameters}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
+        return read_tokens(self.given(args, kwargs))
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the arguments that are read."""
         given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         given.update({name: kwargs[name] for name in READ if name in kwargs})
-        return read_tokens(given)
+        return given
+
+    def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
+        """How many real tokens of each sequence, `(b,)` or one number for all, a cache holds; whether there is one."""
+        given = self.given(args, kwargs)
+        cache = given.get("cache", given.get("past_key_values"))
+        return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
 
 
 def read_tokens(given: Mapping[str, Any]) -> TokensAround:
@@ -74,6 +84,20 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return TokensAround(attends_to_itself(mask, given), (b, n))
     return TokensAround(None, (b, n), f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
+
+
+def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
+    """Those of `cached` tokens of each sequence that are no padding."""
+    mask = given.get("attention_mask")
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention")
+    if mask is None or not cached:
+        return cached
+    if mask.ndim == 2:
+        return mask[:, :cached].bool().sum(dim=-1)
+    attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # by the first new token
+    attended = attended if attended.dtype == torch.bool else attended >= 0 if attended.is_floating_point() else attended > 0
+    return attended.sum(dim=-1)
 
 
 def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:

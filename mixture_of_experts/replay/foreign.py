@@ -1,0 +1,84 @@
+"""Choices of blocks of `transformers`: what they ask of `torch.topk` is noted, or answered by what was chosen before.
+
+So weights follow from live scores by the block's own code. Nothing of that package is imported.
+
+Axes: t tokens, e experts, g expert groups, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.replay.sites import ChoiceSite
+from mixture_of_experts.under_way import CallUnderWay
+
+
+class Choosing(TorchFunctionMode):
+    """While a block runs.
+
+    Args:
+        site: of the block.
+        given: `(t, k)` int64, the choices; None: the block chooses, and `expert` is what it chose.
+    """
+
+    def __init__(self, site: ChoiceSite, given: Tensor | None = None) -> None:
+        super().__init__()
+        self.site, self.given = site, given
+        self.expert: Tensor | None = None
+        held: Any = site.held
+        groups, best = (None, None) if held is None else (held.held("num_groups"), held.held("top_groups"))
+        self.groups = (groups, best) if groups and best else None
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **kwargs)
+        return self.topk(*args, **kwargs)
+
+    def topk(
+        self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **kwargs: Any
+    ) -> Any:
+        size, given, last = input.shape[-1], self.given, dim in (-1, input.ndim - 1)
+        if last and given is not None and (size, k) == self.groups and input.numel() == len(given) * size:
+            input = input.masked_fill(self.groups_of(given, size).view_as(input), torch.inf)
+        found = torch.topk(input, k, dim, largest, sorted, **kwargs)
+        if not last or (size, k) != (self.site.num_experts, self.site.k):
+            return found
+        values, self.expert = found
+        if given is None:
+            return found
+        if given.shape[0] * size != input.numel():
+            raise ValueError(
+                f"{self.site.name!r} chooses for {input.numel() // size} tokens, the model was given {given.shape[0]}"
+            )
+        given = given.view_as(self.expert)
+        self.expert = torch.where(given == LIVE, self.expert, given)
+        return torch.return_types.topk((input.gather(-1, self.expert), self.expert))
+
+    def groups_of(self, given: Tensor, groups: int) -> Tensor:
+        """`(t, g)` bool: the expert groups of the given experts, which are open whatever they score."""
+        group = torch.where(given == LIVE, groups, given // (self.site.num_experts // groups))
+        is_open = torch.zeros(len(given), groups + 1, dtype=torch.bool, device=given.device)
+        return is_open.scatter(-1, group, True)[:, :groups]
+
+
+class ChoosingCall(CallUnderWay):
+    """A block that runs."""
+
+    def __init__(self, mode: Choosing) -> None:
+        self.mode = mode
+
+
+def refuse_other_ways(site: ChoiceSite, mode: Choosing) -> Tensor:
+    """`(..., k)` what a block chose; an error if it was not asked of `torch.topk`."""
+    if mode.expert is None:
+        raise TypeError(
+            f"{type(site.called).__name__} at {site.name!r} does not choose its {site.k} of {site.num_experts} experts "
+            "by torch.topk, so that its choices are neither seen nor replaced: convert it by from_transformers"
+        )
+    return mode.expert

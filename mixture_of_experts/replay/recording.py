@@ -1,0 +1,191 @@
+"""Recording: hooks that note what was chosen, for which real token of which sequence.
+
+Axes: b sequences, n tokens of a forward, k choices of a token; of level two also eo outer experts, c slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import under_way
+from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
+from mixture_of_experts.replay.records import RoutingRecords
+from mixture_of_experts.replay.sites import ChoiceSite, Entered, Seen, Sequences, SequencesCall, find_sites, follow
+from mixture_of_experts.routing import Routing
+
+
+@contextmanager
+def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[RoutingRecords]:
+    """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
+
+    Gates are those that `track_routing` sees: of this package, wherever tokens choose, and the routers of MoE models in
+    `transformers` that choose by `torch.topk`. Padding is left out, by the mask that a layer is given or the attention
+    mask of the model around. Each forward adds its sequences to the records, in the order of the batch. One that goes
+    on by a cache (`generate`) adds its tokens to the sequences of the forward before it; where the cache was cut, so is
+    the record. Beam search, which exchanges sequences in between, cannot be recorded.
+
+    Forwards of this thread are recorded, each once, whatever activation checkpointing runs again. Numbers stay on the
+    device until they are read.
+
+    Args:
+        model: the module that you call.
+        seen: for a model with a cache of its own, a function `(args, kwargs)` of its forward's arguments that returns
+            how many real tokens of each sequence, `(b,)` or one number for all, earlier forwards have read; 0 begins
+            new sequences. By default it is asked of `past_key_values` and the attention mask.
+
+    Raises:
+        ValueError: the model has no gate, or one in which experts choose.
+        TypeError: in a forward, a block of `transformers` chooses in another way.
+        RuntimeError: in a forward, a gate runs twice or outside of `model`; on reading, a forward went on with
+            sequences that were not recorded.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> from mixture_of_experts.replay import record_routing, replay_routing
+        >>> moe, x = MoE(dim=8, gate=TopKGating(8, num_experts=4)), torch.randn(2, 5, 8)
+        >>> with record_routing(moe) as records:
+        ...     out, aux_loss = moe(x)
+        >>> records.layers, records.lengths("gate"), records["gate"][0].shape
+        (('gate',), [5, 5], torch.Size([5, 2]))
+        >>> with replay_routing(moe, records):
+        ...     bool((moe(x)[0] == out).all())
+        True
+    """
+    recording = Recording(find_sites(model))
+    with ExitStack() as hooks:
+        recording.start(hooks, seen)
+        with under_way.within([(recording, Entered())]):
+            yield recording.records
+
+
+class Part(NamedTuple):
+    """What a gate chose in one forward."""
+
+    expert: Tensor  # (b, n, k)
+    mask: Tensor | None  # (b, n)
+    seen: Tensor | int
+    continues: bool
+
+
+class Recording:
+    """What `record_routing` noted and did not hand over yet."""
+
+    def __init__(self, sites: list[ChoiceSite]) -> None:
+        self.sites = sites
+        self.parts: dict[str, list[Part]] = {site.name: [] for site in sites}
+        self.records = RoutingRecords(
+            {site.name: [] for site in sites}, {site.name: site.num_experts for site in sites}
+        )
+        self.records._unread = self.hand_over
+
+    def start(self, hooks: ExitStack, seen: Seen | None) -> None:
+        around = follow(self, self.sites, seen, hooks)
+        for site in self.sites:
+            sequences = around[site.around]
+            if site.foreign:
+                before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
+                hooks.callback(site.called.register_forward_pre_hook(before).remove)
+                hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
+                continue
+            before = partial(self.before_layer, site, sequences)
+            hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(site.gate.register_forward_hook(partial(self.after_gate, site, sequences)).remove)
+
+    def before_layer(
+        self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        if (call := sequences.call(site)) is not None:
+            call.sizes[site.name] = site.sizes(args, kwargs)
+
+    def after_gate(
+        self, site: ChoiceSite, sequences: Sequences, gate: nn.Module, args: object, routing: Routing
+    ) -> None:
+        call = sequences.call(site)
+        if call is None:
+            return
+        shape, mask = call.sizes[site.name]
+        expert = torch.where(routing.kept, routing.expert, -2 - routing.expert).unflatten(-1, (-1, site.k))
+        if site.outer is not None:
+            expert = of_level_two(expert, call.outer)
+        call.outer = routing
+        shape = (math.prod(shape[:-1]), shape[-1])
+        self.note(site, call, expert.reshape(*shape, site.choices), None if mask is None else mask.reshape(shape))
+
+    def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
+        if sequences.call(site) is not None:
+            mode = Choosing(site)
+            under_way.begin(ChoosingCall(mode), (self, site.name))
+            mode.__enter__()
+
+    def after_block(
+        self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object, output: object
+    ) -> None:
+        entered = under_way.end((self, site.name))
+        if entered is None:
+            return
+        entered.mode.__exit__(None, None, None)
+        call = sequences.call(site)
+        if call is None or output is None:  # it raised
+            return
+        expert = refuse_other_ways(site, entered.mode)
+        expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
+        self.note(site, call, expert, call.tokens.mask)
+
+    def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None) -> None:
+        call.once(site.name)
+        small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
+        self.parts[site.name].append(Part(expert.detach().to(small), mask, call.seen, call.continues))
+
+    def hand_over(self, records: RoutingRecords) -> None:
+        """Read what was noted from the device, into the records."""
+        for name, parts in self.parts.items():
+            if parts:
+                records._experts[name] = joined(name, records._experts[name], parts)
+                parts.clear()
+
+
+def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tuple[int, int]:
+    """`(b, n)` of the tokens of a block."""
+    b, n = call.tokens.shape or (1, num_tokens)
+    if call.tokens.unknown is not None or b * n != num_tokens:
+        why = call.tokens.unknown or f"its model was given ({b}, {n})"
+        raise ValueError(f"{num_tokens} tokens of {site.name!r} cannot be told apart: {why}")
+    return b, n
+
+
+def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
+    """Choices `(eo, b, c, k2)` of slots as those of assignments of level one `(b n k, k2)`, -1 where one has no slot."""
+    slots, k = plan_slots_of(outer), expert.shape[-1]
+    none = expert.new_full((outer.expert.numel() + 1, k), -1)
+    return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
+
+
+def joined(name: str, before: list[Tensor], parts: list[Part]) -> list[Tensor]:
+    """Sequences, and those that some parts add or go on with."""
+    pieces = [[record] for record in before]
+    for part in parts:
+        expert = part.expert.cpu()
+        rows = list(expert) if part.mask is None else [*map(Tensor.__getitem__, expert, part.mask.cpu())]
+        if not part.continues:
+            pieces += [[row.clone()] for row in rows]
+            continue
+        if len(rows) > len(pieces):
+            raise RuntimeError(f"{name!r}: a forward goes on with {len(rows)} sequences, {len(pieces)} were recorded")
+        seen = part.seen.tolist() if isinstance(part.seen, Tensor) else [part.seen] * len(rows)
+        for piece, row, read in zip(pieces[len(pieces) - len(rows) :], rows, seen, strict=True):
+            have = sum(map(len, piece))
+            if have < read:
+                raise RuntimeError(f"{name!r}: a forward goes on after {read} tokens of a sequence, {have} were recorded")
+            if have > read:  # the cache was cut
+                piece[:] = [torch.cat(piece)[:read]]
+            piece.append(row)
+    return [torch.cat(piece) for piece in pieces]

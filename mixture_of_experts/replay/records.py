@@ -1,0 +1,229 @@
+"""What was chosen, by gates, sequences and real tokens: kept, cut, saved, and read from what serving engines return.
+
+Axes: s tokens of a sequence, l gates, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.gating.given import LIVE
+
+FORMAT = "mixture_of_experts.routing/1"
+
+
+class RoutingRecords:
+    """The experts of every real token of some sequences, at every gate of a model.
+
+    A choice is a number: an expert; -1, none; -2 - i, expert i, which is weighed with the others, but does not compute
+    the token (capacity or a policy dropped it). Of a layer of two levels each gate has its choices, the second one
+    `k * k2` for each token, those of its first choice first.
+
+    Args:
+        experts: by names of gates, for each sequence a tensor of integers `(s, k)`.
+        num_experts: by names of gates, how many there are, where that is known.
+
+    Raises:
+        ValueError: gates have records of different numbers of sequences, or a record is no tensor of integers `(s, k)`.
+
+    Example:
+        >>> import torch
+        >>> first, second = torch.tensor([[0, 2], [1, 0], [3, 1]]), torch.tensor([[2, 3]])
+        >>> records = RoutingRecords({"gate": [first, second]}, {"gate": 4})
+        >>> len(records), records.layers, records.lengths("gate")
+        (2, ('gate',), [3, 1])
+        >>> records["gate"][1].tolist()
+        [[2, 3]]
+        >>> records.select([1, 0])["gate"][1].tolist()
+        [[0, 2], [1, 0], [3, 1]]
+    """
+
+    def __init__(
+        self, experts: Mapping[str, Sequence[Tensor]], num_experts: Mapping[str, int | None] | None = None
+    ) -> None:
+        self._experts = {name: list(sequences) for name, sequences in experts.items()}
+        self._num_experts = dict(num_experts or {})
+        self._unread: Callable[[RoutingRecords], None] | None = None  # what a recording has not handed over yet
+        numbers = {name: len(sequences) for name, sequences in self._experts.items()}
+        if not numbers or len(set(numbers.values())) > 1:
+            raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
+        for name, sequences in self._experts.items():
+            for record in sequences:
+                if not isinstance(record, Tensor) or record.ndim != 2 or record.is_floating_point():
+                    got = f"{record.dtype} {tuple(record.shape)}" if isinstance(record, Tensor) else repr(record)
+                    raise ValueError(f"a record of {name!r} must be integers (tokens, k), got {got}")
+            if len({record.shape[1] for record in sequences}) > 1:
+                raise ValueError(f"records of {name!r} have different numbers of choices")
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The gates, in the model's order."""
+        return tuple(self._all)
+
+    def num_experts(self, layer: str) -> int | None:
+        """How many experts the gate had; None if that is not known."""
+        return self._num_experts.get(layer)
+
+    def k(self, layer: str) -> int | None:
+        """Choices of a token at a gate; None where there is no sequence."""
+        return next((record.shape[1] for record in self[layer]), None)
+
+    def lengths(self, layer: str) -> list[int]:
+        """Recorded tokens of each sequence at a gate."""
+        return [len(record) for record in self[layer]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self._all.values())))
+
+    def __getitem__(self, layer: str) -> list[Tensor]:
+        """For each sequence the choices `(s, k)` of its real tokens at a gate, on the CPU."""
+        if layer not in self._all:
+            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._all))}")
+        return self._all[layer]
+
+    def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
+        """Some sequences, in an order of one's own: those of another batch.
+
+        Args:
+            sequences: their numbers, or a slice of them.
+            tokens: of each of these, so many tokens, the first ones; by default all.
+        """
+        numbers = list(range(len(self))[sequences]) if isinstance(sequences, slice) else list(sequences)
+        wrong = [number for number in numbers if not -len(self) <= number < len(self)]
+        if wrong:
+            raise IndexError(f"no sequence {wrong[0]}: there are {len(self)}")
+        lengths = [None] * len(numbers) if tokens is None else list(tokens)
+        if len(lengths) != len(numbers):
+            raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(lengths)}")
+        experts = {}
+        for name, records in self._all.items():
+            for number, length in zip(numbers, lengths, strict=True):
+                if length is not None and not 0 <= length <= len(records[number]):
+                    raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {length}")
+            experts[name] = [records[number][:length] for number, length in zip(numbers, lengths, strict=True)]
+        return RoutingRecords(experts, self._num_experts)
+
+    def array(self, sequence: int) -> Tensor:
+        """`(s, l, k)` of a sequence, as serving engines lay it out. Every gate has to have as many tokens and k."""
+        shapes = {name: tuple(records[sequence].shape) for name, records in self._all.items()}
+        if len(set(shapes.values())) > 1:
+            raise ValueError(f"gates differ in tokens or choices, so that there is no one array: {shapes}")
+        return torch.stack([records[sequence] for records in self._all.values()], dim=1)
+
+    @classmethod
+    def from_requests(
+        cls, requests: Sequence[Any], *, shape: tuple[int, int] | None = None, layers: Sequence[int] | None = None
+    ) -> RoutingRecords:
+        """From what a serving engine returns for each request.
+
+        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers, or one of the
+        prompt and one of what was generated (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang
+        (`return_routed_experts`) returns `meta_info["routed_experts"]`, base64 of int32 `(s, l, k)` without its shape
+        (sgl-project/sglang#12162). The last token of a completion was never read, and so has no record. A row that
+        holds nothing but -1 is one that the engine did not record: there the gate chooses.
+
+        Args:
+            requests: for each one an array or tensor `(s, l, k)` (nested lists do too), a tuple of such, one behind the
+                other, or a base64 string.
+            shape: `(l, k)`, which strings do not tell.
+            layers: which of the l are gates of the model, in its order, where an engine returns a row for dense layers
+                too; by default all.
+
+        Example:
+            >>> prompt = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
+            >>> records = RoutingRecords.from_requests([(prompt, [[[2, 1], [0, 1]]])])
+            >>> records.lengths("0"), records["1"][0].tolist()
+            ([3], [[2, 3], [3, 2], [0, 1]])
+        """
+        arrays = [read_request(request, number, shape) for number, request in enumerate(requests)]
+        if not arrays:
+            raise ValueError("there is no request: give one array for each")
+        shapes = {tuple(array.shape[1:]) for array in arrays}
+        if len(shapes) > 1:
+            raise ValueError(f"requests differ in layers or choices: (l, k) are {sorted(shapes)}")
+        of_all = range(arrays[0].shape[1])
+        chosen = list(of_all) if layers is None else list(layers)
+        if wrong := [layer for layer in chosen if layer not in of_all]:
+            raise ValueError(f"layers has {wrong[0]}, the requests have 0 to {len(of_all) - 1}")
+        return cls({str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)})
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a file, which `load` reads."""
+        layers = {
+            name: {
+                "num_experts": self.num_experts(name),
+                "lengths": torch.tensor(self.lengths(name), dtype=torch.int64),
+                "experts": torch.cat(records) if records else torch.zeros(0, 0, dtype=torch.int16),
+            }
+            for name, records in self._all.items()
+        }
+        torch.save({"format": FORMAT, "layers": layers}, path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> RoutingRecords:
+        """Read a file that `save` wrote; nothing in it is executed (`weights_only`).
+
+        Raises:
+            ValueError: it is another file, or not whole.
+        """
+        try:
+            found = torch.load(path, weights_only=True, map_location="cpu")
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {error}") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            has = found.get("format") if isinstance(found, dict) else type(found).__name__
+            raise ValueError(f"{path} is no file of RoutingRecords.save: its format is {has!r}, wanted {FORMAT!r}")
+        try:
+            layers = found["layers"]
+            experts = {name: list(part["experts"].split(part["lengths"].tolist())) for name, part in layers.items()}
+            return cls(experts, {name: part["num_experts"] for name, part in layers.items()})
+        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{path} is not whole: {error!r}") from error
+
+    @property
+    def _all(self) -> dict[str, list[Tensor]]:
+        if self._unread is not None:
+            self._unread(self)
+        return self._experts
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self)} sequences, {len(self.layers)} gates)"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
+
+
+def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:
+    """`(s, l, k)` of a request."""
+    if isinstance(request, tuple):
+        return torch.cat([read_request(part, number, shape) for part in request])
+    if isinstance(request, str):
+        array = from_base64(request, number, shape)
+    else:
+        array = request if isinstance(request, Tensor) else torch.tensor(request)
+    if array.ndim != 3 or array.is_floating_point() or array.dtype == torch.bool:
+        got = f"{array.dtype} {tuple(array.shape)}"
+        raise ValueError(f"request {number} must be integers (tokens, layers, k), got {got}")
+    array = array.cpu().to(torch.int32)
+    return torch.where((array == -1).all(dim=-1, keepdim=True), LIVE, array)
+
+
+def from_base64(text: str, number: int, shape: tuple[int, int] | None) -> Tensor:
+    """`(s, l, k)` of base64 int32."""
+    if shape is None:
+        raise ValueError("a base64 string does not tell its shape: give shape=(layers, k)")
+    try:
+        raw = bytearray(base64.b64decode(text, validate=True))
+    except ValueError as error:
+        raise ValueError(f"request {number} is no base64: {error}") from error
+    if len(raw) % (4 * shape[0] * shape[1]):
+        raise ValueError(f"request {number} has {len(raw)} bytes, no multiple of {shape[0]} layers of {shape[1]} int32")
+    values = torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)
+    return values.view(-1, *shape)

@@ -1,0 +1,305 @@
+"""Replay: hooks that give gates what was chosen before, which they weigh by their live scores.
+
+Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts import under_way
+from mixture_of_experts.checks import check_choice
+from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.levels import GIVEN, GIVEN_INNER
+from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
+from mixture_of_experts.replay.records import RoutingRecords
+from mixture_of_experts.replay.recording import sequences_of
+from mixture_of_experts.replay.sites import (
+    ChoiceSite,
+    Entered,
+    Seen,
+    Sequences,
+    SequencesCall,
+    find_sites,
+    follow,
+    runs_again,
+)
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.tracing import in_checkpoint
+
+Beyond = Literal["error", "choose"]
+BEYOND: tuple[Beyond, ...] = ("error", "choose")
+
+
+@contextmanager
+def replay_routing(
+    model: nn.Module, records: RoutingRecords, *, beyond: Beyond = "error", seen: Seen | None = None
+) -> Iterator[None]:
+    """Have every gate in `model` choose what `records` say, while the context lasts.
+
+    A token's experts are those of the record, and weigh what the gate makes of their live scores, with gradients: by
+    the gate's own rule, in blocks of `transformers` by their own code. So the losses are those of the recorded choices.
+    Records are of real tokens: padding may stand on the other side, or not be there.
+
+    Each forward of this thread is one of all sequences of the records, in their order (`records.select` takes some, in
+    another one); where it goes on by a cache, of the tokens that follow. Where activation checkpointing runs layers
+    again, call the backward within the context too.
+
+    Args:
+        model: the module that you call.
+        records: of this model or one like it: gates are found by their names, or else by their order.
+        beyond: what a token does that is behind the end of its sequence's record. "error", or "choose": its gate
+            chooses, as for the last token of a completion, which no engine has read.
+        seen: as in `record_routing`.
+
+    Raises:
+        ValueError: when entered, gates, choices or experts of model and records differ in number, or a gate cannot be
+            given choices; in a forward, before its first gate, numbers of sequences or tokens do.
+        TypeError: in a forward, a block of `transformers` chooses in another way than by `torch.topk`.
+        RuntimeError: in a forward or a backward that cannot be replayed: under reentrant checkpointing, outside of
+            `model`, or in a backward after the context has been left.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> from mixture_of_experts.replay import RoutingRecords, replay_routing
+        >>> moe = MoE(dim=8, gate=TopKGating(8, num_experts=4))
+        >>> records = RoutingRecords({"gate": [torch.tensor([[3, 1], [0, 2]])]})
+        >>> chosen = []
+        >>> _ = moe.gate.register_forward_hook(lambda gate, args, routing: chosen.append(routing.expert.tolist()))
+        >>> with replay_routing(moe, records):
+        ...     out, aux_loss = moe(torch.randn(1, 2, 8))
+        >>> chosen
+        [[[3, 1, 0, 2]]]
+    """
+    check_choice("beyond", beyond, BEYOND)
+    sites = find_sites(model)
+    replay = Replay(sites, match(sites, records), beyond)
+    with ExitStack() as hooks:
+        hooks.callback(replay.close)
+        replay.start(hooks, seen)
+        with under_way.within([(replay, Entered())]):
+            yield
+
+
+class Table:
+    """The records of one gate.
+
+    Args:
+        records: for each sequence `(s, k)`.
+    """
+
+    def __init__(self, records: list[Tensor], k: int) -> None:
+        self.lengths = [len(record) for record in records]
+        self.length = torch.tensor(self.lengths, dtype=torch.int64)
+        self.expert = torch.full((len(records), max([1, *self.lengths]), k), LIVE, dtype=torch.int64)
+        for row, record in zip(self.expert, records, strict=True):
+            row[: len(record)] = record
+
+    def choices(self, index: Tensor) -> Tensor:
+        """`(b, n, k)` int64 of tokens `(b, n)`, `LIVE` behind the end."""
+        if self.expert.device != index.device:
+            self.expert, self.length = self.expert.to(index.device), self.length.to(index.device)
+        inside = index.clamp(0, self.expert.shape[1] - 1).unsqueeze(-1).expand(-1, -1, self.expert.shape[-1])
+        return self.expert.gather(1, inside).where((index < self.length.unsqueeze(-1)).unsqueeze(-1), LIVE)
+
+
+class Replay:
+    """What `replay_routing` gives the gates of a model."""
+
+    def __init__(self, sites: list[ChoiceSite], tables: dict[str, Table], beyond: Beyond) -> None:
+        self.sites, self.tables, self.beyond = sites, tables, beyond
+        self.closed = False
+        self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
+        self.waiting: set[str] = set()  # those that it has not run yet
+
+    def close(self) -> None:
+        self.closed = True
+
+    def start(self, hooks: ExitStack, seen: Seen | None) -> None:
+        around = follow(self, self.sites, seen, hooks)
+        for site in self.sites:
+            sequences = around[site.around]
+            if site.foreign:
+                before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
+                hooks.callback(site.called.register_forward_pre_hook(before).remove)
+                hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
+                continue
+            before = partial(self.before_layer, site, sequences)
+            hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
+            hooks.callback(site.gate.register_forward_hook(partial(self.after_gate, site, sequences)).remove)
+
+    # gates of this package
+
+    def before_layer(
+        self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = sequences.call(site)
+        if call is None and not runs_again():
+            return None
+        shape, mask = site.sizes(args, kwargs)
+        b, n = math.prod(shape[:-1]), shape[-1]
+        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        given = self.given(site, call, (b, n), None if mask is None else mask.reshape(b, n), x.device)
+        name, rest = (GIVEN, (site.k,)) if site.outer is None else (GIVEN_INNER, (-1, site.k))
+        if name in kwargs:
+            raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
+        return args, {**kwargs, name: given.view(*shape, *rest)}
+
+    def after_gate(
+        self, site: ChoiceSite, sequences: Sequences, gate: nn.Module, args: object, routing: Routing
+    ) -> None:
+        self.refuse_late_backward(site, sequences, routing.weight)
+
+    # blocks of transformers
+
+    def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
+        call = sequences.call(site)
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{site.name!r} is a router of transformers: it is replayed without torch.compile only")
+        if call is not None:
+            given = self.of_block(site, call, args)
+        elif not runs_again():
+            return
+        else:
+            given = self.to_run_again[site.name]
+            self.waiting.discard(site.name)
+        mode = Choosing(site, given)
+        under_way.begin(ChoosingCall(mode), (self, site.name))
+        mode.__enter__()
+
+    def of_block(self, site: ChoiceSite, call: SequencesCall, args: Any) -> Tensor:
+        """`(b n, k)` for the tokens of a block; kept where a backward will run it again."""
+        hidden = args[0] if args else None
+        b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
+        sequences_of(site, call, b * n)
+        device = next(site.called.parameters()).device
+        given = self.given(site, call, (b, n), call.tokens.mask, device)
+        if call.tokens.mask is not None:
+            given = given.where(call.tokens.mask.to(device).unsqueeze(-1), LIVE)
+        given = given.view(b * n, site.k)
+        if site.called.training and in_checkpoint():
+            before = self.to_run_again.get(site.name)
+            if site.name in self.waiting and before is not None and not before.equal(given):
+                raise RuntimeError(
+                    f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
+                    "backward, which could not tell them apart: call the backward of the first one first"
+                )
+            self.to_run_again[site.name] = given
+            self.waiting.add(site.name)
+        return given
+
+    def after_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object, output: Any) -> None:
+        entered = under_way.end((self, site.name))
+        if entered is None:
+            return
+        entered.mode.__exit__(None, None, None)
+        if output is not None:  # it did not raise
+            refuse_other_ways(site, entered.mode)
+            outputs = output if isinstance(output, tuple) else (output,)
+            self.refuse_late_backward(site, sequences, next(part for part in outputs if isinstance(part, Tensor)))
+
+    # both
+
+    def given(
+        self, site: ChoiceSite, call: SequencesCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
+    ) -> Tensor:
+        """`(b, n, k)` int64, the choices for the tokens of a forward."""
+        table, seen = self.tables[site.name], 0 if call is None else call.seen
+        if call is not None:
+            call.once(site.name)
+            self.check(site, table, call, shape, mask)
+        if mask is None:
+            index = torch.arange(shape[1], device=device).expand(shape)
+        else:
+            index = mask.to(device).cumsum(dim=-1) - 1
+        return table.choices(index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen))
+
+    def check(
+        self, site: ChoiceSite, table: Table, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None
+    ) -> None:
+        """A forward is of as many sequences and tokens as the records. Graphs know no numbers of tokens."""
+        if shape[0] != len(table.lengths):
+            raise ValueError(
+                f"a forward of {shape[0]} sequences came to {site.name!r}, the records have {len(table.lengths)}: "
+                "records.select(...) takes those of a batch"
+            )
+        if torch.compiler.is_compiling():
+            return
+        if site.called.training and in_checkpoint() and (call.continues or not torch.is_grad_enabled()):
+            raise RuntimeError(
+                f"{site.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
+                "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
+            )
+        known = [found for found, lengths in call.checked if found is mask and lengths == table.lengths]
+        if known:
+            return
+        real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
+        seen = call.seen.tolist() if isinstance(call.seen, Tensor) else [call.seen] * shape[0]
+        for i, (length, new, read) in enumerate(zip(table.lengths, real, seen, strict=True)):
+            short = new + read < length and not call.cached
+            if short or (new + read > length and self.beyond == "error"):
+                remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
+                raise ValueError(
+                    f"sequence {i} has {new + read} real tokens at {site.name!r}, its record has {length}: {remedy}"
+                )
+        call.checked.append((mask, table.lengths))
+
+    def refuse_late_backward(self, site: ChoiceSite, sequences: Sequences, of_gate: Tensor) -> None:
+        """What checkpointing runs again when the hooks are gone would choose by itself."""
+        if torch.compiler.is_compiling() or not of_gate.requires_grad or runs_again():
+            return
+        if sequences.call(site) is not None and in_checkpoint():
+            of_gate.register_hook(partial(self.refuse_if_closed, site.name))
+
+    def refuse_if_closed(self, name: str, grad: Tensor) -> None:
+        if self.closed:
+            raise RuntimeError(
+                f"activation checkpointing runs {name!r} again after replay_routing was left, so that it would choose "
+                "for itself: call the backward within the context"
+            )
+
+
+def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
+    """The records of each gate, found to fit it."""
+    layers = records.layers
+    if len(layers) != len(sites):
+        raise ValueError(
+            f"the model has {len(sites)} gates ({', '.join(site.name for site in sites)}), the records {len(layers)} "
+            f"({', '.join(layers)})"
+        )
+    by_name = set(layers) == {site.name for site in sites}
+    tables = {}
+    for place, site in enumerate(sites):
+        layer = site.name if by_name else layers[place]
+        check_records(site, layer, records)
+        tables[site.name] = Table(records[layer], site.choices)
+    return tables
+
+
+def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
+    k, e, found = records.k(layer), records.num_experts(layer), records[layer]
+    of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
+    if not site.foreign and GIVEN not in reads_of(site.gate):
+        raise ValueError(
+            f"{of} is a {type(site.gate).__name__}, which cannot be given choices: let its `decide` choose by "
+            f"`self.settle(tokens, expert)`, and add {GIVEN!r} to its `reads`"
+        )
+    if k not in (None, site.choices):
+        raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {k}")
+    if e not in (None, site.num_experts):
+        raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
+    for record in found:
+        largest, least = (int(record.max()), int(record.min())) if record.numel() else (0, 0)
+        if largest >= site.num_experts or not (least == LIVE or least >= -1 - site.num_experts):
+            raise ValueError(f"{of} has experts 0 to {site.num_experts - 1}, the records hold {least} to {largest}")
+        if site.foreign and bool(((record < 0) & (record != LIVE)).any()):
+            raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
