@@ -18,7 +18,6 @@ from mixture_of_experts.plan import Plan
 from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
 
-
 GIVEN, GIVEN_INNER = "given_experts", "given_experts_inner"
 
 

@@ -96,7 +96,9 @@ def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
     attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # by the first new token
-    attended = attended if attended.dtype == torch.bool else attended >= 0 if attended.is_floating_point() else attended > 0
+    attended = (
+        attended if attended.dtype == torch.bool else attended >= 0 if attended.is_floating_point() else attended > 0
+    )
     return attended.sum(dim=-1)
 
 

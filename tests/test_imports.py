@@ -31,6 +31,7 @@ OUTSIDE = {
     "plot": {"stats"},
     "summary": set(),
     "unstack": set(),
+    "replay": {"stats"},
     "parallel": set(),
     "huggingface": {"parallel", "stats"},
     "mixture_of_experts": set(),  # the one module of 0.2.3

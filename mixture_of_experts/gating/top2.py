@@ -182,10 +182,14 @@ class Top2Gating(TokenChoiceGate):
             p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
-        parts["z"] = self.token_mean(tokens, losses.log_total_at(logits, expert_1, p_1).square())
-        # a choice of more than half the weight; at an exact tie neither is first
+        likely = weighed is None  # what was given need not be
+        log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
+        parts["z"] = self.token_mean(tokens, log_total.square())
+        primary = weight > 0.5  # of more than half the weight; at an exact tie neither is first
+        if settled.live is not None:  # of those that are given, the one that was first
+            primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
         chosen = settled.chosen(self._sent(weight))
-        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=weight > 0.5)
+        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=primary)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)

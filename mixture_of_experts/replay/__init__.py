@@ -1,7 +1,7 @@
 """Record what gates choose, and have them choose it again: in another dtype, engine or batch, or in a recomputation."""
 
-from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.recording import record_routing
+from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.replaying import replay_routing
 from mixture_of_experts.replay.saving import save_choices
 

@@ -49,7 +49,7 @@ class Choosing(TorchFunctionMode):
         found = torch.topk(input, k, dim, largest, sorted, **kwargs)
         if not last or (size, k) != (self.site.num_experts, self.site.k):
             return found
-        values, self.expert = found
+        self.expert = found.indices
         if given is None:
             return found
         if given.shape[0] * size != input.numel():

@@ -18,7 +18,16 @@ from mixture_of_experts import under_way
 from mixture_of_experts.decision import plan_slots_of
 from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
 from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sites import ChoiceSite, Entered, Seen, Sequences, SequencesCall, find_sites, follow
+from mixture_of_experts.replay.sites import (
+    ChoiceSite,
+    Entered,
+    Seen,
+    Sequences,
+    SequencesCall,
+    find_sites,
+    follow,
+    follow_to_the_end,
+)
 from mixture_of_experts.routing import Routing
 
 
@@ -99,6 +108,7 @@ class Recording:
             before = partial(self.before_layer, site, sequences)
             hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
             hooks.callback(site.gate.register_forward_hook(partial(self.after_gate, site, sequences)).remove)
+        follow_to_the_end(around, hooks)
 
     def before_layer(
         self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -163,7 +173,7 @@ def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tupl
 
 
 def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
-    """Choices `(eo, b, c, k2)` of slots as those of assignments of level one `(b n k, k2)`, -1 where one has no slot."""
+    """Choices `(eo, b, c, k2)` of slots as those of assignments of level one `(b n k, k2)`, -1 without a slot."""
     slots, k = plan_slots_of(outer), expert.shape[-1]
     none = expert.new_full((outer.expert.numel() + 1, k), -1)
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
@@ -184,7 +194,9 @@ def joined(name: str, before: list[Tensor], parts: list[Part]) -> list[Tensor]:
         for piece, row, read in zip(pieces[len(pieces) - len(rows) :], rows, seen, strict=True):
             have = sum(map(len, piece))
             if have < read:
-                raise RuntimeError(f"{name!r}: a forward goes on after {read} tokens of a sequence, {have} were recorded")
+                raise RuntimeError(
+                    f"{name!r}: a forward goes on after {read} tokens of a sequence, {have} were recorded"
+                )
             if have > read:  # the cache was cut
                 piece[:] = [torch.cat(piece)[:read]]
             piece.append(row)

@@ -20,8 +20,8 @@ from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
-from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.recording import sequences_of
+from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
     ChoiceSite,
     Entered,
@@ -30,6 +30,7 @@ from mixture_of_experts.replay.sites import (
     SequencesCall,
     find_sites,
     follow,
+    follow_to_the_end,
     runs_again,
 )
 from mixture_of_experts.routing import Routing
@@ -130,12 +131,14 @@ class Replay:
             sequences = around[site.around]
             if site.foreign:
                 before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
-                hooks.callback(site.called.register_forward_pre_hook(before).remove)
+                # first, so that what records at the same time, whoever came earlier, sees what is replayed
+                hooks.callback(site.called.register_forward_pre_hook(before, prepend=True).remove)
                 hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
                 continue
             before = partial(self.before_layer, site, sequences)
             hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(site.gate.register_forward_hook(partial(self.after_gate, site, sequences)).remove)
+            hooks.callback(site.called.register_forward_hook(partial(self.after_layer, site, sequences)).remove)
+        follow_to_the_end(around, hooks)
 
     # gates of this package
 
@@ -154,10 +157,8 @@ class Replay:
             raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
         return args, {**kwargs, name: given.view(*shape, *rest)}
 
-    def after_gate(
-        self, site: ChoiceSite, sequences: Sequences, gate: nn.Module, args: object, routing: Routing
-    ) -> None:
-        self.refuse_late_backward(site, sequences, routing.weight)
+    def after_layer(self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: object, out: Any) -> None:
+        self.refuse_late_backward(site, sequences, out.weight if isinstance(out, Routing) else out[0])
 
     # blocks of transformers
 
@@ -253,12 +254,12 @@ class Replay:
                 )
         call.checked.append((mask, table.lengths))
 
-    def refuse_late_backward(self, site: ChoiceSite, sequences: Sequences, of_gate: Tensor) -> None:
+    def refuse_late_backward(self, site: ChoiceSite, sequences: Sequences, out: Tensor) -> None:
         """What checkpointing runs again when the hooks are gone would choose by itself."""
-        if torch.compiler.is_compiling() or not of_gate.requires_grad or runs_again():
+        if torch.compiler.is_compiling() or not out.requires_grad or runs_again():
             return
         if sequences.call(site) is not None and in_checkpoint():
-            of_gate.register_hook(partial(self.refuse_if_closed, site.name))
+            out.register_hook(partial(self.refuse_if_closed, site.name))
 
     def refuse_if_closed(self, name: str, grad: Tensor) -> None:
         if self.closed:

@@ -32,7 +32,7 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
     """A policy for selective activation checkpointing: choices are saved, everything else is computed again.
 
     Where products differ from run to run, as on some GPUs, a token whose best scores are nearly equal may otherwise
-    choose other experts in the recomputation than in the forward, and its gradient is of a network that it did not pass.
+    choose other experts in the recomputation than in the forward: its gradient is of a network that it did not pass.
     Saved is what operators make of floating-point numbers that is discrete: argmax, top-k, sorting, comparisons. That
     holds for gates of this package, policies and capacity among it, and for routers of `transformers`.
 

@@ -84,9 +84,7 @@ def site_of(found: GateSite, layers: Mapping[nn.Module, nn.Module], around: nn.M
         )
     if gate not in layers and found.outer:
         raise ValueError(f"{found.name!r} has outer_expert_dims={found.outer} and no layer: put it into one")
-    return ChoiceSite(
-        found.name, gate, layers.get(gate, gate), k, found.num_experts, around, outer=found.outer_gate
-    )
+    return ChoiceSite(found.name, gate, layers.get(gate, gate), k, found.num_experts, around, outer=found.outer_gate)
 
 
 # Calls
@@ -147,7 +145,9 @@ class Sequences:
         """The forward that is under way; None in another thread, and where a backward runs something again."""
         call = under_way.current(self)
         if call is None and under_way.current(self.owner) is not None:
-            raise RuntimeError(f"{site.name!r} ran, but not within a forward of the module given: give the one you call")
+            raise RuntimeError(
+                f"{site.name!r} ran, but not within a forward of the module given: give the one you call"
+            )
         return call
 
 
@@ -157,11 +157,14 @@ def runs_again() -> bool:
 
 
 def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: ExitStack) -> dict[nn.Module, Sequences]:
-    """Have all models around gates tell of their sequences, until `hooks` is closed; by model."""
-    found: dict[nn.Module, Sequences] = {}
-    for site in sites:
-        if site.around not in found:
-            sequences = found[site.around] = Sequences(owner, site.around, seen)
-            hooks.callback(site.around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)
-            hooks.callback(site.around.register_forward_hook(sequences.end, always_call=True).remove)
+    """Have all models around gates tell where their sequences begin, until `hooks` is closed; by model."""
+    found = {around: Sequences(owner, around, seen) for around in {site.around: None for site in sites}}
+    for around, sequences in found.items():
+        hooks.callback(around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)
     return found
+
+
+def follow_to_the_end(found: Mapping[nn.Module, Sequences], hooks: ExitStack) -> None:
+    """And where they end: last, as a model may be a layer itself, whose hooks ask for its sequences."""
+    for around, sequences in found.items():
+        hooks.callback(around.register_forward_hook(sequences.end, always_call=True).remove)

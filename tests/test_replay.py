@@ -1,0 +1,480 @@
+"""Record and replay: what gates chose they choose again, whatever dtype, padding, batch or recomputation."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import copy
+import threading
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError, checkpoint, create_selective_checkpoint_contexts
+
+from mixture_of_experts import (
+    Choices,
+    ExpertChoiceGating,
+    HashGating,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    TokenChoiceGate,
+    Top2Gating,
+    TopKGating,
+    recipes,
+)
+from mixture_of_experts.gating import SparseMixerGating, base
+from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
+
+DIM = 8
+TIGHT = dict(capacity_factor_train=0.5, min_expert_capacity=1)
+LAYERS = {
+    "top-k": lambda: MoE(DIM, gate=TopKGating(DIM, 4)),
+    "top-k, groups": lambda: MoE(
+        DIM, gate=TopKGating(DIM, 8, score="sigmoid", num_groups=4, top_groups=2, expert_bias=True, scale=2.0)
+    ),
+    "top-k, capacity": lambda: MoE(DIM, gate=TopKGating(DIM, 4, priority="score", **TIGHT)),
+    "top-2": lambda: MoE(DIM, 4),
+    "top-2, capacity": lambda: MoE(DIM, 4, second_place_loss=True, **TIGHT),
+    "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4)),
+    "sparse mixer": lambda: MoE(DIM, gate=SparseMixerGating(DIM, 4, tolerance=0.3)),
+    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), **TIGHT),
+    "two levels, dropless": lambda: HeirarchicalMoE(
+        DIM, gate_outer=TopKGating(DIM, 4, 3), gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,))
+    ),
+    "two levels, groups": lambda: HeirarchicalMoE(DIM, (2, 3), group_size=6),
+    "wrapped": lambda: nn.Sequential(MoE(DIM, 4)),
+}
+LENGTHS = torch.tensor([[6], [3], [4]])
+MASK = torch.arange(6) < LENGTHS
+
+
+def run(model: nn.Module, x: Tensor, mask: Tensor | None, seed: int) -> tuple[Tensor, ...]:
+    """Output, loss, and the gradients of input and weights; noise is that of the seed."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    layer = model[0] if isinstance(model, nn.Sequential) else model
+    out, aux_loss = model(x) if mask is None or layer is not model else model(x, mask)
+    weights = list(model.parameters())
+    grads = torch.autograd.grad(out.square().sum() + aux_loss, [x, *weights], allow_unused=True)
+    return out, aux_loss, *(grad for grad in grads if grad is not None)
+
+
+def test_a_toy():
+    """Two tokens whose experts are given: they weigh the softmax of their own scores, shared among the two."""
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(1, 2, DIM)
+    records = RoutingRecords({"gate": [torch.tensor([[3, 1], [0, 2]])]})
+    routings: list = []
+    moe.gate.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
+    with replay_routing(moe, records):
+        moe(x)
+    assert routings[0].expert.tolist() == [[3, 1, 0, 2]]
+    probs = (x[0] @ moe.gate.w_gating).softmax(-1)
+    for token, experts in enumerate([[3, 1], [0, 2]]):
+        wanted = probs[token, experts] / probs[token, experts].sum()
+        torch.testing.assert_close(routings[0].weight[0, 2 * token : 2 * token + 2], wanted)
+    routings[0].weight.square().sum().backward()
+    assert moe.gate.w_gating.grad is not None
+    assert moe.gate.w_gating.grad.any()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_replay_is_exact(name, masked):
+    """Outputs, losses and all gradients, whatever is drawn; then with the padding on the other side, in another order
+    and of a layer whose router is another one: there the choices are those recorded, and the weights are its own."""
+    torch.manual_seed(0)
+    model, x, mask = LAYERS[name](), torch.randn(3, 6, DIM), MASK if masked and name != "wrapped" else None
+    with record_routing(model) as records:
+        wanted = run(model, x, mask, seed=1)
+    assert len(records) == 3
+    assert records.lengths(records.layers[-1]) == ([6, 3, 4] if mask is not None else [6, 6, 6])
+    seed = 1 if name in ("noisy", "sparse mixer") else 2  # whose weights are drawn
+    with replay_routing(model, records):
+        again = run(model, x, mask, seed)
+    for got, value in zip(again, wanted, strict=True):
+        torch.testing.assert_close(got, value, atol=1e-6, rtol=1e-5)
+
+    order, groups = [2, 0, 1], name == "two levels, groups"  # whose capacity is shared with other sequences
+    other = torch.zeros_like(x)
+    moved = MASK[order].flip(-1) if mask is not None else None
+    other[... if moved is None else moved] = x[order][... if mask is None else mask[order]]
+    with record_routing(model) as recorded, replay_routing(model, records.select(order)):
+        out = run(model, other, moved, seed)[0]
+    if seed == 2 and not groups:
+        one, two = (out, wanted[0][order]) if mask is None else (out[moved], wanted[0][order][mask[order]])
+        torch.testing.assert_close(one, two, atol=1e-6, rtol=1e-5)
+    if not groups:
+        assert_equal(recorded, records.select(order))
+
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    with replay_routing(model, records), record_routing(model) as recorded:
+        run(model, x, mask, seed=3)
+    with record_routing(model) as free:
+        run(model, x, mask, seed=3)
+    assert_equal(recorded, records)
+    assert any(not a.equal(b) for layer in free for a, b in zip(free[layer], records[layer], strict=True))
+
+
+def assert_equal(one: RoutingRecords, other: RoutingRecords) -> None:
+    assert one.layers == other.layers
+    for layer in one:
+        for a, b in zip(one[layer], other[layer], strict=True):
+            assert a.equal(b), layer
+
+
+class Model(nn.Module):
+    """A small language model without attention, whose layers have 32 experts."""
+
+    def __init__(self, layers: int = 4, dim: int = 64, vocabulary: int = 100) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(vocabulary, dim), nn.Linear(dim, vocabulary, bias=False)
+        self.layers = nn.ModuleList(recipes.qwen3(dim, num_experts=32, hidden_dim=32, k=4) for _ in range(layers))
+        self.norms = nn.ModuleList(nn.RMSNorm(dim) for _ in range(layers + 1))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for norm, layer in zip(self.norms, self.layers, strict=False):
+            x = x + layer(norm(x))[0]
+        return self.head(self.norms[-1](x)).float().log_softmax(-1)
+
+
+def test_two_dtypes_disagree_and_replay_brings_them_together():
+    """A rollout in bfloat16, trained in float32: 14 of 800 choices differ, log-probabilities by up to 0.24; with its
+    choices by 0.017, which is what the rounding of products makes."""
+    torch.manual_seed(0)
+    trainer = Model().eval()
+    rollout, tokens = copy.deepcopy(trainer).bfloat16(), torch.randint(100, (4, 50))
+    with torch.no_grad():
+        with record_routing(rollout) as records:
+            wanted = rollout(tokens)
+        with record_routing(trainer) as own:
+            free = trainer(tokens)
+        with replay_routing(trainer, records):
+            replayed = trainer(tokens)
+    choices = (
+        [set(row) for layer in each for record in each[layer] for row in record.tolist()] for each in (own, records)
+    )
+    flipped = sum(one != other for one, other in zip(*choices, strict=True))
+    assert 5 <= flipped <= 40
+    assert float((free - wanted).abs().max()) > 0.1
+    assert float((replayed - wanted).abs().max()) < 0.03
+
+
+# ---- sequences that go on ----
+
+
+class Cached(nn.Module):
+    """Tells how many tokens it has read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoE(DIM, gate=TopKGating(DIM, 8))
+
+    def forward(self, x: Tensor, read: int | Tensor = 0) -> Tensor:
+        return self.moe(x)[0]
+
+
+def test_a_cache_of_ones_own_goes_on_and_is_cut():
+    model, x = Cached(), torch.randn(2, 5, DIM)
+    seen = lambda args, kwargs: kwargs.get("read", 0)  # noqa: E731
+    with record_routing(model) as wanted:
+        out = model(x)
+    with record_routing(model, seen=seen) as records:
+        model(x[:, :3])
+        model(torch.randn(2, 2, DIM), read=3)  # a draft
+        model(x[:, 3:4], read=torch.tensor([3, 3]))
+        assert records.lengths("moe.gate") == [4, 4]
+        model(x[:, 4:], read=4)
+        model(x)
+    assert_equal(records.select([0, 1]), wanted)
+    assert_equal(records.select([2, 3]), wanted)
+    with torch.no_grad():
+        model.moe.gate.w_gating.copy_(torch.randn(DIM, 8))
+        with replay_routing(model, wanted):
+            out = model(x)
+        with replay_routing(model, wanted, seen=seen):
+            steps = [model(x[:, :3]), model(x[:, 3:], read=3)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), out)
+    with record_routing(model, seen=seen) as records:
+        model(x, read=2)
+    with pytest.raises(RuntimeError, match=r"goes on with 2 sequences, 0 were recorded"):
+        len(records)
+
+
+def test_behind_the_end_a_gate_chooses():
+    """The last token of a completion, which nobody has read."""
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 8)), torch.randn(2, 4, DIM)
+    with record_routing(moe) as own:
+        moe(x)
+    given = RoutingRecords({"gate": [torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([[6, 7]])]})
+    with replay_routing(moe, given, beyond="choose"), record_routing(moe) as records:
+        moe(x)
+    assert records["gate"][0].tolist() == [[0, 1], [2, 3], [4, 5], own["gate"][0][3].tolist()]
+    assert records["gate"][1].tolist() == [[6, 7], *own["gate"][1][1:].tolist()]
+    ids, hashed = torch.randint(9, (2, 4)), MoE(DIM, gate=HashGating(DIM, 8, num_ids=9))
+    with replay_routing(hashed, given, beyond="choose"), record_routing(hashed) as records:
+        hashed(x, token_ids=ids)
+    assert records["gate"][1].tolist() == [[6, 7], *hashed.gate.experts_of_id[ids][1, 1:].tolist()]
+
+
+# ---- what does not fit ----
+
+
+class OwnGate(TokenChoiceGate):
+    """Chooses by itself."""
+
+    def __init__(self) -> None:
+        super().__init__(DIM, 4, k=1)
+
+    def decide(self, tokens):
+        probs = tokens.x[..., :4].softmax(-1)
+        return Choices(probs.argmax(-1, keepdim=True), probs.amax(-1, keepdim=True), probs, {})
+
+
+def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
+    return RoutingRecords({f"{i}": [torch.full(shape, largest)] for i, shape in enumerate(shapes)})
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        (records_of((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
+        (records_of((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
+        (records_of((4, 2), largest=4), "'gate' .* has experts 0 to 3, the records hold 4 to 4"),
+        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
+        (records_of((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
+        (records_of((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
+        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)] * 2}), "a forward of 1 sequences .* have 2"),
+    ],
+)
+def test_other_sizes_are_named_and_change_nothing(records, message):
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(1, 4, DIM)
+    wanted, hooks = moe(x)[0], hooks_of(moe)
+    with pytest.raises(ValueError, match=message), replay_routing(moe, records):
+        moe(x)
+    assert hooks_of(moe) == hooks
+    assert moe(x)[0].equal(wanted)
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_gates_that_cannot_be_given_choices():
+    with pytest.raises(ValueError, match="ExpertChoiceGating, in which tokens make no k choices"):
+        record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
+    with pytest.raises(ValueError, match="Linear has no gate"):
+        record_routing(nn.Linear(2, 2)).__enter__()
+    moe, x = MoE(DIM, gate=OwnGate()), torch.randn(1, 4, DIM)
+    with record_routing(moe) as records:
+        moe(x)
+    with pytest.raises(ValueError, match=r"is a OwnGate, which cannot be given choices: let its `decide` choose by"):
+        replay_routing(moe, records).__enter__()
+    shared = nn.Sequential(moe := Cached(), moe)
+    with pytest.raises(RuntimeError, match="ran twice in one forward"), record_routing(shared):
+        shared(x)
+    with pytest.raises(RuntimeError, match="ran, but not within a forward of the module given"), record_routing(shared):
+        moe(x)
+    with record_routing(moe) as records:
+        moe(x)
+    with pytest.raises(ValueError, match="is given given_experts by its caller"), replay_routing(moe.moe, records):
+        moe.moe(x, given_experts=torch.zeros(1, 4, 2, dtype=torch.int64))
+
+
+def test_other_threads_go_their_own_ways():
+    """Their forwards are neither recorded nor replayed."""
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 8)), torch.randn(1, 4, DIM)
+    wanted, given, got = moe(x)[0], RoutingRecords({"gate": [torch.tensor([[0, 1]] * 4)]}), []
+
+    def elsewhere() -> None:
+        thread = threading.Thread(target=lambda: got.append(moe(x)[0]))
+        thread.start()
+        thread.join()
+
+    with record_routing(moe) as records:
+        elsewhere()
+    assert len(records) == 0
+    with replay_routing(moe, given):
+        elsewhere()
+        assert not moe(x)[0].equal(wanted)
+    assert got[0].equal(wanted)
+    assert got[1].equal(wanted)
+
+
+# ---- files, and what engines return ----
+
+
+def test_a_file(tmp_path):
+    torch.manual_seed(0)
+    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    with record_routing(moe) as records:
+        moe(x, MASK)
+    records.save(tmp_path / "records.pt")
+    found = RoutingRecords.load(tmp_path / "records.pt")
+    assert_equal(found, records)
+    assert [found.num_experts(layer) for layer in found] == [2, 3]
+    assert repr(found) == "RoutingRecords(3 sequences, 2 gates)"
+    whole = (tmp_path / "records.pt").read_bytes()
+    for name, content in {"cut": whole[: len(whole) // 2], "empty": b"", "text": b"no records"}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name} is not whole, or no file of RoutingRecords.save"):
+            RoutingRecords.load(tmp_path / name)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"weights is no file of RoutingRecords.save: its format is None, wanted"):
+        RoutingRecords.load(tmp_path / "weights")
+    contents = torch.load(tmp_path / "records.pt", weights_only=True)
+    contents["layers"]["gate_outer"]["lengths"][0] = 1
+    torch.save(contents, tmp_path / "lengths")
+    with pytest.raises(ValueError, match="lengths is not whole"):
+        RoutingRecords.load(tmp_path / "lengths")
+    torch.save(moe, tmp_path / "module")  # which weights_only does not build
+    with pytest.raises(ValueError, match="is not whole, or no file"):
+        RoutingRecords.load(tmp_path / "module")
+
+
+def test_arrays_of_engines():
+    """vLLM's of prompt and completion, SGLang's base64; layers without experts are left out, and what was not
+    recorded is chosen."""
+    torch.manual_seed(0)
+    model = nn.Sequential(Cached(), Cached())
+    x = torch.randn(2, 4, DIM)
+    with record_routing(model) as records:
+        out = model(x)
+    arrays = [records.array(0).numpy(), records.array(1).numpy()]  # int16 (s, l, k)
+    with replay_routing(model, RoutingRecords.from_requests([(a[:2], a[2:]) for a in arrays])):
+        torch.testing.assert_close(model(x), out)
+    dense = [torch.tensor(a)[:, [0, 0, 1]].int() for a in arrays]
+    strings = [base64.b64encode(a.numpy().tobytes()).decode() for a in dense]
+    found = RoutingRecords.from_requests(strings, shape=(3, 2), layers=[0, 2])
+    with replay_routing(model, found):
+        torch.testing.assert_close(model(x), out)
+    dense[0][3] = -1
+    unread = RoutingRecords.from_requests(dense, layers=[0, 2])
+    assert unread["0"][0][3].tolist() == [LIVE, LIVE]
+    with replay_routing(model, unread):
+        torch.testing.assert_close(model(x), out)
+    for wrong, message in {
+        (): "there is no request",
+        ("####",): "request 0 is no base64",
+        (base64.b64encode(b"1234").decode(),): "request 0 has 4 bytes, no multiple of 3 layers of 2 int32",
+        (((1, 2),),): "request 0 must be integers",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            RoutingRecords.from_requests(list(wrong), shape=(3, 2))
+    with pytest.raises(ValueError, match=r"requests differ in layers or choices: \(l, k\) are \[\(2, 2\), \(3, 2\)\]"):
+        RoutingRecords.from_requests([arrays[0], dense[0]])
+    with pytest.raises(ValueError, match="layers has 3, the requests have 0 to 2"):
+        RoutingRecords.from_requests(dense, layers=[0, 3])
+    with pytest.raises(ValueError, match=r"give shape=\(layers, k\)"):
+        RoutingRecords.from_requests(strings)
+
+
+def test_records_are_checked():
+    one, two = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
+    for wrong, message in [
+        ({}, "a record of every sequence"),
+        ({"a": [one], "b": []}, "{'a': 1, 'b': 0}"),
+        ({"a": [one.float()]}, "must be integers"),
+        ({"a": [one, two]}, "different numbers of choices"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            RoutingRecords(wrong)
+    records = RoutingRecords({"a": [one], "b": [two]})
+    assert records.select([0, 0], tokens=[1, 2]).lengths("a") == [1, 2]
+    with pytest.raises(ValueError, match="no one array"):
+        records.array(0)
+    with pytest.raises(IndexError, match="no sequence 1: there are 1"):
+        records.select([1])
+    with pytest.raises(ValueError, match="sequence 0 has 3 tokens at 'a', not 4"):
+        records.select([0], tokens=[4])
+    with pytest.raises(ValueError, match="a number for each of 1 sequences, got 2"):
+        records.select([0], tokens=[1, 2])
+    with pytest.raises(KeyError, match="no gate 'c': there are 'a', 'b'"):
+        records["c"]
+
+
+# ---- recomputation ----
+
+
+class Checkpointed(nn.Module):
+    """A layer that a backward runs again."""
+
+    def __init__(self, moe: Any, **settings: Any) -> None:
+        super().__init__()
+        self.moe, self.settings = moe, {"use_reentrant": False, **settings}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return checkpoint(self.moe, x, mask, **self.settings)  # type: ignore[return-value]
+
+
+def test_a_backward_that_runs_again_replays():
+    torch.manual_seed(0)
+    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    model = Checkpointed(moe)
+    with record_routing(model) as records:
+        wanted = run(model, x, MASK, seed=1)
+    assert len(records) == 3
+    with replay_routing(model, records):
+        for got, value in zip(run(model, x, MASK, seed=2), wanted, strict=True):
+            torch.testing.assert_close(got, value, atol=1e-6, rtol=1e-5)
+        late = model(x.requires_grad_(), MASK)[0].sum()
+    with pytest.raises(RuntimeError, match=r"runs 'moe.gate_.*' again after replay_routing was left"):
+        late.backward()
+    model.settings["use_reentrant"] = True
+    with pytest.raises(RuntimeError, match="use_reentrant=False"), replay_routing(model, records):
+        model(x, MASK)
+
+
+CHOOSING = {
+    **{name: LAYERS[name] for name in ("top-k, groups", "top-k, capacity", "top-2, capacity", "noisy", "sparse mixer")},
+    "threshold": lambda: MoE(DIM, gate=Top2Gating(DIM, 4, second_policy_train="threshold")),
+    "two levels": LAYERS["two levels"],
+}
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("name", CHOOSING)
+def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
+    """A router whose product differs from run to run, as on some cards: by the policy choices are made once, without it
+    some are made otherwise the second time."""
+    torch.manual_seed(0)
+    generator, product = torch.Generator().manual_seed(1), base.router_logits
+
+    def differs(*arguments: Any) -> Tensor:
+        logits = product(*arguments)
+        return logits + 0.3 * torch.randn(logits.shape, generator=generator)
+
+    monkeypatch.setattr(base, "router_logits", differs)
+    contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, save_choices)) if saved else {}
+    model, chosen = Checkpointed(CHOOSING[name](), **contexts), []
+    for gate in (module for module in model.modules() if isinstance(module, TokenChoiceGate)):
+        gate.register_forward_hook(lambda gate, args, routing: chosen.append((routing.expert, routing.kept)))
+    out, aux_loss = model(torch.randn(3, 32, DIM, requires_grad=True))
+    # without it torch may see that other choices have other shapes, and raise when they were made
+    with contextlib.nullcontext() if saved else contextlib.suppress(CheckpointError):
+        (out.square().sum() + aux_loss).backward()
+    first, again = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
+    same = [one.equal(other) for a, b in zip(first, again, strict=True) for one, other in zip(a, b, strict=True)]
+    assert all(same) if saved else not all(same)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_compiled():
+    """In one graph each."""
+    torch.manual_seed(0)
+    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
+    compiled = torch.compile(moe, backend="eager", fullgraph=True)
+    with record_routing(moe) as records:
+        out = compiled(x, MASK)[0]
+    assert records.lengths(records.layers[0]) == [6, 3, 4]
+    torch.compiler.reset()
+    with replay_routing(moe, records):
+        torch.testing.assert_close(compiled(x, MASK)[0], out)
