@@ -1,7 +1,8 @@
 """Who moves the expert bias: the bias of every gate in a model, once for each step of an optimizer.
 
-Gates of this package count by themselves (`gating/expert_bias.py`). Blocks of `transformers` have a bias, frozen, and
-experts that are given what was chosen; nothing of that package is imported.
+How it moves, and what is counted for that, is said by a rule (`gating/bias_rules.py`). Gates of this package count by
+themselves. Blocks of `transformers` have a bias, frozen, experts that are given what was chosen, and a router that
+tells its logits; nothing of that package is imported.
 
 Axes: t tokens, k choices of a token, e experts.
 """
@@ -9,9 +10,9 @@ Axes: t tokens, k choices of a token, e experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixture_of_experts import under_way
-from mixture_of_experts.checks import check_choice, check_number, check_process_group
+from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating import Gate
-from mixture_of_experts.gating.expert_bias import count_in_backward, towards_mean
+from mixture_of_experts.gating.bias_rules import BiasRule, Chosen, RuleName, check_rule, check_scores
+from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.held import BlockSettings, record_of, told
 from mixture_of_experts.losses import global_sum
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 from mixture_of_experts.private_torch import ignore_in_ddp
@@ -29,19 +33,15 @@ from mixture_of_experts.under_way import CallUnderWay
 
 #: what the bias of blocks of `transformers` is called
 THEIRS = ("e_score_correction_bias", "expert_bias")
-
-Rule = Literal["sign"]
-#: from the loads `(..., e)` int64 and the rate to the step of the bias `(..., e)`
-RULES: Mapping[str, Callable[[Tensor, float], Tensor]] = {
-    "sign": lambda load, rate: rate * towards_mean(load),  # arXiv 2408.15664
-}
+#: buffers of gates in which a rank counts its own tokens
+COUNTS = ("expert_counts", "expert_histogram")
 
 
 def balance_experts(
     model: nn.Module,
     optimizer: Optimizer,
-    rule: Rule = "sign",
-    rate: float = 1e-3,
+    rule: RuleName | BiasRule = "sign",
+    rate: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
 ) -> ExpertBalancing:
@@ -56,16 +56,21 @@ def balance_experts(
     Args:
         model: before DDP or `torch.compile` wrap it, so that DDP leaves the counts of each rank alone.
         optimizer: whose steps count, bare or wrapped by accelerate.
-        rule: how loads move the bias. "sign": by `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
-        rate: of a step; `balancing.rate` can be set anew (DeepSeek-V3 ends with 0).
-        group: the ranks that share a batch, over which loads are summed; by default all ranks if
+        rule: how the bias moves. "sign": by `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664);
+            "centred_sign": its mean is then subtracted; "quantile": to the bias that would have balanced these tokens
+            (Kimi K3, section 2.3.3), for scores between 0 and 1. Or a rule of `mixture_of_experts.gating`, such as
+            `QuantileRule(bins=4000)`, or one of your own.
+        rate: of a step, by default 1e-3 by sign, and 1 by quantile, the whole way; `balancing.rate` can be set anew
+            (DeepSeek-V3 ends with 0, which leaves the bias as it is).
+        group: the ranks that share a batch, over which counts are summed; by default all ranks if
             `torch.distributed` is initialised. Every one of them has to step.
 
     Returns:
         An object whose `remove()` ends it.
 
     Raises:
-        ValueError: no gate has an expert bias, or an argument is not allowed.
+        ValueError: no gate has an expert bias, an argument is not allowed, or "quantile" does not fit a gate, as it
+            chooses experts in groups or by a function, or its scores are not known.
 
     Example:
         >>> import torch
@@ -78,9 +83,9 @@ def balance_experts(
         >>> bool((moe.gate.expert_bias.abs() <= 1e-3).all())
         True
     """
-    check_choice("rule", rule, tuple(RULES))
+    rule = check_rule("rule", rule)
     check_process_group("group", group)
-    balancing = ExpertBalancing(model, rule, rate, group)
+    balancing = ExpertBalancing(model, rule, rule.rate if rate is None else rate, group)
     leave_counts_alone(model)
     while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's, which has no hooks
         optimizer = inner
@@ -91,18 +96,19 @@ def balance_experts(
 class ExpertBalancing:
     """The bias of all gates of a model, moved after each step of an optimizer."""
 
-    def __init__(self, model: nn.Module, rule: Rule, rate: float, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, model: nn.Module, rule: BiasRule, rate: float, group: dist.ProcessGroup | None) -> None:
         self.rule = rule
         self.rate = rate
         self.group = group
-        self._hooks = ExitStack()
-        self._biases: list[Ours | Theirs] = [Ours(gate) for gate in gates_with_bias(model)]
-        self._biases += find_theirs(model, self._hooks)
-        if not self._biases:
-            raise ValueError(
-                f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
-                "expert_bias=True)"
-            )
+        with ExitStack() as hooks:  # taken back if anything is refused
+            self._biases: list[Ours | Theirs] = [Ours(gate, rule, hooks) for gate in gates_with_bias(model)]
+            self._biases += find_theirs(model, rule, hooks)
+            if not self._biases:
+                raise ValueError(
+                    f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
+                    "expert_bias=True)"
+                )
+            self._hooks = hooks.pop_all()
 
     @property
     def rate(self) -> float:
@@ -123,24 +129,40 @@ class ExpertBalancing:
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
         for bias in self._biases:
-            done = 1 if skipped is None else (skipped == 0).to(device=bias.counts.device, dtype=torch.int64)
-            load = global_sum(bias.counts, group) * done
-            bias.move(RULES[self.rule](load, self.rate))
-            bias.counts.mul_(1 - done)
+            if (counts := bias.counts) is None:
+                continue
+            done = 1 if skipped is None else (skipped == 0).to(device=counts.device, dtype=counts.dtype)
+            bias.move(self.rule.step(global_sum(counts, group) * done, bias.value, bias.k, self.rate))
+            counts.mul_(1 - done)
 
 
 class Ours:
-    """The bias of a gate of this package."""
+    """The bias of a gate of this package, which counts by a rule until `hooks` are removed."""
 
-    def __init__(self, gate: Any) -> None:
-        self.gate = gate
+    def __init__(self, gate: Any, rule: BiasRule, hooks: ExitStack) -> None:
+        self.gate, self.rule, self.before = gate, rule, gate.bias_rule
+        gate.bias_rule = rule
+        hooks.callback(self.end)
 
     @property
-    def counts(self) -> Tensor:
-        return self.gate.expert_counts
+    def k(self) -> int:
+        return self.gate.k
+
+    @property
+    def value(self) -> Tensor:
+        return self.gate.expert_bias
+
+    @property
+    def counts(self) -> Tensor | None:
+        """None where somebody else has set another rule."""
+        return self.gate.counted if self.gate.bias_rule is self.rule else None
 
     def move(self, step: Tensor) -> None:
         self.gate.move_bias(step)
+
+    def end(self) -> None:
+        if self.gate.bias_rule is self.rule is not self.before:
+            self.gate.bias_rule = self.before
 
 
 def gates_with_bias(model: nn.Module) -> list[Gate]:
@@ -151,24 +173,47 @@ def gates_with_bias(model: nn.Module) -> list[Gate]:
 
 def leave_counts_alone(model: nn.Module) -> None:
     """Have `DistributedDataParallel` not copy the counts of the first rank to the others before a forward."""
-    names = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
-    ignore_in_ddp(model, names)
+    ignore_in_ddp(model, names_of_counts(model))
+
+
+def names_of_counts(model: nn.Module) -> set[str]:
+    """The buffers in which gates count the tokens of this rank."""
+    return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in COUNTS}
 
 
 # Blocks of transformers
 
 
 class Theirs:
-    """The bias of a block of `transformers`, and a hook on its experts that counts what they are given."""
+    """The bias of a block of `transformers`, and a hook that counts: before its experts, or behind its router where the
+    rule reads scores."""
 
-    def __init__(self, name: str, bias: Tensor, reader: TokensOfCall) -> None:
-        self.bias = bias
-        self.reader = reader
-        self.total = torch.zeros(bias.numel(), dtype=torch.int64, device=bias.device)
+    def __init__(self, name: str, bias: Tensor, block: nn.Module, rule: BiasRule, reader: TokensOfCall) -> None:
+        self.bias, self.rule, self.reader = bias, rule, reader
+        self.held: BlockSettings | None = None
+        if rule.reads_scores:
+            if (record := record_of(block)) is None:
+                raise ValueError(
+                    f"{rule!r} reads scores, and those of {type(block).__name__}, which has {name}, are not known: "
+                    "balance it by rule='sign', or convert the block with from_transformers"
+                )
+            self.held, settings = (held := BlockSettings(block, record)), held.gate()
+            self.select = settings.get("select", "score")
+            of_block = (type(block).__name__, held.k, bias.numel())
+            check_scores(rule, *of_block, self.select, settings.get("num_groups"))
+        shape = (bias.numel(),) if rule.bins is None else (bias.numel(), rule.bins)
+        kind = torch.int64 if rule.bins is None else torch.int32
+        self.total = torch.zeros(shape, dtype=kind, device=bias.device)
+        self.k = 0 if self.held is None else self.held.k
         if bias.dtype.itemsize < 4:
             warnings.warn(
                 f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=4
             )
+
+    @property
+    def value(self) -> Tensor:
+        """`(e,)`, of one of more dimensions too."""
+        return self.bias.detach().flatten().float()
 
     @property
     def counts(self) -> Tensor:
@@ -179,22 +224,46 @@ class Theirs:
     def move(self, step: Tensor) -> None:
         self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
-    def hook(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def register(self, experts: nn.Module, hooks: ExitStack) -> None:
+        """Its hook, which `hooks` removes."""
+        if self.held is None:
+            hooks.callback(experts.register_forward_pre_hook(self.before_experts, with_kwargs=True).remove)
+        else:
+            hooks.callback(self.held.router.register_forward_hook(self.after_router).remove)
+
+    def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of experts, which are given hidden `(t, d)`, expert and weight `(t, k)`: the weights count
         when their gradient comes."""
         if not experts.training or not torch.is_grad_enabled():
             return None
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        expert, weight = given["top_k_index"], given["top_k_weights"]
-        counted = self.reader.real(expert).unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
-        load = torch.zeros_like(self.counts).scatter_add(
-            0, torch.where(counted, expert, 0).flatten().to(torch.int64), counted.flatten().to(torch.int64)
-        )
-        weight = count_in_backward(weight, load, self.counts)
+        weight = self.counting(given["top_k_weights"], given["top_k_index"], None)
         if len(args) > 2:
             return (*args[:2], weight, *args[3:]), kwargs
         return args, {**kwargs, "top_k_weights": weight}
+
+    def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
+        """Forward hook of a router: what it returns counts when its gradient comes."""
+        if not router.training or not torch.is_grad_enabled():
+            return None
+        assert self.held is not None
+        logits, _, expert = told(router, output, self.held)
+        logits = logits.float().reshape(-1, logits.shape[-1])
+        score = logits if self.select == "logits" else SCORES[self.held.score](logits)
+        if not isinstance(output, tuple):
+            return self.counting(output, expert, score)
+        floating = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
+        weight = next((part for part in floating if part.shape == expert.shape), floating[-1])
+        return tuple(self.counting(part, expert, score) if part is weight else part for part in output)
+
+    def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
+        """`weight`, whose gradient counts the choices `(t, k)` or the scores `(t, e)` of real tokens."""
+        real = self.reader.real(expert)
+        made = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
+        expert = torch.where(made, expert, 0).to(torch.int64)
+        counts = self.rule.count(Chosen(expert, made, score, real, self.value))
+        return count_in_backward(weight, counts, self.counts)
 
 
 class TokensCall(CallUnderWay):
@@ -225,8 +294,8 @@ class TokensOfCall:
         return mask.flatten().to(expert.device)
 
 
-def find_theirs(model: nn.Module, hooks: ExitStack) -> Iterable[Theirs]:
-    """The biases of blocks of `transformers`, each with a hook on its experts, which `hooks` removes."""
+def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[Theirs]:
+    """The biases of blocks of `transformers`, each with a hook on its experts or router, which `hooks` removes."""
     modules, readers = dict(model.named_modules()), {}
     for name, module in modules.items():
         kind = next((kind for kind in THEIRS if isinstance(getattr(module, kind, None), Tensor)), None)
@@ -238,8 +307,9 @@ def find_theirs(model: nn.Module, hooks: ExitStack) -> Iterable[Theirs]:
             reader = readers[around] = TokensOfCall(around)
             hooks.callback(around.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
             hooks.callback(around.register_forward_hook(reader.end, always_call=True).remove)
-        theirs = Theirs(f"{name}.{kind}", getattr(module, kind), readers[around])
-        hooks.callback(experts.register_forward_pre_hook(theirs.hook, with_kwargs=True).remove)
+        block = modules[path.rpartition(".")[0]]
+        theirs = Theirs(f"{name}.{kind}", getattr(module, kind), block, rule, readers[around])
+        theirs.register(experts, hooks)
         yield theirs
 
 

@@ -1,21 +1,23 @@
-"""What a sparse block of `transformers` holds under the names in `recipes.KEEPS`: the settings of its router.
+"""What a sparse block of `transformers` holds under the names in `recipes.KEEPS`, the settings of its router, and what
+that router tells.
 
 Nothing of that package is imported.
 
-Axes: d model dim, e experts, k choices of a token.
+Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from mixture_of_experts.gating.steps import AlwaysChosen, NormalizeBy, OpenGroups
+from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
 from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
 
 #: names of classes and words of theirs for a router's score
-SCORES = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
+WORDS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
 
 
 def find(holder: Any, *names: str) -> Any:
@@ -76,7 +78,7 @@ class BlockSettings:
     @property
     def score(self) -> str:
         if (function := getattr(self.router, "score_fn", None)) is not None:
-            return SCORES[type(function).__name__]
+            return WORDS[type(function).__name__]
         if getattr(self.router, "expert_selection_fn", None) == "softmax":
             return "softmax"
         return self.model.gate.get("score", "softmax")
@@ -153,3 +155,33 @@ class BlockSettings:
         if "softcap" in settings:
             return dict(softcap=float(self.held("softcap")) or None)
         return dict(multiplier=float(self.held("multiplier")))
+
+
+def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `(t, e)` or `(b, n, e)`, weights and experts `(..., k)`."""
+    parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
+    if held is None:
+        if len(parts) == 3 and parts[0].ndim == 2 and are_choices(*parts[1:]):
+            return parts[0], parts[1], parts[2]
+    elif wide := [part for part in parts if part.is_floating_point() and part.shape[-1] == num_logits(held)]:
+        pairs = [(one, other) for one in parts for other in parts if are_choices(one, other)]
+        logits = wide[0 if pairs else -1]  # those that return no choices have them last
+        logits = logits.log() if held.model.tells == "probs" else logits
+        if pairs:
+            weight, expert = pairs[0]
+            return logits, weight, expert if not held.model.zero else expert.where(weight != 0, held.num_experts - 1)
+        expert = top_choices(logits, held.k)
+        return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
+    raise TypeError(
+        f"{type(router).__name__} does not return (logits, weights, experts) of flattened tokens: it cannot be tracked"
+    )
+
+
+def are_choices(weight: Tensor, expert: Tensor) -> bool:
+    ids = not expert.is_floating_point() and expert.ndim == 2
+    return ids and weight.is_floating_point() and weight.shape == expert.shape
+
+
+def num_logits(held: BlockSettings) -> int:
+    """Logits of a token that a router returns: not those of shared experts that it weighs."""
+    return held.num_experts - held.always

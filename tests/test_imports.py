@@ -21,8 +21,8 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary", "balancing", "recipes"},
-    {"held"},
+    {"auxiliary", "recipes"},
+    {"balancing", "held"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.

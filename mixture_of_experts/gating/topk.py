@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
+from mixture_of_experts.gating.bias_rules import RULES, BiasRule, Chosen, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.choices import Choices, top_choices
-from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward, towards_mean
+from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
@@ -37,6 +38,7 @@ from mixture_of_experts.settings import setting
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+NO_BIAS = "this gate has no expert bias: build it with TopKGating(..., expert_bias=True)"
 NO_EPSILON = 1e-20  # of float32 beside any sum of weights but of those that are all 0
 BALANCES = ("group", "batch")
 
@@ -91,6 +93,7 @@ class TopKGating(TokenChoiceGate):
     reads = (*TokenChoiceGate.reads, "given_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
+    expert_histogram: Tensor | None
     score: Score
     select: Select
     group_score: GroupScore
@@ -144,6 +147,8 @@ class TopKGating(TokenChoiceGate):
         counted = check_flag("expert_bias", expert_bias)
         for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
             self.register_buffer(name, torch.zeros(bias_of_each, device=device, dtype=kind) if counted else None)
+        self.register_buffer("expert_histogram", None, persistent=False)
+        self._bias_rule = RULES["sign"]
         self._steps_without_update = StepsWithoutUpdate()
         self.reset_parameters()
 
@@ -151,7 +156,7 @@ class TopKGating(TokenChoiceGate):
         """Draw the weights anew (standard deviation 1 / sqrt(d)); biases and counts start at 0."""
         if self.w_gating is not None:  # a module of logits draws its own
             nn.init.normal_(self.w_gating, std=self.dim**-0.5)
-        for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts):
+        for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
@@ -180,9 +185,8 @@ class TopKGating(TokenChoiceGate):
         weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
-        if self.expert_counts is not None and self.training:
-            load = self.load(expert, allowed).sum(dim=-2)
-            weight = count_in_backward(weight, load, self.expert_counts)
+        if self.training and (counted := self.counted) is not None:
+            weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counted)
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # the first choice tells it
@@ -272,9 +276,47 @@ class TopKGating(TokenChoiceGate):
         needless = self._first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
         return weight / (total if needless else total + self.eps)
 
+    # The expert bias
+
+    @property
+    def bias_rule(self) -> BiasRule:
+        """How the expert bias moves, and so what training forwards count: a rule, set by itself or by its name. See
+        `balance_experts`, which sets it too."""
+        return self._bias_rule
+
+    @bias_rule.setter
+    def bias_rule(self, rule: RuleName | BiasRule) -> None:
+        rule = check_rule("bias_rule", rule)
+        if self.expert_bias is None or self.expert_counts is None:
+            raise RuntimeError(NO_BIAS)
+        check_scores(rule, type(self).__name__, self.k, self.num_experts, self.select, self.num_groups)
+        self._bias_rule, histogram = rule, None
+        if rule.bins is not None:
+            shape = (*self.expert_bias.shape, rule.bins)
+            histogram = torch.zeros(shape, dtype=torch.int32, device=self.expert_bias.device)
+            self.expert_counts.zero_()
+        self.register_buffer("expert_histogram", histogram, persistent=False)
+
+    @property
+    def counted(self) -> Tensor | None:
+        """What the rule has counted since the bias moved last; None without an expert bias."""
+        return self.expert_counts if self._bias_rule.bins is None else self.expert_histogram
+
+    def _count(
+        self, logits: Tensor, score: Tensor, expert: Tensor, allowed: Tensor | None, full: Tensor | None
+    ) -> Tensor:
+        """What this forward adds to that; tokens of all groups alike."""
+        assert self.expert_bias is not None
+        allowed = None if allowed is None else allowed.flatten(-3, -2)
+        full, scores = None if full is None else full.flatten(-2), None
+        if self._bias_rule.reads_scores:
+            scores = (logits if self.select == "logits" else score).flatten(-3, -2)
+        return self._bias_rule.count(Chosen(expert.flatten(-3, -2), allowed, scores, full, self.expert_bias))
+
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Move the expert bias by `rate * sign(mean load - load)` and start counting anew.
+        """Move the expert bias by its rule, `rate * sign(mean load - load)` if no other was set, and start counting
+        anew.
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
         tokens, before capacity, of the forwards in training mode whose backward ran since the last call; with `group`
@@ -283,17 +325,16 @@ class TopKGating(TokenChoiceGate):
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
-        if self.expert_bias is None or self.expert_counts is None:
-            raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
-        load = losses.global_sum(self.expert_counts, group)
-        self.move_bias(rate * towards_mean(load))
-        self.expert_counts.zero_()
+        if self.expert_bias is None or (counted := self.counted) is None:
+            raise RuntimeError(NO_BIAS)
+        self.move_bias(self._bias_rule.step(losses.global_sum(counted, group), self.expert_bias, self.k, rate))
+        counted.zero_()
 
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:
         """Add `step` `(*outer, e)` to the bias."""
         if self.expert_bias is None:
-            raise RuntimeError("this gate has no expert bias: build it with TopKGating(..., expert_bias=True)")
+            raise RuntimeError(NO_BIAS)
         self.expert_bias += step
         self._steps_without_update.start()
 
@@ -308,7 +349,8 @@ class TopKGating(TokenChoiceGate):
 
     def _apply(self, fn, recurse: bool = True):
         """Casts of the module (`.bfloat16()`) leave bias and counts as they are: the bias' steps are small."""
-        before = {"expert_bias": self.expert_bias, "expert_counts": self.expert_counts}
+        names = ("expert_bias", "expert_counts", "expert_histogram")
+        before = {name: getattr(self, name) for name in names}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             cast = getattr(self, name)

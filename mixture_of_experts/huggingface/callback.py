@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from mixture_of_experts.balancing import ExpertBalancing, Rule, balance_experts, leave_counts_alone
+from mixture_of_experts.balancing import ExpertBalancing, balance_experts, leave_counts_alone
+from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
 
 
@@ -93,8 +94,8 @@ class BalanceCallback(TrainerCallback):
         rule, rate: see `balance_experts`.
     """
 
-    def __init__(self, rule: Rule = "sign", rate: float = 1e-3) -> None:
-        self.rule: Rule = rule
+    def __init__(self, rule: RuleName | BiasRule = "sign", rate: float | None = None) -> None:
+        self.rule: RuleName | BiasRule = rule
         self.rate = rate
         self.balancing: ExpertBalancing | None = None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
+from mixture_of_experts.balancing import names_of_counts
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.failures import telling_ranks
 from mixture_of_experts.parallel.experts import SpreadExperts
@@ -44,8 +45,7 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     """Have `DistributedDataParallel(model)` leave alone what is a rank's own: the experts, and the counts of gates with
     an expert bias, which it would overwrite in every forward with the first rank's. Call it before; returns the model.
     """
-    counts = {name for name, _ in model.named_buffers() if name.rpartition(".")[2] == "expert_counts"}
-    ignore_in_ddp(model, counts | expert_parameters(model).keys())
+    ignore_in_ddp(model, names_of_counts(model) | expert_parameters(model).keys())
     return model
 
 

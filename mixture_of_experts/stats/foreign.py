@@ -15,12 +15,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mixture_of_experts import losses, under_way
-from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.held import BlockSettings, record_of
+from mixture_of_experts.held import BlockSettings, num_logits, record_of, told
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 from mixture_of_experts.queues import Length, queue_up
 from mixture_of_experts.routing import Routing
@@ -107,36 +106,6 @@ class Reader:
             queues=queues,
             real=real,
         )
-
-
-def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)` or `(b, n, e)`, weights and experts `(..., k)`."""
-    parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
-    if held is None:
-        if len(parts) == 3 and parts[0].ndim == 2 and are_choices(*parts[1:]):
-            return parts[0], parts[1], parts[2]
-    elif wide := [part for part in parts if part.is_floating_point() and part.shape[-1] == num_logits(held)]:
-        pairs = [(one, other) for one in parts for other in parts if are_choices(one, other)]
-        logits = wide[0 if pairs else -1]  # those that return no choices have them last
-        logits = logits.log() if held.model.tells == "probs" else logits
-        if pairs:
-            weight, expert = pairs[0]
-            return logits, weight, expert if not held.model.zero else expert.where(weight != 0, held.num_experts - 1)
-        expert = top_choices(logits, held.k)
-        return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
-    raise TypeError(
-        f"{type(router).__name__} does not return (logits, weights, experts) of flattened tokens: it cannot be tracked"
-    )
-
-
-def are_choices(weight: Tensor, expert: Tensor) -> bool:
-    ids = not expert.is_floating_point() and expert.ndim == 2
-    return ids and weight.is_floating_point() and weight.shape == expert.shape
-
-
-def num_logits(held: BlockSettings) -> int:
-    """Logits of a token that a router returns: not those of shared experts that it weighs."""
-    return held.num_experts - held.always
 
 
 def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:

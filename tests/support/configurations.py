@@ -248,7 +248,9 @@ def call_of(c: Configuration, redraw: int = 0) -> Call:
     if "token_ids" in c.side:
         side["token_ids"] = torch.randint(make.NUM_IDS, c.shape, generator=gen)
     if "given_experts" in c.side:
-        readers = [e for e, router in zip(c.sizes, c.routers, strict=True) if "given_experts" in READS.get(router.kind, ())]
+        readers = [
+            e for e, router in zip(c.sizes, c.routers, strict=True) if "given_experts" in READS.get(router.kind, ())
+        ]
         k, e = (k_given(c), min(readers)) if readers else (2, min(c.sizes))
         order = torch.rand(*c.shape, max(e, k), generator=gen).argsort(dim=-1)[..., :k]
         side["given_experts"] = torch.where((order < e) & (torch.rand(order.shape, generator=gen) < 0.8), order, -1)
@@ -506,7 +508,9 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
         run=run,
         seed=draw(make.seeds),
     )
-    return c if c.dtype == "float64" else dataclasses.replace(c, routers=tuple(r.without_underflow() for r in c.routers))
+    return (
+        c if c.dtype == "float64" else dataclasses.replace(c, routers=tuple(r.without_underflow() for r in c.routers))
+    )
 
 
 @st.composite

@@ -1,0 +1,177 @@
+"""Rules by which an expert bias moves: what a training forward counts, and what the sum over a step makes of the bias.
+
+Axes: t tokens, k choices of a token, e experts; outer experts stand before them: `...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.checks import check_choice, check_flag, check_size
+from mixture_of_experts.gating.expert_bias import towards_mean
+
+
+class Chosen(NamedTuple):
+    """What a router decided in a training forward, for a rule to count."""
+
+    expert: Tensor  #: (..., t, k) int64
+    made: Tensor | None  #: (..., t, k) bool, the choices that are made; None if all are
+    score: Tensor | None  #: (..., t, e) by which experts are chosen, without the bias; None for a rule that reads none
+    full: Tensor | None  #: (..., t) bool, the tokens that make all their choices; None if all do
+    bias: Tensor  #: (..., e) in this forward
+
+
+class BiasRule:
+    """Base of the rules. One of your own writes `count` and `step`."""
+
+    #: numbers that are counted of an expert: None counts one, in the buffer `expert_counts`
+    bins: int | None = None
+    #: the rate of `balance_experts` where none is given
+    rate: ClassVar[float]
+    #: whether `count` reads `Chosen.score`
+    reads_scores: ClassVar[bool] = False
+
+    def count(self, chosen: Chosen) -> Tensor:
+        """What a forward adds: integers `(..., e)`, or `(..., e, bins)`."""
+        raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
+
+    def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
+        """The step `(..., e)` of the bias by the sums of all micro-batches and ranks; 0 where nothing was counted."""
+        raise NotImplementedError(f"{type(self).__name__} must write step(counts, bias, k, rate)")
+
+
+class SignRule(BiasRule):
+    """`b + rate * sign(mean load - load)` (Wang et al. 2024, arXiv 2408.15664).
+
+    Args:
+        centred: after each step the bias' mean is subtracted from it, so that it cannot drift as a whole. It chooses
+            the same experts, but for rounding.
+
+    Example:
+        >>> import torch
+        >>> SignRule(centred=True).step(torch.tensor([9, 1, 1, 1]), torch.zeros(4), k=2, rate=0.5)
+        tensor([-0.7500,  0.2500,  0.2500,  0.2500])
+    """
+
+    rate = 1e-3
+
+    def __init__(self, centred: bool = False) -> None:
+        self.centred = check_flag("centred", centred)
+
+    def count(self, chosen: Chosen) -> Tensor:
+        """Choices of each expert, `(..., e)` int64."""
+        expert, made = chosen.expert.flatten(-2), chosen.made
+        ones = torch.ones_like(expert) if made is None else made.flatten(-2).to(torch.int64)
+        return torch.zeros(chosen.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
+
+    def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
+        step = rate * towards_mean(counts)
+        if not (self.centred and rate):
+            return step
+        centred = step - (bias + step).mean(dim=-1, keepdim=True)
+        return torch.where(counts.any(dim=-1, keepdim=True), centred, 0.0)
+
+    def __repr__(self) -> str:
+        return f"SignRule(centred={self.centred})"
+
+
+class QuantileRule(BiasRule):
+    """Quantile balancing (Kimi K3, section 2.3.3): the bias with which each expert gets its share, all at once.
+
+    A token goes to an expert whose biased score is above the (k + 1)-th largest, alpha, that is with a bias above
+    `r = alpha - score`. An expert with the k / e quantile of its r as bias would take k / e of the tokens, were the
+    others' to stay. That is the new bias, less its mean. Quantiles are read, by linear interpolation, from histograms
+    of `[min b - 1, max b + 1]`, where all r of scores between 0 and 1 are. Of other scores those outside count at the
+    ends: the bias then moves by at most about 1 in a step, and the range with it.
+
+    Tokens that are masked, or make fewer than k choices (at a second level), are left out. With a `rate` below 1 the
+    bias goes that part of the way.
+
+    Args:
+        bins: of an expert's histogram. The error of a quantile is at most the width of one.
+
+    Example:
+        Two experts, one choice. A histogram of four bins, of [-1, 1]: half of the 4 tokens lie below 0 for the first
+        expert, and below -0.5 for the second.
+
+        >>> import torch
+        >>> rule = QuantileRule(bins=4)
+        >>> rule.step(torch.tensor([[0, 2, 2, 0], [2, 2, 0, 0]]), torch.zeros(2), k=1, rate=1.0)
+        tensor([ 0.2500, -0.2500])
+    """
+
+    rate = 1.0
+    reads_scores = True
+
+    def __init__(self, bins: int = 1000) -> None:
+        self.bins: int = check_size("bins", bins)
+
+    def count(self, chosen: Chosen) -> Tensor:
+        """Histograms of r, `(..., e, bins)` int32."""
+        score, bias, full = chosen.score, chosen.bias, chosen.full
+        assert score is not None
+        score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
+        cutoff = (score + bias).topk(chosen.expert.shape[-1] + 1, dim=-1).values[..., -1:]
+        low, width = histogram_range(bias, self.bins)
+        place = ((cutoff - score - low) / width).floor().clamp(0, self.bins - 1).to(torch.int64).mT
+        ones = torch.ones_like(place, dtype=torch.int32)
+        if full is not None:
+            ones = ones * full.unsqueeze(-2)
+        zeros = torch.zeros(*chosen.bias.shape, self.bins, dtype=torch.int32, device=score.device)
+        return zeros.scatter_add(-1, place, ones)
+
+    def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
+        e = counts.shape[-2]
+        up_to = counts.cumsum(dim=-1)  # int64
+        tokens = up_to[..., -1:]
+        at = (up_to * e < tokens * k).sum(dim=-1, keepdim=True)  # the bin with the k / e quantile
+        within = counts.gather(-1, at)
+        before = up_to.gather(-1, at) - within
+        place = at + (tokens * k - before * e).to(bias.dtype) / (e * within.clamp(min=1))
+        place, (_, width) = place.squeeze(-1), histogram_range(bias, self.bins)
+        new = (place - place.mean(dim=-1, keepdim=True)) * width
+        return torch.where(tokens.squeeze(-1) > 0, rate * (new - bias), 0.0)
+
+    def __repr__(self) -> str:
+        return f"QuantileRule(bins={self.bins})"
+
+
+def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
+    """Where the histograms of biases `(..., e)` begin, and the width of a bin, `(..., 1)`."""
+    low, high = bias.amin(dim=-1, keepdim=True) - 1, bias.amax(dim=-1, keepdim=True) + 1
+    return low, (high - low) / bins
+
+
+RuleName = Literal["sign", "centred_sign", "quantile"]
+RULES: Mapping[str, BiasRule] = {
+    "sign": SignRule(),
+    "centred_sign": SignRule(centred=True),
+    "quantile": QuantileRule(),
+}
+
+
+def check_rule(name: str, rule: Any) -> BiasRule:
+    """A rule by its name, or one of one's own."""
+    return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]
+
+
+def check_scores(rule: BiasRule, owner: str, k: int, num_experts: int, select: Any, num_groups: int | None) -> None:
+    """Raise if `rule` reads scores, and those of a router do not tell how many tokens an expert gets."""
+    if not rule.reads_scores:
+        return
+    why = None
+    if k >= num_experts:
+        why = f"every token takes all {num_experts} experts there"
+    elif num_groups is not None:
+        why = f"experts are chosen in {num_groups} groups there"
+    elif not isinstance(select, str):
+        why = "experts are chosen by a function of their scores there"
+    if why is not None:
+        raise ValueError(
+            f"{rule!r} does not fit {owner}: {why}, so its scores do not tell an expert's load. Balance it "
+            "by rule='sign'"
+        )
