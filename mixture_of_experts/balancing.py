@@ -185,8 +185,8 @@ def names_of_counts(model: nn.Module) -> set[str]:
 
 
 class Theirs:
-    """The bias of a block of `transformers`, and a hook that counts: before its experts, or behind its router where the
-    rule reads scores."""
+    """The bias of a block of `transformers`, and a hook that counts: before its experts, or, for a rule that reads
+    scores, behind its router."""
 
     def __init__(self, name: str, bias: Tensor, block: nn.Module, rule: BiasRule, reader: TokensOfCall) -> None:
         self.bias, self.rule, self.reader = bias, rule, reader
@@ -201,8 +201,8 @@ class Theirs:
             self.select = settings.get("select", "score")
             of_block = (type(block).__name__, held.k, bias.numel())
             check_scores(rule, *of_block, self.select, settings.get("num_groups"))
-        shape = (bias.numel(),) if rule.bins is None else (bias.numel(), rule.bins)
-        kind = torch.int64 if rule.bins is None else torch.int32
+        shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
+        kind = torch.int32 if rule.bins else torch.int64
         self.total = torch.zeros(shape, dtype=kind, device=bias.device)
         self.k = 0 if self.held is None else self.held.k
         if bias.dtype.itemsize < 4:

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
+from mixture_of_experts.gating.bias_rules import RuleName
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
 
@@ -51,9 +52,11 @@ def biases(model: Model) -> list[Tensor]:
     return [gate.expert_bias.clone() for gate in model.gates()]
 
 
-def train(model: Model, steps: int = 3, accumulation: int = 2, lr: float = 0.0) -> None:
+def train(model: Model, steps: int = 3, accumulation: int = 2, lr: float = 0.0, rule: RuleName = "sign") -> None:
     """By hand: `update_bias` after each step."""
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    for gate in model.gates():
+        gate.bias_rule = rule
     for step in range(steps):
         for micro in range(accumulation):
             model(tokens(10 * step + micro)).backward()
@@ -64,12 +67,12 @@ def train(model: Model, steps: int = 3, accumulation: int = 2, lr: float = 0.0) 
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("accumulation", [1, 4])
-def test_once_for_each_step(checkpointing, accumulation):
+@pytest.mark.parametrize(("rule", "accumulation"), [("sign", 1), ("sign", 4), ("centred_sign", 1), ("quantile", 2)])
+def test_once_for_each_step(rule, checkpointing, accumulation):
     by_hand, model = Model(), Model(checkpointing)
-    train(by_hand, accumulation=accumulation)
+    train(by_hand, accumulation=accumulation, rule=rule)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    balancing = balance_experts(model, optimizer, rate=RATE)
+    balancing = balance_experts(model, optimizer, rule, rate=RATE)
     for step in range(3):
         for micro in range(accumulation):
             model(tokens(10 * step + micro)).backward()
@@ -78,8 +81,10 @@ def test_once_for_each_step(checkpointing, accumulation):
         optimizer.step()
     torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
     assert all(bias.any() for bias in biases(model))
-    assert not any(gate.expert_counts.any() for gate in model.gates())
+    assert not any(gate.counted.any() for gate in model.gates())
     balancing.remove()
+    assert all(gate.bias_rule.bins == 0 for gate in model.gates())
+    model(tokens(3)).backward()
     optimizer.step()
     torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
 
@@ -105,18 +110,19 @@ def test_a_step_that_a_scaler_skips_moves_nothing():
     torch.testing.assert_close(model.one.gate.expert_bias, expected.float())
 
 
-def test_a_step_that_a_fused_optimizer_skips_moves_nothing():
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_a_step_that_a_fused_optimizer_skips_moves_nothing(rule):
     """It is called, and finds out by itself."""
     model = Model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
-    balance_experts(model, optimizer, rate=RATE)
+    balance_experts(model, optimizer, rule)
     before = [parameter.clone() for parameter in model.parameters()]
     for scale, moved in ((torch.inf, False), (1.0, True)):
         (model(tokens(1)) * 1.0).backward()
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.full((), float(scale == torch.inf))
         optimizer.step()
         assert all(bias.any() == moved for bias in biases(model))
-        assert all(gate.expert_counts.any() != moved for gate in model.gates())
+        assert all(gate.counted.any() != moved for gate in model.gates())
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert any(changed) == moved
 
@@ -157,6 +163,19 @@ def test_a_rate_can_be_changed():
     assert not any(gate.expert_counts.any() for gate in model.gates())
 
 
+def test_two_balancings_do_not_mix():
+    """The later one counts for itself alone."""
+    model = Model()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2))
+    balance_experts(model, first, "quantile")
+    balance_experts(model, second, "sign", rate=RATE)
+    model(tokens(1)).backward()
+    first.step()
+    assert not any(bias.any() for bias in biases(model))
+    second.step()
+    assert all((bias.abs() <= RATE).all() and bias.any() for bias in biases(model))
+
+
 def test_what_is_refused():
     model, parameters = Model(), [nn.Parameter(torch.zeros(()))]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
@@ -166,6 +185,11 @@ def test_what_is_refused():
         balance_experts(model, optimizer, rule="loss")
     with pytest.raises(ValueError, match="rate must be a finite number"):
         balance_experts(model, optimizer, rate=-1.0)
+    in_groups = TopKGating(DIM, EXPERTS, expert_bias=True, num_groups=2, top_groups=1)
+    both = nn.ModuleList([model, in_groups])
+    with pytest.raises(ValueError, match="does not fit TopKGating: experts are chosen in 2 groups there"):
+        balance_experts(both, optimizer, rule="quantile")
+    assert all(gate.bias_rule.bins == 0 for gate in model.gates())
     assert not optimizer._optimizer_step_post_hooks
 
 
@@ -225,12 +249,19 @@ def test_counts_that_pile_up_are_warned_of():
 
 def run_two() -> None:
     """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay."""
+    for rule, rate in (("sign", RATE), ("quantile", 1.0)):
+        check_two(rule, rate)
+
+
+def check_two(rule: RuleName, rate: float) -> None:
     rank = dist.get_rank()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, alone = Model(), Model()
         optimizers = [torch.optim.SGD(each.parameters(), lr=0.0) for each in (model, alone)]
-        balance_experts(model, optimizers[0], rate=RATE)
+        balance_experts(model, optimizers[0], rule, rate)
+        for gate in alone.gates():
+            gate.bias_rule = rule
         parallel = DistributedDataParallel(model)
         for step in range(2):
             for micro in range(2):
@@ -239,7 +270,7 @@ def run_two() -> None:
                     alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
             optimizers[0].step()
             for gate in alone.gates():
-                gate.update_bias(RATE)
+                gate.update_bias(rate)
         for found, expected in zip(biases(model), biases(alone), strict=True):
             assert torch.equal(found, expected)
             assert found.any()

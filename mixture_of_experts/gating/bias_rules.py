@@ -28,8 +28,8 @@ class Chosen(NamedTuple):
 class BiasRule:
     """Base of the rules. One of your own writes `count` and `step`."""
 
-    #: numbers that are counted of an expert: None counts one, in the buffer `expert_counts`
-    bins: int | None = None
+    #: bins that are counted of an expert, in the buffer `expert_histogram`; 0: one number, in `expert_counts`
+    bins: int = 0
     #: the rate of `balance_experts` where none is given
     rate: ClassVar[float]
     #: whether `count` reads `Chosen.score`
@@ -108,7 +108,7 @@ class QuantileRule(BiasRule):
     reads_scores = True
 
     def __init__(self, bins: int = 1000) -> None:
-        self.bins: int = check_size("bins", bins)
+        self.bins = check_size("bins", bins)
 
     def count(self, chosen: Chosen) -> Tensor:
         """Histograms of r, `(..., e, bins)` int32."""

@@ -291,7 +291,7 @@ class TopKGating(TokenChoiceGate):
             raise RuntimeError(NO_BIAS)
         check_scores(rule, type(self).__name__, self.k, self.num_experts, self.select, self.num_groups)
         self._bias_rule, histogram = rule, None
-        if rule.bins is not None:
+        if rule.bins:
             shape = (*self.expert_bias.shape, rule.bins)
             histogram = torch.zeros(shape, dtype=torch.int32, device=self.expert_bias.device)
             self.expert_counts.zero_()
@@ -300,7 +300,7 @@ class TopKGating(TokenChoiceGate):
     @property
     def counted(self) -> Tensor | None:
         """What the rule has counted since the bias moved last; None without an expert bias."""
-        return self.expert_counts if self._bias_rule.bins is None else self.expert_histogram
+        return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
     def _count(
         self, logits: Tensor, score: Tensor, expert: Tensor, allowed: Tensor | None, full: Tensor | None

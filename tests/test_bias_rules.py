@@ -1,0 +1,245 @@
+"""Rules by which an expert bias moves: quantiles against exact ones and the cases that others published."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixture_of_experts import TopKGating
+from mixture_of_experts.gating import BiasRule, Chosen, QuantileRule, SignRule
+
+
+def histogram(score: Tensor, bias: Tensor, k: int, bins: int = 1000, full: Tensor | None = None) -> Tensor:
+    """What the rule counts of scores `(..., t, e)`."""
+    expert = torch.zeros(*score.shape[:-1], k, dtype=torch.int64)
+    return QuantileRule(bins).count(Chosen(expert, None, score, full, bias))
+
+
+def new_bias(counts: Tensor, bias: Tensor, k: int, rate: float = 1.0) -> Tensor:
+    return bias + QuantileRule(counts.shape[-1]).step(counts, bias, k, rate)
+
+
+def exact(score: Tensor, bias: Tensor, k: int) -> Tensor:
+    """The definition, by sorting: the least of r below which, or at which, k / e of the tokens are."""
+    cutoff = (score + bias).sort(dim=-1, descending=True).values[:, k : k + 1]
+    required = (cutoff - score).sort(dim=0).values
+    wanted = -(-len(score) * k // score.shape[1])  # rounded up
+    quantile = required[wanted - 1]
+    return quantile - quantile.mean()
+
+
+def test_a_toy():
+    """Two experts and four tokens, which all choose the first.
+
+    The first has r = -0.6, -0.5, -0.3, -0.2 (its rival's score less its own), the second 0 of every token. With -0.5
+    and 0 as biases each would have half of the tokens; less their mean that is -0.25 and 0.25.
+    """
+    score = torch.tensor([[0.7, 0.1], [0.7, 0.2], [0.7, 0.4], [0.7, 0.5]])
+    moved = new_bias(histogram(score, torch.zeros(2), k=1), torch.zeros(2), k=1)
+    torch.testing.assert_close(moved, torch.tensor([-0.25, 0.25]), atol=2e-3, rtol=0)
+    first, _, third, fourth = (score + moved).argmax(dim=-1).tolist()  # the second token lies on the edge
+    assert [first, third, fourth] == [0, 1, 1]
+
+
+# Cases that others published, with their numbers
+
+
+def test_torchtitan_interpolates_and_centres():
+    """pytorch/torchtitan#4577: a quarter of 8 tokens lies below the right edge of the first bin with any."""
+    counts = torch.zeros(4, 10, dtype=torch.int32)
+    for expert, first in enumerate((2, 4, 6, 8)):
+        counts[expert, first], counts[expert, first + 1] = 2, 6
+    torch.testing.assert_close(new_bias(counts, torch.zeros(4), k=1), torch.tensor([-0.6, -0.2, 0.2, 0.6]))
+
+
+def test_torchtitan_two_ranks():
+    """pytorch/torchtitan#4577: each rank alone, and both, whose histograms add up."""
+    rows = torch.tensor([[0.92, 0.68, 0.31, 0.07], [0.07, 0.31, 0.92, 0.68]])
+    of_ranks = [histogram(row.expand(4, 4), torch.zeros(4), k=1, bins=10) for row in rows]
+    alone = torch.tensor([[-0.5, -0.1, 0.1, 0.5], [0.5, 0.1, -0.5, -0.1]])
+    for counts, wanted in zip(of_ranks, alone, strict=True):
+        torch.testing.assert_close(new_bias(counts, torch.zeros(4), k=1), wanted)
+    both = new_bias(of_ranks[0] + of_ranks[1], torch.zeros(4), k=1)
+    torch.testing.assert_close(both, torch.tensor([-0.2, 0.2, -0.2, 0.2]))
+
+
+def test_megatron_recovers_a_quantile():
+    """NVIDIA/Megatron-LM#6637."""
+    counts = torch.tensor([[0, 2, 2, 0], [2, 2, 0, 0]], dtype=torch.int32)
+    torch.testing.assert_close(new_bias(counts, torch.zeros(2), k=1), torch.tensor([0.25, -0.25]))
+
+
+def test_megatron_counts():
+    """NVIDIA/Megatron-LM#6637: two tokens, three experts, one choice; the range is that of this bias here."""
+    score = torch.tensor([[-1.0, 0.5, 1.5], [2.0, -0.5, 0.25]]).sigmoid()
+    bias, bins = torch.tensor([-0.2, 0.1, 0.0]), 8
+    wanted = torch.zeros(3, bins, dtype=torch.int32)
+    for token in score:
+        cutoff = sorted((token + bias).tolist())[-2]
+        for expert, own in enumerate(token.tolist()):
+            wanted[expert, int((cutoff - own + 1.2) / (2.3 / bins))] += 1
+    assert torch.equal(histogram(score, bias, k=1, bins=bins), wanted)
+
+
+# Against the exact quantile
+
+
+@pytest.mark.parametrize("bins", [10, 1000])
+@pytest.mark.parametrize(("t", "e", "k"), [(999, 7, 3), (64, 4, 1), (5, 3, 2), (1, 2, 1)])
+def test_it_is_the_quantile_but_for_a_bin(t, e, k, bins):
+    generator = torch.Generator().manual_seed(t)
+    for spread in (0.3, 3.0):
+        score = (spread * torch.randn(t, e, generator=generator) + torch.linspace(-1, 1, e)).sigmoid()
+        bias = 0.3 * torch.randn(e, generator=generator)
+        found = new_bias(histogram(score, bias, k, bins), bias, k)
+        width = (bias.max() - bias.min() + 2) / bins
+        assert ((found - exact(score, bias, k)).abs() <= width + 1e-6).all()
+        assert found.mean().abs() < 1e-6
+
+
+def test_it_counts_every_full_token_once_for_each_expert():
+    score, full = torch.rand(2, 50, 6), torch.rand(2, 50) < 0.5
+    counts = histogram(score, torch.zeros(2, 6), k=2, full=full)
+    assert torch.equal(counts.sum(-1), full.sum(-1, keepdim=True).expand(2, 6))
+    for row in range(2):
+        assert torch.equal(counts[row], histogram(score[row, full[row]], torch.zeros(6), k=2))
+
+
+def test_scores_beyond_the_range_count_at_its_ends_and_it_follows_them():
+    """Logits of experts that are 6 apart: the bias gets there in steps of about 1."""
+    score, bias = torch.randn(2000, 4) + torch.tensor([0.0, 2.0, 4.0, 6.0]), torch.zeros(4)
+    for _ in range(12):
+        before, bias = bias, new_bias(histogram(score, bias, k=1), bias, k=1)
+        assert (bias - before).abs().max() <= 2
+    load = (score + bias).argmax(dim=-1).bincount(minlength=4)
+    assert load.max() < 1.1 * load.float().mean()
+
+
+def test_nothing_counted_moves_nothing():
+    """A rank without real tokens, or a step that a scaler skipped."""
+    bias = torch.tensor([[0.3, -0.1, 0.4], [0.0, 1.0, 2.0]])
+    counts = torch.zeros(2, 3, 1000, dtype=torch.int32)
+    counts[1, :, 500] = 3
+    step = QuantileRule().step(counts, bias, 1, 1.0)
+    assert not step[0].any()
+    assert step[1].any()
+    assert not SignRule(centred=True).step(torch.zeros(2, 3, dtype=torch.int64), bias, 1, 1e-3).any()
+
+
+@pytest.mark.parametrize("rule", [SignRule(), SignRule(centred=True), QuantileRule()], ids=repr)
+def test_a_rate_goes_a_part_of_the_way(rule):
+    bias = torch.tensor([0.5, -0.1, 0.4])
+    counts = torch.tensor([7, 2, 0]) if not rule.bins else histogram(torch.rand(20, 3), bias, k=1)
+    whole = rule.step(counts, bias, 1, 1.0)
+    assert not rule.step(counts, bias, 1, 0.0).any()
+    moved = bias + rule.step(counts, bias, 1, 0.25)
+    if isinstance(rule, SignRule) and rule.centred:
+        assert moved.mean().abs() < 1e-6
+        bias = bias - bias.mean()
+        whole = SignRule().step(counts, bias, 1, 1.0) - SignRule().step(counts, bias, 1, 1.0).mean()
+    torch.testing.assert_close(moved, bias + 0.25 * whole)
+
+
+# On a gate
+
+
+def gate(**settings) -> TopKGating:
+    torch.manual_seed(0)
+    return TopKGating(6, 4, **{"score": "sigmoid", "expert_bias": True, **settings})
+
+
+def required(of: TopKGating, x: Tensor) -> Tensor:
+    """The new bias of these tokens `(t, d)`, exactly."""
+    logits = x @ of.w_gating.detach()
+    score = logits if of.select == "logits" else logits.softmax(-1) if of.score == "softmax" else logits.sigmoid()
+    return exact(score, of.expert_bias, of.k)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"score": "softmax", "k": 1}, {"capacity_factor_train": 0.5}], ids=str)
+def test_a_gate_moves_to_the_quantile_of_its_real_tokens(settings, masked):
+    """Before capacity; of two micro-batches as of one."""
+    of, x = gate(**settings), torch.randn(4, 50, 6)
+    of.bias_rule = "quantile"
+    of.expert_bias.copy_(torch.tensor([0.2, -0.1, 0.0, 0.1]))
+    mask = torch.rand(4, 50) < 0.6 if masked else None
+    wanted = required(of, x.flatten(0, 1) if mask is None else x[mask])
+    for part in (slice(0, 1), slice(1, 4)):
+        of(x[part], mask=None if mask is None else mask[part]).weight.sum().backward()
+    of.eval()(torch.randn(2, 50, 6)).weight.sum().backward()
+    assert not of.expert_counts.any()
+    of.update_bias(1.0)
+    torch.testing.assert_close(of.expert_bias, wanted, atol=2.3e-3, rtol=0)
+    assert not of.expert_histogram.any()
+
+
+def test_the_histogram_is_no_part_of_the_state_dict():
+    of = gate()
+    names = list(of.state_dict())
+    of.bias_rule = QuantileRule(20)
+    assert list(of.state_dict()) == names
+    assert of.expert_histogram.shape == (4, 20)
+    of.to(torch.bfloat16).double()
+    assert of.expert_histogram.dtype == torch.int32
+    of.bias_rule = "sign"
+    assert of.expert_histogram is None
+
+
+def test_it_balances_in_a_few_steps():
+    torch.manual_seed(0)
+    of = TopKGating(32, 16, score="sigmoid", expert_bias=True)
+    of.bias_rule = "quantile"
+    common = torch.nn.functional.normalize(torch.randn(32), dim=0)
+    of.w_gating.data[:, :3] += common[:, None]
+    x = torch.randn(32, 64, 32) + 2 * common
+    for _ in range(8):
+        routing = of(x)
+        routing.weight.sum().backward()
+        of.update_bias(1.0)
+    load = of(x).queued.sum(0).float()
+    assert load.max() < 1.15 * load.mean()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"k": 4}, "every token takes all 4 experts there"),
+        ({"num_groups": 2, "top_groups": 1}, "experts are chosen in 2 groups there"),
+        (
+            {"select": lambda logits, score, bias: score + bias},
+            "experts are chosen by a function of their scores there",
+        ),
+    ],
+    ids=["all", "groups", "function"],
+)
+def test_what_it_does_not_fit(settings, why):
+    of = gate(**settings)
+    with pytest.raises(ValueError, match=rf"QuantileRule\(bins=1000\) does not fit TopKGating: {why}.*rule='sign'"):
+        of.bias_rule = "quantile"
+    assert of.bias_rule.bins == 0
+    with pytest.raises(RuntimeError, match="expert_bias=True"):
+        TopKGating(6, 4).bias_rule = "sign"
+    with pytest.raises(ValueError, match="bias_rule must be one of 'sign', 'centred_sign', 'quantile', got 'mean'"):
+        of.bias_rule = "mean"
+
+
+class LoadRule(BiasRule):
+    """A rule of one's own: in proportion to the load."""
+
+    rate = 0.1
+    count = SignRule().count
+
+    def step(self, counts, bias, k, rate):
+        share = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+        return rate * (1 / counts.shape[-1] - share)
+
+
+def test_a_rule_of_ones_own():
+    of = gate()
+    of.bias_rule = LoadRule()
+    routing = of(torch.randn(2, 8, 6))
+    routing.weight.sum().backward()
+    load = routing.queued.sum(0)
+    of.update_bias(0.1)
+    torch.testing.assert_close(of.expert_bias, 0.1 * (0.25 - load / load.sum()))
