@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import TopKGating
+from mixture_of_experts import MoE, TopKGating
 from mixture_of_experts.gating import BiasRule, Chosen, QuantileRule, SignRule
 
 
@@ -199,6 +200,39 @@ def test_it_balances_in_a_few_steps():
         of.update_bias(1.0)
     load = of(x).queued.sum(0).float()
     assert load.max() < 1.15 * load.mean()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_compiled_it_counts_the_same_once(checkpointed):
+    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6, requires_grad=True)
+    moe.gate.bias_rule = "quantile"
+    moe(x)[0].square().sum().backward()
+    wanted = moe.gate.expert_histogram.clone()
+    moe.gate.expert_histogram.zero_()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(lambda x: moe(x)[0], x, use_reentrant=False) if checkpointed else moe(x)[0]
+
+    run(x).square().sum().backward()
+    assert torch.equal(moe.gate.expert_histogram, wanted)
+    assert wanted.sum() == 18 * 4
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
+def test_function_transforms_count():
+    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6)
+    moe.gate.bias_rule = "quantile"
+    moe(x)[0].sum().backward()
+    wanted = moe.gate.expert_histogram.clone()
+
+    def loss(parameters: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(moe.named_parameters()), x.unsqueeze(1))
+    assert torch.equal(moe.gate.expert_histogram, 2 * wanted)
 
 
 @pytest.mark.parametrize(

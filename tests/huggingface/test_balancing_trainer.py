@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import TopKGating, balance_experts
 from mixture_of_experts.balancing import THEIRS
+from mixture_of_experts.held import BlockSettings, record_of
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
@@ -121,6 +122,73 @@ def test_families(name):
         step = (value - before[key]) / RATE
         assert step.abs().max() == pytest.approx(1, abs=1e-3), key
         torch.testing.assert_close(step, step.round(), atol=1e-3, rtol=0)
+
+
+def exact_quantile(score: Tensor, bias: Tensor, k: int) -> Tensor:
+    """The least r below which, or at which, k / e of the tokens are, less the mean."""
+    cutoff = (score + bias).sort(dim=-1, descending=True).values[:, k : k + 1]
+    quantile = (cutoff - score).sort(dim=0).values[-(-len(score) * k // score.shape[1]) - 1]
+    return quantile - quantile.mean()
+
+
+@pytest.mark.parametrize("name", ["DeepseekV3", *FAMILIES])
+def test_quantiles_of_their_scores(name):
+    """By what the router's matrix says of real tokens, over two micro-batches; evaluation and padding count nothing."""
+    model = family(name) if name in FAMILIES else one_group(build_sparse("DeepseekV3")).train()
+    blocks = [module for module in model.modules() if record_of(module) is not None]
+    scores: list[list[Tensor]] = [[] for _ in blocks]
+    (_, batch), before = two_lengths("right"), {key: value.clone() for key, value in biases(model).items()}
+    real = batch["attention_mask"].bool().flatten()
+    for block, seen in zip(blocks, scores, strict=True):
+        held = BlockSettings(block, record_of(block))
+        nn.init.normal_(held.weight, std=0.3)  # some are zeros
+
+        def keep(router: nn.Module, args: Any, output: Any, held: Any = held, seen: list[Tensor] = seen) -> None:
+            if router.training:
+                logits = args[0].detach().flatten(0, -2).float() @ held.weight.detach().float().T
+                seen.append((logits.softmax(-1) if held.score == "softmax" else logits.sigmoid())[real])
+
+        held.router.register_forward_hook(keep)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    balancing = balance_experts(model, optimizer, "quantile")
+    for _ in range(2):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        with torch.no_grad():
+            model.eval()(**batch)
+            model.train()
+    optimizer.step()
+    after = biases(model)
+    assert len(before) == len(blocks) == 2
+    for (key, old), block, seen in zip(before.items(), blocks, scores, strict=True):
+        wanted = exact_quantile(torch.cat(seen), old.flatten(), BlockSettings(block, record_of(block)).k)
+        torch.testing.assert_close(after[key].flatten().float(), wanted, atol=2.1e-3, rtol=0)
+        assert wanted.abs().max() > 5e-3
+    balancing.remove()
+    assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name == "model")
+
+
+def one_group(model: nn.Module) -> nn.Module:
+    """With a single group of experts, as Kimi K2 has it."""
+    for module in model.modules():
+        if hasattr(module, "num_group"):
+            module.num_group = module.topk_group = 1
+    return model
+
+
+def test_quantiles_do_not_fit_their_groups():
+    model = build_sparse("DeepseekV3")
+    assert any(getattr(module, "num_group", 1) > 1 for module in model.modules())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with pytest.raises(ValueError, match="does not fit DeepseekV3MoE: experts are chosen in 4 groups there"):
+        balance_experts(model, optimizer, "quantile")
+    assert not any(module._forward_hooks for module in model.modules())
+    for module in one_group(model).modules():  # a record is known by the name of the block's class
+        if type(module).__name__ == "DeepseekV3MoE":
+            module.__class__ = type("OwnMoE", (type(module),), {})
+    with pytest.raises(
+        ValueError, match=r"reads scores, and those of OwnMoE, which has .*e_score_correction_bias, are"
+    ):
+        balance_experts(model, optimizer, "quantile")
 
 
 def test_a_bias_in_low_precision_is_warned_of():

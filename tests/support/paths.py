@@ -21,7 +21,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
-from mixture_of_experts.gating import RouterLogits
+from mixture_of_experts.gating import QuantileRule, RouterLogits
 
 LAYERS = ("MoE", "HeirarchicalMoE")
 EXPERTS = ("Experts", "GatedExperts", "ExpertList", "custom")
@@ -143,6 +143,13 @@ def by_norm(weight: Tensor) -> Tensor:
     return weight / (weight.square().sum(dim=-1, keepdim=True) + 1e-9).sqrt()
 
 
+def by_quantile() -> TopKGating:
+    """A router whose training forwards count histograms."""
+    gate = TopKGating(DIM, NUM_EXPERTS, k=2, score="sigmoid", expert_bias=True)
+    gate.bias_rule = QuantileRule(50)
+    return gate
+
+
 ROUTERS = {
     "Top2, policy all": lambda: top2("all"),
     "Top2, policy threshold": lambda: top2("threshold"),
@@ -155,6 +162,7 @@ ROUTERS = {
     "TopK, expert bias": lambda: TopKGating(
         DIM, NUM_EXPERTS, k=2, score="sigmoid", scale=2.5, num_groups=2, top_groups=1, expert_bias=True
     ),
+    "TopK, expert bias by quantile": by_quantile,
     "TopK, chosen by capped logits": lambda: TopKGating(
         DIM,
         NUM_EXPERTS,
