@@ -143,9 +143,10 @@ def by_norm(weight: Tensor) -> Tensor:
     return weight / (weight.square().sum(dim=-1, keepdim=True) + 1e-9).sqrt()
 
 
-def by_quantile() -> TopKGating:
-    """A router whose training forwards count histograms."""
-    gate = TopKGating(DIM, NUM_EXPERTS, k=2, score="sigmoid", expert_bias=True)
+def by_capped_logits() -> TopKGating:
+    """A router whose training forwards count histograms, of logits that a module makes."""
+    logits = RouterLogits(DIM, NUM_EXPERTS, norm_eps=1e-6, multiplier=2.0, softcap=3.0, bias=True)
+    gate = TopKGating(DIM, NUM_EXPERTS, k=2, score="sigmoid", select="logits", expert_bias=True, logits=logits)
     gate.bias_rule = QuantileRule(50)
     return gate
 
@@ -162,16 +163,7 @@ ROUTERS = {
     "TopK, expert bias": lambda: TopKGating(
         DIM, NUM_EXPERTS, k=2, score="sigmoid", scale=2.5, num_groups=2, top_groups=1, expert_bias=True
     ),
-    "TopK, expert bias by quantile": by_quantile,
-    "TopK, chosen by capped logits": lambda: TopKGating(
-        DIM,
-        NUM_EXPERTS,
-        k=2,
-        score="sigmoid",
-        select="logits",
-        expert_bias=True,
-        logits=RouterLogits(DIM, NUM_EXPERTS, norm_eps=1e-6, multiplier=2.0, softcap=3.0, bias=True),
-    ),
+    "TopK, chosen by capped logits": by_capped_logits,
     "TopK, steps of one's own": lambda: TopKGating(
         DIM,
         NUM_EXPERTS,
