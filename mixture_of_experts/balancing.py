@@ -155,7 +155,7 @@ class Ours:
     @property
     def counts(self) -> Tensor | None:
         """None where somebody else has set another rule."""
-        return self.gate.counted if self.gate.bias_rule is self.rule else None
+        return self.gate.bias_counts if self.gate.bias_rule is self.rule else None
 
     def move(self, step: Tensor) -> None:
         self.gate.move_bias(step)

@@ -76,7 +76,7 @@ def load_balance_of(
     counted: Tensor | None,
     proxy: Tensor,
     length: Length | int,
-    k: int = 1,
+    k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The same, read off the choices: `sum_e load_e P_e` is the sum of P over them. It needs no table of loads.

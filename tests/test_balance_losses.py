@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from itertools import chain
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -36,7 +37,7 @@ def make_gate(name: str, **more) -> TopKGating:
     return gate
 
 
-def of_tokens(name: str, scores: list[Tensor], experts: list[list[int]], length: float, k: float = K) -> Tensor:
+def of_tokens(name: str, scores: list[Tensor], experts: list[list[int]], length: float, k: float = K) -> Any:
     """The loss of one unit: scores `(e,)` and chosen experts of each token that counts, and the divisor of means."""
     if name == "balance_score":
         experts = [sorted(range(E), key=lambda i, s=s: (-s[i].item(), i))[:k] for s in scores]  # equation 18

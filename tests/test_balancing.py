@@ -81,7 +81,7 @@ def test_once_for_each_step(rule, checkpointing, accumulation):
         optimizer.step()
     torch.testing.assert_close(biases(model), biases(by_hand), atol=0, rtol=0)
     assert all(bias.any() for bias in biases(model))
-    assert not any(gate.counted.any() for gate in model.gates())
+    assert not any(gate.bias_counts.any() for gate in model.gates())
     balancing.remove()
     assert all(gate.bias_rule.bins == 0 for gate in model.gates())
     model(tokens(3)).backward()
@@ -122,7 +122,7 @@ def test_a_step_that_a_fused_optimizer_skips_moves_nothing(rule):
         optimizer.grad_scale, optimizer.found_inf = torch.ones(()), torch.full((), float(scale == torch.inf))
         optimizer.step()
         assert all(bias.any() == moved for bias in biases(model))
-        assert all(gate.counted.any() != moved for gate in model.gates())
+        assert all(gate.bias_counts.any() != moved for gate in model.gates())
         changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
         assert any(changed) == moved
 

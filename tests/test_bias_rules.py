@@ -262,7 +262,9 @@ class LoadRule(BiasRule):
     """A rule of one's own: in proportion to the load."""
 
     rate = 0.1
-    count = SignRule().count
+
+    def count(self, chosen):
+        return SignRule().count(chosen)
 
     def step(self, counts, bias, k, rate):
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)

@@ -185,7 +185,7 @@ class TopKGating(TokenChoiceGate):
         weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
-        if self.training and (counted := self.counted) is not None:
+        if self.training and (counted := self.bias_counts) is not None:
             weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counted)
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
@@ -298,7 +298,7 @@ class TopKGating(TokenChoiceGate):
         self.register_buffer("expert_histogram", histogram, persistent=False)
 
     @property
-    def counted(self) -> Tensor | None:
+    def bias_counts(self) -> Tensor | None:
         """What the rule has counted since the bias moved last; None without an expert bias."""
         return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
@@ -325,7 +325,7 @@ class TopKGating(TokenChoiceGate):
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
-        if self.expert_bias is None or (counted := self.counted) is None:
+        if self.expert_bias is None or (counted := self.bias_counts) is None:
             raise RuntimeError(NO_BIAS)
         self.move_bias(self._bias_rule.step(losses.global_sum(counted, group), self.expert_bias, self.k, rate))
         counted.zero_()
