@@ -3,6 +3,7 @@
 from mixture_of_experts.auxiliary import collect_aux
 from mixture_of_experts.balancing import balance_experts
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts, RoutedExperts
+from mixture_of_experts.forcing import force_routing
 from mixture_of_experts.gating import (
     Choices,
     ExpertChoiceGating,
@@ -35,4 +36,5 @@ __all__ = [
     "TopKGating",
     "balance_experts",
     "collect_aux",
+    "force_routing",
 ]

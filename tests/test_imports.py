@@ -22,7 +22,7 @@ CORE = [
     {"arguments"},
     {"moe"},
     {"auxiliary", "recipes"},
-    {"balancing", "held"},
+    {"balancing", "forcing", "held"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.

@@ -28,6 +28,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
+from mixture_of_experts.gating.forced import Forced, check_forced, forced_experts
 from mixture_of_experts.gating.given import Settled, settle
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
@@ -170,6 +171,8 @@ class TokenChoiceGate(Gate):
     capacity_factor_eval = CapacityFactor()
     min_expert_capacity: int = setting(check_size)
     priority: Priority = setting(check_choice, allowed=PRIORITIES)
+    #: "balanced" or "random": experts that no score chooses, see `force_routing`; None, the gate's own choices
+    forced: Forced | None = setting(check_forced)
 
     def __init__(
         self,
@@ -190,6 +193,7 @@ class TokenChoiceGate(Gate):
         self.capacity_factor_eval = capacity_factor_eval
         self.min_expert_capacity = min_expert_capacity
         self.priority = priority
+        self.forced = None
 
     @property
     def capacity_factor(self) -> float | None:
@@ -244,6 +248,8 @@ class TokenChoiceGate(Gate):
             side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
         """
         tokens = self.read(x, importance, mask, length, side)
+        if self.forced is not None:
+            tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
         made = self.decide(tokens)
         chosen = self.allowed(tokens)
@@ -275,6 +281,15 @@ class TokenChoiceGate(Gate):
         k, group = self.choices_at_balance, self.process_group
         counted = Counted(made.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
         return {name: BALANCE_LOSSES[name](counted) for name in known}
+
+    def _force(self, how: Forced, tokens: Tokens) -> Tokens:
+        """The tokens with experts that are given."""
+        if "given_experts" in tokens.side:
+            raise ValueError(f"experts are given, and {how} ones forced: do either")
+        x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
+        given = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
+        side = {**tokens.side, "given_experts": given}
+        return Tokens(x, tokens.real, tokens.full, tokens.active, tokens.length, side)
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
@@ -426,6 +441,7 @@ class TokenChoiceGate(Gate):
             parts.append(f"priority={self.priority!r}")
         if self.outer_expert_dims:
             parts.append(f"outer_expert_dims={self.outer_expert_dims}")
+        parts += [f"forced={self.forced!r}"] if self.forced is not None else []
         return ", ".join(parts)
 
 

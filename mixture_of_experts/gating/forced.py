@@ -1,0 +1,57 @@
+"""Choices that no score makes: benchmarks force them, so that what they time does not depend on what a router learned.
+
+Axes: b groups, n tokens of a group, e experts, k choices of a token; outer experts stand before them: `...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mixture_of_experts.checks import check_choice
+
+Forced = Literal["balanced", "random"]
+
+
+def balanced(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
+    """Each choice that is made goes to the next expert; a rank begins where the one before it ends."""
+    *outer, b, n, k = shape
+    if made is None:
+        order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
+    else:
+        order = (made.flatten(-3).cumsum(dim=-1) - 1).view(*outer, b, n, k)
+    return (order + rank * b * n * k) % num_experts
+
+
+def random(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
+    """k different experts of each token, all alike."""
+    return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
+
+
+FORCED: dict[str, Callable[..., Tensor]] = {"balanced": balanced, "random": random}
+
+
+def check_forced(name: str, how: Any) -> Forced | None:
+    return None if how is None else check_choice(name, how, tuple(FORCED))
+
+
+def forced_experts(
+    how: Forced,
+    shape: Sequence[Any],
+    num_experts: int,
+    device: Any,
+    made: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Experts `(..., b, n, k)` int64 of tokens of that shape.
+
+    Args:
+        how: "balanced" or "random".
+        made: `(..., b, n, k)` bool, the choices that are made; None if all are.
+        group: the ranks that share the batch.
+    """
+    return FORCED[how](shape, num_experts, made, device, 0 if group is None else dist.get_rank(group))
