@@ -158,8 +158,8 @@ def draw(finished: Mapping[tuple[str, int], Record], path: Path) -> None:
     above.set(yscale="log", ylabel="load of the busiest of 32 experts ÷ mean load", xlabel="step")
     above.set_yticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
     above.minorticks_off()
-    below.set(ylabel="training loss, bits a byte", xlabel="step", ylim=(None, 4.5))
-    above.legend(frameon=False, handlelength=4)
+    below.set(ylabel="training loss, bits a byte", xlabel="step", ylim=(3, 4.5))
+    below.legend(frameon=False, handlelength=4, title="balanced by")
     for axes in (above, below):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", linewidth=0.5, alpha=0.4)
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--picture", type=Path, default=Path("docs/images/balance_rules.png"))
     parser.add_argument("--report", action="store_true", help="train nothing, report what is finished")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args(argv)
     finished = read(args.records, args.steps)
     if not args.report:
