@@ -370,6 +370,7 @@ class TopKGating(TokenChoiceGate):
         parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
         parts += [f"group_score={named(self.group_score)}"] if self.group_score != "two_best" else []
         parts += ["expert_bias=True"] if self.expert_bias is not None else []
+        parts += [f"bias_rule={self._bias_rule!r}"] if repr(self._bias_rule) != repr(RULES["sign"]) else []
         return ", ".join(parts)
 
 
