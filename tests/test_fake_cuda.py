@@ -151,7 +151,9 @@ def test_machine_code(check: Checks, case: Case):
     """No register spills, the card's shared memory, tensor cores, no atomics; `triton_machine_code.py` has the rest."""
     codes = check("triton_machine_code.check", case)
     assert {code.kernel for code in codes} >= {
+        "choose",
         "find_rows",
+        "rank_rows",
         "rows_by_weights",
         "hidden_grads",
         "row_grads",
@@ -191,7 +193,7 @@ def test_a_new_number_of_tokens_compiles_nothing(check: Checks):
     """Of 50 lengths there are as many programs of a kernel as heights of tiles, for each use of it."""
     uses = {"rows_by_weights": 2, "weight_grads": 2, "sum_rows": 2}  # up and down; of either weight; out and x
     programs = check("triton_machine_code.programs_over_lengths", 50)
-    assert len(programs) == 7
+    assert len(programs) == 9
     for kernel, number in programs.items():
         assert number <= 4 * uses.get(kernel, 1), (kernel, number)
 

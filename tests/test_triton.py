@@ -144,6 +144,41 @@ def test_plans(check: Checks, experts: int, routing: str):
         check("check_plan", experts, groups, routing)
 
 
+@pytest.mark.parametrize(
+    ("gate", "experts", "dtype"),
+    [
+        ("softmax", 5, torch.float32),
+        ("sigmoid, biased", 100, torch.bfloat16),
+        pytest.param("of the chosen", 64, torch.float32, marks=slow),
+        pytest.param("one", 1, torch.float32, marks=slow),
+        pytest.param("module", 257, torch.bfloat16, marks=slow),
+        *(
+            pytest.param(gate, experts, torch.float16, marks=exhaustive)
+            for gate in ("softmax", "sigmoid, biased", "of the chosen", "one", "module")
+            for experts in (1, 2, 7, 128, 1000)
+        ),
+    ],
+)
+def test_choices_of_few_tokens(check: Checks, gate: str, experts: int, dtype: torch.dtype):
+    check("check_few_choices", gate, experts, dtype)
+
+
+@pytest.mark.parametrize("fault", ["expert", *(pytest.param(f, marks=slow) for f in ("losses", "raises", "memory"))])
+def test_wrong_choices_are_seen(check: Checks, fault: str):
+    check("check_wrong_choices", fault)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "top 3, gated, biases",
+        *(pytest.param(name, marks=slow) for name in ("top 2, capacity", "expert choice", "two levels")),
+    ],
+)
+def test_few_tokens(check: Checks, layer: str):
+    check("check_few_tokens", layer)
+
+
 def test_no_tokens(check: Checks):
     check("check_nothing")
 

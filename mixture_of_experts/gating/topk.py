@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
+from mixture_of_experts.gating import few
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import RULES, BiasRule, Chosen, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.choices import Choices, top_choices
@@ -162,6 +163,8 @@ class TopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """The k experts of each token's largest scores."""
+        if (made := few.choices(self, tokens)) is not None:
+            return made
         x = self._jittered(tokens.x)
         if self.w_gating is not None:
             logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
@@ -201,6 +204,13 @@ class TopKGating(TokenChoiceGate):
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64: what the tokens choose where nobody else chose, by scores `(..., b, n, e)`."""
         return top_choices(ranked, self.k)
+
+    def logits_of(self, x: Tensor) -> Tensor:
+        """`(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
+        if self.w_gating is not None:
+            return self.product(x, self.w_gating, self.b_gating)
+        assert self.logits is not None
+        return module_logits(self.logits, x, self.num_experts)
 
     @property
     def _first_is_likeliest(self) -> bool:

@@ -9,9 +9,8 @@ recomputation goes the way of its forward (but for decoding in eval, inside the 
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts import launching
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
@@ -52,13 +52,7 @@ __all__ = [
 # the fastest first
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
 AUTO = ("cpu", "triton", "grouped", "lean", "plain")  # those that are taken unasked
-VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
-
-# read once: a compiled graph is guarded by this variable, and could not be by the environment
-_from_start: str = check_choice(VARIABLE, os.environ.get(VARIABLE) or "auto", ("auto", *WAYS))
-_asked_for = _from_start
-_uses: dict[object, str] = {}  # the contexts of `use` that are open, in any thread; the last one is asked for
-_CHANGING = threading.Lock()
+check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
 
 
 class Listeners(threading.local):
@@ -107,21 +101,11 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> It
     """
     check_choice("way", way, ("auto", *WAYS))
     context = object()
-    _ask_for({context: way}, ())
+    launching.ask_for({context: way}, ())
     try:
         yield
     finally:
-        _ask_for({}, [context])
-
-
-def _ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Each context takes out its own entry, in whatever order those of several threads end."""
-    global _asked_for
-    with _CHANGING:
-        _uses.update(opened)
-        for context in closed:
-            del _uses[context]
-        _asked_for = next(reversed(_uses.values()), _from_start)
+        launching.ask_for({}, [context])
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -168,11 +152,11 @@ def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: boo
 
 
 def _choose(call: Call) -> str:
-    if _asked_for != "auto":
-        reason = WAYS[_asked_for].why_not(call)
+    if (way := launching.asked_for()) != "auto":
+        reason = WAYS[way].why_not(call)
         if reason is not None:
-            raise ValueError(f"{_asked_for!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
-        return _tell(_asked_for, {})
+            raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
+        return _tell(way, {})
     reasons = {}
     for name in AUTO:
         reason = (triton.why_not_unasked if name == "triton" else WAYS[name].why_not)(call)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pytest
@@ -31,6 +32,10 @@ GATHERED = {
     ("weight_grads", "y"): "GATHER_Y",
     ("bias_grads", "y"): "token",
 }
+
+
+#: where kernels start
+LAUNCHES = ("mixture_of_experts.ops.triton.operators.launch", "mixture_of_experts.gating.few.operator.launch")
 
 
 class Counts(NamedTuple):
@@ -73,6 +78,14 @@ class Ledger(TorchDispatchMode):
                 else:
                     size = num_bytes(tensor)
                 self.moved[kernel.fn.__name__] += size
+
+    @contextmanager
+    def of_kernels(self) -> Iterator[None]:
+        """Where launches of kernels are counted, and none starts."""
+        with pytest.MonkeyPatch.context() as patch:
+            for where in LAUNCHES if importlib.util.find_spec("triton") else ():
+                patch.setattr(where, self.launch)
+            yield
 
     def add(self, name: str, tensors: Any) -> None:
         self.launches[name] += 1
@@ -129,9 +142,7 @@ def is_free(func, args, result) -> bool:
 
 def count(call: Callable[[], Sequence[Tensor]], known: Iterable[Tensor]) -> Counts:
     """Counts of `call`, which returns what is differentiated, and of the backward."""
-    with Ledger() as ledger, pytest.MonkeyPatch.context() as patch:
-        if importlib.util.find_spec("triton"):
-            patch.setattr("mixture_of_experts.ops.triton.operators.launch", ledger.launch)
+    with Ledger() as ledger, ledger.of_kernels():
         results = call()
         forward = ledger.launches.total()
         kept = ledger.kept(known)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -29,6 +31,9 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.gating import few
+from mixture_of_experts.gating.few import operator as few_operator
+from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -394,6 +399,92 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
+FEW_GATES = {
+    "softmax": dict(k=3),
+    "sigmoid, biased": dict(k=4, score="sigmoid", expert_bias=True, scale=2.5, eps=1e-3, bias=True),
+    "of the chosen": dict(k=2, weigh="softmax", normalize=False, balance_over="batch"),
+    "one": dict(k=1, capacity_factor_eval=1.0, min_expert_capacity=1),
+    "module": dict(k=2, normalize=False, logits="module"),
+}
+
+
+@torch.no_grad()
+def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
+    """The kernel of gates decides what torch's operators decide: choices, weights, losses, ties, what is no number."""
+    torch.manual_seed(e)
+    options = dict(FEW_GATES[name])
+    options |= dict(logits=RouterLogits(8, e, norm_eps=1e-6)) if "logits" in options else {}
+    options["k"] = min(options["k"], e)
+    gate = TopKGating(8, e, **options).to(dtype).eval()
+    if gate.expert_bias is not None:
+        gate.expert_bias.normal_(std=0.1)
+    calls, choose = [], few_operator.launch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(few, "_verdicts", {})
+        assert few._is_right(gate, torch.zeros(1, 1, 8, dtype=dtype))
+        patch.setattr(few_operator, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
+        for b, n in ((1, 1), (3, 1), (2, few.LONGEST), (1, 3), (1, few.LONGEST + 1), (0, 1)):
+            x = torch.randn(b, n, 8, dtype=dtype)
+            for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
+                calls.clear()
+                # NaN is what nobody has written
+                with ops.use("triton"), watched(few_operator) if tokens.isfinite().all() else nullcontext():
+                    found = gate(tokens)
+                assert len(calls) == (n <= few.LONGEST and b > 0)
+                with ops.use("plain"):
+                    wanted = gate(tokens)
+                assert len(calls) <= 1
+                for field in ("expert", "kept", "chosen", "weight", "probs", "balance_loss", "z_loss"):
+                    got, want = getattr(found, field), getattr(wanted, field)
+                    assert (got.dtype, got.shape) == (want.dtype, want.shape), field
+                    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True, msg=field)
+
+
+@torch.no_grad()
+def check_wrong_choices(fault: str) -> None:
+    """A kernel of gates that is planted wrong, or raises, is off for the process; no memory is no verdict."""
+    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), few_operator.launch, []
+
+    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        calls.append(fault)
+        if fault in ("raises", "memory"):
+            raise RuntimeError("a compiler gives up") if fault == "raises" else torch.OutOfMemoryError("no memory")
+        launch(kernel, grid, **arguments)
+        arguments[fault].mul_(1.2) if arguments[fault].is_floating_point() else arguments[fault].add_(1)
+
+    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
+        patch.setattr(few, "_verdicts", {})
+        patch.setattr(few_operator, "launch", wrong)
+        wanted = gate(x, mask=torch.ones(3, 1, dtype=torch.bool))  # which the kernel does not serve
+        assert not calls
+        with nullcontext() if fault == "memory" else pytest.warns(UserWarning, match="off in this process"):
+            found = gate(x)
+        for _ in range(2):
+            assert torch.equal(found.expert, wanted.expert)
+            torch.testing.assert_close(found.weight, wanted.weight)
+            found = gate(x)
+        assert len(calls) == (3 if fault == "memory" else 1)
+
+
+def check_few_tokens(name: str) -> None:
+    """A layer in inference on few tokens, by the kernels and by plain operators: masked, with capacity, two levels."""
+    torch.manual_seed(0)
+    layer = LAYERS[name]().eval()
+    if isinstance(layer, MoE):
+        layer.gate.capacity_factor_eval = 1.0 if "capacity" in name else None
+    for shape in ((1, 1), (64, 1), (3, 5), (0, 1)):
+        x, mask = torch.randn(*shape, 16), torch.rand(shape) < 0.8
+        for masked in (None, mask):
+            found, wanted = [], []
+            for way, results in (("triton", found), ("plain", wanted)):
+                torch.manual_seed(1)
+                with ops.use(way), torch.no_grad(), warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+                    results += layer(x, mask=masked)
+            for got, want in zip(found, wanted, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
 def check_nothing() -> None:
     """No tokens at all: outputs of no rows, gradients of weights that are zeros."""
     where = plan_of(decision_of(TopKGating(16, 4, 2)(torch.randn(1, 0, 16))))
@@ -436,6 +527,8 @@ def check_operators() -> None:
     arguments = (queue, queues.position, decision.chosen, decision.kept, queues.length, 4, 2, 40)
     torch.library.opcheck(triton_plan, arguments)
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
+    options = (3, False, True, 2.5, 1e-6, 0.5, 0.25)
+    torch.library.opcheck(few_operator.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)
 
 

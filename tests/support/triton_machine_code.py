@@ -145,6 +145,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
+    from mixture_of_experts.gating.few import operator as few
     from mixture_of_experts.ops.triton import operators, plan
     from support.fake_cuda_checks import on_gpu
 
@@ -154,13 +155,18 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         described = {name: describe(value) for name, value in arguments.items()}
         seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
 
-    launch, operators.launch = operators.launch, note
+    launch, operators.launch, few.launch = operators.launch, note, note
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with on_gpu(getattr(torch, case.dtype), case.capability):
             run_operators(case, operators, plan)
+            logits, settings = (
+                torch.empty(64, 1, 128, dtype=torch.float32),
+                (8, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
+            )
+            few.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
     finally:
-        operators.launch = launch
+        operators.launch = few.launch = launch
     return list(seen.values())
 
 
@@ -207,6 +213,8 @@ def program(kernel: Any, arguments: dict[str, Any]) -> tuple[dict, dict, dict, d
         fixed = value is None or (value == 1 and not parameter.do_not_specialize)
         if parameter.is_constexpr or fixed:
             signature[parameter.name], constants[place,] = "constexpr", value
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         elif isinstance(value, tuple):
             signature[parameter.name], even = value
             attributes |= {(place,): [["tt.divisibility", 16]]} if even else {}

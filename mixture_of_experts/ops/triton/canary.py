@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.decision import Decision, decision_on
+from mixture_of_experts.launching import undisturbed
 from mixture_of_experts.ops import lean
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -114,20 +113,6 @@ def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wante
 def forget() -> None:
     """Check everything anew, as in a new process."""
     _verdicts.clear()
-
-
-@contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read."""
-    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
-    try:
-        if mode is not None:
-            torch.cuda.set_sync_debug_mode("default")
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        if mode is not None:
-            torch.cuda.set_sync_debug_mode(mode)
 
 
 def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:

@@ -16,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from mixture_of_experts.launching import launch
 from mixture_of_experts.ops.triton import kernels
 from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_of, find_schedule
@@ -103,13 +104,6 @@ class Grads(NamedTuple):
         """All there are."""
         b_out = [] if self.b_out is None else [self.b_out]
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *b_out]
-
-
-def launch(kernel, grid: tuple[int, ...], **arguments: Any) -> None:
-    """The one place where a kernel starts."""
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
-        kernel[grid](**arguments, enable_fp_fusion=True)
 
 
 @torch.library.custom_op(

@@ -1,0 +1,126 @@
+"""What `TopKGating` decides on a few tokens in inference, by one kernel on NVIDIA's GPUs.
+
+Axes: b groups, n tokens of a group, d model dim, e experts, k choices.
+
+A program serves one group, so that groups are to be short, as in decoding. The kernel checks itself before it serves a
+first call of its kind: one that differs from torch's operators, or raises, is off for the process, with a warning.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import warnings
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.launching import asked_for, undisturbed
+from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass
+from mixture_of_experts.tracing import capability, in_transform
+
+if TYPE_CHECKING:
+    from mixture_of_experts.gating.base import Tokens
+    from mixture_of_experts.gating.topk import TopKGating
+
+LONGEST = 8  # tokens of a group
+MOST_EXPERTS, MOST_CHOICES = 1024, 32
+TOLERANCE = 1e-4
+
+_verdicts: dict[tuple, bool] = {}
+
+
+def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
+    """What the gate decides; None where the kernel does not serve it."""
+    if not (_is_decoding(gate, tokens) and _has_kernel(tokens.x) and _knows(gate)):
+        return None
+    return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
+
+
+def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
+    """Short groups in eval and without gradients, of which all tokens count."""
+    if gate.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    simple = tokens.full is None and not tokens.side and not gate.outer_expert_dims
+    return simple and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
+
+
+def _has_kernel(x: Tensor) -> bool:
+    """On a GPU of compute capability 8.0 or more; on a CPU by Triton's interpreter."""
+    way = asked_for()
+    if way not in ("auto", "triton") or x.dtype == torch.float64 or in_transform() or is_wrapper_subclass(x):
+        return False
+    if not x.is_cuda:
+        return x.device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    can = torch.version.hip is None and capability(x.device) >= (8, 0)
+    return can and importlib.util.find_spec("triton") is not None
+
+
+def _knows(gate: TopKGating) -> bool:
+    """The settings that it is written for."""
+    own = type(gate).__module__ == "mixture_of_experts.gating.topk"
+    weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax")
+    steps = gate.score in ("softmax", "sigmoid") and gate.select == "score" and weighs
+    simple = gate.num_groups is None and gate.process_group is None and gate.priority != "score"
+    sizes = gate.num_experts <= MOST_EXPERTS and gate.k <= MOST_CHOICES
+    return own and steps and simple and sizes and isinstance(gate.normalize, bool)
+
+
+def _choose(gate: TopKGating, tokens: Tokens) -> Choices:
+    from mixture_of_experts.gating.few.operator import few_choices  # it imports triton, which takes a second
+
+    logits = gate.logits_of(tokens.x)
+    (b, n, e), k = logits.shape, gate.k
+    scales = e / (k * b * n * n), 1 / (b * n)
+    expert, weight, probs, sums = few_choices(logits, gate.expert_bias, *_settings(gate), *scales)
+    balance, z_loss = sums.sum(dim=0).unbind()
+    if gate.balance_over != "group":
+        balance = gate.balance_loss(tokens, probs, expert, k=k)
+    return Choices(expert, weight, probs, {"balance": balance, "z": z_loss})
+
+
+def _settings(gate: TopKGating) -> tuple[int, bool, bool, float, float]:
+    """k, whether scores are a softmax, whether weights are normalised, their scale, and epsilon."""
+    return gate.k, gate.score == "softmax", gate.normalize is True or gate.weigh == "softmax", gate.scale, gate.eps
+
+
+def _is_right(gate: TopKGating, x: Tensor) -> bool:
+    """Whether the kernel does on this device what torch's operators do, on made-up tokens of such a gate."""
+    if not all(_verdicts.values()):
+        return False
+    key = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
+    if key not in _verdicts:
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        try:
+            with undisturbed(x.device):
+                fault = _fault(gate, x)
+        except torch.OutOfMemoryError:  # no verdict
+            return False
+        except Exception as reason:  # whatever a compiler or a driver raises
+            fault = f"it raises {type(reason).__name__}: {reason}"
+        _verdicts[key] = not fault
+        if fault:
+            warnings.warn(f"the Triton kernel of gates is off in this process: {fault}", stacklevel=2)
+    return _verdicts[key]
+
+
+def _fault(gate: TopKGating, x: Tensor) -> str | None:
+    """What differs. With gradients the gate decides by torch's operators."""
+    from mixture_of_experts.gating.base import Tokens
+
+    generator = torch.Generator(x.device).manual_seed(0)
+    made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
+    tokens = Tokens(made_up, None, None, None, 2)
+    found, wanted = _choose(gate, tokens), gate.decide(tokens)
+    for name, got, want in (
+        ("weights", found.weight, wanted.weight),
+        ("probabilities", found.probs, wanted.probs),
+        ("experts", *(wanted.probs.gather(-1, made.expert.clamp(0, gate.num_experts - 1)) for made in (found, wanted))),
+        *((name, found.losses[name], loss) for name, loss in wanted.losses.items()),
+    ):
+        if not (got - want).norm() <= TOLERANCE * want.norm():
+            return f"its {name} differ from those of torch's operators"
+    return None

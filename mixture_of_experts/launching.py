@@ -1,0 +1,59 @@
+"""What kernels of Triton have in common, whatever they compute: which way is asked for, and how they start.
+
+The way that calls go is state of the whole process: `ops.use` sets it, and `MIXTURE_OF_EXPERTS_KERNELS` from the start.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
+
+# read once: a compiled graph is guarded by this variable, and could not be by the environment
+FROM_START: str = os.environ.get(VARIABLE) or "auto"
+_asked_for = FROM_START
+_uses: dict[object, str] = {}  # the contexts of `use` that are open, in any thread; the last one is asked for
+_CHANGING = threading.Lock()
+
+
+def asked_for() -> str:
+    """The name of a way, or "auto"."""
+    return _asked_for
+
+
+def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+    """Each context takes out its own entry, in whatever order those of several threads end."""
+    global _asked_for
+    with _CHANGING:
+        _uses.update(opened)
+        for context in closed:
+            del _uses[context]
+        _asked_for = next(reversed(_uses.values()), FROM_START)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """The one place where a kernel starts."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+        kernel[grid](**arguments, enable_fp_fusion=True)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read."""
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
+    try:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode("default")
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode(mode)
