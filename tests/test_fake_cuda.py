@@ -204,9 +204,14 @@ GUIDE = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 ROWS = {
     "launches, forward": ("forward", "small"),
     "launches, forward and backward": ("forward and backward", "small"),
-    "launches, decoding 64 tokens": ("forward", "decoding"),
+    "launches, decoding 1 token": ("1", "decoding"),
+    "launches, decoding 4 tokens": ("4", "decoding"),
+    "launches, decoding 64 tokens": ("64", "decoding"),
+    "launches of two levels, forward": ("forward", "capacity"),
+    "launches of two levels, forward and backward": ("forward and backward", "capacity"),
     "kept for the backward": ("kept", "large"),
     "kept, experts cut 8 times finer": ("kept", "fine"),
+    "kept, limited capacity": ("kept", "capacity"),
     "moved by forward and backward, GB": ("moved", "large"),
 }
 
@@ -223,10 +228,20 @@ def documented() -> dict[tuple[str, str], float]:
 def test_costs_are_those_of_the_guide(check: Checks, way: str):
     """None is above its budget, and no budget is far above what is."""
     found = {size: check("costs", way, size) for size in ("small", "large", "fine")}
-    found["decoding"] = {"forward": check("launches_of_decoding", way)}
+    found["decoding"] = {str(tokens): check("launches_of_decoding", way, tokens) for tokens in (1, 4, 64)}
+    found["capacity"] = check("costs_with_capacity", way)
     for row, (name, size) in ROWS.items():
         budget = documented()[way, row]
         assert 0.93 * budget - 0.05 <= found[size][name] <= budget + 0.005, (row, found[size][name], budget)
+
+
+@pytest.mark.parametrize(
+    ("way", "most"), [("grouped", 30), ("lean", 30), pytest.param("triton", 12, marks=needs_triton)]
+)
+def test_decoding_is_few_launches(check: Checks, way: str, most: int):
+    """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
+    for tokens in (1, 2, 5, 8, 42, 64):
+        assert check("launches_of_decoding", way, tokens) <= most, tokens
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the ou
 
 A way is a module with two functions: `why_not(call)`, None or the reason why it cannot take a call, and `run(call)`.
 They are tried in the order of `AUTO`. `why_not` reads no values, no number of tokens and no grad mode, so that a
-recomputation goes the way of its forward (but for decoding in eval, inside the CPU's way).
+recomputation goes the way of its forward (but for decoding in eval, inside a way).
 """
 
 from __future__ import annotations

@@ -279,6 +279,21 @@ def costs(way: str, size: str = "small") -> dict[str, float]:
     }
 
 
+def costs_with_capacity(way: str) -> dict[str, float]:
+    """Of layers as they are by default, with a capacity, in training: launches of two levels; and what one level keeps,
+    by what x and the pre-activations of all slots are."""
+    with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
+        x = torch.empty(4, 1024, 512, requires_grad=True)
+        layer, grid = MoE(512, 16), HeirarchicalMoE(512, (4, 4))
+        one, two = (count(lambda layer=layer: layer(x), [x, *layer.parameters()]) for layer in (layer, grid))
+        slots = layer.gate(x).queued.numel() * int(1.25 * 1024 / 16)
+    return {
+        "forward": two.launches,
+        "forward and backward": two.launches_both,
+        "kept": one.kept / (2 * (4 * 1024 * 512 + slots * 2048)),
+    }
+
+
 @torch.no_grad()
 def launches_of_decoding(way: str, tokens: int = 64) -> int:
     """Launches of a layer of 128 experts, 8 of them chosen, on tokens of as many sequences in eval."""

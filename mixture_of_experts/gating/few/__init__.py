@@ -11,20 +11,18 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.launching import asked_for, undisturbed
 from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass
 from mixture_of_experts.tracing import capability, in_transform
 
-if TYPE_CHECKING:
-    from mixture_of_experts.gating.base import Tokens
-    from mixture_of_experts.gating.topk import TopKGating
-
+TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
 TOLERANCE = 1e-4
@@ -109,8 +107,6 @@ def _is_right(gate: TopKGating, x: Tensor) -> bool:
 
 def _fault(gate: TopKGating, x: Tensor) -> str | None:
     """What differs. With gradients the gate decides by torch's operators."""
-    from mixture_of_experts.gating.base import Tokens
-
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
