@@ -163,8 +163,10 @@ class TopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """The k experts of each token's largest scores."""
-        if (made := few.choices(self, tokens)) is not None:
-            return made
+        return few.choices(self, tokens) or self.decide_by_operators(tokens)
+
+    def decide_by_operators(self, tokens: Tokens) -> Choices:
+        """The same in torch's operators."""
         x = self._jittered(tokens.x)
         if self.w_gating is not None:
             logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)

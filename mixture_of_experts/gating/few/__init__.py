@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.launching import asked_for, undisturbed
 from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass
 from mixture_of_experts.tracing import capability, in_transform
@@ -32,7 +33,7 @@ _verdicts: dict[tuple, bool] = {}
 
 def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
     """What the gate decides; None where the kernel does not serve it."""
-    if not (_is_decoding(gate, tokens) and _has_kernel(tokens.x) and _knows(gate)):
+    if not (_is_decoding(gate, tokens) and _has_kernel(tokens.x, *gate.parameters()) and _knows(gate)):
         return None
     return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
 
@@ -41,14 +42,16 @@ def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
     """Short groups in eval and without gradients, of which all tokens count."""
     if gate.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    simple = tokens.full is None and not tokens.side and not gate.outer_expert_dims
-    return simple and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
+    simple = tokens.full is None and tokens.length == tokens.num_tokens and not tokens.side
+    return simple and not gate.outer_expert_dims and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
 
 
-def _has_kernel(x: Tensor) -> bool:
+def _has_kernel(x: Tensor, *weights: Tensor) -> bool:
     """On a GPU of compute capability 8.0 or more; on a CPU by Triton's interpreter."""
     way = asked_for()
-    if way not in ("auto", "triton") or x.dtype == torch.float64 or in_transform() or is_wrapper_subclass(x):
+    if way not in ("auto", "triton") or in_transform():
+        return False
+    if any(tensor.dtype == torch.float64 or is_wrapper_subclass(tensor) for tensor in (x, *weights)):
         return False
     if not x.is_cuda:
         return x.device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
@@ -58,7 +61,7 @@ def _has_kernel(x: Tensor) -> bool:
 
 def _knows(gate: TopKGating) -> bool:
     """The settings that it is written for."""
-    own = type(gate).__module__ == "mixture_of_experts.gating.topk"
+    own = type(gate).__module__ == "mixture_of_experts.gating.topk" and type(gate.logits) in (type(None), RouterLogits)
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax")
     steps = gate.score in ("softmax", "sigmoid") and gate.select == "score" and weighs
     simple = gate.num_groups is None and gate.process_group is None and gate.priority != "score"
@@ -93,7 +96,7 @@ def _is_right(gate: TopKGating, x: Tensor) -> bool:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             return False
         try:
-            with undisturbed(x.device):
+            with undisturbed(x.device), torch.no_grad():
                 fault = _fault(gate, x)
         except torch.OutOfMemoryError:  # no verdict
             return False
@@ -106,11 +109,11 @@ def _is_right(gate: TopKGating, x: Tensor) -> bool:
 
 
 def _fault(gate: TopKGating, x: Tensor) -> str | None:
-    """What differs. With gradients the gate decides by torch's operators."""
+    """What differs."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
-    found, wanted = _choose(gate, tokens), gate.decide(tokens)
+    found, wanted = _choose(gate, tokens), gate.decide_by_operators(tokens)
     for name, got, want in (
         ("weights", found.weight, wanted.weight),
         ("probabilities", found.probs, wanted.probs),
