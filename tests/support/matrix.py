@@ -16,7 +16,6 @@ import argparse
 import collections
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +33,7 @@ from .configurations import Bank, Configuration, Router
 def independent() -> contextlib.AbstractContextManager:
     """Have hypothesis draw every configuration anew, not five like each other: the search for what goes wrong together
     is not the point where nothing goes wrong."""
-    return mock.patch.object(ConjectureRunner, "generate_mutations_from", lambda *_: None)
+    return mock.patch.object(ConjectureRunner, "generate_mutations_from")
 
 
 KINDS = {"eager": 100, "compiled": 10, "exported": 10}  # configurations of one seed
@@ -85,17 +84,17 @@ def run_seed(kind: str, number: int, count: int) -> dict[str, Any]:
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
     """The lines that are whole: the last one may not be, of a run that was killed."""
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []:
+        if line.endswith("\n"):
             yield json.loads(line)
-        except json.JSONDecodeError:
-            print("one line is not whole and is run again", file=sys.stderr)
 
 
-def run_all(kind: str, configurations: int, path: Path) -> None:
-    """Seeds from 0 on, until there are so many configurations of this kind."""
+def run_all(kind: str, configurations: int, path: Path, number: int = 0) -> None:
+    """Seeds from `number` on, until there are so many configurations of this kind."""
+    if path.exists() and not (text := path.read_text(encoding="utf-8")).endswith("\n"):
+        path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")  # a line that a killed run did not end
     lines = [line for line in lines_of(path) if line["kind"] == kind]
-    done, total, number = {line["seed"] for line in lines}, sum(line["configurations"] for line in lines), 0
+    done, total = {line["seed"] for line in lines}, sum(line["configurations"] for line in lines)
     while total < configurations:
         if number not in done:
             line = run_seed(kind, number, min(KINDS[kind], configurations - total))
@@ -106,11 +105,11 @@ def run_all(kind: str, configurations: int, path: Path) -> None:
         number += 1
 
 
-def summary(path: Path) -> None:
+def summary(paths: list[Path]) -> None:
     """What is in the results, in Markdown."""
     kinds: dict[str, collections.Counter] = {}
     axes: collections.Counter = collections.Counter()
-    for line in lines_of(path):
+    for line in (line for path in paths for line in lines_of(path)):
         totals = kinds.setdefault(line["kind"], collections.Counter())
         totals.update({name: line.get(name, 0) for name in ("configurations", *OUTCOMES)}, seeds=1)
         axes.update(line["axes"])
@@ -130,7 +129,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=KINDS, default="eager")
     parser.add_argument("--configurations", type=int, default=0, help="how many of this kind there are to be in all")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of the results, which a run goes on with")
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="others for a run beside this one, with its own results"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        nargs="+",
+        default=[RESULTS],
+        help="the results, which a run goes on with; several to sum",
+    )
     parser.add_argument("--configuration", help="run this one: what the results show of a mismatch")
     parser.add_argument("--summary", action="store_true", help="print what is in the results")
     given = parser.parse_args()
@@ -139,7 +147,7 @@ def main() -> None:
         names = {"Configuration": Configuration, "Router": Router, "Bank": Bank}
         print(matrix.check(eval(given.configuration, names)))
     if given.configurations:
-        run_all(given.kind, given.configurations, given.results)
+        run_all(given.kind, given.configurations, given.results[0], given.first_seed)
     if given.summary:
         summary(given.results)
 

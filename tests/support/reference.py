@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LIVE = -(1 << 15)  # of given choices: one's own
+
 # Tokens, groups, choices
 
 
@@ -38,7 +40,8 @@ class Token:
     exponential: Tensor | None = None  # (e, k), the draws by which SparseMixer samples each choice
     whole: Tensor | None = None  # (1, k), the draws that say whether it weighs all of it
     router_input: Tensor | None = None  # (d,), what the router reads instead of x
-    given_experts: Tensor | None = None  # (k,), the experts that somebody else chose, -1 for none
+    given_experts: Tensor | None = None  # (k,), choices of somebody else: -1 none, -2 - i not computed, LIVE one's own
+    given_experts_inner: Tensor | None = None  # (k, k of level two), the same for each of its choices
     token_ids: Tensor | None = None  # (), the id of a hash layer
 
 
@@ -68,6 +71,7 @@ class Choice:
     score: float = 0.0  # the token's top probability, for priority 'score'
     slot: int = -1
     kept: bool = True
+    computed: bool = True  # or only weighed beside the others, and counted with them
 
 
 @dataclass
@@ -140,7 +144,7 @@ def assign_slots(choices: list[Choice], priority: str, limit: float) -> None:
     priority = "token" if limit == math.inf else priority
     waiting: dict[int, int] = defaultdict(int)
     for choice in sorted(choices, key=queue_key(priority)):
-        if limit == math.inf and choice.weight == 0:
+        if not choice.computed or (limit == math.inf and choice.weight == 0):
             choice.kept = False
             continue
         choice.slot = waiting[choice.expert]
@@ -184,7 +188,8 @@ def router_input(token: Token) -> Tensor:
 def hand_down(choice: Choice, position: int, importance: float) -> Token:
     """A choice of level one as a token of level two: what was drawn for it is not handed on, side inputs are."""
     above = choice.token
-    side = dict(router_input=above.router_input, given_experts=above.given_experts, token_ids=above.token_ids)
+    given = None if above.given_experts_inner is None else above.given_experts_inner[choice.order]
+    side = dict(router_input=above.router_input, given_experts=given, token_ids=above.token_ids)
     return Token(above.x, position, importance, **side)
 
 
@@ -378,14 +383,23 @@ class TopK(TokenChoice):
             biased = biased + self.expert_bias[group.outer]
         allowed = self.allowed(biased)
         top = scores[allowed != -math.inf].max().item()
-        given = token.given_experts
-        if given is None and self.experts_of_id is not None:
-            given = self.experts_of_id[token.token_ids]
-        experts = largest(allowed, self.k) if given is None else given.tolist()
-        made = [order for order in range(self.choices_of(token)) if experts[order] >= 0]
-        weights = self.weights(logits, scores, [max(expert, 0) for expert in experts], made)
+        experts = largest(allowed, self.k)
+        if self.experts_of_id is not None and token.token_ids is not None:
+            experts = self.experts_of_id[token.token_ids].tolist()
+        given = [LIVE] * self.k if token.given_experts is None else token.given_experts.tolist()
+        made = [order for order in range(self.choices_of(token)) if given[order] != -1]
+        experts = [own if code == LIVE else max(code, -2 - code) for own, code in zip(experts, given, strict=True)]
+        weights = self.weights(logits, scores, experts, made)
         return [
-            Choice(group, token, order, experts[order], weight * self.scale, top)
+            Choice(
+                group,
+                token,
+                order,
+                experts[order],
+                weight * self.scale,
+                top,
+                computed=given[order] in (LIVE, experts[order]),
+            )
             for order, weight in zip(made, weights, strict=True)
         ]
 
