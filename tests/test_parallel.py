@@ -148,6 +148,11 @@ def test_published_checkpoint_loads(workers: Workers):
     workers.run(saves.check_published_checkpoint, 2)
 
 
+def test_part_that_a_rank_of_others_saved_is_named(workers: Workers, tmp_path: Path):
+    workers.run(saves.save_own_part, 4, tmp_path)
+    workers.run(saves.check_part_of_other_ranks, 2, tmp_path, 4)
+
+
 def test_wrong_shape_in_a_state_dict_is_named(workers: Workers):
     workers.run(saves.check_wrong_shape_is_named, 2)
 

@@ -37,6 +37,11 @@ from mixture_of_experts.parallel.exchange import (
 from mixture_of_experts.parallel.local_view import LocalView, local_view, make_view
 from mixture_of_experts.parallel.sharding import ExpertSharding
 
+SAVED_ELSEWHERE = (
+    "{name} is what one of {ranks} ranks saved of its experts, and here they are spread over {here}: write checkpoints "
+    "by torch.distributed.checkpoint, which reads them on any number of ranks, or load the state of all experts."
+)
+
 
 class SpreadExperts(RoutedExperts):
     """What is added in front of a class of experts; see `parallel_class`."""
@@ -156,9 +161,14 @@ class SpreadExperts(RoutedExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of one process holds whole weights: take this rank's part."""
+        errors: list[str] = args[-1]
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole = state_dict.get(prefix + name)
-            if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor) or isinstance(whole, DTensor):
+            if not isinstance(parameter, DTensor) or not isinstance(whole, Tensor):
+                continue
+            if ranks := ranks_of_part(whole, parameter):
+                errors.append(SAVED_ELSEWHERE.format(name=prefix + name, ranks=ranks, here=self.expert_parallel.ranks))
+            if isinstance(whole, DTensor):
                 continue
             if whole.shape == parameter.shape:  # a wrong shape is reported by what follows
                 mesh, placements = parameter.device_mesh, parameter.placements
@@ -169,6 +179,15 @@ class SpreadExperts(RoutedExperts):
         here = self.expert_parallel.experts
         place = f"experts {here.start} to {here.stop - 1} of {math.prod(self.expert_parallel.dims)} here"
         return ", ".join(part for part in (super().extra_repr(), place) if part)
+
+
+def ranks_of_part(saved: Tensor, parameter: DTensor) -> int:
+    """The number of ranks, if a tensor of a state dict is a part of the parameter that another number of them saved."""
+    if isinstance(saved, DTensor):
+        return saved.device_mesh.size() if saved.device_mesh.size() != parameter.device_mesh.size() else 0
+    whole, part = parameter.shape, saved.shape
+    stack = part and part[1:] == whole[1:] and 0 < part[0] < whole[0] and whole[0] % part[0] == 0
+    return whole[0] // part[0] if stack else 0
 
 
 class SpreadList(SpreadExperts):
@@ -216,6 +235,12 @@ class SpreadList(SpreadExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """A state dict of one process holds all modules: leave out the other ranks'."""
+        saved = {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
+        saved = {index for index in saved if index.isdigit()}
+        strict, errors = args[1], args[-1]
+        if strict and saved and self._modules.keys() - saved:
+            ranks, here = self.num_experts / len(saved), self.expert_parallel.ranks
+            errors.append(SAVED_ELSEWHERE.format(name=prefix + "*", ranks=f"{ranks:g}", here=here))
         for key in list(state_dict):
             if key.startswith(prefix) and self.has_elsewhere(key.removeprefix(prefix)):
                 del state_dict[key]

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.tensor import DTensor
 
 import mixture_of_experts
 from mixture_of_experts import MoE
@@ -178,6 +179,22 @@ def check_state_dict_of_a_list_loads_into_the_layer() -> None:
         assert torch.equal(value, state[name]), name
     with pytest.raises(RuntimeError, match=r'Unexpected key\(s\) in state_dict: "experts.8.0.bias"\.'):
         together.load_state_dict({**state, "experts.8.0.bias": torch.zeros(5)})
+
+
+def save_own_part(folder: Path) -> None:
+    """What a rank has of a stack, as a DTensor and as a plain tensor, and of a list."""
+    for name in ("top2", "top2, list"):
+        state = spread(make(name), make_mesh()).state_dict()
+        plain = {key: value.to_local() if isinstance(value, DTensor) else value for key, value in state.items()}
+        torch.save([state, plain], folder / f"{name} {dist.get_rank()}.pt")
+
+
+def check_part_of_other_ranks(folder: Path, saved_by: int) -> None:
+    """A part that a rank of other ranks saved is named as that."""
+    for name in ("top2", "top2, list"):
+        for state in torch.load(folder / f"{name} {saved_by - 1 - dist.get_rank()}.pt", weights_only=True):
+            with pytest.raises(RuntimeError, match=r"experts\.\S+ is what one of 4 ranks saved .* over 2: write"):
+                spread(make(name), make_mesh()).load_state_dict(state)
 
 
 def check_wrong_shape_is_named() -> None:
