@@ -1,6 +1,7 @@
 """Checkpoints of models that are spread over ranks: they load on another number of ranks, and survive a kill."""
 
 import io
+import pickle
 import re
 import shutil
 from pathlib import Path
@@ -55,11 +56,54 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Optimizers)
     found = checkpoints(folder)
     if not found:
         raise FileNotFoundError(f"{folder} holds no checkpoint, no folder step-N")
+    extra = torch.load(found[-1] / "extra.pt", map_location="cpu", weights_only=True)
     state = state_of(model, optimizer)
-    dcp.load(state, checkpoint_id=found[-1])
+    dcp.load(state, storage_reader=CheckedReader(found[-1]), planner=CheckedPlanner())
     states.set_model_state_dict(model, state["model"])
     states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=BY_PARAMETER)
-    return torch.load(found[-1] / "extra.pt", map_location="cpu", weights_only=True)
+    return extra
+
+
+class CheckedReader(dcp.FileSystemReader):
+    """Looks at a checkpoint before anything of it is taken: torch unpickles `.metadata`, whatever that may call."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> dcp.Metadata:
+        path = Path(self.path)
+        try:
+            places = MetadataUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load().storage_data.values()
+            for place in places:
+                size, needed = (path / place.relative_path).stat().st_size, place.offset + place.length
+                if size < needed:
+                    raise ValueError(f"{place.relative_path} has {size} bytes, and {needed} were written")
+        except Exception as error:
+            raise ValueError(f"{path} is damaged, or is no checkpoint ({error}): load one before it") from error
+        return super().read_metadata(*args, **kwargs)
+
+
+class MetadataUnpickler(pickle.Unpickler):
+    """Makes what metadata consists of, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        of_checkpoints = module.startswith("torch.distributed.checkpoint.") and name in METADATA
+        of_torch = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if of_checkpoints or of_torch or (module, name) in OTHERS:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"its metadata names {module}.{name}")
+
+
+METADATA = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "TensorStorageMetadata"}
+METADATA |= {"BytesStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING", "_StorageInfo"}
+OTHERS = {("torch.serialization", "_get_layout"), ("pathlib", "PosixPath"), ("pathlib", "WindowsPath")}
+OTHERS |= {("pathlib._local", "PosixPath"), ("pathlib._local", "WindowsPath")}  # as Python 3.13 has them
+
+
+class CheckedPlanner(dcp.DefaultLoadPlanner):
+    """Numbers that are no tensors are read as weights are: torch would unpickle them."""
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

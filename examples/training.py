@@ -22,6 +22,7 @@ from tqdm import tqdm
 from mixture_of_experts import MoE, Routing
 
 CHECKPOINT = "checkpoint.pt"
+WRITTEN = {"settings", "corpus", "step", "data_position", "rng", "trainees"}
 REMEDIES = "give --resume to go on, --overwrite to start again, or --out"
 
 
@@ -280,7 +281,7 @@ class Training:
         """An unfinished run is not thrown away by forgetting an option."""
         path = self.out / CHECKPOINT
         if path.exists():
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read_checkpoint(path)
             if state["step"] < state["settings"]["steps"]:
                 raise SystemExit(f"{path} is of an unfinished run: {REMEDIES}")
 
@@ -295,12 +296,13 @@ class Training:
             "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
             "trainees": {trainee.name: trainee.state_dict() for trainee in self.trainees},
         }
+        assert state.keys() == WRITTEN
         self.out.mkdir(parents=True, exist_ok=True)
         save_atomically(state, self.out / CHECKPOINT)
 
     def load(self) -> None:
         """Go on from the checkpoint in `out`."""
-        state = torch.load(self.out / CHECKPOINT, map_location="cpu", weights_only=True)
+        state = read_checkpoint(self.out / CHECKPOINT)
         self._check_same_run(state)
         for trainee in self.trainees:
             trainee.load_state_dict(state["trainees"][trainee.name])
@@ -317,6 +319,18 @@ class Training:
                 raise ValueError(f"{path} is of a run with {f.name} = {was}, not {now}: resume with the same settings")
         if state["corpus"] != self.corpus.digest:
             raise ValueError(f"{path} is of a run on another text: resume with the same text")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What `Training.save` wrote; a ValueError for a file that is damaged, or is something else."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        problem = "" if isinstance(state, dict) and state.keys() == WRITTEN else "it holds other things than one"
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}".splitlines()[0]
+    if problem:
+        raise ValueError(f"{path} is damaged, or is no checkpoint of this program ({problem}): {REMEDIES}")
+    return state
 
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:

@@ -34,8 +34,13 @@ class Records:
         self.path, self.base = path, base
         self.finished: dict[Run, Record] = {}
         if path.exists():
-            for line in path.read_text().splitlines():
-                record = json.loads(line)
+            for number, line in enumerate(path.read_text().splitlines(keepends=True), 1):
+                if not line.endswith("\n"):
+                    break  # its writer was killed: the run is done again
+                try:
+                    record = json.loads(line)
+                except ValueError as error:
+                    raise SystemExit(f"{path}, line {number}, is no record ({error}): take it away") from error
                 run = Run(*record["run"])
                 if self._is_of(record, run):
                     self.finished[run] = record
@@ -44,7 +49,9 @@ class Records:
         """Append a record to the file."""
         self.finished[run] = record
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        written = self.path.read_text() if self.path.exists() else ""
         with open(self.path, "a") as file:
+            file.truncate(len(written[: written.rfind("\n") + 1].encode()))  # of a line that was begun, nothing
             file.write(json.dumps(record) + "\n")
 
     def check_text(self, digest: str) -> None:

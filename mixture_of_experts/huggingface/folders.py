@@ -150,15 +150,32 @@ def copy_others(source: Path, target: Path) -> None:
             shutil.copy2(file, target / file.name)
 
 
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Say which file it is that cannot be read."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is missing, damaged or no such file ({problem}): fetch or save it anew") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    with readable(path), safe_open(path, "pt") as file:
+        yield file
+
+
 class WeightFiles(Mapping[str, Tensor]):
     """The weights of a folder, each read when it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX
         if index.exists():
-            files = json.loads(index.read_text())["weight_map"]
+            with readable(index):
+                files = json.loads(index.read_text())["weight_map"]
         elif (folder / "model.safetensors").exists():
-            with safe_open(folder / "model.safetensors", "pt") as file:
+            with opened(folder / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
@@ -166,7 +183,7 @@ class WeightFiles(Mapping[str, Tensor]):
         self.files = dict(sorted(files.items(), key=lambda item: item[1]))
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self.folder / self.files[name], "pt") as file:
+        with opened(self.folder / self.files[name]) as file:
             return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:

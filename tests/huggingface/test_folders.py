@@ -118,6 +118,20 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path, capsys):
         assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_damaged_weights_are_named_and_leave_nothing(tmp_path, capsys):
+    saved("llama", tmp_path / "in")
+    words = ["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), "--num-experts", "2"]
+    shard, index = sorted((tmp_path / "in").glob("*.safetensors"))[1], tmp_path / "in" / folders.INDEX
+    whole = {path: path.read_bytes() for path in (shard, index)}
+    for path, data in [(shard, whole[shard][:100]), (shard, None), (index, whole[index][:50]), (index, b"{}")]:
+        path.write_bytes(data) if data is not None else path.unlink()
+        assert main(words) != 0
+        assert f"{path} is missing, damaged or no such file" in capsys.readouterr().err
+        assert sorted(os.listdir(tmp_path)) == ["in"]
+        path.write_bytes(whole[path])
+    assert main(words) == 0
+
+
 def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
     saved("llama", tmp_path / "in")
     monkeypatch.setattr(folders, "copy_others", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -1,0 +1,246 @@
+"""Every file that is written or read: no pickle runs code, and what is damaged or foreign is an error."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.paths import make_experts
+from torch import nn
+
+from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, TopKGating
+from mixture_of_experts.stats import track_routing
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples"))
+
+import checkpoints as folders  # noqa: E402
+import training as trainings  # noqa: E402
+from corpus import load_corpus  # noqa: E402
+from settings import Settings  # noqa: E402
+
+from experiments import scaling, scaling_runs  # noqa: E402
+
+# ---- which files there are ----
+
+#: of every source that reads or writes files: what these are
+FILES = {
+    "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines",
+    "mixture_of_experts/huggingface/folders.py": "safetensors and their index, JSON",
+    "mixture_of_experts/huggingface/configuration.py": "config.json",
+    "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
+    "examples/training.py": "checkpoint.pt",
+    "examples/report.py": "result.json, a picture",
+    "examples/compare_routers.py": "compare_routers.json",
+    "examples/corpus.py": "text",
+    "examples/upcycle.py": "a picture",
+    "experiments/clustered_patches.py": "clustered_patches.json, a picture",
+    "experiments/compare_seeds.py": "compare_seeds.json",
+    "experiments/durability.py": "the results of its parts, JSON; checkpoints of the example",
+    "experiments/regime.py": "step times, JSON; a picture",
+    "experiments/scaling.py": "step times, JSON",
+    "experiments/scaling_picture.py": "a picture",
+    "experiments/scaling_runs.py": "records of runs, JSON lines",
+    "experiments/step_times.py": "step times, JSON",
+}
+CALLS = {"read_text", "read_bytes", "write_text", "write_bytes", "savefig", "safe_open", "save_file", "open"}
+MODULES = {
+    "torch": {"load", "save"},
+    "pickle": {"load", "loads", "dump", "dumps", "Unpickler"},
+    "json": {"dump", "load"},
+}
+
+
+def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
+    """The calls of a source that read or write files, by name."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        function = node.func
+        if isinstance(function, ast.Name) and function.id in CALLS:
+            yield function.id, node
+        elif isinstance(function, ast.Attribute):
+            owner = function.value.id if isinstance(function.value, ast.Name) else ""
+            if function.attr in CALLS or function.attr in MODULES.get(owner, ()):
+                yield f"{owner}.{function.attr}".lstrip("."), node
+
+
+def test_every_source_that_touches_files_is_listed():
+    folders = ("mixture_of_experts", "examples", "experiments")
+    sources = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    found = {path.relative_to(ROOT).as_posix() for path in sources if any(calls(path))}
+    assert found == FILES.keys()
+
+
+@pytest.mark.parametrize("source", FILES)
+def test_no_pickle_is_trusted(source: str):
+    for name, call in calls(ROOT / source):
+        assert not name.startswith("pickle."), f"{source} line {call.lineno}"
+        if name == "torch.load":
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+            assert given.get("weights_only") == "True", f"{source} line {call.lineno}"
+
+
+# ---- what layers and statistics write ----
+
+
+def test_states_of_layers_load_as_weights(tmp_path: Path):
+    layers = [MoE(8, experts=make_experts(kind, 4)) for kind in ("Experts", "GatedExperts", "ExpertList", "custom")]
+    layers += [HeirarchicalMoE(8, (2, 2)), MoE(8, gate=NoisyTopKGating(8, 4), num_experts=4)]
+    layers += [MoE(8, 4, gate=TopKGating(8, 4, expert_bias=True, bias=True)), MoE(8, 4, shared_expert=nn.Linear(8, 8))]
+    for layer in layers:
+        torch.save(layer.state_dict(), tmp_path / "state.pt")
+        state = torch.load(tmp_path / "state.pt", weights_only=True)
+        assert layer.load_state_dict(state, strict=True)
+        assert all(torch.equal(value, layer.state_dict()[name]) for name, value in state.items())
+
+
+def test_records_of_statistics_are_json(tmp_path: Path):
+    moe = MoE(8, 4)
+    with track_routing(moe) as tracker:
+        moe(torch.randn(2, 16, 8))
+    tracker.to_jsonl(tmp_path / "records.jsonl")
+    (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
+    assert record == json.loads(json.dumps(tracker.to_dict()))["steps"][record["layer"]][0]
+
+
+# ---- files that are damaged, foreign, or made to do harm ----
+
+
+class Harm:
+    """Unpickled without care, it makes a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def cut(path: Path) -> None:
+    """Take away its second half."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+DAMAGE: dict[str, Callable[[Path], None]] = {
+    "cut": cut,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "foreign": lambda path: torch.save(nn.Linear(2, 2).state_dict(), path),
+    "harmful": lambda path: torch.save(Harm(path.parent / "harm"), path),
+}
+TINY = Settings(
+    **dict(models=("moe",), router="top2", num_experts=2, dim=8, width=8, layers=1, heads=2, context=8, batch_size=2),
+    **dict(steps=4, eval_every=4, eval_windows=2),
+)
+
+
+@pytest.fixture(scope="module")
+def corpus() -> Any:
+    return load_corpus([ROOT / "LICENSE"])
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_checkpoint_of_the_example(corpus: Any, tmp_path: Path, damage: str):
+    trainings.Training(TINY, corpus, tmp_path).run(stop_at=1)
+    path = tmp_path / trainings.CHECKPOINT
+    DAMAGE[damage](path)
+    data, training = path.read_bytes(), trainings.Training(TINY, corpus, tmp_path)
+    before = clones(training.trainees[0].model.state_dict())
+    for call in (training.load, training.refuse_to_overwrite):
+        with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged, or is no checkpoint .*: give --resume"):
+            call()
+    assert_same(training.trainees[0].model.state_dict(), before)
+    assert (training.step, path.read_bytes()) == (0, data)
+    assert not (tmp_path / "harm").exists()
+
+
+def clones(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() for name, value in state.items()}
+
+
+def assert_same(state: dict[str, Any], before: dict[str, Any]) -> None:
+    assert all(torch.equal(value, before[name]) for name, value in state.items())
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def damaged(path: Path, damage: str) -> None:
+    """Damage a folder that `save_checkpoint` wrote: its metadata, its weights or `extra.pt`."""
+    what, _, file = damage.partition(" ")
+    name = {"metadata": ".metadata", "weights": "__0_0.distcp", "extra": "extra.pt"}[file]
+    if what == "missing":
+        (path / name).unlink()
+    elif (what, file) == ("harmful", "metadata"):
+        (path / name).write_bytes(pickle.dumps(Harm(path.parent / "harm")))
+    else:
+        DAMAGE[what](path / name)
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    "damage",
+    [f"{what} {file}" for file in ("metadata", "weights") for what in ("cut", "empty", "missing")]
+    + ["text metadata", "harmful metadata", "cut extra", "harmful extra"],
+)
+def test_folder_of_a_distributed_checkpoint(tmp_path: Path, damage: str):
+    moe = MoE(8, 4)
+    optimizer = torch.optim.AdamW(moe.parameters())
+    path = folders.save_checkpoint(tmp_path / "run", moe, optimizer, step=1, extra={"step": 1})
+    damaged(path, damage)
+    with torch.no_grad():
+        moe.experts.w1.add_(1)  # so that what is loaded is other than what is there
+    before = clones(moe.state_dict())
+    named = "." if "extra" in damage else "step-000000001 is damaged, or is no checkpoint"
+    with pytest.raises(BaseException, match=named):  # torch's CheckpointException is no Exception
+        folders.load_checkpoint(tmp_path / "run", moe, optimizer)
+    assert_same(moe.state_dict(), before)
+    assert not list(tmp_path.rglob("harm"))
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_numbers_of_a_distributed_checkpoint_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An entry that is no tensor, which torch would unpickle."""
+    moe = MoE(8, 4)
+    state_of = folders.state_of
+
+    def with_harm(*args: Any) -> dict[str, Any]:
+        return {**state_of(*args), "extra": Harm(tmp_path / "harm")}
+
+    optimizer = torch.optim.AdamW(moe.parameters())
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "state_of", with_harm)
+        folders.save_checkpoint(tmp_path / "run", moe, optimizer, step=1, extra={})
+        with pytest.raises(BaseException, match=r"[Ww]eights.only"):
+            folders.load_checkpoint(tmp_path / "run", moe, optimizer)
+    assert not (tmp_path / "harm").exists()
+
+
+def test_records_of_runs_that_were_cut_and_that_are_none(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_text((scaling.RECORDS / "scaling_0.07m.jsonl").read_text())
+    base = scaling.base_settings("0.07m")
+    whole = scaling_runs.Records(path, base)
+    path.write_text(path.read_text()[:-20])
+    records = scaling_runs.Records(path, base)
+    (missing,) = whole.finished.keys() - records.finished.keys()
+    records.add(missing, whole.finished[missing])
+    assert scaling_runs.Records(path, base).finished == whole.finished
+    path.write_text(path.read_text() + "no record\n")
+    with pytest.raises(SystemExit, match=r"records\.jsonl, line \d+, is no record"):
+        scaling_runs.Records(path, base)
