@@ -1,0 +1,75 @@
+"""The tests on other versions than those at hand: `pip install nox`, then `nox --list` and `nox -s SESSION`.
+
+Each session makes an environment of its own; a version of Python that is not there is passed over. What `.ci/run` does
+on one version is not repeated here: `bash .ci/run` does it.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
+NEWEST = PYTHONS[-2]  # of those that all extras have wheels for
+DECLARED = Path("pyproject.toml").read_text(encoding="utf-8")
+
+nox.options.sessions = ["torch", "transformers", "wheel"]
+nox.options.error_on_missing_interpreters = False
+
+
+def requirement(package: str, version: str) -> str:
+    """The package in the "oldest" version that pyproject.toml takes, or in the "newest"."""
+    (oldest,) = set(re.findall(rf'"{package}>=([0-9.]+)"', DECLARED))
+    return f"{package}=={oldest}.*" if version == "oldest" else f"{package}>={oldest}"
+
+
+@nox.session(python=PYTHONS)
+@nox.parametrize("version", ["oldest", "newest"])
+def torch(session: nox.Session, version: str) -> None:
+    """What depends on torch's version: the tests that `.ci/oldest` runs, on each Python."""
+    install(session, requirement("torch", version), ".[test]")
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(session.posargs or ["@.ci/torch_tests"]))
+
+
+@nox.session(python=NEWEST)
+@nox.parametrize("version", ["oldest", "newest"])
+def transformers(session: nox.Session, version: str) -> None:
+    """Models of transformers."""
+    install(session, requirement("transformers", version), ".[test]")
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(session.posargs or ["tests/huggingface"]))
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The README's test command."""
+    install(session, ".[test]")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session(python=PYTHONS)
+def wheel(session: nox.Session) -> None:
+    """The wheel, with what it depends on and nothing else."""
+    session.install("build")
+    folder = session.create_tmp()
+    session.run("python", "-m", "build", "--outdir", folder, ".", silent=True)
+    (built,) = Path(folder).glob("*.whl")
+    session.install(str(built))
+    check, version = Path(".ci/check_installed.py").resolve(), built.name.split("-")[1]
+    session.chdir(folder)  # away from the sources
+    session.run("python", str(check), version, session.virtualenv.location)
+
+
+@nox.session(python=NEWEST)
+def workflows(session: nox.Session) -> None:
+    """The workflows of public CI: pinned, with no more rights than they need."""
+    session.install("zizmor")
+    session.run("zizmor", "--offline", "--pedantic", ".github/workflows")
+
+
+def install(session: nox.Session, *packages: str) -> None:
+    """All at once, so that nothing brings another version along; the package itself is the one in this folder."""
+    session.install(*packages)
+    session.run("python", "-m", "pip", "uninstall", "--quiet", "--yes", "mixture_of_experts", silent=True)
+    session.env.update({"PYTHONPATH": str(Path.cwd()), "OMP_NUM_THREADS": "1"})
+    session.log(f"Python {session.python or sys.version}")
