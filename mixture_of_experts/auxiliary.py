@@ -21,9 +21,9 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
 
     For models whose blocks return the output of a layer alone. Around one forward, or around the whole training:
     `take()` gives the losses of the training forwards since it was called last; a forward that raised, and evaluation
-    between them, are left out. Forwards of other threads are not collected: each may have a context of its own. With
-    `torch.compile`, around the whole training and entered before the first compiled call, so that one graph serves all
-    steps.
+    between them, are left out. Forwards of other threads are not collected: each may have a context of its own, entered
+    and left while no forward of the model runs, as hooks come and go with it. With `torch.compile`, around the whole
+    training and entered before the first compiled call, so that one graph serves all steps.
 
     Args:
         model: the module that you call.

@@ -63,7 +63,8 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
             called (both: track the module around it); on reading, where nothing was recorded.
 
     Under activation checkpointing of either kind a forward is recorded once. Under `torch.compile` enter the context
-    before the first compiled call. Over ranks, each one sees its own tokens; of threads, all are recorded.
+    before the first compiled call. Over ranks, each one sees its own tokens; of threads, all are recorded: enter and
+    leave the context while none of them runs a forward of the model, as hooks come and go with it.
 
     Example:
         >>> import torch

@@ -1,0 +1,168 @@
+"""Losses: over ranks those of the whole batch, gradients too; and of few tokens, worked out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support import strategies as make
+from torch import Tensor
+
+from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, losses
+from mixture_of_experts.gating import RouterLogits, SparseMixerGating
+from mixture_of_experts.queues import Length
+
+DIM, EXPERTS, OUTER = 4, 3, 2
+GROUP = dist.ProcessGroup(0, 2)
+GATES: dict[str, Callable[..., Any]] = {
+    "top2": lambda **more: Top2Gating(DIM, EXPERTS, second_place_loss=True, second_policy_train="all", **more),
+    "softmax": lambda **more: TopKGating(DIM, EXPERTS, **more),
+    "sigmoid by batch": lambda **more: TopKGating(DIM, EXPERTS, score="sigmoid", balance_over="batch", **more),
+    "logits": lambda **more: TopKGating(
+        DIM, EXPERTS, logits=RouterLogits(DIM, EXPERTS, outer_expert_dims=more.get("outer_expert_dims", ())), **more
+    ),
+    "noisy": lambda **more: NoisyTopKGating(DIM, EXPERTS, **more),
+    "sparse mixer": lambda **more: SparseMixerGating(DIM, EXPERTS, **more),
+    "expert choice": lambda **more: ExpertChoiceGating(DIM, EXPERTS, **more),
+}
+
+
+class TwoRanks:
+    """Two ranks one after the other: a first pass learns what each gives to sums, a second one gets the sums."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.given: list[list[Tensor]] = []
+        self.sums: list[Tensor] = []
+        monkeypatch.setattr(dist, "get_world_size", self.size)
+        monkeypatch.setattr(losses, "all_reduce_sum", self.sum)
+
+    def size(self, group: Any = None) -> int:
+        assert group is GROUP
+        return 2
+
+    def sum(self, value: Tensor, group: Any) -> Tensor:
+        assert group is GROUP
+        assert not value.requires_grad
+        if self.sums:
+            return self.sums.pop(0)
+        self.given[-1].append(value.clone())
+        return value
+
+    def run(self, *ranks: Callable[[], Any]) -> list[Any]:
+        for rank in ranks:
+            self.given.append([])
+            rank()
+        totals, results = [one + other for one, other in zip(*self.given, strict=True)], []
+        for rank in ranks:
+            self.sums = list(totals)
+            results.append(rank())
+            assert not self.sums
+        return results
+
+
+def losses_and_gradients(gate: Any, x: Tensor, mask: Tensor | None) -> list[Tensor]:
+    routing = gate(x, mask=mask)
+    found = [routing.balance_loss, *routing.losses.values()]
+    for loss in found[:]:
+        found += make.gradients(loss, list(gate.parameters()))
+    return [value.detach() for value in found]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("outer", [(), (OUTER,)], ids=["one level", "outer experts"])
+@pytest.mark.parametrize("name", GATES)
+def test_ranks_average_to_the_whole_batch(name, outer, masked, monkeypatch):
+    """However unequal their shares are: three groups at one rank, one group at the other."""
+    if name == "expert choice" and outer:
+        pytest.skip("it is no second level")
+    gen = make.generator(3)
+    more = {"outer_expert_dims": outer} if outer else {}
+    whole = GATES[name](**more).double().eval()
+    ranks = GATES[name](**more, process_group=GROUP).double().eval()
+    for one, other in zip(whole.parameters(), ranks.parameters(), strict=True):
+        one.data.copy_(make.normal(gen, *one.shape))
+        other.data.copy_(one.data)
+    x = make.normal(gen, *outer, 4, 5, DIM)
+    mask = torch.rand(*outer, 4, 5, generator=gen) < 0.6 if masked else None
+    parts = [(x[..., :3, :, :], None if mask is None else mask[..., :3, :])]
+    parts.append((x[..., 3:, :, :], None if mask is None else mask[..., 3:, :]))
+    expected = losses_and_gradients(whole, x, mask)
+    found = TwoRanks(monkeypatch).run(*(lambda part=part: losses_and_gradients(ranks, *part) for part in parts))
+    for i, (one, other, wanted) in enumerate(zip(*found, expected, strict=True)):
+        make.assert_same((one + other) / 2, wanted, f"number {i}")
+    assert any(value.count_nonzero() for value in expected)
+
+
+def test_sums_that_fail_tell_of_ranks(monkeypatch):
+    TwoRanks(monkeypatch)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("connection closed")
+
+    monkeypatch.setattr(losses, "all_reduce_sum", fail)
+    with pytest.raises(RuntimeError, match="2 ranks of its process group: connection closed"):
+        losses.global_sum(torch.ones(1), GROUP)
+
+
+def test_means_of_nothing_are_zero():
+    zero = torch.zeros(())
+    assert losses.mean(zero, 0) == losses.mean(zero, torch.tensor(0)) == 0
+    three = torch.tensor(3.0)
+    assert losses.mean(three, 4, each=2.0) == losses.mean(three, torch.tensor(4), each=2.0) == 0.375
+    assert losses.mean(three, 1) == losses.mean(three, torch.tensor(1)) == 3
+
+
+def test_z_loss_is_read_off_any_expert():
+    """With gradients and without, of all tokens and of some."""
+    logits = make.normal(make.generator(0), 2, 4, 3).requires_grad_()
+    expert, counted = torch.tensor([[0, 1, 2, 0], [1, 1, 0, 2]]).unsqueeze(-1), torch.rand(2, 4) < 2
+    counted[0, 1] = counted[1, 3] = False
+    for seen in (None, counted):
+        by_hand = logits.logsumexp(-1).square()
+        expected = (by_hand if seen is None else by_hand[seen]).mean()
+        prob = logits.softmax(-1).gather(-1, expert)
+        for found in (losses.z_loss(logits, seen), losses.z_loss_at(logits, expert, prob, seen)):
+            make.assert_same(found, expected, "z-loss")
+            make.assert_same_gradients(found, expected, {"logits": logits})
+        with torch.no_grad():
+            make.assert_same(losses.z_loss_at(logits, expert, prob, seen), expected, "z-loss without gradients")
+
+
+def test_balance_by_hand():
+    """Two outer experts, two groups, three inner ones: of unequal lengths, one group and one outer expert empty."""
+    load = torch.tensor([[[2, 1, 1], [0, 3, 1]], [[1, 0, 0], [0, 0, 0]]])
+    proxy = torch.tensor([[[0.5, 1.0, 0.5], [0.2, 0.6, 1.2]], [[0.3, 0.4, 0.3], [0.0, 0.0, 0.0]]], dtype=torch.float64)
+    k, n = 2, 2
+    products = (load * proxy).sum(-1)  # (2, 2)
+    assert losses.load_balance(load, proxy, n, k) == pytest.approx((products.sum() * 3 / k / n**2 / 4).item())
+    lengths = torch.tensor([[4, 2], [1, 0]])  # in half tokens
+    tokens = lengths / 2
+    by_group = products[lengths > 0] / tokens[lengths > 0] ** 2 * 3 / k
+    assert losses.load_balance(load, proxy, Length(lengths, 2), k) == pytest.approx(by_group.mean().item())
+    over = (load.sum(1) * proxy.sum(1)).sum(-1)  # (2,)
+    batch = losses.load_balance_over_batch(load, proxy, n, k)
+    assert batch == pytest.approx((over / (2 * n) ** 2 * 3 / k).mean().item())
+    batch = losses.load_balance_over_batch(load, proxy, Length(lengths, 2), k)
+    assert batch == pytest.approx((over / tokens.sum(1) ** 2 * 3 / k).mean().item())
+    nothing = losses.load_balance_over_batch(load[1:] * 0, proxy[1:] * 0, Length(lengths[1:] * 0, 2), k)
+    first = torch.tensor([[1], [0]])
+    one = losses.load_balance_over_batch(
+        load * first[..., None], proxy * first[..., None], Length(lengths * first, 2), k
+    )
+    assert nothing == 0
+    assert one == pytest.approx((over[0] / tokens[0].sum() ** 2 * 3 / k).item())
+
+
+def test_squared_variation_by_hand():
+    """Of the outer experts that got anything, also a mean of 1 each; its gradient at balance is 0."""
+    values = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]], dtype=torch.float64, requires_grad=True)
+    found = losses.squared_variation(values)
+    assert found.item() == pytest.approx((2 / 3 + 0) / 2)
+    (grad,) = torch.autograd.grad(found, values)
+    assert grad[1:].count_nonzero() == 0
+    alone = values[0].detach().requires_grad_()
+    expected = alone.var(unbiased=False) / alone.mean() ** 2
+    make.assert_same_gradients(losses.squared_variation(alone), expected, {"values": alone})
