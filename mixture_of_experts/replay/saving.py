@@ -53,9 +53,8 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         >>> out, aux_loss = checkpoint(moe, x, use_reentrant=False, context_fn=contexts)
         >>> (out.sum() + aux_loss).backward()
 
-        In a model of `transformers`, before training:
-
-        >>> kwargs = dict(use_reentrant=False, context_fn=contexts)  # model.gradient_checkpointing_enable(kwargs)
+        In a model of `transformers`: `model.activation_checkpointing_enable(dict(use_reentrant=False,
+        context_fn=contexts))`.
     """
     first = args[0] if args else None
     chooses = operator in CHOOSE and isinstance(first, Tensor) and first.is_floating_point()

@@ -1,0 +1,236 @@
+"""Records of models of transformers, their own sparse blocks and layers of ours, and what they replay."""
+
+from __future__ import annotations
+
+import copy
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support.transformers_blocks import BLOCKS, LEFT_OUT, InModel, make
+from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
+from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+from mixture_of_experts import MoE, Top2Gating, TopKGating
+from mixture_of_experts.huggingface import from_transformers, replace_ffn
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
+
+from .test_blocks import build as build_sparse
+
+SPARSE = ["Qwen3Moe", "Mixtral", "DeepseekV3", "GptOss"]
+
+
+DROPLESS: Any = dict(capacity_factor_train=None, capacity_factor_eval=None)
+
+
+def build_replaced() -> Any:
+    """A Llama whose layers send second choices by a threshold, in training at random."""
+    model = without_dropout(ARCHITECTURES["llama"].build()).eval()
+    gate = lambda dim, e: Top2Gating(dim, e, second_policy_eval="threshold", **DROPLESS)  # noqa: E731
+    replace_ffn(model, num_experts=4, gate=gate)
+    return model
+
+
+MODELS = {**{name: partial(build_sparse, name) for name in SPARSE}, "replaced": build_replaced}
+
+
+@torch.no_grad()
+def other_router(model: nn.Module) -> Any:
+    """A copy that chooses otherwise."""
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("gate.weight", "router.weight", "w_gating")):
+            parameter.copy_(torch.randn_like(parameter))
+    return model
+
+
+def assert_equal(one: RoutingRecords, other: RoutingRecords) -> None:
+    assert one.layers == other.layers
+    assert len(one) == len(other)
+    assert all(a.equal(b) for layer in one for a, b in zip(one[layer], other[layer], strict=True))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_whatever_the_padding_is(name):
+    """Padded on the left, then on the right, then alone; by the model, and by one whose router is another."""
+    model = MODELS[name]()
+    alone, left = two_lengths("left")
+    right = {"input_ids": left["input_ids"].clone(), "attention_mask": left["attention_mask"].flip(-1)}
+    right["input_ids"][right["attention_mask"].bool()] = left["input_ids"][left["attention_mask"].bool()]
+    of_left, of_right = (batch["attention_mask"].bool() for batch in (left, right))
+    with record_routing(model) as records:
+        wanted = model(**left).logits[of_left]
+    assert records.lengths(records.layers[0]) == [alone[0].shape[1], alone[1].shape[1]]
+    for one in (model, other_router(model)):
+        with replay_routing(one, records), record_routing(one) as recorded:
+            padded = one(**right).logits[of_right]
+        assert_equal(recorded, records)
+        with replay_routing(one, records.select([1])):
+            single = one(alone[1]).logits[0]
+        torch.testing.assert_close(single, padded[-len(single) :], atol=1e-5, rtol=1e-5)
+        if one is model:
+            torch.testing.assert_close(padded, wanted, atol=1e-5, rtol=1e-5)
+        else:
+            assert not torch.allclose(padded, wanted, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_generation(name):
+    """Of each sequence the prompt and the steps, as one forward of all but its last token would choose."""
+    model, (_, batch) = MODELS[name](), two_lengths("left")
+    settings: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with record_routing(model) as records:
+        tokens = model.generate(**batch, **settings)
+    assert records.lengths(records.layers[0]) == [9 + 3, 4 + 3]
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], dim=1)
+    with record_routing(model) as whole:
+        model(tokens, attention_mask=mask)
+    assert_equal(whole.select([0, 1], tokens=[12, 7]), records)
+    other = other_router(model)
+    with replay_routing(other, records), record_routing(other) as again:
+        steps = other.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
+    assert_equal(again, records)
+    mask = torch.cat([batch["attention_mask"], torch.ones(2, 3, dtype=torch.int64)], dim=1)
+    with replay_routing(other, records), torch.no_grad():
+        logits = other(steps.sequences[:, :-1], attention_mask=mask).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(steps.logits, dim=1), logits, atol=1e-4, rtol=1e-4)
+    with (
+        pytest.raises(ValueError, match=r"sequence 0 has 13 real tokens at .*, its record has 12: beyond="),
+        replay_routing(other, records),
+    ):
+        other(tokens, attention_mask=torch.cat([mask, mask[:, -1:]], dim=1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_training_with_checkpointing(name):
+    """Gradients of the router's weights too are those without checkpointing."""
+    model, (_, batch) = MODELS[name](), two_lengths("left")
+    with record_routing(other_router(model)) as records:
+        pass
+    other = other_router(model)
+    with record_routing(other) as records:
+        other(**batch)
+    model.train()
+    results = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        with replay_routing(model, records), record_routing(model) as recorded:
+            loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+            grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+        assert_equal(recorded, records)
+        results.append([loss, *(grad for grad in grads if grad is not None)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with replay_routing(model, records):
+        loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
+    with pytest.raises(RuntimeError, match="again after replay_routing was left"):
+        loss.backward()
+
+
+def test_two_batches_of_other_padding_before_a_backward():
+    """A block knows no mask when it runs again."""
+    model, (_, left) = build_sparse("Mixtral").train(), two_lengths("left")
+    right = {"input_ids": left["input_ids"], "attention_mask": left["attention_mask"].flip(-1)}
+    with record_routing(model) as records:
+        model(**left)
+    model.activation_checkpointing_enable()
+    with replay_routing(model, records):
+        for batch in (left, right):
+            model(**batch, use_cache=False).logits.sum().backward()
+        model(**left, use_cache=False)
+        with pytest.raises(RuntimeError, match="two batches of other padding before a backward"):
+            model(**right, use_cache=False)
+
+
+def given_to_ours(moe: MoE, records: RoutingRecords, x: Tensor) -> Tensor:
+    (layer,) = records.layers
+    choices = torch.cat([record.to(torch.int64) for record in records[layer]]).view(*x.shape[:2], -1)
+    if choices.shape[-1] < moe.gate.k:  # shared experts, which our gate chooses too
+        shared = torch.arange(moe.num_experts - moe.gate.k + choices.shape[-1], moe.num_experts)
+        choices = torch.cat([choices, shared.expand(*choices.shape[:2], -1)], dim=-1)
+    return moe(x, given_experts=choices)[0]
+
+
+def replays_by_its_own_rule(name: str) -> None:
+    """A block that is given another one's choices computes what a layer of ours with its weights does."""
+    torch.manual_seed(0)
+    block, x = make(name), torch.randn(2, 7, 16)
+    moe, model = from_transformers(block).eval(), InModel(block).eval()
+    with record_routing(model) as records:
+        model(torch.randn(2, 7, 16))
+    with replay_routing(model, records), record_routing(model) as recorded, torch.no_grad():
+        out = model(x)
+        wanted = given_to_ours(moe, records, x)
+    assert_equal(recorded, records)
+    torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(out, moe(x)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "name", ["AXK1MoE", "DeepseekV2Moe", "GptOssMLP", "HunYuanMoEV1Moe", "InklingMoE", "Llama4TextMoe", "JetMoeMoE"]
+)
+def test_blocks_weigh_by_their_own_rule(name):
+    replays_by_its_own_rule(name)
+
+
+#: layers whose block is a part of their forward, and blocks that do not choose by `torch.topk`
+APART = {"Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"}
+OTHERS = {"PhimoeSparseMoeBlock", "SwitchTransformersSparseMLP"}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", sorted(BLOCKS.keys() - LEFT_OUT.keys() - APART - OTHERS))
+def test_all_blocks_weigh_by_their_own_rule(name):
+    replays_by_its_own_rule(name)
+
+
+@pytest.mark.parametrize("name", sorted(OTHERS))
+def test_blocks_that_choose_in_another_way_are_refused(name):
+    model = InModel(make(name))
+    with pytest.raises(TypeError, match=r"does not choose its . of 8 experts by torch\.topk"), record_routing(model):
+        model(torch.randn(2, 7, 16))
+
+
+def test_choices_that_are_not_made_are_no_blocks():
+    model = build_sparse("Mixtral")
+    with record_routing(model) as records:
+        model(torch.randint(3, 64, (1, 5)))
+    dropped = {layer: [record.clone().fill_(-1) for record in records[layer]] for layer in records}
+    with pytest.raises(ValueError, match="makes 2 choices for every token, in the records some are not made"):
+        replay_routing(model, RoutingRecords(dropped)).__enter__()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_choices_are_saved_for_a_recomputation(saved):
+    """Routers of transformers whose product differs from run to run."""
+    model, (_, batch), generator = build_sparse("DeepseekV3").train(), two_lengths("right"), torch.Generator()
+    chosen = []
+    for module in model.modules():
+        if type(module).__name__ == "DeepseekV3TopkRouter":
+            module.register_forward_pre_hook(lambda _, args: args[0] + torch.randn(args[0].shape, generator=generator))
+            module.register_forward_hook(lambda module, args, output: chosen.append((module, output[2])))
+    assert not chosen
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, save_choices)} if saved else {}
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False, **contexts})
+    model(**batch, use_cache=False).logits.sum().backward()
+    routers = list(dict.fromkeys(router for router, _ in chosen))
+    pairs = [[expert for router, expert in chosen if router is one] for one in routers]
+    assert [len(pair) for pair in pairs] == [2, 2]
+    assert all(first.equal(again) for first, again in pairs) is saved
+
+
+def test_a_gate_of_ours_in_a_layer_of_theirs():
+    """Names tell gates apart where a model has both kinds, or their order where names differ."""
+    model = build_replaced()
+    with record_routing(model.model) as records:
+        model.model(torch.randint(3, 64, (1, 5)))
+    assert records.layers != tuple(f"model.{layer}" for layer in records)
+    with replay_routing(model, records), record_routing(model) as again:
+        model(torch.randint(3, 64, (1, 5)))
+    assert all(again[f"model.{layer}"][0].equal(records[layer][0]) for layer in records)
+    with pytest.raises(ValueError, match=r"the model has 2 gates .*, the records 1 \(gate\)"):
+        replay_routing(model, RoutingRecords({"gate": [torch.zeros(5, 2, dtype=torch.int64)]})).__enter__()
+    assert isinstance(model.model.layers[0].mlp.moe.gate, Top2Gating | TopKGating)
