@@ -21,6 +21,7 @@ class TokensAround(NamedTuple):
     mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
     shape: tuple[int, int] | None = None  # (b, n), where it can be told
     unknown: str | None = None  # why the mask cannot be told
+    ids: Tensor | None = None  # (b, n) integers, the tokens' ids; None where it was given embeddings
 
 
 def model_around(model: nn.Module, name: str) -> nn.Module:
@@ -75,15 +76,16 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     if shape is None or len(shape) != 2:
         return TokensAround()
     b, n = shape
+    around = TokensAround(shape=(b, n), ids=tokens)
     if isinstance(mask, Mapping):  # one for each kind of layer
         mask = mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
     if mask is None:
-        return TokensAround(shape=(b, n))
+        return around
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
-        return TokensAround(mask[:, -n:].bool(), (b, n))
+        return around._replace(mask=mask[:, -n:].bool())
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
-        return TokensAround(attends_to_itself(mask, given), (b, n))
-    return TokensAround(None, (b, n), f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
+        return around._replace(mask=attends_to_itself(mask, given))
+    return around._replace(unknown=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
 
 
 def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:

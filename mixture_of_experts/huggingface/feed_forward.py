@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.auxiliary import refuse_reentrant
+from mixture_of_experts.gating import reads_of
 from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.tracing import in_checkpoint, in_transform
@@ -83,8 +84,9 @@ class Replaced(nn.Module):
 class MoEFeedForward(Replaced):
     """A `MoE` layer in the place of a feed-forward network: takes tokens, returns their outputs alone.
 
-    The padding mask comes from the call of the model around that is under way, and the auxiliary loss goes there
-    (`padding.py`, `losses.py`). Called alone it knows no padding, and its auxiliary loss goes nowhere.
+    The padding mask, and token ids for a gate that reads them, come from the call of the model around that is under
+    way, and the auxiliary loss goes there (`padding.py`, `losses.py`). Called alone it knows no padding and no ids, and
+    its auxiliary loss goes nowhere.
 
     Args:
         moe: the layer.
@@ -117,9 +119,10 @@ class MoEFeedForward(Replaced):
             raise RuntimeError(
                 f"{x.shape[0]} tokens came without their shape, and the mask of this forward is {tuple(mask.shape)}"
             )
-        if mask is not None or tokens is not x:
+        side = self._side(call, tokens)
+        if mask is not None or tokens is not x or side:
             self._refuse_forgetting(call)
-        out, aux_loss = self.moe(tokens, mask=mask)
+        out, aux_loss = self.moe(tokens, mask=mask, **side)
         if not call.again:
             self._give(call, out, aux_loss)
         out = out.view(x.shape)
@@ -135,6 +138,19 @@ class MoEFeedForward(Replaced):
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
             out.register_hook(call.reached.at_output)
             aux_loss.register_hook(call.reached.at_loss)
+
+    def _side(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
+        """The ids of tokens `(b, n, d)`, if the gate reads them."""
+        if "token_ids" not in reads_of(self.moe.gate):
+            return {}
+        ids = call.tokens.ids if self.masked else None
+        if ids is None or ids.shape != tokens.shape[:-1]:
+            got = "was given none, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} of them"
+            raise ValueError(
+                f"a {type(self.moe.gate).__name__} reads the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
+                f"{got}: call the model with input_ids"
+            )
+        return {"token_ids": ids}
 
     def _refuse_forgetting(self, call: ModelCall) -> None:
         """Checkpointing that is not the model's own would run this again without what the call knows of the tokens."""

@@ -1,4 +1,4 @@
-"""The calls of a model, brought to its feed-forward networks: the attention mask on the way in, losses on the way out.
+"""The calls of a model, brought to its feed-forward networks: mask and token ids on the way in, losses on the way out.
 
 Hooks on the model that was changed, and on the nearest models around its networks (an encoder and a decoder each), have
 a `ModelCall` under way for the time of a forward. Activation checkpointing runs layers again when that time is over:
@@ -14,7 +14,7 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
@@ -40,7 +40,9 @@ def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
         if hooks:
             hooks[0].reader = TokensReader(around) if reads else hooks[0].reader
             continue
-        around.register_forward_pre_hook(BeginCall(TokensReader(around) if reads else None, last), with_kwargs=True)
+        begin = BeginCall(TokensReader(around) if reads else None, last)
+        begin.ids = TokensReader(around)
+        around.register_forward_pre_hook(begin, with_kwargs=True)
         around.register_forward_hook(call_returned)
         around.register_forward_hook(EndCall(last), always_call=True)
 
@@ -59,6 +61,8 @@ def is_masked(model: nn.Module, name: str) -> bool:
 class BeginCall:
     """Forward pre-hook of a model: its feed-forward networks learn what it knows of its tokens."""
 
+    ids: TokensReader | None = None
+
     def __init__(self, reader: TokensReader | None, last: LastCall) -> None:
         self.reader = reader
         self.last = last
@@ -71,12 +75,23 @@ class BeginCall:
             tokens = self.reader(args, kwargs)
         else:
             tokens = TokensAround() if around is None else around.tokens
+        if tokens.ids is None:
+            tokens = tokens._replace(ids=self.ids_of(args, kwargs, tokens.shape, around))
         call = ModelCall(tokens, around)
         under_way.begin(call, model, *members)
         if around is None and model.training and call.with_gradients and not torch.compiler.is_compiling():
             self.warn_of_loss(model)
         if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             keep_for_checkpointing(model)
+
+    def ids_of(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, int] | None, around: ModelCall | None
+    ) -> Tensor | None:
+        """Token ids of a model that has none for itself: its own, or of a model around that embeds as many tokens."""
+        if self.reader is None:
+            return None if self.ids is None else self.ids(args, kwargs).ids
+        outer = None if around is None else around.tokens.ids
+        return None if outer is None or outer.shape != shape else outer
 
     def warn_of_loss(self, model: nn.Module) -> None:
         """Once, if the gradient of the forward before went past its auxiliary losses."""

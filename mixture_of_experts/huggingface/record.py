@@ -12,7 +12,6 @@ from typing import Any
 from torch import nn
 
 from mixture_of_experts import gating
-from mixture_of_experts.gating.base import TokenChoiceSettings
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.moe import MoE
 
@@ -20,7 +19,13 @@ GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
 GATES: dict[str, Any] = {
     cls.__name__: cls
-    for cls in (gating.Top2Gating, gating.TopKGating, gating.NoisyTopKGating, gating.ExpertChoiceGating)
+    for cls in (
+        gating.Top2Gating,
+        gating.TopKGating,
+        gating.HashGating,
+        gating.NoisyTopKGating,
+        gating.ExpertChoiceGating,
+    )
 }
 CALLED = {"num_gates": "num_experts"}  # arguments that a gate keeps by another name
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that decide whether there is a part
@@ -62,8 +67,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     if GATES.get(type(gate).__name__) is not type(gate):
         return None
     arguments = {}
-    names = list(inspect.signature(type(gate).__init__).parameters)
-    for name in [*names, *TokenChoiceSettings.__annotations__] if "settings" in names else names:
+    for name in arguments_of(type(gate)):
         kept_as = CALLED.get(name, name)
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
@@ -72,6 +76,17 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     plain = all(isinstance(item, PLAIN) for v in arguments.values() for item in (v if isinstance(v, list) else [v]))
     return {"class": type(gate).__name__, "arguments": arguments} if plain else None
+
+
+def arguments_of(kind: type) -> list[str]:
+    """The arguments of a class of gates, with those that it hands on as settings."""
+    names: dict[str, None] = {}
+    for cls in kind.__mro__:
+        found = inspect.signature(cls.__init__).parameters
+        names |= dict.fromkeys(found)
+        if "settings" not in found:
+            break
+    return list(names)
 
 
 def gate_factory(description: dict[str, Any]) -> GateFactory:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_number, check_optional_size, check_size
 from mixture_of_experts.experts import Experts, GatedExperts
-from mixture_of_experts.gating import TopKGating
+from mixture_of_experts.gating import TopKGating, reads_of
 from mixture_of_experts.huggingface.adapters import Adapter, Dense, close, part, random_tokens, read_dense
 from mixture_of_experts.huggingface.configuration import note
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
@@ -69,7 +69,8 @@ def replace_ffn(
         k: choices of a token, of the default gate.
         layers: which ones, by default all: numbers of blocks, names as they are returned, or a function of a name.
         gate: a function `(dim, num_experts)` that makes a new gate for each layer; by default
-            `TopKGating(dim, num_experts, k)`, which drops no token.
+            `TopKGating(dim, num_experts, k)`, which drops no token. One that reads `token_ids` (`HashGating`) is given
+            the model's `input_ids`.
         hidden_dim: of an expert; by default that of the network.
         shared_expert: hidden dim of a new network that every token passes beside its experts; by default there is none.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
@@ -488,7 +489,8 @@ def sum_of_weights(moe: MoE, g: int) -> float:
     was_training = gate.training
     # one token a group, so that no capacity drops any
     tokens = torch.randn(64, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
-    routing = gate.eval()(tokens)
+    ids = torch.arange(64, device=weight.device).unsqueeze(-1) % getattr(gate, "num_ids", 1)
+    routing = gate.eval()(tokens, **({"token_ids": ids} if "token_ids" in reads_of(gate) else {}))
     gate.train(was_training)
     if routing.k is None:
         raise ValueError(
