@@ -1,31 +1,36 @@
 """Pictures of routing: the load of experts over layers or over training, and a text coloured by expert.
 
-They need matplotlib, the extra `plot`. The colours are told apart by colour-blind readers: loads run from purple (too
-little) over white (balanced) to orange (too much), experts have the palette of Okabe and Ito.
+They need matplotlib, the extra `plot`. `RoutingStats.report` shows all of it as one page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.stats import Record, RoutingStats, relative
+from mixture_of_experts.stats.colours import (
+    FAINT,
+    INK,
+    OTHERS,
+    STRIKE,
+    TICKS,
+    clipped,
+    ink_on,
+    load_colours,
+    need_matplotlib,
+)
+from mixture_of_experts.stats.fates import Fate, expert_colours, fates_of, share, texts_of, visible
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-LEAST, MOST = 1 / 4, 4.0  # ends of the colours for loads
-TICKS = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 ROOM_FOR_NUMBERS = 24  # experts of a gate, above which their cells have no numbers
 STRETCHES = 120  # load over training is shown in at most so many columns
-
-PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4d4d4d")
-OTHERS = "#cfcfcf"  # experts beyond the palette
-INK, FAINT, STRIKE = "#1a1a1a", "#767676", "#b00020"
 CELL_WIDTH, LINE_HEIGHT = 0.105, 0.25  # inches of a character in a figure that we make
 LEGEND_WIDTH = 1.4  # inches of an entry
 
@@ -103,7 +108,7 @@ def plot_routing(
         >>> plot_routing("hello", routing).figure.savefig("hello.png")  # doctest: +SKIP
     """
     need_matplotlib()
-    texts = [chr(byte) for byte in tokens] if isinstance(tokens, bytes) else list(tokens)
+    texts = texts_of(tokens)
     fates = fates_of(routing, group)
     if len(texts) != len(fates):
         raise ValueError(f"there are {len(texts)} tokens, but the routing has {len(fates)} in a group: give one each")
@@ -190,17 +195,6 @@ def _draw_training(records: Sequence[Record], requested: bool, ax: Axes | None) 
     return ax
 
 
-def clipped(load: Tensor) -> Tensor:
-    return load.clamp(LEAST, MOST)
-
-
-def load_colours() -> dict[str, Any]:
-    """White is balanced; half and double are equally far from it."""
-    from matplotlib.colors import LogNorm
-
-    return {"cmap": "PuOr_r", "norm": LogNorm(LEAST, MOST)}
-
-
 def _add_colour_bar(ax: Axes) -> None:
     from matplotlib.cm import ScalarMappable
 
@@ -214,54 +208,12 @@ def _add_colour_bar(ax: Axes) -> None:
 # Text
 
 
-class Fate(NamedTuple):
-    """What became of a token."""
-
-    kind: Literal["first", "other", "unseen", "padding"]  # computed by its first choice, by another one, by none
-    expert: int  # that computes it with the largest weight, or that it asked for first
-
-
 class Span(NamedTuple):
     """Where a token stands."""
 
     text: str
     x: int
     y: int
-
-
-def fates_of(routing: Routing, group: int) -> list[Fate]:
-    """What became of every token of a group."""
-    if routing.expert.ndim != 2:
-        raise ValueError(
-            f"plot_routing draws one level of routing, (groups, assignments), got {tuple(routing.expert.shape)}: "
-            "give it the routing of a gate without outer experts"
-        )
-    n = routing.num_tokens
-    real = torch.ones(n, dtype=torch.bool) if routing.real is None else routing.real[group]
-    fields = (routing.token, routing.expert, routing.kept, routing.weight.detach())
-    choices: list[list[tuple[int, bool, float]]] = [[] for _ in range(n)]
-    for token, expert, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
-        choices[token].append((expert, kept, weight))
-    best = routing.probs[group].argmax(dim=-1).tolist()
-    chooses = routing.k is not None  # otherwise the experts choose, and there is no first choice
-    return [fate_of(choices[t], best[t], is_real, chooses) for t, is_real in enumerate(real.tolist())]
-
-
-def fate_of(choices: list[tuple[int, bool, float]], best: int, real: bool, chooses: bool) -> Fate:
-    """What became of a token with these (expert, kept, weight), best choice first."""
-    if not real:
-        return Fate("padding", best)
-    computed = [choice for choice in choices if choice[1]]
-    if not computed:
-        return Fate("unseen", choices[0][0] if chooses else best)
-    expert = max(computed, key=lambda choice: choice[2])[0]
-    return Fate("first" if choices[0][1] or not chooses else "other", expert)
-
-
-def visible(text: str) -> str:
-    """Line ends and tabs as signs, what cannot be printed as a dot."""
-    text = text.replace("\n", "↵").replace("\t", "→")
-    return "".join(sign if sign.isprintable() and not 127 <= ord(sign) < 161 else "·" for sign in text) or "·"
 
 
 def lay_out(texts: Sequence[str], ends_line: Sequence[bool], width: int) -> tuple[list[Span], int]:
@@ -273,13 +225,6 @@ def lay_out(texts: Sequence[str], ends_line: Sequence[bool], width: int) -> tupl
         spans.append(Span(text, x, y))
         x, y = (0, y + 1) if ends else (x + len(text), y)
     return spans, y + (x > 0)
-
-
-def expert_colours(fates: Sequence[Fate], num_experts: int) -> dict[int, str]:
-    """A colour for each expert; if there are too many experts, for those with the most tokens."""
-    computed = [fate.expert for fate in fates if fate.kind in ("first", "other")]
-    busiest = sorted(range(num_experts), key=computed.count, reverse=True)[: len(PALETTE)]
-    return dict(zip(sorted(busiest), PALETTE, strict=False))
 
 
 def font_size(inches: float, width: int) -> float:
@@ -304,14 +249,6 @@ def _draw_token(ax: Axes, span: Span, fate: Fate, colours: dict[int, str], size:
         ax.plot([span.x + 0.1, span.x + length - 0.1], [span.y + 0.5] * 2, color=STRIKE, linewidth=1.1)
     if fate.kind == "other":
         ax.plot([span.x + 0.12, span.x + length - 0.12], [low] * 2, color=ink, linewidth=1.3)
-
-
-def ink_on(colour: str) -> str:
-    """Black or white, whichever has more contrast with a colour."""
-    from matplotlib.colors import to_rgb
-
-    luminance = sum(share * part**2.2 for share, part in zip((0.21, 0.72, 0.07), to_rgb(colour), strict=True))
-    return "white" if luminance < 0.18 else INK
 
 
 def legend_of_experts(fates: Sequence[Fate], colours: dict[int, str]) -> list[Any]:
@@ -342,23 +279,9 @@ def legend_of_marks(fates: Sequence[Fate]) -> list[Any]:
     ]
 
 
-def share(name: str, count: int, tokens: Sequence[Fate]) -> str:
-    return f"{name}: {count / max(len(tokens), 1):.0%}"
-
-
 def _add_legend(ax: Axes, handles: list[Any], columns: int) -> None:
     style = {"frameon": False, "fontsize": 8, "handlelength": 1.2, "columnspacing": 1.2}
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=max(columns, 1), **style)
-
-
-def need_matplotlib() -> None:
-    """An error that says how to get it."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
-        ) from error
 
 
 def new_axes(width: float, height: float) -> Axes:

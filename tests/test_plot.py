@@ -14,18 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.plot import (
-    OTHERS,
-    PALETTE,
-    Fate,
-    fates_of,
-    lay_out,
-    load_colours,
-    plot_load,
-    plot_routing,
-    visible,
-)
+from mixture_of_experts.plot import lay_out, plot_load, plot_routing
 from mixture_of_experts.stats import RoutingStats, track_routing
+from mixture_of_experts.stats.colours import OTHERS, PALETTE, load_colours
+from mixture_of_experts.stats.fates import Fate, fates_of, visible
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

@@ -1,0 +1,106 @@
+"""What became of every token of a text: which experts compute it, and how that is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+
+from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.stats.colours import PALETTE
+
+
+class Choice(NamedTuple):
+    """One choice of a token; in expert choice, one expert that chose it."""
+
+    expert: int  # of two levels: outer-major
+    kept: bool
+    weight: float
+    name: str  # of the expert, for readers
+
+
+class Fate(NamedTuple):
+    """What became of a token."""
+
+    kind: Literal["first", "other", "unseen", "padding"]  # computed by its first choice, by another one, by none
+    expert: int  # that computes it with the largest weight, or that it asked for first
+
+
+def choices_of(routing: Routing, group: int) -> list[list[Choice]]:
+    """The choices of every token of a group, of one level of routing."""
+    choices: list[list[Choice]] = [[] for _ in range(routing.num_tokens)]
+    fields = (routing.token, routing.expert, routing.kept, routing.weight.detach())
+    for token, expert, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
+        choices[token].append(Choice(expert, kept, weight, str(expert)))
+    return choices
+
+
+def composed_choices(outer: Routing, inner: Routing) -> list[list[Choice]]:
+    """The choices of every token of a call, of both levels together: of each slot of level one, those of level two."""
+    assert outer.k is not None
+    assert inner.k is not None
+    slot = plan_slots_of(outer).row.view(-1, outer.k).tolist()  # (t, k1); a choice without a slot has one too many
+    experts, weights = outer.expert.view(-1, outer.k).tolist(), outer.weight.detach().view(-1, outer.k).tolist()
+    fields = (inner.expert, inner.kept, inner.weight.detach())
+    behind = list(zip(*(field.reshape(-1, inner.k).tolist() for field in fields), strict=True))
+    choices: list[list[Choice]] = []
+    for rows, first, first_weights in zip(slot, experts, weights, strict=True):
+        of_token: list[Choice] = []
+        for row, o, weight in zip(rows, first, first_weights, strict=True):
+            if row >= len(behind):
+                of_token.append(Choice(o * inner.num_experts, False, 0.0, f"{o}.?"))
+                continue
+            for i, kept, share in zip(*behind[row], strict=True):
+                of_token.append(Choice(o * inner.num_experts + i, kept, weight * share, f"{o}.{i}"))
+        choices.append(of_token)
+    return choices
+
+
+def fates_of(routing: Routing, group: int) -> list[Fate]:
+    """What became of every token of a group, of one level of routing."""
+    if routing.expert.ndim != 2:
+        raise ValueError(
+            f"plot_routing draws one level of routing, (groups, assignments), got {tuple(routing.expert.shape)}: "
+            "give it the routing of a gate without outer experts"
+        )
+    n = routing.num_tokens
+    real = torch.ones(n, dtype=torch.bool) if routing.real is None else routing.real[group]
+    best = routing.probs[group].argmax(dim=-1).tolist()
+    chooses = routing.k is not None  # otherwise the experts choose, and there is no first choice
+    choices = choices_of(routing, group)
+    return [fate_of(choices[t], best[t], is_real, chooses) for t, is_real in enumerate(real.tolist())]
+
+
+def fate_of(choices: Sequence[Choice], best: int, real: bool, chooses: bool) -> Fate:
+    """What became of a token with these choices, best choice first."""
+    if not real:
+        return Fate("padding", best)
+    computed = [choice for choice in choices if choice.kept]
+    if not computed:
+        return Fate("unseen", choices[0].expert if chooses else best)
+    expert = max(computed, key=lambda choice: choice.weight).expert
+    return Fate("first" if choices[0].kept or not chooses else "other", expert)
+
+
+def visible(text: str) -> str:
+    """Line ends and tabs as signs, what cannot be printed as a dot."""
+    text = text.replace("\n", "↵").replace("\t", "→")
+    return "".join(sign if sign.isprintable() and not 127 <= ord(sign) < 161 else "·" for sign in text) or "·"
+
+
+def texts_of(tokens: str | bytes | Sequence[str]) -> list[str]:
+    """The texts of tokens; of a string the characters, of bytes the bytes."""
+    return [chr(byte) for byte in tokens] if isinstance(tokens, bytes) else list(tokens)
+
+
+def expert_colours(fates: Sequence[Fate], num_experts: int) -> dict[int, str]:
+    """A colour for each expert; if there are too many experts, for those with the most tokens."""
+    computed = [fate.expert for fate in fates if fate.kind in ("first", "other")]
+    busiest = sorted(range(num_experts), key=computed.count, reverse=True)[: len(PALETTE)]
+    return dict(zip(sorted(busiest), PALETTE, strict=False))
+
+
+def share(name: str, count: int, tokens: Sequence[Fate]) -> str:
+    return f"{name}: {count / max(len(tokens), 1):.0%}"
