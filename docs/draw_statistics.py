@@ -1,6 +1,10 @@
 """Trains the example's language model for about a minute and draws the pictures of `docs/statistics.md`.
 
-    python docs/draw_statistics.py [--steps 250] [--router switch] [--out docs/images]
+    python docs/draw_statistics.py [--steps 250] [--router switch] [--out docs/images] [--report routing.html]
+
+`report.png` is a browser's picture of the report:
+
+    chromium --headless --hide-scrollbars --window-size=820,2330 --screenshot=docs/images/report.png routing.html
 
 Needs matplotlib and tqdm (the extra `examples`). The text is the one the example learns from, Python's own library.
 """
@@ -17,12 +21,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
-from torch import nn
 from tqdm import trange
 
-from mixture_of_experts import Routing
 from mixture_of_experts.plot import plot_load, plot_routing
-from mixture_of_experts.stats import RoutingStats, track_routing
+from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
@@ -62,16 +64,6 @@ def train(settings: Settings) -> tuple[Trainee, RoutingStats]:
     return trainee, stats
 
 
-@torch.no_grad()
-def route(model: nn.Module, gate: nn.Module, text: str, context: int) -> Routing:
-    """What one gate of the model decides on a text, in the mode that the model is in."""
-    routings: list[Routing] = []
-    handle = gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
-    model(torch.tensor([list(text.encode())])[:, :context])
-    handle.remove()
-    return routings[0]
-
-
 def draw_layers(stats: RoutingStats) -> Figure:
     """What the routers ask for over what the experts compute."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7.5, 5.4), layout="constrained")
@@ -94,6 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--router", default="switch", choices=tuple(ROUTERS))
     parser.add_argument("--out", type=Path, default=DOCS / "images")
+    parser.add_argument("--report", type=Path, help="write the report here, with the text")
     args = parser.parse_args()
     few = {"num_experts": 8, "dim": 64, "width": 256, "layers": 4, "heads": 4}  # that a picture can tell apart
     training = {"steps": args.steps, "context": 512, "batch_size": 4, "learning_rate": 3e-3}
@@ -103,18 +96,20 @@ def main() -> None:
 
     text = TEXT[: settings.context]
     # in training mode, with its smaller capacity: some experts overflow
-    model = trainee.model.train()
-    routing = route(model, model.blocks[1].ffn.gate, text, settings.context)
+    routing = routing_of(trainee.model.train(), torch.tensor([list(text.encode())]))
     figures = {
         "load_layers": draw_layers(stats),
         "load_training": draw_training(stats),
-        "routed_text": plot_routing(text, routing, width=66).figure,
+        "routed_text": plot_routing(text, routing["blocks.1.ffn.gate"], width=66).figure,
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         path = args.out / f"{name}.png"
         figure.savefig(path, dpi=130, facecolor="white")
         print(f"wrote {path}")
+    if args.report is not None:
+        stats.report(args.report, tokens=text, routing=routing)
+        print(f"wrote {args.report}")
 
 
 if __name__ == "__main__":

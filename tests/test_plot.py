@@ -290,11 +290,13 @@ def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
 def test_pictures_of_the_documentation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    run_script("draw_statistics.py", monkeypatch, "--steps", 2, "--out", tmp_path)
-    written = {path.name for path in tmp_path.iterdir()}
+    report = tmp_path / "routing.html"
+    run_script("draw_statistics.py", monkeypatch, "--steps", 2, "--out", tmp_path / "images", "--report", report)
+    written = {path.name for path in (tmp_path / "images").iterdir()}
     shown = set(re.findall(r"images/(\w+\.png)", (DOCS / "statistics.md").read_text(encoding="utf-8")))
-    assert written == shown >= {"load_layers.png", "routed_text.png"}
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in tmp_path.iterdir())
+    assert written | {"report.png"} == shown >= {"load_layers.png", "routed_text.png"}
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in (tmp_path / "images").iterdir())
+    assert "def" in report.read_text(encoding="utf-8")
     assert "blocks.3.ffn.gate" in capsys.readouterr().out
 
 

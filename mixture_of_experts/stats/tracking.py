@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from os import PathLike
 from typing import Any, Literal
@@ -24,9 +24,11 @@ from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.stats.colours import need_matplotlib
 from mixture_of_experts.stats.gates import GateSite, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
+from mixture_of_experts.stats.report import History, page, texts_of_gates
 from mixture_of_experts.tracing import in_checkpoint
 from mixture_of_experts.under_way import CallUnderWay
 
@@ -34,6 +36,7 @@ When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
 WRITING = threading.Lock()
 MOST_LOSSES = 12  # columns of a row that are set aside for losses, the z-loss among them
+STRETCHES = 60  # columns of a chart in a report, at most
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -169,6 +172,58 @@ class RoutingStats:
         records.sort(key=lambda record: record.step)
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(record.to_dict()) + "\n" for record in records)
+
+    def report(
+        self,
+        path: str | PathLike[str],
+        *,
+        tokens: str | bytes | Sequence[str] | None = None,
+        routing: Mapping[str, Routing] | None = None,
+    ) -> None:
+        """Write one HTML page that shows what was recorded; it needs no other file and no network.
+
+        The page has the load of every gate, before and after capacity, over all remembered steps and over each; the
+        choices that were dropped, and what of them was unavoidable; tokens without an expert; dead experts. With
+        `tokens` it has a text too, coloured by expert, with all choices and weights of the token under the pointer.
+
+        Args:
+            path: of the file, which is replaced if it exists.
+            tokens: the texts of the tokens of one sequence; of a string the characters, of bytes the bytes.
+            routing: what the gates decided on that sequence, by gate: what `routing_of` returns.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+            RuntimeError: nothing was recorded.
+            ValueError: tokens and routing do not fit, or one is given without the other.
+
+        Example:
+            >>> import torch
+            >>> from mixture_of_experts import MoE
+            >>> from mixture_of_experts.stats import routing_of, track_routing
+            >>> moe = MoE(dim=8, num_experts=4)
+            >>> with track_routing(moe) as stats:
+            ...     out, aux_loss = moe(torch.randn(2, 16, 8))
+            >>> routing = routing_of(moe, torch.randn(1, 5, 8))
+            >>> stats.report("routing.html", tokens="hello", routing=routing)  # doctest: +SKIP
+        """
+        need_matplotlib()
+        if (tokens is None) == bool(routing):
+            raise ValueError("tokens and routing belong together: give both, as routing_of(model, ...), or neither")
+        histories = [self._history(layer) for layer in self._recorded()]
+        level_one = {layer: self.level_one(layer) for layer in self.layers}
+        texts = texts_of_gates(routing or {}, level_one, len(tokens or ""))
+        html = page(histories, tokens, texts)
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(html)
+
+    def _history(self, layer: str) -> History:
+        """A gate's steps for a report, neighbouring ones summed up where there are many."""
+        tracker = self._tracker(layer)
+        steps = self._steps(tracker)
+        size = max(-(-len(steps) // STRETCHES), 1)
+        parts = [steps[i : i + size] for i in range(0, len(steps), size)]
+        stretches = [tracker.record(part[0][0], torch.cat([rows for _, rows in part])) for part in parts]
+        return History(self.total(layer), stretches, steps[-1][0] + 1 if steps else 0, self.level_one(layer))
 
     def _tracker(self, layer: str) -> GateTracker:
         if layer not in self._gates:

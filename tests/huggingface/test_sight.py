@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from mixture_of_experts.huggingface import from_transformers, log_routing, replace_ffn
 from mixture_of_experts.plot import plot_load
-from mixture_of_experts.stats import track_routing
+from mixture_of_experts.stats import routing_of, track_routing
 
 from .test_blocks import MODELS
 from .test_blocks import build as build_sparse
@@ -50,6 +50,11 @@ def test_their_routers_are_read_as_ours(name):
     assert f"{stats.layers[0]} " in stats.summary()
     plot_load(stats)
     plot_load(stats, stats.layers[0])
+    told = routing_of(model, **batch)
+    assert tuple(told) == stats.layers
+    for layer in stats.layers:
+        load = torch.bincount(told[layer].expert[told[layer].kept], minlength=told[layer].num_experts)
+        assert torch.equal(load, stats.last(layer).load)
 
 
 def test_generation_and_checkpointing_count_once():

@@ -1,0 +1,59 @@
+"""What the gates of a model decide in one forward."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.stats.gates import find_gates
+
+
+@torch.no_grad()
+def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
+    """Run one forward of a model without gradients, in the mode that it is in, and return what each gate decided.
+
+    Args:
+        model: a model with gates, as for `track_routing`; not a compiled one, whose graph has no hooks.
+        args, kwargs: what the model is called with.
+
+    Returns:
+        the `Routing` of each gate by its path in the model, of its last call where it ran more than once. A router of
+        transformers has one too, made from what it returned.
+
+    Raises:
+        ValueError: the model has no gate.
+        RuntimeError: no gate ran.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.stats import routing_of
+        >>> routing = routing_of(MoE(dim=8, num_experts=4), torch.randn(1, 5, 8))
+        >>> routing["gate"].probs.shape
+        torch.Size([1, 5, 4])
+    """
+    sites = find_gates(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no gate: give routing_of a model with MoE layers")
+    found: dict[str, Routing] = {}
+    with ExitStack() as hooks:
+        for reader in {site.reader for site in sites if site.reader is not None}:
+            hooks.callback(reader.model.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
+            hooks.callback(reader.model.register_forward_hook(reader.end, always_call=True).remove)
+        for site in sites:
+
+            def hook(gate: nn.Module, inputs: object, output: Any, site: Any = site) -> None:
+                found[site.name] = output if site.reader is None else site.reader.routing(gate, output)
+
+            hooks.callback(site.gate.register_forward_hook(hook).remove)
+        model(*args, **kwargs)
+    if not found:
+        raise RuntimeError(
+            f"no gate of the {type(model).__name__} ran: call routing_of with what the model is called with, before it "
+            "is compiled"
+        )
+    return {site.name: found[site.name] for site in sites if site.name in found}

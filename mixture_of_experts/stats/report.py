@@ -1,0 +1,272 @@
+"""One page that shows what the gates of a model did: `RoutingStats.report`.
+
+The page needs nothing but itself: pictures are in it, and so are its style and the few lines that tell what is under
+the pointer (`report.html`). Everything that comes from outside, names of gates and texts of tokens, is escaped where it
+enters.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from string import Template
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.routing import Routing
+from mixture_of_experts.stats import charts
+from mixture_of_experts.stats.colours import OTHERS, PALETTE, ink_on
+from mixture_of_experts.stats.fates import (
+    Choice,
+    Fate,
+    choices_of,
+    composed_choices,
+    expert_colours,
+    fate_of,
+    share,
+    texts_of,
+    visible,
+)
+from mixture_of_experts.stats.records import Record, relative, warning
+
+NOTES, NAMED = 12, 12  # lines of notes, and experts that one of them names
+
+
+class History(NamedTuple):
+    """What is shown of a gate."""
+
+    total: Record
+    stretches: Sequence[Record]  # of steps, oldest first
+    end: int  # one more than the last step
+    level_one: str | None
+
+
+class Text(NamedTuple):
+    """The choices of every token of a text, in one gate."""
+
+    gate: str
+    num_experts: int
+    choices: list[list[Choice]]
+    fates: list[Fate]
+
+
+def page(histories: Sequence[History], tokens: str | bytes | Sequence[str] | None, texts: Sequence[Text]) -> str:
+    """The page, as HTML."""
+    shown = [history for history in histories if history.stretches]
+    lost = [max(record.dropped, record.unseen) for history in shown for record in history.stretches]
+    most = max(lost)
+    template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        facts=facts(shown),
+        notes=notes(shown),
+        scale=charts.scale(),
+        overview="".join(overview_row(i, history) for i, history in enumerate(shown)),
+        lost="" if most else "hidden",
+        gates="".join(card(i, history, most) for i, history in enumerate(shown)),
+        text="" if tokens is None else text_section(texts_of(tokens), texts),
+        colours=colour_rules(),
+        axes=", ".join(map(str, charts.HEAT_MAP)),
+        width=str(charts.WIDTH),
+        data=in_script({"gates": [numbers(history) for history in shown], "texts": [coded(text) for text in texts]}),
+    )
+
+
+def in_script(data: Any) -> str:
+    """JSON that no text in it can end."""
+    text = json.dumps(data, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+# Load
+
+
+def facts(shown: Sequence[History]) -> str:
+    first = min(history.stretches[0].step for history in shown)
+    end = max(history.end for history in shown)
+    forwards = max(history.total.forwards for history in shown)
+    gates, steps = counted(len(shown), "gate"), f"step {first}" if end - first == 1 else f"steps {first} to {end - 1}"
+    return f"{gates}, {steps}, at most {counted(forwards, 'forward')} of a gate"
+
+
+def counted(number: int, name: str) -> str:
+    return f"{number} {name}{'' if number == 1 else 's'}"
+
+
+def notes(shown: Sequence[History]) -> str:
+    """What a reader should look at, as a list; or that there is nothing."""
+    lines = [line for history in shown for line in (*idle(history), warning(history.total)) if line is not None]
+    if not lines:
+        return "<p class=good>Every expert computes tokens, and no gate drops much more than it has to.</p>"
+    more = [f"and {counted(len(lines) - NOTES, 'note')} more"] if len(lines) > NOTES else []
+    items = (escape(line.removeprefix("warning: ")) for line in (*lines[:NOTES], *more))
+    return "<ul class=notes>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+
+
+def idle(history: History) -> Iterator[str]:
+    """Experts that computed no token: in all steps, and those that stopped by the last quarter of them."""
+    dead = history.total.load == 0
+    late = history.stretches[-max(len(history.stretches) // 4, 1) :]
+    stopped = (torch.stack([record.load for record in late]).sum(dim=0) == 0) & ~dead
+    for experts, when in ((dead, "in any step"), (stopped, f"in the last {history.end - late[0].step} steps")):
+        names = [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]
+        if names:
+            listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+            yield f"{history.total.layer}: {counted(len(names), 'expert')} computed no token {when}: {listed}"
+
+
+def overview_row(i: int, history: History) -> str:
+    """One gate over all steps."""
+    total = history.total
+    strips = "".join(
+        f'<td class=strip><img data-gate="{i}" data-of="{of}" alt="" src="{charts.strip(load.flatten())}"></td>'
+        for of, load in (("requested", total.requested), ("load", total.load))
+    )
+    avoidable = max(total.dropped - total.unavoidable, 0.0)
+    bar = f'<i class=bar><i style="width:{total.unavoidable:.2%}"></i><i style="width:{avoidable:.2%}"></i></i>'
+    cells = (
+        ("most", f"{float(total.relative_requested.max()):.2f}×"),
+        ("dead", str(len(total.dead))),
+        ("dropped", f"{total.dropped:.1%}{bar}"),
+        ("unseen", f"{total.unseen:.1%}"),
+        ("certain", f"{1 - total.entropy / max(math.log(total.load.shape[-1]), 1e-9):.0%}"),
+    )
+    numbers = "".join(f"<td data-name={name}>{value}</td>" for name, value in cells)
+    experts = "×".join(map(str, total.load.shape))
+    return f"<tr><th>{gate_name(total.layer)} <small>{experts}</small></th>{strips}{numbers}</tr>\n"
+
+
+def gate_name(layer: str) -> str:
+    """Escaped, with places where a line may break."""
+    return escape(layer).replace(".", ".<wbr>").replace("_", "_<wbr>")
+
+
+def card(i: int, history: History, most: float) -> str:
+    """One gate over its steps."""
+    level = "" if history.level_one is None else " <small>level two, a line between outer experts</small>"
+    picture = charts.over_steps(history.stretches, history.end, most)
+    alt = escape(f"load of the experts of {history.total.layer} over steps", quote=True)
+    return (
+        f"<figure><figcaption>{gate_name(history.total.layer)}{level}</figcaption>"
+        f'<img class=steps data-gate="{i}" alt="{alt}" src="{picture}" loading=lazy></figure>\n'
+    )
+
+
+def numbers(history: History) -> dict[str, Any]:
+    """What the pointer finds on a gate's strips and chart: loads in hundredths of a balanced one."""
+    total = history.total
+
+    def hundredths(load: Tensor) -> list[int]:
+        return (100 * relative(load.flatten())).round().to(torch.int64).tolist()
+
+    return {
+        "inner": total.load.shape[1] if total.load.ndim == 2 else 0,
+        "requested": hundredths(total.requested),
+        "load": hundredths(total.load),
+        "begins": [*(record.step for record in history.stretches), history.end],
+        "steps": [hundredths(record.requested) for record in history.stretches],
+        "lost": [
+            [round(1000 * share) for share in (record.dropped, record.unavoidable, record.unseen)]
+            for record in history.stretches
+        ],
+    }
+
+
+# Text
+
+
+def texts_of_gates(routing: Mapping[str, Routing], level_one: Mapping[str, str | None], num_tokens: int) -> list[Text]:
+    """What every gate chose for every token; a second level together with its first.
+
+    Args:
+        routing: of the gates, by name, on one sequence.
+        level_one: the gate of level one of those that are a second level.
+        num_tokens: of the text.
+    """
+    found = []
+    for gate, told in routing.items():
+        first = level_one.get(gate)
+        if first is not None and first not in routing:
+            raise ValueError(f"{gate!r} is a second level: give the routing of {first!r} too")
+        outer = told if first is None else routing[first]
+        groups, n = outer.probs.shape[:-2], outer.num_tokens
+        if len(groups) != 1:
+            raise ValueError(
+                f"{gate!r} has several routers, of shape {tuple(groups[:-1])}: leave it out of the routing"
+            )
+        if groups[0] * n != num_tokens:
+            raise ValueError(
+                f"there are {num_tokens} tokens, but the routing of {gate!r} has {groups[0] * n}: give the model one "
+                "sequence, the text's tokens alone"
+            )
+        if first is None:
+            choices = [of_token for group in range(groups[0]) for of_token in choices_of(told, group)]
+            num_experts = told.num_experts
+        else:
+            choices, num_experts = composed_choices(outer, told), outer.num_experts * told.num_experts
+        real = [True] * num_tokens if outer.real is None else outer.real.flatten().tolist()
+        chooses = told.k is not None
+        fates = [fate_of(of, 0, is_real, chooses) for of, is_real in zip(choices, real, strict=True)]
+        found.append(Text(gate, num_experts, choices, fates))
+    return found
+
+
+def coded(text: Text) -> dict[str, Any]:
+    """A text as the page's script reads it: for each token its class and its choices, and the legend."""
+    names = {choice.expert: choice.name for of_token in text.choices for choice in of_token if choice.kept}
+    colours = list(expert_colours(text.fates, text.num_experts))
+    kinds = {expert: str(i) for i, expert in enumerate(colours)}
+    classes = [class_of(fate, kinds) for fate in text.fates]
+    tokens = [fate for fate in text.fates if fate.kind != "padding"]
+    counts = Counter(cls.rstrip("u") for cls in classes)
+    legend = [[kinds[e], share(f"expert {names[e]}", counts[kinds[e]], tokens)] for e in colours if counts[kinds[e]]]
+    legend += [
+        [cls, share(label, count, tokens)]
+        for cls, label, count in (
+            ("o", "other experts", counts["o"]),
+            ("u", "first choice full", sum(cls.endswith("u") for cls in classes)),
+            ("x", "no expert", counts["x"]),
+        )
+        if count
+    ]
+    choices = [
+        [[choice.name, round(1000 * choice.weight), int(choice.kept)] for choice in in_order(of_token)]
+        for of_token in text.choices
+    ]
+    return {"classes": classes, "legend": legend, "choices": choices}
+
+
+def in_order(choices: Sequence[Choice]) -> list[Choice]:
+    """Kept ones first, by weight; the others as the gate has them."""
+    return sorted(choices, key=lambda choice: (not choice.kept, -choice.weight))
+
+
+def class_of(fate: Fate, kinds: Mapping[int, str]) -> str:
+    if fate.kind in ("padding", "unseen"):
+        return {"padding": "p", "unseen": "x"}[fate.kind]
+    return kinds.get(fate.expert, "o") + ("u" if fate.kind == "other" else "")
+
+
+def text_section(tokens: Sequence[str], texts: Sequence[Text]) -> str:
+    options = "".join(f'<option value="{i}">{escape(text.gate)}</option>' for i, text in enumerate(texts))
+    spans = "".join(
+        f"<b data-token={i}>{escape(visible(token))}</b>{'<br>' if token.endswith(chr(10)) else ''}"
+        for i, token in enumerate(tokens)
+    )
+    return (
+        "<section><h2>A text</h2><p>Every token has the colour of the expert that computes it with the largest weight. "
+        "Point at one, or tap it, to see all its choices and their weights.</p>"
+        f"<p><label>Gate <select id=gate>{options}</select></label></p>"
+        f"<p id=legend class=legend></p><div id=text class=text translate=no>{spans}</div></section>"
+    )
+
+
+def colour_rules() -> str:
+    """The classes of tokens, and of their legend."""
+    colours = {**{str(i): colour for i, colour in enumerate(PALETTE)}, "o": OTHERS}
+    return "".join(f".t{name}{{background:{colour};color:{ink_on(colour)}}}" for name, colour in colours.items())

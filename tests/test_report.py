@@ -1,0 +1,329 @@
+"""The report shows what was recorded, whatever the model. It is one page that needs and runs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html import escape
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib as mpl
+import pytest
+import torch
+from matplotlib.image import imread
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts.decision import compose, plan_slots_of
+from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
+from mixture_of_experts.stats.charts import strip
+from mixture_of_experts.stats.colours import load_colours
+from mixture_of_experts.stats.fates import visible
+
+DIM = 8
+HOSTILE = ["</script><script>alert(1)</script>", "<b>", '"', "&amp;", "\n", "\u202e", "$data", "'><img src=x>"]
+BROWSER = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+VOID = {"meta", "img", "br", "wbr"}
+
+
+class Stack(nn.Module):
+    """Residual layers."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.layers = nn.ModuleDict(
+            {f'<i id="{i}">': layer for i, layer in enumerate(layers)}
+        )  # a name that is hostile
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = x + layer(x)[0]
+        return x
+
+
+def some_gates() -> nn.Module:
+    """Of every kind: dropping, both levels, dropless with more experts than colours, expert choice."""
+    return Stack(
+        MoE(DIM, 4),
+        HeirarchicalMoE(DIM, (2, 3)),
+        MoE(DIM, gate=TopKGating(DIM, 64, k=3)),
+        MoE(DIM, gate=ExpertChoiceGating(DIM, 4, capacity_factor=1.0)),
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "one_layer": lambda: MoE(DIM, 4),
+    "gates": some_gates,
+    "layers": lambda: Stack(*(MoE(DIM, gate=TopKGating(DIM, 16)) for _ in range(64))),
+}
+
+
+def tracked(model: nn.Module, steps: int) -> RoutingStats:
+    with track_routing(model) as stats:
+        for _ in range(steps):
+            model(torch.randn(2, 32, DIM))
+            stats.step()
+    return stats
+
+
+class Page(HTMLParser):
+    """What a page holds. Tags that are not closed in order are an error."""
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.tokens: list[str] = []
+        self.text = ""
+        self.data = json.loads(re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1])
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if "data-token" in dict(attrs):
+            self.tokens.append("")
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+        if self.open and self.open[-1] == "b":
+            self.tokens[-1] += data
+
+    def all(self, tag: str, **attributes: str) -> list[dict[str, str | None]]:
+        return [held for name, held in self.tags if name == tag and attributes.items() <= held.items()]
+
+
+def content(address: str | None) -> bytes:
+    assert address is not None
+    assert address.startswith("data:image/")
+    return base64.b64decode(address.split(",")[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "steps"), [("one_layer", 1), ("gates", 61), pytest.param("layers", 2, marks=pytest.mark.slow)]
+)
+def test_it_shows_what_was_recorded(name: str, steps: int, tmp_path: Path):
+    torch.manual_seed(0)
+    stats = tracked(MODELS[name](), steps)
+    stats.report(tmp_path / "routing.html")
+    page = Page((tmp_path / "routing.html").read_text(encoding="utf-8"))
+    gates = page.data["gates"]
+    assert len(gates) == len(stats.layers) == len(page.all("img", **{"class": "steps"}))
+    for layer, gate in zip(stats.layers, gates, strict=True):
+        total, records = stats.total(layer), stats.records(layer)
+        assert layer in page.text
+        assert f"{total.dropped:.1%}" in page.text
+        assert gate["requested"] == (100 * total.relative_requested).round().flatten().tolist()
+        assert gate["load"] == (100 * total.relative_load).round().flatten().tolist()
+        assert gate["begins"] == [*range(0, steps, max(-(-steps // 60), 1)), steps]
+        assert len(gate["steps"]) == len(gate["lost"]) == len(gate["begins"]) - 1
+        first = torch.stack([record.requested for record in records[: gate["begins"][1]]]).sum(dim=0).flatten()
+        assert gate["steps"][0] == (100 * first / first.double().mean()).round().tolist()
+        if steps == 1:
+            shares = (total.dropped, total.unavoidable, total.unseen)
+            assert gate["lost"] == [[round(1000 * share) for share in shares]]
+    assert page.all("section") == [{}, {}]  # no text
+
+
+def test_it_needs_and_runs_nothing_else(tmp_path: Path):
+    """Names and texts that are markup stay texts; nothing is loaded; pictures are well formed."""
+    torch.manual_seed(0)
+    model = some_gates()
+    stats, x = tracked(model, 3), torch.randn(1, len(HOSTILE), DIM)
+    stats.report(tmp_path / "routing.html", tokens=HOSTILE, routing=routing_of(model, x))
+    page = Page(html := (tmp_path / "routing.html").read_text(encoding="utf-8"))
+    assert page.tokens == [visible(token) for token in HOSTILE]
+    assert len(page.all("script")) == 2
+    assert not any("onerror" in held or "href" in held for _, held in page.tags)
+    assert [tag for tag, held in page.tags if not (held.get("src") or "data:").startswith("data:")] == []
+    assert "default-src 'none'" in str(page.all("meta")[2]["content"])
+    assert not re.search(r"https?://", re.sub(r"base64,[\w+/=]+", "", html))
+    assert [option["value"] for option in page.all("option")] == [*"01234"]
+    for image in page.all("img", **{"class": "steps"}):
+        drawn = ElementTree.fromstring(content(image["src"]))
+        assert "step" in {node.text for node in drawn.iter() if node.tag.endswith("}text")}
+    for image in page.all("img"):
+        if image.get("class") != "steps":
+            assert imread(io.BytesIO(content(image["src"]))).ndim == 3
+
+
+def test_a_text_has_every_choice(tmp_path: Path):
+    torch.manual_seed(0)
+    model = some_gates()
+    stats = tracked(model, 1)
+    routing = routing_of(model, torch.randn(1, 24, DIM))
+    stats.report(tmp_path / "routing.html", tokens="x" * 24, routing=routing)
+    texts = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).data["texts"]
+    assert list(routing) == list(stats.layers)
+    for gate, text in zip(routing, texts, strict=True):
+        told = routing[gate]
+        expected: list[list[tuple[str, int]]] = [[] for _ in range(24)]
+        if stats.level_one(gate) is None:
+            parts = (told.token[0], told.expert[0], told.weight[0], told.kept[0])
+            inner = 0
+        else:
+            outer = routing[stats.level_one(gate)]
+            both = compose(outer, plan_slots_of(outer), told)
+            parts = (torch.arange(24).repeat_interleave(both.k), both.expert, both.weight, both.kept)
+            inner = told.num_experts
+        for token, expert, weight, kept in zip(*(part.tolist() for part in parts), strict=True):
+            if kept:
+                name = f"{expert // inner}.{expert % inner}" if inner else str(expert)
+                expected[token].append((name, round(1000 * weight)))
+        shown = [[(name, weight) for name, weight, kept in of_token if kept] for of_token in text["choices"]]
+        assert list(map(sorted, shown)) == list(map(sorted, expected)), gate
+        assert [cls == "x" for cls in text["classes"]] == [not of_token for of_token in expected]
+        shares = [int(label.split(": ")[1][:-1]) for cls, label in text["legend"] if cls != "u"]
+        assert sum(shares) == pytest.approx(100, abs=len(shares))
+
+
+def test_padding_and_groups(tmp_path: Path):
+    """A sequence that the layer splits into groups is one text."""
+    moe = MoE(DIM, 4, group_size=6)
+    stats = tracked(moe, 1)
+    mask = torch.arange(12).unsqueeze(0) < 10
+    routing = routing_of(moe, torch.randn(1, 12, DIM), mask=mask)
+    assert routing["gate"].probs.shape == (2, 6, 4)
+    stats.report(tmp_path / "routing.html", tokens="x" * 12, routing=routing)
+    text = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).data["texts"][0]
+    assert [cls == "p" for cls in text["classes"]] == [False] * 10 + [True] * 2
+
+
+class Fixed(nn.Module):
+    """Logits that are the tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = MoE(4, gate=TopKGating(4, 4, k=1))
+        with torch.no_grad():
+            self.moe.gate.w_gating.copy_(torch.eye(4))
+
+    def forward(self, experts: list[int]) -> None:
+        self.moe(5 * torch.eye(4)[experts].unsqueeze(0))
+
+
+def test_it_says_which_experts_are_dead(tmp_path: Path):
+    model = Fixed()
+    with track_routing(model) as stats:
+        for step in range(8):
+            model([0, 1, 2] if step < 4 else [0, 1, 1])
+    stats.report(tmp_path / "routing.html")
+    text = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).text
+    assert "moe.gate: 1 expert computed no token in any step: 3" in text
+    assert "moe.gate: 1 expert computed no token in the last 2 steps: 2" in text
+    image = torch.from_numpy(imread(io.BytesIO(content(strip(stats.total("moe.gate").load)))).copy())[..., :3]
+    cells = image.unflatten(1, (4, -1))
+    colours = load_colours()
+    for cell, load in zip(cells.transpose(0, 1), stats.total("moe.gate").relative_load, strict=True):
+        expected = mpl.colormaps[colours["cmap"]](colours["norm"](max(float(load), 0.25)))[:3]
+        assert cell[0, 0].tolist() == pytest.approx(expected, abs=1 / 255)
+    crossed = (cells == 1).all(dim=-1).sum(dim=(0, 2))
+    assert crossed.tolist() == [0, 0, 0, 13]
+
+
+def test_errors(tmp_path: Path):
+    moe = MoE(DIM, 4)
+    stats, path = tracked(moe, 1), tmp_path / "routing.html"
+    routing = routing_of(moe, torch.randn(1, 5, DIM))
+    with pytest.raises(ValueError, match="tokens and routing belong together"):
+        stats.report(path, tokens="hello")
+    with pytest.raises(ValueError, match="tokens and routing belong together"):
+        stats.report(path, routing=routing)
+    with pytest.raises(ValueError, match="there are 4 tokens, but the routing of 'gate' has 5"):
+        stats.report(path, tokens="four", routing=routing)
+    with pytest.raises(ValueError, match="has no gate"):
+        routing_of(nn.Linear(DIM, DIM), torch.randn(1, DIM))
+    two = HeirarchicalMoE(DIM, (2, 2))
+    stats, told = tracked(two, 1), routing_of(two, torch.randn(1, 5, DIM))
+    with pytest.raises(ValueError, match="give the routing of 'gate_outer' too"):
+        stats.report(path, tokens="hello", routing={"gate_inner": told["gate_inner"]})
+    with pytest.raises(RuntimeError, match="no forward of a gate was recorded"), track_routing(moe) as stats:
+        stats.report(path)
+    assert not path.exists()  # a bad call writes nothing
+
+
+LOOK = """
+const point = (page, element, x, y) => {
+  const box = element.getBoundingClientRect()
+  const place = { clientX: box.left + x * box.width, clientY: box.top + y * box.height, bubbles: true }
+  element.dispatchEvent(new page.PointerEvent("pointermove", place))
+  const tip = page.document.getElementById("tip"), at = tip.getBoundingClientRect()
+  const wide = page.document.documentElement.clientWidth
+  return tip.hidden ? null : { text: tip.textContent, inside: at.left >= 0 && at.right <= wide }
+}
+addEventListener("load", () => {
+  const seen = [...document.querySelectorAll("iframe")].map(frame => {
+    const page = frame.contentWindow, body = page.document, select = body.getElementById("gate")
+    const tokens = [...body.querySelectorAll("[data-token]")], strips = body.querySelectorAll("[data-of]")
+    const colours = () => tokens.map(token => page.getComputedStyle(token).backgroundColor)
+    const result = { width: page.innerWidth, needs: body.documentElement.scrollWidth, ran: !!page.ran }
+    result.first = colours()
+    result.strip = point(page, strips[0], 0.9, 0.5)
+    result.steps = point(page, body.querySelector(".steps"), 0.5, 0.3)
+    result.token = point(page, tokens[tokens.length - 1], 0.5, 0.5)
+    result.none = point(page, body.querySelector("h1"), 0.5, 0.5)
+    select.value = select.options[select.options.length - 1].value
+    select.dispatchEvent(new page.Event("change"))
+    result.last = colours()
+    result.legend = body.getElementById("legend").textContent
+    result.pictures = [...body.images].every(image => image.loading === "lazy" || image.naturalWidth > 0)
+    return result
+  })
+  document.getElementById("seen").textContent = JSON.stringify(seen)
+})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not BROWSER, reason="no Chromium on the path")
+def test_in_a_browser(tmp_path: Path):
+    """At the width of a desk and of a phone: no sideways scrolling, and the pointer finds what lies under it."""
+    torch.manual_seed(0)
+    model, tokens = some_gates(), [*HOSTILE, "<script>ran = 1</script>", "last"]
+    stats = tracked(model, 90)
+    routing = routing_of(model, torch.randn(1, len(tokens), DIM))
+    stats.report(tmp_path / "routing.html", tokens=tokens, routing=routing)
+    html = escape((tmp_path / "routing.html").read_text(encoding="utf-8"))
+    frames = "".join(f'<iframe width={w} height=900 style="border:0" srcdoc="{html}"></iframe>' for w in (1280, 390))
+    test = tmp_path / "test.html"
+    test.write_text(f"<!doctype html><meta charset=utf-8><pre id=seen></pre>{frames}<script>{LOOK}</script>", "utf-8")
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    done = subprocess.run([*command, "--dump-dom", test.as_uri()], capture_output=True, text=True, timeout=120)
+    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])
+    assert [result["width"] for result in seen] == [1280, 390]
+    first, load = stats.layers[0], stats.total(stats.layers[0]).relative_requested
+    steps = torch.stack([record.requested for record in stats.records(first)[38:40]]).sum(dim=0)
+    expert_2 = steps[2] / steps.double().mean()
+    for result in seen:
+        assert result["needs"] <= result["width"]
+        assert not result["ran"]
+        assert result["pictures"]
+        assert result["none"] is None
+        assert result["strip"] == {"text": f"expert 3 was asked for {load[3]:.2f}× a balanced load", "inside": True}
+        assert result["steps"]["text"].startswith(
+            f"expert 2, steps 38 to 39\nwas asked for {expert_2:.2f}× a balanced load\ndropped "
+        )
+        assert f"token {len(tokens) - 1}: last" in result["token"]["text"]
+        weight = routing[first].weight[0].view(-1, 2)[-1].max()
+        assert weight == 0 or f"{weight:.3f}" in result["token"]["text"]
+        assert result["steps"]["inside"]
+        assert result["token"]["inside"]
+        assert len(set(result["first"])) > 2
+        assert result["last"] != result["first"]
+        assert "expert" in result["legend"]
