@@ -10,6 +10,19 @@ from fnmatch import fnmatch
 from typing import Literal
 
 MIN_CAPACITY = 4
+# What a case's name begins with, and what it says of the setting
+GROUPS = {
+    "train": "Training, top 2, capacity factor 1.25",
+    "zipf": "Training, skewed routing",
+    "eval": "Inference, top 2, capacity factor 2",
+    "hierarchical": "Inference, two levels",
+    "mixtral": "Mixtral's SwiGLU experts, top 2, dropless",
+    "qwen3": "Qwen3's SwiGLU experts, top 8, dropless",
+    "decode": "Decoding, one token a call",
+    "experts": "Training, few to many experts",
+    "compiled": "Under torch.compile",
+    "choose": "Training, other choices, dropless, dtype",
+}
 HALVES = ("ordinary", "huge")  # ordinary pages; THP_MEM_ALLOC_ENABLE=1
 
 
@@ -85,6 +98,37 @@ class Case:
     @property
     def all_experts(self) -> int:
         return self.e * max(1, self.inner)
+
+    @property
+    def group(self) -> str:
+        """What it has in common with the cases beside it, in words."""
+        return GROUPS.get(self.name.split("/")[0], "")
+
+    @property
+    def title(self) -> str:
+        """What it is within its group, in words."""
+        prefix = self.name.split("/")[0]
+        tokens = [] if self.mode == "decode" else [f"{self.b} × {self.n} tokens"]
+        experts = f"{self.e} × {self.inner} experts" if self.inner else f"{self.e} experts"
+        words = [*tokens, f"width {self.d}", experts]
+        if prefix == "compiled":
+            words.insert(0, {"train": "training", "forward": "inference", "decode": "decoding"}[self.mode])
+        elif prefix == "mixtral" and self.mode == "forward":
+            words.append("inference")
+        elif prefix == "choose":
+            changed = self.name.split("/")[1].split("-")[0]
+            words.insert(0, {"dropless": "dropless", "bf16": "bfloat16"}.get(changed, f"top {self.k}"))
+        if self.h != 4 * self.d:
+            words.append(f"hidden width {self.h}")
+        if self.factor is None and prefix in ("decode", "zipf"):
+            words.append("SwiGLU, dropless" if self.gated else "dropless")
+        if self.fill is not None:
+            words.append(f"slots {self.fill:.0%} full")
+        if self.mode == "construct":
+            words.append("to build it")
+        if self.skew and prefix != "zipf":
+            words.append("one choice, skewed")
+        return ", ".join(words)
 
     @property
     def router_is_top2(self) -> bool:

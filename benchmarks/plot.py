@@ -10,6 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from benchmarks.cases import Case
 from benchmarks.report import heading
 
 # Okabe and Ito's colours, which stay apart for colour-blind readers; shapes say the same a second time.
@@ -26,6 +27,8 @@ STYLES = {
 }
 NAMES = {name: f"transformers, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
 NAMES |= {"layer": "mixture_of_experts", "compiled": "mixture_of_experts, compiled"}
+NAMES |= {"0.2.3": "mixture-of-experts 0.2.3", "st-moe": "st-moe-pytorch", "loop": "a loop over experts"}
+NAMES |= {"dense": "one dense network of as many rows"}
 FLOORS = ("products", "router + products", "by hand")
 
 
@@ -57,24 +60,46 @@ def draw(result: dict, path: str) -> None:
     cases: dict[str, dict[str, dict]] = {}
     for record in filter(drawable, result["records"]):
         cases.setdefault(record["case"]["name"], {})[record["half"]] = record
-    names = [name for name, halves in cases.items() if "ordinary" in halves]
-    figure, axes = plt.subplots(figsize=(9, 1.6 + 0.36 * len(names)), layout="constrained")
-    for y, name in enumerate(names):
-        draw_row(axes, y, cases[name])
+    lines = lines_of([halves for halves in cases.values() if "ordinary" in halves])
+    figure, axes = plt.subplots(figsize=(9.5, 1.6 + 0.29 * len(lines)), layout="constrained")
+    axes.set_yticks(range(len(lines)), [line if isinstance(line, str) else title_of(line) for line in lines])
+    for y, (line, label) in enumerate(zip(lines, axes.get_yticklabels(), strict=True)):
+        if isinstance(line, str):
+            label.set(weight="bold", va="center")
+        else:
+            axes.axhline(y, color="#eeeeee", linewidth=0.8, zorder=0)
+            draw_row(axes, y, line)
     axes.axvline(1, color="#555555", linewidth=1)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_major_formatter("{x:g}×")
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_yticks(range(len(names)), names)
-    axes.invert_yaxis()
-    axes.grid(axis="x", which="both", color="#dddddd", linewidth=0.6)
+    axes.set_ylim(len(lines) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    axes.grid(axis="x", which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.set_xlabel("time ÷ the experts' products alone (decode: ÷ the chosen experts by hand); left is faster")
-    axes.set_title(heading(result["machine"]), fontsize=8)
-    axes.legend(handles=legend(cases), loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    axes.set_xlabel("time ÷ the experts' products alone; left is faster\n(decoding: ÷ the chosen experts by hand)")
+    figure.supxlabel(heading(result["machine"]), fontsize=8, color="#555555")
+    figure.legend(handles=legend(cases), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def lines_of(cases: list[dict[str, dict]]) -> list[str | dict[str, dict]]:
+    """The groups' headings, each with its cases below it."""
+    groups: dict[str, list[dict[str, dict]]] = {}
+    for halves in cases:
+        groups.setdefault(case_of(halves).group, []).append(halves)
+    return [line for group, members in groups.items() for line in ([group] if group else []) + members]
+
+
+def case_of(halves: dict[str, dict]) -> Case:
+    return Case(**halves["ordinary"]["case"])
+
+
+def title_of(halves: dict[str, dict]) -> str:
+    return case_of(halves).title
 
 
 def draw_row(axes, y: int, halves: dict[str, dict]) -> None:

@@ -164,6 +164,8 @@ def test_every_case_has_known_contestants_and_a_name_of_its_own() -> None:
     assert max(Counter(case.name for case in cases).values()) == 1
     assert {name for case in cases for name in case.contestants} <= field.BUILDERS.keys()
     assert all(case.figures for case in cases)
+    assert max(Counter((case.group, case.title) for case in choose(None, quick=False)).values()) == 1
+    assert all(case.group and "/" not in case.title for case in choose(None, quick=False))
     assert choose(None, quick=True)
     assert [case.name for case in choose("train/4x1024-d512*", quick=False)] == ["train/4x1024-d512-e16"]
 
