@@ -33,6 +33,7 @@ COLOURS = {
     "upcycled": "#009E73",
     "wide": "#000000",
 }
+MARKERS = {"dense": "o", "moe8": "D", "moe32": "s", "moe128": "^", "upcycled": "v", "wide": "X"}  # the same, in grey
 FIRST_SHARE = 0.04  # of the long runs' steps: before, all curves are high and steep
 
 
@@ -43,7 +44,7 @@ def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
     )
     draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
     over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
-    over_steps.legend(fontsize=9, title="dots: ends of runs; dotted: the dense model's end", title_fontsize=9)
+    over_steps.legend(fontsize=9, title="marks: ends of runs; dotted: the dense model's end", title_fontsize=9)
     draw_losses(over_flops, plan, finished, operations_of(finished))
     over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
     draw_losses(over_seconds, plan, finished, seconds_of(times))
@@ -69,8 +70,9 @@ def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str,
         common = set.intersection(*map(set, ends.values()))  # so that a line does not move with the seeds it is of
         means = [(cost(steps), np.mean([seeds[seed] for seed in common])) for steps, seeds in ends.items() if common]
         line = zip(*means, strict=True) if means else ([], [])
-        axes.plot(*line, color=COLOURS[model], linewidth=2.2, label=MODELS[model].label)
-        axes.plot(*zip(*points, strict=True), "o", color=COLOURS[model], markersize=5)
+        look = {"color": COLOURS[model], "marker": MARKERS[model], "markersize": 5.5}
+        axes.plot(*line, **look, linewidth=2.2, label=MODELS[model].label)
+        axes.plot(*zip(*points, strict=True), **look, linestyle="")
     target = at_best_rate(plan, finished).get(("dense", plan.steps))
     if target:
         axes.axhline(float(np.mean(list(target.values()))), color=COLOURS["dense"], linestyle=":", linewidth=1)
@@ -94,9 +96,9 @@ def draw_shares(axes: Axes, plan: Plan, finished: Finished, times: Times) -> Non
     shares = {model: equal_shares(plan, finished, model) for model in MODELS if model.startswith("moe")}
     shares = {model: found for model, found in shares.items() if found}
     experts = {model: int(model.removeprefix("moe")) for model in shares}
-    for label, colour, ratio in (
-        ("steps", "#D55E00", dict.fromkeys(shares, 1.0)),
-        ("seconds", "#0072B2", {model: own["step"] / times["dense"]["step"] for model, own in times.items()}),
+    for label, colour, dashes, ratio in (
+        ("steps", "#000000", "-", dict.fromkeys(shares, 1.0)),
+        ("seconds", "#009E73", "--", {model: own["step"] / times["dense"]["step"] for model, own in times.items()}),
     ):
         means = [(1, 1.0)]
         for model, found in shares.items():
@@ -108,7 +110,8 @@ def draw_shares(axes: Axes, plan: Plan, finished: Finished, times: Times) -> Non
                 marker = {"": "o", "<": "v", ">": "^"}[equal.sign]  # the share is below or above this one
                 axes.plot(experts[model], values[seed], marker, color=colour, markersize=5)
         if len(means) > 1:
-            axes.plot(*zip(*means, strict=True), color=colour, label=f"share of the dense model's {label}")
+            line = {"color": colour, "linestyle": dashes, "label": f"share of the dense model's {label}"}
+            axes.plot(*zip(*means, strict=True), **line)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_xticks([1, *experts.values()], ["dense", *map(str, experts.values())])
