@@ -40,8 +40,8 @@ LINES = (
     "experts around others",
     "what a layer is given",
     "the layer",
-    "around layers, known models",
-    "blocks of transformers, read",
+    "around layers, models by name",
+    "bias; blocks of transformers",
     "what the package exports",
 )
 COLOURS = {
