@@ -9,12 +9,15 @@ from mixture_of_experts.gating import (
     ExpertChoiceGating,
     HashGating,
     NoisyTopKGating,
+    ReLUGating,
     TokenChoiceGate,
     Top2Gating,
     TopKGating,
+    TopPGating,
 )
 from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.sparsity import control_sparsity
 
 __version__ = "1.0.0"
 
@@ -29,12 +32,15 @@ __all__ = [
     "HierarchicalMoE",
     "MoE",
     "NoisyTopKGating",
+    "ReLUGating",
     "RoutedExperts",
     "Routing",
     "TokenChoiceGate",
     "Top2Gating",
     "TopKGating",
+    "TopPGating",
     "balance_experts",
     "collect_aux",
+    "control_sparsity",
     "force_routing",
 ]

@@ -29,7 +29,7 @@ from mixture_of_experts.arguments import (
 from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
 from mixture_of_experts.decision import compose, decision_of, plan_slots_of
 from mixture_of_experts.experts import Experts, run_experts
-from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, reads_of
+from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
 from mixture_of_experts.levels import second_level, side_inputs_of_levels
@@ -91,10 +91,13 @@ class Layer(CheckedModule):
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
-    def asked_of_gates(self) -> dict[str, Any]:
-        """The balancing losses by name that gates are asked for, as an argument; none if no coefficient is of any."""
-        names = [name for name, coef in self.loss_coefs.items() if coef and name in BALANCE_LOSSES]
-        return {"losses": tuple(names)} if names else {}
+    def asked_of(self, gate: nn.Module) -> dict[str, Any]:
+        """The losses that this layer weighs and the gate computes only if it is asked, as an argument; {} if none."""
+        if not self.loss_coefs:
+            return {}
+        offers = offers_of(gate)
+        names = tuple(name for name, coef in self.loss_coefs.items() if coef and name in offers)
+        return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
         """Draw all weights anew: those of gates, experts and shared expert, each by its own `reset_parameters`."""
@@ -208,7 +211,7 @@ class MoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
-        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.asked_of_gates(), **side))
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.asked_of(self.gate), **side))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
@@ -321,11 +324,11 @@ class HeirarchicalMoE(Layer):
             reads = side_inputs_of_levels(reads_of(self.gate_outer), reads_of(self.gate_inner))
             side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
             side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
-        asked = self.asked_of_gates()
-        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **asked, **side_outer))
+        side_outer |= self.asked_of(self.gate_outer)
+        outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
         slots = plan_slots_of(outer)
         level_two = second_level(groups, outer, slots, self.group_size, side_inner)
-        inner = check_routing("gate_inner", self.gate_inner(**level_two, **asked))
+        inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.asked_of(self.gate_inner)))
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

@@ -21,7 +21,7 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary", "recipes"},
+    {"auxiliary", "recipes", "sparsity"},
     {"balancing", "forcing", "held"},
     {""},
 ]

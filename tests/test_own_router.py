@@ -11,7 +11,7 @@ from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, R
 from mixture_of_experts.gating import Choices, TokenChoiceGate
 from mixture_of_experts.losses import z_loss
 
-TopPGating = recipe("A router of your own")["TopPGating"]
+TopPGating = recipe("A router of your own")["SureGating"]
 DIM = 6
 
 

@@ -146,7 +146,7 @@ def build(kind: str, num_experts: int, factor: float | None, outer: tuple[int, .
         "top1": lambda: TopKGating(4, num_experts, k=1, **common),
         "sigmoid": lambda: TopKGating(4, num_experts, k=2, score="sigmoid", scale=1.5, expert_bias=True, **common),
         "noisy": lambda: NoisyTopKGating(4, num_experts, k=2, **common),
-        "top_p": lambda: recipe("A router of your own")["TopPGating"](4, num_experts, k=3, p=0.6, **common),
+        "top_p": lambda: recipe("A router of your own")["SureGating"](4, num_experts, k=3, p=0.6, **common),
     }
     gate = builders[kind]().double()
     for parameter in gate.parameters():
@@ -454,7 +454,7 @@ ROUTERS_BY_NAME = {
     "topk, sigmoid, k = 1": lambda: TopKGating(8, 4, k=1, score="sigmoid"),
     "noisy, k = 2": lambda: NoisyTopKGating(8, 4, k=2),
     "expert choice": lambda: ExpertChoiceGating(8, 4),
-    "top-p": lambda: recipe("A router of your own")["TopPGating"](8, 4, k=2),
+    "top-p": lambda: recipe("A router of your own")["SureGating"](8, 4, k=2),
 }
 
 

@@ -1,15 +1,17 @@
 """Gates: modules that decide and return a `Routing`. `Gate` and `TokenChoiceGate` are the bases for one's own."""
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
-from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, reads_of
+from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, offers_of, reads_of
 from mixture_of_experts.gating.bias_rules import BiasRule, Chosen, QuantileRule, SignRule
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.hashing import HashGating
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
+from mixture_of_experts.gating.relu import ReLUGating
 from mixture_of_experts.gating.sparse_mixer import SparseMixerGating
 from mixture_of_experts.gating.top2 import Top2Gating
+from mixture_of_experts.gating.top_p import TopPGating
 from mixture_of_experts.gating.topk import TopKGating
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "HashGating",
     "NoisyTopKGating",
     "QuantileRule",
+    "ReLUGating",
     "RouterLogits",
     "SignRule",
     "SparseMixerGating",
@@ -29,5 +32,7 @@ __all__ = [
     "Tokens",
     "Top2Gating",
     "TopKGating",
+    "TopPGating",
+    "offers_of",
     "reads_of",
 ]

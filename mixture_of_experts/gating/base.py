@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, TypedDict
+from typing import ClassVar, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -74,6 +74,8 @@ class Gate(FixedShapes):
     sizes = ("dim", "num_experts", "outer_expert_dims")
     #: side inputs that the gate reads; all gates read `router_input` `(..., n, d)` instead of the experts' tokens
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
+    #: losses that the gate computes only if it is asked for them, `gate(x, losses=names)`
+    offers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -165,6 +167,8 @@ class TokenChoiceGate(Gate):
         priority: who gets the slots when an expert overflows; see `queues.queue_up`.
     """
 
+    offers = tuple(BALANCE_LOSSES)
+    balance_over: Literal["group", "batch"] = "group"  #: of what tokens the balancing loss of `decide` takes the means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
     capacity_factor_train = CapacityFactor()
@@ -205,17 +209,22 @@ class TokenChoiceGate(Gate):
         """The number of choices of a token by which balancing losses divide: k, if it makes as many."""
         return self.k
 
-    def settle(self, tokens: Tokens, expert: Tensor) -> Settled:
-        """What the gate would choose `(..., b, n, k)`, given way to what somebody else chose.
+    def settle(self, tokens: Tokens, expert: Tensor, made: Tensor | None = None) -> Settled:
+        """What the gate would choose, given way to what somebody else chose.
 
         For `decide` of a gate that says in `reads` that it reads "given_experts", `(..., b, n, k)` int64: an expert, -1
         for no choice, or what `gating/given.py` tells besides.
+
+        Args:
+            tokens: what `decide` got.
+            expert: `(..., b, n, k)` int64, the experts that the gate would choose.
+            made: `(..., b, n, k)` bool, which of those choices it makes; None if all.
         """
         given = tokens.side.get("given_experts")
         if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
             wanted = (*tokens.x.shape[:-1], self.k)
             raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        return settle(given, expert)
+        return settle(given, expert, made)
 
     def decide(self, tokens: Tokens) -> Choices:
         """What each of the tokens chooses. This is the method of a router of one's own.
@@ -243,7 +252,7 @@ class TokenChoiceGate(Gate):
             mask: `(*outer, b, n)` bool, True where the token is real.
             length: number of tokens that capacity and means reckon with, if it is neither n nor what the mask says:
                 integers `(*outer, b)`, at most n, or a `queues.Length`.
-            losses: names of `BALANCE_LOSSES` that are reported beside those of `decide`; those of expert groups only
+            losses: those that the gate `offers` and that are reported beside those of `decide`; of expert groups only
                 if the gate has some.
             side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
         """
@@ -271,7 +280,7 @@ class TokenChoiceGate(Gate):
         )
 
     def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
-        """Those of `BALANCE_LOSSES` among the names, of the choices that are made."""
+        """Those that the gate offers among the names: `BALANCE_LOSSES`, of the choices that are made."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
@@ -322,9 +331,13 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
             proxy, length, k: as in `losses.load_balance`.
         """
-        if torch.is_grad_enabled():  # its gradient is a product, and no sum of scattered numbers
-            return losses.load_balance(self.load(expert, counted), proxy, length, k, self.process_group)
-        return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)
+        if torch.is_grad_enabled() or self.balance_over != "group":
+            return self.balance_of(self.load(expert, counted), proxy, length, k)
+        return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
+
+    def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
+        """The same of the number of choices of each expert, `(..., b, e)`."""
+        return losses.load_balance(load, proxy, length, k, self.process_group)
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -448,3 +461,8 @@ class TokenChoiceGate(Gate):
 def reads_of(gate: nn.Module) -> tuple[str, ...]:
     """The names of the side inputs that a gate, or one that is wrapped, says it reads."""
     return tuple(getattr(gate, "reads", ()))
+
+
+def offers_of(gate: nn.Module) -> tuple[str, ...]:
+    """The names of the losses that a gate, or one that is wrapped, computes if it is asked."""
+    return tuple(getattr(gate, "offers", ()))

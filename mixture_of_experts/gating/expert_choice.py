@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -62,12 +61,7 @@ class ExpertChoiceGating(Gate):
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     def forward(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        losses: Collection[str] = (),
-        **side: Tensor,
+        self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, **side: Tensor
     ) -> Routing:
         """Decide.
 
@@ -76,7 +70,6 @@ class ExpertChoiceGating(Gate):
             importance: not for this gate: raises ValueError (it cannot be a level of a hierarchy).
             mask: `(b, n)` bool, True where the token is real: limits the choice and, by the real length, the number
                 of tokens an expert takes.
-            losses: balancing losses by name: it reports none, being balanced.
             side: `router_input` `(b, n, d)`, which it reads instead of x.
         """
         if importance is not None:

@@ -19,12 +19,12 @@ LIVE = -(1 << 15)  # the least of int16
 
 
 class Settled(NamedTuple):
-    """The choices of all tokens, whoever made them. All but `expert` are None where a gate chose everything."""
+    """The choices of all tokens, whoever made them."""
 
     expert: Tensor  #: (..., b, n, k) int64, each of an expert that is there
-    weighed: Tensor | None = None  #: (..., b, n, k) bool, those among which the weight is shared
-    made: Tensor | None = None  #: (..., b, n, k) bool, those that are computed
-    live: Tensor | None = None  #: (..., b, n, k) bool, those that the gate made itself
+    weighed: Tensor | None = None  #: (..., b, n, k) bool, those among which the weight is shared; None: all
+    made: Tensor | None = None  #: (..., b, n, k) bool, those that are computed; None: all
+    live: Tensor | None = None  #: (..., b, n, k) bool, those that the gate made itself; None: all
 
     def column(self, i: int) -> Settled:
         """Those of choice i alone, `(..., b, n, 1)`."""
@@ -36,15 +36,16 @@ class Settled(NamedTuple):
 
     def chosen(self, sent: Tensor | None = None) -> Tensor | None:
         """`(..., b, n, k)` bool: those that are made, of its own choices those that the gate sends; None if all."""
-        if self.made is None or self.live is None:
-            return sent
-        return self.made if sent is None else torch.where(self.live, sent, self.made)
+        if self.made is None or sent is None:
+            return self.made if sent is None else sent
+        return torch.where(self.live, sent & self.made, self.made) if self.live is not None else sent & self.made
 
 
-def settle(given: Tensor | None, own: Tensor) -> Settled:
-    """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`."""
+def settle(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> Settled:
+    """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`; which of its own it makes, if not all."""
     if given is None:
-        return Settled(own)
+        return Settled(own, made, made)
     live, not_made = given == LIVE, torch.where(given < -1, -2 - given, 0)
     expert = torch.where(live, own, torch.where(given < 0, not_made, given))
-    return Settled(expert, live | (given != -1), live | (given >= 0), live)
+    own_made = live if made is None else live & made
+    return Settled(expert, own_made | ~live & (given != -1), own_made | (given >= 0), live)

@@ -6,7 +6,7 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -100,6 +100,11 @@ class TopKGating(TokenChoiceGate):
     group_score: GroupScore
     weigh: Weigh
     normalize: bool | Callable[[Tensor], Tensor]
+    keep_dtype: ClassVar[tuple[str, ...]] = (
+        "expert_bias",
+        "expert_counts",
+        "expert_histogram",
+    )  #: buffers that no cast changes
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
@@ -175,13 +180,14 @@ class TopKGating(TokenChoiceGate):
         else:  # of no known size, and it may draw
             logits, score, probs, log_total = self._module_scores(x)
         ranked = self._ranked(logits, score)
-        settled = self.settle(tokens, self.own_choices(tokens, ranked))
+        own = self.own_choices(tokens, ranked)
+        settled = self.settle(tokens, own, self.made(probs, own))
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
-        if settled.weighed is not None:
+        if settled.live is not None:
             log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
 
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
-        balance = self.balance_loss(tokens, probs, expert, settled.weighed, k=self.choices_at_balance)
+        balance = self.balance_of_scores(tokens, score, probs, expert, settled.weighed)
 
         weight = self._weigh(logits, score, expert)
         prob = weight[..., :1]
@@ -206,6 +212,16 @@ class TopKGating(TokenChoiceGate):
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64: what the tokens choose where nobody else chose, by scores `(..., b, n, e)`."""
         return top_choices(ranked, self.k)
+
+    def made(self, probs: Tensor, expert: Tensor) -> Tensor | None:
+        """`(..., b, n, k)` bool, which of the k best choices `(..., b, n, k)` a token makes; None if all."""
+        return None
+
+    def balance_of_scores(
+        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, made: Tensor | None
+    ) -> Tensor:
+        """The balancing loss, of scores and probabilities `(..., b, n, e)` and the choices that are made."""
+        return self.balance_loss(tokens, probs, expert, made, k=self.choices_at_balance)
 
     def logits_of(self, x: Tensor) -> Tensor:
         """`(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
@@ -236,13 +252,10 @@ class TopKGating(TokenChoiceGate):
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, score, probs, log_total
 
-    def balance(
-        self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
-    ) -> Tensor:
+    def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
         """The balancing loss over each group, or over all tokens of the batch."""
         if self.balance_over == "group":
-            return super().balance(expert, counted, proxy, length, k)
-        load = self.load(expert, counted)
+            return super().balance_of(load, proxy, length, k)
         return losses.load_balance_over_batch(load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
@@ -361,8 +374,7 @@ class TopKGating(TokenChoiceGate):
 
     def _apply(self, fn, recurse: bool = True):
         """Casts of the module (`.bfloat16()`) leave bias and counts as they are: the bias' steps are small."""
-        names = ("expert_bias", "expert_counts", "expert_histogram")
-        before = {name: getattr(self, name) for name in names}
+        before = {name: getattr(self, name) for name in self.keep_dtype}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
             cast = getattr(self, name)

@@ -71,6 +71,11 @@ class Record:
         return relative(self.requested)
 
     @property
+    def choices_per_token(self) -> float:
+        """Mean number of choices of a token before capacity: of routers that let it vary, such as `TopPGating`."""
+        return float(self.requested.sum()) / max(self.tokens, 1)
+
+    @property
     def dead(self) -> list[Any]:
         """Experts that computed no token: their numbers, or pairs (outer, inner)."""
         index = (self.load == 0).nonzero()
@@ -84,6 +89,7 @@ class Record:
             "max_load": float(self.relative_load.max()),
             "max_requested": float(self.relative_requested.max()),
             "dead": len(self.dead),
+            "choices_per_token": self.choices_per_token,
             **{f"loss/{name}": value for name, value in self.losses.items()},
         }
 
@@ -94,7 +100,7 @@ class Record:
         fields["outer"] = [record.to_dict() for record in self.outer]
         if not self.outer:  # one level
             del fields["outer"], fields["lost_in_layer"]
-        return {**fields, "dead": self.dead}
+        return {**fields, "dead": self.dead, "choices_per_token": self.choices_per_token}
 
 
 def relative(counts: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from mixture_of_experts import (
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
+    ReLUGating,
     Top2Gating,
     TopKGating,
+    TopPGating,
 )
 from mixture_of_experts.gating import QuantileRule, RouterLogits
 
@@ -176,6 +178,8 @@ ROUTERS = {
         select=by_margin,
         normalize=by_norm,
     ),
+    "TopP": lambda: TopPGating(DIM, NUM_EXPERTS, k=2, p=0.6),
+    "ReLU": lambda: ReLUGating(DIM, NUM_EXPERTS, k=2, mean_choices=1),
     "NoisyTopK": lambda: NoisyTopKGating(DIM, NUM_EXPERTS, k=2),
     "ExpertChoice": lambda: ExpertChoiceGating(DIM, NUM_EXPERTS, capacity_factor=1.5),
 }

@@ -1,0 +1,138 @@
+"""ReLU routing: a token takes the experts of positive logits, and the task's gradient reaches every one of them.
+
+Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixture_of_experts import losses
+from mixture_of_experts.checks import check_number, check_process_group
+from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.settings import setting
+
+START = 1e-8  # of the coefficient
+
+
+class ReLUGating(TopKGating):
+    """Every expert of a positive logit, at most k, which weighs that logit (ReMoE, Wang et al. 2024, arXiv 2412.14711).
+
+    How many experts a token takes is learned. The balancing loss is `l1_coef` times the L1 norm of the weights, each
+    times its expert's load (equation 11 there): `l1_coef * e / mean_choices * sum_e f_e R_e` with R the mean weight.
+    `l1_coef` is a buffer that begins at 1e-8; `control_sparsity(model, optimizer)` moves it after each step, by a
+    factor, until tokens make `mean_choices` on average (equations 7 and 8). Take `loss_coef=1` for the layer.
+
+    A token whose logits are all negative has no expert. At the start about half of the experts are positive, more than
+    the bound allows; norm and load count those beyond it too.
+
+    Args:
+        dim, num_experts: d and e.
+        k: the most choices of a token, the bound of every shape; with k = e as in the paper.
+        mean_choices: the number of choices of a token that is aimed at, at most k.
+        balance_over, settings: as in `TopKGating`.
+
+    Shape:
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` of k choices a token, those that are made being `chosen`.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> moe = MoE(dim=8, gate=ReLUGating(8, 16, k=8, mean_choices=2), loss_coef=1.0)
+        >>> out, aux_loss = moe(torch.randn(2, 10, 8))
+        >>> out.square().mean().add(aux_loss).backward()
+        >>> moe.gate.update_l1()  # too many choices: more weight on the norm
+        >>> moe.gate.l1_coef
+        tensor(1.2000e-08)
+    """
+
+    keep_dtype = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
+    mean_choices: float = setting(check_number, above=0.0)
+    l1_coef: Tensor
+    choice_counts: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int,
+        *,
+        mean_choices: float,
+        balance_over: Literal["group", "batch"] = "batch",
+        device: Any = None,
+        **settings: Any,
+    ) -> None:
+        fixed: Any = dict(score=F.relu, normalize=False)
+        super().__init__(dim, num_experts, k, balance_over=balance_over, device=device, **fixed, **settings)
+        self.mean_choices = mean_choices
+        if mean_choices > k:
+            raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}: a token makes at most k choices")
+        self.register_buffer("l1_coef", torch.full((), START, device=device))
+        # choices and tokens since the coefficient was moved last
+        self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if "l1_coef" in self._buffers:
+            self.l1_coef.fill_(START)
+            self.choice_counts.zero_()
+
+    @property
+    def choices_at_balance(self) -> float:
+        return self.mean_choices
+
+    def decide(self, tokens: Tokens) -> Choices:
+        """The k experts of the largest positive logits."""
+        decided = super().decide(tokens)
+        if not self.training:
+            return decided
+        positive = decided.probs > 0
+        if tokens.full is not None:
+            positive = positive & tokens.full.unsqueeze(-1)
+        number = positive.new_full(positive.shape[:-1], True) if tokens.full is None else tokens.full
+        counts = torch.stack([positive.sum(), number.sum()])
+        return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
+
+    def made(self, probs: Tensor, expert: Tensor) -> Tensor:
+        """Choices of a positive logit."""
+        return probs.detach().gather(-1, expert) > 0
+
+    def balance_of_scores(
+        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, made: Tensor | None
+    ) -> Tensor:
+        chosen, score = self.counted(tokens, score > 0, score)
+        assert chosen is not None
+        norm = self.balance_of(chosen.sum(dim=-2), score.sum(dim=-2), tokens.length, self.mean_choices)
+        return self.l1_coef.to(norm.dtype) * norm
+
+    @torch.no_grad()
+    def update_l1(self, rate: float = 1.2, group: dist.ProcessGroup | None = None) -> None:
+        """Multiply or divide the coefficient by `rate`, as tokens make more or less than `mean_choices` choices.
+
+        Call it once for each optimizer step. Counted are the positive logits of real tokens, in forwards in training
+        mode whose backward ran since the last call; with `group` those of its ranks. Without any nothing moves.
+        """
+        check_number("rate", rate, above=1.0)
+        check_process_group("group", group)
+        self.scale_l1(rate, self.excess(group))
+        self.choice_counts.zero_()
+
+    def excess(self, group: dist.ProcessGroup | None = None) -> Tensor:
+        """0-dim float64, by how many the counted choices exceed `mean_choices` for each token."""
+        choices, tokens = losses.global_sum(self.choice_counts, group).to(torch.float64)
+        return choices - self.mean_choices * tokens
+
+    def scale_l1(self, rate: float, excess: Tensor) -> None:
+        """Multiply the coefficient by `rate` to the power of the sign of an excess."""
+        self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mean_choices={self.mean_choices}"

@@ -1,0 +1,75 @@
+"""Top-p: a token takes as many experts as it needs to be sure.
+
+Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+
+from mixture_of_experts.checks import check_number
+from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.settings import setting
+
+
+class TopPGating(TopKGating):
+    """The fewest experts whose probabilities reach p together, at most k (Huang et al. 2024, arXiv 2403.07652).
+
+    A sure token is computed by one expert, one in doubt by several. The weights are the probabilities as they are, as
+    in the paper; `normalize=True` divides them by their sum. The balancing loss is e sum f P (equation 8 there): at
+    balance the mean number of choices. `loss_coefs={"entropy": 1e-4}` weighs the paper's dynamic loss, the mean entropy
+    of the probabilities, which asks the tokens to be sure.
+
+    Args:
+        dim, num_experts: d and e.
+        k: the most choices of a token, the bound of every shape. Where it binds the probabilities stay below p.
+        p: what the probabilities reach together, above 0 and below 1; 0.4 in the paper.
+        normalize, settings: as in `TopKGating`.
+
+    Shape:
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` of k choices a token, those that are made being `chosen`.
+
+    Example:
+        >>> import torch
+        >>> gate = TopPGating(dim=2, num_experts=4, k=3, p=0.6)
+        >>> probs = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]])
+        >>> gate.w_gating.data.copy_(probs.log()).shape
+        torch.Size([2, 4])
+        >>> gate(torch.eye(2).unsqueeze(0)).chosen.view(2, 3)
+        tensor([[ True, False, False],
+                [ True,  True, False]])
+    """
+
+    offers = (*TopKGating.offers, "entropy")
+    p: float = setting(check_number, above=0.0, below=1.0)
+
+    def __init__(
+        self, dim: int, num_experts: int, k: int, *, p: float = 0.4, normalize: Any = False, **settings: Any
+    ) -> None:
+        super().__init__(dim, num_experts, k, normalize=normalize, **settings)
+        self.p = p
+
+    @property
+    def choices_at_balance(self) -> float:
+        return 1
+
+    def made(self, probs: Tensor, expert: Tensor) -> Tensor:
+        """A choice is made where those before it have not reached p."""
+        prob = probs.detach().gather(-1, expert)
+        before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
+        return before < self.p
+
+    def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
+        found = super().named_losses(names, tokens, made)
+        if "entropy" in names:
+            log = made.probs.clamp(min=1e-30).log()
+            found["entropy"] = self.token_mean(tokens, -(made.probs * log).sum(dim=-1))
+        return found
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}"

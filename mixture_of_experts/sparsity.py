@@ -1,0 +1,74 @@
+"""Who moves the coefficient by which ReLU routers stay sparse: once for each step of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+
+from mixture_of_experts.checks import check_number, check_process_group
+from mixture_of_experts.gating.relu import ReLUGating
+from mixture_of_experts.private_torch import ignore_in_ddp
+
+
+def control_sparsity(
+    model: nn.Module, optimizer: Optimizer, rate: float = 1.2, *, group: dist.ProcessGroup | None = None
+) -> Callable[[], None]:
+    """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
+
+    It is one coefficient for all gates, as in ReMoE (arXiv 2412.14711, equation 8): it grows by a factor of `rate` if
+    the tokens of all layers together make more than `mean_choices` choices on average, and shrinks if less. Gates of
+    two levels, or with other aims, count each against its own aim. A step that a fused optimizer skips for a gradient
+    scaler counts in the next one.
+
+    Args:
+        model: before DDP or `torch.compile` wrap it.
+        optimizer: whose steps count, bare or wrapped by accelerate.
+        rate: above 1.
+        group: the ranks that share a batch; by default all ranks if `torch.distributed` is initialised.
+
+    Returns:
+        A function that ends it.
+
+    Raises:
+        ValueError: the model has no such gate, or an argument is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, ReLUGating, control_sparsity
+        >>> moe = MoE(dim=8, gate=ReLUGating(8, num_experts=16, k=8, mean_choices=2), loss_coef=1.0)
+        >>> optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+        >>> end = control_sparsity(moe, optimizer)
+        >>> out, aux_loss = moe(torch.randn(2, 16, 8))
+        >>> (out.square().mean() + aux_loss).backward()
+        >>> optimizer.step()
+        >>> moe.gate.l1_coef
+        tensor(1.2000e-08)
+    """
+    check_number("rate", rate, above=1.0)
+    check_process_group("group", group)
+    gates = [module for module in model.modules() if isinstance(module, ReLUGating)]
+    if not gates:
+        raise ValueError(f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers")
+    kept = ("choice_counts", "l1_coef")
+    ignore_in_ddp(model, {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in kept})
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's, which has no hooks
+        optimizer = inner
+
+    @torch.no_grad()
+    def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
+        ranks = group
+        if ranks is None and dist.is_available() and dist.is_initialized():
+            ranks = dist.group.WORLD
+        device = gates[0].l1_coef.device
+        excess = torch.stack([gate.excess(ranks).to(device) for gate in gates]).sum()
+        skipped = getattr(stepped, "found_inf", None)  # of a fused optimizer, which skips a step within it
+        done = torch.ones_like(excess) if skipped is None else (skipped == 0).to(excess)
+        for gate in gates:
+            gate.scale_l1(rate, excess * done)
+            gate.choice_counts.mul_((1 - done).to(gate.choice_counts))
+
+    return optimizer.register_step_post_hook(after_step).remove

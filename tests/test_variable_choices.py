@@ -1,0 +1,277 @@
+"""Routers that let the number of a token's choices vary: top-p and ReLU, against loops that follow their papers.
+
+They are also among `ROUTERS` of `support/paths.py`, over which the tests of compile, export, checkpointing, dtypes and
+others run.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from support.paths import run
+from support.recipes import recipe
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import (
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    ReLUGating,
+    TopPGating,
+    balance_experts,
+    control_sparsity,
+)
+from mixture_of_experts.stats import track_routing
+
+DIM, E = 6, 5
+
+
+def layer(gate: nn.Module, **settings) -> MoE:
+    torch.manual_seed(0)
+    gate.reset_parameters()
+    return MoE(DIM, gate=gate, experts=GatedExperts(DIM, E, 7), **settings).double()
+
+
+def expert_outputs(moe: MoE, x: Tensor) -> Tensor:
+    """`(..., e, d)`, every expert on every token."""
+    w1, w3, w2 = moe.experts.w1, moe.experts.w3, moe.experts.w2
+    tokens = x.unsqueeze(-2).unsqueeze(-2)
+    return ((nn.functional.silu(tokens @ w1) * (tokens @ w3)) @ w2).squeeze(-2)
+
+
+def compare(moe: MoE, x: Tensor, mask: Tensor | None, out: Tensor, aux_loss: Tensor) -> None:
+    """Outputs, loss and gradients of a layer are these."""
+    found = moe(x, mask=mask)
+    for ours, theirs in zip(found, (out, aux_loss), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    weigh = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+    inputs = [x, *moe.parameters()]
+    ours, theirs = (
+        torch.autograd.grad((o * weigh).sum() + a, inputs, allow_unused=True, materialize_grads=True)
+        for o, a in (found, (out, aux_loss))
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
+    """Tokens of two sequences, a mask, and the places of the real ones."""
+    x = torch.randn(2, 9, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    real = [(b, t) for b in range(2) for t in range(9) if not masked or mask[b, t]]
+    return x, mask if masked else None, real
+
+
+# Top-p
+
+
+def test_top_p_by_hand():
+    """p = 0.6, at most three: one is sure, two need two, and for the last three are not enough."""
+    rows = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3], [0.25, 0.25, 0.25, 0.25]]
+    gate = TopPGating(4, 4, k=3, p=0.6)
+    gate.w_gating.data.copy_(torch.tensor(rows).log())
+    routing = gate(torch.eye(4).unsqueeze(0), losses=["entropy"])
+    assert routing.chosen.view(4, 3).sum(dim=-1).tolist() == [1, 2, 2, 3]
+    assert [routing.expert[0, 3 * i : 3 * i + n].tolist() for i, n in enumerate([1, 2, 2, 3])] == [
+        [0],
+        [1, 2],
+        [0, 3],
+        [0, 1, 2],
+    ]
+    torch.testing.assert_close(routing.weight.view(4, 3)[1], torch.tensor([0.4, 0.3, 0.0]))  # as they are
+    f = [3 / 4, 2 / 4, 2 / 4, 1 / 4]
+    p = [sum(row[i] for row in rows) / 4 for i in range(4)]
+    assert routing.balance_loss.item() == pytest.approx(4 * sum(a * b for a, b in zip(f, p, strict=True)))
+    entropy = torch.distributions.Categorical(probs=torch.tensor(rows)).entropy().mean()
+    torch.testing.assert_close(routing.losses["entropy"], entropy)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_top_p_is_the_papers(masked: bool):
+    """Sum of P_i e_i(x) over the shortest list of experts that reaches p; e sum f Q of each group; entropy."""
+    moe = layer(TopPGating(DIM, E, k=E, p=0.5), loss_coef=0.3, loss_coefs={"entropy": 0.2})
+    x, mask, real = inputs(masked)
+    probs, outputs = (x @ moe.gate.w_gating).softmax(dim=-1), expert_outputs(moe, x)
+    out, chosen = torch.zeros_like(x), {}
+    for b, t in real:
+        ranked, total = sorted(range(E), key=lambda i: -probs[b, t, i].item()), 0.0
+        while total < 0.5:
+            chosen.setdefault((b, t), []).append(ranked[0])
+            total += probs[b, t, ranked.pop(0)].item()
+        value = sum(probs[b, t, i] * outputs[b, t, i] for i in chosen[b, t])
+        out = out.index_put((torch.tensor(b), torch.tensor(t)), value)
+    assert {len(experts) for experts in chosen.values()} > {1}
+    losses = []
+    for b in range(2):
+        tokens = [t for c, t in real if c == b]
+        f = [sum(i in chosen[b, t] for t in tokens) / len(tokens) for i in range(E)]
+        losses.append(E * sum(f[i] * sum(probs[b, t, i] for t in tokens) / len(tokens) for i in range(E)))
+    entropy = sum(-(probs[place] * probs[place].log()).sum() for place in real) / len(real)
+    compare(moe, x, mask, out, 0.3 * sum(losses) / 2 + 0.2 * entropy)
+
+
+def test_top_p_is_the_router_of_the_docs():
+    own = recipe("A router of your own")["SureGating"](DIM, E, k=3, p=0.55)
+    gate = TopPGating(DIM, E, k=3, p=0.55)
+    gate.load_state_dict(own.state_dict())
+    x, mask = torch.randn(2, 9, DIM), torch.rand(2, 9) < 0.7
+    ours, theirs = gate(x, mask=mask, losses=["entropy"]), own(x, mask=mask)
+    assert torch.equal(ours.kept, theirs.kept)
+    assert torch.equal(ours.expert[ours.kept], theirs.expert[theirs.kept])
+    torch.testing.assert_close(ours.weight, theirs.weight)
+    torch.testing.assert_close(ours.losses, theirs.losses)
+
+
+def test_normalized_weights_are_those_of_the_choices_that_are_made():
+    gate = TopPGating(DIM, E, k=3, normalize=True)
+    weight = gate(torch.randn(2, 9, DIM)).weight.view(18, 3)
+    torch.testing.assert_close(weight.sum(dim=-1), torch.ones(18))
+    assert (weight == 0).any()
+
+
+# ReLU
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("over", ["group", "batch"])
+def test_relu_is_the_papers(masked: bool, over: str):
+    """Sum of R_i e_i(x) with R = ReLU(x W) (equation 5); lambda times the mean of sum f_i R_i (equation 11), with
+    f_i = e / (k T) times the number of tokens for which R_i is positive (equation 12)."""
+    moe = layer(ReLUGating(DIM, E, k=E, mean_choices=2, balance_over=over), loss_coef=1.0)
+    moe.gate.l1_coef.fill_(0.3)
+    x, mask, real = inputs(masked)
+    r, outputs = (x @ moe.gate.w_gating).relu(), expert_outputs(moe, x)
+    out = (r.unsqueeze(-1) * outputs).sum(dim=-2)
+    out = out if mask is None else torch.where(mask.unsqueeze(-1), out, 0.0)
+    units = [real] if over == "batch" else [[place for place in real if place[0] == b] for b in range(2)]
+    losses = []
+    for unit in units:
+        f = [E / (2 * len(unit)) * sum(bool(r[place][i] > 0) for place in unit) for i in range(E)]
+        losses.append(sum(f[i] * r[place][i] for place in unit for i in range(E)) / len(unit))
+    compare(moe, x, mask, out, 0.3 * sum(losses) / len(losses))
+
+
+def test_the_bound_leaves_the_largest_and_the_loss_counts_all():
+    torch.manual_seed(0)
+    whole, bounded = (ReLUGating(DIM, E, k=k, mean_choices=1) for k in (E, 2))
+    bounded.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 9, DIM)
+    a, b = whole(x), bounded(x)
+    best = a.weight.view(18, E).topk(2).values
+    torch.testing.assert_close(b.weight.view(18, 2), best)
+    assert torch.equal(a.balance_loss, b.balance_loss)
+    assert (a.chosen.view(18, E).sum(-1) > 2).any()
+
+
+def loud(coef: float = 1e-8) -> MoE:
+    torch.manual_seed(0)
+    moe = MoE(DIM, gate=ReLUGating(DIM, E, k=4, mean_choices=1.5), experts=GatedExperts(DIM, E, 7), loss_coef=1.0)
+    moe.gate.l1_coef.fill_(coef)
+    return moe
+
+
+def positive(gate: nn.Module, x: Tensor) -> int:
+    return int(((x @ gate.w_gating) > 0).sum())
+
+
+def test_what_is_counted_and_how_the_coefficient_moves():
+    """More than 1.5 choices a token: times 1.2. Masked tokens, evaluation, and what has no backward do not count."""
+    moe, x = loud(), torch.randn(2, 9, DIM)
+    mask = torch.arange(9) < torch.tensor([[9], [4]])
+    wanted = [positive(moe.gate, x[mask]), 13]
+    moe(x)
+    checkpoint(moe, x.requires_grad_(), mask, use_reentrant=False)[0].sum().backward()
+    moe.eval()(x)[0].sum().backward()
+    assert moe.gate.choice_counts.tolist() == wanted
+    assert wanted[0] > 1.5 * 13
+    moe.gate.update_l1()
+    assert moe.gate.l1_coef.item() == pytest.approx(1.2e-8)
+    moe.gate.update_l1()  # nothing was counted
+    assert (moe.gate.l1_coef.item(), moe.gate.choice_counts.tolist()) == (pytest.approx(1.2e-8), [0, 0])
+    moe.gate.w_gating.data.mul_(0.0)  # nobody is chosen
+    moe.train()(x)[0].sum().backward()
+    moe.gate.update_l1(1.5)
+    assert moe.gate.l1_coef.item() == pytest.approx(0.8e-8)
+    assert moe.bfloat16().gate.l1_coef.dtype == torch.float32
+    moe.reset_parameters()
+    assert moe.gate.l1_coef.item() == pytest.approx(1e-8)
+
+
+def test_sparsity_is_controlled_over_all_layers():
+    """From about half of the experts to what was aimed at, in one coefficient for both layers."""
+    model = nn.Sequential(*(loud(0.03) for _ in range(2)))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    end = control_sparsity(model, optimizer)
+    x = torch.randn(8, 16, DIM, generator=torch.Generator().manual_seed(1))
+
+    def step() -> float:
+        first, aux_first = model[0](x)
+        out, aux_loss = model[1](first + x)
+        optimizer.zero_grad()
+        ((out - x.roll(1, -1)).square().mean() + aux_first + aux_loss).backward()
+        optimizer.step()
+        with torch.no_grad():
+            return (positive(model[0].gate, x) + positive(model[1].gate, model[0](x)[0] + x)) / (2 * 128)
+
+    before, *_, last = [step() for _ in range(50)]
+    means = [step() for _ in range(20)]
+    assert before > 2
+    assert sum(means) / 20 == pytest.approx(1.5, abs=0.1), (before, last, means)
+    assert model[0].gate.l1_coef == model[1].gate.l1_coef
+    end()
+    coef = model[0].gate.l1_coef.clone()
+    step()
+    assert model[0].gate.l1_coef == coef
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="mean_choices must be at most k=2, got 3"):
+        ReLUGating(DIM, E, k=2, mean_choices=3)
+    with pytest.raises(ValueError, match=r"p must be a finite number above 0.0 and below 1.0, got 1.5"):
+        TopPGating(DIM, E, k=2, p=1.5)
+    with pytest.raises(ValueError, match=r"rate must be a finite number above 1.0, got 1"):
+        loud().gate.update_l1(1)
+    moe = MoE(DIM, 4)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="MoE has no ReLUGating"):
+        control_sparsity(moe, optimizer)
+    with pytest.raises(ValueError, match="no gate of MoE has an expert bias"):
+        balance_experts(loud(), optimizer)
+
+
+# Both
+
+
+@pytest.mark.parametrize("kind", ["top-p", "relu"])
+@pytest.mark.parametrize("factor", [None, 0.4])
+def test_levels_capacity_and_statistics(kind: str, factor: float | None):
+    """The mean number of choices is what the gates chose, before capacity."""
+    torch.manual_seed(0)
+    more = {"p": 0.5} if kind == "top-p" else {"mean_choices": 1.5}
+    make = {"top-p": TopPGating, "relu": ReLUGating}[kind]
+    more |= {"capacity_factor_train": factor, "min_expert_capacity": 1}
+    outer, inner = make(DIM, 3, k=2, **more), make(DIM, 4, k=3, outer_expert_dims=(3,), **more)
+    moe, x = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=inner), torch.randn(2, 12, DIM)
+    seen = []
+    outer.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    with track_routing(moe) as stats:
+        out, aux_loss = run(moe, x)
+    (out.square().sum() + aux_loss).backward()
+    assert all(p.grad is not None for p in moe.parameters())
+    record = stats.last("gate_outer")
+    assert record.choices_per_token == record.scalars()["choices_per_token"] == int(seen[0].chosen.sum()) / 24
+    assert 0 < record.choices_per_token < 2
+    if factor is not None:
+        assert not torch.equal(seen[0].chosen, seen[0].kept)
+
+
+def test_copies_and_state():
+    gate = ReLUGating(DIM, E, k=3, mean_choices=1)
+    gate.l1_coef.fill_(0.5)
+    again = copy.deepcopy(gate)
+    fresh = ReLUGating(DIM, E, k=3, mean_choices=1)
+    fresh.load_state_dict(gate.state_dict())
+    assert again.l1_coef == fresh.l1_coef == 0.5
+    assert repr(gate).startswith("ReLUGating(6, 5, k=3, dropless, score=relu, normalize=False, mean_choices=1")
