@@ -22,11 +22,14 @@ from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
     NoisyTopKGating,
+    ReLUGating,
     RouterLogits,
     SparseMixerGating,
     Top2Gating,
     TopKGating,
+    TopPGating,
 )
+from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.steps import LearnedScale
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SquaredReLU
@@ -48,9 +51,10 @@ class Model:
         weigh_input: whether weights multiply what the experts read.
         identity: experts that return the token, as a share of the others; `zero`: that return nothing.
         shared: width of the shared expert in hidden widths of an expert; `shared_gate`: whether a token gates it.
-        layer: settings of `MoE`: coefficients of losses.
+        layer: settings of `MoE`: coefficients of losses; those of expert groups are left out of a gate without any.
         router_aux_loss_coef: their coefficient, and the number of layers whose losses it is of, where a loss over all
-            layers is meant, as that of transformers; `loss_coef` is the first times k by the second.
+            layers is meant, as that of transformers; `loss_coef` is the first times k by the second. The coefficient is
+            that of the model's published configuration, or of its class in transformers if that names none.
         blocks: classes of `transformers` that compute this.
         keeps: where those keep a part, if under none of the names in `KEEPS`.
         tells: whether their router returns logits, or probabilities in the place of those.
@@ -114,6 +118,8 @@ KEEPS: dict[str, tuple[str, ...]] = {
 
 BATCH = dict(balance_over="batch")
 SIGMOID = dict(score="sigmoid", expert_bias=True)
+#: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
+COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
 
 MODELS: dict[str, Model] = {
     "gshard": Model(
@@ -121,13 +127,13 @@ MODELS: dict[str, Model] = {
         router=Top2Gating,
         gate=dict(capacity_factor_train=2.0, capacity_factor_eval=None, second_policy_eval="all"),
         experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=1e-2),
+        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
     ),
     "switch": Model(
         "2101.03961",
         gate=dict(k=1, jitter=0.01, capacity_factor_train=1.25),
         experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=1e-2),
+        layer=dict(loss_coef=1e-2),  # section 2.2
         blocks=("SwitchTransformersSparseMLP",),
     ),
     "shazeer": Model(
@@ -135,7 +141,7 @@ MODELS: dict[str, Model] = {
         router=NoisyTopKGating,
         gate=dict(k=4),
         experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=0.1),
+        layer=dict(loss_coef=0.1),  # w_importance = w_load, appendix C
     ),
     "expert_choice": Model(
         "2202.09368",
@@ -147,7 +153,7 @@ MODELS: dict[str, Model] = {
     "mixtral": Model(
         "2401.04088",
         gate=dict(k=2, normalize=True, **BATCH),
-        router_aux_loss_coef=(0.001, 32),
+        router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
         blocks=(
             "MixtralSparseMoeBlock",
             "MiniMaxSparseMoeBlock",
@@ -157,7 +163,7 @@ MODELS: dict[str, Model] = {
     "olmoe": Model(
         "2409.02060",
         gate=dict(k=8, normalize=False, **BATCH),
-        layer=dict(z_loss_coef=1e-3),
+        layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
         router_aux_loss_coef=(0.01, 16),
         blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
     ),
@@ -194,14 +200,15 @@ MODELS: dict[str, Model] = {
         "2405.04434",
         gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
         shared=2.0,
-        layer=dict(loss_coef=3e-3),
+        # alpha 1 to 3, section 3.1.2
+        layer=dict(loss_coef=3e-3, loss_coefs=dict(balance_device=0.05, balance_communication=0.02)),
         blocks=("DeepseekV2Moe", "DeepseekOcr2TextMoe", "UnlimitedOcrTextMoe"),
     ),
     "deepseek_v3": Model(
         "2412.19437",
         gate=dict(k=8, normalize=True, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
         shared=1.0,
-        layer=dict(loss_coef=1e-4),
+        layer=COMPLEMENTARY,
         blocks=(
             "AXK1MoE",
             "AXK2MoE",
@@ -225,34 +232,34 @@ MODELS: dict[str, Model] = {
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="silu", limit=10.0),
         shared=1.0,
-        layer=dict(loss_coef=1e-4),
+        layer=COMPLEMENTARY,
         blocks=("Glm5NextTextMoE", "HYV4MoE", "HYV4VLMoE"),
     ),
     "deepseek_v4": Model(
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
         experts=dict(activation="silu", limit=10.0),
         shared=1.0,
-        layer=dict(loss_coef=1e-4),
+        layer=COMPLEMENTARY,
         blocks=("DeepseekV4SparseMoeBlock",),
     ),
     "nemotron_h": Model(
-        "2504.03624",
+        "2512.20848",
         gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="relu2", gated=False),
         shared=2.0,
-        layer=dict(loss_coef=1e-4),
+        layer=dict(loss_coef=1e-4),  # Nemotron 3 Nano's report: the standard loss, beside the bias
         blocks=("NemotronHMoE",),
     ),
     "kimi_k2": Model(
         "2507.20534",
         gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
         shared=1.0,
-        layer=dict(loss_coef=1e-4),
+        layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
     ),
     "hy_v3": Model(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
         shared=1.0,
-        layer=dict(loss_coef=1e-4),
+        layer=COMPLEMENTARY,
         blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
     ),
     "minimax_m2": Model(
@@ -285,7 +292,7 @@ MODELS: dict[str, Model] = {
         "",
         gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
-        router_aux_loss_coef=(0.001, 28),
+        router_aux_loss_coef=(0.001, 27),  # of 28 layers the first is dense
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
     ),
     "mistral4": Model(
@@ -310,7 +317,7 @@ MODELS: dict[str, Model] = {
         "2508.10925",
         gate=dict(k=4, weigh="softmax", bias=True, **BATCH),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
-        router_aux_loss_coef=(0.001, 36),
+        router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
         blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
     ),
     "cohere2": Model(
@@ -367,14 +374,21 @@ MODELS: dict[str, Model] = {
         router_aux_loss_coef=(0.001, 32),
         blocks=("PhimoeSparseMoeBlock",),
     ),
-    "dbrx": Model("", gate=dict(k=4, normalize=True), layer=dict(loss_coef=5e-2), blocks=("DbrxFFN",)),
+    "dbrx": Model("", gate=dict(k=4, normalize=True, **BATCH), router_aux_loss_coef=(0.05, 40), blocks=("DbrxFFN",)),
     "longcat_flash": Model(
         "2509.01322",
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
         identity=0.5,
-        layer=dict(loss_coef=1e-4),
+        layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
         blocks=("LongcatFlashMoE",),
     ),
+    "dynamic_moe": Model(
+        "2403.07652",
+        router=TopPGating,
+        gate=dict(k=8, p=0.4),
+        layer=dict(loss_coef=1e-2, loss_coefs=dict(entropy=1e-4)),  # section 4.1
+    ),
+    "remoe": Model("2412.14711", router=ReLUGating, gate=dict(k=8, mean_choices=1), layer=dict(loss_coef=1.0)),
     "zaya": Model(gate=dict(k=1, normalize=False, expert_bias=True), zero=1, blocks=("ZayaSparseMoeBlock",)),
 }
 
@@ -469,7 +483,9 @@ def build(
         shared = SharedExpert(d, round(model.shared * h), make_activation_of(model), gated, **factory)
         if model.shared_gate:
             shared = TokenGated(shared, nn.Linear(d, 1, bias=False, **factory))
-    layer = dict(model.layer)
+    layer: dict[str, Any] = dict(model.layer)
+    if "loss_coefs" in layer and not getattr(gate, "num_groups", None):
+        layer["loss_coefs"] = {n: coef for n, coef in layer["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
     if model.router_aux_loss_coef is not None:
         coef, layers = model.router_aux_loss_coef
         layer["loss_coef"] = coef * gate.k / layers
@@ -562,7 +578,7 @@ def deepseek_v3(dim: int, num_experts: int, hidden_dim: int | None = None, **cha
 
 
 def deepseek_v4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V4, but for its first layers, which choose by token id: 6 choices by the root of softplus."""
+    """DeepSeek-V4: 6 choices by the root of softplus; its first layers choose by token id instead (`HashGating`)."""
     return build(MODELS["deepseek_v4"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -573,7 +589,7 @@ def kimi_k2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes
 
 def nemotron_h(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
     """Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` (arXiv
-    2504.03624).
+    2512.20848).
     """
     return build(MODELS["nemotron_h"], dim, num_experts, hidden_dim, **changes)
 
@@ -618,3 +634,15 @@ def longcat_flash(dim: int, num_experts: int, hidden_dim: int | None = None, **c
 def phi3_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
     """Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136)."""
     return build(MODELS["phi3_5"], dim, num_experts, hidden_dim, **changes)
+
+
+def dynamic_moe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """MoE-Dynamic: as many choices as reach a probability of 0.4 together, at most 8 (arXiv 2403.07652)."""
+    return build(MODELS["dynamic_moe"], dim, num_experts, hidden_dim, **changes)
+
+
+def remoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """ReMoE: the experts of positive logits, at most 8, one on average once `control_sparsity` is at work (arXiv
+    2412.14711).
+    """
+    return build(MODELS["remoe"], dim, num_experts, hidden_dim, **changes)

@@ -36,14 +36,30 @@ def row(name: str, model: Model) -> str:
     parts += [f"{model.identity:g} as many return the token"] if model.identity else []
     shared = f"{model.shared:g} h" + (", gated" if model.shared_gate else "") if model.shared else ""
     kind = "" if model.router is TopKGating else f"`{model.router.__name__}` "
-    return f"| `{name}` | {kind}`{gate}`{logits}{scales} | {', '.join(parts)} | {shared} |"
+    says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
+    says = f"[{says}](https://arxiv.org/abs/{model.paper})" if model.paper else says
+    return f"| {says} | `{name}` | {kind}`{gate}`{logits}{scales} | {', '.join(parts)} | {shared} | {losses(model)} |"
 
 
-def test_the_page_shows_the_table():
+def losses(model: Model) -> str:
+    """The coefficients of a record."""
+    coefs = {**model.layer, **model.layer.get("loss_coefs", {})}
+    coefs.pop("loss_coefs", None)
+    if model.router_aux_loss_coef is not None:
+        coefs["loss_coef"] = "{:g} k / {}".format(*model.router_aux_loss_coef)
+    coefs.setdefault("loss_coef", "0.01, the package's own")
+    batch = ", over the batch" if model.gate.get("balance_over") == "batch" else ""
+    text = [
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in coefs.items() if value
+    ]
+    return ", ".join(text) + batch
+
+
+def test_the_page_begins_with_the_table():
     """If not: put what this prints there."""
     text = PAGE.read_text(encoding="utf-8")
-    missing = [line for line in rows() if line not in text]
-    assert not missing, "\n".join(rows())
+    assert "\n".join(rows()) + "\n\n" in text, "\n".join(rows())
+    assert text.index("| model |") < 400
 
 
 def test_the_table_is_read_without_transformers():
@@ -110,3 +126,36 @@ def test_coefficients_are_those_of_the_table_of_conversions(name):
     logits = gate.product(x, gate.w_gating, gate.b_gating).flatten(0, 1)
     theirs = mixtral.load_balancing_loss_func((logits,) * 3, 32, gate.k)
     torch.testing.assert_close(layers * moe.loss_coef * routing.balance_loss, coef * theirs)
+
+
+# what the model's own config.json says, where it is not what its class in transformers does
+PUBLISHED = {"mixtral": 0.02, "gpt_oss": 0.9, "dbrx": 0.05}
+
+
+@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.router_aux_loss_coef])
+def test_coefficients_are_those_that_are_published(name):
+    """Of the model's class of configuration in transformers, by the first of its blocks, but for those above."""
+    transformers = pytest.importorskip("transformers")
+    model = MODELS[name]
+    assert model.router_aux_loss_coef is not None
+    coef, layers = model.router_aux_loss_coef
+    moe = recipes.build(model, 16, 32, 12)
+    assert moe.loss_coef == pytest.approx(coef * moe.gate.k / layers)
+    if name in PUBLISHED:
+        assert coef == PUBLISHED[name]
+        return
+    known = {key.replace("_", ""): key for key in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES}
+    block = model.blocks[0].lower().replace("text", "").replace("_", "")
+    family = max((key for key in known if block.startswith(key)), key=len)
+    config = transformers.AutoConfig.for_model(known[family]).get_text_config()
+    assert config.router_aux_loss_coef == coef
+
+
+def test_losses_of_papers():
+    """Coefficients of DeepSeek-V2 (section 3.1.2) and V3 (section 4.2), and of the first without expert groups."""
+    v2, v3 = recipes.deepseek_v2(16, 32, 12), recipes.deepseek_v3(16, 32, 12)
+    assert (v2.loss_coef, v2.loss_coefs) == (0.003, {"balance_device": 0.05, "balance_communication": 0.02})
+    assert (v3.loss_coef, v3.loss_coefs) == (0.0, {"balance_score": 0.0001})
+    lite = recipes.deepseek_v2(16, 32, 12, num_groups=None, top_groups=None)
+    assert lite.loss_coefs == {}
+    assert recipes.dynamic_moe(16, 32, 12).loss_coefs == {"entropy": 1e-4}

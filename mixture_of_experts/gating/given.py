@@ -42,7 +42,7 @@ class Settled(NamedTuple):
 
 
 def settle(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> Settled:
-    """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`; which of its own it makes, if not all."""
+    """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`, of which it makes those `made`."""
     if given is None:
         return Settled(own, made, made)
     live, not_made = given == LIVE, torch.where(given < -1, -2 - given, 0)
