@@ -132,7 +132,7 @@ def cut(path: Path) -> None:
     path.write_bytes(data[: len(data) // 2])
 
 
-DAMAGE: dict[str, Callable[[Path], None]] = {
+DAMAGE: dict[str, Callable[[Path], object]] = {
     "cut": cut,
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no checkpoint"),

@@ -204,7 +204,7 @@ KINDS: dict[str, Any] = {
     "expert_choice": ExpertChoiceGating,
     "sparse_mixer": SparseMixerGating,
     "hash": lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
-    "own": recipe("A router of your own")["TopPGating"],
+    "own": recipe("A router of your own")["SureGating"],
 }
 DEFAULTS = {
     "top2": {
