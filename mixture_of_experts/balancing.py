@@ -190,21 +190,22 @@ class Theirs:
 
     def __init__(self, name: str, bias: Tensor, block: nn.Module, rule: BiasRule, reader: TokensOfCall) -> None:
         self.bias, self.rule, self.reader = bias, rule, reader
-        self.held: BlockSettings | None = None
+        record, self.held = record_of(block), None
+        self.k = 0 if record is None else BlockSettings(block, record).k
         if rule.reads_scores:
-            if (record := record_of(block)) is None:
+            if record is None:
                 raise ValueError(
                     f"{rule!r} reads scores, and those of {type(block).__name__}, which has {name}, are not known: "
                     "balance it by rule='sign', or convert the block with from_transformers"
                 )
-            self.held, settings = (held := BlockSettings(block, record)), held.gate()
+            self.held = BlockSettings(block, record)
+            settings = self.held.gate()
             self.select = settings.get("select", "score")
-            of_block = (type(block).__name__, held.k, bias.numel())
+            of_block = (type(block).__name__, self.k, bias.numel())
             check_scores(rule, *of_block, self.select, settings.get("num_groups"))
         shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
         kind = torch.int32 if rule.bins else torch.int64
         self.total = torch.zeros(shape, dtype=kind, device=bias.device)
-        self.k = 0 if self.held is None else self.held.k
         if bias.dtype.itemsize < 4:
             warnings.warn(
                 f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=4

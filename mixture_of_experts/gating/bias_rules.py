@@ -40,7 +40,10 @@ class BiasRule:
         raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        """The step `(..., e)` of the bias by the sums of all micro-batches and ranks; 0 where nothing was counted."""
+        """The step `(..., e)` of the bias by the sums of all micro-batches and ranks; 0 where nothing was counted.
+
+        `k` is 0 for a block of `transformers` that is not known.
+        """
         raise NotImplementedError(f"{type(self).__name__} must write step(counts, bias, k, rate)")
 
 
