@@ -96,6 +96,13 @@ def test_two_levels(factor):
     assert out.any()
 
 
+@pytest.mark.parametrize("how", FORCED)
+def test_no_tokens(how):
+    gate = TopKGating(DIM, 4)
+    with force_routing(gate, how):
+        assert gate(torch.randn(2, 0, DIM)).expert.shape == (2, 0)
+
+
 def test_recomputed_choices_are_the_same():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM, requires_grad=True)
     with force_routing(moe, "random"):
