@@ -35,7 +35,7 @@ GATHERED = {
 
 
 #: where kernels start
-LAUNCHES = ("mixture_of_experts.ops.triton.operators.launch", "mixture_of_experts.gating.few.operator.launch")
+LAUNCHES = ("mixture_of_experts.ops.triton.operators.launch", "mixture_of_experts.gating.few_kernel.launch")
 
 
 class Counts(NamedTuple):

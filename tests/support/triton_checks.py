@@ -31,8 +31,7 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
-from mixture_of_experts.gating import few
-from mixture_of_experts.gating.few import operator as few_operator
+from mixture_of_experts.gating import few, few_kernel
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
@@ -418,17 +417,17 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
     gate = TopKGating(8, e, **options).to(dtype).eval()
     if gate.expert_bias is not None:
         gate.expert_bias.normal_(std=0.1)
-    calls, choose = [], few_operator.launch
+    calls, choose = [], few_kernel.launch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(few, "_verdicts", {})
         assert few._is_right(gate, torch.zeros(1, 1, 8, dtype=dtype))
-        patch.setattr(few_operator, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
+        patch.setattr(few_kernel, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
         for b, n in ((1, 1), (3, 1), (2, few.LONGEST), (1, 3), (1, few.LONGEST + 1), (0, 1)):
             x = torch.randn(b, n, 8, dtype=dtype)
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
-                with ops.use("triton"), watched(few_operator) if tokens.isfinite().all() else nullcontext():
+                with ops.use("triton"), watched(few_kernel) if tokens.isfinite().all() else nullcontext():
                     found = gate(tokens)
                 assert len(calls) == (n <= few.LONGEST and b > 0)
                 with ops.use("plain"):
@@ -443,7 +442,7 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def check_wrong_choices(fault: str) -> None:
     """A kernel of gates that is planted wrong, or raises, is off for the process; no memory is no verdict."""
-    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), few_operator.launch, []
+    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), few_kernel.launch, []
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         calls.append(fault)
@@ -454,7 +453,7 @@ def check_wrong_choices(fault: str) -> None:
 
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(few, "_verdicts", {})
-        patch.setattr(few_operator, "launch", wrong)
+        patch.setattr(few_kernel, "launch", wrong)
         wanted = gate(x, mask=torch.ones(3, 1, dtype=torch.bool))  # which the kernel does not serve
         assert not calls
         with nullcontext() if fault == "memory" else pytest.warns(UserWarning, match="off in this process"):
@@ -528,7 +527,7 @@ def check_operators() -> None:
     torch.library.opcheck(triton_plan, arguments)
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
     options = (3, False, True, 2.5, 1e-6, 0.5, 0.25)
-    torch.library.opcheck(few_operator.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
+    torch.library.opcheck(few_kernel.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)
 
 

@@ -145,7 +145,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
-    from mixture_of_experts.gating.few import operator as few
+    from mixture_of_experts.gating import few_kernel as few
     from mixture_of_experts.ops.triton import operators, plan
     from support.fake_cuda_checks import on_gpu
 

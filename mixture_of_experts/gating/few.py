@@ -70,7 +70,7 @@ def _knows(gate: TopKGating) -> bool:
 
 
 def _choose(gate: TopKGating, tokens: Tokens) -> Choices:
-    from mixture_of_experts.gating.few.operator import few_choices  # it imports triton, which takes a second
+    from mixture_of_experts.gating.few_kernel import few_choices  # it imports triton, which takes a second
 
     logits = gate.logits_of(tokens.x)
     (b, n, e), k = logits.shape, gate.k

@@ -1,13 +1,18 @@
 # type: ignore  (a language of its own: type checkers take it for Python)
-"""The kernel that chooses the experts of a few tokens: scores, the k best, their weights, and losses.
+"""The kernel that chooses the experts of a few tokens: scores, the k best, their weights, and losses. An operator of
+torch launches it.
 
 Axes: t tokens, b groups, n tokens of a group, e experts, k choices.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from mixture_of_experts.launching import launch
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -72,3 +77,63 @@ def choose(
         squares += log_total * log_total
     tl.store(losses + 2 * group, tl.sum(load * proxy, 0) * balance_scale)
     tl.store(losses + 2 * group + 1, squares * z_scale)
+
+
+@torch.library.custom_op("mixture_of_experts::few_choices", mutates_args=())
+def few_choices(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    balance_scale: float,
+    z_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts and weights `(b, n, k)`, probabilities `(b, n, e)`, and terms `(b, 2)` of the losses; see `choose`.
+
+    Args:
+        logits: `(b, n, e)` float32.
+        bias: `(e,)` float32, or None.
+        k, softmax, normalize, scale, eps: settings of the gate.
+        balance_scale, z_scale: what the terms are multiplied by.
+    """
+    b, n, e = logits.shape
+    made = empty_choices(logits, k)
+    expert, weight, probs, losses = made
+    launch(
+        choose,
+        (b,),
+        logits=logits.contiguous(),
+        bias=bias,
+        expert=expert,
+        weight=weight,
+        probs=probs,
+        losses=losses,
+        length=n,
+        num_experts=e,
+        balance_scale=balance_scale,
+        z_scale=z_scale,
+        SOFTMAX=softmax,
+        NORMALIZE=normalize,
+        SCALE=scale,
+        EPS=eps,
+        CHOICES=k,
+        WIDTH=triton.next_power_of_2(k),
+        BLOCK_E=triton.next_power_of_2(e),
+        num_warps=max(1, triton.next_power_of_2(e) // 256),
+    )
+    return made
+
+
+@few_choices.register_fake
+def _(logits, bias, k, *settings):
+    return empty_choices(logits, k)
+
+
+def empty_choices(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where they are written."""
+    b, n, _ = logits.shape
+    expert = logits.new_empty(b, n, k, dtype=torch.int64)
+    return expert, logits.new_empty(b, n, k), torch.empty_like(logits), logits.new_empty(b, 2)
