@@ -12,6 +12,7 @@ import math
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.failures import waited_in_vain
@@ -143,6 +144,20 @@ def log_total_at(logits: Tensor, expert: Tensor, prob: Tensor) -> Tensor:
     else:
         logit = logits.gather(-1, expert)
     return (logit - prob.log()).squeeze(-1)
+
+
+def z_loss_at(
+    logits: Tensor,
+    expert: Tensor,
+    prob: Tensor,
+    counted: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """`z_loss` of such logits, read at one expert; arguments as in `log_total_at` and `z_loss`."""
+    if counted is None and not torch.is_grad_enabled():  # fewer launches
+        total = F.mse_loss(logits.gather(-1, expert), prob.log(), reduction="sum")
+        return mean(total, math.prod(expert.shape), group)
+    return token_mean(log_total_at(logits, expert, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

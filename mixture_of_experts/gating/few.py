@@ -73,12 +73,12 @@ def _choose(gate: TopKGating, tokens: Tokens) -> Choices:
     from mixture_of_experts.gating.few_kernel import few_choices  # it imports triton, which takes a second
 
     logits = gate.logits_of(tokens.x)
-    (b, n, e), k = logits.shape, gate.k
-    scales = e / (k * b * n * n), 1 / (b * n)
+    b, n, e = logits.shape
+    scales = e / (gate.choices_at_balance * b * n * n), 1 / (b * n)
     expert, weight, probs, sums = few_choices(logits, gate.expert_bias, *_settings(gate), *scales)
     balance, z_loss = sums.sum(dim=0).unbind()
     if gate.balance_over != "group":
-        balance = gate.balance_loss(tokens, probs, expert, k=k)
+        balance = gate.balance_loss(tokens, probs, expert, k=gate.choices_at_balance)
     return Choices(expert, weight, probs, {"balance": balance, "z": z_loss})
 
 

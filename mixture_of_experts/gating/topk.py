@@ -201,8 +201,9 @@ class TopKGating(TokenChoiceGate):
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # the first choice tells it
-            log_total = losses.log_total_at(logits, expert[..., :1], prob)
-        z_loss = self.token_mean(tokens, log_total.square())
+            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
+        else:
+            z_loss = self.token_mean(tokens, log_total.square())
         top = None
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
