@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, Routing, TopKGating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, ReLUGating, Routing, TopKGating
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.parallel import (
     ExpertParallel,
@@ -144,7 +144,7 @@ def check_same_gradients(together: nn.Module, alone: nn.Module, mesh: DeviceMesh
 
 
 def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
-    """The expert bias moves as it does in one process."""
+    """The expert bias, and the coefficient of ReLU routers, move as they do in one process."""
     for gate, reference in zip(together.modules(), alone.modules(), strict=False):
         if getattr(gate, "expert_bias", None) is not None:
             assert reference.expert_counts.sum() > 0
@@ -152,6 +152,13 @@ def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
             reference.update_bias(1e-3)
             assert torch.equal(gate.expert_bias, reference.expert_bias)
             assert gate.expert_bias.abs().sum() > 0
+        if isinstance(gate, ReLUGating):
+            counts = gate.choice_counts.clone()
+            dist.all_reduce(counts)
+            assert torch.equal(counts, reference.choice_counts)
+            for each, group in ((gate, dist.group.WORLD), (reference, None)):
+                each.update_l1(group=group)
+            assert gate.l1_coef == reference.l1_coef != 0.3
 
 
 def check_balance_of_each_rank() -> None:

@@ -19,7 +19,9 @@ from mixture_of_experts import (
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
+    ReLUGating,
     TopKGating,
+    TopPGating,
 )
 from mixture_of_experts.gating import BALANCE_LOSSES
 
@@ -62,6 +64,13 @@ def topk(experts: object = None, **more) -> MoE:
     losses = {"z_loss_coef": 0.3, "loss_coef": 0.7, "loss_coefs": more.pop("loss_coefs", None)}
     gate = TopKGating(DIM, EXPERTS, **{"k": 2, **more})
     return MoE(DIM, gate=gate, experts=experts, shared_expert=shared_expert(), **losses)
+
+
+def variable(gate: TopKGating, **losses) -> MoE:
+    """With a variable number of choices."""
+    if isinstance(gate, ReLUGating):
+        gate.l1_coef.fill_(0.3)  # else nobody would see it
+    return MoE(DIM, gate=gate, experts=Experts(DIM, EXPERTS, HIDDEN), z_loss_coef=0.3, loss_coef=0.7, **losses)
 
 
 def noisy() -> MoE:
@@ -110,6 +119,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(LOSSES, 0.1)),
     "top-k, dropless list": lambda: topk([small_network() for _ in range(EXPERTS)], balance_over="batch"),
     "top-k, dropless own experts": lambda: topk(OwnExperts()),
+    "top-p": lambda: variable(TopPGating(DIM, EXPERTS, 4, p=0.5), loss_coefs={"entropy": 0.2}),
+    "relu": lambda: variable(ReLUGating(DIM, EXPERTS, 4, mean_choices=1.5, capacity_factor_train=0.7)),
     "noisy top-k": noisy,
     "expert choice": expert_choice,
     "two levels": two_levels,
