@@ -13,10 +13,13 @@ from mixture_of_experts import (
     HashGating,
     HeirarchicalMoE,
     MoE,
+    NoisyTopKGating,
     TokenChoiceGate,
     Top2Gating,
     TopKGating,
 )
+from mixture_of_experts.gating import SparseMixerGating
+from mixture_of_experts.gating.given import LIVE
 
 DIM = 6
 
@@ -183,6 +186,16 @@ def test_a_choice_that_is_not_given_counts_in_no_loss():
     routing = gate(x, given_experts=torch.tensor([[[2, -1], [2, -1]]]))
     load = torch.tensor([0.0, 0.0, 1.0, 0.0])  # choices a token
     torch.testing.assert_close(routing.balance_loss, 4 / 2 * (load * routing.probs[0].mean(dim=0)).sum())
+
+
+def test_a_choice_that_is_not_given_is_none_of_expert_0():
+    """Of the noisy router it has no part in the importance; of SparseMixer it takes no expert from the gate's own."""
+    noisy, x = NoisyTopKGating(DIM, 3, k=2), torch.randn(1, 2, DIM)
+    routing = noisy(x, given_experts=torch.tensor([[[0, -1], [-1, -1]]]))
+    assert routing.probs.tolist() == [[[1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]]
+    mixer, best = SparseMixerGating(DIM, 3).eval(), torch.eye(1, DIM).view(1, 1, DIM)
+    mixer.w_gating.data.copy_(torch.eye(DIM, 3))
+    assert mixer(best, given_experts=torch.tensor([[[-1, LIVE]]])).expert[0, 1] == 0
 
 
 def test_given_experts_are_checked():

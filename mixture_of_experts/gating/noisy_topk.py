@@ -81,7 +81,11 @@ class NoisyTopKGating(TokenChoiceGate):
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
-        probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
+        if settled.weighed is None:
+            probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
+        else:  # what is no choice stands at expert 0, and goes to a column of its own
+            column = torch.where(settled.weighed, expert, self.num_experts)
+            probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         balance_loss = parts["importance"] + parts["load"]

@@ -95,10 +95,12 @@ class SparseMixerGating(TokenChoiceGate):
                 tokens, torch.zeros(*logits.shape[:-1], self.k, dtype=torch.int64, device=logits.device)
             )
         for i in range(self.k):
-            expert, weight = self._choose(logits, left, None if given is None else given.column(i))
+            column = None if given is None else given.column(i)
+            expert, weight = self._choose(logits, left, column)
             experts.append(expert)
             weights.append(weight)
-            left = left.scatter(-1, expert, -torch.inf)
+            rest = left.scatter(-1, expert, -torch.inf)
+            left = rest if column is None or column.weighed is None else torch.where(column.weighed, rest, left)
         return self.settle(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
 
     def _choose(self, logits: Tensor, left: Tensor, given: Settled | None) -> tuple[Tensor, Tensor]:
