@@ -1,0 +1,138 @@
+"""Queues and capacities against loops over tokens and choices, in both ways of counting."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+import torch
+from support.strategies import PRIORITIES, generator
+from torch import Tensor
+
+from mixture_of_experts import queues
+from mixture_of_experts.queues import (
+    FEW,
+    Length,
+    bounded_ratio,
+    expert_capacity,
+    group_capacity,
+    queue_up,
+    stable_order,
+)
+
+
+def by_hand(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
+    """Positions of the chosen assignments `(n, k)` of one group, None where not chosen, and lengths of the queues."""
+    length, position = [0] * e, [[None] * len(row) for row in expert]
+    for token, choice in order:
+        if chosen[token][choice]:
+            position[token][choice] = length[expert[token][choice]]
+            length[expert[token][choice]] += 1
+    return position, length
+
+
+def order_of(priority: str, n: int, k: int, score: list[float]) -> list[tuple[int, int]]:
+    if priority == "token":
+        return [(token, choice) for token in range(n) for choice in range(k)]
+    tokens = sorted(range(n), key=lambda t: -score[t]) if priority == "score" else range(n)
+    return [(token, choice) for choice in range(k) for token in tokens]
+
+
+@pytest.mark.parametrize("some", [False, True], ids=["all chosen", "some chosen"])
+@pytest.mark.parametrize(("n", "e"), [(7, 3), (120, 40), (1, 5), (0, 3)])
+@pytest.mark.parametrize("priority", PRIORITIES)
+def test_queues_equal_a_loop(priority, n, e, some, monkeypatch):
+    """Of few assignments a table is counted, many are sorted; ONNX always counts, transforms wrap the tensors."""
+    k, gen = 2, generator(n + e)
+    expert = torch.rand(2, 3, n, e, generator=gen).argsort(dim=-1)[..., :k].flatten(-2)
+    chosen = torch.rand(expert.shape, generator=gen) < 0.6 if some else None
+    score = torch.randint(0, 9, (2, 3, n), generator=gen) / 8
+    wanted = [
+        by_hand(
+            expert[i, j].view(n, k).tolist(),
+            (torch.ones_like(expert) if chosen is None else chosen)[i, j].view(n, k).tolist(),
+            e,
+            order_of(priority, n, k, score[i, j].tolist()),
+        )
+        for i in range(2)
+        for j in range(3)
+    ]
+    assert (expert.numel() * e > FEW) == (n == 120)
+
+    def check(position: Tensor, length: Tensor) -> None:
+        assert length.view(6, e).tolist() == [lengths for _, lengths in wanted]
+        for found, (expected, _) in zip(position.view(6, n * k).tolist(), wanted, strict=True):
+            flat = [place for row in expected for place in row]
+            assert all(one == other for one, other in zip(found, flat, strict=True) if other is not None)
+        assert position.dtype == length.dtype == torch.int64
+
+    given = {} if priority != "score" else {"score": score}
+    found = queue_up(expert, chosen, e, k, priority, **given)
+    check(found.position, found.length)
+    if n:
+
+        def one(expert: Tensor, chosen: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
+            found = queue_up(expert, chosen if some else None, e, k, priority, **({"score": score} if given else {}))
+            return found.position, found.length
+
+        check(*torch.func.vmap(one)(expert, expert > 0 if chosen is None else chosen, score))
+    monkeypatch.setattr(queues, "exporting_to_onnx", lambda: True)
+    if priority != "score":  # equal scores stand in order there alone
+        found = queue_up(expert, chosen, e, k, priority)
+        check(found.position, found.length)
+
+
+def test_more_experts_than_int16_counts():
+    e = 1 << 15
+    expert = torch.tensor([[e - 1, 0, e - 1, 5], [3, e - 1, 0, 3]])
+    found = queue_up(expert, torch.tensor([[True] * 4, [False] + [True] * 3]), e, 2, "token")
+    assert found.position[0].tolist() == [0, 0, 1, 0]
+    assert found.position[1, 1:].tolist() == [0, 0, 0]
+    assert found.length.sum(-1).tolist() == [4, 3]
+    assert found.length[0, e - 1] == 2
+
+
+@pytest.mark.parametrize("descending", [False, True])
+@pytest.mark.parametrize("onnx", [False, True])
+def test_stable_order(descending, onnx, monkeypatch):
+    monkeypatch.setattr(queues, "exporting_to_onnx", lambda: onnx)
+    values = torch.tensor([[3.0, 1.0, 2.0], [1.0, 2.0, 3.0]])
+    expected = [[0, 2, 1], [2, 1, 0]] if descending else [[1, 2, 0], [0, 1, 2]]
+    assert stable_order(values, descending).tolist() == expected
+    if not descending:
+        assert stable_order(values).tolist() == expected
+    if not onnx:
+        equal = (torch.arange(1000) // 100).flip(0) % 2
+        assert stable_order(equal, descending)[:3].tolist() == ([0, 1, 2] if descending else [100, 101, 102])
+
+
+def test_capacity_equals_its_formula():
+    """`max(min(n, int(k n factor / e)), minimum)`, in fractions; the same of each group, where tokens are halves."""
+    for factor in (1.0, 1.25, 0.1, 3.0):
+        ratio = Fraction(*bounded_ratio(factor))
+        for n in (0, 1, 2, 9, 10):
+            for e, k, minimum in ((4, 1, 1), (3, 2, 4), (1, 1, 2), (2, 2, 1)):
+                wanted = 0 if n == 0 else max(min(n, int(k * n * ratio / e)), minimum)
+                sizes = (bounded_ratio(factor), e, minimum, k)
+                assert expert_capacity(n, *sizes) == wanted
+                assert group_capacity(Length(torch.tensor([2 * n]), 2), *sizes).tolist() == [wanted]
+                half = max(min(n // 2, int(k * Fraction(n, 2) * ratio / e)), minimum) if n else 0
+                assert group_capacity(Length(torch.tensor([[n]]), 2), *sizes).tolist() == [[half]]
+    assert expert_capacity(10, (1, 1), 4, 1) == 2  # one choice, if nothing else is said
+    assert group_capacity(Length(torch.tensor([10])), (1, 1), 4, 1).tolist() == [2]
+
+
+def test_ratios_are_bounded():
+    assert bounded_ratio(1.25) == (5, 4)
+    assert bounded_ratio(0.1) == (1, 10)
+    assert bounded_ratio(1e-9) == (1, 1 << 20)
+    assert bounded_ratio(2.0**-20) == (1, 1 << 20)
+
+
+def test_length_in_parts():
+    length = Length(torch.tensor([[3, 5], [0, 1]]), 4)
+    assert length.tokens(torch.float64).tolist() == [[0.75, 1.25], [0.0, 0.25]]
+    assert length.tokens(torch.float32).dtype == torch.float32
+    total = length.sum()
+    assert (total.parts.tolist(), total.parts_per_token) == ([8, 1], 4)
+    assert Length(torch.tensor([3])).tokens(torch.float64).tolist() == [3.0]
