@@ -5,6 +5,8 @@ Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,11 @@ class EnclosedExperts(RoutedExperts):
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
+
+    before: nn.Module | None
+    after: nn.Module | None
+    beside: nn.Module | None
+    num_experts: Any
 
     def __init__(
         self,
@@ -81,6 +88,11 @@ class ExpertsBesideIdentity(RoutedExperts):
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
+
+    num_identity: int
+    num_zero: int
+    num_computing: int
+    num_experts: int
 
     def __init__(self, experts: RoutedExperts, *, num_identity: int = 0, num_zero: int = 0) -> None:
         super().__init__()
@@ -134,6 +146,8 @@ class InputWeightedExperts(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
+    num_experts: Any
+
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__()
         self.experts = experts
@@ -168,6 +182,10 @@ class NormedExperts(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
+    experts: RoutedExperts
+    norm: nn.Module
+    num_experts: Any
+
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
         super().__init__()
         self.experts, self.norm = experts, norm
@@ -179,6 +197,8 @@ class NormedExperts(RoutedExperts):
 
 class Scale(nn.Module):
     """Times a number."""
+
+    factor: float
 
     def __init__(self, factor: float) -> None:
         super().__init__()
@@ -193,6 +213,8 @@ class Scale(nn.Module):
 
 class Shift(nn.Module):
     """Plus a learned vector `bias (d,)`."""
+
+    bias: nn.Parameter
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -210,6 +232,9 @@ class TokenGated(nn.Module):
         module: `(..., d)` to the same shape.
         gate: `(..., d)` to `(..., 1)`.
     """
+
+    module: nn.Module
+    gate: nn.Module
 
     def __init__(self, module: nn.Module, gate: nn.Module) -> None:
         super().__init__()

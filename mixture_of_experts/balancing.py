@@ -188,6 +188,8 @@ class Theirs:
     """The bias of a block of `transformers`, and a hook that counts: before its experts, or, for a rule that reads
     scores, behind its router."""
 
+    total: Tensor
+
     def __init__(self, name: str, bias: Tensor, block: nn.Module, rule: BiasRule, reader: TokensOfCall) -> None:
         self.bias, self.rule, self.reader = bias, rule, reader
         record, self.held = record_of(block), None
@@ -276,6 +278,8 @@ class TokensCall(CallUnderWay):
 
 class TokensOfCall:
     """Which tokens are real, in the forward of a model that is under way."""
+
+    read: TokensReader
 
     def __init__(self, model: nn.Module) -> None:
         self.read = TokensReader(model)

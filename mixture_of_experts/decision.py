@@ -35,6 +35,10 @@ class SlotLayout:
             queue, no longer than there are slots. It is called when somebody needs them.
     """
 
+    num_groups: int
+    capacity: int
+    find: Callable[[], tuple[Tensor, Queues]]
+
     def __init__(self, num_groups: int, capacity: int, find: Callable[[], tuple[Tensor, Queues]]) -> None:
         self.num_groups, self.capacity, self.find = num_groups, capacity, find
 
@@ -57,6 +61,17 @@ class Decision:
         slots: where limited capacity puts assignments; None if they queue at their experts in the order of tokens.
         most_rows: rows without gaps that there can be; at most a.
     """
+
+    weight: Tensor
+    kept: Tensor
+    chosen: Tensor
+    k: int | None
+    token: Tensor | None
+    num_tokens: int
+    num_experts: tuple[int, ...]
+    slots: SlotLayout | None
+    dropless: bool
+    most_rows: int
 
     def __init__(
         self,

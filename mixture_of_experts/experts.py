@@ -58,7 +58,7 @@ class RoutedExperts(nn.Module):
 
     reads_decisions: ClassVar[bool] = True
 
-    def __init_subclass__(cls, **kwargs) -> None:
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
 
@@ -157,8 +157,14 @@ def run_on_slots(
 class StackedExperts(FixedShapes, RoutedExperts):
     """Base of experts whose weights are stacked: initialisation, checks of shapes, and both contracts."""
 
+    dim: int
+    dim_out: int
+    expert_dims: tuple[int, ...]
+    hidden_dim: int
+    act: nn.Module
+
     gated: ClassVar[bool]
-    sizes = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
 
@@ -340,6 +346,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         >>> experts(torch.randn(4, 5, 8)).shape
         torch.Size([4, 5, 8])
     """
+
+    dim_out: int | None
 
     def __init__(self, experts: Iterable[nn.Module], *, dim_out: int | None = None) -> None:
         super().__init__(experts)

@@ -41,6 +41,11 @@ def record_of(block: nn.Module) -> Model | None:
 class BlockSettings:
     """What the router of a block does, by the record of the block and what it holds itself."""
 
+    block: Any
+    model: Model
+    network: list[str]
+    weight: Any
+
     def __init__(self, block: Any, model: Model) -> None:
         self.block, self.model = block, model
         self.router: Any = find(block, *KEEPS["router"])

@@ -49,6 +49,8 @@ class TokensReader:
         model: whose `forward` names its arguments.
     """
 
+    positions: dict[str, int]
+
     def __init__(self, model: nn.Module) -> None:
         parameters = list(inspect.signature(model.forward).parameters)
         self.positions = {name: parameters.index(name) for name in READ if name in parameters}

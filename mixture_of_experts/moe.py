@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,10 @@ from mixture_of_experts.settings import CheckedModule, setting
 class Layer(CheckedModule):
     """What both layers share."""
 
-    sizes = ("dim", "num_experts")
+    dim: int
+    shared_expert: nn.Module | None
+
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts")
 
     num_experts: Any
     loss_coef: float = setting(check_number, at_least=0.0)
@@ -242,6 +245,9 @@ class HeirarchicalMoE(Layer):
         >>> out.shape
         torch.Size([2, 10, 32])
     """
+
+    num_experts_outer: int
+    num_experts_inner: int
 
     num_experts: tuple[int, int]
     gate_outer: Any  # a gate of token choice, or a module around one

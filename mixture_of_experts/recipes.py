@@ -418,6 +418,12 @@ class SharedExpert(nn.Module):
         torch.Size([2, 5, 8])
     """
 
+    gate_proj: nn.Linear | None
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act: nn.Module
+    of_both: bool
+
     def __init__(
         self, dim: int, hidden_dim: int, activation: Any = nn.SiLU, gated: bool = True, **factory: Any
     ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def capability(device: torch.device) -> tuple[int, int]:
     return properties.major, properties.minor
 
 
-def without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Where operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -27,6 +27,11 @@ class FeedForward(nn.Module):
         `(n, d)` to `(n, o)`.
     """
 
+    w1: nn.Module
+    w2: nn.Module
+    w3: nn.Module | None
+    act: nn.Module
+
     def __init__(self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module) -> None:
         super().__init__()
         self.w1, self.w2, self.w3, self.act = w1, w2, w3, act

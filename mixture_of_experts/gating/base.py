@@ -71,7 +71,11 @@ class Gate(FixedShapes):
         process_group: the ranks that share the batch, so that losses are those of the whole batch; None: this rank.
     """
 
-    sizes = ("dim", "num_experts", "outer_expert_dims")
+    dim: int
+    num_experts: int
+    outer_expert_dims: tuple[int, ...]
+
+    sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
     #: side inputs that the gate reads; all gates read `router_input` `(..., n, d)` instead of the experts' tokens
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
     #: losses that the gate computes only if it is asked for them, `gate(x, losses=names)`
@@ -167,12 +171,14 @@ class TokenChoiceGate(Gate):
         priority: who gets the slots when an expert overflows; see `queues.queue_up`.
     """
 
-    offers = tuple(BALANCE_LOSSES)
+    k: int
+
+    offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     balance_over: Literal["group", "batch"] = "group"  #: of what tokens the balancing loss of `decide` takes the means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
-    capacity_factor_train = CapacityFactor()
-    capacity_factor_eval = CapacityFactor()
+    capacity_factor_train: CapacityFactor = CapacityFactor()
+    capacity_factor_eval: CapacityFactor = CapacityFactor()
     min_expert_capacity: int = setting(check_size)
     priority: Priority = setting(check_choice, allowed=PRIORITIES)
     #: "balanced" or "random": experts that no score chooses, see `force_routing`; None, the gate's own choices
@@ -331,7 +337,7 @@ class TokenChoiceGate(Gate):
             counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
             proxy, length, k: as in `losses.load_balance`.
         """
-        if torch.is_grad_enabled() or self.balance_over != "group":
+        if torch.is_grad_enabled() or self.training or self.balance_over != "group":
             return self.balance_of(self.load(expert, counted), proxy, length, k)
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
 

@@ -88,6 +88,10 @@ def towards_mean(load: Tensor) -> Tensor:
 class StepsWithoutUpdate:
     """Notices that counts pile up: a router that is trained, while nobody moves its bias."""
 
+    warned: bool
+    steps: int
+    version: int
+
     SO_MANY = 10  # steps of an optimizer
 
     def __init__(self) -> None:

@@ -39,7 +39,9 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
-    capacity_factor = CapacityFactor(dropless=False)
+    w_gating: nn.Parameter
+
+    capacity_factor: CapacityFactor = CapacityFactor(dropless=False)
 
     def __init__(
         self,

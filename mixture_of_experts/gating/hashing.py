@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +37,9 @@ class HashGating(TopKGating):
         True
     """
 
-    reads = (*TopKGating.reads, "token_ids")
+    num_ids: int
+
+    reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
     experts_of_id: Tensor
 
     def __init__(

@@ -63,6 +63,12 @@ class RouterLogits(FixedShapes):
         torch.Size([2, 16, 4])
     """
 
+    dim: int
+    num_experts: int
+    norm_eps: float | None
+    softcap: float | None
+    weight: nn.Parameter
+
     norm_weight: Tensor | None
     bias: Tensor | None
     multiplier: float = setting(check_number)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,9 @@ class NoisyTopKGating(TokenChoiceGate):
         ['importance', 'load', 'z']
     """
 
-    reads = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    w_gating: nn.Parameter
+    w_noise: nn.Parameter
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch.distributed as dist
 
@@ -19,10 +20,10 @@ class Ranks:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo: dict) -> Ranks:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Ranks:
         return Ranks(self.group)
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         if self.group is None:
             return Ranks, (None,)
         return find_ranks, (self.group.group_name, dist.get_process_group_ranks(self.group))

@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +49,8 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
-    reads = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    w_gating: nn.Parameter
     tolerance: float = setting(check_number, at_least=0.0)
 
     def __init__(

@@ -11,7 +11,7 @@ Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -37,7 +37,7 @@ GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "two_best": lambda grouped: grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1),
 }
 WEIGHS = ("score", "softmax")
-STEPS = {"score": SCORES, "select": SELECTS, "group_score": GROUP_SCORES, "weigh": WEIGHS}
+STEPS: dict[str, Collection[str]] = {"score": SCORES, "select": SELECTS, "group_score": GROUP_SCORES, "weigh": WEIGHS}
 
 
 def check_step(name: str, value: Any) -> Any:
@@ -70,6 +70,8 @@ class AlwaysChosen:
         [3, 4]
     """
 
+    num: int
+
     def __init__(self, num: int) -> None:
         self.num = check_size("num", num)
 
@@ -84,6 +86,9 @@ class AlwaysChosen:
 class OpenGroups:
     """A `select` by expert groups in which the experts of closed groups rank as 0 instead of below all: where biased
     scores are negative, they come before those."""
+
+    num_groups: int
+    top_groups: int
 
     def __init__(self, num_groups: int, top_groups: int) -> None:
         self.num_groups, self.top_groups = check_size("num_groups", num_groups), check_size("top_groups", top_groups)
@@ -100,6 +105,9 @@ class OpenGroups:
 
 class NormalizeBy:
     """A `normalize` by the norm of order `p` of the weights, by at least `least`."""
+
+    p: float
+    least: float
 
     def __init__(self, p: float = 1.0, least: float = 0.0) -> None:
         self.p, self.least = check_number("p", p, above=0.0), check_number("least", least, at_least=0.0)
@@ -127,6 +135,8 @@ class LearnedScale(nn.Module):
         >>> bool((gate(torch.randn(1, 1, 8)).weight.sum() - 3).abs() < 1e-5)
         True
     """
+
+    scale: nn.Parameter
 
     def __init__(self, num_scales: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -101,7 +101,8 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
-    reads = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    w_gating: nn.Parameter
     capacity_per_choice = False
     eps: float = setting(check_number, above=0.0)
     second_policy_train: SecondPolicy = setting(check_choice, allowed=POLICIES)

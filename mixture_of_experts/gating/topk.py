@@ -90,8 +90,14 @@ class TopKGating(TokenChoiceGate):
         (True, True)
     """
 
+    num_groups: int | None
+    top_groups: int | None
+    logits: nn.Module | None
+    w_gating: nn.Parameter | None
+    b_gating: nn.Parameter | None
+
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none, which the gate then only weighs
-    reads = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None

@@ -5,6 +5,7 @@ Axes: d model dim, h hidden dim, e experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -149,7 +150,7 @@ def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def computes_as_linear(layer: nn.Linear | Conv1D) -> bool:
+def computes_as_linear(layer: Any) -> bool:
     """Whether a layer of a class that inherits from a linear one returns the same, on random numbers."""
     if type(layer) in (nn.Linear, Conv1D) or layer.weight.is_meta:
         return True
@@ -181,7 +182,7 @@ def part(module: nn.Module, path: str) -> Any:
 
 
 #: activations of `transformers` that torch has too, for which the experts have fast ways
-OF_TORCH = {
+OF_TORCH: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),
     "NewGELUActivation": lambda: nn.GELU("tanh"),

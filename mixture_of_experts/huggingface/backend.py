@@ -20,7 +20,9 @@ from mixture_of_experts.ops import ClampedSwiGLU, moe_ffn
 
 NAME = "mixture_of_experts"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ACTIVATIONS = {name: make() for name, make in OF_TORCH.items()}  # modules without parameters, made once
+ACTIVATIONS: dict[str, nn.Module] = {
+    name: make() for name, make in OF_TORCH.items()
+}  # modules without parameters, made once
 
 
 class Gating(NamedTuple):
@@ -90,6 +92,9 @@ class OwnGating(nn.Module):
 
     A module, which `torch.compile` sees through, and not a function inside another, whose signature it cannot read.
     """
+
+    experts: Any
+    gate_up: str
 
     def __init__(self, experts: Any, gate_up: str) -> None:
         super().__init__()

@@ -25,7 +25,7 @@ from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.held import BlockSettings, find
 from mixture_of_experts.huggingface.adapters import read_activation
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
-from mixture_of_experts.recipes import KEEPS
+from mixture_of_experts.recipes import KEEPS, Model
 
 Of = Callable[[Tensor], Tensor]
 # of a weight of ours: where each piece stands in it, and a view of theirs, to be read or to be written
@@ -48,6 +48,10 @@ def paths(prefix: str, module: nn.Module, of: Of) -> dict[str, Pieces]:
 
 class BlockExperts:
     """What the experts do, and what stands around them."""
+
+    block: Any
+    model: Model
+    always: int
 
     def __init__(self, settings: BlockSettings) -> None:
         self.block, self.model, self.always = settings.block, settings.model, settings.always

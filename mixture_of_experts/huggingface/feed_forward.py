@@ -27,6 +27,10 @@ class ModelCall(CallUnderWay):
         around: the call of a larger model, of which this one is a part.
     """
 
+    tokens: TokensAround
+    with_gradients: bool
+    reached: Reached
+
     def __init__(self, tokens: TokensAround | None = None, around: ModelCall | None = None) -> None:
         self.tokens = TokensAround() if tokens is None else tokens
         self.around = around
@@ -40,6 +44,9 @@ class ModelCall(CallUnderWay):
 
 class Reached:
     """Where a backward came by: hooks on tensors, which hold nothing else."""
+
+    output: bool
+    loss: bool
 
     def __init__(self) -> None:
         self.output = False

@@ -169,6 +169,8 @@ def opened(path: Path) -> Iterator[Any]:
 class WeightFiles(Mapping[str, Tensor]):
     """The weights of a folder, each read when it is asked for."""
 
+    files: dict[str, str]
+
     def __init__(self, folder: Path) -> None:
         index = folder / INDEX
         if index.exists():
@@ -210,6 +212,9 @@ class WeightFiles(Mapping[str, Tensor]):
 
 class Shards:
     """Files of weights, each written as soon as it is full."""
+
+    size: int
+    total: int
 
     def __init__(self, folder: Path, max_size: int) -> None:
         self.folder = folder

@@ -24,6 +24,8 @@ from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_ar
 class LastCall(threading.local):
     """The last outermost call that came to its end, of each thread its own. Copies of a model have had none."""
 
+    box: list[ModelCall]
+
     def __init__(self) -> None:
         self.box = [ModelCall()]  # what is in a list torch.compile stores, an attribute it does not
 
@@ -62,6 +64,7 @@ class BeginCall:
     """Forward pre-hook of a model: its feed-forward networks learn what it knows of its tokens."""
 
     ids: TokensReader | None = None
+    warned: bool
 
     def __init__(self, reader: TokensReader | None, last: LastCall) -> None:
         self.reader = reader
@@ -162,6 +165,8 @@ class CheckpointWithMask:
 
 class Remembered:
     """A function that is run once, and then any number of times again with the calls of the first time."""
+
+    first: bool
 
     def __init__(self, run: Callable[..., Any], calls: Sequence[tuple[nn.Module, ModelCall]]) -> None:
         self.run = run

@@ -29,6 +29,8 @@ class SharedNetwork(nn.Module):
         `(..., d)` to the same.
     """
 
+    act: nn.Module
+
     def __init__(
         self, dim: int, hidden_dim: int, activation: ActivationLike, *, gated: bool, bias: bool, **factory: Any
     ) -> None:

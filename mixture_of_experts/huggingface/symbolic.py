@@ -67,6 +67,10 @@ class Symbol(Proxy):
 class Recorder(GraphAppendingTracer):
     """Writes the calls of symbols into a graph."""
 
+    dtype: torch.dtype
+    device: torch.device
+    asked: int
+
     def __init__(self, like: torch.Tensor) -> None:
         super().__init__(Graph())
         self.dtype, self.device = like.dtype, like.device

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.private_torch import constant_in_graphs, has_hooks
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function
 
 
@@ -40,6 +40,9 @@ class ClampedSwiGLU(nn.Module):
         >>> experts(torch.randn(4, 5, 8)).shape
         torch.Size([4, 5, 8])
     """
+
+    alpha: float
+    limit: float
 
     def __init__(self, alpha: float = 1.702, limit: float = 7.0) -> None:
         super().__init__()
@@ -69,6 +72,10 @@ class ClampedGLU(nn.Module):
         >>> ClampedGLU(nn.ReLU, limit=2.0)(torch.tensor([1.0, 9.0]), torch.tensor([-3.0, 1.0]))
         tensor([-2.,  2.])
     """
+
+    act: nn.Module
+    limit: float
+    after: bool
 
     def __init__(self, activation: ActivationLike = nn.SiLU, limit: float = 7.0, *, after: bool = False) -> None:
         super().__init__()
@@ -236,7 +243,7 @@ _SQUARED_RELU = Known(
     "relu_squared",
 )
 _IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
-KNOWN: dict[type, Callable[[Any], Known | KnownClamped]] = {
+KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped]] = {
     nn.GELU: _gelu,
     nn.SiLU: lambda _: _SILU,
     nn.ReLU: lambda _: _RELU,
@@ -244,7 +251,12 @@ KNOWN: dict[type, Callable[[Any], Known | KnownClamped]] = {
     nn.Identity: lambda _: _IDENTITY,
     ClampedSwiGLU: KnownClamped,
 }
-FUNCTIONS: dict[Callable, nn.Module] = {F.gelu: nn.GELU(), F.silu: nn.SiLU(), F.relu: nn.ReLU(), torch.relu: nn.ReLU()}
+FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
+    F.gelu: nn.GELU(),
+    F.silu: nn.SiLU(),
+    F.relu: nn.ReLU(),
+    torch.relu: nn.ReLU(),
+}
 
 
 def known_module(activation: ActivationLike) -> Any:

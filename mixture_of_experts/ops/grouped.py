@@ -41,6 +41,11 @@ class GroupedProducts(lean.SlotProducts):
     """Rows without gaps by torch's grouped product, on CUDA. Those past the last expert's may hold anything, and nobody
     reads them."""
 
+    plan: Plan
+    ends: Tensor
+    num_tokens_per_expert: Tensor
+    token: Tensor
+
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
         plan = decision.without_gaps()

@@ -32,6 +32,11 @@ SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped pr
 class SlotProducts:
     """`rows.Products` of rows as `arrange` lays them: here every expert has as many, some of them zeros."""
 
+    plan: Plan
+    num_batches: int
+    empty: Tensor
+    token: Tensor
+
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
         """A plan, and a table of its rows that the backward needs again."""
@@ -97,6 +102,10 @@ class BlockProducts(SlotProducts):
     rows.
     """
 
+    num_experts: int
+    num_batches: int
+    expert: Tensor
+
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
         queue, queues = decision.queues()
@@ -156,6 +165,9 @@ def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
 
 class LeanFFN:
     """Computes in torch's operators, with the products of one kind (`autograd.ForwardBackward`)."""
+
+    products: type[SlotProducts]
+    table: Tensor | None
 
     def __init__(self, products: type[SlotProducts], table: Tensor | None) -> None:
         self.products, self.table = products, table

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal
 
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -64,5 +64,5 @@ class ExpertSharding:
     def channel(self) -> Channel:
         return Channel(self.mesh.get_group(), self.debug, self.timeout)
 
-    def __deepcopy__(self, memo: dict) -> ExpertSharding:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
         return self  # a copy of a layer is on the same ranks

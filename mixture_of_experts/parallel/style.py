@@ -61,6 +61,9 @@ class ExpertParallel(ParallelStyle):
         ...     return parallelize_module(model, mesh["ep"], {"layers.*.ffn": ExpertParallel()})
     """
 
+    batch_group: dist.ProcessGroup | None
+    replicated: frozenset[str]
+
     def __init__(
         self,
         *,

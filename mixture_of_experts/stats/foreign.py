@@ -49,6 +49,8 @@ class Reader:
         model: the nearest module around the router that is given an attention mask, or the outermost.
     """
 
+    read: TokensReader
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.read = TokensReader(model)

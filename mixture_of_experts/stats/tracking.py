@@ -312,6 +312,9 @@ def exclusively() -> AbstractContextManager[Any]:
 class Clock:
     """Counts steps and forwards on a device, for the rows that are written there."""
 
+    steps: Tensor
+    forwards: Tensor
+
     def __init__(self, device: torch.device) -> None:
         self.steps = torch.zeros(1, device=device)
         self.forwards = torch.full((1,), -1.0, device=device)
@@ -322,6 +325,12 @@ class GateTracker:
 
     They are float32, which counts up to 16 million choices in one forward without error.
     """
+
+    place: GateSite
+    stats: RoutingStats
+    keep: int
+    routers: int
+    learn_names: Callable[[tuple[str, ...]], None]
 
     def __init__(self, place: GateSite, stats: RoutingStats, keep: int) -> None:
         self.place, self.stats, self.keep = place, stats, keep

@@ -20,7 +20,7 @@ from mixture_of_experts.dispatch import sum_rows
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.cpu.batches import Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
+from mixture_of_experts.ops.cpu.batches import Batch, Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
 from mixture_of_experts.ops.network import Network
 from mixture_of_experts.plan import Plan
 
@@ -88,6 +88,12 @@ class ChunkedFFN:
 
 class ChunkProducts:
     """`rows.Products` of a chunk: of each batch one product. The totals are written to the chunk's rows of `y`."""
+
+    token: Tensor
+    empty: Tensor
+    y: Tensor
+    batches: list[Batch]
+    start: int
 
     def __init__(self, chunk: Chunk, plan: Plan, y: Tensor) -> None:
         token = plan.token[chunk.rows]

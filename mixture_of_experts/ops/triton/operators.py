@@ -381,7 +381,16 @@ def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Se
 
 
 def launch_product(
-    kernel, tiles: Tiles, blocks: Blocks, weight: Tensor, axes: str, /, *, columns: int, width: int, **arguments: Any
+    kernel: Any,
+    tiles: Tiles,
+    blocks: Blocks,
+    weight: Tensor,
+    axes: str,
+    /,
+    *,
+    columns: int,
+    width: int,
+    **arguments: Any,
 ) -> None:
     """A kernel that multiplies rows by weights, whose axes are e, c (summed over) and n; a program writes `width` of
     the `columns` of the result."""
