@@ -139,6 +139,10 @@ class ExpertBalancing:
 class Ours:
     """The bias of a gate of this package, which counts by a rule until `hooks` are removed."""
 
+    gate: Any
+    rule: BiasRule
+    before: Any
+
     def __init__(self, gate: Any, rule: BiasRule, hooks: ExitStack) -> None:
         self.gate, self.rule, self.before = gate, rule, gate.bias_rule
         gate.bias_rule = rule
@@ -187,6 +191,12 @@ def names_of_counts(model: nn.Module) -> set[str]:
 class Theirs:
     """The bias of a block of `transformers`, and a hook that counts: before its experts, or, for a rule that reads
     scores, behind its router."""
+
+    bias: Tensor
+    rule: BiasRule
+    reader: TokensOfCall
+    select: Any
+    k: int
 
     total: Tensor
 

@@ -60,7 +60,9 @@ class SignRule(BiasRule):
         tensor([-0.7500,  0.2500,  0.2500,  0.2500])
     """
 
-    rate = 1e-3
+    centred: bool
+
+    rate: ClassVar[float] = 1e-3
 
     def __init__(self, centred: bool = False) -> None:
         self.centred = check_flag("centred", centred)
@@ -107,11 +109,11 @@ class QuantileRule(BiasRule):
         tensor([ 0.2500, -0.2500])
     """
 
-    rate = 1.0
-    reads_scores = True
+    rate: ClassVar[float] = 1.0
+    reads_scores: ClassVar[bool] = True
 
     def __init__(self, bins: int = 1000) -> None:
-        self.bins = check_size("bins", bins)
+        self.bins: int = check_size("bins", bins)
 
     def count(self, chosen: Chosen) -> Tensor:
         """Histograms of r, `(..., e, bins)` int32."""

@@ -26,6 +26,10 @@ class Choosing(TorchFunctionMode):
         given: `(t, k)` int64, the choices; None: the block chooses, and `expert` is what it chose.
     """
 
+    site: ChoiceSite
+    given: Tensor | None
+    groups: tuple[Any, Any] | None
+
     def __init__(self, site: ChoiceSite, given: Tensor | None = None) -> None:
         super().__init__()
         self.site, self.given = site, given

@@ -88,6 +88,8 @@ class Part(NamedTuple):
 class Recording:
     """What `record_routing` noted and did not hand over yet."""
 
+    records: RoutingRecords
+
     def __init__(self, sites: list[ChoiceSite]) -> None:
         self.sites = sites
         self.parts: dict[str, list[Part]] = {site.name: [] for site in sites}

@@ -98,6 +98,10 @@ class Table:
         records: for each sequence `(s, k)`.
     """
 
+    lengths: list[int]
+    length: Tensor
+    expert: Tensor
+
     def __init__(self, records: list[Tensor], k: int) -> None:
         self.lengths = [len(record) for record in records]
         self.length = torch.tensor(self.lengths, dtype=torch.int64)
@@ -115,6 +119,10 @@ class Table:
 
 class Replay:
     """What `replay_routing` gives the gates of a model."""
+
+    sites: list[ChoiceSite]
+    tables: dict[str, Table]
+    closed: bool
 
     def __init__(self, sites: list[ChoiceSite], tables: dict[str, Table], beyond: Beyond) -> None:
         self.sites, self.tables, self.beyond = sites, tables, beyond

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 Policy = Callable[..., CheckpointPolicy | bool]
 
 #: operators by which numbers become choices
-CHOOSE = {
+CHOOSE: set[Any] = {
     torch.ops.aten.argmax.default,
     torch.ops.aten.argmin.default,
     torch.ops.aten.max.dim,

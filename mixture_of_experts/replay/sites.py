@@ -126,6 +126,8 @@ class SequencesCall(CallUnderWay):
 class Sequences:
     """The sequences of the forward that is under way, of one model around gates."""
 
+    read: TokensReader
+
     def __init__(self, owner: object, model: nn.Module, seen: Seen | None) -> None:
         self.owner = owner
         self.read = TokensReader(model)
