@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import pickle
+import random
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from support.paths import make_experts
 from torch import nn
 
 from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, TopKGating
+from mixture_of_experts.replay import RoutingRecords
 from mixture_of_experts.stats import track_routing
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +36,7 @@ from experiments import scaling, scaling_runs  # noqa: E402
 
 #: of every source that reads or writes files: what these are
 FILES = {
+    "mixture_of_experts/replay/records.py": "records of choices, read as weights",
     "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines",
     "mixture_of_experts/huggingface/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/configuration.py": "config.json",
@@ -43,6 +46,7 @@ FILES = {
     "examples/compare_routers.py": "compare_routers.json",
     "examples/corpus.py": "text",
     "examples/upcycle.py": "a picture",
+    "experiments/balance_rules.py": "records of runs, JSON lines; a picture",
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",
     "experiments/compare_seeds.py": "compare_seeds.json",
     "experiments/durability.py": "the results of its parts, JSON; checkpoints of the example",
@@ -163,6 +167,30 @@ def test_checkpoint_of_the_example(corpus: Any, tmp_path: Path, damage: str):
     assert_same(training.trainees[0].model.state_dict(), before)
     assert (training.step, path.read_bytes()) == (0, data)
     assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_whatever_the_bytes_are_the_error_is_one_that_names_the_file(tmp_path: Path):
+    """A hundred that were cut anywhere, and a hundred with other bytes; some of these load, with other numbers."""
+    draw, choices = random.Random(0), [torch.randint(0, 4, (50, 2)) for _ in range(3)]
+    RoutingRecords({"gate": choices}, {"gate": 4}).save(tmp_path / "records.pt")
+    torch.save({key: {"w": torch.ones(30)} for key in trainings.WRITTEN}, tmp_path / "checkpoint.pt")
+    for name, read in (("records.pt", RoutingRecords.load), ("checkpoint.pt", trainings.read_checkpoint)):
+        path, errors = tmp_path / name, []
+        whole = path.read_bytes()
+        for number in range(200):
+            data = bytearray(whole)
+            for place in draw.sample(range(len(data)), k=3):
+                data[place] = draw.randrange(256)
+            path.write_bytes(data if number % 2 else whole[: draw.randrange(len(whole))])
+            try:
+                read(path)
+            except ValueError as error:
+                errors.append(str(error))
+        assert len(errors) > 100
+        assert all(name in error for error in errors)
+        path.write_bytes(whole)
+        read(path)
 
 
 def clones(state: dict[str, Any]) -> dict[str, Any]:

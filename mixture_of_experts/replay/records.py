@@ -6,7 +6,6 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 from __future__ import annotations
 
 import base64
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -175,7 +174,9 @@ class RoutingRecords:
         """
         try:
             found = torch.load(path, weights_only=True, map_location="cpu")
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise
+        except Exception as error:  # of what is cut, torch.load says so by an OSError, EOFError, TypeError and others
             raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {error}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             has = found.get("format") if isinstance(found, dict) else type(found).__name__
