@@ -313,9 +313,10 @@ def wait_for_the_others(processes: list[Any], victims: list[Any]) -> dict[str, A
             process.kill()
             raise SystemExit(f"a rank went on for {LEFT_ALONE} s after another one was killed") from None
         if process not in victims:
-            told = said(process).strip().splitlines()[-1][:200]
-            if not code:
-                raise SystemExit("a rank ended well though another one was killed")
+            told = next((line for line in said(process).splitlines() if "Another rank has raised" in line), "")
+            names = {f"rank {processes.index(victim)} told nothing" for victim in victims} | {"rank 0 unless torchrun"}
+            if not code or not any(name in told for name in names):
+                raise SystemExit(f"a rank ended with {code} after another one was killed: {said(process)[-2000:]}")
     return {"alone": round(time.monotonic() - begin, 1), "told": told} if len(processes) > 1 else {}
 
 
