@@ -123,8 +123,9 @@ def heard(group: dist.ProcessGroup, error: Exception, timeout: timedelta) -> str
     """What the other ranks tell, in a sentence; it is waited for, but not long."""
     tell(error, waited=True)
     patience = min(max(timeout.total_seconds() / 2, 1.0), 15.0)
-    entries: list[Entry] = []
-    problem = in_time(lambda: listen(group, entries, patience, timeout), seconds=patience + 5)
+    journal: dict[int, Entry] = {}
+    problem = in_time(lambda: listen(group, journal, patience, timeout), seconds=patience + 5)
+    entries = list(journal.values())
     if causes := causes_among(entries, timeout):
         shown = [f"rank {cause.rank} raised {cause.text}" for cause in causes[:MOST]]
         return "; ".join([*shown, *(["and more"] if len(causes) > MOST else [])])
@@ -146,11 +147,12 @@ def heard(group: dist.ProcessGroup, error: Exception, timeout: timedelta) -> str
     )
 
 
-def listen(group: dist.ProcessGroup, entries: list[Entry], patience: float, timeout: timedelta) -> None:
-    """Add what is in the journal, until it says enough or patience is over."""
+def listen(group: dist.ProcessGroup, journal: dict[int, Entry], patience: float, timeout: timedelta) -> None:
+    """Read the journal, until it says enough or patience is over."""
     begin = time.monotonic()
     while True:
-        entries.extend(read(after=len(entries)))
+        read(journal)
+        entries = list(journal.values())
         waited, silent = time.monotonic() - begin, silent_among(group, entries)
         settled = not silent or (len(silent) == 1 and waited > 0.5)
         if causes_among(entries, timeout) or settled or waited > patience:
@@ -165,8 +167,8 @@ def causes_among(entries: list[Entry], timeout: timedelta) -> list[Entry]:
 
 
 def silent_among(group: dist.ProcessGroup, entries: list[Entry]) -> list[int]:
-    """The ranks that have told nothing."""
-    heard_of = {entry.rank for entry in entries}
+    """The other ranks, those of them that have told nothing."""
+    heard_of = {dist.get_rank(), *(entry.rank for entry in entries)}
     return [rank for rank in dist.get_process_group_ranks(group) if rank not in heard_of]
 
 
@@ -176,16 +178,13 @@ def write(entry: Entry) -> None:
     store.set(f"{JOURNAL}/{number}", f"{entry.rank} {int(entry.waited)} {entry.time} {entry.text}")
 
 
-def read(after: int) -> list[Entry]:
-    """The entries behind the first `after` ones, up to one that is still being written."""
+def read(journal: dict[int, Entry]) -> None:
+    """Add the entries by number that are new; one whose writer has not finished it is passed over."""
     store = store_of_job()
-    found = []
-    for number in range(after + 1, store.add(JOURNAL, 0) + 1):
-        if not store.check([f"{JOURNAL}/{number}"]):
-            break
-        rank, waited, written, text = store.get(f"{JOURNAL}/{number}").decode().split(" ", 3)
-        found.append(Entry(int(rank), waited == "1", float(written), text))
-    return found
+    for number in range(1, store.add(JOURNAL, 0) + 1):
+        if number not in journal and store.check([f"{JOURNAL}/{number}"]):
+            rank, waited, written, text = store.get(f"{JOURNAL}/{number}").decode().split(" ", 3)
+            journal[number] = Entry(int(rank), waited == "1", float(written), text)
 
 
 def in_time(call: Callable[[], None], seconds: float) -> str | None:

@@ -174,6 +174,8 @@ def test_timeouts_of_process_groups(tmp_path):
         assert private_torch.default_timeout(group) == timedelta(seconds=70)
         private_torch.set_timeout(group, timedelta(seconds=5))
         assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=5)  # type: ignore[union-attr]
+        private_torch.store_of_job().set("key", "value")
+        assert private_torch.store_of_job().check(["key"])
         mesh = init_device_mesh("cpu", (1,))
         whole = torch.arange(3.0)
         assert torch.equal(private_torch.local_part(distribute_tensor(whole, mesh, [Replicate()])), whole)

@@ -1,0 +1,76 @@
+"""`experiments.durability` finds what it looks for: each fault is planted. The runs themselves take half an hour."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from experiments import durability
+
+LOG = [(step, 400 * 2**20 + 3000 * step) for step in range(1, 1001)]
+
+
+def test_growth_is_that_after_the_beginning():
+    early = [(step, 2**20 * step) for step in range(1, 100)]
+    assert durability.memory_growth([*early, *LOG[100:]]) == pytest.approx(3000 * 1000 / 2**20, rel=0.01)
+
+
+def test_states_that_differ_in_one_bit():
+    state = {"w": torch.ones(3), "n": [1, (2.0, "x")]}
+    assert not list(durability.differences(state, {"w": torch.ones(3), "n": [1, (2.0, "x")]}))
+    others = [{"w": torch.ones(3).nextafter(torch.tensor(2.0)), "n": [1, (2.0, "x")]}, {"w": torch.ones(3), "n": [1]}]
+    others += [{"w": torch.ones(3).double(), "n": [1, (2.0, "x")]}, {"w": torch.ones(3), "n": [1, (2.5, "x")]}]
+    assert [list(durability.differences(state, other)) for other in others] == [
+        [".w"],
+        ["length of .n"],
+        [".w"],
+        [".n[1][0]: 2.0 and 2.5"],
+    ]
+
+
+@pytest.mark.slow
+def test_half_precision_of_few_steps(tmp_path: Path):
+    rows = durability.half_precision(tmp_path, replace(durability.SETTINGS, steps=150))
+    assert [row["run"] for row in rows] == list(durability.ROUTERS)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_one_that_loses_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    settings = replace(durability.SETTINGS, steps=400)
+    (row,) = durability.kills(tmp_path, settings, times=1)
+    assert row["kills"] == 1
+    assert row["steps lost at most"] <= row["checkpoint every"] == 20
+    (record,) = (tmp_path / "killed" / "kills.jsonl").read_text().splitlines()
+    assert json.loads(record)["lost"] == row["steps lost at most"]
+    with pytest.raises(SystemExit, match="the run ended before its 1 kills"):
+        durability.kills(tmp_path, settings, times=1)
+    monkeypatch.setattr(durability, "step_reached", lambda out, ranks: 0)
+    monkeypatch.setattr(durability, "start_ranks", lambda log, options, ranks: [Sleeping(log)])
+    with pytest.raises(SystemExit, match="25 steps lost, with a checkpoint every 20"):
+        durability.kill_once(tmp_path / "other", replace(settings, checkpoint_every=20), AtAStep(), ranks=1)
+
+
+class Sleeping:
+    """A run that has come to step 25 and saved nothing."""
+
+    def __init__(self, log: Path) -> None:
+        log.parent.mkdir()
+        log.write_text("".join(f"{step} 0\n" for step in range(1, 26)))
+
+    def poll(self) -> None: ...
+
+    def send_signal(self, number: int) -> None: ...
+
+    def wait(self, seconds: float) -> int:
+        return -9
+
+
+class AtAStep(durability.random.Random):
+    """Kills while steps are made."""
+
+    def random(self) -> float:
+        return 0.5
