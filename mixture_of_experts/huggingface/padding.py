@@ -92,7 +92,7 @@ class BeginCall:
     ) -> Tensor | None:
         """Token ids of a model that has none for itself: its own, or of a model around that embeds as many tokens."""
         if self.reader is None:
-            return None if self.ids is None else self.ids(args, kwargs).ids
+            return None if self.ids is None else self.ids.given(args, kwargs).get("input_ids")
         outer = None if around is None else around.tokens.ids
         return None if outer is None or outer.shape != shape else outer
 

@@ -86,3 +86,9 @@ def refuse_other_ways(site: ChoiceSite, mode: Choosing) -> Tensor:
             "by torch.topk, so that its choices are neither seen nor replaced: convert it by from_transformers"
         )
     return mode.expert
+
+
+def refuse_one_graph(site: ChoiceSite) -> None:
+    """A compiled model has a break in its graph here."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError(f"choices of {site.name!r} are no part of a graph: compile without fullgraph=True")

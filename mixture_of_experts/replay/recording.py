@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.decision import plan_slots_of
-from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
+from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
     ChoiceSite,
@@ -133,6 +133,7 @@ class Recording:
         self.note(site, call, expert.reshape(*shape, site.choices), None if mask is None else mask.reshape(shape))
 
     def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
+        refuse_one_graph(site)
         if sequences.call(site) is not None:
             mode = Choosing(site)
             under_way.begin(ChoosingCall(mode), (self, site.name))

@@ -19,7 +19,7 @@ from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.levels import GIVEN, GIVEN_INNER
-from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_other_ways
+from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
@@ -172,8 +172,7 @@ class Replay:
 
     def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
         call = sequences.call(site)
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"{site.name!r} is a router of transformers: it is replayed without torch.compile only")
+        refuse_one_graph(site)
         if call is not None:
             given = self.of_block(site, call, args)
         elif not runs_again():
@@ -192,8 +191,6 @@ class Replay:
         sequences_of(site, call, b * n)
         device = next(site.called.parameters()).device
         given = self.given(site, call, (b, n), call.tokens.mask, device)
-        if call.tokens.mask is not None:
-            given = given.where(call.tokens.mask.to(device).unsqueeze(-1), LIVE)
         given = given.view(b * n, site.k)
         if site.called.training and in_checkpoint():
             before = self.to_run_again.get(site.name)
