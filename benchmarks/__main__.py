@@ -96,8 +96,8 @@ def together(found: list[dict]) -> list[dict]:
     """The records of one half, each with the rounds of all processes."""
     if len(found) == 1:
         return found[0]["records"]
-    from benchmarks.pool import pooled
     from benchmarks.report import case_block
+    from benchmarks.run import pooled
 
     records = [pooled(each) for each in zip(*(run["records"] for run in found), strict=True)]
     print("\nall processes together", *map(case_block, records), sep="\n", flush=True)
@@ -119,7 +119,7 @@ def save(result: dict, options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(whole, indent=1))
     if options.plot:
-        from benchmarks.plot import draw
+        from benchmarks.report import draw
 
         draw(whole, options.plot)
     if result["records"]:
@@ -133,15 +133,15 @@ def child(options: argparse.Namespace) -> int:
     """Run one half in this process, printing as it goes."""
     import torch
 
-    from benchmarks import counting, machine, report
+    from benchmarks import counts, report, timing
     from benchmarks.run import run_case
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    result: dict = {"machine": machine.describe(), "records": [], "counts": []}
+    result: dict = {"machine": timing.machine(), "records": [], "counts": []}
     print(report.heading(result["machine"]), f"; {report.pages(options.half)}", sep="", flush=True)
     if options.count:
-        for row in counting.count(options.only):
+        for row in counts.count(options.only):
             print(report.count_line(row), flush=True)
             result["counts"].append(row)
     else:

@@ -1,39 +1,183 @@
-"""Who can run: contestants by the names that the cases use."""
+"""Who can run: contestants by the names that the cases use. The rivals are on the same weights. Each is optional: one
+that is missing is skipped with a line saying how to get it.
+
+Packages that cannot, or need not, be installed beside this one lie in folders of their own, named by two environment
+variables (the options --published and --st-moe set them).
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
+from importlib.metadata import distributions
+from pathlib import Path
+from types import ModuleType
 
-from benchmarks import layer, rivals, yardsticks
+import torch
+from torch import Tensor, nn
+
+from benchmarks import contest, yardsticks
 from benchmarks.cases import Case
-from benchmarks.contest import Contestant, MissingError, check
-from benchmarks.loop import expected_output
-from benchmarks.problem import Inputs, Weights
+from benchmarks.contest import Contestant, MissingError, check, of_module, state
+from benchmarks.problem import Inputs, LoopMoE, Weights, expected_output
 from benchmarks.problem import inputs as make_inputs
 from benchmarks.problem import weights as make_weights
-from benchmarks.whole_batch import whole_batch
+
+PUBLISHED = "BENCHMARKS_PUBLISHED"
+ST_MOE = "BENCHMARKS_ST_MOE"
+GET_PUBLISHED = "pip install --no-deps --target FOLDER mixture-of-experts==0.2.3, then --published FOLDER"
+ST_MOE_PACKAGES = "st-moe-pytorch colt5-attention local-attention hyper-connections beartype"
+GET_ST_MOE = f"pip install --no-deps --target FOLDER {ST_MOE_PACKAGES}, then --st-moe FOLDER"
+
+
+def loop(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """The plain loop over experts."""
+    module = LoopMoE(case, weights, inputs.threshold)
+    note = "top-k, one-hot and cumsum for the slots, then per expert gather, products and index_add; no auxiliary loss"
+    return of_module("loop", case, inputs, module, lambda x: (module(x), None), note=note)
+
+
+def published_module() -> ModuleType:
+    """mixture-of-experts 0.2.3 under another name: its own is this package's."""
+    name = "published_mixture_of_experts"
+    if name in sys.modules:
+        return sys.modules[name]
+    folder = os.environ.get(PUBLISHED)
+    if not folder:
+        raise MissingError(GET_PUBLISHED)
+    versions = {found.metadata["Name"]: found.version for found in distributions(path=[folder])}
+    if versions.get("mixture-of-experts", versions.get("mixture_of_experts")) != "0.2.3":
+        raise MissingError(f"{folder} holds {versions}, not mixture-of-experts 0.2.3: {GET_PUBLISHED}")
+    spec = importlib.util.spec_from_file_location(name, Path(folder) / "mixture_of_experts" / "mixture_of_experts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def published_layer(case: Case) -> nn.Module:
+    module = published_module()
+    options = {
+        "second_policy_train": case.policy,
+        "second_policy_eval": case.policy,
+        "capacity_factor_train": case.factor,
+        "capacity_factor_eval": case.factor,
+    }
+    if case.inner:
+        return module.HeirarchicalMoE(case.d, (case.e, case.inner), case.h, nn.GELU, **options)
+    return module.MoE(case.d, case.e, case.h, nn.GELU, **options)
+
+
+def published(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """mixture-of-experts 0.2.3."""
+    refuse_what_only_we_have(case, "0.2.3")
+    if case.mode == "construct":
+        published_module()
+        return Contestant("0.2.3", lambda: (published_layer(case), None)[1], case, note="building the module")
+    module = published_layer(case)
+    module.load_state_dict(state(case, weights), assign=True)
+    return of_module("0.2.3", case, inputs, module, module, note="output and auxiliary loss, GELU experts")
+
+
+def refuse_what_only_we_have(case: Case, rival: str) -> None:
+    if not case.router_is_top2 or case.factor is None or case.policy == "threshold" or case.dtype != "float32":
+        raise MissingError(f"{rival} has no such configuration")
+
+
+class PlainExpert(nn.Module):
+    """(..., d) -> (..., d) by two products without bias, for st-moe-pytorch's list of experts."""
+
+    def __init__(self, w1: Tensor, w2: Tensor) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Parameter(w1), nn.Parameter(w2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.gelu(x @ self.w1) @ self.w2
+
+
+def st_moe_package() -> ModuleType:
+    folder = os.environ.get(ST_MOE)
+    if folder and folder not in sys.path:
+        sys.path.append(folder)
+    if importlib.util.find_spec("st_moe_pytorch") is None:
+        raise MissingError(GET_ST_MOE)
+    return importlib.import_module("st_moe_pytorch.st_moe_pytorch")
+
+
+def st_moe(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+    """st-moe-pytorch, its threshold at 0 (every second choice is taken) and no straight-through dispatch."""
+    refuse_what_only_we_have(case, "st-moe-pytorch")
+    if case.policy != "all" or case.inner:
+        raise MissingError("st-moe-pytorch draws its second choices otherwise and has one level")
+    package = st_moe_package()
+    experts = nn.ModuleList(map(PlainExpert, weights.w1.unbind(0), weights.w2.unbind(0)))
+    options = {"threshold_train": 0.0, "threshold_eval": 0.0, "straight_through_dispatch_tensor": False}
+    factors = {"capacity_factor_train": case.factor, "capacity_factor_eval": case.factor}
+    module = package.MoE(case.d, case.e, experts=experts, router_z_loss_coef=0.0, **options, **factors)
+    module.gate.to_gates.weight = nn.Parameter(weights.w_gating.T.contiguous())
+    note = "threshold 0, straight_through_dispatch_tensor off: the same function, gradients included"
+    return of_module("st-moe", case, inputs, module, lambda x: module(x)[:2], note=note)
+
+
+def transformers_block(family: str, backend: str):
+    """A builder for the sparse block of Mixtral or Qwen3-MoE with an experts backend."""
+
+    def build(case: Case, weights: Weights, inputs: Inputs) -> Contestant:
+        if importlib.util.find_spec("transformers") is None:
+            raise MissingError("pip install transformers")
+        block = {"mixtral": mixtral_block, "qwen3": qwen3_block}[family](case, backend)
+        assert weights.w3 is not None
+        gate_up = torch.cat([weights.w1, weights.w3], dim=-1).transpose(1, 2).contiguous()
+        down = weights.w2.transpose(1, 2).contiguous()
+        parts = {"gate.weight": weights.w_gating.T.contiguous(), "experts.gate_up_proj": gate_up}
+        block.load_state_dict(parts | {"experts.down_proj": down}, assign=True)
+        note = f"experts_implementation={backend!r}; the block has no auxiliary loss"
+        return of_module(f"{family} {backend}", case, inputs, block, lambda x: (block(x), None), note=note)
+
+    return build
+
+
+def mixtral_block(case: Case, backend: str) -> nn.Module:
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    sizes = {"hidden_size": case.d, "intermediate_size": case.h, "num_local_experts": case.e}
+    return MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=case.k, experts_implementation=backend))
+
+
+def qwen3_block(case: Case, backend: str) -> nn.Module:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    sizes = {"hidden_size": case.d, "moe_intermediate_size": case.h, "num_experts": case.e}
+    options = {"num_experts_per_tok": case.k, "norm_topk_prob": True, "experts_implementation": backend}
+    return Qwen3MoeSparseMoeBlock(Qwen3MoeConfig(**sizes, **options))
+
 
 Builder = Callable[[Case, Weights, Inputs], Contestant]
 
 BUILDERS: dict[str, Builder] = {
-    "layer": layer.layer,
-    "layer balanced": layer.variant("layer balanced", skew=0.0),
-    "layer dropless": layer.variant("layer dropless", factor=None),
-    "layer bfloat16": layer.variant("layer bfloat16", dtype="bfloat16"),
-    "layer compiled": layer.compiled,
+    "layer": contest.layer,
+    "layer balanced": contest.variant("layer balanced", skew=0.0),
+    "layer dropless": contest.variant("layer dropless", factor=None),
+    "layer bfloat16": contest.variant("layer bfloat16", dtype="bfloat16"),
+    "layer compiled": contest.compiled,
     "products": yardsticks.products,
     "router + products": yardsticks.router_and_products,
     "roofline": yardsticks.roofline,
-    "whole batch": whole_batch,
-    "whole batch in new memory": partial(whole_batch, ready=False),
+    "whole batch": yardsticks.whole_batch,
+    "whole batch in new memory": partial(yardsticks.whole_batch, ready=False),
     "dense": yardsticks.dense,
     "by hand": yardsticks.by_hand,
-    "loop": rivals.loop,
-    "0.2.3": rivals.published,
-    "st-moe": rivals.st_moe,
+    "loop": loop,
+    "0.2.3": published,
+    "st-moe": st_moe,
     **{
-        f"{family} {backend}": rivals.transformers_block(family, backend)
+        f"{family} {backend}": transformers_block(family, backend)
         for family in ("mixtral", "qwen3")
         for backend in ("eager", "grouped_mm", "batched_mm")
     },

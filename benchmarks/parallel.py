@@ -29,7 +29,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
-from benchmarks import machine
+from benchmarks import timing
 from mixture_of_experts import Experts, MoE, TopKGating
 from mixture_of_experts.parallel import ExpertParallel, SpreadExperts, parallelize_module
 from mixture_of_experts.parallel.exchange import Channel
@@ -193,7 +193,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     sizes = f"{options.tokens} tokens a rank, d={options.dim}, h={options.hidden}, e={options.experts}, k={CHOICES}"
-    about = machine.describe() | {"threads": 1}
+    about = timing.machine() | {"threads": 1}
     print(f"{about['processor']}, {about['cores']} cores, torch {about['torch']}; {sizes}, float32, one thread a rank")
     rows = [row for ranks in options.ranks for row in measure(ranks, options)]
     print(table(rows))

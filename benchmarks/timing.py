@@ -1,18 +1,56 @@
-"""Interleaved rounds, and ratios that count only where a contestant agrees with itself."""
+"""The machine that figures belong to, interleaved rounds, and ratios that count only where a contestant agrees with
+itself.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
+import platform
 import random
 import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Literal
 
+import torch
+
 from benchmarks.cases import Case, Figure
 from benchmarks.contest import Contestant
+
+HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def memory_gib() -> float:
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+
+
+def machine() -> dict:
+    """What figures belong to."""
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": memory_gib(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
 
 AGAIN = " (again)"
 MAX_DISAGREEMENT = 0.03

@@ -16,12 +16,13 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import constants, counting, counts, field, first_hour, gpu, pool, problem, report, timing  # noqa: E402
+from benchmarks import counts, field, first_hour, gpu, problem, report, run, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
-from benchmarks.loop import load_of  # noqa: E402
-from benchmarks.rivals import PUBLISHED, ST_MOE  # noqa: E402
+from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
+from benchmarks.problem import load_of  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
+from experiments import cpu_constants  # noqa: E402
 from mixture_of_experts import ops  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
 
@@ -77,7 +78,7 @@ def test_rounds_of_several_processes_count_together() -> None:
 
     records = [record(layer=1.0, reference=1.0, only_here=1.0), record(layer=3.0, reference=2.0)]
     case = replace(TOYS["toy/train"], figures=(Figure("layer", ("reference",), target=1.3),))
-    whole = pool.pooled([*records, records[1]], [case])
+    whole = run.pooled([*records, records[1]], [case])
     assert whole["contestants"].keys() == {"layer", "reference", "reference" + AGAIN}
     assert whole["contestants"]["layer"]["seconds"] == [1.0] * 15 + [3.0] * 30
     assert (whole["rounds"], whole["processes"], whole["contestants"]["layer"]["faults"]) == (45, 3, 7)
@@ -304,7 +305,7 @@ def test_the_halves_differ_in_huge_pages_whatever_the_caller_has(monkeypatch) ->
 
 
 def test_counts_of_a_toy() -> None:
-    rows = {(row["what"], row["note"]): row for row in counting.against_rivals(TOYS["toy/train"])}
+    rows = {(row["what"], row["note"]): row for row in counts.against_rivals(TOYS["toy/train"])}
     assert rows["FLOPs", "layer ÷ router + products"]["value"] <= 1.0
     assert rows["bytes kept for backward", "layer ÷ dense"]["over"] > 0
     assert {what: row["met"] for (what, _), row in rows.items() if row["limit"] is not None} == {
@@ -315,15 +316,15 @@ def test_counts_of_a_toy() -> None:
 
 @pytest.mark.parametrize(("limit", "met"), [(1.49, False), (1.5, True), (None, None)])
 def test_a_count_is_held_to_its_limit(limit: float | None, met: bool | None) -> None:
-    assert counting.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
+    assert counts.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
 
 
 def test_other_constants_of_the_batches_are_timed_and_put_back(capsys) -> None:
     before = (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
-    constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
+    cpu_constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny: ")
-    assert len(lines) == 3 + sum(map(len, constants.VALUES.values()))
+    assert len(lines) == 3 + sum(map(len, cpu_constants.VALUES.values()))
     assert lines[1].split() == ["as", "it", "is", "1.000"]
     assert before == (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
 

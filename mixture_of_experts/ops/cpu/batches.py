@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# `python -m benchmarks.constants` times steps with other values of these
+# `python -m experiments.cpu_constants` times steps with other values of these
 PADDING = 1 << 18  # multiplications of padding that take as long as the call of another product
 SHARING = 32  # times that is what several threads lose on one expert's product, which they share badly
 FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights

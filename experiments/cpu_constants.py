@@ -1,7 +1,7 @@
 """What the constants of the CPU's batches cost: training steps with other values of one, against those of the package.
 
-python -m benchmarks.constants              # CHUNK, PADDING and FREE_ROWS, on one thread by processor time
-python -m benchmarks.constants --threads 2  # and SHARING, by the clock on the wall: on a quiet machine
+python -m experiments.cpu_constants              # CHUNK, PADDING and FREE_ROWS, on one thread by processor time
+python -m experiments.cpu_constants --threads 2  # and SHARING, by the clock on the wall: on a quiet machine
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 """
