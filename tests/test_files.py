@@ -42,6 +42,8 @@ FILES = {
     "mixture_of_experts/huggingface/configuration.py": "config.json",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
     "examples/training.py": "checkpoint.pt",
+    "mixture_of_experts/stats/charts.py": "pictures within a page, no file",
+    "mixture_of_experts/stats/report.py": "a page of what was recorded",
     "examples/report.py": "result.json, a picture",
     "examples/compare_routers.py": "compare_routers.json",
     "examples/corpus.py": "text",

@@ -34,6 +34,8 @@ RECIPES = {
     "OLMoE": (8, 64, None),
     "Qwen3-MoE": (8, 64, 1.0),
     "DeepSeek-V3": (8, 64, 2.5),
+    "Top-p": (8, 16, None),
+    "ReMoE": (8, 16, None),
     "GPT-OSS": (4, 32, 1.0),
     "Chen 2022": (1, 8, None),
     "Llama 4": (1, 16, None),
@@ -69,7 +71,8 @@ def test_recipe_routes_as_its_row_says(name):
         assert (routing.expert.flatten().bincount() == 2 * routing.capacity).all()
     else:
         assert routing.capacity is None
-        assert routing.kept.all()
+        assert routing.kept.equal(routing.chosen)
+        assert routing.kept.all() != (name in ("Top-p", "ReMoE"))
     if total is not None and name != "GShard":  # there the second choice may be left out
         weight = routing.weight.unflatten(-1, (32, choices)).sum(dim=-1)
         torch.testing.assert_close(weight, torch.full_like(weight, total))
