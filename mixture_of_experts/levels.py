@@ -18,13 +18,13 @@ from mixture_of_experts.plan import Plan
 from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
 
-GIVEN, GIVEN_INNER = "given_experts", "given_experts_inner"
+GIVEN, GIVEN_INNER, OPEN = "given_experts", "given_experts_inner", "open_experts"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of side inputs for the gates of level one and two, by what they read: each level has choices that
-    somebody else made under a name of its own."""
-    own = {name for name in inner if name != GIVEN}
+    somebody else made under a name of its own, and experts are closed to tokens at level one."""
+    own = {name for name in inner if name not in (GIVEN, OPEN)}
     return set(outer), own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 

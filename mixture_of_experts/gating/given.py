@@ -40,6 +40,14 @@ class Settled(NamedTuple):
             return self.made if sent is None else sent
         return torch.where(self.live, sent & self.made, self.made) if self.live is not None else sent & self.made
 
+    def without(self, closed: Tensor | None) -> Settled:
+        """These but for the choices of experts `(..., b, n, e)` that are closed to a token."""
+        if closed is None:
+            return self
+        is_open = ~closed.gather(-1, self.expert)
+        weighed, made = (is_open if part is None else part & is_open for part in (self.weighed, self.made))
+        return self._replace(weighed=weighed, made=made)
+
 
 def settle(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> Settled:
     """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`, of which it makes those `made`."""

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 NO_BIAS = "this gate has no expert bias: build it with TopKGating(..., expert_bias=True)"
 NO_EPSILON = 1e-20  # of float32 beside any sum of weights but of those that are all 0
 BALANCES = ("group", "batch")
+Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
 class TopKGating(TokenChoiceGate):
@@ -96,8 +97,9 @@ class TopKGating(TokenChoiceGate):
     w_gating: nn.Parameter | None
     b_gating: nn.Parameter | None
 
-    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none, which the gate then only weighs
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none, which the gate then only weighs;
+    #: `open_experts` `(..., n, e)` bool: those that a token may choose, at least one, as if there were no others
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None
@@ -177,17 +179,19 @@ class TopKGating(TokenChoiceGate):
         return few.choices(self, tokens) or self.decide_by_operators(tokens)
 
     def decide_by_operators(self, tokens: Tokens) -> Choices:
-        """The same in torch's operators."""
-        x = self._jittered(tokens.x)
+        """What `decide` returns, in torch's operators."""
+        x, closed = self._jittered(tokens.x), self.closed_experts(tokens)
         if self.w_gating is not None:
-            logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating)
+            logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
         elif isinstance(self.logits, RouterLogits):
-            logits, score, probs, log_total = recomputed(self._module_scores, x, self.logits.weight)
+            logits, score, probs, log_total = recomputed(self._module_scores, x, self.logits.weight, closed)
         else:  # of no known size, and it may draw
-            logits, score, probs, log_total = self._module_scores(x)
+            logits, score, probs, log_total = self._module_scores(x, None, closed)
         ranked = self._ranked(logits, score)
+        if closed is not None:
+            ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # above those that are chosen already
         own = self.own_choices(tokens, ranked)
-        settled = self.settle(tokens, own, self.made(probs, own))
+        settled = self.settle(tokens, own, self.made(probs, own)).without(closed)
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         if settled.live is not None:
             log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
@@ -243,17 +247,29 @@ class TopKGating(TokenChoiceGate):
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
-    def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def closed_experts(self, tokens: Tokens) -> Tensor | None:
+        """`(..., b, n, e)` bool, the experts that are closed to each token; None if all are open to all."""
+        is_open = tokens.side.get("open_experts")
+        if is_open is None:
+            return None
+        wanted = (*tokens.x.shape[:-1], self.num_experts)
+        if is_open.shape != wanted or is_open.dtype != torch.bool:
+            raise ValueError(f"open_experts must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
+        return ~is_open
+
+    def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None, closed: Tensor | None) -> Scored:
         """Logits, scores and probabilities `(..., b, n, e)`, and `(..., b, n)` the logsumexp of the logits; None where
         that is read off the first choice."""
-        return self._scored(self.product(x, weight, bias))
+        return self._scored(self.product(x, weight, bias), closed)
 
-    def _module_scores(self, x: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """The same of the module of logits."""
+    def _module_scores(self, x: Tensor, _: Tensor | None, closed: Tensor | None) -> Scored:
+        """What `_scores` returns, of the module of logits."""
         assert self.logits is not None
-        return self._scored(module_logits(self.logits, x, self.num_experts))
+        return self._scored(module_logits(self.logits, x, self.num_experts), closed)
 
-    def _scored(self, logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def _scored(self, logits: Tensor, closed: Tensor | None) -> Scored:
+        if closed is not None:  # no infinity: of a token without an open expert nothing becomes NaN
+            logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
