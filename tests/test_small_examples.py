@@ -1,0 +1,44 @@
+"""The examples that make their own data run, and each mixture does what its example says."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import train_table  # noqa: E402
+import train_vision  # noqa: E402
+
+
+def test_a_table_of_two_tasks(capsys: pytest.CaptureFixture[str]) -> None:
+    """Few steps are enough to be better than a coin; both tasks share one module of experts."""
+    train_table.main(["--steps", "60", "--rows", "500", "--experts", "4", "--k", "2"])
+    told = capsys.readouterr().out
+    shares = [float(share) for share in re.findall(r"(?:clicks|buys) ([\d.]+)%,?", told)]
+    assert len(shares) >= 4
+    assert min(shares[:4]) > 60
+    first, second = train_table.MultiGate(8, 4, 2).mixtures.values()
+    assert first.experts is second.experts
+    assert first.gate is not second.gate
+
+
+def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str]) -> None:
+    train_vision.main(["--steps", "3", "--batch", "4"])
+    told = capsys.readouterr().out
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", told)]
+    assert len(losses) == 3
+    assert all(0 < loss < 9 for loss in losses)
+    assert len(re.findall(r"of the patches went to no expert", told)) == 2
+    image, digits = train_vision.pictures(200, torch.Generator().manual_seed(0))
+    seen = {int(digit): (image[digits == digit] > 0.6).sum(dim=(1, 2)).float().mean() for digit in digits.unique()}
+    assert len(seen) == 10
+    assert seen[8] > seen[1] + 10  # more of its pixels are on
+
+
+@pytest.mark.parametrize("name", ["train_table", "train_vision"])
+def test_they_are_short(name: str) -> None:
+    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120
