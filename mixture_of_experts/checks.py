@@ -22,7 +22,7 @@ def check_size(name: str, value: object) -> int:
 
 
 def check_optional_size(name: str, value: object) -> int | None:
-    """The same, or None."""
+    """A whole number of at least 1, or None."""
     return None if value is None else check_size(name, value)
 
 

@@ -403,5 +403,8 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
 
 def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:
-    """The same, but no views for autograd, which forbids to write into one of several: an expert may begin so."""
+    """Parts of a tensor, each in memory of its own for autograd.
+
+    Autograd forbids to write into one of several views of a tensor, and an expert may begin by writing.
+    """
     return [own(part, part.shape) for part in parts]

@@ -80,7 +80,9 @@ def load_balance_of(
     k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The same, read off the choices: `sum_e load_e P_e` is the sum of P over them. It needs no table of loads.
+    """The loss of `load_balance`, from the choices themselves, without a table of loads.
+
+    `sum_e load_e P_e` is the sum of P over the choices.
 
     Args:
         expert: `(..., b, n, k)` int64, the choices.
@@ -105,7 +107,7 @@ def _of_products(products: Tensor, length: Length | int, each: float, group: dis
 def load_balance_over_batch(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:
-    """The same loss with f and P taken over all tokens of the call (arXiv 2501.11873: global-batch balance).
+    """The loss of `load_balance` with f and P over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
     `f` is summed over the ranks of `group` and carries no gradient. Arguments as `load_balance`; with outer experts
     (`...`) it is computed for each of them and averaged over those that have a token.

@@ -22,7 +22,7 @@ def smallest(first: int, second: int) -> int:
 
 
 def largest(first: int, second: int) -> int:
-    """`max` likewise."""
+    """`max` that stays a formula when a length is dynamic under export or compile."""
     if _are_integers(first, second):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]

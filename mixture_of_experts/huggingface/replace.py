@@ -125,7 +125,7 @@ def upcycle(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """As `replace_ffn`, with experts that start as copies of the dense network (arXiv 2212.05055).
+    """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
     The model computes what it computed before, up to rounding, until it is trained (or `models`, `noise` or `redraw`
     are given): so a gate's weights have to add up to the same number for every token. What is frozen

@@ -199,7 +199,7 @@ class Bench:
         self.copies: dict[nn.Module, nn.Module] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
-        """The same one each time. Of a module on the meta device the numbers are arbitrary."""
+        """A copy of a module in evaluation, always the same one. On the meta device its numbers are arbitrary."""
         if module not in self.copies:
             own = copy.deepcopy(module)
             state = [*own.parameters(), *own.buffers()]

@@ -196,7 +196,7 @@ class Known(NamedTuple):
 
 
 class KnownClamped(NamedTuple):
-    """The same of a function of both."""
+    """An activation of both products, gate and up, that writes where it is told to, and its gradients."""
 
     act: ClampedSwiGLU
     kernel = "clamped_swiglu"

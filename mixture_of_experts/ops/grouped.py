@@ -105,7 +105,10 @@ def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
 
 
 def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """As `plain.expert_product`, by a grouped operator where there is one for the operands."""
+    """The product of each expert's rows with its weight, by a grouped operator where there is one for the operands.
+
+    Arguments and result are those of `plain.expert_product`.
+    """
     if num_tokens_per_expert is None or _why_no_operator(x, weight, num_tokens_per_expert) is not None:
         return plain.expert_product(x, weight, num_tokens_per_expert)
     return _Grouped.apply(x, weight, num_tokens_per_expert, False)
@@ -174,7 +177,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """The same for the gradient of the weights."""
+    """The gradient of the weights: for each expert, its rows of x, transposed, times its rows of y."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):

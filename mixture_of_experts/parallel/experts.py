@@ -191,7 +191,7 @@ def ranks_of_part(saved: Tensor, parameter: DTensor) -> int:
 
 
 class SpreadList(SpreadExperts):
-    """The same for a list of modules: a rank keeps its own, under the keys they have in the whole list."""
+    """What is added in front of a list of experts: a rank keeps its own modules, under the keys of the whole list."""
 
     num_experts: int
 

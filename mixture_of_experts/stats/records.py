@@ -26,21 +26,21 @@ class Record:
         forwards: forwards of the gate that are summed up here.
         load: `(e,)` int64 choices that each expert computes; `(eo, ei)` for the second level of a hierarchy, where it
             is the load of the layer's experts.
-        requested: the same before capacity.
+        requested: choices of each expert before capacity, of the load's shape.
         tokens: tokens that took part; on a second level the choices that level one handed on.
         dropped: share of the requested choices that found no slot.
         unavoidable: share of them for which their group had no slot at all, whatever its load: at capacity factor 1.25
             (slots for each token, not each choice) `Top2Gating` drops some of a perfectly balanced one.
         imbalance: requests of the most requested expert of a group over their mean in that group, 1 if balanced: mean
             over the groups. Sequences that crowd on different experts look balanced in `requested`, but not here.
-        worst_imbalance: the same of the worst group.
+        worst_imbalance: the imbalance of the worst group.
         unseen: share of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
         confidence: mean of a token's largest probability.
         losses: the losses by name, without coefficients: the parts of the balancing loss and "z"; means over forwards.
         lost_in_layer: second level only: tokens of the layer that no expert computes, whichever level dropped them;
             None in compiled forwards.
-        outer: second level only: the same for each outer expert (without losses).
+        outer: second level only: a record of each outer expert (without losses).
     """
 
     layer: str
@@ -67,7 +67,10 @@ class Record:
 
     @property
     def relative_requested(self) -> Tensor:
-        """The same of the requested choices: what the router wants, where capacity evens the load out."""
+        """Requested choices over their mean, float64 of the load's shape: what the router wants.
+
+        Capacity evens the load out, so a collapse shows here.
+        """
         return relative(self.requested)
 
     @property

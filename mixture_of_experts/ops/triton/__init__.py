@@ -37,7 +37,8 @@ def why_not(call: Call) -> str | None:
 
 
 def why_not_unasked(call: Call) -> str | None:
-    """The same where nobody asks for them: cards and dtypes for which no other way is as good, as far as is known."""
+    """Why the kernels are not taken unasked; None on cards and dtypes for which no other way is as good, as far as is
+    known."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"

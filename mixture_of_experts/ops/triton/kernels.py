@@ -136,7 +136,7 @@ def multiply_two(
     BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The same for two right operands and their own sums."""
+    """acc + left @ right and acc_up + left @ right_up, as `multiply` sums each, with the left operand read once."""
     for start in range(0, length, BLOCK_C):
         inside = start + tl.arange(0, BLOCK_C) < length
         a = read(left, inside[None, :], EVEN)

@@ -54,7 +54,7 @@ class Operands(NamedTuple):
     b_out: Tensor | None
 
     def in_order(self) -> Operands:
-        """The same, without strides what kernels read without."""
+        """These operands as kernels read them: biases without gaps, dense weights, two of them by the same strides."""
         w_in = [dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
             w_in = [weight.contiguous() for weight in w_in]

@@ -43,8 +43,10 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same as `triton_plan` from the experts `(a,)` int64 and what is kept `(a,)` bool, in a time of a squared; of
-    what is not kept no assignment has a row."""
+    """The tables of `triton_plan` for few assignments, from their experts `(a,)` int64 and what is kept `(a,)` bool.
+
+    It takes time of a squared. Only kept assignments have a row.
+    """
     operators.on_one_device(expert, kept)
     expert, kept = expert.contiguous(), kept.contiguous()
     row, assignment, token = tables_of(expert, expert.shape[0])
