@@ -26,7 +26,7 @@ from mixture_of_experts.tracing import capability, in_transform
 TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 
 _verdicts: dict[tuple, bool] = {}
 
@@ -109,17 +109,18 @@ def _is_right(gate: TopKGating, x: Tensor) -> bool:
 
 
 def _fault(gate: TopKGating, x: Tensor) -> str | None:
-    """What differs."""
+    """What differs. Of one token choices may: two that are equal to rounding."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
     found, wanted = _choose(gate, tokens), gate.decide_by_operators(tokens)
-    for name, got, want in (
-        ("weights", found.weight, wanted.weight),
-        ("probabilities", found.probs, wanted.probs),
-        ("experts", *(wanted.probs.gather(-1, made.expert.clamp(0, gate.num_experts - 1)) for made in (found, wanted))),
-        *((name, found.losses[name], loss) for name, loss in wanted.losses.items()),
+    chosen = (wanted.probs.gather(-1, made.expert.clamp(0, gate.num_experts - 1)) for made in (found, wanted))
+    for name, got, want, allowed in (
+        ("weights", found.weight, wanted.weight, gate.k),
+        ("experts", *chosen, gate.k),
+        ("probabilities", found.probs, wanted.probs, 0),
+        *((name, found.losses[name], loss, 0) for name, loss in wanted.losses.items()),
     ):
-        if not (got - want).norm() <= TOLERANCE * want.norm():
+        if torch.isclose(got, want, rtol=TOLERANCE, atol=1e-6, equal_nan=True).logical_not().sum() > allowed:
             return f"its {name} differ from those of torch's operators"
     return None

@@ -451,6 +451,10 @@ def check_wrong_choices(fault: str) -> None:
         launch(kernel, grid, **arguments)
         arguments[fault].mul_(1.2) if arguments[fault].is_floating_point() else arguments[fault].add_(1)
 
+    lost = TopKGating(8, 5, 2).eval()
+    assert lost.w_gating is not None
+    lost.w_gating.fill_(torch.nan)
+    assert few._fault(lost, x) is None  # what training has lost is no fault of the kernel
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(few, "_verdicts", {})
         patch.setattr(few_kernel, "launch", wrong)
