@@ -97,6 +97,29 @@ def test_ways(way: str, gate: str, experts: str, dtype: torch.dtype):
             assert error < 3 * TOLERANCE[dtype], float(error)
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+@pytest.mark.parametrize("gate", ["top 3", "top 2, capacity", "two levels"])
+@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "lean"])
+@torch.no_grad()
+def test_decoding(way: str, gate: str, tokens: int):
+    """A few tokens in eval: what plain operators compute, and nothing waits for the GPU once kernels are checked."""
+    layer, exact = (make(gate, "gated", dtype).eval() for dtype in (torch.bfloat16, torch.float64))
+    exact.load_state_dict(layer.state_dict())
+    x = torch.randn(tokens, 1, DIM, device="cuda", dtype=torch.bfloat16)
+    for of_layer in (layer, exact):
+        for module in of_layer.modules():
+            if hasattr(module, "second_policy_eval"):
+                module.second_policy_eval, module.capacity_factor_eval = "all", None
+    if not can(layer, x, way):
+        pytest.skip(f"{way} does not take this here")
+    with no_sync(), ops.use(way):
+        found = layer(x)
+    with ops.use("plain"):
+        wanted = exact(x.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert (got.double() - want).norm() < 3 * TOLERANCE[torch.bfloat16] * want.norm().clamp(min=1e-6)
+
+
 @pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
 def test_the_same_bits_on_every_run(way: str):
     layer = make("top 3", "gated, biases", torch.bfloat16)
