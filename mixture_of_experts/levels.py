@@ -53,7 +53,7 @@ def second_level(
     side = {name: value for name, value in side.items() if name != GIVEN_INNER}
     side = {name: _in_slots(value, slots).view(eo, b, c, *value.shape[2:]) for name, value in side.items()}
     if given is not None:
-        side[GIVEN] = _of_choices(given, outer.k, slots).view(eo, b, c, -1)
+        side[GIVEN] = _of_choices(given, outer.k, slots).view(eo, b, c, given.shape[-1])
     handed_on = outer.importance.flatten()
     importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
     mask = length = None
@@ -83,4 +83,4 @@ def _of_choices(given: Tensor, k: int, slots: Plan) -> Tensor:
     if given.ndim != 4 or given.shape[2] != k:
         raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {tuple(given.shape[1:])}")
     none = given.new_full((1, given.shape[-1]), -1)
-    return torch.cat([given.reshape(-1, given.shape[-1]), none])[slots.assignment]
+    return torch.cat([given.flatten(0, 2), none])[slots.assignment]

@@ -90,11 +90,16 @@ def test_level_two_gets_those_of_the_tokens_in_its_slots(factor, group_size):
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
 def test_two_levels_of_no_tokens(shape):
-    moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2), gate_inner=IdGate(3, outer_expert_dims=(2,)))
-    side = {"token_ids": torch.zeros(shape, dtype=torch.int64), "features": torch.zeros(*shape, 2)}
-    out, aux_loss = moe(torch.zeros(*shape, DIM), **side)
-    assert out.shape == (*shape, DIM)
-    assert aux_loss == 0
+    ids, features = torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, 2)
+    given = torch.zeros(*shape, 2, 1, dtype=torch.int64)
+    for inner, side in (
+        (IdGate(3, outer_expert_dims=(2,)), {"token_ids": ids, "features": features}),
+        (TopKGating(DIM, 3, k=1, outer_expert_dims=(2,)), {"given_experts_inner": given}),
+    ):
+        moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2), gate_inner=inner)
+        out, aux_loss = moe(torch.zeros(*shape, DIM), **side)
+        assert out.shape == (*shape, DIM)
+        assert aux_loss == 0
 
 
 def test_an_empty_slot_makes_no_choice():
