@@ -203,6 +203,13 @@ def test_a_choice_that_is_not_given_is_none_of_expert_0():
     assert mixer(best, given_experts=torch.tensor([[[-1, LIVE]]])).expert[0, 1] == 0
 
 
+def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
+    gate, x = TopKGating(DIM, 3, k=2, weigh="softmax", normalize=False), torch.randn(1, 2, DIM)
+    routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, -1]]]))
+    assert routing.weight.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert torch.autograd.grad(routing.weight.sum(), gate.w_gating)[0].isfinite().all()
+
+
 def test_given_experts_are_checked():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(2, 6, DIM)
     with pytest.raises(ValueError, match=r"given_experts must be int64 of shape \(2, 6, 2\), got .* \(2, 6, 3\)"):

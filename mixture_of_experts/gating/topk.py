@@ -199,7 +199,7 @@ class TopKGating(TokenChoiceGate):
         # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
         balance = self.balance_of_scores(tokens, score, probs, expert, settled.weighed)
 
-        weight = self._weigh(logits, score, expert)
+        weight = self._weigh(logits, score, expert, settled.weighed)
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
@@ -305,12 +305,15 @@ class TopKGating(TokenChoiceGate):
             score = torch.where(open_groups.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
         return score
 
-    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
-        """`(..., b, n, k)` what the chosen weigh, not yet normalised."""
+    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, weighed: Tensor | None) -> Tensor:
+        """`(..., b, n, k)` what the chosen weigh, not yet normalised, of those that are `weighed` (None: all)."""
         if self.weigh == "score":
             return gather_chosen(score, expert)
         if self.weigh == "softmax":
-            return gather_chosen(logits, expert).softmax(dim=-1)
+            logits = gather_chosen(logits, expert)
+            if weighed is not None:  # where there is none the weights do not matter, and are numbers
+                logits = torch.where(weighed | ~weighed.any(dim=-1, keepdim=True), logits, -torch.inf)
+            return logits.softmax(dim=-1)
         assert callable(self.weigh)
         return self.weigh(logits, score, expert)
 
