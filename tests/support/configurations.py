@@ -542,9 +542,9 @@ def side_inputs(draw, routers: tuple[Router, ...]) -> tuple[str, ...]:
     if draw(st.integers(0, 4)) == 4:
         names.append("router_input")
     # those that the others make of given choices is theirs to say, and tests/test_replay.py holds them to it
-    for name, kind in zip((GIVEN, GIVEN_INNER), kinds, strict=False):
-        likely = {"topk": 5, "hash": 5, "own": 40, "expert_choice": 40}.get(kind)
-        if likely and draw(st.integers(1, likely)) == likely:
+    for name, router in zip((GIVEN, GIVEN_INNER), routers, strict=False):
+        likely = {"topk": 5, "hash": 5, "own": 40, "expert_choice": 40}.get(router.kind)
+        if likely and "scales" not in router.arguments and draw(st.integers(1, likely)) == likely:
             names.append(name)
     if draw(st.integers(0, 9)) < 9 if "hash" in kinds else draw(st.integers(0, 40)) == 40:
         names.append("token_ids")

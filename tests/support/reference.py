@@ -389,7 +389,8 @@ class TopK(TokenChoice):
         given = [LIVE] * self.k if token.given_experts is None else token.given_experts.tolist()
         made = [order for order in range(self.choices_of(token)) if given[order] != -1]
         experts = [own if code == LIVE else max(code, -2 - code) for own, code in zip(experts, given, strict=True)]
-        weights = self.weights(logits, scores, experts, made)
+        shared = [order for order in range(self.k) if given[order] != -1]
+        weights = self.weights(logits, scores, experts, made, shared)
         return [
             Choice(
                 group,
@@ -403,13 +404,18 @@ class TopK(TokenChoice):
             for order, weight in zip(made, weights, strict=True)
         ]
 
-    def weights(self, logits: Tensor, scores: Tensor, experts: list[int], made: list[int]) -> list[Tensor]:
-        """What those of the k choices weigh that are made."""
+    def weights(
+        self, logits: Tensor, scores: Tensor, experts: list[int], made: list[int], shared: list[int]
+    ) -> list[Tensor]:
+        """What those of the k choices weigh that are made, where the weight is shared among these."""
         if self.scales is not None:
             weights = scores[experts] / (scores[experts].sum() + 1e-20)
             weights = weights * (self.scales if len(self.scales) == 1 else self.scales[experts])
             return [weights[order] for order in made]
-        weights = scores[experts] if self.weigh == "score" else logits[experts].softmax(0)
+        weights = [scores[expert] for expert in experts]
+        if self.weigh == "softmax":
+            of_shared = dict(zip(shared, logits[[experts[order] for order in shared]].softmax(0), strict=True))
+            weights = [of_shared.get(order) for order in range(self.k)]
         listed = [weights[order] for order in made]
         if self.k > 1 if self.normalize is None else self.normalize:
             listed = [weight / (sum(listed) + self.eps) for weight in listed]
