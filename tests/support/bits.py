@@ -26,8 +26,13 @@ MANY, FEW = (6, 16), (6, 2)  # sequences and their lengths: an expert has a doze
 
 # What every way keeps, and what those do besides whose products have shapes that no value decides
 ALWAYS = ("run to run", "run to run, two threads")
-WITH_EQUAL_SHAPES = ("other sequences beside it", "another place in the batch", "one thread or two")
-KEPT = {"cpu": ALWAYS, "grouped": ALWAYS, "lean": ALWAYS + WITH_EQUAL_SHAPES, "plain": ALWAYS + WITH_EQUAL_SHAPES}
+OF_EQUAL_SHAPES = ("other sequences beside it", "one thread or two")
+KEPT = {
+    "cpu": ALWAYS,
+    "grouped": ALWAYS,
+    "lean": (*ALWAYS, *OF_EQUAL_SHAPES, "another place in the batch"),
+    "plain": (*ALWAYS, *OF_EQUAL_SHAPES),
+}
 
 
 class Outcome(NamedTuple):
