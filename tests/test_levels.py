@@ -10,7 +10,7 @@ from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, Top2Gating, TopKGating
 from mixture_of_experts.decision import plan_slots_of
-from mixture_of_experts.levels import second_level
+from mixture_of_experts.levels import second_level, side_inputs_of_levels
 
 B, N, D, EXPERTS = 2, 6, 3, 4
 
@@ -28,6 +28,7 @@ def test_slots_of_level_one(dropless, masked, group_size):
     mask = torch.tensor([[True] * 6, [True, True, False, True, False, False]]) if masked else None
     outer = gate(x, mask=mask)
     side = {"vector": normal(gen, B, N, 2, 5), "number": torch.arange(1, B * N + 1).view(B, N)}
+    side["given_experts_inner"] = torch.arange(B * N * 2 * 3).view(B, N, 2, 3)
     found = second_level(x, outer, plan_slots_of(outer), group_size, side)
     c = outer.slots
     expected = SimpleNamespace(
@@ -35,6 +36,7 @@ def test_slots_of_level_one(dropless, masked, group_size):
         importance=torch.zeros(EXPERTS, B, c).double(),
         vector=torch.zeros(EXPERTS, B, c, 2, 5).double(),
         number=torch.zeros(EXPERTS, B, c, dtype=torch.int64),
+        given_experts=torch.full((EXPERTS, B, c, 3), -1),
     )
     for b in range(B):
         for a in range(2 * N):
@@ -42,14 +44,16 @@ def test_slots_of_level_one(dropless, masked, group_size):
                 at = (int(outer.expert[b, a]), b, int(outer.slot[b, a]))
                 expected.x[at], expected.importance[at] = x[b, a // 2], outer.importance[b, a]
                 expected.vector[at], expected.number[at] = side["vector"][b, a // 2], side["number"][b, a // 2]
+                expected.given_experts[at] = side["given_experts_inner"][b, a // 2, a % 2]
     assert set(expected.importance.unique().tolist()) == {0.0, 0.5, 1.0}
     shape = (EXPERTS, B, c)
     if group_size is not None and not dropless:
         shape = (EXPERTS, *found["importance"].shape[1:])
         assert shape[1] * shape[2] == B * c
         assert shape != (EXPERTS, B, c)
-    for name, tail in (("x", (D,)), ("importance", ()), ("vector", (2, 5)), ("number", ())):
+    for name, tail in (("x", (D,)), ("importance", ()), ("vector", (2, 5)), ("number", ()), ("given_experts", (3,))):
         assert torch.equal(found[name], getattr(expected, name).view(*shape, *tail)), name
+    assert "given_experts_inner" not in found
     if dropless:
         assert torch.equal(found["mask"], expected.importance > 0)
         tokens = [N, 3] if masked else [N, N]
@@ -74,3 +78,15 @@ def test_expert_choice_hands_on_nothing():
     outer = ExpertChoiceGating(D, EXPERTS)(torch.randn(B, N, D))
     with pytest.raises(ValueError, match="router of token choice"):
         second_level(torch.randn(B, N, D), outer, plan_slots_of(outer), None, {})
+
+
+def test_each_level_is_given_choices_under_a_name_of_its_own():
+    given = ("router_input", "given_experts")
+    assert side_inputs_of_levels(given, given) == ({*given}, {"router_input", "given_experts_inner"})
+    assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
+    outer = TopKGating(D, EXPERTS)(torch.randn(B, N, D))
+    for shape in ((B, N, 3, 2), (B, N, 2)):
+        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
+            second_level(
+                torch.randn(B, N, D), outer, plan_slots_of(outer), None, {"given_experts_inner": torch.zeros(shape)}
+            )
