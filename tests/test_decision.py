@@ -1,0 +1,147 @@
+"""Decisions and their plans, assignment by assignment: which expert computes which token, in which row."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.strategies import generator, normal
+
+from mixture_of_experts import ExpertChoiceGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts.decision import Decision, compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.levels import second_level
+from mixture_of_experts.plan import Plan, append
+
+B, N, D, E = 2, 6, 3, 4
+GATES = {
+    "top2": lambda: Top2Gating(D, E, second_policy_eval="all", capacity_factor_eval=1.0, min_expert_capacity=1),
+    "dropless": lambda: TopKGating(D, E),
+    "one choice": lambda: TopKGating(D, E, k=1, capacity_factor_eval=1.0, min_expert_capacity=1),
+    "expert choice": lambda: ExpertChoiceGating(D, E),
+}
+
+
+def routing_of(name: str, masked: bool = False) -> Routing:
+    gate = GATES[name]().double().eval()
+    gate.w_gating.data.copy_(normal(generator(1), D, E))
+    mask = torch.tensor([[True] * 6, [True, False, True, False, False, True]]) if masked else None
+    return gate(normal(generator(2), B, N, D), mask=mask)
+
+
+def check_plan(decision: Decision, plan: Plan, expert: list[int], token: list[int]) -> None:
+    """Each kept assignment has a row of its own, among those of its expert; the other rows are empty."""
+    rows, total, kept = plan.row.tolist(), plan.num_rows, decision.kept.tolist()
+    ends = None if plan.rows_per_expert is None else plan.rows_per_expert.cumsum(0).tolist()
+    num_experts = math.prod(plan.num_experts)
+    row_weight, seen = plan.row_weight().tolist(), {}
+    for a, row in enumerate(rows):
+        if not kept[a]:
+            assert row == total
+            continue
+        assert row not in seen
+        seen[row] = a
+        first = 0 if expert[a] == 0 else (ends[expert[a] - 1] if ends else expert[a] * (total // num_experts))
+        end = ends[expert[a]] if ends else (expert[a] + 1) * (total // num_experts)
+        assert first <= row < end
+        assert plan.token[row] == token[a]
+        assert row_weight[row] == decision.weight[a].item()
+    for row in range(total):
+        assert plan.assignment[row] == seen.get(row, len(rows))
+        if row not in seen:
+            assert plan.token[row] == plan.num_tokens
+            assert row_weight[row] == 0
+    saved = plan.tensors_to_save()
+    assert ("token" in saved) is (plan.k is None)
+    assert saved["assignment"].dtype == torch.int32
+    assert all(value is None for value in (plan.without_tensors().row, plan.without_tensors().token))
+    again = plan.without_tensors().from_saved(saved)
+    for name, value in plan.tensors().items():
+        assert torch.equal(getattr(again, name).long() if value.dtype == torch.int64 else getattr(again, name), value)
+
+
+def check(decision: Decision, expert: list[int], token: list[int]) -> None:
+    assert decision.num_tokens == B * N
+    check_plan(decision, decision.in_slots(), expert, token)
+    assert decision.in_slots().num_rows == decision.num_slots
+    queue, queues = decision.queues()
+    without_gaps = decision.without_gaps()
+    check_plan(decision, without_gaps, expert, token)
+    needed = decision.rows_per_expert(queues)
+    assert torch.equal(without_gaps.rows_per_expert, needed)
+    padded = needed + torch.arange(len(needed)) % 3
+    with_rows = decision.with_rows(queue, queues, padded, int(padded.sum()) + 2)
+    check_plan(decision, with_rows, expert, token)
+    assert [e for e, kept in zip(decision.expert.tolist(), decision.kept, strict=True) if kept] == [
+        e for e, kept in zip(expert, decision.kept, strict=True) if kept
+    ]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", GATES)
+def test_of_one_gate(name, masked):
+    routing = routing_of(name, masked)
+    decision = decision_of(routing)
+    group = torch.arange(B).unsqueeze(-1) * N
+    token = (routing.token + group).flatten().tolist()
+    check(decision, routing.expert.flatten().tolist(), token)
+    slots = plan_slots_of(routing)
+    check_plan(decision, slots, routing.expert.flatten().tolist(), token)
+    assert slots.num_rows == E * B * routing.slots
+    limited = routing.capacity is not None
+    assert decision.dropless is not limited
+    assert decision.num_slots == (E * B * routing.capacity if limited else E * B * N)
+    fewer = decision.weight.shape[0] < decision.num_slots
+    assert decision.prefers_rows() is (not limited or (name != "expert choice" and fewer))
+
+
+def test_of_given_choices():
+    """Ids that are no expert's are nobody's, whatever they weigh."""
+    expert, weight = torch.tensor([[0, 3], [-1, 2], [4, 1], [5, -7]]), torch.arange(1.0, 9.0).view(4, 2)
+    decision = decision_on(expert, weight, 4)
+    assert decision.kept.tolist() == [True, True, False, True, False, True, False, False]
+    assert decision.weight.tolist() == [1.0, 2.0, 0.0, 4.0, 0.0, 6.0, 0.0, 0.0]
+    assert decision.expert.tolist() == [0, 3, 0, 2, 0, 1, 0, 0]
+    assert (decision.k, decision.num_tokens, decision.num_experts) == (2, 4, (4,))
+    assert decision.dropless
+    assert decision.prefers_rows()
+    assert decision.chosen is decision.kept
+    check_plan(decision, decision.without_gaps(), [0, 3, 0, 2, 0, 1, 0, 0], [0, 0, 1, 1, 2, 2, 3, 3])
+    assert decision.without_gaps().rows_per_expert.tolist() == [1, 1, 1, 1]
+    assert decision.in_slots().num_rows == 16
+
+
+@pytest.mark.parametrize("inner_factor", [None, 1.0])
+@pytest.mark.parametrize("name", ["top2", "dropless", "one choice"])
+def test_of_two_levels(name, inner_factor):
+    """A choice of a choice is computed if both are kept, by one of the inner experts, with the product of weights."""
+    outer, gen = routing_of(name), generator(3)
+    slots = plan_slots_of(outer)
+    settings = dict(capacity_factor_eval=inner_factor, min_expert_capacity=1, outer_expert_dims=E)
+    gate = TopKGating(D, 3, k=2, **settings).double().eval()
+    gate.w_gating.data.copy_(normal(gen, E, D, 3))
+    inner = gate(**second_level(normal(generator(2), B, N, D), outer, slots, None, {}))
+    decision = compose(outer, slots, inner)
+    expert, token, weight, kept = [], [], [], []
+    for b in range(B):
+        for a in range(outer.k * N):
+            for choice in range(2):
+                o, c = int(outer.expert[b, a]), int(outer.slot[b, a])
+                at = (o, b, 2 * c + choice)
+                there = bool(outer.kept[b, a]) and bool(inner.kept[at])
+                expert.append(o * 3 + int(inner.expert[at]) if there else 0)
+                weight.append((outer.weight[b, a] * inner.weight[at]).item() if there else 0.0)
+                token.append(b * N + a // outer.k)
+                kept.append(there)
+    assert decision.kept.tolist() == kept
+    assert decision.weight.tolist() == weight
+    assert (decision.k, decision.num_experts) == (2 * outer.k, (E, 3))
+    assert decision.dropless is (inner_factor is None)
+    assert decision.most_rows == min(inner.expert.numel(), len(kept))
+    check(decision, expert, token)
+    with pytest.raises(ValueError, match="only routers of token choice"):
+        compose(outer, plan_slots_of(routing_of("expert choice")), inner)
+
+
+def test_append():
+    assert append(torch.ones(2, 3, dtype=torch.int64), 7).tolist() == [[1, 1, 1], [1, 1, 1], [7, 7, 7]]
