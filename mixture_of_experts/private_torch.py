@@ -1,6 +1,6 @@
 """What this package asks of torch that torch does not promise: every private name, in one place.
 
-Each stands here with the versions of torch on which it is tested: 2.10 to 2.13. `tests/test_private_torch.py` says
+Each stands here with the versions of torch on which it is tested: 2.10 to 2.13, and most on 2.15. `tests/test_private_torch.py` says
 which of them a new version breaks.
 """
 
@@ -115,8 +115,12 @@ def default_timeout(group: dist.ProcessGroup) -> timedelta:
 
 
 def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """How long the ranks of a process group wait for each other."""
-    dist.distributed_c10d._set_pg_timeout(timeout, group)
+    """How long the ranks of a process group wait for each other. torch 2.15 has a public function for it."""
+    public = getattr(dist.distributed_c10d, "set_timeout", None)
+    if public is not None:
+        public(timeout, group)
+    else:
+        dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def store_of_job() -> dist.Store:
