@@ -26,7 +26,7 @@ from mixture_of_experts import (
     TopKGating,
     recipes,
 )
-from mixture_of_experts.gating import SparseMixerGating, base
+from mixture_of_experts.gating import SparseMixerGating, TopPGating, base
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
 
@@ -38,6 +38,8 @@ LAYERS = {
         DIM, gate=TopKGating(DIM, 8, score="sigmoid", num_groups=4, top_groups=2, expert_bias=True, scale=2.0)
     ),
     "top-k, capacity": lambda: MoE(DIM, gate=TopKGating(DIM, 4, priority="score", **TIGHT)),
+    "top-p": lambda: MoE(DIM, gate=TopPGating(DIM, 8, 4, p=0.5, normalize=True, **TIGHT)),
+    "top-p, dropless": lambda: MoE(DIM, gate=TopPGating(DIM, 8, 4, p=0.5)),
     "top-2": lambda: MoE(DIM, 4),
     "top-2, capacity": lambda: MoE(DIM, 4, second_place_loss=True, **TIGHT),
     "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4)),

@@ -175,6 +175,8 @@ class TokenChoiceGate(Gate):
 
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     balance_over: Literal["group", "batch"] = "group"  #: of what tokens the balancing loss of `decide` takes the means
+    #: whether a choice that is not made shares its token's weight with those that are, as a second one not sent does
+    unmade_weigh: ClassVar[bool] = True
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()

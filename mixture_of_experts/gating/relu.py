@@ -54,6 +54,7 @@ class ReLUGating(TopKGating):
         tensor(1.2000e-08)
     """
 
+    unmade_weigh = False
     keep_dtype = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     mean_choices: float = setting(check_number, above=0.0)
     l1_coef: Tensor

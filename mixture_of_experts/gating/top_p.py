@@ -46,6 +46,7 @@ class TopPGating(TopKGating):
     """
 
     offers = (*TopKGating.offers, "entropy")
+    unmade_weigh = False
     p: float = setting(check_number, above=0.0, below=1.0)
 
     def __init__(

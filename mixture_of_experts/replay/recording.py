@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.levels import GIVEN
 from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
@@ -109,7 +111,8 @@ class Recording:
                 continue
             before = partial(self.before_layer, site, sequences)
             hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(site.gate.register_forward_hook(partial(self.after_gate, site, sequences)).remove)
+            after = partial(self.after_gate, site, sequences)
+            hooks.callback(site.gate.register_forward_hook(after, with_kwargs=True).remove)
         follow_to_the_end(around, hooks)
 
     def before_layer(
@@ -119,13 +122,24 @@ class Recording:
             call.sizes[site.name] = site.sizes(args, kwargs)
 
     def after_gate(
-        self, site: ChoiceSite, sequences: Sequences, gate: nn.Module, args: object, routing: Routing
+        self,
+        site: ChoiceSite,
+        sequences: Sequences,
+        gate: nn.Module,
+        args: object,
+        kwargs: dict[str, Any],
+        routing: Routing,
     ) -> None:
         call = sequences.call(site)
         if call is None:
             return
         shape, mask = call.sizes[site.name]
-        expert = torch.where(routing.kept, routing.expert, -2 - routing.expert).unflatten(-1, (-1, site.k))
+        expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)
+        if not getattr(gate, "unmade_weigh", True):
+            expert = torch.where(routing.chosen, expert, -1)
+        expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
+        if given is not None:  # what it was told not to make it did not make for the same reason
+            expert = torch.where((given < 0) & (given != LIVE), given, expert)
         if site.outer is not None:
             expert = of_level_two(expert, call.outer)
         call.outer = routing
