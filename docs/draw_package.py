@@ -85,7 +85,16 @@ def draw_package() -> Figure:
         for i, room in enumerate(rooms):
             look = {"facecolor": COLOURS.get(room, GREY), "edgecolor": FAINT, "linewidth": 0.8}
             text = room.replace("_", "_\n") if len(rooms) > 3 else room or "__init__"
-            box(ax, LEFT + i * (width + 1.0), y, width, LINE - 1.4, text, size=7 if len(rooms) > 4 else 8.5, **look)
+            box(
+                ax,
+                LEFT + i * (width + 1.0),
+                y,
+                width,
+                LINE - 1.4,
+                text,
+                size=8.5 if len(rooms) < 5 else 7 if len(rooms) < 7 else 5.8,
+                **look,
+            )
     top = 4.0 + LINE * (len(core) - 1)
     arrow(ax, (4.0, top), (4.0, 4.0), color=INK)
     say(ax, 2.2, (top + 4.0) / 2, "imports run down", rotation=90, ha="center", fontsize=8.5)

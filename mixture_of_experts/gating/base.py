@@ -344,7 +344,7 @@ class TokenChoiceGate(Gate):
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
 
     def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The same of the number of choices of each expert, `(..., b, e)`."""
+        """The balancing loss of this gate, from the number of choices of each expert, `(..., b, e)`."""
         return losses.load_balance(load, proxy, length, k, self.process_group)
 
     def balance_loss(
