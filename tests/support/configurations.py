@@ -118,7 +118,7 @@ def refusal(c: Configuration) -> str | None:
         k = router.arguments.get("k")
         if router.kind == "noisy" and k >= e:
             return rf"k must be below num_experts={e}, got {k}"
-        if router.kind in ("topk", "hash", "sparse_mixer") and k > e:
+        if router.kind in ("topk", "hash", "top_p", "sparse_mixer") and k > e:
             return rf"k must be at most num_experts={e}, got {k}"
         groups = router.arguments.get("num_groups")
         if groups is not None and e % groups:
@@ -135,7 +135,7 @@ def refusal(c: Configuration) -> str | None:
 
 
 GIVEN, GIVEN_INNER, LIVE = "given_experts", "given_experts_inner", -(1 << 15)
-GIVEN_TO = ("topk", "hash", "noisy", "sparse_mixer", "top2")  # kinds that let others choose
+GIVEN_TO = ("topk", "hash", "top_p", "noisy", "sparse_mixer", "top2")  # kinds that let others choose
 
 
 def reads(c: Configuration, level: int) -> set[str]:
@@ -442,8 +442,10 @@ def compare(c: Configuration, call: Call) -> None:
     same("out", got.out, expected.out, tolerance)
     # router arithmetic is float32 whatever the experts' dtype is
     same("aux_loss", got.aux_loss, expected.aux_loss, min(tolerance, 2e-4))
+    # a gate's gradient is a sum in which experts' outputs of low precision cancel
+    of_gradients = tolerance if c.dtype.startswith("float") and c.dtype != "float16" else 2 * tolerance
     for name, grad in expected.grads.items():
-        same(f"gradient of {name}", got.grads[name], grad, tolerance)
+        same(f"gradient of {name}", got.grads[name], grad, of_gradients)
 
 
 def same(what: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -479,7 +481,7 @@ def is_tie(c: Configuration, call: Call) -> bool:
 # Drawing
 
 
-ROUTERS = ("topk", "top2", "noisy", "expert_choice", "sparse_mixer", "hash", "own")
+ROUTERS = ("topk", "top2", "noisy", "expert_choice", "sparse_mixer", "hash", "top_p", "own")
 
 
 @st.composite
@@ -488,7 +490,8 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
     run, dtype = draw(st.sampled_from(runs)), draw(st.sampled_from([*DTYPES, "float64", "float64"]))
     if draw(st.integers(0, 3)) == 3:
         rough = () if dtype in ("float32", "float64") else ("relu",)
-        names = [name for name, model in recipes.MODELS.items() if model.experts.get("activation") not in rough]
+        known = {name: model for name, model in recipes.MODELS.items() if model.router in make.KINDS.values()}
+        names = [name for name, model in known.items() if model.experts.get("activation") not in rough]
         recipe = draw(st.sampled_from(sorted(names)))
         router, bank, size, shared = draw(make.recipe_parts(recipe))
         routers, sizes, dim = (router,), (size,), draw(st.sampled_from([3, 4]))

@@ -29,6 +29,7 @@ from mixture_of_experts import (
     RoutedExperts,
     Top2Gating,
     TopKGating,
+    TopPGating,
     ops,
     recipes,
 )
@@ -143,7 +144,7 @@ class Router:
             )
         if self.kind == "noisy":
             return reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common)
-        if self.kind == "own":
+        if self.kind in ("own", "top_p"):
             return reference.TopP(gate.w_gating, k=given["k"], p=given["p"], **common)
         if self.kind == "sparse_mixer":
             return reference.SparseMixer(gate.w_gating, k=given["k"], tolerance=given["tolerance"], **common)
@@ -204,6 +205,7 @@ KINDS: dict[str, Any] = {
     "expert_choice": ExpertChoiceGating,
     "sparse_mixer": SparseMixerGating,
     "hash": lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
+    "top_p": TopPGating,
     "own": recipe("A router of your own")["SureGating"],
 }
 DEFAULTS = {
@@ -247,7 +249,7 @@ DEFAULTS = {
     "expert_choice": {"capacity_factor": 2.0},
 }
 DEFAULTS["hash"] = DEFAULTS["topk"]
-DEFAULTS["own"] = {**DEFAULTS["noisy"], "k": 4, "p": 0.5}
+DEFAULTS["top_p"] = DEFAULTS["own"] = {**DEFAULTS["noisy"], "k": 4, "p": 0.5}
 DEFAULTS["sparse_mixer"] = {**DEFAULTS["noisy"], "tolerance": 0.01}
 
 # 0 makes every score equal; 1000 makes probabilities of exactly 0, so choices of weight 0
@@ -377,6 +379,7 @@ def matrix_routers(draw, kind: str, num_experts: int) -> Router:
     if kind == "noisy" and num_experts > 1:
         return draw(noisy_routers(num_experts))
     others = {"top2": top2_routers(), "expert_choice": expert_choice_routers(), "own": own_routers(num_experts)}
+    others["top_p"] = own_routers(num_experts).map(lambda router: replace(router, kind="top_p"))
     others |= {"noisy": st.just(Router("noisy", {"k": 1})), "sparse_mixer": sparse_mixer_routers()}
     return draw(others[kind])
 
@@ -385,8 +388,7 @@ def matrix_routers(draw, kind: str, num_experts: int) -> Router:
 def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
     """Router and experts of a record for a few experts, how many those are, and whether one is shared."""
     model, e = recipes.MODELS[name], draw(st.sampled_from([4, 6, 8]))
-    names = {TopKGating: "topk", Top2Gating: "top2", NoisyTopKGating: "noisy", SparseMixerGating: "sparse_mixer"}
-    kind = names.get(model.router, "expert_choice")
+    kind = next(kind for kind, router in KINDS.items() if router is model.router)
     given = dict(model.gate)
     if "k" in given:
         given["k"] = min(given["k"], draw(st.sampled_from([2, 3, 1])))
