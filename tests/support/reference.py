@@ -415,7 +415,7 @@ class TopK(TokenChoice):
         weights = [scores[expert] for expert in experts]
         if self.weigh == "softmax":
             of_shared = dict(zip(shared, logits[[experts[order] for order in shared]].softmax(0), strict=True))
-            weights = [of_shared.get(order) for order in range(self.k)]
+            weights = [of_shared.get(order, logits.new_zeros(())) for order in range(self.k)]
         listed = [weights[order] for order in made]
         if self.k > 1 if self.normalize is None else self.normalize:
             listed = [weight / (sum(listed) + self.eps) for weight in listed]
