@@ -138,6 +138,8 @@ def test_balance_by_hand():
     assert batch == pytest.approx((over / (2 * n) ** 2 * 3 / k).mean().item())
     batch = losses.load_balance_over_batch(load, proxy, Length(lengths, 2), k)
     assert batch == pytest.approx((over / tokens.sum(1) ** 2 * 3 / k).mean().item())
+    for function in (losses.load_balance, losses.load_balance_over_batch):  # k is 1 if nothing else is said
+        assert function(load, proxy, n) == pytest.approx(k * function(load, proxy, n, k).item())
     nothing = losses.load_balance_over_batch(load[1:] * 0, proxy[1:] * 0, Length(lengths[1:] * 0, 2), k)
     first = torch.tensor([[1], [0]])
     one = losses.load_balance_over_batch(
