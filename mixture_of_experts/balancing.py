@@ -192,6 +192,8 @@ class Theirs:
     """The bias of a block of `transformers`, and a hook that counts: before its experts, or, for a rule that reads
     scores, behind its router."""
 
+    held: BlockSettings | None
+
     bias: Tensor
     rule: BiasRule
     reader: TokensOfCall

@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, e experts, k the most choices of a token; o
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -54,8 +54,8 @@ class ReLUGating(TopKGating):
         tensor(1.2000e-08)
     """
 
-    unmade_weigh = False
-    keep_dtype = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
+    unmade_weigh: ClassVar[bool] = False
+    keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     mean_choices: float = setting(check_number, above=0.0)
     l1_coef: Tensor
     choice_counts: Tensor

@@ -6,7 +6,7 @@ Axes: b groups, n tokens of a group, e experts, k the most choices of a token; o
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,8 +45,8 @@ class TopPGating(TopKGating):
                 [ True,  True, False]])
     """
 
-    offers = (*TopKGating.offers, "entropy")
-    unmade_weigh = False
+    unmade_weigh: ClassVar[bool] = False
+    offers: ClassVar[tuple[str, ...]] = (*TopKGating.offers, "entropy")
     p: float = setting(check_number, above=0.0, below=1.0)
 
     def __init__(

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 LEAST, MOST = 1 / 4, 4.0  # ends of the colours for loads
-TICKS = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
+TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4d4d4d")
 OTHERS = "#cfcfcf"  # experts beyond the palette
