@@ -104,3 +104,8 @@ def test_choices_that_somebody_gave():
     x = torch.tensor([[1.0], [10.0]])
     assert dispatch(x, plan)[:3].tolist() == [[1.0], [10.0], [1.0]]
     assert combine(dispatch(x, plan), plan).tolist() == [[2.5], [30.0]]
+
+
+def test_small_terms_of_a_sum_are_not_lost_one_by_one():
+    rows = torch.tensor([[1.0], [2.0**-8], [2.0**-8]], dtype=torch.bfloat16)
+    assert sum_rows(rows, None, torch.zeros(3, dtype=torch.int64), torch.arange(3), 3, 1).tolist() == [[1 + 2.0**-7]]
