@@ -107,18 +107,20 @@ def start(log: Path, options: Sequence[str], **place: str) -> subprocess.Popen[s
 
 
 def said(process: subprocess.Popen[str]) -> str:
-    """What a process that has ended wrote as errors."""
+    """What a process that has ended wrote as errors; asked for once."""
     assert process.stderr is not None
-    process.stderr.seek(0)
-    return process.stderr.read()
+    with process.stderr as file:
+        file.seek(0)
+        return file.read()
 
 
 def run(log: Path, options: Sequence[str], ranks: int = 1) -> None:
     """The program to its end."""
     processes = start_ranks(log, options, ranks)
     for process in processes:
-        if process.wait():
-            raise SystemExit(f"{' '.join(options)} ended with {process.returncode}:\n{said(process)[-3000:]}")
+        code, errors = process.wait(), said(process)
+        if code:
+            raise SystemExit(f"{' '.join(options)} ended with {code}:\n{errors[-3000:]}")
 
 
 def start_ranks(log: Path, options: Sequence[str], ranks: int) -> list[subprocess.Popen[str]]:
@@ -277,16 +279,17 @@ def kills(out: Path, settings: Settings, times: int, ranks: int = 1) -> list[dic
 
 
 def kill_once(out: Path, settings: Settings, draw: random.Random, ranks: int) -> dict[str, Any]:
-    """One kill: of a fifth of them while the program starts, of the others at some step or save."""
+    """One kill: of a fifth of them while the program starts, of the others after one to sixty steps, or at a save."""
     log = out / "log"
     before = len(log_of(log))
     processes = start_ranks(log, [*options_of(settings, out), "--resume"], ranks)
     if draw.random() < 0.2:
         time.sleep(draw.uniform(0, 4))
     else:
-        while len(log_of(log)) == before and all(process.poll() is None for process in processes):
+        steps = draw.randint(1, 3 * settings.checkpoint_every)
+        while len(log_of(log)) < before + steps and all(process.poll() is None for process in processes):
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 1.5))
+        time.sleep(draw.uniform(0, 0.05))
     victims = draw.choice([[process] for process in processes] + [processes])
     if any(process.poll() is not None for process in processes):
         raise SystemExit("it ended before it was killed:\n" + "\n".join(said(process)[-2000:] for process in processes))
@@ -312,11 +315,12 @@ def wait_for_the_others(processes: list[Any], victims: list[Any]) -> dict[str, A
         except subprocess.TimeoutExpired:
             process.kill()
             raise SystemExit(f"a rank went on for {LEFT_ALONE} s after another one was killed") from None
+        errors = said(process)
         if process not in victims:
-            told = next((line for line in said(process).splitlines() if "Another rank has raised" in line), "")
+            told = next((line for line in errors.splitlines() if "Another rank has raised" in line), "")
             names = {f"rank {processes.index(victim)} told nothing" for victim in victims} | {"rank 0 unless torchrun"}
             if not code or not any(name in told for name in names):
-                raise SystemExit(f"a rank ended with {code} after another one was killed: {said(process)[-2000:]}")
+                raise SystemExit(f"a rank ended with {code} after another one was killed: {errors[-2000:]}")
     return {"alone": round(time.monotonic() - begin, 1), "told": told} if len(processes) > 1 else {}
 
 

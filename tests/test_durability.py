@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def test_half_precision_of_few_steps(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_and_one_that_loses_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    settings = replace(durability.SETTINGS, steps=400)
+    settings = replace(durability.SETTINGS, steps=80)
     (row,) = durability.kills(tmp_path, settings, times=1)
     assert row["kills"] == 1
     assert row["steps lost at most"] <= row["checkpoint every"] == 20
@@ -50,16 +51,16 @@ def test_a_run_that_is_killed_and_one_that_loses_too_much(tmp_path: Path, monkey
         durability.kills(tmp_path, settings, times=1)
     monkeypatch.setattr(durability, "step_reached", lambda out, ranks: 0)
     monkeypatch.setattr(durability, "start_ranks", lambda log, options, ranks: [Sleeping(log)])
-    with pytest.raises(SystemExit, match="25 steps lost, with a checkpoint every 20"):
+    with pytest.raises(SystemExit, match="100 steps lost, with a checkpoint every 20"):
         durability.kill_once(tmp_path / "other", replace(settings, checkpoint_every=20), AtAStep(), ranks=1)
 
 
 class Sleeping:
-    """A run that has come to step 25 and saved nothing."""
+    """A run that has come to step 100 and saved nothing."""
 
     def __init__(self, log: Path) -> None:
         log.parent.mkdir()
-        log.write_text("".join(f"{step} 0\n" for step in range(1, 26)))
+        log.write_text("".join(f"{step} 0\n" for step in range(1, 101)))
 
     def poll(self) -> None: ...
 
@@ -67,6 +68,8 @@ class Sleeping:
 
     def wait(self, seconds: float) -> int:
         return -9
+
+    stderr = io.StringIO()
 
 
 class AtAStep(durability.random.Random):
