@@ -1,7 +1,7 @@
 """What this package asks of torch that torch does not promise: every private name, in one place.
 
-Each stands here with the versions of torch on which it is tested: 2.10 to 2.13, and most on 2.15. `tests/test_private_torch.py` says
-which of them a new version breaks.
+Each stands here with the versions of torch on which it is tested: 2.10 to 2.13, and most on 2.15.
+`tests/test_private_torch.py` says which of them a new version breaks.
 """
 
 from __future__ import annotations

@@ -222,6 +222,7 @@ def damaged(path: Path, damage: str) -> None:
         DAMAGE[what](path / name)
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.10 says so of itself
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize(
     "damage",
@@ -243,6 +244,7 @@ def test_folder_of_a_distributed_checkpoint(tmp_path: Path, damage: str):
     assert not list(tmp_path.rglob("harm"))
 
 
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.10 says so of itself
 @pytest.mark.usefixtures("one_rank")
 def test_numbers_of_a_distributed_checkpoint_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An entry that is no tensor, which torch would unpickle."""
