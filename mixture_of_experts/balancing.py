@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating import Gate
-from mixture_of_experts.gating.bias_rules import BiasRule, Chosen, RuleName, check_rule, check_scores
+from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, record_of, told
@@ -277,7 +277,7 @@ class Theirs:
         real = self.reader.real(expert)
         made = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(made, expert, 0).to(torch.int64)
-        counts = self.rule.count(Chosen(expert, made, score, real, self.value))
+        counts = self.rule.count(ForwardChoices(expert, made, score, real, self.value))
         return count_in_backward(weight, counts, self.counts)
 
 

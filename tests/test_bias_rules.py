@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import MoE, TopKGating
-from mixture_of_experts.gating import BiasRule, Chosen, QuantileRule, SignRule
+from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
 
 
 def histogram(score: Tensor, bias: Tensor, k: int, bins: int = 1000, full: Tensor | None = None) -> Tensor:
     """What the rule counts of scores `(..., t, e)`."""
     expert = torch.zeros(*score.shape[:-1], k, dtype=torch.int64)
-    return QuantileRule(bins).count(Chosen(expert, None, score, full, bias))
+    return QuantileRule(bins).count(ForwardChoices(expert, None, score, full, bias))
 
 
 def new_bias(counts: Tensor, bias: Tensor, k: int, rate: float = 1.0) -> Tensor:

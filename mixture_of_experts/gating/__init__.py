@@ -2,7 +2,7 @@
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, offers_of, reads_of
-from mixture_of_experts.gating.bias_rules import BiasRule, Chosen, QuantileRule, SignRule
+from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, QuantileRule, SignRule
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.hashing import HashGating
@@ -18,8 +18,8 @@ __all__ = [
     "BALANCE_LOSSES",
     "BiasRule",
     "Choices",
-    "Chosen",
     "ExpertChoiceGating",
+    "ForwardChoices",
     "Gate",
     "HashGating",
     "NoisyTopKGating",

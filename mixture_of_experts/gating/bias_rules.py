@@ -15,7 +15,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_size
 from mixture_of_experts.gating.expert_bias import towards_mean
 
 
-class Chosen(NamedTuple):
+class ForwardChoices(NamedTuple):
     """What a router decided in a training forward, for a rule to count."""
 
     expert: Tensor  #: (..., t, k) int64
@@ -32,10 +32,10 @@ class BiasRule:
     bins: int = 0
     #: the rate of `balance_experts` where none is given
     rate: ClassVar[float]
-    #: whether `count` reads `Chosen.score`
+    #: whether `count` reads `ForwardChoices.score`
     reads_scores: ClassVar[bool] = False
 
-    def count(self, chosen: Chosen) -> Tensor:
+    def count(self, chosen: ForwardChoices) -> Tensor:
         """What a forward adds: integers `(..., e)`, or `(..., e, bins)`."""
         raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
 
@@ -67,7 +67,7 @@ class SignRule(BiasRule):
     def __init__(self, centred: bool = False) -> None:
         self.centred = check_flag("centred", centred)
 
-    def count(self, chosen: Chosen) -> Tensor:
+    def count(self, chosen: ForwardChoices) -> Tensor:
         """Choices of each expert, `(..., e)` int64."""
         expert, made = chosen.expert.flatten(-2), chosen.made
         ones = torch.ones_like(expert) if made is None else made.flatten(-2).to(torch.int64)
@@ -115,7 +115,7 @@ class QuantileRule(BiasRule):
     def __init__(self, bins: int = 1000) -> None:
         self.bins: int = check_size("bins", bins)
 
-    def count(self, chosen: Chosen) -> Tensor:
+    def count(self, chosen: ForwardChoices) -> Tensor:
         """Histograms of r, `(..., e, bins)` int32."""
         score, bias, full = chosen.score, chosen.bias, chosen.full
         assert score is not None

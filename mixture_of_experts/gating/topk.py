@@ -16,7 +16,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.gating import few
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
-from mixture_of_experts.gating.bias_rules import RULES, BiasRule, Chosen, RuleName, check_rule, check_scores
+from mixture_of_experts.gating.bias_rules import RULES, BiasRule, ForwardChoices, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
@@ -362,7 +362,7 @@ class TopKGating(TokenChoiceGate):
         full, scores = None if full is None else full.flatten(-2), None
         if self._bias_rule.reads_scores:
             scores = (logits if self.select == "logits" else score).flatten(-3, -2)
-        return self._bias_rule.count(Chosen(expert.flatten(-3, -2), allowed, scores, full, self.expert_bias))
+        return self._bias_rule.count(ForwardChoices(expert.flatten(-3, -2), allowed, scores, full, self.expert_bias))
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
