@@ -183,6 +183,7 @@ CHECKS = {
         checks.check_norms,
         checks.check_averages,
         checks.check_balance_of_each_rank,
+        checks.check_replay,
     ),
     2: (
         checks.check_number_of_collectives,

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
+from mixture_of_experts.around import EnclosedExperts
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
@@ -31,7 +32,9 @@ class ExpertParallel(ParallelStyle):
 
     Stacked expert parameters become DTensors sharded on the expert dimension (the outer one of two); names in the state
     dict stay. Of an `ExpertList` each rank keeps its own modules, and so a part of the keys. Everything else in the
-    layer (gates, shared experts) stays whole on every rank and starts as it is on the mesh's first rank.
+    layer (gates, shared experts, what stands around latent experts) stays whole on every rank and starts as it is on
+    the mesh's first rank. Latent experts are those of an `EnclosedExperts`: tokens travel between ranks as narrow as
+    they are computed.
 
     Args:
         gradient: what an expert's gradient is when every rank calls backward on its own loss: that of the "mean" of
@@ -87,7 +90,7 @@ class ExpertParallel(ParallelStyle):
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """Where the experts of a layer will be; raises for all that is wrong with it, and changes nothing."""
         dims = check_layer(module, mesh)
-        experts: nn.Module = module.experts  # type: ignore[assignment]
+        _, experts = spread_part(module)
         stacked: frozenset[str] = frozenset()
         if isinstance(experts, ExpertList):
             check_expert_list(experts, math.prod(dims) // mesh.size())
@@ -112,9 +115,9 @@ class ExpertParallel(ParallelStyle):
             module.register_forward_pre_hook(sharding.channel.wait_for_all_ranks)
         self._prepare_gates(module, device_mesh.get_group())
 
-        experts: nn.Module = module.experts  # type: ignore[assignment]
+        path, experts = spread_part(module)
         sharded = sorted(sharding.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
-        self._replicate(module, {f"experts.{name}" for name in sharded}, device_mesh)
+        self._replicate(module, {f"{path}.{name}" for name in sharded}, device_mesh)
         if isinstance(experts, ExpertList):
             keep_modules(experts, sharding)
         else:
@@ -172,7 +175,8 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: have the plan's key name "
             "the layer itself"
         )
-    if isinstance(module.experts, SpreadExperts):
+    path, experts = spread_part(module)
+    if isinstance(experts, SpreadExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
     dims = module.num_experts if isinstance(module.num_experts, tuple) else (module.num_experts,)
     if dims[0] % mesh.size():
@@ -181,10 +185,18 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
             f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks: give a multiple of {mesh.size()}, "
             "or a smaller mesh"
         )
-    for name, parameter in module.experts.named_parameters():
+    for name, parameter in experts.named_parameters():
         if isinstance(parameter, DTensor):
-            raise ValueError(f"experts.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
+            raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
     return dims
+
+
+def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
+    """Path and module of the experts that are spread: of latent ones those within, so that tokens travel narrow."""
+    path, experts = "experts", layer.get_submodule("experts")
+    while isinstance(experts, EnclosedExperts):
+        path, experts = f"{path}.experts", experts.experts
+    return path, experts
 
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
@@ -192,7 +204,8 @@ def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any
     description: dict[str, Any] = {"number of experts": sharding.dims}
     for name, tensor in named_tensors(module):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
-    description.update((f"experts.{name}, stacked", True) for name in sorted(sharding.stacked))
+    path, _ = spread_part(module)
+    description.update((f"{path}.{name}, stacked", True) for name in sorted(sharding.stacked))
     for name, part in module.named_modules():
         if name:
             description[name] = without_places(f"{type(part).__name__}({part.extra_repr()})")

@@ -31,6 +31,7 @@ from mixture_of_experts.parallel import (
     parallelize_module,
     replicated_parameters,
 )
+from mixture_of_experts.replay import record_routing, replay_routing
 from support.parallel_layers import (
     DIM,
     EXPERTS,
@@ -325,6 +326,24 @@ def check_pickle_from_another_job(data: bytes) -> None:
     with pytest.warns(UserWarning, match=r"process group of ranks \[0, 1, 2, 3\], which is not here"):
         gate = pickle.loads(data)
     assert gate.process_group is None
+
+
+def check_replay() -> None:
+    """A rank records its own sequences, as one process does; replayed, they overrule another router on all ranks."""
+    alone = make("top-k, dropless")
+    together, x = spread(copy.deepcopy(alone), make_mesh()), batch()[0]
+    with record_routing(alone) as whole, record_routing(together) as own:
+        alone(x)
+        together(own_part(x))
+    begin = sum(SIZES[dist.get_world_size()][: dist.get_rank()])
+    for i, record in enumerate(own["gate"]):
+        assert torch.equal(record, whole["gate"][begin + i])
+    for moe in (alone, together):
+        moe.gate.w_gating.data.neg_()
+    with replay_routing(alone, whole), replay_routing(together, own):
+        wanted, got = alone(x)[0], together(own_part(x))[0]
+    torch.testing.assert_close(got, own_part(wanted), **CLOSE)
+    assert not torch.allclose(alone(x)[0], wanted)
 
 
 # ---- collectives and bytes ----

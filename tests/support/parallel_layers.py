@@ -23,6 +23,7 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
+from mixture_of_experts.around import EnclosedExperts
 from mixture_of_experts.gating import BALANCE_LOSSES
 
 DIM, EXPERTS, HIDDEN, LENGTH = 8, 8, 12, 7
@@ -44,6 +45,12 @@ class OwnExperts(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         return self.inner(x * self.shared_scale) + x.square().mean(-1, keepdim=True) * self.offset
+
+
+def latent() -> EnclosedExperts:
+    """Experts of width 3 between layers that all ranks have."""
+    experts = GatedExperts(3, EXPERTS, HIDDEN)
+    return EnclosedExperts(experts, before=nn.Linear(DIM, 3), beside=nn.Linear(DIM, 3), after=nn.Linear(3, DIM))
 
 
 def small_network() -> nn.Module:
@@ -119,6 +126,8 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "top-k, deepseek": lambda: topk(**DEEPSEEK, loss_coefs=dict.fromkeys(LOSSES, 0.1)),
     "top-k, dropless list": lambda: topk([small_network() for _ in range(EXPERTS)], balance_over="batch"),
     "top-k, dropless own experts": lambda: topk(OwnExperts()),
+    "top-k, latent": lambda: topk(latent(), capacity_factor_train=1.0),
+    "top-k, dropless latent": lambda: topk(latent()),
     "top-p": lambda: variable(TopPGating(DIM, EXPERTS, 4, p=0.5), loss_coefs={"entropy": 0.2}),
     "relu": lambda: variable(ReLUGating(DIM, EXPERTS, 4, mean_choices=1.5, capacity_factor_train=0.7)),
     "noisy top-k": noisy,
