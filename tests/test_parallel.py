@@ -189,6 +189,7 @@ CHECKS = {
         checks.check_number_of_collectives,
         checks.check_static_shapes,
         checks.check_autocast_sends_half,
+        checks.check_side_inputs_under_fsdp2,
         odd.check_ranks_without_a_gradient_of_their_own,
         odd.check_tied_experts,
         odd.check_buffer_that_looks_stacked,

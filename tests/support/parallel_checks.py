@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -344,6 +344,29 @@ def check_replay() -> None:
         wanted, got = alone(x)[0], together(own_part(x))[0]
     torch.testing.assert_close(got, own_part(wanted), **CLOSE)
     assert not torch.allclose(alone(x)[0], wanted)
+
+
+class ReadingGate(TopKGating):
+    """Notes the dtypes of its side inputs."""
+
+    reads = (*TopKGating.reads, "ids", "features")
+    seen: dict[str, torch.dtype]
+
+    def decide(self, tokens):
+        self.seen = {name: value.dtype for name, value in tokens.side.items()}
+        return super().decide(tokens)
+
+
+def check_side_inputs_under_fsdp2() -> None:
+    """Its mixed precision casts numbers with a point and no others, unless it is told not to."""
+    x, ids = own_part(batch()[0]).bfloat16(), torch.zeros(SIZES[2][dist.get_rank()], LENGTH, dtype=torch.int64)
+    for cast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        moe = MoE(DIM, gate=ReadingGate(DIM, EXPERTS))
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, cast_forward_inputs=cast)
+        fully_shard(moe, mp_policy=policy)
+        out, aux_loss = moe(x, ids=ids, features=torch.randn(*ids.shape, 3, dtype=torch.float32))
+        (out.sum() + aux_loss).backward()
+        assert moe.gate.seen == {"ids": torch.int64, "features": dtype}
 
 
 # ---- collectives and bytes ----
