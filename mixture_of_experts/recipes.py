@@ -32,8 +32,8 @@ from mixture_of_experts.gating import (
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.steps import LearnedScale
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SquaredReLU
-from mixture_of_experts.ops.activations import make_activation
+from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
+from mixture_of_experts.ops.activations import make_activation, takes_two
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Model:
         experts: "activation" ("silu", "gelu", ...), "gated" (True by default), "bias", and "limit", "alpha" and
             "after" of a clamped gating.
         weigh_input: whether weights multiply what the experts read.
+        latent: width in which experts compute, as a share of d, with a norm behind them; 0: in d.
         identity: experts that return the token, as a share of the others; `zero`: that return nothing.
         shared: width of the shared expert in hidden widths of an expert; `shared_gate`: whether a token gates it.
         layer: settings of `MoE`: coefficients of losses; those of expert groups are left out of a gate without any.
@@ -67,6 +68,7 @@ class Model:
     scales: str | None = None
     experts: Mapping[str, Any] = field(default_factory=dict)
     weigh_input: bool = False
+    latent: float = 0.0
     identity: float = 0.0
     zero: int = 0
     shared: float = 0.0
@@ -256,6 +258,14 @@ MODELS: dict[str, Model] = {
         shared=1.0,
         layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
     ),
+    # config.json as torchtitan's flavor 2p8t and SiTU as vLLM has them; balanced by quantile, no loss is told of
+    "kimi_k3": Model(
+        gate=dict(k=16, normalize=True, **SIGMOID),
+        experts=dict(activation="situ"),
+        latent=0.5,
+        shared=2.0,
+        layer=dict(loss_coef=0.0),
+    ),
     "hy_v3": Model(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
         shared=1.0,
@@ -401,6 +411,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
     "relu2": SquaredReLU,
     "silu": nn.SiLU,
+    "situ": SiTU,
 }
 
 
@@ -432,7 +443,7 @@ class SharedExpert(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
         self.act = make_activation(activation)
-        self.of_both = isinstance(self.act, ClampedGLU | ClampedSwiGLU)
+        self.of_both = takes_two(self.act)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
@@ -459,7 +470,8 @@ def build(
         model: one of `MODELS`, or a record of one's own.
         dim, num_experts: d and e; experts that compute nothing come on top.
         hidden_dim: h, hidden width of an expert; 4 d by default.
-        latent_dim: experts compute in this width, between two linear layers (arXiv 2601.18089); None: in d.
+        latent_dim: experts compute in this width, between two linear layers (arXiv 2601.18089); None: as the record
+            says, in d if it says nothing.
         device, dtype: of the weights.
         changes: settings of the gate, in the place of the record's.
 
@@ -474,6 +486,8 @@ def build(
     spare = [round(model.identity * e), model.zero]
     gate = make_gate(model, d, e + sum(spare), changes, factory)
     activation, gated = make_activation_of(model), model.experts.get("gated", True)
+    if latent_dim is None and model.latent:
+        latent_dim = round(model.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
     kind: Any = GatedExperts if gated else Experts
     experts = kind(width, e, h, activation, bias=model.experts.get("bias", False), **factory)
@@ -483,7 +497,8 @@ def build(
         experts = ExpertsBesideIdentity(experts, num_identity=spare[0], num_zero=spare[1])
     if latent_dim is not None:
         narrow, wide = nn.Linear(d, width, bias=False, **factory), nn.Linear(width, d, bias=False, **factory)
-        experts = EnclosedExperts(experts, before=narrow, after=wide)
+        after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if model.latent else wide
+        experts = EnclosedExperts(experts, before=narrow, after=after)
     shared: nn.Module | None = None
     if model.shared:
         shared = SharedExpert(d, round(model.shared * h), make_activation_of(model), gated, **factory)
@@ -591,6 +606,13 @@ def deepseek_v4(dim: int, num_experts: int, hidden_dim: int | None = None, **cha
 def kimi_k2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
     """Kimi K2: as DeepSeek-V3 without groups of experts (arXiv 2507.20534)."""
     return build(MODELS["kimi_k2"], dim, num_experts, hidden_dim, **changes)
+
+
+def kimi_k3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+    """Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, SiTU, and shared
+    experts. Move the bias by `balance_experts(model, optimizer, "quantile")`.
+    """
+    return build(MODELS["kimi_k3"], dim, num_experts, hidden_dim, **changes)
 
 
 def nemotron_h(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:

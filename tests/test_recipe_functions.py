@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from support.recipes import RECIPES as PAGE
+from torch import nn
 
 from mixture_of_experts import MoE, TopKGating, recipes
 from mixture_of_experts.recipes import MODELS, Model
@@ -32,6 +33,7 @@ def row(name: str, model: Model) -> str:
     parts += [] if model.experts.get("gated", True) else ["not gated"]
     parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
     parts += ["biases"] if model.experts.get("bias") else []
+    parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
     parts += ["weights on what they read"] if model.weigh_input else []
     parts += [f"{model.identity:g} as many return the token"] if model.identity else []
     shared = f"{model.shared:g} h" + (", gated" if model.shared_gate else "") if model.shared else ""
@@ -86,6 +88,32 @@ def test_decoding_token_by_token_is_the_prefill(name):
         whole = moe(x)[0]
         tokens = torch.cat([moe(x[:, i : i + 1])[0] for i in range(24)], dim=1)
     torch.testing.assert_close(tokens, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_kimi_k3_is_its_formula():
+    """Token by token: sigmoid scores, the 16 best biased ones, SiTU in half the width, a norm, shared experts."""
+    torch.manual_seed(0)
+    moe, x = recipes.kimi_k3(16, 20, 12).double(), torch.randn(1, 5, 16, dtype=torch.float64)
+    moe.gate.expert_bias.normal_()
+    around, shared = moe.experts, moe.shared_expert
+    norm, up = around.after
+    nn.init.normal_(norm.weight)
+
+    def situ(gate, linear):
+        return 4 * torch.tanh(gate / 4) * torch.sigmoid(gate) * 25 * torch.tanh(linear / 25)
+
+    for token, out in zip(x[0], moe(x)[0][0], strict=True):
+        score = torch.sigmoid(token @ moe.gate.w_gating)
+        chosen = (score + moe.gate.expert_bias).topk(16).indices.tolist()
+        narrow, experts = around.before(token), around.experts
+        routed = torch.zeros(8, dtype=torch.float64)
+        for e in chosen:
+            hidden = situ(narrow @ experts.w1[e], narrow @ experts.w3[e])
+            routed += score[e] / score[chosen].sum() * (hidden @ experts.w2[e])
+        normed = routed * (routed.square().mean() + 1e-5).rsqrt() * norm.weight
+        always = shared.down_proj(situ(shared.gate_proj(token), shared.up_proj(token)))
+        torch.testing.assert_close(out, up(normed) + always, atol=1e-6, rtol=1e-6)
+    assert shared.up_proj.out_features == 2 * 12
 
 
 def test_expert_choice_does_not_decode():

@@ -89,6 +89,38 @@ class ClampedGLU(nn.Module):
         return f"limit={self.limit}" + (", after=True" if self.after else "")
 
 
+class SiTU(nn.Module):
+    """The sigmoid tanh unit of Kimi K3: `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`, a
+    SwiGLU whose two factors are bounded, smoothly.
+
+    Args:
+        beta, linear_beta: the bounds.
+
+    Shape:
+        gate and up `(..., h)`; returns `(..., h)`.
+
+    Example:
+        >>> import torch
+        >>> SiTU(beta=4.0, linear_beta=25.0)(torch.tensor([100.0]), torch.tensor([1000.0]))
+        tensor([100.])
+    """
+
+    beta: float
+    linear_beta: float
+
+    def __init__(self, beta: float = 4.0, linear_beta: float = 25.0) -> None:
+        super().__init__()
+        self.beta = check_number("beta", beta, above=0.0)
+        self.linear_beta = check_number("linear_beta", linear_beta, above=0.0)
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        bounded = self.beta * torch.tanh(gate / self.beta) * torch.sigmoid(gate)
+        return bounded * (self.linear_beta * torch.tanh(up / self.linear_beta))
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, linear_beta={self.linear_beta}"
+
+
 class SquaredReLU(nn.Module):
     """`relu(x)^2` (Primer, arXiv 2109.08668).
 
