@@ -96,7 +96,7 @@ def test_kimi_k3_is_its_formula():
     moe, x = recipes.kimi_k3(16, 20, 12).double(), torch.randn(1, 5, 16, dtype=torch.float64)
     moe.gate.expert_bias.normal_()
     around, shared = moe.experts, moe.shared_expert
-    norm, up = around.after
+    norm, up = around.after.children()
     nn.init.normal_(norm.weight)
 
     def situ(gate, linear):

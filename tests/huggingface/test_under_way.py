@@ -59,7 +59,7 @@ def train_sparse(name: str = "llama", **settings) -> nn.Module:
 # Threads
 
 
-@pytest.mark.parametrize("name", ["llama", "opt", "bert"])
+@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "bert"))])
 def test_masks_of_two_threads_do_not_mix(name):
     model, given = build(name).eval(), batches()
     inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
@@ -72,7 +72,7 @@ def test_masks_of_two_threads_do_not_mix(name):
     in_threads(work)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_losses_of_two_threads_do_not_mix(checkpointing):
     """The loss, its auxiliary part and the gradient; with checkpointing, what runs again has its own mask."""
     model, given = build("llama").train(), batches()
@@ -123,6 +123,7 @@ def test_a_thread_has_no_auxiliary_loss_of_another():
     in_threads(work, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theirs", [False, True])
 def test_statistics_count_every_thread_once(theirs):
     """Each forward under its number, with its own mask, also where others are under way or checkpointing runs again."""
