@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number
+from mixture_of_experts.checks import check_number, check_size
 from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
@@ -72,13 +72,21 @@ def routed_tokens(decision: Decision) -> Tensor:
 
 
 class ExpertsBesideIdentity(RoutedExperts):
-    """Experts, and behind them ids that cost nothing: their experts return the token itself, or zero (LongCat-Flash,
-    arXiv 2509.01322).
+    """Experts, and behind them ids that cost next to nothing: their experts return the token itself or zero
+    (LongCat-Flash, arXiv 2509.01322), or mix the token with a vector of their own (MoE++, arXiv 2410.07348). To balance
+    the two kinds on their own account, move an expert bias by `SignRule(shares=...)`.
 
     Args:
         experts: e experts of contract two (`Experts`, `GatedExperts`, a subclass of `RoutedExperts`).
         num_identity: ids from e on whose experts return the token.
         num_zero: ids behind those whose experts return zero.
+        num_constant: ids behind those whose experts return `a x + b v`, with a vector v and a router of two,
+            `(a, b) = softmax(x w)`.
+        device, dtype: of the weights of those.
+
+    Shape:
+        `constants` is `(num_constant, d)`, the vectors, and `w_constant` `(num_constant, d, 2)`, the routers; None if
+        there are none.
 
     Example:
         >>> import torch
@@ -91,23 +99,55 @@ class ExpertsBesideIdentity(RoutedExperts):
 
     num_identity: int
     num_zero: int
+    num_constant: int
     num_computing: int
     num_experts: int
+    constants: nn.Parameter | None
+    w_constant: nn.Parameter | None
 
-    def __init__(self, experts: RoutedExperts, *, num_identity: int = 0, num_zero: int = 0) -> None:
+    def __init__(
+        self,
+        experts: RoutedExperts,
+        *,
+        num_identity: int = 0,
+        num_zero: int = 0,
+        num_constant: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
                 f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: ids "
                 "that cost nothing stand behind theirs"
             )
-        for name, number in (("num_identity", num_identity), ("num_zero", num_zero)):
+        numbers = {"num_identity": num_identity, "num_zero": num_zero, "num_constant": num_constant}
+        for name, number in numbers.items():
             if check_number(name, number, at_least=0) != int(number):
                 raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
         self.experts = experts
-        self.num_identity, self.num_zero = int(num_identity), int(num_zero)
+        self.num_identity, self.num_zero, self.num_constant = int(num_identity), int(num_zero), int(num_constant)
         self.num_computing = int(getattr(experts, "num_experts"))  # noqa: B009
-        self.num_experts = self.num_computing + self.num_identity + self.num_zero
+        self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
+        self.constants = self.w_constant = None
+        if self.num_constant:
+            shape = (self.num_constant, check_size("experts.dim", getattr(experts, "dim", None)))
+            self.constants = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+            self.w_constant = nn.Parameter(torch.empty(*shape, 2, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights of constant experts anew (standard deviation 1 / sqrt(d))."""
+        for weight in (self.constants, self.w_constant):
+            if weight is not None:
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def constant(self, i: int, x: Tensor) -> Tensor:
+        """What constant expert i makes of tokens `(t, d)`."""
+        assert self.constants is not None
+        assert self.w_constant is not None
+        a, b = (x @ self.w_constant[i]).softmax(dim=-1).split(1, dim=-1)
+        return a * x + b * self.constants[i]
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None or decision.k is None:
@@ -118,17 +158,27 @@ class ExpertsBesideIdentity(RoutedExperts):
         out = self.experts(x, decision_on(torch.where(kept, expert, e), weight, e))
         copies = kept & (expert >= e) & (expert < e + self.num_identity)
         share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
-        return (out + share * x).to(x.dtype)
+        out = out + share * x
+        for i in range(self.num_constant):
+            share = torch.where(kept & (expert == self.num_experts - self.num_constant + i), weight, 0)
+            out = out + share.sum(dim=-1, keepdim=True) * self.constant(i, x)
+        return out.to(x.dtype)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         e, row = self.num_computing, torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         stops = num_tokens_per_expert.cumsum(0)
         first, last = stops[e - 1], stops[e - 1 + self.num_identity]
         out = self.experts.compute(rows, num_tokens_per_expert[:e])
-        return torch.where(row < first, out, torch.where(row < last, rows, 0))
+        out = torch.where(row < first, out, torch.where(row < last, rows, 0))
+        for i in range(self.num_constant):
+            expert = self.num_experts - self.num_constant + i
+            is_its = (row >= stops[expert - 1]) & (row < stops[expert])
+            out = torch.where(is_its, self.constant(i, rows).to(out.dtype), out)
+        return out
 
     def extra_repr(self) -> str:
-        return f"num_identity={self.num_identity}, num_zero={self.num_zero}"
+        constant = f", num_constant={self.num_constant}" if self.num_constant else ""
+        return f"num_identity={self.num_identity}, num_zero={self.num_zero}{constant}"
 
 
 class InputWeightedExperts(RoutedExperts):

@@ -81,10 +81,23 @@ def test_a_gate_of_each_token():
     assert shared(ONE).item() == 0.5
 
 
+def test_a_constant_expert_mixes_the_token_with_a_vector():
+    """Id 2 makes of the token 1 a fifth of it and four fifths of 5: 4.2."""
+    experts = ExpertsBesideIdentity(Experts(1, 2), num_constant=1)
+    experts.constants.data.fill_(5.0)
+    experts.w_constant.data.copy_(torch.tensor([[[0.0, 3.0]]]).log1p())
+    moe = layer(experts, [0.0, 0.0, 9.0], score=lambda logits: (logits > 1).to(logits.dtype), normalize=False)
+    out, _ = moe(ONE)
+    assert out.item() == pytest.approx(4.2)
+    out.backward()
+    assert experts.constants.grad.item() == pytest.approx(0.8)
+
+
 D, E = 6, 4
 WRAPPERS = {
     "latent": lambda: EnclosedExperts(Experts(3, E, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
     "identity": lambda: ExpertsBesideIdentity(Experts(D, E - 2, 5), num_identity=1, num_zero=1),
+    "constant": lambda: ExpertsBesideIdentity(Experts(D, E - 2, 5), num_identity=1, num_constant=1),
     "input": lambda: InputWeightedExperts(Experts(D, E, 5)),
     "norm": lambda: NormedExperts(Experts(D, E, 5), nn.RMSNorm(D)),
 }
@@ -111,6 +124,9 @@ def dense(moe: Any, x: Tensor) -> Tensor:
         return torch.where(routed.unsqueeze(-1), experts.after(mixed), 0)
     if isinstance(experts, ExpertsBesideIdentity):
         mixed = torch.einsum("bne,ebnd->bnd", weight[..., : E - 2], each(experts.experts, x))
+        last = weight[..., E - 1, None]
+        if experts.num_constant:
+            mixed = mixed + last * experts.constant(0, x.flatten(0, 1)).view(x.shape)
         return mixed + weight[..., E - 2, None] * x
     if isinstance(experts, NormedExperts):
         return torch.einsum("bne,ebnd->bnd", weight, experts.norm(each(experts.experts, x)))

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import MoE, TopKGating
+from mixture_of_experts import Experts, MoE, TopKGating, balance_experts
+from mixture_of_experts.around import ExpertsBesideIdentity
 from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
 
 
@@ -256,6 +257,33 @@ def test_what_it_does_not_fit(settings, why):
         TopKGating(6, 4).bias_rule = "sign"
     with pytest.raises(ValueError, match="bias_rule must be one of 'sign', 'centred_sign', 'quantile', got 'mean'"):
         of.bias_rule = "mean"
+
+
+def test_shares():
+    """Two experts that compute, wanted twice as often as two that do not: of 12 choices 4, 4, 2 and 2."""
+    rule = SignRule(shares=[2, 2, 1, 1])
+    assert rule.step(torch.tensor([4, 5, 1, 2]), torch.zeros(4), 1, 0.5).tolist() == [0.0, -0.5, 0.5, 0.0]
+    assert rule.step(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), 1, 0.5).tolist() == [[0.0] * 4] * 2
+    assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
+    with pytest.raises(ValueError, match="shares must be a number for each of the 3 experts, got 4"):
+        rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
+    with pytest.raises(ValueError, match=r"shares must be .* got 0"):
+        SignRule(shares=[1, 0])
+
+
+def test_ids_that_cost_nothing_are_balanced_on_their_own_account():
+    """A seventh of all choices is asked of two identity experts, and comes to them."""
+    torch.manual_seed(0)
+    experts = ExpertsBesideIdentity(Experts(8, 4, 8), num_identity=2)
+    moe = MoE(8, gate=TopKGating(8, 6, k=2, expert_bias=True), experts=experts, loss_coef=0.0)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    balance_experts(moe, optimizer, SignRule(shares=[3, 3, 3, 3, 1, 1]), rate=0.01)
+    x = torch.randn(4, 128, 8)
+    for _ in range(100):
+        moe(x)[0].sum().backward()
+        optimizer.step()
+    load = moe.gate(x).queued.sum(0) / (4 * 128 * 2)
+    torch.testing.assert_close(load, torch.tensor([3, 3, 3, 3, 1, 1]) / 14, atol=0.03, rtol=0)
 
 
 class LoadRule(BiasRule):

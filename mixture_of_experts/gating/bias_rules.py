@@ -5,13 +5,13 @@ Axes: t tokens, k choices of a token, e experts; outer experts stand before them
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.checks import check_choice, check_flag, check_size
+from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.expert_bias import towards_mean
 
 
@@ -53,6 +53,8 @@ class SignRule(BiasRule):
     Args:
         centred: after each step the bias' mean is subtracted from it, so that it cannot drift as a whole. It chooses
             the same experts, but for rounding.
+        shares: e numbers above 0, in what proportion experts are to be chosen; None: equally. Experts that compute and
+            ids that cost nothing are so balanced each on their own account.
 
     Example:
         >>> import torch
@@ -64,8 +66,9 @@ class SignRule(BiasRule):
 
     rate: ClassVar[float] = 1e-3
 
-    def __init__(self, centred: bool = False) -> None:
+    def __init__(self, centred: bool = False, shares: Sequence[float] | None = None) -> None:
         self.centred = check_flag("centred", centred)
+        self.shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
 
     def count(self, chosen: ForwardChoices) -> Tensor:
         """Choices of each expert, `(..., e)` int64."""
@@ -74,14 +77,24 @@ class SignRule(BiasRule):
         return torch.zeros(chosen.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        step = rate * towards_mean(counts)
+        step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts))
         if not (self.centred and rate):
             return step
         centred = step - (bias + step).mean(dim=-1, keepdim=True)
         return torch.where(counts.any(dim=-1, keepdim=True), centred, 0.0)
 
+    def _towards_shares(self, load: Tensor) -> Tensor:
+        assert self.shares is not None
+        if len(self.shares) != load.shape[-1]:
+            raise ValueError(
+                f"shares must be a number for each of the {load.shape[-1]} experts, got {len(self.shares)}"
+            )
+        shares = torch.tensor(self.shares, dtype=torch.float64, device=load.device)
+        wanted = load.sum(dim=-1, keepdim=True) * (shares / shares.sum())
+        return torch.sign(wanted - load).to(torch.float32)
+
     def __repr__(self) -> str:
-        return f"SignRule(centred={self.centred})"
+        return f"SignRule(centred={self.centred}" + ("" if self.shares is None else f", shares={self.shares}") + ")"
 
 
 class QuantileRule(BiasRule):
