@@ -24,7 +24,11 @@ def few_and_planned(layer, x, mask=None, few=True):
     return actual, run(layer, x, mask)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, *(pytest.param(low, marks=pytest.mark.slow) for low in (torch.float32, torch.bfloat16))],
+    ids=str,
+)
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
 @pytest.mark.parametrize("name", ROUTERS)
 def test_few_rows(experts, name, dtype):

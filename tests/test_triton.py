@@ -138,7 +138,7 @@ def test_faults_of_memory_are_seen(check: Checks):
 
 
 @pytest.mark.parametrize("routing", ["dropless", "dropless, zeros", "masked", "capacity, zeros", "capacity, masked"])
-@pytest.mark.parametrize("experts", [1, pytest.param(5, marks=slow), 64, pytest.param(257, marks=slow)])
+@pytest.mark.parametrize("experts", [*(pytest.param(e, marks=slow) for e in (1, 5, 257)), 64])
 def test_plans(check: Checks, experts: int, routing: str):
     for groups in (1, 3):
         check("check_plan", experts, groups, routing)

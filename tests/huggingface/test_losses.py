@@ -158,7 +158,7 @@ def trained_gradients(model: nn.Module, rows: dict[str, Tensor], tmp_path: Path,
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_accumulation_is_the_whole_batch_at_once(tmp_path, name, checkpointing):
     model, rows = build(name), batch_of(8)
     whole = gradients(model, model(**rows).loss)
