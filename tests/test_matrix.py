@@ -15,23 +15,23 @@ QUICK, SLOW = range(5), range(5, 20)  # seeds of 100 configurations
 slow = pytest.mark.slow
 
 
-def hold(kind: str, number: int, count: int) -> None:
-    """No configuration of a seed differs; most are compared, some are refused."""
+def hold(kind: str, number: int, count: int, least: int) -> None:
+    """No configuration of a seed differs, and so many at least are compared: some are refused, of exported ones half."""
     line = run_seed(kind, number, count)
     assert line["mismatches"] == []
-    assert line["equal"] > count / 2
+    assert line["equal"] >= least
 
 
 @pytest.mark.parametrize("number", [*QUICK, *(pytest.param(number, marks=slow) for number in SLOW)])
 def test_eager(number):
-    hold("eager", number, 100)
+    hold("eager", number, 100, 51)
 
 
 @slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("kind", ["compiled", "exported"])
 def test_traced(kind):
-    hold(kind, 0, 6)
+    hold(kind, 0, 6, 2)
 
 
 # The matrix sees what is wrong
