@@ -16,7 +16,7 @@ slow = pytest.mark.slow
 
 
 def hold(kind: str, number: int, count: int, least: int) -> None:
-    """No configuration of a seed differs, and so many at least are compared: some are refused, of exported ones half."""
+    """No configuration of a seed differs, and so many at least are compared; others are refused."""
     line = run_seed(kind, number, count)
     assert line["mismatches"] == []
     assert line["equal"] >= least
