@@ -7,6 +7,7 @@ from support import bits
 from mixture_of_experts import ops
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [bits.MANY, bits.FEW], ids=["many tokens", "few tokens"])
 @pytest.mark.parametrize("way", bits.WAYS)
 def test_what_a_way_keeps(way, shape):

@@ -339,6 +339,7 @@ def test_recipe_moves_the_bias_once_for_each_step():
     assert gate.expert_bias.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_balances_a_skewed_router_without_a_loss(seed):
     train = recipe("Expert bias")["train"]

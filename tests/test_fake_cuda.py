@@ -47,14 +47,16 @@ def test_a_sync_and_a_wrong_device_are_seen(check: Checks):
     check("check_sync_is_seen")
 
 
-@pytest.mark.parametrize("capacity", [None, 1.0], ids=["dropless", "capacity"])
+@pytest.mark.parametrize("capacity", [None, pytest.param(1.0, marks=pytest.mark.slow)], ids=["dropless", "capacity"])
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
 def test_routers(check: Checks, router: str, capacity: float | None):
     for masked in (False, True):
         check("check_layer", router, "gated", capacity, masked=masked)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "f16", "f32", "f64"])
+@pytest.mark.parametrize(
+    "dtype", ["bf16", "f32", *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in ("f16", "f64"))]
+)
 @pytest.mark.parametrize("experts", ["plain", "gated", "gated with biases"])
 def test_dtypes(check: Checks, experts: str, dtype: str):
     for capacity in (None, 1.25):

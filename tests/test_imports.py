@@ -100,6 +100,7 @@ def test_imports_run_one_way():
     assert wrong_ways(modules) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "text", "wrong"),
     [

@@ -11,7 +11,7 @@ from support.strategies import Bank, Router
 
 from mixture_of_experts import MoE
 
-QUICK, SLOW = range(5), range(5, 20)  # seeds of 100 configurations
+QUICK, SLOW = range(3), range(3, 20)  # seeds of 100 configurations
 slow = pytest.mark.slow
 
 

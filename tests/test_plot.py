@@ -287,6 +287,7 @@ def run_script(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -
     runpy.run_path(str(DOCS / name), run_name="__main__")
 
 
+@pytest.mark.slow
 def test_pictures_of_the_documentation(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

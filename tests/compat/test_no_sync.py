@@ -103,6 +103,7 @@ def test_captures(path, training, dtype, limit):
     assert capture(build, path, dtype, "meta").between_devices == set()
 
 
+@pytest.mark.slow
 @pytest.mark.feature(NO_SYNC)
 @pytest.mark.usefixtures("claim_cuda")
 @routers
