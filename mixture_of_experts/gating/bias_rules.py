@@ -63,6 +63,7 @@ class SignRule(BiasRule):
     """
 
     centred: bool
+    shares: tuple[float, ...] | None
 
     rate: ClassVar[float] = 1e-3
 
