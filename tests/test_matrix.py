@@ -15,23 +15,23 @@ QUICK, SLOW = range(3), range(3, 20)  # seeds of 100 configurations
 slow = pytest.mark.slow
 
 
-def hold(kind: str, number: int, count: int, least: int) -> None:
-    """No configuration of a seed differs, and so many at least are compared; others are refused."""
+def hold(kind: str, number: int, count: int) -> None:
+    """No configuration of a seed differs; most are compared, some are refused."""
     line = run_seed(kind, number, count)
     assert line["mismatches"] == []
-    assert line["equal"] >= least
+    assert line["equal"] > count / 2
 
 
 @pytest.mark.parametrize("number", [*QUICK, *(pytest.param(number, marks=slow) for number in SLOW)])
 def test_eager(number):
-    hold("eager", number, 100, 51)
+    hold("eager", number, 100)
 
 
 @slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("kind", ["compiled", "exported"])
 def test_traced(kind):
-    hold(kind, 0, 6, 2)
+    hold(kind, 3, 6)  # a seed of which most can be exported
 
 
 # The matrix sees what is wrong
