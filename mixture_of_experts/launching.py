@@ -1,4 +1,5 @@
-"""What kernels of Triton have in common, whatever they compute: which way is asked for, and how they start.
+"""What kernels of Triton have in common, whatever they compute: which way is asked for, how kernels start, and whether
+they are right.
 
 The way that calls go is state of the whole process: `ops.use` sets it, and `MIXTURE_OF_EXPERTS_KERNELS` from the start.
 """
@@ -7,7 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,3 +59,49 @@ def undisturbed(device: torch.device) -> Iterator[None]:
     finally:
         if mode is not None:
             torch.cuda.set_sync_debug_mode(mode)
+
+
+class SelfCheck:
+    """Whether kernels compute on a device what they should, found before they serve a first call of each kind.
+
+    A kernel that differs from torch's operators, or raises, turns all kernels of this check off for the process, with a
+    warning: a compiler that is wrong once is not asked again.
+
+    Args:
+        kernels: what a warning calls them.
+    """
+
+    def __init__(self, kernels: str) -> None:
+        self.kernels = kernels
+        self.verdicts: dict[Hashable, str | None] = {}
+
+    def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
+        """None if the kernels are right on a kind of calls, or the reason why they are not taken.
+
+        Args:
+            device: of the call.
+            kind: what programs depend on; it is checked once.
+            fault: computes what such a call does, and returns what is wrong or None.
+        """
+        if wrong := next(filter(None, self.verdicts.values()), None):
+            return wrong
+        if kind in self.verdicts:
+            return None
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            warnings.warn(
+                f"a CUDA graph is captured before {self.kernels} were checked, and is captured without them: run the "
+                "layer once before",
+                stacklevel=2,
+            )
+            return "they were not checked before this stream was captured"
+        try:
+            with undisturbed(device):
+                verdict = fault()
+        except torch.OutOfMemoryError:  # no verdict
+            return "there is no memory to check them"
+        except Exception as reason:  # whatever a compiler or a driver raises
+            verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
+        self.verdicts[kind] = verdict
+        if verdict:
+            warnings.warn(f"{self.kernels} are off in this process: {verdict}", stacklevel=2)
+        return verdict

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.logits import RouterLogits
-from mixture_of_experts.launching import asked_for, undisturbed
+from mixture_of_experts.launching import SelfCheck, asked_for
 from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass
 from mixture_of_experts.tracing import capability, in_transform
 
@@ -28,7 +28,7 @@ LONGEST = 8  # tokens of a group
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
 TOLERANCE = 1e-3
 
-_verdicts: dict[tuple, bool] = {}
+CHECK = SelfCheck("the Triton kernels of gates")
 
 
 def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
@@ -89,25 +89,11 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, float, float]:
 
 def _is_right(gate: TopKGating, x: Tensor) -> bool:
     """Whether the kernel does on this device what torch's operators do, on made-up tokens of such a gate."""
-    if not all(_verdicts.values()):
-        return False
-    key = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
-    if key not in _verdicts:
-        if x.is_cuda and torch.cuda.is_current_stream_capturing():
-            return False
-        try:
-            with undisturbed(x.device), torch.no_grad():
-                fault = _fault(gate, x)
-        except torch.OutOfMemoryError:  # no verdict
-            return False
-        except Exception as reason:  # whatever a compiler or a driver raises
-            fault = f"it raises {type(reason).__name__}: {reason}"
-        _verdicts[key] = not fault
-        if fault:
-            warnings.warn(f"the Triton kernel of gates is off in this process: {fault}", stacklevel=2)
-    return _verdicts[key]
+    kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
+    return CHECK.why_wrong(x.device, kind, partial(_fault, gate, x)) is None
 
 
+@torch.no_grad()
 def _fault(gate: TopKGating, x: Tensor) -> str | None:
     """What differs. Of one token choices may: two that are equal to rounding."""
     generator = torch.Generator(x.device).manual_seed(0)

@@ -273,13 +273,13 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(canary, "TOKENS", 32)
         patch.setattr(canary, "DIM", 32)
-        patch.setattr(canary, "_verdicts", {})
+        patch.setattr(canary.CHECK, "verdicts", {})
         assert judge(0) is None
         assert judge(1) is None
-        assert len(canary._verdicts) == 2
+        assert len(canary.CHECK.verdicts) == 2
         for name in KERNELS:
             for fault in ("slightly", "raises") if name == "row_grads" else ("slightly",):
-                patch.setattr(canary, "_verdicts", {})
+                patch.setattr(canary.CHECK, "verdicts", {})
                 patch.setattr(operators, "launch", planted(name, fault))
                 with pytest.warns(UserWarning, match="off in this process"):
                     wrong = judge()
@@ -287,10 +287,10 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype) -> None:
                 assert ("they raise RuntimeError" if fault == "raises" else "differ") in wrong
                 patch.setattr(operators, "launch", launch)
                 assert judge(1) == wrong  # nothing is asked again, and nothing else
-        patch.setattr(canary, "_verdicts", {})
+        patch.setattr(canary.CHECK, "verdicts", {})
         patch.setattr(operators, "launch", planted("row_grads", "memory"))
         assert "no memory" in str(judge())
-        assert not canary._verdicts
+        assert not canary.CHECK.verdicts
 
 
 def check_most_tiles() -> None:
@@ -419,7 +419,7 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
         gate.expert_bias.normal_(std=0.1)
     calls, choose = [], few_kernel.launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few, "_verdicts", {})
+        patch.setattr(few.CHECK, "verdicts", {})
         assert few._is_right(gate, torch.zeros(1, 1, 8, dtype=dtype))
         patch.setattr(few_kernel, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
         for b, n in ((1, 1), (3, 1), (2, few.LONGEST), (1, 3), (1, few.LONGEST + 1), (0, 1)):
@@ -456,7 +456,7 @@ def check_wrong_choices(fault: str) -> None:
     lost.w_gating.fill_(torch.nan)
     assert few._fault(lost, x) is None  # what training has lost is no fault of the kernel
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(few, "_verdicts", {})
+        patch.setattr(few.CHECK, "verdicts", {})
         patch.setattr(few_kernel, "launch", wrong)
         wanted = gate(x, mask=torch.ones(3, 1, dtype=torch.bool))  # which the kernel does not serve
         assert not calls

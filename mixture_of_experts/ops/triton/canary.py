@@ -10,14 +10,14 @@ the Triton way off for the process, with a warning: a compiler that is wrong onc
 from __future__ import annotations
 
 import math
-import warnings
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.decision import Decision, decision_on
-from mixture_of_experts.launching import undisturbed
+from mixture_of_experts.launching import SelfCheck
 from mixture_of_experts.ops import lean
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
     sizes: tuple[int, int, int]
 
 
-_verdicts: dict[tuple[Kind, Schedule], str | None] = {}
+CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
 
 
 @constant_in_graphs  # while a graph is traced, too, the kernels run on what is made here
@@ -87,32 +87,14 @@ def why_wrong(
 def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
     """None if the kernels are right with the `wanted` of all entries, or the reason why they are not taken."""
     for entry in wanted:
-        if wrong := next((verdict for verdict in _verdicts.values() if verdict), None):
+        if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
             return wrong
-        key = kind, entry
-        if key in _verdicts:
-            continue
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            warnings.warn(
-                "a CUDA graph is captured before the Triton kernels were checked, and is captured without them: run "
-                "the layer once before",
-                stacklevel=2,
-            )
-            return "they were not checked before this stream was captured"
-        try:
-            with undisturbed(device):
-                _verdicts[key] = fault(kind, device, entries, entry)
-        except torch.OutOfMemoryError:  # no verdict
-            return "there is no memory to check them"
-        if verdict := _verdicts[key]:
-            warnings.warn(f"the Triton kernels are off in this process: {verdict}", stacklevel=2)
-            return verdict
     return None
 
 
 def forget() -> None:
     """Check everything anew, as in a new process."""
-    _verdicts.clear()
+    CHECK.verdicts.clear()
 
 
 def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
