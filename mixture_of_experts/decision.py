@@ -11,8 +11,7 @@ that somebody else chose.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,23 +23,57 @@ from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import exporting, smallest
 
 
+@dataclass(frozen=True, eq=False)
 class SlotLayout:
-    """Where limited capacity puts assignments.
+    """Where the capacity of a gate puts assignments.
 
     Every expert has one queue for each group; queue `expert * num_groups + group` has `capacity` slots.
 
-    Args:
-        num_groups, capacity: b and c.
-        find: makes the queue `(a,)` of each assignment, and the `Queues`: positions `(a,)`, and the length of each
-            queue, no longer than there are slots. It is called when somebody needs them.
+    Attributes:
+        routing: what the gate tells; of two levels the gate of level two.
+        slot: `(t k1,)` of two levels, the token of `routing` that each assignment of level one is: its slot there, or
+            their number where it has none. None of one level.
     """
 
-    num_groups: int
-    capacity: int
-    find: Callable[[], tuple[Tensor, Queues]]
+    routing: Routing
+    slot: Tensor | None = None
 
-    def __init__(self, num_groups: int, capacity: int, find: Callable[[], tuple[Tensor, Queues]]) -> None:
-        self.num_groups, self.capacity, self.find = num_groups, capacity, find
+    @property
+    def num_groups(self) -> int:
+        return self.routing.expert.shape[-2]
+
+    @property
+    def capacity(self) -> int:
+        return self.routing.slots
+
+    def cell(self) -> Tensor:
+        """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
+        position = self.routing.group_queues().position.flatten()
+        cell = torch.add(position, self._queue(), alpha=self.capacity)
+        return cell if self.slot is None else of_choices(cell, self.routing, self.slot)
+
+    def find(self) -> tuple[Tensor, Queues]:
+        """The queue `(a,)` of each assignment, and the `Queues`: positions `(a,)` and lengths `(e b,)`, as far as slots
+        go."""
+        queues = self.routing.group_queues()
+        if self.slot is None:
+            return self._queue(), Queues(queues.position.flatten(), self.length(queues))
+        cell, length = self.cell(), self.length(queues)
+        queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
+        return queue, Queues(torch.sub(cell, queue, alpha=self.capacity), length)
+
+    def length(self, queues: Queues) -> Tensor:
+        """`(e b,)` int64, how many slots of each queue an assignment holds."""
+        return self.routing.slots_held(queues).transpose(-2, -1).flatten()
+
+    def _queue(self) -> Tensor:
+        """The queue of each assignment of the gate, `(router * e + expert) * b + group`."""
+        *outer, b, a = self.routing.expert.shape
+        e, routers, device = self.routing.num_experts, math.prod(outer), self.routing.expert.device
+        first = torch.arange(b, device=device).view(-1, 1)  # that of expert 0
+        if outer:
+            first = torch.add(first, torch.arange(routers, device=device).view(-1, 1, 1), alpha=e * b)
+        return torch.add(first, self.routing.expert.reshape(routers, b, a), alpha=b).flatten()
 
 
 class Decision:
@@ -117,9 +150,10 @@ class Decision:
 
     def in_slots(self) -> Plan:
         """The plan whose rows are all slots: `(e, b, c)`, some of them empty."""
+        if self.slots is not None:
+            return self._plan(self.slots.cell(), self.num_slots, None)
         queue, queues = self.queues()
-        capacity = self.num_tokens if self.slots is None else self.slots.capacity
-        return self._plan(queue * capacity + queues.position, self.num_slots, None)
+        return self._plan(torch.add(queues.position, queue, alpha=self.num_tokens), self.num_slots, None)
 
     def rows_per_expert(self, queues: Queues) -> Tensor:
         """`(e,)` int64, the rows that each expert needs: one for each assignment that holds a place in `queues()`."""
@@ -180,7 +214,6 @@ def plan_slots_of(routing: Routing) -> Plan:
 
 
 def _decision_of(routing: Routing, by_group: bool) -> Decision:
-    groups = routing.expert.shape[-2]
     return Decision(
         routing.expert.flatten(),
         routing.weight.flatten(),
@@ -190,7 +223,7 @@ def _decision_of(routing: Routing, by_group: bool) -> Decision:
         token=None if routing.token_index is None else _in_call(routing.token_index, routing.num_tokens).flatten(),
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),
-        slots=SlotLayout(groups, routing.slots, partial(_queue_by_group, routing)) if by_group else None,
+        slots=SlotLayout(routing) if by_group else None,
         dropless=routing.capacity is None,
     )
 
@@ -198,19 +231,6 @@ def _decision_of(routing: Routing, by_group: bool) -> Decision:
 def _in_call(token: Tensor, num_tokens: int) -> Tensor:
     """Tokens `(b, a)` of groups as tokens of the call."""
     return token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * num_tokens
-
-
-def _queue_by_group(routing: Routing) -> tuple[Tensor, Queues]:
-    """The queue of every assignment (by outer expert, expert, group), and the queues as far as slots go."""
-    *outer, b, a = routing.expert.shape
-    e, routers = routing.num_experts, math.prod(outer)
-    expert = routing.expert.reshape(routers, b, a)
-    if outer:
-        expert = expert + torch.arange(routers, device=expert.device).view(-1, 1, 1) * e
-    queue = expert * b + torch.arange(b, device=expert.device).view(-1, 1)
-    queues = routing.group_queues()
-    length = routing.slots_held(queues).reshape(routers, b, e).transpose(1, 2)
-    return queue.flatten(), Queues(queues.position.flatten(), length.flatten())
 
 
 def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
@@ -225,28 +245,22 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
     """
     if slots.k is None or inner.k is None:
         raise ValueError("only routers of token choice can be composed: in expert choice a slot has no list of choices")
-    groups, capacity, num_slots = inner.expert.shape[-2], inner.slots, slots.num_rows
-    queue, queues = _queue_by_group(inner)
-    nobodys = outer.num_experts * inner.num_experts * groups * capacity  # the cell of what is not kept
-    cell = torch.where(inner.kept.flatten(), queue * capacity + queues.position, nobodys).view(num_slots, inner.k)
-    cell = append(cell, nobodys)[slots.row]  # (t k1, k2)
-    weight = slots.weight.unsqueeze(-1) * append(inner.weight.reshape(num_slots, inner.k), 0)[slots.row]
-    cell = cell.flatten()
+    weight = slots.weight.unsqueeze(-1) * of_choices(inner.weight, inner, slots.row).view(-1, inner.k)
     return Decision(
         None,
         weight.flatten(),
-        cell < nobodys,
+        of_choices(inner.kept, inner, slots.row),
         k=slots.k * inner.k,
         num_tokens=slots.num_tokens,
         num_experts=(outer.num_experts, inner.num_experts),
-        slots=SlotLayout(groups, capacity, partial(_queue_by_cell, cell, capacity, queues.length)),
+        slots=SlotLayout(inner, slots.row),
         dropless=inner.capacity is None,
         # most slots may be empty: tokens bound the rows too
-        most_rows=smallest(math.prod(inner.expert.shape), cell.shape[0]),
+        most_rows=smallest(math.prod(inner.expert.shape), weight.numel()),
     )
 
 
-def _queue_by_cell(cell: Tensor, capacity: int, length: Tensor) -> tuple[Tensor, Queues]:
-    """Queues of assignments whose slot `cell` `(a,)` counts all slots of the call, from 0."""
-    queue = cell.clamp(max=length.shape[0] * capacity - 1) // capacity
-    return queue, Queues(cell - queue * capacity, length)
+def of_choices(values: Tensor, inner: Routing, slot: Tensor) -> Tensor:
+    """What level two has of its tokens' choices as that of the call's assignments `(t k1 k2,)`; 0 where a choice of
+    level one has no slot, as `SlotLayout` tells."""
+    return append(values.reshape(-1, inner.k or 1), 0)[slot].flatten()

@@ -48,11 +48,13 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
     Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
     is the value of the whole batch, however unequal the ranks' shares are.
     """
+    alone = world_size(group) == 1
     if not isinstance(count, Tensor):
-        if world_size(group) == 1:
+        if alone:
             return total / (largest(count, 1) * each)
         count = total.new_full((), count)
-    return total * world_size(group) / (positive(global_sum(count.to(total.dtype), group)) * each)
+    count = global_sum(count.to(total.dtype), group).clamp(min=1)
+    return (total if alone else total * world_size(group)) / (count if each == 1 else count * each)
 
 
 def load_balance(

@@ -120,7 +120,7 @@ class Routing:
         primary = self.primary
         if primary is None:
             primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0
-        return torch.where(self.kept, torch.where(primary, 1.0, 0.5).to(self.weight.dtype), 0.0)
+        return (self.kept.to(self.weight.dtype) + (self.kept & primary)) * 0.5
 
     @property
     def slots(self) -> int:

@@ -40,15 +40,16 @@ def test_no_copy_of_the_tokens_is_kept(dtype):
 
 
 @pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("outer", [(), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("shape", [(9, 6, 5), (1, 16, 1), (300, 40, 64), (0, 6, 5)])
-def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, traced, monkeypatch):
+def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, outer, traced, monkeypatch):
     """What a GPU does. On the CPU, which has no such product, its sums are those of copies."""
     torch.manual_seed(0)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: traced)
     monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
     t, d, e = shape
-    x, weight = torch.randn(t, d, dtype=torch.bfloat16), torch.randn(d, e, dtype=torch.bfloat16)
-    grad = torch.randn(t, e) * torch.logspace(-9, 3, e)
+    x, weight = (torch.randn(*outer, *sizes, dtype=torch.bfloat16) for sizes in ((t, d), (d, e)))
+    grad = torch.randn(*outer, t, e) * torch.logspace(-9, 3, e)
     grad_x, grad_weight = logits_module._narrow_grads(x, weight, grad, True, True)
     assert grad_x is not None
     assert grad_weight is not None

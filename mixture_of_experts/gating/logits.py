@@ -165,18 +165,19 @@ def _narrow_grads(
     Two numbers of bfloat16 add up to one of float32 but for its last 8 bits, and products sum in float32: what is lost
     is a hundredth of what rounding the results to bfloat16 loses.
     """
-    (t, e), wide = grad.shape, grad.new_empty(grad.shape[0], 2, grad.shape[1], dtype=x.dtype)
-    most, rest = wide.unbind(1)
+    *outer, t, e = grad.shape
+    wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
+    most, rest = wide.unbind(-2)
     if torch.compiler.is_compiling():  # it traces no `out=` with gaps, and makes one kernel of both
         rest.copy_(grad - most.copy_(grad))
     else:
         torch.sub(grad, most.copy_(grad), out=rest)
-    wide, grad_x, grad_weight = wide.view(t, 2 * e), None, None
+    wide, grad_x, grad_weight = wide.view(*outer, t, 2 * e), None, None
     if need_x:
         grad_x = wide @ torch.cat([weight, weight], dim=-1).mT
     if need_weight:
         sums = _wide_product(x.mT, wide)
-        grad_weight = (sums[:, :e] + sums[:, e:]).to(weight.dtype)
+        grad_weight = (sums[..., :e] + sums[..., e:]).to(weight.dtype)
     return grad_x, grad_weight
 
 
@@ -188,12 +189,17 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
     """Whether there is a product of them in float32: neither AMD's libraries nor a DTensor have it."""
-    alike = x.dtype == weight.dtype and x.ndim == weight.ndim == 2
+    alike = x.dtype == weight.dtype and x.ndim == weight.ndim
     plain = not any(map(is_wrapper_subclass, (x, weight)))
     return x.is_cuda and torch.version.hip is None and alike and plain
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
     """`x weight` in float32: the same sums as of copies in float32, without them."""
-    mm: Any = torch.mm
-    return mm(x, weight, out_dtype=torch.float32)
+    *outer, t, d = x.shape
+    if not outer:
+        mm: Any = torch.mm
+        return mm(x, weight, out_dtype=torch.float32)
+    bmm: Any = torch.bmm
+    wide = bmm(x.reshape(-1, t, d), weight.reshape(-1, d, weight.shape[-1]), out_dtype=torch.float32)
+    return wide.view(*outer, t, weight.shape[-1])
