@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,28 @@ from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.queues import Queues, queue_up
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.tracing import exporting, smallest
+
+
+class Waiting(NamedTuple):
+    """The choices of a gate in the queues of its experts.
+
+    Attributes:
+        expert, position: `(c,)` int64, the expert of each choice, and its position in the queue of its group.
+        chosen, kept: `(c,)` bool, those that queue, and those of them that are computed.
+        length: `(e b,)` int64, how many rows each queue needs: by router, expert and group.
+        slot: as in `SlotLayout`.
+        num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of a router of this gate.
+    """
+
+    expert: Tensor
+    position: Tensor
+    chosen: Tensor
+    kept: Tensor
+    length: Tensor
+    slot: Tensor | None
+    num_tokens: int
+    k: int
+    num_experts: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +84,22 @@ class SlotLayout:
         cell, length = self.cell(), self.length(queues)
         queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
         return queue, Queues(torch.sub(cell, queue, alpha=self.capacity), length)
+
+    def waiting(self) -> Waiting:
+        """The choices of the gate, as `Decision.waiting` gives them."""
+        gate, queues = self.routing, self.routing.group_queues()
+        assert gate.k is not None
+        return Waiting(
+            gate.expert.flatten(),
+            queues.position.flatten(),
+            gate.chosen.flatten(),
+            gate.kept.flatten(),
+            self.length(queues),
+            self.slot,
+            gate.num_tokens,
+            gate.k,
+            gate.num_experts,
+        )
 
     def length(self, queues: Queues) -> Tensor:
         """`(e b,)` int64, how many slots of each queue an assignment holds."""
@@ -147,6 +186,15 @@ class Decision:
             return self.slots.find()
         assert self.k is not None
         return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), self.k, "token")
+
+    def waiting(self) -> Waiting:
+        """The choices that are queued, of two levels those of level two; all make one group if there are no slots."""
+        if self.slots is not None:
+            return self.slots.waiting()
+        (expert, queues), k = self.queues(), self.k
+        assert k is not None
+        queued = expert, queues.position, self.chosen, self.kept, queues.length
+        return Waiting(*queued, slot=None, num_tokens=self.num_tokens, k=k, num_experts=math.prod(self.num_experts))
 
     def in_slots(self) -> Plan:
         """The plan whose rows are all slots: `(e, b, c)`, some of them empty."""

@@ -6,6 +6,7 @@ The way that calls go is state of the whole process: `ops.use` sets it, and `MIX
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import threading
 import warnings
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from mixture_of_experts.tracing import capability, in_transform
 
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
@@ -38,6 +41,18 @@ def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
         for context in closed:
             del _uses[context]
         _asked_for = next(reversed(_uses.values()), FROM_START)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether routers may launch kernels on a device: NVIDIA's of compute capability 8.0 or more, unless another way is
+    asked for; a CPU by Triton's interpreter. A graph has torch's operators, which compilers fuse."""
+    way = asked_for()
+    if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
+        return False
+    if device.type != "cuda":
+        return device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    can = torch.version.hip is None and capability(device) >= (8, 0)
+    return can and importlib.util.find_spec("triton") is not None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:

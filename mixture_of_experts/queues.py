@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from typing import Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from mixture_of_experts.private_torch import statically_known_true
+from mixture_of_experts.launching import SelfCheck, has_kernels
+from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass, statically_known_true
 from mixture_of_experts.tracing import exporting_to_onnx, is_wrapped, largest
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 MOST_DENOMINATOR = 1 << 20  # of a capacity factor
+CHECK = SelfCheck("the Triton kernels of queues")
 FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
 
 
@@ -128,9 +131,19 @@ def queue_up(
     order = None
     if priority == "score":
         assert score is not None
-        order = stable_order(score, descending=True).unsqueeze(-1).expand(*score.shape, k)
+        order = stable_order(score, descending=True)
     # of one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
+    if has_kernels(expert.device) and _kernels_serve(expert):
+        return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
+    return _by_operators(expert, chosen, order, num_experts, k, in_order)
+
+
+def _by_operators(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
+) -> Queues:
+    """Queues of assignments that stand in a line as they are stored, or all first choices before all second ones."""
+    order = None if order is None else order.unsqueeze(-1).expand(*order.shape, k)
 
     def in_queue_order(values: Tensor) -> Tensor:
         """Values that lie token by token, in the order in which the assignments queue."""
@@ -159,6 +172,40 @@ def queue_up(
         key = torch.where(chosen, key, ids[-1])  # behind every queue
     place, start = _sort(in_queue_order(key), ids)
     return Queues(in_token_order(place) - start.gather(-1, expert), start.diff(dim=-1))
+
+
+def _kernels_serve(expert: Tensor) -> bool:
+    """Whether the kernels take these assignments, and compute on their device what the operators do."""
+    if expert.numel() == 0 or is_wrapper_subclass(expert):
+        return False
+    return is_fake(expert) or CHECK.why_wrong(expert.device, expert.device, partial(_fault, expert.device)) is None
+
+
+def _by_kernels(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
+) -> Queues:
+    """What `_by_operators` returns, in three launches."""
+    from mixture_of_experts.queue_kernels import queue_in_line  # it imports triton, which takes a second
+
+    lines = None if chosen is None else chosen.flatten(end_dim=-2), None if order is None else order.flatten(end_dim=-2)
+    position, total = queue_in_line(expert.flatten(end_dim=-2), *lines, num_experts, k, by_choice)
+    return Queues(position.view(expert.shape), total[..., -1].view(*expert.shape[:-1], num_experts))
+
+
+def _fault(device: torch.device) -> str | None:
+    """What differs between the two ways on made-up assignments."""
+    generator = torch.Generator(device).manual_seed(0)
+    e, k, n = 37, 3, 90
+    expert = torch.randint(e, (2, n * k), generator=generator, device=device)
+    some = torch.rand(expert.shape, generator=generator, device=device) < 0.7
+    shuffled = stable_order(torch.rand(2, n, generator=generator, device=device))
+    for chosen, order, by_choice in ((None, None, False), (some, None, True), (some, shuffled, True)):
+        found = _by_kernels(expert, chosen, order, e, k, by_choice)
+        wanted = _by_operators(expert, chosen, order, e, k, not by_choice)
+        differs = found.position != wanted.position
+        if bool((differs if chosen is None else differs & chosen).any()) or not found.length.equal(wanted.length):
+            return "their queues differ from those of torch's operators"
+    return None
 
 
 def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:

@@ -154,6 +154,8 @@ def test_machine_code(check: Checks, case: Case):
     codes = check("triton_machine_code.check", case)
     assert {code.kernel for code in codes} >= {
         "choose",
+        "count_in_line",
+        "rank_in_line",
         "find_rows",
         "rank_rows",
         "rows_by_weights",

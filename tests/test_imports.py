@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 CORE = [
     {"private_torch"},
     {"checks", "settings", "tracing", "under_way", "model_tokens", "failures", "launching"},
-    {"routing", "queues", "losses", "groups"},
+    {"routing", "queues", "queue_kernels", "losses", "groups"},
     {"gating", "plan", "decision", "dispatch", "levels"},
     {"ops"},
     {"experts"},

@@ -144,6 +144,21 @@ def test_plans(check: Checks, experts: int, routing: str):
         check("check_plan", experts, groups, routing)
 
 
+@pytest.mark.parametrize(("limited", "mask"), [(True, False), pytest.param(False, True, marks=slow)])
+def test_plans_of_two_levels(check: Checks, limited: bool, mask: bool):
+    check("check_plan_of_two_levels", limited, mask)
+
+
+@pytest.mark.parametrize("sizes", [(5, 2, 70), *(pytest.param(s, marks=slow) for s in ((1, 1, 1), (257, 3, 50)))])
+def test_queues(check: Checks, sizes: tuple[int, int, int]):
+    check("check_queues", *sizes)
+
+
+@pytest.mark.parametrize("fault", ["position", *(pytest.param(fault, marks=slow) for fault in ("counts", "raises"))])
+def test_wrong_queues_are_noticed(check: Checks, fault: str):
+    check("check_wrong_queues", fault)
+
+
 @pytest.mark.parametrize(
     ("gate", "experts", "dtype"),
     [

@@ -8,8 +8,6 @@ first call of its kind: one that differs from torch's operators, or raises, is o
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from functools import partial
 from typing import Any
 
@@ -19,9 +17,8 @@ from torch import Tensor
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.logits import RouterLogits
-from mixture_of_experts.launching import SelfCheck, asked_for
+from mixture_of_experts.launching import SelfCheck, has_kernels
 from mixture_of_experts.private_torch import is_fake, is_wrapper_subclass
-from mixture_of_experts.tracing import capability, in_transform
 
 TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
@@ -40,23 +37,16 @@ def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
 
 def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
     """Short groups in eval and without gradients, of which all tokens count."""
-    if gate.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if gate.training or torch.is_grad_enabled():
         return False
     simple = tokens.full is None and tokens.length == tokens.num_tokens and not tokens.side
     return simple and not gate.outer_expert_dims and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
 
 
 def _has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """On a GPU of compute capability 8.0 or more; on a CPU by Triton's interpreter."""
-    way = asked_for()
-    if way not in ("auto", "triton") or in_transform():
-        return False
-    if any(tensor.dtype == torch.float64 or is_wrapper_subclass(tensor) for tensor in (x, *weights)):
-        return False
-    if not x.is_cuda:
-        return x.device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    can = torch.version.hip is None and capability(x.device) >= (8, 0)
-    return can and importlib.util.find_spec("triton") is not None
+    """For tensors of one device, of precisions that a kernel computes in float32."""
+    tensors = (x, *weights)
+    return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
 def _knows(gate: TopKGating) -> bool:

@@ -35,7 +35,11 @@ GATHERED = {
 
 
 #: where kernels start
-LAUNCHES = ("mixture_of_experts.ops.triton.operators.launch", "mixture_of_experts.gating.few_kernel.launch")
+LAUNCHES = (
+    "mixture_of_experts.ops.triton.operators.launch",
+    "mixture_of_experts.gating.few_kernel.launch",
+    "mixture_of_experts.queue_kernels.launch",
+)
 
 
 class Counts(NamedTuple):

@@ -29,10 +29,13 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
     ops,
+    queue_kernels,
+    queues,
 )
 from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
 from mixture_of_experts.gating import few, few_kernel
 from mixture_of_experts.gating.logits import RouterLogits
+from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.call import Call
@@ -398,6 +401,76 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     assert few.rows_per_expert.tolist() == [sum(expert[i] == j for i in order) for j in range(e)]
 
 
+def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
+    """As of one level; assignments without a slot at level one have no row, and every row a token."""
+    torch.manual_seed(0)
+    factors = dict(capacity_factor_train=0.7 if limited else None, second_policy_train="all")
+    outer = Top2Gating(8, 3, **factors)
+    inner = Top2Gating(8, 5, outer_expert_dims=(3,), **factors)
+    groups = torch.randn(2, 45, 8)
+    decided = outer(groups, mask=torch.rand(2, 45) < 0.7 if mask else None)
+    slots = plan_slots_of(decided)
+    decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+    wanted = decision.without_gaps()
+    rows = min(decision.most_rows, decision.num_slots)
+    with watched(operators):
+        found = plan_of(decision, few=0)
+    used = int(wanted.rows_per_expert.sum())
+    assert 0 < used <= rows
+    assert (wanted.row.view(-1, 2)[slots.row == slots.num_rows] == wanted.num_rows).all()
+    assert (slots.row == slots.num_rows).any()
+    assert torch.equal(found.row, wanted.row.where(decision.kept, rows))
+    assert torch.equal(found.rows_per_expert, wanted.rows_per_expert)
+    for got, want in ((found.assignment, wanted.assignment), (found.token, wanted.token)):
+        assert torch.equal(got[:used], want[:used])
+        assert (got[used:] == want[used:rows]).all()
+
+
+def check_queues(e: int, k: int, n: int) -> None:
+    """The kernels' queues are those of torch's operators, in each order and of some choices; also what is not chosen
+    has a position in memory of its own."""
+    torch.manual_seed(e)
+    expert, score = torch.randint(e, (2, 3, n * k)), torch.rand(2, 3, n).round(decimals=1)
+    expert[1] = expert[1] % 2  # most experts have no queue, and some a long one
+    queued, queue_in_line = [], queue_kernels.queue_in_line
+    for chosen, priority in itertools.product((None, torch.rand(expert.shape) < 0.6), queues.PRIORITIES):
+        with pytest.MonkeyPatch.context() as patch, watched(queue_kernels), ops.use("triton"):
+            patch.setattr(queue_kernels, "queue_in_line", lambda *args: queued.append(1) or queue_in_line(*args))
+            patch.setattr(queues.CHECK, "verdicts", {expert.device: None})
+            found = queues.queue_up(expert, chosen, e, k, priority, score)
+        with ops.use("lean"):
+            wanted = queues.queue_up(expert, chosen, e, k, priority, score)
+        same = found.position == wanted.position
+        assert (same if chosen is None else same | ~chosen).all()
+        assert torch.equal(found.length, wanted.length)
+        assert found.position.dtype == found.length.dtype == torch.int64
+    assert len(queued) == 6
+
+
+def check_wrong_queues(fault: str) -> None:
+    """Kernels of queues that are planted wrong, or raise, are off for the process."""
+    launch, expert = queue_kernels.launch, torch.randint(5, (3, 40))
+
+    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        if fault == "raises":
+            raise RuntimeError("a compiler gives up")
+        launch(kernel, grid, **arguments)
+        if fault in arguments:
+            arguments[fault][-1, -1] += 1
+
+    with ops.use("lean"):
+        wanted = queues.queue_up(expert, None, 5, 2)
+    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
+        patch.setattr(queues.CHECK, "verdicts", {})
+        patch.setattr(queue_kernels, "launch", wrong)
+        with pytest.warns(UserWarning, match="off in this process"):
+            found = queues.queue_up(expert, None, 5, 2)
+        patch.setattr(queue_kernels, "launch", None)  # nothing is launched again
+        for queued in (found, queues.queue_up(expert, None, 5, 2)):
+            assert torch.equal(queued.position, wanted.position)
+            assert torch.equal(queued.length, wanted.length)
+
+
 FEW_GATES = {
     "softmax": dict(k=3),
     "sigmoid, biased": dict(k=4, score="sigmoid", expert_bias=True, scale=2.5, eps=1e-3, bias=True),
@@ -526,10 +599,10 @@ def check_operators() -> None:
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
     decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
-    queue, queues = decision.queues()
-    arguments = (queue, queues.position, decision.chosen, decision.kept, queues.length, 4, 2, 40)
-    torch.library.opcheck(triton_plan, arguments)
+    torch.library.opcheck(triton_plan, (*decision.waiting(), 4, 2, 40))
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
+    line = decision.expert.view(2, 20)
+    torch.library.opcheck(queue_kernels.queue_in_line, (line, line > 0, line[:, :10] % 10, 4, 2, True))
     options = (3, False, True, 2.5, 1e-6, 0.5, 0.25)
     torch.library.opcheck(few_kernel.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)

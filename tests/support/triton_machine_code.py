@@ -145,6 +145,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
+    from mixture_of_experts import queue_kernels as queues
     from mixture_of_experts.gating import few_kernel as few
     from mixture_of_experts.ops.triton import operators, plan
     from support.fake_cuda_checks import on_gpu
@@ -155,7 +156,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         described = {name: describe(value) for name, value in arguments.items()}
         seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
 
-    launch, operators.launch, few.launch = operators.launch, note, note
+    launch, operators.launch, few.launch, queues.launch = operators.launch, note, note, note
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with on_gpu(getattr(torch, case.dtype), case.capability):
@@ -165,8 +166,10 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
                 (8, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
             )
             few.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
+            line = torch.empty(4, 256, dtype=torch.int64)
+            queues.queue_in_line._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
     finally:
-        operators.launch = few.launch = launch
+        operators.launch = few.launch = queues.launch = launch
     return list(seen.values())
 
 
@@ -187,7 +190,9 @@ def run_operators(case: Case, operators, plan) -> None:
     biases = ([torch.empty(e, width) for _ in range(number)], torch.empty(e, o)) if case.bias else ([], None)
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
-    plan.triton_plan._init_fn(index, index, flag, flag, torch.empty(e, dtype=torch.int64), e, 2, r)
+    length = torch.empty(e, dtype=torch.int64)
+    plan.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
+    plan.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
     plan.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)

@@ -1,4 +1,4 @@
-"""The plan of a call by one kernel, where it is of token choice and of one level, or has few assignments.
+"""The plan of a call of token choice by one kernel.
 
 Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
 """
@@ -28,14 +28,13 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
     Up to `few` assignments need no queues: each counts those before it.
     """
     k, e, number = decision.k, math.prod(decision.num_experts), decision.weight.shape[0]
-    if k is not None and statically_known_true(number <= few) and statically_known_true(number == decision.most_rows):
-        made, rows = triton_few_plan(decision.expert, decision.kept, e, k), number
-    elif k is None or len(decision.num_experts) > 1:
+    if k is None:
         return decision.without_gaps()
+    if statically_known_true(number <= few) and statically_known_true(number == decision.most_rows):
+        made, rows = triton_few_plan(decision.expert, decision.kept, e, k), number
     else:
-        queue, queues = decision.queues()
-        rows = number if decision.slots is None else smallest(number, decision.num_slots)
-        made = triton_plan(queue, queues.position, decision.chosen, decision.kept, queues.length, e, k, rows)
+        rows = number if decision.slots is None else smallest(decision.most_rows, decision.num_slots)
+        made = triton_plan(*decision.waiting(), e, k, rows)
     row, assignment, token, rows_per_expert = made
     sizes = (k, decision.num_tokens, rows, decision.num_experts)
     return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
@@ -49,7 +48,7 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
     """
     operators.on_one_device(expert, kept)
     expert, kept = expert.contiguous(), kept.contiguous()
-    row, assignment, token = tables_of(expert, expert.shape[0])
+    row, assignment, token = tables_of(expert, expert.shape[0], expert.shape[0])
     counts = expert.new_empty(num_experts)
     operators.launch(
         tables.rank_rows,
@@ -73,16 +72,20 @@ def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> t
 @triton_few_plan.register_fake
 def _(expert, kept, num_experts, k):
     operators.on_one_device(expert, kept)
-    return *tables_of(expert, expert.shape[0]), expert.new_empty(num_experts)
+    return *tables_of(expert, expert.shape[0], expert.shape[0]), expert.new_empty(num_experts)
 
 
 @torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
 def triton_plan(
-    queue: Tensor,
+    expert: Tensor,
     position: Tensor,
     chosen: Tensor,
     kept: Tensor,
     length: Tensor,
+    slot: Tensor | None,
+    tokens_of_group: int,
+    choices_of_gate: int,
+    experts_of_router: int,
     num_experts: int,
     k: int,
     num_rows: int,
@@ -90,27 +93,24 @@ def triton_plan(
     """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
 
     Args:
-        queue, position: `(a,)` int64, the queue of each assignment, and its position in it.
-        chosen, kept: `(a,)` bool, those that hold a place in the queue, and those of them that are computed.
-        length: `(e b,)` int64, the rows of each queue.
+        expert, ..., experts_of_router: a `Waiting`.
         num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
     """
-    number, queues = queue.shape[0], length.shape[0]
-    operators.on_one_device(queue, position, chosen, kept, length)
+    number = num_assignments(expert, slot, choices_of_gate)
+    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
     operators.check_number(number)
-    queue, position, chosen, kept, length = (tensor.contiguous() for tensor in (queue, position, chosen, kept, length))
-    row, assignment, token = tables_of(queue, num_rows)
+    given = dict(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot)
+    given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
+    row, assignment, token = tables_of(expert, number, num_rows)
+    if slot is not None:  # a gate of one's own may fill slots that are nobody's
+        assignment, token = assignment.zero_(), token.zero_()
     counts = length.new_empty(num_experts)
     if number == 0:
         return row, assignment, token, counts.zero_()
     operators.launch(
         tables.find_rows,
         (triton.cdiv(number, BLOCK),),
-        queue=queue,
-        position=position,
-        chosen=chosen,
-        kept=kept,
-        length=length,
+        **given,
         stop=length.cumsum(0),
         row=row,
         assignment=assignment,
@@ -118,9 +118,13 @@ def triton_plan(
         counts=counts,
         num_assignments=number,
         num_rows=num_rows,
-        num_groups=queues // num_experts,
-        num_queues=queues,
+        num_tokens=tokens_of_group,
+        num_groups=length.shape[0] // num_experts,
+        num_queues=length.shape[0],
+        num_slots=expert.shape[0] // choices_of_gate,
         num_experts=num_experts,
+        experts_of_router=experts_of_router,
+        OF_GATE=choices_of_gate,
         CHOICES=k,
         BLOCK=BLOCK,
         BLOCK_E=32,
@@ -130,11 +134,16 @@ def triton_plan(
 
 
 @triton_plan.register_fake
-def _(queue, position, chosen, kept, length, num_experts, k, num_rows):
-    operators.on_one_device(queue, position, chosen, kept, length)
-    return *tables_of(queue, num_rows), length.new_empty(num_experts)
+def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_gate, experts_of_router, e, k, rows):
+    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
+    return *tables_of(expert, num_assignments(expert, slot, choices_of_gate), rows), length.new_empty(e)
 
 
-def tables_of(queue: Tensor, num_rows: int) -> list[Tensor]:
+def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
+    """a: of one level the choices of the gate, of two levels as many for each choice of level one."""
+    return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
+
+
+def tables_of(like: Tensor, number: int, num_rows: int) -> list[Tensor]:
     """Where `row`, `assignment` and `token` are written."""
-    return [queue.new_empty(size, dtype=torch.int32) for size in (queue.shape[0], num_rows, num_rows)]
+    return [like.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows)]

@@ -2,7 +2,8 @@
 """The kernels that say which row belongs to which assignment: from queues, and of a few assignments without.
 
 Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
-q = e b queues (of every expert one for each group).
+q = e b queues (of every expert one for each group), c choices of the gate whose queues they are: of one level the
+assignments, of two levels those of level two.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_assignments", "num_rows", "num_groups", "num_queues"])
+@triton.jit(do_not_specialize=["num_assignments", "num_rows", "num_tokens", "num_groups", "num_queues", "num_slots"])
 def find_rows(
-    queue,  # (a,) int64: the queue of each assignment
-    position,  # (a,) int64: its position in it
-    chosen,  # (a,) bool: the assignments that queue
-    kept,  # (a,) bool: those that are computed
+    expert,  # (c,) int64: the expert of each choice of a gate
+    position,  # (c,) int64: its position in its queue
+    chosen,  # (c,) bool: those that queue
+    kept,  # (c,) bool: those that are computed
+    slot,  # (a / k2,) int64: of two levels, the gate's token that each choice of level one is; none from s on. Or None
     length,  # (q,) int64: the rows of each queue; a position from there on has none
     stop,  # (q,) int64: the row behind each queue's last
     row,  # (a,) int32: out, of each assignment; r where it has none
@@ -25,9 +27,13 @@ def find_rows(
     counts,  # (e,) int64: out, the rows of each expert
     num_assignments,
     num_rows,
+    num_tokens,  # n, of a group of the gate
     num_groups,
     num_queues,
+    num_slots,  # s, the tokens of the gate
     num_experts,
+    experts_of_router,
+    OF_GATE: tl.constexpr,  # k2, choices that the gate makes for each of its tokens
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,  # assignments of a program
     BLOCK_E: tl.constexpr,
@@ -39,22 +45,29 @@ def find_rows(
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    exists = index < number
-    its_queue = tl.load(queue + index, mask=exists, other=0)
-    its_length = tl.load(length + its_queue, mask=exists, other=0)
-    place = tl.load(position + index, mask=exists, other=0)
-    holds = tl.load(chosen + index, mask=exists, other=0).to(tl.int1) & (place < its_length)
-    is_kept = tl.load(kept + index, mask=exists, other=0).to(tl.int1)
-    place += tl.load(stop + its_queue, mask=exists, other=0) - its_length
+    exists, own = index < number, index
+    has_place = exists
+    if slot is not None:
+        its_token = tl.load(slot + index // OF_GATE, mask=exists, other=0)
+        own = its_token * OF_GATE + index % OF_GATE
+        has_place = exists & (its_token < num_slots)
+    group = own // OF_GATE // num_tokens  # of all routers
+    its = group // num_groups * experts_of_router + tl.load(expert + own, mask=has_place, other=0)
+    its_queue = its * num_groups + group % num_groups
+    its_length = tl.load(length + its_queue, mask=has_place, other=0)
+    place = tl.load(position + own, mask=has_place, other=0)
+    holds = tl.load(chosen + own, mask=has_place, other=0).to(tl.int1) & (place < its_length)
+    is_kept = tl.load(kept + own, mask=has_place, other=0).to(tl.int1)
+    place += tl.load(stop + its_queue, mask=has_place, other=0) - its_length
     used = tl.load(stop + num_queues - 1)
 
     if tl.program_id(0) == 0:
         for start in range(0, num_experts, BLOCK_E):
-            expert = start + tl.arange(0, BLOCK_E)
-            there = expert < num_experts
-            last = tl.load(stop + (expert + 1).to(tl.int64) * num_groups - 1, mask=there, other=0)
-            before = tl.load(stop + expert.to(tl.int64) * num_groups - 1, mask=there & (expert > 0), other=0)
-            tl.store(counts + expert, last - before, mask=there)
+            column = start + tl.arange(0, BLOCK_E)
+            there = column < num_experts
+            last = tl.load(stop + (column + 1).to(tl.int64) * num_groups - 1, mask=there, other=0)
+            before = tl.load(stop + column.to(tl.int64) * num_groups - 1, mask=there & (column > 0), other=0)
+            tl.store(counts + column, last - before, mask=there)
 
     tl.store(row + index, tl.where(is_kept, place, num_rows).to(tl.int32), mask=exists)
     tl.store(assignment + place, index.to(tl.int32), mask=exists & holds)

@@ -1,0 +1,131 @@
+# type: ignore  (a language of its own: type checkers take it for Python)
+"""The kernels that queue assignments at their experts. An operator of torch launches them.
+
+Axes: r groups of all routers, n tokens of a group, k choices of a token, a assignments of a group (n k), e experts.
+
+The assignments of a group stand in one line, in the order in which they queue, and the line is cut into blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixture_of_experts.launching import launch
+
+BLOCK = 64  # assignments of a program
+
+
+@triton.jit
+def in_line(
+    block,
+    expert,  # (r, a) int64: the expert of each assignment, token by token
+    chosen,  # (r, a) bool: the assignments that queue; None if all do
+    order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own
+    row,
+    length,
+    num_experts,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,  # all first choices stand before all second ones
+    BLOCK: tl.constexpr,
+):
+    """Where the assignments of a block of the line are stored, whether there are some, and their experts; e where one
+    does not queue."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    exists = index < length * CHOICES
+    stored = index
+    if BY_CHOICE:
+        token = index % length
+        if order is not None:
+            token = tl.load(order + row * length + token, mask=exists, other=0).to(tl.int32)
+        stored = token * CHOICES + index // length
+    stored = row * length * CHOICES + stored
+    queues = exists
+    if chosen is not None:
+        queues = queues & tl.load(chosen + stored, mask=exists, other=0).to(tl.int1)
+    its = tl.load(expert + stored, mask=queues, other=0).to(tl.int32)
+    return stored, exists, tl.where(queues, its, num_experts)
+
+
+@triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
+def count_in_line(
+    expert,
+    chosen,
+    order,
+    counts,  # (r, e, blocks) int32: out, how often a block has each expert
+    length,
+    num_experts,
+    num_blocks,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
+    _, _, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    for start in range(0, num_experts, BLOCK_E):
+        column = start + tl.arange(0, BLOCK_E)
+        count = tl.sum((its[:, None] == column[None, :]).to(tl.int32), 0)
+        tl.store(counts + (row * num_experts + column) * num_blocks + block, count, mask=column < num_experts)
+
+
+@triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
+def rank_in_line(
+    expert,
+    chosen,
+    order,
+    total,  # (r, e, blocks) int64: how often each expert stands up to the end of a block
+    position,  # (r, a) int64: out, position of each assignment in its queue
+    length,
+    num_experts,
+    num_blocks,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
+    stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    place = tl.arange(0, BLOCK)
+    before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
+    earlier = tl.where(block > 0, its, num_experts)  # its queue, if a block stands before this one
+    first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
+    tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
+
+
+@torch.library.custom_op("mixture_of_experts::queue_in_line", mutates_args=())
+def queue_in_line(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
+) -> tuple[Tensor, Tensor]:
+    """Positions `(r, a)` int64, and counts `(r, e, blocks)` int64 up to the end of each block of the line.
+
+    Args:
+        expert: `(r, a)` int64, not empty.
+        chosen: `(r, a)` bool; None if all assignments queue.
+        order: `(r, n)` int64, the tokens as they queue; None if in their own order.
+        num_experts, k: e and k.
+        by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
+            the next.
+    """
+    position, counts = empty_queues(expert, num_experts)
+    given = {name: None if t is None else t.contiguous() for name, t in (("chosen", chosen), ("order", order))}
+    given |= dict(expert=expert.contiguous(), length=expert.shape[1] // k, num_experts=num_experts)
+    given |= dict(num_blocks=counts.shape[-1], CHOICES=k, BY_CHOICE=by_choice, BLOCK=BLOCK, num_warps=4)
+    grid = (expert.shape[0] * counts.shape[-1],)
+    launch(count_in_line, grid, counts=counts, BLOCK_E=32, **given)
+    total = counts.cumsum(dim=-1)
+    launch(rank_in_line, grid, total=total, position=position, **given)
+    return position, total
+
+
+@queue_in_line.register_fake
+def _(expert, chosen, order, num_experts, k, by_choice):
+    position, counts = empty_queues(expert, num_experts)
+    return position, counts.to(torch.int64)
+
+
+def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Where positions and counts are written."""
+    r, a = expert.shape
+    return torch.empty_like(expert), expert.new_empty(r, num_experts, triton.cdiv(a, BLOCK), dtype=torch.int32)
