@@ -187,8 +187,8 @@ def _by_kernels(
     """What `_by_operators` returns, in three launches."""
     from mixture_of_experts.queue_kernels import queue_in_line  # it imports triton, which takes a second
 
-    lines = None if chosen is None else chosen.flatten(end_dim=-2), None if order is None else order.flatten(end_dim=-2)
-    position, total = queue_in_line(expert.flatten(end_dim=-2), *lines, num_experts, k, by_choice)
+    chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
+    position, total = queue_in_line(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
     return Queues(position.view(expert.shape), total[..., -1].view(*expert.shape[:-1], num_experts))
 
 

@@ -444,6 +444,11 @@ def check_queues(e: int, k: int, n: int) -> None:
         assert (same if chosen is None else same | ~chosen).all()
         assert torch.equal(found.length, wanted.length)
         assert found.position.dtype == found.length.dtype == torch.int64
+        if priority == "token" and chosen is None:
+            with ops.use("triton"):
+                alone = queues.queue_up(expert[0, 0], None, e, k, priority)  # of a call, which has no groups
+            assert torch.equal(alone.position, wanted.position[0, 0])
+            assert torch.equal(alone.length, wanted.length[0, 0])
     assert len(queued) == 6
 
 
