@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
+from mixture_of_experts.private_torch import without_dispatch_modes
 from mixture_of_experts.tracing import capability, in_transform
 
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
@@ -64,12 +66,21 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read."""
+    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read.
+
+    Activation checkpointing sees nothing of it: a recomputation does not check anew.
+    """
     mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
     try:
         if mode is not None:
             torch.cuda.set_sync_debug_mode("default")
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with (
+            without_dispatch_modes(),
+            saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
             yield
     finally:
         if mode is not None:

@@ -7,6 +7,7 @@ Each stands here with the versions of torch on which it is tested: 2.10 to 2.13,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -70,6 +71,11 @@ def is_fake(tensor: Tensor) -> bool:
 def is_wrapper_subclass(tensor: Tensor) -> bool:
     """Whether it is a tensor around other tensors, such as a DTensor."""
     return _python_dispatch.is_traceable_wrapper_subclass(tensor)
+
+
+def without_dispatch_modes() -> AbstractContextManager[Any]:
+    """Where no mode sees operators, such as that of selective activation checkpointing."""
+    return _python_dispatch._disable_current_modes()
 
 
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:

@@ -53,6 +53,11 @@ def test_stand_ins():
         assert private_torch.is_fake(torch.ones(2))
 
 
+def test_dispatch_modes():
+    with FakeTensorMode(), private_torch.without_dispatch_modes():
+        assert not private_torch.is_fake(torch.ones(2))
+
+
 class _Function(nn.Module):
     def __init__(self, function):
         super().__init__()

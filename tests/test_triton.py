@@ -184,6 +184,45 @@ def test_wrong_choices_are_seen(check: Checks, fault: str):
 
 
 @pytest.mark.parametrize(
+    ("policy", "experts", "dtype"),
+    [
+        ("random", 5, torch.float32),
+        pytest.param("threshold", 33, torch.bfloat16, marks=slow),
+        pytest.param("random", 1, torch.float32, marks=slow),
+        pytest.param("none", 2, torch.float16, marks=slow),
+        pytest.param("all", 16, torch.float32, marks=slow),
+        *(
+            pytest.param(policy, experts, torch.float32, marks=exhaustive)
+            for policy in ("all", "none", "threshold", "random")
+            for experts in (1, 2, 5, 16, 33, 300)
+        ),
+    ],
+)
+def test_two_choices(check: Checks, policy: str, experts: int, dtype: torch.dtype):
+    check("check_two_choices", policy, experts, dtype)
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_a_first_call_in_checkpointing(check: Checks, selective: bool):
+    check("check_first_call_in_checkpoint", selective)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "weight",
+        "grad_logits",
+        *(
+            pytest.param(fault, marks=slow)
+            for fault in ("expert", "chosen", "primary", "probs", "log_total", "sums", "totals", "raises", "memory")
+        ),
+    ],
+)
+def test_wrong_two_choices_are_seen(check: Checks, fault: str):
+    check("check_wrong_two_choices", fault)
+
+
+@pytest.mark.parametrize(
     "layer",
     [
         "top 3, gated, biases",

@@ -30,7 +30,7 @@ CHECK = SelfCheck("the Triton kernels of gates")
 
 def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
     """What the gate decides; None where the kernel does not serve it."""
-    if not (_is_decoding(gate, tokens) and _has_kernel(tokens.x, *gate.parameters()) and _knows(gate)):
+    if not (_is_decoding(gate, tokens) and has_kernel(tokens.x, *gate.parameters()) and _knows(gate)):
         return None
     return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
 
@@ -43,7 +43,7 @@ def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
     return simple and not gate.outer_expert_dims and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
 
 
-def _has_kernel(x: Tensor, *weights: Tensor) -> bool:
+def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     """For tensors of one device, of precisions that a kernel computes in float32."""
     tensors = (x, *weights)
     return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
+from mixture_of_experts.gating import two_best
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
@@ -160,11 +161,22 @@ class Top2Gating(TokenChoiceGate):
     def num_gates(self) -> int:
         return self.num_experts
 
+    @property
+    def second(self) -> tuple[SecondPolicy, float]:
+        """The policy of second choices in the present mode, and its threshold."""
+        if self.training:
+            return self.second_policy_train, self.second_threshold_train
+        return self.second_policy_eval, self.second_threshold_eval
+
     def decide(self, tokens: Tokens) -> Choices:
         """Two choices of each token, as algorithm 1 of GShard makes them.
 
         A token of importance between 0 and 1 takes no first choice, and as its second one its top expert.
         """
+        return two_best.choices(self, tokens) or self.decide_by_operators(tokens)
+
+    def decide_by_operators(self, tokens: Tokens) -> Choices:
+        """The same in torch's operators, wherever they run."""
         logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
 
         # the first choice, and the second among what it leaves (a token without a first choice leaves all)
@@ -225,9 +237,7 @@ class Top2Gating(TokenChoiceGate):
 
         `weight` is `(..., b, n, 2)`.
         """
-        policy, threshold = self.second_policy_eval, self.second_threshold_eval
-        if self.training:
-            policy, threshold = self.second_policy_train, self.second_threshold_train
+        policy, threshold = self.second
         if policy == "all":
             sent = None
         else:

@@ -39,6 +39,7 @@ LAUNCHES = (
     "mixture_of_experts.ops.triton.operators.launch",
     "mixture_of_experts.gating.few_kernel.launch",
     "mixture_of_experts.queue_kernels.launch",
+    "mixture_of_experts.gating.two_best_kernel.launch",
 )
 
 

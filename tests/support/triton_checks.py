@@ -11,6 +11,7 @@ import mmap
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mixture_of_experts import (
     ExpertChoiceGating,
@@ -33,7 +35,7 @@ from mixture_of_experts import (
     queues,
 )
 from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
-from mixture_of_experts.gating import few, few_kernel
+from mixture_of_experts.gating import few, few_kernel, two_best, two_best_kernel
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops import autograd
@@ -545,6 +547,113 @@ def check_wrong_choices(fault: str) -> None:
             torch.testing.assert_close(found.weight, wanted.weight)
             found = gate(x)
         assert len(calls) == (3 if fault == "memory" else 1)
+
+
+def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
+    """The kernels of `Top2Gating` decide what torch's operators do, with the same derivatives and random numbers."""
+    torch.manual_seed(e)
+    gate, other = (Top2Gating(8, e, second_policy_train=policy, second_policy_eval="all").to(dtype) for _ in range(2))
+    inner = Top2Gating(8, e, second_policy_train=policy, capacity_factor_train=None, outer_expert_dims=3).to(dtype)
+    assert two_best._fault(gate, torch.device("cpu"), masked=True) is None
+    for layer, shape in ((gate, (1, 1)), (gate, (3, 45)), (other.eval(), (5, 7)), (inner, (3, 2, 9))):
+        x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
+        importance = torch.randint(3, shape).to(dtype) / 2
+        mask.view(-1, shape[-1])[0], importance.view(-1, shape[-1])[-1] = False, 0
+        lost, both = torch.where(torch.rand(*shape, 1) < 0.3, torch.nan, x), dict(importance=importance, mask=mask)
+        for tokens, masks in (
+            (x, {}),
+            (x, dict(importance=importance)),
+            (x, both),
+            (torch.zeros_like(x), {}),
+            (lost, both),
+        ):
+            with watched(two_best_kernel) if tokens is not lost else nullcontext():
+                found = results_of_choices("triton", layer, tokens, masks)
+            wanted = results_of_choices("plain", layer, tokens, masks)
+            for name, want in wanted.items():
+                got, is_gradient = found[name], name.startswith("gradient")
+                assert (got.dtype, got.shape) == (want.dtype, want.shape), name
+                if not is_gradient or tokens is not lost:
+                    limit = 1e-5 if got.dtype in (torch.float32, torch.int64, torch.bool) else 1e-2
+                    atol = limit * float(want.double().nan_to_num().abs().max().clamp(min=0.1))
+                    torch.testing.assert_close(got, want, rtol=limit, atol=atol, equal_nan=True, msg=name)
+
+
+def results_of_choices(way: Any, gate: Top2Gating, x: Tensor, masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a gate tells, gradients of it, and gradients of those."""
+    torch.manual_seed(1)
+    launch, calls = two_best_kernel.launch, []
+    leaves, names = [x.detach().requires_grad_(), gate.w_gating], ("weight", "probs", "balance_loss", "z_loss")
+    with pytest.MonkeyPatch.context() as patch, ops.use(way):
+        patch.setattr(two_best, "_is_right", lambda *_: True)
+        patch.setattr(two_best_kernel, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
+        told = gate(leaves[0], **masks)
+        total = sum((getattr(told, name) * getattr(told, name).detach().cos()).sum() for name in names)
+        plain = torch.autograd.grad(total, leaves, retain_graph=True)
+        assert len(calls) == (2 if way == "triton" else 0)
+        first = torch.autograd.grad(total, leaves, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves, retain_graph=True)
+        many = torch.autograd.grad(
+            told.weight, leaves, torch.stack(2 * [told.weight.detach().cos()]), is_grads_batched=True
+        )
+    fields = ("expert", "kept", "chosen", "importance", *names)
+    results = {name: getattr(told, name) for name in fields} | {"random": torch.rand(3)}
+    grads = {f"gradient {i}": gradient for i, gradient in enumerate((*plain, *first, *second, *many))}
+    return {name: value.detach() for name, value in (results | grads).items()}
+
+
+def check_wrong_two_choices(fault: str) -> None:
+    """Kernels of `Top2Gating` that are planted wrong, or raise, are off for the process; no memory is no verdict."""
+    gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), two_best_kernel.launch, []
+
+    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        calls.append(fault)
+        if fault in ("raises", "memory"):
+            raise RuntimeError("a compiler gives up") if fault == "raises" else torch.OutOfMemoryError("no memory")
+        launch(kernel, grid, **arguments)
+        if (told := arguments.get(fault)) is not None:
+            told.copy_(
+                told * 1.01 if told.is_floating_point() else ~told if told.dtype == torch.bool else (told + 1) % 5
+            )
+
+    def decide() -> Any:
+        torch.manual_seed(1)
+        return gate(x)
+
+    with ops.use("plain"):
+        wanted = decide()
+    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
+        patch.setattr(two_best.CHECK, "verdicts", {})
+        patch.setattr(two_best_kernel, "launch", wrong)
+        with (
+            nullcontext()
+            if fault == "memory"
+            else pytest.warns(UserWarning, match="Top2Gating are off in this process")
+        ):
+            found = decide()
+        number, again = len(calls), decide()
+        for made in (found, again):
+            assert torch.equal(made.expert, wanted.expert)
+            assert torch.equal(made.weight, wanted.weight)
+        assert (len(calls) > number) == (fault == "memory")
+
+
+def check_first_call_in_checkpoint(selective: bool) -> None:
+    """Kernels that check themselves within activation checkpointing disturb nothing of it."""
+    save = torch.ops.aten.mm.default
+
+    def policy(_, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if operator == save else CheckpointPolicy.PREFER_RECOMPUTE
+
+    gate, x = Top2Gating(8, 5, second_policy_train="all"), torch.randn(2, 9, 8, requires_grad=True)
+    options = dict(context_fn=partial(create_selective_checkpoint_contexts, policy)) if selective else {}
+    (wanted,) = torch.autograd.grad(gate(x).weight.square().sum(), x)
+    with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
+        patch.setattr(two_best.CHECK, "verdicts", {})
+        weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
+        assert list(two_best.CHECK.verdicts.values()) == [None]
+        (found,) = torch.autograd.grad(weight.square().sum(), x)
+    torch.testing.assert_close(found, wanted)
 
 
 def check_few_tokens(name: str) -> None:
