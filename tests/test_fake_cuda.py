@@ -156,6 +156,8 @@ def test_machine_code(check: Checks, case: Case):
         "choose",
         "count_in_line",
         "rank_in_line",
+        "choose_two",
+        "choose_two_grads",
         "find_rows",
         "rank_rows",
         "rows_by_weights",
@@ -246,6 +248,13 @@ def test_decoding_is_few_launches(check: Checks, way: str, most: int):
     """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
     for tokens in (1, 2, 5, 8, 42, 64):
         assert check("launches_of_decoding", way, tokens) <= most, tokens
+
+
+@needs_triton
+def test_two_choices_are_few_launches(check: Checks):
+    """Forward and backward with the router's products, by torch's operators 33 and 33; of a second level 48 and 38."""
+    assert check("launches_of_two_choices", 0) == (9, 11)
+    assert check("launches_of_two_choices", 3) == (12, 10)
 
 
 @pytest.mark.slow

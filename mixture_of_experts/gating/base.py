@@ -6,7 +6,7 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, TypedDict
 
 import torch
@@ -269,13 +269,13 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
         made = self.decide(tokens)
-        chosen = self.allowed(tokens)
+        chosen = None if made.masked else self.allowed(tokens)
         if made.chosen is not None:
             chosen = made.chosen if chosen is None else made.chosen & chosen
         balance_loss = made.losses.get("balance") if made.balance_loss is None else made.balance_loss
         z_loss = made.losses.get("z")
         return self.route(
-            tokens,
+            replace(tokens, active=None) if made.masked else tokens,
             made.probs,
             made.expert,
             made.weight,

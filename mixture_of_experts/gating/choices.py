@@ -26,6 +26,7 @@ class Choices(NamedTuple):
     chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices of a second level; by default the first
+    masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
 
 
 def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:

@@ -67,6 +67,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
         {"balance": balance, "z": z_loss},
         chosen=None if all_made else made.chosen,
         primary=made.primary,
+        masked=True,
     )
 
 
@@ -175,7 +176,7 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
         total = of_values + groups * length * torch.stack([*made.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
         flags = {"choices": made.chosen, "first choices": made.primary}
-        if (allowed := gate.allowed(tokens)) is not None:
+        if not made.masked and (allowed := gate.allowed(tokens)) is not None:
             flags["choices"] = allowed if made.chosen is None else allowed & made.chosen
         parts = {name: flag.float() for name, flag in flags.items() if flag is not None}
         parts |= {"experts": made.probs.gather(-1, made.expert), "weights": made.weight}

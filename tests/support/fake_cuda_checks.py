@@ -305,6 +305,21 @@ def launches_of_decoding(way: str, tokens: int = 64) -> int:
         return ledger.launches.total()
 
 
+def launches_of_two_choices(outer: int) -> tuple[int, int]:
+    """Launches of what `Top2Gating` decides in training, product and losses included: forward, and backward."""
+    with on_gpu(torch.bfloat16):
+        gate, shape = Top2Gating(512, 16, outer_expert_dims=outer or ()), (outer, 4, 1024) if outer else (4, 1024)
+        x = torch.empty(*shape, 512, requires_grad=True)
+        tokens = gate.read(x, importance=torch.empty(shape) if outer else None)
+
+        def decide() -> list[Tensor]:
+            made = gate.decide(tokens)
+            return [made.weight, *made.losses.values()]
+
+        counts = count(decide, [])
+        return counts.launches, counts.launches_both - counts.launches
+
+
 def kept_of_scores(router: str, autocast: bool) -> float:
     """What a gate of many experts keeps beside its tokens, in units of a float32 for each token and expert."""
     tokens, dim, experts = 1024, 256, 512

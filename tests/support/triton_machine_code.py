@@ -147,6 +147,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
 
     from mixture_of_experts import queue_kernels as queues
     from mixture_of_experts.gating import few_kernel as few
+    from mixture_of_experts.gating import two_best_kernel as two
     from mixture_of_experts.ops.triton import operators, plan
     from support.fake_cuda_checks import on_gpu
 
@@ -156,7 +157,9 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         described = {name: describe(value) for name, value in arguments.items()}
         seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
 
-    launch, operators.launch, few.launch, queues.launch = operators.launch, note, note, note
+    modules, launch = (operators, few, queues, two), operators.launch
+    for module in modules:
+        module.launch = note
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with on_gpu(getattr(torch, case.dtype), case.capability):
@@ -168,8 +171,10 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             few.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
             line = torch.empty(4, 256, dtype=torch.int64)
             queues.queue_in_line._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
+            run_two_best(two, case)
     finally:
-        operators.launch = few.launch = queues.launch = launch
+        for module in modules:
+            module.launch = launch
     return list(seen.values())
 
 
@@ -196,6 +201,20 @@ def run_operators(case: Case, operators, plan) -> None:
     plan.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
+
+
+def run_two_best(two, case: Case) -> None:
+    """With masks, random numbers and all gradients, or with nothing."""
+    import torch
+
+    # of 100 experts registers are the most
+    logits, of_token = torch.empty(2, 300, 128 if case.even else 100, dtype=torch.float32), None
+    grads, policy, flag = [None] * 4, "all", None
+    if case.bias:
+        of_token, flag = torch.empty(2, 300, dtype=torch.float32), torch.empty(2, 300, dtype=torch.bool)
+        grads, policy = [logits, of_token, logits[:, 0], of_token[0, 0]], "random"
+    expert, weight, _, _, probs, log_total, *_ = two.two_best._init_fn(logits, flag, flag, of_token, policy, 0.2, 1e-9)
+    two.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, weight, *grads)
 
 
 def describe(value: Any) -> Any:
