@@ -1,4 +1,4 @@
-"""What constructors are given: gates and experts made, and checked against each other and the layer's sizes."""
+"""Arguments of the layers' constructors: makes what is missing, and checks that gates, experts and layer agree."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mixture_of_experts.queues import Priority
 
 
 def as_experts(experts: Any) -> nn.Module | None:
-    """A module of all experts, from such a module (a list with a forward of its own too) or a list of single ones."""
+    """One module for all experts: the module that was given, or an `ExpertList` of a plain list of modules."""
     if experts is None:
         return None
     if isinstance(experts, list | tuple) or (isinstance(experts, nn.ModuleList) and not has_forward(experts)):
@@ -26,23 +26,23 @@ def as_experts(experts: Any) -> nn.Module | None:
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether it can be called: a plain `nn.ModuleList` cannot."""
+    """Whether the module can be called. A plain `nn.ModuleList` cannot."""
     return type(module).forward is not nn.Module.forward
 
 
 def check_shared_expert(shared_expert: Any) -> nn.Module | None:
-    """One module that can be called, or None."""
+    """The shared expert, a module that can be called or None; TypeError for anything else."""
     if shared_expert is None or (isinstance(shared_expert, nn.Module) and has_forward(shared_expert)):
         return shared_expert
     got = type(shared_expert).__name__ if isinstance(shared_expert, nn.Module) else repr(shared_expert)
     raise TypeError(
-        f"shared_expert must be a module or None, got {got}: make an instance of a class, put several modules into one "
-        "nn.Sequential"
+        f"shared_expert must be a module or None, got {got}: make an instance of a class, or put several modules into "
+        "one nn.Sequential"
     )
 
 
 def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts: nn.Module | None) -> int:
-    """The number asked for, else the gate's, else the experts', else 16; the parts are checked against it later."""
+    """`num_experts` if it is given, else the gate's number, else the experts', else 16."""
     if num_experts is None:
         num_experts = getattr(gate, "num_experts", None) or getattr(experts, "num_experts", None) or 16
     return check_size("num_experts", num_experts)
@@ -51,7 +51,7 @@ def resolve_num_experts(num_experts: int | None, gate: nn.Module | None, experts
 def resolve_grid(
     num_experts: object, gate_outer: nn.Module | None, gate_inner: nn.Module | None, experts: nn.Module | None
 ) -> tuple[int, int]:
-    """The pair asked for, else the gates', else the experts', else (4, 4)."""
+    """The pair (outer, inner): `num_experts` if it is given, else the gates', else the experts', else (4, 4)."""
     if num_experts is None:
         default = getattr(experts, "num_experts", None)
         default = default if isinstance(default, tuple) and len(default) == 2 else (4, 4)
@@ -65,25 +65,25 @@ def resolve_grid(
 
 
 def refuse_gating_arguments(name: str, settings: Top2Settings) -> None:
-    """A gate that is given has its own settings: arguments for the default one would be ignored."""
+    """Refuse arguments that describe the default gate when a gate is given: they would do nothing."""
     if given := settings.changed():
         raise ValueError(f"{name} is given, so {', '.join(given)} would do nothing: set it on that gate instead")
 
 
 def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
-    """Experts that are given have their own sizes: arguments for the default ones would be ignored."""
+    """Refuse arguments that describe the default experts when experts are given: they would do nothing."""
     given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
     if activation is not nn.GELU:
         given["activation"] = activation
     if given:
         written = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(f"experts is given, so {written} would do nothing: make those experts so instead")
+        raise ValueError(f"experts is given, so {written} would do nothing: set it on those experts instead")
 
 
 def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:
-    """With one gate of two given, arguments describe the other; but who is served first is one rule for both levels.
+    """Refuse a given gate of one level whose priority is not the layer's: both levels need the same.
 
-    The priority of a dropless gate decides nothing.
+    The priority of a dropless gate is not compared: it decides nothing.
     """
     own = getattr(gate, "priority", priority)
     drops = any(getattr(gate, f"capacity_factor_{mode}", None) is not None for mode in ("train", "eval"))
@@ -97,7 +97,7 @@ def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priorit
 def check_gate(
     name: str, gate: nn.Module, dim: int, num_experts: int, outer: tuple[int, ...] = (), level: bool = False
 ) -> None:
-    """Sizes of a gate agree with the layer's, and a level of a hierarchy is a router of token choice."""
+    """Check that a gate can be called and has the layer's sizes, and that a level's gate is one of token choice."""
     if not isinstance(gate, nn.Module):
         raise TypeError(f"{name} must be a gate such as TopKGating(...), got {type(gate).__name__}")
     given = ["mask", "importance"] if outer else ["mask"]
@@ -117,18 +117,18 @@ def check_gate(
 
 
 def takes(module: nn.Module, keywords: list[str]) -> bool:
-    """Whether it can be called with one tensor and these keywords, as far as its signature tells."""
+    """Whether the module's signature allows a call with one tensor and these keywords."""
     try:
         inspect.signature(module.forward).bind(None, **dict.fromkeys(keywords))
     except TypeError:
         return False
-    except ValueError:  # it has no signature
+    except ValueError:  # a forward without a signature may take anything
         return True
     return True
 
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
-    """Sizes of the experts, where they tell them, agree with the layer's."""
+    """Check that the experts have the layer's sizes, as far as they tell their own."""
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

@@ -1,4 +1,4 @@
-"""Experts around others: between two modules, beside experts that compute nothing, with a norm, or weighed first.
+"""Experts that wrap other experts: between two modules, beside identities, with weights on the inputs, with a norm.
 
 Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model dim.
 """
@@ -17,12 +17,13 @@ from mixture_of_experts.experts import RoutedExperts, run_experts
 
 
 class EnclosedExperts(RoutedExperts):
-    """Experts between two modules, `after(experts(before(x)) + beside(x))`: latent experts, which compute in a
-    narrower space that all of them share (arXiv 2601.18089); norms around the whole.
+    """Experts between two modules: `after(experts(before(x)) + beside(x))`.
+
+    Latent experts are made so: they compute in a narrower space that all of them share (arXiv 2601.18089).
 
     Args:
         experts: any experts, of the width that `before` returns.
-        before, after, beside: modules of tokens `(t, d)`; None leaves the step out.
+        before, after, beside: modules that map tokens `(t, d)`; None leaves the step out.
 
     Example:
         >>> import torch
@@ -63,7 +64,7 @@ class EnclosedExperts(RoutedExperts):
 
 
 def routed_tokens(decision: Decision) -> Tensor:
-    """`(t,)` bool: the tokens that are sent to an expert, whether it has room or not; padding is not."""
+    """`(t,)` bool, the tokens that are sent to an expert, whether it has room or not. Padding is not sent."""
     if decision.k is not None:
         return decision.chosen.view(-1, decision.k).any(dim=-1)
     assert decision.token is not None
@@ -72,21 +73,23 @@ def routed_tokens(decision: Decision) -> Tensor:
 
 
 class ExpertsBesideIdentity(RoutedExperts):
-    """Experts, and behind them ids that cost next to nothing: their experts return the token itself or zero
-    (LongCat-Flash, arXiv 2509.01322), or mix the token with a vector of their own (MoE++, arXiv 2410.07348). To balance
-    the two kinds on their own account, move an expert bias by `SignRule(shares=...)`.
+    """Adds experts that cost next to nothing to experts that compute.
+
+    An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322), or a mix of the token and a
+    learned vector (MoE++, arXiv 2410.07348). An expert bias moved by `SignRule(shares=...)` balances the two kinds
+    separately.
 
     Args:
-        experts: e experts of contract two (`Experts`, `GatedExperts`, a subclass of `RoutedExperts`).
-        num_identity: ids from e on whose experts return the token.
-        num_zero: ids behind those whose experts return zero.
-        num_constant: ids behind those whose experts return `a x + b v`, with a vector v and a router of two,
-            `(a, b) = softmax(x w)`.
-        device, dtype: of the weights of those.
+        experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
+        num_identity: number of experts that return the token; they have the next ids.
+        num_zero: number of experts that return zero, with the ids behind those.
+        num_constant: number of experts that return `a x + b v`, with the last ids. Each has a vector v and a matrix w
+            of `(a, b) = softmax(x w)`.
+        device, dtype: of the weights of the last kind.
 
     Shape:
-        `constants` is `(num_constant, d)`, the vectors, and `w_constant` `(num_constant, d, 2)`, the routers; None if
-        there are none.
+        `constants` `(num_constant, d)` holds the vectors v, `w_constant` `(num_constant, d, 2)` the matrices w. Both
+        are None if `num_constant` is 0.
 
     Example:
         >>> import torch
@@ -118,8 +121,8 @@ class ExpertsBesideIdentity(RoutedExperts):
         super().__init__()
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
-                f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: ids "
-                "that cost nothing stand behind theirs"
+                f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
+                "added experts have the ids behind theirs"
             )
         numbers = {"num_identity": num_identity, "num_zero": num_zero, "num_constant": num_constant}
         for name, number in numbers.items():
@@ -137,13 +140,13 @@ class ExpertsBesideIdentity(RoutedExperts):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights of constant experts anew (standard deviation 1 / sqrt(d))."""
+        """Draw the weights of constant experts (standard deviation 1 / sqrt(d))."""
         for weight in (self.constants, self.w_constant):
             if weight is not None:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def constant(self, i: int, x: Tensor) -> Tensor:
-        """What constant expert i makes of tokens `(t, d)`."""
+        """The output `(t, d)` of constant expert i for tokens `(t, d)`."""
         assert self.constants is not None
         assert self.w_constant is not None
         a, b = (x @ self.w_constant[i]).softmax(dim=-1).split(1, dim=-1)
@@ -182,7 +185,7 @@ class ExpertsBesideIdentity(RoutedExperts):
 
 
 class InputWeightedExperts(RoutedExperts):
-    """Experts whose weights multiply what they read, not what they return (Llama 4).
+    """Multiplies what experts read by the weights of their assignments, instead of what they return (Llama 4).
 
     Args:
         experts: experts that have `compute`, such as `GatedExperts`.
@@ -217,11 +220,11 @@ class InputWeightedExperts(RoutedExperts):
 
 
 class NormedExperts(RoutedExperts):
-    """Experts whose results go through a norm before their weights multiply them.
+    """Puts a norm on what experts return, before the weights of the assignments multiply it.
 
     Args:
         experts: experts that have `compute`, such as `GatedExperts`.
-        norm: a module of rows `(r, d)`.
+        norm: a module that maps rows `(r, d)`.
 
     Example:
         >>> import torch
@@ -246,7 +249,7 @@ class NormedExperts(RoutedExperts):
 
 
 class Scale(nn.Module):
-    """Times a number."""
+    """Multiplies by a number."""
 
     factor: float
 
@@ -262,7 +265,7 @@ class Scale(nn.Module):
 
 
 class Shift(nn.Module):
-    """Plus a learned vector `bias (d,)`."""
+    """Adds a learned vector `bias (d,)`."""
 
     bias: nn.Parameter
 
@@ -275,12 +278,11 @@ class Shift(nn.Module):
 
 
 class TokenGated(nn.Module):
-    """A module whose result a learned gate of each token multiplies, `sigmoid(gate(x)) * module(x)`: the shared
-    expert of Qwen2-MoE (arXiv 2407.10671).
+    """`sigmoid(gate(x)) * module(x)`, as the shared expert of Qwen2-MoE (arXiv 2407.10671).
 
     Args:
-        module: `(..., d)` to the same shape.
-        gate: `(..., d)` to `(..., 1)`.
+        module: maps `(..., d)` to the same shape.
+        gate: maps `(..., d)` to `(..., 1)`.
     """
 
     module: nn.Module

@@ -1,4 +1,4 @@
-"""Auxiliary losses of layers that lie deep in a model: collected, where the model does not hand them up."""
+"""Collects the auxiliary losses of layers that lie deep in a model, where the model does not return them."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ from mixture_of_experts.under_way import CallUnderWay
 def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
     """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`, while the context lasts.
 
-    For models whose blocks return the output of a layer alone. Around one forward, or around the whole training:
-    `take()` gives the losses of the training forwards since it was called last; a forward that raised, and evaluation
-    between them, are left out. Forwards of other threads are not collected: each may have a context of its own, entered
-    and left while no forward of the model runs, as hooks come and go with it. With `torch.compile`, around the whole
-    training and entered before the first compiled call, so that one graph serves all steps.
+    It serves models whose blocks return the output of a layer and drop its loss. The context lies around one forward
+    or around the whole training. `take()` returns the sum for all training forwards since its last call; evaluation
+    forwards between them, and forwards that raised, do not count.
+
+    Only forwards of the thread that entered the context are collected; another thread may enter one of its own. Enter
+    and leave it while no forward of the model runs: it sets hooks. With `torch.compile` enter it before the first
+    compiled call and keep it for the whole training: one graph then serves all steps.
 
     Args:
         model: the module that you call.
 
     Raises:
         ValueError: the model has no such layer.
-        RuntimeError: in a forward, where its losses could not be right: a layer within reentrant checkpointing, whose
-            first run has no graph; a `model` that itself runs inside `torch.utils.checkpoint`; a layer that is called,
-            but not through `model`.
+        RuntimeError: in a forward whose losses would be wrong: a layer runs under reentrant checkpointing; `model`
+            itself runs inside `torch.utils.checkpoint`; a layer is called, but not through `model`.
 
     Example:
         >>> import torch
@@ -66,7 +67,7 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
 
 
 class AuxCall(CallUnderWay):
-    """A forward of the model that was given to `collect_aux`."""
+    """A forward, under way, of the model that was given to `collect_aux`."""
 
     def __init__(self, training: bool) -> None:
         self.training = training
@@ -74,21 +75,24 @@ class AuxCall(CallUnderWay):
 
 
 class OutsideCall(CallUnderWay):
-    """Where no forward of the model is under way, in the thread that collects."""
+    """Marks the thread that collects, while no forward of the model is under way in it."""
 
 
 class AuxLosses:
-    """What `collect_aux` collected."""
+    """The losses that `collect_aux` collected."""
 
     def __init__(self) -> None:
         self._training: list[Tensor] = []
         self._evaluation: list[Tensor] = []  # of the last forward
 
     def take(self) -> Tensor:
-        """The sum, 0-dim, of the auxiliary losses of all layers, in all training forwards since the last call.
+        """The sum, 0-dim, of the auxiliary losses of all layers, over all training forwards since the last call.
 
-        A forward is one of training if the model is in training mode and gradients are enabled. If there was none, the
-        sum is that of the last evaluation forward.
+        A training forward runs in training mode with gradients enabled. If there was none, the sum is that of the last
+        evaluation forward.
+
+        Raises:
+            RuntimeError: no loss was collected.
         """
         losses = self._training or self._evaluation
         if not losses:
@@ -134,10 +138,10 @@ class AuxLosses:
             return  # in another thread, or a recomputation in backward
         if not isinstance(call, AuxCall):
             if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
-                return  # a compiled recomputation, or nothing that trains
+                return  # a compiled recomputation, or a forward that does not train
             raise RuntimeError(
-                f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give it "
-                "the module that you call"
+                f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
+                "collect_aux the module that you call"
             )
         if not (isinstance(output, tuple) and len(output) == 2):
             raise TypeError(
@@ -149,7 +153,7 @@ class AuxLosses:
 
 
 def refuse_reentrant(layer: nn.Module) -> None:
-    """The first run under reentrant checkpointing has no graph, and the second comes when the loss is long known."""
+    """Refuse reentrant checkpointing: gradients are off in its first run, so the loss would have none."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return
     if in_checkpoint():

@@ -1,8 +1,8 @@
-"""Who moves the expert bias: the bias of every gate in a model, once for each step of an optimizer.
+"""Moves the expert bias of every gate in a model, once for each step of an optimizer.
 
-How it moves, and what is counted for that, is said by a rule (`gating/bias_rules.py`). Gates of this package count by
-themselves. Blocks of `transformers` have a bias, frozen, experts that are given what was chosen, and a router that
-tells its logits; nothing of that package is imported.
+A rule (`gating/bias_rules.py`) says what is counted, and how the counts move the bias. Gates of this package count by
+themselves. In blocks of `transformers` hooks count what the router returns or the experts are given. Nothing of
+`transformers` is imported.
 
 Axes: t tokens, k choices of a token, e experts.
 """
@@ -47,30 +47,30 @@ def balance_experts(
 ) -> ExpertBalancing:
     """Move the expert bias of every gate in `model` once after each step of `optimizer`.
 
-    Gates are `TopKGating(expert_bias=True)`, and the blocks of `transformers` that have such a bias (DeepSeek-V3,
-    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...), whose attention mask tells which tokens are padding. It moves by the
-    choices of all real tokens, before capacity, in training forwards whose backward ran since it moved last: those of
-    all micro-batches, once each also under activation checkpointing. A step that a gradient scaler skips moves nothing;
-    its choices count in the next one. The bias is in the state dict, and after a step nothing else is to be saved.
+    It finds every `TopKGating(expert_bias=True)`, and the blocks of `transformers` that have such a bias (DeepSeek-V3,
+    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...); there the attention mask tells which tokens are padding. A step counts the
+    choices of all real tokens, before capacity, in the training forwards whose backward ran since the last step. So all
+    micro-batches count, and each once, also under activation checkpointing. A step that a gradient scaler skips moves
+    nothing; its choices count in the next one. The bias is in the state dict; nothing else needs saving after a step.
 
     Args:
-        model: before DDP or `torch.compile` wrap it, so that DDP leaves the counts of each rank alone.
-        optimizer: whose steps count, bare or wrapped by accelerate.
-        rule: how the bias moves. "sign": by `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664);
-            "centred_sign": its mean is then subtracted; "quantile": to the bias that would have balanced these tokens
-            (Kimi K3, section 2.3.3), for scores between 0 and 1. Or a rule of `mixture_of_experts.gating`, such as
-            `QuantileRule(bins=4000)`, or one of your own.
-        rate: of a step, by default 1e-3 by sign, and 1 by quantile, the whole way; `balancing.rate` can be set anew
-            (DeepSeek-V3 ends with 0, which leaves the bias as it is).
-        group: the ranks that share a batch, over which counts are summed; by default all ranks if
-            `torch.distributed` is initialised. Every one of them has to step.
+        model: before DDP or `torch.compile` wrap it; DDP then leaves each rank's counts alone.
+        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        rule: how the bias moves. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
+            "centred_sign" does so and then subtracts the mean of the bias. "quantile" moves to the bias that would have
+            balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. An instance is taken too, such
+            as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a rule of your own.
+        rate: size of a step: by default 1e-3 for the sign rules, and 1, the whole way, for "quantile". You may change
+            `balancing.rate` later; 0 leaves the bias as it is (DeepSeek-V3 ends so).
+        group: the ranks that share a batch, over which counts are summed; by default all ranks if `torch.distributed`
+            is initialised. All of them must step.
 
     Returns:
-        An object whose `remove()` ends it.
+        An object whose `remove()` ends the balancing.
 
     Raises:
-        ValueError: no gate has an expert bias, an argument is not allowed, or "quantile" does not fit a gate, as it
-            chooses experts in groups or by a function, or its scores are not known.
+        ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
+            chooses experts in groups or by a function, or whose scores are not known.
 
     Example:
         >>> import torch
@@ -94,13 +94,13 @@ def balance_experts(
 
 
 class ExpertBalancing:
-    """The bias of all gates of a model, moved after each step of an optimizer."""
+    """Moves the bias of all gates of a model after each step of an optimizer; `balance_experts` returns one."""
 
     def __init__(self, model: nn.Module, rule: BiasRule, rate: float, group: dist.ProcessGroup | None) -> None:
         self.rule = rule
         self.rate = rate
         self.group = group
-        with ExitStack() as hooks:  # taken back if anything is refused
+        with ExitStack() as hooks:  # removed again if anything below raises
             self._biases: list[Ours | Theirs] = [Ours(gate, rule, hooks) for gate in gates_with_bias(model)]
             self._biases += find_theirs(model, rule, hooks)
             if not self._biases:
@@ -119,12 +119,12 @@ class ExpertBalancing:
         self._rate = check_number("rate", value, at_least=0.0)
 
     def remove(self) -> None:
-        """End it."""
+        """End the balancing: remove all hooks, and give the gates back their own rule."""
         self._hooks.close()
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        skipped = getattr(optimizer, "found_inf", None)  # of a fused optimizer, which skips a step within it
+        skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
         group = self.group
         if group is None and dist.is_available() and dist.is_initialized():
             group = dist.group.WORLD
@@ -137,7 +137,7 @@ class ExpertBalancing:
 
 
 class Ours:
-    """The bias of a gate of this package, which counts by a rule until `hooks` are removed."""
+    """The bias of a gate of this package. The gate counts by `rule` until `hooks` are closed."""
 
     gate: Any
     rule: BiasRule
@@ -158,7 +158,7 @@ class Ours:
 
     @property
     def counts(self) -> Tensor | None:
-        """None where somebody else has set another rule."""
+        """The gate's counts; None if its rule is another by now."""
         return self.gate.bias_counts if self.gate.bias_rule is self.rule else None
 
     def move(self, step: Tensor) -> None:
@@ -170,18 +170,18 @@ class Ours:
 
 
 def gates_with_bias(model: nn.Module) -> list[Gate]:
-    """The gates of this package that count for a bias."""
+    """The gates of this package that count their choices for a bias."""
     gates = [module for module in model.modules() if isinstance(module, Gate)]
     return [gate for gate in gates if getattr(gate, "expert_counts", None) is not None]
 
 
 def leave_counts_alone(model: nn.Module) -> None:
-    """Have `DistributedDataParallel` not copy the counts of the first rank to the others before a forward."""
+    """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward."""
     ignore_in_ddp(model, names_of_counts(model))
 
 
 def names_of_counts(model: nn.Module) -> set[str]:
-    """The buffers in which gates count the tokens of this rank."""
+    """The names of the buffers in which gates count the tokens of this rank."""
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in COUNTS}
 
 
@@ -189,8 +189,10 @@ def names_of_counts(model: nn.Module) -> set[str]:
 
 
 class Theirs:
-    """The bias of a block of `transformers`, and a hook that counts: before its experts, or, for a rule that reads
-    scores, behind its router."""
+    """The bias of a block of `transformers`, and the hook that counts for it.
+
+    The hook runs before the block's experts; for a rule that reads scores it runs after the router.
+    """
 
     held: BlockSettings | None
 
@@ -227,7 +229,7 @@ class Theirs:
 
     @property
     def value(self) -> Tensor:
-        """`(e,)`, of one of more dimensions too."""
+        """`(e,)` float32, the bias, whatever its own shape is."""
         return self.bias.detach().flatten().float()
 
     @property
@@ -240,15 +242,15 @@ class Theirs:
         self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def register(self, experts: nn.Module, hooks: ExitStack) -> None:
-        """Its hook, which `hooks` removes."""
+        """Set the hook that counts; `hooks` removes it."""
         if self.held is None:
             hooks.callback(experts.register_forward_pre_hook(self.before_experts, with_kwargs=True).remove)
         else:
             hooks.callback(self.held.router.register_forward_hook(self.after_router).remove)
 
     def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Forward pre-hook of experts, which are given hidden `(t, d)`, expert and weight `(t, k)`: the weights count
-        when their gradient comes."""
+        """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices
+        are counted when the gradient of the weights is computed."""
         if not experts.training or not torch.is_grad_enabled():
             return None
         names = ("hidden_states", "top_k_index", "top_k_weights")
@@ -259,7 +261,7 @@ class Theirs:
         return args, {**kwargs, "top_k_weights": weight}
 
     def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
-        """Forward hook of a router: what it returns counts when its gradient comes."""
+        """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
         assert self.held is not None
@@ -273,7 +275,7 @@ class Theirs:
         return tuple(self.counting(part, expert, score) if part is weight else part for part in output)
 
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
-        """`weight`, whose gradient counts the choices `(t, k)` or the scores `(t, e)` of real tokens."""
+        """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
         real = self.reader.real(expert)
         made = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(made, expert, 0).to(torch.int64)
@@ -282,14 +284,14 @@ class Theirs:
 
 
 class TokensCall(CallUnderWay):
-    """A forward of the model around experts."""
+    """A forward, under way, of the model around experts."""
 
     def __init__(self, tokens: TokensAround) -> None:
         self.tokens = tokens
 
 
 class TokensOfCall:
-    """Which tokens are real, in the forward of a model that is under way."""
+    """Which tokens are real in the forward of a model that is under way."""
 
     read: TokensReader
 
@@ -303,7 +305,7 @@ class TokensOfCall:
         under_way.end(self)
 
     def real(self, expert: Tensor) -> Tensor:
-        """`(t,)` bool for choices `(t, k)`."""
+        """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
         call = under_way.current(self)
         mask = None if call is None else call.tokens.mask
         if mask is None or mask.numel() != expert.shape[0]:
@@ -312,7 +314,7 @@ class TokensOfCall:
 
 
 def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[Theirs]:
-    """The biases of blocks of `transformers`, each with a hook on its experts or router, which `hooks` removes."""
+    """Find the biases of blocks of `transformers` and set a hook for each; `hooks` removes them."""
     modules, readers = dict(model.named_modules()), {}
     for name, module in modules.items():
         kind = next((kind for kind in THEIRS if isinstance(getattr(module, kind, None), Tensor)), None)
@@ -331,7 +333,7 @@ def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[
 
 
 def experts_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
-    """The experts that a bias belongs to: those of the module that has it, or of a module around."""
+    """The experts of module `name`, which has a bias, or of a module around it; and their path."""
     path = name
     for _ in range(3):
         at = f"{path}.experts".lstrip(".")

@@ -1,4 +1,4 @@
-"""Checks of arguments: every message names the value, what is allowed and what to do."""
+"""Checks of arguments. Each returns a right value; for a wrong one its error says what is allowed and what to do."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_size(name: str, value: object) -> int:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
-    return int(value)  # it may be one of numpy's
+    return int(value)  # the value may be a numpy integer
 
 
 def check_optional_size(name: str, value: object) -> int | None:
@@ -27,13 +27,13 @@ def check_optional_size(name: str, value: object) -> int | None:
 
 
 def check_sizes(name: str, value: object) -> tuple[int, ...]:
-    """One size or a tuple of sizes; always returned as a tuple."""
+    """One size or a tuple of sizes; returns a tuple."""
     sizes = value if isinstance(value, tuple | list) else (value,)
     return tuple(check_size(name, size) for size in sizes)
 
 
 def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
-    """One of a few words."""
+    """One of the allowed words."""
     if not isinstance(value, str) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
     return value
@@ -46,7 +46,7 @@ def check_number(
     bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
     bound += "" if below is None else f" and below {below}"
     good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    value = float(value) if good and not isinstance(value, int) else value  # it may be one of numpy's
+    value = float(value) if good and not isinstance(value, int) else value  # the value may be a numpy number
     if good:
         good = (above is None or value > above) and (at_least is None or value >= at_least)
         good = good and (below is None or value < below)
@@ -57,7 +57,7 @@ def check_number(
 
 def check_flag(name: str, value: Any) -> bool:
     """True or False."""
-    if type(value).__name__ not in ("bool", "bool_"):  # numpy's are named so
+    if type(value).__name__ not in ("bool", "bool_"):  # the second is numpy's
         raise ValueError(f"{name} must be True or False, got {value!r}")
     return bool(value)
 
@@ -73,14 +73,14 @@ def check_process_group(name: str, value: Any) -> Any:
     """A process group or None."""
     if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
         raise TypeError(
-            f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: of a "
+            f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: for a "
             "DeviceMesh give mesh.get_group()"
         )
     return value
 
 
 def check_coefs(name: str, value: Any) -> dict[str, float]:
-    """Coefficients by name."""
+    """A dict of coefficients by name."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
     return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
@@ -122,24 +122,24 @@ def check_importance(importance: Tensor, shape: torch.Size) -> None:
 
 
 def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
-    """Whole numbers of tokens, one for each group."""
+    """An integer tensor of numbers of tokens, one for each group."""
     if lengths.is_floating_point() or lengths.shape != shape:
         raise ValueError(
             f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
-            f"{tuple(lengths.shape)}: a share of a token is a queues.Length"
+            f"{tuple(lengths.shape)}: for parts of tokens give a queues.Length"
         )
     return lengths
 
 
 def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
-    """What experts returned: a tensor of the shape that they were given."""
+    """What a module of tokens returned: a tensor of the shape that the module was given."""
     if isinstance(result, Tensor) and result.shape == shape:
         return result
     raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {shape_of(result)}")
 
 
 def shape_of(result: Any) -> str:
-    """The shape of a result, for a message; or what it is instead of a tensor."""
+    """The shape of a tensor, or the type of anything else, for an error."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
     remedy = " (wrap a MoE, which returns its loss too, in a module that returns the output alone)"

@@ -1,4 +1,4 @@
-"""What moves tokens: the assignments of a whole call, whoever made them.
+"""`Decision`: the assignments of a whole call, by which tokens move.
 
 Axes: t tokens of the call, k choices, a assignments (t k for token choice), r rows, e experts, b groups, c slots of an
 expert for each group.
@@ -29,10 +29,10 @@ class Waiting(NamedTuple):
 
     Attributes:
         expert, position: `(c,)` int64, the expert of each choice, and its position in the queue of its group.
-        chosen, kept: `(c,)` bool, those that queue, and those of them that are computed.
-        length: `(e b,)` int64, how many rows each queue needs: by router, expert and group.
+        chosen, kept: `(c,)` bool, the choices that queue, and those of them that are computed.
+        length: `(e b,)` int64, number of rows that each queue needs, by router, expert and group.
         slot: as in `SlotLayout`.
-        num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of a router of this gate.
+        num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of one router of the gate.
     """
 
     expert: Tensor
@@ -48,14 +48,14 @@ class Waiting(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class SlotLayout:
-    """Where the capacity of a gate puts assignments.
+    """The slots of a call with limited capacity, and which assignment lies in which.
 
     Every expert has one queue for each group; queue `expert * num_groups + group` has `capacity` slots.
 
     Attributes:
-        routing: what the gate tells; of two levels the gate of level two.
-        slot: `(t k1,)` of two levels, the token of `routing` that each assignment of level one is: its slot there, or
-            their number where it has none. None of one level.
+        routing: the routing of the gate; for two levels that of level two.
+        slot: for two levels `(t k1,)`, the slot of each assignment of level one, which is a token of `routing`; the
+            number of slots for an assignment without one. None for one level.
     """
 
     routing: Routing
@@ -76,8 +76,8 @@ class SlotLayout:
         return cell if self.slot is None else of_choices(cell, self.routing, self.slot)
 
     def find(self) -> tuple[Tensor, Queues]:
-        """The queue `(a,)` of each assignment, and the `Queues`: positions `(a,)` and lengths `(e b,)`, as far as slots
-        go."""
+        """The queue `(a,)` of each assignment, and the `Queues`, cut off at capacity: positions `(a,)` and lengths
+        `(e b,)`."""
         queues = self.routing.group_queues()
         if self.slot is None:
             return self._queue(), Queues(queues.position.flatten(), self.length(queues))
@@ -102,14 +102,14 @@ class SlotLayout:
         )
 
     def length(self, queues: Queues) -> Tensor:
-        """`(e b,)` int64, how many slots of each queue an assignment holds."""
+        """`(e b,)` int64, the number of occupied slots of each queue."""
         return self.routing.slots_held(queues).transpose(-2, -1).flatten()
 
     def _queue(self) -> Tensor:
         """The queue of each assignment of the gate, `(router * e + expert) * b + group`."""
         *outer, b, a = self.routing.expert.shape
         e, routers, device = self.routing.num_experts, math.prod(outer), self.routing.expert.device
-        first = torch.arange(b, device=device).view(-1, 1)  # that of expert 0
+        first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
         if outer:
             first = torch.add(first, torch.arange(routers, device=device).view(-1, 1, 1), alpha=e * b)
         return torch.add(first, self.routing.expert.reshape(routers, b, a), alpha=b).flatten()
@@ -118,20 +118,21 @@ class SlotLayout:
 class Decision:
     """The assignments of a call: which expert computes which token, with which weight.
 
-    Pytrees do not open it: FSDP2's mixed precision casts the tensors it finds in arguments, and would cast the weights
-    of a router too.
+    It is not a pytree: FSDP2's mixed precision casts all tensors that it finds in arguments, and would cast a router's
+    weights too.
 
     Attributes:
-        weight: `(a,)`, of each assignment; 0 where it is not kept.
+        weight: `(a,)`, weight of each assignment; 0 where it is not kept.
         kept: `(a,)` bool, the assignments that experts compute.
-        chosen: `(a,)` bool, the assignments that queue; of limited capacity some of them are not kept.
-        k: assignment i belongs to token i // k; None for expert choice.
-        token: `(a,)` int64, token of each assignment in expert choice; None where `k` tells it.
+        chosen: `(a,)` bool, the assignments that queue; with limited capacity some of them are not kept.
+        k: choices of a token: assignment i belongs to token i // k; None for expert choice.
+        token: `(a,)` int64, token of each assignment in expert choice; None otherwise.
         num_tokens: t.
         num_experts: e, as a tuple (two numbers for two levels).
         dropless: whether experts compute every assignment that a gate made.
-        slots: where limited capacity puts assignments; None if they queue at their experts in the order of tokens.
-        most_rows: rows without gaps that there can be; at most a.
+        slots: the layout of slots with limited capacity; None if assignments queue at their experts in the order of
+            tokens.
+        most_rows: an upper bound on the rows without gaps; at most a.
     """
 
     weight: Tensor
@@ -167,7 +168,7 @@ class Decision:
 
     @property
     def expert(self) -> Tensor:
-        """`(a,)` int64, expert of each assignment, of two levels outer-major; any expert where it is not kept."""
+        """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
         if self._expert is not None:
             return self._expert
         assert self.slots is not None
@@ -176,7 +177,7 @@ class Decision:
 
     @property
     def num_slots(self) -> int:
-        """Rows of a plan in slots."""
+        """The number of slots of all experts."""
         of_expert = self.num_tokens if self.slots is None else self.slots.num_groups * self.slots.capacity
         return math.prod(self.num_experts) * of_expert
 
@@ -188,7 +189,7 @@ class Decision:
         return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), self.k, "token")
 
     def waiting(self) -> Waiting:
-        """The choices that are queued, of two levels those of level two; all make one group if there are no slots."""
+        """The choices that queue; for two levels those of level two. Without slots all tokens are one group."""
         if self.slots is not None:
             return self.slots.waiting()
         (expert, queues), k = self.queues(), self.k
@@ -197,31 +198,31 @@ class Decision:
         return Waiting(*queued, slot=None, num_tokens=self.num_tokens, k=k, num_experts=math.prod(self.num_experts))
 
     def in_slots(self) -> Plan:
-        """The plan whose rows are all slots: `(e, b, c)`, some of them empty."""
+        """The plan whose rows are all slots, `(e, b, c)`; some are empty."""
         if self.slots is not None:
             return self._plan(self.slots.cell(), self.num_slots, None)
         queue, queues = self.queues()
         return self._plan(torch.add(queues.position, queue, alpha=self.num_tokens), self.num_slots, None)
 
     def rows_per_expert(self, queues: Queues) -> Tensor:
-        """`(e,)` int64, the rows that each expert needs: one for each assignment that holds a place in `queues()`."""
+        """`(e,)` int64, the rows that each expert needs: the lengths of its queues in `queues()`, added up."""
         by_expert = queues.length.view(math.prod(self.num_experts), -1)
         return by_expert.flatten() if statically_known_true(by_expert.shape[1] == 1) else by_expert.sum(dim=-1)
 
     def without_gaps(self) -> Plan:
-        """The plan whose rows are those of tokens alone, sorted by expert."""
+        """The plan whose rows lie sorted by expert, without empty rows between them."""
         queue, queues = self.queues()
         first = queues.length.cumsum(0) - queues.length
         row = first.gather(0, queue) + queues.position
         return self._plan(row, self.most_rows, self.rows_per_expert(queues))
 
     def with_rows(self, queue: Tensor, queues: Queues, rows_per_expert: Tensor, num_rows: int) -> Plan:
-        """The plan that gives each expert more rows than it has tokens for; its last ones are empty.
+        """The plan that gives each expert a number of rows of the caller's choice; those it does not need are empty.
 
         Args:
             queue, queues: what `queues` returned.
             rows_per_expert: `(e,)` int64, at least `rows_per_expert(queues)`.
-            num_rows: rows in all, at least the sum of those.
+            num_rows: all rows, at least the sum of `rows_per_expert`.
         """
         start = rows_per_expert.cumsum(0) - rows_per_expert
         by_expert = queues.length.view(start.shape[0], -1)
@@ -235,17 +236,17 @@ class Decision:
         return plan_rows(row, self.weight, self.token, rows_per_expert, *sizes)
 
     def prefers_rows(self) -> bool:
-        """Whether rows without gaps are sure to be fewer than slots; always so when dropless."""
+        """Whether rows without gaps are the better layout: dropless, or surely fewer than slots."""
         if self.dropless:
             return True
         if exporting() or self.k is None:
             return False
-        # while a graph is traced the answer must not depend on a length that the graph leaves open
+        # in a traced graph the answer must not depend on a dynamic length
         return statically_known_true(self.weight.shape[0] < self.num_slots)
 
 
 def decision_on(expert: Tensor, weight: Tensor, num_experts: int) -> Decision:
-    """The decision of experts and weights `(t, k)` that somebody chose; ids other than 0 to e - 1 are nobody's."""
+    """The decision from given experts and weights `(t, k)`; an id outside 0 to e - 1 means that nobody computes it."""
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     return Decision(expert.flatten(), weight.flatten(), kept.flatten(), k=k, num_tokens=t, num_experts=(num_experts,))
@@ -257,7 +258,7 @@ def decision_of(routing: Routing) -> Decision:
 
 
 def plan_slots_of(routing: Routing) -> Plan:
-    """The plan of one gate in slots `(..., e, b, c)` of each group, also where it drops nothing: then c is n."""
+    """The plan of one gate in slots `(..., e, b, c)`; c is n for a dropless gate."""
     return _decision_of(routing, True).in_slots()
 
 
@@ -277,22 +278,22 @@ def _decision_of(routing: Routing, by_group: bool) -> Decision:
 
 
 def _in_call(token: Tensor, num_tokens: int) -> Tensor:
-    """Tokens `(b, a)` of groups as tokens of the call."""
+    """Indices of tokens within the whole call, from indices `(b, a)` within groups."""
     return token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * num_tokens
 
 
 def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
-    """The decision of two levels. The tokens of `inner`, which has one router for each expert of `outer`, are slots.
+    """The decision of two levels.
 
-    A token's choices are those of its slots, in order, and their weights the products of both levels', so that tokens
-    move once.
+    `inner` has one router for each expert of `outer`; its tokens are the slots of level one. In the decision a token
+    has the choices of all its slots, in order. A weight is the product of both levels' weights. So tokens move once.
 
     Args:
         outer, inner: what the gates of level one and two tell.
-        slots: the slots of level one, as `plan_slots_of(outer)` plans them.
+        slots: `plan_slots_of(outer)`, the plan of level one.
     """
     if slots.k is None or inner.k is None:
-        raise ValueError("only routers of token choice can be composed: in expert choice a slot has no list of choices")
+        raise ValueError("only routers of token choice can be composed: expert choice makes no list of k choices")
     weight = slots.weight.unsqueeze(-1) * of_choices(inner.weight, inner, slots.row).view(-1, inner.k)
     return Decision(
         None,
@@ -303,12 +304,12 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
         num_experts=(outer.num_experts, inner.num_experts),
         slots=SlotLayout(inner, slots.row),
         dropless=inner.capacity is None,
-        # most slots may be empty: tokens bound the rows too
+        # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
         most_rows=smallest(math.prod(inner.expert.shape), weight.numel()),
     )
 
 
 def of_choices(values: Tensor, inner: Routing, slot: Tensor) -> Tensor:
-    """What level two has of its tokens' choices as that of the call's assignments `(t k1 k2,)`; 0 where a choice of
-    level one has no slot, as `SlotLayout` tells."""
+    """Values of the choices of level two for the assignments of the call, `(t k1 k2,)`, by the `slot` of each choice of
+    level one; 0 where that has no slot."""
     return append(values.reshape(-1, inner.k or 1), 0)[slot].flatten()

@@ -3,9 +3,8 @@
 Axes: e experts (one or two dimensions, `*e`), t tokens, s slots of an expert, r rows sorted by expert, d model dim,
 h hidden dim, o dim of the outputs.
 
-1. *Slots*, for anybody's module: `experts(slots)`, `(*e, s, d)` to the same shape.
-2. *Tokens*, for `RoutedExperts`: `experts(x, decision)`, the tokens `(t, d)` of a whole call and what the gates
-   decided, to tokens.
+1. *Slots*, for any module: `experts(slots)` maps `(*e, s, d)` to the same shape.
+2. *Tokens*, for `RoutedExperts`: `experts(x, decision)` maps the tokens `(t, d)` of a whole call to tokens `(t, o)`.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from mixture_of_experts.tracing import in_transform
 
 
 class RoutedExperts(nn.Module):
-    """Base of experts that are given the tokens of a whole call and what the gates decided.
+    """Base of experts that read the tokens of a whole call and the gates' `Decision`.
 
-    A subclass writes `compute`: rows sorted by expert to as many rows, of any width; no row is padding. Dispatch,
-    combine, capacity and several levels are the base's. A subclass that overrides `forward` without an argument
-    `decision` is given slots, as any other module.
+    A subclass writes `compute`, which maps rows sorted by expert to as many rows, of any width; no row is padding. The
+    base does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no argument `decision`
+    reads slots instead, as any other module.
 
     Example:
         >>> import torch
@@ -63,7 +62,7 @@ class RoutedExperts(nn.Module):
         cls.reads_decisions = binds_decision(cls.forward)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`."""
+        """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`."""
         if decision is None:
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
@@ -81,11 +80,11 @@ class RoutedExperts(nn.Module):
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Every expert on its own rows.
+        """Compute every expert on its own rows; return as many rows, of any width.
 
         Args:
-            rows: `(r, d)`, sorted by expert. What is returned for rows past those of the last expert is not read.
-            num_tokens_per_expert: `(e,)` int64, the rows of each expert; of a grid of experts outer-major.
+            rows: `(r, d)`, sorted by expert. There may be more than the experts' rows; results of those are not read.
+            num_tokens_per_expert: `(e,)` int64, number of rows of each expert; outer-major for a grid of experts.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must write compute(rows, num_tokens_per_expert), or a forward for slots"
@@ -93,18 +92,18 @@ class RoutedExperts(nn.Module):
 
 
 def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
-    """Tokens `(t, d)` of a call through experts of either contract, to tokens `(t, o)`."""
+    """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
     if reads_decisions(experts):
         return check_tokens_returned(experts, experts(x, decision), x)
     return run_on_slots(experts, x, decision, getattr(experts, "dim_out", None))
 
 
 def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
-    """What experts made of tokens x `(t, d)`: `(t, o)` in memory of its own, so that `out += 1` leaves x alone."""
+    """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
     wanted = (x.shape[0], getattr(experts, "dim_out", None) or x.shape[1])
     if not isinstance(out, Tensor) or out.shape != wanted:
         raise ValueError(
-            f"{type(experts).__name__} must return {wanted}, as many tokens as it is given and dim_out as width, got "
+            f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
             f"{shape_of(out)}"
         )
     while (inner := wrapped_module(experts)) is not None:
@@ -114,7 +113,7 @@ def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
 
 
 def binds_decision(forward: Callable) -> bool:
-    """Whether a forward `(self, x, ...)` has a second argument `decision`, or passes on whatever it is given."""
+    """Whether a forward `(self, x, ...)` takes `decision` as its second argument, by name or by `*args`."""
     of_self, *parameters = inspect.signature(forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in (of_self, *parameters)):
         return True
@@ -127,10 +126,10 @@ def binds_decision(forward: Callable) -> bool:
 
 
 def reads_decisions(experts: nn.Module) -> bool:
-    """Whether a module, or what it is wrapped around, takes tokens and a decision."""
+    """Whether a module, or the module that it wraps, takes tokens and a decision."""
     while not isinstance(experts, RoutedExperts):
         wrapped = wrapped_module(experts)
-        if wrapped is None or not binds_decision(type(experts).forward):  # an adapter of one's own, on slots
+        if wrapped is None or not binds_decision(type(experts).forward):  # an unknown wrapper, which reads slots
             return False
         experts = wrapped
     return experts.reads_decisions
@@ -139,7 +138,7 @@ def reads_decisions(experts: nn.Module) -> bool:
 def run_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
 ) -> Tensor:
-    """Dispatch to slots, which are zeros where empty, compute them, and combine."""
+    """Dispatch tokens to slots (an empty slot is zeros), compute them, and combine the results."""
     plan = decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
@@ -148,14 +147,14 @@ def run_on_slots(
     if not isinstance(out, Tensor) or out.shape != wanted:
         what = "their dim_out as width" if dim_out else "the shape they are given"
         raise ValueError(
-            f"experts must return {what}, {wanted}, got {shape_of(out)} (their dim_out tells of another width)"
+            f"experts must return {what}, {wanted}, got {shape_of(out)} (for another width they need a dim_out)"
         )
-    # `flatten(0, -2)` asks of a dynamic length whether it is 1
+    # not `flatten(0, -2)`, which asks whether a dynamic length is 1
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
 
 class StackedExperts(FixedShapes, RoutedExperts):
-    """Base of experts whose weights are stacked: initialisation, checks of shapes, and both contracts."""
+    """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts."""
 
     dim: int
     dim_out: int
@@ -193,7 +192,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         for name, size in (weights | biases).items():
             if self.gated or not name.endswith("3"):
                 there = check_flag("bias", bias) or name in weights
-                # zeros touch new pages on all threads; the draw that follows has but one
+                # writing zeros touches new memory with all threads; drawing the weights uses one thread
                 stack = nn.Parameter(torch.zeros(*self.expert_dims, *size, **factory)) if there else None
                 self.register_parameter(name, stack)
         self.reset_parameters()
@@ -222,7 +221,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         return feed_forward(rows, network, num_tokens_per_expert, grouped_product)
 
     def _network(self) -> Network:
-        """The weights, with one dimension for all experts."""
+        """The weights, with one dimension for all experts, also of a grid."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
         network = Network(w_in, self.w2, self.act, b_in, getattr(self, "b2", None))
@@ -232,7 +231,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         return network.map(lambda tensor: tensor.flatten(0, last))
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: uniform of standard deviation 1 / sqrt(fan in) for each expert; biases 0."""
+        """Draw the weights of each expert, uniform of standard deviation 1 / sqrt(fan in); set biases to 0."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("b"):
                 nn.init.zeros_(parameter)
@@ -254,12 +253,12 @@ class Experts(StackedExperts):
         hidden_dim: h; 4 d by default.
         activation: a class such as `nn.GELU`, a module, or a function of a tensor.
         bias: adds `b1 (*e, h)` and `b2 (*e, o)`.
-        dim_out: o, if the experts are to return another width than d.
+        dim_out: o, width of the outputs; d by default.
         device, dtype: of the parameters.
 
     Shape:
-        slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` is `(*e, d, h)`, `w2`
-        `(*e, h, o)`.
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` is `(*e, d, h)`, `w2`
+        is `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -295,14 +294,15 @@ class GatedExperts(StackedExperts):
         dim: d, model dimension.
         num_experts: e, or a tuple for a grid of experts.
         hidden_dim: h; 4 d by default.
-        activation: a class such as `nn.SiLU`, a module, or a function of a tensor; or of two, `(gate, up)`, that
-            returns the hidden layer itself, such as `ops.ClampedSwiGLU`.
+        activation: a class such as `nn.SiLU`, a module, or a function of a tensor. A function of two tensors,
+            `(x w1, x w3)`, returns the whole hidden layer: `ops.ClampedSwiGLU`.
         bias: adds `b1, b3 (*e, h)` and `b2 (*e, o)`.
-        dim_out: o, if the experts are to return another width than d.
+        dim_out: o, width of the outputs; d by default.
         device, dtype: of the parameters.
 
     Shape:
-        as `Experts`; `w1` and `w3` are `(*e, d, h)`, `w2` is `(*e, h, o)`.
+        Slots `(*e, s, d)` to `(*e, s, o)`, or tokens `(t, d)` with a decision to `(t, o)`. `w1` and `w3` are
+        `(*e, d, h)`, `w2` is `(*e, h, o)`.
 
     Example:
         >>> import torch
@@ -329,15 +329,15 @@ class GatedExperts(StackedExperts):
 
 
 class ExpertList(RoutedExperts, nn.ModuleList):
-    """Any modules that map `(n, d)` to `(n, d)` as experts; of a grid of experts the list is outer-major.
+    """A list of modules that map `(n, d)` to `(n, d)`, as experts.
 
-    With slots (limited capacity) empty slots reach the modules as zeros. Dropless, every module gets just its own
-    rows, at the price of one host sync to learn their numbers. Where those cannot be read (transforms of `torch.func`,
-    the meta device) it gets all rows, and while a graph is traced slots again.
+    With limited capacity a module gets all slots of its expert; empty slots are zeros. Dropless, it gets just its own
+    rows; to learn their numbers costs one host sync. Where numbers cannot be read (transforms of `torch.func`, the meta
+    device) every module gets all rows. A traced graph uses slots.
 
     Args:
-        experts: the modules, one for each expert.
-        dim_out: o, if they return another width than d.
+        experts: the modules, one for each expert; outer-major for a grid of experts.
+        dim_out: o, width of the outputs; d by default.
 
     Example:
         >>> import torch
@@ -361,7 +361,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
-            return self._on_slots(x.clone())  # not the caller's own, into which experts may write
+            return self._on_slots(x.clone())  # experts may write into what they get
         if decision.dropless and not torch.compiler.is_compiling():
             return super().forward(x, decision)
         return run_on_slots(self._on_slots, x, decision, self.dim_out)
@@ -382,7 +382,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         return torch.cat([*results, results[0].new_zeros(parts[-1].shape[0], results[0].shape[-1])])
 
     def _on_all_rows(self, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Every module on all rows, of which its own are kept: where numbers cannot be read."""
+        """Compute every module on all rows, and take from each the rows that are its own."""
         row, stop = torch.arange(x.shape[0], device=x.device), num_tokens_per_expert.cumsum(0)
         mine = (row >= (stop - num_tokens_per_expert).unsqueeze(-1)) & (row < stop.unsqueeze(-1))  # (e, r)
         results = [
@@ -396,15 +396,12 @@ class ExpertList(RoutedExperts, nn.ModuleList):
         if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(
                 f"expert {index} ({type(self[index]).__name__}) returned {shape_of(out)} for tokens of shape "
-                f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape, or `ExpertList(..., dim_out=...)` "
-                "tells of another width"
+                f"{tuple(x.shape)}, {wanted} is wanted: an expert keeps the shape; for another width use "
+                "`ExpertList(..., dim_out=...)`"
             )
         return out
 
 
 def own_parts(parts: Sequence[Tensor]) -> list[Tensor]:
-    """Parts of a tensor, each in memory of its own for autograd.
-
-    Autograd forbids to write into one of several views of a tensor, and an expert may begin by writing.
-    """
+    """The parts, none of them a view for autograd, which forbids to write into one of several views: experts may."""
     return [own(part, part.shape) for part in parts]

@@ -1,8 +1,8 @@
-"""What a rank says when it fails, so that the others can say why they waited in vain.
+"""A rank that fails tells the others, so that their errors can name it.
 
-Nothing is written while all goes well. A rank that fails adds an entry to a journal in the store through which the
-processes of the job found each other, and so does one that waited in vain. The error of the latter then names the rank
-that failed and its error; or, if none tells of a failure, the ranks that tell nothing at all.
+The ranks share a journal in the store through which the processes of the job found each other. A rank adds an entry
+when it fails, and when it has waited for others in vain; until then nothing is written. The error of a rank that
+waited in vain names the rank that failed and its error. If no entry tells of a failure, it names the silent ranks.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from mixture_of_experts.private_torch import default_timeout, store_of_job
 
 JOURNAL = "mixture_of_experts.failures"
-LONGEST = 400  # characters of an error that are told
+LONGEST = 400  # characters of an error in an entry
 MOST = 8  # ranks that an error names
-#: what errors of a collective say whose other ranks did not come; gloo's have no type of their own
+#: words in the error of a collective that waited in vain; gloo's errors have no type of their own
 IN_VAIN = re.compile(r"gloo|NCCL|Timed out waiting|Connection (closed|reset|refused)")
 
 
@@ -30,7 +30,7 @@ AnyError = TypeVar("AnyError", bound=BaseException)
 
 
 class Entry(NamedTuple):
-    """What a rank told: that it failed, or (`waited`) that it waited in vain for others."""
+    """An entry of the journal: a rank failed, or (`waited`) it waited in vain for others."""
 
     rank: int  # in the whole job
     waited: bool
@@ -40,15 +40,14 @@ class Entry(NamedTuple):
 
 @contextmanager
 def tell_failures() -> Iterator[None]:
-    """Around a training loop, on every rank: whatever raises on one rank, the errors of the others name it.
+    """Make every rank's error name the rank that failed first. Enter this context on every rank, around the training.
 
-    A rank that raises tells the others so. They fail when they have waited in vain for it: at the timeout of the
-    process group, or at once when its process has ended. Their error then is a RuntimeError that says which rank failed
-    with what error; or, if that rank could not say anything (it is stuck, or was killed), which ranks told nothing.
-    Layers whose experts are spread over ranks do this by themselves, but only know what happens in them.
+    A rank that raises inside tells the others. They wait for it in vain, until the timeout of the process group or, if
+    its process has ended, only until then. They raise a RuntimeError with the number and the error of the failed rank.
+    A rank that is stuck or was killed can tell nothing: then the error names the silent ranks. Layers with experts
+    spread over ranks do the same without this context, but only for errors within themselves.
 
-    It costs nothing before something fails: what is told goes through the store by which the processes found each
-    other. Without process groups it does nothing.
+    It costs nothing until something fails, and does nothing without process groups.
 
     Example:
         >>> from mixture_of_experts.parallel import tell_failures
@@ -62,7 +61,7 @@ def tell_failures() -> Iterator[None]:
 
 @contextmanager
 def telling_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
-    """`tell_failures`, where the ranks of a process group wait for each other; None: all ranks."""
+    """`tell_failures` for the ranks of one process group; None: all ranks."""
     try:
         yield
     except BaseException as error:
@@ -77,13 +76,13 @@ def telling_ranks(group: dist.ProcessGroup | None) -> Iterator[None]:
 def waited_in_vain(
     what: str, error: Exception, group: dist.ProcessGroup, timeout: timedelta | None = None
 ) -> RuntimeError:
-    """The error of a rank for which others did not come, after it has heard what they tell.
+    """Return the error to raise on a rank that waited in vain, after it has read what the others tell.
 
     Args:
-        what: what it could not do.
-        error: that of the collective.
-        group: whose ranks were waited for.
-        timeout: how long they wait for each other. A part of it is given to those that are about to tell something.
+        what: what this rank could not do.
+        error: the error of the collective.
+        group: the ranks that were waited for.
+        timeout: how long they wait for each other; None: as the process group. It bounds the wait for late entries.
     """
     timeout = timeout or default_timeout(group)
     place, others = f"on rank {group.rank()} of {group.size()}", heard(group, error, timeout)
@@ -98,14 +97,14 @@ def every_rank() -> dist.ProcessGroup:
 
 
 def tell(error: BaseException, waited: bool = False) -> None:
-    """Add to the journal that this rank failed; where that cannot be done, the others will find it silent."""
+    """Add to the journal that this rank failed, or `waited` in vain. Without an entry the others find it silent."""
     entry = Entry(dist.get_rank(), waited, time.time(), summary(error))
     in_time(lambda: write(entry), seconds=10)
     known_to_all(error)
 
 
 def known_to_all(error: AnyError) -> AnyError:
-    """The error, marked: the other ranks know of it, or have raised it themselves."""
+    """Mark an error of which the other ranks know, or which all of them raise, and return it."""
     error.__dict__["known_to_all_ranks"] = True
     return error
 
@@ -120,7 +119,7 @@ def summary(error: BaseException) -> str:
 
 
 def heard(group: dist.ProcessGroup, error: Exception, timeout: timedelta) -> str:
-    """What the other ranks tell, in a sentence; it is waited for, but not long."""
+    """What the other ranks tell, in a sentence. Waits at most 15 seconds for them."""
     tell(error, waited=True)
     patience = min(max(timeout.total_seconds() / 2, 1.0), 15.0)
     journal: dict[int, Entry] = {}
@@ -131,24 +130,24 @@ def heard(group: dist.ProcessGroup, error: Exception, timeout: timedelta) -> str
         return "; ".join([*shown, *(["and more"] if len(causes) > MOST else [])])
     if problem is not None:
         return (
-            f"what they tell cannot be read ({problem}). It was kept by the process to which the ranks connected, rank "
-            "0 unless torchrun started them: it has ended or is stopped"
+            f"what they tell cannot be read ({problem}). The process to which the ranks connected (rank 0, unless "
+            "torchrun started them) kept it; that process has ended or is stopped"
         )
     silent = silent_among(group, entries)
     if not silent:
         return (
-            f"all {group.size()} ranks waited in vain: look at their network, and for differences between their calls"
+            f"all {group.size()} ranks waited in vain: check the network, and look for differences between their calls"
         )
     names = ", ".join(map(str, silent[:MOST])) + (f" and {len(silent) - MOST} more" if len(silent) > MOST else "")
     one = len(silent) == 1
     return (
-        f"rank{'' if one else 's'} {names} told nothing: {'it' if one else 'each of them'} was killed, is stuck, or is "
-        "not yet where the others wait"
+        f"rank{'' if one else 's'} {names} told nothing: {'it' if one else 'each of them'} was killed, is stuck, or "
+        "has not yet come to where the others wait"
     )
 
 
 def listen(group: dist.ProcessGroup, journal: dict[int, Entry], patience: float, timeout: timedelta) -> None:
-    """Read the journal, until it says enough or patience is over."""
+    """Read new entries into `journal`, until they name a failure, no rank is silent, or `patience` seconds are over."""
     begin = time.monotonic()
     while True:
         read(journal)
@@ -161,13 +160,13 @@ def listen(group: dist.ProcessGroup, journal: dict[int, Entry], patience: float,
 
 
 def causes_among(entries: list[Entry], timeout: timedelta) -> list[Entry]:
-    """The failures that can have kept a rank waiting: not those of long ago, which were caught."""
+    """The failures that can be the cause of a wait. Older ones were caught."""
     since = time.time() - 2 * timeout.total_seconds() - 5
     return [entry for entry in entries if not entry.waited and entry.time > since]
 
 
 def silent_among(group: dist.ProcessGroup, entries: list[Entry]) -> list[int]:
-    """The other ranks, those of them that have told nothing."""
+    """The other ranks without an entry."""
     heard_of = {dist.get_rank(), *(entry.rank for entry in entries)}
     return [rank for rank in dist.get_process_group_ranks(group) if rank not in heard_of]
 
@@ -179,7 +178,7 @@ def write(entry: Entry) -> None:
 
 
 def read(journal: dict[int, Entry]) -> None:
-    """Add the entries by number that are new; one whose writer has not finished it is passed over."""
+    """Add the new entries of the store to `journal`, by number; skip those that are not written to the end."""
     store = store_of_job()
     for number in range(1, store.add(JOURNAL, 0) + 1):
         if number not in journal and store.check([f"{JOURNAL}/{number}"]):
@@ -188,7 +187,10 @@ def read(journal: dict[int, Entry]) -> None:
 
 
 def in_time(call: Callable[[], None], seconds: float) -> str | None:
-    """Do it in a thread, as a store whose process is stopped answers never; what went wrong, if anything did."""
+    """Run `call` in a thread, for at most so many seconds: a store whose process is stopped never answers.
+
+    Returns None, or what went wrong.
+    """
     problems = ["no answer"]
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""Forced routing: every gate of a model sends tokens to experts that no score chose, for benchmarks."""
+"""Forced routing, for benchmarks: every gate of a model sends tokens to experts that no score chose."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mixture_of_experts.held import BlockSettings, are_choices, record_of
 def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
     """Have every gate in `model` send tokens to forced experts, while the context lasts.
 
-    What a layer takes in time and memory then depends on shapes alone. Real tokens make all their choices, which weigh
-    what the gate makes of the scores of these experts, with gradients. A block of `transformers` keeps the weights of
-    its own choices, and routes padding as well.
+    The time and memory of a layer then depend on shapes alone. Every real token makes all k choices. The gate computes
+    their weights from the scores of the forced experts, with gradients. In a block of `transformers` the forced experts
+    get the weights of the router's own choices, and padding is routed too.
 
     Args:
-        model: with gates that read `given_experts`; a gate alone has the attribute `forced`.
-        how: "balanced": one expert after the other, so that they have equally many choices of real tokens, give or take
-            one. It begins anew in every call: a step of decoding always meets the same experts. "random": k different
-            ones of each token, by torch's generator, as a router that is balanced on average.
+        model: a model whose gates read `given_experts`. For a single gate set its attribute `forced` instead.
+        how: "balanced" takes one expert after the other: all have equally many choices of real tokens, give or take
+            one. It starts with expert 0 in every call, so every step of decoding takes the same experts. "random" draws
+            k different experts for each token by torch's generator, as a router that is balanced on average.
 
     Raises:
-        ValueError: `how` is another word, or there is nothing to force in the model.
+        ValueError: `how` is another word, or the model has nothing to force.
         TypeError: a gate does not read `given_experts`; in a forward, a router of `transformers` returns no choices.
 
     Example:
@@ -51,7 +51,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
         if "given_experts" not in reads_of(gate):
             raise TypeError(
                 f"{type(gate).__name__} does not read given_experts, by which experts are forced: name it in `reads`, "
-                "and have `decide` choose what tokens.side has under that name"
+                'and have `decide` choose tokens.side["given_experts"]'
             )
     with ExitStack() as ends:
         for gate in gates:
@@ -64,14 +64,14 @@ def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
 
 
 def replace_choices(held: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
-    """Forward hook of a router of `transformers`: the experts `(t, k)` that it returns, replaced."""
+    """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
     parts = output if isinstance(output, tuple) else (output,)
     tensors = [part for part in parts if isinstance(part, Tensor)]
     expert = next((ids for ids in tensors for weight in tensors if are_choices(weight, ids)), None)
     if expert is None:
         raise TypeError(
-            f"{type(router).__name__} returns no experts of flattened tokens, they cannot be forced: convert its block "
-            "with from_transformers"
+            f"{type(router).__name__} returns no experts of flattened tokens, so they cannot be forced: convert its "
+            "block with from_transformers"
         )
     shape = (1, *expert.shape)
     forced = forced_experts(how, shape, held.num_experts - held.always, expert.device).view(expert.shape)

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from mixture_of_experts.checks import check_mask, check_result, check_tokens
 from mixture_of_experts.private_torch import own
 
-SHORTEST = 16  # a group so many times shorter than was asked for is refused
+SHORTEST = 16  # groups are refused if they are so many times shorter than was asked for
 
 
 def mask_and_group(
     inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check the arguments, zero the masked tokens, and split into groups.
+    """Check the arguments, set masked tokens to 0, and split into groups.
 
-    Returns the zeroed inputs, the same as groups `(b, n, d)`, and the mask `(b, n)` of the groups or None.
+    Returns the inputs with these zeros, the groups `(b, n, d)` of them, and the mask `(b, n)` of the groups or None.
     """
     check_tokens("inputs", inputs, dim, min_ndim=2)
     x = inputs
     if mask is not None:
         check_mask(mask, inputs.shape[:-1])
-        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # NaN in the padding would survive a product with 0
-    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` would freeze a dynamic length
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # a product with 0 would keep NaN
+    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` makes a dynamic length static
     if group_size is not None:
         shape = group_shape(shape[0] * shape[1], group_size)
         if 0 < SHORTEST * shape[1] < group_size and shape[0] > 1:
@@ -44,7 +44,7 @@ def mask_and_group(
 def group_side_inputs(
     side: Mapping[str, Tensor], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
 ) -> dict[str, Tensor]:
-    """Side inputs in groups, zeros where a token is masked.
+    """Split side inputs into groups, as the inputs; entries of masked tokens are 0.
 
     Args:
         side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token.
@@ -69,12 +69,11 @@ def group_side_inputs(
 
 
 def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
-    """`(m, n)`: m is `max(1, positions // group_size)`, raised until it divides the positions.
-
-    Warns when the groups come out much shorter than asked for.
+    """The number of groups m and their length n: m is `max(1, positions // group_size)`, raised until it divides the
+    positions. Warns if n is less than half of `group_size`.
     """
     groups = max(1, num_positions // group_size)
-    length = num_positions // groups  # less than 2 group_size: the search is short however many positions there are
+    length = num_positions // groups  # below 2 group_size, so the search is short
     while length and num_positions % length:
         length -= 1
     groups = num_positions // length if length else groups
@@ -88,7 +87,8 @@ def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
 
 
 def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
-    """The experts' results in the inputs' shape and dtype, plus those of the shared expert; masked tokens are 0."""
+    """The experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked tokens are
+    0."""
     out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out

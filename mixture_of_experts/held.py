@@ -1,7 +1,6 @@
-"""What a sparse block of `transformers` holds under the names in `recipes.KEEPS`, the settings of its router, and what
-that router tells.
+"""Reads sparse blocks of `transformers`: the settings of their routers, and what the routers return.
 
-Nothing of that package is imported.
+`recipes.KEEPS` has the names of their attributes. Nothing of `transformers` is imported.
 
 Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
 """
@@ -16,12 +15,12 @@ from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
 from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
 
-#: names of classes and words of theirs for a router's score
+#: scores of routers, by the classes of transformers that compute them
 WORDS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
 
 
 def find(holder: Any, *names: str) -> Any:
-    """The first of these attributes that is there and not None; a name may be a path."""
+    """The first of these attributes of `holder` that is not None; a name may be a path. None if there is none."""
     for name in names:
         found = holder
         for part in name.split("."):
@@ -32,14 +31,14 @@ def find(holder: Any, *names: str) -> Any:
 
 
 def record_of(block: nn.Module) -> Model | None:
-    """The record of a block that is known, and holds a router."""
+    """The record of a block of a known class that holds a router; None for anything else."""
     kind = type(block)
     known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find(block, *KEEPS["router"]) is not None else None
 
 
 class BlockSettings:
-    """What the router of a block does, by the record of the block and what it holds itself."""
+    """The settings of a block's router: what the block holds itself, and its record's where it holds nothing."""
 
     block: Any
     model: Model
@@ -50,11 +49,11 @@ class BlockSettings:
         self.block, self.model = block, model
         self.router: Any = find(block, *KEEPS["router"])
         network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
-        self.network = network if len(network) == 2 else []  # instead of a matrix
+        self.network = network if len(network) == 2 else []  # of a router of two layers, not one matrix
         self.weight = None if self.network else self.held("weight")
 
     def held(self, part: str) -> Any:
-        """What the router, or else the block, holds under one of a part's names; None if nothing."""
+        """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
         found = find(self.router, *KEEPS[part])
         return find(self.block, *KEEPS[part]) if found is None else found
 
@@ -68,7 +67,7 @@ class BlockSettings:
 
     @property
     def always(self) -> int:
-        """Shared experts that the router weighs: they stand behind the others."""
+        """The number of shared experts that the router weighs; their ids stand behind the others."""
         return self.block.shared_experts.n_shared_experts if self.model.scales == "all" else 0
 
     @property
@@ -90,13 +89,13 @@ class BlockSettings:
 
     @property
     def capacity(self) -> int | None:
-        """Slots of an expert for each sequence, whatever its length."""
+        """Slots of an expert for each sequence, independent of its length; None if dropless."""
         return getattr(self.router, "expert_capacity", None)
 
     @property
     def bias(self) -> Any:
-        """The bias of the router's matrix, where its forward adds it."""
-        if self.network or hasattr(self.router, "get_topk_indices"):  # there it is held, and not read
+        """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
+        if self.network or hasattr(self.router, "get_topk_indices"):  # these hold a bias that they do not add
             return None
         path = next(path for path in KEEPS["weight"] if find(self.router, path) is not None)
         return find(self.router, path.removesuffix("weight") + "bias")
@@ -109,12 +108,12 @@ class BlockSettings:
 
     @property
     def experts_of_id(self) -> Any:
-        """`(v, k)` the experts of each token id, where those choose."""
+        """`(v, k)`, the experts of each token id, if ids choose experts; None otherwise."""
         return self.held("experts_of_id")
 
     @property
     def scale(self) -> float:
-        """The router's, times the block's, which multiplies what the experts return."""
+        """The router's scale times that of the block, which multiplies what the experts return."""
         product = 1.0
         for holder in (self.router, self.block):
             factor = find(holder, *KEEPS["scale"])
@@ -122,7 +121,7 @@ class BlockSettings:
         return product / 2 if getattr(self.block, "shared_expert_combination_strategy", "") == "average" else product
 
     def gate(self) -> dict[str, Any]:
-        """Settings for the gate, but for modules."""
+        """Arguments for the gate's class; those that are modules of the block are not among them."""
         if "tolerance" in self.model.gate:
             return dict(k=self.model.gate["k"], tolerance=float(self.held("tolerance")))
         unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
@@ -153,7 +152,7 @@ class BlockSettings:
         return dict(num_groups=groups, top_groups=best, group_score=self.model.gate.get("group_score", "two_best"))
 
     def logits(self) -> dict[str, Any]:
-        """Settings for `RouterLogits`."""
+        """Arguments for `RouterLogits`."""
         settings = dict(self.model.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
@@ -163,14 +162,14 @@ class BlockSettings:
 
 
 def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits `(t, e)` or `(b, n, e)`, weights and experts `(..., k)`."""
+    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
     parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
     if held is None:
         if len(parts) == 3 and parts[0].ndim == 2 and are_choices(*parts[1:]):
             return parts[0], parts[1], parts[2]
     elif wide := [part for part in parts if part.is_floating_point() and part.shape[-1] == num_logits(held)]:
         pairs = [(one, other) for one in parts for other in parts if are_choices(one, other)]
-        logits = wide[0 if pairs else -1]  # those that return no choices have them last
+        logits = wide[0 if pairs else -1]  # routers that return no choices return logits last
         logits = logits.log() if held.model.tells == "probs" else logits
         if pairs:
             weight, expert = pairs[0]
@@ -188,5 +187,5 @@ def are_choices(weight: Tensor, expert: Tensor) -> bool:
 
 
 def num_logits(held: BlockSettings) -> int:
-    """Logits of a token that a router returns: not those of shared experts that it weighs."""
+    """The number of logits of a token that a router returns, without those of shared experts that it weighs."""
     return held.num_experts - held.always

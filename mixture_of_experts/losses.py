@@ -1,9 +1,8 @@
-"""Losses of a router: pure functions on the numbers of tokens and the probabilities.
+"""Losses of a router: pure functions of counts of tokens and probabilities.
 
 Axes: b groups (with outer experts before it: `...`), n tokens of a group, e experts.
 
-Every loss is one mean of a total over a count, so that it stays exact over several ranks: `mean` is the only place
-where a process group is asked anything. An empty mean is 0.
+Every loss is one `mean`, a total over a count, so that it stays exact over several ranks. An empty mean is 0.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from mixture_of_experts.tracing import largest, smallest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Sum of `value` over the ranks of `group`; carries no gradient. Without a group: the value itself."""
+    """Sum of `value` over the ranks of `group`, without gradient; without a group the value itself, detached."""
     value = value.detach()
     if group is None or world_size(group) == 1:
         return value
@@ -33,20 +32,20 @@ def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
 
 
 def world_size(group: dist.ProcessGroup | None) -> int:
-    """Number of ranks that share the batch."""
+    """Number of ranks of a process group; 1 without one."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def positive(count: Tensor) -> Tensor:
-    """The count, 1 where it is 0: a divisor."""
+    """The count as a divisor: 1 where it is 0."""
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
 def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = None, each: float = 1.0) -> Tensor:
     """`total / (count * each)`, 0 where nothing was counted.
 
-    Over ranks it is `local total * world / global count`: the average of this over the ranks, and of its gradients,
-    is the value of the whole batch, however unequal the ranks' shares are.
+    On each of several ranks it is `local total * number of ranks / (global count * each)`. Its average over the ranks,
+    and that of its gradients, is exact for the whole batch, also if the ranks' shares of it are unequal.
     """
     alone = world_size(group) == 1
     if not isinstance(count, Tensor):
@@ -62,13 +61,14 @@ def load_balance(
 ) -> Tensor:
     """Load-balancing loss of GShard (arXiv 2006.16668, algorithm 1) and Switch (arXiv 2101.03961, equation 4).
 
-    `e / k * sum_e f_e P_e` for each group, averaged over the groups that have a token; 1.0 at uniform f and P.
+    Returns 0-dim `e / k * sum_e f_e P_e`, with f and P the means of load and proxy over a group's tokens, averaged over
+    the groups that have a token. It is 1.0 at uniform f and P.
 
     Args:
         load: `(..., b, e)` number of choices that each expert got; carries no gradient.
         proxy: `(..., b, e)` sum of the probabilities over the group's tokens.
-        length: number of real tokens of each group `(..., b)`, the divisor of both means; n if all have that many.
-        k: the choices that a token makes.
+        length: number of real tokens of each group `(..., b)`; n if all groups have that many.
+        k: choices of a token.
         group: process group that shares the batch.
     """
     return _of_products(load.detach() * proxy, length, k / load.shape[-1], group)
@@ -82,13 +82,11 @@ def load_balance_of(
     k: float = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """The loss of `load_balance`, from the choices themselves, without a table of loads.
-
-    `sum_e load_e P_e` is the sum of P over the choices.
+    """The loss of `load_balance`, from the choices instead of loads: `sum_e load_e P_e` sums P over the choices.
 
     Args:
         expert: `(..., b, n, k)` int64, the choices.
-        counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
+        counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
         proxy, length, k, group: as in `load_balance`.
     """
     chosen = proxy.gather(-1, expert.flatten(-2))
@@ -98,7 +96,7 @@ def load_balance_of(
 
 
 def _of_products(products: Tensor, length: Length | int, each: float, group: dist.ProcessGroup | None) -> Tensor:
-    """The mean over groups `(..., b)` of the sums of `products`, by the squares of their lengths."""
+    """The mean over groups of the sum of `products` `(..., b, any)` divided by the squared length and by `each`."""
     if isinstance(length, Length):
         per_group = products.sum(dim=-1) / positive(length.tokens(products.dtype)).square()
         return mean(per_group.sum(), (length.parts > 0).sum(), group, each)
@@ -111,8 +109,8 @@ def load_balance_over_batch(
 ) -> Tensor:
     """The loss of `load_balance` with f and P over all tokens of the call (arXiv 2501.11873: global-batch balance).
 
-    `f` is summed over the ranks of `group` and carries no gradient. Arguments as `load_balance`; with outer experts
-    (`...`) it is computed for each of them and averaged over those that have a token.
+    f is the mean over all ranks of `group`; it carries no gradient. With outer experts (`...`) the loss is computed for
+    each of them, and averaged over those that have a token. Arguments as in `load_balance`.
     """
     num_experts = load.shape[-1]
     if isinstance(length, Length):
@@ -130,19 +128,23 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
 
     Args:
         logits: `(..., n, e)`.
-        counted: `(..., n)` boolean, the tokens that count; all without it.
+        counted: `(..., n)` bool, the tokens that count; None if all do.
         group: process group that shares the batch.
     """
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
 def log_total_at(logits: Tensor, expert: Tensor, prob: Tensor) -> Tensor:
-    """`logsumexp(logits)` `(..., n)` of logits that went through a softmax: it is logit - log p of any expert.
+    """`logsumexp(logits)` `(..., n)`, computed as logit - log p of one expert after a softmax.
 
-    Read at one `expert` `(..., n, 1)` of probability `prob` `(..., n, 1)` that is likely, such as the first choice, it
-    costs no pass over all of them, and the backward needs no logits.
+    This needs no pass over all experts, and its backward needs no logits.
+
+    Args:
+        logits: `(..., n, e)`.
+        expert: `(..., n, 1)` int64, an expert that is likely, such as the first choice.
+        prob: `(..., n, 1)` its probability.
     """
-    if torch.is_grad_enabled():  # for a `gather` autograd would keep the logits
+    if torch.is_grad_enabled():  # autograd of a `gather` would save the logits
         line = torch.arange(math.prod(expert.shape), device=expert.device)
         logit = logits.flatten(end_dim=-2)[line, expert.flatten()].view(expert.shape)
     else:
@@ -157,7 +159,7 @@ def z_loss_at(
     counted: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """`z_loss` of such logits, read at one expert; arguments as in `log_total_at` and `z_loss`."""
+    """`z_loss` by `log_total_at`, from one expert of each token; arguments as in both."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
         total = F.mse_loss(logits.gather(-1, expert), prob.log(), reduction="sum")
         return mean(total, math.prod(expert.shape), group)
@@ -165,7 +167,7 @@ def z_loss_at(
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Mean of `values` over the `counted` ones, a boolean of their shape (all without it)."""
+    """Mean of `values` where `counted`, a bool tensor of the same shape; None: of all."""
     if counted is None:
         return mean(values.sum(), math.prod(values.shape), group)
     return mean(torch.where(counted, values, 0.0).sum(), counted.sum(), group)
@@ -174,14 +176,14 @@ def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.Proces
 def squared_variation(values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Squared coefficient of variation over experts (arXiv 1701.06538, equations 7 and 11): variance / mean^2.
 
-    It is computed from the (population) variance, so its gradient is finite, 0, at perfect balance.
+    The variance is that of a population; its gradient is 0 at perfect balance, where that of a deviation is not finite.
 
     Args:
         values: `(..., e)` importance or load of each expert, summed over the call.
-        group: process group that shares the batch: the sum over its ranks is what is measured.
+        group: process group that shares the batch; `values` are summed over its ranks first.
 
     Returns:
-        0-dim; averaged over the outer experts (`...`) that got anything.
+        0-dim, the average over the outer experts (`...`) that got anything.
     """
     total = global_sum(values, group) + (values - values.detach()) * world_size(group)
     centre = total.mean(dim=-1)

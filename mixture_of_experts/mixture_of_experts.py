@@ -1,5 +1,4 @@
-"""The path under which mixture-of-experts 0.2.3 kept everything: its imports go on working. New code imports from the
-package itself."""
+"""The module of mixture-of-experts 0.2.3, so that imports from it work. New code imports from the package itself."""
 
 from mixture_of_experts.experts import Experts
 from mixture_of_experts.gating import Top2Gating

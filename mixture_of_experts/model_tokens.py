@@ -1,4 +1,4 @@
-"""What the models of `transformers` around a module tell of its tokens. Nothing of that package is imported.
+"""Reads which tokens are real, and their ids, from the arguments of a model of `transformers` (not imported here).
 
 Axes: b sequences, n tokens of the forward, m tokens with those in the cache.
 """
@@ -16,38 +16,34 @@ READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_value
 
 
 class TokensAround(NamedTuple):
-    """What a model was told of the tokens of a forward."""
+    """The tokens of a forward, as far as the model's arguments tell them."""
 
     mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
     shape: tuple[int, int] | None = None  # (b, n), where it can be told
     unknown: str | None = None  # why the mask cannot be told
-    ids: Tensor | None = None  # (b, n) integers, the tokens' ids; None where it was given embeddings
+    ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
 
 
 def model_around(model: nn.Module, name: str) -> nn.Module:
-    """The nearest model of `transformers` around a module that reads a mask of its tokens; else the nearest, else
-    `model`."""
+    """The model of `transformers` nearest around module `name` that reads its tokens' mask; if none does, the nearest
+    one; if there is none, `model`."""
     nearest: nn.Module | None = None
     path = name.split(".")[:-1]
     for depth in range(len(path), -1, -1):
         module = model.get_submodule(".".join(path[:depth]))
-        reads = getattr(module, "main_input_name", None)  # what every model of the package says of itself
+        reads = getattr(module, "main_input_name", None)  # every model of transformers has it
         if reads is None:
             continue
         nearest = module if nearest is None else nearest
         if "attention_mask" in inspect.signature(module.forward).parameters:
             return module
-        if reads != "input_ids":  # pictures or sound: a mask further out is of something else
+        if reads != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
             break
     return model if nearest is None else nearest
 
 
 class TokensReader:
-    """Reads what a model is given.
-
-    Args:
-        model: whose `forward` names its arguments.
-    """
+    """Reads the tokens of a forward from the arguments of `model`, by their names in its `forward`."""
 
     positions: dict[str, int]
 
@@ -59,20 +55,21 @@ class TokensReader:
         return read_tokens(self.given(args, kwargs))
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of the arguments that are read."""
+        """The arguments named in `READ`, by name."""
         given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
         given.update({name: kwargs[name] for name in READ if name in kwargs})
         return given
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
-        """How many real tokens of each sequence, `(b,)` or one number for all, a cache holds; whether there is one."""
+        """The number of real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a
+        cache."""
         given = self.given(args, kwargs)
         cache = given.get("cache", given.get("past_key_values"))
         return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
 
 
 def read_tokens(given: Mapping[str, Any]) -> TokensAround:
-    """What these arguments tell."""
+    """What these arguments of a model tell of its tokens."""
     tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     shape = tokens.shape if tokens is not None else embeds.shape[:-1] if embeds is not None else None
     if shape is None or len(shape) != 2:
@@ -91,7 +88,7 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
 
 
 def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
-    """Those of `cached` tokens of each sequence that are no padding."""
+    """The number of tokens that are no padding among the `cached` tokens, `(b,)` or one number for all sequences."""
     mask = given.get("attention_mask")
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")
@@ -99,7 +96,7 @@ def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
-    attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # by the first new token
+    attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # of the first new token
     attended = (
         attended if attended.dtype == torch.bool else attended >= 0 if attended.is_floating_point() else attended > 0
     )
@@ -107,8 +104,8 @@ def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
 
 
 def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
-    """`(b, n)` bool from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to itself, padding to nothing
-    that is padding. Of a single token there is nothing to know: nobody decodes padding."""
+    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to
+    itself, padding does not. None for a single token: nobody decodes padding."""
     n = mask.shape[-2]
     if n == 1:
         return None

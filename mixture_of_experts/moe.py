@@ -2,8 +2,8 @@
 
 Axes: b groups, n tokens of a group, t = b n tokens of the call, d model dim, e experts, c capacity, s slots or r rows.
 
-A gate tells which experts compute which token (`Routing`), tokens are dispatched to rows, experts compute, and the
-results are combined.
+A gate tells which experts compute which token (`Routing`). Tokens are dispatched to rows, experts compute the rows, and
+the results are combined.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from mixture_of_experts.settings import CheckedModule, setting
 
 
 class Layer(CheckedModule):
-    """What both layers share."""
+    """Base of both layers: settings, checks of parts, the auxiliary loss."""
 
     dim: int
     shared_expert: nn.Module | None
@@ -71,7 +71,7 @@ class Layer(CheckedModule):
         self.shared_expert = check_shared_expert(shared_expert)
 
     def check_part(self, name: str, part: Any) -> None:
-        """A gate or the experts agree with the sizes of the layer."""
+        """Check that a gate or the experts agree with the sizes of the layer."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -80,7 +80,7 @@ class Layer(CheckedModule):
         super().__setattr__(name, value)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
-        """0-dim: the losses of all levels times their coefficients. A loss nobody asked for is not differentiated."""
+        """The losses of all levels times their coefficients, 0-dim. A loss without a coefficient takes no part."""
         loss = self.loss_coef * sum((routing.balance_loss for routing in levels[1:]), levels[0].balance_loss)
         for name, coef in (("z", self.z_loss_coef), *self.loss_coefs.items()):
             if coef:
@@ -89,13 +89,13 @@ class Layer(CheckedModule):
                     reported = sorted({name for routing in levels for name in routing.losses})
                     raise ValueError(
                         f"loss_coefs has {name!r}, which no gate reports: they report {reported}, and gates of token "
-                        f"choice what is asked for of {list(BALANCE_LOSSES)}, the last two if they have num_groups"
+                        f"choice on request {list(BALANCE_LOSSES)}, the last two if they have num_groups"
                     )
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
     def asked_of(self, gate: nn.Module) -> dict[str, Any]:
-        """The losses that this layer weighs and the gate computes only if it is asked, as an argument; {} if none."""
+        """The keyword argument that asks the gate for losses which it computes only on request; {} for none."""
         if not self.loss_coefs:
             return {}
         offers = offers_of(gate)
@@ -103,7 +103,7 @@ class Layer(CheckedModule):
         return {"losses": names} if names else {}
 
     def reset_parameters(self) -> None:
-        """Draw all weights anew: those of gates, experts and shared expert, each by its own `reset_parameters`."""
+        """Draw all weights of gates, experts and shared expert, each by its own `reset_parameters`."""
         for module in self.modules():
             if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
@@ -116,40 +116,40 @@ class Layer(CheckedModule):
 class MoE(Layer):
     """Sparsely gated mixture of experts (Shazeer et al. 2017, arXiv 1701.06538; GShard, arXiv 2006.16668).
 
-    A drop-in for a transformer's feed-forward layer: every token is computed by a few of the experts, so that
-    parameters grow with the number of experts and the computation does not.
+    It takes the place of a transformer's feed-forward layer. A few of the experts compute each token, so parameters
+    grow with the number of experts and computation does not.
 
     Args:
         dim: d, model dimension.
-        num_experts: e; by default what `gate` or `experts` has, else 16.
+        num_experts: e; by default the number of `gate` or `experts`, else 16.
         hidden_dim: hidden dimension of an expert; 4 d by default.
         activation: of the experts: a class such as `nn.GELU`, a module or a function.
         second_policy_train, second_policy_eval, second_threshold_train, second_threshold_eval: which second choices
             are sent; see `Top2Gating`.
         capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e; None drops no token.
         loss_coef: coefficient of the balancing loss in `aux_loss`.
-        experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` so.
+        experts: a module that maps `(e, s, d)` to the same shape, or a list of modules that map `(s, d)` to the same.
         min_expert_capacity: least number of slots of an expert for each group.
-        second_place_loss: balances second choices too.
+        second_place_loss: whether second choices are balanced too.
         priority: who gets the slots when an expert overflows: "choice", "token" (causal) or "score".
-        gate: a gate (`TopKGating(...)`, one's own) instead of the `Top2Gating` that the arguments above describe.
+        gate: a gate, such as `TopKGating(...)`, instead of the `Top2Gating` that the arguments above describe.
         group_size: tokens that share an expert's capacity; by default a group is one sequence.
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
-        loss_coefs: coefficients of further losses in `aux_loss`, by the names that the gate reports them under in
-            `Routing.losses`: a loss of one's own, one part of the balancing loss more than the other, or any of
-            `gating.BALANCE_LOSSES`, which are computed if they are here: `{"balance_batch": 1e-2}`.
-        shared_expert: a module `(..., n, d)` to the same shape whose output is added for every token. It reads the
-            inputs themselves, so one that begins in place (`nn.ReLU(inplace=True)`) overwrites them, as anywhere.
+        loss_coefs: coefficients of further losses in `aux_loss`, by their names in `Routing.losses`: a loss that your
+            gate reports, a part of the balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed only if
+            they are named here: `{"balance_batch": 1e-2}`.
+        shared_expert: a module that maps `(..., n, d)` to the same shape; its output is added for every token. It reads
+            the inputs themselves: one that writes in place (`nn.ReLU(inplace=True)`) overwrites them.
         device, dtype: of the weights that the layer makes, as in `torch.nn`.
 
     Shape:
-        inputs `(..., n, d)`, mask `(..., n)` bool; returns `out` of the inputs' shape and dtype and a 0-dim
-        `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus those of `loss_coefs`.
-        Side inputs are given by keyword: `(..., n)` or `(..., n, anything)`, an entry for each token, under a name that
-        the gate reads, such as `router_input` `(..., n, d)`, which a gate reads instead of the inputs.
+        Inputs `(..., n, d)` and a mask `(..., n)` bool. Returns `out`, of the inputs' shape and dtype, and a 0-dim
+        `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the losses of `loss_coefs`.
+        Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are given by keyword, under a
+        name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs.
 
     Raises:
-        ValueError, TypeError: naming the value, what is allowed and what to do, before anything is changed.
+        ValueError, TypeError: a wrong argument, before anything is changed; the error says what is allowed.
 
     Example:
         >>> import torch
@@ -222,21 +222,22 @@ class MoE(Layer):
 class HeirarchicalMoE(Layer):
     """Mixture of experts with two levels of gating over a grid of experts (Shazeer et al. 2017, appendix B; GShard).
 
-    Level one sends a token to groups of experts, level two, with its own weights for each group, to the experts in
-    them; a token's weight is the product of both. Tokens move once.
+    Level one sends a token to outer experts, each of which is a row of inner experts. Level two, with weights of its
+    own for each outer expert, sends the token on to inner experts. A token's weight is the product of both levels'
+    weights. Tokens move once.
 
     Args:
-        num_experts: `(eo, ei)`, outer and inner; by default what the gates or `experts` have, else (4, 4).
-        gate_outer, gate_inner: token-choice gates of one's own for either level; `gate_inner` has
+        num_experts: `(eo, ei)`, outer and inner; by default the numbers of the gates or `experts`, else (4, 4).
+        gate_outer, gate_inner: gates of token choice for level one and two, instead of `Top2Gating`; `gate_inner` has
             `outer_expert_dims=(eo,)`.
         capacity_factor_second_level: capacity factor of level two, in training and eval; by default level one's.
-        the others: as `MoE`; gating arguments hold for both levels. `experts` maps `(eo, ei, s, d)` to the same shape,
-            or is a list of eo * ei modules, outer-major.
+        the others: as in `MoE`; gating arguments hold for both levels. `experts` maps `(eo, ei, s, d)` to the same
+            shape, or is a list of eo * ei modules, outer-major.
 
     Shape:
-        as `MoE`; the balancing loss is the sum of both levels'. Side inputs reach the gates that read them, those of
-        level two in the slots of level one; `given_experts` `(..., n, k)` are the choices of level one, and
-        `given_experts_inner` `(..., n, k, k2)` those of level two for each of them.
+        As in `MoE`; the balancing loss is the sum of both levels' losses. Side inputs reach the gates that read them.
+        `given_experts` `(..., n, k)` are the choices of level one, and `given_experts_inner` `(..., n, k, k2)` those
+        of level two for each choice of level one.
 
     Example:
         >>> import torch

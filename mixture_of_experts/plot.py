@@ -1,6 +1,6 @@
 """Pictures of routing: the load of experts over layers or over training, and a text coloured by expert.
 
-They need matplotlib, the extra `plot`. `RoutingStats.report` shows all of it as one page.
+They need matplotlib, the extra `plot`. `RoutingStats.report` shows both on one page.
 """
 
 from __future__ import annotations
@@ -29,28 +29,28 @@ from mixture_of_experts.stats.fates import Fate, expert_colours, fates_of, share
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-ROOM_FOR_NUMBERS = 24  # experts of a gate, above which their cells have no numbers
-STRETCHES = 120  # load over training is shown in at most so many columns
-CELL_WIDTH, LINE_HEIGHT = 0.105, 0.25  # inches of a character in a figure that we make
-LEGEND_WIDTH = 1.4  # inches of an entry
+ROOM_FOR_NUMBERS = 24  # cells have numbers if a gate has at most so many experts
+STRETCHES = 120  # most columns of load over training
+CELL_WIDTH, LINE_HEIGHT = 0.105, 0.25  # inches of a character in a new figure
+LEGEND_WIDTH = 1.4  # inches of an entry of the legend
 
 
 def plot_load(
     stats: RoutingStats, layer: str | None = None, *, requested: bool = False, ax: Axes | None = None
 ) -> Axes:
-    """Heat map of the experts' load relative to a balanced one: of all gates, or of one gate over training.
+    """Draw a heat map of the experts' load relative to a balanced one: of all gates, or of one gate over training.
 
-    Without `layer`, a row for each gate and a cell for each expert, over all remembered steps; a cross marks an expert
-    without a token. With it, a row for each expert and a column for each step (or stretch of steps).
+    Without `layer` there is a row for each gate and a cell for each expert, over all remembered steps; a cross marks an
+    expert without a token. With `layer` there is a row for each expert and a column for each step or stretch of steps.
 
     Args:
         stats: what `track_routing` recorded.
         layer: one of `stats.layers`.
-        requested: show what the router asked for, before capacity, and not what the experts computed.
+        requested: show the load that the router asked for, before capacity, instead of what the experts computed.
         ax: axes to draw in; by default those of a new figure.
 
     Returns:
-        the axes (`.figure` is the figure).
+        The axes; their `.figure` is the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -70,7 +70,7 @@ def plot_load(
     if layer is None:
         ax = _draw_gates(stats, requested, ax)
     else:
-        stats.last(layer)  # an error if there is none
+        stats.last(layer)  # raises an error if there is no such gate
         ax = _draw_training(stats.records(layer), requested, ax)
         title = f"{short(layer)}: {title[0].lower()}{title[1:]}"
     ax.set_title(title)
@@ -80,21 +80,21 @@ def plot_load(
 def plot_routing(
     tokens: str | bytes | Sequence[str], routing: Routing, *, group: int = 0, width: int = 80, ax: Axes | None = None
 ) -> Axes:
-    """A text in which every token has the colour of its expert.
+    """Draw a text in which every token has the colour of its expert.
 
-    That is the expert of the token's largest weight among those that compute it. Where a token's first choice was full
-    and another expert computes it, it is underlined; a token that no expert computes is struck through on white. With
-    more experts than colours, those with the fewest tokens here share grey.
+    The expert of a token is the one of largest weight among those that compute it. A token is underlined if its first
+    choice was full and another expert computes it. A token that no expert computes is struck through on white. If there
+    are more experts than colours, those with the fewest tokens share grey.
 
     Args:
-        tokens: the texts of the tokens; of a string the characters, of bytes the bytes.
-        routing: what a gate decided, of one level: `routing = gate(x)`.
-        group: whose tokens these are, an index into the routing's groups (the sequences of a batch).
+        tokens: the texts of the tokens. In a string every character is a token, in bytes every byte.
+        routing: the routing of one gate, `routing = gate(x)`.
+        group: the group of the routing that has these tokens, an index (by default a group is one sequence).
         width: characters of a line.
         ax: axes to draw in; by default those of a new figure.
 
     Returns:
-        the axes (`.figure` is the figure).
+        The axes; their `.figure` is the figure.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -136,7 +136,7 @@ def plot_routing(
 
 
 def relative_load(record: Record, requested: bool) -> Tensor:
-    """`(e,)` load relative to a balanced one; experts of a second level one outer expert after the other."""
+    """`(e,)` load relative to a balanced one; outer-major for a second level."""
     return (record.relative_requested if requested else record.relative_load).flatten()
 
 
@@ -145,7 +145,7 @@ def short(layer: str) -> str:
 
 
 def _draw_gates(stats: RoutingStats, requested: bool, ax: Axes | None) -> Axes:
-    """A row for each gate. An expert of a first level is as wide as the experts behind it."""
+    """Draw a row for each gate. An outer expert is as wide as all its inner experts."""
     records = [record for record in map(stats.total, stats.layers) if record.forwards]
     behind = {stats.level_one(record.layer): record.load.shape[-1] for record in records}
     width = max(record.load.numel() for record in records)
@@ -163,7 +163,7 @@ def _draw_gates(stats: RoutingStats, requested: bool, ax: Axes | None) -> Axes:
 
 
 def _draw_experts(ax: Axes, y: int, load: Tensor, cell: int) -> None:
-    """One gate's experts as cells, with numbers if there is room for them."""
+    """Draw one gate's experts as cells, with numbers if there is room for them."""
     edges = [cell * expert - 0.5 for expert in range(len(load) + 1)]
     mesh = ax.pcolormesh(edges, [y - 0.5, y + 0.5], clipped(load).unsqueeze(0).numpy(), **load_colours())
     mesh.set(edgecolor="white", linewidth=1.5)
@@ -177,7 +177,7 @@ def _draw_experts(ax: Axes, y: int, load: Tensor, cell: int) -> None:
 
 
 def _draw_training(records: Sequence[Record], requested: bool, ax: Axes | None) -> Axes:
-    """Experts over steps."""
+    """Draw one gate: a row for each expert, a column for each stretch of steps."""
     counts = torch.stack([(record.requested if requested else record.load).flatten() for record in records])
     stretches = counts.tensor_split(min(STRETCHES, len(counts)))
     load = torch.stack([clipped(relative(stretch.sum(dim=0))) for stretch in stretches], dim=1)  # (e, stretches)
@@ -209,7 +209,7 @@ def _add_colour_bar(ax: Axes) -> None:
 
 
 class Span(NamedTuple):
-    """Where a token stands."""
+    """A token's place: its first character and its line."""
 
     text: str
     x: int
@@ -217,7 +217,7 @@ class Span(NamedTuple):
 
 
 def lay_out(texts: Sequence[str], ends_line: Sequence[bool], width: int) -> tuple[list[Span], int]:
-    """Place the tokens in lines of at most `width` characters; the number of lines."""
+    """Place the tokens in lines of at most `width` characters; return their places and the number of lines."""
     spans, x, y = [], 0, 0
     for text, ends in zip(texts, ends_line, strict=True):
         if x and x + len(text) > width:
@@ -228,7 +228,7 @@ def lay_out(texts: Sequence[str], ends_line: Sequence[bool], width: int) -> tupl
 
 
 def font_size(inches: float, width: int) -> float:
-    """Points at which `width` characters of a monospaced font, 0.6 times as wide as high, fill so many inches."""
+    """The size at which `width` characters of a monospaced font fill so many inches; at most 12 points."""
     return min(72 * inches / width / 0.66, 12)
 
 
@@ -252,7 +252,7 @@ def _draw_token(ax: Axes, span: Span, fate: Fate, colours: dict[int, str], size:
 
 
 def legend_of_experts(fates: Sequence[Fate], colours: dict[int, str]) -> list[Any]:
-    """The experts that compute a token, with their shares of the tokens."""
+    """Entries for the experts that compute a token, with their shares of the tokens."""
     from matplotlib.patches import Patch
 
     tokens = [fate for fate in fates if fate.kind != "padding"]
@@ -266,7 +266,7 @@ def legend_of_experts(fates: Sequence[Fate], colours: dict[int, str]) -> list[An
 
 
 def legend_of_marks(fates: Sequence[Fate]) -> list[Any]:
-    """The marks that occur, with their shares of the tokens."""
+    """Entries for the marks that occur, with their shares of the tokens."""
     from matplotlib.lines import Line2D
 
     tokens = [fate for fate in fates if fate.kind != "padding"]

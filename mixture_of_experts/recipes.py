@@ -1,7 +1,7 @@
-"""Models as records of one table: the settings of their router and experts, and where their block keeps them::
+"""Published models as records of one table: the settings of router and experts, and where their blocks keep them::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
-    recipes.MODELS["mixtral"]                                 # what it is made of
+    recipes.MODELS["mixtral"]                                 # its record
 
 The table is read by the recipes, by `huggingface.from_transformers` and `to_transformers`, by `stats.track_routing`
 and by the documentation. Nothing here needs `transformers`.
@@ -38,27 +38,30 @@ from mixture_of_experts.ops.activations import make_activation, takes_two
 
 @dataclass(frozen=True)
 class Model:
-    """One record.
+    """The record of a model.
 
     Attributes:
-        paper: where it is described.
-        gate: settings of `router`, as published; what a block holds itself goes before them.
+        paper: number of its paper on arXiv.
+        gate: arguments of the gate, as published. What a block of `transformers` holds itself takes precedence.
         router: the class of the gate.
-        logits: settings of `RouterLogits`, where the router is more than a matrix; a `multiplier` of "1/sqrt(d)".
-        scales: learned numbers that multiply the normalised weights: "expert", one for each, or "all".
-        experts: "activation" ("silu", "gelu", ...), "gated" (True by default), "bias", and "limit", "alpha" and
-            "after" of a clamped gating.
-        weigh_input: whether weights multiply what the experts read.
-        latent: width in which experts compute, as a share of d, with a norm behind them; 0: in d.
-        identity: experts that return the token, as a share of the others; `zero`: that return nothing.
-        shared: width of the shared expert in hidden widths of an expert; `shared_gate`: whether a token gates it.
-        layer: settings of `MoE`: coefficients of losses; those of expert groups are left out of a gate without any.
-        router_aux_loss_coef: their coefficient, and the number of layers whose losses it is of, where a loss over all
-            layers is meant, as that of transformers; `loss_coef` is the first times k by the second. The coefficient is
-            that of the model's published configuration, or of its class in transformers if that names none.
+        logits: arguments of `RouterLogits`, if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
+        scales: learned numbers that multiply the normalised weights: "expert", one for each expert, or "all", one.
+        experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
+            "limit", "alpha" and "after".
+        weigh_input: whether weights multiply what the experts read, instead of what they return.
+        latent: width in which experts compute, as a share of d, with a norm behind them; 0: they compute in d.
+        identity: number of experts that return the token, as a share of those that compute.
+        zero: number of experts that return zero.
+        shared: width of the shared expert, in hidden widths of an expert; 0: there is none.
+        shared_gate: whether a learned gate of each token multiplies the shared expert's output.
+        layer: arguments of `MoE`, the coefficients of losses. Those of expert groups hold only for a gate that has such
+            groups.
+        router_aux_loss_coef: for a loss over all layers, as in transformers: its coefficient and the number of layers;
+            `loss_coef` is coefficient * k / layers. The coefficient is that of the model's published configuration, or
+            the default of its class in transformers.
         blocks: classes of `transformers` that compute this.
-        keeps: where those keep a part, if under none of the names in `KEEPS`.
-        tells: whether their router returns logits, or probabilities in the place of those.
+        keeps: names under which these blocks keep a part, if not under those in `KEEPS`.
+        tells: whether the router of these blocks returns logits or probabilities.
     """
 
     paper: str = ""
@@ -80,7 +83,7 @@ class Model:
     tells: Literal["logits", "probs"] = "logits"
 
 
-#: names under which blocks of `transformers`, or their routers, keep what varies: settings, weights and modules
+#: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
 KEEPS: dict[str, tuple[str, ...]] = {
     "router": ("gate", "router"),
     "experts": ("experts",),
@@ -114,7 +117,7 @@ KEEPS: dict[str, tuple[str, ...]] = {
     "before": ("fc1_latent_proj", "pre_expert_proj", "pre_feedforward_layernorm_2"),
     "before_norm": ("pre_expert_norm",),
     "after": ("fc2_latent_proj", "post_expert_proj", "post_feedforward_layernorm_2"),
-    "last": ("post_mlp_layernorm",),  # after the shared expert was added
+    "last": ("post_mlp_layernorm",),  # runs after the shared expert's output is added
     "shift": ("bias",),
 }
 
@@ -249,7 +252,7 @@ MODELS: dict[str, Model] = {
         gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="relu2", gated=False),
         shared=2.0,
-        layer=dict(loss_coef=1e-4),  # Nemotron 3 Nano's report: the standard loss, beside the bias
+        layer=dict(loss_coef=1e-4),  # report of Nemotron 3 Nano: the standard loss beside the bias
         blocks=("NemotronHMoE",),
     ),
     "kimi_k2": Model(
@@ -258,7 +261,7 @@ MODELS: dict[str, Model] = {
         shared=1.0,
         layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
     ),
-    # config.json as torchtitan's flavor 2p8t and SiTU as vLLM has them; balanced by quantile, no loss is told of
+    # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
     "kimi_k3": Model(
         gate=dict(k=16, normalize=True, **SIGMOID),
         experts=dict(activation="situ"),
@@ -302,7 +305,7 @@ MODELS: dict[str, Model] = {
         "",
         gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
-        router_aux_loss_coef=(0.001, 27),  # of 28 layers the first is dense
+        router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
     ),
     "mistral4": Model(
@@ -416,12 +419,12 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 class SharedExpert(nn.Module):
-    """A feed-forward network for every token: `act(x gate) * (x up)` (or `act(x up)`), then `down`; no biases.
+    """A feed-forward network for every token, without biases: `(act(x gate) * (x up)) down`, or `act(x up) down`.
 
     Args:
         dim, hidden_dim: d and h.
-        activation: a class, a module or a function; of gated networks also one of `(gate, up)`.
-        gated: whether it has a gate projection.
+        activation: a class, a module or a function; for a gated network also a function of `(x gate, x up)`.
+        gated: whether the network has a gate projection.
 
     Example:
         >>> import torch
@@ -464,16 +467,16 @@ def build(
     dtype: torch.dtype | None = None,
     **changes: Any,
 ) -> MoE:
-    """A layer by a record.
+    """Return a layer that is made as a record says.
 
     Args:
-        model: one of `MODELS`, or a record of one's own.
-        dim, num_experts: d and e; experts that compute nothing come on top.
+        model: one of `MODELS`, or a record of your own.
+        dim, num_experts: d and e, the number of experts that compute.
         hidden_dim: h, hidden width of an expert; 4 d by default.
-        latent_dim: experts compute in this width, between two linear layers (arXiv 2601.18089); None: as the record
-            says, in d if it says nothing.
+        latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
+            the record, or d.
         device, dtype: of the weights.
-        changes: settings of the gate, in the place of the record's.
+        changes: arguments of the gate that replace the record's.
 
     Example:
         >>> import torch
@@ -514,7 +517,7 @@ def build(
 
 
 def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
-    """The gate of a record, for so many experts."""
+    """The gate of a record, for `num_experts` experts; `changes` replace its settings."""
     settings = {**model.gate, **changes, **factory}
     if model.logits is not None:
         logits = dict(model.logits)
@@ -536,28 +539,24 @@ def make_activation_of(model: Model) -> nn.Module:
 
 
 def gshard(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """GShard: two choices, the second drawn by its weight; in eval every choice is computed (arXiv 2006.16668)."""
+    """GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668)."""
     return build(MODELS["gshard"], dim, num_experts, hidden_dim, **changes)
 
 
 def switch(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Switch Transformer: one choice, of limited capacity in training; in eval every choice is computed (arXiv
-    2101.03961).
-    """
+    """Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv 2101.03961)."""
     return build(MODELS["switch"], dim, num_experts, hidden_dim, **changes)
 
 
 def shazeer(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Shazeer et al. 2017: k choices by noisy logits, softmax over them, losses on importance and load (arXiv
+    """Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses (arXiv
     1701.06538).
     """
     return build(MODELS["shazeer"], dim, num_experts, hidden_dim, **changes)
 
 
 def expert_choice(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Expert choice: every expert takes its best tokens of the group. Not for models that generate (arXiv
-    2202.09368).
-    """
+    """Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that generate."""
     return build(MODELS["expert_choice"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -572,7 +571,7 @@ def olmoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: 
 
 
 def qwen2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Qwen2-MoE: 4 choices, and a shared expert that a token gates (arXiv 2407.10671)."""
+    """Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671)."""
     return build(MODELS["qwen2"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -582,29 +581,27 @@ def qwen3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: 
 
 
 def qwen3_next(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert that a token gates."""
+    """Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token."""
     return build(MODELS["qwen3_next"], dim, num_experts, hidden_dim, **changes)
 
 
 def deepseek_v2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V2: 6 choices in 3 of 8 groups of experts by their best one, and shared experts (arXiv 2405.04434)."""
+    """DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts (arXiv 2405.04434)."""
     return build(MODELS["deepseek_v2"], dim, num_experts, hidden_dim, **changes)
 
 
 def deepseek_v3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V3: 8 choices in 4 of 8 groups of experts, sigmoid, an expert bias, and a shared expert (arXiv
-    2412.19437).
-    """
+    """DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv 2412.19437)."""
     return build(MODELS["deepseek_v3"], dim, num_experts, hidden_dim, **changes)
 
 
 def deepseek_v4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V4: 6 choices by the root of softplus; its first layers choose by token id instead (`HashGating`)."""
+    """DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use `HashGating`."""
     return build(MODELS["deepseek_v4"], dim, num_experts, hidden_dim, **changes)
 
 
 def kimi_k2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Kimi K2: as DeepSeek-V3 without groups of experts (arXiv 2507.20534)."""
+    """Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534)."""
     return build(MODELS["kimi_k2"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -628,12 +625,12 @@ def minimax_m2(dim: int, num_experts: int, hidden_dim: int | None = None, **chan
 
 
 def gpt_oss(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """GPT-OSS: 4 choices, softmax over them, a router bias, clamped SwiGLU with biases (arXiv 2508.10925)."""
+    """GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv 2508.10925)."""
     return build(MODELS["gpt_oss"], dim, num_experts, hidden_dim, **changes)
 
 
 def granite4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Granite 4: 8 choices, softmax over them."""
+    """Granite 4: 8 choices, softmax over the chosen."""
     return build(MODELS["granite4"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -643,19 +640,17 @@ def ernie4_5(dim: int, num_experts: int, hidden_dim: int | None = None, **change
 
 
 def llama4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Llama 4: one choice by logits, whose sigmoid multiplies what the expert reads, and a shared expert."""
+    """Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert."""
     return build(MODELS["llama4"], dim, num_experts, hidden_dim, **changes)
 
 
 def gemma4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Gemma 4: a norm before the router, 8 choices, and learned scales of the experts; without the layer's norms."""
+    """Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are left out."""
     return build(MODELS["gemma4"], dim, num_experts, hidden_dim, **changes)
 
 
 def longcat_flash(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """LongCat-Flash: 12 choices, an expert bias, and half as many experts again that return the token (arXiv
-    2509.01322).
-    """
+    """LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token (arXiv 2509.01322)."""
     return build(MODELS["longcat_flash"], dim, num_experts, hidden_dim, **changes)
 
 
@@ -665,12 +660,12 @@ def phi3_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes:
 
 
 def dynamic_moe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """MoE-Dynamic: as many choices as reach a probability of 0.4 together, at most 8 (arXiv 2403.07652)."""
+    """MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652)."""
     return build(MODELS["dynamic_moe"], dim, num_experts, hidden_dim, **changes)
 
 
 def remoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """ReMoE: the experts of positive logits, at most 8, one on average once `control_sparsity` is at work (arXiv
+    """ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average (arXiv
     2412.14711).
     """
     return build(MODELS["remoe"], dim, num_experts, hidden_dim, **changes)

@@ -1,6 +1,6 @@
-"""What a gate tells: `Routing`, and its dense views.
+"""`Routing`, which every gate returns, and its dense views.
 
-Axes: b groups (one sequence unless the layer's `group_size` says otherwise; outer experts stand before it: `...`),
+Axes: b groups (a sequence each, unless the layer has a `group_size`; outer experts stand before it: `...`),
 n tokens of a group, e experts, c capacity, k choices of a token, a assignments of a group (n * k for token choice).
 """
 
@@ -17,10 +17,10 @@ from mixture_of_experts.queues import Queues, queue_up
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: tensors have no single answer to ==
 class Routing:
-    """What a gate tells of its decision: which token goes to which slot of which expert, with which weight.
+    """What a gate decided: which token goes to which slot of which expert, with which weight.
 
-    Nothing here moves data. Losses, statistics and the dense tensors of the papers read this object; `Decision` is made
-    from it to move tokens. Unpacking it gives the published triple: `dispatch, combine, loss = routing`.
+    It moves no data. Losses and statistics read it, and a `Decision` is made from it to move tokens. Unpack it for the
+    dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
 
     An assignment is one choice of one token (in expert choice: one token of one expert).
 
@@ -31,19 +31,19 @@ class Routing:
         probs: `(..., b, n, e)` the router's probabilities (normalised scores).
         balance_loss, z_loss: 0-dim, without coefficients.
         num_tokens, num_experts: n and e.
-        capacity: c, slots of an expert for each group; None is dropless.
-        k: choices of a token, if assignment i belongs to token i // k; None for expert choice.
-        chosen: `(..., b, a)` bool, the assignments that queue. Those that are not kept are dropped by capacity, or have
-            a weight of 0: with a capacity such a one holds a slot in which nothing is computed, dropless it does not
+        capacity: c, slots of an expert for each group; None if dropless.
+        k: choices of a token: assignment i belongs to token i // k; None for expert choice.
+        chosen: `(..., b, a)` bool, the assignments that queue. One that is not kept is dropped by capacity or has a
+            weight of 0. With a capacity the latter holds a slot in which nothing is computed; dropless it does not
             queue.
         queues: position of each assignment in its expert's queue of this group, and the lengths `(..., b, e)` of the
-            queues before capacity; None if dropless, where they are found when somebody asks for them.
-        token_index: `(..., b, a)` int64, token of each assignment in expert choice; None where `k` tells it.
+            queues before capacity; None if dropless (`group_queues` then computes them).
+        token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
-        real: `(..., b, n)` bool, the real tokens under a mask; None if all are.
+        real: `(..., b, n)` bool, the tokens that are not masked; None if none is masked.
         losses: every loss by name, 0-dim, without coefficients: the parts of `balance_loss`, "z", and a gate's own.
-        primary: `(..., b, a)` bool, the assignments that a second level takes as their token's first choice; None:
-            those that stand first.
+        primary: `(..., b, a)` bool, the assignments that count as first choices in a second level; None: the first
+            assignment of each token.
 
     Example:
         >>> import torch
@@ -93,7 +93,8 @@ class Routing:
 
     @property
     def slot(self) -> Tensor:
-        """`(..., b, a)` int64, position in that expert's queue of this group; meaningful where `kept`."""
+        """`(..., b, a)` int64, position of each assignment in its expert's queue of this group; any number where not
+        `kept`."""
         return self.group_queues().position
 
     @property
@@ -105,7 +106,7 @@ class Routing:
         return none.scatter_add(-1, self.expert, self.chosen.to(none.dtype))
 
     def group_queues(self) -> Queues:
-        """The queues of each group; of a dropless gate they are made now, in the order of tokens."""
+        """The queues of each group; for a dropless gate they are computed here, in the order of tokens."""
         if self.queues is not None:
             return self.queues
         assert self.k is not None
@@ -113,10 +114,10 @@ class Routing:
 
     @property
     def importance(self) -> Tensor:
-        """`(..., b, a)`: what a second level gets of each assignment: 1 of a token's first choice, 0.5 of the others, 0
-        where it was dropped."""
+        """`(..., b, a)`, importance of each assignment in a second level: 1 for a token's first choice, 0.5 for its
+        others, 0 if not kept. Expert choice raises ValueError."""
         if self.k is None:
-            raise ValueError("expert choice hands on no importance: its tokens have no first choice")
+            raise ValueError("expert choice has no importance for a second level: its tokens have no first choice")
         primary = self.primary
         if primary is None:
             primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0
@@ -124,11 +125,11 @@ class Routing:
 
     @property
     def slots(self) -> int:
-        """Slots of an expert for each group: the capacity, or n when dropless (no token can need more)."""
+        """Slots of an expert for each group: the capacity, or n if dropless."""
         return self.num_tokens if self.capacity is None else self.capacity
 
     def slots_held(self, queues: Queues) -> Tensor:
-        """`(..., b, e)` int64, slots of each queue of `group_queues` that an assignment holds, computed or not."""
+        """`(..., b, e)` int64, the occupied slots of each of these queues: its length, cut off at the capacity."""
         held = queues.length if self.capacity is None else queues.length.clamp(max=self.capacity)
         return held if self.limit is None else torch.minimum(held, self.limit.unsqueeze(-1))
 
@@ -137,7 +138,7 @@ class Routing:
         n, e, c = self.num_tokens, self.num_experts, self.slots
         cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.slot, 0)
         dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
-        # an assignment that is not kept adds its weight of 0 to some cell
+        # an assignment that is not kept adds its weight, 0, to cell 0
         return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))
 
     def dispatch_tensor(self) -> Tensor:
@@ -154,7 +155,7 @@ torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_expert
 
 
 def check_routing(name: str, routing: object) -> Routing:
-    """What a gate returned, if it is a `Routing`."""
+    """Return `routing`, what a gate returned; TypeError if it is no `Routing`."""
     if not isinstance(routing, Routing):
         raise TypeError(
             f"{name} must return a Routing, got {type(routing).__name__}: derive it from TokenChoiceGate, whose "

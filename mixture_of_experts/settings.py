@@ -1,4 +1,4 @@
-"""Attributes of modules that are checked whenever they are set, at construction and afterwards."""
+"""Modules whose attributes are checked whenever they are set, at construction and afterwards."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class _Setting(NamedTuple):
 
 
 def setting(check: Callable[..., Any], **bounds: Any) -> Any:
-    """An attribute of a `CheckedModule` whose values are those that `check(name, value, **bounds)` returns."""
+    """Declare an attribute of a `CheckedModule`: setting it stores what `check(name, value, **bounds)` returns."""
     return _Setting(partial(check, **bounds))
 
 
 class CheckedModule(nn.Module):
     """A module with settings, which are checked when they are set, and sizes, which never change.
 
-    Reading a setting costs what reading any attribute does.
+    A setting lies in the instance's `__dict__`, so reading it is as fast as reading any attribute.
     """
 
-    #: attributes that parameters have their shapes by: they are set once
+    #: attributes that give parameters their shapes: they can be set only once
     sizes: ClassVar[tuple[str, ...]] = ()
     _settings: ClassVar[dict[str, _Setting]] = {}
 
@@ -33,28 +33,28 @@ class CheckedModule(nn.Module):
         own = {name: value for name, value in vars(cls).items() if isinstance(value, _Setting)}
         inherited = (base.__dict__.get("_settings", {}) for base in reversed(cls.__mro__[1:]))
         cls._settings = {name: value for settings in (*inherited, own) for name, value in settings.items()}
-        for name in own:  # an attribute that nobody has set is none
+        for name in own:  # an attribute that is not set yet must raise AttributeError
             delattr(cls, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._settings:
             self.__dict__[name] = self._settings[name].check(name, value)
         elif isinstance(value, nn.Module | nn.Parameter) and hasattr(getattr(type(self), name, None), "__set__"):
-            object.__setattr__(self, name, value)  # torch would register it, and leave the attribute as it is
+            object.__setattr__(self, name, value)  # torch would register the value and not call the property
         elif name in self.sizes and name in self.__dict__ and self.__dict__[name] != value:
             raise ValueError(
-                f"{name} of {type(self).__name__} is {self.__dict__[name]!r} and cannot become {value!r}, as its "
-                "parameters have their shapes by it: build a new module of that size"
+                f"{name} of {type(self).__name__} is {self.__dict__[name]!r} and cannot become {value!r}, as it gives "
+                "parameters their shapes: build a new module of that size"
             )
         else:
             super().__setattr__(name, value)
 
 
 class FixedShapes(CheckedModule):
-    """A module that knows the sizes of its parameters: none is replaced by one of another shape.
+    """A module whose parameters cannot be replaced by parameters of another shape.
 
-    Replaced by hand (to prune experts, to add some) they would leave the sizes that capacity is reckoned from behind.
-    Casts, sharding, parametrizations and loading do not go this way, or keep shapes.
+    To prune or add experts that way would leave the module's sizes wrong, from which capacity is computed. Casts,
+    sharding, parametrizations and loading still work: they keep shapes, or do not set attributes.
     """
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Who moves the coefficient by which ReLU routers stay sparse: once for each step of an optimizer."""
+"""Moves the coefficient that keeps ReLU routers sparse, once for each step of an optimizer."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def control_sparsity(
 ) -> Callable[[], None]:
     """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
 
-    It is one coefficient for all gates, as in ReMoE (arXiv 2412.14711, equation 8): it grows by a factor of `rate` if
-    the tokens of all layers together make more than `mean_choices` choices on average, and shrinks if less. Gates of
-    two levels, or with other aims, count each against its own aim. A step that a fused optimizer skips for a gradient
-    scaler counts in the next one.
+    All gates move together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor `rate` if
+    the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if fewer. Every gate
+    counts against its own `mean_choices`. The choices of a step that a fused optimizer skips for a gradient scaler
+    count in the next step.
 
     Args:
         model: before DDP or `torch.compile` wrap it.
-        optimizer: whose steps count, bare or wrapped by accelerate.
-        rate: above 1.
+        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        rate: the factor, above 1.
         group: the ranks that share a batch; by default all ranks if `torch.distributed` is initialised.
 
     Returns:
-        A function that ends it.
+        A function that ends this control.
 
     Raises:
         ValueError: the model has no such gate, or an argument is not allowed.
@@ -65,7 +65,7 @@ def control_sparsity(
             ranks = dist.group.WORLD
         device = gates[0].l1_coef.device
         excess = torch.stack([gate.excess(ranks).to(device) for gate in gates]).sum()
-        skipped = getattr(stepped, "found_inf", None)  # of a fused optimizer, which skips a step within it
+        skipped = getattr(stepped, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
         done = torch.ones_like(excess) if skipped is None else (skipped == 0).to(excess)
         for gate in gates:
             gate.scale_l1(rate, excess * done)

@@ -1,4 +1,4 @@
-"""What a model with experts has and what a token uses of it: parameters, and floating-point operations.
+"""Counts a model's parameters, those that a token uses, and a token's floating-point operations.
 
 Axes: e experts, k choices of a token.
 """
@@ -18,14 +18,13 @@ from mixture_of_experts.moe import HeirarchicalMoE, MoE
 
 
 class Cost(NamedTuple):
-    """Of a model, or of one of its layers.
+    """The counts of a model, or of one of its layers.
 
     Attributes:
-        parameters: all of them, shared ones once.
-        active: those that a token uses: of e equal experts the part k / e, and everything else.
-        flops: of a token's forward, two for each weight of a matrix that it is multiplied by. A backward takes twice as
-            many. Attention's products of tokens with each other, which grow with the length, and convolutions are left
-            out.
+        parameters: number of all parameters; a shared one counts once.
+        active: number of parameters that a token uses: k / e of the experts' parameters, and all others.
+        flops: operations of one token's forward: two for each weight of each matrix that multiplies the token. A
+            backward takes twice as many. Products of tokens with tokens (attention) and convolutions are left out.
     """
 
     parameters: int
@@ -34,11 +33,11 @@ class Cost(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """What `summary` returns; `print` it for a table.
+    """The counts that `summary` returns; `print` it for a table.
 
     Attributes:
-        model: of the whole model.
-        layers: of each MoE layer, by its path.
+        model: those of the whole model.
+        layers: those of each MoE layer, by its path.
     """
 
     model: Cost
@@ -68,16 +67,16 @@ class Summary(NamedTuple):
 
 
 def summary(model: nn.Module) -> Summary:
-    """Count the parameters of a model, those that a token uses, and the operations that it takes.
+    """Count the parameters of a model, those that a token uses, and a token's floating-point operations.
 
-    Numbers are those of the definition of the layers, whatever way computes them; every layer of the model is taken to
-    run once. With a capacity a token may use less than k experts. On the meta device a model of any size is counted.
+    Every layer counts once, with k experts for each token; a capacity may leave a token fewer. The numbers follow from
+    the layers' sizes, not from the way that computes them. On the meta device you can count a model of any size.
 
     Args:
-        model: with any number of `MoE` and `HeirarchicalMoE` layers.
+        model: a model with any number of `MoE` and `HeirarchicalMoE` layers.
 
     Raises:
-        ValueError: a gate does not say how many experts a token chooses (`k`).
+        ValueError: a gate does not say how many experts a token chooses: it has no `k`.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -90,7 +89,7 @@ def summary(model: nn.Module) -> Summary:
     shares: dict[nn.Module, float] = {}
     for name, layer in layers.items():
         shares[layer.experts] = math.prod(share(name, gate) for gate in gates(layer))
-        if isinstance(layer, HeirarchicalMoE):  # level two's weights are of each outer expert
+        if isinstance(layer, HeirarchicalMoE):  # a token uses the inner gates of its outer experts
             shares[layer.gate_inner] = share(name, layer.gate_outer)
     return Summary(cost(model, shares), {name: cost(layer, shares) for name, layer in layers.items()})
 
@@ -100,7 +99,7 @@ def gates(layer: Any) -> list[Any]:
 
 
 def share(name: str, gate: Any) -> float:
-    """The part of its experts that a gate chooses for a token."""
+    """The part of its experts, 0 to 1, that a gate chooses for a token."""
     k = gate.capacity_factor if isinstance(gate, ExpertChoiceGating) else getattr(gate, "k", None)
     if k is None:
         raise ValueError(
@@ -124,7 +123,7 @@ def cost(model: nn.Module, shares: dict[nn.Module, float]) -> Cost:
 
 
 def with_shares(model: nn.Module, shares: dict[nn.Module, float]) -> Iterator[tuple[nn.Module, float]]:
-    """Every module once, and the part of it that a token uses."""
+    """Every module of the model once, with the part of it, 0 to 1, that a token uses."""
     seen: set[nn.Module] = set()
     todo = [(model, 1.0)]
     while todo:
@@ -137,11 +136,11 @@ def with_shares(model: nn.Module, shares: dict[nn.Module, float]) -> Iterator[tu
 
 
 def multiplied(module: nn.Module) -> int:
-    """Weights of the matrices by which a token is multiplied in a module: of linear layers, experts and routers."""
+    """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
     own = dict(module.named_parameters(recurse=False))
     if isinstance(module, StackedExperts | Gate):
         found = [parameter for name, parameter in own.items() if name.startswith("w")]
-    elif isinstance(module, RoutedExperts):  # one's own, stacked
+    elif isinstance(module, RoutedExperts):  # a user's experts, if their weights are stacked
         found = [parameter for parameter in own.values() if parameter.ndim >= 3]
     elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # a linear layer of transformers
         found = [own["weight"]]

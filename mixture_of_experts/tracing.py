@@ -1,4 +1,4 @@
-"""What is asked of torch where it traces or computes again: symbolic sizes, exporters, stand-ins, checkpointing."""
+"""Questions to torch about tracing and recomputation: symbolic sizes, exporters, transforms, checkpointing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixture_of_experts import private_torch
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
-    if _are_integers(first, second):  # so is a length to dynamo, which traces `min`; to exporters it is a symbol
+    if _are_integers(first, second):  # dynamo shows lengths as integers and traces `min`; exporters show symbols
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
@@ -38,18 +38,18 @@ def exporting() -> bool:
 
 
 def exporting_to_onnx() -> bool:
-    """Whether `torch.onnx.export` traces: ONNX has neither a stable sort nor searchsorted."""
+    """Whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
     return exporting() and torch.onnx.is_in_onnx_export()
 
 
 def in_transform() -> bool:
-    """Whether a transform of `torch.func` runs (vmap, grad, ...): numbers of its tensors cannot be read, and operators
-    of one's own may meet them. While a graph is traced that is nothing to ask: no number can be read then."""
+    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
+    be read."""
     return not torch.compiler.is_compiling() and private_torch.functorch_active()
 
 
 def is_wrapped(tensor: Tensor) -> bool:
-    """Whether it stands for many tensors at once: of a transform, or of `is_grads_batched`, which has its own kind."""
+    """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
     if torch.compiler.is_compiling():
         return False
     return in_transform() or private_torch.is_legacy_batched(tensor)
@@ -66,12 +66,12 @@ def in_checkpoint(within: FrameType | None = None) -> bool:
 
 
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of a CUDA device, in a way that a traced graph takes for a constant."""
+    """Compute capability of a CUDA device, read in a way that is a constant to a traced graph."""
     properties = torch.cuda.get_device_properties(device)
     return properties.major, properties.minor
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Where operators keep the dtype of their operands."""
+    """A context in which autocast is off, so that operators keep the dtype of their operands."""
     on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -1,9 +1,9 @@
-"""What is under way: the calls of a model from their beginning to their end, each known to its own thread alone.
+"""State of one forward: calls of a model that are under way, each known only to its own thread.
 
-Losses, masks and statistics of a forward belong to that forward. They lie neither on modules nor in the process but in
-a call, an object on a stack of the thread that makes it; compiled graphs read it and are guarded by it. What activation
-checkpointing runs again in a backward, which on a GPU is another thread, is no part of a call that is under way: it
-brings its own along (`within`), or has none.
+The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `CallUnderWay`, on
+a stack of the thread that runs the forward. Compiled graphs read it and are guarded by it. Activation checkpointing
+runs modules again in a backward, on a GPU in another thread. Such a run does not see the calls under way around the
+backward; `within` gives it calls of its own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from mixture_of_experts.private_torch import number_of_backward
 
 
 class CallUnderWay:
-    """One forward of a module. What is known of it, and what it gathers, are attributes of subclasses."""
+    """One forward of a module. Subclasses add what is known of it and what it collects."""
 
-    keys: Sequence[Hashable] = ()  # by which it is found
+    keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
     returned = False  # whether the forward came to its end
-    frame: FrameType | None = None  # in which it runs; None where that is traced
-    backward: int | None = None  # the number of the backward in which it runs; None where that is traced
+    frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
+    backward: int | None = None  # the number of the backward in which it runs; None in a traced graph
 
 
 class Stacks(threading.local):
-    """The calls of a thread that are under way, by their keys; the innermost stands last."""
+    """The calls of a thread that are under way, by key; the innermost stands last."""
 
     def __init__(self) -> None:
         self.calls: dict[Hashable, list[Any]] = {}
@@ -40,8 +40,10 @@ HERE = Stacks()
 
 
 def begin(call: CallUnderWay, *keys: Hashable) -> None:
-    """From now to `end` the call is the current one of all its keys. For a hook: the call runs in the frame from which
-    this function's caller was called."""
+    """Make a call the current one of all its keys, until `end`.
+
+    A hook calls this function: the call runs in the frame that called the hook.
+    """
     call.keys = keys
     if not torch.compiler.is_compiling():
         call.frame, call.backward = sys._getframe(2), number_of_backward()
@@ -73,7 +75,7 @@ def end(key: Hashable) -> Any:
 def current(key: Hashable) -> Any:
     """The innermost call of `key` that is under way in this thread; None if there is none.
 
-    One that is under way around a backward is not that of what the backward runs again.
+    Inside a backward, calls that began outside of it do not count: what runs there is a recomputation.
     """
     calls = HERE.calls.get(key)
     if not calls:
@@ -89,7 +91,7 @@ def current(key: Hashable) -> Any:
 
 @contextmanager
 def within(calls: Sequence[tuple[Hashable, CallUnderWay]]) -> Iterator[None]:
-    """Have keys have calls, while the context lasts."""
+    """Make each call the current one of its key, while the context lasts."""
     for key, call in calls:
         begin(call, key)
         call.frame = None
@@ -101,7 +103,7 @@ def within(calls: Sequence[tuple[Hashable, CallUnderWay]]) -> Iterator[None]:
 
 
 def forget_interrupted(calls: list[Any]) -> None:
-    """Take out what was interrupted: no hook tells of a KeyboardInterrupt, but what it left has no frame any more."""
+    """Remove calls that a KeyboardInterrupt ended, after which no hook runs: their frames are not on the stack."""
     while calls and calls[-1].frame is not None and not runs(calls[-1].frame):
         calls.pop()
 

@@ -1,6 +1,6 @@
-"""Stacked experts as plain linear layers, for tools that know no other weights, and back.
+"""Makes plain linear layers of stacked experts, and stacks them again.
 
-Quantisers, adapters and optimizers look for `nn.Linear` or for matrices, and pass over a tensor `(e, d, h)` in silence.
+Quantisers, adapters and optimizers look for `nn.Linear` or for matrices, and silently skip a tensor `(e, d, h)`.
 
 Axes: e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class FeedForward(nn.Module):
-    """One expert, in linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
+    """One expert of linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
 
     Shape:
         `(n, d)` to `(n, o)`.
@@ -45,30 +45,30 @@ class FeedForward(nn.Module):
 
 
 class UnstackedExperts(ExpertList):
-    """What `unstack` makes of stacked experts; a grid of them is outer-major.
+    """Experts of linear layers, which `unstack` makes of stacked ones.
 
     Args:
-        experts: one module for each expert.
-        empty: the stacked experts that they were, without weights.
+        experts: one module for each expert, outer-major for a grid.
+        empty: the stacked experts without their weights, for `restack`.
     """
 
     def __init__(self, experts: list[FeedForward], empty: StackedExperts) -> None:
         super().__init__(experts, dim_out=empty.dim_out)
-        self.__dict__["empty"] = empty  # no child: it has nothing to save, to train or to move
+        self.__dict__["empty"] = empty  # no submodule: it has nothing to save, to train or to move
 
 
 def unstack(model: Model) -> Model:
-    """Make plain linear layers of all stacked experts of a model, which is changed and returned.
+    """Replace all stacked experts of a model by plain linear layers; change the model and return it.
 
-    It computes what it did, up to rounding, one expert after the other. Weights are copies: make the optimizer
-    afterwards. `restack` goes back.
+    The model computes the same up to rounding, one expert after the other. Weights are copies: make the optimizer
+    afterwards. `restack` stacks them again.
 
     Args:
-        model: with `MoE` layers anywhere in it.
+        model: a model with `MoE` layers anywhere in it.
 
     Raises:
-        ValueError: it has no stacked experts, or is nothing else.
-        TypeError: their weights are no plain tensors, as after they were spread over processes.
+        ValueError: the model has no stacked experts, or is itself one.
+        TypeError: weights are no plain parameters, for example spread over processes.
 
     Example:
         >>> import torch
@@ -88,17 +88,17 @@ def unstack(model: Model) -> Model:
 
 
 def restack(model: Model) -> Model:
-    """Stack the experts again of which `unstack` made linear layers. The model is changed and returned.
+    """Stack all experts that `unstack` made linear layers of; change the model and return it.
 
     Raises:
-        ValueError: it has nothing that `unstack` made, or is nothing else.
-        TypeError: a layer is no plain linear one any more, as after quantisation or with adapters that are not merged.
+        ValueError: the model has no experts that `unstack` made, or is itself one.
+        TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
     """
     return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
 
 
 def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
-    """Put what `make` makes of the modules of a kind in their places; all are made before the first is put in."""
+    """Replace every module of a kind by `make(module, path)`. All are made before the first is replaced."""
     made = {module: make(module, name) for name, module in model.named_modules() if isinstance(module, kind)}
     if not made:
         raise ValueError(f"{type(model).__name__} has no {what}")
