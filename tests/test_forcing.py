@@ -166,7 +166,10 @@ def test_what_is_refused():
     ):
         pass
     assert gate.forced is None
-    with force_routing(gate), pytest.raises(ValueError, match="experts are given, and balanced ones forced: do either"):
+    with (
+        force_routing(gate),
+        pytest.raises(ValueError, match="experts are given, and balanced ones forced: do one or the other"),
+    ):
         gate(x, given_experts=torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="forced must be one of"):
         gate.forced = True

@@ -1,4 +1,4 @@
-"""Gates: modules that decide and return a `Routing`. `Gate` and `TokenChoiceGate` are the bases for one's own."""
+"""Gates: modules that decide and return a `Routing`. A gate of your own derives from `TokenChoiceGate` or `Gate`."""
 
 from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, offers_of, reads_of

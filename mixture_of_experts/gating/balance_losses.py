@@ -1,13 +1,13 @@
-"""Balancing losses that have names: one formula, `losses.load_balance`, over different counts of the same choices.
+"""Balancing losses by name: one formula, `losses.load_balance`, over different counts of the same choices.
 
-A gate of token choice reports those that it is asked for, `gate(x, losses=("balance_device",))`, and a layer asks for
-those that its `loss_coefs` weighs. What nobody asks for is not computed::
+A gate of token choice computes them only on request: `gate(x, losses=("balance_device",))`. A layer requests those that
+its `loss_coefs` weighs::
 
     balance_group            of each group of tokens (a sequence), averaged
     balance_rank             of all tokens of a rank, averaged over the ranks
     balance_batch            of all tokens of the batch: f is summed over the ranks
-    balance_score            of each group, f of what the scores alone would choose: DeepSeek-V3
-    balance_device           of each group, over expert groups in the place of experts: DeepSeek-V2
+    balance_score            of each group; f counts what the scores would choose without bias: DeepSeek-V3
+    balance_device           of each group, over expert groups instead of experts: DeepSeek-V2
     balance_communication    of each group, over the tokens that expert groups receive: DeepSeek-V2
 
 Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a token; outer experts stand before them:
@@ -30,16 +30,16 @@ from mixture_of_experts.queues import Length
 
 @dataclass(frozen=True)
 class Counted:
-    """Choices and probabilities of the tokens that count.
+    """Choices and probabilities of the tokens that count in a loss.
 
     Attributes:
-        expert: `(..., b, n, k)` int64.
-        chosen: `(..., b, n, k)` bool (or of 1 instead of k), the choices that are made; None if all are.
+        expert: `(..., b, n, k)` int64, the choices.
+        chosen: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that are made; None if all are.
         probs: `(..., b, n, e)` normalised scores, 0 for a token that does not count.
-        load, proxy: `(..., b, e)`, the choices of each expert and the sum of its probabilities.
+        load, proxy: `(..., b, e)`, the number of choices of each expert and the sum of its probabilities.
         length: number of real tokens of each group `(..., b)`; n if all have that many.
         k: choices of a token, by which f is divided.
-        num_groups, top_groups: of the experts.
+        num_groups, top_groups: numbers of expert groups, and of those that a token may choose from.
         process_group: the ranks that share the batch.
     """
 
@@ -55,12 +55,12 @@ class Counted:
     process_group: dist.ProcessGroup | None = None
 
     def loss(self) -> Tensor:
-        """`e / k * sum_e f_e P_e` of each group, averaged."""
+        """`e / k * sum_e f_e P_e` of each group, averaged; 0-dim."""
         return load_balance(self.load, self.proxy, self.length, self.k, self.process_group)
 
 
 def over_rank(counted: Counted) -> Tensor:
-    """The tokens of all groups as those of one (Megatron's "aux_loss" of a micro-batch)."""
+    """The loss with all tokens of this rank as one group (Megatron's "aux_loss" of a micro-batch)."""
     length = counted.length
     if isinstance(length, Length):
         length = Length(length.parts.sum(dim=-1, keepdim=True), length.parts_per_token)
@@ -71,7 +71,7 @@ def over_rank(counted: Counted) -> Tensor:
 
 
 def over_batch(counted: Counted) -> Tensor:
-    """f and P of the whole batch (arXiv 2501.11873)."""
+    """The loss with f and P of the whole batch (arXiv 2501.11873)."""
     return load_balance_over_batch(counted.load, counted.proxy, counted.length, counted.k, counted.process_group)
 
 
@@ -83,15 +83,15 @@ def over_score(counted: Counted) -> Tensor:
 
 
 def over_devices(counted: Counted) -> Tensor:
-    """The device-level loss of DeepSeek-V2 (arXiv 2405.04434, equations 26 to 28), expert groups being devices: f is
-    the mean of a group's experts, P their sum."""
+    """The device-level loss of DeepSeek-V2 (arXiv 2405.04434, equations 26 to 28). An expert group takes the place of a
+    device: f is the mean over its experts, P the sum."""
     load, proxy = (of_expert_groups(values, counted.num_groups) for values in (counted.load, counted.proxy))
     return replace(counted, load=load, proxy=proxy).loss()
 
 
 def over_communication(counted: Counted) -> Tensor:
-    """The communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31): f counts the tokens that an expert
-    group receives, once each, in units of `top_groups` for each token."""
+    """The communication loss of DeepSeek-V2 (arXiv 2405.04434, equations 29 to 31): f counts each token that an expert
+    group receives once, and is divided by `top_groups`."""
     size = counted.probs.shape[-1] // counted.num_groups
     groups = torch.arange(counted.num_groups, device=counted.expert.device)
     sent = (counted.expert // size).unsqueeze(-1) == groups
@@ -103,12 +103,12 @@ def over_communication(counted: Counted) -> Tensor:
 
 
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
-    """`(..., e)` to the sums `(..., g)`."""
+    """Sum values of experts `(..., e)` to values of expert groups `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
 
 
 def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """`(..., b, e)` int64: number of choices `(..., b, n, k)` (those `counted`) of each expert."""
+    """`(..., b, e)` int64, how often each expert is among the choices `(..., b, n, k)` that are `counted`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
@@ -123,5 +123,5 @@ BALANCE_LOSSES: Mapping[str, Callable[[Counted], Tensor]] = {
     "balance_device": over_devices,
     "balance_communication": over_communication,
 }
-#: those that read expert groups
+#: the losses that need expert groups
 OF_EXPERT_GROUPS = ("balance_device", "balance_communication")

@@ -1,4 +1,4 @@
-"""What gates share: reading their arguments, the float32 product, capacity, and writing the `Routing`.
+"""Bases of gates: they check arguments, multiply in float32, give slots to choices, and make the `Routing`.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts, k choices.
 """
@@ -47,12 +47,12 @@ from mixture_of_experts.settings import FixedShapes, setting
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
 class Tokens:
-    """The tokens a gate decides on, with everything that is known of them."""
+    """The tokens that a gate decides on, and what is known of them."""
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros
-    real: Tensor | None  # (..., b, n) bool: not padding; None if all are real
-    full: Tensor | None  # (..., b, n) bool: importance 1, makes all choices and counts in the losses; None if all do
-    active: Tensor | None  # (..., b, n) bool: importance above 0, makes at least one choice; None if all do
+    real: Tensor | None  # (..., b, n) bool, tokens that are no padding; None if all are real
+    full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices and count in losses; None if all do
+    active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
     length: Length | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
 
@@ -62,13 +62,13 @@ class Tokens:
 
 
 class Gate(FixedShapes):
-    """Base of every gate: sizes, the reading of arguments, and the router's product.
+    """Base of every gate: its sizes, the check of its arguments, and the router's product.
 
     Args:
         dim: d, model dimension.
-        num_experts: e, how many there are.
-        outer_expert_dims: leading dimensions of the weights (and of the input), one router for each.
-        process_group: the ranks that share the batch, so that losses are those of the whole batch; None: this rank.
+        num_experts: e, number of experts.
+        outer_expert_dims: leading dimensions of weights and inputs, with one router for each outer expert.
+        process_group: the ranks that share the batch; losses are then those of the whole batch. None: this rank's.
     """
 
     dim: int
@@ -76,9 +76,9 @@ class Gate(FixedShapes):
     outer_expert_dims: tuple[int, ...]
 
     sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts", "outer_expert_dims")
-    #: side inputs that the gate reads; all gates read `router_input` `(..., n, d)` instead of the experts' tokens
+    #: names of the side inputs that the gate reads; every gate reads `router_input` `(..., n, d)` instead of x
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
-    #: losses that the gate computes only if it is asked for them, `gate(x, losses=names)`
+    #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
     offers: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
@@ -97,7 +97,7 @@ class Gate(FixedShapes):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """The ranks that share the batch; copies of the gate keep it, pickles only where it can be found again."""
+        """The ranks that share the batch. A copy of the gate keeps it; an unpickled gate has it if the group exists."""
         return self._ranks.group
 
     @process_group.setter
@@ -112,7 +112,7 @@ class Gate(FixedShapes):
         length: Length | Tensor | None = None,
         side: Mapping[str, Tensor] | None = None,
     ) -> Tokens:
-        """Check the arguments of `forward` and join mask and importance. See `TokenChoiceGate.forward`."""
+        """Check the arguments of `TokenChoiceGate.forward`, and join mask and importance; return the `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
         check_tokens("x", x, self.dim, min_ndim=3)
         if (router_input := side.pop("router_input", None)) is not None:
@@ -127,7 +127,7 @@ class Gate(FixedShapes):
             full, active = importance == 1, importance > 0
         if mask is not None:
             check_mask(mask, x.shape[:-1])
-            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN in the padding would reach the weights' gradient
+            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
             full, active = (mask, mask) if full is None or active is None else (full & mask, active & mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
@@ -136,7 +136,7 @@ class Gate(FixedShapes):
         return Tokens(x, mask, full, active, x.shape[-2] if length is None else length, side)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Router logits `(..., b, n, e)` in float32 (float64 for float64 weights), also under autocast."""
+        """Logits `(..., b, n, e)` of tokens x, in float32 (float64 for float64 weights), also under autocast."""
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         # (..., b n, d) x (..., d, e): one product for each outer expert
         logits = router_logits(x.flatten(-3, -2), weight, dtype)
@@ -146,7 +146,7 @@ class Gate(FixedShapes):
 
 
 class TokenChoiceSettings(TypedDict, total=False):
-    """What every gate of token choice takes by keyword; see `TokenChoiceGate`."""
+    """The keyword arguments of every gate of token choice; see `TokenChoiceGate`."""
 
     capacity_factor_train: float | None
     capacity_factor_eval: float | None
@@ -159,23 +159,24 @@ class TokenChoiceSettings(TypedDict, total=False):
 class TokenChoiceGate(Gate):
     """Base of the gates in which every token chooses its experts.
 
-    A gate of one's own writes `decide`: what each token would choose, with what weights and losses. Masks, capacity,
+    A gate of your own writes `decide`, which returns each token's choices, their weights, and losses. Masks, capacity,
     priorities, levels and statistics follow from that.
 
     Args:
         dim, num_experts, outer_expert_dims, process_group: see `Gate`.
         k: choices of a token.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e (of n / e, if a class has
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of k n / e (of n / e, if the class has
             `capacity_per_choice = False`); None is dropless.
-        min_expert_capacity: the least number of slots, applied last.
+        min_expert_capacity: least number of slots of an expert, applied last.
         priority: who gets the slots when an expert overflows; see `queues.queue_up`.
     """
 
     k: int
 
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    balance_over: Literal["group", "batch"] = "group"  #: of what tokens the balancing loss of `decide` takes the means
-    #: whether a choice that is not made shares its token's weight with those that are, as a second one not sent does
+    balance_over: Literal["group", "batch"] = "group"  #: the tokens over which `decide`'s balancing loss takes means
+    #: whether a choice that is not made still takes its share of the token's weight, as a second choice of `Top2Gating`
+    #: that is not sent
     unmade_weigh: ClassVar[bool] = True
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -183,7 +184,7 @@ class TokenChoiceGate(Gate):
     capacity_factor_eval: CapacityFactor = CapacityFactor()
     min_expert_capacity: int = setting(check_size)
     priority: Priority = setting(check_choice, allowed=PRIORITIES)
-    #: "balanced" or "random": experts that no score chooses, see `force_routing`; None, the gate's own choices
+    #: "balanced" or "random": experts are forced, see `force_routing`; None: the gate chooses
     forced: Forced | None = setting(check_forced)
 
     def __init__(
@@ -209,24 +210,24 @@ class TokenChoiceGate(Gate):
 
     @property
     def capacity_factor(self) -> float | None:
-        """The factor of the present mode."""
+        """The capacity factor of the current mode, training or eval."""
         return self.capacity_factor_train if self.training else self.capacity_factor_eval
 
     @property
     def choices_at_balance(self) -> float:
-        """The number of choices of a token by which balancing losses divide: k, if it makes as many."""
+        """The number by which balancing losses divide: the choices that a token is to make, k by default."""
         return self.k
 
     def settle(self, tokens: Tokens, expert: Tensor, made: Tensor | None = None) -> Settled:
-        """What the gate would choose, given way to what somebody else chose.
+        """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 
-        For `decide` of a gate that says in `reads` that it reads "given_experts", `(..., b, n, k)` int64: an expert, -1
-        for no choice, or what `gating/given.py` tells besides.
+        `decide` of a gate that names "given_experts" in `reads` calls this. That input is `(..., b, n, k)` int64: an
+        expert, -1 for no choice, or another number that `gating/given.py` explains.
 
         Args:
-            tokens: what `decide` got.
-            expert: `(..., b, n, k)` int64, the experts that the gate would choose.
-            made: `(..., b, n, k)` bool, which of those choices it makes; None if all.
+            tokens: the argument of `decide`.
+            expert: `(..., b, n, k)` int64, the gate's own choices.
+            made: `(..., b, n, k)` bool, which of those the gate makes; None if all.
         """
         given = tokens.side.get("given_experts")
         if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
@@ -235,10 +236,10 @@ class TokenChoiceGate(Gate):
         return settle(given, expert, made)
 
     def decide(self, tokens: Tokens) -> Choices:
-        """What each of the tokens chooses. This is the method of a router of one's own.
+        """Return the choices of all tokens. A gate of your own writes this method.
 
-        Tokens that may choose nothing, or only one expert, are left out afterwards; a loss of one's own counts what
-        `tokens.full` says, as `balance_loss`, `z_loss` and `token_mean` of this class do.
+        It need not care which tokens may choose less than k experts: their other choices are dropped afterwards. A loss
+        counts the tokens of `tokens.full` only; `balance_loss`, `z_loss` and `token_mean` of this class do so.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 
@@ -251,18 +252,18 @@ class TokenChoiceGate(Gate):
         losses: Collection[str] = (),
         **side: Tensor,
     ) -> Routing:
-        """Tell which experts compute each token.
+        """Return the `Routing`: which experts compute each token.
 
         Args:
             x: `(*outer, b, n, d)`.
-            importance: `(*outer, b, n)`: 1 takes part fully, between 0 and 1 with the top choice only and in no loss,
-                0 not at all.
+            importance: `(*outer, b, n)`. A token of 1 makes k choices; one between 0 and 1 makes its top choice only
+                and counts in no loss; one of 0 makes none.
             mask: `(*outer, b, n)` bool, True where the token is real.
-            length: number of tokens that capacity and means reckon with, if it is neither n nor what the mask says:
-                integers `(*outer, b)`, at most n, or a `queues.Length`.
-            losses: those that the gate `offers` and that are reported beside those of `decide`; of expert groups only
-                if the gate has some.
-            side: `(*outer, b, n)` or `(*outer, b, n, anything)` by the names in `reads`.
+            length: number of tokens that capacity and means use: integers `(*outer, b)`, at most n, or a
+                `queues.Length`. By default it is the number of real tokens.
+            losses: names in `offers` of losses to report beside those of `decide`. Losses of expert groups are left out
+                if the gate has no such groups.
+            side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `reads`.
         """
         tokens = self.read(x, importance, mask, length, side)
         if self.forced is not None:
@@ -288,7 +289,7 @@ class TokenChoiceGate(Gate):
         )
 
     def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
-        """Those that the gate offers among the names: `BALANCE_LOSSES`, of the choices that are made."""
+        """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
@@ -300,9 +301,9 @@ class TokenChoiceGate(Gate):
         return {name: BALANCE_LOSSES[name](counted) for name in known}
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
-        """The tokens with experts that are given."""
+        """The tokens with forced experts as side input `given_experts`."""
         if "given_experts" in tokens.side:
-            raise ValueError(f"experts are given, and {how} ones forced: do either")
+            raise ValueError(f"experts are given, and {how} ones forced: do one or the other")
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
         given = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
         side = {**tokens.side, "given_experts": given}
@@ -316,7 +317,7 @@ class TokenChoiceGate(Gate):
         return torch.cat([tokens.active.unsqueeze(-1), rest], dim=-1)
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
-        """Slots of an expert, and each group's own limit `(..., b)` where the real length is not n."""
+        """Slots of an expert, None if dropless; and each group's own limit `(..., b)`, None if none is masked."""
         factor = factor_ratio(self, "capacity_factor_train" if self.training else "capacity_factor_eval")
         if factor is None:
             return None, None
@@ -326,17 +327,17 @@ class TokenChoiceGate(Gate):
         return expert_capacity(tokens.num_tokens, *sizes), limit
 
     def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
-        """`(..., b, e)` int64: number of choices `(..., b, n, k)` (those `counted`) of each expert."""
+        """`(..., b, e)` int64, how often each expert is among the choices `(..., b, n, k)` that are `counted`."""
         return load_of(expert, counted, self.num_experts)
 
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
-        """The balancing loss of GShard and Switch, 1.0 where choices and probabilities are uniform.
+        """The balancing loss of GShard and Switch, 0-dim; 1.0 if choices and probabilities are uniform.
 
         Args:
             expert: `(..., b, n, k)` int64, the choices.
-            counted: `(..., b, n, k)` bool (or of 1 instead of k), those that count; None if all do.
+            counted: `(..., b, n, k)` or `(..., b, n, 1)` bool, the choices that count; None if all do.
             proxy, length, k: as in `losses.load_balance`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
@@ -344,39 +345,39 @@ class TokenChoiceGate(Gate):
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
 
     def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The balancing loss of this gate, from the number of choices of each expert, `(..., b, e)`."""
+        """The balancing loss of this gate, from each expert's number of choices, `load` `(..., b, e)`; 0-dim."""
         return losses.load_balance(load, proxy, length, k, self.process_group)
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
     ) -> Tensor:
-        """The balancing loss over the tokens that count: `balance` with masks and importance seen to.
+        """The balancing loss, `balance`, over the tokens that count by mask and importance; 0-dim.
 
         Args:
-            tokens: what `decide` got.
-            probs: `(..., b, n, e)`.
+            tokens: the argument of `decide`.
+            probs: `(..., b, n, e)`, probabilities.
             expert: `(..., b, n, k)` int64, the choices.
-            chosen: `(..., b, n, k)` bool, those that are made; None if all are.
-            k: number of choices by which the loss is divided: 1.0 at balance if a token makes that many.
+            chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
+            k: choices that a token makes: the loss is divided by it, to be 1.0 at balance.
         """
         chosen, probs = self.counted(tokens, chosen, probs)
-        alone = statically_known_true(tokens.num_tokens == 1)  # in decoding: a launch less
+        alone = statically_known_true(tokens.num_tokens == 1)  # decoding: saves a launch
         return self.balance(expert, chosen, probs.squeeze(-2) if alone else probs.sum(dim=-2), tokens.length, k)
 
     def counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The choices `(..., b, n, k)` that count (or of 1 instead of k; None if all do), and the probabilities of the
-        tokens that count, 0 for the others."""
+        """The choices that count, `(..., b, n, k)` or `(..., b, n, 1)` bool, None if all do; and the probabilities, 0
+        for tokens that do not count."""
         if tokens.full is None:
             return chosen, probs
         full = tokens.full.unsqueeze(-1)
         return full if chosen is None else chosen & full, torch.where(full, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
-        """The router z-loss over the tokens that count; logits `(..., b, n, e)`."""
+        """The router z-loss of logits `(..., b, n, e)` over the tokens that count; 0-dim."""
         return losses.z_loss(logits, tokens.full, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
-        """Mean of `values` `(..., b, n)` over the tokens that count, of all ranks: a loss of one's own."""
+        """The mean of `values` `(..., b, n)` over the tokens that count, on all ranks: a loss of your own, 0-dim."""
         return losses.token_mean(values, tokens.full, self.process_group)
 
     def route(
@@ -393,21 +394,20 @@ class TokenChoiceGate(Gate):
         z_loss: Tensor,
         losses: dict[str, Tensor] | None = None,
     ) -> Routing:
-        """Give the choices their slots and write the decision down. Tokens that may not choose are left out.
+        """Give the choices their slots, and return the `Routing`. Tokens that may not choose have no choice in it.
 
-        Shapes and dtypes are checked, and of gates that are not this package's, on a CPU, that the experts are there
-        and none is a token's twice.
+        Shapes and dtypes are checked. For gates outside this package, on a CPU, values are checked too: every expert
+        must exist, and no token may take one twice.
 
         Args:
-            tokens: what `read` returned.
-            probs: `(..., b, n, e)`.
+            tokens: the result of `read`.
+            probs: `(..., b, n, e)`, probabilities.
             expert, weight: `(..., b, n, k)`, best choice first.
             chosen: `(..., b, n, k)` bool, the choices that are made at all (importance, policy); None if all are.
-            score: `(..., b, n)` by which tokens queue with priority "score"; by default the top probability.
-            primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default those that stand
-                first.
+            score: `(..., b, n)`, the order of tokens with priority "score"; by default the top probability.
+            primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default choice 0.
             balance_loss, z_loss: 0-dim.
-            losses: every loss by name, the parts of `balance_loss` and others; by default that loss, as "balance".
+            losses: every loss by name, the parts of `balance_loss` and others; by default {"balance": balance_loss}.
         """
         losses = {"balance": balance_loss} if losses is None else losses
         name = type(self).__name__
@@ -420,11 +420,11 @@ class TokenChoiceGate(Gate):
             chosen = active.expand_as(expert) if chosen is None else chosen & active
         expert, weight = expert.flatten(-2), weight.flatten(-2)
         chosen = None if chosen is None else chosen.flatten(-2)
-        # a weight of exactly 0 holds a slot of limited capacity, though nothing is dispatched; dropless it queues not
+        # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
         computed = weight != 0 if chosen is None else chosen & (weight != 0)
         if not (type(self).__module__.startswith(str(__package__)) or torch.compiler.is_compiling()):
             check_experts_of_tokens(name, expert, computed, self.k, self.num_experts)
-        all_chosen, kept, queues = chosen is None, computed, None  # dropless nobody waits
+        all_chosen, kept, queues = chosen is None, computed, None  # dropless needs no queues
         if capacity is not None:
             if self.priority == "score" and score is None:
                 score = probs.detach().amax(dim=-1)
@@ -434,7 +434,7 @@ class TokenChoiceGate(Gate):
             elif not statically_known_true(expert.shape[-1] <= capacity):
                 kept = kept & (queues.position < capacity)
             chosen = torch.ones_like(kept) if chosen is None else chosen
-        of_weight_alone = all_chosen and kept is computed  # kept is what has a weight
+        of_weight_alone = all_chosen and kept is computed  # kept is where the weight is not 0
         return Routing(
             expert=expert,
             kept=kept,
@@ -458,7 +458,7 @@ class TokenChoiceGate(Gate):
         parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]
         factors = (self.capacity_factor_train, self.capacity_factor_eval)
         parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
-        if factors != (None, None):  # else nobody waits
+        if factors != (None, None):  # a dropless gate has no use for it
             parts.append(f"priority={self.priority!r}")
         if self.outer_expert_dims:
             parts.append(f"outer_expert_dims={self.outer_expert_dims}")
@@ -467,10 +467,10 @@ class TokenChoiceGate(Gate):
 
 
 def reads_of(gate: nn.Module) -> tuple[str, ...]:
-    """The names of the side inputs that a gate, or one that is wrapped, says it reads."""
+    """The names of the side inputs that a gate, wrapped or not, reads."""
     return tuple(getattr(gate, "reads", ()))
 
 
 def offers_of(gate: nn.Module) -> tuple[str, ...]:
-    """The names of the losses that a gate, or one that is wrapped, computes if it is asked."""
+    """The names of the losses that a gate, wrapped or not, computes on request."""
     return tuple(getattr(gate, "offers", ()))

@@ -1,4 +1,4 @@
-"""Rules by which an expert bias moves: what a training forward counts, and what the sum over a step makes of the bias.
+"""Rules by which an expert bias moves: what a training forward counts, and how the sum over a step moves the bias.
 
 Axes: t tokens, k choices of a token, e experts; outer experts stand before them: `...`.
 """
@@ -16,45 +16,49 @@ from mixture_of_experts.gating.expert_bias import towards_mean
 
 
 class ForwardChoices(NamedTuple):
-    """What a router decided in a training forward, for a rule to count."""
+    """The decision of a router in a training forward, which a rule counts."""
 
     expert: Tensor  #: (..., t, k) int64
     made: Tensor | None  #: (..., t, k) bool, the choices that are made; None if all are
-    score: Tensor | None  #: (..., t, e) by which experts are chosen, without the bias; None for a rule that reads none
+    score: Tensor | None  #: (..., t, e), by which experts are chosen, without the bias; None if the rule reads none
     full: Tensor | None  #: (..., t) bool, the tokens that make all their choices; None if all do
-    bias: Tensor  #: (..., e) in this forward
+    bias: Tensor  #: (..., e), the bias in this forward
 
 
 class BiasRule:
-    """Base of the rules. One of your own writes `count` and `step`."""
+    """Base of the rules. A rule of your own writes `count` and `step`."""
 
-    #: bins that are counted of an expert, in the buffer `expert_histogram`; 0: one number, in `expert_counts`
+    #: bins of each expert's histogram, in the buffer `expert_histogram`; 0: one count for each, in `expert_counts`
     bins: int = 0
-    #: the rate of `balance_experts` where none is given
+    #: the default `rate` of `balance_experts`
     rate: ClassVar[float]
     #: whether `count` reads `ForwardChoices.score`
     reads_scores: ClassVar[bool] = False
 
     def count(self, chosen: ForwardChoices) -> Tensor:
-        """What a forward adds: integers `(..., e)`, or `(..., e, bins)`."""
+        """The counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
         raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        """The step `(..., e)` of the bias by the sums of all micro-batches and ranks; 0 where nothing was counted.
+        """The step `(..., e)` that is added to the bias; 0 if nothing was counted.
 
-        `k` is 0 for a block of `transformers` that is not known.
+        Args:
+            counts: sums of what `count` returned, over all micro-batches and ranks.
+            bias: `(..., e)`.
+            k: choices of a token; 0 for an unknown block of `transformers`.
+            rate: the rate of `balance_experts`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write step(counts, bias, k, rate)")
 
 
 class SignRule(BiasRule):
-    """`b + rate * sign(mean load - load)` (Wang et al. 2024, arXiv 2408.15664).
+    """Adds `rate * sign(mean load - load)` to the bias (Wang et al. 2024, arXiv 2408.15664).
 
     Args:
-        centred: after each step the bias' mean is subtracted from it, so that it cannot drift as a whole. It chooses
-            the same experts, but for rounding.
-        shares: e numbers above 0, in what proportion experts are to be chosen; None: equally. Experts that compute and
-            ids that cost nothing are so balanced each on their own account.
+        centred: whether the mean of the bias is subtracted after each step, so that the bias cannot drift as a whole.
+            The same experts are chosen, up to rounding.
+        shares: e numbers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
+            compute and experts that cost nothing (`ExpertsBesideIdentity`) can be balanced separately.
 
     Example:
         >>> import torch
@@ -72,7 +76,7 @@ class SignRule(BiasRule):
         self.shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
 
     def count(self, chosen: ForwardChoices) -> Tensor:
-        """Choices of each expert, `(..., e)` int64."""
+        """The number of choices of each expert, `(..., e)` int64."""
         expert, made = chosen.expert.flatten(-2), chosen.made
         ones = torch.ones_like(expert) if made is None else made.flatten(-2).to(torch.int64)
         return torch.zeros(chosen.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
@@ -99,23 +103,25 @@ class SignRule(BiasRule):
 
 
 class QuantileRule(BiasRule):
-    """Quantile balancing (Kimi K3, section 2.3.3): the bias with which each expert gets its share, all at once.
+    """Quantile balancing (Kimi K3, section 2.3.3): moves each bias at once to where its expert gets its share.
 
-    A token goes to an expert whose biased score is above the (k + 1)-th largest, alpha, that is with a bias above
-    `r = alpha - score`. An expert with the k / e quantile of its r as bias would take k / e of the tokens, were the
-    others' to stay. That is the new bias, less its mean. Quantiles are read, by linear interpolation, from histograms
-    of `[min b - 1, max b + 1]`, where all r of scores between 0 and 1 are. Of other scores those outside count at the
-    ends: the bias then moves by at most about 1 in a step, and the range with it.
+    A token goes to an expert whose biased score is above alpha, the (k + 1)-th largest: to one whose bias is above
+    `r = alpha - score`. If an expert's bias were the k / e quantile of its r, and the other biases stayed, the expert
+    would take k / e of the tokens. The new bias is this quantile, minus the mean over the experts.
 
-    Tokens that are masked, or make fewer than k choices (at a second level), are left out. With a `rate` below 1 the
-    bias goes that part of the way.
+    Quantiles are interpolated linearly in histograms over `[min b - 1, max b + 1]`. Scores between 0 and 1 have all
+    their r in this range. An r outside of it counts at the end of the range; the bias then moves by at most about 1 in
+    a step, and the range moves with it.
+
+    Masked tokens do not count, nor do tokens that make fewer than k choices (at a second level). With a `rate` below 1
+    the bias moves that part of the way.
 
     Args:
-        bins: of an expert's histogram. The error of a quantile is at most the width of one.
+        bins: bins of each expert's histogram. The error of a quantile is at most the width of a bin.
 
     Example:
-        Two experts, one choice. A histogram of four bins, of [-1, 1]: half of the 4 tokens lie below 0 for the first
-        expert, and below -0.5 for the second.
+        Two experts, one choice, and 4 bins over [-1, 1]. Half of the 4 tokens have an r below 0 for the first expert,
+        and below -0.5 for the second.
 
         >>> import torch
         >>> rule = QuantileRule(bins=4)
@@ -160,7 +166,7 @@ class QuantileRule(BiasRule):
 
 
 def histogram_range(bias: Tensor, bins: int) -> tuple[Tensor, Tensor]:
-    """Where the histograms of biases `(..., e)` begin, and the width of a bin, `(..., 1)`."""
+    """The lower end of the histograms of biases `(..., e)`, and the width of a bin; both `(..., 1)`."""
     low, high = bias.amin(dim=-1, keepdim=True) - 1, bias.amax(dim=-1, keepdim=True) + 1
     return low, (high - low) / bins
 
@@ -174,12 +180,12 @@ RULES: Mapping[str, BiasRule] = {
 
 
 def check_rule(name: str, rule: Any) -> BiasRule:
-    """A rule by its name, or one of one's own."""
+    """The rule of this name, or the rule itself if an instance is given."""
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]
 
 
 def check_scores(rule: BiasRule, owner: str, k: int, num_experts: int, select: Any, num_groups: int | None) -> None:
-    """Raise if `rule` reads scores, and those of a router do not tell how many tokens an expert gets."""
+    """Raise ValueError if `rule` reads scores, but the router's scores do not tell how many tokens an expert gets."""
     if not rule.reads_scores:
         return
     why = None

@@ -1,4 +1,4 @@
-"""The capacity factor of a gate, as a setting that is checked whenever it is set."""
+"""The capacity factor of a gate, an attribute that is checked whenever it is set."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from mixture_of_experts.queues import bounded_ratio
 class CapacityFactor:
     """An attribute of gates: a finite number above 0, or (unless `dropless=False`) None to drop no token.
 
-    It is held as a ratio of two integers, which capacity is reckoned with (`queues.bounded_ratio`). A float attribute
-    becomes a symbol under `torch.compile(dynamic=True)`, and when layers of different factors are compiled one after
-    the other; torch cannot hand the sizes that follow from such a symbol to an autograd function. Integers of a module
-    stay constants.
+    It is stored as a ratio of two integers, from which capacity is computed (`queues.bounded_ratio`). Integers of a
+    module are constants to `torch.compile`. A float may become a symbol (`dynamic=True`, or layers of different factors
+    compiled one after the other), and torch cannot pass sizes that depend on it to an autograd function.
     """
 
     def __init__(self, dropless: bool = True) -> None:

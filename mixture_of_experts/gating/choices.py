@@ -1,4 +1,4 @@
-"""What the tokens choose, whether it fits the tokens, and the choice of the largest scores.
+"""`Choices`, which `decide` returns, their checks, and the choice of the largest scores.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token.
 """
@@ -16,21 +16,21 @@ from mixture_of_experts.tracing import is_wrapped
 
 
 class Choices(NamedTuple):
-    """What the tokens choose, before masks, priorities and capacity."""
+    """The choices of all tokens, before masks, priorities and capacity."""
 
     expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice
-    weight: Tensor  #: (..., b, n, k) of the experts' outputs; a choice of weight 0 is not computed
+    weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; a choice of weight 0 is not computed
     probs: Tensor  #: (..., b, n, e) the router's probabilities (normalised scores)
     losses: dict[str, Tensor]  #: every loss by name, 0-dim; "z" is the z-loss
     balance_loss: Tensor | None = None  #: what the layer's loss_coef weighs; by default losses["balance"], 0 without it
     chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
-    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices of a second level; by default the first
+    primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
     masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
 
 
 def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
-    """Shapes and dtypes of what a gate chose for tokens of `shape` `(..., b, n)`."""
+    """Check the shapes and dtypes of a gate's choices for tokens of `shape` `(..., b, n)`."""
     of_choices, of_experts = (*shape, k), (*shape, num_experts)
     for name, wanted, kind in (
         ("expert", of_choices, "int64"),
@@ -58,18 +58,16 @@ def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_ex
 
 
 def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int, num_experts: int) -> None:
-    """The ids in `expert` `(..., n k)` are of experts, and of those that are `computed` no token has one twice.
-
-    It reads values, so it looks only where they can be read and reading does not wait: on a CPU, not in a graph.
-    """
+    """Check that the ids `expert` `(..., n k)` are from 0 to e - 1, and that no token has one twice among those
+    `computed`. It reads values, so it does nothing on a GPU and in a graph."""
     if type(expert) is not Tensor or expert.device.type != "cpu" or is_wrapped(expert) or is_wrapped(computed):
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(
             f"{gate} chose experts {int(expert.min())} to {int(expert.max())}, there are 0 to {num_experts - 1}: give "
-            "a choice that is not made any of these, and chosen=False"
+            "a choice that is not made any of these, with chosen=False"
         )
-    missing = torch.arange(num_experts, num_experts + k)  # others than any expert, and than each other
+    missing = torch.arange(num_experts, num_experts + k)  # ids of no expert, all different
     ids = torch.where(computed.unflatten(-1, (-1, k)), expert.unflatten(-1, (-1, k)), missing)
     ordered = ids.gather(-1, stable_order(ids))
     if (ordered.diff(dim=-1) == 0).any():
@@ -80,10 +78,10 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
 
 
 def top_choices(score: Tensor, k: int) -> Tensor:
-    """Indices `(..., k)` of the k largest scores, best first; the lowest index on a tie.
+    """Indices `(..., k)` of the k largest scores, best first; on a tie the lowest index first.
 
-    `torch.topk` promises no order among equals; `argmax` does, and on the CPU it is as fast for a few choices. On a GPU
-    a stable sort is one operator for all of them.
+    `torch.topk` promises no order of equal scores. `argmax` does, and is as fast for a few choices on a CPU. On a GPU
+    one stable sort makes all choices.
     """
     score = score.detach()
     if k > 2 and score.device.type != "cpu":

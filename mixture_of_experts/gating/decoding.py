@@ -1,4 +1,4 @@
-"""What a gate tells once of decoding: choices that depend on the call differ from those of the whole sequence."""
+"""A warning for decoding with a gate whose choices for one token differ from those for the whole sequence."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 
 def warn_of_decoding(gate: Any, num_tokens: int) -> None:
-    """Warn if a gate in eval is given groups of one token, and chooses by what else is in the call, or at random.
+    """Warn if a gate in eval gets groups of one token, and its choices depend on other tokens (capacity) or on chance.
 
-    Python shows a warning of one text once. A graph that is traced, and a second level, are not concerned.
+    There is no warning in a traced graph or at a second level.
 
     Args:
         gate: a gate of token choice.
@@ -19,7 +19,7 @@ def warn_of_decoding(gate: Any, num_tokens: int) -> None:
     """
     if gate.training or num_tokens != 1 or gate.outer_expert_dims or torch.compiler.is_compiling():
         return
-    found = {}  # what it has, and what to set instead
+    found = {}  # name: (its value, the value to set instead)
     if gate.capacity_factor_eval is not None:
         found["capacity_factor_eval"] = (gate.capacity_factor_eval, None)
     if getattr(gate, "second_policy_eval", None) == "random":

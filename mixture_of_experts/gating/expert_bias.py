@@ -1,7 +1,7 @@
-"""Counting the load that the expert bias is moved by (arXiv 2408.15664).
+"""Counts the load of experts, by which the expert bias moves (arXiv 2408.15664).
 
-A forward counts once, when its backward runs: activation checkpointing runs a forward twice but its backward once, and
-evaluation has none.
+The counts of a forward are added when its backward runs, so each forward counts once: activation checkpointing runs it
+twice, but its backward once. Evaluation has no backward.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from mixture_of_experts.tracing import in_transform
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})
 def move_counts(counts: Tensor, total: Tensor) -> None:
-    """Add `counts` to `total` and clear it, so that a second backward through the same graph adds nothing.
+    """Add `counts` to `total`, then set `counts` to 0: a second backward through the same graph adds nothing.
 
-    An operator of its own, so that a compiled backward may mutate the buffer.
+    It is an operator because a compiled backward may change a buffer only through one.
     """
     total.add_(counts)
     counts.zero_()
@@ -36,14 +36,14 @@ def _(info, in_dims, counts: Tensor, total: Tensor):
     return None, None
 
 
-# Only ever passed to `_CountInBackward`, where it makes the output require a gradient; it gets none itself.
+# Makes the output of `_CountInBackward` require a gradient; it gets none itself.
 ANCHOR = torch.zeros((), requires_grad=True)
 
 
 class _CountInBackward(torch.autograd.Function):
-    """`weight` unchanged; its backward counts.
+    """Returns `weight`; its backward counts.
 
-    Both counts are plain attributes of the context: what `save_for_backward` keeps, checkpointing would recompute.
+    The counts are attributes of the context: checkpointing would recompute them if `save_for_backward` had them.
     """
 
     generate_vmap_rule = True
@@ -63,12 +63,12 @@ class _CountInBackward(torch.autograd.Function):
 
 
 def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
-    """`weight` itself; when its gradient first arrives, `counts` is added to `total`.
+    """Return `weight`; its first backward adds `counts` to `total`.
 
     Args:
-        weight: weights of the choices. If they depend on no parameter (a frozen router on an input without gradient),
-            they are made to require a gradient all the same: the experts may be training.
-        counts: `(*outer, e)` int64, a tensor of this forward's own; it is cleared when it has been counted.
+        weight: weights of the choices. The result requires a gradient even if they do not: a router may be frozen while
+            the experts train.
+        counts: `(*outer, e)` int64, a tensor of this forward alone; it is set to 0 when it was added.
         total: `(*outer, e)` int64, the buffer.
     """
     if not torch.is_grad_enabled():
@@ -78,32 +78,32 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
 
 
 def towards_mean(load: Tensor) -> Tensor:
-    """`(..., e)` int64: 1 for experts with less than the mean load `(..., e)` int64, -1 for those with more, 0 else.
+    """`(..., e)` int64: 1 for an expert whose load `(..., e)` int64 is below the mean, -1 above it, 0 at it.
 
-    In integers, so that there is no rounding at balance.
+    It computes in integers, so balance is exact.
     """
     return torch.sign(load.sum(dim=-1, keepdim=True) - load.shape[-1] * load)
 
 
 class StepsWithoutUpdate:
-    """Notices that counts pile up: a router that is trained, while nobody moves its bias."""
+    """Warns if a router trains while nobody moves its bias."""
 
     warned: bool
     steps: int
     version: int
 
-    SO_MANY = 10  # steps of an optimizer
+    SO_MANY = 10  # steps of the optimizer before the warning
 
     def __init__(self) -> None:
         self.start()
         self.warned = False
 
     def start(self) -> None:
-        """The bias was moved."""
+        """Start counting steps; called when the bias moves."""
         self.steps, self.version = 0, -1
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """A forward counts: a step of an optimizer before it shows in the version of the router's weight."""
+        """Note a training forward. A new version of the router's weight shows that the optimizer made a step."""
         if torch.compiler.is_compiling() or self.warned or weight is None or in_transform():
             return
         version = weight._version

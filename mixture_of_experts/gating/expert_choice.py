@@ -27,7 +27,7 @@ class ExpertChoiceGating(Gate):
 
     Args:
         dim: d, model dimension.
-        num_experts: e, how many there are.
+        num_experts: e, number of experts.
         capacity_factor: experts a token gets on average: an expert takes `min(n, max(1, int(n * factor / e)))` tokens.
         process_group: the ranks that share the batch; see `Gate`.
         device, dtype: of the weights, as in `torch.nn`.
@@ -59,20 +59,20 @@ class ExpertChoiceGating(Gate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: standard deviation 1 / sqrt(d)."""
+        """Draw the weights (standard deviation 1 / sqrt(d))."""
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     def forward(
         self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, **side: Tensor
     ) -> Routing:
-        """Decide.
+        """Return the `Routing`: which tokens each expert computes.
 
         Args:
             x: `(b, n, d)`.
-            importance: not for this gate: raises ValueError (it cannot be a level of a hierarchy).
-            mask: `(b, n)` bool, True where the token is real: limits the choice and, by the real length, the number
-                of tokens an expert takes.
-            side: `router_input` `(b, n, d)`, which it reads instead of x.
+            importance: must be None, else ValueError: this gate cannot be a level of a hierarchy.
+            mask: `(b, n)` bool, True where the token is real. Experts choose real tokens only, and their number of
+                tokens follows from the number of real ones.
+            side: `router_input` `(b, n, d)`, which the gate reads instead of x.
         """
         if importance is not None:
             raise ValueError("expert choice takes no importance: its experts choose; use a token-choice gate")
@@ -111,12 +111,13 @@ class ExpertChoiceGating(Gate):
         )
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Probabilities `(b, n, e)`, and `(b, n)` the logsumexp of the logits."""
+        """Probabilities `(b, n, e)`, and the logsumexp `(b, n)` of the logits."""
         logits = self.product(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 
     def _capacity(self, n: int, length: Length | int) -> tuple[int, Tensor | None]:
-        """Tokens of an expert, and each group's own number under a mask: `min(n, max(1, int(n * factor / e)))`."""
+        """The number of tokens that an expert takes, `min(n, max(1, int(n * factor / e)))`; and, under a mask, that of
+        each group."""
         factor = factor_ratio(self, "capacity_factor")
         assert factor is not None
         sizes = (factor, self.num_experts, 1)

@@ -1,4 +1,4 @@
-"""Choices that no score makes: benchmarks force them, so that what they time does not depend on what a router learned.
+"""Forced choices for benchmarks, so that timings do not depend on what a router learned.
 
 Axes: b groups, n tokens of a group, e experts, k choices of a token; outer experts stand before them: `...`.
 """
@@ -18,7 +18,7 @@ Forced = Literal["balanced", "random"]
 
 
 def balanced(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Each choice that is made goes to the next expert; a rank begins where the one before it ends."""
+    """Experts in turn: each choice that is `made` takes the next expert. A rank starts where the one before it ends."""
     *outer, b, n, k = shape
     if made is None:
         order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
@@ -28,7 +28,7 @@ def balanced(shape: Sequence[Any], num_experts: int, made: Tensor | None, device
 
 
 def random(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
-    """k different experts of each token, all alike."""
+    """k different experts for each token, all equally likely."""
     return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
 
 
@@ -47,10 +47,11 @@ def forced_experts(
     made: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Experts `(..., b, n, k)` int64 of tokens of that shape.
+    """Forced experts `(..., b, n, k)` int64.
 
     Args:
         how: "balanced" or "random".
+        shape: `(..., b, n, k)`.
         made: `(..., b, n, k)` bool, the choices that are made; None if all are.
         group: the ranks that share the batch.
     """

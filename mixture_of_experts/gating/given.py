@@ -1,10 +1,10 @@
-"""Choices that somebody else made: how they are written, and how they and a gate's own become one.
+"""Given choices, which somebody else made: how they are written, and how they join a gate's own.
 
 Axes: b groups, n tokens of a group, k choices of a token; outer experts stand before them: `...`.
 
-    0 and above    that expert computes the token
+    0 and above    this expert computes the token
     -1             no choice
-    -2 - i         expert i was chosen and is weighed with the others, but does not compute the token
+    -2 - i         expert i takes its share of the token's weight, but does not compute the token
     LIVE           the gate chooses
 """
 
@@ -19,29 +19,29 @@ LIVE = -(1 << 15)  # the least of int16
 
 
 class Settled(NamedTuple):
-    """The choices of all tokens, whoever made them."""
+    """The choices of all tokens, given ones and the gate's own."""
 
-    expert: Tensor  #: (..., b, n, k) int64, each of an expert that is there
-    weighed: Tensor | None = None  #: (..., b, n, k) bool, those among which the weight is shared; None: all
-    made: Tensor | None = None  #: (..., b, n, k) bool, those that are computed; None: all
-    live: Tensor | None = None  #: (..., b, n, k) bool, those that the gate made itself; None: all
+    expert: Tensor  #: (..., b, n, k) int64, from 0 to e - 1
+    weighed: Tensor | None = None  #: (..., b, n, k) bool, choices that share the token's weight; None: all
+    made: Tensor | None = None  #: (..., b, n, k) bool, choices that are computed; None: all
+    live: Tensor | None = None  #: (..., b, n, k) bool, choices that are the gate's own; None: all
 
     def column(self, i: int) -> Settled:
-        """Those of choice i alone, `(..., b, n, 1)`."""
+        """Choice i of every token, `(..., b, n, 1)`."""
         return Settled(*(None if part is None else part[..., i : i + 1] for part in self))  # type: ignore[arg-type]
 
     def among(self, allowed: Tensor | None) -> Tensor | None:
-        """`(..., b, n, k)` bool: those among which the weight is shared, of those that are allowed."""
+        """`(..., b, n, k)` bool, choices that are `allowed` and share the token's weight; None if all are."""
         return allowed if self.weighed is None else self.weighed if allowed is None else allowed & self.weighed
 
     def chosen(self, sent: Tensor | None = None) -> Tensor | None:
-        """`(..., b, n, k)` bool: those that are made, of its own choices those that the gate sends; None if all."""
+        """`(..., b, n, k)` bool, choices that are made; of the gate's own only those `sent`. None if all are made."""
         if self.made is None or sent is None:
             return self.made if sent is None else sent
         return torch.where(self.live, sent & self.made, self.made) if self.live is not None else sent & self.made
 
     def without(self, closed: Tensor | None) -> Settled:
-        """These but for the choices of experts `(..., b, n, e)` that are closed to a token."""
+        """The same choices, without those of experts that are `closed` `(..., b, n, e)` to their token."""
         if closed is None:
             return self
         is_open = ~closed.gather(-1, self.expert)
@@ -50,7 +50,8 @@ class Settled(NamedTuple):
 
 
 def settle(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> Settled:
-    """Given choices, and the gate's own `(..., b, n, k)` where those are `LIVE`, of which it makes those `made`."""
+    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`. `made` says which of
+    its own the gate makes."""
     if given is None:
         return Settled(own, made, made)
     live, not_made = given == LIVE, torch.where(given < -1, -2 - given, 0)

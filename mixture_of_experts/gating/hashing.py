@@ -1,4 +1,4 @@
-"""Hash layers: the token's id says which experts compute it."""
+"""Hash layers: a token's id says which experts compute it."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mixture_of_experts.gating.topk import TopKGating
 
 
 class HashGating(TopKGating):
-    """Every token id has k experts of its own, fixed; what they weigh is learned, as `TopKGating` does.
+    """Every token id has k fixed experts; their weights are learned, as those of `TopKGating`.
 
-    Balanced as far as the ids are, without a loss (Roller et al. 2021, arXiv 2106.04426); the first layers of
-    DeepSeek-V4 are so. Called as `moe(x, token_ids=ids)`, ids `(..., n)` integers of at least 0 and below `num_ids`.
+    The experts are balanced as far as the ids are, without a loss (Roller et al. 2021, arXiv 2106.04426). The first
+    layers of DeepSeek-V4 are made so. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
-        dim, num_experts, k: d, e, and the experts of an id.
+        dim, num_experts, k: d, e, and the number of experts of an id.
         num_ids: v, number of token ids.
-        settings: of `TopKGating`.
+        settings: further arguments of `TopKGating`.
 
     Shape:
-        x `(b, n, d)` and token_ids `(b, n)` to a `Routing`. `experts_of_id` is a buffer `(v, k)` int64, drawn so that
-        experts have equally many ids, give or take one.
+        x `(b, n, d)` and token_ids `(b, n)`, integers from 0 to v - 1, to a `Routing`. `experts_of_id` is a buffer
+        `(v, k)` int64, drawn so that experts have equally many ids, give or take one.
 
     Example:
         >>> import torch
@@ -33,7 +33,7 @@ class HashGating(TopKGating):
         >>> moe = MoE(dim=8, gate=HashGating(8, 4, num_ids=100))
         >>> ids = torch.tensor([[5, 7, 5]])
         >>> routing = moe.gate(torch.randn(1, 3, 8), token_ids=ids)
-        >>> routing.expert[0, :2].tolist() == routing.expert[0, 4:].tolist()  # of the two tokens of id 5
+        >>> routing.expert[0, :2].tolist() == routing.expert[0, 4:].tolist()  # both tokens have id 5
         True
     """
 
@@ -50,7 +50,7 @@ class HashGating(TopKGating):
         self.register_buffer("experts_of_id", draw_experts(v, num_experts, k).to(device))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
-        """`(..., b, n, k)` the experts of the tokens' ids."""
+        """`(..., b, n, k)`, the experts of the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
             return self.experts_of_id[ids]
         if "given_experts" in tokens.side:
@@ -66,7 +66,7 @@ class HashGating(TopKGating):
 
 
 def draw_experts(num_ids: int, num_experts: int, k: int) -> Tensor:
-    """`(v, k)` int64, k different experts for each id, each expert of equally many ids, give or take one."""
+    """`(v, k)` int64, k different experts for each id; every expert has equally many ids, give or take one."""
     order = torch.randperm(num_experts)
-    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids one after the other around a circle of experts
+    start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids take k experts each, in turn, in random order
     return order[(start.unsqueeze(-1) + torch.arange(k)) % num_experts]

@@ -1,4 +1,4 @@
-"""Logits of a router: the product of tokens and its weight, in float32 whatever their dtype is, or a module's.
+"""Logits of a router, in float32 for every dtype of its inputs: by a matrix, or by a module.
 
 Axes: t tokens, d model dim, e experts; outer experts stand before them: `...`. In modules also b groups, n tokens of a
 group.
@@ -19,16 +19,16 @@ from mixture_of_experts.tracing import is_wrapped, without_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x weight` in `dtype`: `(..., t, d)` by `(..., d, e)`.
+    """`x weight` in `dtype`, of x `(..., t, d)` and weight `(..., d, e)`.
 
-    Of operands of lower precision autograd would keep copies in `dtype` for the backward: twice the tokens.
+    It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
     """
     with without_autocast(x.device):
         return x @ weight if x.dtype == dtype == weight.dtype else _Logits.apply(x, weight, dtype)
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
-    """What a module makes of tokens `(..., b, n, d)`, in float32 (float64 stays), also under autocast."""
+    """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     with without_autocast(x.device):
         logits = module(x if weight is None or isinstance(module, RouterLogits) else x.to(weight.dtype))
@@ -39,14 +39,14 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
 
 
 class RouterLogits(FixedShapes):
-    """Logits `multiplier * norm(x) w`, soft-capped to `cap * tanh(logits / cap)`, all of it in float32.
+    """Computes logits `multiplier * norm(x) w`, soft-capped to `softcap * tanh(logits / softcap)`, in float32.
 
     Args:
         dim, num_experts: d and e.
-        norm_eps: before the product tokens are divided by their root mean square, with this epsilon, and multiplied by
-            `norm_weight (*outer, d)`; None does not.
+        norm_eps: epsilon of the norm: tokens are divided by their root mean square and multiplied by `norm_weight
+            (*outer, d)`. None: no norm.
         multiplier: multiplies the logits.
-        softcap: bounds them, smoothly; None does not.
+        softcap: bound of the logits; None: no bound.
         bias: adds `bias (*outer, e)` to the product.
         outer_expert_dims: leading dimensions of weights and inputs, as in `TopKGating`.
         device, dtype: of the weights.
@@ -99,7 +99,7 @@ class RouterLogits(FixedShapes):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weight anew (standard deviation 1 / sqrt(d)); the bias is 0, the norm's weight 1."""
+        """Draw the weight (standard deviation 1 / sqrt(d)); set the bias to 0 and the norm's weight to 1."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         if self.norm_weight is not None:
             nn.init.ones_(self.norm_weight)
@@ -160,15 +160,15 @@ class _Logits(torch.autograd.Function):
 def _narrow_grads(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of bfloat16 operands without a copy of either, or of the tokens' gradient, in float32.
+    """Gradients of bfloat16 operands, without float32 copies of the operands or of the tokens' gradient.
 
-    Two numbers of bfloat16 add up to one of float32 but for its last 8 bits, and products sum in float32: what is lost
-    is a hundredth of what rounding the results to bfloat16 loses.
+    `grad` is split into two bfloat16 numbers, whose sum lacks only the last 8 bits of float32. Products sum in float32.
+    The error is a hundredth of that of rounding the results to bfloat16.
     """
     *outer, t, e = grad.shape
     wide = grad.new_empty(*outer, t, 2, e, dtype=x.dtype)
     most, rest = wide.unbind(-2)
-    if torch.compiler.is_compiling():  # it traces no `out=` with gaps, and makes one kernel of both
+    if torch.compiler.is_compiling():  # it cannot trace an `out=` with gaps, and fuses both steps
         rest.copy_(grad - most.copy_(grad))
     else:
         torch.sub(grad, most.copy_(grad), out=rest)
@@ -188,14 +188,14 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether there is a product of them in float32: neither AMD's libraries nor a DTensor have it."""
+    """Whether `_wide_product` takes these operands. AMD's libraries and DTensors do not have such a product."""
     alike = x.dtype == weight.dtype and x.ndim == weight.ndim
     plain = not any(map(is_wrapper_subclass, (x, weight)))
     return x.is_cuda and torch.version.hip is None and alike and plain
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:
-    """`x weight` in float32: the same sums as of copies in float32, without them."""
+    """`x weight` in float32, without float32 copies of the operands; the sums are the same."""
     *outer, t, d = x.shape
     if not outer:
         mm: Any = torch.mm

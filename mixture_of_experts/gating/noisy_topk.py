@@ -19,17 +19,18 @@ if TYPE_CHECKING:
 class NoisyTopKGating(TokenChoiceGate):
     """Noisy top-k gating (Shazeer et al. 2017, arXiv 1701.06538, section 2.1 and appendix A).
 
-    In training, `H = x w_gating + eps * softplus(x w_noise)` with standard normal noise; in eval without it. The
-    weights are the softmax over the k largest of H. Both matrices start at zero: equal load, chosen by the noise.
-    `balance_loss` is the sum of `losses["importance"]` and `losses["load"]`, squared coefficients of variation.
+    In training `H = x w_gating + eps * softplus(x w_noise)`, with standard normal eps; in eval `H = x w_gating`. The
+    weights are the softmax over the k largest of H. Both matrices start at zero, so that at first noise alone chooses
+    and load is equal. `balance_loss` is the sum of `losses["importance"]` and `losses["load"]`, squared coefficients of
+    variation.
 
-    At k = 1 the weight is the constant 1: only the noise and the losses train the router.
+    At k = 1 the weight is the constant 1, and only the losses train the router.
 
     Args:
         dim: d, model dimension.
-        num_experts: e, how many there are.
-        k: choices of a token, fewer than e (the load's probability needs the next best score).
-        device, dtype, settings: as of `TopKGating`; dropless by default.
+        num_experts: e, number of experts.
+        k: choices of a token, fewer than e: the load loss needs the next best score.
+        device, dtype, settings: as in `TopKGating`; dropless by default.
 
     Example:
         >>> import torch
@@ -64,12 +65,12 @@ class NoisyTopKGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Both matrices start at zero, as the paper says."""
+        """Set both matrices to zero, as the paper says."""
         nn.init.zeros_(self.w_gating)
         nn.init.zeros_(self.w_noise)
 
     def decide(self, tokens: Tokens) -> Choices:
-        """The k experts of each token's largest noisy scores."""
+        """Choose the experts of each token's k largest noisy scores."""
         clean = self.product(tokens.x, self.w_gating)
         spread = F.softplus(self.product(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
@@ -78,14 +79,14 @@ class NoisyTopKGating(TokenChoiceGate):
         settled = self.settle(tokens, best[..., : self.k])
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         top = noisy.gather(-1, expert)
-        # by what tokens queue with priority "score": the weight of the first choice, which of a single one is always 1
+        # orders tokens with priority "score": the first choice's weight, for k = 1 (where that is 1) its probability
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
         if settled.weighed is None:
             probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
-        else:  # what is no choice stands at expert 0, and goes to a column of its own
+        else:  # a choice that is not made has some expert's id: send it to a column that is cut off
             column = torch.where(settled.weighed, expert, self.num_experts)
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
@@ -95,7 +96,7 @@ class NoisyTopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, balance_loss, chosen=settled.chosen(), score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
-        """Squared variation of importance and load, each summed over the call."""
+        """The squared coefficients of variation of importance and of load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
             if tokens.full is not None:
@@ -105,15 +106,16 @@ class NoisyTopKGating(TokenChoiceGate):
 
 
 def load_probability(clean: Tensor, noisy: Tensor, spread: Tensor, best: Tensor) -> Tensor:
-    """P(x, i): probability that expert i would be chosen with fresh noise on its own score (appendix A, equation 9).
+    """P(x, i) `(..., e)`, the probability that expert i is chosen if only its own noise is drawn again (appendix A,
+    equation 9).
 
     Args:
-        clean, noisy, spread: `(..., e)` scores without and with noise, and the noise's standard deviation.
-        best: `(..., k + 1)` the experts of the largest noisy scores.
+        clean, noisy, spread: `(..., e)`, scores without and with noise, and the noise's standard deviation.
+        best: `(..., k + 1)`, the experts of the largest noisy scores.
     """
     within = torch.zeros_like(noisy, dtype=torch.bool).scatter(-1, best[..., :-1], True)
     last, following = noisy.gather(-1, best[..., -2:]).split(1, dim=-1)
     threshold = torch.where(within, following, last)  # the k-th largest of the other experts' scores
-    # noise that underflows makes the quotient infinite and its gradient NaN; beyond 100 deviations P is 0 or 1 exactly
+    # a spread of 0 would make the quotient infinite and its gradient NaN; beyond 100 deviations P is exactly 0 or 1
     deviations = (clean - threshold) / spread.clamp(min=1e-6)
     return torch.special.ndtr(deviations.clamp(-100.0, 100.0))

@@ -1,4 +1,4 @@
-"""A process group as an attribute of a module that is copied and pickled."""
+"""A process group as an attribute of a module that can be copied and pickled."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from mixture_of_experts.private_torch import find_process_group
 
 
 class Ranks:
-    """Holds a process group, or None. Copies share it; a pickle keeps only its name and who is in it.
+    """Holds a process group, or None. Copies share the group; a pickle holds only its name and its ranks.
 
-    Unpickled in the same job it is the same group; in a process without process groups, None; elsewhere None with a
-    warning, as losses would then be those of one rank.
+    Unpickled in the same job, it finds its group again. In a process without process groups it holds None. Elsewhere it
+    holds None and warns: the gate's losses are then those of one rank.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -30,7 +30,7 @@ class Ranks:
 
 
 def find_ranks(name: str, ranks: list[int]) -> Ranks:
-    """The group of that name, if there is one and it has just these ranks."""
+    """Return the holder of the process group with this name and exactly these ranks; an empty one if there is none."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None)
     group = find_process_group(name)

@@ -1,4 +1,4 @@
-"""ReLU routing: a token takes the experts of positive logits, and the task's gradient reaches every one of them.
+"""ReLU routing: a token takes the experts of positive logits, and the task's gradient reaches all their logits.
 
 Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
 """
@@ -20,28 +20,28 @@ from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.settings import setting
 
-START = 1e-8  # of the coefficient
+START = 1e-8  # first value of the coefficient
 
 
 class ReLUGating(TopKGating):
-    """Every expert of a positive logit, at most k, which weighs that logit (ReMoE, Wang et al. 2024, arXiv 2412.14711).
+    """A token takes every expert of a positive logit, at most k; the logit is the weight (ReMoE, arXiv 2412.14711).
 
-    How many experts a token takes is learned. The balancing loss is `l1_coef` times the L1 norm of the weights, each
-    times its expert's load (equation 11 there): `l1_coef * e / mean_choices * sum_e f_e R_e` with R the mean weight.
-    `l1_coef` is a buffer that begins at 1e-8; `control_sparsity(model, optimizer)` moves it after each step, by a
-    factor, until tokens make `mean_choices` on average (equations 7 and 8). Take `loss_coef=1` for the layer.
+    How many experts a token takes is learned. The balancing loss (equation 11 there) is `l1_coef * e / mean_choices *
+    sum_e f_e R_e`: the L1 norm of the weights, each times its expert's load, with R the mean weight. Give the layer
+    `loss_coef=1`. `l1_coef` is a buffer that starts at 1e-8. `control_sparsity(model, optimizer)` multiplies or divides
+    it after each step, until tokens make `mean_choices` choices on average (equations 7 and 8).
 
-    A token whose logits are all negative has no expert. At the start about half of the experts are positive, more than
-    the bound allows; norm and load count those beyond it too.
+    A token whose logits are all negative has no expert. At the start about half of the logits are positive, and k may
+    be less; norm and load count all of them.
 
     Args:
         dim, num_experts: d and e.
-        k: the most choices of a token, the bound of every shape; with k = e as in the paper.
-        mean_choices: the number of choices of a token that is aimed at, at most k.
+        k: most choices of a token, the bound of every shape; k = e in the paper.
+        mean_choices: number of choices that a token is to make on average, at most k.
         balance_over, settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` of k choices a token, those that are made being `chosen`.
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token; `chosen` says which are made.
 
     Example:
         >>> import torch
@@ -49,7 +49,7 @@ class ReLUGating(TopKGating):
         >>> moe = MoE(dim=8, gate=ReLUGating(8, 16, k=8, mean_choices=2), loss_coef=1.0)
         >>> out, aux_loss = moe(torch.randn(2, 10, 8))
         >>> out.square().mean().add(aux_loss).backward()
-        >>> moe.gate.update_l1()  # too many choices: more weight on the norm
+        >>> moe.gate.update_l1()  # too many choices: the coefficient grows
         >>> moe.gate.l1_coef
         tensor(1.2000e-08)
     """
@@ -77,7 +77,7 @@ class ReLUGating(TopKGating):
         if mean_choices > k:
             raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}: a token makes at most k choices")
         self.register_buffer("l1_coef", torch.full((), START, device=device))
-        # choices and tokens since the coefficient was moved last
+        # numbers of choices and of tokens since the coefficient moved last
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
 
     def reset_parameters(self) -> None:
@@ -91,7 +91,7 @@ class ReLUGating(TopKGating):
         return self.mean_choices
 
     def decide(self, tokens: Tokens) -> Choices:
-        """The k experts of the largest positive logits."""
+        """Choose the experts of each token's positive logits, at most the k largest."""
         decided = super().decide(tokens)
         if not self.training:
             return decided
@@ -103,7 +103,7 @@ class ReLUGating(TopKGating):
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
     def made(self, probs: Tensor, expert: Tensor) -> Tensor:
-        """Choices of a positive logit."""
+        """`(..., b, n, k)` bool, the choices whose logit is positive."""
         return probs.detach().gather(-1, expert) > 0
 
     def balance_of_scores(
@@ -116,10 +116,10 @@ class ReLUGating(TopKGating):
 
     @torch.no_grad()
     def update_l1(self, rate: float = 1.2, group: dist.ProcessGroup | None = None) -> None:
-        """Multiply or divide the coefficient by `rate`, as tokens make more or less than `mean_choices` choices.
+        """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, divide it if fewer.
 
-        Call it once for each optimizer step. Counted are the positive logits of real tokens, in forwards in training
-        mode whose backward ran since the last call; with `group` those of its ranks. Without any nothing moves.
+        Call it once for each optimizer step. It counts the positive logits of real tokens, in forwards in training mode
+        whose backward ran since the last call; with `group` it sums over the ranks. Without counts nothing moves.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
@@ -127,12 +127,12 @@ class ReLUGating(TopKGating):
         self.choice_counts.zero_()
 
     def excess(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """0-dim float64, by how many the counted choices exceed `mean_choices` for each token."""
+        """The counted choices minus `mean_choices` for each counted token, 0-dim float64."""
         choices, tokens = losses.global_sum(self.choice_counts, group).to(torch.float64)
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:
-        """Multiply the coefficient by `rate` to the power of the sign of an excess."""
+        """Multiply the coefficient by `rate` if `excess` is positive; divide it if `excess` is negative."""
         self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef))
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""What routers save for the backward: little, where numbers of every token and expert would be as much as the tokens.
+"""Saves memory in routers: on a GPU, large results for every token and expert are recomputed in the backward.
 
 Axes: n tokens, d model dim, e experts, k choices.
 """
@@ -15,15 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts.tracing import exporting, in_transform
 
 Results = TypeVar("Results")
-SMALL = 1 / 4  # of the bytes of the tokens: what a result in float32 may take and still be saved
-LEAST = 1 << 16  # numbers of a router from which on results are computed anew; below it launches are all the time
+SMALL = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved
+LEAST = 1 << 16  # results of routers with fewer weights are saved: there launches take all the time
 
 
 def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor, *others: Tensor | None) -> Results:
-    """`function(x, weight, *others)` of tokens `(..., n, d)` and a router `(..., d, e)`.
+    """Return `function(x, weight, *others)`, results `(..., n, e)` of tokens `(..., n, d)` and a router `(..., d, e)`.
 
-    Where its results `(..., n, e)` are large on a GPU, the backward computes anew what it needs of them: one pass more
-    over the tokens. On a CPU that would take time that shows, and memory is less dear.
+    On a GPU, if the results are large, the backward computes them again instead of saving them; this takes one more
+    pass over the tokens. On a CPU recomputing is slow and memory is cheap, so results are saved.
     """
     if not (torch.is_grad_enabled() and _are_large(x, weight) and _can_recompute(x)):
         return function(x, weight, *others)
@@ -36,7 +36,7 @@ def _are_large(x: Tensor, weight: Tensor) -> bool:
 
 
 def _can_recompute(x: Tensor) -> bool:
-    """On a GPU; transforms of torch.func know no hooks on what is saved, and exporters no recomputation."""
+    """Whether results can be recomputed: only on a GPU, not in transforms of torch.func, not in an export."""
     return _on_gpu(x) and not (exporting() or in_transform())
 
 
@@ -45,12 +45,12 @@ def _on_gpu(x: Tensor) -> bool:
 
 
 def gather_chosen(values: Tensor, index: Tensor) -> Tensor:
-    """`values.gather(-1, index)`, of `(..., n, e)` those at `(..., n, k)`; on a GPU the values are not saved for it."""
+    """`values.gather(-1, index)`, of `(..., n, e)` at `(..., n, k)`; on a GPU it does not save the values."""
     return _Choose.apply(values, index) if _on_gpu(values) else values.gather(-1, index)
 
 
 def without_whole(index: Tensor) -> Tensor:
-    """A part of a tensor that on a GPU does not save the whole of it."""
+    """A copy of a part of a tensor on a GPU, so that saving the part does not keep the whole tensor alive."""
     return index.contiguous() if _on_gpu(index) else index
 
 

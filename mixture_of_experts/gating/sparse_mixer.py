@@ -1,4 +1,4 @@
-"""SparseMixer: experts are sampled in training, and the router's gradient is that of the expectation.
+"""SparseMixer: experts are sampled in training, and the router's gradient estimates that of the expected output.
 
 Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
 """
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
 class SparseMixerGating(TokenChoiceGate):
     """SparseMixer (Liu, Gao and Chen 2023, arXiv 2310.00811; for two choices GRIN, arXiv 2409.12136, Phi-3.5-MoE).
 
-    Each choice is one of the experts that are nearly as good as the best one that is left: in training sampled by the
-    softmax over them, in eval the best. It weighs its probability in that softmax. In training a choice that is not the
-    best weighs a third of it three times in four, and the gradient is that of the whole: Heun's third-order estimate
-    of the gradient of the expectation.
+    A token chooses one expert after the other. For each choice the candidates are the best expert that is left and
+    those nearly as good. In training one is sampled by the softmax over their logits, in eval the best is taken; its
+    weight is its probability in that softmax. In training, in three cases of four, a choice that is not the best has
+    only a third of this weight, with the gradient of all of it. This is Heun's third-order estimate of the gradient of
+    the expectation.
 
     Args:
         dim: d, model dimension.
-        num_experts: e.
+        num_experts: e, number of experts.
         k: choices of a token.
-        tolerance: an expert is nearly as good if its logit is below the best by at most `2 tolerance` of what is the
-            larger, its own size or the best logit.
+        tolerance: an expert is nearly as good as the best if `best - logit <= 2 * tolerance * max(abs(logit), best)`.
         device, dtype: of the weights, as in `torch.nn`.
         settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token. `w_gating` is
         `(*outer_expert_dims, d, e)`.
 
     Example:
@@ -73,11 +73,11 @@ class SparseMixerGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew (standard deviation 1 / sqrt(d))."""
+        """Draw the weights (standard deviation 1 / sqrt(d))."""
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     def decide(self, tokens: Tokens) -> Choices:
-        """One choice after the other."""
+        """Choose k experts for each token, one after the other."""
         logits = self.product(tokens.x, self.w_gating)
         settled, weights = self._choices(tokens, logits)
         probs = logits.softmax(dim=-1)
@@ -88,7 +88,7 @@ class SparseMixerGating(TokenChoiceGate):
         return Choices(settled.expert, weights, probs, losses, chosen=settled.chosen())
 
     def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[Settled, Tensor]:
-        """Experts and weights `(..., b, n, k)`."""
+        """The choices and their weights, both `(..., b, n, k)`."""
         left, experts, weights = logits, [], []
         given = None
         if "given_experts" in tokens.side:
@@ -105,17 +105,17 @@ class SparseMixerGating(TokenChoiceGate):
         return self.settle(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
 
     def _choose(self, logits: Tensor, left: Tensor, given: Settled | None) -> tuple[Tensor, Tensor]:
-        """One expert `(..., b, n, 1)` of those that are left, the others' logits being -inf, and its weight."""
+        """One expert of each token and its weight, both `(..., b, n, 1)`; `left` is -inf for experts already chosen."""
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().maximum(best) > 2 * self.tolerance
         near = left.masked_fill(far, -torch.inf)
         expert = likeliest
-        if self.training:  # by noise of Gumbel's distribution
+        if self.training:  # sampled by Gumbel noise
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
         if given is not None and given.live is not None:
             expert = torch.where(given.live, expert, given.expert)
-            near = near.scatter(-1, expert, logits.gather(-1, expert))  # it is one of them, whatever it scores now
+            near = near.scatter(-1, expert, logits.gather(-1, expert))  # a given expert is always a candidate
         weight = near.softmax(dim=-1).gather(-1, expert)
         if not self.training:
             return expert, weight

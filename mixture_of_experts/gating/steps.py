@@ -1,12 +1,12 @@
-"""The steps of a router of top-k choices that have names; each may be a function or module of one's own instead.
+"""The named steps of a top-k router; each may be a function or module of your own instead.
 
 Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a token; outer experts stand before them:
 `...`.
 
-    score      logits `(..., b, n, e)` to scores of the same shape, none below 0
-    select     what the experts are chosen by: the scores, or the logits
-    group      scores `(..., b, n, g, e / g)` to what each expert group scores `(..., b, n, g)`
-    weigh      what the chosen weigh `(..., b, n, k)`, before they are normalised and scaled
+    score      maps logits `(..., b, n, e)` to scores of the same shape, none below 0
+    select     says by which numbers experts are chosen: scores or logits
+    group      maps scores `(..., b, n, g, e / g)` to a score of each expert group `(..., b, n, g)`
+    weigh      makes the weights `(..., b, n, k)` of the choices, before they are normalised and scaled
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ STEPS: dict[str, Collection[str]] = {"score": SCORES, "select": SELECTS, "group_
 
 
 def check_step(name: str, value: Any) -> Any:
-    """One of a step's names, or a function of one's own."""
+    """Check a step: one of its names, or a function or module."""
     allowed = STEPS[name]
     if callable(value) and not isinstance(value, type):
         return value
@@ -52,15 +52,16 @@ def check_step(name: str, value: Any) -> Any:
 
 
 def named(step: Any) -> str:
-    """How a step is written in a module's repr."""
+    """A step as a module's repr shows it."""
     if isinstance(step, str) or type(step).__module__.startswith("mixture_of_experts."):
         return repr(step) if not isinstance(step, nn.Module) else type(step).__name__
     return getattr(step, "__qualname__", None) or type(step).__name__
 
 
 class AlwaysChosen:
-    """A `select` by which every token chooses the last `num` experts, and the others by their biased scores: shared
-    experts that the router weighs.
+    """A `select` by which every token chooses the last `num` experts, and the rest by biased scores.
+
+    So the router weighs shared experts too.
 
     Example:
         >>> import torch
@@ -84,8 +85,8 @@ class AlwaysChosen:
 
 
 class OpenGroups:
-    """A `select` by expert groups in which the experts of closed groups rank as 0 instead of below all: where biased
-    scores are negative, they come before those."""
+    """A `select` by expert groups that ranks experts of closed groups as 0, not below all others. So they come before
+    experts of open groups whose biased scores are negative."""
 
     num_groups: int
     top_groups: int
@@ -104,7 +105,7 @@ class OpenGroups:
 
 
 class NormalizeBy:
-    """A `normalize` by the norm of order `p` of the weights, by at least `least`."""
+    """A `normalize` that divides the weights by their norm of order `p`, but by no less than `least`."""
 
     p: float
     least: float
@@ -121,7 +122,7 @@ class NormalizeBy:
 
 
 class LearnedScale(nn.Module):
-    """A `weigh`: normalised scores times learned numbers, one for each expert or one for all.
+    """A `weigh` that multiplies normalised scores by learned numbers, one for each expert or one for all.
 
     Args:
         num_scales: e, or 1.

@@ -1,4 +1,4 @@
-"""The router of GShard, as the TensorFlow mixture-of-experts code has it."""
+"""The router of GShard, as in the TensorFlow code for mixtures of experts."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ SecondPolicy = Literal["all", "none", "threshold", "random"]
 
 
 def send_all(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Every second choice is sent."""
+    """Send every second choice."""
     return torch.ones_like(weight, dtype=torch.bool)
 
 
 def send_none(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """No second choice is sent."""
+    """Send no second choice."""
     return torch.zeros_like(weight, dtype=torch.bool)
 
 
 def send_above_threshold(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Second choices of a weight strictly above the threshold are sent."""
+    """Send second choices whose weight is strictly above the threshold."""
     return weight > threshold
 
 
 def send_at_random(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Second choices are sent with probability weight / threshold: one uniform a token, in float32."""
+    """Send second choices with probability weight / threshold; draw one float32 number for each token."""
     uniform = torch.rand(weight.shape, device=weight.device, dtype=torch.float32)
     return uniform < weight / max(threshold, eps)
 
@@ -62,11 +62,11 @@ class Top2Settings:
 
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> Top2Settings:
-        """The settings among the arguments of a layer."""
+        """The settings among the arguments of a layer's constructor."""
         return cls(**{field.name: arguments[field.name] for field in fields(cls)})
 
     def changed(self) -> list[str]:
-        """Those that differ from their defaults, as they would be written."""
+        """The settings that differ from their defaults, written as "name=value"."""
         given = ((field.name, getattr(self, field.name), field.default) for field in fields(self))
         return [f"{name}={value!r}" for name, value, default in given if value != default]
 
@@ -81,17 +81,17 @@ class Top2Gating(TokenChoiceGate):
         outer_expert_dims: leading dimensions of weights and inputs (the second level of a hierarchy).
         second_policy_train, second_policy_eval: which second choices are sent: "all", "none", "threshold" (weight
             above the threshold) or "random" (with probability weight / threshold).
-        second_threshold_train, second_threshold_eval: that threshold.
-        capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (for each token, not each
-            choice); None is dropless.
-        min_expert_capacity: the least number of slots, applied last.
-        second_place_loss: adds half of the same balancing loss over second choices.
+        second_threshold_train, second_threshold_eval: the threshold.
+        capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (not of k n / e); None is
+            dropless.
+        min_expert_capacity: least number of slots of an expert, applied last.
+        second_place_loss: whether half of the balancing loss over second choices is added.
         priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
         process_group: the ranks that share the batch; see `Gate`.
         device, dtype: of the weights, as in `torch.nn`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices a token. `w_gating` is
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with 2 choices of a token. `w_gating` is
         `(*outer_expert_dims, d, e)`, drawn with standard deviation 1 / sqrt(d).
 
     Example:
@@ -154,7 +154,7 @@ class Top2Gating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew: standard deviation 1 / sqrt(d), as the TensorFlow code."""
+        """Draw the weights (standard deviation 1 / sqrt(d), as the TensorFlow code)."""
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
     @property
@@ -163,23 +163,23 @@ class Top2Gating(TokenChoiceGate):
 
     @property
     def second(self) -> tuple[SecondPolicy, float]:
-        """The policy of second choices in the present mode, and its threshold."""
+        """The policy of second choices in the current mode, and its threshold."""
         if self.training:
             return self.second_policy_train, self.second_threshold_train
         return self.second_policy_eval, self.second_threshold_eval
 
     def decide(self, tokens: Tokens) -> Choices:
-        """Two choices of each token, as algorithm 1 of GShard makes them.
+        """Make two choices for each token, by algorithm 1 of GShard.
 
-        A token of importance between 0 and 1 takes no first choice, and as its second one its top expert.
+        A token of importance between 0 and 1 makes no first choice; its second choice is its top expert.
         """
         return two_best.choices(self, tokens) or self.decide_by_operators(tokens)
 
     def decide_by_operators(self, tokens: Tokens) -> Choices:
-        """The same in torch's operators, wherever they run."""
+        """What `decide` returns, in torch's operators."""
         logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
 
-        # the first choice, and the second among what it leaves (a token without a first choice leaves all)
+        # the second choice is among the experts that the first one leaves; without a first choice among all
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
@@ -188,18 +188,18 @@ class Top2Gating(TokenChoiceGate):
         if weighed is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
-        # losses first: then the backward adds their gradient, an expanded row, in place to that of the weights
+        # losses before weights: the backward then adds the losses' gradient in place
         parts = self._losses(tokens, probs, expert_1, expert_2, weighed)
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if weighed is not None:
             p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
-        likely = weighed is None  # what was given need not be
+        likely = weighed is None  # a given expert may have probability 0
         log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
-        primary = weight > 0.5  # of more than half the weight; at an exact tie neither is first
-        if settled.live is not None:  # of those that are given, the one that was first
+        primary = weight > 0.5  # the choice with more than half of the weight; at an exact tie neither
+        if settled.live is not None:  # of given choices the one that stands first
             primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
         chosen = settled.chosen(self._sent(weight))
         return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=primary)
@@ -215,16 +215,16 @@ class Top2Gating(TokenChoiceGate):
         return torch.stack([tokens.full, tokens.active], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, full: Tensor | None) -> Tensor:
-        """The probabilities with that of the first choice, where it is one, set to 0."""
+        """The probabilities, with 0 at the first choice of tokens that make one."""
         if full is None:
             return probs.scatter(-1, expert_1, 0.0)
         return torch.where(torch.zeros_like(probs, dtype=torch.bool).scatter(-1, expert_1, full[..., None]), 0.0, probs)
 
     def _weights(self, p_1: Tensor, p_2: Tensor, same: Tensor, full: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)` normalised weights: of first choices that are made, and of second ones of another expert.
+        """`(..., b, n, 2)`, the normalised weights; 0 for a first choice that is not made.
 
-        `same` says where both are one expert: where all that the first choice leaves is exactly 0, the second falls on
-        it too, with a weight of 0.
+        `same` is True where both choices are one expert, because all other probabilities are exactly 0. There the
+        second choice has a weight of 0.
         """
         if full is not None:
             full = full.unsqueeze(-1)
@@ -233,10 +233,7 @@ class Top2Gating(TokenChoiceGate):
         return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
-        """`(..., b, n, 2)` bool: the choices that the policy of the present mode leaves; None if all.
-
-        `weight` is `(..., b, n, 2)`.
-        """
+        """`(..., b, n, 2)` bool, the choices that the current mode's policy sends, by their `weight`; None if all."""
         policy, threshold = self.second
         if policy == "all":
             sent = None
@@ -245,13 +242,13 @@ class Top2Gating(TokenChoiceGate):
             sent = torch.stack([torch.ones_like(second), second], dim=-1)
         if self.num_experts > 1:
             return sent
-        other = weight != 0  # after the only expert there is no second one
+        other = weight != 0  # with a single expert there is no second choice
         return other if sent is None else sent & other
 
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None
     ) -> dict[str, Tensor]:
-        """The balancing loss over first choices, and with `second_place_loss` half of it over second ones."""
+        """The parts of the balancing loss: over first choices, and half of that over second ones if it is wanted."""
         first, second = (None, None) if weighed is None else (weighed[..., :1], weighed[..., 1:])
         parts = {"balance": self.balance_loss(tokens, probs, expert_1, first)}
         if self.second_place_loss:

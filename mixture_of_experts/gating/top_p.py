@@ -1,4 +1,4 @@
-"""Top-p: a token takes as many experts as it needs to be sure.
+"""Top-p: a token takes as many experts as together reach a probability p.
 
 Axes: b groups, n tokens of a group, e experts, k the most choices of a token; outer experts stand before: `...`.
 """
@@ -18,21 +18,21 @@ from mixture_of_experts.settings import setting
 
 
 class TopPGating(TopKGating):
-    """The fewest experts whose probabilities reach p together, at most k (Huang et al. 2024, arXiv 2403.07652).
+    """A token takes the fewest experts whose probabilities together reach p, at most k (arXiv 2403.07652).
 
-    A sure token is computed by one expert, one in doubt by several. The weights are the probabilities as they are, as
-    in the paper; `normalize=True` divides them by their sum. The balancing loss is e sum f P (equation 8 there): at
-    balance the mean number of choices. `loss_coefs={"entropy": 1e-4}` weighs the paper's dynamic loss, the mean entropy
-    of the probabilities, which asks the tokens to be sure.
+    A token whose router is sure takes one expert, others take several. The weights are the probabilities, as in the
+    paper; `normalize=True` divides them by their sum. The balancing loss is `e sum_e f_e P_e` (equation 8 there), at
+    balance the mean number of choices. `loss_coefs={"entropy": 1e-4}` adds the paper's dynamic loss, the mean entropy
+    of the probabilities, which makes the router surer.
 
     Args:
         dim, num_experts: d and e.
-        k: the most choices of a token, the bound of every shape. Where it binds the probabilities stay below p.
-        p: what the probabilities reach together, above 0 and below 1; 0.4 in the paper.
+        k: most choices of a token, the bound of every shape. A token that meets it may stay below p.
+        p: the sum that the probabilities reach, above 0 and below 1; 0.4 in the paper.
         normalize, settings: as in `TopKGating`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` of k choices a token, those that are made being `chosen`.
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token; `chosen` says which are made.
 
     Example:
         >>> import torch
@@ -60,7 +60,7 @@ class TopPGating(TopKGating):
         return 1
 
     def made(self, probs: Tensor, expert: Tensor) -> Tensor:
-        """A choice is made where those before it have not reached p."""
+        """`(..., b, n, k)` bool: a choice is made if those before it have not reached p."""
         prob = probs.detach().gather(-1, expert)
         before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
         return before < self.p

@@ -1,4 +1,4 @@
-"""Top-k gating in three steps: logits of every expert, the choice of k, and what the chosen weigh.
+"""Top-k gating in three steps: logits of every expert, the choice of k experts, and the weights of the choices.
 
 Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
 """
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 NO_BIAS = "this gate has no expert bias: build it with TopKGating(..., expert_bias=True)"
-NO_EPSILON = 1e-20  # of float32 beside any sum of weights but of those that are all 0
+NO_EPSILON = 1e-20  # in float32 it changes a sum of weights only if all of them are 0
 BALANCES = ("group", "batch")
 Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
@@ -50,38 +50,38 @@ class TopKGating(TokenChoiceGate):
 
     Args:
         dim: d, model dimension.
-        num_experts: e, how many there are.
+        num_experts: e, number of experts.
         k: choices of a token.
-        score: "softmax" over all experts, "sigmoid" of each logit, "sqrt_softplus", `sqrt(log(1 + exp(logit)))`; or a
-            function of the logits `(..., b, n, e)`.
-        normalize: divide the k weights by their sum; by default for k > 1 (one normalised weight is the constant 1,
-            which gives the router no gradient). Or a function of the weights `(..., b, n, k)`.
+        score: "softmax" over all experts, "sigmoid" of each logit, or "sqrt_softplus", `sqrt(log(1 + exp(logit)))`; or
+            a function of the logits `(..., b, n, e)`.
+        normalize: whether the k weights are divided by their sum; by default if k > 1 (a single weight would be the
+            constant 1, without gradient for the router). Or a function of the weights `(..., b, n, k)`.
         scale: multiplies the weights.
-        bias: adds a router bias `b_gating`.
+        bias: whether the logits have a bias, `b_gating`.
         jitter: in training the router's input is multiplied by U(1 - jitter, 1 + jitter) (Switch, arXiv 2101.03961).
-        num_groups, top_groups: experts stand in `num_groups` equal groups, and only the `top_groups` groups with the
-            largest `group_score` may be chosen from (DeepSeek-V3, arXiv 2412.19437).
-        expert_bias: a buffer added to the scores for choosing only, moved by `update_bias` (arXiv 2408.15664).
-        balance_over: the balancing loss for each "group", averaged, or over the whole "batch".
-        logits: a module `(..., b, n, d)` to logits `(..., b, n, e)` instead of the matrix `w_gating`: a network, or
-            `RouterLogits`, which has a norm before, a multiplier and a soft cap.
-        select: experts are chosen by their "score" or by their "logits", plus the expert bias; or a function
-            `(logits, scores, expert_bias)` of what they are chosen by `(..., b, n, e)`, bias and expert groups and all.
-        group_score: what an expert group scores: the sum of its "two_best", or its "best"; or a function of the scores
-            by expert group `(..., b, n, num_groups, e / num_groups)`.
-        weigh: the chosen weigh their "score", or the "softmax" over their logits; or a function
-            `(logits, scores, expert)` of the weights `(..., b, n, k)` of the experts chosen. Then `normalize` (of a
-            function False by default) and `scale` follow.
-        eps: is added to the sum that `normalize` divides by.
+        num_groups, top_groups: the experts form `num_groups` equal expert groups. A token chooses only from the
+            `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
+        expert_bias: whether scores have a bias, for choosing only, that `update_bias` moves (arXiv 2408.15664).
+        balance_over: the balancing loss is that of each "group", averaged, or that of the whole "batch".
+        logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)`, instead of the matrix `w_gating`: a
+            network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
+        select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
+            `(logits, scores, expert_bias)` that returns the numbers `(..., b, n, e)` to choose by; it then sees to bias
+            and expert groups itself.
+        group_score: the score of an expert group: the sum of its "two_best", or its "best"; or a function of scores
+            `(..., b, n, num_groups, e / num_groups)`.
+        weigh: the weight of a choice is its "score", or the "softmax" over the logits of the chosen. Or a function
+            `(logits, scores, expert)` that returns the weights `(..., b, n, k)`; then `normalize` is False by default.
+        eps: added to the sum by which `normalize` divides.
         device, dtype: of the weights, as in `torch.nn`.
         settings: `capacity_factor_train`, `capacity_factor_eval` (slots of an expert in units of k n / e; None, the
-            default, is dropless), `min_expert_capacity=4` (the least number of slots, applied last), `priority`
-            ("choice", "token", which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and
-            inputs) and `process_group` (the ranks that share the batch); see `TokenChoiceGate`.
+            default, is dropless), `min_expert_capacity=4` (least number of slots, applied last), `priority` ("choice",
+            "token", which is causal, or "score"), `outer_expert_dims` (leading dimensions of weights and inputs) and
+            `process_group` (the ranks that share the batch); see `TokenChoiceGate`.
 
     Shape:
-        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices a token. `w_gating` is
-        `(*outer_expert_dims, d, e)`, None beside a module of logits.
+        x `(*outer_expert_dims, b, n, d)` to a `Routing` with k choices of a token. `w_gating` is
+        `(*outer_expert_dims, d, e)`; None if `logits` is given.
 
     Example:
         >>> import torch
@@ -97,8 +97,8 @@ class TopKGating(TokenChoiceGate):
     w_gating: nn.Parameter | None
     b_gating: nn.Parameter | None
 
-    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none, which the gate then only weighs;
-    #: `open_experts` `(..., n, e)` bool: those that a token may choose, at least one, as if there were no others
+    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them.
+    #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
     expert_bias: Tensor | None
     expert_counts: Tensor | None
@@ -167,36 +167,36 @@ class TopKGating(TokenChoiceGate):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew (standard deviation 1 / sqrt(d)); biases and counts start at 0."""
-        if self.w_gating is not None:  # a module of logits draws its own
+        """Draw the weights (standard deviation 1 / sqrt(d)); set biases and counts to 0."""
+        if self.w_gating is not None:  # a module `logits` draws its own weights
             nn.init.normal_(self.w_gating, std=self.dim**-0.5)
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
     def decide(self, tokens: Tokens) -> Choices:
-        """The k experts of each token's largest scores."""
+        """Choose the experts of each token's k largest scores."""
         return few.choices(self, tokens) or self.decide_by_operators(tokens)
 
     def decide_by_operators(self, tokens: Tokens) -> Choices:
-        """What `decide` returns, in torch's operators."""
+        """Decide by torch's operators, without the kernel for a few tokens."""
         x, closed = self._jittered(tokens.x), self.closed_experts(tokens)
         if self.w_gating is not None:
             logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
         elif isinstance(self.logits, RouterLogits):
             logits, score, probs, log_total = recomputed(self._module_scores, x, self.logits.weight, closed)
-        else:  # of no known size, and it may draw
+        else:  # not recomputed: a user's module may draw random numbers
             logits, score, probs, log_total = self._module_scores(x, None, closed)
         ranked = self._ranked(logits, score)
         if closed is not None:
-            ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # above those that are chosen already
+            ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
         own = self.own_choices(tokens, ranked)
         settled = self.settle(tokens, own, self.made(probs, own)).without(closed)
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         if settled.live is not None:
-            log_total = logits.logsumexp(dim=-1)  # what was given need not be likely
+            log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
 
-        # the loss before the weights: then the backward adds its gradient, an expanded row, in place to theirs
+        # the loss before the weights: the backward then adds the loss's gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, settled.weighed)
 
         weight = self._weigh(logits, score, expert, settled.weighed)
@@ -210,7 +210,7 @@ class TopKGating(TokenChoiceGate):
             weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counted)
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
-        if log_total is None:  # the first choice tells it
+        if log_total is None:  # it follows from the first choice
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
@@ -221,21 +221,21 @@ class TopKGating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=settled.chosen(), score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
-        """`(..., b, n, k)` int64: what the tokens choose where nobody else chose, by scores `(..., b, n, e)`."""
+        """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
         return top_choices(ranked, self.k)
 
     def made(self, probs: Tensor, expert: Tensor) -> Tensor | None:
-        """`(..., b, n, k)` bool, which of the k best choices `(..., b, n, k)` a token makes; None if all."""
+        """`(..., b, n, k)` bool, which of its k best choices, `expert`, a token makes; None if all."""
         return None
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, made: Tensor | None
     ) -> Tensor:
-        """The balancing loss, of scores and probabilities `(..., b, n, e)` and the choices that are made."""
+        """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `made`; 0-dim."""
         return self.balance_loss(tokens, probs, expert, made, k=self.choices_at_balance)
 
     def logits_of(self, x: Tensor) -> Tensor:
-        """`(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
+        """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
         if self.w_gating is not None:
             return self.product(x, self.w_gating, self.b_gating)
         assert self.logits is not None
@@ -243,7 +243,7 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def _first_is_likeliest(self) -> bool:
-        """Whether a token's first choice is its likeliest expert of a softmax."""
+        """Whether scores are a softmax and a token's first choice is always its likeliest expert."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
@@ -258,17 +258,17 @@ class TopKGating(TokenChoiceGate):
         return ~is_open
 
     def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None, closed: Tensor | None) -> Scored:
-        """Logits, scores and probabilities `(..., b, n, e)`, and `(..., b, n)` the logsumexp of the logits; None where
-        that is read off the first choice."""
+        """Logits, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the logits, None if it
+        follows from the first choice."""
         return self._scored(self.product(x, weight, bias), closed)
 
     def _module_scores(self, x: Tensor, _: Tensor | None, closed: Tensor | None) -> Scored:
-        """What `_scores` returns, of the module of logits."""
+        """The results of `_scores`, with logits by the module."""
         assert self.logits is not None
         return self._scored(module_logits(self.logits, x, self.num_experts), closed)
 
     def _scored(self, logits: Tensor, closed: Tensor | None) -> Scored:
-        if closed is not None:  # no infinity: of a token without an open expert nothing becomes NaN
+        if closed is not None:  # finite, so that a token without an open expert gives no NaN
             logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
         log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
@@ -276,20 +276,20 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The balancing loss over each group, or over all tokens of the batch."""
+        """The balancing loss of each group, averaged, or of the whole batch, as `balance_over` says; 0-dim."""
         if self.balance_over == "group":
             return super().balance_of(load, proxy, length, k)
         return losses.load_balance_over_batch(load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
-        """In training x times U(1 - jitter, 1 + jitter); in float32 at least, as bfloat16 has no number near 1.005."""
+        """In training x times U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no number near 1.005."""
         if not (self.training and self.jitter):
             return x
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
     def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
-        """`(..., b, n, e)` the biased scores by which experts are chosen, -inf outside the best groups of experts."""
+        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf outside the best expert groups."""
         if not isinstance(self.select, str):
             bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
             return self.select(logits.detach(), score.detach(), bias).detach()
@@ -306,12 +306,12 @@ class TopKGating(TokenChoiceGate):
         return score
 
     def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, weighed: Tensor | None) -> Tensor:
-        """`(..., b, n, k)` what the chosen weigh, not yet normalised, of those that are `weighed` (None: all)."""
+        """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `weighed`."""
         if self.weigh == "score":
             return gather_chosen(score, expert)
         if self.weigh == "softmax":
             logits = gather_chosen(logits, expert)
-            if weighed is not None:  # where there is none the weights do not matter, and are numbers
+            if weighed is not None:  # a token without any keeps its logits, so that no weight is NaN
                 logits = torch.where(weighed | ~weighed.any(dim=-1, keepdim=True), logits, -torch.inf)
             return logits.softmax(dim=-1)
         assert callable(self.weigh)
@@ -323,7 +323,7 @@ class TopKGating(TokenChoiceGate):
         if callable(self.normalize):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
-        # the largest of a softmax are not all 0
+        # the k largest numbers of a softmax are not all 0
         needless = self._first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
         return weight / (total if needless else total + self.eps)
 
@@ -331,8 +331,8 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_rule(self) -> BiasRule:
-        """How the expert bias moves, and so what training forwards count: a rule, set by itself or by its name. See
-        `balance_experts`, which sets it too."""
+        """The rule by which the expert bias moves; it says what training forwards count. Set it to a rule or its name;
+        `balance_experts` sets it too."""
         return self._bias_rule
 
     @bias_rule.setter
@@ -350,13 +350,13 @@ class TopKGating(TokenChoiceGate):
 
     @property
     def bias_counts(self) -> Tensor | None:
-        """What the rule has counted since the bias moved last; None without an expert bias."""
+        """The rule's counts since the bias moved last; None without an expert bias."""
         return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
     def _count(
         self, logits: Tensor, score: Tensor, expert: Tensor, allowed: Tensor | None, full: Tensor | None
     ) -> Tensor:
-        """What this forward adds to that; tokens of all groups alike."""
+        """What this forward adds to `bias_counts`."""
         assert self.expert_bias is not None
         allowed = None if allowed is None else allowed.flatten(-3, -2)
         full, scores = None if full is None else full.flatten(-2), None
@@ -366,13 +366,11 @@ class TopKGating(TokenChoiceGate):
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
-        """Move the expert bias by its rule, `rate * sign(mean load - load)` if no other was set, and start counting
-        anew.
+        """Move the expert bias by its rule, `rate * sign(mean load - load)` by default, and set the counts to 0.
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
-        tokens, before capacity, of the forwards in training mode whose backward ran since the last call; with `group`
-        they are summed over its ranks, without it there is no collective. A rate of 0 moves nothing, but starts
-        counting anew.
+        tokens, before capacity, in the training forwards whose backward ran since the last call. With `group` they are
+        summed over its ranks; without it there is no collective. A rate of 0 leaves the bias as it is.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
@@ -395,11 +393,11 @@ class TopKGating(TokenChoiceGate):
         elif name == "normalize" and not callable(value):
             value = check_flag(name, value)
         if name in STEPS or name == "normalize":
-            self.__dict__.get("_modules", {}).pop(name, None)  # a module makes room for a name or a function
+            self.__dict__.get("_modules", {}).pop(name, None)  # a module that was set before must go
         super().__setattr__(name, value)
 
     def _apply(self, fn, recurse: bool = True):
-        """Casts of the module (`.bfloat16()`) leave bias and counts as they are: the bias' steps are small."""
+        """Keep the dtypes of bias and counts when the module is cast (`.bfloat16()`): the bias moves by small steps."""
         before = {name: getattr(self, name) for name in self.keep_dtype}
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -425,21 +423,21 @@ class TopKGating(TokenChoiceGate):
 
 
 def check_logits(logits: Any, bias: bool) -> nn.Module | None:
-    """A module that makes logits, or None; a router bias is the matrix'."""
+    """Check `logits`, a module or None. With a module there is no router bias: that belongs to the matrix."""
     if logits is None:
         return None
     if not isinstance(logits, nn.Module):
         got = f"the class {logits.__name__}: make an instance" if isinstance(logits, type) else repr(logits)
         raise TypeError(f"logits must be a module that maps tokens (..., d) to logits (..., e), or None, got {got}")
     if bias:
-        raise ValueError("bias=True is the bias of the matrix w_gating, beside logits there is none: put it in there")
+        raise ValueError("bias=True is the bias of the matrix w_gating, which logits replaces: put it into logits")
     return logits
 
 
 def check_expert_groups(
     num_experts: int, k: int, num_groups: int | None, top_groups: int | None
 ) -> tuple[int | None, int | None]:
-    """Groups of experts are equal, and those open to choice hold at least k experts."""
+    """Check that expert groups are equal, and that those open to a token hold at least k experts."""
     if num_groups is None and top_groups is None:
         return None, None
     if num_groups is None or top_groups is None:
