@@ -1,10 +1,10 @@
-"""How a routed feed-forward network is computed: the one place where a way is chosen.
+"""Routed feed-forward networks: chooses the way that computes a call.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 
-A way is a module with two functions: `why_not(call)`, None or the reason why it cannot take a call, and `run(call)`.
-They are tried in the order of `AUTO`. `why_not` reads no values, no number of tokens and no grad mode, so that a
-recomputation goes the way of its forward (but for decoding in eval, inside a way).
+A way is a module with two functions: `why_not(call)` returns None, or why it cannot compute the call, and `run(call)`
+computes it. Ways are tried in the order of `AUTO`. `why_not` does not look at values, the number of tokens or the grad
+mode, so that a recomputation takes the same way as its forward. (Decoding in eval is a branch inside a way.)
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ __all__ = [
     "use",
 ]
 
-# the fastest first
+# the fastest way comes first
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
-AUTO = ("cpu", "triton", "grouped", "lean", "plain")  # those that are taken unasked
+AUTO = ("cpu", "triton", "grouped", "lean", "plain")  # ways taken without `use`
 check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
 
 
 class Listeners(threading.local):
-    """Who is told which way calls go: of each thread its own, the innermost last."""
+    """The lists, of each thread, to which the way of every call is added; the innermost comes last."""
 
     def __init__(self) -> None:
         self.told: list[list[Explanation]] = []
@@ -69,10 +69,11 @@ _LISTENERS = Listeners()
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which way a call went.
+    """Which way computed a call, and why no faster one did.
 
     Attributes:
-        way: its name; "module" for experts that compute by themselves: slots, `compute`, or on other ranks.
+        way: name of the way; "module" for experts that no way computes: modules on slots, a `compute` of your own, or
+            experts on other ranks.
         reasons: for each faster way, why it was not taken.
     """
 
@@ -85,15 +86,15 @@ class Explanation:
 
 @contextmanager
 def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> Iterator[None]:
-    """Have every call of `routed_ffn` and `moe_ffn` go one way, or again each the fastest ("auto").
+    """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
 
-    It holds for the whole process, all its threads (a backward on a GPU has one of its own), as the variable
-    `MIXTURE_OF_EXPERTS_KERNELS` does from the start. Of several contexts that are open, the last that was entered
-    holds. Experts that compute by themselves are not concerned. What is recomputed (activation checkpointing) has to be
-    recomputed within it too: keep the backward inside.
+    "auto" takes the fastest way for each call. The context holds for all threads of the process (a backward on a GPU
+    has its own). If several are open, the last one entered holds. Activation checkpointing must recompute in the same
+    context, so keep the backward inside. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets a way for the whole
+    process. Experts that no way computes are unchanged.
 
     Raises:
-        ValueError: for an unknown name; and at a call that cannot go this way, with the reason.
+        ValueError: the name is unknown; or, at a call, this way cannot compute it: the error says why.
 
     Example:
         >>> import torch
@@ -111,14 +112,14 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> It
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer (without gradients) and tell which way its experts were computed, and why by no faster one.
+    """Call a layer without gradients; return which way computed its experts, and why no faster one did.
 
-    It is a call like any other, in the layer's mode: hooks run, and buffers of its experts change as they would. Random
-    numbers are put back.
+    The call is a normal one in the layer's mode: hooks run, and buffers may change. The state of random generators is
+    restored.
 
     Args:
-        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; of several calls the first is told.
-        x, args, kwargs: what it is called with.
+        layer: a `MoE`, a `HeirarchicalMoE`, or any module that calls `moe_ffn`; the first such call is explained.
+        x, args, kwargs: arguments of the call.
 
     Example:
         >>> import torch
@@ -137,16 +138,16 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
 
 
 def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
-    """Tokens through the experts that a decision names, and back as each token's weighted sum: `(t, d)` to `(t, o)`.
+    """Compute tokens by the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
         x: `(t, d)`.
-        decision: what the gates decided on these tokens.
+        decision: the gates' decision on these tokens.
         network: the experts' weights.
         training: the experts' mode.
     """
     dtype = x.dtype
-    if x.device.type != network.w_out.device.type:  # to torch the meta device fits everywhere, and its numbers are none
+    if x.device.type != network.w_out.device.type:  # torch lets the meta device mix with others
         raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
@@ -189,31 +190,31 @@ def moe_ffn(
     b3: Tensor | None = None,
     training: bool = False,
 ) -> Tensor:
-    """Feed-forward experts on tokens that you routed: `sum_k weight_k * expert_k(x)`, differentiable in all of it.
+    """Compute feed-forward experts on tokens that you routed: `sum_k weight_k * expert_k(x)`.
 
-    Experts compute `act(x w1) w2`, or gated `(act(x w1) * (x w3)) w2`; nothing is dropped.
+    Experts compute `act(x w1) w2`, or gated `(act(x w1) * (x w3)) w2`. No choice is dropped. The result is
+    differentiable in x, weight, and all weights and biases.
 
     Args:
         x: `(t, d)`.
-        expert: `(t, k)` integers, the experts of each token; ids that are no expert's (`e` and above, or negative) are
-            left out. A token may have an expert twice.
-        weight: `(t, k)`, of each choice; the sum over choices is taken in float32 at least.
-        w1: `(e, d, h)`; with `gate_up` `(e, d, 2 h)`, in any strides (a transposed view costs nothing), whose gradient
-            is written as one tensor.
-        w2: `(e, h, o)`; o may be another size than d.
-        w3: `(e, d, h)`, of gated experts with separate weights.
-        activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`; or, for gated experts, of two,
-            `(gate, up)`, that returns the hidden layer, such as `ClampedSwiGLU()`. Parameters of an activation that is
-            a module are trained too.
-        gate_up: "concatenated" (gate, then up) or "interleaved" (their columns in turn): w1 holds both.
+        expert: `(t, k)` integers, the experts of each token. Ids below 0 or from e on are left out. A token may have an
+            expert twice.
+        weight: `(t, k)`, weight of each choice; the sum over choices is taken in float32 at least.
+        w1: `(e, d, h)`; with `gate_up` `(e, d, 2 h)`. Any strides are allowed: a transposed view costs nothing.
+        w2: `(e, h, o)`; o may differ from d.
+        w3: `(e, d, h)`, for gated experts with separate weights.
+        activation: a function of one tensor, such as `F.silu` or `nn.SiLU()`. For gated experts also a function
+            `(gate, up)` that returns the hidden layer, such as `ClampedSwiGLU()`. A module's parameters are trained.
+        gate_up: w1 holds gate and up projection: "concatenated" (gate, then up) or "interleaved" (columns in turn).
         b1, b2, b3: biases of `w1`, `w2`, `w3`: `(e, h)` (`(e, 2 h)` with `gate_up`), `(e, o)`, `(e, h)`.
-        training: False lets a few tokens without gradients, as in decoding, go a way of their own, equal to rounding.
+        training: False allows a faster computation of few tokens without gradients (decoding), equal up to rounding.
 
     Returns:
         `(t, o)` in the dtype of x.
 
     Raises:
-        ValueError: for shapes that do not fit, naming them.
+        ValueError: shapes do not fit, or an argument is not allowed.
+        TypeError: x is not floating point.
 
     Example:
         >>> import torch
@@ -248,7 +249,7 @@ def _check_call(
     activation: ActivationLike,
     gate_up: Halves | None,
 ) -> None:
-    """Shapes fit each other."""
+    """Check that shapes fit each other."""
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}: embed or cast the tokens first")
     if x.ndim != 2 or w2.ndim != 3:

@@ -1,9 +1,9 @@
-"""Activations of experts: made from what a user gives, and, for those that are known here, written where they are told.
+"""Activations of experts: modules made from what a user gives, and known ones that write into given memory.
 
 Axes: r rows, h hidden dim.
 
-An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`; or, for gated experts
-only, a function of both, `(gate, up)`, that returns the hidden layer.
+An activation is a function of one tensor, `act(x w1)`, which gated experts multiply by `x w3`. For gated experts it may
+also be a function `(gate, up)` of both products that returns the hidden layer.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, 
 
 
 class ClampedSwiGLU(nn.Module):
-    """The activation of GPT-OSS (arXiv 2508.10925): `gate sigmoid(alpha gate) (up + 1)`, both clamped before.
+    """The activation of GPT-OSS (arXiv 2508.10925): `gate sigmoid(alpha gate) (up + 1)` of clamped gate and up.
 
     Args:
         alpha: steepness of the sigmoid.
-        limit: `gate` is clamped to at most, `up` to plus and minus this.
+        limit: bound of the clamps: gate to at most `limit`, up to between -limit and limit.
 
     Shape:
         gate and up `(..., h)`; returns `(..., h)`.
@@ -57,12 +57,12 @@ class ClampedSwiGLU(nn.Module):
 
 
 class ClampedGLU(nn.Module):
-    """`act(gate) * up`, both clamped: DeepSeek-V4's, GLM-5's, Step-3.7's.
+    """`act(gate) * up` with gate and up clamped, as in DeepSeek-V4, GLM-5 and Step-3.7.
 
     Args:
-        activation: of the gate; a class, a module or a function.
-        limit: the gate is clamped to at most, `up` to plus and minus this.
-        after: the gate is clamped after its activation instead of before.
+        activation: activation of the gate; a class, a module or a function.
+        limit: bound of the clamps: gate to at most `limit`, up to between -limit and limit.
+        after: whether gate is clamped after the activation instead of before it.
 
     Shape:
         gate and up `(..., h)`; returns `(..., h)`.
@@ -90,11 +90,12 @@ class ClampedGLU(nn.Module):
 
 
 class SiTU(nn.Module):
-    """The sigmoid tanh unit of Kimi K3: `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`, a
-    SwiGLU whose two factors are bounded, smoothly.
+    """The sigmoid tanh unit of Kimi K3: `beta tanh(gate / beta) sigmoid(gate) * linear_beta tanh(up / linear_beta)`.
+
+    It is a SwiGLU with two smoothly bounded factors.
 
     Args:
-        beta, linear_beta: the bounds.
+        beta, linear_beta: the bounds of the two factors.
 
     Shape:
         gate and up `(..., h)`; returns `(..., h)`.
@@ -152,13 +153,13 @@ class FunctionActivation(nn.Module):
 
 
 def make_activation(activation: ActivationLike) -> nn.Module:
-    """A module from a class (or other factory of no arguments), a module, or a function."""
+    """The activation as a module; a class, or another factory without arguments, is called."""
     if isinstance(activation, nn.Module):
         return activation
     if not callable(activation):
         raise TypeError(f"activation must be a class such as nn.GELU, a module or a function, got {activation!r}")
     if (known := known_module(activation)) is not activation:
-        return type(known)()  # one of its own: hooks on it are not other layers'
+        return type(known)()  # a new one: hooks on it must not run in other layers
     made = activation() if isinstance(activation, type) or _binds(activation, 0) else FunctionActivation(activation)
     if not isinstance(made, nn.Module):
         raise TypeError(f"activation {activation!r} must make an nn.Module, it made {type(made).__name__}")
@@ -166,24 +167,24 @@ def make_activation(activation: ActivationLike) -> nn.Module:
 
 
 def takes_two(activation: ActivationLike) -> bool:
-    """Whether it is a function of `(gate, up)`: one that cannot be called with a single tensor."""
+    """Whether the activation is a function of `(gate, up)`, which cannot be called with a single tensor."""
     if type(activation) in KNOWN or isinstance(activation, ClampedSwiGLU):
         return isinstance(activation, ClampedSwiGLU)
     if isinstance(activation, FunctionActivation):
         return takes_two(activation.function)
     if isinstance(activation, nn.Module):
-        return _needs_two(type(activation).forward, 1)  # before torch 2.12 no module may be an argument there
+        return _needs_two(type(activation).forward, 1)  # not the module: torch below 2.12 cannot pass one
     return _needs_two(activation, 0)
 
 
 @constant_in_graphs  # a graph could not read signatures
 def _needs_two(function: Callable, more: int) -> bool:
-    """Whether it can be called with two arguments and not with one, those that are given anyway apart."""
+    """Whether a function can be called with two arguments but not with one, beside `more` arguments."""
     return not _binds(function, 1 + more) and _binds(function, 2 + more)
 
 
 def _binds(function: Callable, arguments: int) -> bool:
-    """Whether it can be called with so many arguments; no if it has no signature to tell (one that is built in)."""
+    """Whether a function can be called with so many arguments; False for a builtin without signature."""
     try:
         inspect.signature(function).bind(*range(arguments))
     except (TypeError, ValueError):
@@ -192,16 +193,16 @@ def _binds(function: Callable, arguments: int) -> bool:
 
 
 class Known(NamedTuple):
-    """An activation of one tensor that writes where it is told to, and its gradient likewise (in place if asked).
+    """An activation of one tensor that writes its result and its gradient into given memory, also in place.
 
-    `forward`, `recompute` and `backward` are of the hidden layer: of `pre`, what was computed with `w_in`, which is one
-    tensor, or gate and up. The backward goes in two steps, so that `grad`, the gradient of the hidden layer, can lie
-    where that of the gate will: `recompute` reads it, `backward` writes over it.
+    `forward`, `recompute` and `backward` compute the hidden layer and its gradients from the pre-activations `pre`: one
+    tensor, or gate and up. `recompute` runs first and reads `grad`, the gradient of the hidden layer. `backward` may
+    then overwrite it: the gate's gradient can take its memory.
 
     Attributes:
-        write: of (h, out).
-        write_grad: of (grad, h, out).
-        kernel: its name in `triton/activations.py`; None if that has none.
+        write: `write(h, out)` writes the activation of h.
+        write_grad: `write_grad(grad, h, out)` writes its gradient.
+        kernel: the activation's name in `triton/activations.py`; None if it has none.
     """
 
     write: Callable[[Tensor, Tensor], object]
@@ -214,21 +215,21 @@ class Known(NamedTuple):
             out.mul_(pre[1])
 
     def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
-        """`forward` again, and the gradient of up."""
+        """Write the hidden layer again, and the gradient of up."""
         self.write(pre[0], out)
         if len(pre) == 2:
             torch.mul(out, grad, out=grad_pre[1])
             out.mul_(pre[1])
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """The rest of the gradients; `grad` is written over."""
+        """Write the gradient of the gate, or of the one tensor; `grad` is overwritten."""
         if len(pre) == 2:
             grad.mul_(pre[1])
         self.write_grad(grad, pre[0], grad_pre[0])
 
 
 class KnownClamped(NamedTuple):
-    """An activation of both products, gate and up, that writes where it is told to, and its gradients."""
+    """Clamped SwiGLU, a function of gate and up, with the methods of `Known`."""
 
     act: ClampedSwiGLU
     kernel = "clamped_swiglu"
@@ -240,7 +241,7 @@ class KnownClamped(NamedTuple):
         self.forward(pre, out)
 
     def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
-        """Of `gate s (up + 1)` with `s = sigmoid(alpha gate)`; where a part is clamped it gets nothing."""
+        """Write the gradients of `gate s (up + 1)` with `s = sigmoid(alpha gate)`; a clamped number gets 0."""
         alpha, limit = self.act.alpha, self.act.limit
         gate, up = pre[0].clamp(max=limit), pre[1].clamp(-limit, limit)
         s = torch.sigmoid(alpha * gate)
@@ -292,12 +293,12 @@ FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
 
 
 def known_module(activation: ActivationLike) -> Any:
-    """The module that a well-known function is, such as `nn.SiLU()` for `F.silu`; anything else as it is."""
+    """The module for a well-known function, such as `nn.SiLU()` for `F.silu`; anything else unchanged."""
     return next((module for function, module in FUNCTIONS.items() if function is activation), activation)
 
 
 def why_unknown(activation: ActivationLike) -> str | None:
-    """Why kernels cannot compute it themselves; None if they can. A hook on it is one reason: it must be called."""
+    """Why a way cannot compute the activation itself, but must call the module; None if it can."""
     if type(activation) not in KNOWN:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN)}"
@@ -305,7 +306,7 @@ def why_unknown(activation: ActivationLike) -> str | None:
 
 
 def why_hooked(activation: ActivationLike) -> str | None:
-    """Why an activation has to be called, whether it is known or not."""
+    """Why a known activation must be called all the same: it has hooks. None if it has none."""
     if has_hooks(activation):
         return "there are hooks on the activation, which has to be called for them"
     return None

@@ -2,8 +2,8 @@
 
 Axes: t tokens, a assignments, d model dim, o dim of the outputs.
 
-All of them need the same around their computation: tensors are saved where hooks on saved tensors see them, second
-derivatives and many gradients at once are those of the definition, and autocast is off.
+It saves tensors where hooks on saved tensors see them, and turns autocast off. Second derivatives, and many gradients
+at once, are computed by the definition, `plain.py`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Gradients(NamedTuple):
     """Gradients of a call.
 
     Attributes:
-        x: that of the tokens `(t, d)`; None if it is not wanted.
-        weight: that of the assignments' weights `(a,)`.
-        network: those of the experts' weights that are wanted, by the names of `Network.tensors`.
+        x: `(t, d)`, gradient of the tokens; None if it is not wanted.
+        weight: `(a,)`, gradient of the assignments' weights.
+        network: the wanted gradients of the experts' weights, by the names of `Network.tensors`.
     """
 
     x: Tensor | None
@@ -37,24 +37,28 @@ class Gradients(NamedTuple):
 
 
 class ForwardBackward(Protocol):
-    """A computation of outputs and of their gradients; both are given the same x, plan and network."""
+    """A way's own computation of outputs and gradients; both methods get the same x, plan and network."""
 
     def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
-        """Tokens `(t, d)` to `(t, o)`, and what `backward` needs of that; nothing unless it is to `save` it."""
+        """Return outputs `(t, o)` of tokens x `(t, d)`, and what `backward` needs; nothing unless `save`."""
         ...
 
     def backward(
         self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
     ) -> Gradients:
-        """Gradients from that of the outputs `(t, o)`.
+        """Return the gradients.
 
-        `wanted` has "x" and names of `Network.tensors`; the gradient of the assignments' weights costs next to nothing.
+        Args:
+            x, plan, network: as in `forward`.
+            saved: what `forward` returned.
+            grad: `(t, o)`, gradient of the outputs.
+            wanted: "x" and names of `Network.tensors`. The assignments' weights always have a gradient: it is cheap.
         """
         ...
 
 
 def differentiable(computation: ForwardBackward, x: Tensor, plan: Plan, network: Network) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`, differentiable in x, `plan.weight` and all tensors of the network."""
+    """Outputs `(t, o)` of tokens x `(t, d)`, differentiable in x, `plan.weight` and all tensors of the network."""
     weights = network.tensors().values()
     with without_autocast(x.device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
@@ -63,7 +67,7 @@ def differentiable(computation: ForwardBackward, x: Tensor, plan: Plan, network:
 
 
 def tables_to_save(plan: Plan) -> dict[str, Tensor]:
-    """The tensors of a plan that are saved: on a CPU all, where making them small costs more time than it is worth."""
+    """The tensors of a plan to save, by name; on a CPU all of them, as packing them takes too long there."""
     return plan.tensors() if plan.row.device.type == "cpu" else plan.tensors_to_save()
 
 
@@ -87,7 +91,7 @@ class _RoutedFFN(torch.autograd.Function):
         x = next(tensors)
         plan: Plan = ctx.plan.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
-        if torch.is_grad_enabled() or is_wrapped(grad):  # gradients of the gradients, or many gradients at once
+        if torch.is_grad_enabled() or is_wrapped(grad):  # second derivatives, or many gradients at once
             return None, None, None, *plain.gradients(x, plan, network, grad)
         _, _, _, need_x, need_weight, *needs = ctx.needs_input_grad
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}

@@ -11,14 +11,14 @@ from mixture_of_experts.ops.network import Network
 
 
 class Call(NamedTuple):
-    """One call, its operands in one dtype.
+    """One call, with all operands in one dtype.
 
     Attributes:
-        x: `(t, d)` tokens.
-        decision: what the gates decide on these tokens.
+        x: `(t, d)`, tokens.
+        decision: the gates' decision on these tokens.
         network: the experts' weights.
-        training: the experts' mode. A way may not depend on whether a gradient is asked for, since a recomputation must
-            go the way of its forward.
+        training: the experts' mode. The choice of a way depends on this, not on the grad mode, since a recomputation
+            must take the same way as its forward.
     """
 
     x: Tensor

@@ -1,9 +1,9 @@
-"""Grouped products: every expert's rows by its own weight in one operator, without padding.
+"""Grouped products: one operator multiplies every expert's rows by its own weight, without padding.
 
 Axes: e experts, r rows (sorted by expert), p inner and q outer dimension of a weight.
 
-On CUDA the operator is torch's own; on the CPU it is one of this package, so that compiled graphs know a loop over
-numbers that are in a tensor.
+On CUDA the operator is torch's own. On a CPU it is one of this package, so that a compiled graph can hold a loop over
+numbers of rows that are in a tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mixture_of_experts.tracing import capability, exporting, is_wrapped
 
 
 def why_not(call: Call) -> str | None:
-    """Operands that `grouped_product` has an operator for."""
+    """Why there is no operator for the operands of the call."""
     for weight in (*call.network.w_in, call.network.w_out):
         if (reason := _why_no_operator(call.x, weight)) is not None:
             return reason
@@ -31,15 +31,15 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`."""
+    """Compute a call; return `(t, o)`."""
     if call.x.is_cuda and lean.why_not(call) is None:
         return lean.run(call, GroupedProducts)
     return plain.compute(call.x, plain.plan_of(call.decision), call.network, grouped_product)
 
 
 class GroupedProducts(lean.SlotProducts):
-    """Rows without gaps by torch's grouped product, on CUDA. Those past the last expert's may hold anything, and nobody
-    reads them."""
+    """`rows.Products` of rows without gaps, by torch's grouped product on CUDA. Rows past the last expert's may hold
+    anything; nothing reads them."""
 
     plan: Plan
     ends: Tensor
@@ -65,7 +65,7 @@ class GroupedProducts(lean.SlotProducts):
         return F.grouped_mm(x, weight, offs=self.ends)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Of no row more: an assignment without a row reads the last one, which is no expert's then."""
+        """The total, without a row more: an assignment without a row reads the last row, which is then no expert's."""
         (x, weight), *others = pairs
         rows = self.by_weights(x, weight)
         for x, weight in others:
@@ -84,16 +84,16 @@ class GroupedProducts(lean.SlotProducts):
 
 
 def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
-    """For every expert `x^T y` over its rows."""
+    """`x^T y` over the rows of every expert, `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
     if capability(x.device)[0] == 9:
         return out
-    # on Blackwell it may leave what it likes for an expert without rows (pytorch/pytorch#172439)
+    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439)
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
 def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
-    """Why torch's grouped product would not be one kernel: elsewhere it copies numbers to the host and loops."""
+    """Why torch's grouped product is no single kernel, but a loop with a host sync; None if it is one."""
     card = capability(x.device)
     if torch.version.hip is not None or card[0] not in (9, 10):
         return "torch's grouped product is one kernel on compute capability 9 and 10 only, this is {}.{}".format(*card)
@@ -105,7 +105,7 @@ def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
 
 
 def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """The product of each expert's rows with its weight, by a grouped operator where there is one for the operands.
+    """Multiply each expert's rows by its own weight, by a grouped operator where there is one.
 
     Arguments and result are those of `plain.expert_product`.
     """
@@ -126,11 +126,11 @@ def _why_no_operator(*operands: Tensor) -> str | None:
 
 
 class _Grouped(torch.autograd.Function):
-    """Every expert's rows by its own weight, or `x^T y` over the rows of each; each is the other's gradient."""
+    """Each expert's rows times its weight; or `x^T y` over each expert's rows. Each is part of the other's gradient."""
 
     @staticmethod
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
-        """`x (r, p)` and `y`, weights `(e, p, q)`, to `(r, q)`; if `is_outer`, rows `(r, q)`, to `(e, p, q)`."""
+        """x `(r, p)` times weights y `(e, p, q)`: `(r, q)`. If `is_outer`, `x^T y` of rows y `(r, q)`: `(e, p, q)`."""
         if not x.is_cuda:
             return (rows_by_rows if is_outer else rows_by_weights)(x, y, num_tokens_per_expert)
         ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
@@ -138,7 +138,7 @@ class _Grouped(torch.autograd.Function):
             return outer_on_cuda(x, y, num_tokens_per_expert, ends)
         out = F.grouped_mm(x.contiguous(), y, offs=ends)
         past = (torch.arange(x.shape[0], device=x.device) >= ends[-1]).unsqueeze(-1)
-        return out.masked_fill_(past, 0)  # what lies there was never written
+        return out.masked_fill_(past, 0)  # these rows were never written
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -159,12 +159,12 @@ class _Grouped(torch.autograd.Function):
 def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     if not any(is_wrapped(operand) for operand in (x, y, num_tokens_per_expert)):
         return _Grouped.apply(x, y, num_tokens_per_expert, True)
-    return plain.outer_product(x, y, num_tokens_per_expert)  # under a transform: in plain operators
+    return plain.outer_product(x, y, num_tokens_per_expert)  # under a transform
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """A product for each expert that has rows."""
+    """Multiply rows x `(r, p)` by their experts' weights; one product for each expert that has rows."""
     return product_by_expert(
         x, weight, [(expert, count) for expert, count in enumerate(num_tokens_per_expert.tolist()) if count]
     )
@@ -177,7 +177,7 @@ def _(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @torch.library.custom_op("mixture_of_experts::rows_by_rows", mutates_args=(), device_types="cpu")
 def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """The gradient of the weights: for each expert, its rows of x, transposed, times its rows of y."""
+    """The gradient of the weights, `x^T y` over the rows of each expert."""
     out = x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     start = 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
@@ -196,21 +196,21 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
 
 @register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])
 def _flops(x: tuple[int, ...], y: tuple[int, ...], *_, **__) -> int:
-    """2 r p q, of the shapes of `x (r, p)` and of `weight (..., p, q)` or `y (r, q)`."""
+    """2 r p q, from the shapes of x `(r, p)` and of a weight `(..., p, q)` or rows `(r, q)`."""
     return 2 * x[0] * x[1] * y[-1]
 
 
 def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) -> Tensor:
-    """`(r, q)`: rows of x, sorted by expert, times their expert's weight; rows past the last expert's are zeros.
+    """`(r, q)`, rows x sorted by expert times their experts' weights; 0 for rows past the last expert's.
+
+    A product of few rows runs on one thread. So two experts with equally many rows are one batched product, on two
+    threads: any two weights of a stack are a slice with a step.
 
     Args:
-        used: expert and number of rows, of each that has rows, in ascending order.
-
-    A product of a few rows runs on one thread. So two experts with equally many rows are one batched product, which
-    gives each a thread of its own: any two weights of a stack are a slice of it with a step.
+        used: (expert, number of rows) for each expert that has rows, in ascending order.
     """
     out = x.new_empty(x.shape[0], weight.shape[-1])
-    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch would copy the slice
+    pairs = weight.is_contiguous() or weight.dtype in (torch.float32, torch.float64)  # else torch copies the slice
     start = index = 0
     while index < len(used):
         expert, count = used[index]

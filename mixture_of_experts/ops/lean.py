@@ -1,11 +1,11 @@
-"""Dispatch, experts and combine of a whole call in one function of autograd, in torch's operators, for any GPU.
+"""A whole call, dispatch, experts and combine, in one function of autograd and torch's operators, for any GPU.
 
 Axes: t tokens, k choices, r rows (expert by expert), e experts, s slots of an expert, d model dim, h hidden dim,
 o dim of the outputs, p inner and q outer dimension of a weight.
 
-A token's rows are one gather and one sum, not a few operators for each choice.
+One gather and one sum serve all choices.
 
-How rows lie, and the products of them, are a class: slots, blocks of equal size, or another one that `run` is given.
+The layout of rows and the products on them are a class: `SlotProducts`, `BlockProducts`, or another one given to `run`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from mixture_of_experts.ops.network import Network
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import exporting, in_transform, largest
 
-SUMMED = 8  # columns of ones by which a bias' gradient is a product: grouped products want a multiple of it
+SUMMED = 8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
 
 
 class SlotProducts:
-    """`rows.Products` of rows as `arrange` lays them: here every expert has as many, some of them zeros."""
+    """`rows.Products` of rows in slots: every expert has equally many, and empty ones are zeros."""
 
     plan: Plan
     num_batches: int
@@ -39,7 +39,7 @@ class SlotProducts:
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        """A plan, and a table of its rows that the backward needs again."""
+        """Return the plan, and a table of rows that the backward needs too; None if there is none."""
         return decision.in_slots(), None
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
@@ -56,7 +56,7 @@ class SlotProducts:
         return torch.bmm(self.batches(x), self.of_batches(weight)).flatten(0, 1)
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Of one row of zeros more."""
+        """The total, with one row of zeros behind it."""
         (x, weight), *others = pairs
         rows = x.new_empty(self.plan.num_rows + 1, weight.shape[-1])
         rows[-1:].zero_()
@@ -76,15 +76,15 @@ class SlotProducts:
         return self.by_rows(scale.to(rows.dtype).expand(-1, SUMMED).contiguous(), rows)[:, 0]
 
     def of_assignments(self, rows: Tensor) -> Tensor:
-        """The row of each assignment `(a, q)` of a `total`, zeros where it has none."""
+        """The row of each assignment `(a, q)`, from a `total`; zeros for an assignment without a row."""
         return rows.index_select(0, self.plan.row)
 
     def pack(self, pre: Tensor) -> Tensor:
-        """What is saved of rows for the backward."""
+        """What the forward saves of pre-activations `(r, q)`."""
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
-        """The rows again."""
+        """The pre-activations `(r, q)`, from what `pack` returned."""
         return pre
 
     def batches(self, rows: Tensor) -> Tensor:
@@ -95,11 +95,11 @@ class SlotProducts:
 
 
 class BlockProducts(SlotProducts):
-    """Every expert has rows in blocks of equal size, each of which copies its weight: no host sync on any device.
+    """`rows.Products` of rows in blocks of equal size, each with rows of one expert and a copy of its weight.
 
-    There are as many blocks as can be needed, whatever the numbers of rows are; a block has about as many rows as an
-    expert has on average, so that there are at most about 2 e. Saved are pre-activations of assignments, not of all
-    rows.
+    It needs no host sync: there are always as many blocks as any numbers of rows can need. A block has about as many
+    rows as the average expert, so there are at most about 2 e blocks. It saves the pre-activations of assignments, not
+    those of all rows.
     """
 
     num_experts: int
@@ -135,7 +135,7 @@ class BlockProducts(SlotProducts):
 
 
 def whole_blocks(needed: Tensor, size: int, number: int) -> tuple[Tensor, Tensor]:
-    """Rows `(e,)` of the blocks of `size` that hold the rows `needed`, and the expert of each of `number` blocks."""
+    """The rows `(e,)` of each expert in whole blocks of `size`, and the expert of each of `number` blocks."""
     rows_per_expert = (needed + (size - 1)) // size * size
     first = torch.arange(0, number * size, size, device=rows_per_expert.device)
     expert = torch.searchsorted(rows_per_expert.cumsum(0), first, right=True)
@@ -143,7 +143,7 @@ def whole_blocks(needed: Tensor, size: int, number: int) -> tuple[Tensor, Tensor
 
 
 def why_not(call: Call) -> str | None:
-    """Activations whose gradient is known, and no transform."""
+    """Why the call has no known activation, or runs in an export or a transform."""
     if exporting():
         return "an exported graph has torch's own operators only"
     if in_transform():
@@ -152,7 +152,7 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`; `products` is for rows without gaps."""
+    """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
     if few.why_not(call) is None:
         return few.run(call)
     if not call.decision.prefers_rows():
@@ -164,7 +164,7 @@ def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
 
 
 class LeanFFN:
-    """Computes in torch's operators, with the products of one kind (`autograd.ForwardBackward`)."""
+    """Computes in torch's operators, with one class of products (`autograd.ForwardBackward`)."""
 
     products: type[SlotProducts]
     table: Tensor | None
@@ -190,7 +190,7 @@ class LeanFFN:
 
 
 def collect(y: Tensor, plan: Plan, products: SlotProducts) -> Tensor:
-    """Every token's weighted sum of the rows of a `total`, in float32 and cast once."""
+    """Each token's weighted sum `(t, o)` of the rows of a `total`."""
     if plan.k is None:
         return sum_rows(y[: plan.num_rows], plan.row_weight(), plan.token, plan.row, None, plan.num_tokens)
     terms = products.of_assignments(y).mul_(plan.weight.unsqueeze(-1))

@@ -1,4 +1,4 @@
-"""The weights of all experts as every way reads them, and operands in one dtype.
+"""`Network`, the weights of all experts as every way reads them; and the cast of operands to one dtype.
 
 Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -23,12 +23,12 @@ class Network:
     """The weights of all experts as they are stored: `act(x w_in) w_out`, gated or not, with biases or without.
 
     Attributes:
-        w_in: one weight `(e, d, h)`; or two, of gate projection and up projection; or one `(e, d, 2 h)` of both.
+        w_in: one weight `(e, d, h)`; or two, gate and up projection; or one weight `(e, d, 2 h)` that holds both.
         w_out: `(e, h, o)`.
         activation: a function of one tensor, or of `(gate, up)`.
-        b_in: a bias `(e, q)` or None for each of `w_in (e, d, q)`; none of them has one by default.
+        b_in: for each weight `(e, d, q)` of `w_in` a bias `(e, q)` or None; no biases by default.
         b_out: `(e, o)` or None.
-        halves: how gate projection and up projection lie in one weight `(e, d, 2 h)`; None if every weight is one.
+        halves: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
     """
 
     w_in: tuple[Tensor, ...]
@@ -47,30 +47,30 @@ class Network:
         return len(self.w_in) == 2 or self.halves is not None
 
     def tensors(self) -> dict[str, Tensor]:
-        """All weights and biases there are, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1" and "b_out"."""
+        """All weights and biases but None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
         names = (*W_IN[: len(self.w_in)], "w_out", *B_IN[: len(self.b_in)], "b_out")
         there = zip(names, (*self.w_in, self.w_out, *self.b_in, self.b_out), strict=True)
         return {name: tensor for name, tensor in there if tensor is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> Network:
-        """The network of other weights and biases, None where `tensors` has none of the name."""
+        """The network with these weights and biases, by name; None for names that are missing."""
         number, get = len(self.w_in), tensors.get
         w_in: Any = tuple([get(name) for name in W_IN[:number]])
         b_in = tuple([get(name) for name in B_IN[:number]])
         return Network(w_in, tensors.get("w_out"), self.activation, b_in, get("b_out"), self.halves)  # type: ignore
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
-        """The network with `function` of every weight and bias."""
+        """The network with `function` applied to every weight and bias."""
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Gate and up projection (or the one tensor there is), as views, of what was computed with each of `w_in`."""
+        """Gate and up (or the one tensor) as views of `pre`, the products with each weight of `w_in`."""
         if self.halves is None:
             return pre
         return pre[0].chunk(2, dim=-1) if self.halves == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
-        """The hidden layer `(..., h)` of what was computed with each of `w_in`."""
+        """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
         parts = self.projections(pre)
         if len(parts) == 1:
             return self.activation(parts[0])
@@ -78,7 +78,8 @@ class Network:
 
 
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
-    """Tokens and weights in one dtype: autocast's where it is on (it knows no grouped products), else the weights'."""
+    """Tokens and weights in one dtype: that of autocast if it is on (it does not cast for grouped products), else that
+    of the weights."""
     device, dtype = x.device.type, network.w_out.dtype
     if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
         dtype = torch.get_autocast_dtype(device)

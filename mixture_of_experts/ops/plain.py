@@ -2,8 +2,8 @@
 
 Axes: t tokens, r rows (sorted by expert), e experts, s slots of an expert, p inner and q outer dimension of a weight.
 
-It runs on any device and in any dtype, compiles, exports, maps (`vmap`) and differentiates, in reverse mode, as often
-as one likes. Every other way is compared with it.
+It runs on any device and in any dtype, in compiled and exported graphs and under `vmap`. It has derivatives of any
+order, in reverse mode. Every other way is compared with it.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def why_not(call: Call) -> None:
-    """It takes every call."""
+    """None: this way computes every call."""
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`."""
+    """Compute a call; return `(t, o)`."""
     return compute(call.x, plan_of(call.decision), call.network)
 
 
 def plan_of(decision: Decision) -> Plan:
-    """Rows without gaps where they are sure to be fewer than slots, else slots."""
+    """The plan of rows without gaps if these are surely fewer than slots, else the plan of slots."""
     return decision.without_gaps() if decision.prefers_rows() else decision.in_slots()
 
 
 def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = None) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`, in rows without gaps or in slots as the plan has it."""
+    """Compute outputs `(t, o)` of tokens x `(t, d)`, in rows or slots as the plan says, by `product`."""
     rows, num_tokens_per_expert = dispatch(x, plan), plan.rows_per_expert
     if num_tokens_per_expert is None:
         experts = math.prod(plan.num_experts)
@@ -52,7 +52,7 @@ def compute(x: Tensor, plan: Plan, network: Network, product: Product | None = N
 def feed_forward(
     x: Tensor, network: Network, num_tokens_per_expert: Tensor | None = None, product: Product | None = None
 ) -> Tensor:
-    """Slots `(e, s, d)` to `(e, s, o)`; with num_tokens_per_expert `(e,)` rows `(r, d)` to `(r, o)`."""
+    """Map slots `(e, s, d)` to `(e, s, o)`; with num_tokens_per_expert `(e,)`, rows `(r, d)` to `(r, o)`."""
     product = product or expert_product
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,12 +64,13 @@ def feed_forward(
 
 
 class RowBlocks(NamedTuple):
-    """Rows without gaps in blocks of equal size, each of one expert: as many as experts of any load can need.
+    """Rows without gaps, laid out in blocks of equal size. A block has rows of one expert; there are as many blocks as
+    any load can need.
 
     Attributes:
-        expert: `(blocks,)` the expert of each block.
-        row: `(blocks, size)` the row in each place, r where there is none.
-        place: `(r,)` the place of each row, `blocks * size` for rows past the last expert's.
+        expert: `(blocks,)`, expert of each block.
+        row: `(blocks, size)`, row in each place of the blocks; r for an empty place.
+        place: `(r,)`, place of each row; `blocks * size` for rows past the last expert's.
     """
 
     expert: Tensor
@@ -78,18 +79,15 @@ class RowBlocks(NamedTuple):
 
 
 def block_sizes(rows: int, experts: int) -> tuple[int, int]:
-    """Rows of a block, about what an expert has, and how many blocks there can be: at most about 2 e."""
-    size = largest(2, rows // experts)  # never 1, which torch would take for the size of every length
+    """The rows of a block, about as many as the average expert has, and the number of blocks, at most about 2 e."""
+    size = largest(2, rows // experts)  # a size of 1 would be static in torch's graphs
     return size, smallest(rows, rows // size + experts)
 
 
 def in_blocks(num_tokens_per_expert: Tensor, rows: int) -> RowBlocks:
-    """How `rows` rows lie in blocks.
-
-    By comparisons and gathers: without a host sync no shape may depend on how many tokens an expert has.
-    """
+    """Lay `rows` rows out in blocks, without a host sync: no shape depends on how many tokens an expert has."""
     size, num_blocks = block_sizes(rows, num_tokens_per_expert.shape[0])
-    blocks = (num_tokens_per_expert + size - 1) // size  # (e,) blocks of each expert
+    blocks = (num_tokens_per_expert + size - 1) // size  # (e,), blocks of each expert
     last_block, last_row = blocks.cumsum(0), num_tokens_per_expert.cumsum(0)
     block = torch.arange(num_blocks, device=num_tokens_per_expert.device)
     expert = _owner(last_block, block)
@@ -106,12 +104,12 @@ def in_blocks(num_tokens_per_expert: Tensor, rows: int) -> RowBlocks:
 
 
 def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | None = None) -> Tensor:
-    """Product of every expert's rows with its own weight, without a host sync: rows go in blocks.
+    """Multiply every expert's rows by its own weight, without a host sync: rows are laid out in blocks.
 
     Args:
         x: slots `(e, s, p)`, or rows `(r, p)` sorted by expert.
         weight: `(e, p, q)`, of the same dtype.
-        num_tokens_per_expert: `(e,)` int64, the rows of each expert, when x is rows; rows past their sum give zeros.
+        num_tokens_per_expert: `(e,)` int64, number of rows of each expert, if x is rows; rows past their sum give 0.
 
     Returns:
         `(e, s, q)` or `(r, q)`.
@@ -125,14 +123,14 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
 
 
 def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """For every expert `x^T y` over its rows `(r, p)` and `(r, q)`, zeros where it has none: `(e, p, q)`."""
+    """`x^T y` over the rows of each expert, of x `(r, p)` and y `(r, q)`: `(e, p, q)`; 0 for an expert without rows."""
     weight = x.new_zeros(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
     return torch.func.vjp(lambda weight: expert_product(x, weight, num_tokens_per_expert), weight)[1](y)[0]
 
 
 def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, of the assignments' weights and of all weights, by operators that can be differentiated again
-    and mapped: of ways whose own gradients cannot."""
+    """Gradients of x, of the assignments' weights and of all tensors of the network, by operators that vmap and further
+    derivatives go through. Ways whose own gradients allow neither use it."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         return compute(x, plan._replace(weight=weight), network.with_tensors(dict(zip(tensors, weights, strict=True))))
@@ -142,20 +140,20 @@ def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Te
 
 
 def bias_of_rows(bias: Tensor, num_tokens_per_expert: Tensor | None, rows: int) -> Tensor:
-    """Biases `(e, q)` as `(e, 1, q)` for slots, or as `(r, q)` for `rows` rows."""
+    """Biases `(e, q)` to add to slots, `(e, 1, q)`, or to `rows` rows, `(r, q)`."""
     if num_tokens_per_expert is None:
         return bias.unsqueeze(-2)
     return _take(bias, _owner(num_tokens_per_expert.cumsum(0), torch.arange(rows, device=bias.device)))
 
 
 def _owner(ends: Tensor, index: Tensor) -> Tensor:
-    """Which range holds each index, if range i ends before `ends[i]`; the last one for those past the end.
+    """The number of the range that holds each index, if range i ends before `ends[i]`; the last one beyond all ranges.
 
-    By comparisons, not searchsorted, which ONNX does not have.
+    It compares, as ONNX has no searchsorted.
     """
     return (ends <= index.unsqueeze(-1)).sum(dim=-1).clamp(max=ends.shape[0] - 1)
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]` with a gradient that adds in the same order on every run."""
+    """`values[index]`; its gradient adds in the same order on every run."""
     return values[index] if values.is_cuda else values.index_select(0, index)

@@ -1,10 +1,10 @@
-"""The network on rows that lie expert by expert, and its gradients: what the CPU's way and the lean one share.
+"""The network on rows sorted by expert, and its gradients, for the ways `cpu` and `lean`.
 
 Axes: r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a weight.
 
-For the backward only the products with `w_in` are saved (the input is there anyway); it gathers anew and computes the
-activation anew. The weight of an assignment is applied where a row is d wide, not h wide, and its gradient is read off
-the hidden layer, so that no row of outputs is saved (as SonicMoE, arXiv 2512.14080).
+Beside the input the forward saves only the pre-activations: the products with `w_in`. The backward gathers rows and
+computes the activation again. A row's weight multiplies rows of width d, not of width h. The weight's gradient is
+computed from the hidden layer, so no row of outputs is saved (as in SonicMoE, arXiv 2512.14080).
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from mixture_of_experts.plan import Plan
 
 
 class Products(Protocol):
-    """Every expert's rows by its own weights. `out` is memory of the result, for products that are given it."""
+    """Products on rows, each expert's by its own weight. `out`, if it is given, is memory for the result."""
 
     def gather(self, x: Tensor) -> Tensor:
-        """Tokens `(t, p)` to rows `(r, p)`."""
+        """Rows `(r, p)` of tokens `(t, p)`."""
         ...
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
-        """`(r, p)` by `(e, p, q)`: `(r, q)`."""
+        """Rows x `(r, p)` times the weights `(e, p, q)` of their experts: `(r, q)`."""
         ...
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """The sum of such products, as it is to be read by each token."""
+        """The sum of `by_weights` over pairs (x, weight), in the memory from which tokens collect their rows."""
         ...
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        """`rows` plus each one's expert's of `(e, q)`."""
+        """Add the bias `(e, q)` of each row's expert to `rows` `(r, q)`, in place."""
         ...
 
     def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
-        """`x^T y` of `(r, p)` and `(r, q)`: `(e, p, q)`, zeros for experts without rows."""
+        """`x^T y` over each expert's rows of x `(r, p)` and y `(r, q)`: `(e, p, q)`; 0 for an expert without rows."""
         ...
 
     def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
@@ -49,7 +49,8 @@ class Products(Protocol):
 
 
 def scales(plan: Plan) -> tuple[Tensor, Tensor]:
-    """`(r, 1)` the weight of each row, and zeros `(r + 1,)` for its gradient; assignments without one read the last."""
+    """The weight of each row, `(r, 1)`, and zeros `(r + 1,)` for its gradient. An assignment without a row reads the
+    last zero."""
     dtype = torch.promote_types(plan.weight.dtype, torch.float32)
     grad_scale = torch.zeros(plan.num_rows + 1, dtype=dtype, device=plan.weight.device)
     return plan.row_weight().unsqueeze(-1), grad_scale
@@ -58,12 +59,12 @@ def scales(plan: Plan) -> tuple[Tensor, Tensor]:
 def forward(
     products: Products, x: Tensor, network: Network, save: bool, out: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:
-    """What is computed with each of `w_in`, and the `total` of outputs.
+    """Return the pre-activations, a tensor for each weight of `w_in`, and the `total` of outputs.
 
     Args:
-        save: whether the former is read again; else the hidden layer is written over it, where that is no half of
-            a tensor.
-        out: memory for the former.
+        products, x, network: the products on rows, tokens `(t, d)`, and the weights.
+        save: whether the pre-activations are needed again; if not, the hidden layer may overwrite them.
+        out: memory for the pre-activations.
     """
     tokens = products.gather(x)
     pre = []
@@ -91,21 +92,21 @@ def backward(
     wanted: Collection[str],
     out: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """Gradients of the tokens, as a `total` of rows of weight 1, and of the experts' weights, by name.
+    """Return the gradients of rows of tokens before their weight, as a `total`, and those of the network, by name.
 
     Args:
-        products, x, network, pre: those of `forward`, and what it computed with `w_in`.
-        grad: `(t, o)`, the gradient of each token's output.
-        scale: `(r, 1)`, the weight of each row.
-        grad_scale: `(r,)`, where the gradient of that is written.
-        wanted: whose gradients are wanted: "x", and names of `Network.tensors`.
-        out: memory for the gradients of weights, by name.
+        products, x, network, pre: those of `forward`, and the pre-activations that it returned.
+        grad: `(t, o)`, gradient of the tokens' outputs.
+        scale: `(r, 1)`, weight of each row.
+        grad_scale: `(r,)`, memory for the gradient of each row's weight.
+        wanted: which gradients are wanted: "x", and names of `Network.tensors`.
+        out: memory for the gradients of the network, by name.
     """
     act = KNOWN[type(network.activation)](network.activation)
     grad_rows = products.gather(grad)
     grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
-    # the gradient of the gate projection is written over that of the hidden layer, if it is a tensor of its own
+    # the gradient of the gate overwrites that of the hidden layer, unless gate and up share a tensor
     others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
     grad_pre = others if network.halves else [grad_hidden, *others]
     parts, grad_parts = network.projections(pre), network.projections(grad_pre)
@@ -146,7 +147,7 @@ def _of_input_weights(
     wanted: Collection[str],
     memory: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The gradients of `w_in` that are wanted, by name; the tokens' rows are gone when it returns."""
+    """The wanted gradients of `w_in`, by name. It frees the rows of tokens when it returns."""
     named = {name: part for name, part in zip(W_IN, grad_pre, strict=False) if name in wanted}
     if not named:
         return {}

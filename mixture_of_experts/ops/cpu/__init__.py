@@ -1,4 +1,4 @@
-"""The CPU's own ways: a whole call in one autograd.Function, and a few rows in decoding."""
+"""The way for CPUs: a whole call in one autograd.Function, and a shorter computation of few rows in decoding."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mixture_of_experts.tracing import in_transform
 
 
 def why_not(call: Call) -> str | None:
-    """Plain tensors on a CPU, whose numbers can be read, and an activation that is known here."""
+    """Why the call is not one of plain tensors on a CPU, with readable numbers and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():
         return "a graph is being traced, in which the numbers of rows cannot be read"
     if in_transform():
-        return "numbers of rows cannot be read under a transform of torch.func"
+        return "a transform of torch.func runs, in which the numbers of rows cannot be read"
     for tensor in (call.x, *call.network.tensors().values()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"it reads plain tensors, and there is a {type(tensor).__name__}"
@@ -26,5 +26,5 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`."""
+    """Compute a call; return `(t, o)`."""
     return decode.run(call) if decode.why_not(call) is None else fused.run(call)

@@ -1,7 +1,7 @@
-"""Which experts the CPU computes as one product, and which of those products follow each other on the same memory.
+"""Batches: experts that a CPU computes as one product. Chunks: batches that use the same memory one after another.
 
-A batched product takes one number of rows for all its experts, so the shorter ones are padded. What lies between the
-products is memory that one chunk of experts uses after another: fresh memory costs as much as arithmetic.
+A batched product has one number of rows for all its experts, so shorter experts are padded. Memory between products is
+used again from chunk to chunk, because fresh memory costs as much time as arithmetic.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from typing import NamedTuple
 from torch import Tensor
 
 # `python -m experiments.cpu_constants` times steps with other values of these
-PADDING = 1 << 18  # multiplications of padding that take as long as the call of another product
-SHARING = 32  # times that is what several threads lose on one expert's product, which they share badly
-FREE_ROWS = 2  # of padding for each expert: so few take hardly longer than reading its weights
-CHUNK = 4 << 20  # bytes of rows, as tokens and behind w_in, up to which a thread's chunk grows, to stay in its caches
+PADDING = 1 << 18  # so many multiplications of padding take as long as one more product
+SHARING = 32  # factor of PADDING with several threads, which share one expert's product badly
+FREE_ROWS = 2  # rows of padding for each expert that cost nothing beside reading its weights
+CHUNK = 4 << 20  # most bytes of a thread's chunk (tokens and pre-activations), so that it stays in the caches
 
 
 class Batch(NamedTuple):
     """Neighbouring experts computed as one product, each with as many rows as the fullest of them."""
 
     experts: slice
-    width: int  # rows of each
-    start: int  # its first row
+    width: int  # rows of each expert
+    start: int  # the first row
 
     @property
     def number(self) -> int:
@@ -33,12 +33,12 @@ class Batch(NamedTuple):
         return self.start + self.number * self.width
 
     def of(self, rows: Tensor, start: int = 0) -> Tensor:
-        """Its own `(number, width, p)` of rows that begin at `start`."""
+        """The batch's part `(number, width, p)` of rows, the first of which has the number `start`."""
         return rows[self.start - start : self.stop - start].view(self.number, self.width, -1)
 
 
 class Chunk(NamedTuple):
-    """Batches that follow each other and use the same memory."""
+    """Consecutive batches that are computed together; the next chunk uses the same memory."""
 
     batches: list[Batch]
     rows: slice
@@ -49,13 +49,13 @@ class Chunk(NamedTuple):
 
 
 def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -> list[Batch]:
-    """Every expert that has rows in one batch.
+    """Put every expert that has rows into a batch.
 
     Args:
-        counts: rows of each expert.
-        row_work: multiplications of one row with one weight.
-        threads: a batched product gives whole experts to each thread, so a batch best has a multiple of that number.
-        most_rows: up to which a batch of several experts grows.
+        counts: number of rows of each expert.
+        row_work: multiplications of one row by one weight.
+        threads: number of threads. A batched product gives whole experts to threads, so multiples of it are best.
+        most_rows: most rows of a batch of several experts.
     """
     batches: list[Batch] = []
     free = PADDING * (1 if threads == 1 else SHARING) // row_work
@@ -80,7 +80,7 @@ def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -
 
 
 def chunks_of(batches: list[Batch], most_rows: int) -> list[Chunk]:
-    """Batches in chunks of up to so many rows, but for batches that are larger themselves."""
+    """Put batches into chunks of at most `most_rows` rows; a larger batch is a chunk of its own."""
     chunks: list[Chunk] = []
     for batch in batches:
         if chunks and batch.stop - chunks[-1].rows.start <= most_rows:
@@ -92,12 +92,12 @@ def chunks_of(batches: list[Batch], most_rows: int) -> list[Chunk]:
 
 
 def most_rows_of_chunk(row_bytes: int, threads: int) -> int:
-    """Rows up to which a chunk grows; `row_bytes` are those of a row before and behind the products with `w_in`."""
+    """The most rows of a chunk; `row_bytes` are the bytes of a row of tokens and of its pre-activations."""
     return max(1, CHUNK * threads // row_bytes)
 
 
 def rows_given(batches: list[Batch], num_experts: int) -> list[int]:
-    """Rows of each expert with the padding of its batch; 0 for an expert without tokens."""
+    """The number of rows of each expert, padding included; 0 for an expert without tokens."""
     rows = [0] * num_experts
     for batch in batches:
         rows[batch.experts] = [batch.width] * batch.number

@@ -1,10 +1,9 @@
-"""A few rows in inference, as in decoding: the chosen experts' products, and hardly an operator more.
+"""Few rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
 
 Axes: t tokens, a assignments, r rows (sorted by expert), d model dim, o dim of the outputs.
 
-One token's products take less time than the tables that a `Plan` is made of, so numbers are read to the host and the
-rest is lists. Without gradients and in eval mode only: a recomputation in training must take the way of its forward, to
-the last bit.
+The products of one token take less time than making the tables of a `Plan`, so there is no plan: the tables are Python
+lists. It is for eval mode without gradients only: in training a recomputation must give the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ MOST_ROWS = 32
 
 
 def why_not(call: Call) -> str | None:
-    """Token choice and few assignments, in eval and without gradients."""
+    """Why the call is not one of token choice with few assignments, in eval and without gradients."""
     decision = call.decision
     if call.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
@@ -33,13 +32,13 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
+    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()
     order = sorted((a for a, is_kept in enumerate(kept) if is_kept), key=expert.__getitem__)  # assignment of each row
     used, k, device = list(Counter(expert[a] for a in order).items()), decision.k, x.device
-    token = None  # of each row, unless there is but one
+    token = None  # token of each row; None for a single token
     if x.shape[0] != 1:
         token = torch.tensor([a // k for a in order], dtype=torch.int64, device=device)
     of_row = None

@@ -1,10 +1,10 @@
-"""Dispatch, experts and combine of a whole call in one function of autograd, for the CPU.
+"""A whole call, dispatch, experts and combine, in one function of autograd, for CPUs.
 
 Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
 
-On a CPU fresh memory costs as much as arithmetic: a new page is about a microsecond. So rows are computed in chunks of
-experts, which are small enough that what lies between the products stays in the caches, and that the allocator gives
-the memory of one chunk to the next.
+On a CPU fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
+chunks of experts. A chunk is so small that everything between its products stays in the caches, and that the allocator
+gives its memory to the next chunk.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mixture_of_experts.plan import Plan
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`."""
+    """Compute a call; return `(t, o)`."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
@@ -36,12 +36,12 @@ def run(call: Call) -> Tensor:
 
 
 def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[Chunk]]:
-    """The rows of a call with the padding of its batches, and those in chunks.
+    """The plan of a call, with rows of padding, and the chunks of these rows.
 
     Args:
-        decision: what the gates decide.
-        row_work: multiplications of one row with one weight.
-        row_bytes: of a row before and behind the products with `w_in`, together.
+        decision: the gates' decision.
+        row_work: multiplications of one row by one weight.
+        row_bytes: bytes of a row of tokens and of its pre-activations.
     """
     threads = torch.get_num_threads()
     most_rows = most_rows_of_chunk(row_bytes, threads)
@@ -87,7 +87,7 @@ class ChunkedFFN:
 
 
 class ChunkProducts:
-    """`rows.Products` of a chunk: of each batch one product. The totals are written to the chunk's rows of `y`."""
+    """`rows.Products` of a chunk: one product for each batch. Totals are written to the chunk's rows of `y`."""
 
     token: Tensor
     empty: Tensor
@@ -134,16 +134,16 @@ class ChunkProducts:
 
 
 def _rows_and_zeros(x: Tensor, plan: Plan, width: int) -> Tensor:
-    """Memory for rows `(r, width)`, and a row of zeros, which assignments without a row read."""
+    """Memory for rows `(r, width)` and one row of zeros behind them, for assignments without a row."""
     rows = x.new_empty(plan.num_rows + 1, width)
     rows[-1] = 0
     return rows
 
 
 def _collect(rows: Tensor, plan: Plan) -> Tensor:
-    """Each token's weighted sum of rows `(r + 1, o)`, the last of which is zeros."""
-    weight = plan.weight.detach()  # else `embedding_bag` prepares for a backward
-    if plan.k is None or rows.dtype != weight.dtype:  # the sum is taken in float32
+    """Each token's weighted sum `(t, o)` of rows `(r + 1, o)`; the last row is zeros."""
+    weight = plan.weight.detach()  # otherwise `embedding_bag` prepares for a backward
+    if plan.k is None or rows.dtype != weight.dtype:  # `sum_rows` sums in float32
         weight = plan.row_weight().detach() if plan.k is None else weight
         return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.k, plan.num_tokens)
     shape = plan.num_tokens, plan.k

@@ -1,4 +1,5 @@
-"""The way of Triton kernels, for NVIDIA GPUs: proven without one, timed on none yet, checked on each at first use."""
+"""The way by Triton kernels, for NVIDIA GPUs. It is tested without a GPU, and checks itself on each card at first use;
+it has not been timed on one."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-UNASKED = ((8, 0), (8, 6), (8, 9), (12, 0))  # elsewhere torch's grouped product is one kernel, here a loop of many
-MULTIPLE = 16  # other sizes would be right too, but loads that are not aligned are slow and take more registers
-WIDEST = 1 << 24  # int32 holds the places of 128 rows, the most that a tile has, up to this width
+UNASKED = ((8, 0), (8, 6), (8, 9), (12, 0))  # cards on which torch's grouped product is a loop of many kernels
+MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
+WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
 
 
 def why_not(call: Call) -> str | None:
-    """Networks that kernels are written for, on cards that they were compiled for."""
+    """Why the network is none that kernels are written for, or the card none that they were compiled for."""
     x, network = call.x, call.network
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -37,8 +38,7 @@ def why_not(call: Call) -> str | None:
 
 
 def why_not_unasked(call: Call) -> str | None:
-    """Why the kernels are not taken unasked; None on cards and dtypes for which no other way is as good, as far as is
-    known."""
+    """Why the kernels are not taken unless they are asked for; None where no other way is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
@@ -51,14 +51,14 @@ def why_not_unasked(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`."""
-    from mixture_of_experts.ops.triton import network  # it imports triton, which takes a second
+    """Compute a call; return `(t, o)`."""
+    from mixture_of_experts.ops.triton import network  # imports triton, which takes a second
 
     return network.run(call)
 
 
 def _why_wrong(call: Call) -> str | None:
-    """What a check of the kernels on this card found. Tensors that are not real are taken for right."""
+    """What a check of the kernels on this card found wrong; None if nothing. Fake tensors are not checked."""
     x, network = call.x, call.network
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake(x)):
@@ -74,7 +74,7 @@ def _why_wrong(call: Call) -> str | None:
         (network.b_in[0] is not None, network.b_out is not None),
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
-        # a graph may leave the number of tokens open
+        # in a graph the number of tokens may be dynamic
         None if compiling else call.decision.most_rows // network.w_out.shape[0],
     )
 
@@ -101,10 +101,10 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
         if any(size % MULTIPLE for size in sizes):
             return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
         if max(sizes) > WIDEST or max(math.prod(sizes), _span(sizes, strides)) >= 1 << 31:
-            return f"an expert's matrix {tuple(sizes)} is too large: kernels find places in it by numbers of int32"
+            return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
     return why_hooked(network.activation)
 
 
 def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to one past the last, or a few more."""
+    """An upper bound on the distance, in elements, between the first and the last element of a matrix."""
     return sum(size * stride for size, stride in zip(sizes, strides, strict=True))

@@ -1,7 +1,7 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
+# type: ignore  (Triton's language, which type checkers take for Python)
 """Activations of experts and their gradients, as functions that kernels call on blocks in float32.
 
-Axes: h pre-activation of the first weight, u that of the second (of gated experts), g gradient of the hidden layer.
+Axes: h pre-activation of the first weight, u that of the second (for gated experts), g gradient of the hidden layer.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def activate(h, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "silu":
         value = h * tl.sigmoid(h)
     elif ACTIVATION == "relu":
-        value = tl.where(h < 0.0, 0.0, h)  # a NaN stays one, as in torch
+        value = tl.where(h < 0.0, 0.0, h)  # NaN stays NaN, as in torch
     elif ACTIVATION == "relu_squared":
         value = tl.where(h < 0.0, 0.0, h)
         value = value * value
@@ -33,7 +33,7 @@ def activate(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def slope(h, ACTIVATION: tl.constexpr):
-    """act'(h), at a kink and of a NaN as torch has it"""
+    """act'(h); at a kink and for NaN as in torch"""
     if ACTIVATION == "gelu":
         value = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
     elif ACTIVATION == "gelu_tanh":
@@ -54,7 +54,7 @@ def slope(h, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def gated(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Hidden layer of gated experts."""
+    """The hidden layer of gated experts."""
     if ACTIVATION == "clamped_swiglu":
         h = tl.where(h > LIMIT, LIMIT, h)
         u = tl.where(u > LIMIT, LIMIT, tl.where(u < -LIMIT, -LIMIT, u))
@@ -66,7 +66,7 @@ def gated(h, u, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constex
 
 @triton.jit
 def gated_grads(h, u, g, ACTIVATION: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr):
-    """Gradients of h and u."""
+    """The gradients of h and u."""
     if ACTIVATION == "clamped_swiglu":
         inner_h, inner_u = h <= LIMIT, (u <= LIMIT) & (u >= -LIMIT)
         h = tl.where(h > LIMIT, LIMIT, h)

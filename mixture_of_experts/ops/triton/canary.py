@@ -1,10 +1,10 @@
-"""Whether the kernels compute on this card what they should: found by calls of some rows before they serve one.
+"""Checks on this card that the kernels compute what they should, before they serve a first call.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 
-A call is described by what its programs depend on (`Kind`). For each description and entry of the schedule the kernels
-compute made-up rows, outputs and all gradients, beside the lean way in float32. One that differs, or raises, turns
-the Triton way off for the process, with a warning: a compiler that is wrong once is not asked again.
+A `Kind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, kernels compute
+outputs and all gradients of made-up tokens, which are compared with the lean way in float32. If they differ, or raise,
+the Triton way is off for the whole process, with a warning.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
 from mixture_of_experts.private_torch import constant_in_graphs
 
-TOKENS, CHOICES, DIM = 256, 2, 192  # sizes are this and what is said of the caller's
-#: relative norms of what may be between the kernels and the lean way in float32
+TOKENS, CHOICES, DIM = 256, 2, 192  # sizes of the made-up call; to DIM a kind's `sizes` are added
+#: largest difference between the kernels and the lean way in float32, relative to the norm of the latter
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
-FAR = 1 << 31  # elements that int32 does not count
+FAR = 1 << 31  # more elements than int32 can index
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
@@ -41,15 +41,15 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 class Kind(NamedTuple):
-    """What programs depend on.
+    """What the kernels' programs depend on.
 
     Attributes:
-        device: its index.
-        dtype: of x and weights.
-        form: of the network.
-        biases: whether there are some of input and of output weights.
-        transposed: whether input and output weights are stored so.
-        sizes: d, h and o modulo 64: whether blocks fit into them.
+        device: index of the GPU.
+        dtype: dtype of x and weights.
+        form: form of the network.
+        biases: whether there are input biases, and output biases.
+        transposed: whether the input weights, and the output weights, are stored transposed.
+        sizes: d, h and o modulo 64, which say whether blocks fit into them.
     """
 
     device: int
@@ -63,7 +63,7 @@ class Kind(NamedTuple):
 CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
 
 
-@constant_in_graphs  # while a graph is traced, too, the kernels run on what is made here
+@constant_in_graphs  # a traced graph runs this function instead of tracing it
 def why_wrong(
     device: int,
     dtype: torch.dtype,
@@ -73,9 +73,10 @@ def why_wrong(
     sizes: tuple[int, int, int],
     mean_rows: int | None,
 ) -> str | None:
-    """None if the kernels are right on a kind of calls; `mean_rows` of an expert, None for all there may be."""
+    """Why the kernels are not taken for a kind of calls whose experts have `mean_rows` rows on average (None: any
+    number); None if they are right."""
     if not torch.cuda.is_available():
-        return None  # what says that it is on a GPU is not real
+        return None  # the call's tensors are fake
     from mixture_of_experts.ops.triton.operators import entries_for
 
     entries = entries_for(torch.device("cuda", device), dtype)
@@ -85,7 +86,7 @@ def why_wrong(
 
 
 def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
-    """None if the kernels are right with the `wanted` of all entries, or the reason why they are not taken."""
+    """Why the kernels are not taken with the `wanted` entries of the schedule; None if they are right with them."""
     for entry in wanted:
         if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
             return wrong
@@ -93,12 +94,12 @@ def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wante
 
 
 def forget() -> None:
-    """Check everything anew, as in a new process."""
+    """Forget all verdicts, so that everything is checked again."""
     CHECK.verdicts.clear()
 
 
 def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
-    """What is wrong with the kernels for one entry of the schedule."""
+    """What is wrong with the kernels for one entry of the schedule; None if nothing."""
     rows = TOKENS * CHOICES
     experts = max(e for e in range(1, rows // 8 + 1) if find_schedule(entries, rows // e) is entry)
     far = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * FAR * kind.dtype.itemsize
@@ -121,8 +122,8 @@ def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry
 
 
 def make_call(kind: Kind, device: torch.device, experts: int, far: bool) -> Call:
-    """Of unit scale; the last of three experts or more is empty, and some choices are nobody's. With `far` the last
-    experts' input weights lie past what int32 counts."""
+    """A made-up call of numbers of unit scale. Some choices have no expert; of three experts or more the last has no
+    tokens. With `far` the last experts' input weights lie beyond what int32 can index."""
     generator = torch.Generator(device).manual_seed(0)
 
     def draw(*shape: int, scale: float = 1.0) -> Tensor:
@@ -163,7 +164,7 @@ def activation_of(form: Form) -> ActivationLike:
 
 
 def same_plans(decision: Decision) -> bool:
-    """Whether the kernel for many assignments makes the plan of that for a few, which `results` is computed by."""
+    """Whether the kernel for many assignments makes the same plan as the one for few, by which `results` computes."""
     from mixture_of_experts.ops.triton.plan import plan_of
 
     one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
@@ -171,7 +172,7 @@ def same_plans(decision: Decision) -> bool:
 
 
 def results(call: Call, *, kernels: bool) -> list[Tensor]:
-    """Outputs, and the gradients of tokens, of the choices' weights and of the network."""
+    """Outputs, and the gradients of tokens, of the choices' weights and of all tensors of the network."""
     from mixture_of_experts.ops.triton import network as by_kernels
 
     given = call.decision
@@ -185,5 +186,5 @@ def results(call: Call, *, kernels: bool) -> list[Tensor]:
 
 
 def names(call: Call) -> list[str]:
-    """Of what `results` returns."""
+    """Names of what `results` returns."""
     return ["the output", *(f"the gradient of {name}" for name in ("x", "weights", *call.network.tensors()))]

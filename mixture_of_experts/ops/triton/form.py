@@ -1,4 +1,4 @@
-"""What of a network is not a tensor, in the words of the kernels. Imported without triton."""
+"""`Form`: what kernels know of a network beside its tensors. Imports no triton."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from mixture_of_experts.ops.network import Network
 
 
 class Form(NamedTuple):
-    """Of a network.
+    """The layout and the activation of a network.
 
     Attributes:
-        layout: how the input weights lie: "plain", one `(e, d, h)`; "gated", two of them; or in one `(e, d, 2 h)`
-            "concatenated" or "interleaved".
-        activation: a name that `activations.py` knows.
-        alpha, limit: of clamped SwiGLU.
+        layout: layout of the input weights: "plain", one `(e, d, h)`; "gated", two of these; "concatenated" or
+            "interleaved", one `(e, d, 2 h)`.
+        activation: name of the activation in `activations.py`.
+        alpha, limit: arguments of clamped SwiGLU.
     """
 
     layout: str
@@ -31,15 +31,15 @@ class Form(NamedTuple):
         return self.layout != "plain"
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of input weights or biases, or of what is computed with them, what kernels know by a name: columns of gate
-        and of up apart, but where they lie in turn."""
+        """Input weights, input biases or pre-activations as kernels read them: concatenated columns of gate and up are
+        split into two tensors, interleaved ones stay one."""
         if self.layout == "concatenated":
             return [half for tensor in tensors for half in tensor.chunk(2, dim=-1)]
         return list(tensors)
 
 
 def form_of(network: Network) -> Form | None:
-    """None if no kernel knows the activation; of a subclass nobody knows what it computes."""
+    """The form of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
     activation: Any = network.activation
     layout = network.halves or ("gated" if network.gated else "plain")
     kernel = KNOWN[type(activation)](activation).kernel if type(activation) in KNOWN else None

@@ -1,4 +1,4 @@
-"""A routed feed-forward network by the kernels, with its gradient: keeps the tokens and the pre-activations only."""
+"""A routed feed-forward network and its gradient by the kernels. It saves only tokens and pre-activations."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixture_of_experts.plan import Plan
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`; capacity too is rows without gaps, so that empty slots cost nothing."""
+    """Compute a call; return `(t, o)`. With a capacity too it uses rows without gaps, so empty slots cost nothing."""
     return compute(call.x, plan_of(call.decision), call.network)
 
 

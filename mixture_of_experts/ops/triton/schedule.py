@@ -1,8 +1,8 @@
 """Sizes of blocks, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
 
-`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of its class and holds it to
-what it is chosen for: shared memory within the card's, no spilled registers, operands copied asynchronously with all
-stages under way, tensor cores in products (but of IEEE float32, which has none). No entry has been timed on a GPU yet.
+`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of its class. It checks that
+shared memory suffices, no registers spill, operands are copied asynchronously in all stages, and products use tensor
+cores (IEEE float32 has none). No entry has been timed on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ Capability = tuple[int, int]
 
 
 class Blocks(NamedTuple):
-    """Of rows by weights: a block has `n` columns of weights, and `c` are summed over at a time."""
+    """Blocks of a product of rows and weights: `n` columns of the weight; sums run over `c` at a time."""
 
     n: int
     c: int
@@ -22,7 +22,7 @@ class Blocks(NamedTuple):
 
 
 class WeightBlocks(NamedTuple):
-    """Of the gradient of a weight `(m, n)`, which sums over `c` rows at a time."""
+    """Blocks `(m, n)` of the gradient of a weight; sums run over `c` rows at a time."""
 
     m: int
     n: int
@@ -32,8 +32,8 @@ class WeightBlocks(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """What one call uses: the height of its tiles, what a row of a full tile is reckoned to cost by that of the highest
-    ones, and the blocks of each kernel. Of gated experts with separate weights half of `n` are columns of either."""
+    """Sizes for one call: `rows` of a tile, and the blocks of each kernel. `cost` is the estimated time of a row in a
+    full tile, relative to the highest tiles. For gated experts with two weights half of `n` are columns of each."""
 
     rows: int
     cost: float
@@ -45,8 +45,8 @@ class Schedule(NamedTuple):
 
 
 def _low(weights: WeightBlocks, *costs: float) -> tuple[Schedule, ...]:
-    """Tiles of 16, 32 and 64 rows in bfloat16 or float16. They read weights more often: a program of `m` rows and 128
-    columns reads `1 / m + 1 / 128` elements a product, which costs more where products are faster."""
+    """Tiles of 16, 32 and 64 rows in bfloat16 or float16. They read weights more often: a program of m rows and 128
+    columns reads `1 / m + 1 / 128` elements for each multiplication, which costs more where products are faster."""
     return tuple(
         Schedule(
             rows,
@@ -62,7 +62,7 @@ def _low(weights: WeightBlocks, *costs: float) -> tuple[Schedule, ...]:
 
 
 def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
-    """float32: row_grads are narrow, since on sm_100 the two sums of 64 columns spill."""
+    """An entry of float32. Its row_grads are narrow: on sm_100 two sums of 64 columns spill registers."""
     blocks = Blocks(64, c, warps, 3)
     return Schedule(rows, cost, blocks, blocks, blocks, blocks._replace(n=32), WeightBlocks(64, 64, c, 8, 4))
 
@@ -97,7 +97,7 @@ _HOPPER = Schedule(
 )
 _BLACKWELL = _HOPPER._replace(down=Blocks(128, 64, 8, 3), row_grads=Blocks(128, 64, 8, 3))
 
-#: of bfloat16 and float16, by compute capability; these are the cards that the kernels are compiled and checked for
+#: entries of bfloat16 and float16, by compute capability: the cards that the kernels are compiled and checked for
 HALF: dict[Capability, tuple[Schedule, ...]] = {
     (8, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _AMPERE),  # 163 KB of shared memory
     (8, 6): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),  # 99 KB
@@ -106,10 +106,10 @@ HALF: dict[Capability, tuple[Schedule, ...]] = {
     (10, 0): (*_low(_BLACKWELL.weight_grads, 4.2, 2.3, 1.35), _BLACKWELL),
     (12, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),
 }
-#: of float32, the same for all cards
+#: entries of float32, the same for all cards
 SINGLE: dict[str, tuple[Schedule, ...]] = {
     "tf32": tuple(_single(rows, cost, 32, warps) for rows, cost, warps in ((16, 4, 4), (32, 2, 4), (64, 1.2, 4))),
-    # on sm_90 the compiler wants 64 registers for the hidden layer's gradients with 4 warps, and spills
+    # on sm_90 the hidden layer's gradients with 4 warps spill registers
     "ieee": (
         _single(16, 2.0, 16, 4)._replace(hidden_grads=Blocks(64, 16, 8, 3)),
         _single(64, 1.0, 16, 8),
@@ -122,7 +122,7 @@ def _alike(rows: int, cost: float, blocks: Blocks, weights: WeightBlocks) -> Sch
     return Schedule(rows, cost, blocks, blocks, blocks, blocks, weights)
 
 
-#: of Triton's interpreter: so small that sizes which it can compute in a second have several of each
+#: entries of Triton's interpreter: small, so that a call of a second has several tiles and blocks
 INTERPRETED: tuple[Schedule, ...] = (
     _alike(16, 1.5, Blocks(32, 16, 1, 1), WeightBlocks(16, 32, 16, 1, 1)),
     _alike(32, 1.0, Blocks(64, 16, 1, 1), WeightBlocks(32, 32, 32, 1, 1)),
@@ -130,18 +130,17 @@ INTERPRETED: tuple[Schedule, ...] = (
 
 
 def entries_of(kind: str, capability: Capability | None) -> tuple[Schedule, ...]:
-    """The entries for a kind of numbers ("half", "tf32", "ieee") on a card; without a card those of the interpreter."""
+    """The entries for a kind of numbers ("half", "tf32", "ieee") on a card; those of the interpreter without a card."""
     if capability is None:
         return INTERPRETED
     return HALF[capability] if kind == "half" else SINGLE[kind]
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
-    """The entry that is reckoned to take the least time where experts have so many rows on average; a new number of
-    tokens finds one of a few."""
+    """The entry with the least estimated time for experts of `mean_rows` rows on average."""
     return min(entries, key=lambda entry: entry.cost * rows_computed(mean_rows, entry.rows))
 
 
 def rows_computed(mean_rows: int, height: int) -> float:
-    """Of an expert: those of whole tiles, of which the last is half empty on average."""
+    """The rows computed for an expert: whole tiles, the last of which is half empty on average."""
     return max(height, mean_rows + height / 2)

@@ -1,9 +1,9 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
-"""The kernels that say which row belongs to which assignment: from queues, and of a few assignments without.
+# type: ignore  (Triton's language, which type checkers take for Python)
+"""The kernels that find the row of each assignment: from queues, or for few assignments without them.
 
 Axes: a assignments of the call (t tokens, k choices), r rows (by expert, without gaps; at most a), e experts, b groups,
-q = e b queues (of every expert one for each group), c choices of the gate whose queues they are: of one level the
-assignments, of two levels those of level two.
+q = e b queues (every expert has one for each group), c choices of the gate that has these queues: for one level the
+assignments, for two levels the choices of level two.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import triton.language as tl
 def find_rows(
     expert,  # (c,) int64: the expert of each choice of a gate
     position,  # (c,) int64: its position in its queue
-    chosen,  # (c,) bool: those that queue
-    kept,  # (c,) bool: those that are computed
-    slot,  # (a / k2,) int64: of two levels, the gate's token that each choice of level one is; none from s on. Or None
-    length,  # (q,) int64: the rows of each queue; a position from there on has none
-    stop,  # (q,) int64: the row behind each queue's last
-    row,  # (a,) int32: out, of each assignment; r where it has none
-    assignment,  # (r,) int32: out, of each row; a past the last expert's
-    token,  # (r,) int32: out, of each row; t past the last expert's
-    counts,  # (e,) int64: out, the rows of each expert
+    chosen,  # (c,) bool: the choices that queue
+    kept,  # (c,) bool: the choices that are computed
+    slot,  # (a / k2,) int64, for two levels: the gate's token for each choice of level one, s for none; else None
+    length,  # (q,) int64: the rows of each queue; a position beyond has no row
+    stop,  # (q,) int64: the row behind the last one of each queue
+    row,  # (a,) int32, written: the row of each assignment; r where it has none
+    assignment,  # (r,) int32, written: the assignment of each row; a past the last expert's
+    token,  # (r,) int32, written: the token of each row; t past the last expert's
+    counts,  # (e,) int64, written: the rows of each expert
     num_assignments,
     num_rows,
     num_tokens,  # n, of a group of the gate
@@ -33,15 +33,15 @@ def find_rows(
     num_slots,  # s, the tokens of the gate
     num_experts,
     experts_of_router,
-    OF_GATE: tl.constexpr,  # k2, choices that the gate makes for each of its tokens
+    OF_GATE: tl.constexpr,  # k2, choices of each token of the gate
     CHOICES: tl.constexpr,
     BLOCK: tl.constexpr,  # assignments of a program
     BLOCK_E: tl.constexpr,
 ):
-    """A row stands behind those of the queues before its own.
+    """Find rows from queues: those of a queue stand behind those of the queues before it.
 
-    An assignment that holds a slot and is not computed (its weight is 0) leaves its row to be computed and not read:
-    every row up to the last expert's has a token.
+    An assignment may hold a slot without being computed (its weight is 0). Its row is computed all the same, but not
+    read: every row up to the last expert's has a token.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -81,19 +81,19 @@ def find_rows(
 def rank_rows(
     expert,  # (a,) int64: the expert of each assignment
     kept,  # (a,) bool: those that are computed
-    row,  # (a,), and the others: out, as those of `find_rows`
+    row,  # this one and the next three are written, as in `find_rows`
     assignment,
     token,
     counts,
     num_assignments,
     num_experts,
     CHOICES: tl.constexpr,
-    BLOCK: tl.constexpr,  # assignments of a program, and experts
+    BLOCK: tl.constexpr,  # assignments, or experts, of a program
     BLOCK_A: tl.constexpr,
 ):
-    """Every assignment counts those that stand before it: of experts before its own, and earlier ones of its own.
+    """Find rows of few assignments: each counts the assignments of lower experts, and the earlier ones of its own.
 
-    Those that are not kept stand behind all experts: so each has a place, and none is anybody else's.
+    Assignments that are not kept stand behind all experts, so that every place belongs to one assignment.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_assignments
