@@ -1,4 +1,4 @@
-"""Expert parallelism on PyTorch's own distributed stack; the recipes are in docs/many_gpus.md."""
+"""Expert parallelism on PyTorch's own distributed stack; docs/many_gpus.md shows how to use it."""
 
 from mixture_of_experts.failures import tell_failures
 from mixture_of_experts.parallel.experts import SpreadExperts

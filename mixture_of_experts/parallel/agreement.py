@@ -1,4 +1,4 @@
-"""Setting up is the one time that ranks compare what they have: a problem of one is told to all."""
+"""Compares the ranks' layers when they are set up; a problem on one rank raises on all."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ MOST = 3  # differences that an error names
 
 
 def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) -> None:
-    """One collective when layers are set up: what is wrong on one rank, or differs, raises on every rank and is named.
+    """Raise on every rank if `describe` raises on one rank, or returns different things on two. One collective.
 
     Args:
-        describe: tells everything in which the ranks have to agree, or raises.
+        describe: returns everything in which the ranks must agree, by name.
         mesh: the ranks, 1-D.
     """
     description, problem = {}, None
     try:
         description = describe()
-    except Exception as error:  # raised below, when the others have been told
+    except Exception as error:  # raised below, after the other ranks know of it
         problem = error
     descriptions = [(description, str(problem or ""))]
     if mesh.size() > 1:
@@ -40,13 +40,13 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys of two descriptions whose values differ, in their order, and both values."""
+    """The keys of two descriptions whose values differ, each with both values."""
     pairs = ((key, first.get(key, "missing"), other.get(key, "missing")) for key in {**first, **other})
     return [(key, mine, its) for key, mine, its in pairs if mine != its]
 
 
 def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """Something of every rank, at its place."""
+    """The values of all ranks, in the order of the ranks."""
     values: list[Any] = [None] * group.size()
     try:
         dist.all_gather_object(values, value, group=group)

@@ -1,9 +1,9 @@
-"""Moving tokens between the ranks that own the experts: all-to-all, there and back.
+"""Moves tokens to the ranks that own their experts, and results back, by all-to-all.
 
 Axes: p ranks of the group, e experts of all ranks, l = e / p experts of one rank, s slots of an expert on one rank,
 r rows of one rank sorted by expert, d model dim.
 
-Experts lie in order: rank q owns experts `q l` to `(q + 1) l - 1`, so that what goes to a rank is one block of rows.
+Rank q owns experts `q l` to `(q + 1) l - 1`, so the rows for a rank are one block.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ Compute = Callable[..., Tensor]
 
 
 class CallHeader(NamedTuple):
-    """What every rank tells every other before its tokens: enough to check, and to know the sizes to receive."""
+    """What every rank tells every other before it sends tokens, to check the calls and to know how much to receive."""
 
     form: int  # SLOTS or ROWS
     mode: int  # index into MODES
     gradients: int  # index into GRADIENTS
     dtype: int  # index into DTYPES
     dim: int  # d
-    returned: int  # index into DTYPES of what this rank's experts return, at the widest
+    returned: int  # index into DTYPES of the widest dtype that this rank's experts may return
     size: int  # s; 0 for rows
 
     @property
     def agreed(self) -> CallHeader:
-        """What has to be the same on all ranks."""
+        """The header without what may differ between ranks."""
         return self._replace(returned=0, size=0)
 
     def describe(self) -> str:
@@ -52,7 +52,7 @@ class CallHeader(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """The connection of the ranks of a group; `debug` has every rank named that does not come to a transfer."""
+    """The connection of the ranks of a group. With `debug` an error names the ranks that do not come to a transfer."""
 
     group: dist.ProcessGroup
     debug: bool
@@ -63,7 +63,7 @@ class Channel(NamedTuple):
         return self.group.size()
 
     def transfer(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Blocks of rows `(sum(send), ...)`, one for each rank, to those that the ranks sent here, in their order."""
+        """Send each rank a block of the rows x `(sum(send), ...)`; return the blocks that the ranks sent, in order."""
         if torch.compiler.is_compiling():
             return all_to_all(x.contiguous(), receive, send, self.group)
         if self.debug:
@@ -76,7 +76,7 @@ class Channel(NamedTuple):
             ) from error
 
     def wait_for_all_ranks(self, *_: object) -> None:
-        """Wait for all ranks and name those that do not come; gloo only. Also a forward pre-hook."""
+        """Wait for all ranks; the error names those that do not come (gloo only). It is also a forward pre-hook."""
         if dist.get_backend(self.group) == "gloo":
             try:
                 dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
@@ -85,7 +85,7 @@ class Channel(NamedTuple):
                 raise waited_in_vain(what, error, self.group, self.timeout) from error
 
     def move(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """`transfer` with a gradient, which travels back the same way."""
+        """`transfer` with a gradient, which travels back to where the rows came from."""
         return _Move.apply(x, send, receive, self)
 
 
@@ -104,7 +104,7 @@ class _Move(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in another order; the gradient is a gather too."""
+    """Puts rows into another order; its gradient is a gather too."""
 
     @staticmethod
     def forward(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class _WithBackwardTo(torch.autograd.Function):
 
 
 def with_backward_to(result: Tensor, x: Tensor) -> Tensor:
-    """The result; whatever it is made of, its backward goes on to x, where the other ranks wait for gradients."""
+    """Return `result`. Its backward always reaches x, even if it does not depend on x: other ranks wait there."""
     if torch.is_grad_enabled() and not (result.requires_grad or x.requires_grad):
         result = result.detach().requires_grad_()
     return _WithBackwardTo.apply(result, x)
@@ -157,23 +157,23 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """x itself; its gradient is multiplied by `factor`."""
+    """Return x; its gradient is multiplied by `factor`."""
     return x if factor == 1 else _ScaleGradient.apply(x, factor)
 
 
 def exchange_slots(
     x: Tensor, dims: tuple[int, ...], compute: Compute, channel: Channel, header: CallHeader, equal: bool
 ) -> Tensor:
-    """Slots of all experts on this rank through the experts of every rank.
+    """Compute this rank's slots of all experts on the ranks that own them; return `(*e, s, o)`.
 
     Args:
         x: `(*e, s, d)`, this rank's slots of every expert.
-        dims: `*e`, of which the first is divided among the ranks.
-        compute: maps `(*l, s', d)`, the slots of this rank's experts from every rank, to `(*l, s', o)`.
+        dims: `*e`; the first is divided among the ranks.
+        compute: maps the slots of this rank's experts from every rank, `(*l, s', d)`, to `(*l, s', o)`.
         channel: the connection to the other ranks.
-        header: what the ranks tell each other of this call.
-        equal: header and s are the same on all ranks. Otherwise the ranks tell each other theirs, which costs a host
-            sync, and results travel in the widest dtype of all.
+        header: what this rank tells the others of the call.
+        equal: whether header and s are sure to be the same on all ranks. If not, the ranks exchange them, which costs a
+            host sync, and results travel in the widest dtype of all.
     """
     ranks = channel.size
     if ranks == 1:
@@ -197,14 +197,14 @@ def exchange_slots(
 
 
 def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel, header: CallHeader) -> Tensor:
-    """Rows of this rank through the experts of every rank; one host sync, to learn how many rows come.
+    """Compute this rank's rows on the ranks that own their experts; return `(r, o)`. One host sync.
 
     Args:
-        x: `(r, d)`, rows sorted by expert; those past the sum of the counts give zeros.
-        counts: `(e,)` int64.
-        compute: maps rows `(r', d)` sorted by this rank's experts, and counts `(l,)`, to `(r', o)`.
+        x: `(r, d)`, rows sorted by expert; rows past the sum of the counts give 0.
+        counts: `(e,)` int64, number of rows of each expert.
+        compute: maps rows `(r', d)` sorted by this rank's experts, and their counts `(l,)`, to `(r', o)`.
         channel: the connection to the other ranks.
-        header: what the ranks tell each other of this call.
+        header: what this rank tells the others of the call.
     """
     if channel.size == 1:
         return compute(x, counts)
@@ -218,7 +218,7 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
 
 
 def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-    """Order that brings rows from rank-major to expert-major, and its inverse; `received` is `(p, l)` counts."""
+    """The order that brings rows from rank-major to expert-major, and its inverse, by counts `received` `(p, l)`."""
     expert = torch.arange(received.shape[1], device=received.device).repeat(received.shape[0])
     order = expert.repeat_interleave(received.flatten(), output_size=num_rows).argsort(stable=True)
     index = torch.arange(num_rows, device=order.device)
@@ -226,19 +226,19 @@ def by_expert(received: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
 
 
 class ExchangeSizes(NamedTuple):
-    """What the ranks told each other."""
+    """The sizes that the ranks told each other."""
 
-    sizes: list[int]  # (p) s of every rank
-    send: list[int]  # (p) rows that go to each rank
-    receive: list[int]  # (p) rows that come from it
-    counts: Tensor  # (p, l) the same for each expert of this rank
-    returned: torch.dtype  # what all ranks' results travel in
+    sizes: list[int]  # (p), s of every rank
+    send: list[int]  # (p), rows that go to each rank
+    receive: list[int]  # (p), rows that come from each rank
+    counts: Tensor  # (p, l), rows that come from each rank for each expert of this one
+    returned: torch.dtype  # in which all results travel
 
 
 def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> ExchangeSizes:
     """Exchange headers and counts `(e,)`, with one host sync.
 
-    All ranks see all headers, so that where they differ all of them raise and none is left waiting.
+    All ranks see all headers. If they differ, every rank raises ValueError, and none is left waiting.
     """
     ranks, width = channel.size, len(header)
     sent = counts.view(ranks, -1)

@@ -1,7 +1,7 @@
-"""Experts that are spread over ranks: a class made from the experts' own, with the same two forms of forward.
+"""Experts that are spread over ranks: a class made from the experts' own class, with the same two contracts.
 
-An `ExpertSharding` says which experts are here. In a forward the tokens travel (`exchange.py`), and a view of the
-module that holds only this rank's experts runs its own unchanged forward on them.
+An `ExpertSharding` says which experts are here. In a forward tokens travel to their experts' ranks (`exchange.py`).
+There the experts' own, unchanged code computes them, on a view of the module that holds only this rank's experts.
 
 Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
 expert, r rows.
@@ -38,22 +38,22 @@ from mixture_of_experts.parallel.local_view import LocalView, local_view, make_v
 from mixture_of_experts.parallel.sharding import ExpertSharding
 
 SAVED_ELSEWHERE = (
-    "{name} is what one of {ranks} ranks saved of its experts, and here they are spread over {here}: write checkpoints "
+    "{name} is what one of {ranks} ranks saved of its experts, but here they are spread over {here}: write checkpoints "
     "by torch.distributed.checkpoint, which reads them on any number of ranks, or load the state of all experts."
 )
 
 
 class SpreadExperts(RoutedExperts):
-    """What is added in front of a class of experts; see `parallel_class`."""
+    """The base that `parallel_class` puts before a class of experts, to spread them over ranks."""
 
     expert_parallel: ExpertSharding
     local_class: type[nn.Module]
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        """Tokens `(t, d)` and a decision to tokens `(t, o)`; or slots `(*e, s, d)` to `(*e, s, o)`.
+        """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`.
 
-        All ranks of the mesh must call it together. What is true of one rank's batch must not decide for all ranks:
-        rows travel when dropless, slots otherwise (and to experts that know nothing else).
+        All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
+        slots. This does not depend on the batch, which differs between ranks.
         """
         if torch.compiler.is_compiling():
             return self._exchange(x, decision)
@@ -86,7 +86,7 @@ class SpreadExperts(RoutedExperts):
         return exchange_slots(x, sharding.dims, self._compute, sharding.channel, header, sharding.static_shapes)
 
     def _announce(self, x: Tensor, form: int) -> tuple[Tensor, CallHeader]:
-        """Tokens as they travel, and what is said of the call beforehand."""
+        """Tokens in the dtype in which they travel, and the header of the call."""
         sent, returned = self._travelling_dtypes(x)
         return x.to(sent), CallHeader(
             form=form,
@@ -99,10 +99,10 @@ class SpreadExperts(RoutedExperts):
         )
 
     def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
-        """Of the tokens x that go to the other ranks, and the widest in which this rank's experts return them.
+        """The dtype in which tokens x travel to the other ranks, and the widest dtype that this rank's experts return.
 
-        It is known before they compute, so that the ranks can agree: what modules return depends on themselves and on
-        autocast, which may not be the same on every rank.
+        Ranks must agree on dtypes before experts compute: what modules return depends on their weights and on autocast,
+        which may differ between ranks.
         """
         weights = [parameter.dtype for parameter in self.parameters() if parameter.dtype in DTYPES]
         widest = reduce(torch.promote_types, weights, x.dtype)
@@ -110,12 +110,13 @@ class SpreadExperts(RoutedExperts):
             return x.dtype, widest
         device = x.device.type
         if torch.is_autocast_enabled(device) and widest != torch.float64:
-            # stacked experts begin with a cast: made before the journey it halves the bytes
+            # stacked experts cast first: a cast before the exchange halves the bytes that travel
             return torch.get_autocast_dtype(device), torch.get_autocast_dtype(device)
         return x.dtype, reduce(torch.promote_types, weights)
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """This rank's experts on slots `(*l, s, d)` or rows; hooks run around the whole, at the layer's own module."""
+        """Compute slots `(*l, s, d)` or rows by this rank's experts. Hooks on the experts run around the whole forward,
+        not here."""
         view = self._local_view()
         local: Any = view.module
         out = local.forward(x) if counts is None else local.compute(x, counts)
@@ -130,13 +131,13 @@ class SpreadExperts(RoutedExperts):
         return local_view(self, self.expert_parallel)
 
     def own_parameter_names(self) -> set[str]:
-        """Names of the parameters of which every rank has a part of its own."""
+        """Names of the parameters of which every rank has its own part."""
         return set(self.expert_parallel.stacked)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise TypeError(
             f"{type(self).__name__} cannot be pickled: its experts are spread over ranks, and each has a part. Save a "
-            "checkpoint by torch.distributed.checkpoint; or, of stacked experts, the whole state, by "
+            "checkpoint by torch.distributed.checkpoint; or, of stacked experts, save the whole state by "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on every rank"
         )
 
@@ -152,15 +153,15 @@ class SpreadExperts(RoutedExperts):
         return twin
 
     def _empty_twin(self) -> tuple[SpreadExperts, dict[str, Any]]:
-        """Another object of this class, and the state that makes it a copy: what `copy` would ask `__reduce_ex__`."""
+        """An empty object of this class, and the state of a copy, as `copy` gets them from `__reduce_ex__`."""
         make, arguments, state, *_ = tuple(super().__reduce_ex__(4))
         return make(*arguments), state  # type: ignore[operator]
 
     def mark_parameters(self) -> None:
-        """Have parameters that only their module tells to be a rank's own tell it themselves; see `SpreadList`."""
+        """Mark parameters that are a rank's own but are no DTensors. `SpreadList` has such ones."""
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of one process holds whole weights: take this rank's part."""
+        """Load a state dict; of whole weights, saved by one process, take this rank's part."""
         errors: list[str] = args[-1]
         for name, parameter in self.named_parameters(remove_duplicate=False):
             whole = state_dict.get(prefix + name)
@@ -170,7 +171,7 @@ class SpreadExperts(RoutedExperts):
                 errors.append(SAVED_ELSEWHERE.format(name=prefix + name, ranks=ranks, here=self.expert_parallel.ranks))
             if isinstance(whole, DTensor):
                 continue
-            if whole.shape == parameter.shape:  # a wrong shape is reported by what follows
+            if whole.shape == parameter.shape:  # super() reports a wrong shape
                 mesh, placements = parameter.device_mesh, parameter.placements
                 state_dict[prefix + name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -182,7 +183,7 @@ class SpreadExperts(RoutedExperts):
 
 
 def ranks_of_part(saved: Tensor, parameter: DTensor) -> int:
-    """The number of ranks, if a tensor of a state dict is a part of the parameter that another number of them saved."""
+    """The number of ranks that saved a tensor which is only a part of the parameter; 0 if it is whole or fits here."""
     if isinstance(saved, DTensor):
         return saved.device_mesh.size() if saved.device_mesh.size() != parameter.device_mesh.size() else 0
     whole, part = parameter.shape, saved.shape
@@ -191,20 +192,21 @@ def ranks_of_part(saved: Tensor, parameter: DTensor) -> int:
 
 
 class SpreadList(SpreadExperts):
-    """What is added in front of a list of experts: a rank keeps its own modules, under the keys of the whole list."""
+    """The base that `parallel_class` puts before a list of experts. A rank keeps its own modules, under the keys of the
+    whole list."""
 
     num_experts: int
 
     def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         sent, widest = super()._travelling_dtypes(x)
-        # the modules of another rank may have weights of another dtype: without a word of them x decides
+        # modules of other ranks may have weights of other dtypes: without an exchange, x's dtype is the one all know
         return sent, x.dtype if self.expert_parallel.static_shapes else widest
 
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        # scaling what comes and goes is scaling the parameters' gradients, and leaves the modules alone
+        # scaling the gradients of inputs and outputs scales the parameters' gradients, without a change of the modules
         factor = self.expert_parallel.factor
         result = scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
-        # modules differ between ranks: where all are frozen or constant, the others' gradients still pass here
+        # if this rank's modules are all frozen or constant, other ranks still wait for its backward
         return with_backward_to(result, x)
 
     def _local_view(self) -> LocalView:
@@ -225,7 +227,7 @@ class SpreadList(SpreadExperts):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.mark_parameters()  # so has a copy
+        self.mark_parameters()  # a copy has new parameters
 
     def __getitem__(self, index: int) -> nn.Module:  # type: ignore[override]
         here = self.expert_parallel.experts
@@ -234,7 +236,7 @@ class SpreadList(SpreadExperts):
         return self._modules[str(index)]  # type: ignore[return-value]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """A state dict of one process holds all modules: leave out the other ranks'."""
+        """Load a state dict; of all modules, saved by one process, leave out those of other ranks."""
         saved = {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
         saved = {index for index in saved if index.isdigit()}
         strict, errors = args[1], args[-1]
@@ -247,14 +249,14 @@ class SpreadList(SpreadExperts):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def has_elsewhere(self, key: str) -> bool:
-        """Whether a key of the whole list's state dict is of an expert that another rank keeps."""
+        """Whether a key of the whole list's state dict belongs to an expert of another rank."""
         index, sharding = key.partition(".")[0], self.expert_parallel
         return index.isdigit() and int(index) < math.prod(sharding.dims) and int(index) not in sharding.experts
 
 
 @cache
 def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of `cls` spread over ranks; still a `cls`, so that checks of types go on working."""
+    """Return a subclass of `cls` whose experts are spread over ranks."""
     kind = SpreadList if issubclass(cls, ExpertList) else SpreadExperts
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if kind is SpreadList:
@@ -265,16 +267,16 @@ def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def reset_parameters(experts: SpreadExperts) -> None:
-    """Draw the weights anew, other numbers on every rank whatever the ranks' seeds are."""
+    """Draw the weights; every rank draws other numbers, even with equal seeds."""
     reset: Any = experts.local_class.reset_parameters  # type: ignore[attr-defined]
     parameter = next(experts.parameters())
     if not isinstance(parameter, DTensor) or parameter.device.type != "cpu":
-        return reset(experts)  # on CUDA DTensor gives every rank its own numbers itself
+        return reset(experts)  # on CUDA, DTensor draws other numbers on every rank
     seed = int(torch.randint(2**40, ()))
     for size, place in zip(parameter.device_mesh.shape, parameter.device_mesh.get_coordinate() or (), strict=True):
         seed = seed * size + place
     with torch.random.fork_rng([]), warnings.catch_warnings():
-        # it draws the same numbers on every rank of a CPU mesh, but for the seed
+        # on a CPU mesh it would draw the same numbers on every rank with equal seeds
         warnings.filterwarnings("ignore", message="DTensor random operators")
         torch.manual_seed(seed)
         return reset(experts)

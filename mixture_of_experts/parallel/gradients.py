@@ -1,7 +1,7 @@
-"""What a training loop does with gradients when some parameters are a rank's own: the norm, and averages.
+"""Norms and averages of gradients if some parameters are a rank's own.
 
-A parameter is *whole* (the same on every rank), a DTensor (each rank has a part, along the mesh dimensions on which it
-is sharded), or a plain parameter of a rank's own, in a list of modules of which every rank keeps some.
+A parameter is *whole* (the same on every rank), or a DTensor (each rank has a part), or a plain parameter of this rank
+alone, in a list of modules of which every rank keeps some.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Parameters = nn.Module | Iterable[Tensor]
 
 
 def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters by name of which every rank has its own part: those that DDP has to ignore."""
+    """The parameters, by name, of which every rank has its own part. DDP must ignore them."""
     own = set()
     for prefix, module in model.named_modules():
         if isinstance(module, SpreadExperts):
@@ -36,25 +36,32 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All other parameters by name: whole on every rank (or sharded by FSDP2)."""
+    """All parameters, by name, that are not in `expert_parameters`: whole on every rank, or sharded by FSDP2."""
     own = expert_parameters(model)
     return {name: parameter for name, parameter in model.named_parameters() if name not in own}
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
-    """Have `DistributedDataParallel(model)` leave alone what is a rank's own: the experts, and the counts of gates with
-    an expert bias, which it would overwrite in every forward with the first rank's. Call it before; returns the model.
+    """Have `DistributedDataParallel(model)` ignore what is a rank's own; call this first. Returns the model.
+
+    These are the experts, and the counts of gates with an expert bias: DDP would overwrite the counts in every forward
+    with those of the first rank.
     """
     ignore_in_ddp(model, names_of_counts(model) | expert_parameters(model).keys())
     return model
 
 
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
-    """Replace gradients by their mean (or "sum") over the ranks of a group.
+    """Replace gradients by their mean, or their sum, over the ranks of a group.
 
-    For whole parameters under expert parallelism alone, and for the experts of data-parallel replicas beside DDP. Call
-    it once before the optimizer's step. A gradient that some ranks lack counts as 0 there; one that no rank has stays
-    away, so that an optimizer passes the parameter over, and frozen parameters are not looked at.
+    Call it once before each optimizer step: for whole parameters under expert parallelism alone, and for the experts of
+    data-parallel replicas beside DDP. If some ranks have no gradient of a parameter, it counts as 0 there; if no rank
+    has one, it stays None. Frozen parameters are skipped.
+
+    Args:
+        parameters: the same parameters on all ranks.
+        group: a process group or a 1-D mesh.
+        op: "mean" or "sum".
     """
     check_choice("op", op, ("mean", "sum"))
     group = group.get_group() if isinstance(group, DeviceMesh) else group
@@ -84,17 +91,17 @@ def _average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup, o
 def clip_grad_norm_(
     parameters: Parameters, max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:
-    """Scale all gradients so that the norm of all of them together, over all ranks, is at most `max_norm`.
+    """Scale all gradients so that their total norm, over all parameters and ranks, is at most `max_norm`.
 
     Args:
-        parameters: the model, or its parameters: whole ones and DTensors of any meshes. All ranks give the same ones.
-            (Give the model where FSDP2 shards a list of expert modules: only the model tells whose those are.)
+        parameters: the model, or its parameters: whole ones and DTensors of any meshes, the same on all ranks. If FSDP2
+            shards a list of expert modules, give the model: only it tells which rank has which module.
         max_norm: the largest norm.
         norm_type: p of the norm, above 0, or inf.
-        error_if_nonfinite: raise RuntimeError for a norm that is infinite or no number.
+        error_if_nonfinite: whether a norm that is infinite or NaN raises RuntimeError.
 
     Returns:
-        The norm before, 0-dim: that of `torch.nn.utils.clip_grad_norm_` in one process.
+        The total norm before scaling, 0-dim: the same as `torch.nn.utils.clip_grad_norm_` returns in one process.
     """
     norm_type = float(norm_type)
     if not norm_type > 0:
@@ -119,14 +126,14 @@ def _as_list(parameters: Parameters) -> list[Tensor]:
         return [parameters]
     if not isinstance(parameters, nn.Module):
         return list(parameters)
-    expert_parameters(parameters)  # marks those that are a rank's own
+    expert_parameters(parameters)  # marks the parameters that are a rank's own
     return list(parameters.parameters())
 
 
 def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], list[Tensor]]:
-    """Parameters by the groups of ranks over which their parts are spread: none for whole ones.
+    """Sort parameters by the process groups over which they are spread; whole ones have none.
 
-    Every parameter counts, with a gradient or without, so that all ranks come to the same collectives.
+    Parameters without a gradient are sorted too, so that all ranks come to the same collectives.
     """
     owners: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for parameter in parameters:
@@ -137,12 +144,12 @@ def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], 
         mesh = getattr(parameter, "expert_mesh", None)
         groups += [mesh.get_group()] if mesh is not None else []
         owners.setdefault(tuple(groups), []).append(parameter)
-    return owners  # in the order of the model, which is that of every rank
+    return owners  # in the order of the model, the same on every rank
 
 
 def _norm_of_group(parameters: list[Tensor], norm_type: float) -> Tensor:
-    """Norm of the gradients of parameters whose parts are spread over the same groups of ranks."""
-    # of all parameters, as ranks may have gradients of different ones
+    """The norm of the gradients of parameters that are spread over the same process groups."""
+    # the dtype of all parameters, as ranks may have gradients of different ones
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
     norms = [torch.zeros((), dtype=dtype, device=_local(parameters[0]).device)]
     for parameter in parameters:
@@ -165,7 +172,7 @@ def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part, which shares memory with the tensor."""
+    """This rank's part of a tensor; both share memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     if any(isinstance(placement, Partial) for placement in tensor.placements):
@@ -174,7 +181,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:
-    """Parameters of one dtype and device together, about `most` elements at a time: few collectives, little memory."""
+    """Lists of parameters of one dtype and device, of about `most` elements each: few collectives, little memory."""
     open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for parameter in parameters:
         local = _local(parameter)

@@ -1,4 +1,4 @@
-"""Views of a module that hold this rank's experts alone, on which its own unchanged forward runs."""
+"""Views of a module that hold this rank's experts alone; the module's own, unchanged forward runs on them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 class LocalView(NamedTuple):
-    """What stands for a module while this rank's experts compute.
+    """A module's stand-in while this rank's experts compute.
 
     Attributes:
         original: the module.
-        module: shares everything with it, but holds this rank's part of what is stacked over experts.
-        given: the attributes that `module` had when it was made.
-        known: names of its modules and parameters then.
-        buffers: by name those buffers that are a part of the original's.
-        parts: the views of modules below it.
+        module: the stand-in. It shares everything with the original, but holds only this rank's part of stacks over
+            experts.
+        given: the attributes of `module` when it was made.
+        known: the names of its submodules and parameters when it was made.
+        buffers: the buffers, by name, that are a part of the original's buffers.
+        parts: the views of submodules.
     """
 
     original: nn.Module
@@ -34,7 +35,7 @@ class LocalView(NamedTuple):
     parts: Sequence[LocalView]
 
     def keep_changes(self) -> None:
-        """Give the original what a forward set on its view: attributes, buffers, and modules that it made."""
+        """Set on the original what a forward set on its view: attributes, buffers, and new submodules."""
         original, view = self.original, self.module
         for name, value in vars(view).items():
             if name not in REPLACED and value is not self.given.get(name, self):
@@ -47,26 +48,26 @@ class LocalView(NamedTuple):
             part = self.buffers.get(name)
             if part is None:
                 original._buffers[name] = buffer
-            elif buffer is not part:  # assigned anew
+            elif buffer is not part:  # the forward assigned another tensor
                 with torch.no_grad():
                     part.copy_(buffer)  # type: ignore[arg-type]
         for below in self.parts:
             below.keep_changes()
 
 
-# the attributes of a view that differ from the original's
+# attributes of a view that differ from those of the original
 REPLACED = ("_parameters", "_buffers", "_modules", "num_experts", "expert_dims")
 
 
 def local_view(module: nn.Module, sharding: ExpertSharding) -> LocalView:
-    """The module as it would be if this rank's experts were all there are; nothing is copied."""
+    """A view of a module as if it had this rank's experts only; nothing is copied."""
     view = _view_of_part(module, sharding, "")
     assert view is not None
     return view
 
 
 def _view_of_part(module: nn.Module, sharding: ExpertSharding, prefix: str) -> LocalView | None:
-    """View of a module of the tree; None where nothing in it depends on the rank."""
+    """A view of a module of the tree; None if nothing in it depends on the rank."""
     parts = {}
     for name, child in module._modules.items():
         part = None if child is None else _view_of_part(child, sharding, f"{prefix}{name}.")
@@ -98,9 +99,9 @@ def make_view(
     buffers: dict[str, Tensor] | None = None,
     parts: Sequence[LocalView] = (),
 ) -> LocalView:
-    """Another object of class `cls` with the attributes of `module`, but for `changes` and parts of `buffers`."""
+    """A view of `module`: an object of class `cls` with the same attributes, but for `changes` and `buffers`."""
     view = object.__new__(cls)
-    # a dict of buffers is shared where none is a part: one that a graph assigns anew stays
+    # without partial buffers the view shares the dict of buffers, so that a buffer assigned in a graph stays
     changes = {**changes, "_buffers": {**module._buffers, **buffers}} if buffers else changes
     view.__dict__.update({**module.__dict__, **changes})
     known = frozenset((*view._modules, *view._parameters))
@@ -112,13 +113,13 @@ def _local_shard(parameter: Tensor, sharding: ExpertSharding) -> Tensor:
 
 
 def _local_buffer(buffer: Tensor, sharding: ExpertSharding) -> Tensor:
-    """A buffer with an entry for each expert is whole on every rank; a part of it is what an expert sees."""
+    """This rank's part of a buffer with an entry for each expert, which itself is whole on every rank."""
     each = sharding.local_dims[0]
     return buffer.narrow(0, sharding.mesh.get_local_rank() * each, each)
 
 
 def _local_sizes(module: nn.Module, sharding: ExpertSharding) -> Mapping[str, Any]:
-    """Attributes that tell the number of experts, as they are for one rank's."""
+    """The attributes that tell the number of experts, with the numbers of one rank."""
     sizes = {}
     for name in ("num_experts", "expert_dims"):
         size = module.__dict__.get(name)

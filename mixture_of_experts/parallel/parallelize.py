@@ -1,4 +1,4 @@
-"""`parallelize_module` with a plan whose every key has to match, on every rank."""
+"""`parallelize_module` that checks its plan: every key must match, on every rank."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ def parallelize_module(
     *,
     src_data_rank: int | None = 0,
 ) -> nn.Module:
-    """`torch.distributed.tensor.parallel.parallelize_module`, but a key that matches nothing is an error.
+    """Apply parallel styles to a model, as `torch.distributed.tensor.parallel.parallelize_module` does; return it.
 
-    A model that has a `save_pretrained` (as those of transformers) afterwards gathers its experts there: all ranks call
-    it together.
+    Here a key that matches nothing is an error. If the model has a `save_pretrained` (as models of transformers have),
+    that method gathers the experts afterwards: all ranks must call it together.
 
     Args:
-        module: the model, changed in place and returned.
+        module: the model; it is changed in place.
         device_mesh: 1-D.
         parallelize_plan: a style, or styles by the names of submodules (`layers.*.ffn`).
-        src_data_rank: the rank of the mesh whose parameters all start from; None: each rank's own are right.
+        src_data_rank: the rank of the mesh whose parameters all ranks take; None: each rank keeps its own.
 
     Raises:
-        ValueError: naming the key and what there is.
+        ValueError: a key matches nothing, or a layer cannot be spread; the error names it.
     """
     if not isinstance(parallelize_plan, dict):
         return tensor_parallel.parallelize_module(module, device_mesh, parallelize_plan, src_data_rank=src_data_rank)
@@ -54,7 +54,7 @@ def parallelize_module(
 
 
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
-    """All in which the ranks' models have to agree; raises for what is wrong with the plan or a layer it names."""
+    """Everything in which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be spread."""
     description: dict[str, Any] = {}
     owner: dict[int, tuple[str, str]] = {}
     for key, style in plan.items():
@@ -81,7 +81,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
 
 
 def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
-    """The submodules by name that a plan key names, each once; each part of the key may hold wildcards."""
+    """The submodules, by name, that match a key of a plan, each once; every part of the key may have wildcards."""
     found = {"": module}
     for part in key.split(".") if key else ():
         found = {
@@ -95,7 +95,7 @@ def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
 
 
 def save_whole(module: nn.Module) -> None:
-    """Have `save_pretrained` of all models in a module write whole experts."""
+    """Have `save_pretrained` of all models in a module write the experts of all ranks."""
     for model in module.modules():
         save = getattr(type(model), "save_pretrained", None)
         if save is not None and any(isinstance(part, SpreadExperts) for part in model.modules()):
@@ -103,7 +103,7 @@ def save_whole(module: nn.Module) -> None:
 
 
 def save_pretrained_whole(model: Any, *args: Any, state_dict: dict[str, Any] | None = None, **options: Any) -> Any:
-    """The model's own `save_pretrained`, with a state that is gathered from all ranks; the first one writes."""
+    """Call the model's own `save_pretrained` with a state gathered from all ranks; the first rank writes."""
     if state_dict is None:
         for name, part in model.named_modules():
             if isinstance(part, SpreadList):

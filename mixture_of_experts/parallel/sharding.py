@@ -19,17 +19,17 @@ Gradient = Literal["mean", "sum"]
 
 @dataclass(frozen=True)
 class ExpertSharding:
-    """Where the experts of one layer are.
+    """How the experts of one layer are spread over ranks.
 
     Attributes:
         mesh: 1-D, the ranks that share the experts.
         dims: `*e`, number of experts of all ranks.
-        gradient: "mean" or "sum" over the ranks' losses.
-        static_shapes: every rank has as many slots as every other.
-        debug: check at every call what is otherwise trusted.
+        gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
+        static_shapes: whether all ranks always have equally many slots.
+        debug: whether every call checks what is otherwise trusted.
         timeout: how long a rank waits for the others.
-        stacked: names of the parameters that are sharded, and of buffers of which an expert sees its own part; empty
-            for a list of modules.
+        stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
+            empty for a list of modules.
     """
 
     mesh: DeviceMesh
@@ -46,18 +46,18 @@ class ExpertSharding:
 
     @property
     def local_dims(self) -> tuple[int, ...]:
-        """`*e` of one rank."""
+        """`*l`, the number of experts of one rank."""
         return (self.dims[0] // self.ranks, *self.dims[1:])
 
     @property
     def experts(self) -> range:
-        """The (flat, outer-major) indices of this rank's experts."""
+        """The indices of this rank's experts, flat and outer-major."""
         each, rank = math.prod(self.local_dims), self.mesh.get_local_rank()
         return range(rank * each, (rank + 1) * each)
 
     @property
     def factor(self) -> float:
-        """What an expert's gradient is multiplied by: it is the sum over the losses of all ranks."""
+        """The factor of an expert's gradient, which itself is the sum over the losses of all ranks."""
         return 1 / self.ranks if self.gradient == "mean" else 1.0
 
     @property
@@ -65,4 +65,4 @@ class ExpertSharding:
         return Channel(self.mesh.get_group(), self.debug, self.timeout)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
-        return self  # a copy of a layer is on the same ranks
+        return self  # a copied layer lies on the same ranks

@@ -30,31 +30,29 @@ GRADIENTS = ("mean", "sum")
 class ExpertParallel(ParallelStyle):
     """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
 
-    Stacked expert parameters become DTensors sharded on the expert dimension (the outer one of two); names in the state
-    dict stay. Of an `ExpertList` each rank keeps its own modules, and so a part of the keys. Everything else in the
-    layer (gates, shared experts, what stands around latent experts) stays whole on every rank and starts as it is on
-    the mesh's first rank. Latent experts are those of an `EnclosedExperts`: tokens travel between ranks as narrow as
-    they are computed.
+    Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
+    the state dict stay. Of an `ExpertList` each rank keeps its own modules, so its state dict has a part of the keys.
+    Everything else in the layer stays whole on every rank: gates, shared experts, the modules around latent experts. It
+    takes the values of the mesh's first rank. For latent experts (`EnclosedExperts`) tokens travel in the narrow width.
 
     Args:
-        gradient: what an expert's gradient is when every rank calls backward on its own loss: that of the "mean" of
-            the ranks' losses (right where the other parameters' gradients are averaged: DDP, FSDP2), or of their "sum".
-        static_shapes: every rank brings batches of the same shape, always. Then limited capacity needs neither the
-            exchange of sizes nor its host sync. Dropless routing needs them all the same.
-        batch_group: the ranks that share the batch, a process group or 1-D mesh, given to the gates: losses are then
-            those of the whole batch. By default gates that have none get the mesh's own group; beside data
-            parallelism give the group of both.
-        replicated: names of parameters and buffers of the experts that are no stack over experts though their first
-            sizes look so, such as a bias `(d,)` that all share where d = e.
-        debug: check at every call what costs a collective or a wait: sizes under `static_shapes`, and on gloo which
-            ranks are missing.
-        timeout: how long a rank waits for the others in the mesh's group, and in `batch_group`; by default, and in the
-            default group always, what was given to `init_process_group` (a mesh of several dimensions makes its
-            groups with 30 minutes, whatever was given there).
+        gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,
+            or of their "sum". "mean" is right if other gradients are averaged, as by DDP and FSDP2.
+        static_shapes: whether every rank always brings batches of the same shape. With limited capacity this saves the
+            exchange of sizes and its host sync; dropless routing needs both.
+        batch_group: the ranks that share the batch, a process group or 1-D mesh. Gates compute losses over it. By
+            default gates without a group get that of the mesh. Beside data parallelism give the group of both.
+        replicated: names of the experts' parameters and buffers that only look like stacks over experts, such as a bias
+            `(d,)` that all experts share if d = e.
+        debug: whether every call makes checks that cost a collective or a wait: of sizes under `static_shapes`, and on
+            gloo of missing ranks.
+        timeout: how long a rank waits for the others in the mesh's group and in `batch_group`; by default as long as in
+            the default group, whose timeout `init_process_group` sets and which is never changed here. (Groups of a
+            mesh of several dimensions otherwise have 30 minutes.)
 
     Raises:
-        ValueError: for a mesh that is not 1-D, experts it does not divide, or ranks whose layers differ; on every
-            rank, whichever rank it is that is wrong, and before anything is changed.
+        ValueError: the mesh is not 1-D, it does not divide the experts, or the ranks' layers differ. It is raised on
+            every rank, before anything is changed.
 
     Example:
         >>> from torch import nn
@@ -88,7 +86,7 @@ class ExpertParallel(ParallelStyle):
         self.timeout = timeout
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
-        """Where the experts of a layer will be; raises for all that is wrong with it, and changes nothing."""
+        """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
         dims = check_layer(module, mesh)
         _, experts = spread_part(module)
         stacked: frozenset[str] = frozenset()
@@ -100,7 +98,7 @@ class ExpertParallel(ParallelStyle):
         return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, self.debug, timeout, stacked)
 
     def set_timeout(self, mesh: DeviceMesh) -> None:
-        """Of all groups in which a rank waits for others, but for the default one; before the first collective."""
+        """Set the timeout of all groups in which a rank waits, but the default one; call it before any collective."""
         group = mesh.get_group()
         for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
             set_timeout(waiting, self.timeout or default_timeout(group))
@@ -137,7 +135,7 @@ class ExpertParallel(ParallelStyle):
                     gate.process_group = group
 
     def _replicate(self, module: nn.Module, but: Collection[str], mesh: DeviceMesh) -> None:
-        """Parameters and buffers that stay whole start as they are on the mesh's first rank."""
+        """Give whole parameters and buffers, all but those named, the values of the mesh's first rank."""
         whole = {name: tensor for name, tensor in named_tensors(module) if name not in but}
         if self.src_data_rank is None or mesh.size() == 1:
             return
@@ -152,7 +150,7 @@ class ExpertParallel(ParallelStyle):
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
-    """A process group, which may be given as a 1-D mesh."""
+    """The process group, from a process group, a 1-D mesh, or None."""
     if isinstance(group, DeviceMesh):
         check_mesh(group)
         return group.get_group()
@@ -169,10 +167,10 @@ def check_mesh(mesh: DeviceMesh) -> None:
 
 
 def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
-    """The layer's number of experts as a tuple, if it can be spread over the mesh."""
+    """The layer's number of experts as a tuple; raises if they cannot be spread over the mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
-            f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: have the plan's key name "
+            f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
             "the layer itself"
         )
     path, experts = spread_part(module)
@@ -192,7 +190,7 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
 
 
 def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
-    """Path and module of the experts that are spread: of latent ones those within, so that tokens travel narrow."""
+    """The path and the module of the experts to spread: inside latent experts the inner ones, of narrow tokens."""
     path, experts = "experts", layer.get_submodule("experts")
     while isinstance(experts, EnclosedExperts):
         path, experts = f"{path}.experts", experts.experts
@@ -200,7 +198,7 @@ def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """All in which the ranks' layers have to agree: their tensors, and what every module of them says of itself."""
+    """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and the settings of modules."""
     description: dict[str, Any] = {"number of experts": sharding.dims}
     for name, tensor in named_tensors(module):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
@@ -216,7 +214,7 @@ def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any
 
 
 def plain_settings(module: nn.Module) -> dict[str, Any]:
-    """The public attributes of a module that are plain values, or hold nothing else."""
+    """The public attributes of a module that are numbers, strings, bools, None, or lists and dicts of these."""
     names = {name.removeprefix("_") for name in vars(module).keys() - vars(nn.Module()).keys()}
     values = {name: getattr(module, name, module) for name in sorted(names)}
     return {name: value for name, value in values.items() if is_plain(value)}
@@ -231,7 +229,7 @@ def is_plain(value: Any) -> bool:
 
 
 def without_places(text: str) -> str:
-    """What is another's on every rank: addresses in memory, and numbers of devices."""
+    """The text without what differs between ranks: addresses in memory, and numbers of devices."""
     return re.sub(r" at 0x[0-9a-f]+|(?<=cuda):\d+", "", text)
 
 
@@ -242,7 +240,7 @@ def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 
 def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collection[str]) -> frozenset[str]:
-    """Names of parameters and buffers that are stacks over experts: their first sizes are the numbers of experts."""
+    """The names of parameters and buffers that are stacks over experts: their first sizes are `dims`."""
     parameters = dict(experts.named_parameters(remove_duplicate=False))
     tensors = {**parameters, **dict(experts.named_buffers(remove_duplicate=False))}
     if unknown := set(replicated) - tensors.keys():
@@ -258,9 +256,9 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
 
 
 def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_rank: int | None) -> None:
-    """Replace stacked parameters by this rank's part of them; a parameter with two names stays one."""
+    """Replace stacked parameters by this rank's parts; a parameter with two names stays one parameter."""
     made: dict[int, nn.Parameter] = {}
-    replaced = []  # kept until all are done, so that no other object gets its id
+    replaced = []  # holds them, so that no other object gets the id of one
     for name in names:
         path, _, own_name = name.rpartition(".")
         owner = experts.get_submodule(path)
@@ -273,26 +271,26 @@ def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_r
 
 
 def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
-    """This rank's part of a stack, in memory of its own."""
+    """This rank's part of a stack, as a DTensor with memory of its own."""
     sharded = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=src_data_rank)
     local = sharded.to_local()
-    if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view would keep the whole alive
+    if not local.is_meta and local.untyped_storage().nbytes() > local.nbytes:  # a view keeps the whole stack alive
         sharded = DTensor.from_local(local.clone(), mesh, [Shard(0)], run_check=False)
     return sharded
 
 
 def keep_modules(experts: ExpertList, sharding: ExpertSharding) -> None:
-    """Keep this rank's modules of a list, under the keys they have."""
+    """Keep only this rank's modules of a list; their keys stay."""
     for index in range(len(experts)):
         if index not in sharding.experts:
             del experts._modules[str(index)]
 
 
 def check_expert_list(experts: ExpertList, each: int) -> None:
-    """A list of which every rank keeps `each` modules: nothing is shared between ranks, and every rank has something.
+    """Check a list of which every rank keeps `each` modules.
 
-    No gradient would reach another rank's copy of a shared parameter; and a rank without any parameter could not know
-    that the others sum the norm of theirs over the ranks.
+    Ranks must share no parameter: a gradient would not reach the other rank's copy. Every rank must have a parameter,
+    as one without would not know that the others sum a norm over the ranks.
     """
     owner: dict[int, int] = {}
     for index, expert in enumerate(experts):
@@ -303,5 +301,5 @@ def check_expert_list(experts: ExpertList, each: int) -> None:
     if owner and without:
         raise ValueError(
             f"no expert of rank {without[0]} ({without[0] * each} to {without[0] * each + each - 1}) has a parameter: "
-            "order the list so that every rank keeps one that has"
+            "order the list so that every rank has an expert with parameters"
         )
