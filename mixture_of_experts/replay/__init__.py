@@ -1,4 +1,4 @@
-"""Record what gates choose, and have them choose it again: in another dtype, engine or batch, or in a recomputation."""
+"""Records what gates choose, and has them choose it again: in another dtype, engine or batch, or in a recomputation."""
 
 from mixture_of_experts.replay.recording import record_routing
 from mixture_of_experts.replay.records import RoutingRecords

@@ -1,6 +1,6 @@
-"""Choices of blocks of `transformers`: what they ask of `torch.topk` is noted, or answered by what was chosen before.
+"""Records or replaces the choices of blocks of `transformers`: their calls of `torch.topk`.
 
-So weights follow from live scores by the block's own code. Nothing of that package is imported.
+So the block's own code computes weights from live scores. Nothing of `transformers` is imported.
 
 Axes: t tokens, e experts, g expert groups, k choices of a token.
 """
@@ -19,11 +19,11 @@ from mixture_of_experts.under_way import CallUnderWay
 
 
 class Choosing(TorchFunctionMode):
-    """While a block runs.
+    """Watches calls of `torch.topk` while a block runs.
 
     Args:
-        site: of the block.
-        given: `(t, k)` int64, the choices; None: the block chooses, and `expert` is what it chose.
+        site: the site of the block.
+        given: `(t, k)` int64, the choices that the block is to make; None: it chooses, and `expert` holds its choices.
     """
 
     site: ChoiceSite
@@ -58,37 +58,37 @@ class Choosing(TorchFunctionMode):
             return found
         if given.shape[0] * size != input.numel():
             raise ValueError(
-                f"{self.site.name!r} chooses for {input.numel() // size} tokens, the model was given {given.shape[0]}"
+                f"{self.site.name!r} chooses for {input.numel() // size} tokens, but the model got {given.shape[0]}"
             )
         given = given.view_as(self.expert)
         self.expert = torch.where(given == LIVE, self.expert, given)
         return torch.return_types.topk((input.gather(-1, self.expert), self.expert))
 
     def groups_of(self, given: Tensor, groups: int) -> Tensor:
-        """`(t, g)` bool: the expert groups of the given experts, which are open whatever they score."""
+        """`(t, g)` bool, the expert groups of the given experts: these groups are open, whatever their scores are."""
         group = torch.where(given == LIVE, groups, given // (self.site.num_experts // groups))
         is_open = torch.zeros(len(given), groups + 1, dtype=torch.bool, device=given.device)
         return is_open.scatter(-1, group, True)[:, :groups]
 
 
 class ChoosingCall(CallUnderWay):
-    """A block that runs."""
+    """A forward, under way, of a block."""
 
     def __init__(self, mode: Choosing) -> None:
         self.mode = mode
 
 
 def refuse_other_ways(site: ChoiceSite, mode: Choosing) -> Tensor:
-    """`(..., k)` what a block chose; an error if it was not asked of `torch.topk`."""
+    """The choices `(..., k)` of a block; TypeError if it did not choose by `torch.topk`."""
     if mode.expert is None:
         raise TypeError(
             f"{type(site.called).__name__} at {site.name!r} does not choose its {site.k} of {site.num_experts} experts "
-            "by torch.topk, so that its choices are neither seen nor replaced: convert it by from_transformers"
+            "by torch.topk, so its choices can be neither recorded nor replayed: convert it by from_transformers"
         )
     return mode.expert
 
 
 def refuse_one_graph(site: ChoiceSite) -> None:
-    """A compiled model has a break in its graph here."""
+    """Raise RuntimeError if the whole model is compiled as one graph: blocks need a break in it."""
     if torch.compiler.is_compiling():
-        raise RuntimeError(f"choices of {site.name!r} are no part of a graph: compile without fullgraph=True")
+        raise RuntimeError(f"choices of {site.name!r} cannot be part of a graph: compile without fullgraph=True")

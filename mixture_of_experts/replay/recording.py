@@ -1,4 +1,4 @@
-"""Recording: hooks that note what was chosen, for which real token of which sequence.
+"""Recording: hooks store the choices of every real token of every sequence.
 
 Axes: b sequences, n tokens of a forward, k choices of a token; of level two also eo outer experts, c slots.
 """
@@ -37,26 +37,26 @@ from mixture_of_experts.routing import Routing
 def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
 
-    Gates are those that `track_routing` sees: of this package, wherever tokens choose, and the routers of MoE models in
-    `transformers` that choose by `torch.topk`. Padding is left out, by the mask that a layer is given or the attention
-    mask of the model around. Each forward adds its sequences to the records, in the order of the batch. One that goes
-    on by a cache (`generate`) adds its tokens to the sequences of the forward before it; where the cache was cut, so is
-    the record. Beam search, which exchanges sequences in between, cannot be recorded.
+    It finds the gates that `track_routing` finds: gates of token choice of this package, and the routers of MoE models
+    in `transformers` that choose by `torch.topk`. Padding is left out, by the layer's mask or by the attention mask of
+    the model around.
 
-    Forwards of this thread are recorded, each once, whatever activation checkpointing runs again. Numbers stay on the
-    device until they are read.
+    Each forward adds its sequences to the records, in the order of the batch. A forward that continues a cache
+    (`generate`) adds its tokens to the sequences of the forward before it. If the cache was cut, the record is cut too.
+    Beam search cannot be recorded, because it exchanges sequences. Only forwards of this thread are recorded, each
+    once, also under activation checkpointing. Numbers stay on the device until they are read.
 
     Args:
         model: the module that you call.
-        seen: for a model with a cache of its own, a function `(args, kwargs)` of its forward's arguments that returns
-            how many real tokens of each sequence, `(b,)` or one number for all, earlier forwards have read; 0 begins
-            new sequences. By default it is asked of `past_key_values` and the attention mask.
+        seen: for a model with its own kind of cache: a function `(args, kwargs)` of its forward's arguments. It returns
+            how many real tokens of each sequence earlier forwards have read, `(b,)` or one number for all; 0 begins
+            new sequences. By default `past_key_values` and the attention mask tell that.
 
     Raises:
-        ValueError: the model has no gate, or one in which experts choose.
-        TypeError: in a forward, a block of `transformers` chooses in another way.
-        RuntimeError: in a forward, a gate runs twice or outside of `model`; on reading, a forward went on with
-            sequences that were not recorded.
+        ValueError: the model has no gate, or a gate of expert choice.
+        TypeError: in a forward, a block of `transformers` does not choose by `torch.topk`.
+        RuntimeError: in a forward, a gate runs twice or outside of `model`; on reading, a forward continued sequences
+            that were not recorded.
 
     Example:
         >>> import torch
@@ -79,7 +79,7 @@ def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[Ro
 
 
 class Part(NamedTuple):
-    """What a gate chose in one forward."""
+    """The choices of a gate in one forward."""
 
     expert: Tensor  # (b, n, k)
     mask: Tensor | None  # (b, n)
@@ -88,7 +88,7 @@ class Part(NamedTuple):
 
 
 class Recording:
-    """What `record_routing` noted and did not hand over yet."""
+    """The choices that `record_routing` has stored and not yet moved to the records."""
 
     records: RoutingRecords
 
@@ -138,7 +138,7 @@ class Recording:
         if not getattr(gate, "unmade_weigh", True):
             expert = torch.where(routing.chosen, expert, -1)
         expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
-        if given is not None:  # what it was told not to make it did not make for the same reason
+        if given is not None:  # a choice that was given as not made is recorded as it was given
             expert = torch.where((given < 0) & (given != LIVE), given, expert)
         if site.outer is not None:
             expert = of_level_two(expert, call.outer)
@@ -161,7 +161,7 @@ class Recording:
             return
         entered.mode.__exit__(None, None, None)
         call = sequences.call(site)
-        if call is None or output is None:  # it raised
+        if call is None or output is None:  # the block raised
             return
         expert = refuse_other_ways(site, entered.mode)
         expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
@@ -173,7 +173,7 @@ class Recording:
         self.parts[site.name].append(Part(expert.detach().to(small), mask, call.seen, call.continues))
 
     def hand_over(self, records: RoutingRecords) -> None:
-        """Read what was noted from the device, into the records."""
+        """Move the stored choices from the device to the records."""
         for name, parts in self.parts.items():
             if parts:
                 records._experts[name] = joined(name, records._experts[name], parts)
@@ -181,7 +181,7 @@ class Recording:
 
 
 def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tuple[int, int]:
-    """`(b, n)` of the tokens of a block."""
+    """The sizes `(b, n)` of the tokens of a block."""
     b, n = call.tokens.shape or (1, num_tokens)
     if call.tokens.unknown is not None or b * n != num_tokens:
         why = call.tokens.unknown or f"its model was given ({b}, {n})"
@@ -190,14 +190,15 @@ def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tupl
 
 
 def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
-    """Choices `(eo, b, c, k2)` of slots as those of assignments of level one `(b n k, k2)`, -1 without a slot."""
+    """Choices of level two for assignments of level one `(b n k, k2)`, from those for slots `(eo, b, c, k2)`; -1 for an
+    assignment without a slot."""
     slots, k = plan_slots_of(outer), expert.shape[-1]
     none = expert.new_full((outer.expert.numel() + 1, k), -1)
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
 
 
 def joined(name: str, before: list[Tensor], parts: list[Part]) -> list[Tensor]:
-    """Sequences, and those that some parts add or go on with."""
+    """The recorded sequences, with the parts that new forwards add to them or continue them by."""
     pieces = [[record] for record in before]
     for part in parts:
         expert = part.expert.cpu()

@@ -1,4 +1,4 @@
-"""What was chosen, by gates, sequences and real tokens: kept, cut, saved, and read from what serving engines return.
+"""`RoutingRecords`: choices by gate, sequence and real token; selected, saved, and read from serving engines.
 
 Axes: s tokens of a sequence, l gates, k choices of a token.
 """
@@ -21,13 +21,13 @@ FORMAT = "mixture_of_experts.routing/1"
 class RoutingRecords:
     """The experts of every real token of some sequences, at every gate of a model.
 
-    A choice is a number: an expert; -1, none; -2 - i, expert i, which is weighed with the others, but does not compute
-    the token (capacity or a policy dropped it). Of a layer of two levels each gate has its choices, the second one
-    `k * k2` for each token, those of its first choice first.
+    A choice is a number: an expert; or -1, no choice; or -2 - i, which means that expert i takes its share of the
+    token's weight, but does not compute the token (capacity or a policy dropped it). In a layer of two levels each gate
+    has its own choices. Level two has `k * k2` for each token: first those for its first choice of level one.
 
     Args:
-        experts: by names of gates, for each sequence a tensor of integers `(s, k)`.
-        num_experts: by names of gates, how many there are, where that is known.
+        experts: for each gate, by name, a tensor of integers `(s, k)` for each sequence.
+        num_experts: for each gate, by name, its number of experts, if it is known.
 
     Raises:
         ValueError: gates have records of different numbers of sequences, or a record is no tensor of integers `(s, k)`.
@@ -49,7 +49,7 @@ class RoutingRecords:
     ) -> None:
         self._experts = {name: list(sequences) for name, sequences in experts.items()}
         self._num_experts = dict(num_experts or {})
-        self._unread: Callable[[RoutingRecords], None] | None = None  # what a recording has not handed over yet
+        self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in self._experts.items()}
         if not numbers or len(set(numbers.values())) > 1:
             raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
@@ -67,32 +67,32 @@ class RoutingRecords:
         return tuple(self._all)
 
     def num_experts(self, layer: str) -> int | None:
-        """How many experts the gate had; None if that is not known."""
+        """The number of experts of a gate; None if it is not known."""
         return self._num_experts.get(layer)
 
     def k(self, layer: str) -> int | None:
-        """Choices of a token at a gate; None where there is no sequence."""
+        """Choices of a token at a gate; None if there is no sequence."""
         return next((record.shape[1] for record in self[layer]), None)
 
     def lengths(self, layer: str) -> list[int]:
-        """Recorded tokens of each sequence at a gate."""
+        """The number of recorded tokens of each sequence at a gate."""
         return [len(record) for record in self[layer]]
 
     def __len__(self) -> int:
         return len(next(iter(self._all.values())))
 
     def __getitem__(self, layer: str) -> list[Tensor]:
-        """For each sequence the choices `(s, k)` of its real tokens at a gate, on the CPU."""
+        """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
         if layer not in self._all:
             raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._all))}")
         return self._all[layer]
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
-        """Some sequences, in an order of one's own: those of another batch.
+        """The records of some sequences, in the order that you give, for another batch.
 
         Args:
-            sequences: their numbers, or a slice of them.
-            tokens: of each of these, so many tokens, the first ones; by default all.
+            sequences: the numbers of the sequences, or a slice.
+            tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
         """
         numbers = list(range(len(self))[sequences]) if isinstance(sequences, slice) else list(sequences)
         wrong = [number for number in numbers if not -len(self) <= number < len(self)]
@@ -110,30 +110,30 @@ class RoutingRecords:
         return RoutingRecords(experts, self._num_experts)
 
     def array(self, sequence: int) -> Tensor:
-        """`(s, l, k)` of a sequence, as serving engines lay it out. Every gate has to have as many tokens and k."""
+        """The record of a sequence as serving engines lay it out, `(s, l, k)`. All gates must have the same s and k."""
         shapes = {name: tuple(records[sequence].shape) for name, records in self._all.items()}
         if len(set(shapes.values())) > 1:
-            raise ValueError(f"gates differ in tokens or choices, so that there is no one array: {shapes}")
+            raise ValueError(f"gates differ in tokens or choices, so that no one array holds them: {shapes}")
         return torch.stack([records[sequence] for records in self._all.values()], dim=1)
 
     @classmethod
     def from_requests(
         cls, requests: Sequence[Any], *, shape: tuple[int, int] | None = None, layers: Sequence[int] | None = None
     ) -> RoutingRecords:
-        """From what a serving engine returns for each request.
+        """Make records from what a serving engine returns for each request.
 
-        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers, or one of the
-        prompt and one of what was generated (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang
+        vLLM (started with `enable_return_routed_experts`) returns an array `(s, l, k)` of integers, or one for the
+        prompt and one for the completion (vllm-project/vllm#28284; docs.vllm.ai, "Routed Experts Replay"). SGLang
         (`return_routed_experts`) returns `meta_info["routed_experts"]`, base64 of int32 `(s, l, k)` without its shape
-        (sgl-project/sglang#12162). The last token of a completion was never read, and so has no record. A row that
-        holds nothing but -1 is one that the engine did not record: there the gate chooses.
+        (sgl-project/sglang#12162). The last token of a completion has no record: the engine never read it. A row of
+        nothing but -1 means that the engine did not record it: there the gate chooses.
 
         Args:
-            requests: for each one an array or tensor `(s, l, k)` (nested lists do too), a tuple of such, one behind the
-                other, or a base64 string.
+            requests: for each request an array or tensor `(s, l, k)` or nested lists; a tuple of these, which follow
+                each other; or a base64 string.
             shape: `(l, k)`, which strings do not tell.
-            layers: which of the l are gates of the model, in its order, where an engine returns a row for dense layers
-                too; by default all.
+            layers: which of the l layers have gates, in the model's order, if the engine returns dense layers too; by
+                default all.
 
         Example:
             >>> prompt = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
@@ -154,7 +154,7 @@ class RoutingRecords:
         return cls({str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)})
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a file, which `load` reads."""
+        """Write a file that `load` reads."""
         layers = {
             name: {
                 "num_experts": self.num_experts(name),
@@ -170,13 +170,13 @@ class RoutingRecords:
         """Read a file that `save` wrote; nothing in it is executed (`weights_only`).
 
         Raises:
-            ValueError: it is another file, or not whole.
+            ValueError: the file is of another kind, or not whole.
         """
         try:
             found = torch.load(path, weights_only=True, map_location="cpu")
         except (FileNotFoundError, IsADirectoryError, PermissionError):
             raise
-        except Exception as error:  # of what is cut, torch.load says so by an OSError, EOFError, TypeError and others
+        except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
             raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {error}") from error
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             has = found.get("format") if isinstance(found, dict) else type(found).__name__
@@ -202,7 +202,7 @@ class RoutingRecords:
 
 
 def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:
-    """`(s, l, k)` of a request."""
+    """The choices `(s, l, k)` of a request."""
     if isinstance(request, tuple):
         return torch.cat([read_request(part, number, shape) for part in request])
     if isinstance(request, str):
@@ -217,7 +217,7 @@ def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Te
 
 
 def from_base64(text: str, number: int, shape: tuple[int, int] | None) -> Tensor:
-    """`(s, l, k)` of base64 int32."""
+    """The choices `(s, l, k)` of a string, base64 of int32."""
     if shape is None:
         raise ValueError("a base64 string does not tell its shape: give shape=(layers, k)")
     try:

@@ -1,4 +1,4 @@
-"""Replay: hooks that give gates what was chosen before, which they weigh by their live scores.
+"""Replay: hooks give gates the choices of records; gates weigh them by their live scores.
 
 Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choices of a token.
 """
@@ -46,27 +46,27 @@ def replay_routing(
 ) -> Iterator[None]:
     """Have every gate in `model` choose what `records` say, while the context lasts.
 
-    A token's experts are those of the record, and weigh what the gate makes of their live scores, with gradients: by
-    the gate's own rule, in blocks of `transformers` by their own code. So the losses are those of the recorded choices.
-    Records are of real tokens: padding may stand on the other side, or not be there.
+    A token's experts are those of the record. The gate computes their weights from live scores, with gradients, by its
+    own rule; a block of `transformers` does so by its own code. Losses are those of the recorded choices. Records have
+    real tokens only, so padding may stand elsewhere, or be missing.
 
-    Each forward of this thread is one of all sequences of the records, in their order (`records.select` takes some, in
-    another one); where it goes on by a cache, of the tokens that follow. Where activation checkpointing runs layers
-    again, call the backward within the context too.
+    Each forward of this thread must have all sequences of the records, in their order; `records.select` makes records
+    of another batch. A forward that continues a cache has the tokens that follow. With activation checkpointing call
+    the backward inside the context too.
 
     Args:
         model: the module that you call.
-        records: of this model or one like it: gates are found by their names, or else by their order.
-        beyond: what a token does that is behind the end of its sequence's record. "error", or "choose": its gate
-            chooses, as for the last token of a completion, which no engine has read.
+        records: records of this model or one like it. Gates are matched by name; if names differ, by order.
+        beyond: what happens to a token beyond the end of its sequence's record: "error", or "choose": its gate chooses.
+            The last token of a completion is such a one: no engine has read it.
         seen: as in `record_routing`.
 
     Raises:
-        ValueError: when entered, gates, choices or experts of model and records differ in number, or a gate cannot be
-            given choices; in a forward, before its first gate, numbers of sequences or tokens do.
-        TypeError: in a forward, a block of `transformers` chooses in another way than by `torch.topk`.
+        ValueError: on entering: gates, choices or experts of model and records differ in number, or a gate cannot take
+            choices; in a forward, before its first gate: numbers of sequences or tokens differ.
+        TypeError: in a forward, a block of `transformers` does not choose by `torch.topk`.
         RuntimeError: in a forward or a backward that cannot be replayed: under reentrant checkpointing, outside of
-            `model`, or in a backward after the context has been left.
+            `model`, or in a backward after the context was left.
 
     Example:
         >>> import torch
@@ -95,7 +95,8 @@ class Table:
     """The records of one gate.
 
     Args:
-        records: for each sequence `(s, k)`.
+        records: the record `(s, k)` of each sequence.
+        k: choices of a token.
     """
 
     lengths: list[int]
@@ -110,7 +111,7 @@ class Table:
             row[: len(record)] = record
 
     def choices(self, index: Tensor) -> Tensor:
-        """`(b, n, k)` int64 of tokens `(b, n)`, `LIVE` behind the end."""
+        """`(b, n, k)` int64, the choices of tokens `index` `(b, n)`; `LIVE` beyond the end of a record."""
         if self.expert.device != index.device:
             self.expert, self.length = self.expert.to(index.device), self.length.to(index.device)
         inside = index.clamp(0, self.expert.shape[1] - 1).unsqueeze(-1).expand(-1, -1, self.expert.shape[-1])
@@ -118,7 +119,7 @@ class Table:
 
 
 class Replay:
-    """What `replay_routing` gives the gates of a model."""
+    """Gives the gates of a model their choices; made by `replay_routing`."""
 
     sites: list[ChoiceSite]
     tables: dict[str, Table]
@@ -128,7 +129,7 @@ class Replay:
         self.sites, self.tables, self.beyond = sites, tables, beyond
         self.closed = False
         self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.waiting: set[str] = set()  # those that it has not run yet
+        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
@@ -139,7 +140,7 @@ class Replay:
             sequences = around[site.around]
             if site.foreign:
                 before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
-                # first, so that what records at the same time, whoever came earlier, sees what is replayed
+                # first, so that a recording at the same time sees what is replayed
                 hooks.callback(site.called.register_forward_pre_hook(before, prepend=True).remove)
                 hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
                 continue
@@ -185,7 +186,7 @@ class Replay:
         mode.__enter__()
 
     def of_block(self, site: ChoiceSite, call: SequencesCall, args: Any) -> Tensor:
-        """`(b n, k)` for the tokens of a block; kept where a backward will run it again."""
+        """The choices `(b n, k)` for the tokens of a block; stored if a backward will run the block again."""
         hidden = args[0] if args else None
         b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
         sequences_of(site, call, b * n)
@@ -208,7 +209,7 @@ class Replay:
         if entered is None:
             return
         entered.mode.__exit__(None, None, None)
-        if output is not None:  # it did not raise
+        if output is not None:  # the block did not raise
             refuse_other_ways(site, entered.mode)
             outputs = output if isinstance(output, tuple) else (output,)
             self.refuse_late_backward(site, sequences, next(part for part in outputs if isinstance(part, Tensor)))
@@ -232,11 +233,11 @@ class Replay:
     def check(
         self, site: ChoiceSite, table: Table, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None
     ) -> None:
-        """A forward is of as many sequences and tokens as the records. Graphs know no numbers of tokens."""
+        """Check that a forward has as many sequences and tokens as the records; in a graph only sequences."""
         if shape[0] != len(table.lengths):
             raise ValueError(
                 f"a forward of {shape[0]} sequences came to {site.name!r}, the records have {len(table.lengths)}: "
-                "records.select(...) takes those of a batch"
+                "records.select(...) takes the sequences of a batch"
             )
         if torch.compiler.is_compiling():
             return
@@ -260,7 +261,7 @@ class Replay:
         call.checked.append((mask, table.lengths))
 
     def refuse_late_backward(self, site: ChoiceSite, sequences: Sequences, out: Tensor) -> None:
-        """What checkpointing runs again when the hooks are gone would choose by itself."""
+        """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
         if torch.compiler.is_compiling() or not out.requires_grad or runs_again():
             return
         if sequences.call(site) is not None and in_checkpoint():
@@ -270,12 +271,12 @@ class Replay:
         if self.closed:
             raise RuntimeError(
                 f"activation checkpointing runs {name!r} again after replay_routing was left, so that it would choose "
-                "for itself: call the backward within the context"
+                "by itself: call the backward inside the context"
             )
 
 
 def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
-    """The records of each gate, found to fit it."""
+    """The records of each gate, by its name, after a check that they fit."""
     layers = records.layers
     if len(layers) != len(sites):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Choices that activation checkpointing saves, instead of making them again."""
+"""`save_choices`: activation checkpointing saves choices instead of computing them again."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 Policy = Callable[..., CheckpointPolicy | bool]
 
-#: operators by which numbers become choices
+#: operators that make choices of numbers
 CHOOSE: set[Any] = {
     torch.ops.aten.argmax.default,
     torch.ops.aten.argmin.default,
@@ -29,15 +29,15 @@ CHOOSE: set[Any] = {
 
 
 def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """A policy for selective activation checkpointing: choices are saved, everything else is computed again.
+    """A policy for selective activation checkpointing: save choices, compute everything else again.
 
-    Where products differ from run to run, as on some GPUs, a token whose best scores are nearly equal may otherwise
-    choose other experts in the recomputation than in the forward: its gradient is of a network that it did not pass.
-    Saved is what operators make of floating-point numbers that is discrete: argmax, top-k, sorting, comparisons. That
-    holds for gates of this package, policies and capacity among it, and for routers of `transformers`.
+    On some GPUs products differ from run to run. A token whose best scores are nearly equal may then choose other
+    experts in the recomputation than in the forward, and its gradient is wrong. This policy saves every discrete result
+    of floating-point numbers: argmax, top-k, sorting, comparisons. So it covers the gates of this package, with
+    policies and capacity, and the routers of `transformers`.
 
     Args:
-        context, operator, args, kwargs: what `torch.utils.checkpoint` gives a policy.
+        context, operator, args, kwargs: the arguments that `torch.utils.checkpoint` gives a policy.
 
     Returns:
         `MUST_SAVE` for such operators, else `PREFER_RECOMPUTE`.
@@ -53,7 +53,7 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         >>> out, aux_loss = checkpoint(moe, x, use_reentrant=False, context_fn=contexts)
         >>> (out.sum() + aux_loss).backward()
 
-        In a model of `transformers`: `model.activation_checkpointing_enable(dict(use_reentrant=False,
+        For a model of `transformers` call `model.activation_checkpointing_enable(dict(use_reentrant=False,
         context_fn=contexts))`.
     """
     first = args[0] if args else None

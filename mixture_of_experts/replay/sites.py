@@ -1,4 +1,4 @@
-"""Where a model chooses: its gates, the layers that call them, and the blocks of `transformers`.
+"""Finds where a model chooses: its gates, the layers that call them, and the blocks of `transformers`.
 
 Axes: b sequences, n tokens of a forward, k choices of a token.
 """
@@ -26,33 +26,33 @@ LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class ChoiceSite(NamedTuple):
-    """A gate, and the module whose call says of which tokens its choices are."""
+    """A gate, and the module whose arguments tell of which tokens its choices are."""
 
     name: str
     gate: nn.Module
-    called: nn.Module  # the layer; a gate that stands alone; a block of transformers, or its router
+    called: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
     num_experts: int
     around: nn.Module  # the nearest model of transformers that reads a mask, else the model
     foreign: bool = False
-    held: BlockSettings | None = None  # of a block of transformers that is known
-    outer: str | None = None  # level one, of the gate of level two
+    held: BlockSettings | None = None  # of a known block of transformers
+    outer: str | None = None  # for level two: the gate of level one
 
     @property
     def choices(self) -> int:
-        """Choices of a token: at level two those for all choices of level one."""
+        """The number of choices of a token; at level two for all its choices of level one."""
         layer: Any = self.called
         return self.k if self.outer is None else self.k * layer.gate_outer.k
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], Tensor | None]:
-        """`(..., n)` and the mask of the tokens that a layer, or a gate alone, is called with."""
+        """The shape `(..., n)` and the mask of the tokens in a call of the layer or gate."""
         names = BARE if self.called is self.gate else LAYER
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         return tuple(given[names[0]].shape[:-1]), given.get("mask")
 
 
 def find_sites(model: nn.Module) -> list[ChoiceSite]:
-    """All places where a model chooses, in its order; those that choose by tables of token ids are none."""
+    """All sites of a model, in its order. Blocks that choose by a table of token ids are left out."""
     gates = find_gates(model)
     if not gates:
         raise ValueError(f"{type(model).__name__} has no gate: give a model with MoE layers")
@@ -79,8 +79,8 @@ def site_of(found: GateSite, layers: Mapping[nn.Module, nn.Module], around: nn.M
     k = getattr(gate, "k", None)
     if isinstance(gate, ExpertChoiceGating) or not isinstance(k, int):
         raise ValueError(
-            f"{found.name!r} is a {type(gate).__name__}, in which tokens make no k choices, so that there is nothing "
-            "to record or to replay for a token"
+            f"{found.name!r} is a {type(gate).__name__}, in which tokens make no k choices, so there is nothing to "
+            "record or to replay"
         )
     if gate not in layers and found.outer:
         raise ValueError(f"{found.name!r} has outer_expert_dims={found.outer} and no layer: put it into one")
@@ -91,40 +91,40 @@ def site_of(found: GateSite, layers: Mapping[nn.Module, nn.Module], around: nn.M
 
 
 class Entered(CallUnderWay):
-    """The thread that records or replays, while it does."""
+    """Marks the thread that records or replays, while it does."""
 
 
 class SequencesCall(CallUnderWay):
-    """A forward of a model around gates.
+    """A forward, under way, of a model around gates.
 
     Args:
-        tokens: what it was told of its tokens.
-        seen: real tokens of each sequence that it has in its cache, `(b,)` or one number for all.
-        cached: whether it has one.
+        tokens: the model's tokens.
+        seen: number of real tokens of each sequence in its cache, `(b,)` or one number for all.
+        cached: whether it has a cache.
     """
 
     def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool) -> None:
         self.tokens = tokens
         self.seen = seen
         self.cached = cached
-        self.sizes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}  # of layers, by their gates
-        self.gates: set[str] = set()  # that ran
+        self.sizes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}  # of calls of layers, by gate
+        self.gates: set[str] = set()  # gates that ran
         self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
-        self.outer: Any = None  # what the last gate of level one told
+        self.outer: Any = None  # routing of the last gate of level one
 
     @property
     def continues(self) -> bool:
         return isinstance(self.seen, Tensor) or self.seen > 0
 
     def once(self, name: str) -> None:
-        """A gate runs once."""
+        """Raise RuntimeError if a gate runs a second time in this forward."""
         if name in self.gates:
-            raise RuntimeError(f"{name!r} ran twice in one forward, so that a record would not say which: call it once")
+            raise RuntimeError(f"{name!r} ran twice in one forward, but a record has room for one call: call it once")
         self.gates.add(name)
 
 
 class Sequences:
-    """The sequences of the forward that is under way, of one model around gates."""
+    """Tells the sequences of the forward that is under way, for one model around gates."""
 
     read: TokensReader
 
@@ -144,11 +144,11 @@ class Sequences:
         under_way.end(self)
 
     def call(self, site: ChoiceSite) -> SequencesCall | None:
-        """The forward that is under way; None in another thread, and where a backward runs something again."""
+        """The forward that is under way; None in another thread, and in a recomputation by a backward."""
         call = under_way.current(self)
         if call is None and under_way.current(self.owner) is not None:
             raise RuntimeError(
-                f"{site.name!r} ran, but not within a forward of the module given: give the one you call"
+                f"{site.name!r} ran, but not within a forward of the module given: give the module that you call"
             )
         return call
 
@@ -159,7 +159,7 @@ def runs_again() -> bool:
 
 
 def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: ExitStack) -> dict[nn.Module, Sequences]:
-    """Have all models around gates tell where their sequences begin, until `hooks` is closed; by model."""
+    """Set hooks at the beginning of forwards of all models around gates; return the `Sequences` of each model."""
     found = {around: Sequences(owner, around, seen) for around in {site.around: None for site in sites}}
     for around, sequences in found.items():
         hooks.callback(around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)
@@ -167,6 +167,6 @@ def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: Exi
 
 
 def follow_to_the_end(found: Mapping[nn.Module, Sequences], hooks: ExitStack) -> None:
-    """And where they end: last, as a model may be a layer itself, whose hooks ask for its sequences."""
+    """Set hooks at the end of these forwards. Call it last: a model may be a layer, whose own hooks run first."""
     for around, sequences in found.items():
         hooks.callback(around.register_forward_hook(sequences.end, always_call=True).remove)

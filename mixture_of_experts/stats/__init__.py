@@ -1,4 +1,4 @@
-"""Sight of what the routers of a model do: `track_routing` records load, drops, confidence and losses of every gate."""
+"""Statistics of routers: `track_routing` records load, drops, confidence and losses of every gate of a model."""
 
 from mixture_of_experts.stats.one_forward import routing_of
 from mixture_of_experts.stats.records import Record, relative

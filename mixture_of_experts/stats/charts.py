@@ -1,7 +1,7 @@
-"""The charts of a report, as `data:` addresses: strips of load, and one gate over its steps. Matplotlib draws them.
+"""Draws the charts of a report by Matplotlib, as `data:` addresses: strips of load, and one gate over its steps.
 
-A strip is as narrow as its experts; a page stretches it. A chart of steps is `WIDTH` pixels wide, which a phone shows
-as it is, and its plots lie where `HEAT_MAP` says, so that a page knows what is under the pointer.
+A strip has few pixels for each expert; the page stretches it. A chart of steps is `WIDTH` pixels wide, so that it fits
+a phone. `HEAT_MAP` says where its heat map lies, so that the page knows what is under the pointer.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH, HEIGHT, MORE = 360, 196, 88  # pixels of a chart, and those that drops add below
+WIDTH, HEIGHT, MORE = 360, 196, 88  # pixels of a chart; MORE is added to the height for drops
 LEFT, RIGHT, TOP, BOTTOM, GAP = 44, 8, 6, 36, 12
 HEAT_MAP = (LEFT, TOP, WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)  # left, top, width, height in a chart
-MOST_CELLS = 48  # experts of a strip whose cells stand apart
+MOST_CELLS = 48  # a strip of at most so many experts has edges between cells
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "report",
@@ -35,12 +35,12 @@ STYLE: dict[Any, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-EDGE = 0.85  # grey between cells, so that a balanced one is seen on a white page
+EDGE = 0.85  # grey of the edges, so that balanced cells show on a white page
 DROPPED, UNAVOIDABLE, UNSEEN = "#D55E00", "#B4B4B4", "#0072B2"
 
 
 def strip(load: Tensor) -> str:
-    """A cell for each expert in the colour of its load `(e,)`; one without a token has a cross, or a notch."""
+    """A cell for each expert in the colour of its load `(e,)`; a cross or a notch marks an expert without a token."""
     apart = len(load) <= MOST_CELLS
     rows = 9
     columns = max(300 // len(load), rows) if apart else 3
@@ -59,7 +59,7 @@ def strip(load: Tensor) -> str:
 
 
 def colours_of(load: Tensor) -> Tensor:
-    """`(..., 3)` of a relative load."""
+    """The colours `(..., 3)` of relative loads."""
     import matplotlib as mpl
 
     colours = load_colours()
@@ -81,10 +81,10 @@ def scale() -> str:
 
 
 def over_steps(stretches: Sequence[Record], end: int, most_dropped: float) -> str:
-    """What a gate asks of each expert over its steps, and below it, unless nothing is lost in any gate, what is lost.
+    """A chart of what a gate asks of each expert over its steps; below it what is lost, if any gate loses something.
 
     Args:
-        stretches: records of a step or of several, oldest first.
+        stretches: records, each of one step or several, oldest first.
         end: one more than the last step.
         most_dropped: the largest share that is drawn in any chart of the report.
     """
@@ -110,14 +110,14 @@ def over_steps(stretches: Sequence[Record], end: int, most_dropped: float) -> st
 
 
 def place(figure: Figure, top: int, high: int, height: int) -> Axes:
-    """Axes so many pixels below the top of a figure."""
+    """Axes of `high` pixels, `top` pixels below the top of a figure of `height` pixels."""
     ax = figure.add_axes((LEFT / WIDTH, 1 - (top + high) / height, HEAT_MAP[2] / WIDTH, high / height))
     ax.tick_params(length=2, pad=2)
     return ax
 
 
 def draw_load(ax: Axes, stretches: Sequence[Record], steps: tuple[float, float]) -> None:
-    """A row for each expert, a column for each stretch."""
+    """Draw a row for each expert and a column for each stretch."""
     load = torch.stack([relative(record.requested.flatten()) for record in stretches], dim=1)
     num_experts, shape = len(load), stretches[0].load.shape
     extent = (*steps, num_experts - 0.5, -0.5)
@@ -129,7 +129,7 @@ def draw_load(ax: Axes, stretches: Sequence[Record], steps: tuple[float, float])
 
 
 def draw_lost(ax: Axes, stretches: Sequence[Record], steps: tuple[float, float], most: float) -> None:
-    """Choices that were dropped, those of them that no load could keep, and tokens that no expert computes."""
+    """Draw the shares of dropped choices, of unavoidable drops, and of tokens that no expert computes."""
     edges = torch.linspace(*steps, len(stretches) + 1).numpy()
 
     def stairs(name: str, **style: Any) -> None:

@@ -1,7 +1,7 @@
-"""Colours of pictures of routing, which colour-blind readers tell apart, in print too.
+"""Colours of pictures of routing; colour-blind readers can tell them apart, also in print.
 
-Loads run from purple (too little) over white (balanced) to orange (too much); experts have the palette of Okabe and
-Ito. Matplotlib, the extra `plot`, is imported where something is drawn.
+Loads run from purple (too little) over white (balanced) to orange (too much). Experts have the palette of Okabe and
+Ito. Matplotlib, the extra `plot`, is imported only where something is drawn.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-LEAST, MOST = 1 / 4, 4.0  # ends of the colours for loads
+LEAST, MOST = 1 / 4, 4.0  # relative loads at the ends of the colours
 TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
 
 PALETTE = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#4d4d4d")
@@ -23,7 +23,7 @@ def clipped(load: Tensor) -> Tensor:
 
 
 def load_colours() -> dict[str, Any]:
-    """White is balanced; half and double are equally far from it."""
+    """The colour map of loads and its scale: white is balanced, half and double are equally far from it."""
     from matplotlib.colors import LogNorm
 
     return {"cmap": "PuOr_r", "norm": LogNorm(LEAST, MOST)}
@@ -38,7 +38,7 @@ def ink_on(colour: str) -> str:
 
 
 def need_matplotlib() -> None:
-    """An error that says how to get it."""
+    """Raise ImportError, with the remedy, if matplotlib is not installed."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""What became of every token of a text: which experts compute it, and how that is shown."""
+"""The fate of every token of a text: which experts compute it, and how a picture shows that."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from mixture_of_experts.stats.colours import PALETTE
 
 
 class Choice(NamedTuple):
-    """One choice of a token; in expert choice, one expert that chose it."""
+    """One choice of a token; in expert choice, one expert that chose the token."""
 
-    expert: int  # of two levels: outer-major
+    expert: int  # outer-major for two levels
     kept: bool
     weight: float
-    name: str  # of the expert, for readers
+    name: str  # name of the expert, for readers
 
 
 class Fate(NamedTuple):
-    """What became of a token."""
+    """The fate of a token."""
 
     kind: Literal["first", "other", "unseen", "padding"]  # computed by its first choice, by another one, by none
-    expert: int  # that computes it with the largest weight, or that it asked for first
+    expert: int  # the one of largest weight that computes the token; for an unseen token its first choice
 
 
 def choices_of(routing: Routing, group: int) -> list[list[Choice]]:
-    """The choices of every token of a group, of one level of routing."""
+    """The choices of every token of a group, from the routing of one gate."""
     choices: list[list[Choice]] = [[] for _ in range(routing.num_tokens)]
     fields = (routing.token, routing.expert, routing.kept, routing.weight.detach())
     for token, expert, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
@@ -38,10 +38,10 @@ def choices_of(routing: Routing, group: int) -> list[list[Choice]]:
 
 
 def composed_choices(outer: Routing, inner: Routing) -> list[list[Choice]]:
-    """The choices of every token of a call, of both levels together: of each slot of level one, those of level two."""
+    """The choices of every token of a call on two levels: the choices of level two in each slot of level one."""
     assert outer.k is not None
     assert inner.k is not None
-    slot = plan_slots_of(outer).row.view(-1, outer.k).tolist()  # (t, k1); a choice without a slot has one too many
+    slot = plan_slots_of(outer).row.view(-1, outer.k).tolist()  # (t, k1); number of slots for a choice without one
     experts, weights = outer.expert.view(-1, outer.k).tolist(), outer.weight.detach().view(-1, outer.k).tolist()
     fields = (inner.expert, inner.kept, inner.weight.detach())
     behind = list(zip(*(field.reshape(-1, inner.k).tolist() for field in fields), strict=True))
@@ -59,7 +59,7 @@ def composed_choices(outer: Routing, inner: Routing) -> list[list[Choice]]:
 
 
 def fates_of(routing: Routing, group: int) -> list[Fate]:
-    """What became of every token of a group, of one level of routing."""
+    """The fate of every token of a group, from the routing of one gate."""
     if routing.expert.ndim != 2:
         raise ValueError(
             f"plot_routing draws one level of routing, (groups, assignments), got {tuple(routing.expert.shape)}: "
@@ -68,13 +68,13 @@ def fates_of(routing: Routing, group: int) -> list[Fate]:
     n = routing.num_tokens
     real = torch.ones(n, dtype=torch.bool) if routing.real is None else routing.real[group]
     best = routing.probs[group].argmax(dim=-1).tolist()
-    chooses = routing.k is not None  # otherwise the experts choose, and there is no first choice
+    chooses = routing.k is not None  # in expert choice there is no first choice
     choices = choices_of(routing, group)
     return [fate_of(choices[t], best[t], is_real, chooses) for t, is_real in enumerate(real.tolist())]
 
 
 def fate_of(choices: Sequence[Choice], best: int, real: bool, chooses: bool) -> Fate:
-    """What became of a token with these choices, best choice first."""
+    """The fate of a token with these choices, best choice first."""
     if not real:
         return Fate("padding", best)
     computed = [choice for choice in choices if choice.kept]
@@ -85,18 +85,18 @@ def fate_of(choices: Sequence[Choice], best: int, real: bool, chooses: bool) -> 
 
 
 def visible(text: str) -> str:
-    """Line ends and tabs as signs, what cannot be printed as a dot."""
+    """A text with signs for line ends and tabs, and dots for what cannot be printed."""
     text = text.replace("\n", "↵").replace("\t", "→")
     return "".join(sign if sign.isprintable() and not 127 <= ord(sign) < 161 else "·" for sign in text) or "·"
 
 
 def texts_of(tokens: str | bytes | Sequence[str]) -> list[str]:
-    """The texts of tokens; of a string the characters, of bytes the bytes."""
+    """The texts of tokens: the characters of a string, the bytes of bytes, or the texts that are given."""
     return [chr(byte) for byte in tokens] if isinstance(tokens, bytes) else list(tokens)
 
 
 def expert_colours(fates: Sequence[Fate], num_experts: int) -> dict[int, str]:
-    """A colour for each expert; if there are too many experts, for those with the most tokens."""
+    """A colour for each expert; if there are more experts than colours, for those with the most tokens."""
     computed = [fate.expert for fate in fates if fate.kind in ("first", "other")]
     busiest = sorted(range(num_experts), key=computed.count, reverse=True)[: len(PALETTE)]
     return dict(zip(sorted(busiest), PALETTE, strict=False))

@@ -1,8 +1,8 @@
-"""Routers of the MoE models in `transformers`, read as if they were gates. Nothing of that package is imported.
+"""Reads routers of MoE models in `transformers` as if they were gates. Nothing of that package is imported.
 
-Most return `(logits, weights, experts)` of flattened tokens; of those that tell less the choices are made again from
-the logits, by the record of their block in `recipes.MODELS`. Which tokens are padding, and where a sequence ends, is
-read from what the model around it is given.
+Most return `(logits, weights, experts)` of flattened tokens. If a router returns less, the choices are computed again
+from its logits, by the record of its block in `recipes.MODELS`. The arguments of the model around tell which tokens are
+padding, and where sequences end.
 
 Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 """
@@ -29,24 +29,24 @@ ROUTER = re.compile(r"Top[kK]Router$")
 
 
 def is_router(module: nn.Module) -> bool:
-    """Whether it is one of these routers, by its package, its name and its sizes."""
+    """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
     kind = type(module)
     sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
 
 
 class ReadCall(CallUnderWay):
-    """A forward of the model around routers."""
+    """A forward, under way, of the model around routers."""
 
     def __init__(self, tokens: TokensAround) -> None:
         self.tokens = tokens
 
 
 class Reader:
-    """Reads the output of one router.
+    """Reads the outputs of the routers in one model.
 
     Args:
-        model: the nearest module around the router that is given an attention mask, or the outermost.
+        model: the nearest module around the routers that gets an attention mask, or the outermost one.
     """
 
     read: TokensReader
@@ -54,10 +54,10 @@ class Reader:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.read = TokensReader(model)
-        self.blocks: dict[nn.Module, BlockSettings] = {}  # of routers, where their block is known
+        self.blocks: dict[nn.Module, BlockSettings] = {}  # by router, for known blocks
 
     def num_experts(self, router: nn.Module) -> int:
-        """Those that a router chooses from."""
+        """The number of experts that a router chooses from."""
         held = self.blocks.get(router)
         return getattr(router, "num_experts") if held is None else num_logits(held)  # noqa: B009
 
@@ -70,13 +70,13 @@ class Reader:
         under_way.end(self)
 
     def routing(self, router: nn.Module, output: Any) -> Routing:
-        """What a router returned, as a decision without a capacity."""
+        """What a router returned, as a `Routing` without a capacity."""
         held, call = self.blocks.get(router), under_way.current(self)
         logits, weight, expert = told(router, output, held)
         tokens = TokensAround() if call is None else call.tokens
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
-        b, n = shape if len(shape) == 2 else (1, t)  # some keep the sequences
+        b, n = shape if len(shape) == 2 else (1, t)  # some routers return (b, n, e)
         if tokens.shape is not None and tokens.shape[0] * tokens.shape[1] == t:
             b, n = tokens.shape
         real = tokens.mask if tokens.mask is not None and tuple(tokens.mask.shape) == (b, n) else None
@@ -85,7 +85,7 @@ class Reader:
         probs = SCORES[unknown if held is None else held.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
         kept = torch.ones_like(expert, dtype=torch.bool) if real is None else real.repeat_interleave(k, dim=-1)
-        kept = kept & (expert < e)  # those of other ranks are not
+        kept = kept & (expert < e)  # larger ids are experts of other ranks
         expert, chosen = torch.where(kept, expert, 0), kept
         capacity, queues = None if held is None else held.capacity, None
         if capacity is not None:
@@ -111,7 +111,7 @@ class Reader:
 
 
 def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
-    """A reader for every such router of a model; those of one model around share it."""
+    """A reader for every router of `transformers` in a model; routers with the same model around share one."""
     readers: dict[nn.Module, Reader] = {}
     found: dict[nn.Module, Reader] = {}
     modules = dict(model.named_modules())
@@ -126,6 +126,6 @@ def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
 
 
 def block_of(module: nn.Module) -> BlockSettings | None:
-    """The settings of a block that is known."""
+    """The settings of a known block; None for any other module."""
     model = record_of(module)
     return None if model is None else BlockSettings(module, model)

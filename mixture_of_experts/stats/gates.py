@@ -1,4 +1,4 @@
-"""The gates of a model."""
+"""Finds the gates of a model."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mixture_of_experts.stats.foreign import Reader, find_readers
 
 
 class GateSite(NamedTuple):
-    """A gate in a model, with the sizes of what it decides."""
+    """A gate in a model, with its path and sizes."""
 
     name: str
     gate: nn.Module
-    outer: tuple[int, ...]  # its leading dimensions, one router for each index
+    outer: tuple[int, ...]  # leading dimensions of its weights, a router for each index
     num_experts: int
-    outer_gate: str | None = None  # level one of the hierarchy whose level two this is
-    reader: Reader | None = None  # of a router of transformers, which is no gate
+    outer_gate: str | None = None  # for level two: the gate of level one
+    reader: Reader | None = None  # for a router of transformers, which is no gate
 
 
 def find_gates(model: nn.Module) -> list[GateSite]:
-    """The gates of both kinds of layers, whatever their class, all other `Gate`s, and the routers of MoE models in
-    `transformers`, in the model's order."""
-    # a compiled module is wrapped: its gates are called the same with and without the wrapper
+    """All gates of a model, in its order: gates of `MoE` and `HeirarchicalMoE`, of any class; other `Gate`s; routers of
+    MoE models in `transformers`."""
+    # paths of gates are the same with and without the wrapper of a compiled module
     names = {module: name.replace("_orig_mod.", "") or "gate" for name, module in model.named_modules()}
     found: dict[nn.Module, GateSite] = {}
     readers = find_readers(model)
@@ -40,9 +40,7 @@ def find_gates(model: nn.Module) -> list[GateSite]:
         elif isinstance(module, MoE):
             assert isinstance(module.num_experts, int)
             found.setdefault(module.gate, GateSite(names[module.gate], module.gate, (), module.num_experts))
-            if hasattr(
-                module.gate, "original_module"
-            ):  # PEFT's `modules_to_save`: the gate, and a copy that is trained
+            if hasattr(module.gate, "original_module"):  # PEFT's `modules_to_save`: the gate and a trained copy
                 copies.update(module.gate.modules())
         elif isinstance(module, Gate) and module not in copies:
             found.setdefault(module, GateSite(name, module, module.outer_expert_dims, module.num_experts))
@@ -53,7 +51,7 @@ def find_gates(model: nn.Module) -> list[GateSite]:
 
 
 def device_of(gate: nn.Module, model: nn.Module) -> torch.device:
-    """Where the gate's parameters are, else the model's."""
+    """The device of the gate's parameters; if it has none, that of the model's."""
     for module in (gate, model):
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device

@@ -1,4 +1,4 @@
-"""A routing decision as a short row of numbers, on its device and without a host sync.
+"""Reduces a `Routing` to a short row of numbers, on its device and without a host sync.
 
 Axes: g routers of a gate (one, or one for each outer expert), b groups, n tokens of a group, e experts.
 """
@@ -11,20 +11,22 @@ from torch import Tensor
 from mixture_of_experts.decision import plan_slots_of
 from mixture_of_experts.routing import Routing
 
-# What a row sums for each router: over tokens; over choices, the second those beyond all slots of their group; over
-# groups that request anything, with the imbalance of each.
+# Sums for each router. Over tokens: their number, those that no expert computes ("unseen"), entropy and confidence.
+# Over choices: "dropped", and "unavoidable", those beyond all slots of their group. Over groups: those that request any
+# expert ("groups"), and their imbalance.
 SUMS = ("tokens", "unseen", "dropped", "unavoidable", "entropy", "confidence", "groups", "imbalance")
 
 
 def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
-    """`(2 g e + 9 g,)` float32: load and requested of every expert, the `SUMS` of every router, its worst imbalance."""
+    """`(2 g e + 9 g,)` float32: load and requests of every expert, then the `SUMS` and the worst imbalance of every
+    router."""
     *outer, b, n, e = routing.probs.shape
     load = torch.zeros(*outer, e, dtype=torch.int64, device=routing.expert.device)
     load = load.scatter_add(-1, routing.expert.flatten(-2), routing.kept.flatten(-2).to(torch.int64))
     seen = seen_tokens(routing)
     part = taking_part(routing, importance)
     probs = routing.probs.detach().float()
-    # -p log p, in place of the clamp's result: a third of the time of torch.special.entr
+    # -p log p in the memory of the clamped p takes a third of the time of torch.special.entr
     entropy, top = -probs.clamp(min=1e-30).log_().mul_(probs).sum(dim=-1), probs.amax(dim=-1)
     if part is None:
         tokens = seen.new_full(tuple(outer), b * n, dtype=torch.int64)
@@ -50,7 +52,7 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
 
 
 def imbalance(queued: Tensor) -> Tensor:
-    """`(..., b)` float32: requests of a group's most requested expert over the mean; 0 where nothing is requested.
+    """`(..., b)` float32, requests of a group's most requested expert over the group's mean; 0 without requests.
 
     `queued` is `(..., b, e)`, the requests of each expert.
     """
@@ -59,7 +61,7 @@ def imbalance(queued: Tensor) -> Tensor:
 
 
 def seen_tokens(routing: Routing) -> Tensor:
-    """`(..., b, n)` bool: the tokens that an expert computes."""
+    """`(..., b, n)` bool, the tokens that an expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
     zeros = torch.zeros_like(routing.probs[..., 0], dtype=torch.int64)
@@ -67,23 +69,24 @@ def seen_tokens(routing: Routing) -> Tensor:
 
 
 def taking_part(routing: Routing, importance: Tensor | None) -> Tensor | None:
-    """`(..., b, n)` bool: real tokens that make a choice; None if all do."""
+    """`(..., b, n)` bool, the real tokens that make a choice; None if all do."""
     if importance is None:
         return routing.real
     return importance > 0 if routing.real is None else (importance > 0) & routing.real
 
 
 def over_capacity(routing: Routing, queued: Tensor, experts: int = 1) -> Tensor:
-    """Choices `(..., b, q)` in queues beyond the slots of so many experts. A choice of weight 0 in a slot is none.
+    """`(..., b, q)`, the number of choices in each queue beyond the slots of so many experts.
 
-    Of one expert they are what capacity dropped; of all experts, what it would have dropped of any load.
+    For the queue of one expert these are the choices that capacity dropped. For the queues of all experts together they
+    are the choices that it would have dropped at any load.
     """
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
     return torch.zeros_like(queued) if limit is None else (queued - experts * limit).clamp(min=0)
 
 
 def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
-    """`(1,)` float32: tokens of a hierarchy that no expert computes. Slots of level one are tokens of level two."""
+    """`(1,)` float32, the number of tokens that no expert of two levels computes."""
     assert outer.k is not None
     seen = seen_tokens(inner).flatten()
     seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot

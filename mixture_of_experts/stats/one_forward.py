@@ -1,4 +1,4 @@
-"""What the gates of a model decide in one forward."""
+"""`routing_of`: what the gates of a model decide in one forward."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from mixture_of_experts.stats.gates import find_gates
 
 @torch.no_grad()
 def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
-    """Run one forward of a model without gradients, in the mode that it is in, and return what each gate decided.
+    """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
 
     Args:
         model: a model with gates, as for `track_routing`; not a compiled one, whose graph has no hooks.
-        args, kwargs: what the model is called with.
+        args, kwargs: arguments of the model.
 
     Returns:
-        the `Routing` of each gate by its path in the model, of its last call where it ran more than once. A router of
-        transformers has one too, made from what it returned.
+        The `Routing` of each gate, by its path in the model. A gate that ran more than once has that of its last call.
+        A router of transformers has one made from what it returned.
 
     Raises:
         ValueError: the model has no gate.
@@ -53,7 +53,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         model(*args, **kwargs)
     if not found:
         raise RuntimeError(
-            f"no gate of the {type(model).__name__} ran: call routing_of with what the model is called with, before it "
-            "is compiled"
+            f"no gate of the {type(model).__name__} ran: give routing_of the model's own arguments, and call it before "
+            "the model is compiled"
         )
     return {site.name: found[site.name] for site in sites if site.name in found}

@@ -1,4 +1,4 @@
-"""What was recorded of a gate, as numbers to read, log and print.
+"""`Record`: what a gate decided in one step or several, as numbers to read, log and print.
 
 Axes: e experts (`(eo, ei)` on the second level of a hierarchy).
 """
@@ -18,28 +18,28 @@ from mixture_of_experts.stats.measures import SUMS
 
 @dataclass(frozen=True)
 class Record:
-    """What one gate decided in one step (or several). Masked tokens appear in nothing; an empty mean is 0.
+    """What one gate decided in one step, or in several. Masked tokens do not count; an empty mean is 0.
 
     Attributes:
         layer: path of the gate in the model.
         step: number of the step, from 0; -1 for all steps together.
-        forwards: forwards of the gate that are summed up here.
-        load: `(e,)` int64 choices that each expert computes; `(eo, ei)` for the second level of a hierarchy, where it
-            is the load of the layer's experts.
-        requested: choices of each expert before capacity, of the load's shape.
-        tokens: tokens that took part; on a second level the choices that level one handed on.
+        forwards: number of forwards of the gate in this record.
+        load: `(e,)` int64, number of choices that each expert computes. For the second level of a hierarchy it is
+            `(eo, ei)`, the load of the layer's experts.
+        requested: number of choices of each expert before capacity, of the load's shape.
+        tokens: number of tokens that took part; on a second level, of choices that level one handed on.
         dropped: share of the requested choices that found no slot.
-        unavoidable: share of them for which their group had no slot at all, whatever its load: at capacity factor 1.25
-            (slots for each token, not each choice) `Top2Gating` drops some of a perfectly balanced one.
-        imbalance: requests of the most requested expert of a group over their mean in that group, 1 if balanced: mean
-            over the groups. Sequences that crowd on different experts look balanced in `requested`, but not here.
-        worst_imbalance: the imbalance of the worst group.
+        unavoidable: share of the requested choices beyond all slots of their group, which no load avoids. `Top2Gating`
+            at capacity factor 1.25 has 1.25 slots for the 2 choices of a token, so even a balanced load drops some.
+        imbalance: requests of a group's most requested expert over the group's mean, 1 if balanced; mean over groups.
+            If sequences crowd on different experts, `requested` looks balanced, but this number does not.
+        worst_imbalance: imbalance of the worst group.
         unseen: share of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
         confidence: mean of a token's largest probability.
         losses: the losses by name, without coefficients: the parts of the balancing loss and "z"; means over forwards.
-        lost_in_layer: second level only: tokens of the layer that no expert computes, whichever level dropped them;
-            None in compiled forwards.
+        lost_in_layer: second level only: number of the layer's tokens that no expert computes, whichever level dropped
+            them; None in compiled forwards.
         outer: second level only: a record of each outer expert (without losses).
     """
 
@@ -67,15 +67,15 @@ class Record:
 
     @property
     def relative_requested(self) -> Tensor:
-        """Requested choices over their mean, float64 of the load's shape: what the router wants.
+        """Requested choices over their mean, float64 of the load's shape.
 
-        Capacity evens the load out, so a collapse shows here.
+        A collapse of the router shows here; capacity evens `load` out.
         """
         return relative(self.requested)
 
     @property
     def choices_per_token(self) -> float:
-        """Mean number of choices of a token before capacity: of routers that let it vary, such as `TopPGating`."""
+        """Mean number of choices of a token before capacity; it varies for routers such as `TopPGating`."""
         return float(self.requested.sum()) / max(self.tokens, 1)
 
     @property
@@ -97,7 +97,7 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in types that JSON knows."""
+        """The whole record, in types that JSON knows."""
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
         fields.update(load=self.load.tolist(), requested=self.requested.tolist(), losses=dict(self.losses))
         fields["outer"] = [record.to_dict() for record in self.outer]
@@ -107,14 +107,14 @@ class Record:
 
 
 def relative(counts: Tensor) -> Tensor:
-    """Counts over their mean, float64; zeros if there is nothing."""
+    """Counts over their mean, float64; zeros if all counts are 0."""
     return counts / counts.to(torch.float64).mean().clamp(min=1 / counts.numel())
 
 
 def summed_up(
     layer: str, step: int, forwards: int, load: Tensor, requested: Tensor, sums: Tensor, worst: Tensor, **more: Any
 ) -> Record:
-    """A record from the `SUMS` and the worst imbalances `(...)` of a router, or of all routers of a gate."""
+    """A record from the `SUMS` and the worst imbalances of one router, or of all routers of a gate."""
     of = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens, choices = max(of["tokens"], 1), max(int(requested.sum()), 1)
     return Record(
@@ -139,11 +139,11 @@ SUMMARY_HEADER = (
     *("gate", "experts", "forwards", "tokens", "requested", "worst step", "in a group", "load", "dead"),
     *("dropped", "unseen", "entropy", "confidence", "losses"),
 )
-HIGH_DROPS = 0.1  # a share of the choices, beyond what a balanced load would lose: then the summary warns
+HIGH_DROPS = 0.1  # the summary warns above this share of avoidable drops
 
 
 def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
-    """A line of the summary. Loads are the least and the most, relative to a balanced one."""
+    """The cells of a gate's line in the summary. Loads are the least and the most, relative to a balanced load."""
     experts = "x".join(map(str, total.load.shape))
     if not total.forwards:
         return (total.layer, experts, "0", *["-"] * (len(SUMMARY_HEADER) - 3))
@@ -167,11 +167,11 @@ def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
 
 
 def warning(total: Record) -> str | None:
-    """What to say of a gate that drops much more than capacity makes it drop."""
+    """A warning for a gate that drops many more choices than it must; None for others."""
     if total.dropped - total.unavoidable <= HIGH_DROPS:
         return None
     return (
-        f"warning: {total.layer} dropped {total.dropped:.0%} of its choices, of a balanced load it would have dropped "
+        f"warning: {total.layer} dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
         f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
         "raise loss_coef, the capacity factor or group_size"
     )
@@ -182,7 +182,7 @@ def span(values: Tensor) -> str:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells, the header first, as lines of aligned columns; first and last column to the left."""
+    """Rows of cells, the header first, as lines of aligned columns; the first and the last column align left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

@@ -1,8 +1,7 @@
-"""One page that shows what the gates of a model did: `RoutingStats.report`.
+"""The page of `RoutingStats.report`, which shows what the gates of a model did.
 
-The page needs nothing but itself: pictures are in it, and so are its style and the few lines that tell what is under
-the pointer (`report.html`). Everything that comes from outside, names of gates and texts of tokens, is escaped where it
-enters.
+The page is one file, with its pictures, its style, and the script that tells what is under the pointer (`report.html`).
+Names of gates and texts of tokens are escaped where they enter.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from mixture_of_experts.stats.fates import (
 )
 from mixture_of_experts.stats.records import Record, relative, warning
 
-NOTES, NAMED = 12, 12  # lines of notes, and experts that one of them names
+NOTES, NAMED = 12, 12  # most notes, and most experts that a note names
 
 
 class History(NamedTuple):
-    """What is shown of a gate."""
+    """What the page shows of a gate."""
 
     total: Record
-    stretches: Sequence[Record]  # of steps, oldest first
+    stretches: Sequence[Record]  # of one step or several each, oldest first
     end: int  # one more than the last step
     level_one: str | None
 
@@ -57,7 +56,7 @@ class Text(NamedTuple):
 
 
 def page(histories: Sequence[History], tokens: str | bytes | Sequence[str] | None, texts: Sequence[Text]) -> str:
-    """The page, as HTML."""
+    """The page as HTML."""
     shown = [history for history in histories if history.stretches]
     lost = [max(record.dropped, record.unseen) for history in shown for record in history.stretches]
     most = max(lost)
@@ -78,7 +77,7 @@ def page(histories: Sequence[History], tokens: str | bytes | Sequence[str] | Non
 
 
 def in_script(data: Any) -> str:
-    """JSON that no text in it can end."""
+    """Data as JSON in a script; no text in it can end the script."""
     text = json.dumps(data, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -99,7 +98,7 @@ def counted(number: int, name: str) -> str:
 
 
 def notes(shown: Sequence[History]) -> str:
-    """What a reader should look at, as a list; or that there is nothing."""
+    """A list of what a reader should look at, or a line that all is well."""
     lines = [line for history in shown for line in (*idle(history), warning(history.total)) if line is not None]
     if not lines:
         return "<p class=good>Every expert computes tokens, and no gate drops much more than it has to.</p>"
@@ -109,7 +108,7 @@ def notes(shown: Sequence[History]) -> str:
 
 
 def idle(history: History) -> Iterator[str]:
-    """Experts that computed no token: in all steps, and those that stopped by the last quarter of them."""
+    """Notes on experts that computed no token: in all steps, or in the last quarter of them."""
     dead = history.total.load == 0
     late = history.stretches[-max(len(history.stretches) // 4, 1) :]
     stopped = (torch.stack([record.load for record in late]).sum(dim=0) == 0) & ~dead
@@ -121,7 +120,7 @@ def idle(history: History) -> Iterator[str]:
 
 
 def overview_row(i: int, history: History) -> str:
-    """One gate over all steps."""
+    """The table row of one gate, over all steps."""
     total = history.total
     strips = "".join(
         f'<td class=strip><img data-gate="{i}" data-of="{of}" alt="" src="{charts.strip(load.flatten())}"></td>'
@@ -142,12 +141,12 @@ def overview_row(i: int, history: History) -> str:
 
 
 def gate_name(layer: str) -> str:
-    """Escaped, with places where a line may break."""
+    """A gate's name, escaped, with places where a line may break."""
     return escape(layer).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
 def card(i: int, history: History, most: float) -> str:
-    """One gate over its steps."""
+    """The figure of one gate over its steps."""
     level = "" if history.level_one is None else " <small>level two, a line between outer experts</small>"
     picture = charts.over_steps(history.stretches, history.end, most)
     alt = escape(f"load of the experts of {history.total.layer} over steps", quote=True)
@@ -158,7 +157,7 @@ def card(i: int, history: History, most: float) -> str:
 
 
 def numbers(history: History) -> dict[str, Any]:
-    """What the pointer finds on a gate's strips and chart: loads in hundredths of a balanced one."""
+    """The numbers that the pointer shows on a gate's strips and chart: loads in hundredths of a balanced load."""
     total = history.total
 
     def hundredths(load: Tensor) -> list[int]:
@@ -181,12 +180,12 @@ def numbers(history: History) -> dict[str, Any]:
 
 
 def texts_of_gates(routing: Mapping[str, Routing], level_one: Mapping[str, str | None], num_tokens: int) -> list[Text]:
-    """What every gate chose for every token; a second level together with its first.
+    """The choices of every gate for every token; the two levels of a layer are one text.
 
     Args:
-        routing: of the gates, by name, on one sequence.
-        level_one: the gate of level one of those that are a second level.
-        num_tokens: of the text.
+        routing: the routing of each gate, by name, on one sequence.
+        level_one: for each gate of level two the gate of level one, else None.
+        num_tokens: number of tokens of the text.
     """
     found = []
     for gate, told in routing.items():
@@ -217,7 +216,7 @@ def texts_of_gates(routing: Mapping[str, Routing], level_one: Mapping[str, str |
 
 
 def coded(text: Text) -> dict[str, Any]:
-    """A text as the page's script reads it: for each token its class and its choices, and the legend."""
+    """A text as the page's script reads it: the class and the choices of each token, and the legend."""
     names = {choice.expert: choice.name for of_token in text.choices for choice in of_token if choice.kept}
     colours = list(expert_colours(text.fates, text.num_experts))
     kinds = {expert: str(i) for i, expert in enumerate(colours)}
@@ -242,7 +241,7 @@ def coded(text: Text) -> dict[str, Any]:
 
 
 def in_order(choices: Sequence[Choice]) -> list[Choice]:
-    """Kept ones first, by weight; the others as the gate has them."""
+    """Choices with the kept ones first, by weight; the others in the gate's order."""
     return sorted(choices, key=lambda choice: (not choice.kept, -choice.weight))
 
 
@@ -267,6 +266,6 @@ def text_section(tokens: Sequence[str], texts: Sequence[Text]) -> str:
 
 
 def colour_rules() -> str:
-    """The classes of tokens, and of their legend."""
+    """The style rules for tokens and for their legend."""
     colours = {**{str(i): colour for i, colour in enumerate(PALETTE)}, "o": OTHERS}
     return "".join(f".t{name}{{background:{colour};color:{ink_on(colour)}}}" for name, colour in colours.items())

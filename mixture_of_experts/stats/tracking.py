@@ -1,10 +1,9 @@
-"""Hooks on every gate of a model, and the ring of rows that they write.
+"""`track_routing`: hooks on every gate of a model write rows of numbers into a ring.
 
-A forward hook on each gate reduces its `Routing` to one short row of numbers and writes it into a ring of the last
-rows, on the gate's device and in place: no host sync until something is read, bounded memory, and a graph that
-`torch.compile` can trace. Activation checkpointing runs forwards again in backward; such a forward is recognised by
-the fact that no forward of the tracked model is under way, and is not recorded. What is known of one forward alone lies
-in a `TrackedCall`, so that those of several threads do not mix.
+A forward hook on each gate reduces its `Routing` to one short row. It writes the row in place into a ring of the last
+rows, on the gate's device. So memory is bounded, `torch.compile` can trace the hook, and there is no host sync until
+something is read. Activation checkpointing runs forwards again in a backward; they are not recorded, because no forward
+of the tracked model is under way then. The state of one forward lies in a `TrackedCall`, so threads do not mix.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ from mixture_of_experts.under_way import CallUnderWay
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
 WRITING = threading.Lock()
-MOST_LOSSES = 12  # columns of a row that are set aside for losses, the z-loss among them
-STRETCHES = 60  # columns of a chart in a report, at most
+MOST_LOSSES = 12  # columns of a row for losses, the z-loss among them
+STRETCHES = 60  # most columns of a chart in a report
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
     "compiled and called before, its graph has no hooks: call torch.compiler.reset() first, or enter track_routing "
@@ -48,26 +47,26 @@ NOTHING = (
 def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") -> Iterator[RoutingStats]:
     """Record what every gate in `model` decides, while the context lasts.
 
-    Gates are those of `MoE` and `HeirarchicalMoE` layers, of any class, all other modules derived from `Gate`, and the
-    routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...), whose attention mask tells which
-    tokens are padding. The hooks are removed on leaving; what was recorded can be read then, or at any time before.
+    It finds the gates of `MoE` and `HeirarchicalMoE` layers, of any class, all other modules derived from `Gate`, and
+    the routers of MoE models in `transformers` (Mixtral, Qwen3-MoE, DeepSeek-V3, ...); there the attention mask tells
+    which tokens are padding. You can read the records inside the context and after it.
 
-    A step is one forward of `model`, until `stats.step()` is called after an optimizer's step: then all forwards since
-    the last call are one step (gradient accumulation).
+    A step is one forward of `model`. If you call `stats.step()` after each optimizer step, all forwards since the last
+    call are one step (gradient accumulation).
+
+    With activation checkpointing of either kind a forward is recorded once. With `torch.compile` enter the context
+    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded; enter and
+    leave the context while none runs, since it sets and removes hooks.
 
     Args:
-        model: the module that you call; a forward of a gate counts if it happens within a forward of this module.
-        keep: forwards of each gate that are remembered, the last ones.
-        when: record forwards in "training" mode, in "eval" mode, or "always".
+        model: the module that you call; a forward of a gate counts only within a forward of this module.
+        keep: how many forwards of each gate are remembered, the last ones.
+        when: which forwards to record: those in "training" mode, in "eval" mode, or "always".
 
     Raises:
         ValueError: the model has no gate, or an argument is not allowed.
-        RuntimeError: in a forward, where the model itself runs inside `torch.utils.checkpoint` or only parts of it are
-            called (both: track the module around it); on reading, where nothing was recorded.
-
-    Under activation checkpointing of either kind a forward is recorded once. Under `torch.compile` enter the context
-    before the first compiled call. Over ranks, each one sees its own tokens; of threads, all are recorded: enter and
-    leave the context while none of them runs a forward of the model, as hooks come and go with it.
+        RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
+            called (in both cases track the module around it); on reading: nothing was recorded.
 
     Example:
         >>> import torch
@@ -88,7 +87,7 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
 
 
 class RoutingStats:
-    """What `track_routing` recorded. Every method but `step` reads from the device: one host sync for each gate."""
+    """The records of `track_routing`. Every method but `step` reads from the device: one host sync for each gate."""
 
     def __init__(self, model: nn.Module, keep: int, when: When) -> None:
         check_size("keep", keep)
@@ -107,15 +106,15 @@ class RoutingStats:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The gates, by their paths in the model, in the model's order."""
+        """The paths of the gates in the model, in the model's order."""
         return tuple(self._gates)
 
     def level_one(self, layer: str) -> str | None:
-        """The gate of level one, if `layer` is level two of a hierarchy."""
+        """The gate of level one if `layer` is level two of a hierarchy, else None."""
         return self._gates[layer].place.outer_gate
 
     def step(self) -> None:
-        """End a step: the forwards since the last call (or the beginning) are reported as one."""
+        """End a step: all forwards since the last call, or since the beginning, are one step."""
         if not any(tracker.losses for tracker in self._gates.values()):  # no hook ran or was traced
             raise RuntimeError(NOTHING)
         self._marked = True
@@ -136,13 +135,13 @@ class RoutingStats:
         return tracker.record(*steps[-1])
 
     def total(self, layer: str) -> Record:
-        """All remembered steps of a gate together: an expert that is dead here got no token in any of them."""
+        """All remembered steps of a gate as one record: an expert that is `dead` in it got no token in any of them."""
         tracker = self._tracker(layer)
         rows = [rows for _, rows in self._steps(tracker)]
         return tracker.record(-1, torch.cat(rows) if rows else tracker.rows())
 
     def scalars(self) -> dict[str, float]:
-        """The single numbers of every gate's last step, as `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
+        """The scalar numbers of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
         last = [self.last(layer) for layer in self._recorded() if self._gates[layer].forwards]
         return {f"{record.layer}/{name}": value for record in last for name, value in record.scalars().items()}
 
@@ -150,9 +149,9 @@ class RoutingStats:
         """A table with one line for each gate, over all remembered steps.
 
         "requested" and "load" are the least and the most of an expert, before and after capacity, relative to a
-        balanced load. "worst step" is the most requested in any step, and the step's number; "in a group" the most
-        requested expert of a group: mean over groups, and the worst. A line below the table warns of a gate that drops
-        over 10 % of its choices more than it would of a balanced load.
+        balanced load. "worst step" is the most that any expert was requested in a step, and the step's number. "in a
+        group" is the load of a group's most requested expert: the mean over groups, and the worst. A line below warns
+        of each gate with over 10 % more drops than a balanced load would have.
         """
         totals = [self.total(layer) for layer in self._recorded()]
         rows = [summary_cells(total, self.records(total.layer)) for total in totals]
@@ -167,7 +166,7 @@ class RoutingStats:
         }
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Write a file of one JSON object a line: every remembered step of every gate, ordered by step."""
+        """Write a file with one JSON object in each line: every remembered step of every gate, ordered by step."""
         records = [record for layer in self._recorded() for record in self.records(layer)]
         records.sort(key=lambda record: record.step)
         with open(path, "w", encoding="utf-8") as file:
@@ -180,16 +179,17 @@ class RoutingStats:
         tokens: str | bytes | Sequence[str] | None = None,
         routing: Mapping[str, Routing] | None = None,
     ) -> None:
-        """Write one HTML page that shows what was recorded; it needs no other file and no network.
+        """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
-        The page has the load of every gate, before and after capacity, over all remembered steps and over each; the
-        choices that were dropped, and what of them was unavoidable; tokens without an expert; dead experts. With
-        `tokens` it has a text too, coloured by expert, with all choices and weights of the token under the pointer.
+        The page shows the load of every gate, before and after capacity, over all remembered steps and in each; dropped
+        choices, and how many drops were unavoidable; tokens without an expert; dead experts. With `tokens` it also
+        shows a text coloured by expert, with all choices and weights of the token under the pointer.
 
         Args:
-            path: of the file, which is replaced if it exists.
-            tokens: the texts of the tokens of one sequence; of a string the characters, of bytes the bytes.
-            routing: what the gates decided on that sequence, by gate: what `routing_of` returns.
+            path: path of the file; an existing file is replaced.
+            tokens: the texts of the tokens of one sequence. In a string every character is a token, in bytes every
+                byte.
+            routing: the gates' routing of that sequence, as `routing_of` returns it.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -217,7 +217,7 @@ class RoutingStats:
             file.write(html)
 
     def _history(self, layer: str) -> History:
-        """A gate's steps for a report, neighbouring ones summed up where there are many."""
+        """The steps of a gate for a report; if there are many, consecutive ones are summed up."""
         tracker = self._tracker(layer)
         steps = self._steps(tracker)
         size = max(-(-len(steps) // STRETCHES), 1)
@@ -232,23 +232,23 @@ class RoutingStats:
         return self._gates[layer]
 
     def _steps(self, tracker: GateTracker) -> list[tuple[int, Tensor]]:
-        """Number and rows `(forwards, width)` of every remembered step."""
+        """The number and the rows `(forwards, width)` of every remembered step."""
         rows = tracker.rows()
         numbers = rows[:, 0 if self._marked else 1]
-        rows = rows[numbers.argsort(stable=True)]  # threads write in turn
+        rows = rows[numbers.argsort(stable=True)]  # rows of threads lie in any order
         numbers, sizes = numbers.unique(return_counts=True)
         steps = list(zip(map(int, numbers.tolist()), rows.split(sizes.tolist()), strict=True))
-        # once rows have been overwritten, some of the oldest step may be missing
+        # once rows are overwritten, the oldest step may be incomplete
         return steps[1:] if len(steps) > 1 and tracker.forwards > tracker.keep else steps
 
     def _recorded(self) -> tuple[str, ...]:
-        """All gates' names, if anything was recorded."""
+        """The names of all gates; RuntimeError if nothing was recorded."""
         if not any(tracker.forwards for tracker in self._gates.values()):
             raise RuntimeError(NOTHING)
         return self.layers
 
     def _add_clock(self, device: torch.device) -> None:
-        """A clock on `device`, showing what the others show."""
+        """Add a clock on `device` that shows the same as the others."""
         if device not in self._clocks:
             clock = Clock(device)
             for other in list(self._clocks.values())[:1]:
@@ -257,7 +257,7 @@ class RoutingStats:
             self._clocks[device] = clock
 
     def _start(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Register the hooks; whoever closes `hooks` removes them."""
+        """Register the hooks; closing `hooks` removes them."""
         for tracker in self._gates.values():
             tracker.allocate(device_of(tracker.place.gate, model))
             handle = tracker.place.gate.register_forward_hook(tracker.hook, with_kwargs=True)
@@ -270,7 +270,7 @@ class RoutingStats:
         hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
 
     def _stop(self) -> None:
-        """A compiled graph keeps the hooks it was traced with, but it asks for this before it runs."""
+        """Stop recording. A compiled graph keeps its hooks, but it is guarded by `_when`, and so traced again."""
         self._when = "never"
 
     def _begin(self, model: nn.Module, args: object) -> None:
@@ -292,25 +292,25 @@ class RoutingStats:
         under_way.end(self)
 
     def _counts(self, module: nn.Module) -> bool:
-        """Whether a forward is to be recorded in the mode that `module` is in."""
+        """Whether forwards in the current mode of `module` are recorded."""
         return self._when == "always" or self._when == ("training" if module.training else "eval")
 
 
 class TrackedCall(CallUnderWay):
-    """A forward of the tracked model."""
+    """A forward, under way, of the tracked model."""
 
     def __init__(self) -> None:
-        self.numbers: dict[torch.device, Tensor] = {}  # which forward it is, on each device
-        self.handed_on: dict[str, Routing] = {}  # to level two, by level one's name
+        self.numbers: dict[torch.device, Tensor] = {}  # the number of the forward, on each device
+        self.handed_on: dict[str, Routing] = {}  # routing of level one, for level two, by level one's name
 
 
 def exclusively() -> AbstractContextManager[Any]:
-    """Where one thread writes. A traced graph has no lock, and threads that run one each their own rows."""
+    """A lock, so that one thread writes at a time. In a traced graph there is none."""
     return nullcontext() if torch.compiler.is_compiling() else WRITING
 
 
 class Clock:
-    """Counts steps and forwards on a device, for the rows that are written there."""
+    """Counts steps and forwards, on the device of the rows that hold these numbers."""
 
     steps: Tensor
     forwards: Tensor
@@ -323,7 +323,7 @@ class Clock:
 class GateTracker:
     """The last rows of one gate: `[step, forward, load, requested, sums, worst imbalance, lost in layer, losses]`.
 
-    They are float32, which counts up to 16 million choices in one forward without error.
+    Rows are float32, which counts up to 16 million choices of one forward exactly.
     """
 
     place: GateSite
@@ -335,10 +335,10 @@ class GateTracker:
     def __init__(self, place: GateSite, stats: RoutingStats, keep: int) -> None:
         self.place, self.stats, self.keep = place, stats, keep
         self.routers = math.prod(place.outer)
-        self.outer: GateTracker | None = None  # of level one
+        self.outer: GateTracker | None = None  # the tracker of level one
         self.hands_on = False  # whether this is level one of a hierarchy
         self.losses: tuple[str, ...] = ()
-        # where torch.compile traces, nothing may be stored, but a function of constants is called; methods are none
+        # a traced graph cannot store names, but it calls a constant function, which no method is
         self.learn_names = constant_in_graphs(lambda losses: self._learn_names(losses))
         self.ring: Tensor
         self.written: Tensor
@@ -346,8 +346,8 @@ class GateTracker:
     def allocate(self, device: torch.device) -> None:
         cells = self.routers * self.place.num_experts
         width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
-        with torch.inference_mode(False):  # such tensors could not be written to outside of it
-            # one more than is kept: the oldest shows that the step after it is whole
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
+            # one row more than `keep`: the oldest shows whether the step behind it is complete
             self.ring = torch.zeros(self.keep + 1, width, device=device)
             self.written = torch.zeros(1, dtype=torch.int64, device=device)
             self.stats._add_clock(device)
@@ -360,7 +360,7 @@ class GateTracker:
     def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any) -> None:
         if self.place.reader is not None:
             routing = self.place.reader.routing(gate, routing)
-            args = ()  # of a router of another kind: no importance is among them
+            args = ()  # a router of transformers gets no importance
         if not isinstance(routing, Routing):
             raise TypeError(f"{self.place.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
         losses = routing.losses
@@ -380,12 +380,12 @@ class GateTracker:
             self.write(call, routing, importance, list(losses.values()))
 
     def write(self, call: TrackedCall, routing: Routing, importance: Tensor | None, losses: list[Tensor]) -> None:
-        """Add a row. Everything here is traced by `torch.compile`: only tensors change, and they in place."""
+        """Add a row. `torch.compile` traces this method, so it only changes tensors, in place."""
         device = routing.probs.device
         if self.ring.device != device:
             self.allocate(device)  # the model moved
         clock = self.stats._clocks[device]
-        # a graph has no tensors of an object that was made outside of it
+        # a graph cannot read the tensors of `call`, which was made outside of it
         number = clock.forwards if torch.compiler.is_compiling() else call.numbers.get(device, clock.forwards)
         values = [value.detach().float().reshape(1) for value in losses]
         rest = self.ring.new_zeros(MOST_LOSSES - len(values))
@@ -395,8 +395,8 @@ class GateTracker:
             self.written.add_(1)
 
     def lost_in_layer(self, call: TrackedCall, routing: Routing) -> Tensor:
-        """`(1,)`: tokens that no expert of a hierarchy computes, if this is its level two and level one was seen."""
-        if torch.compiler.is_compiling():  # nothing may be stored inside a checkpoint that is traced
+        """`(1,)`, the number of tokens that no expert computes, at level two of a hierarchy; NaN elsewhere."""
+        if torch.compiler.is_compiling():  # a traced checkpoint can store nothing
             return self.ring.new_full((1,), torch.nan)
         if self.hands_on:
             call.handed_on[self.place.name] = routing
@@ -405,16 +405,16 @@ class GateTracker:
 
     @property
     def forwards(self) -> int:
-        """All recorded forwards, those that are overwritten too."""
+        """The number of all recorded forwards, also of those that were overwritten."""
         return int(self.written)
 
     def rows(self) -> Tensor:
-        """`(forwards, width)` float64 on the CPU, oldest first."""
+        """The rows, `(forwards, width)` float64 on the CPU, oldest first."""
         ring, forwards = self.ring.cpu().to(torch.float64), self.forwards
         return ring[:forwards] if forwards <= self.keep else ring.roll(-(forwards % (self.keep + 1)), 0)
 
     def record(self, step: int, rows: Tensor) -> Record:
-        """Sum rows `(r, width)` up."""
+        """The record of a step, or of several, from their rows `(r, width)`."""
         g, e = self.routers, self.place.num_experts
         _, load, requested, sums, worst, lost, losses = rows.split(
             [2, g * e, g * e, len(SUMS) * g, g, 1, MOST_LOSSES], dim=1
