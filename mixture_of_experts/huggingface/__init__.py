@@ -1,4 +1,4 @@
-"""Inside the models of `transformers`: replace and upcycle feed-forward networks, train, save and load them."""
+"""Mixtures of experts inside models of `transformers`: replace or upcycle feed-forward networks, train, save, load."""
 
 from mixture_of_experts.huggingface.adapters import Adapter
 from mixture_of_experts.huggingface.backend import experts_forward

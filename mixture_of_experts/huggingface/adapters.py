@@ -1,4 +1,4 @@
-"""Where the feed-forward networks of known models are, and how to read and replace them: a table entry for each.
+"""Adapters tell where the parts of a feed-forward network are; `read_dense` reads a network by one.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -20,22 +20,22 @@ Halves = Literal["gate_up", "up_gate", "interleaved"]
 
 @dataclass(frozen=True)
 class Adapter:
-    """The parts of a feed-forward network, as paths below the module whose class the table names.
+    """The parts of a feed-forward network, as paths below its module.
 
     Args:
-        up: the first linear layer; of a gated network the one that is not under the activation.
-        down: the last one.
-        gate: the linear layer under the activation of a gated network. The same path as `up`, if one layer holds both:
-            `halves` tells which of its results are the gate's.
-        activation: the path of the activation, a module or a function; or the module.
+        up: the first linear layer; in a gated network the one whose result does not go through the activation.
+        down: the last linear layer.
+        gate: the linear layer of a gated network whose result goes through the activation. It is the same path as `up`
+            if one layer computes both.
+        activation: the path of the activation, a module or a function; or the module itself.
         hidden_dropout: dropout between activation and `down`: the path of a module or of a number, or the number.
-        output_dropout: dropout after `down`, likewise.
-        slot: the parts stand in a layer that does other things too and calls them one by one. Then the MoE takes the
-            place of `down`, and those that `bypass` names and `hidden_dropout` become identities; otherwise it takes
-            the whole module's.
-        bypass: see `slot`.
-        ones: see `slot`: a path that returns 1, where the model multiplies by it.
-        halves: where `gate` and `up` are one layer, how its results are ordered.
+        output_dropout: dropout after `down`, in the same form.
+        slot: whether the module does other things too, and calls the parts one by one. Then the MoE replaces `down`,
+            and identities replace `hidden_dropout` and the parts that `bypass` names. Otherwise the MoE replaces the
+            whole module.
+        bypass: with `slot`: paths of parts that become identities.
+        ones: with `slot`: the path of a part that returns 1 instead, because the model multiplies by its result.
+        halves: how the results of one layer for `gate` and `up` are ordered.
     """
 
     up: str
@@ -56,9 +56,9 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense feed-forward network, read: `act(x w1 + b1) w2 + b2`, gated `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
+    """A dense feed-forward network: `act(x w1 + b1) w2 + b2`, gated `(act(x w1 + b1) * (x w3 + b3)) w2 + b2`.
 
-    Weights are views of its own: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3 `(h,)`, b2 `(d,)`.
+    Weights are views of the network's own: w1, w3 `(d, h)`, w2 `(h, d)`, b1, b3 `(h,)`, b2 `(d,)`.
     """
 
     w1: Tensor
@@ -79,7 +79,7 @@ class Dense:
         return self.w1.shape[1]
 
     def compute(self, x: Tensor) -> Tensor:
-        """What the network computes in evaluation, of tokens `(..., d)`."""
+        """The output `(..., d)` of the network in evaluation, for tokens `(..., d)`."""
         activation = self.activation.eval()
         hidden = activation(linear(x, self.w1, self.b1))
         if self.w3 is not None:
@@ -87,7 +87,7 @@ class Dense:
         return linear(hidden, self.w2, self.b2)
 
     def weights(self) -> dict[str, Tensor]:
-        """Those that are there, by the names that experts give them."""
+        """The weights and biases that are not None, by the names that they have in experts."""
         found = {name: getattr(self, name) for name in ("w1", "w2", "w3", "b1", "b2", "b3")}
         return {name: weight for name, weight in found.items() if weight is not None}
 
@@ -96,7 +96,7 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
     """Read a network by its adapter.
 
     Raises:
-        TypeError: a part is no plain linear layer, as after quantisation or under a LoRA adapter.
+        TypeError: a part is no plain linear layer, for example quantised or under a LoRA adapter.
     """
     w2, b2 = read_linear(module, adapter.down)
     w3 = b3 = None
@@ -110,7 +110,7 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
     activation = read_activation(part(module, own) if isinstance(own, str) else own)
     dropout = read_dropout(module, adapter.hidden_dropout)
     if dropout is not None:
-        activation = nn.Sequential(activation, dropout)  # of a gated network too: a factor is a factor
+        activation = nn.Sequential(activation, dropout)  # also in a gated network: dropout multiplies
     return Dense(w1, w2, w3, b1, b2, b3, activation, read_dropout(module, adapter.output_dropout))
 
 
@@ -119,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def halves_of(tensor: Tensor, order: Halves) -> tuple[Tensor, Tensor]:
-    """Gate and up `(..., h)` of a weight or bias `(..., 2 h)`."""
+    """Gate and up, each `(..., h)`, from a weight or bias `(..., 2 h)`."""
     if order == "interleaved":
         return tensor[..., ::2], tensor[..., 1::2]
     first, second = tensor.chunk(2, dim=-1)
@@ -127,7 +127,7 @@ def halves_of(tensor: Tensor, order: Halves) -> tuple[Tensor, Tensor]:
 
 
 def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | None:
-    """A module, from a path of one or of a number, or a number; None if it drops nothing."""
+    """The dropout as a module, from the path of a module or of a number, or from a number; None if it drops nothing."""
     found = part(module, dropout) if isinstance(dropout, str) else dropout
     if found is None or getattr(found, "p", found) == 0:
         return None
@@ -135,7 +135,7 @@ def read_dropout(module: nn.Module, dropout: str | float | None) -> nn.Module | 
 
 
 def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    """Weight `(in, out)` and bias of a linear layer, or of GPT-2's `Conv1D`, which is one that keeps it so."""
+    """The weight `(in, out)` and the bias of a linear layer, or of GPT-2's `Conv1D`, which stores its weight so."""
     layer = part(module, path)
     plain = isinstance(layer, Conv1D | nn.Linear) and all(
         type(p) in (nn.Parameter, Tensor) and p.is_floating_point() for p in layer.parameters()
@@ -151,20 +151,20 @@ def read_linear(module: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
 
 @torch.no_grad()
 def computes_as_linear(layer: Any) -> bool:
-    """Whether a layer of a class that inherits from a linear one returns the same, on random numbers."""
+    """Whether a layer of a subclass of a linear layer returns what a linear layer does, on random numbers."""
     if type(layer) in (nn.Linear, Conv1D) or layer.weight.is_meta:
         return True
     weight = layer.weight if isinstance(layer, Conv1D) else layer.weight.T
     x = random_tokens(weight)
     try:
         found = layer(x)
-    except Exception:  # anybody's code: it is no linear layer
+    except Exception:  # unknown code raises: it is no linear layer
         return False
     return isinstance(found, Tensor) and close(found, linear(x, weight, layer.bias))
 
 
 def random_tokens(weight: Tensor) -> Tensor:
-    """`(2, 3, d)` for a weight `(d, h)`, the same ones each time."""
+    """Random tokens `(2, 3, d)` for a weight `(d, h)`, the same in every call."""
     generator = torch.Generator("cpu").manual_seed(0)
     return torch.randn(2, 3, weight.shape[0], generator=generator, device="cpu").to(weight)
 
@@ -181,7 +181,7 @@ def part(module: nn.Module, path: str) -> Any:
     return module
 
 
-#: activations of `transformers` that torch has too, for which the experts have fast ways
+#: torch's modules for activations of `transformers`: experts have fast ways for them
 OF_TORCH: dict[str, Callable[[], nn.Module]] = {
     "GELUActivation": nn.GELU,
     "GELUTanh": lambda: nn.GELU("tanh"),
@@ -191,6 +191,6 @@ OF_TORCH: dict[str, Callable[[], nn.Module]] = {
 
 
 def read_activation(activation: Any) -> nn.Module:
-    """The module torch has for it, else itself."""
+    """The module of torch that computes an activation; the activation itself if there is none."""
     make = OF_TORCH.get(type(activation).__name__)
     return make_activation(activation) if make is None else make()

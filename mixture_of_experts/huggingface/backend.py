@@ -1,7 +1,6 @@
-"""The experts of every MoE model in `transformers`, computed by this package: `experts_implementation`.
+"""Computes the experts of MoE models in `transformers` by this package, as an `experts_implementation`.
 
-Importing this registers a function with the interface that `transformers` has for that; nothing changes for models that
-do not ask for it.
+The import registers a function in the interface of `transformers`. Only models that ask for it by name use it.
 
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -22,24 +21,24 @@ NAME = "mixture_of_experts"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS: dict[str, nn.Module] = {
     name: make() for name, make in OF_TORCH.items()
-}  # modules without parameters, made once
+}  # these modules have no parameters
 
 
 class Gating(NamedTuple):
-    """How the first products become the hidden layer, as `moe_ffn` takes it."""
+    """The activation and the layout of gate and up, as arguments of `moe_ffn`."""
 
     activation: Callable[..., Tensor]
     gate_up: Any  # "concatenated", "interleaved" or None
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-    """Tokens `(t, d)` through the experts `(t, k)` that a router chose, to `(t, d)`; ids from e on are nobody's.
+    """Compute tokens `(t, d)` by the experts `(t, k)` that a router chose; return `(t, d)`. Ids from e on are left out.
 
-    Reads the flags of the interface: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`, `has_post_expert_norm`
-    and a class's own `_apply_gate`.
+    It reads the flags of the interface: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`,
+    `has_post_expert_norm`, and a class's own `_apply_gate`.
 
     Raises:
-        TypeError: weights that are quantised or sharded, which this does not compute.
+        TypeError: the weights are quantised or sharded.
     """
     first = self.gate_up_proj if self.has_gate else self.up_proj
     down = self.down_proj
@@ -65,7 +64,7 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
         return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
-    # a norm between an expert and its weight: every choice is a token of its own
+    # the norm comes before the weight, so every choice is computed as a token of its own
     k = top_k_index.shape[-1]
     alone = top_k_index.reshape(-1, 1)
     results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))
@@ -74,12 +73,12 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 
 
 def read_gating(experts: Any) -> Gating:
-    """The gating of a class of experts, by a name that `ops` knows where there is one."""
+    """The gating of a class of experts; an activation that `ops` knows, if there is one."""
     gate_up = "concatenated" if experts.is_concatenated else "interleaved"
     apply_gate = type(experts)._apply_gate
     if not experts.has_gate:
         return Gating(known(experts.act_fn), None)
-    if apply_gate is _default_apply_gate:  # which splits in halves, whatever the flag says
+    if apply_gate is _default_apply_gate:  # it splits into halves and ignores the flag
         return Gating(known(experts.act_fn), "concatenated")
     if type(experts).__name__ == "GptOssExperts":
         return Gating(ClampedSwiGLU(experts.alpha, experts.limit), "interleaved")
@@ -90,7 +89,7 @@ def read_gating(experts: Any) -> Gating:
 class OwnGating(nn.Module):
     """The gating of a class of experts as a function of gate and up.
 
-    A module, which `torch.compile` sees through, and not a function inside another, whose signature it cannot read.
+    It is a module because `torch.compile` cannot read the signature of a function inside another function.
     """
 
     experts: Any
@@ -107,7 +106,7 @@ class OwnGating(nn.Module):
 
 
 def known(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The module of torch that computes an activation of `transformers`, if there is one."""
+    """The module of torch that computes an activation of `transformers`; the activation itself if there is none."""
     return ACTIVATIONS.get(type(activation).__name__, activation)
 
 

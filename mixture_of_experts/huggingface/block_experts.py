@@ -1,4 +1,4 @@
-"""The experts of a sparse block of `transformers`, read: as experts of ours, and their weights by our names.
+"""Reads the experts of a sparse block of `transformers`: as experts of this package, with their weights by its names.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -28,12 +28,12 @@ from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
 from mixture_of_experts.recipes import KEEPS, Model
 
 Of = Callable[[Tensor], Tensor]
-# of a weight of ours: where each piece stands in it, and a view of theirs, to be read or to be written
+# one of our weights, as pieces: the place of each in our weight, and a view of the block's weight, to read or to write
 Pieces = list[tuple[Any, Tensor]]
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A copy without hooks' owners or gradients."""
+    """A deep copy of a module, without gradients."""
     other = copy.deepcopy(module)
     for parameter in other.parameters():
         parameter.grad = None
@@ -41,13 +41,13 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def paths(prefix: str, module: nn.Module, of: Of) -> dict[str, Pieces]:
-    """All parameters and buffers of a module that is copied whole."""
+    """All parameters and buffers of a module that is copied as a whole, by their paths."""
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     return {f"{prefix}.{name}": [(..., of(tensor))] for name, tensor in named.items()}
 
 
 class BlockExperts:
-    """What the experts do, and what stands around them."""
+    """The experts of a block, and the modules around them."""
 
     block: Any
     model: Model
@@ -66,7 +66,7 @@ class BlockExperts:
 
     @property
     def shift(self) -> Any:
-        """A vector that is added to what the experts return."""
+        """A vector that is added to what the experts return; None if there is none."""
         found = self.held("shift")
         return found if isinstance(found, nn.Parameter) else None
 
@@ -77,13 +77,13 @@ class BlockExperts:
     # the modules
 
     def module(self) -> tuple[nn.Module, nn.Module | None]:
-        """Experts, and the shared expert if it is not within them; stacked weights are not there yet."""
+        """The experts, and the shared expert if it is not part of them. Stacked weights are on the meta device."""
         weights = self.weights(lambda tensor: tensor)
         e, d, h = self.sizes(weights)
         with torch.device("meta"):
             kind: Any = GatedExperts if "w3" in weights else Experts
             experts: Any = kind(d, e, h, self.activation(), bias="b1" in weights)
-        experts.is_transposed = True  # (e, in, out): what PEFT asks
+        experts.is_transposed = True  # weights are (e, in, out): PEFT reads this
         if self.model.weigh_input:
             experts = InputWeightedExperts(experts)
         if (norm := find(self.experts, "post_expert_norm")) is not None:
@@ -112,7 +112,7 @@ class BlockExperts:
         return copied(self.shared) if gate is None else TokenGated(copied(self.shared), copied(gate))
 
     def around(self) -> dict[str, list[nn.Module]]:
-        """Modules before and after the experts."""
+        """The modules before and after the experts."""
         found = {
             "before": [self.held("before"), self.held("before_norm")],
             "after": [self.held("after")],
@@ -128,7 +128,7 @@ class BlockExperts:
         return getattr(self.experts, "zero_expert_num", 0)
 
     def activation(self) -> Any:
-        """Of the stacked experts."""
+        """The activation of the stacked experts."""
         experts = self.experts
         limit, alpha = find(experts, *KEEPS["limit"]), find(experts, *KEEPS["alpha"])
         if isinstance(experts, nn.ModuleDict):
@@ -146,7 +146,7 @@ class BlockExperts:
         return copy.deepcopy(act)
 
     def sizes(self, weights: dict[str, Pieces]) -> tuple[int, int, int]:
-        """e, d and h."""
+        """The sizes e, d and h."""
         w1 = weights["w1"]
         d, h = w1[0][1].shape[-2:]
         e = sum(piece.shape[0] if piece.ndim == 3 else 1 for _, piece in w1)
@@ -188,7 +188,7 @@ class BlockExperts:
         return found
 
     def weights(self, of: Of) -> dict[str, Pieces]:
-        """Of the stacked experts."""
+        """The weights of the stacked experts, by name."""
         experts, keeps = self.experts, self.model.keeps
         if isinstance(experts, nn.ModuleDict):
             return {
@@ -199,7 +199,7 @@ class BlockExperts:
             gate_up, down = (find(self.block, keeps[name]) for name in ("gate_up", "down"))
             w1, w3 = of(gate_up).mT.chunk(2, dim=-1)
             return {"w1": [(..., w1)], "w3": [(..., w3)], "w2": [(..., of(down).mT)]}
-        if hasattr(experts, "mlp"):  # stacked in rows
+        if hasattr(experts, "mlp"):  # weights are stacked in rows
             e, mlp = experts.num_experts, experts.mlp
             w1, w3, w2 = (of(weight).unflatten(0, (e, -1)) for weight in (mlp.w1, mlp.v1, mlp.w2))
             return {"w1": [(..., w1.mT)], "w3": [(..., w3.mT)], "w2": [(..., w2)]}
@@ -216,7 +216,7 @@ class BlockExperts:
         concatenated = getattr(experts, "is_concatenated", True)
         gated = hasattr(experts, "gate_up_proj")
         first, down = of(experts.gate_up_proj if gated else experts.up_proj), of(experts.down_proj)
-        first = first[: len(down)]  # some have rows for experts that compute nothing
+        first = first[: len(down)]  # some blocks have rows for experts that compute nothing
         if not transposed:
             first, down = first.mT, down.mT  # (e, in, out)
         found: dict[str, Pieces] = {"w2": [(..., down)]}

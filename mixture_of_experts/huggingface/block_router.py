@@ -1,4 +1,4 @@
-"""The router of a sparse block of `transformers` as a gate, and its weights by our names."""
+"""Reads the router of a sparse block of `transformers`: as a gate, with its weights by this package's names."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from mixture_of_experts.huggingface.block_experts import Pieces, copied, paths
 
 
 def make_gate(held: BlockSettings, balance_over: Any) -> Any:
-    """The gate, weights that are copied one by one not yet there."""
+    """The gate of a block. Weights that are copied one by one are still on the meta device."""
     e, settings = held.num_experts, held.gate()
-    with torch.device("meta"):  # no draws for weights that are copied
+    with torch.device("meta"):  # draws no numbers for weights that are copied
         if held.model.logits is not None:
             settings["logits"] = RouterLogits(held.dim, e, **held.logits())
         if held.network:
@@ -36,7 +36,7 @@ def make_gate(held: BlockSettings, balance_over: Any) -> Any:
 
 
 def router_views(held: BlockSettings, of: Callable[[Tensor], Tensor]) -> dict[str, Pieces]:
-    """The router's weights by our names and in our layout."""
+    """The router's weights, by the names and in the layout of this package."""
     found: dict[str, Pieces] = {}
     for index, name in enumerate(held.network):
         found |= paths(f"gate.logits.{index}", getattr(held.router, name), of)

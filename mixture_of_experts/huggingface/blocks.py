@@ -1,7 +1,6 @@
-"""Sparse blocks of models in `transformers` as `MoE` layers, and back: the same weights in another layout.
+"""Converts sparse blocks of `transformers` to `MoE` layers, and back: the same weights in another layout.
 
-What a block computes is told by its record in `recipes.MODELS`, and by what it holds under the names in
-`recipes.KEEPS`.
+A block's record in `recipes.MODELS`, and its attributes named in `recipes.KEEPS`, tell what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -30,26 +29,26 @@ COMPARED += (
     "min_expert_capacity",
 )
 REFUSED = {
-    "use_eda": "reads the state of the layer before's router",
+    "use_eda": "reads the state of the router of the layer before",
 }
 
 
 def from_transformers(
     block: nn.Module, *, loss_coef: float = 1e-2, z_loss_coef: float = 0.0, balance_over: Any = "batch"
 ) -> MoE:
-    """A `MoE` that computes what a sparse block of `transformers` does, with copies of its weights.
+    """Return a `MoE` that computes what a sparse block of `transformers` does, with copies of its weights.
 
-    Known are the blocks that `recipes.MODELS` lists, of a model that is loaded; docs/huggingface.md has the table, and
-    what of theirs is left out. Of a layer that holds router and experts itself (Gemma 4) it is what lies between the
-    layer's feed-forward input and the addition of both networks.
+    `recipes.MODELS` lists the known blocks; docs/transformers.md has their table, and what is left out. If a layer
+    itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input and
+    the addition of both networks.
 
     Args:
-        block: such as `model.model.layers[0].mlp`.
+        block: a block of a loaded model, such as `model.model.layers[0].mlp`.
         loss_coef, z_loss_coef: coefficients of the auxiliary losses.
-        balance_over: see `TopKGating`; their own loss is over the batch.
+        balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
 
     Raises:
-        ValueError: a block that is not known, or with jitter, which there disturbs what experts read too.
+        ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
 
     Example:
         >>> import torch
@@ -66,24 +65,24 @@ def from_transformers(
     wanted = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
     state = {name: joined(pieces, wanted[name]) for name, pieces in read.views().items()}
     if "gate.expert_bias" in state:
-        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # its steps are small
+        state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
         state["gate.expert_counts"] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
-    moe.load_state_dict(state, assign=True)  # of the block's dtypes and device
+    moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
     return moe.train(block.training)
 
 
 @torch.no_grad()
 def to_transformers(moe: MoE, block: nn.Module) -> nn.Module:
-    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; returns the block.
+    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
 
-    A block comes back from `from_transformers` and this bit for bit.
+    `from_transformers` and then this function give a block its own weights back, bit for bit.
 
     Args:
         moe: the layer.
-        block: a block of equal sizes and settings.
+        block: a block with the layer's sizes and settings.
 
     Raises:
-        ValueError: a block that is not known, or another computation; nothing is changed then.
+        ValueError: the block is not known, or computes something else; nothing is changed then.
     """
     read = read_block(block)
     like, theirs = read.layer(), read.views()
@@ -104,7 +103,7 @@ def to_transformers(moe: MoE, block: nn.Module) -> nn.Module:
 
 
 def differences(moe: MoE, wanted: MoE) -> list[str]:
-    """What settings of the layer are not the block's."""
+    """The settings in which the layer differs from `wanted`, the block as a layer, in words."""
 
     def told(gate: nn.Module, name: str) -> str:
         return repr(getattr(gate, name, None))
@@ -127,7 +126,7 @@ def differences(moe: MoE, wanted: MoE) -> list[str]:
 
 
 def layers(experts: nn.Module) -> Iterator[nn.Module]:
-    """Experts, and those they are around."""
+    """The experts, then those inside them, from the outermost to the innermost."""
     yield experts
     if isinstance(inner := getattr(experts, "experts", None), nn.Module):
         yield from layers(inner)
@@ -138,7 +137,7 @@ def innermost(experts: nn.Module) -> nn.Module:
 
 
 def joined(pieces: Pieces, like: Tensor) -> Tensor:
-    """The pieces as one tensor of ours, with memory of its own."""
+    """The pieces as one tensor like `like`, with memory of its own."""
     (index, first), *rest = pieces
     if index is Ellipsis and not rest:
         return first.detach().clone(memory_format=torch.contiguous_format)
@@ -149,33 +148,34 @@ def joined(pieces: Pieces, like: Tensor) -> Tensor:
 
 
 class ReadBlock(NamedTuple):
-    """A block, read."""
+    """The settings and the experts of a block."""
 
     router: BlockSettings
     experts: BlockExperts
 
     def layer(self, balance_over: Any = "batch", **coefs: Any) -> MoE:
-        """A layer of the block's sizes and settings; weights that are copied one by one are not there yet."""
+        """A layer with the block's sizes and settings. Weights that are copied one by one are on the meta device."""
         gate, (experts, shared) = make_gate(self.router, balance_over), self.experts.module()
         return MoE(gate.dim, gate.num_experts, gate=gate, experts=experts, shared_expert=shared, **coefs)
 
     def views(self, of: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Pieces]:
-        """The block's weights by our names and in our layout; `of` a parameter, its gradient for instance."""
+        """The block's weights, by the names and in the layout of this package; or what `of` returns for each weight,
+        such as its gradient."""
         return {**router_views(self.router, of), **self.experts.views(of)}
 
 
 def read_block(block: nn.Module) -> ReadBlock:
-    """A block that is known, and does nothing that no layer does."""
+    """Read a block; raise ValueError if it is unknown, or does something that no layer does."""
     name, model = type(block).__name__, record_of(block)
     if model is None:
         raise ValueError(
-            f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} classes that are, such as DeepseekV3MoE, "
+            f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} known classes, such as DeepseekV3MoE, "
             "GptOssMLP and MixtralSparseMoeBlock"
         )
     settings = BlockSettings(block, model)
     for attribute, reason in REFUSED.items():
         if getattr(block, attribute, False) or getattr(settings.router, attribute, False):
-            raise ValueError(f"{name} {reason}, which no gate is given")
+            raise ValueError(f"{name} {reason}, which no gate gets")
     for attribute in KEEPS["jitter"]:
         for holder in (block, settings.router):
             if getattr(holder, attribute, None):

@@ -1,4 +1,4 @@
-"""For a `Trainer`: what the routers do, in its logs; and the expert bias, moved after its steps."""
+"""Callbacks for a `Trainer`: one logs what the routers do, one moves the expert bias after each step."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from mixture_of_experts.stats import Record, RoutingStats, track_routing
 
 
 class RoutingCallback(TrainerCallback):
-    """Adds to a Trainer's logs what the routers did in the last optimizer step, all its micro-batches together.
+    """Adds to a Trainer's logs what the routers did in the last optimizer step, over all its micro-batches.
 
-    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers, `routing/dropped` the
-    share of all choices, `routing/max_load` and `routing/dead_experts` the worst layer's largest load (1 is balanced)
-    and the sum over the layers. For models with `MoE` layers, and for the MoE models of `transformers`.
+    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers. `routing/dropped` is
+    the share of dropped choices. `routing/max_load` is the largest load of an expert in any layer (1 is balanced),
+    `routing/dead_experts` their number in all layers. It works for models with `MoE` layers, and for the MoE models of
+    `transformers`.
 
-    Give it to the Trainer by `log_routing`: callbacks that are given to its constructor run after those that report,
-    and only its `log_history` would have the values.
+    Give it to the Trainer by `log_routing`. A callback given to the Trainer's constructor runs after those that report,
+    so only `log_history` would have these values.
 
     Args:
-        layers: log every layer by itself too, as `routing/<gate>/<name>`.
+        layers: whether every layer is logged by itself too, as `routing/<gate>/<name>`.
     """
 
     def __init__(self, layers: bool = False) -> None:
@@ -58,17 +59,17 @@ class RoutingCallback(TrainerCallback):
 
 
 def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
-    """Have a Trainer log what the routers do, to whatever it reports to.
+    """Have a Trainer log what the routers do, wherever it reports to. Call this before `trainer.train()`.
 
     Args:
-        trainer: before `train()`.
-        layers: log every layer by itself too.
+        trainer: the Trainer.
+        layers: whether every layer is logged by itself too.
 
     Returns:
-        The callback; its `stats` can be read and drawn (`mixture_of_experts.plot`) after the training too.
+        The callback. You can read and draw (`mixture_of_experts.plot`) its `stats`, also after the training.
     """
     callback = RoutingCallback(layers)
-    trainer.callback_handler.callbacks.insert(0, callback)  # before those that report
+    trainer.callback_handler.callbacks.insert(0, callback)  # before the callbacks that report
     return callback
 
 
@@ -86,9 +87,9 @@ def summary(records: list[Record]) -> dict[str, float]:
 
 
 class BalanceCallback(TrainerCallback):
-    """Moves the expert bias of every gate of the model once after each optimizer step of a Trainer.
+    """Moves the expert bias of every gate after each optimizer step of a Trainer, by `balance_experts`.
 
-    Give it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`. See `balance_experts`.
+    Give it to the Trainer: `Trainer(..., callbacks=[BalanceCallback()])`.
 
     Args:
         rule, rate: see `balance_experts`.

@@ -1,13 +1,13 @@
-"""What `config.json` of a model with experts looks like, and what `AutoConfig` makes of it.
+"""The `config.json` of a model with experts, and the configuration that `AutoConfig` reads from it.
 
     {"model_type": "mixture_of_experts",
      "architectures": [...],
      "dense_config": {"model_type": "llama", ..., "quantization_config": {"quant_method": "mixture_of_experts",
                                                                          "layers": [...]}}}
 
-Without this package `AutoConfig`, and so every Auto class, refuses the name. With it they get the dense configuration,
-and what it says of layers with experts leads to `ExpertsLoader`. A model's own class finds `dense_config` by itself: it
-looks for a part of its own `model_type`.
+Without this package `AutoConfig`, and so every Auto class, refuses this model type. With it they get the dense
+configuration, with `ExpertsLoader` as quantiser. A model's own class finds `dense_config` by itself: it looks for a
+part with its own `model_type`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 NAME = "mixture_of_experts"  # `model_type` and `quant_method`
-KEY = "mixture_of_experts"  # attribute of a live model's configuration: its layers with experts
+KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
 DENSE = "dense_config"
 
 
 class ExpertsConfig(PreTrainedConfig):
-    """Reads a saved configuration of a model with experts; what comes of it is that of the dense model."""
+    """Reads the saved configuration of a model with experts, and returns that of the dense model."""
 
     model_type = NAME
 
@@ -48,7 +48,7 @@ AutoConfig.register(NAME, ExpertsConfig)
 
 
 class SavesExperts:
-    """Mixed into the class of a model's configuration: its file says that the model has experts."""
+    """A mixin for the class of a model's configuration: the file that it writes tells of the experts."""
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         dense = self.to_diff_dict() if use_diff else self.to_dict()
@@ -64,19 +64,19 @@ class SavesExperts:
 
 @cache
 def saves_experts(plain: type[PreTrainedConfig]) -> Any:
-    """The class of a dense model's configuration, by the same name, as transformers looks models up by it."""
+    """The class of a dense model's configuration with `SavesExperts`; its name stays, as transformers looks it up."""
     if issubclass(plain, SavesExperts):
         return plain
     return type(plain.__name__, (SavesExperts, plain), {"__module__": plain.__module__, "__doc__": plain.__doc__})
 
 
 def empty(plain: type[PreTrainedConfig]) -> Any:
-    """For copies and pickles: pickle would look for the class by its name, and find the dense one."""
+    """An empty configuration, for copies and pickles: by its name pickle would find the dense class."""
     return object.__new__(saves_experts(plain))
 
 
 def layers_with_experts(config: Any) -> list[dict[str, Any]]:
-    """What a configuration says of layers with experts: that of a live model, or one that was read from a file."""
+    """The description of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
     found = getattr(config, KEY, None)
     if found is None:
         read = getattr(config, "quantization_config", None)
@@ -88,8 +88,8 @@ def layers_with_experts(config: Any) -> list[dict[str, Any]]:
 def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:
     """Write the layers with experts into the model's configuration.
 
-    Other models may have been built from the same object, so the model gets one of its own; but a model without a head
-    may be the inside of one with a head, which has to know of it.
+    The model gets a configuration of its own, because other models may share the old one. A model without a head keeps
+    the old one: it may be part of a model with a head, which must know of the experts too.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):

@@ -1,6 +1,6 @@
-"""A model with experts, as the model of `transformers` that computes the same.
+"""Exports a model with experts as the model of `transformers` that computes the same.
 
-Everything is decided on a description (`plan_export`): of a model that is there, or of one whose weights are in files.
+`plan_export` decides everything without reading weights, so the model may also be one whose weights are in files.
 Weights are then converted layer by layer.
 
 Axes: e experts, d model dim, h hidden dim.
@@ -30,16 +30,16 @@ from mixture_of_experts.huggingface.shared import SharedNetwork
 
 
 class Target(NamedTuple):
-    """A family of `transformers` that has experts, and what it can hold."""
+    """A family of `transformers` with experts, and what it can hold."""
 
-    prefix: str  # of its classes
-    sources: tuple[str, ...]  # prefixes of the dense families that are the same but for experts
+    prefix: str  # prefix of its classes
+    sources: tuple[str, ...]  # prefixes of the dense families that differ only in experts
     all_layers: bool = False  # whether every layer has experts
     always_normalised: bool = False
     shared: bool = False
     sliding: bool = False  # whether it has the sliding attention of its sources
     hidden: str = "moe_intermediate_size"
-    settings: tuple[tuple[str, Any], ...] = ()  # of its configuration
+    settings: tuple[tuple[str, Any], ...] = ()  # further settings of its configuration
 
 
 TARGETS = (
@@ -56,7 +56,7 @@ TARGETS = (
     Target("Qwen2Moe", ("Llama", "Mistral"), shared=True, settings=(("qkv_bias", False),)),
 )
 
-# of configurations: what no computation depends on, and what is decided here
+# settings of configurations that no computation depends on, or that are decided here
 NOT_COMPARED = {"model_type", "architectures", "transformers_version", "pretraining_tp", "_name_or_path", KEY}
 NOT_COMPARED |= {
     *ANNOUNCED,
@@ -70,7 +70,7 @@ NOT_COMPARED |= {
 
 @dataclass(frozen=True)
 class Export:
-    """What an exported model is, and how its weights are made."""
+    """The class and configuration of an exported model, and how its weights are made."""
 
     config: PreTrainedConfig
     model_class: Any
@@ -80,21 +80,21 @@ class Export:
 
 
 def export(model: nn.Module) -> Any:
-    """The same model in a class of `transformers` that has experts: for those who do not have this package.
+    """Return the same model in a class of `transformers` with experts, so that it runs without this package.
 
-    Llama and Mistral become Mixtral, or, where only some layers have experts, there is a shared expert or weights are
-    not normalised, Qwen2-MoE; Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. What acts in training alone
-    (coefficients of losses, jitter, `capacity_factor_train`) does not come along.
+    Llama and Mistral become Mixtral. They become Qwen2-MoE if only some layers have experts, if there is a shared
+    expert, or if weights are not normalised. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings for training
+    alone (coefficients of losses, jitter, `capacity_factor_train`) are left out.
 
     Args:
-        model: of `transformers`, changed by `replace_ffn` or `upcycle`. It stays as it is.
+        model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
 
     Returns:
-        A model with copies of its weights, of its dtype, device and mode; logits are equal up to rounding. (Those of
-        padding are not: here it gets no experts.)
+        A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding,
+        except at padding, which gets no experts here.
 
     Raises:
-        ValueError: what the model has and no such class has.
+        ValueError: the model has something that no such class has; the error says what.
 
     Example:
         >>> import torch
@@ -121,7 +121,7 @@ def export(model: nn.Module) -> Any:
     differ = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]} - tied)
     if differ:
         raise ValueError(f"{type(model).__name__} has weights that {type(made).__name__} has not, or not so: {differ}")
-    vars(made).pop("_weight_conversions", None)  # it is saved under the names that its checkpoints have
+    vars(made).pop("_weight_conversions", None)  # it is saved under the names of its class's checkpoints
     if hasattr(model, "generation_config"):
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(next(model.parameters()).device).train(model.training)
@@ -132,7 +132,7 @@ def below(path: str, name: str) -> bool:
 
 
 def plan_export(model: Any) -> Export:
-    """Find the class, and refuse what it has no counterpart for. No weight is read."""
+    """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers with experts: there is nothing to export")
@@ -141,7 +141,7 @@ def plan_export(model: Any) -> Export:
     if not fits:
         known = ", ".join(sorted({source for target in TARGETS for source in target.sources}))
         raise ValueError(
-            f"no class of transformers is a {type(model).__name__} with experts; there are such for {known}"
+            f"no class of transformers is a {type(model).__name__} with experts; there are classes for {known}"
         )
     problems = {target: list(dict.fromkeys(find_problems(model, target, layers))) for target in fits}
     target = next((target for target in fits if not problems[target]), None)
@@ -163,7 +163,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
-    """What of the model the target has not, in words; of equal layers the same words."""
+    """What the model has and the target has not, in words; equal layers give the same words."""
     config = model.config
     dense = [i for i in range(config.num_hidden_layers) if i not in map(layer_number, layers)]
     if target.all_layers and dense:
@@ -232,7 +232,7 @@ def layer_number(path: str) -> int:
 
 
 def carried(config: Any, target: Target) -> dict[str, Any]:
-    """The settings of a dense configuration that the target's has too."""
+    """The settings of a dense configuration that the target's configuration has too."""
     known = target_class(target)().to_dict().keys() | {"head_dim", "id2label", "label2id"}
     return {name: value for name, value in config.to_dict().items() if name in known and name not in NOT_COMPARED}
 
@@ -252,7 +252,7 @@ def target_config(model: Any, target: Target, layers: dict[str, Any]) -> PreTrai
         sparse = set(map(layer_number, layers))
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]
         settings |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None}
-    if target.shared:  # one of no effect where there is none
+    if target.shared:  # without a shared expert it is one without effect
         settings["shared_expert_intermediate_size"] = 1 if moe.shared_expert is None else moe.shared_expert.hidden_dim
     config = target_class(target)(**settings)
     config.dtype = model.config.dtype
@@ -260,7 +260,7 @@ def target_config(model: Any, target: Target, layers: dict[str, Any]) -> PreTrai
 
 
 def converter(layer: Any, target: Target) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """The weights of a layer with experts, by their names below it, to those of a sparse block."""
+    """A function from the weights of a layer with experts, by name, to those of a sparse block."""
     scale, d = layer.moe.gate.scale, layer.moe.dim
 
     def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -275,7 +275,7 @@ def converter(layer: Any, target: Target) -> Callable[[Mapping[str, Tensor]], di
             shared = {name: weights.get(f"moe.shared_expert.{name}", empty[name]) for name in empty}
             block["shared_expert.gate_proj.weight"] = shared["w1"].T
             block["shared_expert.up_proj.weight"] = shared["w3"].T
-            block["shared_expert.down_proj.weight"] = 2 * shared["w2"].T  # the sigmoid of its gate is a half
+            block["shared_expert.down_proj.weight"] = 2 * shared["w2"].T  # the sigmoid of its gate is 1/2
             block["shared_expert_gate.weight"] = w1.new_zeros(1, d)
         return block
 

@@ -1,4 +1,4 @@
-"""The module that stands in the place of a feed-forward network.
+"""`MoEFeedForward`, the module that replaces a feed-forward network.
 
 Axes: b sequences, n tokens of a sequence, d model dim.
 """
@@ -20,11 +20,11 @@ from mixture_of_experts.under_way import CallUnderWay
 
 
 class ModelCall(CallUnderWay):
-    """A forward of the model around.
+    """A forward, under way, of the model around.
 
     Args:
-        tokens: what it knows of its tokens.
-        around: the call of a larger model, of which this one is a part.
+        tokens: the tokens of the forward, as far as the model knows them.
+        around: the call of a larger model around this one.
     """
 
     tokens: TokensAround
@@ -35,15 +35,15 @@ class ModelCall(CallUnderWay):
         self.tokens = TokensAround() if tokens is None else tokens
         self.around = around
         self.with_gradients = torch.is_grad_enabled()
-        self.losses: list[Tensor] = []  # auxiliary ones, of the feed-forward networks that ran
-        self.added = False  # whether they are in the loss that the model returned
+        self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
+        self.added = False  # whether the loss that the model returned holds them
         self.reached = Reached() if around is None else around.reached
-        self.remembered = False  # whether activation checkpointing has it, so that what runs again has it too
-        self.again = False  # whether this is activation checkpointing running it again
+        self.remembered = False  # whether activation checkpointing stores the call for a recomputation
+        self.again = False  # whether this is such a recomputation
 
 
 class Reached:
-    """Where a backward came by: hooks on tensors, which hold nothing else."""
+    """Hooks on tensors that note whether a backward reached outputs and auxiliary loss; they hold no tensors."""
 
     output: bool
     loss: bool
@@ -60,10 +60,10 @@ class Reached:
 
 
 class Replaced(nn.Module):
-    """Stands where a linear layer of the dense network stood, so that weights of one are not taken for the other's.
+    """Takes the place of a linear layer of the dense network, so that no checkpoint is loaded into the wrong model.
 
-    A checkpoint of a swapped model has under this name a tensor of three dimensions. A class of `transformers` that
-    knows nothing of experts asks for a matrix, and fails, instead of starting from random feed-forward networks.
+    Under the layer's name a checkpoint of the changed model has a tensor of three dimensions. A class of `transformers`
+    without experts asks for a matrix, and fails, instead of starting from random feed-forward networks.
     """
 
     weight: Tensor
@@ -77,7 +77,7 @@ class Replaced(nn.Module):
         if name in state_dict and state_dict[name].shape != self.weight.shape:
             warnings.warn(
                 "the checkpoint has dense feed-forward networks where this model has experts, which stay as they are: "
-                "load it into the dense model and give that to upcycle",
+                "load it into the dense model and upcycle that model",
                 stacklevel=2,
             )
             state_dict[name] = self.weight
@@ -89,20 +89,20 @@ class Replaced(nn.Module):
 
 
 class MoEFeedForward(Replaced):
-    """A `MoE` layer in the place of a feed-forward network: takes tokens, returns their outputs alone.
+    """A `MoE` layer that replaces a feed-forward network: it maps tokens to tokens.
 
-    The padding mask, and token ids for a gate that reads them, come from the call of the model around that is under
-    way, and the auxiliary loss goes there (`padding.py`, `losses.py`). Called alone it knows no padding and no ids, and
-    its auxiliary loss goes nowhere.
+    The forward of the model around gives it the padding mask, and token ids for a gate that reads them, and takes its
+    auxiliary loss (`padding.py`, `losses.py`). Without such a forward it knows neither, and its loss is lost.
 
     Args:
         moe: the layer.
-        dropout: dropout after it, as the network had it.
-        masked: whether the mask of the model around is of these tokens.
-        stands_for: path of a linear layer of the network, below it; "" if that is the place itself. See `Replaced`.
+        dropout: the dropout after the layer, as the network had it.
+        masked: whether the mask of the model around is one of these tokens.
+        stands_for: path of a linear layer inside the network, in whose place a `Replaced` stands; "": this module
+            itself is in that place.
 
     Shape:
-        `(b, n, d)`, or flattened `(b n, d)`, to the same.
+        `(b, n, d)`, or flattened `(b n, d)`, to the same shape.
     """
 
     def __init__(
@@ -121,10 +121,10 @@ class MoEFeedForward(Replaced):
         mask, shape = self._mask(call, x), call.tokens.shape
         tokens = x
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:
-            tokens = x.view(*shape, x.shape[-1])  # the router sees sequences, also where the model flattens them
+            tokens = x.view(*shape, x.shape[-1])  # the router must see sequences, also if the model flattens them
         elif x.ndim == 2 and mask is not None:
             raise RuntimeError(
-                f"{x.shape[0]} tokens came without their shape, and the mask of this forward is {tuple(mask.shape)}"
+                f"{x.shape[0]} tokens came flattened, but the mask of this forward has shape {tuple(mask.shape)}"
             )
         side = self._side(call, tokens)
         if mask is not None or tokens is not x or side:
@@ -136,23 +136,23 @@ class MoEFeedForward(Replaced):
         return out if self.dropout is None else self.dropout(out)
 
     def _give(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
-        """The auxiliary loss to the call, which learns whether gradients reach it."""
+        """Give the auxiliary loss to the call, and set the hooks that note whether gradients reach it."""
         call.losses.append(aux_loss)
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
-        if call.with_gradients or not call.keys:  # a forward without any has nothing to lose
+        if call.with_gradients or not call.keys:  # without gradients nothing can be lost
             refuse_reentrant(self.moe)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
             out.register_hook(call.reached.at_output)
             aux_loss.register_hook(call.reached.at_loss)
 
     def _side(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
-        """The ids of tokens `(b, n, d)`, if the gate reads them."""
+        """The ids of tokens `(b, n, d)` as side input, if the gate reads them; else {}."""
         if "token_ids" not in reads_of(self.moe.gate):
             return {}
         ids = call.tokens.ids if self.masked else None
         if ids is None or ids.shape != tokens.shape[:-1]:
-            got = "was given none, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} of them"
+            got = "was given none, as with inputs_embeds" if ids is None else f"has {tuple(ids.shape)} ids"
             raise ValueError(
                 f"a {type(self.moe.gate).__name__} reads the ids of {tuple(tokens.shape[:-1])} tokens, but the model "
                 f"{got}: call the model with input_ids"
@@ -160,22 +160,22 @@ class MoEFeedForward(Replaced):
         return {"token_ids": ids}
 
     def _refuse_forgetting(self, call: ModelCall) -> None:
-        """Checkpointing that is not the model's own would run this again without what the call knows of the tokens."""
+        """Refuse checkpointing that is not the model's own: its recomputation would not know mask and ids."""
         if torch.compiler.is_compiling() or not self.training or not call.with_gradients or call.remembered:
             return
         if in_checkpoint(call.frame):
             raise RuntimeError(
-                "a feed-forward network runs under torch.utils.checkpoint, which will run it again when its padding "
-                "mask is not known any more: checkpoint by model.activation_checkpointing_enable()"
+                "a feed-forward network runs under torch.utils.checkpoint, which would run it again without its "
+                "padding mask: checkpoint by model.activation_checkpointing_enable()"
             )
 
     def _mask(self, call: ModelCall, x: Tensor) -> Tensor | None:
-        """`(b, n)` for tokens `(b, n, d)` or `(b n, d)`."""
+        """The mask `(b, n)` for tokens `(b, n, d)` or `(b n, d)`; None if all are real."""
         if not self.masked:
             return None
         mask, unknown = call.tokens.mask, call.tokens.unknown
         dropless = not self.training and getattr(self.moe.gate, "capacity_factor", 0.0) is None
-        if unknown is not None and not dropless:  # dropless in eval padding changes nothing for other tokens
+        if unknown is not None and not dropless:  # dropless in eval, padding has no effect on other tokens
             raise ValueError(f"the router cannot know which tokens are padding: {unknown}")
         if mask is None:
             return None
@@ -191,7 +191,7 @@ class MoEFeedForward(Replaced):
 
 
 def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
-    """Add a child at a path, and what has to be there above it."""
+    """Add a child at a path, and the modules above it that are missing."""
     *above, last = path.split(".")
     for name in above:
         if name not in module._modules:
@@ -201,5 +201,5 @@ def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
 
 
 def feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
-    """Those of a model, wrapped or not, in its order."""
+    """All `MoEFeedForward` modules of a model, wrapped or not, in the model's order."""
     return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

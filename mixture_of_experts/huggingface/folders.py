@@ -1,6 +1,6 @@
-"""Saved models changed file by file: no more than one layer and one shard is in memory.
+"""Changes saved models file by file, with at most one layer and one shard in memory.
 
-What is written lies in a folder beside the one that is asked for, until it is finished.
+A folder is written under another name beside its target, and renamed when it is finished.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".
 
 
 def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
-    """`upcycle` on a saved dense model; the folder holds what `save_pretrained` would write.
+    """Upcycle a saved dense model; write the folder that `save_pretrained` would write.
 
     Args:
         source: a folder with `config.json` and safetensors.
-        target: a folder that is not there yet.
-        max_shard_size: bytes of a file of weights.
-        settings: as of `upcycle`, but for `models`.
+        target: a new folder.
+        max_shard_size: most bytes of a file of weights.
+        settings: arguments of `upcycle`, without `models`.
 
     Raises:
-        ValueError, TypeError: as `upcycle`; a model that has experts already, or weights that are not named as its own.
-        FileExistsError: the target is there.
+        ValueError, TypeError: as in `upcycle`; or the model has experts already, or weights have other names.
+        FileExistsError: the target exists.
     """
     with finished(target) as folder:
         config = AutoConfig.from_pretrained(source)
@@ -79,16 +79,16 @@ def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
-    """`export` on a saved model with experts; weights get the names that the class's own checkpoints have.
+    """Export a saved model with experts; weights get the names of the exported class's own checkpoints.
 
     Args:
         source: a folder that `save_pretrained` or `upcycle_folder` wrote.
-        target: a folder that is not there yet.
-        max_shard_size: bytes of a file of weights.
+        target: a new folder.
+        max_shard_size: most bytes of a file of weights.
 
     Raises:
-        ValueError: as `export`.
-        FileExistsError: the target is there.
+        ValueError: as in `export`.
+        FileExistsError: the target exists.
     """
     with finished(target) as folder:
         config = AutoConfig.from_pretrained(source)
@@ -119,17 +119,17 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
 
 @contextmanager
 def finished(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes it at the end, and is taken away where there is none.
+    """A new folder beside the target, which is renamed to it at the end; after an error it is removed.
 
-    What is killed leaves `.NAME.xxxx.unfinished`, without a `config.json`.
+    A killed process leaves `.NAME.xxxx.unfinished`, without a `config.json`.
     """
     if target.exists():
-        raise FileExistsError(f"{target} is there: take another name, or take it away")
+        raise FileExistsError(f"{target} exists: give another name, or remove it")
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
     try:
         yield folder
-        folder.chmod(0o755)  # mkdtemp's is for its owner alone
+        folder.chmod(0o755)  # mkdtemp makes it for its owner alone
         os.rename(folder, target)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -144,7 +144,7 @@ def empty_model(config: Any) -> Any:
 
 
 def copy_others(source: Path, target: Path) -> None:
-    """Tokenizer, generation settings and what else lies beside weights and configuration."""
+    """Copy all other files: tokenizer, generation settings, ..."""
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
             shutil.copy2(file, target / file.name)
@@ -152,12 +152,12 @@ def copy_others(source: Path, target: Path) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Say which file it is that cannot be read."""
+    """Turn any error into a ValueError that names the file."""
     try:
         yield
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{path} is missing, damaged or no such file ({problem}): fetch or save it anew") from error
+        raise ValueError(f"{path} is missing, damaged or no such file ({problem}): fetch or save it again") from error
 
 
 @contextmanager
@@ -167,7 +167,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 
 class WeightFiles(Mapping[str, Tensor]):
-    """The weights of a folder, each read when it is asked for."""
+    """The weights of a folder by name; each is read only when it is asked for."""
 
     files: dict[str, str]
 
@@ -195,7 +195,7 @@ class WeightFiles(Mapping[str, Tensor]):
         return len(self.files)
 
     def named(self, name: str, model: Any) -> str:
-        """As the file calls a weight of the model: checkpoints of some classes have other names than they."""
+        """The name of a model's weight in the files, which differs from the model's own name for some classes."""
         renamed = next(iter(revert_weight_conversion(model, {name: model.get_parameter_or_buffer(name)})))
         for stored in (name, renamed, self.without_head(name, model), self.without_head(renamed, model)):
             if stored in self.files:
@@ -205,13 +205,13 @@ class WeightFiles(Mapping[str, Tensor]):
         )
 
     def without_head(self, name: str, model: Any) -> str:
-        """A model without a head may have been saved, whose names are shorter by a word."""
+        """The name in a checkpoint of a model without a head, which lacks the first word; else the name itself."""
         prefix = f"{model.base_model_prefix}."
         return name if any(below(model.base_model_prefix, n) for n in self.files) else name.removeprefix(prefix)
 
 
 class Shards:
-    """Files of weights, each written as soon as it is full."""
+    """Writes files of weights, each as soon as it is full."""
 
     size: int
     total: int
@@ -240,7 +240,7 @@ class Shards:
         return self.folder / f"part-{i}.safetensors"
 
     def close(self) -> None:
-        """Write the last one, and give all of them the names that depend on their number."""
+        """Write the last file, and name all files by their number."""
         self.write()
         n = len(self.files)
         if n == 1:

@@ -1,7 +1,7 @@
-"""How `from_pretrained` of `transformers` itself loads a model with experts.
+"""Lets `from_pretrained` of `transformers` itself load a model with experts.
 
-Its interface for quantised models is the one that may change a model before weights are loaded. Nothing is quantised:
-what it leaves behind on a model is taken away again, as trainers refuse quantised models.
+It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised.
+The marks of that interface are removed from the model afterwards, because trainers refuse quantised models.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mixture_of_experts.huggingface.restore import initialise_missing, put_exper
 
 @register_quantization_config(NAME)
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """What the file says of layers with experts."""
+    """The description of layers with experts from a configuration file."""
 
     def __init__(self, layers: list[dict[str, Any]], quant_method: str = NAME, **others: Any) -> None:
         self.quant_method: Any = quant_method

@@ -1,4 +1,4 @@
-"""Saved models with experts, loaded again."""
+"""Loads saved models with experts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mixture_of_experts.huggingface.record import GateFactory
 from mixture_of_experts.huggingface.restore import initialise_missing, put_experts
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would take them for its own
+NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
 
 
 def from_pretrained(
@@ -29,23 +29,23 @@ def from_pretrained(
     adapters: Mapping[str, Adapter] | None = None,
     **settings: Any,
 ) -> Any:
-    """Load what `save_pretrained` wrote of a model that `replace_ffn` or `upcycle` changed.
+    """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
 
-    Auto classes and the model's own class do it too, where this package is imported. This function also takes a gate of
-    one's own, adapters, and folders that earlier versions saved.
+    Auto classes and the model's own class load it too, once this package is imported. This function also takes a gate
+    of your own, adapters, and folders that earlier versions saved.
 
     Args:
         path: the folder, or a name on the hub.
-        model_class: a class of `transformers` or one of its `AutoModel...`; by default the one that was saved.
-        gate: the function that was given to `replace_ffn`. Needed where the gate is not one of this package: those are
-            written into `config.json`.
-        adapters: as they were given to `replace_ffn`.
-        settings: for the class's own `from_pretrained`, and for the configuration (`num_labels=3`). With `config=` of a
-            changed model a checkpoint of the dense one can be loaded: its experts start anew, with a warning. (To copy
-            the network into them, load the dense model and call `upcycle`.)
+        model_class: a class of `transformers` or one of its `AutoModel...`; by default the class that was saved.
+        gate: the function that was given to `replace_ffn`. It is needed only for gates that are not of this package;
+            `config.json` describes the others.
+        adapters: those that were given to `replace_ffn`.
+        settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
+            With `config=` of a changed model you can load a checkpoint of the dense model: experts are then
+            initialised, with a warning. (To make them copies of the networks, load the dense model and call `upcycle`.)
 
     Raises:
-        ValueError: the configuration knows of no experts, or not of their gate.
+        ValueError: the configuration has no experts, or does not describe their gate.
 
     Example:
         >>> import tempfile
@@ -73,7 +73,7 @@ def from_pretrained(
     vars(config).pop("quantization_config", None)
     plain = find_class(config, model_class)
     wants_info = settings.pop("output_loading_info", False)
-    # a dense matrix where experts are is no mismatch here: they start anew
+    # a dense matrix in the place of experts is no mismatch here: experts are initialised
     may_mismatch = settings.pop("ignore_mismatched_sizes", False)
     loads: Any = with_experts(plain, layers, gate, adapters)
     model, info = loads.from_pretrained(
@@ -86,7 +86,7 @@ def from_pretrained(
 
 
 def find_class(config: Any, model_class: Any) -> type[PreTrainedModel]:
-    """The class of a model, from that which was saved, or asked for."""
+    """The class of a model: `model_class`, or the saved class; for an Auto class that of the configuration."""
     if model_class is None:
         names = getattr(config, "architectures", None) or ["?"]
         model_class = getattr(transformers, names[0], None)
@@ -99,18 +99,18 @@ def find_class(config: Any, model_class: Any) -> type[PreTrainedModel]:
 def with_experts(
     plain: type[PreTrainedModel], layers: list[dict[str, Any]], gate: GateFactory | None, adapters: Any
 ) -> type[PreTrainedModel]:
-    """The class, but its models have experts from the beginning, so that weights find their places."""
+    """A subclass of `plain` whose models are made with experts, so that weights find their places."""
 
     def initialise(self, config, *args, **kwargs):
         plain.__init__(self, config, *args, **kwargs)
         put_experts(self, layers, gate, adapters)
 
-    # of the module it came from, or transformers would take it for code of a user
+    # with the module of `plain`, or transformers would take it for a user's code
     return type(plain.__name__, (plain,), {"__init__": initialise, "__module__": plain.__module__})
 
 
 def refuse_mismatches(model: nn.Module, mismatched: Collection[Any], allowed: bool) -> None:
-    """As transformers does, but for dense layers that became experts."""
+    """Raise RuntimeError for sizes that do not match, as transformers does, but not for layers that became experts."""
     for name, found, expected in mismatched:
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Replaced) and name.endswith("weight"):

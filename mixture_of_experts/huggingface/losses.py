@@ -1,4 +1,4 @@
-"""The auxiliary losses of a model's feed-forward networks, added where the model computes its loss."""
+"""Adds the auxiliary losses of a model's feed-forward networks to the loss that the model returns."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mixture_of_experts.huggingface.padding import last_calls
 
 
 def aux_loss(model: nn.Module) -> Tensor:
-    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any
-    mode; within a forward, of that one so far.
+    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any mode.
 
-    Where a training forward is given labels, `out.loss` holds it already. Add it to a loss that you compute yourself.
+    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If a training forward gets
+    labels, `out.loss` holds it already.
 
     Args:
         model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
@@ -51,7 +51,7 @@ def aux_loss(model: nn.Module) -> Tensor:
 
 
 def total_of(losses: list[Tensor]) -> Tensor:
-    """Their sum, where the first one is."""
+    """The sum of losses, on the device of the first one."""
     total = losses[0]
     for loss in losses[1:]:
         total = total + loss.to(total.device)
@@ -59,33 +59,33 @@ def total_of(losses: list[Tensor]) -> Tensor:
 
 
 def add_to_loss(model: nn.Module) -> None:
-    """Put the hooks on a model, once."""
+    """Set the hook that adds the losses on a model, once."""
     if any(isinstance(hook, AddAuxLoss) for hook in model._forward_hooks.values()):
         return
     announce(model)
-    # before the hook that ends the call
+    # it must run before the hook that ends the call
     model.register_forward_hook(AddAuxLoss(), with_kwargs=True, prepend=True)
     if not hasattr(model, "accepts_loss_kwargs") and not divides_by_batch(model):
-        # T5's and BERT's losses are means of a micro-batch, whatever they are told of the batch. The Trainer takes them
-        # for sums over its share, and both losses would be A times too large with A steps of accumulation
+        # The losses of T5 and BERT are means over a micro-batch. The Trainer would take them for a share of the batch's
+        # mean: with A steps of accumulation the loss would be A times too large
         model.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
 
 
-#: what `announce` writes into a configuration
+#: settings that `announce` adds to a configuration
 ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
 
 
 def announce(model: nn.Module) -> None:
-    """Have the trainers of TRL ask for the auxiliary loss, as they do of models that say in their configuration that
-    they have routers: those compute their losses from the model's log-probabilities, and pass its own loss by.
+    """Have the trainers of TRL ask for the auxiliary loss, and give it to them as `out.aux_loss`.
 
-    Asked for, it is `out.aux_loss`. What they ask the backbone for beside it, logits of routers, is kept from that.
+    They compute losses from log-probabilities and ignore the model's own loss. They ask models for the auxiliary loss
+    whose configuration says that they have routers. They also ask the backbone for router logits; hooks remove that.
     """
     config, backbone = text_config(model), getattr(model, "base_model", model)
     if config is None or reports_routers(config) or backbone is model:
         return
     members = feed_forwards(model)
-    # the second is a factor, since coefficients are the layers'; 0.0 is a trainer's way of "off"
+    # the second value is a factor of the loss, as layers have coefficients already; trainers set 0.0 to switch it off
     values = (True, 1.0, members[0].moe.num_experts, getattr(members[0].moe.gate, "k", 1))
     for name, value in zip(ANNOUNCED, values, strict=True):
         if not hasattr(config, name):
@@ -106,18 +106,18 @@ def reports_routers(config: Any) -> bool:
 
 
 def take_away(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Forward pre-hook of a backbone."""
+    """Forward pre-hook of a backbone: removes the argument `output_router_logits`."""
     return args, {name: value for name, value in kwargs.items() if name != "output_router_logits"}
 
 
 def no_router_logits(backbone: nn.Module, args: object, output: Any) -> None:
-    """Forward hook of a backbone: what TRL reads of its output is there."""
+    """Forward hook of a backbone: its output gets the attribute `router_logits`, None, which TRL reads."""
     if isinstance(output, MutableMapping):
         output.router_logits = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def factor_of(config: Any) -> float:
-    """What the auxiliary loss is multiplied by: 1, or what a trainer was told as `router_aux_loss_coef`."""
+    """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
     return 1.0 if config is None or reports_routers(config) else getattr(config, "router_aux_loss_coef", 1.0)
 
 
@@ -127,8 +127,8 @@ def divides_by_batch(model: nn.Module) -> bool:
 
 
 class AddAuxLoss:
-    """Forward hook of a model: the loss that it returns in training becomes the task's plus the auxiliary one, and its
-    `aux_loss` that one, if it is asked for router logits."""
+    """Forward hook of a model: adds the auxiliary loss to the loss that it returns in training. If the model is asked
+    for router logits, its output gets the `aux_loss` too."""
 
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         call = under_way.current(model)
@@ -153,7 +153,8 @@ class AddAuxLoss:
         return output
 
     def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
-        """To a trainer, which multiplies it by a coefficient. A model's own routers have theirs in there already."""
+        """Set `output["aux_loss"]`, which a trainer multiplies by a coefficient. If the model's own routers have set
+        it, add to it."""
         theirs = getattr(output, "aux_loss", None)
         if reports_routers(config) and isinstance(theirs, Tensor):
             coef = getattr(config, "router_aux_loss_coef", 0.0)
@@ -162,10 +163,10 @@ class AddAuxLoss:
 
 
 def share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | float:
-    """The part of a batch that this forward is, as the `Trainer` counts it.
+    """The share of this forward in the batch, by number of labels; 1.0 if the number of the batch is not given.
 
-    With gradient accumulation it gives each micro-batch the number of labels in the whole batch, by which the model
-    divides the sum of its losses; the auxiliary loss then is a mean over the micro-batches, weighted by their labels.
+    With gradient accumulation the `Trainer` gives each micro-batch the number of labels in the whole batch, and the
+    model divides the sum of its losses by it. The auxiliary loss becomes a mean over micro-batches, weighted by labels.
     """
     whole, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
     if whole is None or labels is None:
@@ -178,7 +179,7 @@ def share_of_batch(model: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | floa
 
 
 def shifts_labels(model: nn.Module) -> bool:
-    """Whether position i predicts label i + 1: the rule of the `Trainer`."""
+    """Whether position i predicts label i + 1, by the rule of the `Trainer`."""
     config = getattr(model, "config", None)
     is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
     return is_causal and not getattr(config, "is_encoder_decoder", False)

@@ -1,8 +1,8 @@
-"""The calls of a model, brought to its feed-forward networks: mask and token ids on the way in, losses on the way out.
+"""Brings mask and token ids from a model's arguments to its feed-forward networks, and their losses back.
 
-Hooks on the model that was changed, and on the nearest models around its networks (an encoder and a decoder each), have
-a `ModelCall` under way for the time of a forward. Activation checkpointing runs layers again when that time is over:
-what it is given to run is wrapped, so that the call of that forward comes back with it.
+Hooks keep a `ModelCall` under way during a forward. They are set on the model that was changed, and on the nearest
+models around its networks (for example an encoder and a decoder). Activation checkpointing runs layers again after the
+forward: the function that it runs is wrapped, so that it has the call of that forward.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_ar
 
 
 class LastCall(threading.local):
-    """The last outermost call that came to its end, of each thread its own. Copies of a model have had none."""
+    """The last outermost call that ended, separately for each thread. A copy of a model starts without one."""
 
     box: list[ModelCall]
 
     def __init__(self) -> None:
-        self.box = [ModelCall()]  # what is in a list torch.compile stores, an attribute it does not
+        self.box = [ModelCall()]  # a list, as torch.compile cannot set an attribute here
 
     def __reduce__(self) -> tuple[type[LastCall], tuple[()]]:
         return LastCall, ()
 
 
 def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
-    """Put the hooks on a model, and on those around the modules that are named."""
+    """Set the hooks on a model, and on the models around the named modules."""
     last = last_calls(model)[0] if last_calls(model) else LastCall()
     readers = {model_around(model, name): True for name in names}
     for around, reads in {model: False, **readers}.items():
@@ -50,18 +50,18 @@ def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
 
 
 def last_calls(model: nn.Module) -> list[LastCall]:
-    """Where the last calls are found of the models that were changed, in a model that is one or contains some."""
+    """The `LastCall` of each changed model in `model`, which may be one itself."""
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     return list({id(hook.last): hook.last for hook in hooks if isinstance(hook, BeginCall)}.values())
 
 
 def is_masked(model: nn.Module, name: str) -> bool:
-    """Whether the mask of the model around a module is of its tokens: a model of sound hears all frames."""
+    """Whether the mask of the model around a module is one of the module's tokens. For a model of sound it is not."""
     return getattr(model_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
 
 
 class BeginCall:
-    """Forward pre-hook of a model: its feed-forward networks learn what it knows of its tokens."""
+    """Forward pre-hook of a model: begins the call that tells its feed-forward networks of the tokens."""
 
     ids: TokensReader | None = None
     warned: bool
@@ -90,38 +90,39 @@ class BeginCall:
     def ids_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, int] | None, around: ModelCall | None
     ) -> Tensor | None:
-        """Token ids of a model that has none for itself: its own, or of a model around that embeds as many tokens."""
+        """Token ids for a call whose reader found none: from the model's own arguments, or from the model around if it
+        has as many tokens; else None."""
         if self.reader is None:
             return None if self.ids is None else self.ids.given(args, kwargs).get("input_ids")
         outer = None if around is None else around.tokens.ids
         return None if outer is None or outer.shape != shape else outer
 
     def warn_of_loss(self, model: nn.Module) -> None:
-        """Once, if the gradient of the forward before went past its auxiliary losses."""
+        """Warn, once, if the last backward reached the outputs of networks, but not their auxiliary losses."""
         last = self.last.box[0]
         if self.warned or not last.reached.output or last.reached.loss:
             return
         config = getattr(model, "config", None)
         if config is not None and getattr(config.get_text_config(), "router_aux_loss_coef", 1.0) == 0:
-            return  # it was switched off
+            return  # the user switched the loss off
         self.warned = True
         warnings.warn(
             "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
-            f"{type(model).__name__} returned no loss that holds it, or another was taken, and nobody asked for it, so "
-            "that experts will not stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
+            f"{type(model).__name__} returned no loss that holds it, or another loss was used, so experts will not "
+            "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
             stacklevel=2,
         )
 
 
 def call_returned(model: nn.Module, args: object, output: object) -> None:
-    """Forward hook of a model, to which one that raises never comes."""
+    """Forward hook of a model; it does not run if the forward raises."""
     call = under_way.current(model)
     if call is not None:
         call.returned = True
 
 
 class EndCall:
-    """Forward hook of a model, called also where it raises: nothing of a forward outlives it but its losses."""
+    """Forward hook of a model that runs even if the forward raises: ends the call. Only its losses outlive it."""
 
     def __init__(self, last: LastCall) -> None:
         self.last = last
@@ -132,7 +133,7 @@ class EndCall:
             return
         around, call.around = call.around, None
         if around is None:
-            if call.backward in (None, -1):  # one that a backward runs again was there before
+            if call.backward in (None, -1):  # not a recomputation in a backward
                 self.last.box[0] = call
         elif not call.added and call.with_gradients == around.with_gradients:
             around.losses.extend(call.losses)
@@ -140,7 +141,7 @@ class EndCall:
 
 @torch.compiler.disable
 def keep_for_checkpointing(model: nn.Module) -> None:
-    """See to it that what the model's own checkpointing runs again has its call again."""
+    """Wrap the model's own checkpointing, so that layers that run again have their call."""
     for module in model.modules():
         run = module.__dict__.get("_gradient_checkpointing_func")
         if run is not None and not isinstance(run, CheckpointWithMask) and feed_forwards(module):
@@ -148,9 +149,9 @@ def keep_for_checkpointing(model: nn.Module) -> None:
 
 
 class CheckpointWithMask:
-    """A model's checkpointing function, of one layer: what it runs becomes `Remembered`.
+    """Wraps the checkpointing function of one layer: the function that it runs becomes a `Remembered`.
 
-    A compiled model leaves its graph here, as what is remembered is no part of one.
+    A compiled model has a graph break here, because a graph cannot hold the calls.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:
@@ -164,7 +165,7 @@ class CheckpointWithMask:
 
 
 class Remembered:
-    """A function that is run once, and then any number of times again with the calls of the first time."""
+    """A function that runs in the calls in which it was made, the first time and in every recomputation."""
 
     first: bool
 
@@ -184,6 +185,6 @@ class Remembered:
                 try:
                     return self.run(*args, **kwargs)
                 finally:
-                    for _, call in self.calls:  # a backward needs the tokens alone
+                    for _, call in self.calls:  # recomputations need the tokens alone
                         call.again, call.around, call.losses = True, None, []
             return self.run(*args, **kwargs)

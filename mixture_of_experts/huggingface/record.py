@@ -1,6 +1,6 @@
-"""What a configuration says of a model's layers with experts: enough to build them again before weights are loaded.
+"""Describes a model's layers with experts, so that they can be built before weights are loaded.
 
-A list of entries: the names of layers, and what they have in common.
+The description is a list of entries: the names of some layers, and the settings that they share.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ GATES: dict[str, Any] = {
         gating.ExpertChoiceGating,
     )
 }
-CALLED = {"num_gates": "num_experts"}  # arguments that a gate keeps by another name
-PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that decide whether there is a part
-LEFT_OUT = ("self", "device", "dtype", "settings")  # those that a gate does not keep, or keeps one by one
+CALLED = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
+PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
+LEFT_OUT = ("self", "device", "dtype", "settings")  # arguments that a gate does not store under their name
 PLAIN = (bool, int, float, str, type(None))
 
 
 def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """All layers with experts that a model has; those with equal settings share an entry."""
+    """The description of all layers with experts in a model; layers with equal settings share an entry."""
     entries: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, MoEFeedForward):
@@ -63,7 +63,7 @@ def describe_layer(moe: MoE) -> dict[str, Any]:
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
-    """Class and arguments of one of this package's gates, in types that JSON knows; None for any other gate."""
+    """The class and the arguments of a gate, in types that JSON knows; None for a gate outside this package."""
     if GATES.get(type(gate).__name__) is not type(gate):
         return None
     arguments = {}
@@ -79,7 +79,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
 
 
 def arguments_of(kind: type) -> list[str]:
-    """The arguments of a class of gates, with those that it hands on as settings."""
+    """The names of a gate class's arguments, with those that it passes on as settings."""
     names: dict[str, None] = {}
     for cls in kind.__mro__:
         found = inspect.signature(cls.__init__).parameters
@@ -90,7 +90,7 @@ def arguments_of(kind: type) -> list[str]:
 
 
 def gate_factory(description: dict[str, Any]) -> GateFactory:
-    """A function that builds the gate that was described."""
+    """A function that builds a described gate."""
 
     def build(dim: int, num_experts: int) -> nn.Module:
         arguments = {n: tuple(v) if isinstance(v, list) else v for n, v in description["arguments"].items()}

@@ -1,4 +1,4 @@
-"""Feed-forward networks of a loaded model become mixtures of experts, new ones or copies of what was there.
+"""Replaces feed-forward networks of a loaded model by mixtures of experts, new ones or copies of the networks.
 
 Axes: d model dim, h hidden dim, e experts, g slices of a network.
 """
@@ -33,13 +33,13 @@ Layers = Iterable[str | int] | Callable[[str], bool] | None
 class NetworkSite(NamedTuple):
     """A feed-forward network in a model."""
 
-    name: str  # of the module that the adapter is for
+    name: str  # path of the module that the adapter describes
     module: nn.Module
     adapter: Adapter
 
     @property
     def target(self) -> str:
-        """The path that the MoE gets."""
+        """The path at which the MoE will stand."""
         return f"{self.name}.{self.adapter.down}" if self.adapter.slot else self.name
 
 
@@ -57,32 +57,33 @@ def replace_ffn(
     loss_coefs: Mapping[str, float] | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> list[str]:
-    """Put `MoE` layers with new experts in the place of a model's feed-forward networks. The model is changed.
+    """Replace a model's feed-forward networks by `MoE` layers with new experts. The model is changed.
 
-    Activation, biases, dropout, dtype and device are those of the networks; return types, norms and residual paths stay
-    the model's. Padding does not reach the routers, and the loss of a training forward that is given labels holds the
-    auxiliary loss (`aux_loss`).
+    The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual paths and return
+    types of the model stay. Routers see no padding. The loss of a training forward with labels holds the auxiliary loss
+    (`aux_loss`).
 
     Args:
-        model: of `transformers`, the one that you train (so that its loss is found).
-        num_experts: e, how many there are.
-        k: choices of a token, of the default gate.
-        layers: which ones, by default all: numbers of blocks, names as they are returned, or a function of a name.
+        model: a model of `transformers`; give the one that you train, so that its loss is found.
+        num_experts: e, number of experts.
+        k: choices of a token, for the default gate.
+        layers: which networks to replace, by default all: numbers of blocks, names (as returned), or a function of a
+            name.
         gate: a function `(dim, num_experts)` that makes a new gate for each layer; by default
-            `TopKGating(dim, num_experts, k)`, which drops no token. One that reads `token_ids` (`HashGating`) is given
+            `TopKGating(dim, num_experts, k)`, which drops no token. A gate that reads `token_ids` (`HashGating`) gets
             the model's `input_ids`.
-        hidden_dim: of an expert; by default that of the network.
-        shared_expert: hidden dim of a new network that every token passes beside its experts; by default there is none.
+        hidden_dim: hidden dim of an expert; by default that of the network.
+        shared_expert: hidden dim of a new shared expert, a network for every token; by default there is none.
         loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
-        adapters: for networks that are not found, by the names of their classes.
+        adapters: adapters for networks that are not found, by the names of their classes.
 
     Returns:
         The paths of the new layers.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found; the message says what there is. A network shares weights
-            with another one. `gate` returned one gate for two layers, or a size is not a whole number of at least 1.
-        TypeError: a network's linear layers are not plain ones. `gate` is no function of two sizes that returns a gate,
+        ValueError: no network, or none of `layers`, was found (the error says what there is); a network shares weights
+            with another one; `gate` returned one gate for two layers; or a size is not a whole number of at least 1.
+        TypeError: a network's linear layers are not plain ones; `gate` is no function of two sizes that returns a gate;
             or `layers` holds something else than numbers and names.
 
     Example:
@@ -127,30 +128,29 @@ def upcycle(
 ) -> list[str]:
     """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
-    The model computes what it computed before, up to rounding, until it is trained (or `models`, `noise` or `redraw`
-    are given): so a gate's weights have to add up to the same number for every token. What is frozen
-    (`requires_grad=False`) stays so in the experts; routers train.
+    Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
+    that. For this a gate's weights must add up to the same number for every token. Frozen weights
+    (`requires_grad=False`) are frozen in the experts too; routers train.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
-    are the slices of copy i and start with equal router weights, so that a token chooses them together: `num_experts`
-    and the gate's choices are multiples of g.
+    are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
+    `num_experts` and the gate's number of choices must be multiples of g.
 
     Args:
         num_experts: e; by default 8, or g for each of `models`.
-        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copy i is of the i-th
-            one's network, in turn, where there are more copies than models (arXiv 2403.07816). All other weights stay
-            those of `model`.
+        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copies are of their
+            networks in turn (arXiv 2403.07816). All other weights are those of `model`.
         granularity: g, as above.
-        shared_expert: so many hidden units, the first ones of `model`'s network, become a network that every token
-            passes; experts are copies of the others.
+        shared_expert: number of hidden units, the first ones of `model`'s network, that become a shared expert, a
+            network for every token; experts are copies of the others.
         noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
-        redraw: share of the hidden units of each expert that are drawn anew, normally distributed with mean and
-            deviation of the network's weights (arXiv 2502.19261).
-        the others: as `replace_ffn`.
+        redraw: share of each expert's hidden units whose weights are drawn again, from a normal distribution with the
+            mean and deviation of the weights (arXiv 2502.19261).
+        the others: as in `replace_ffn`.
 
     Raises:
-        ValueError, TypeError: as `replace_ffn`; also if the gate's weights add up to different numbers (k = 1 without
-            normalising), sizes do not divide, or `models` have other networks.
+        ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
+            without normalising), if sizes do not divide, or if `models` have other networks.
 
     Example:
         >>> import torch
@@ -175,7 +175,7 @@ def upcycle(
         slices = (
             f"granularity={g} must divide" if models is None else f"granularity={g} times {sources} models must divide"
         )
-        raise ValueError(f"{slices} num_experts={e}: an expert is one of g slices of a copy")
+        raise ValueError(f"{slices} num_experts={e}: an expert is one of {g} slices of a copy")
 
     coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
     make_gate = gates_of_layers(gate, k, model)
@@ -205,7 +205,7 @@ def upcycle(
 
 
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
-    """The networks of a model that an adapter is for, or that its structure shows, and that `layers` names."""
+    """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
     adapters, layers = adapters or {}, check_layers(layers)
     named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
@@ -218,20 +218,20 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         some = patterns(place.target for place in places)
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
-            f"{why(model, misses)}. Or name by layers= those that you want"
+            f"{why(model, misses)}. Or name the networks that you want by layers="
         )
     chosen = choose([place.target for place in places], layers)
     return [place for place in places if place.target in chosen]
 
 
 def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
-    """By where a place stands in a model."""
+    """A sort key: the order of sites in the model."""
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return lambda place: order[place.name]
 
 
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
-    """What to say of networks that cannot be replaced."""
+    """Why networks of a model cannot be replaced, for an error."""
     modules = list(model.modules())
     if misses:
         said = "; ".join({f"{pattern(miss.name)} of {miss.kind}: {miss.reason}": None for miss in misses})
@@ -241,17 +241,17 @@ def why(model: nn.Module, misses: Collection[Miss]) -> str:
         said = "its blocks have routers and experts already"
     else:
         said = f"its modules are {', '.join(sorted({type(module).__name__ for module in modules}))}"
-    return f": {said}. Say by adapters={{class name: Adapter(...)}} where its parts are"
+    return f": {said}. Tell by adapters={{class name: Adapter(...)}} where a network's parts are"
 
 
 def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
-    """Modules of the same class and at the same place in their block as one with a network, that show none."""
+    """Modules without a network that was found, though modules of their class in the same place of a block have one."""
     found = {(pattern(place.name), type(place.module)) for place in places}
     names = {place.name for place in places}
     misses = []
     for name, module in model.named_modules():
         if (pattern(name), type(module)) in found and name not in names and not holds_routed(module):
-            misses.append(Miss(name, type(module).__name__, "it is not as others of its class"))
+            misses.append(Miss(name, type(module).__name__, "it differs from others of its class"))
     return misses
 
 
@@ -278,21 +278,21 @@ def refuse_chunks(model: nn.Module) -> None:
 
 
 def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | None:
-    """Numbers and names as a set; a function, or None, as it is."""
+    """`layers`, with numbers and names as a set; TypeError for anything else."""
     if layers is None or (callable(layers) and not isinstance(layers, nn.Module)):
         return layers
     entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(
-                "layers must be numbers of blocks (whole ones, such as 1), names as they are returned or a function of "
-                f"a name, got {entry!r}: for all layers leave it out"
+                "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
+                f"got {entry!r}: for all layers leave it out"
             )
     return set(entries)
 
 
 def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | None) -> Collection[str]:
-    """Those names that are asked for: an entry that matches nothing is a mistake."""
+    """The names that `layers` asks for; ValueError if an entry matches nothing."""
     if layers is None:
         return names
     if callable(layers):
@@ -308,7 +308,7 @@ def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | No
 
 
 def number(name: str) -> int | None:
-    """Of the block that a path goes through: its first number."""
+    """The first number in a path, that of the block; None if there is none."""
     match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return None if match is None else int(match[1])
 
@@ -317,7 +317,7 @@ def number(name: str) -> int | None:
 
 
 def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
-    """The function that makes gates, by default `TopKGating`, held to a new gate for each layer of the model."""
+    """A function that makes gates by `gate`, by default `TopKGating`, and checks that each layer gets a new one."""
     wanted = "a function (dim, num_experts) that makes the gate of a layer"
     if gate is None:
         return lambda dim, num_experts: TopKGating(dim, num_experts, k)
@@ -351,28 +351,29 @@ def make_moe(
     *,
     drawn: bool = True,
 ) -> MoE:
-    """A layer of the network's device and dtype, with experts of its kind; not `drawn`, they are to be filled."""
+    """A layer with the network's device and dtype, and experts of its kind. Without `drawn` their weights are left to
+    be filled."""
     kind = Experts if dense.w3 is None else GatedExperts
     device, dtype = dense.w1.device, dense.w1.dtype
     with device if drawn else torch.device("meta"):
         settings: Any = dict(activation=dense.activation, bias=True, dtype=dtype)
         experts: Any = kind(dense.dim, num_experts, hidden_dim, **settings)
-        experts.is_transposed = True  # (e, in, out): what PEFT asks before it puts LoRA on stacked weights
+        experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
         dense_part = (
             None if shared is None else SharedNetwork(dense.dim, shared, gated=dense.w3 is not None, **settings)
         )
     for module in (experts, *([] if dense_part is None else [dense_part])):
         for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
-            module.register_parameter(name, None)  # a bias that the network has not
+            module.register_parameter(name, None)  # the network has no such bias
         if not drawn:
-            module.to_empty(device=device, recurse=False)  # not the activation, which is the network's
+            module.to_empty(device=device, recurse=False)  # not of the activation, which is the network's
     with device:
         gate = make_gate(dense.dim, num_experts)
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
 
 
 def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:
-    """Build all layers, then put them in: an error before changes nothing."""
+    """Build all layers, then put them into the model, so that an error changes nothing; return their paths."""
     built = []
     refuse_ties(model, places)
     for place in places:
@@ -396,13 +397,13 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
 
 @torch.no_grad()
 def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
-    """A module that does something else than the network that was read in it, on random tokens, stays."""
+    """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
     if dense.w1.is_meta:
         return
     x, modes = random_tokens(dense.w1), [(module, module.training) for module in place.module.modules()]
     try:
         found = place.module.eval()(x)
-    except Exception as error:  # a forward that takes more, for one
+    except Exception as error:  # for example its forward needs more arguments
         raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
     finally:
         for module, mode in modes:
@@ -415,7 +416,7 @@ def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
 
 
 def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
-    """Into the model, and out of the way with what the network had besides."""
+    """Put a layer into the model, and replace the network's other parts by identities."""
     adapter = place.adapter
     if adapter.slot:
         for path in adapter.bypass:
@@ -424,14 +425,14 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
         if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
             off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
             replace(place.module, dropout, off)
-    # a network that several layers share stays one
+    # a network that several layers share becomes one MoE
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
     for path in paths:
         replace(model, place._replace(name=path).target, feed_forward)
 
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
-    """Weights that a network shares with another module would be its own afterwards."""
+    """Refuse networks that share weights with other modules: they would share none as experts."""
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -447,7 +448,7 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
 
 
 def linears(place: NetworkSite) -> dict[str, nn.Module]:
-    """The linear layers of a network, by the number that its weights have in experts."""
+    """The linear layers of a network, by their number in experts: "1", "2", "3"."""
     adapter = place.adapter
     paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
     paths |= {} if adapter.gate is None else {"3": adapter.up}
@@ -455,7 +456,7 @@ def linears(place: NetworkSite) -> dict[str, nn.Module]:
 
 
 class One(nn.Module):
-    """Returns 1: in the place of a factor."""
+    """Returns 1, in the place of a factor."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_ones(())
@@ -470,7 +471,7 @@ def replace(module: nn.Module, path: str, value: Any) -> None:
 
 
 def share_routers(gate: Any, g: int) -> None:
-    """Equal router weights for the g slices of a copy."""
+    """Give the g slices of each copy equal router weights."""
     if g == 1:
         return
     with torch.no_grad():
@@ -482,23 +483,24 @@ def share_routers(gate: Any, g: int) -> None:
 
 @torch.no_grad()
 def sum_of_weights(moe: MoE, g: int) -> float:
-    """What the weights of a token's experts add up to in eval where none is dropped; each of g slices has its share."""
+    """The sum of the weights of a token's experts in eval, without drops; ValueError if it differs between tokens or
+    between the g slices of a copy."""
     gate, weight = moe.gate, next(moe.gate.parameters(), torch.empty(0))
     if weight.is_meta:
         return 1.0
     was_training = gate.training
-    # one token a group, so that no capacity drops any
+    # groups of one token, so that no capacity drops any
     tokens = torch.randn(64, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
     ids = torch.arange(64, device=weight.device).unsqueeze(-1) % getattr(gate, "num_ids", 1)
     routing = gate.eval()(tokens, **({"token_ids": ids} if "token_ids" in reads_of(gate) else {}))
     gate.train(was_training)
     if routing.k is None:
         raise ValueError(
-            f"with {type(gate).__name__} experts choose, and a token may have none: take a gate in which tokens "
-            "choose, or start with new experts by replace_ffn"
+            f"in {type(gate).__name__} experts choose, so a token may have none: take a gate in which tokens choose, "
+            "or start with new experts by replace_ffn"
         )
     cells = routing.combine_tensor().sum(dim=-1).double().view(64, -1, g)  # tokens, copies, slices
-    totals = cells.sum(dim=1)  # of each slice
+    totals = cells.sum(dim=1)  # (tokens, slices)
     total = totals.mean().item() * g
     if total <= 0 or (totals * g / total - 1).abs().max() > 1e-3:
         raise ValueError(
@@ -506,19 +508,19 @@ def sum_of_weights(moe: MoE, g: int) -> float:
             f"{totals.min().item() * g:.3g} to {totals.max().item() * g:.3g}. So the upcycled model would not compute "
             "what the dense one does. Take a gate that normalises them and, in eval, drops none at random (TopKGating "
             "with normalize=True, Top2Gating with second_policy_eval='all'); with granularity its number of choices "
-            "must be a multiple of that; or start with new experts by replace_ffn"
+            "must be a multiple of the granularity; or start with new experts by replace_ffn"
         )
     return total
 
 
 @torch.no_grad()
 def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
-    """Copy slice i mod g of the networks, in turn, to expert i; the last weights add what the gate takes away."""
-    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which they share
+    """Copy slice i mod g of the networks, in turn, to expert i. The last weights make up for the gate's weights."""
+    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which is shared
         copies = parameter.unflatten(0, (-1, len(networks), g))
         for i, network in enumerate(networks):
             value = network.weights()[name]
-            if name == "b2":  # of every slice: its weights add up to `total` over all of them
+            if name == "b2":  # every slice has it, and the weights of all slices add up to `total`
                 copies[:, i] = value / total
             else:
                 dim = 0 if name == "w2" else -1  # hidden units
@@ -526,7 +528,7 @@ def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
 
 
 def cut(network: Dense, start: int, stop: int) -> Dense:
-    """Some hidden units of a network."""
+    """The network with some of its hidden units only."""
     of_columns = {name: getattr(network, name) for name in ("w1", "w3", "b1", "b3")}
     parts = {name: value if value is None else value[..., start:stop] for name, value in of_columns.items()}
     return replace_fields(network, **parts, w2=network.w2[start:stop])
@@ -535,7 +537,7 @@ def cut(network: Dense, start: int, stop: int) -> Dense:
 def read_alike(
     places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
 ) -> dict[str, Dense]:
-    """The networks of another model at the same places, by their names."""
+    """The networks of another model at the same sites, by name; ValueError if they differ in sizes or activation."""
     found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
     networks = {}
     for place in places:
@@ -544,7 +546,7 @@ def read_alike(
         if (shapes, repr(own.activation)) != (its_shapes, repr(its.activation)):
             raise ValueError(
                 f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
-                f"not {shapes} and {own.activation}. All have to be of one base"
+                f"not {shapes} and {own.activation}. All models must come from one base model"
             )
         of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
         if not all(torch.equal(a, b) for a, b in of_activations):
@@ -557,7 +559,7 @@ def read_alike(
 
 
 def freeze(moe: MoE, place: NetworkSite) -> None:
-    """Freeze the experts' weights that are frozen in the network."""
+    """Freeze the experts' weights that are frozen in the network at `place`."""
     layers = linears(place)
     for part_of in (moe.experts, moe.shared_expert):
         for name, parameter in () if part_of is None else part_of.named_parameters(recurse=False):
@@ -567,7 +569,7 @@ def freeze(moe: MoE, place: NetworkSite) -> None:
 
 @torch.no_grad()
 def vary(experts: Any, noise: float, redraw: float) -> None:
-    """Make copies differ: by noise, and by hidden units that are drawn anew."""
+    """Make copies differ, by noise on weights and by hidden units that are drawn again."""
     weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
     if noise:
         for weight in weights.values():
@@ -575,7 +577,7 @@ def vary(experts: Any, noise: float, redraw: float) -> None:
     if redraw:
         e, h = experts.num_experts, experts.hidden_dim
         order = torch.rand(e, h, device=experts.w1.device).argsort(dim=-1)
-        new = order < round(redraw * h)  # (e, h), as many of each expert
+        new = order < round(redraw * h)  # (e, h), equally many in each expert
         for name, weight in weights.items():
             drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
             weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))

@@ -1,4 +1,4 @@
-"""Layers with experts, built again in a dense model from what a configuration says of them."""
+"""Builds layers with experts in a dense model, from the description in its configuration."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def put_experts(
     gate: GateFactory | None = None,
     adapters: Mapping[str, Adapter] | None = None,
 ) -> None:
-    """Change a dense model, whose weights do not matter yet, so that those of a model with experts fit.
+    """Change a dense model so that the weights of a model with experts fit. Its own weights are lost.
 
     Raises:
-        ValueError: a gate that is not described, and no `gate`; no place for any of the layers.
+        ValueError: a gate is not described, and no `gate` is given; or there is no place for any of the layers.
         TypeError, ValueError: `gate` makes no new gate for each layer.
     """
     for entry in layers:
@@ -54,9 +54,9 @@ def put_experts(
 
 
 def find_place(model: Any, name: str) -> str | None:
-    """The path that a layer has here: a model with a head has one more name before it than one without.
+    """The path of a described layer in this model: with a head, paths have one more name at their beginning.
 
-    None where a model has no such part: the encoder alone of an encoder and decoder.
+    None if the model lacks this part: it may be the encoder alone of an encoder and decoder.
     """
     paths = dict(model.named_modules())
     head = f"{getattr(model, 'base_model_prefix', '')}."
@@ -72,9 +72,10 @@ def find_place(model: Any, name: str) -> str | None:
 
 @torch.no_grad()
 def initialise_missing(model: nn.Module, missing: Collection[str] | None = None) -> None:
-    """Draw what a checkpoint did not have: transformers leaves memory there as it is.
+    """Initialise what a checkpoint did not have, and warn of it: transformers leaves that memory uninitialised.
 
     Args:
+        model: the loaded model.
         missing: names of parameters and buffers; by default those that transformers has not marked as loaded.
     """
     names, anew = {module: name for name, module in model.named_modules()}, []

@@ -1,9 +1,9 @@
-"""Feed-forward networks found by their structure, in models whose classes nobody has written down.
+"""Finds feed-forward networks by their structure, in models of unknown classes.
 
-A network is two linear layers and an activation between them, or three of which two are multiplied: as wide at both
-ends as the residual stream, no narrower within, inside a numbered block. It is read from what the block's forward calls
-(`symbolic.py`). What its hidden layer computes is found by computing it, on random numbers: an activation is accepted
-if the results are equal.
+A network is two linear layers with an activation between them, or three layers, two of which are multiplied. Both ends
+are as wide as the residual stream, the middle is no narrower, and all lie inside a numbered block. `symbolic.py`
+records what the block's forward calls. The activation is found by trial: the hidden layer is computed on random
+numbers, and an activation with equal results is accepted.
 
 Axes: d model dim, h hidden dim.
 """
@@ -25,7 +25,7 @@ from mixture_of_experts.huggingface.adapters import Adapter, Halves
 from mixture_of_experts.huggingface.symbolic import Bench, BlockCalls, Setting, Within, is_linear, record
 from mixture_of_experts.ops.activations import SquaredReLU
 
-#: parts of names, of paths and classes, of modules that are no feed-forward network of a block, or one of many experts
+#: parts of the paths or class names of modules that are not the feed-forward network of a block, or are experts
 APART = re.compile(
     r"adapter|adaptor|lora_|router|expert|(^|_|\.)moe|sparsemoe|moeblock|pooler|projector|resampler|connector", re.I
 )
@@ -33,27 +33,28 @@ LEADS_TO_EXPERTS = re.compile(r"router|expert", re.I)
 
 
 class Miss(NamedTuple):
-    """A network that is there, and cannot be taken out."""
+    """A network that was found, but cannot be replaced."""
 
-    name: str  # of its last linear layer
-    kind: str  # class of the module that calls it
+    name: str  # path of its last linear layer
+    kind: str  # class of the module that calls this layer
     reason: str
 
 
 class Found(NamedTuple):
-    """A network, and where its parts are."""
+    """A network that was found, and where its parts are."""
 
-    name: str  # of the module that calls it
+    name: str  # path of the module that calls it
     module: nn.Module
     adapter: Adapter
     linears: tuple[nn.Module, ...]
 
 
 def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], list[Miss]]:
-    """The networks of a model, and those that cannot be taken out.
+    """The networks of a model that can be replaced, and those that cannot.
 
     Args:
-        given: modules whose networks are known already.
+        model: the model.
+        given: paths of modules whose networks are known already.
     """
     found: list[Found] = []
     misses: list[Miss] = []
@@ -84,7 +85,7 @@ def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], li
 
 
 def inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules, each after those within it."""
+    """All modules with their paths, each after the modules inside it."""
     return reversed(list(model.named_modules()))
 
 
@@ -92,7 +93,7 @@ NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
 
 
 def is_place(name: str, module: nn.Module) -> bool:
-    """Whether a module is, or is within, a numbered block, and may hold a network of it."""
+    """Whether a module is a numbered block or lies inside one, and may hold the block's network."""
     if not NUMBER.search(name) or isinstance(module, nn.ModuleList | nn.ModuleDict):
         return False
     if APART.search(name) or APART.search(type(module).__name__):
@@ -101,7 +102,7 @@ def is_place(name: str, module: nn.Module) -> bool:
 
 
 def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> bool:
-    """Whether something else in the block around a network, a norm or another linear layer, is as wide as its ends."""
+    """Whether the network is as wide at its ends as something else in its block: a norm or another linear layer."""
     path = name.split(".")
     around = next(
         model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1) if is_item(model, path[:end])
@@ -116,19 +117,19 @@ def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> b
 
 
 def is_item(model: nn.Module, path: list[str]) -> bool:
-    """Whether a path is of a numbered block; that of the model itself, "", is the last to be asked."""
+    """Whether the path, split at its points, is that of a numbered block."""
     if not path:
         return True
     return isinstance(model.get_submodule(".".join(path[:-1])), nn.ModuleList) and path[-1].isdigit()
 
 
 def is_routed(module: nn.Module) -> bool:
-    """Whether a module has a router and experts, or experts, for children."""
+    """Whether a module has children that are experts, with or without a router."""
     return any(LEADS_TO_EXPERTS.search(name) for name, _ in module.named_children())
 
 
 def own_linears(module: nn.Module) -> set[nn.Module]:
-    """Linear layers of a module that are in no list of blocks within it: no network spans blocks."""
+    """The linear layers of a module that lie in no list of blocks inside it, as no network spans blocks."""
     own = {module} if is_linear(module) else set()
     within = [child for child in module.children() if not isinstance(child, nn.ModuleList | nn.ModuleDict)]
     return own.union(*(own_linears(child) for child in within))
@@ -145,7 +146,7 @@ class Lost(NamedTuple):
 
 
 def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
-    """The networks whose last layer a module calls."""
+    """The networks whose last linear layer a module calls."""
     for node in calls.graph.nodes:
         if is_linear(calls.called(node)):
             chain = Chain.before(calls, node)
@@ -158,7 +159,7 @@ def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
 
 
 class UnfitError(Exception):
-    """Why a network cannot be taken out."""
+    """Says why a network cannot be replaced."""
 
 
 class Chain(NamedTuple):
@@ -172,7 +173,7 @@ class Chain(NamedTuple):
 
     @classmethod
     def before(cls, calls: BlockCalls, down: Node) -> Chain | None:
-        """The network that ends in a linear layer, if there is one."""
+        """The network that ends in the call `down` of a linear layer; None if there is none."""
         if len(down.args) != 1 or down.kwargs or not isinstance(down.args[0], Node):
             return None
         ups: list[Node] = []
@@ -202,7 +203,7 @@ class Chain(NamedTuple):
             return False
         layers = [self.calls.called(node) for node in self.middle]
         if any(p.ndim > 1 for layer in layers if layer is not None for p in layer.parameters()):
-            return False  # a convolution: not of a token alone
+            return False  # for example a convolution, which mixes tokens
         (d, width), (h, out) = sizes(self.linears[0]), sizes(self.linears[-1])
         widths = {sizes(up) for up in self.linears[:-1]}
         fits = widths == {(d, h)} or (len(self.ups) == 1 and width == 2 * h)
@@ -210,7 +211,7 @@ class Chain(NamedTuple):
 
     @property
     def linears(self) -> tuple[nn.Module, ...]:
-        """First those that are called first."""
+        """The linear layers, in the order of their calls."""
         found = [self.calls.called(node) for node in (*self.ups, self.down)]
         return tuple(layer for layer in found if layer is not None)
 
@@ -220,14 +221,14 @@ class Chain(NamedTuple):
 
     @property
     def activations(self) -> list[Node]:
-        """Layers between, but dropouts."""
+        """The calls of layers between the linear ones, without dropouts."""
         return [node for node in self.middle if node.op == "call_module" and node not in self.dropouts]
 
     def adapter(self) -> Adapter:
-        """Where the parts are.
+        """The adapter that tells where the parts are.
 
         Raises:
-            UnfitError: they cannot be taken out.
+            UnfitError: the network cannot be replaced.
         """
         self._check_alone()
         activation, gate, up, halves = self._hidden()
@@ -253,7 +254,7 @@ class Chain(NamedTuple):
         )
 
     def _check_alone(self) -> None:
-        """Nothing else reads what is within, and no layer is called twice."""
+        """Check that nothing else reads results inside the network, and that no layer is called twice."""
         nodes = {*self.ups, *self.middle, self.down}
         for node in (*self.ups, *self.middle):
             if any(user not in nodes for user in node.users):
@@ -266,8 +267,8 @@ class Chain(NamedTuple):
         return sum(n.op == "call_module" and n.target == node.target for n in self.calls.graph.nodes)
 
     def _hidden(self) -> tuple[str | nn.Module, Node | None, Node, Halves]:
-        """Activation, the linear layers of gate and up, and which half of one is the gate: those whose results are
-        equal to what the calls compute."""
+        """The activation, the linear layers of gate and up, and the order of halves if both are one layer: the first
+        candidates whose results equal what the calls compute."""
         h = sizes(self.linears[-1])[0]
         generator = torch.Generator("cpu").manual_seed(0)
         a, b = (2 * torch.randn(5, h, generator=generator, device="cpu") for _ in range(2))
@@ -284,7 +285,8 @@ class Chain(NamedTuple):
         raise UnfitError(f"no activation is known that computes its hidden layer ({', '.join(names)})")
 
     def _forms(self, a: Tensor, b: Tensor) -> Iterator[tuple[Node | None, Node, Halves, dict[Node, Tensor]]]:
-        """Ways in which `a` may be multiplied by the activation of `b`, and what the linear layers return in each."""
+        """The forms in which a may be multiplied by the activation of b: gate, up, order of halves, and the results of
+        the linear layers that are a and b."""
         first, last = self.ups[0], self.ups[-1]
         if first is not last:
             yield first, last, "gate_up", {first: b, last: a}
@@ -305,7 +307,8 @@ class Chain(NamedTuple):
         yield from (nn.Sigmoid(), nn.Identity()) if len(self.activations) == 0 else ()
 
     def _as_part(self, activation: nn.Module, a: Tensor) -> str | nn.Module:
-        """Its path, if it is the network's own, and the same for every unit."""
+        """The path of an activation that is the network's own layer; else the activation. UnfitError if it computes
+        hidden units together."""
         for node in self.activations:
             if self.calls.called(node) is activation:
                 some, all_units = a[:, : a.shape[-1] // 2], self.bench.apply(activation, a)
@@ -320,7 +323,7 @@ class Chain(NamedTuple):
         return self.bench.compute(self.calls, result, given, lambda node: node in self.dropouts)  # pyright: ignore[reportArgumentType]
 
     def _after(self) -> tuple[bool, str | float | None]:
-        """Whether the module does nothing but this, and the dropout that comes last."""
+        """Whether the module does nothing but this network, and the dropout at its end."""
         node, dropout = self.calls.output, None
         if isinstance(node, Node) and is_dropout(self.calls, node):
             dropout, node = place_of(self.calls, node), node.args[0]
@@ -329,7 +332,7 @@ class Chain(NamedTuple):
         return alone and not others, dropout
 
     def _inner_dropout(self) -> Node | None:
-        """The dropout between the linear layers that drops something."""
+        """The active dropout between the linear layers; None if there is none."""
         active = [node for node in self.dropouts if rate(self.calls, node)]
         for node in active:
             later = {user for user in after(node) if user in self.middle and user not in self.dropouts}
@@ -340,27 +343,27 @@ class Chain(NamedTuple):
         return active[0] if active else None
 
     def _other_use(self, inner: Node) -> str | None:
-        """Of the dropout between the linear layers, which has to be turned off there: where it is, if it is the one
-        after the last layer too, and so has to be the mixture's.
+        """The place of the inner dropout, if it serves after the last layer too: then the mixture must have it. Else
+        None.
 
         Raises:
-            UnfitError: it cannot be turned off, or something else would be turned off with it.
+            UnfitError: the dropout cannot be turned off, or something else would be turned off with it.
         """
         if any(inner in child.nodes for child in self._children()):
-            return None  # it goes with its module
+            return None  # its module becomes an identity
         place = place_of(self.calls, inner)
         if not isinstance(place, str):
             raise UnfitError("the dropout between its linear layers cannot be turned off")
         others = [n for n in self.calls.graph.nodes if n is not inner and uses(self.calls, n, place)]
         if any(not is_dropout(self.calls, other) or other.all_input_nodes != [self.down] for other in others):
-            raise UnfitError(f"{place} is another's dropout too")
+            raise UnfitError(f"{place} is the dropout of something else too")
         return place if others else None
 
     def _children(self) -> list[Within]:
-        """Children that do nothing but a first part of this network."""
+        """The calls of children that do nothing but a first part of this network."""
         own = {*self.ups, *self.middle}
         found: list[Within] = []
-        for child in reversed(self.calls.children):  # the outer before the inner
+        for child in reversed(self.calls.children):  # outer before inner
             used = {node for node in child.nodes if node.users}
             first = child.given == self.ups[0].args and all(up in used for up in self.ups)
             if first and used <= own and child.output in own and not any(c.nodes >= child.nodes for c in found):
@@ -368,7 +371,7 @@ class Chain(NamedTuple):
         return found
 
     def _bypass(self) -> tuple[str, ...]:
-        """What has to become an identity, so that the tokens reach the last layer."""
+        """The paths of parts that must become identities, so that tokens reach the last layer."""
         children = self._children()
         gone = set().union(*(child.nodes for child in children))
         for node in self.middle:
@@ -379,7 +382,7 @@ class Chain(NamedTuple):
                 name = getattr(node.target, "__name__", node.target)
                 raise UnfitError(f"{name} between its linear layers is part of the code of {self._kind}")
             if self._times_called(node) > 1:
-                raise UnfitError(f"{node.target} is another's activation too")
+                raise UnfitError(f"{node.target} is the activation of something else too")
         if sizes(self.linears[0])[1] != sizes(self.linears[-1])[0] and next(iter(self.ups)) not in gone:
             raise UnfitError(f"its halves are taken apart in the code of {self._kind}")
         rest = [target(node) for node in (*self.ups, *self.activations) if node not in gone]
@@ -399,7 +402,7 @@ def target(node: Node) -> str:
 
 
 def sizes(linear: Any) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
+    """The numbers of inputs and outputs of a linear layer."""
     if isinstance(linear, Conv1D):
         return linear.nx, linear.nf
     return linear.in_features, linear.out_features
@@ -410,7 +413,7 @@ def is_dropout(calls: BlockCalls, node: Node) -> bool:
 
 
 def rate(calls: BlockCalls, node: Node) -> float:
-    """The probability of a dropout."""
+    """The probability of a dropout; UnfitError if it is not known."""
     layer: Any = calls.called(node)
     if layer is not None:
         return layer.p
@@ -423,7 +426,7 @@ def rate(calls: BlockCalls, node: Node) -> float:
 
 
 def place_of(calls: BlockCalls, node: Node) -> str | float | None:
-    """Where a dropout is: the path of a module or of a number, or else the number."""
+    """The place of a dropout: the path of a module or of a number, or else the number itself."""
     if node.op == "call_module":
         return target(node)
     p = rate(calls, node)
@@ -431,13 +434,13 @@ def place_of(calls: BlockCalls, node: Node) -> str | float | None:
 
 
 def uses(calls: BlockCalls, node: Node, place: str) -> bool:
-    """Whether a call is of a layer at a path, or is given the number there."""
+    """Whether a call is one of the layer at `place`, or gets the number that is there."""
     given = [value for value in (*node.args, *node.kwargs.values()) if isinstance(value, Setting)]
     return (node.op == "call_module" and node.target == place) or any(value.path == place for value in given)
 
 
 def after(node: Node) -> set[Node]:
-    """All nodes that read a node, or one that reads it."""
+    """All nodes that depend on a node."""
     found: set[Node] = set()
     todo = list(node.users)
     while todo:

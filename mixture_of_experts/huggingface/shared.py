@@ -1,4 +1,4 @@
-"""The network that every token passes, beside its experts.
+"""The shared expert of a replaced network, which computes every token.
 
 Axes: d model dim, h hidden dim.
 """
@@ -22,11 +22,11 @@ class SharedNetwork(nn.Module):
         dim: d.
         hidden_dim: h.
         gated: whether there is a `w3`.
-        activation, bias: as `Experts`.
+        activation, bias: as in `Experts`.
         device, dtype: of the weights.
 
     Shape:
-        `(..., d)` to the same.
+        `(..., d)` to the same shape.
     """
 
     act: nn.Module
@@ -37,7 +37,7 @@ class SharedNetwork(nn.Module):
         super().__init__()
         self.dim = dim
         self.hidden_dim = hidden_dim
-        self.act = copy.deepcopy(make_activation(activation))  # its dropout is its own
+        self.act = copy.deepcopy(make_activation(activation))  # with a dropout of its own
         sizes = {"w1": (dim, hidden_dim), "w2": (hidden_dim, dim), "b1": (hidden_dim,), "b2": (dim,)}
         sizes |= {"w3": (dim, hidden_dim), "b3": (hidden_dim,)}
         for name, size in sizes.items():
@@ -46,7 +46,7 @@ class SharedNetwork(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the weights anew, as those of an expert; biases 0."""
+        """Draw the weights as those of an expert; set biases to 0."""
         for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("b"):
                 nn.init.zeros_(parameter)
@@ -56,7 +56,7 @@ class SharedNetwork(nn.Module):
 
     @torch.no_grad()
     def fill(self, network: Any) -> None:
-        """Copy a dense network, but for its last bias, which experts have."""
+        """Copy a dense network, without its last bias, which the experts have."""
         for name, parameter in self.named_parameters(recurse=False):
             parameter.copy_(torch.zeros_like(parameter) if name == "b2" else getattr(network, name))
 

@@ -1,8 +1,8 @@
-"""What a module's forward calls, written down without computing anything: a graph of layers and functions.
+"""Records what a module's forward calls, as a graph of layers and functions, without computing anything.
 
-The forward runs once on symbols (`torch.fx.Proxy`), so that neither inputs nor weights are needed: a module on the meta
-device is read as any other. It runs on a copy that shares everything but its children, in whose places stand functions
-that write down their call. Nothing of the module, of torch or of the process is changed.
+The forward runs once on symbols (`torch.fx.Proxy`). So it needs neither inputs nor weights, and a module may be on the
+meta device. It runs on a copy of the module that shares everything with it, except that stubs which record their calls
+take the places of children. The module, torch and the process are not changed.
 """
 
 from __future__ import annotations
@@ -21,33 +21,33 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Within(NamedTuple):
-    """What a child of a module calls."""
+    """The calls inside a child of a module."""
 
     path: str
-    given: tuple[Any, ...]  # its arguments
+    given: tuple[Any, ...]  # arguments of the child
     output: Any
     nodes: frozenset[Node]
 
 
 class BlockCalls(NamedTuple):
-    """What a module calls, from its arguments to its output."""
+    """The calls of a module, from its arguments to its output."""
 
     module: nn.Module
     graph: Graph
-    arguments: tuple[Node, ...]  # of its forward; the first is the tokens
-    lone: bool  # whether there is no other argument that somebody could give
+    arguments: tuple[Node, ...]  # arguments of its forward; the first is the tokens
+    lone: bool  # whether the forward takes no other argument
     output: Any  # a node, or something that holds nodes
-    children: tuple[Within, ...]  # those whose own calls are in the graph
+    children: tuple[Within, ...]  # children whose own calls are in the graph
 
     def called(self, node: Any) -> nn.Module | None:
-        """The layer that a node is a call of."""
+        """The layer that a node calls; None if it calls none."""
         if not isinstance(node, Node) or node.op != "call_module":
             return None
         return self.module.get_submodule(str(node.target))
 
 
 class Setting(float):
-    """A number that a module holds as an attribute, which knows the attribute's path."""
+    """A number that is an attribute of a module, with the path of the attribute."""
 
     path: str
 
@@ -81,24 +81,24 @@ class Recorder(GraphAppendingTracer):
         return Symbol(node, self)
 
     def to_bool(self, obj: Proxy) -> bool:
-        """A check of values, such as one for infinities: no."""
+        """A condition on values, such as a check for infinities, is False."""
         self.asked += 1
         if self.asked > 1000:
-            raise TraceError("a loop that ends when a value says so")
+            raise TraceError("a loop that ends by a value")
         return False
 
     def create_arg(self, a: Any) -> Any:
         try:
             return super().create_arg(a)
         except NotImplementedError:
-            return a  # any object, as it is
+            return a  # any other object
 
     def call(self, path: str, *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_module", path, args, kwargs)
 
 
 class Stub:
-    """In the place of a child: writes down its call, or the calls within; has the child's attributes."""
+    """Stands in the place of a child: records its call, or the calls inside it; has the child's attributes."""
 
     def __init__(self, recorder: Recorder, module: nn.Module, path: str) -> None:
         self.__dict__.update(_recorder=recorder, _child=module, _path=path)
@@ -117,7 +117,7 @@ class Stub:
         nodes, children = len(recorder.graph.nodes), len(recorder.children)
         try:
             out = run(recorder, self._child, path, args, kwargs)
-        except Exception:  # what cannot be read is one node, whatever is in it
+        except Exception:  # a child that cannot be read becomes one node
             for node in reversed(list(recorder.graph.nodes)[nodes:]):
                 recorder.graph.erase_node(node)
             del recorder.children[children:]
@@ -141,7 +141,7 @@ def record(module: nn.Module) -> BlockCalls | None:
         lone = len(parameters) == 1 and parameters[0].kind is not inspect.Parameter.VAR_KEYWORD
         given = tuple(symbol.node for symbol in symbols.values())
         return BlockCalls(module, recorder.graph, given, lone, recorder.create_arg(out), tuple(recorder.children))
-    except Exception:  # anybody's code, run on what it was not written for
+    except Exception:  # unknown code, run on symbols
         return None
 
 
@@ -153,12 +153,12 @@ def is_needed(parameter: inspect.Parameter) -> bool:
 
 
 def run(recorder: Recorder, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """A module's forward on symbols."""
+    """Run a module's forward on symbols; return its output."""
     return type(module).forward(skeleton(recorder, module, path), *args, **kwargs)
 
 
 def skeleton(recorder: Recorder, module: nn.Module, path: str) -> Any:
-    """A copy whose children write down their calls, in training mode."""
+    """A copy of a module in training mode, with stubs in the places of its children."""
     shell = object.__new__(type(module))
     prefix = f"{path}." if path else ""
     for name, value in module.__dict__.items():
@@ -181,25 +181,25 @@ def skeleton(recorder: Recorder, module: nn.Module, path: str) -> Any:
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """Whether a module is a linear layer, of whatever kind: quantised ones and those with adapters too."""
+    """Whether a module is a linear layer of any kind, also quantised or with adapters."""
     if isinstance(module, nn.Linear | Conv1D):
         return True
     return isinstance(getattr(module, "in_features", None), int) and hasattr(module, "out_features")
 
 
 def is_leaf(module: nn.Module) -> bool:
-    """Whether there is nothing to be found in a module."""
+    """Whether a module is recorded as one call, without a look inside."""
     return is_linear(module) or not any(is_linear(child) for child in module.modules())
 
 
 class Bench:
-    """Computes parts of a graph, with copies of its layers in evaluation, on the CPU and in float32."""
+    """Computes parts of a graph with copies of its layers, in evaluation, on the CPU and in float32."""
 
     def __init__(self) -> None:
         self.copies: dict[nn.Module, nn.Module] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
-        """A copy of a module in evaluation, always the same one. On the meta device its numbers are arbitrary."""
+        """The copy of a module, made once. For a module on the meta device its numbers are arbitrary."""
         if module not in self.copies:
             own = copy.deepcopy(module)
             state = [*own.parameters(), *own.buffers()]
@@ -213,8 +213,8 @@ class Bench:
     def compute(
         self, calls: BlockCalls, result: Node, given: Mapping[Node, Tensor], skip: Callable[[Node], bool]
     ) -> Tensor | None:
-        """The value of a node, where those of others are given; calls that are skipped return their first argument.
-        None if it cannot be computed."""
+        """The value of a node from the given values of others; None if it cannot be computed. Calls that `skip` names
+        return their first argument."""
         values: dict[Node, Any] = dict(given)
 
         def value(node: Node) -> Any:
@@ -225,7 +225,7 @@ class Bench:
 
         try:
             out = value(result)
-        except Exception:  # anybody's code, on numbers that it was not written for
+        except Exception:  # unknown code, run on other numbers than it expects
             return None
         return out if isinstance(out, Tensor) else None
 
@@ -238,7 +238,7 @@ class Bench:
         return node.target  # pyright: ignore[reportReturnType]
 
     def apply(self, activation: nn.Module, x: Tensor) -> Tensor | None:
-        """What an activation returns; None if the module is none."""
+        """The result of an activation; None if the module is none."""
         try:
             out = self.copy(activation)(x)
         except Exception:

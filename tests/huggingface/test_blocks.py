@@ -147,7 +147,7 @@ def test_a_block_left_out_for_a_fault_has_it_still():
 @pytest.mark.parametrize(
     ("name", "layer", "message"),
     [
-        ("ZayaSparseMoeBlock", 1, "reads the state of the layer before's router, which no gate is given"),
+        ("ZayaSparseMoeBlock", 1, "reads the state of the router of the layer before, which no gate gets"),
     ],
 )
 def test_layers_that_read_more_than_tokens_are_refused(name, layer, message):

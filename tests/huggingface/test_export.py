@@ -94,7 +94,11 @@ def test_other_heads(auto):
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        ("gpt2", {}, "no class of transformers is a GPT2LMHeadModel with experts; there are such for Llama, Mistral"),
+        (
+            "gpt2",
+            {},
+            "no class of transformers is a GPT2LMHeadModel with experts; there are classes for Llama, Mistral",
+        ),
         ("llama_bias", {}, "in Mixtral: biases of experts; Qwen2Moe: biases of experts"),
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: a Top2Gating"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "a NoisyTopKGating"),

@@ -249,11 +249,15 @@ LOST = {
         PAIR,
         "what is between its linear layers is used elsewhere too",
     ),
-    "another's activation": (lambda m, x: m.c(m.act(m.a(x))) + m.act(x), PAIR, "act is another's activation too"),
+    "another's activation": (
+        lambda m, x: m.c(m.act(m.a(x))) + m.act(x),
+        PAIR,
+        "act is the activation of something else too",
+    ),
     "another's dropout": (
         lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
         dict(PAIR, drop=nn.Dropout(0.5)),
-        "drop is another's dropout too",
+        "drop is the dropout of something else too",
     ),
     "dropout first": (
         lambda m, x: m.c(m.act(m.drop(m.a(x)))),

@@ -151,7 +151,7 @@ def test_models_that_are_not_of_one_base():
     swapped = copy.deepcopy(base)
     upcycle(swapped, 2)
     for models, problem in [
-        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* of one base"),
+        ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* must come from one base model"),
         ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model: .*GELU.*SiLU"),
         ([base, shorter], r"layers: 'model.layers.1.mlp' is not there"),
         ([swapped], "some are replaced already"),
