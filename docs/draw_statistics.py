@@ -29,10 +29,11 @@ from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent / "examples"))
 
-from corpus import Batches, load_corpus  # noqa: E402
-from routers import ROUTERS  # noqa: E402
-from settings import Settings  # noqa: E402
-from training import Trainee, learning_rate_at, make_trainee  # noqa: E402
+from language_model.corpus import Batches, load_corpus  # noqa: E402
+from language_model.routers import ROUTERS  # noqa: E402
+from language_model.settings import Settings  # noqa: E402
+from language_model.trainee import Trainee, make_trainee  # noqa: E402
+from language_model.training import learning_rate_at  # noqa: E402
 
 TEXT = '''
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from corpus import Corpus, load_corpus
-from report import format_rows, write_result
-from routers import ROUTERS
-from settings import Settings, add_options, settings_from
-from training import Training
-
+from language_model.corpus import Corpus, load_corpus
+from language_model.report import format_rows, write_result
+from language_model.routers import ROUTERS
+from language_model.settings import Settings, add_options, settings_from
+from language_model.training import Training
 from mixture_of_experts.stats import RoutingStats, track_routing
 
 

@@ -3,20 +3,18 @@
     python examples/finetune_trainer.py             # about a minute on two CPU cores
     python examples/finetune_trainer.py --no-lora   # train all weights
 
-The model is a small Llama with random weights, as nothing is downloaded; it reads bytes of the standard library's
-sources, and LoRA has little to build on: this shows how it is done. With a model of your own,
-`LlamaForCausalLM.from_pretrained(...)` stands in the place of `small_llama()`.
+It needs the extra `hf`: `pip install "path/to/clone[hf]"`. The model is a small Llama with random weights, as nothing
+is downloaded; it reads bytes of the standard library's sources, and LoRA has little to build on: this shows how it is
+done. With a model of your own, `LlamaForCausalLM.from_pretrained(...)` stands in the place of `small_llama()`.
 """
 
 import argparse
-import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from corpus import held_out_windows, load_corpus
 from peft import LoraConfig, get_peft_model
-from report import format_rows
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -26,12 +24,11 @@ CONTEXT = 64
 LOGGED = ("loss", "routing/balance", "routing/max_load", "routing/dead_experts", "routing/entropy", "routing/dropped")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     torch.manual_seed(arguments.seed)
-    corpus = load_corpus()
-    data = [{"input_ids": window, "labels": window} for window in windows(corpus.train, 4 * 8 * arguments.steps)]
-    held_out = [{"input_ids": window, "labels": window} for window in windows(corpus.held_out, 64)]
+    *files, last = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("a*.py"))
+    data, held_out = windows(files, 4 * 8 * arguments.steps), windows([last], 64)
 
     model = small_llama()
     print("experts in", ", ".join(upcycle(model, num_experts=8, k=2)))
@@ -61,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.train()
     after = trainer.evaluate()["eval_loss"]
 
-    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
-    rows = [("step", *LOGGED)] + [(str(e["step"]), *(f"{e[name]:.3f}" for name in LOGGED)) for e in entries]
-    print(format_rows(rows))
+    print("step", *(f"{name:>7}" for name in LOGGED))
+    for entry in trainer.state.log_history:
+        if "loss" in entry:
+            print(f"{entry['step']:4}", *(f"{entry[name]:{max(7, len(name))}.3f}" for name in LOGGED))
     assert callback.stats is not None
     print(callback.stats.summary())
     print(f"held-out loss: {before:.3f} before, {after:.3f} after")
@@ -74,7 +72,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     again, probe = from_pretrained(arguments.out / "model").eval(), torch.stack([held_out[0]["input_ids"]])
     assert torch.equal(again(probe).logits, model.eval()(probe).logits)
     print(f"saved in {arguments.out / 'model'}, and loaded again by mixture_of_experts.huggingface.from_pretrained")
-    return 0
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -89,8 +86,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def windows(text: Tensor, count: int) -> list[Tensor]:
-    return [window[:-1] for window in held_out_windows(text, CONTEXT, count)]
+def windows(files: Sequence[Path], count: int) -> list[dict[str, Tensor]]:
+    """Bytes of the files, cut at places that are spread evenly."""
+    text = torch.tensor(list(b"".join(map(Path.read_bytes, files))))
+    cut = text.unfold(0, CONTEXT, (len(text) - CONTEXT) // (count - 1))[:count]
+    return [{"input_ids": window, "labels": window} for window in cut]
 
 
 def small_llama() -> LlamaForCausalLM:
@@ -99,4 +99,4 @@ def small_llama() -> LlamaForCausalLM:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from corpus import Corpus, load_corpus
-from report import RESULT, draw, table, write_result
-from settings import Settings, add_options, settings_from
-from training import Training
+from language_model.corpus import Corpus, load_corpus
+from language_model.report import RESULT, draw, table, write_result
+from language_model.settings import Settings, add_options, settings_from
+from language_model.training import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def make_training(args: argparse.Namespace, settings: Settings, corpus: Corpus) 
     """A run in this process, or one that several processes share."""
     if args.expert_parallel is None:
         return Training(settings, corpus, args.out)
-    from spread import SpreadTraining
+    from language_model.spread import SpreadTraining
 
     return SpreadTraining(settings, corpus, args.out, args.expert_parallel)
 

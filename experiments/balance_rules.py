@@ -24,15 +24,16 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-from corpus import Batches, held_out_windows
 from matplotlib.axes import Axes
-from model import ByteLM
-from report import format_rows
-from settings import Settings
 from torch import Tensor, nn
 from tqdm import trange
-from training import LoadRecorder, learning_rate_at
 
+from language_model.corpus import Batches, held_out_windows
+from language_model.model import ByteLM
+from language_model.report import format_rows
+from language_model.settings import Settings
+from language_model.trainee import LoadRecorder
+from language_model.training import learning_rate_at
 from mixture_of_experts import GatedExperts, MoE, TopKGating, balance_experts
 from mixture_of_experts.gating.bias_rules import RuleName
 

@@ -29,10 +29,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from report import format_rows
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from language_model.report import format_rows
 from mixture_of_experts import MoE
 from mixture_of_experts.gating import Choices, TokenChoiceGate, Tokens
 

@@ -33,12 +33,14 @@ from statistics import linear_regression
 from typing import Any
 
 import torch
-from checkpoints import checkpoints
-from corpus import Batches, Corpus, load_corpus
-from report import format_rows
-from settings import Settings
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from training import CHECKPOINT, Trainee, Training, make_trainee
+
+from checkpoints import checkpoints
+from language_model.corpus import Batches, Corpus, load_corpus
+from language_model.report import format_rows
+from language_model.settings import Settings
+from language_model.trainee import Trainee, make_trainee
+from language_model.training import CHECKPOINT, Training
 
 ROOT = Path(__file__).parent.parent
 ROUTERS = ("gshard", "mixtral_bias")  # one that draws numbers and has capacity; a dropless one with an expert bias

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from training import Trainee
 
+from language_model.trainee import Trainee
 from mixture_of_experts import MoE, Routing
 
 REST, ROUTER, LAYERS, OPTIMIZER = "attention, embeddings, loss", "router", "feed-forward", "optimizer"

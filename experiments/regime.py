@@ -23,7 +23,8 @@ matplotlib.use("Agg")  # draws to files, needs no screen
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
-from report import format_rows
+
+from language_model.report import format_rows
 
 from .scaling import RECORDS, base_settings
 from .scaling_picture import COLOURS

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from settings import Settings
+from language_model.settings import Settings
 
 Record = dict[str, Any]  # what a finished run leaves: see scaling_runs.py
 SWEEP_SEED = 0
@@ -62,7 +62,7 @@ VARIANTS = {
     "shared": Variant("one of the two experts shared", dict(router="mixtral_shared")),
     "slow_experts": Variant("experts' rate halved", dict(expert_rate=0.5)),
     "fast_experts": Variant("experts' rate doubled", dict(expert_rate=2.0)),
-    # a further rule by which experts are balanced is a router in examples/routers.py, and a line here
+    # a further rule by which experts are balanced is a router in examples/language_model/routers.py, and a line here
     "bias": Variant("expert bias by sign, balance 0", dict(router="mixtral_bias")),
 }
 

@@ -13,16 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import Corpus
-from model import upcycle
-from routers import ROUTERS
-from settings import Settings
 from torch import Tensor
 from tqdm import tqdm
-from training import CHECKPOINT, Trainee, Training
+
+from language_model.corpus import Corpus
+from language_model.routers import ROUTERS
+from language_model.settings import Settings
+from language_model.trainee import Trainee
+from language_model.training import CHECKPOINT, Training
 
 from .scaling_plan import Plan, Record, Run, final_bits
 from .text import Text
+from .upcycling import upcycle
 
 STRETCH = 100  # training loss is recorded as means over so many steps
 

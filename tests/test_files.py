@@ -26,11 +26,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
 import checkpoints as folders  # noqa: E402
-import training as trainings  # noqa: E402
-from corpus import load_corpus  # noqa: E402
-from settings import Settings  # noqa: E402
-
 from experiments import scaling, scaling_runs  # noqa: E402
+from language_model import training as trainings  # noqa: E402
+from language_model.corpus import load_corpus  # noqa: E402
+from language_model.settings import Settings  # noqa: E402
 
 # ---- which files there are ----
 
@@ -41,12 +40,12 @@ FILES = {
     "mixture_of_experts/huggingface/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/configuration.py": "config.json",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
-    "examples/training.py": "checkpoint.pt",
+    "examples/language_model/training.py": "checkpoint.pt",
     "mixture_of_experts/stats/charts.py": "pictures within a page, no file",
     "mixture_of_experts/stats/report.py": "a page of what was recorded",
-    "examples/report.py": "result.json, a picture",
+    "examples/language_model/report.py": "result.json, a picture",
     "examples/compare_routers.py": "compare_routers.json",
-    "examples/corpus.py": "text",
+    "examples/language_model/corpus.py": "text",
     "examples/upcycle.py": "a picture",
     "experiments/balance_rules.py": "records of runs, JSON lines; a picture",
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",

@@ -17,15 +17,16 @@ from mixture_of_experts import MoE, Routing
 EXAMPLES = Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import corpus as corpora  # noqa: E402
-import report  # noqa: E402
-import train_lm  # noqa: E402
-import training as trainings  # noqa: E402
-from model import ByteLM, count_parameters  # noqa: E402
-from routers import ROUTERS  # noqa: E402
-from settings import Settings  # noqa: E402
 
+import train_lm  # noqa: E402
 from experiments import compare_seeds  # noqa: E402
+from language_model import corpus as corpora  # noqa: E402
+from language_model import report  # noqa: E402
+from language_model import training as trainings  # noqa: E402
+from language_model.model import ByteLM, count_parameters  # noqa: E402
+from language_model.routers import ROUTERS  # noqa: E402
+from language_model.settings import Settings  # noqa: E402
+from language_model.trainee import Trainee, make_trainee  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +42,7 @@ TINY_OPTIONS += ["--context=32", "--batch-size=4", "--eval-every=20", "--eval-wi
 def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A dozen small files of real text."""
     folder = tmp_path_factory.mktemp("text")
-    source = (EXAMPLES / "training.py").read_bytes()
+    source = (EXAMPLES / "language_model" / "training.py").read_bytes()
     paths = [folder / f"part{i}.txt" for i in range(12)]
     for i, path in enumerate(paths):
         path.write_bytes(source[i * 500 : (i + 1) * 500])
@@ -75,7 +76,7 @@ def environment() -> dict[str, str]:
 
 def make_model(router: str) -> ByteLM:
     """A small model with parameters large enough that everything acts on everything."""
-    model = trainings.make_trainee("moe", replace(TINY, router=router, num_experts=32)).model.double()
+    model = make_trainee("moe", replace(TINY, router=router, num_experts=32)).model.double()
     torch.nn.init.normal_(model.to_logits.weight)
     return model
 
@@ -134,7 +135,7 @@ def test_causality_holds_where_choices_are_dropped_and_the_test_would_see_a_leak
 
 
 def test_models_share_their_start_and_their_active_parameters() -> None:
-    dense, moe = (trainings.make_trainee(name, TINY).model for name in ("dense", "moe"))
+    dense, moe = (make_trainee(name, TINY).model for name in ("dense", "moe"))
     assert count_parameters(dense, 2)[0] == count_parameters(dense, 2)[1] == count_parameters(moe, 2)[1]
     others = dict(moe.named_parameters())
     shared = [name for name, _ in dense.named_parameters() if ".ffn." not in name]
@@ -145,7 +146,7 @@ def test_models_share_their_start_and_their_active_parameters() -> None:
 
 def test_active_parameters_by_hand() -> None:
     """8 experts of 2 · 16 · 16 parameters, 2 of them chosen, a router of 16 · 8; twice."""
-    moe = trainings.make_trainee("moe", TINY).model
+    moe = make_trainee("moe", TINY).model
     total, active = count_parameters(moe, 2)
     assert total - active == 2 * 6 * (2 * 16 * 16)
     attention, norms, bytes_in_and_out = 4 * 16 * 16, 16, 2 * 256 * 16
@@ -270,14 +271,14 @@ def test_a_finished_run_reports_a_table_numbers_and_a_picture(
 def test_ctrl_c_says_how_to_go_on(
     text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_step = trainings.Trainee.train_step
+    train_step = Trainee.train_step
 
-    def interrupted_at_step_9(trainee: trainings.Trainee, *args: object) -> None:
+    def interrupted_at_step_9(trainee: Trainee, *args: object) -> None:
         if len(trainee.history.train) == 9 and trainee.name == "moe":
             raise KeyboardInterrupt
         train_step(trainee, *args)
 
-    monkeypatch.setattr(trainings.Trainee, "train_step", interrupted_at_step_9)
+    monkeypatch.setattr(Trainee, "train_step", interrupted_at_step_9)
     assert train_lm.main([*TINY_OPTIONS, *run_options(text_files, tmp_path)]) == 130
     assert "--resume" in capsys.readouterr().out
     assert checkpoint(tmp_path)["step"] == 8  # the last multiple of --checkpoint-every 4

@@ -361,10 +361,10 @@ def check_example(compiled: bool) -> None:
     import sys
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-    from model import ByteLM
-    from routers import ROUTERS
-    from settings import Settings
-    from training import make_optimizer
+    from language_model.model import ByteLM
+    from language_model.routers import ROUTERS
+    from language_model.settings import Settings
+    from language_model.trainee import make_optimizer
 
     settings = Settings(device="cuda", dtype="bfloat16")
     router = ROUTERS[settings.router]

@@ -4,22 +4,21 @@ experts. Everything else of the models is whole on every rank, and its gradients
 Started by torchrun, on the CPU (gloo) or with one GPU for each process (NCCL). Checkpoints load on any number of ranks.
 """
 
-import os
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from corpus import Corpus
-from model import ByteLM
-from settings import Settings
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from training import REMEDIES, History, Trainee, Training, make_optimizer
 
+from checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from language_model.corpus import Corpus
+from language_model.model import ByteLM
+from language_model.ranks import by_mesh, loads_of_ranks, make_mesh, rng_of_ranks, set_rng, start
+from language_model.settings import Settings
+from language_model.trainee import History, Trainee, make_optimizer
+from language_model.training import REMEDIES, Training
 from mixture_of_experts import MoE
 from mixture_of_experts.parallel import (
     ExpertParallel,
@@ -29,28 +28,6 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
     tell_failures,
 )
-
-
-def start(ranks: int, settings: Settings) -> None:
-    """Join the other processes; alone, if there is to be one rank, torchrun is not needed."""
-    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    os.environ.update({name: os.environ.get(name, value) for name, value in place.items()})
-    world = int(os.environ["WORLD_SIZE"])
-    if world != ranks:
-        raise SystemExit(
-            f"--expert-parallel {ranks} needs torchrun --nproc-per-node {ranks}: the number of processes is {world}"
-        )
-    for name in ("batch_size", "eval_windows"):
-        if getattr(settings, name) % ranks:
-            raise SystemExit(f"{name} is {getattr(settings, name)}: give a multiple of the {ranks} ranks")
-    if settings.device.startswith("cuda"):
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    dist.init_process_group(timeout=timedelta(minutes=10))
-
-
-def make_mesh(settings: Settings) -> DeviceMesh:
-    """All ranks: each has a part of the experts."""
-    return init_device_mesh(torch.device(settings.device).type, (dist.get_world_size(),), mesh_dim_names=("ep",))
 
 
 class SpreadTrainee(Trainee):
@@ -82,17 +59,6 @@ class SpreadTrainee(Trainee):
     def _clip(self) -> None:
         average_gradients(replicated_parameters(self.model).values(), self.mesh)
         clip_grad_norm_(self.model, 1.0)
-
-
-def by_mesh(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Groups for an optimizer, divided: fused steps take no mixture of DTensors of one mesh and of none."""
-    divided = []
-    for group in groups:
-        of_mesh: dict[Any, list[Tensor]] = {}
-        for parameter in group["params"]:
-            of_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
-        divided += [{**group, "params": parameters} for parameters in of_mesh.values()]
-    return divided
 
 
 class SpreadTraining(Training):
@@ -147,37 +113,3 @@ class SpreadTraining(Training):
             trainee.history = History(**state["histories"][trainee.name])
         self.step, self.batches.position = state["step"], state["data_position"]
         set_rng(state["rng"], self.settings, self.step)
-
-
-def rng_of_ranks(settings: Settings) -> list[dict[str, Any]]:
-    """What every rank's next random numbers depend on."""
-    cuda = torch.cuda.get_rng_state(settings.device) if settings.device.startswith("cuda") else None
-    told: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, {"cpu": torch.get_rng_state(), "cuda": cuda})
-    return told
-
-
-def set_rng(saved: list[dict[str, Any]], settings: Settings, step: int) -> None:
-    """As many ranks as before go on with their numbers; others with new ones, others on every rank."""
-    if len(saved) != dist.get_world_size():
-        torch.manual_seed(hash((settings.seed, step, dist.get_rank())) % 2**63)
-        return
-    own = saved[dist.get_rank()]
-    torch.set_rng_state(own["cpu"])
-    if own["cuda"] is not None and settings.device.startswith("cuda"):
-        torch.cuda.set_rng_state(own["cuda"], settings.device)
-
-
-def loads_of_ranks(loads: list[Tensor], ranks: int) -> list[str]:
-    """What part of the choices the experts of every rank computed, over the run and in the layer where most."""
-    total = torch.stack(loads).sum(dim=0).double() if loads else torch.empty(0, 0)  # (layers, experts)
-    if not total.numel():
-        return []
-    by_rank = total.unflatten(1, (ranks, -1)).sum(dim=-1)  # (layers, ranks)
-    share, most = by_rank.sum(dim=0) / by_rank.sum(), (by_rank / by_rank.sum(dim=1, keepdim=True)).amax(dim=0)
-    each = total.shape[1] // ranks
-    return [
-        f"rank {rank} (experts {rank * each} to {(rank + 1) * each - 1}) computed {share[rank]:.1%} of the choices, "
-        f"at most {most[rank]:.1%} of a layer's"
-        for rank in range(ranks)
-    ]
