@@ -59,6 +59,7 @@ INCLUDED = {
     "../CONTRIBUTING.md": "contributing.md",
     "../CHANGELOG.md": "changelog.md",
     "../benchmarks/README.md": "benchmarks.md",
+    "../examples/README.md": "examples.md",
 }
 
 

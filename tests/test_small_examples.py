@@ -1,5 +1,6 @@
 """The examples that make their own data run, and each mixture does what its example says."""
 
+import ast
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,18 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
     assert seen[8] > seen[1] + 10  # more of its pixels are on
 
 
-@pytest.mark.parametrize("name", ["train_table", "train_vision"])
-def test_they_are_short(name: str) -> None:
-    assert len((EXAMPLES / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= 120
+def imported(path: Path) -> set[str]:
+    """What a file imports, by the first part of its name."""
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in names}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_has_at_most_one_helper(path: Path) -> None:
+    """It is copied by itself, or with the folder `language_model`; and the list of examples has it."""
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 120
+    here = {place.stem for place in EXAMPLES.iterdir()}
+    assert imported(path) & here <= {"language_model"}
+    assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
