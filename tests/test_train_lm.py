@@ -243,7 +243,7 @@ def test_killed_and_resumed_is_bit_equal(straight: Path, text_files: list[Path],
     process = subprocess.Popen(
         command(*options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (tmp_path / trainings.CHECKPOINT).exists() and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)

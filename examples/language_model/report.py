@@ -86,7 +86,7 @@ def draw_curves(axes: Axes, trainees: list[Trainee]) -> None:
         axes.plot(steps, bits, "o--", color=colour, label=f"{label}, held out: {bits[-1]:.3f}")
     axes.set(title="Loss", xlabel="step", ylabel="bits per byte")
     best = min(min(bits for _, bits in trainee.history.held_out) for trainee in trainees)
-    axes.set_ylim(0.9 * best, min(8.0, 2.5 * best))
+    axes.set_ylim(0.85 * best, min(8.0, 2.5 * best))
     axes.grid(alpha=0.3)
     axes.legend()
 
