@@ -117,8 +117,10 @@ STYLES = {
     "eager": ("#009E73", "v"),
     "grouped_mm": ("#009E73", "P"),
     "batched_mm": ("#009E73", "X"),
+    "fastest": ("#009E73", "P"),
 }
 NAMES = {name: f"transformers, {name}" for name in ("eager", "grouped_mm", "batched_mm")}
+NAMES |= {"fastest": "transformers, at its fastest"}
 NAMES |= {"layer": "mixture_of_experts", "compiled": "mixture_of_experts, compiled"}
 NAMES |= {"0.2.3": "mixture-of-experts 0.2.3", "st-moe": "st-moe-pytorch", "loop": "a loop over experts"}
 NAMES |= {"dense": "one dense network of as many rows"}

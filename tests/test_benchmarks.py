@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -16,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counts, field, first_hour, gpu, problem, report, run, timing  # noqa: E402
+from benchmarks import counts, documented, field, first_hour, gpu, problem, report, run, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
@@ -85,6 +86,42 @@ def test_rounds_of_several_processes_count_together() -> None:
     (figure,) = whole["figures"]
     assert (figure["value"], figure["range"], figure["valid"], figure["met"]) == (1.5, [1.0, 1.5], True, False)
     assert "| 1.50, 1.00–1.50 |" in report.markdown([whole])
+
+
+PAGE = """
+> A processor, 2 cores, 8.0 GiB; torch 2.13.0, 2 threads, AVX2
+
+| train/4x1024-d512-e16 | layer ÷ products | 1.50, 1.00–1.75 | 0.98 | 1.02 | 1.00 |
+| train/4x1024-d512-e16 | layer ÷ 0.2.3 | 0.50 | 0.68 | 0.69 | 0.65 |
+| train/4x1024-d512-e16 | layer ÷ 0.2.3, peak memory | 0.07 | 0.08 |  | 0.15 |
+| choose/k1-4x1024-d256-e64 | layer ÷ products | (1.05) | 0.98 |  |  |
+| decode/mixtral-d512-h1024-e64 | layer ÷ by hand | 1.20 | 1.26 |  | 1.20 |
+| decode/mixtral-d512-h1024-e64 | layer ÷ fastest of (mixtral eager, mixtral grouped_mm) | 0.75 | 0.74 |  |  |
+| hierarchical/construct | layer ÷ 0.2.3 | 0.99 | 1.00 |  | 1.00 |
+"""
+
+
+def test_the_picture_of_the_documents_is_their_table(tmp_path: Path) -> None:
+    """Times over the floor's follow from the ratios that count; what has no floor is not drawn."""
+    result = documented.result_of(PAGE)
+    drawn = {record["case"]["name"]: report.points(record) for record in result["records"] if report.drawable(record)}
+    assert drawn == {
+        "train/4x1024-d512-e16": {"layer": 1.5, "0.2.3": 3.0},
+        "decode/mixtral-d512-h1024-e64": {"layer": 1.2, "fastest": pytest.approx(1.6)},
+    }
+    assert report.heading(result["machine"]) == PAGE.splitlines()[1][2:]
+    with pytest.raises(ValueError, match="on which machine"):
+        documented.result_of(PAGE.replace("> ", ""))
+
+
+def test_the_table_of_the_documents_is_read_whole() -> None:
+    """Every case of it is one of ours, and the layer's mark stands where the table says."""
+    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    points = {record["case"]["name"]: record["contestants"] for record in documented.result_of(page)["records"]}
+    found = re.findall(r"^\| (\S+) \| layer ÷ (?:products|by hand) \| ([\d.]+)", page, re.MULTILINE)
+    assert len(found) > 15
+    for name, ratio in found:
+        assert points[name]["layer"]["median_s"] == float(ratio), name
 
 
 def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
