@@ -507,7 +507,10 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
-                with ops.use("triton"), watched(few_kernel) if tokens.isfinite().all() else nullcontext():
+                with (
+                    ops.use("triton"),
+                    watched(few_kernel, queue_kernels) if tokens.isfinite().all() else nullcontext(),
+                ):
                     found = gate(tokens)
                 assert len(calls) == (n <= few.LONGEST and b > 0)
                 with ops.use("plain"):
@@ -552,21 +555,17 @@ def check_wrong_choices(fault: str) -> None:
 def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
     """The kernels of `Top2Gating` decide what torch's operators do, with the same derivatives and random numbers."""
     torch.manual_seed(e)
-    gate, other = (Top2Gating(8, e, second_policy_train=policy, second_policy_eval="all").to(dtype) for _ in range(2))
-    inner = Top2Gating(8, e, second_policy_train=policy, capacity_factor_train=None, outer_expert_dims=3).to(dtype)
+    settings = dict(second_policy_train=policy, second_policy_eval="all")
+    settings |= dict(capacity_factor_train=None, capacity_factor_eval=None, dtype=dtype)
+    gate, other = Top2Gating(8, e, **settings), Top2Gating(8, e, **settings).eval()
+    inner = Top2Gating(8, e, outer_expert_dims=3, **settings)
     assert two_best._fault(gate, torch.device("cpu"), masked=True) is None
-    for layer, shape in ((gate, (1, 1)), (gate, (3, 45)), (other.eval(), (5, 7)), (inner, (3, 2, 9))):
+    for layer, shape in ((gate, (1, 1)), (gate, (2, 45)), (other, (3, 7)), (inner, (3, 2, 9))):
         x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
         importance = torch.randint(3, shape).to(dtype) / 2
         mask.view(-1, shape[-1])[0], importance.view(-1, shape[-1])[-1] = False, 0
         lost, both = torch.where(torch.rand(*shape, 1) < 0.3, torch.nan, x), dict(importance=importance, mask=mask)
-        for tokens, masks in (
-            (x, {}),
-            (x, dict(importance=importance)),
-            (x, both),
-            (torch.zeros_like(x), {}),
-            (lost, both),
-        ):
+        for tokens, masks in ((x, {}), (x, both), (torch.zeros_like(x), dict(importance=importance)), (lost, both)):
             with watched(two_best_kernel) if tokens is not lost else nullcontext():
                 found = results_of_choices("triton", layer, tokens, masks, anew=layer is other)
             wanted = results_of_choices("plain", layer, tokens, masks)

@@ -91,9 +91,9 @@ def is_fresh(memory: Tensor) -> Tensor:
 
 
 @contextmanager
-def watched(operators: Any) -> Iterator[None]:
-    """Where launches of a module `operators` are checked."""
-    launch, builder = operators.launch, interpreter.InterpreterBuilder
+def watched(*modules: Any) -> Iterator[None]:
+    """Where launches of these modules are checked; there must be no others."""
+    builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     buffers: list[Buffer] = []
 
@@ -117,13 +117,17 @@ def watched(operators: Any) -> Iterator[None]:
             found[0].note_write(found[1], (index[0] * size[1] + index[1]) * size[2] + index[2])
         return store(self, pointers, value, mask, *rest)
 
-    def checked_launch(kernel, grid, **arguments):
-        buffers[:] = [Buffer(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
-        launch(kernel, grid, **arguments | {buffer.name: buffer.tensor for buffer in buffers})
-        finish(buffers)
+    def checked(launch):
+        def checked_launch(kernel, grid, **arguments):
+            buffers[:] = [Buffer(name, value) for name, value in arguments.items() if isinstance(value, Tensor)]
+            launch(kernel, grid, **arguments | {buffer.name: buffer.tensor for buffer in buffers})
+            finish(buffers)
+
+        return checked_launch
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_masked_load", checked_load)
         patch.setattr(builder, "create_masked_store", checked_store)
-        patch.setattr(operators, "launch", checked_launch)
+        for module in modules:
+            patch.setattr(module, "launch", checked(module.launch))
         yield
