@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.failures import waited_in_vain
-from mixture_of_experts.private_torch import all_reduce_sum
+from mixture_of_experts.private_torch import all_reduce_sum, statically_known_true
 from mixture_of_experts.queues import Length
 from mixture_of_experts.tracing import largest, smallest
 
@@ -53,7 +53,8 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
             return total / (largest(count, 1) * each)
         count = total.new_full((), count)
     count = global_sum(count.to(total.dtype), group).clamp(min=1)
-    return (total if alone else total * world_size(group)) / (count if each == 1 else count * each)
+    count = count if statically_known_true(each == 1) else count * each
+    return (total if alone else total * world_size(group)) / count
 
 
 def load_balance(
