@@ -44,9 +44,8 @@ def save_checkpoint(
             path.rename(replaced)
         temporary.rename(path)
         shutil.rmtree(replaced, ignore_errors=True)
-        for old in checkpoints(folder)[:-keep]:
-            if old != path:
-                shutil.rmtree(old)
+        for old in {*checkpoints(folder)[:-keep]} - {path}:
+            shutil.rmtree(old)
     dist.barrier()
     return path
 
@@ -57,8 +56,9 @@ def load_checkpoint(folder: str | Path, model: nn.Module, optimizer: Optimizers)
     if not found:
         raise FileNotFoundError(f"{folder} holds no checkpoint, no folder step-N")
     extra = torch.load(found[-1] / "extra.pt", map_location="cpu", weights_only=True)
-    state = state_of(model, optimizer)
-    dcp.load(state, storage_reader=CheckedReader(found[-1]), planner=CheckedPlanner())
+    state, reader = state_of(model, optimizer), CheckedReader(found[-1])
+    reader.read_metadata()  # `load` of torch 2.10 keeps to itself what this raises
+    dcp.load(state, storage_reader=reader, planner=CheckedPlanner())
     states.set_model_state_dict(model, state["model"])
     states.set_optimizer_state_dict(model, optimizer, state["optimizer"], options=BY_PARAMETER)
     return extra
