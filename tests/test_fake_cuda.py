@@ -167,6 +167,12 @@ def test_machine_code(check: Checks, case: Case):
     }
 
 
+@needs_triton
+def test_sums_of_expert_choice_compile(check: Checks):
+    """Of a token that experts chose there are any number of rows: another branch of the kernel."""
+    assert len(check("triton_machine_code.check", Case((8, 0), choices=0), "sum_rows")) == 2
+
+
 #: KB of shared memory at most, programs of a multiprocessor at least, and the instruction that multiplies
 CHOSEN = {
     "H100": {"row_grads": (144, 1, "m64n256k16"), "weight_grads": (96, 2, "m64n128k16")},

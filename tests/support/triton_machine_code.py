@@ -107,9 +107,10 @@ class Code(NamedTuple):
         return [fault for fault, found in faults.items() if found]
 
 
-def check(case: Case) -> list[Code]:
-    """Compile what a forward and a backward launch; an AssertionError names what is wrong."""
-    codes = [compile_launch(kernel, arguments, case.capability) for kernel, arguments in launches_of(case)]
+def check(case: Case, *only: str) -> list[Code]:
+    """Compile what a forward and a backward launch, or some kernels of it; an AssertionError names what is wrong."""
+    launches = [launch for launch in launches_of(case) if not only or launch[0].fn.__name__ in only]
+    codes = [compile_launch(kernel, arguments, case.capability) for kernel, arguments in launches]
     wrong = [(code, code.faults(case)) for code in codes if code.faults(case)]
     assert not wrong, (case, wrong)
     return codes

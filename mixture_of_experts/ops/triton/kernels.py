@@ -594,11 +594,11 @@ def sum_rows(
                 for begin in range(tl.load(start_of + token), stop, WIDTH):
                     row = tl.load(row_of + begin + choice, mask=begin + choice < stop, other=num_rows).to(tl.int64)
                     exists = row < num_rows
-                    index = tl.load(assignment + row, mask=exists, other=0)
+                    assigned = tl.load(assignment + row, mask=exists, other=0)
                     total = sum_partial(partial, row, exists, blocks, WIDTH, 16)
-                    tl.store(grad_weight + index, total.to(grad_weight.dtype.element_ty), mask=exists)
+                    tl.store(grad_weight + assigned, total.to(grad_weight.dtype.element_ty), mask=exists)
             else:
-                index = token * CHOICES + choice
-                row = tl.load(row_of + index, mask=choice < CHOICES, other=num_rows).to(tl.int64)
+                made = token * CHOICES + choice
+                row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
                 total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
-                tl.store(grad_weight + index, total.to(grad_weight.dtype.element_ty), mask=choice < CHOICES)
+                tl.store(grad_weight + made, total.to(grad_weight.dtype.element_ty), mask=choice < CHOICES)
