@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,13 +14,18 @@ from torch import Tensor, nn
 
 from mixture_of_experts import MoE, TopKGating
 from mixture_of_experts.gating import RouterLogits
+from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups
 
 L2, L3, L4 = math.log(2), math.log(3), math.log(4)
 
 
-def decided(logits: list[float], k: int = 2, **settings) -> tuple[list[int], list[float]]:
-    """Experts and weights of one token that has these logits."""
-    gate = TopKGating(1, len(logits), k, **settings)
+def decided(
+    logits: list[float], k: int = 2, moved: list[float] | None = None, **settings
+) -> tuple[list[int], list[float]]:
+    """Experts and weights of one token that has these logits, with an expert bias if one was `moved` so far."""
+    gate = TopKGating(1, len(logits), k, expert_bias=moved is not None, **settings)
+    if gate.expert_bias is not None:
+        gate.expert_bias.copy_(torch.tensor(moved))
     assert gate.w_gating is not None
     gate.w_gating.data.copy_(torch.tensor([logits]))
     routing = gate(torch.ones(1, 1, 1))
@@ -60,6 +67,32 @@ def test_normalisation_by_an_epsilon_and_by_a_norm():
     by_norm = decided([0.0, L3], normalize=lambda w: w / w.norm(dim=-1, keepdim=True), **settings)
     assert by_norm == ([1, 0], approx(3 / 4 / norm, 1 / 2 / norm))
 
+    sums = ((NormalizeBy(), 5 / 4), (NormalizeBy(least=2.0), 2.0), (NormalizeBy(2.0), norm), (NormalizeBy(0.5), None))
+    for normalize, total in sums:
+        total = total or (math.sqrt(1 / 2) + math.sqrt(3 / 4)) ** 2
+        assert decided([0.0, L3], normalize=normalize, **settings) == ([1, 0], approx(3 / 4 / total, 1 / 2 / total))
+    for arguments, message in ((dict(p=0.0), r"^p must .* above 0"), (dict(least=-1.0), r"^least must .* least 0")):
+        with pytest.raises(ValueError, match=message):
+            NormalizeBy(**arguments)
+
+
+@pytest.mark.parametrize(("scales", "wanted"), [([3.0], (12 / 7, 6 / 7)), ([9.0, 5.0, 7.0], (4, 10 / 7))])
+def test_learned_scales(scales, wanted):
+    """Weights 4/7 and 2/7 of the scores 1, 2, 4, normalised to 4/6 and 2/6, times one number or the experts' own."""
+    weigh = LearnedScale(len(scales), dtype=torch.float64)
+    weigh.scale.data.copy_(torch.tensor(scales))
+    wanted = [7 / 6 * weight for weight in wanted]
+    assert decided([0.0, L2, L4], weigh=weigh) == ([2, 1], approx(*wanted))
+    assert TopKGating(2, 3, weigh=weigh)(torch.ones(1, 1, 2)).weight.dtype == torch.float32
+
+
+def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
+    assert LearnedScale(2, "meta").scale.is_meta
+    assert LearnedScale(2).scale.tolist() == [1.0, 1.0]
+    assert decided([-1.0, -2.0], score=F.relu, weigh=LearnedScale(1))[1] == [0.0, 0.0]
+    with pytest.raises(ValueError, match=r"^num_scales must be"):
+        LearnedScale(0)
+
 
 # ---- score ----
 
@@ -100,6 +133,30 @@ def test_expert_groups_by_their_best_and_by_their_two_best():
     assert decided(logits, k=1, **groups, group_score="best")[0] == [0]
     assert decided(logits, k=1, **groups, group_score="two_best")[0] == [2]
     assert decided(logits, k=1, **groups, group_score=lambda grouped: -grouped.amin(dim=-1))[0] == [0]
+    of_three = torch.tensor([5.0, 0.0, 0.0, 2.0, 2.0, 2.0]).log1p().tolist()
+    assert decided(of_three, k=1, **groups)[0] == [0]  # 5 against 4, though all of them are 5 against 6
+    assert decided(logits, k=2, **groups | dict(num_groups=4, top_groups=2))[0] == [0, 2]  # of one expert each
+
+
+def test_the_last_experts_are_always_chosen():
+    """Scores 1, 2, 4, 3, 1 of 11: the last two, and the best of the others, or the one that the bias moved."""
+    logits, settings = [0.0, L2, L4, L3, 0.0], dict(select=AlwaysChosen(2), k=3)
+    assert decided(logits, **settings) == ([3, 4, 2], approx(3 / 8, 1 / 8, 4 / 8))
+    assert decided(logits, **settings, moved=[1.0, 0.0, 0.0, -9.0, -9.0]) == ([3, 4, 0], approx(3 / 5, 1 / 5, 1 / 5))
+    with pytest.raises(ValueError, match=r"^num must be"):
+        AlwaysChosen(0)
+
+
+def test_experts_of_closed_groups_rank_as_nought():
+    """Groups (1, 2), (3, 3), (4, 1), by their two best."""
+    logits, exp = [0.0, L2, L3, L3, L4, 0.0], dict(score=torch.exp)
+    assert decided(logits, select=OpenGroups(3, 1), **exp) == ([2, 3], approx(1 / 2, 1 / 2))
+    assert decided(logits, select=OpenGroups(3, 2), **exp) == ([4, 2], approx(4 / 7, 3 / 7))
+    biased = dict(moved=[-9.0, -9.0, -9.0, -9.0, -1.0, -9.0])  # the last group is best, and its second one is below 0
+    assert decided(logits, select=OpenGroups(3, 1), **exp, **biased) == ([4, 0], approx(4 / 5, 1 / 5))
+    for sizes, message in (((0, 1), "^num_groups must be"), ((1, 0), "^top_groups must be")):
+        with pytest.raises(ValueError, match=message):
+            OpenGroups(*sizes)
 
 
 # ---- logits ----
@@ -202,3 +259,7 @@ def test_repr_shows_what_is_not_the_default():
     for part in (f"weigh={named(own)}", "normalize=False", "select='logits'", "eps=1e-06", "group_score='best'"):
         assert part in shown
     assert not any(word in repr(TopKGating(4, 4)) for word in ("weigh", "select", "eps", "group_score"))
+    given = dict(select=AlwaysChosen(2), weigh=LearnedScale(4), score=nn.Sigmoid(), normalize=partial(F.normalize, p=1))
+    shown = repr(TopKGating(4, 4, **given))
+    for part in ("select=AlwaysChosen(2)", "weigh=LearnedScale", "score=Sigmoid", "normalize=partial"):
+        assert re.search(re.escape(part) + r"(,|\n)", shown)
