@@ -261,10 +261,11 @@ def main() -> None:
     results.parent.mkdir(parents=True, exist_ok=True)
     results.touch()
     survived = {line["key"]: line["survived"] for line in map(json.loads, results.read_text().splitlines())}
-    drawn: list[Mutant] = []
+    paths: dict[Path, None] = {}  # each once, in this order
     for name in arguments.files:
-        paths = sorted((PACKAGE / name).glob("*.py")) if name.endswith("/") else [PACKAGE / name]
-        drawn += [mutant for path in paths if path != KERNELS for mutant in mutants(path, arguments.share)]
+        paths |= dict.fromkeys(sorted((PACKAGE / name).glob("*.py")) if name.endswith("/") else [PACKAGE / name])
+    paths.pop(KERNELS, None)
+    drawn = [mutant for path in paths for mutant in mutants(path, arguments.share)]
     todo = [m for m in drawn if m.key not in survived or (arguments.again and survived[m.key])]
     print(f"{len(drawn)} mutants, {len(todo)} to try", flush=True)
 
