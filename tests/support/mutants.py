@@ -25,7 +25,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from importlib.machinery import SourceFileLoader
 from inspect import CO_OPTIMIZED
@@ -118,13 +118,20 @@ def essence(code: CodeType, within: bool = True) -> tuple:
     return (code.co_name, code.co_code, code.co_names, code.co_varnames, code.co_freevars, *consts) if inside else ()
 
 
-def changed_function(mutant: Mutant) -> int | None:
-    """The number of the function whose code a mutant changes; -1 if none, None if it is no function's code."""
-    before, after = (compile(text, "", "exec") for text in (mutant.path.read_text(), mutant.source))
+@cache
+def compiled(path: Path) -> CodeType:
+    """The code of a file as it is."""
+    return compile(path.read_text(), str(path), "exec")
+
+
+def changed_function(mutant: Mutant) -> tuple[int | None, CodeType | None]:
+    """The number of the function whose code a mutant changes, and its new code; the number is -1 if it changes none's,
+    None if it is no function's code."""
+    before, after = compiled(mutant.path), compile(mutant.source, str(mutant.path), "exec")
     if essence(before, False) != essence(after, False):
-        return None
-    pairs = zip(functions(before), functions(after), strict=True)
-    return next((i for i, (one, other) in enumerate(pairs) if essence(one) != essence(other)), -1)
+        return None, None
+    pairs = enumerate(zip(functions(before), functions(after), strict=True))
+    return next(((i, code) for i, (one, code) in pairs if essence(one) != essence(code)), (-1, None))
 
 
 def in_a_fork(log: Path, work: Callable[[], int], limited: bool = True) -> bool:
@@ -174,7 +181,7 @@ def run(items: list[pytest.Item]) -> int:
 
 def record_calls(items: list[pytest.Item], paths: list[Path], file: Path) -> int:
     """Run all tests, and write down which of them call a function, the shortest first."""
-    code_of = {str(path): functions(compile(path.read_text(), str(path), "exec")) for path in paths}
+    code_of = {str(path): functions(compiled(path)) for path in paths}
     number = {code: f"{path}:{i}" for path, found in code_of.items() for i, code in enumerate(found)}
     called: dict[str, dict[int, float]] = {name: {} for name in number.values()}
     now: set[str] = set()
@@ -214,13 +221,12 @@ class Trials:
         called, live = json.loads(calls.read_text()), defaultdict(list)
         for function in (f for f in gc.get_objects() if type(f) is FunctionType):
             live[function.__code__].append(function)
+        gc.freeze()  # no collection in a fork copies what they share
         for mutant in self.todo:
-            before, after = (
-                functions(compile(text, str(mutant.path), "exec")) for text in (mutant.path.read_text(), mutant.source)
-            )
-            number = changed_function(mutant)
+            number, code = changed_function(mutant)
             items = [session.items[i] for i in called.get(f"{mutant.path}:{number}", [])]
-            work = partial(try_out, live[before[number]], after[number], items) if number >= 0 else int
+            before = functions(compiled(mutant.path))
+            work = int if code is None else partial(try_out, live[before[number]], code, items)
             self.report(mutant, in_a_fork(self.log, work))
         return True
 
@@ -275,7 +281,7 @@ def main() -> None:
             line = {"key": mutant.key, "survived": survives, "file": mutant.file, "change": mutant.change}
             print(json.dumps(line), file=file)
 
-    at_import = [m for m in todo if changed_function(m) is None]
+    at_import = [m for m in todo if changed_function(m)[0] is None]
     if in_functions := [m for m in todo if m not in at_import]:
         if not in_a_fork(
             log.with_suffix(".session"), lambda: pytest.main(PYTEST, [Trials(in_functions, log, report)]), False

@@ -1,0 +1,215 @@
+"""Which calls of a gate its kernel serves, what it is told, and what it is held to first: with torch's operators in the
+kernel's place. `test_triton.py` runs the kernel itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixture_of_experts import HashGating, TopKGating, ops
+from mixture_of_experts.gating import RouterLogits, few
+from mixture_of_experts.gating.choices import top_choices
+
+DIM, E = 4, 5
+Spoil = Callable[[list[Tensor]], Any]
+
+
+def few_choices(logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalized: bool, *numbers: float):
+    """What the kernel computes, for logits `(b, n, e)`: choices, weights, probabilities, and `(b, 2)` what each group
+    adds to the two losses."""
+    scale, eps, of_balance, of_z = numbers
+    score = logits.softmax(-1) if softmax else logits.sigmoid()
+    expert = top_choices(score if bias is None else score + bias, k)
+    weight, probs = score.gather(-1, expert), score / score.sum(-1, keepdim=True)
+    weight = scale * (weight / (weight.sum(-1, keepdim=True) + eps) if normalized else weight)
+    load = F.one_hot(expert, logits.shape[-1]).sum(dim=(1, 2))
+    balance, z_loss = (load * probs.sum(dim=1)).sum(-1), logits.logsumexp(-1).square().sum(-1)
+    return expert, weight, probs, torch.stack([of_balance * balance, of_z * z_loss], dim=-1)
+
+
+class Kernel:
+    """Counts the calls; `spoil` changes what the next ones return."""
+
+    calls: int = 0
+    spoil: Spoil | None = None
+
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        self.calls += 1
+        found = list(few_choices(*arguments))
+        if self.spoil is not None:
+            self.spoil(found)
+        return found
+
+
+@pytest.fixture
+def kernel(monkeypatch) -> Iterator[Kernel]:
+    kernel = Kernel()
+    monkeypatch.setitem(sys.modules, "mixture_of_experts.gating.few_kernel", SimpleNamespace(few_choices=kernel))
+    monkeypatch.setattr(few, "_verdicts", {})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with torch.no_grad(), ops.use("triton"):
+        yield kernel
+
+
+def gate_of(num_experts: int = E, dim: int = DIM, kind: type[TopKGating] = TopKGating, **settings: Any) -> TopKGating:
+    torch.manual_seed(0)
+    gate = kind(dim, num_experts, **settings).eval()
+    if gate.expert_bias is not None:
+        gate.expert_bias.normal_(std=0.1)
+    return gate
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(),
+        dict(score="sigmoid", expert_bias=True, scale=2.5, eps=0.5, bias=True),
+        dict(k=3, weigh="softmax", normalize=False, balance_over="batch"),
+        dict(k=1, capacity_factor_eval=1.0, min_expert_capacity=1),
+        dict(normalize=False, logits=RouterLogits(DIM, E, norm_eps=1e-6)),
+        dict(num_experts=few.MOST_EXPERTS, k=few.MOST_CHOICES, priority="token"),
+    ],
+)
+def test_what_is_served(settings, kernel):
+    """Up to eight tokens of a group. It is tried once before it serves, and gives what operators give."""
+    gate = gate_of(**settings)
+    for number, (b, n) in enumerate([(3, 1), (1, 3), (2, few.LONGEST)]):
+        x = torch.randn(b, n, DIM)
+        found = gate(x)
+        assert kernel.calls == number + 2
+        with ops.use("plain"):
+            wanted = gate(x)
+        for field in ("expert", "kept", "weight", "probs", "balance_loss", "z_loss"):
+            torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-5, atol=1e-6, msg=field)
+    assert kernel.calls == 4
+
+
+class OwnGating(TopKGating):
+    pass
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(score="sqrt_softplus"),
+        dict(score="sigmoid", weigh="softmax"),
+        dict(weigh=lambda logits, score, expert: score.gather(-1, expert)),
+        dict(select="logits"),
+        dict(normalize=lambda weight: weight),
+        dict(num_experts=4, num_groups=2, top_groups=1),
+        dict(priority="score"),
+        dict(logits=nn.Linear(DIM, E)),
+        dict(kind=OwnGating),
+        dict(num_experts=few.MOST_EXPERTS + 1),
+        dict(num_experts=few.MOST_CHOICES + 1, k=few.MOST_CHOICES + 1),
+        dict(dtype=torch.float64),
+    ],
+)
+def test_gates_that_are_not_served(settings, kernel):
+    gate_of(**settings)(torch.randn(2, 1, DIM))
+    assert not kernel.calls
+
+
+def test_calls_that_are_not_served(kernel, monkeypatch):
+    gate, x = gate_of(), torch.randn(2, 2, DIM)
+    gate(x, mask=torch.ones(2, 2, dtype=torch.bool))
+    gate(x, importance=torch.ones(2, 2))
+    gate(x, length=torch.tensor([2, 1]))
+    gate(x, given_experts=torch.zeros(2, 2, 2, dtype=torch.int64))
+    gate(torch.randn(1, few.LONGEST + 1, DIM))
+    gate(x[:0])
+    gate(x[:, :0])
+    gate(x.double())
+    gate_of(outer_expert_dims=(2,))(x.expand(2, 2, 2, DIM))
+    gate_of(kind=HashGating, num_ids=3)(x, token_ids=torch.ones(2, 2, dtype=torch.int64))
+    torch.func.vmap(lambda x: gate(x).weight)(x.unsqueeze(1))
+    gate.train()(x)
+    gate.eval()
+    with torch.enable_grad():
+        gate(x)
+    for way in ("plain", "cpu"):
+        with ops.use(way):
+            gate(x)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    gate(x)
+    with ops.use("auto"):
+        gate(x)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ops.use("auto"):
+        gate(x)
+    assert not kernel.calls
+    gate(x)
+    assert kernel.calls
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        ("weights", lambda found: found[1].mul_(1.01)),
+        ("experts", lambda found: found[0][:2].copy_((found[0][:2] + 1) % E)),
+        ("probabilities", lambda found: found[2][0, 0, 0].add_(0.01)),
+        ("balance", lambda found: found[3][0, 0].add_(0.1)),
+        ("z", lambda found: found[3][0, 1].add_(0.1)),
+    ],
+)
+def test_a_wrong_one_is_off(name, spoil, kernel):
+    """For all gates, with a warning; what comes out is right all the same."""
+    gate, x = gate_of(), torch.randn(2, 1, DIM)
+    kernel.spoil = spoil
+    with pytest.warns(UserWarning, match=f"off in this process: its {name} differ from those of torch's operators"):
+        found = gate(x)
+    kernel.spoil = None
+    gate_of(k=3)(x)
+    assert kernel.calls == 1
+    with ops.use("plain"):
+        assert torch.equal(found.expert, gate(x).expert)
+
+
+def test_of_one_token_choices_may_differ(kernel):
+    """Two experts may be equal but for rounding. NaN is what operators make of NaN."""
+
+    def spoil(found: list[Tensor]) -> None:
+        found[0][0, 0] = (found[0][0, 0] + 1) % E
+
+    kernel.spoil = spoil
+    gate_of()(torch.randn(2, 1, DIM))
+    assert kernel.calls == 2
+    lost = gate_of(k=3)
+    lost.w_gating.fill_(torch.nan)
+    kernel.spoil = None
+    lost(torch.randn(2, 1, DIM))
+    assert kernel.calls == 4
+
+
+def test_one_that_raises_and_one_without_memory(kernel):
+    """An error is a verdict, and no memory is none. Each kind of gate has its own."""
+
+    def raises(error: Exception) -> Spoil:
+        def spoil(found: list[Tensor]) -> None:
+            raise error
+
+        return spoil
+
+    x = torch.randn(2, 1, DIM)
+    kernel.spoil = raises(torch.OutOfMemoryError("no memory"))
+    for number in (1, 2):
+        gate_of()(x)
+        assert kernel.calls == number
+    kernel.spoil = None
+    for number, settings in enumerate([dict(), dict(k=3), dict(scale=2.0), dict(score="sigmoid"), dict(num_experts=6)]):
+        gate_of(**settings)(x)
+        gate_of(**settings)(x)
+        assert kernel.calls == 2 + 3 * (number + 1)
+    kernel.spoil = raises(RuntimeError("a compiler gives up"))
+    with pytest.warns(UserWarning, match="it raises RuntimeError: a compiler gives up"):
+        gate_of(k=4)(x)
+    gate_of(k=4)(x)
+    gate_of()(x)
+    assert kernel.calls == 18
