@@ -22,14 +22,14 @@ L2, L3, L4 = math.log(2), math.log(3), math.log(4)
 def decided(
     logits: list[float], k: int = 2, moved: list[float] | None = None, **settings
 ) -> tuple[list[int], list[float]]:
-    """Experts and weights of one token that has these logits, with an expert bias if one was `moved` so far."""
+    """Experts and weights of a token of these logits, beside one of the opposite; `moved` is an expert bias."""
     gate = TopKGating(1, len(logits), k, expert_bias=moved is not None, **settings)
     if gate.expert_bias is not None:
         gate.expert_bias.copy_(torch.tensor(moved))
     assert gate.w_gating is not None
     gate.w_gating.data.copy_(torch.tensor([logits]))
-    routing = gate(torch.ones(1, 1, 1))
-    return routing.expert[0].tolist(), routing.weight[0].tolist()
+    routing = gate(torch.tensor([[[1.0], [-1.0]]]))
+    return routing.expert[0, :k].tolist(), routing.weight[0, :k].tolist()
 
 
 def approx(*values: float):
