@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mixture_of_experts import (
     ExpertChoiceGating,
     Experts,
     GatedExperts,
+    HashGating,
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
+    ReLUGating,
     Top2Gating,
     TopKGating,
 )
 from mixture_of_experts.checks import check_number
+from mixture_of_experts.gating import RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.settings import setting
@@ -30,6 +37,16 @@ GATES = {
     "TopKGating": lambda **kinds: TopKGating(8, 4, bias=True, expert_bias=True, **kinds),
     "NoisyTopKGating": lambda **kinds: NoisyTopKGating(8, 4, outer_expert_dims=(2,), **kinds),
     "ExpertChoiceGating": lambda **kinds: ExpertChoiceGating(8, 4, **kinds),
+}
+MADE = {
+    "Top2Gating": partial(Top2Gating, 400, 4),
+    "TopKGating": partial(TopKGating, 400, 4, bias=True, expert_bias=True),
+    "NoisyTopKGating": partial(NoisyTopKGating, 400, 4),
+    "ExpertChoiceGating": partial(ExpertChoiceGating, 400, 4),
+    "SparseMixerGating": partial(SparseMixerGating, 400, 4),
+    "HashGating": partial(HashGating, 400, 4, num_ids=5),
+    "ReLUGating": partial(ReLUGating, 400, 4, 2, mean_choices=1),
+    "RouterLogits": partial(RouterLogits, 400, 4, bias=True, norm_eps=1e-6),
 }
 MODULES = {
     **GATES,
@@ -126,6 +143,35 @@ def test_a_process_group_is_one(kind):
     with pytest.raises(TypeError, match="process_group"):
         gate.process_group = 3
     assert gate.process_group is None
+
+
+def test_a_pickled_process_group_is_found_again_or_missed(tmp_path):
+    """In the same job it is the same one, without process groups None, and in another job a warning says so."""
+    for job in ("one", "none", "another"):
+        if job != "none":
+            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{job}", rank=0, world_size=1)
+        try:
+            if job == "one":
+                group = dist.new_group([0])
+                written = pickle.dumps(TopKGating(8, 4, process_group=group))
+                assert pickle.loads(written).process_group is group
+                continue
+            with pytest.warns(UserWarning, match=r"ranks \[0\]") if job == "another" else nullcontext():
+                assert pickle.loads(written).process_group is None
+        finally:
+            if job != "none":
+                dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_a_gate_is_made_as_it_is_asked_for(kind):
+    """On its device, in its dtype, and its weights are so drawn that logits of normal tokens are normal."""
+    gate = MADE[kind](device="meta", dtype=torch.bfloat16)
+    assert all(tensor.is_meta for tensor in gate.state_dict().values())
+    assert {parameter.dtype for parameter in gate.parameters()} == {torch.bfloat16}
+    if kind != "NoisyTopKGating":
+        std = MADE[kind]().get_parameter("weight" if kind == "RouterLogits" else "w_gating").std()
+        assert std.item() == pytest.approx(400**-0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,15 @@ def test_megatron_counts():
     assert torch.equal(histogram(score, bias, k=1, bins=bins), wanted)
 
 
+def test_by_hand():
+    """Half of four assignments lie below the third bin, and half below the middle of the third: 2 and 2.5, in bins of
+    1/2. A score of 9 is far below the range, one of -9 far above: they count in the first and the last bin."""
+    counts = torch.tensor([[1, 1, 2, 0], [0, 0, 4, 0]])
+    torch.testing.assert_close(new_bias(counts, torch.zeros(2), k=1), torch.tensor([-0.125, 0.125]))
+    bins = histogram(torch.tensor([[9.0, 0.0, -9.0]]), torch.zeros(3), k=1, bins=4)
+    assert bins.tolist() == [[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
 # Against the exact quantile
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
+from support import paths
+from support.paths import NUM_EXPERTS, ROUTERS
 from support.recipes import recipe
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
-from mixture_of_experts.gating import Choices, TokenChoiceGate
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts.gating import Choices, SparseMixerGating, TokenChoiceGate, offers_of
 
 DIM = 6
 
@@ -52,6 +56,51 @@ def test_one_expert_at_either_level_drops_nothing_more(sizes):
         gate.register_forward_hook(lambda gate, args, routing: found.append(routing))
     moe(torch.randn(1, 20, DIM))
     assert not any((routing.chosen & ~routing.kept).any() for routing in found)
+
+
+# ---- where tensors are made ----
+
+PLACED = {
+    **ROUTERS,
+    "SparseMixer": lambda: SparseMixerGating(paths.DIM, NUM_EXPERTS),
+    "balanced": lambda: forced("balanced"),
+    "random": lambda: forced("random"),
+}
+
+
+def forced(how: Literal["balanced", "random"]) -> TopKGating:
+    gate = TopKGating(paths.DIM, NUM_EXPERTS, expert_bias=True, num_groups=2, top_groups=2)
+    gate.forced = how
+    return gate
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", PLACED)
+def test_all_is_where_the_tokens_are(name, masked):
+    """Another device by default, here one without numbers, changes no bit of what a layer gives, told or counted."""
+    layer = MoE(paths.DIM, gate=PLACED[name](), experts=Experts(paths.DIM, NUM_EXPERTS, 4))
+    gate, x = layer.gate, torch.randn(2, 5, paths.DIM, requires_grad=True)
+    mask = torch.tensor([[True] * 5, [True, True, False, False, False]]) if masked else None
+    asked, before = (
+        {"losses": offers_of(gate)} if offers_of(gate) else {},
+        [buffer.clone() for buffer in gate.buffers()],
+    )
+
+    def found(device: str) -> list[Tensor | None]:
+        torch.manual_seed(0)
+        with torch.device(device):
+            routing, (out, aux_loss) = gate(x, mask=mask, **asked), layer(x, mask)
+            total = sum([routing.weight.square().sum(), *routing.losses.values(), out.square().sum(), aux_loss])
+            gradients = torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True)
+        told = [value for value in vars(routing).values() if isinstance(value, Tensor)]
+        counts = [buffer.clone() for buffer in gate.buffers()]
+        for buffer, was in zip(gate.buffers(), before, strict=True):
+            buffer.copy_(was)
+        return [out, aux_loss, *told, *routing.losses.values(), *gradients, *counts]
+
+    for gate.training in (True, False):
+        for ours, theirs in zip(found("meta"), found("cpu"), strict=True):
+            assert ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
 
 
 # ---- who is served first ----

@@ -15,7 +15,7 @@ def recomputing(monkeypatch):
     """Numbers the calls that recompute; the CPU does as a GPU for which every result is large."""
     calls = []
     checkpoint = saving.checkpoint
-    monkeypatch.setattr(saving, "_on_gpu", lambda x: True)
+    monkeypatch.setattr(saving, "_on_gpu", lambda x: x.device.type == "cpu")
     monkeypatch.setattr(saving, "SMALL", 0.0)
     monkeypatch.setattr(saving, "LEAST", 0)
     monkeypatch.setattr(saving, "checkpoint", lambda *args, **kw: calls.append(args[0]) or checkpoint(*args, **kw))

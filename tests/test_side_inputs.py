@@ -250,6 +250,8 @@ def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
     routing = gate(x, open_experts=is_open)
     assert routing.chosen.view(3, 3).sum(-1).tolist() == [1, 2, 3]
     torch.testing.assert_close(routing.weight.view(3, 3).sum(-1), torch.ones(3))
+    load = routing.expert[routing.chosen].bincount(minlength=4)
+    torch.testing.assert_close(routing.balance_loss, 4 / 3**3 * (load * routing.probs.sum(dim=(0, 1))).sum())
     given = torch.tensor([[[2, 0, -1], [2, 0, -1], [2, 0, -1]]])
     assert gate(x, given_experts=given, open_experts=is_open).chosen.view(3, 3).sum(-1).tolist() == [1, 1, 2]
     with pytest.raises(ValueError, match=r"open_experts must be bool of shape \(1, 3, 4\), got torch.bool \(1, 3, 3\)"):

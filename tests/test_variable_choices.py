@@ -72,7 +72,7 @@ def test_top_p_by_hand():
     rows = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3], [0.25, 0.25, 0.25, 0.25]]
     gate = TopPGating(4, 4, k=3, p=0.6)
     gate.w_gating.data.copy_(torch.tensor(rows).log())
-    routing = gate(torch.eye(4).unsqueeze(0), losses=["entropy"])
+    routing = gate(torch.eye(4).unsqueeze(0), losses=["entropy", "balance_group"])
     assert routing.chosen.view(4, 3).sum(dim=-1).tolist() == [1, 2, 2, 3]
     assert [routing.expert[0, 3 * i : 3 * i + n].tolist() for i, n in enumerate([1, 2, 2, 3])] == [
         [0],
@@ -84,6 +84,7 @@ def test_top_p_by_hand():
     f = [3 / 4, 2 / 4, 2 / 4, 1 / 4]
     p = [sum(row[i] for row in rows) / 4 for i in range(4)]
     assert routing.balance_loss.item() == pytest.approx(4 * sum(a * b for a, b in zip(f, p, strict=True)))
+    torch.testing.assert_close(routing.losses["balance_group"], routing.balance_loss)
     entropy = torch.distributions.Categorical(probs=torch.tensor(rows)).entropy().mean()
     torch.testing.assert_close(routing.losses["entropy"], entropy)
 
@@ -233,6 +234,8 @@ def test_errors():
         TopPGating(DIM, E, k=2, p=1.5)
     with pytest.raises(ValueError, match=r"rate must be a finite number above 1.0, got 1"):
         loud().gate.update_l1(1)
+    with pytest.raises(TypeError, match=r"^group must be a torch.distributed.ProcessGroup"):
+        loud().gate.update_l1(group="world")
     moe = MoE(DIM, 4)
     optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
     with pytest.raises(ValueError, match="MoE has no ReLUGating"):

@@ -50,7 +50,8 @@ FILES = ["losses.py", "queues.py", "levels.py", "routing.py", "plan.py", "decisi
 SURVIVORS = Path(__file__).with_suffix(".txt")
 ORACLE = (
     "golden losses queues levels routing decision dispatch side_inputs errors arguments logits steps reference gates "
-    "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes few_choices"
+    "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
+    "few_choices sparse_mixer"
 )
 SLOWER = "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads"
 PYTEST = [
