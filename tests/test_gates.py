@@ -81,10 +81,8 @@ def test_all_is_where_the_tokens_are(name, masked):
     layer = MoE(paths.DIM, gate=PLACED[name](), experts=Experts(paths.DIM, NUM_EXPERTS, 4))
     gate, x = layer.gate, torch.randn(2, 5, paths.DIM, requires_grad=True)
     mask = torch.tensor([[True] * 5, [True, True, False, False, False]]) if masked else None
-    asked, before = (
-        {"losses": offers_of(gate)} if offers_of(gate) else {},
-        [buffer.clone() for buffer in gate.buffers()],
-    )
+    asked = {"losses": offers_of(gate)} if offers_of(gate) else {}
+    before = [buffer.clone() for buffer in gate.buffers()]
 
     def found(device: str) -> list[Tensor | None]:
         torch.manual_seed(0)
