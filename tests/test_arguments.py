@@ -145,6 +145,11 @@ def test_a_process_group_is_one(kind):
     assert gate.process_group is None
 
 
+def test_the_capacity_factor_of_the_mode():
+    gate = TopKGating(8, 4, capacity_factor_train=1.5)
+    assert (gate.capacity_factor, gate.eval().capacity_factor) == (1.5, None)
+
+
 def test_a_pickled_process_group_is_found_again_or_missed(tmp_path):
     """In the same job it is the same one, without process groups None, and in another job a warning says so."""
     for job in ("one", "none", "another"):

@@ -43,6 +43,7 @@ def test_a_toy():
         assert "forced='balanced'" in repr(gate)
         routing = gate(x, mask=mask)
         assert made(routing) == [[[0, 1], [2, 0], [], [1, 2]]]
+        assert torch.equal(routing.real, mask)
         assert made(gate(x)) == [[[0, 1], [2, 0], [1, 2], [0, 1]]]
     probs = (x[0, 3] @ gate.w_gating).softmax(-1)[[1, 2]]
     torch.testing.assert_close(routing.weight[0, 6:], probs / probs.sum())

@@ -101,6 +101,16 @@ def test_all_is_where_the_tokens_are(name, masked):
             assert ours is theirs if ours is None or theirs is None else torch.equal(ours, theirs)
 
 
+# ---- who chooses ----
+
+
+def test_a_mask_and_importance_together():
+    """Both choices at importance 1, the top one between 0 and 1, none at 0, and none in the padding."""
+    importance, mask = torch.tensor([[1.0, 0.5, 0.0, 1.0, 0.5]]), torch.tensor([[True, True, True, False, False]])
+    routing = TopKGating(DIM, 4)(torch.randn(1, 5, DIM), importance=importance, mask=mask)
+    assert routing.chosen.view(5, 2).tolist() == [[True, True], [True, False], *[[False, False]] * 3]
+
+
 # ---- who is served first ----
 
 

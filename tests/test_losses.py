@@ -12,13 +12,13 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, losses
-from mixture_of_experts.gating import RouterLogits, SparseMixerGating
+from mixture_of_experts.gating import RouterLogits, SparseMixerGating, offers_of
 from mixture_of_experts.queues import Length
 
 DIM, EXPERTS, OUTER = 4, 3, 2
 GROUP = dist.ProcessGroup(0, 2)
 GATES: dict[str, Callable[..., Any]] = {
-    "top2": lambda **more: Top2Gating(DIM, EXPERTS, second_place_loss=True, second_policy_train="all", **more),
+    "top2": lambda **more: Top2Gating(DIM, EXPERTS, second_place_loss=True, second_policy_eval="all", **more),
     "softmax": lambda **more: TopKGating(DIM, EXPERTS, **more),
     "sigmoid by batch": lambda **more: TopKGating(DIM, EXPERTS, score="sigmoid", balance_over="batch", **more),
     "logits": lambda **more: TopKGating(
@@ -64,12 +64,14 @@ class TwoRanks:
 
 
 def losses_and_gradients(gate: Any, x: Tensor, mask: Tensor | None) -> list[Tensor]:
-    routing = gate(x, mask=mask)
+    asked = {"losses": ["balance_group", "balance_batch"]} if offers_of(gate) else {}
+    routing = gate(x, mask=mask, **asked)
     found = [routing.balance_loss, *routing.losses.values()]
     for loss in found[:]:
         found += make.gradients(loss, list(gate.parameters()))
     with torch.no_grad():
         quiet = gate(x, mask=mask)
+    make.assert_same(quiet.balance_loss, routing.balance_loss, "without gradients")
     return [value.detach() for value in (*found, quiet.balance_loss, *quiet.losses.values())]
 
 
