@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 
@@ -152,20 +153,22 @@ def test_the_capacity_factor_of_the_mode():
 
 def test_a_pickled_process_group_is_found_again_or_missed(tmp_path):
     """In the same job it is the same one, without process groups None, and in another job a warning says so."""
-    for job in ("one", "none", "another"):
-        if job != "none":
-            dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{job}", rank=0, world_size=1)
+
+    @contextmanager
+    def job(name: str) -> Iterator[None]:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/{name}", rank=0, world_size=1)
         try:
-            if job == "one":
-                group = dist.new_group([0])
-                written = pickle.dumps(TopKGating(8, 4, process_group=group))
-                assert pickle.loads(written).process_group is group
-                continue
-            with pytest.warns(UserWarning, match=r"ranks \[0\]") if job == "another" else nullcontext():
-                assert pickle.loads(written).process_group is None
+            yield
         finally:
-            if job != "none":
-                dist.destroy_process_group()
+            dist.destroy_process_group()
+
+    with job("one"):
+        group = dist.new_group([0])
+        written = pickle.dumps(TopKGating(8, 4, process_group=group))
+        assert pickle.loads(written).process_group is group
+    assert pickle.loads(written).process_group is None
+    with job("another"), pytest.warns(UserWarning, match=r"the process group of ranks \[0\], which is not here"):
+        assert pickle.loads(written).process_group is None
 
 
 @pytest.mark.parametrize("kind", MADE)

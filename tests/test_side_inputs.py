@@ -19,7 +19,7 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.given import LIVE, settle
 
 DIM = 6
 
@@ -208,6 +208,13 @@ def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
     routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, -1]]]))
     assert routing.weight.tolist() == [[1.0, 0.0, 0.0, 0.0]]
     assert torch.autograd.grad(routing.weight.sum(), gate.w_gating)[0].isfinite().all()
+
+
+def test_of_its_own_choices_a_gate_makes_those_that_it_sends():
+    made, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
+    settled = settle(None, torch.tensor([[0, 1, 2]]), made)
+    assert settled.chosen(sent).tolist() == [[True, False, False]]
+    assert settled.chosen() is made
 
 
 def test_given_experts_are_checked():
