@@ -236,6 +236,12 @@ def test_importance_cannot_be_forgotten():
     assert routing.kept.view(3, 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
 
 
+def test_the_only_loss_of_a_gate_in_the_first_form_is_its_balance_loss():
+    routing = CarelessForward()(torch.randn(1, 3, DIM))
+    assert list(routing.losses) == ["balance"]
+    assert routing.losses["balance"] is routing.balance_loss
+
+
 def test_a_gate_without_a_method_says_which():
     class Empty(TokenChoiceGate):
         pass
