@@ -236,9 +236,9 @@ def test_importance_cannot_be_forgotten():
     assert routing.kept.view(3, 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
 
 
-def test_the_only_loss_of_a_gate_in_the_first_form_is_its_balance_loss():
+def test_losses_of_a_gate_in_the_first_form_by_name():
     routing = CarelessForward()(torch.randn(1, 3, DIM))
-    assert list(routing.losses) == ["balance"]
+    assert list(routing.losses) == ["balance", "z"]
     assert routing.losses["balance"] is routing.balance_loss
 
 
