@@ -134,6 +134,13 @@ def test_a_mask_and_importance_together():
     assert routing.chosen.view(5, 2).tolist() == [[True, True], [True, False], *[[False, False]] * 3]
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropless_a_choice_of_no_weight_is_none(masked):
+    gate = TopKGating(DIM, 4, weigh=lambda logits, score, expert: torch.tensor([0.5, 0.0]).expand(expert.shape))
+    routing = gate(torch.randn(1, 2, DIM), mask=torch.tensor([[True, False]]) if masked else None)
+    assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
+
+
 # ---- who is served first ----
 
 

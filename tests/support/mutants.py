@@ -6,8 +6,8 @@
 
 mutmut makes the mutants. pytest imports and collects the tests of ORACLE once, then each mutant has a process of its
 own, forked from that: the function that was changed gets its new code, and the tests that call it run, those first that
-killed most so far, and of others the shortest. Code of no function is changed before the import. Results are kept: an
-interrupted run goes on where it stopped.
+killed most so far, and of others the shortest. Code that the import alone runs is changed before it, and all tests run.
+Results are kept: an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -211,12 +211,23 @@ def record_calls(items: list[pytest.Item], paths: list[Path], file: Path) -> int
 
 
 class Trials:
-    """A plugin of pytest that runs what was collected for one mutant after the other."""
+    """A plugin of pytest that runs what was collected for one mutant after the other; but for those of functions that
+    the import calls, and no test."""
 
     def __init__(self, todo: list[Mutant], log: Path, report: Callable[[Mutant, bool], None]) -> None:
         self.todo, self.log, self.report = todo, log, report
+        self.called_at_import: set[CodeType] = set()
+
+    def run(self) -> int:
+        def profile(frame: Any, event: str, _: Any) -> None:
+            if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+                self.called_at_import.add(frame.f_code)
+
+        sys.setprofile(profile)
+        return pytest.main(PYTEST, [self])
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        sys.setprofile(None)
         paths = sorted({m.path for m in self.todo})
         state = sha256(
             "".join(p.read_text() for p in [*paths, *sorted((ROOT / "tests").glob("*.py"))]).encode()
@@ -237,8 +248,10 @@ class Trials:
             number, code = changed
             items = [session.items[i] for i in called.get(f"{mutant.path}:{number}", [])]
             items.sort(key=lambda item: -killers[item.nodeid])
-            before = functions(compiled(mutant.path))
-            self.report(mutant, in_a_fork(self.log, partial(try_out, live[before[number]], code, items)))
+            before = functions(compiled(mutant.path))[number]
+            if not items and before in self.called_at_import:
+                continue
+            self.report(mutant, in_a_fork(self.log, partial(try_out, live[before], code, items)))
             killers.update(self.log.read_text().partition(KILLED)[2].split("\n")[:1])
         return True
 
@@ -278,7 +291,8 @@ def main() -> None:
     results, log = arguments.results, arguments.results.with_suffix(".log")
     results.parent.mkdir(parents=True, exist_ok=True)
     results.touch()
-    survived = {line["key"]: line["survived"] for line in map(json.loads, results.read_text().splitlines())}
+    lines = results.read_text().splitlines()
+    number_before, survived = len(lines), {line["key"]: line["survived"] for line in map(json.loads, lines)}
     paths: dict[Path, None] = {}  # each once, in this order
     for name in arguments.files:
         paths |= dict.fromkeys(sorted((PACKAGE / name).glob("*.py")) if name.endswith("/") else [PACKAGE / name])
@@ -295,11 +309,11 @@ def main() -> None:
 
     at_import = [m for m in todo if changes_import(m)]
     if in_functions := [m for m in todo if m not in at_import]:
-        if not in_a_fork(
-            log.with_suffix(".session"), lambda: pytest.main(PYTEST, [Trials(in_functions, log, report)]), False
-        ):
+        if not in_a_fork(log.with_suffix(".session"), Trials(in_functions, log, report).run, False):
             sys.exit(f"see {log}")
-        survived |= {line["key"]: line["survived"] for line in map(json.loads, results.read_text().splitlines())}
+        tried = [json.loads(line) for line in results.read_text().splitlines()[number_before:]]
+        survived |= {line["key"]: line["survived"] for line in tried}
+        at_import += [m for m in in_functions if m.key not in {line["key"] for line in tried}]
     for mutant in at_import:
         report(mutant, in_a_fork(log, lambda: import_and_test(mutant)))  # noqa: B023
 
