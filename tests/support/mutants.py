@@ -54,11 +54,10 @@ ORACLE = (
     "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
     "few_choices sparse_mixer"
 )
-SLOWER = "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads"
-PYTEST = [
-    *("-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"),
-    *("-k", f"not ({SLOWER})", *(f"tests/test_{name}.py" for name in ORACLE.split())),
-]
+SLOWER = "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads or any_two"
+OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+PYTEST = [*OPTIONS, "-k", f"not ({SLOWER})", *(f"tests/test_{name}.py" for name in ORACLE.split())]
+FIRST = [*OPTIONS, "tests/test_arguments.py", "tests/test_errors.py"]  # of what constructors and settings refuse
 SECONDS, MEMORY = 60, 16 << 30  # for a mutant that never ends
 OWN_FAULT = 70  # the exit status of a process in which this file fails
 KILLED = "killed by "  # in the log, before the name of a test
@@ -172,7 +171,7 @@ def import_and_test(mutant: Mutant) -> int:
         return compile(mutant.source, self.path, "exec") if self.path == str(mutant.path) else get_code(self, name)
 
     SourceFileLoader.get_code = get_mutated
-    return pytest.main(PYTEST)
+    return pytest.main(FIRST) or pytest.main(PYTEST)
 
 
 def run(items: list[pytest.Item]) -> int:
