@@ -12,7 +12,16 @@ from support.recipes import recipe
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    Routing,
+    Top2Gating,
+    TopKGating,
+)
 from mixture_of_experts.gating import Choices, SparseMixerGating, TokenChoiceGate, offers_of
 
 DIM = 6
@@ -139,6 +148,16 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
     gate = TopKGating(DIM, 4, weigh=lambda logits, score, expert: torch.tensor([0.5, 0.0]).expand(expert.shape))
     routing = gate(torch.randn(1, 2, DIM), mask=torch.tensor([[True, False]]) if masked else None)
     assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
+
+
+def test_experts_choose_by_the_real_length():
+    """Half of the tokens each, rounded down, and of a short group one at least."""
+    lengths = torch.tensor([6, 3, 1])
+    gate = ExpertChoiceGating(DIM, 2, capacity_factor=1.0)
+    routing = gate(torch.randn(3, 6, DIM), mask=torch.arange(6) < lengths.unsqueeze(-1))
+    assert (routing.capacity, routing.limit.tolist()) == (3, [3, 1, 1])
+    assert routing.chosen.view(3, 2, 3).sum(dim=-1).tolist() == routing.queued.tolist() == [[3, 3], [1, 1], [1, 1]]
+    assert (routing.token[routing.chosen] < lengths.repeat_interleave(torch.tensor([6, 2, 2]))).all()
 
 
 # ---- who is served first ----
