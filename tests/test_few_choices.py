@@ -154,6 +154,7 @@ def test_calls_that_are_not_served(kernel, monkeypatch):
     [
         ("weights", lambda found: found[1].mul_(1.01)),
         ("experts", lambda found: found[0][:2].copy_((found[0][:2] + 1) % E)),
+        ("experts", lambda found: found[0].fill_(E)),  # there is none
         ("probabilities", lambda found: found[2][0, 0, 0].add_(0.01)),
         ("balance", lambda found: found[3][0, 0].add_(0.1)),
         ("z", lambda found: found[3][0, 1].add_(0.1)),

@@ -9,7 +9,7 @@ import torch
 from support import paths
 from support.paths import NUM_EXPERTS, ROUTERS
 from support.recipes import recipe
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from mixture_of_experts import (
@@ -42,11 +42,12 @@ def test_of_one_expert_there_is_no_second_choice(policy, priority):
     assert routing.kept.view(2, 100, 2).all(dim=1).tolist() == [[True, False]] * 2
 
 
-def test_of_one_expert_a_later_choice_is_made():
-    """A token of importance between 0 and 1 has no first choice; its second one is the expert there is."""
-    gate = Top2Gating(DIM, 1, second_policy_train="all")
+@pytest.mark.parametrize("policy", ["all", "none"])
+def test_of_one_expert_a_later_choice_is_made(policy):
+    """A token of importance between 0 and 1 has no first choice; its second one, if any, is the expert there is."""
+    gate = Top2Gating(DIM, 1, second_policy_train=policy)
     routing = gate(torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
-    assert routing.kept.tolist() == [[True, False, False, True, False, False]]
+    assert routing.kept.tolist() == [[True, False, False, policy == "all", False, False]]
 
 
 @pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (1, 1)])
@@ -150,6 +151,15 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
     assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
 
 
+def test_padding_is_in_no_loss_of_the_noisy_router():
+    torch.manual_seed(0)
+    gate, x = NoisyTopKGating(DIM, 4).eval(), torch.randn(1, 5, DIM)
+    for weight in gate.parameters():
+        nn.init.normal_(weight)
+    padded = gate(x, mask=torch.arange(5).unsqueeze(0) < 3)
+    torch.testing.assert_close(padded.losses, gate(x[:, :3]).losses)
+
+
 def test_experts_choose_by_the_real_length():
     """Half of the tokens each, rounded down, and of a short group one at least."""
     lengths = torch.tensor([6, 3, 1])
@@ -176,7 +186,7 @@ ONE_SLOT = dict(capacity_factor_eval=0.1, min_expert_capacity=1, priority="score
 
 def test_the_surest_of_a_single_noisy_choice_is_served_first():
     gate = NoisyTopKGating(3, 3, k=1, **ONE_SLOT)
-    assert served(gate, torch.tensor([[1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [2.0, 0.0, 0.0]])) == [1]
+    assert served(gate, torch.tensor([[5.0, 4.9, 0.0], [3.0, -5.0, -5.0], [2.0, 0.0, 0.0]])) == [1]
 
 
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])

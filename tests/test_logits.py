@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import mixture_of_experts.gating.choices as choices_module
 import mixture_of_experts.gating.logits as logits_module
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.logits import router_logits
@@ -62,6 +63,24 @@ def test_gradients_in_bfloat16_are_those_in_float32_rounded_once(shape, outer, t
         assert ((got.double() - wanted).abs() <= wanted.abs() * 2**-8 + size * 2**-16).all()
 
 
+def test_a_product_that_is_summed_in_float32_takes_its_gradients_from_there(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(logits_module, "_has_wide_product", lambda x, weight: True)
+    monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
+    x, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((9, 6), (6, 5)))
+    grad = torch.randn(9, 5)
+    found = torch.autograd.grad(router_logits(x, weight, torch.float32), [x, weight], grad)
+    wanted = logits_module._narrow_grads(x.detach(), weight.detach(), grad, True, True)
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_a_wide_product_has_the_shape_and_dtype_of_one():
+    found = logits_module._wide_product(
+        *(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((9, 6), (6, 5)))
+    )
+    assert (found.shape, found.dtype) == ((9, 5), torch.float32)
+
+
 def test_gradients_under_autocast_stay_in_float32():
     torch.manual_seed(0)
     x = torch.randn(9, 6, dtype=torch.bfloat16)
@@ -79,3 +98,15 @@ def test_choices_by_one_sort_are_those_by_one_maximum_after_the_other(choices):
     torch.manual_seed(0)
     score = torch.randint(0, 4, (200, 7)).float()
     assert torch.equal(stable_order(score, descending=True)[..., :choices], top_choices(score, choices))
+
+
+@pytest.mark.parametrize("choices", [2, 3])
+def test_beyond_the_cpu_more_than_two_choices_are_one_sort(choices, monkeypatch):
+    calls = []
+    monkeypatch.setattr(
+        choices_module, "stable_order", lambda *args, **kw: calls.append(kw) or stable_order(*args, **kw)
+    )
+    found = top_choices(torch.empty(2, 7, device="meta"), choices)
+    assert calls == [{"descending": True}] * (choices > 2)
+    assert found.shape == (2, choices)
+    assert found.is_contiguous()

@@ -210,6 +210,14 @@ def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
     assert torch.autograd.grad(routing.weight.sum(), gate.w_gating)[0].isfinite().all()
 
 
+def test_of_two_choices_one_may_not_be_given():
+    """It has no weight, leaves the other the whole one, and as a first choice counts in no loss."""
+    gate, x = Top2Gating(DIM, 4, second_policy_train="all"), torch.randn(1, 2, DIM)
+    routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, 1]]]))
+    assert routing.weight.tolist() == [[pytest.approx(1.0), 0.0, 0.0, pytest.approx(1.0)]]
+    torch.testing.assert_close(routing.balance_loss, 4 / 2**2 * routing.probs[0, :, 2].sum())
+
+
 def test_of_its_own_choices_a_gate_makes_those_that_it_sends():
     made, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
     settled = settle(None, torch.tensor([[0, 1, 2]]), made)

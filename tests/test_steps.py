@@ -210,6 +210,14 @@ def test_a_network_as_router(dtype):
         torch.testing.assert_close(routing.probs, network(x).to(routing.probs.dtype).softmax(-1))
 
 
+def test_logits_of_a_module_without_weights_and_of_narrow_ones():
+    """Tokens go into the product as they are, not rounded to the weights' dtype."""
+    x, logits = torch.randn(1, 3, 4), RouterLogits(4, 3).bfloat16()
+    torch.testing.assert_close(TopKGating(4, 4, logits=nn.Identity())(x).probs, x.softmax(dim=-1))
+    found = TopKGating(4, 3, logits=logits)(x).probs
+    torch.testing.assert_close(found, (x @ logits.weight.float()).softmax(dim=-1))
+
+
 # ---- what is refused, and what is shown ----
 
 
@@ -228,6 +236,22 @@ def test_a_network_as_router(dtype):
 def test_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TopKGating(4, 4, **settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dim=0), r"^dim must be"),
+        (dict(num_experts=0), r"^num_experts must be"),
+        (dict(bias="yes"), r"^bias must be True or False"),
+        (dict(norm_eps=-1.0), r"^norm_eps must be .* at least 0"),
+        (dict(softcap=0.0), r"^softcap must be .* above 0"),
+        (dict(multiplier=float("nan")), r"^multiplier must be"),
+    ],
+)
+def test_router_logits_are_checked(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RouterLogits(**dict(dim=4, num_experts=3) | arguments)
 
 
 def test_a_module_of_logits_that_does_not_fit():

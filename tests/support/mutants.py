@@ -54,7 +54,10 @@ ORACLE = (
     "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
     "few_choices sparse_mixer balancing"
 )
-SLOWER = "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads or any_two or trainer"
+SLOWER = (
+    "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads or any_two or "
+    "trainer"
+)
 OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 PYTEST = [*OPTIONS, "-k", f"not ({SLOWER})", *(f"tests/test_{name}.py" for name in ORACLE.split())]
 FIRST = [*OPTIONS, "tests/test_arguments.py", "tests/test_errors.py"]  # of what constructors and settings refuse
