@@ -197,6 +197,12 @@ def test_experts_that_are_closed_do_not_make_a_token_sure(score):
     assert served(gate, logits) == [1]
 
 
+def test_who_is_surest_is_told_by_scores_as_they_are():
+    """Token 0 has the larger sigmoid, token 1 the larger share of its own sigmoids."""
+    gate = TopKGating(2, 4, k=1, score="sigmoid", **ONE_SLOT)
+    assert served(gate, torch.tensor([[2.0, 1.9, 1.9, 1.9], [1.0, -9.0, -9.0, -9.0]])) == [0]
+
+
 # ---- two levels ----
 
 
