@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mixture_of_experts import HashGating, TopKGating, ops
 from mixture_of_experts.gating import RouterLogits, few
 from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.launching import has_kernels
 
 DIM, E = 4, 5
 Spoil = Callable[[list[Tensor]], Any]
@@ -35,8 +36,9 @@ def few_choices(logits: Tensor, bias: Tensor | None, k: int, softmax: bool, norm
 
 
 class Kernel:
-    """Counts the calls; `spoil` changes what the next ones return."""
+    """Counts the calls; `spoil` changes what the next ones return, and where it is not `there` operators decide."""
 
+    there: bool = True
     calls: int = 0
     spoil: Spoil | None = None
 
@@ -52,9 +54,9 @@ class Kernel:
 def kernel(monkeypatch) -> Iterator[Kernel]:
     kernel = Kernel()
     monkeypatch.setitem(sys.modules, "mixture_of_experts.gating.few_kernel", SimpleNamespace(few_choices=kernel))
-    monkeypatch.setattr(few, "_verdicts", {})
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with torch.no_grad(), ops.use("triton"):
+    monkeypatch.setattr(few, "has_kernels", lambda device: kernel.there)
+    monkeypatch.setattr(few.CHECK, "verdicts", {})
+    with torch.no_grad():
         yield kernel
 
 
@@ -84,8 +86,9 @@ def test_what_is_served(settings, kernel):
         x = torch.randn(b, n, DIM)
         found = gate(x)
         assert kernel.calls == number + 2
-        with ops.use("plain"):
-            wanted = gate(x)
+        kernel.there = False
+        wanted = gate(x)
+        kernel.there = True
         for field in ("expert", "kept", "weight", "probs", "balance_loss", "z_loss"):
             torch.testing.assert_close(getattr(found, field), getattr(wanted, field), rtol=1e-5, atol=1e-6, msg=field)
     assert kernel.calls == 4
@@ -117,7 +120,7 @@ def test_gates_that_are_not_served(settings, kernel):
     assert not kernel.calls
 
 
-def test_calls_that_are_not_served(kernel, monkeypatch):
+def test_calls_that_are_not_served(kernel):
     gate, x = gate_of(), torch.randn(2, 2, DIM)
     gate(x, mask=torch.ones(2, 2, dtype=torch.bool))
     gate(x, importance=torch.ones(2, 2))
@@ -129,24 +132,32 @@ def test_calls_that_are_not_served(kernel, monkeypatch):
     gate(x.double())
     gate_of(outer_expert_dims=(2,))(x.expand(2, 2, 2, DIM))
     gate_of(kind=HashGating, num_ids=3)(x, token_ids=torch.ones(2, 2, dtype=torch.int64))
-    torch.func.vmap(lambda x: gate(x).weight)(x.unsqueeze(1))
     gate.train()(x)
     gate.eval()
     with torch.enable_grad():
         gate(x)
-    for way in ("plain", "cpu"):
-        with ops.use(way):
-            gate(x)
-    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    kernel.there = False
     gate(x)
-    with ops.use("auto"):
-        gate(x)
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    with ops.use("auto"):
-        gate(x)
     assert not kernel.calls
+    kernel.there = True
     gate(x)
     assert kernel.calls
+
+
+def test_on_a_cpu_kernels_are_launched_where_they_are_asked_for(monkeypatch):
+    """By Triton's interpreter, and not within a transform."""
+    found = {}
+    for way in ("auto", "plain", "cpu", "triton"):
+        for variable in ("1", "0"):
+            monkeypatch.setenv("TRITON_INTERPRET", variable)
+            with ops.use(way):
+                found[way, variable] = has_kernels(torch.device("cpu"))
+    assert [asked for asked, there in found.items() if there] == [("triton", "1")]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with ops.use("triton"):
+        torch.func.vmap(lambda x: found.update(vmap=has_kernels(x.device)) or x)(torch.ones(2))
+        assert not has_kernels(torch.device("meta"))
+    assert not found["vmap"]
 
 
 @pytest.mark.parametrize(
@@ -164,13 +175,13 @@ def test_a_wrong_one_is_off(name, spoil, kernel):
     """For all gates, with a warning; what comes out is right all the same."""
     gate, x = gate_of(), torch.randn(2, 1, DIM)
     kernel.spoil = spoil
-    with pytest.warns(UserWarning, match=f"off in this process: its {name} differ from those of torch's operators"):
+    with pytest.warns(UserWarning, match=f"are off in this process: its {name} differ from those of torch's operators"):
         found = gate(x)
     kernel.spoil = None
     gate_of(k=3)(x)
     assert kernel.calls == 1
-    with ops.use("plain"):
-        assert torch.equal(found.expert, gate(x).expert)
+    kernel.there = False
+    assert torch.equal(found.expert, gate(x).expert)
 
 
 def test_of_one_token_choices_may_differ(kernel):
@@ -209,7 +220,7 @@ def test_one_that_raises_and_one_without_memory(kernel):
         gate_of(**settings)(x)
         assert kernel.calls == 2 + 3 * (number + 1)
     kernel.spoil = raises(RuntimeError("a compiler gives up"))
-    with pytest.warns(UserWarning, match="it raises RuntimeError: a compiler gives up"):
+    with pytest.warns(UserWarning, match="they raise RuntimeError: a compiler gives up"):
         gate_of(k=4)(x)
     gate_of(k=4)(x)
     gate_of()(x)

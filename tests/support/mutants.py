@@ -46,7 +46,8 @@ from mutmut.mutation.pragma_handling import IgnoredCode  # pyright: ignore[repor
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mixture_of_experts"
-KERNELS = PACKAGE / "gating" / "few_kernel.py"  # which tests of Triton run
+#: kernels, and what only they do: tests/test_triton.py
+KERNELS = ["few_kernel.py", "two_best.py", "two_best_kernel.py"]
 FILES = ["losses.py", "queues.py", "levels.py", "routing.py", "plan.py", "decision.py", "dispatch.py"]
 SURVIVORS = Path(__file__).with_suffix(".txt")
 ORACLE = (
@@ -54,10 +55,7 @@ ORACLE = (
     "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
     "few_choices sparse_mixer balancing"
 )
-SLOWER = (
-    "compiled or skewed or low_precision or forward_mode or one_rule or capacity_factors or threads or any_two or "
-    "trainer"
-)
+SLOWER = "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or any_two or trainer"
 OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 PYTEST = [*OPTIONS, "-k", f"not ({SLOWER})", *(f"tests/test_{name}.py" for name in ORACLE.split())]
 FIRST = [*OPTIONS, "tests/test_arguments.py", "tests/test_errors.py"]  # of what constructors and settings refuse
@@ -298,8 +296,7 @@ def main() -> None:
     paths: dict[Path, None] = {}  # each once, in this order
     for name in arguments.files:
         paths |= dict.fromkeys(sorted((PACKAGE / name).glob("*.py")) if name.endswith("/") else [PACKAGE / name])
-    paths.pop(KERNELS, None)
-    drawn = [mutant for path in paths for mutant in mutants(path, arguments.share)]
+    drawn = [mutant for path in paths if path.name not in KERNELS for mutant in mutants(path, arguments.share)]
     todo = [m for m in drawn if m.key not in survived or (arguments.again and survived[m.key])]
     print(f"{len(drawn)} mutants, {len(todo)} to try", flush=True)
 
