@@ -124,6 +124,8 @@ def test_chosen_by_a_function():
     """The worst are chosen; they weigh their scores, 1/7 and 2/7."""
     expert, weight = decided([0.0, L2, L4], select=lambda logits, score, bias: -score, normalize=False)
     assert (expert, weight) == ([0, 1], approx(1 / 7, 2 / 7))
+    biased = decided([0.0, L2, L4], select=lambda logits, score, bias: bias - logits, moved=[-9.0, 0.0, 0.0])
+    assert biased == ([1, 2], approx(2 / 6, 4 / 6))
     gate = TopKGating(1, 2, 1, select=lambda logits, score, bias: -score)
     gate.w_gating.data.copy_(torch.tensor([[0.0, 200.0]]))
     assert gate(torch.ones(1, 1, 1)).z_loss == 200**2  # the one that is chosen, of probability 0, does not tell
