@@ -234,6 +234,7 @@ def test_importance_cannot_be_forgotten():
     """Neither can the rule that only tokens of importance 1 make more than one choice."""
     routing = Careless()(torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
     assert routing.kept.view(3, 3).tolist() == [[True] * 3, [True, False, False], [False] * 3]
+    assert routing.z_loss == routing.balance_loss == 0  # it reports none
 
 
 def test_losses_of_a_gate_in_the_first_form_by_name():

@@ -285,7 +285,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", default=FILES)
     parser.add_argument("--results", type=Path, default=ROOT / "build" / "mutants.jsonl")
     parser.add_argument("--share", type=float, default=1.0, help="of the mutants of each file, drawn with seed 0")
-    parser.add_argument("--again", action="store_true", help="also those that survived before")
+    parser.add_argument("--again", action="store_true", help="also those that survived before, without a reason")
     arguments = parser.parse_args()
     os.chdir(ROOT)
     results, log = arguments.results, arguments.results.with_suffix(".log")
@@ -297,7 +297,9 @@ def main() -> None:
     for name in arguments.files:
         paths |= dict.fromkeys(sorted((PACKAGE / name).glob("*.py")) if name.endswith("/") else [PACKAGE / name])
     drawn = [mutant for path in paths if path.name not in KERNELS for mutant in mutants(path, arguments.share)]
-    todo = [m for m in drawn if m.key not in survived or (arguments.again and survived[m.key])]
+    allowed = reasons()
+    again = {m.key for m in drawn if arguments.again and survived.get(m.key) and (m.file, m.change) not in allowed}
+    todo = [m for m in drawn if m.key not in survived or m.key in again]
     print(f"{len(drawn)} mutants, {len(todo)} to try", flush=True)
 
     def report(mutant: Mutant, survives: bool) -> None:
@@ -316,7 +318,7 @@ def main() -> None:
     for mutant in at_import:
         report(mutant, in_a_fork(log, lambda: import_and_test(mutant)))  # noqa: B023
 
-    allowed, counts, new = reasons(), {m.file: Counter[str](mutants=0) for m in drawn}, []
+    counts, new = {m.file: Counter[str](mutants=0) for m in drawn}, []
     for mutant in drawn:
         reason = allowed.get((mutant.file, mutant.change), "new") if survived[mutant.key] else "killed"
         counts[mutant.file].update(["mutants", reason.split(",")[0]])
