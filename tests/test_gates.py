@@ -68,29 +68,6 @@ def test_one_expert_at_either_level_drops_nothing_more(sizes):
     assert not any((routing.chosen & ~routing.kept).any() for routing in found)
 
 
-# ---- decoding ----
-
-
-@pytest.mark.parametrize(
-    ("settings", "has", "remedy"),
-    [
-        (dict(), "capacity_factor_eval=2.0 and second_policy_eval='random'", "capacity_factor_eval = None, .* = 'all'"),
-        (dict(second_policy_eval="all"), "capacity_factor_eval=2.0", "capacity_factor_eval = None"),
-        (dict(capacity_factor_eval=None), "second_policy_eval='random'", "second_policy_eval = 'all'"),
-    ],
-)
-def test_one_token_a_sequence_is_warned_of(settings, has, remedy):
-    """In eval and where choices depend on the call; not of a second level."""
-    gate, x = Top2Gating(DIM, 4, **settings), torch.randn(3, 1, DIM)
-    gate(x)
-    gate.eval()(torch.randn(3, 2, DIM))
-    with pytest.warns(UserWarning, match=rf"^a Top2Gating in eval .* and has {has}: .* set gate\.{remedy}$"):
-        gate(x)
-    Top2Gating(DIM, 4, outer_expert_dims=(3,), **settings).eval()(x.unsqueeze(1))
-    Top2Gating(DIM, 4, second_policy_eval="none", capacity_factor_eval=None).eval()(x)
-    TopKGating(DIM, 4).eval()(x)
-
-
 # ---- where tensors are made ----
 
 PLACED = {

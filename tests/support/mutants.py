@@ -53,9 +53,12 @@ SURVIVORS = Path(__file__).with_suffix(".txt")
 ORACLE = (
     "golden losses queues levels routing decision dispatch side_inputs errors arguments logits steps reference gates "
     "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
-    "few_choices sparse_mixer balancing"
+    "few_choices sparse_mixer balancing decode"
 )
-SLOWER = "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or any_two or trainer"
+SLOWER = (
+    "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or any_two or trainer or few_rows or "
+    "few_tokens or it_balances or once_for_each_step or sparsity_is or a_share_of or ids_that_cost"
+)
 OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
 PYTEST = [*OPTIONS, "-k", f"not ({SLOWER})", *(f"tests/test_{name}.py" for name in ORACLE.split())]
 FIRST = [*OPTIONS, "tests/test_arguments.py", "tests/test_errors.py"]  # of what constructors and settings refuse
