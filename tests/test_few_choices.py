@@ -83,9 +83,10 @@ def test_what_is_served(settings, kernel):
     """Up to eight tokens of a group. It is tried once before it serves, and gives what operators give."""
     gate = gate_of(**settings)
     for number, (b, n) in enumerate([(3, 1), (1, 3), (2, few.LONGEST)]):
-        x = torch.randn(b, n, DIM)
+        x, random = torch.randn(b, n, DIM), torch.get_rng_state()
         found = gate(x)
         assert kernel.calls == number + 2
+        assert torch.equal(torch.get_rng_state(), random)
         kernel.there = False
         wanted = gate(x)
         kernel.there = True
