@@ -73,13 +73,12 @@ def test_one_expert_at_either_level_drops_nothing_more(sizes):
 PLACED = {
     **ROUTERS,
     "SparseMixer": lambda: SparseMixerGating(paths.DIM, NUM_EXPERTS),
-    "balanced": lambda: forced("balanced"),
-    "random": lambda: forced("random"),
+    "TopK, balanced": lambda: forced(TopKGating(paths.DIM, NUM_EXPERTS, num_groups=2, top_groups=2), "balanced"),
+    "SparseMixer, random": lambda: forced(SparseMixerGating(paths.DIM, NUM_EXPERTS), "random"),
 }
 
 
-def forced(how: Literal["balanced", "random"]) -> TopKGating:
-    gate = TopKGating(paths.DIM, NUM_EXPERTS, expert_bias=True, num_groups=2, top_groups=2)
+def forced(gate: TokenChoiceGate, how: Literal["balanced", "random"]) -> TokenChoiceGate:
     gate.forced = how
     return gate
 

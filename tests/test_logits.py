@@ -74,11 +74,11 @@ def test_a_product_that_is_summed_in_float32_takes_its_gradients_from_there(monk
     assert all(map(torch.equal, found, wanted))
 
 
-def test_a_wide_product_has_the_shape_and_dtype_of_one():
-    found = logits_module._wide_product(
-        *(torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((9, 6), (6, 5)))
-    )
-    assert (found.shape, found.dtype) == ((9, 5), torch.float32)
+@pytest.mark.parametrize("outer", [(), (2,), (3, 2)])
+def test_a_wide_product_has_the_shape_and_dtype_of_one(outer):
+    x, weight = (torch.empty(*outer, *shape, dtype=torch.bfloat16, device="meta") for shape in ((9, 6), (6, 5)))
+    found = logits_module._wide_product(x, weight)
+    assert (found.shape, found.dtype) == ((*outer, 9, 5), torch.float32)
 
 
 def test_gradients_under_autocast_stay_in_float32():

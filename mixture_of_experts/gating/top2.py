@@ -22,11 +22,6 @@ from mixture_of_experts.settings import setting
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 
 
-def send_all(weight: Tensor, threshold: float, eps: float) -> Tensor:
-    """Send every second choice."""
-    return torch.ones_like(weight, dtype=torch.bool)
-
-
 def send_none(weight: Tensor, threshold: float, eps: float) -> Tensor:
     """Send no second choice."""
     return torch.zeros_like(weight, dtype=torch.bool)
@@ -43,7 +38,8 @@ def send_at_random(weight: Tensor, threshold: float, eps: float) -> Tensor:
     return uniform < weight / max(threshold, eps)
 
 
-POLICIES = {"all": send_all, "none": send_none, "threshold": send_above_threshold, "random": send_at_random}
+SENDS = {"none": send_none, "threshold": send_above_threshold, "random": send_at_random}  # by "all" every one is sent
+POLICIES = ("all", *SENDS)
 
 
 @dataclass(frozen=True)
@@ -238,7 +234,7 @@ class Top2Gating(TokenChoiceGate):
         if policy == "all":
             sent = None
         else:
-            second = POLICIES[policy](weight[..., 1].detach(), threshold, self.eps)
+            second = SENDS[policy](weight[..., 1].detach(), threshold, self.eps)
             sent = torch.stack([torch.ones_like(second), second], dim=-1)
         if self.num_experts > 1:
             return sent
