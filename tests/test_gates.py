@@ -74,6 +74,7 @@ PLACED = {
     **ROUTERS,
     "SparseMixer": lambda: SparseMixerGating(paths.DIM, NUM_EXPERTS),
     "TopK, balanced": lambda: forced(TopKGating(paths.DIM, NUM_EXPERTS, num_groups=2, top_groups=2), "balanced"),
+    "Top2, balanced": lambda: forced(Top2Gating(paths.DIM, NUM_EXPERTS), "balanced"),
     "SparseMixer, random": lambda: forced(SparseMixerGating(paths.DIM, NUM_EXPERTS), "random"),
 }
 
