@@ -31,7 +31,7 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def check_shared_expert(shared_expert: Any) -> nn.Module | None:
-    """The shared expert, a module that can be called or None; TypeError for anything else."""
+    """Check that the shared expert is a module that can be called, or None."""
     if shared_expert is None or (isinstance(shared_expert, nn.Module) and has_forward(shared_expert)):
         return shared_expert
     got = type(shared_expert).__name__ if isinstance(shared_expert, nn.Module) else repr(shared_expert)

@@ -88,11 +88,8 @@ class AuxLosses:
     def take(self) -> Tensor:
         """The sum, 0-dim, of the auxiliary losses of all layers, over all training forwards since the last call.
 
-        A training forward runs in training mode with gradients enabled. If there was none, the sum is that of the last
-        evaluation forward.
-
-        Raises:
-            RuntimeError: no loss was collected.
+        A training forward runs in training mode with gradients enabled. Without one, the sum is that of the last
+        evaluation forward; without any forward, RuntimeError is raised.
         """
         losses = self._training or self._evaluation
         if not losses:

@@ -119,7 +119,7 @@ class ExpertBalancing:
         self._rate = check_number("rate", value, at_least=0.0)
 
     def remove(self) -> None:
-        """End the balancing: remove all hooks, and give the gates back their own rule."""
+        """End the balancing."""
         self._hooks.close()
 
     @torch.no_grad()
@@ -137,7 +137,7 @@ class ExpertBalancing:
 
 
 class Ours:
-    """The bias of a gate of this package. The gate counts by `rule` until `hooks` are closed."""
+    """The bias of a gate of this package, which counts by `rule` until `hooks` are closed."""
 
     gate: Any
     rule: BiasRule

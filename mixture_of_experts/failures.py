@@ -147,7 +147,7 @@ def heard(group: dist.ProcessGroup, error: Exception, timeout: timedelta) -> str
 
 
 def listen(group: dist.ProcessGroup, journal: dict[int, Entry], patience: float, timeout: timedelta) -> None:
-    """Read new entries into `journal`, until they name a failure, no rank is silent, or `patience` seconds are over."""
+    """Read entries until they name a failure, no rank is silent, or `patience` seconds are over."""
     begin = time.monotonic()
     while True:
         read(journal)
@@ -178,7 +178,7 @@ def write(entry: Entry) -> None:
 
 
 def read(journal: dict[int, Entry]) -> None:
-    """Add the new entries of the store to `journal`, by number; skip those that are not written to the end."""
+    """Add new entries to `journal`, by number; skip those that are not written to the end."""
     store = store_of_job()
     for number in range(1, store.add(JOURNAL, 0) + 1):
         if number not in journal and store.check([f"{JOURNAL}/{number}"]):

@@ -67,7 +67,7 @@ class BlockSettings:
 
     @property
     def always(self) -> int:
-        """The number of shared experts that the router weighs; their ids stand behind the others."""
+        """The number of shared experts that the router weighs; they have the last ids."""
         return self.block.shared_experts.n_shared_experts if self.model.scales == "all" else 0
 
     @property
@@ -121,7 +121,7 @@ class BlockSettings:
         return product / 2 if getattr(self.block, "shared_expert_combination_strategy", "") == "average" else product
 
     def gate(self) -> dict[str, Any]:
-        """Arguments for the gate's class; those that are modules of the block are not among them."""
+        """Arguments for the gate, without modules."""
         if "tolerance" in self.model.gate:
             return dict(k=self.model.gate["k"], tolerance=float(self.held("tolerance")))
         unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
@@ -187,5 +187,5 @@ def are_choices(weight: Tensor, expert: Tensor) -> bool:
 
 
 def num_logits(held: BlockSettings) -> int:
-    """The number of logits of a token that a router returns, without those of shared experts that it weighs."""
+    """The number of a router's logits: shared experts have none."""
     return held.num_experts - held.always

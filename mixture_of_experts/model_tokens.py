@@ -61,8 +61,7 @@ class TokensReader:
         return given
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
-        """The number of real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a
-        cache."""
+        """The real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a cache."""
         given = self.given(args, kwargs)
         cache = given.get("cache", given.get("past_key_values"))
         return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
@@ -88,7 +87,7 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
 
 
 def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
-    """The number of tokens that are no padding among the `cached` tokens, `(b,)` or one number for all sequences."""
+    """The number of real tokens among `cached` ones, `(b,)` or one number for all sequences."""
     mask = given.get("attention_mask")
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention")

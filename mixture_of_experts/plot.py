@@ -177,7 +177,7 @@ def _draw_experts(ax: Axes, y: int, load: Tensor, cell: int) -> None:
 
 
 def _draw_training(records: Sequence[Record], requested: bool, ax: Axes | None) -> Axes:
-    """Draw one gate: a row for each expert, a column for each stretch of steps."""
+    """Draw one gate over its steps."""
     counts = torch.stack([(record.requested if requested else record.load).flatten() for record in records])
     stretches = counts.tensor_split(min(STRETCHES, len(counts)))
     load = torch.stack([clipped(relative(stretch.sum(dim=0))) for stretch in stretches], dim=1)  # (e, stretches)

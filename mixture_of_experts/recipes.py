@@ -48,17 +48,16 @@ class Model:
         scales: learned numbers that multiply the normalised weights: "expert", one for each expert, or "all", one.
         experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
             "limit", "alpha" and "after".
-        weigh_input: whether weights multiply what the experts read, instead of what they return.
-        latent: width in which experts compute, as a share of d, with a norm behind them; 0: they compute in d.
+        weigh_input: whether weights multiply what the experts read.
+        latent: width of latent experts, which have a norm behind them, as a share of d; 0: there are none.
         identity: number of experts that return the token, as a share of those that compute.
         zero: number of experts that return zero.
         shared: width of the shared expert, in hidden widths of an expert; 0: there is none.
         shared_gate: whether a learned gate of each token multiplies the shared expert's output.
-        layer: arguments of `MoE`, the coefficients of losses. Those of expert groups hold only for a gate that has such
-            groups.
-        router_aux_loss_coef: for a loss over all layers, as in transformers: its coefficient and the number of layers;
-            `loss_coef` is coefficient * k / layers. The coefficient is that of the model's published configuration, or
-            the default of its class in transformers.
+        layer: arguments of `MoE`, the coefficients of losses; those of expert groups only if the gate has such groups.
+        router_aux_loss_coef: coefficient of a loss over all layers, as in transformers, and their number; `loss_coef`
+            is coefficient * k / layers. The coefficient is that of the model's published configuration, or the default
+            of its class in transformers.
         blocks: classes of `transformers` that compute this.
         keeps: names under which these blocks keep a part, if not under those in `KEEPS`.
         tells: whether the router of these blocks returns logits or probabilities.

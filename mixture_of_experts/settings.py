@@ -19,10 +19,7 @@ def setting(check: Callable[..., Any], **bounds: Any) -> Any:
 
 
 class CheckedModule(nn.Module):
-    """A module with settings, which are checked when they are set, and sizes, which never change.
-
-    A setting lies in the instance's `__dict__`, so reading it is as fast as reading any attribute.
-    """
+    """A module with settings, which are checked when they are set, and sizes, which never change."""
 
     #: attributes that give parameters their shapes: they can be set only once
     sizes: ClassVar[tuple[str, ...]] = ()

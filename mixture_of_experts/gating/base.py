@@ -238,8 +238,8 @@ class TokenChoiceGate(Gate):
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
 
-        It need not care which tokens may choose less than k experts: their other choices are dropped afterwards. A loss
-        counts the tokens of `tokens.full` only; `balance_loss`, `z_loss` and `token_mean` of this class do so.
+        Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.full`, as
+        `balance_loss`, `z_loss` and `token_mean` of this class do.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 

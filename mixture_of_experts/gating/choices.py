@@ -80,8 +80,7 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
 def top_choices(score: Tensor, k: int) -> Tensor:
     """Indices `(..., k)` of the k largest scores, best first; on a tie the lowest index first.
 
-    `torch.topk` promises no order of equal scores. `argmax` does, and is as fast for a few choices on a CPU. On a GPU
-    one stable sort makes all choices.
+    `torch.topk` promises no order of equal scores, but `argmax` does. On a GPU one stable sort makes all choices.
     """
     score = score.detach()
     if k > 2 and score.device.type != "cpu":

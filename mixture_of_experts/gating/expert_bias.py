@@ -18,7 +18,7 @@ from mixture_of_experts.tracing import in_transform
 def move_counts(counts: Tensor, total: Tensor) -> None:
     """Add `counts` to `total`, then set `counts` to 0: a second backward through the same graph adds nothing.
 
-    It is an operator because a compiled backward may change a buffer only through one.
+    A compiled backward may change a buffer only by such an operator.
     """
     total.add_(counts)
     counts.zero_()

@@ -30,7 +30,7 @@ class Ranks:
 
 
 def find_ranks(name: str, ranks: list[int]) -> Ranks:
-    """Return the holder of the process group with this name and exactly these ranks; an empty one if there is none."""
+    """A holder of the process group with this name and these ranks, or an empty one."""
     if not (dist.is_available() and dist.is_initialized()):
         return Ranks(None)
     group = find_process_group(name)

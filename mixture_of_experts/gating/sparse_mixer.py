@@ -23,11 +23,10 @@ if TYPE_CHECKING:
 class SparseMixerGating(TokenChoiceGate):
     """SparseMixer (Liu, Gao and Chen 2023, arXiv 2310.00811; for two choices GRIN, arXiv 2409.12136, Phi-3.5-MoE).
 
-    A token chooses one expert after the other. For each choice the candidates are the best expert that is left and
-    those nearly as good. In training one is sampled by the softmax over their logits, in eval the best is taken; its
-    weight is its probability in that softmax. In training, in three cases of four, a choice that is not the best has
-    only a third of this weight, with the gradient of all of it. This is Heun's third-order estimate of the gradient of
-    the expectation.
+    A token chooses one expert after the other, among the best one that is left and those nearly as good: in training
+    sampled by the softmax over their logits, in eval the best. The weight is the probability in that softmax. In
+    training, in three cases of four, a choice that is not the best has only a third of this weight, with the gradient
+    of all of it: Heun's third-order estimate of the gradient of the expectation.
 
     Args:
         dim: d, model dimension.

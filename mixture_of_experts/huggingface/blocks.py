@@ -159,8 +159,7 @@ class ReadBlock(NamedTuple):
         return MoE(gate.dim, gate.num_experts, gate=gate, experts=experts, shared_expert=shared, **coefs)
 
     def views(self, of: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Pieces]:
-        """The block's weights, by the names and in the layout of this package; or what `of` returns for each weight,
-        such as its gradient."""
+        """The block's weights by this package's names and in its layout; or what `of` returns for each of them."""
         return {**router_views(self.router, of), **self.experts.views(of)}
 
 

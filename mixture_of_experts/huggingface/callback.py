@@ -62,7 +62,6 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
     """Have a Trainer log what the routers do, wherever it reports to. Call this before `trainer.train()`.
 
     Args:
-        trainer: the Trainer.
         layers: whether every layer is logged by itself too.
 
     Returns:

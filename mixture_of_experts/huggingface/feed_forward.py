@@ -98,8 +98,7 @@ class MoEFeedForward(Replaced):
         moe: the layer.
         dropout: the dropout after the layer, as the network had it.
         masked: whether the mask of the model around is one of these tokens.
-        stands_for: path of a linear layer inside the network, in whose place a `Replaced` stands; "": this module
-            itself is in that place.
+        stands_for: path, below this module, of the linear layer for which a `Replaced` stands; "": the module itself.
 
     Shape:
         `(b, n, d)`, or flattened `(b n, d)`, to the same shape.

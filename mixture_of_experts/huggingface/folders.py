@@ -205,7 +205,7 @@ class WeightFiles(Mapping[str, Tensor]):
         )
 
     def without_head(self, name: str, model: Any) -> str:
-        """The name in a checkpoint of a model without a head, which lacks the first word; else the name itself."""
+        """The name without its first word, if the files are of a model without a head; else the name itself."""
         prefix = f"{model.base_model_prefix}."
         return name if any(below(model.base_model_prefix, n) for n in self.files) else name.removeprefix(prefix)
 

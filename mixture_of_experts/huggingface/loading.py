@@ -110,7 +110,7 @@ def with_experts(
 
 
 def refuse_mismatches(model: nn.Module, mismatched: Collection[Any], allowed: bool) -> None:
-    """Raise RuntimeError for sizes that do not match, as transformers does, but not for layers that became experts."""
+    """Refuse sizes that do not match, as transformers does, but not those of layers that became experts."""
     for name, found, expected in mismatched:
         module = model.get_submodule(name.rpartition(".")[0])
         if isinstance(module, Replaced) and name.endswith("weight"):

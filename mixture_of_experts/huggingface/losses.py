@@ -106,12 +106,12 @@ def reports_routers(config: Any) -> bool:
 
 
 def take_away(backbone: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    """Forward pre-hook of a backbone: removes the argument `output_router_logits`."""
+    """Forward pre-hook of a backbone: drops `output_router_logits`."""
     return args, {name: value for name, value in kwargs.items() if name != "output_router_logits"}
 
 
 def no_router_logits(backbone: nn.Module, args: object, output: Any) -> None:
-    """Forward hook of a backbone: its output gets the attribute `router_logits`, None, which TRL reads."""
+    """Forward hook of a backbone: its output has `router_logits`, None, as TRL reads it."""
     if isinstance(output, MutableMapping):
         output.router_logits = None  # pyright: ignore[reportAttributeAccessIssue]
 

@@ -90,8 +90,7 @@ class BeginCall:
     def ids_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, int] | None, around: ModelCall | None
     ) -> Tensor | None:
-        """Token ids for a call whose reader found none: from the model's own arguments, or from the model around if it
-        has as many tokens; else None."""
+        """Token ids where the reader found none: the model's own, or those of a model around with as many tokens."""
         if self.reader is None:
             return None if self.ids is None else self.ids.given(args, kwargs).get("input_ids")
         outer = None if around is None else around.tokens.ids

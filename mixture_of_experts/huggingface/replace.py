@@ -245,7 +245,7 @@ def why(model: nn.Module, misses: Collection[Miss]) -> str:
 
 
 def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
-    """Modules without a network that was found, though modules of their class in the same place of a block have one."""
+    """Modules in which no network was found, though modules of their class at the same place of a block have one."""
     found = {(pattern(place.name), type(place.module)) for place in places}
     names = {place.name for place in places}
     misses = []
@@ -351,8 +351,7 @@ def make_moe(
     *,
     drawn: bool = True,
 ) -> MoE:
-    """A layer with the network's device and dtype, and experts of its kind. Without `drawn` their weights are left to
-    be filled."""
+    """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
     kind = Experts if dense.w3 is None else GatedExperts
     device, dtype = dense.w1.device, dense.w1.dtype
     with device if drawn else torch.device("meta"):
@@ -483,8 +482,7 @@ def share_routers(gate: Any, g: int) -> None:
 
 @torch.no_grad()
 def sum_of_weights(moe: MoE, g: int) -> float:
-    """The sum of the weights of a token's experts in eval, without drops; ValueError if it differs between tokens or
-    between the g slices of a copy."""
+    """The sum of the weights of a token's experts in eval, without drops; the same for all tokens and slices."""
     gate, weight = moe.gate, next(moe.gate.parameters(), torch.empty(0))
     if weight.is_meta:
         return 1.0
@@ -537,7 +535,7 @@ def cut(network: Dense, start: int, stop: int) -> Dense:
 def read_alike(
     places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
 ) -> dict[str, Dense]:
-    """The networks of another model at the same sites, by name; ValueError if they differ in sizes or activation."""
+    """The networks of another model at the same sites, by name, checked to be alike."""
     found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
     networks = {}
     for place in places:

@@ -75,7 +75,6 @@ def initialise_missing(model: nn.Module, missing: Collection[str] | None = None)
     """Initialise what a checkpoint did not have, and warn of it: transformers leaves that memory uninitialised.
 
     Args:
-        model: the loaded model.
         missing: names of parameters and buffers; by default those that transformers has not marked as loaded.
     """
     names, anew = {module: name for name, module in model.named_modules()}, []

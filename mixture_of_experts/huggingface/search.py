@@ -53,7 +53,6 @@ def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], li
     """The networks of a model that can be replaced, and those that cannot.
 
     Args:
-        model: the model.
         given: paths of modules whose networks are known already.
     """
     found: list[Found] = []
@@ -102,7 +101,7 @@ def is_place(name: str, module: nn.Module) -> bool:
 
 
 def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> bool:
-    """Whether the network is as wide at its ends as something else in its block: a norm or another linear layer."""
+    """Whether a network is as wide as a norm or another linear layer of its block."""
     path = name.split(".")
     around = next(
         model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1) if is_item(model, path[:end])
@@ -285,8 +284,7 @@ class Chain(NamedTuple):
         raise UnfitError(f"no activation is known that computes its hidden layer ({', '.join(names)})")
 
     def _forms(self, a: Tensor, b: Tensor) -> Iterator[tuple[Node | None, Node, Halves, dict[Node, Tensor]]]:
-        """The forms in which a may be multiplied by the activation of b: gate, up, order of halves, and the results of
-        the linear layers that are a and b."""
+        """The forms in which a may multiply the activation of b: gate, up, halves, and the linear layers' results."""
         first, last = self.ups[0], self.ups[-1]
         if first is not last:
             yield first, last, "gate_up", {first: b, last: a}
@@ -307,8 +305,7 @@ class Chain(NamedTuple):
         yield from (nn.Sigmoid(), nn.Identity()) if len(self.activations) == 0 else ()
 
     def _as_part(self, activation: nn.Module, a: Tensor) -> str | nn.Module:
-        """The path of an activation that is the network's own layer; else the activation. UnfitError if it computes
-        hidden units together."""
+        """The path of the activation if it is a layer of the network, which must compute each hidden unit alone."""
         for node in self.activations:
             if self.calls.called(node) is activation:
                 some, all_units = a[:, : a.shape[-1] // 2], self.bench.apply(activation, a)

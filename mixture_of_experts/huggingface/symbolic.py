@@ -153,7 +153,7 @@ def is_needed(parameter: inspect.Parameter) -> bool:
 
 
 def run(recorder: Recorder, module: nn.Module, path: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Run a module's forward on symbols; return its output."""
+    """Run a module's forward on symbols."""
     return type(module).forward(skeleton(recorder, module, path), *args, **kwargs)
 
 
@@ -199,7 +199,7 @@ class Bench:
         self.copies: dict[nn.Module, nn.Module] = {}
 
     def copy(self, module: nn.Module) -> nn.Module:
-        """The copy of a module, made once. For a module on the meta device its numbers are arbitrary."""
+        """The copy of a module, made once; of arbitrary numbers if the module is on the meta device."""
         if module not in self.copies:
             own = copy.deepcopy(module)
             state = [*own.parameters(), *own.buffers()]

@@ -48,11 +48,8 @@ class ForwardBackward(Protocol):
     ) -> Gradients:
         """Return the gradients.
 
-        Args:
-            x, plan, network: as in `forward`.
-            saved: what `forward` returned.
-            grad: `(t, o)`, gradient of the outputs.
-            wanted: "x" and names of `Network.tensors`. The assignments' weights always have a gradient: it is cheap.
+        `saved` is what `forward` returned, `grad` `(t, o)` the gradient of the outputs. `wanted` has "x" and names of
+        `Network.tensors`; the gradient of the assignments' weights is always computed.
         """
         ...
 

@@ -164,7 +164,7 @@ def _outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tenso
 
 @torch.library.custom_op("mixture_of_experts::rows_by_weights", mutates_args=(), device_types="cpu")
 def rows_by_weights(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-    """Multiply rows x `(r, p)` by their experts' weights; one product for each expert that has rows."""
+    """Multiply rows by their experts' weights, one expert after the other."""
     return product_by_expert(
         x, weight, [(expert, count) for expert, count in enumerate(num_tokens_per_expert.tolist()) if count]
     )

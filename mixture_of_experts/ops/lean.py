@@ -84,7 +84,7 @@ class SlotProducts:
         return pre
 
     def unpack(self, pre: Tensor) -> Tensor:
-        """The pre-activations `(r, q)`, from what `pack` returned."""
+        """The pre-activations `(r, q)` again."""
         return pre
 
     def batches(self, rows: Tensor) -> Tensor:

@@ -129,8 +129,8 @@ def outer_product(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor
 
 
 def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of x, of the assignments' weights and of all tensors of the network, by operators that vmap and further
-    derivatives go through. Ways whose own gradients allow neither use it."""
+    """Gradients of x, of the assignments' weights and of all tensors of the network, by operators that vmap and second
+    derivatives go through, for ways whose own gradients allow neither."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
         return compute(x, plan._replace(weight=weight), network.with_tensors(dict(zip(tensors, weights, strict=True))))

@@ -62,7 +62,6 @@ def forward(
     """Return the pre-activations, a tensor for each weight of `w_in`, and the `total` of outputs.
 
     Args:
-        products, x, network: the products on rows, tokens `(t, d)`, and the weights.
         save: whether the pre-activations are needed again; if not, the hidden layer may overwrite them.
         out: memory for the pre-activations.
     """

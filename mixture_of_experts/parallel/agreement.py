@@ -1,4 +1,4 @@
-"""Compares the ranks' layers when they are set up; a problem on one rank raises on all."""
+"""Compares the ranks' layers when they are set up."""
 
 from __future__ import annotations
 

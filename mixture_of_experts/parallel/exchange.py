@@ -238,7 +238,7 @@ class ExchangeSizes(NamedTuple):
 def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> ExchangeSizes:
     """Exchange headers and counts `(e,)`, with one host sync.
 
-    All ranks see all headers. If they differ, every rank raises ValueError, and none is left waiting.
+    All ranks see all headers, so if they differ, every rank raises ValueError.
     """
     ranks, width = channel.size, len(header)
     sent = counts.view(ranks, -1)

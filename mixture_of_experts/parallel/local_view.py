@@ -19,8 +19,7 @@ class LocalView(NamedTuple):
 
     Attributes:
         original: the module.
-        module: the stand-in. It shares everything with the original, but holds only this rank's part of stacks over
-            experts.
+        module: the stand-in, which shares everything but holds only this rank's part of stacks over experts.
         given: the attributes of `module` when it was made.
         known: the names of its submodules and parameters when it was made.
         buffers: the buffers, by name, that are a part of the original's buffers.

@@ -89,6 +89,6 @@ def refuse_other_ways(site: ChoiceSite, mode: Choosing) -> Tensor:
 
 
 def refuse_one_graph(site: ChoiceSite) -> None:
-    """Raise RuntimeError if the whole model is compiled as one graph: blocks need a break in it."""
+    """Refuse one graph of the whole model: here it needs a break."""
     if torch.compiler.is_compiling():
         raise RuntimeError(f"choices of {site.name!r} cannot be part of a graph: compile without fullgraph=True")

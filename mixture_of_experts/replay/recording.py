@@ -190,8 +190,7 @@ def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tupl
 
 
 def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
-    """Choices of level two for assignments of level one `(b n k, k2)`, from those for slots `(eo, b, c, k2)`; -1 for an
-    assignment without a slot."""
+    """Choices of level two, by slots `(eo, b, c, k2)`, by assignments of level one `(b n k, k2)`; -1 without a slot."""
     slots, k = plan_slots_of(outer), expert.shape[-1]
     none = expert.new_full((outer.expert.numel() + 1, k), -1)
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]

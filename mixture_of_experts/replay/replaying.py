@@ -96,7 +96,6 @@ class Table:
 
     Args:
         records: the record `(s, k)` of each sequence.
-        k: choices of a token.
     """
 
     lengths: list[int]

@@ -117,7 +117,7 @@ class SequencesCall(CallUnderWay):
         return isinstance(self.seen, Tensor) or self.seen > 0
 
     def once(self, name: str) -> None:
-        """Raise RuntimeError if a gate runs a second time in this forward."""
+        """Refuse a second run of a gate in this forward."""
         if name in self.gates:
             raise RuntimeError(f"{name!r} ran twice in one forward, but a record has room for one call: call it once")
         self.gates.add(name)
@@ -159,7 +159,7 @@ def runs_again() -> bool:
 
 
 def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: ExitStack) -> dict[nn.Module, Sequences]:
-    """Set hooks at the beginning of forwards of all models around gates; return the `Sequences` of each model."""
+    """Set hooks at the beginning of forwards of all models around gates; return their `Sequences`."""
     found = {around: Sequences(owner, around, seen) for around in {site.around: None for site in sites}}
     for around, sequences in found.items():
         hooks.callback(around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)

@@ -1,7 +1,7 @@
 """Draws the charts of a report by Matplotlib, as `data:` addresses: strips of load, and one gate over its steps.
 
-A strip has few pixels for each expert; the page stretches it. A chart of steps is `WIDTH` pixels wide, so that it fits
-a phone. `HEAT_MAP` says where its heat map lies, so that the page knows what is under the pointer.
+A strip has few pixels for each expert; the page stretches it. A chart of steps is `WIDTH` pixels wide, for a phone.
+`HEAT_MAP` says where its heat map lies, so that the page knows what is under the pointer.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def clipped(load: Tensor) -> Tensor:
 
 
 def load_colours() -> dict[str, Any]:
-    """The colour map of loads and its scale: white is balanced, half and double are equally far from it."""
+    """The colours of loads: white is balanced, half and double are equally far from it."""
     from matplotlib.colors import LogNorm
 
     return {"cmap": "PuOr_r", "norm": LogNorm(LEAST, MOST)}

@@ -78,8 +78,7 @@ def taking_part(routing: Routing, importance: Tensor | None) -> Tensor | None:
 def over_capacity(routing: Routing, queued: Tensor, experts: int = 1) -> Tensor:
     """`(..., b, q)`, the number of choices in each queue beyond the slots of so many experts.
 
-    For the queue of one expert these are the choices that capacity dropped. For the queues of all experts together they
-    are the choices that it would have dropped at any load.
+    For one expert these are the drops; for the queue of all experts, the drops that no load avoids.
     """
     limit = routing.capacity if routing.limit is None else routing.limit.unsqueeze(-1)
     return torch.zeros_like(queued) if limit is None else (queued - experts * limit).clamp(min=0)

@@ -120,7 +120,7 @@ def idle(history: History) -> Iterator[str]:
 
 
 def overview_row(i: int, history: History) -> str:
-    """The table row of one gate, over all steps."""
+    """One gate over all steps, as a table row."""
     total = history.total
     strips = "".join(
         f'<td class=strip><img data-gate="{i}" data-of="{of}" alt="" src="{charts.strip(load.flatten())}"></td>'
@@ -157,7 +157,7 @@ def card(i: int, history: History, most: float) -> str:
 
 
 def numbers(history: History) -> dict[str, Any]:
-    """The numbers that the pointer shows on a gate's strips and chart: loads in hundredths of a balanced load."""
+    """The numbers that the pointer shows: loads in hundredths of a balanced load."""
     total = history.total
 
     def hundredths(load: Tensor) -> list[int]:

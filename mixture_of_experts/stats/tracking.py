@@ -405,7 +405,7 @@ class GateTracker:
 
     @property
     def forwards(self) -> int:
-        """The number of all recorded forwards, also of those that were overwritten."""
+        """The number of recorded forwards, overwritten ones included."""
         return int(self.written)
 
     def rows(self) -> Tensor:
@@ -414,7 +414,7 @@ class GateTracker:
         return ring[:forwards] if forwards <= self.keep else ring.roll(-(forwards % (self.keep + 1)), 0)
 
     def record(self, step: int, rows: Tensor) -> Record:
-        """The record of a step, or of several, from their rows `(r, width)`."""
+        """The record of rows `(r, width)`."""
         g, e = self.routers, self.place.num_experts
         _, load, requested, sums, worst, lost, losses = rows.split(
             [2, g * e, g * e, len(SUMS) * g, g, 1, MOST_LOSSES], dim=1

@@ -1,7 +1,6 @@
 """Batches: experts that a CPU computes as one product. Chunks: batches that use the same memory one after another.
 
-A batched product has one number of rows for all its experts, so shorter experts are padded. Memory between products is
-used again from chunk to chunk, because fresh memory costs as much time as arithmetic.
+A batched product has one number of rows for all its experts, so experts with fewer rows are padded.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 Axes: t tokens, r rows (expert by expert, some of them padding), d model dim, o dim of the outputs.
 
 On a CPU fresh memory costs as much time as arithmetic: a new page takes about a microsecond. So rows are computed in
-chunks of experts. A chunk is so small that everything between its products stays in the caches, and that the allocator
-gives its memory to the next chunk.
+chunks of experts, so small that the results between products stay in the caches, and that the next chunk gets the same
+memory.
 """
 
 from __future__ import annotations

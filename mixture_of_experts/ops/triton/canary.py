@@ -94,7 +94,7 @@ def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wante
 
 
 def forget() -> None:
-    """Forget all verdicts, so that everything is checked again."""
+    """Forget all verdicts."""
     CHECK.verdicts.clear()
 
 
