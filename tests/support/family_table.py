@@ -193,11 +193,11 @@ HEAD = [
     "python -m tests.support.family_table --write docs/families.md",
     "```",
     "",
-    f"Every family of transformers {transformers.__version__} of which a tiny model with random weights can be made.",
-    f"One that upcycles gives outputs within {CLOSE} of the dense model's, in units of their deviation: with four",
-    "experts in evaluation; with one and the same seed in training, with the dropout of its configuration; and equal",
-    "ones after it was saved and loaded, where transformers loads what it saved of the dense one. One that is refused",
-    "says why, and is not changed.",
+    f"The tables list the families of transformers {transformers.__version__} of which a tiny random model exists.",
+    f"The outputs of an upcycled model are within {CLOSE} of the dense model's, in units of their deviation: with four",
+    "experts in evaluation, and with one expert and the same seed in training, with the dropout of its configuration.",
+    "They are equal after saving and loading, where transformers can load the saved dense model. If a family is",
+    "refused, the table says why; the model is not changed.",
     "",
 ]
 
