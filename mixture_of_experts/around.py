@@ -19,7 +19,7 @@ from mixture_of_experts.experts import RoutedExperts, run_experts
 class EnclosedExperts(RoutedExperts):
     """Experts between two modules: `after(experts(before(x)) + beside(x))`.
 
-    Latent experts are made so: they compute in a narrower space that all of them share (arXiv 2601.18089).
+    This makes latent experts, which compute in a narrower space that all of them share (arXiv 2601.18089).
 
     Args:
         experts: any experts, of the width that `before` returns.
@@ -82,7 +82,7 @@ class ExpertsBesideIdentity(RoutedExperts):
     Args:
         experts: `Experts`, `GatedExperts` or another `RoutedExperts`; they have the ids from 0 to e - 1.
         num_identity: number of experts that return the token; they have the next ids.
-        num_zero: number of experts that return zero, with the ids behind those.
+        num_zero: number of experts that return zero, with the ids after those.
         num_constant: number of experts that return `a x + b v`, with the last ids. Each has a vector v and a matrix w
             of `(a, b) = softmax(x w)`.
         device, dtype: of the weights of the last kind.
@@ -122,7 +122,7 @@ class ExpertsBesideIdentity(RoutedExperts):
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
                 f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
-                "added experts have the ids behind theirs"
+                "ids of the added experts follow theirs"
             )
         numbers = {"num_identity": num_identity, "num_zero": num_zero, "num_constant": num_constant}
         for name, number in numbers.items():

@@ -61,7 +61,7 @@ def balance_experts(
             balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. An instance is taken too, such
             as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a rule of your own.
         rate: size of a step: by default 1e-3 for the sign rules, and 1, the whole way, for "quantile". You may change
-            `balancing.rate` later; 0 leaves the bias as it is (DeepSeek-V3 ends so).
+            `balancing.rate` later; 0 leaves the bias as it is (as DeepSeek-V3 does in the end).
         group: the ranks that share a batch, over which counts are summed; by default all ranks if `torch.distributed`
             is initialised. All of them must step.
 
@@ -158,7 +158,7 @@ class Ours:
 
     @property
     def counts(self) -> Tensor | None:
-        """The gate's counts; None if its rule is another by now."""
+        """The gate's counts; None if its rule was replaced."""
         return self.gate.bias_counts if self.gate.bias_rule is self.rule else None
 
     def move(self, step: Tensor) -> None:

@@ -17,7 +17,7 @@ from mixture_of_experts.held import BlockSettings, are_choices, record_of
 
 @contextmanager
 def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
-    """Have every gate in `model` send tokens to forced experts, while the context lasts.
+    """Make every gate in `model` send tokens to forced experts, while the context lasts.
 
     The time and memory of a layer then depend on shapes alone. Every real token makes all k choices. The gate computes
     their weights from the scores of the forced experts, with gradients. In a block of `transformers` the forced experts

@@ -104,7 +104,7 @@ def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
 
 def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to
-    itself, padding does not. None for a single token: nobody decodes padding."""
+    itself, padding does not. None for a single token: a decoded token is no padding."""
     n = mask.shape[-2]
     if n == 1:
         return None

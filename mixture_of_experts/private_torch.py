@@ -74,7 +74,7 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
 
 
 def without_dispatch_modes() -> AbstractContextManager[Any]:
-    """Where no mode sees operators, such as that of selective activation checkpointing."""
+    """A context in which no mode, such as that of selective activation checkpointing, sees operators."""
     return _python_dispatch._disable_current_modes()
 
 
@@ -148,6 +148,6 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
-    """Have `DistributedDataParallel(model)` ignore parameters and buffers of these names, beside those it ignores."""
+    """Make `DistributedDataParallel(model)` ignore parameters and buffers of these names, beside those it ignores."""
     ignored = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *names}
     model._ddp_params_and_buffers_to_ignore = sorted(ignored)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
+# type: ignore  (Triton's language, which type checkers take for Python)
 """The kernels that queue assignments at their experts. An operator of torch launches them.
 
 Axes: r groups of all routers, n tokens of a group, k choices of a token, a assignments of a group (n k), e experts.
@@ -31,8 +31,8 @@ def in_line(
     BY_CHOICE: tl.constexpr,  # all first choices stand before all second ones
     BLOCK: tl.constexpr,
 ):
-    """Where the assignments of a block of the line are stored, whether there are some, and their experts; e where one
-    does not queue."""
+    """For the assignments of a block of the line: where they are stored, whether they exist, and their experts (e where
+    an assignment does not queue)."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     exists = index < length * CHOICES
     stored = index
@@ -54,7 +54,7 @@ def count_in_line(
     expert,
     chosen,
     order,
-    counts,  # (r, e, blocks) int32: out, how often a block has each expert
+    counts,  # (r, e, blocks) int32: the result, each expert's assignments in a block
     length,
     num_experts,
     num_blocks,
@@ -76,8 +76,8 @@ def rank_in_line(
     expert,
     chosen,
     order,
-    total,  # (r, e, blocks) int64: how often each expert stands up to the end of a block
-    position,  # (r, a) int64: out, position of each assignment in its queue
+    total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
+    position,  # (r, a) int64: the result, the position of each assignment in its queue
     length,
     num_experts,
     num_blocks,
@@ -89,7 +89,7 @@ def rank_in_line(
     stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
     place = tl.arange(0, BLOCK)
     before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
-    earlier = tl.where(block > 0, its, num_experts)  # its queue, if a block stands before this one
+    earlier = tl.where(block > 0, its, num_experts)  # the expert, if there is an earlier block
     first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
     tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
 
@@ -98,12 +98,12 @@ def rank_in_line(
 def queue_in_line(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """Positions `(r, a)` int64, and counts `(r, e, blocks)` int64 up to the end of each block of the line.
+    """Return positions `(r, a)` int64, and counts `(r, e, blocks)` int64 up to the end of each block of the line.
 
     Args:
         expert: `(r, a)` int64, not empty.
         chosen: `(r, a)` bool; None if all assignments queue.
-        order: `(r, n)` int64, the tokens as they queue; None if in their own order.
+        order: `(r, n)` int64, the tokens in the order in which they queue; None if in their own order.
         num_experts, k: e and k.
         by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
             the next.
@@ -126,6 +126,6 @@ def _(expert, chosen, order, num_experts, k, by_choice):
 
 
 def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Where positions and counts are written."""
+    """Return empty tensors for positions `(r, a)` and counts `(r, e, blocks)`."""
     r, a = expert.shape
     return torch.empty_like(expert), expert.new_empty(r, num_experts, triton.cdiv(a, BLOCK), dtype=torch.int32)

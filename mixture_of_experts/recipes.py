@@ -49,7 +49,7 @@ class Model:
         experts: "activation" ("silu", "gelu", ...), "gated" (True by default) and "bias"; for a clamped activation also
             "limit", "alpha" and "after".
         weigh_input: whether weights multiply what the experts read.
-        latent: width of latent experts, which have a norm behind them, as a share of d; 0: there are none.
+        latent: width of latent experts, which have a norm after them, as a share of d; 0: there are none.
         identity: number of experts that return the token, as a share of those that compute.
         zero: number of experts that return zero.
         shared: width of the shared expert, in hidden widths of an expert; 0: there is none.

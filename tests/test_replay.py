@@ -206,7 +206,7 @@ def test_a_cache_of_ones_own_goes_on_and_is_cut():
     torch.testing.assert_close(torch.cat(steps, dim=1), out)
     with record_routing(model, seen=seen) as records:
         model(x, read=2)
-    with pytest.raises(RuntimeError, match=r"goes on with 2 sequences, 0 were recorded"):
+    with pytest.raises(RuntimeError, match=r"continues 2 sequences, 0 were recorded"):
         len(records)
 
 

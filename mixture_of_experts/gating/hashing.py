@@ -16,7 +16,7 @@ class HashGating(TopKGating):
     """Every token id has k fixed experts; their weights are learned, as those of `TopKGating`.
 
     The experts are balanced as far as the ids are, without a loss (Roller et al. 2021, arXiv 2106.04426). The first
-    layers of DeepSeek-V4 are made so. Call the layer as `moe(x, token_ids=ids)`.
+    layers of DeepSeek-V4 do this. Call the layer as `moe(x, token_ids=ids)`.
 
     Args:
         dim, num_experts, k: d, e, and the number of experts of an id.

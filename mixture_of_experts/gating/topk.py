@@ -282,7 +282,7 @@ class TopKGating(TokenChoiceGate):
         return losses.load_balance_over_batch(load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
-        """In training x times U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no number near 1.005."""
+        """In training multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""
         if not (self.training and self.jitter):
             return x
         dtype = torch.promote_types(x.dtype, torch.float32)

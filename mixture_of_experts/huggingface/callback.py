@@ -59,7 +59,7 @@ class RoutingCallback(TrainerCallback):
 
 
 def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
-    """Have a Trainer log what the routers do, wherever it reports to. Call this before `trainer.train()`.
+    """Make a Trainer log what the routers do, wherever it reports to. Call this before `trainer.train()`.
 
     Args:
         layers: whether every layer is logged by itself too.

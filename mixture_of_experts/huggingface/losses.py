@@ -76,10 +76,10 @@ ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num
 
 
 def announce(model: nn.Module) -> None:
-    """Have the trainers of TRL ask for the auxiliary loss, and give it to them as `out.aux_loss`.
+    """Make the trainers of TRL ask for the auxiliary loss, and give it to them as `out.aux_loss`.
 
-    They compute losses from log-probabilities and ignore the model's own loss. They ask models for the auxiliary loss
-    whose configuration says that they have routers. They also ask the backbone for router logits; hooks remove that.
+    They compute losses from log-probabilities and ignore the model's own loss. They ask a model for the auxiliary loss
+    if its configuration says that it has routers. They also ask the backbone for router logits; hooks remove that.
     """
     config, backbone = text_config(model), getattr(model, "base_model", model)
     if config is None or reports_routers(config) or backbone is model:

@@ -42,7 +42,7 @@ def replicated_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
-    """Have `DistributedDataParallel(model)` ignore what is a rank's own; call this first. Returns the model.
+    """Make `DistributedDataParallel(model)` ignore what is a rank's own; call this first. Returns the model.
 
     These are the experts, and the counts of gates with an expert bias: DDP would overwrite the counts in every forward
     with those of the first rank.

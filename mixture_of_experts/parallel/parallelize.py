@@ -95,7 +95,7 @@ def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
 
 
 def save_whole(module: nn.Module) -> None:
-    """Have `save_pretrained` of all models in a module write the experts of all ranks."""
+    """Make `save_pretrained` of all models in a module write the experts of all ranks."""
     for model in module.modules():
         save = getattr(type(model), "save_pretrained", None)
         if save is not None and any(isinstance(part, SpreadExperts) for part in model.modules()):

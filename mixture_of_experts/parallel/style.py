@@ -31,7 +31,7 @@ class ExpertParallel(ParallelStyle):
     """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
 
     Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
-    the state dict stay. Of an `ExpertList` each rank keeps its own modules, so its state dict has a part of the keys.
+    the state dict stay. Each rank keeps its own modules of an `ExpertList`, so its state dict has a part of the keys.
     Everything else in the layer stays whole on every rank: gates, shared experts, the modules around latent experts. It
     takes the values of the mesh's first rank. For latent experts (`EnclosedExperts`) tokens travel in the narrow width.
 

@@ -1,4 +1,4 @@
-"""Records what gates choose, and has them choose it again: in another dtype, engine or batch, or in a recomputation."""
+"""Records what gates choose, and makes them choose it again: in another dtype, engine or batch, or a recomputation."""
 
 from mixture_of_experts.replay.recording import record_routing
 from mixture_of_experts.replay.records import RoutingRecords

@@ -206,13 +206,13 @@ def joined(name: str, before: list[Tensor], parts: list[Part]) -> list[Tensor]:
             pieces += [[row.clone()] for row in rows]
             continue
         if len(rows) > len(pieces):
-            raise RuntimeError(f"{name!r}: a forward goes on with {len(rows)} sequences, {len(pieces)} were recorded")
+            raise RuntimeError(f"{name!r}: a forward continues {len(rows)} sequences, {len(pieces)} were recorded")
         seen = part.seen.tolist() if isinstance(part.seen, Tensor) else [part.seen] * len(rows)
         for piece, row, read in zip(pieces[len(pieces) - len(rows) :], rows, seen, strict=True):
             have = sum(map(len, piece))
             if have < read:
                 raise RuntimeError(
-                    f"{name!r}: a forward goes on after {read} tokens of a sequence, {have} were recorded"
+                    f"{name!r}: a forward continues after {read} tokens of a sequence, {have} were recorded"
                 )
             if have > read:  # the cache was cut
                 piece[:] = [torch.cat(piece)[:read]]

@@ -38,7 +38,7 @@ NOTES, NAMED = 12, 12  # most notes, and most experts that a note names
 
 
 class History(NamedTuple):
-    """What the page shows of a gate."""
+    """The records of one gate, for its part of the page."""
 
     total: Record
     stretches: Sequence[Record]  # of one step or several each, oldest first

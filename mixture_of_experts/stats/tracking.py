@@ -347,7 +347,7 @@ class GateTracker:
         cells = self.routers * self.place.num_experts
         width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
         with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
-            # one row more than `keep`: the oldest shows whether the step behind it is complete
+            # one row more than `keep`: the oldest shows whether the step after it is complete
             self.ring = torch.zeros(self.keep + 1, width, device=device)
             self.written = torch.zeros(1, dtype=torch.int64, device=device)
             self.stats._add_clock(device)

@@ -12,7 +12,7 @@ from mixture_of_experts.tracing import in_transform
 
 
 def why_not(call: Call) -> str | None:
-    """Why the call is not one of plain tensors on a CPU, with readable numbers and a known activation."""
+    """Why this way cannot compute a call; None for plain CPU tensors, readable numbers and a known activation."""
     if call.x.device.type != "cpu":
         return f"the tokens are on {call.x.device.type}"
     if torch.compiler.is_compiling():

@@ -26,7 +26,7 @@ WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int3
 
 
 def why_not(call: Call) -> str | None:
-    """Why the network is none that kernels are written for, or the card none that they were compiled for."""
+    """Why the kernels cannot compute a call on its device; None if they can."""
     x, network = call.x, call.network
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
@@ -38,7 +38,7 @@ def why_not(call: Call) -> str | None:
 
 
 def why_not_unasked(call: Call) -> str | None:
-    """Why the kernels are not taken unless they are asked for; None where no other way is known to be as good."""
+    """Why the kernels serve a call only if the user asks for them; None where no other way is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
@@ -85,7 +85,7 @@ def _why_not_on(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
     if capability(device) not in HALF:
-        return "compute capability {}.{} is none that the kernels were compiled for".format(*capability(device))
+        return "the kernels were not compiled for compute capability {}.{}".format(*capability(device))
     return None
 
 
