@@ -126,6 +126,6 @@ def _(expert, chosen, order, num_experts, k, by_choice):
 
 
 def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return empty tensors for positions `(r, a)` and counts `(r, e, blocks)`."""
+    """Where positions and counts are written, without gaps whatever the strides of `expert`."""
     r, a = expert.shape
-    return torch.empty_like(expert), expert.new_empty(r, num_experts, triton.cdiv(a, BLOCK), dtype=torch.int32)
+    return expert.new_empty(r, a), expert.new_empty(r, num_experts, triton.cdiv(a, BLOCK), dtype=torch.int32)

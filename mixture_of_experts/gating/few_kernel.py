@@ -136,4 +136,4 @@ def empty_choices(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     """Where they are written."""
     b, n, _ = logits.shape
     expert = logits.new_empty(b, n, k, dtype=torch.int64)
-    return expert, logits.new_empty(b, n, k), torch.empty_like(logits), logits.new_empty(b, 2)
+    return expert, logits.new_empty(b, n, k), logits.new_empty(logits.shape), logits.new_empty(b, 2)

@@ -449,8 +449,10 @@ def check_queues(e: int, k: int, n: int) -> None:
         if priority == "token" and chosen is None:
             with ops.use("triton"):
                 alone = queues.queue_up(expert[0, 0], None, e, k, priority)  # of a call, which has no groups
-            assert torch.equal(alone.position, wanted.position[0, 0])
-            assert torch.equal(alone.length, wanted.length[0, 0])
+                turned = queues.queue_up(expert[1].T.contiguous().T, None, e, k, priority)  # stored token by token
+            for got, group in ((alone, (0, 0)), (turned, 1)):
+                assert torch.equal(got.position, wanted.position[group])
+                assert torch.equal(got.length, wanted.length[group])
     assert len(queued) == 6
 
 
