@@ -149,6 +149,10 @@ def test_plans_of_two_levels(check: Checks, limited: bool, mask: bool):
     check("check_plan_of_two_levels", limited, mask)
 
 
+def test_plans_with_slots_of_nobody(check: Checks):
+    check("check_plan_with_slots_of_nobody")
+
+
 @pytest.mark.parametrize("sizes", [(5, 2, 70), *(pytest.param(s, marks=slow) for s in ((1, 1, 1), (257, 3, 50)))])
 def test_queues(check: Checks, sizes: tuple[int, int, int]):
     check("check_queues", *sizes)

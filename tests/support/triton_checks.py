@@ -428,6 +428,35 @@ def check_plan_of_two_levels(limited: bool, mask: bool) -> None:
         assert (got[used:] == want[used:rows]).all()
 
 
+class Unmasked(Top2Gating):
+    """Fills slots that have no token, as a gate of one's own may."""
+
+    def forward(self, x: Tensor, importance: Any = None, mask: Any = None, length: Any = None, **others: Any) -> Any:
+        return super().forward(x)
+
+
+def check_plan_with_slots_of_nobody() -> None:
+    """Their rows have no token and no weight, and no place behind the last row."""
+    torch.manual_seed(0)
+    inner = Unmasked(8, 5, outer_expert_dims=(3,), second_policy_train="all", capacity_factor_train=None)
+    for factor in (2.0, 8.0):  # with as many slots of level one as choices, and with more
+        outer, groups = Top2Gating(8, 3, second_policy_train="all", capacity_factor_train=factor), torch.randn(2, 45, 8)
+        decided = outer(groups)
+        slots = plan_slots_of(decided)
+        decision = compose(decided, slots, inner(**second_level(groups, decided, slots, None, {})))
+        with watched(operators):
+            found = plan_of(decision, few=0)
+        assert (found.assignment == len(decision.weight)).any()
+        if factor == 2:
+            wanted = decision.without_gaps()
+            assert torch.equal(found.assignment, wanted.assignment[: found.num_rows])
+            assert torch.equal(found.token, wanted.token[: found.num_rows])
+            assert torch.equal(found.row, wanted.row.where(decision.kept, found.num_rows))
+        else:
+            assert decision.waiting().length.sum() > found.num_rows
+            assert int(found.rows_per_expert.sum()) == found.num_rows
+
+
 def check_queues(e: int, k: int, n: int) -> None:
     """The kernels' queues are those of torch's operators, in each order and of some choices; also what is not chosen
     has a position in memory of its own."""

@@ -102,8 +102,8 @@ def triton_plan(
     given = dict(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot)
     given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
     row, assignment, token = tables_of(expert, number, num_rows)
-    if slot is not None:  # a gate of one's own may fill slots that are nobody's
-        assignment, token = assignment.zero_(), token.zero_()
+    if slot is not None:  # a gate of one's own may fill slots without a token: their rows are nobody's
+        assignment, token = assignment.fill_(number), token.fill_(number // k)
     counts = length.new_empty(num_experts)
     if number == 0:
         return row, assignment, token, counts.zero_()

@@ -40,8 +40,9 @@ def find_rows(
 ):
     """Find rows from queues: those of a queue stand behind those of the queues before it.
 
-    An assignment may hold a slot without being computed (its weight is 0). Its row is computed all the same, but not
-    read: every row up to the last expert's has a token.
+    An assignment may hold a slot without being computed (its weight is 0). Its row has a token and is computed all the
+    same, but nobody reads it. Of two levels, a gate of one's own may fill slots that have no token, and so need more
+    than r rows: those from r on are left out.
     """
     number = num_assignments.to(tl.int64)
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -59,6 +60,7 @@ def find_rows(
     holds = tl.load(chosen + own, mask=has_place, other=0).to(tl.int1) & (place < its_length)
     is_kept = tl.load(kept + own, mask=has_place, other=0).to(tl.int1)
     place += tl.load(stop + its_queue, mask=has_place, other=0) - its_length
+    holds = holds & (place < num_rows)
     used = tl.load(stop + num_queues - 1)
 
     if tl.program_id(0) == 0:
@@ -67,7 +69,8 @@ def find_rows(
             there = column < num_experts
             last = tl.load(stop + (column + 1).to(tl.int64) * num_groups - 1, mask=there, other=0)
             before = tl.load(stop + column.to(tl.int64) * num_groups - 1, mask=there & (column > 0), other=0)
-            tl.store(counts + column, last - before, mask=there)
+            count = tl.minimum(last, num_rows) - tl.minimum(before, num_rows)
+            tl.store(counts + column, count, mask=there)
 
     tl.store(row + index, tl.where(is_kept, place, num_rows).to(tl.int32), mask=exists)
     tl.store(assignment + place, index.to(tl.int32), mask=exists & holds)
