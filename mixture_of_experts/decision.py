@@ -194,7 +194,7 @@ class Decision:
             return self.slots.waiting()
         (expert, queues), k = self.queues(), self.k
         assert k is not None
-        queued = expert, queues.position, self.chosen, self.kept, queues.length
+        queued = expert, queues.position, self.kept, self.kept, queues.length
         return Waiting(*queued, slot=None, num_tokens=self.num_tokens, k=k, num_experts=math.prod(self.num_experts))
 
     def in_slots(self) -> Plan:

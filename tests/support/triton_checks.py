@@ -372,6 +372,8 @@ def check_plan(e: int, groups: int, routing: str) -> None:
             balance_loss=decided.balance_loss,
             z_loss=decided.z_loss,
         )
+    if routing == "dropless, zeros":  # as a gate of one's own may say it
+        decided = replace(decided, chosen=torch.ones_like(decided.kept))
     decision = decision_of(decided)
     wanted, a = decision.without_gaps(), len(decision.weight)
     rows = a if decision.slots is None else min(a, decision.num_slots)
