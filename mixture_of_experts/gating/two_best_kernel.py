@@ -73,7 +73,8 @@ def choose_two(
         p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
         p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
-        weights = tl.join(p_1, p_2) / (p_1 + p_2 + eps)[:, None]
+        # rounded as IEEE says: the weights of a tie are 0.5 and not more, which a division by `/` does not promise
+        weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
 
         if POLICY == "none":
             sent = is_first
