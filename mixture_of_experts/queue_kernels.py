@@ -76,14 +76,16 @@ def rank_in_line(
     expert,
     chosen,
     order,
-    total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
-    position,  # (r, a) int64: the result, the position of each assignment in its queue
+    total,  # (r, e, blocks) int64: how often each expert stands up to the end of a block
+    position,  # (r, a) int64: out, position of each assignment in its queue
+    queued,  # (r, e) int64: out, the length of each queue
     length,
     num_experts,
     num_blocks,
     CHOICES: tl.constexpr,
     BY_CHOICE: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
@@ -92,13 +94,18 @@ def rank_in_line(
     earlier = tl.where(block > 0, its, num_experts)  # the expert, if there is an earlier block
     first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
     tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
+    if block == num_blocks - 1:
+        for start in range(0, num_experts, BLOCK_E):
+            column = row * num_experts + start + tl.arange(0, BLOCK_E)
+            there = start + tl.arange(0, BLOCK_E) < num_experts
+            tl.store(queued + column, tl.load(total + column * num_blocks + block, mask=there, other=0), mask=there)
 
 
 @torch.library.custom_op("mixture_of_experts::queue_in_line", mutates_args=())
 def queue_in_line(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """Return positions `(r, a)` int64, and counts `(r, e, blocks)` int64 up to the end of each block of the line.
+    """Positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
 
     Args:
         expert: `(r, a)` int64, not empty.
@@ -108,24 +115,22 @@ def queue_in_line(
         by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
             the next.
     """
-    position, counts = empty_queues(expert, num_experts)
+    position, queued = empty_queues(expert, num_experts)
+    counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], BLOCK), dtype=torch.int32)
     given = {name: None if t is None else t.contiguous() for name, t in (("chosen", chosen), ("order", order))}
     given |= dict(expert=expert.contiguous(), length=expert.shape[1] // k, num_experts=num_experts)
-    given |= dict(num_blocks=counts.shape[-1], CHOICES=k, BY_CHOICE=by_choice, BLOCK=BLOCK, num_warps=4)
+    given |= dict(num_blocks=counts.shape[-1], CHOICES=k, BY_CHOICE=by_choice, BLOCK=BLOCK, BLOCK_E=32, num_warps=4)
     grid = (expert.shape[0] * counts.shape[-1],)
-    launch(count_in_line, grid, counts=counts, BLOCK_E=32, **given)
-    total = counts.cumsum(dim=-1)
-    launch(rank_in_line, grid, total=total, position=position, **given)
-    return position, total
+    launch(count_in_line, grid, counts=counts, **given)
+    launch(rank_in_line, grid, total=counts.cumsum(dim=-1), position=position, queued=queued, **given)
+    return position, queued
 
 
 @queue_in_line.register_fake
 def _(expert, chosen, order, num_experts, k, by_choice):
-    position, counts = empty_queues(expert, num_experts)
-    return position, counts.to(torch.int64)
+    return empty_queues(expert, num_experts)
 
 
 def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Where positions and counts are written, without gaps whatever the strides of `expert`."""
-    r, a = expert.shape
-    return expert.new_empty(r, a), expert.new_empty(r, num_experts, triton.cdiv(a, BLOCK), dtype=torch.int32)
+    """Where positions and lengths are written, without gaps whatever the strides of `expert`."""
+    return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

@@ -23,6 +23,7 @@ Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
 MOST_DENOMINATOR = 1 << 20  # of a capacity factor
 CHECK = SelfCheck("the Triton kernels of queues")
+MOST_EXPERTS = 1024  # of the kernels: their tables have a line for each
 FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
 
 
@@ -134,7 +135,7 @@ def queue_up(
         order = stable_order(score, descending=True)
     # of one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
-    if has_kernels(expert.device) and _kernels_serve(expert):
+    if has_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
     return _by_operators(expert, chosen, order, num_experts, k, in_order)
 
@@ -174,9 +175,9 @@ def _by_operators(
     return Queues(in_token_order(place) - start.gather(-1, expert), start.diff(dim=-1))
 
 
-def _kernels_serve(expert: Tensor) -> bool:
+def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
     """Whether the kernels take these assignments, and compute on their device what the operators do."""
-    if expert.numel() == 0 or is_wrapper_subclass(expert):
+    if expert.numel() == 0 or num_experts > MOST_EXPERTS or is_wrapper_subclass(expert):
         return False
     return is_fake(expert) or CHECK.why_wrong(expert.device, expert.device, partial(_fault, expert.device)) is None
 
@@ -188,8 +189,8 @@ def _by_kernels(
     from mixture_of_experts.queue_kernels import queue_in_line  # it imports triton, which takes a second
 
     chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
-    position, total = queue_in_line(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
-    return Queues(position.view(expert.shape), total[..., -1].view(*expert.shape[:-1], num_experts))
+    position, length = queue_in_line(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
+    return Queues(position.view(expert.shape), length.view(*expert.shape[:-1], num_experts))
 
 
 def _fault(device: torch.device) -> str | None:

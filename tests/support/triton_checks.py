@@ -477,6 +477,7 @@ def check_queues(e: int, k: int, n: int) -> None:
         assert (same if chosen is None else same | ~chosen).all()
         assert torch.equal(found.length, wanted.length)
         assert found.position.dtype == found.length.dtype == torch.int64
+        assert found.length.untyped_storage().nbytes() == found.length.nbytes  # no larger table stays alive
         if priority == "token" and chosen is None:
             with ops.use("triton"):
                 alone = queues.queue_up(expert[0, 0], None, e, k, priority)  # of a call, which has no groups
@@ -485,6 +486,7 @@ def check_queues(e: int, k: int, n: int) -> None:
                 assert torch.equal(got.position, wanted.position[group])
                 assert torch.equal(got.length, wanted.length[group])
     assert len(queued) == 6
+    assert not queues._kernels_serve(expert, queues.MOST_EXPERTS + 1)
 
 
 def check_wrong_queues(fault: str) -> None:
