@@ -59,7 +59,7 @@ def find_rows(
     place = tl.load(position + own, mask=has_place, other=0)
     holds = tl.load(chosen + own, mask=has_place, other=0).to(tl.int1) & (place < its_length)
     is_kept = tl.load(kept + own, mask=has_place, other=0).to(tl.int1)
-    place += tl.load(stop + its_queue, mask=has_place, other=0) - its_length
+    place = tl.minimum(place + tl.load(stop + its_queue, mask=has_place, other=0) - its_length, num_rows)
     holds = holds & (place < num_rows)
     used = tl.load(stop + num_queues - 1)
 
