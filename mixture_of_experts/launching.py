@@ -11,14 +11,14 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixture_of_experts.private_torch import without_dispatch_modes
+from mixture_of_experts.private_torch import can_hook_saved_tensors, without_dispatch_modes
 from mixture_of_experts.tracing import capability, in_transform
 
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
@@ -76,7 +76,7 @@ def undisturbed(device: torch.device) -> Iterator[None]:
             torch.cuda.set_sync_debug_mode("default")
         with (
             without_dispatch_modes(),
-            saved_tensors_hooks(lambda saved: saved, lambda saved: saved),
+            saved_tensors_hooks(*2 * [lambda saved: saved]) if can_hook_saved_tensors() else nullcontext(),
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.autocast(device.type, enabled=False),

@@ -78,6 +78,11 @@ def without_dispatch_modes() -> AbstractContextManager[Any]:
     return _python_dispatch._disable_current_modes()
 
 
+def can_hook_saved_tensors() -> bool:
+    """Whether hooks on saved tensors may be set; where they are disabled there are none."""
+    return torch._C._autograd._saved_tensors_hooks_is_enabled()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def all_reduce_sum(value: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of `value` over the ranks of a process group, as an operator that graphs can hold."""
     from torch.distributed._functional_collectives import all_reduce, wait_tensor

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -56,6 +57,12 @@ def test_stand_ins():
 def test_dispatch_modes():
     with FakeTensorMode(), private_torch.without_dispatch_modes():
         assert not private_torch.is_fake(torch.ones(2))
+
+
+def test_hooks_on_saved_tensors():
+    assert private_torch.can_hook_saved_tensors()
+    with disable_saved_tensors_hooks("no hooks"):
+        assert not private_torch.can_hook_saved_tensors()
 
 
 class _Function(nn.Module):

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from mixture_of_experts import (
@@ -692,6 +693,10 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
         weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
         assert list(two_best.CHECK.verdicts.values()) == [None]
         (found,) = torch.autograd.grad(weight.square().sum(), x)
+        two_best.CHECK.verdicts.clear()
+        with disable_saved_tensors_hooks("no hooks"):
+            gate(x)
+        assert list(two_best.CHECK.verdicts.values()) == [None]
     torch.testing.assert_close(found, wanted)
 
 
