@@ -36,7 +36,8 @@ def asked_for() -> str:
 
 
 def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Each context takes out its own entry, in whatever order those of several threads end."""
+    """Note contexts of `use` that open and close. Each takes out its own entry: those of several threads may end in any
+    order."""
     global _asked_for
     with _CHANGING:
         _uses.update(opened)
@@ -46,8 +47,11 @@ def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
 
 
 def has_kernels(device: torch.device) -> bool:
-    """Whether routers may launch kernels on a device: NVIDIA's of compute capability 8.0 or more, unless another way is
-    asked for; a CPU by Triton's interpreter. A graph has torch's operators, which compilers fuse."""
+    """Whether routers may launch kernels on a device.
+
+    They may on an NVIDIA GPU of compute capability 8.0 or more, unless another way is asked for; on a CPU if "triton"
+    is asked for and Triton's interpreter runs. A traced graph has torch's operators, which compilers fuse.
+    """
     way = asked_for()
     if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
         return False
@@ -66,9 +70,9 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """Where gradients are taken in full, whatever the caller's modes are, and numbers may be read.
+    """A context for checks: gradients are taken in full, whatever modes the caller has set, and numbers may be read.
 
-    Activation checkpointing sees nothing of it: a recomputation does not check anew.
+    Activation checkpointing does not see what runs in it: a recomputation does not check again.
     """
     mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
     try:

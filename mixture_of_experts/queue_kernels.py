@@ -76,9 +76,9 @@ def rank_in_line(
     expert,
     chosen,
     order,
-    total,  # (r, e, blocks) int64: how often each expert stands up to the end of a block
-    position,  # (r, a) int64: out, position of each assignment in its queue
-    queued,  # (r, e) int64: out, the length of each queue
+    total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
+    position,  # (r, a) int64: the result, the position of each assignment in its queue
+    queued,  # (r, e) int64: the result too, the length of each queue
     length,
     num_experts,
     num_blocks,
@@ -105,7 +105,7 @@ def rank_in_line(
 def queue_in_line(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> tuple[Tensor, Tensor]:
-    """Positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
+    """Return positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
 
     Args:
         expert: `(r, a)` int64, not empty.
@@ -132,5 +132,5 @@ def _(expert, chosen, order, num_experts, k, by_choice):
 
 
 def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Where positions and lengths are written, without gaps whatever the strides of `expert`."""
+    """Return empty contiguous tensors for positions `(r, a)` and lengths `(r, e)`; `expert` may have any strides."""
     return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

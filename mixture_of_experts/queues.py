@@ -194,7 +194,7 @@ def _by_kernels(
 
 
 def _fault(device: torch.device) -> str | None:
-    """What differs between the two ways on made-up assignments."""
+    """What differs between the two ways on made-up assignments; None if nothing."""
     generator = torch.Generator(device).manual_seed(0)
     e, k, n = 37, 3, 90
     expert = torch.randint(e, (2, n * k), generator=generator, device=device)

@@ -44,13 +44,13 @@ def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
-    """For tensors of one device, of precisions that a kernel computes in float32."""
+    """Whether kernels of gates take these tensors of one device: plain ones, none of them in float64."""
     tensors = (x, *weights)
     return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
 def _knows(gate: TopKGating) -> bool:
-    """The settings that it is written for."""
+    """Whether the kernel is written for the gate's settings."""
     own = type(gate).__module__ == "mixture_of_experts.gating.topk" and type(gate.logits) in (type(None), RouterLogits)
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax")
     steps = gate.score in ("softmax", "sigmoid") and gate.select == "score" and weighs
@@ -85,7 +85,7 @@ def _is_right(gate: TopKGating, x: Tensor) -> bool:
 
 @torch.no_grad()
 def _fault(gate: TopKGating, x: Tensor) -> str | None:
-    """What differs. Of one token choices may: two that are equal to rounding."""
+    """What differs; None if nothing. One token may choose other experts: its scores may be equal up to rounding."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)

@@ -2,8 +2,8 @@
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts.
 
-The kernels check themselves before they serve a first call of their kind: ones that differ from torch's operators, or
-raise, are off for the process, with a warning.
+The kernels check themselves before they serve a first call of their kind: kernels that differ from torch's
+operators, or raise, are turned off for the process, with a warning.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def choices(gate: Top2Gating, tokens: Tokens) -> Choices | None:
 
 
 def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
-    """The settings that they are written for: all but losses of second choices, and choices that somebody else made."""
+    """Whether the kernels know the gate's settings: all but a loss of second choices and given experts."""
     own = type(gate).__module__ == "mixture_of_experts.gating.top2" and not gate.second_place_loss
     masked = tokens.full is not None, tokens.active is not None
     there = "given_experts" not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0
@@ -87,7 +87,7 @@ class Decided(NamedTuple):
 
 
 class _TwoBest(torch.autograd.Function):
-    """Keeps probabilities, and of each token its choices and `log_total`. Second derivatives go through these."""
+    """Saves the probabilities, and each token's choices and `log_total`. Second derivatives go through these."""
 
     @staticmethod
     def forward(
@@ -162,7 +162,7 @@ def _is_right(gate: Top2Gating, tokens: Tokens) -> bool:
 
 
 def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
-    """What differs. Of one token choices may: two that are equal to rounding."""
+    """What differs; None if nothing. One token may choose other experts: its scores may be equal up to rounding."""
     generator = torch.Generator(device).manual_seed(0)
     groups, length, dim, (policy, threshold) = 2, 150, 8, gate.second
 

@@ -44,7 +44,7 @@ def choose_two(
     ROWS: tl.constexpr,  # tokens that it has at once
     BLOCK_E: tl.constexpr,
 ):
-    """What is no number ranks above all, as torch sorts it."""
+    """Choose two experts for each token. A probability that is NaN ranks above all others, as torch sorts it."""
     program, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E)[None, :], tl.arange(0, 2)[None, :]
     group, begin = (program // programs).to(tl.int64), program % programs * TOKENS
     exists, is_first = column < num_experts, choice == 0
@@ -228,7 +228,7 @@ def sizes(num_experts: int) -> tuple[int, int, int]:
 
 
 def empty_choices(logits: Tensor) -> tuple[Tensor, ...]:
-    """Where they are written."""
+    """Fresh memory for what `two_best` returns."""
     *lead, n, e = logits.shape
     programs = -(-n // sizes(e)[1])
     pair = (*lead, n, 2)

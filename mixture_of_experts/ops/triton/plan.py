@@ -22,10 +22,10 @@ FEW = 2048  # assignments that are compared with each other
 
 
 def plan_of(decision: Decision, few: int = FEW) -> Plan:
-    """Rows without gaps; as `decision.without_gaps()`, but that a row may be nobody's and yet have a token, and that
-    there are no more rows than slots.
+    """The plan with rows without gaps, as `decision.without_gaps()` makes it, with two differences.
 
-    Up to `few` assignments need no queues: each counts those before it.
+    An assignment of weight 0 that holds a slot has a row with a token, though nobody reads the row. And there are no
+    more rows than slots. Up to `few` assignments need no queues: each counts those before it.
     """
     k, e, number = decision.k, math.prod(decision.num_experts), decision.weight.shape[0]
     if k is None:
