@@ -109,6 +109,12 @@ def test_it_is_the_quantile_but_for_a_bin(t, e, k, bins):
         assert found.mean().abs() < 1e-6
 
 
+def test_histograms_are_where_the_bias_is():
+    gate = TopKGating(4, 4, expert_bias=True, device="meta")
+    gate.bias_rule = "quantile"
+    assert (gate.expert_histogram.device.type, gate.expert_histogram.shape) == ("meta", (4, 1000))
+
+
 def test_it_counts_every_full_token_once_for_each_expert():
     score, full = torch.rand(2, 50, 6), torch.rand(2, 50) < 0.5
     counts = histogram(score, torch.zeros(2, 6), k=2, full=full)

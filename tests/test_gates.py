@@ -68,6 +68,12 @@ def test_one_expert_at_either_level_drops_nothing_more(sizes):
     assert not any((routing.chosen & ~routing.kept).any() for routing in found)
 
 
+def test_two_weights_are_divided_by_their_sum_and_epsilon():
+    gate = Top2Gating(1, 3, eps=0.5, second_policy_train="all")
+    gate.w_gating.data.copy_(torch.tensor([[0.5, 0.3, 0.2]]).log())
+    torch.testing.assert_close(gate(torch.ones(1, 1, 1)).weight, torch.tensor([[0.5, 0.3]]) / 1.3)
+
+
 # ---- where tensors are made ----
 
 PLACED = {

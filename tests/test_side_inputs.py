@@ -205,8 +205,10 @@ def test_a_choice_that_is_not_given_is_none_of_expert_0():
 
 def test_a_choice_that_is_not_given_has_no_share_of_the_softmax():
     gate, x = TopKGating(DIM, 3, k=2, weigh="softmax", normalize=False), torch.randn(1, 2, DIM)
-    routing = gate(x, given_experts=torch.tensor([[[2, -1], [-1, -1]]]))
+    given = {"given_experts": torch.tensor([[[2, -1], [-1, -1]]])}
+    routing = gate(x, **given)
     assert routing.weight.tolist() == [[1.0, 0.0, 0.0, 0.0]]
+    assert gate.decide(gate.read(x, side=given)).weight.isfinite().all()
     assert torch.autograd.grad(routing.weight.sum(), gate.w_gating)[0].isfinite().all()
 
 

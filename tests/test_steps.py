@@ -57,6 +57,8 @@ def test_weights_of_ones_own_are_not_normalised_unless_asked():
 
     assert decided([0.0, L2, L4], weigh=twice) == ([2, 1], approx(8 / 7, 4 / 7))
     assert decided([0.0, L2, L4], weigh=twice, normalize=True, scale=3.0) == ([2, 1], approx(2.0, 1.0))
+    of_logits = decided([0.0, L2, L4], weigh=lambda logits, score, expert: logits.gather(-1, expert))
+    assert of_logits == ([2, 1], approx(L4, L2))
 
 
 def test_normalisation_by_an_epsilon_and_by_a_norm():
