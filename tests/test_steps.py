@@ -236,6 +236,8 @@ def test_logits_of_a_module_without_weights_and_of_narrow_ones():
         (dict(select="scores"), "select must be one of 'score', 'logits', or a function, got 'scores'"),
         (dict(weigh=nn.Identity), r"weigh must be .* or a function, got the class Identity: make an instance"),
         (dict(group_score=2), "group_score must be one of 'best', 'two_best', or a function, got 2"),
+        (dict(num_groups=0, top_groups=1), "^num_groups must be"),
+        (dict(num_groups=2, top_groups=0), "^top_groups must be"),
         (dict(normalize="yes"), "normalize must be True or False, got 'yes'"),
         (dict(eps=-1.0), "eps must be a finite number of at least 0"),
         (dict(bias=True, logits=nn.Identity()), "bias=True is the bias of the matrix w_gating"),
@@ -278,6 +280,9 @@ def test_steps_are_checked_when_set_and_may_be_modules():
     gate.score = nn.Sigmoid()
     assert [name for name, _ in gate.named_children()] == ["score"]
     gate.score = "softmax"
+    gate.normalize = nn.Softmax(dim=-1)
+    assert [name for name, _ in gate.named_children()] == ["normalize"]
+    gate.normalize = True
     assert not list(gate.named_children())
 
 
