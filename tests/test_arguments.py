@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+import mixture_of_experts
 from mixture_of_experts import (
     ExpertChoiceGating,
     Experts,
@@ -26,6 +27,7 @@ from mixture_of_experts import (
     ReLUGating,
     Top2Gating,
     TopKGating,
+    gating,
 )
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
@@ -134,6 +136,11 @@ def test_bad_value(build, message):
 def test_one_outer_dimension():
     assert Top2Gating(8, 4, outer_expert_dims=3).w_gating.shape == (3, 8, 4)
     assert TopKGating(8, 4, outer_expert_dims=[3, 2]).w_gating.shape == (3, 2, 8, 4)
+
+
+def test_names_that_are_promised_are_there():
+    for module in (mixture_of_experts, gating):
+        assert [name for name in module.__all__ if not hasattr(module, name)] == []
 
 
 @pytest.mark.parametrize("kind", GATES)
