@@ -2,8 +2,8 @@
 
 Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
-Both directions, forward and backward, are gathers that a `Plan` tells: no two writes meet, so every run gives the same
-bits.
+Both directions, forward and backward, are gathers by the tables of a `Plan`. No two writes meet, so every run gives the
+same bits.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mixture_of_experts.plan import Plan, append
 
 
 def dispatch(x: Tensor, plan: Plan) -> Tensor:
-    """Tokens `(t, d)` to rows `(r, d)`; empty rows are zeros."""
+    """Return the rows `(r, d)` of tokens `(t, d)`; empty rows are zeros."""
     return _Dispatch.apply(x, plan.token, plan.row, plan.k)
 
 
 def combine(rows: Tensor, plan: Plan) -> Tensor:
-    """Rows `(r, d)` to tokens `(t, d)`: each token's weighted sum, taken in float32 and cast once."""
-    # of one choice a token the two are one tensor, which graphs do not take twice
+    """Return each token's weighted sum `(t, d)` of rows `(r, d)`, taken in float32 and cast once."""
+    # with one choice a token both are one tensor, and a graph takes no tensor twice
     assignment = None if plan.token is plan.assignment else plan.assignment
     return _Combine.apply(rows, plan.weight, plan.token, plan.row, assignment, plan.k, plan.num_tokens)
 
@@ -48,7 +48,7 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """Sum of each token's rows, weighted if there are weights; the assignments are the tokens if they are None."""
+    """Sum of each token's rows, weighted if `weight` is given. If `assignment` is None, `token` serves for it."""
 
     generate_vmap_rule = True
 
@@ -85,7 +85,7 @@ class _Combine(torch.autograd.Function):
 
 
 def read_rows(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x by index, zeros where the index is the sentinel `len(x)`."""
+    """Return rows of x by index; zeros where the index is `len(x)`, which means none."""
     length = x.shape[0]
     if length == 0:
         return x.new_zeros(index.shape[0], *x.shape[1:])
@@ -96,7 +96,7 @@ def read_rows(x: Tensor, index: Tensor) -> Tensor:
 def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k: int | None, num_tokens: int) -> Tensor:
     """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment.
 
-    Without `k` (expert choice) the weight is by row, and `token` says whose row it is.
+    In expert choice (`k` is None) `weight` has an entry for each row, and `token` is the token of each row.
     """
     dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
     if weight is not None:

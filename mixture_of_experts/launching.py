@@ -1,7 +1,7 @@
-"""What kernels of Triton have in common, whatever they compute: which way is asked for, how kernels start, and whether
-they are right.
+"""What all kernels of Triton share: which way the user asks for, how kernels start, and their self-checks.
 
-The way that calls go is state of the whole process: `ops.use` sets it, and `MIXTURE_OF_EXPERTS_KERNELS` from the start.
+The way that the user asks for is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
+later.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from mixture_of_experts.tracing import capability, in_transform
 
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 
-# read once: a compiled graph is guarded by this variable, and could not be by the environment
+# read once: a compiled graph can be guarded by a variable, but not by the environment
 FROM_START: str = os.environ.get(VARIABLE) or "auto"
 _asked_for = FROM_START
-_uses: dict[object, str] = {}  # the contexts of `use` that are open, in any thread; the last one is asked for
+_uses: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
 _CHANGING = threading.Lock()
 
 
 def asked_for() -> str:
-    """The name of a way, or "auto"."""
+    """The name of the way that the user asks for, or "auto"."""
     return _asked_for
 
 
@@ -62,7 +62,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
-    """The one place where a kernel starts."""
+    """Start a kernel. All kernels start here."""
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
         kernel[grid](**arguments, enable_fp_fusion=True)
@@ -92,13 +92,13 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 
 
 class SelfCheck:
-    """Whether kernels compute on a device what they should, found before they serve a first call of each kind.
+    """Checks, before kernels serve a first call of each kind, that they compute what they should on a device.
 
     A kernel that differs from torch's operators, or raises, turns all kernels of this check off for the process, with a
-    warning: a compiler that is wrong once is not asked again.
+    warning: a compiler that was wrong once is not trusted again.
 
     Args:
-        kernels: what a warning calls them.
+        kernels: their name in the warning.
     """
 
     def __init__(self, kernels: str) -> None:
@@ -106,12 +106,12 @@ class SelfCheck:
         self.verdicts: dict[Hashable, str | None] = {}
 
     def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
-        """None if the kernels are right on a kind of calls, or the reason why they are not taken.
+        """Why the kernels may not serve a kind of calls; None if they are right.
 
         Args:
-            device: of the call.
-            kind: what programs depend on; it is checked once.
-            fault: computes what such a call does, and returns what is wrong or None.
+            device: the device of the call.
+            kind: what programs depend on; each kind is checked once.
+            fault: a function that computes such a call and returns what is wrong, or None.
         """
         if wrong := next(filter(None, self.verdicts.values()), None):
             return wrong

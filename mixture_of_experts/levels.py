@@ -1,4 +1,4 @@
-"""From level one of a hierarchy to level two: what the first gate hands on to the second.
+"""Makes the arguments of level two's gate from the routing of level one.
 
 Axes: b groups, n tokens of a group, d model dim, eo outer experts, c slots of an outer expert for each group.
 """
@@ -22,8 +22,8 @@ GIVEN, GIVEN_INNER, OPEN = "given_experts", "given_experts_inner", "open_experts
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
-    """The names of side inputs for the gates of level one and two, by what they read: each level has choices that
-    somebody else made under a name of its own, and experts are closed to tokens at level one."""
+    """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
+    name at each level; `open_experts` is for level one."""
     own = {name for name in inner if name not in (GIVEN, OPEN)}
     return set(outer), own | ({GIVEN_INNER} if GIVEN in inner else set())
 
@@ -33,15 +33,15 @@ def second_level(
 ) -> dict[str, Any]:
     """The slots of level one as the arguments of level two's gate: one group for each (outer expert, group).
 
-    If level one is dropless it hands on what a capacity without overflow would: only occupied slots are tokens, and
-    the length that capacity and means reckon with is each expert's fair share of the choices (a token takes an expert
-    once, so a single expert has n of them). No capacity factor gives level two more slots than that share.
+    A dropless level one hands on what a capacity without overflow would: only occupied slots are tokens. Capacity and
+    means then use each expert's fair share of the choices as the length (n for a single expert, as a token takes an
+    expert once). No capacity factor gives level two more slots than that share.
 
     Args:
         groups: `(b, n, d)`.
-        outer: what the gate of level one tells.
+        outer: the routing of level one.
         slots: `plan_slots_of(outer)`.
-        group_size: of level two, if its groups are others.
+        group_size: group size of level two, if it has groups of its own.
         side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0. `given_experts_inner`
             `(b, n, k, k2)` is for each choice of a token.
     """
@@ -73,13 +73,13 @@ def second_level(
 
 
 def _in_slots(value: Tensor, slots: Plan) -> Tensor:
-    """Entries `(b, n, ...)` of tokens as those of slots `(r, ...)`."""
+    """Return the entries of slots `(r, ...)`, from those of tokens `(b, n, ...)`."""
     rows = dispatch(value.reshape(slots.num_tokens, math.prod(value.shape[2:])), slots)
     return rows.view(slots.num_rows, *value.shape[2:])
 
 
 def _of_choices(given: Tensor, k: int, slots: Plan) -> Tensor:
-    """Entries `(b, n, k, k2)` of choices as those of slots `(r, k2)`; an empty slot has -1."""
+    """Return the entries of slots `(r, k2)`, from those of choices `(b, n, k, k2)`; an empty slot has -1."""
     if given.ndim != 4 or given.shape[2] != k:
         raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {tuple(given.shape[1:])}")
     none = given.new_full((1, given.shape[-1]), -1)

@@ -2,8 +2,8 @@
 
 Axes: t tokens of the call, k choices, a assignments (t k for token choice), r rows, e experts.
 
-Rows lie expert by expert: in slots (as many for each expert), or, with `rows_per_expert`, one expert behind the other,
-without gaps or with padding at the end of an expert's.
+Rows lie expert by expert: in slots (equally many for each expert), or, with `rows_per_expert`, without gaps or with
+padding after each expert's rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Plan(NamedTuple):
     """Which row belongs to which assignment.
 
     Attributes:
-        row: `(a,)` integers, row of each assignment; `num_rows` where it has none.
+        row: `(a,)` integers, row of each assignment; `num_rows` for an assignment without a row.
         assignment: `(r,)` integers, assignment of each row; a where the row is empty.
         weight: `(a,)` weight of each assignment, 0 where it has no row.
         token: `(r,)` integers, token of each row; t where the row is empty.
@@ -53,7 +53,7 @@ class Plan(NamedTuple):
     def tensors_to_save(self) -> dict[str, Tensor]:
         """What a backward needs to make the plan again by `from_saved`, in fewer bytes than `tensors`.
 
-        Tokens that follow from the assignments are left out; int32 holds all but the longest table of assignments.
+        Tokens are left out if they follow from the assignments. Tables are int32, unless there are 2^31 assignments.
         """
         tensors = self.tensors()
         if statically_known_true(self.row.shape[0] < 1 << 31):
@@ -63,11 +63,11 @@ class Plan(NamedTuple):
         return tensors
 
     def without_tensors(self) -> Plan:
-        """The numbers of the plan alone."""
+        """The plan with its numbers, but without its tensors."""
         return self._replace(**dict.fromkeys(self.tensors()))
 
     def from_saved(self, tensors: Mapping[str, Tensor]) -> Plan:
-        """The plan that has the numbers of this one and the tensors that were saved."""
+        """Return the plan with the numbers of this one and the saved tensors."""
         plan = self._replace(**tensors)
         if plan.token is not None or plan.k is None:
             return plan
@@ -84,7 +84,7 @@ def plan_rows(
     num_rows: int,
     num_experts: tuple[int, ...],
 ) -> Plan:
-    """A plan from the row of each assignment: adds the tables that are read by row.
+    """Return a plan, from the row of each assignment: add the tables with an entry for each row.
 
     `token` `(a,)` is that of each assignment in expert choice, None where `k` tells it; the rest is as in `Plan`.
     """
@@ -97,10 +97,10 @@ def plan_rows(
 
 
 def tokens_of(assignment: Tensor, k: int) -> Tensor:
-    """Tokens of assignments, where every token has k of them."""
+    """The tokens of assignments, if every token has k of them."""
     return assignment if k == 1 else assignment // k
 
 
 def append(values: Tensor, last: int) -> Tensor:
-    """`values` and one more entry, which is what the index that stands for nothing reads."""
+    """Return `values` with one more entry, which an index that means "none" reads."""
     return torch.cat([values, values.new_full((1, *values.shape[1:]), last)])

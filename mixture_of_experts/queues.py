@@ -28,7 +28,7 @@ FEW = 4096  # entries of a table for which the way of fewest operators is fastes
 
 
 def bounded_ratio(factor: float) -> tuple[int, int]:
-    """A capacity factor as a ratio of two integers, exact for what people write: the denominator is 2^20 at most."""
+    """A capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual factors."""
     ratio = Fraction(factor).limit_denominator(MOST_DENOMINATOR) or Fraction(1, MOST_DENOMINATOR)
     return ratio.numerator, ratio.denominator
 
@@ -60,8 +60,7 @@ def expert_capacity(num_tokens: int, factor: tuple[int, int], num_experts: int, 
 def group_capacity(length: Length, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> Tensor:
     """`(..., b)` int64, slots of an expert for groups of real tokens; 0 for a group without any.
 
-    `length` is the number of real tokens of each group; the other arguments are those of `expert_capacity`, and so is
-    the rule.
+    The rule and the arguments are those of `expert_capacity`, but `length` is the number of real tokens of each group.
     """
     slots, tokens = slots_per_token(factor, num_experts, k)
     wanted = length.parts * slots // (tokens * length.parts_per_token)
@@ -70,7 +69,7 @@ def group_capacity(length: Length, factor: tuple[int, int], num_experts: int, mi
 
 @dataclass(frozen=True, eq=False)
 class Length:
-    """How many real tokens groups have, in integers: a second level's share of the tokens need not be a whole number.
+    """Numbers of real tokens as ratios of integers: a second level's share of the tokens need not be a whole number.
 
     Attributes:
         parts: `(..., b)` int64, the tokens of each group, counted in parts of a token.
@@ -133,7 +132,7 @@ def queue_up(
     if priority == "score":
         assert score is not None
         order = stable_order(score, descending=True)
-    # of one token all orders are the same
+    # with one token all orders are the same
     in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
     if has_kernels(expert.device) and _kernels_serve(expert, num_experts):
         return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
@@ -143,18 +142,18 @@ def queue_up(
 def _by_operators(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
 ) -> Queues:
-    """Queues of assignments that stand in a line as they are stored, or all first choices before all second ones."""
+    """Queues of assignments in the order in which they are stored, or with all first choices before all second ones."""
     order = None if order is None else order.unsqueeze(-1).expand(*order.shape, k)
 
     def in_queue_order(values: Tensor) -> Tensor:
-        """Values that lie token by token, in the order in which the assignments queue."""
+        """Bring values from the order of tokens to the order in which the assignments queue."""
         if in_order:
             return values
         values = rearrange(values, "... (n k) -> ... n k", k=k)
         return rearrange(values if order is None else values.gather(-2, order), "... n k -> ... (k n)")
 
     def in_token_order(values: Tensor) -> Tensor:
-        """Values in the order in which the assignments queue, token by token again."""
+        """Bring values from the order in which the assignments queue back to the order of tokens."""
         if in_order:
             return values
         values = rearrange(values, "... (k n) -> ... n k", k=k)
@@ -185,7 +184,7 @@ def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
 def _by_kernels(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
 ) -> Queues:
-    """What `_by_operators` returns, in three launches."""
+    """Return what `_by_operators` returns, by three launches of kernels."""
     from mixture_of_experts.queue_kernels import queue_in_line  # it imports triton, which takes a second
 
     chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
@@ -210,7 +209,7 @@ def _fault(device: torch.device) -> str | None:
 
 
 def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For keys `(..., a)` their places in stable order, and the first place of each of `ids` (all there can be)."""
+    """Return the places of keys `(..., a)` in stable order, and the first place of each of `ids`, all possible keys."""
     ordered, order = key.sort(dim=-1, stable=True)
     of_each = (*key.shape[:-1], ids.shape[0])
     # contiguous, as searchsorted wants it, under a transform too
@@ -220,7 +219,7 @@ def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _count(expert: Tensor, chosen: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
-    """How often the same expert was chosen before `(..., a)`, and how often each is chosen `(..., e)`.
+    """Return how often each assignment's expert was chosen before it, `(..., a)`, and how often in all, `(..., e)`.
 
     They are counted in a table `(..., a, e)`: fewer operators than sorting, and ONNX has all of them.
     """

@@ -1,9 +1,9 @@
-"""What `TopKGating` decides on a few tokens in inference, by one kernel on NVIDIA's GPUs.
+"""Decides for `TopKGating` on a few tokens in inference, by one kernel on NVIDIA's GPUs.
 
 Axes: b groups, n tokens of a group, d model dim, e experts, k choices.
 
-A program serves one group, so that groups are to be short, as in decoding. The kernel checks itself before it serves a
-first call of its kind: one that differs from torch's operators, or raises, is off for the process, with a warning.
+A program computes one group, so groups must be short, as in decoding. The kernel checks itself before it serves a first
+call of its kind. If it differs from torch's operators, or raises, it warns and is off for the process.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ CHECK = SelfCheck("the Triton kernels of gates")
 
 
 def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
-    """What the gate decides; None where the kernel does not serve it."""
+    """Return the gate's choices; None if the kernel does not serve the call."""
     if not (_is_decoding(gate, tokens) and has_kernel(tokens.x, *gate.parameters()) and _knows(gate)):
         return None
     return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
 
 
 def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
-    """Short groups in eval and without gradients, of which all tokens count."""
+    """Whether groups are short, in eval and without gradients, and all tokens count."""
     if gate.training or torch.is_grad_enabled():
         return False
     simple = tokens.full is None and tokens.length == tokens.num_tokens and not tokens.side

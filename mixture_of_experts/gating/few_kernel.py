@@ -1,4 +1,4 @@
-# type: ignore  (a language of its own: type checkers take it for Python)
+# type: ignore  (Triton's language, which type checkers take for Python)
 """The kernel that chooses the experts of a few tokens: scores, the k best, their weights, and losses. An operator of
 torch launches it.
 
@@ -19,7 +19,7 @@ from mixture_of_experts.launching import launch
 def choose(
     logits,  # (t, e) float32
     bias,  # (e,) float32, added to the scores for choosing only; or None
-    expert,  # (t, k) int64: out, and the others, best choice first; the lowest index on a tie
+    expert,  # (t, k) int64, and below: results, best choice first; on a tie the lowest index first
     weight,  # (t, k) float32
     probs,  # (t, e) float32
     losses,  # (b, 2) float32: what a group adds to the balancing loss and to the z-loss
@@ -35,7 +35,7 @@ def choose(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK_E: tl.constexpr,
 ):
-    """A program has a group, token by token. A score that is no number ranks above all, as torch sorts it."""
+    """A program computes one group, token by token. NaN ranks above all scores, as in torch's sorting."""
     group, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, WIDTH)
     exists = column < num_experts
     load = tl.zeros((BLOCK_E,), tl.float32)

@@ -1,4 +1,4 @@
-"""What `Top2Gating` decides, by one kernel on NVIDIA's GPUs, and its gradient by another.
+"""Decides for `Top2Gating` by one kernel on NVIDIA's GPUs, and computes the gradient by another.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts.
 
@@ -33,7 +33,7 @@ CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
 
 def choices(gate: Top2Gating, tokens: Tokens) -> Choices | None:
-    """What the gate decides; None where the kernels do not serve it."""
+    """Return the gate's choices; None if the kernels do not serve the call."""
     if not (has_kernel(tokens.x, gate.w_gating) and _knows(gate, tokens)):
         return None
     return choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens) else None
@@ -48,7 +48,7 @@ def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
 
 
 def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
-    """What the gate decides, by the kernels."""
+    """Return the gate's choices, by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
     settings = tokens.full, tokens.active, uniform, policy, threshold, gate.eps
@@ -72,7 +72,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
 
 
 class Decided(NamedTuple):
-    """What the kernel tells, and sums of it."""
+    """The results of the kernel, and their sums."""
 
     expert: Tensor  # (..., b, n, 2) int64
     weight: Tensor  # (..., b, n, 2)
@@ -80,10 +80,10 @@ class Decided(NamedTuple):
     primary: Tensor  # (..., b, n, 2) bool
     probs: Tensor  # (..., b, n, e)
     log_total: Tensor  # (..., b, n) the logits' logsumexp
-    load: Tensor  # (..., b, e) first choices of each expert, of the tokens that count
-    proxy: Tensor  # (..., b, e) sums of their probabilities
-    squares: Tensor  # () sum of the squares of their `log_total`
-    number: Tensor  # () how many they are
+    load: Tensor  # (..., b, e) first choices of each expert, by the tokens that count
+    proxy: Tensor  # (..., b, e) sums of the probabilities of these tokens
+    squares: Tensor  # () sum of the squares of `log_total` of these tokens
+    number: Tensor  # () number of these tokens
 
 
 class _TwoBest(torch.autograd.Function):
@@ -135,7 +135,7 @@ def grads_by_operators(
     grad_proxy: Tensor | None,
     grad_squares: Tensor | None,
 ) -> Tensor:
-    """Gradient of the logits `(..., b, n, e)`, differentiable and mappable; arguments are of `Decided`, None is 0."""
+    """Gradient of the logits `(..., b, n, e)`, by operators that autograd and vmap know; arguments as in `Decided`."""
     counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
     grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
     if grad_proxy is not None:
@@ -170,7 +170,7 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
         return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
 
     def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # the same numbers, drawn from nobody
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # equal draws for both
             made = way(like, tokens)
         of_values = sum((value * value.detach().cos()).sum() for value in (made.weight, made.probs))
         total = of_values + groups * length * torch.stack([*made.losses.values()]).sum()

@@ -2,9 +2,9 @@
 
 Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
 
-With so few rows launches are the time, and the bytes of weights. Each choice gets a copy of its expert's weights; or,
-where that would move more bytes than all weights are, every expert computes all tokens, and what nobody chose is left
-out. Without gradients and in eval mode only, as on the CPU: a recomputation must take the way of its forward.
+With so few rows, launches and the bytes of weights take the time. Each choice gets a copy of its expert's weights. If
+that would move more bytes than all weights have, every expert computes all tokens, and results that no token chose are
+left out. This serves only eval mode without gradients, because a recomputation must take the way of its forward.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def copies(call: Call) -> bool:
 
 
 def why_not(call: Call) -> str | None:
-    """Token choice and few tokens, in eval and without gradients."""
+    """Why this way cannot compute a call; None for token choice of few tokens, in eval and without gradients."""
     if call.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
     if call.decision.k is None:
@@ -42,7 +42,7 @@ def why_not(call: Call) -> str | None:
 
 
 def run(call: Call) -> Tensor:
-    """Tokens `(t, d)` to `(t, o)`; the sum over a token's choices is taken in float32 at least."""
+    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     (t, d), experts, k = x.shape, network.w_out.shape[0], decision.k

@@ -4,12 +4,12 @@
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim. In a product m are rows, n columns of the result, and c what is summed over.
 
-A tile is up to BLOCK_M rows of one expert. Its table says where it is; the grid has as many tiles as there can be at
-most, and those that are not needed (expert -1) return at once. No two programs write to one place and every sum has a
-fixed order, so all runs give the same bits. What is multiplied by a row or by an expert is int64; places within a tile
-and within an expert's matrix are int32 (matrices of 2^31 elements are refused before). A row or column past the end is
-read at a place inside and never stored; past the end of a sum zeros are read. Rows past the last expert's are neither
-written nor read.
+A tile is up to BLOCK_M rows of one expert; a table says where each tile is. The grid has the largest possible number of
+tiles, and programs of tiles that are not needed (expert -1) return at once. No two programs write to one place, and
+every sum has a fixed order, so all runs give the same bits. Strides between rows and between experts are int64. Offsets
+within a tile and within an expert's matrix are int32 (matrices of 2^31 elements are refused before). For a row or
+column past the end a place inside is read, and nothing is stored; past the end of a sum zeros are read. Rows after the
+last expert's are neither written nor read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def find_tiles(
     BLOCK: tl.constexpr,  # tiles of a program
     BLOCK_E: tl.constexpr,
 ):
-    """A tile belongs to the expert whose tiles end behind it: sums over the experts before it say where it starts."""
+    """Write the table of tiles. A tile belongs to the first expert whose tiles, summed up, end after it."""
     tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     expert = tl.zeros((BLOCK,), tl.int32)
     first_tile = tl.zeros((BLOCK,), tl.int32)
@@ -65,7 +65,7 @@ def find_tiles(
 
 @triton.jit
 def block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
-    """Block (m, n) of a program: programs that run together share rows and weights in the cache."""
+    """Return the block (m, n) of a program, so that programs that run together share rows and weights in the cache."""
     each = GROUP * blocks_n
     first = program // each * GROUP
     size = tl.minimum(blocks_m - first, GROUP)
@@ -88,26 +88,26 @@ def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr, GROUP: tl.cons
 
 @triton.jit
 def of_expert(expert, c, n, weight_e, weight_c, weight_n):
-    """Where a block of an expert's weight lies."""
+    """Return pointers to a block of an expert's weight."""
     return expert * weight_e + (c[:, None] * weight_c + n[None, :] * weight_n)
 
 
 @triton.jit
 def tokens_of(token, row, num_tokens):
-    """Whose rows these are; some token's where a row is nobody's, whose weight is 0."""
+    """Return the tokens of rows; any token for a row without an assignment, whose weight is 0."""
     return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
 
 
 @triton.jit
 def weights_of(row_weight, assignment, row, exists, num_assignments):
-    """The weights of rows, 0 of one that is nobody's."""
+    """Return the weights of rows; 0 for a row without an assignment."""
     index = tl.load(assignment + row, mask=exists, other=num_assignments)
     return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def read(block, inside, EVEN: tl.constexpr):
-    """A block, zeros where it is not inside; all of it is if EVEN."""
+    """Read a block; zeros for what lies outside (with EVEN nothing does)."""
     return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
 
 
@@ -194,7 +194,7 @@ def rows_by_weights(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """*up*: tokens gathered, products, activation. *down*: rows in place, products, no activation."""
+    """*up* gathers tokens, multiplies, and computes the activation. *down* multiplies rows, without an activation."""
     WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
     BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
     expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M, GROUP)
@@ -232,13 +232,13 @@ def rows_by_weights(
 
 @triton.jit
 def with_bias(acc, bias, place):
-    """acc + one number for each column, if there are any."""
+    """Return acc plus the bias, a number for each column, if there is one."""
     return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
 
 
 @triton.jit
 def keep(acc, out, place, stored):
-    """Write sums, if there is a tensor for them."""
+    """Store sums, if there is a tensor for them."""
     if out is not None:
         tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
 
@@ -263,7 +263,7 @@ def hidden_grads_slice(
     TWO: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):
-    """Write some columns of the gradients; returns what they add to those of the rows' weights."""
+    """Write some columns of the gradients; return what they add to the gradients of the rows' weights."""
     dtype: tl.constexpr = grad_pre.dtype.element_ty
     width: tl.constexpr = grad.shape[1]
     column = start + tl.arange(0, width)
@@ -425,7 +425,7 @@ def row_grads(
 
 @triton.jit
 def rows_of(ends, expert):
-    """First row of an expert, and the row after its last."""
+    """Return the first row of an expert, and the row after its last."""
     return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
 
 
@@ -453,7 +453,7 @@ def weight_grads(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """For every expert `x^T y` over its rows, zeros where it has none.
+    """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
 
     x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
     asynchronously, with as many blocks under way as the schedule says.
@@ -510,7 +510,7 @@ def bias_grads(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """For every expert the sum of its rows of y, 0 where it has none."""
+    """Sum each expert's rows of y; 0 for an expert without rows."""
     blocks = tl.cdiv(N, BLOCK_N)
     expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     begin, end = rows_of(ends, expert)
@@ -533,7 +533,7 @@ def bias_grads(
 
 @triton.jit
 def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, BY_ROW: tl.constexpr):
-    """acc + the row at `index` of a token's list, times its weight; nothing where the row is `num_rows`, for none."""
+    """Return acc plus the weighted row at `index` of a token's list; a row of `num_rows` means none: it adds 0."""
     row = tl.load(row_of + index).to(tl.int64)
     width = tl.where(row < num_rows, D, 0)
     row = tl.minimum(row, num_rows - 1)
@@ -545,7 +545,7 @@ def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, B
 
 @triton.jit
 def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
-    """The sum of some rows of `(r, blocks)`, 0 where they do not exist."""
+    """Sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
     acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
     for start in range(0, blocks, BLOCKS):
         part = start + tl.arange(0, BLOCKS)
@@ -571,7 +571,7 @@ def sum_rows(
     WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
     BLOCK: tl.constexpr,
 ):
-    """Every token's rows, in float32 and in order; and the gradients of their weights."""
+    """Sum each token's rows, in float32 and in order; and write the gradients of their weights."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if rows is not None:

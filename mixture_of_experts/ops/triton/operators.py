@@ -3,8 +3,8 @@
 Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
 o output dim, p input weights of an expert (1, or 2 of gated experts).
 
-Operators, so that `torch.compile` sees one call whose shapes it knows, and not the launches in it: how tiles lie, and
-how many there are, is nobody else's business, and a new number of tokens compiles nothing.
+They are operators so that `torch.compile` sees one call of known shapes, and not the launches in it. The places and the
+number of tiles stay inside, so a new number of tokens compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mixture_of_experts.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
 NO_ACTIVATION = Form("plain", "identity")
-MOST_ROWS = (1 << 31) - 256  # kernels count on for two blocks of 128 rows behind the last one, in int32
+MOST_ROWS = (1 << 31) - 256  # kernels count, in int32, up to two blocks of 128 rows after the last row
 
 
 class Operands(NamedTuple):
-    """What both operators are given; `OPERANDS` is the same as a schema of torch.
+    """The operands of both operators; `OPERANDS` is their schema for torch.
 
     Attributes:
         x: `(t, d)`.
@@ -54,7 +54,7 @@ class Operands(NamedTuple):
     b_out: Tensor | None
 
     def in_order(self) -> Operands:
-        """These operands as kernels read them: biases without gaps, dense weights, two of them by the same strides."""
+        """Return the operands as kernels read them: biases and weights dense, two weights with equal strides."""
         w_in = [dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
             w_in = [weight.contiguous() for weight in w_in]
@@ -65,7 +65,7 @@ class Operands(NamedTuple):
 
 
 def dense(weight: Tensor) -> Tensor:
-    """A weight whose rows or columns kernels can copy."""
+    """Return the weight, copied if neither its rows nor its columns are contiguous."""
     return weight if 1 in weight.stride()[1:] else weight.contiguous()
 
 
@@ -83,7 +83,7 @@ def split(arguments: Sequence[Any]) -> tuple[Operands, Form, Sequence[Any]]:
 
 
 class Tiles(NamedTuple):
-    """Where the rows lie, in tiles of up to `height`; see `kernels.find_tiles`."""
+    """The tiles of the rows, of up to `height` rows each; see `kernels.find_tiles`."""
 
     table: Tensor
     ends: Tensor
@@ -91,7 +91,7 @@ class Tiles(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Where gradients are written, of no elements where they are not needed; b_out is None where there is none."""
+    """Memory for gradients, empty for those that are not needed; b_out is None if the network has none."""
 
     x: Tensor
     weight: Tensor
@@ -101,7 +101,7 @@ class Grads(NamedTuple):
     b_out: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        """All there are."""
+        """All tensors that are not None."""
         b_out = [] if self.b_out is None else [self.b_out]
         return [self.x, self.weight, *self.w_in, self.w_out, *self.b_in, *b_out]
 
@@ -217,7 +217,7 @@ def check_devices(given: Operands, *others: Tensor) -> None:
 
 
 def on_one_device(first: Tensor, *others: Tensor) -> None:
-    """Kernels would read any address, and fake tensors check this for torch's own operators only."""
+    """Check that all tensors are on one device: kernels would read any address, and fake tensors do not check them."""
     for tensor in others:
         if tensor.device != first.device:
             raise RuntimeError(
@@ -226,12 +226,12 @@ def on_one_device(first: Tensor, *others: Tensor) -> None:
 
 
 def some(tensor: Tensor | None) -> list[Tensor]:
-    """It, or none."""
+    """The tensor in a list; an empty list for None."""
     return [] if tensor is None else [tensor]
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are taken: as torch's own switch says."""
+    """The precision of float32 products, as torch's own switch says."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
@@ -242,13 +242,13 @@ def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
 
 
 def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """All there are for such operands on this card."""
+    """All entries of the table for such operands on this card."""
     kind = "half" if dtype.itemsize == 2 else precision(dtype)
     return entries_of(kind, None if device.type == "cpu" else capability(device))
 
 
 def tile(given: Operands) -> tuple[Schedule, Tiles]:
-    """Sizes of blocks for a call, and where its rows lie in tiles of this size."""
+    """Return the sizes of blocks for a call, and its tiles."""
     rows = given.token.shape[0]
     check_number(given.row.shape[0])
     schedule = schedule_for(given.x, rows // given.w_out.shape[0])
@@ -262,7 +262,7 @@ def check_number(number: int) -> None:
 
 
 def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
-    """As many tiles as there can be: every expert may have one that is not full."""
+    """Return the tiles, in a table of the largest possible number: each expert may have one that is not full."""
     check_number(rows)
     experts = counts.shape[0]
     number = most_tiles(rows, experts, height)
@@ -299,7 +299,7 @@ def launch_rows_by_weights(
     token: Tensor | None = None,
     pre: Sequence[Tensor] = (),
 ) -> None:
-    """*up*, which gathers tokens, or *down*."""
+    """Launch *up*, which gathers tokens, or *down*."""
     parts, biases, pre = form.parts(weights), form.parts(biases), form.parts(pre)
     launch_product(
         kernels.rows_by_weights,
@@ -333,7 +333,7 @@ def launch_hidden_grads(
     grad_pre: Tensor,
     form: Form,
 ) -> Tensor:
-    """Gradients of the pre-activations; returns the parts of that of each row's weight, `(r, blocks)`."""
+    """Write the gradients of the pre-activations; return `(r, blocks)`, parts of those of the rows' weights."""
     hidden_dim, parts = given.w_out.shape[1], form.parts(list(pre))
     partial = pre.new_empty(pre.shape[1], triton.cdiv(hidden_dim, blocks.n), dtype=torch.float32)
     launch_product(
@@ -426,7 +426,7 @@ def launch_weight_grads(
     *,
     of_inputs: bool,
 ) -> None:
-    """`x^T y` of every expert. Of input weights x is gathered, else y."""
+    """Write `x^T y` of every expert. For input weights x is gathered, for output weights y."""
     (experts, lines, columns), two = grads[0].shape, len(grads) == 2
     width = blocks.n // 2 if two else blocks.n
     launch(

@@ -42,9 +42,9 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
 def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The tables of `triton_plan` for few assignments, from their experts `(a,)` int64 and what is kept `(a,)` bool.
+    """Return the tables of `triton_plan` for few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
 
-    It takes time of a squared. Only kept assignments have a row.
+    Its time grows with the square of a. Only kept assignments have a row.
     """
     operators.on_one_device(expert, kept)
     expert, kept = expert.contiguous(), kept.contiguous()
@@ -145,5 +145,5 @@ def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -
 
 
 def tables_of(like: Tensor, number: int, num_rows: int) -> list[Tensor]:
-    """Where `row`, `assignment` and `token` are written."""
+    """Return empty tensors for `row`, `assignment` and `token`."""
     return [like.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows)]
