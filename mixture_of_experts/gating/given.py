@@ -22,8 +22,8 @@ class Settled(NamedTuple):
     """The choices of all tokens, given ones and the gate's own."""
 
     expert: Tensor  #: (..., b, n, k) int64, from 0 to e - 1
-    weighed: Tensor | None = None  #: (..., b, n, k) bool, choices that share the token's weight; None: all
-    made: Tensor | None = None  #: (..., b, n, k) bool, choices that are computed; None: all
+    weighed: Tensor | None  #: (..., b, n, k) bool, choices that share the token's weight; None: all
+    made: Tensor | None  #: (..., b, n, k) bool, choices that are computed; None: all
     live: Tensor | None = None  #: (..., b, n, k) bool, choices that are the gate's own; None: all
 
     def column(self, i: int) -> Settled:
