@@ -21,7 +21,7 @@ from mixture_of_experts.plan import Plan, append, plan_rows
 from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.queues import Queues, queue_up
 from mixture_of_experts.routing import Routing
-from mixture_of_experts.tracing import exporting, smallest
+from mixture_of_experts.tracing import add_times, exporting, smallest
 
 
 class Waiting(NamedTuple):
@@ -72,7 +72,7 @@ class SlotLayout:
     def cell(self) -> Tensor:
         """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
         position = self.routing.group_queues().position.flatten()
-        cell = torch.add(position, self._queue(), alpha=self.capacity)
+        cell = add_times(position, self._queue(), self.capacity)
         return cell if self.slot is None else of_choices(cell, self.routing, self.slot)
 
     def find(self) -> tuple[Tensor, Queues]:
@@ -83,7 +83,7 @@ class SlotLayout:
             return self._queue(), Queues(queues.position.flatten(), self.length(queues))
         cell, length = self.cell(), self.length(queues)
         queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
-        return queue, Queues(torch.sub(cell, queue, alpha=self.capacity), length)
+        return queue, Queues(add_times(cell, queue, -self.capacity), length)
 
     def waiting(self) -> Waiting:
         """The choices of the gate, as `Decision.waiting` gives them."""
@@ -111,8 +111,8 @@ class SlotLayout:
         e, routers, device = self.routing.num_experts, math.prod(outer), self.routing.expert.device
         first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
         if outer:
-            first = torch.add(first, torch.arange(routers, device=device).view(-1, 1, 1), alpha=e * b)
-        return torch.add(first, self.routing.expert.reshape(routers, b, a), alpha=b).flatten()
+            first = add_times(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
+        return add_times(first, self.routing.expert.reshape(routers, b, a), b).flatten()
 
 
 class Decision:
@@ -202,7 +202,7 @@ class Decision:
         if self.slots is not None:
             return self._plan(self.slots.cell(), self.num_slots, None)
         queue, queues = self.queues()
-        return self._plan(torch.add(queues.position, queue, alpha=self.num_tokens), self.num_slots, None)
+        return self._plan(add_times(queues.position, queue, self.num_tokens), self.num_slots, None)
 
     def rows_per_expert(self, queues: Queues) -> Tensor:
         """`(e,)` int64, the rows that each expert needs: the lengths of its queues in `queues()`, added up."""
