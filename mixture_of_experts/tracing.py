@@ -43,7 +43,7 @@ def exporting_to_onnx() -> bool:
 
 
 def add_times(values: Tensor, others: Tensor, times: int) -> Tensor:
-    """`values + times * others` in one operator; in two where a graph is exported, for ONNX takes no dynamic `alpha`."""
+    """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
     return values + others * times if exporting() else torch.add(values, others, alpha=times)
 
 
