@@ -133,7 +133,7 @@ def _(logits, bias, k, *settings):
 
 
 def empty_choices(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Where they are written."""
+    """Return memory for what `choose` writes."""
     b, n, _ = logits.shape
     expert = logits.new_empty(b, n, k, dtype=torch.int64)
     return expert, logits.new_empty(b, n, k), logits.new_empty(logits.shape), logits.new_empty(b, 2)

@@ -26,14 +26,14 @@ def choose_two(
     full,  # (g, n) bool, the tokens that make a first choice, and count; None: all
     active,  # (g, n) bool, the tokens that make a second one; None with `full`
     uniform,  # (g, n) float32, between 0 and 1, for the policy "random"; or None
-    expert,  # (g, n, 2) int64: out, and the others; the lowest index on a tie
+    expert,  # (g, n, 2) int64: out, as all that follow; the lowest index on a tie
     weight,  # (g, n, 2) float32
     chosen,  # (g, n, 2) bool, the choices that are made
     primary,  # (g, n, 2) bool, those of more than half the weight
     probs,  # (g, n, e) float32
     log_total,  # (g, n) float32, the logits' logsumexp
     sums,  # (2, g, p, e) float32: of the tokens that count, first choices of each expert and probabilities
-    totals,  # (g, p, 2) float32: the squares of their `log_total`, and how many they are
+    totals,  # (g, p, 2) float32: the sum of the squares of their `log_total`, and their number
     length,  # n
     programs,  # p
     num_experts,
@@ -131,7 +131,7 @@ def choose_two_grads(
     ROWS: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Gradient of the logits; `grads_by_operators` tells the same."""
+    """Write the gradient of the logits, which `grads_by_operators` computes by torch's operators."""
     column = tl.arange(0, BLOCK_E)[None, :]
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     is_token = token < num_tokens

@@ -152,7 +152,7 @@ def multiply_two(
 
 @triton.jit
 def halves(block, INTERLEAVED: tl.constexpr):
-    """Two blocks of half the columns: every second one, or those on the left and those on the right."""
+    """Return two blocks of half the columns: every second one, or those on the left and those on the right."""
     if INTERLEAVED:
         parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
     else:
@@ -165,7 +165,7 @@ def rows_by_weights(
     x,  # (t, c) tokens, or (r, c) rows
     token,  # (r,) int32; None reads the rows
     weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
-    weight_up,  # likewise if TWO, the second of gated experts
+    weight_up,  # the second weight of gated experts, with TWO
     bias,  # (e, n) or (e, 2 n) in any strides, or None
     bias_up,
     pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, kept for the backward; or None
@@ -302,8 +302,8 @@ def hidden_grads(
     weight,  # (e, n, c) in any strides: of the last product
     bias,  # (e, c) contiguous: of the last product, or None
     pre,  # (r, n) or (r, 2 n) if INTERLEAVED, rows `pre_r` apart
-    pre_up,  # likewise if TWO
-    hidden,  # (r, n): the hidden layer times its row's weight, computed anew; or None
+    pre_up,  # those of the second weight, with TWO
+    hidden,  # (r, n): the hidden layer times its row's weight: out, or None
     grad_pre,  # as `pre`
     grad_pre_up,
     partial,  # (r, blocks) float32: what each block of columns adds to the gradient of a row's weight
@@ -388,7 +388,7 @@ def hidden_grads(
 @triton.jit(do_not_specialize=["num_tiles"])
 def row_grads(
     grad_pre,  # (r, c)
-    grad_pre_up,  # likewise if TWO
+    grad_pre_up,  # that of the second weight, with TWO
     weight,  # (e, n, c) in any strides: of the first products
     weight_up,
     out,  # (r, n)
@@ -433,7 +433,7 @@ def rows_of(ends, expert):
 def weight_grads(
     x,  # (t or r, m)
     y,  # (t or r, n)
-    y_up,  # likewise if TWO, of the second weight of gated experts
+    y_up,  # that of the second weight of gated experts, with TWO
     token,  # (r,) int32: which rows of x (GATHER_X) or y (GATHER_Y) are read
     ends,  # (e,) int32: the row after each expert's last
     out,  # (e, m, n) in any strides

@@ -38,7 +38,7 @@ class Operands(NamedTuple):
         counts: `(e,)` int64, the rows of each expert.
         choices: k, the assignments of each token; 0 where they are no fixed number.
         w_in, w_out: `(e, d, h)` or as the form's layout says, and `(e, h, o)`, in any strides, of x's dtype.
-        b_in, b_out: `(e, h)` likewise or none, and `(e, o)` or None.
+        b_in, b_out: `(e, h)` for each of w_in, or none; `(e, o)` or None.
     """
 
     x: Tensor
@@ -77,7 +77,7 @@ FORM = "str layout, str activation, float alpha, float limit"  # see `Form`
 
 
 def split(arguments: Sequence[Any]) -> tuple[Operands, Form, Sequence[Any]]:
-    """Operands, form, and what else an operator is given, from where its operands begin."""
+    """Split the arguments of an operator, from its first operand on: operands, form, and the rest."""
     given, form = len(Operands._fields), len(Form._fields)
     return Operands(*arguments[:given]), Form(*arguments[given : given + form]), arguments[given + form :]
 
@@ -91,7 +91,7 @@ class Tiles(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Memory for gradients, empty for those that are not needed; b_out is None if the network has none."""
+    """Memory for gradients; one that is not needed has no elements. `b_out` is None for a network without it."""
 
     x: Tensor
     weight: Tensor
@@ -112,7 +112,10 @@ class Grads(NamedTuple):
     schema=f"({OPERANDS}, {FORM}, bool keep) -> (Tensor, Tensor)",
 )
 def triton_ffn(*arguments) -> tuple[Tensor, Tensor]:
-    """Tokens' outputs `(t, o)`, and what is computed with each of w_in `(p, r, q)` if `keep` (else of no rows)."""
+    """Return the outputs of the tokens `(t, o)`, and the products with each of w_in `(p, r, q)`.
+
+    Without `keep` the products have no rows.
+    """
     given, form, (keep,) = split(arguments)
     check_devices(given)
     out, pre = empty_outputs(given, keep)
@@ -142,12 +145,13 @@ def _(*arguments):
     schema=f"(Tensor grad, Tensor pre, {OPERANDS}, {FORM}, bool need_x, bool need_in, bool need_out) -> Tensor[]",
 )
 def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
-    """Gradients of x, weight, w_in, w_out, b_in and b_out, of no elements where not needed; that of weight always is.
+    """Return the gradients of x, weight, w_in, w_out, b_in and b_out. One that is not needed has no elements; that of
+    weight is always computed.
 
     Args:
         grad: `(t, o)` gradient of the tokens' outputs.
-        pre: what `triton_ffn` kept.
-        arguments: as it was given.
+        pre: the products that `triton_ffn` returned.
+        arguments: the operands and the form that it was given.
     """
     given, form, (need_x, need_in, need_out) = split(arguments)
     check_devices(given, grad, pre)
@@ -190,14 +194,14 @@ def _(ctx, *grads):
 
 
 def empty_outputs(given: Operands, keep: bool) -> tuple[Tensor, Tensor]:
-    """Where outputs of tokens, and what is computed with the input weights, are written."""
+    """Return memory for the outputs of tokens and for the products with the input weights."""
     rows = given.token.shape[0] if keep else 0
     pre = given.x.new_empty(len(given.w_in), rows, given.w_in[0].shape[-1])
     return given.x.new_empty(given.x.shape[0], given.w_out.shape[-1]), pre
 
 
 def empty_grads(given: Operands, need_x: bool, need_in: bool, need_out: bool) -> Grads:
-    """Those of two input weights lie alike, as kernels write by one set of strides."""
+    """Return memory for gradients. Gradients of two input weights have equal strides, which kernels count on."""
 
     def like(tensor: Tensor, needed: bool, **options: Any) -> Tensor:
         return torch.empty_like(tensor, **options) if needed else tensor.new_empty(0)
@@ -231,18 +235,18 @@ def some(tensor: Tensor | None) -> list[Tensor]:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """The precision of float32 products, as torch's own switch says."""
+    """Return the precision of float32 products, "tf32" or "ieee", as torch's own switch says."""
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
 
 
 def schedule_for(x: Tensor, mean_rows: int) -> Schedule:
-    """The table's entry for these operands on this card."""
+    """Return the entry of the table for these operands on this card."""
     return find_schedule(entries_for(x.device, x.dtype), mean_rows)
 
 
 def entries_for(device: torch.device, dtype: torch.dtype) -> tuple[Schedule, ...]:
-    """All entries of the table for such operands on this card."""
+    """Return all entries of the table for such operands on this card."""
     kind = "half" if dtype.itemsize == 2 else precision(dtype)
     return entries_of(kind, None if device.type == "cpu" else capability(device))
 
@@ -256,7 +260,7 @@ def tile(given: Operands) -> tuple[Schedule, Tiles]:
 
 
 def check_number(number: int) -> None:
-    """Rows, and the choices of all tokens, have numbers of int32, and so have those of blocks that are not full."""
+    """Refuse more rows than kernels count in int32, with room for blocks that are not full."""
     if number > MOST_ROWS:
         raise ValueError(f"the kernels count at most {MOST_ROWS} rows, not {number}: call with fewer tokens at a time")
 
@@ -283,7 +287,7 @@ def find_tiles(counts: Tensor, rows: int, height: int) -> Tiles:
 
 
 def most_tiles(rows: int, experts: int, height: int) -> int:
-    """Of so many experts, or fewer if there are fewer rows, each may have one tile that is not full."""
+    """Return the largest possible number of tiles: every expert with a row may have one tile that is not full."""
     experts = min(rows, experts)
     return experts + (rows - experts) // height
 
@@ -365,7 +369,7 @@ def launch_hidden_grads(
 
 
 def launch_row_grads(blocks: Blocks, tiles: Tiles, grad_pre: Tensor, weights: Sequence[Tensor], out: Tensor) -> None:
-    """Gradients of rows of tokens."""
+    """Launch the gradients of the rows of tokens."""
     launch_product(
         kernels.row_grads,
         tiles,
@@ -392,8 +396,10 @@ def launch_product(
     width: int,
     **arguments: Any,
 ) -> None:
-    """A kernel that multiplies rows by weights, whose axes are e, c (summed over) and n; a program writes `width` of
-    the `columns` of the result."""
+    """Launch a kernel that multiplies rows by weights, whose axes are e, c (summed over) and n.
+
+    A program writes `width` of the `columns` of the result.
+    """
     length = weight.shape[axes.index("c")]
     two = arguments.get("weight_up") is not None
     launch(
@@ -455,7 +461,8 @@ def launch_weight_grads(
 
 
 def launch_bias_grads(tiles: Tiles, y: Tensor, out: Tensor, given: Operands | None = None) -> None:
-    """Sums of every expert's rows: of y itself; or, `given` the operands, of what is gathered, by weight."""
+    """Launch the sums of each expert's rows: of y itself, or, with the operands `given`, of the weighted rows that they
+    gather from y."""
     (experts, columns), block = out.shape, 64
     token, weight, assignment = (None,) * 3 if given is None else (given.token, given.weight, given.assignment)
     launch(
@@ -485,7 +492,7 @@ def launch_sum_rows(
     partial: Tensor | None = None,
     grad_weight: Tensor | None = None,
 ) -> None:
-    """Every token's rows; in the forward by weight, in the backward with the gradients of the weights.
+    """Launch the sums of each token's rows: weighted in the forward, with the gradients of the weights in the backward.
 
     Without `choices` a token's rows are found by a stable sort.
     """
@@ -518,13 +525,13 @@ def launch_sum_rows(
 
 
 def pair(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
-    """Two tensors, one or none as the arguments `name` and `name_up`."""
+    """Return two tensors, one or none as the arguments `name` and `name_up`."""
     first, second, *_ = *tensors, None, None
     return {name: first, f"{name}_up": second}
 
 
 def strides(name: str, tensors: Sequence[Tensor], axes: str) -> dict[str, int]:
-    """Strides of the first tensor, and so of all, as the arguments `name_axis`; zeros where there is none."""
+    """Return the strides of the first tensor, which all have, as the arguments `name_axis`; zeros without a tensor."""
     values = tensors[0].stride() if tensors else (0,) * len(axes)
     return {f"{name}_{axis}": value for axis, value in zip(axes, values, strict=True)}
 
