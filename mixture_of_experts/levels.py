@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mixture_of_experts.dispatch import dispatch
 from mixture_of_experts.groups import group_shape
 from mixture_of_experts.plan import Plan
+from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.tracing import is_wrapped
 
 GIVEN, GIVEN_INNER, OPEN = "given_experts", "given_experts_inner", "open_experts"
 
@@ -70,6 +72,24 @@ def second_level(
         side = {name: value.reshape(*shape, *value.shape[3:]) for name, value in side.items()}
     arguments = {"x": x, "importance": importance, "mask": mask, **side}
     return arguments if length is None else {**arguments, "length": length}
+
+
+def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> None:
+    """Check that a gate of level two, if it is not this package's, chooses no expert for an empty slot.
+
+    It reads values, so it does nothing on a GPU and in a graph.
+    """
+    ours = type(gate).__module__.partition(".")[0] == __package__
+    if ours or inner.k is None or torch.compiler.is_compiling() or inner.chosen.device.type != "cpu":
+        return
+    empty = slots.assignment == slots.row.shape[0]
+    if is_fake(empty) or is_wrapped(empty) or is_wrapped(inner.chosen):
+        return
+    if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():
+        raise ValueError(
+            f"gate_inner, a {type(gate).__name__}, chose experts for {int(chosen.sum())} slots of level one that no "
+            "token has: choose none where importance is 0, as TokenChoiceGate.route sees to"
+        )
 
 
 def _in_slots(value: Tensor, slots: Plan) -> Tensor:

@@ -32,7 +32,7 @@ from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
-from mixture_of_experts.levels import second_level, side_inputs_of_levels
+from mixture_of_experts.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
@@ -336,6 +336,7 @@ class HeirarchicalMoE(Layer):
         slots = plan_slots_of(outer)
         level_two = second_level(groups, outer, slots, self.group_size, side_inner)
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.asked_of(self.gate_inner)))
+        check_slots_have_tokens(self.gate_inner, inner, slots)
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
 

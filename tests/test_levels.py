@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.strategies import generator, normal
 
-from mixture_of_experts import ExpertChoiceGating, Top2Gating, TopKGating
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, Top2Gating, TopKGating
 from mixture_of_experts.decision import plan_slots_of
 from mixture_of_experts.levels import second_level, side_inputs_of_levels
 
@@ -90,3 +90,20 @@ def test_each_level_is_given_choices_under_a_name_of_its_own():
             second_level(
                 torch.randn(B, N, D), outer, plan_slots_of(outer), None, {"given_experts_inner": torch.zeros(shape)}
             )
+
+
+def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
+    """It ignores importance and mask; the same gate that reads them is taken."""
+
+    class Heedless(Top2Gating):
+        heedless = True
+
+        def forward(self, x, importance=None, mask=None, length=None, losses=(), **side):
+            return super().forward(x) if self.heedless else super().forward(x, importance, mask, length, losses, **side)
+
+    gate = Heedless(D, 2, outer_expert_dims=(EXPERTS,))
+    moe, x = HeirarchicalMoE(D, (EXPERTS, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(B, N, D)
+    with pytest.raises(ValueError, match=r"a Heedless, chose experts for \d+ slots of level one that no token"):
+        moe(x)
+    gate.heedless = False
+    assert moe(x)[0].isfinite().all()
