@@ -105,7 +105,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path, capsys):
     assert main(["upcycle", str(tmp_path / "gpt2"), str(tmp_path / "moe2")]) == 0
     before = sorted(os.listdir(tmp_path))
     for words, problem in [
-        (("upcycle", "in", "moe"), "moe is there"),
+        (("upcycle", "in", "moe"), "moe exists: give another name"),
         (("upcycle", "moe", "out"), "moe has experts already"),
         (("export", "in", "out"), "in has no experts"),
         (("export", "moe2", "out"), "no class of transformers is a GPT2LMHeadModel with experts"),
