@@ -68,6 +68,9 @@ def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
 
 
 _MMA = WeightBlocks(128, 128, 32, 8, 4)
+_LOW_MMA = _low(_MMA, 2.8, 1.6, 1.15)
+# blocks of 64 numbers spill registers there by Triton 3.7.1, for the clamped activation of weights stored transposed
+_LOW_MMA = (*_LOW_MMA[:-1], _LOW_MMA[-1]._replace(up=Blocks(128, 32, 4, 4)))
 _AMPERE = Schedule(
     128,
     1.0,
@@ -99,23 +102,27 @@ _BLACKWELL = _HOPPER._replace(down=Blocks(128, 64, 8, 3), row_grads=Blocks(128, 
 
 #: entries of bfloat16 and float16, by compute capability: the cards that the kernels are compiled and checked for
 HALF: dict[Capability, tuple[Schedule, ...]] = {
-    (8, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _AMPERE),  # 163 KB of shared memory
-    (8, 6): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),  # 99 KB
-    (8, 9): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),
+    (8, 0): (*_LOW_MMA, _AMPERE),  # 163 KB of shared memory
+    (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
+    (8, 9): (*_LOW_MMA, _SMALL),
     (9, 0): (*_low(_HOPPER.weight_grads, 4.2, 2.3, 1.35), _HOPPER),  # 227 KB, warp groups multiply
     (10, 0): (*_low(_BLACKWELL.weight_grads, 4.2, 2.3, 1.35), _BLACKWELL),
-    (12, 0): (*_low(_MMA, 2.8, 1.6, 1.15), _SMALL),
+    (12, 0): (*_LOW_MMA, _SMALL),
 }
 #: entries of float32, the same for all cards
 SINGLE: dict[str, tuple[Schedule, ...]] = {
-    "tf32": tuple(_single(rows, cost, 32, warps) for rows, cost, warps in ((16, 4, 4), (32, 2, 4), (64, 1.2, 4))),
+    "tf32": (
+        _single(16, 4, 32, 4),
+        _single(32, 2, 32, 4)._replace(up=Blocks(64, 32, 8, 3)),  # with 4 warps it spills registers on sm_100
+        _single(64, 1.2, 32, 4),
+        _single(128, 1.0, 32, 8),
+    ),
     # on sm_90 the hidden layer's gradients with 4 warps spill registers
     "ieee": (
         _single(16, 2.0, 16, 4)._replace(hidden_grads=Blocks(64, 16, 8, 3)),
         _single(64, 1.0, 16, 8),
     ),
 }
-SINGLE["tf32"] += (_single(128, 1.0, 32, 8),)
 
 
 def _alike(rows: int, cost: float, blocks: Blocks, weights: WeightBlocks) -> Schedule:
