@@ -9,7 +9,7 @@ import torch
 from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, Routing, Top2Gating, TopKGating
-from mixture_of_experts.decision import Decision, compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.decision import Decision, Waiting, compose, decision_of, decision_on, plan_slots_of
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.plan import Plan, append
 
@@ -145,3 +145,47 @@ def test_of_two_levels(name, inner_factor):
 
 def test_append():
     assert append(torch.ones(2, 3, dtype=torch.int64), 7).tolist() == [[1, 1, 1], [1, 1, 1], [7, 7, 7]]
+
+
+def rows_of(waiting: Waiting, num_experts: int) -> list[int | None]:
+    """The row of each assignment, by a loop over what waits: behind the rows of the queues before its own."""
+    start, length = [0], waiting.length.tolist()
+    for rows in length:
+        start.append(start[-1] + rows)
+    groups, number = len(length) // num_experts, len(waiting.expert) // waiting.k
+    found: list[int | None] = []
+    for token in range(number) if waiting.slot is None else waiting.slot.tolist():
+        for choice in range(token * waiting.k, (token + 1) * waiting.k):
+            if token == number or not waiting.kept[choice]:
+                found.append(None)
+                continue
+            router, group = divmod(token // waiting.num_tokens, groups)
+            expert = router * waiting.num_experts + int(waiting.expert[choice])
+            position = int(waiting.position[choice])
+            assert position < length[expert * groups + group]
+            found.append(start[expert * groups + group] + position)
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["top2", "dropless", "one choice"])
+def test_what_waits_has_the_rows_of_the_plan(name: str, masked: bool):
+    decision = decision_of(routing_of(name, masked))
+    plan, waiting = decision.without_gaps(), decision.waiting()
+    assert rows_of(waiting, E) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
+    assert torch.equal(waiting.chosen, decision.kept if name == "dropless" else decision.chosen)
+    assert waiting.num_tokens == (B * N if name == "dropless" else N)
+
+
+@pytest.mark.parametrize("factor", [None, 1.0])
+def test_what_waits_at_level_two_has_the_rows_of_the_plan(factor: float | None):
+    outer = routing_of("top2")
+    inner = Top2Gating(D, 2, outer_expert_dims=(E,), second_policy_eval="all", capacity_factor_eval=factor)
+    inner = inner.double().eval()
+    inner.w_gating.data.copy_(normal(generator(3), E, D, 2))
+    slots = plan_slots_of(outer)
+    told = inner(**second_level(normal(generator(2), B, N, D), outer, slots, None, {}))
+    decision = compose(outer, slots, told)
+    plan, waiting = decision.without_gaps(), decision.waiting()
+    assert rows_of(waiting, E * 2) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
+    assert (plan.row == plan.num_rows).any()
