@@ -51,9 +51,9 @@ KERNELS = ["few_kernel.py", "two_best.py", "two_best_kernel.py"]
 FILES = ["losses.py", "queues.py", "levels.py", "routing.py", "plan.py", "decision.py", "dispatch.py"]
 SURVIVORS = Path(__file__).with_suffix(".txt")
 ORACLE = (
-    "golden losses queues queue_kernels levels routing decision dispatch side_inputs errors arguments logits steps reference gates "
-    "capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing replay recipes "
-    "few_choices sparse_mixer balancing decode"
+    "golden losses queues queue_kernels levels routing decision dispatch side_inputs errors arguments logits steps "
+    "reference gates capacity own_router expert_bias balance_losses bias_rules variable_choices router_saving forcing "
+    "replay recipes few_choices sparse_mixer balancing decode"
 )
 SLOWER = (
     "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or any_two or trainer or "
