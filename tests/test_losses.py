@@ -142,6 +142,9 @@ def test_balance_by_hand():
     assert batch == pytest.approx((over / tokens.sum(1) ** 2 * 3 / k).mean().item())
     for function in (losses.load_balance, losses.load_balance_over_batch):  # k is 1 if nothing else is said
         assert function(load, proxy, n) == pytest.approx(k * function(load, proxy, n, k).item())
+    first_of_all = torch.zeros(2, 2, n, 1, dtype=torch.int64)  # of every token expert 0
+    of_choices = losses.load_balance_of(first_of_all, None, proxy, n)
+    assert of_choices == pytest.approx(losses.load_balance(n * torch.eye(3)[0].expand(2, 2, 3), proxy, n).item())
     nothing = losses.load_balance_over_batch(load[1:] * 0, proxy[1:] * 0, Length(lengths[1:] * 0, 2), k)
     first = torch.tensor([[1], [0]])
     one = losses.load_balance_over_batch(
