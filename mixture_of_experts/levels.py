@@ -88,7 +88,7 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> Non
     if (chosen := inner.chosen.reshape(slots.num_rows, inner.k).any(dim=-1) & empty).any():
         raise ValueError(
             f"gate_inner, a {type(gate).__name__}, chose experts for {int(chosen.sum())} slots of level one that no "
-            "token has: choose none where importance is 0, as TokenChoiceGate.route sees to"
+            "token has: choose none where importance is 0 (TokenChoiceGate.route leaves them out)"
         )
 
 

@@ -63,6 +63,7 @@ def count_in_line(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """Count the assignments of each expert in a block of the line."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     _, _, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
     for start in range(0, num_experts, BLOCK_E):
@@ -87,6 +88,7 @@ def rank_in_line(
     BLOCK: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
+    """Write the position of each assignment of a block, and from the last block the length of each queue."""
     row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
     stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
     place = tl.arange(0, BLOCK)

@@ -68,9 +68,9 @@ def _single(rows: int, cost: float, c: int, warps: int) -> Schedule:
 
 
 _MMA = WeightBlocks(128, 128, 32, 8, 4)
-_LOW_MMA = _low(_MMA, 2.8, 1.6, 1.15)
+*_lower, _highest = _low(_MMA, 2.8, 1.6, 1.15)
 # with 4 warps the clamped activation of weights that are stored transposed spills registers, by Triton 3.6 and 3.7
-_LOW_MMA = (*_LOW_MMA[:-1], _LOW_MMA[-1]._replace(up=Blocks(128, 64, 8, 3)))
+_LOW_MMA = (*_lower, _highest._replace(up=Blocks(128, 64, 8, 3)))
 _AMPERE = Schedule(
     128,
     1.0,
