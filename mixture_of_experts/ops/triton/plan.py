@@ -140,7 +140,7 @@ def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_
 
 
 def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
-    """Return a: for one level the choices of the gate, for two levels `choices_of_gate` for each choice of level one."""
+    """Return a: for one level the gate's choices, for two levels `choices_of_gate` for each choice of level one."""
     return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
 
 
