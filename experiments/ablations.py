@@ -42,7 +42,9 @@ QUESTIONS = {
         records="ablations.jsonl",
     ),
     # The model as it is has run there for `scaling`.
-    "balance": Question((AS_IT_IS, "balance0", "bias"), learning_rate=0.02, steps=3000, records="scaling_0.07m.jsonl"),
+    "balance": Question(
+        (AS_IT_IS, "balance0", "bias", "quantile"), learning_rate=0.02, steps=3000, records="scaling_0.07m.jsonl"
+    ),
 }
 
 

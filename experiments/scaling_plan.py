@@ -62,8 +62,8 @@ VARIANTS = {
     "shared": Variant("one of the two experts shared", dict(router="mixtral_shared")),
     "slow_experts": Variant("experts' rate halved", dict(expert_rate=0.5)),
     "fast_experts": Variant("experts' rate doubled", dict(expert_rate=2.0)),
-    # a further rule by which experts are balanced is a router in examples/language_model/routers.py, and a line here
     "bias": Variant("expert bias by sign, balance 0", dict(router="mixtral_bias")),
+    "quantile": Variant("expert bias by quantile, balance 0", dict(router="mixtral_quantile")),
 }
 
 

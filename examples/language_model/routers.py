@@ -13,17 +13,18 @@ from typing import NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from mixture_of_experts import Experts, GatedExperts, MoE, NoisyTopKGating, TopKGating
+from mixture_of_experts.gating.bias_rules import RuleName
 
 
 class Router(NamedTuple):
-    """How to build a layer, and what the parameter counts and the dense twin need to know about it."""
+    """How to build a layer, and what training, the parameter counts and the dense twin need to know about it."""
 
     build: Callable[[int, int, int], MoE]  # (dim, num_experts, width)
     choices: int
     gated: bool = False  # experts with a gate (SwiGLU) have a dense twin with a gate
+    bias_rule: RuleName | None = None  # by which `balance_experts` moves the expert bias after each step
 
 
 def top2(dim: int, num_experts: int, width: int) -> MoE:
@@ -78,7 +79,7 @@ def mixtral_capacity(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def mixtral_bias(dim: int, num_experts: int, width: int) -> MoE:
-    """Mixtral with arXiv 2408.15664's expert bias in place of a balance loss."""
+    """Mixtral with an expert bias in place of a balance loss: arXiv 2408.15664's, or Kimi K3's by quantiles."""
     gate = TopKGating(dim, num_experts, k=2, expert_bias=True)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2), loss_coef=0.0)
 
@@ -103,10 +104,7 @@ def qwen3_moe(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def deepseek_v3(dim: int, num_experts: int, width: int) -> MoE:
-    """arXiv 2412.19437: sigmoid scores, groups of experts, a shared expert; an expert bias in place of a loss.
-
-    The bias needs `gate.update_bias(rate)` after each step of the optimizer.
-    """
+    """arXiv 2412.19437: sigmoid scores, groups of experts, a shared expert; an expert bias in place of a loss."""
     hidden_dim = width // 9
     gate = TopKGating(
         dim,
@@ -148,22 +146,10 @@ ROUTERS = {
     "shazeer2017": Router(shazeer2017, choices=4),
     "mixtral": Router(mixtral, choices=2, gated=True),
     "mixtral_capacity": Router(mixtral_capacity, choices=2, gated=True),
-    "mixtral_bias": Router(mixtral_bias, choices=2, gated=True),
+    "mixtral_bias": Router(mixtral_bias, choices=2, gated=True, bias_rule="sign"),
+    "mixtral_quantile": Router(mixtral_bias, choices=2, gated=True, bias_rule="quantile"),
     "mixtral_shared": Router(mixtral_shared, choices=1, gated=True),
     "olmoe": Router(olmoe, choices=8, gated=True),
     "qwen3_moe": Router(qwen3_moe, choices=8, gated=True),
-    "deepseek_v3": Router(deepseek_v3, choices=8, gated=True),
+    "deepseek_v3": Router(deepseek_v3, choices=8, gated=True, bias_rule="sign"),
 }
-
-
-def update_bias_after_steps(model: nn.Module, optimizer: Optimizer, rate: float = 1e-3) -> None:
-    """Let every router that has an expert bias adapt it once after each step of the optimizer."""
-    top_k = [module for module in model.modules() if isinstance(module, TopKGating)]
-    gates = [gate for gate in top_k if gate.expert_bias is not None]
-
-    def update(*_: object) -> None:
-        for gate in gates:
-            gate.update_bias(rate, gate.process_group)
-
-    if gates:
-        optimizer.register_step_post_hook(update)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from language_model.model import ByteLM, FeedForward, count_parameters
-from language_model.routers import ROUTERS, update_bias_after_steps
+from language_model.routers import ROUTERS
 from language_model.settings import Settings
-from mixture_of_experts import MoE, Routing
+from mixture_of_experts import MoE, Routing, balance_experts
 
 
 class LoadRecorder:
@@ -60,6 +60,9 @@ class Trainee:
         self.device = torch.device(settings.device)
         self.model = model.to(self.device)
         self.optimizer = self._make_optimizer()
+        rule = ROUTERS[settings.router].bias_rule
+        if name == "moe" and rule is not None:
+            balance_experts(self.model, self.optimizer, rule)
         self.history = History()
         self._recorder = LoadRecorder(self.model)  # before compiling, which has to see the hooks
         self._forward = torch.compile(self.model) if settings.compile else self.model
@@ -177,7 +180,7 @@ def make_optimizer(
     expert_rate: float = 1.0,
     split: Callable[[list[dict]], list[dict]] = list,
 ) -> torch.optim.Optimizer:
-    """AdamW; norms and biases are not decayed. Routers with an expert bias get it updated after each step.
+    """AdamW; norms and biases are not decayed.
 
     A group's `rate` is what its learning rate is multiplied by: `expert_rate` for the experts' matrices. `split` may
     divide the groups of parameters further.
@@ -192,6 +195,4 @@ def make_optimizer(
         {"params": vectors, "weight_decay": 0.0, "rate": 1.0},
     ]
     groups = split([group for group in groups if group["params"]])
-    optimizer = torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=True)
-    update_bias_after_steps(model, optimizer)
-    return optimizer
+    return torch.optim.AdamW(groups, learning_rate, betas=(0.9, 0.98), fused=True)
