@@ -67,27 +67,27 @@ SMALL = (
     Stage("wide", 1, rates=3),
 )
 
-# The larger sizes read a text so long that no run sees a byte twice. Their rates are swept in runs of an eighth of the
-# dense model's length; the long runs have half and double of a rate only where there was time.
+# The larger sizes read a text so long that no run sees a byte twice. All rates are swept in runs of an eighth of the
+# dense model's length; where there is time again in longer ones, which then decide.
+FIRST_SWEEPS = (Stage("dense", 1 / 8, rates=3), Stage("moe32", 1 / 8, rates=3))
 MEDIUM = (
-    Stage("dense", 1 / 8, rates=3),
-    Stage("moe32", 1 / 8, rates=3),
+    *FIRST_SWEEPS,
     Stage("dense", 1),
+    Stage("moe32", 1 / 4, rates=3),
+    Stage("dense", 1, rates=3),
     Stage("moe32", 1 / 2),
-    Stage("moe32", 1 / 4),
-    Stage("moe8", 1 / 8, rates=3),
+    Stage("moe8", 1 / 4, rates=3),
     Stage("moe8", 1 / 2),
-    Stage("moe8", 1 / 4),
     *(
         Stage(model, share, seeds=(seed,))
         for seed in (1, 2)
         for model, share in (("dense", 1), ("moe32", 1 / 2), ("moe32", 1 / 4), ("moe8", 1 / 2), ("moe8", 1 / 4))
     ),
-    Stage("dense", 1, rates=3),
+    *(Stage("dense", 1 / 2, seeds=(seed,)) for seed in (0, 1, 2)),
     Stage("moe32", 1 / 2, rates=3),
     Stage("moe8", 1 / 2, rates=3),
 )
-LARGE = MEDIUM[:5]
+LARGE = (*FIRST_SWEEPS, Stage("dense", 1), Stage("moe32", 1 / 2), Stage("moe32", 1 / 4))
 
 # By the active parameters, in millions.
 SIZES = {
