@@ -165,6 +165,22 @@ def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path
     assert moe["total_parameters"] > 1.5 * dense["total_parameters"] - 2 * 256 * 16
 
 
+@pytest.mark.parametrize("router", [name for name, router in ROUTERS.items() if router.bias_rule])
+def test_a_step_moves_the_bias_of_every_layer_by_the_rule_of_the_router(router: str) -> None:
+    """By sign a bias moves by 0.001 or not at all; by quantile as far as its expert needs, in all by nothing."""
+    trainee = make_trainee("moe", replace(TINY, router=router, num_experts=32))
+    trainee.train_step(torch.randint(256, (TINY.batch_size, TINY.context + 1)), TINY.learning_rate)
+    for layer in trainee.model.modules():
+        if isinstance(layer, MoE):
+            size = layer.gate.expert_bias.abs()
+            assert size.any()
+            if ROUTERS[router].bias_rule == "sign":
+                assert ((size == 0) | (size == torch.tensor(1e-3))).all()
+            else:
+                assert size.unique().numel() > 3
+                torch.testing.assert_close(layer.gate.expert_bias.sum(), torch.tensor(0.0), atol=1e-6, rtol=0)
+
+
 def test_loads_count_the_choices_that_experts_compute(corpus: corpora.Corpus, tmp_path: Path) -> None:
     training = trainings.Training(replace(TINY, steps=1), corpus, tmp_path)
     moe = training.trainees[1]
