@@ -277,9 +277,9 @@ class Theirs:
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
         """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
         real = self.reader.real(expert)
-        made = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
-        expert = torch.where(made, expert, 0).to(torch.int64)
-        counts = self.rule.count(ForwardChoices(expert, made, score, real, self.value))
+        chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
+        expert = torch.where(chosen, expert, 0).to(torch.int64)
+        counts = self.rule.count(ForwardChoices(expert, chosen, score, real, self.value))
         return count_in_backward(weight, counts, self.counts)
 
 

@@ -220,10 +220,10 @@ def test_of_two_choices_one_may_not_be_given():
 
 
 def test_of_its_own_choices_a_gate_makes_those_that_it_sends():
-    made, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
-    settled = settle(None, torch.tensor([[0, 1, 2]]), made)
+    chosen, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
+    settled = settle(None, torch.tensor([[0, 1, 2]]), chosen)
     assert settled.chosen(sent).tolist() == [[True, False, False]]
-    assert settled.chosen() is made
+    assert settled.chosen() is chosen
 
 
 def test_given_experts_are_checked():

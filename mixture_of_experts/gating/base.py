@@ -218,7 +218,7 @@ class TokenChoiceGate(Gate):
         """The number by which balancing losses divide: the choices that a token is to make, k by default."""
         return self.k
 
-    def settle(self, tokens: Tokens, expert: Tensor, made: Tensor | None = None) -> Settled:
+    def settle(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> Settled:
         """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 
         `decide` of a gate that names "given_experts" in `reads` calls this. That input is `(..., b, n, k)` int64: an
@@ -227,13 +227,13 @@ class TokenChoiceGate(Gate):
         Args:
             tokens: the argument of `decide`.
             expert: `(..., b, n, k)` int64, the gate's own choices.
-            made: `(..., b, n, k)` bool, which of those the gate makes; None if all.
+            chosen: `(..., b, n, k)` bool, which of those the gate makes; None if all.
         """
         given = tokens.side.get("given_experts")
         if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
             wanted = (*tokens.x.shape[:-1], self.k)
             raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        return settle(given, expert, made)
+        return settle(given, expert, chosen)
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
@@ -269,35 +269,35 @@ class TokenChoiceGate(Gate):
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
-        made = self.decide(tokens)
-        chosen = None if made.masked else self.allowed(tokens)
-        if made.chosen is not None:
-            chosen = made.chosen if chosen is None else made.chosen & chosen
-        balance_loss = made.losses.get("balance") if made.balance_loss is None else made.balance_loss
-        z_loss = made.losses.get("z")
+        choices = self.decide(tokens)
+        chosen = None if choices.masked else self.allowed(tokens)
+        if choices.chosen is not None:
+            chosen = choices.chosen if chosen is None else choices.chosen & chosen
+        balance_loss = choices.losses.get("balance") if choices.balance_loss is None else choices.balance_loss
+        z_loss = choices.losses.get("z")
         return self.route(
-            replace(tokens, active=None) if made.masked else tokens,
-            made.probs,
-            made.expert,
-            made.weight,
+            replace(tokens, active=None) if choices.masked else tokens,
+            choices.probs,
+            choices.expert,
+            choices.weight,
             chosen=chosen,
-            score=made.score,
-            primary=made.primary,
-            balance_loss=made.probs.new_zeros(()) if balance_loss is None else balance_loss,
-            z_loss=made.probs.new_zeros(()) if z_loss is None else z_loss,
-            losses={**made.losses, **self.named_losses(losses, tokens, made)} if losses else made.losses,
+            score=choices.score,
+            primary=choices.primary,
+            balance_loss=choices.probs.new_zeros(()) if balance_loss is None else balance_loss,
+            z_loss=choices.probs.new_zeros(()) if z_loss is None else z_loss,
+            losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
 
-    def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
+    def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
             return {}
-        chosen, probs = self.counted(tokens, made.chosen, made.probs)
-        load, proxy = self.load(made.expert, chosen), probs.sum(dim=-2)
+        chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
+        load, proxy = self.load(choices.expert, chosen), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
-        counted = Counted(made.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
+        counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
         return {name: BALANCE_LOSSES[name](counted) for name in known}
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
@@ -412,8 +412,8 @@ class TokenChoiceGate(Gate):
         losses = {"balance": balance_loss} if losses is None else losses
         name = type(self).__name__
         if not torch.compiler.is_compiling():
-            made = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
-            check_choices(name, made, tokens.x.shape[:-1], self.k, self.num_experts)
+            choices = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
+            check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
         capacity, limit = self.capacity(tokens)
         if tokens.active is not None:
             active = tokens.active.unsqueeze(-1)

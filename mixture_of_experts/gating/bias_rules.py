@@ -19,7 +19,7 @@ class ForwardChoices(NamedTuple):
     """The decision of a router in a training forward, which a rule counts."""
 
     expert: Tensor  #: (..., t, k) int64
-    made: Tensor | None  #: (..., t, k) bool, the choices that are made; None if all are
+    chosen: Tensor | None  #: (..., t, k) bool, the choices that are made; None if all are
     score: Tensor | None  #: (..., t, e), by which experts are chosen, without the bias; None if the rule reads none
     full: Tensor | None  #: (..., t) bool, the tokens that make all their choices; None if all do
     bias: Tensor  #: (..., e), the bias in this forward
@@ -35,7 +35,7 @@ class BiasRule:
     #: whether `count` reads `ForwardChoices.score`
     reads_scores: ClassVar[bool] = False
 
-    def count(self, chosen: ForwardChoices) -> Tensor:
+    def count(self, choices: ForwardChoices) -> Tensor:
         """The counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
         raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
 
@@ -75,11 +75,11 @@ class SignRule(BiasRule):
         self.centred = check_flag("centred", centred)
         self.shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
 
-    def count(self, chosen: ForwardChoices) -> Tensor:
+    def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
-        expert, made = chosen.expert.flatten(-2), chosen.made
-        ones = torch.ones_like(expert) if made is None else made.flatten(-2).to(torch.int64)
-        return torch.zeros(chosen.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
+        expert, chosen = choices.expert.flatten(-2), choices.chosen
+        ones = torch.ones_like(expert) if chosen is None else chosen.flatten(-2).to(torch.int64)
+        return torch.zeros(choices.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
         step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts))
@@ -135,18 +135,18 @@ class QuantileRule(BiasRule):
     def __init__(self, bins: int = 1000) -> None:
         self.bins: int = check_size("bins", bins)
 
-    def count(self, chosen: ForwardChoices) -> Tensor:
+    def count(self, choices: ForwardChoices) -> Tensor:
         """Histograms of r, `(..., e, bins)` int32."""
-        score, bias, full = chosen.score, chosen.bias, chosen.full
+        score, bias, full = choices.score, choices.bias, choices.full
         assert score is not None
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
-        cutoff = (score + bias).topk(chosen.expert.shape[-1] + 1, dim=-1).values[..., -1:]
+        cutoff = (score + bias).topk(choices.expert.shape[-1] + 1, dim=-1).values[..., -1:]
         low, width = histogram_range(bias, self.bins)
         place = ((cutoff - score - low) / width).floor().clamp(0, self.bins - 1).to(torch.int64).mT
         ones = torch.ones_like(place, dtype=torch.int32)
         if full is not None:
             ones = ones * full.unsqueeze(-2)
-        zeros = torch.zeros(*chosen.bias.shape, self.bins, dtype=torch.int32, device=score.device)
+        zeros = torch.zeros(*choices.bias.shape, self.bins, dtype=torch.int32, device=score.device)
         return zeros.scatter_add(-1, place, ones)
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:

@@ -29,7 +29,7 @@ class Choices(NamedTuple):
     masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
 
 
-def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
+def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
     """Check the shapes and dtypes of a gate's choices for tokens of `shape` `(..., b, n)`."""
     of_choices, of_experts = (*shape, k), (*shape, num_experts)
     for name, wanted, kind in (
@@ -40,7 +40,7 @@ def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_ex
         ("score", tuple(shape), "floating point"),
         ("primary", of_choices, "bool"),
     ):
-        value = getattr(made, name)
+        value = getattr(choices, name)
         if value is None:
             continue
         if value.shape != wanted:
@@ -51,7 +51,7 @@ def check_choices(gate: str, made: Choices, shape: Sequence[int], k: int, num_ex
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:
             raise TypeError(f"{gate} gave {name} of dtype {value.dtype}, wanted {kind}")
-    for name, loss in (*made.losses.items(), ("balance_loss", made.balance_loss)):
+    for name, loss in (*choices.losses.items(), ("balance_loss", choices.balance_loss)):
         if loss is not None and (not isinstance(loss, Tensor) or loss.ndim):
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")

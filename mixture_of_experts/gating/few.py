@@ -90,7 +90,7 @@ def _fault(gate: TopKGating, x: Tensor) -> str | None:
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
     tokens = Tokens(made_up, None, None, None, 2)
     found, wanted = _choose(gate, tokens), gate.decide_by_operators(tokens)
-    chosen = (wanted.probs.gather(-1, made.expert.clamp(0, gate.num_experts - 1)) for made in (found, wanted))
+    chosen = (wanted.probs.gather(-1, way.expert.clamp(0, gate.num_experts - 1)) for way in (found, wanted))
     for name, got, want, allowed in (
         ("weights", found.weight, wanted.weight, gate.k),
         ("experts", *chosen, gate.k),

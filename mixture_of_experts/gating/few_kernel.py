@@ -100,8 +100,8 @@ def few_choices(
         balance_scale, z_scale: what the terms are multiplied by.
     """
     b, n, e = logits.shape
-    made = empty_choices(logits, k)
-    expert, weight, probs, losses = made
+    choices = empty_choices(logits, k)
+    expert, weight, probs, losses = choices
     launch(
         choose,
         (b,),
@@ -124,7 +124,7 @@ def few_choices(
         BLOCK_E=triton.next_power_of_2(e),
         num_warps=max(1, triton.next_power_of_2(e) // 256),
     )
-    return made
+    return choices
 
 
 @few_choices.register_fake

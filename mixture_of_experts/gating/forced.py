@@ -17,17 +17,17 @@ from mixture_of_experts.checks import check_choice
 Forced = Literal["balanced", "random"]
 
 
-def balanced(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Experts in turn: each choice that is `made` takes the next expert. A rank starts where the one before it ends."""
+def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
+    """Experts in turn: each choice that is `chosen` takes the next one. A rank starts where the one before it ends."""
     *outer, b, n, k = shape
-    if made is None:
+    if chosen is None:
         order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
     else:
-        order = (made.flatten(-3).cumsum(dim=-1) - 1).view(*outer, b, n, k)
+        order = (chosen.flatten(-3).cumsum(dim=-1) - 1).view(*outer, b, n, k)
     return (order + rank * b * n * k) % num_experts
 
 
-def random(shape: Sequence[Any], num_experts: int, made: Tensor | None, device: Any, rank: int) -> Tensor:
+def random(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
     """k different experts for each token, all equally likely."""
     return torch.rand(*shape[:-1], num_experts, device=device).topk(shape[-1], dim=-1).indices
 
@@ -44,7 +44,7 @@ def forced_experts(
     shape: Sequence[Any],
     num_experts: int,
     device: Any,
-    made: Tensor | None = None,
+    chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """Forced experts `(..., b, n, k)` int64.
@@ -52,7 +52,7 @@ def forced_experts(
     Args:
         how: "balanced" or "random".
         shape: `(..., b, n, k)`.
-        made: `(..., b, n, k)` bool, the choices that are made; None if all are.
+        chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
         group: the ranks that share the batch.
     """
-    return FORCED[how](shape, num_experts, made, device, 0 if group is None else dist.get_rank(group))
+    return FORCED[how](shape, num_experts, chosen, device, 0 if group is None else dist.get_rank(group))

@@ -23,7 +23,7 @@ class Settled(NamedTuple):
 
     expert: Tensor  #: (..., b, n, k) int64, from 0 to e - 1
     weighed: Tensor | None  #: (..., b, n, k) bool, choices that share the token's weight; None: all
-    made: Tensor | None  #: (..., b, n, k) bool, choices that are computed; None: all
+    computed: Tensor | None  #: (..., b, n, k) bool, choices that are computed; None: all
     live: Tensor | None = None  #: (..., b, n, k) bool, choices that are the gate's own; None: all
 
     def column(self, i: int) -> Settled:
@@ -36,25 +36,26 @@ class Settled(NamedTuple):
 
     def chosen(self, sent: Tensor | None = None) -> Tensor | None:
         """`(..., b, n, k)` bool, choices that are made; of the gate's own only those `sent`. None if all are made."""
-        if self.made is None or sent is None:
-            return self.made if sent is None else sent
-        return torch.where(self.live, sent & self.made, self.made) if self.live is not None else sent & self.made
+        if self.computed is None or sent is None:
+            return self.computed if sent is None else sent
+        own = sent & self.computed
+        return own if self.live is None else torch.where(self.live, own, self.computed)
 
     def without(self, closed: Tensor | None) -> Settled:
         """The same choices, without those of experts that are `closed` `(..., b, n, e)` to their token."""
         if closed is None:
             return self
         is_open = ~closed.gather(-1, self.expert)
-        weighed, made = (is_open if part is None else part & is_open for part in (self.weighed, self.made))
-        return self._replace(weighed=weighed, made=made)
+        weighed, computed = (is_open if part is None else part & is_open for part in (self.weighed, self.computed))
+        return self._replace(weighed=weighed, computed=computed)
 
 
-def settle(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> Settled:
-    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`. `made` says which of
-    its own the gate makes."""
+def settle(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> Settled:
+    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`. `chosen` says which
+    of its own the gate makes."""
     if given is None:
-        return Settled(own, made, made)
-    live, not_made = given == LIVE, torch.where(given < -1, -2 - given, 0)
-    expert = torch.where(live, own, torch.where(given < 0, not_made, given))
-    own_made = live if made is None else live & made
-    return Settled(expert, own_made | ~live & (given != -1), own_made | (given >= 0), live)
+        return Settled(own, chosen, chosen)
+    live, not_computed = given == LIVE, torch.where(given < -1, -2 - given, 0)
+    expert = torch.where(live, own, torch.where(given < 0, not_computed, given))
+    own_chosen = live if chosen is None else live & chosen
+    return Settled(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)

@@ -102,12 +102,12 @@ class ReLUGating(TopKGating):
         counts = torch.stack([positive.sum(), number.sum()])
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
-    def made(self, probs: Tensor, expert: Tensor) -> Tensor:
+    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor:
         """`(..., b, n, k)` bool, the choices whose logit is positive."""
         return probs.detach().gather(-1, expert) > 0
 
     def balance_of_scores(
-        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, made: Tensor | None
+        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
     ) -> Tensor:
         chosen, score = self.counted(tokens, score > 0, score)
         assert chosen is not None

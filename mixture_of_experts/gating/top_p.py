@@ -59,17 +59,17 @@ class TopPGating(TopKGating):
     def choices_at_balance(self) -> float:
         return 1
 
-    def made(self, probs: Tensor, expert: Tensor) -> Tensor:
+    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor:
         """`(..., b, n, k)` bool: a choice is made if those before it have not reached p."""
         prob = probs.detach().gather(-1, expert)
         before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
         return before < self.p
 
-    def named_losses(self, names: Collection[str], tokens: Tokens, made: Choices) -> dict[str, Tensor]:
-        found = super().named_losses(names, tokens, made)
+    def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
+        found = super().named_losses(names, tokens, choices)
         if "entropy" in names:
-            log = made.probs.clamp(min=1e-30).log()
-            found["entropy"] = self.token_mean(tokens, -(made.probs * log).sum(dim=-1))
+            log = choices.probs.clamp(min=1e-30).log()
+            found["entropy"] = self.token_mean(tokens, -(choices.probs * log).sum(dim=-1))
         return found
 
     def extra_repr(self) -> str:

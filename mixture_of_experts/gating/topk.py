@@ -191,7 +191,7 @@ class TopKGating(TokenChoiceGate):
         if closed is not None:
             ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
         own = self.own_choices(tokens, ranked)
-        settled = self.settle(tokens, own, self.made(probs, own)).without(closed)
+        settled = self.settle(tokens, own, self.chosen(probs, own)).without(closed)
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         if settled.live is not None:
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
@@ -224,15 +224,15 @@ class TopKGating(TokenChoiceGate):
         """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
         return top_choices(ranked, self.k)
 
-    def made(self, probs: Tensor, expert: Tensor) -> Tensor | None:
+    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor | None:
         """`(..., b, n, k)` bool, which of its k best choices, `expert`, a token makes; None if all."""
         return None
 
     def balance_of_scores(
-        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, made: Tensor | None
+        self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
     ) -> Tensor:
-        """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `made`; 0-dim."""
-        return self.balance_loss(tokens, probs, expert, made, k=self.choices_at_balance)
+        """The balancing loss of scores and probabilities `(..., b, n, e)` and the choices that are `chosen`; 0-dim."""
+        return self.balance_loss(tokens, probs, expert, chosen, k=self.choices_at_balance)
 
     def logits_of(self, x: Tensor) -> Tensor:
         """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""

@@ -56,17 +56,17 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
     def decided(x: Tensor, weight: Tensor) -> Decided:
         return Decided(*_TwoBest.apply(gate.product(x, weight), *settings))
 
-    made = recomputed(decided, tokens.x, gate.w_gating)
-    balance = gate.balance_of(made.load, made.proxy, tokens.length)
-    z_loss = losses.mean(made.squares, math.prod(shape) if tokens.full is None else made.number, gate.process_group)
+    found = recomputed(decided, tokens.x, gate.w_gating)
+    balance = gate.balance_of(found.load, found.proxy, tokens.length)
+    z_loss = losses.mean(found.squares, math.prod(shape) if tokens.full is None else found.number, gate.process_group)
     all_made = policy == "all" and tokens.full is None and gate.num_experts > 1
     return Choices(
-        made.expert,
-        made.weight,
-        made.probs,
+        found.expert,
+        found.weight,
+        found.probs,
         {"balance": balance, "z": z_loss},
-        chosen=None if all_made else made.chosen,
-        primary=made.primary,
+        chosen=None if all_made else found.chosen,
+        primary=found.primary,
         masked=True,
     )
 
@@ -102,15 +102,15 @@ class _TwoBest(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         from mixture_of_experts.gating.two_best_kernel import two_best  # it imports triton, which takes a second
 
-        *made, sums, totals = two_best(logits, full, active, uniform, policy, threshold, eps)
-        expert, _, chosen, primary, probs, log_total = made
+        *found, sums, totals = two_best(logits, full, active, uniform, policy, threshold, eps)
+        expert, _, chosen, primary, probs, log_total = found
         load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
         squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
         ctx.save_for_backward(probs, expert, log_total, full)
         ctx.eps = eps
         ctx.mark_non_differentiable(expert, chosen, primary, load, number)
         ctx.set_materialize_grads(False)
-        return *made, load, proxy, squares, number
+        return *found, load, proxy, squares, number
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
@@ -171,16 +171,16 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
 
     def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # equal draws for both
-            made = way(like, tokens)
-        of_values = sum((value * value.detach().cos()).sum() for value in (made.weight, made.probs))
-        total = of_values + groups * length * torch.stack([*made.losses.values()]).sum()
+            found = way(like, tokens)
+        of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
+        total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
-        flags = {"choices": made.chosen, "first choices": made.primary}
-        if not made.masked and (allowed := gate.allowed(tokens)) is not None:
-            flags["choices"] = allowed if made.chosen is None else allowed & made.chosen
+        flags = {"choices": found.chosen, "first choices": found.primary}
+        if not found.masked and (allowed := gate.allowed(tokens)) is not None:
+            flags["choices"] = allowed if found.chosen is None else allowed & found.chosen
         parts = {name: flag.float() for name, flag in flags.items() if flag is not None}
-        parts |= {"experts": made.probs.gather(-1, made.expert), "weights": made.weight}
-        return {**parts, "probabilities": made.probs, "gradients": grad, **made.losses}
+        parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
+        return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
 
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         like = type(gate)(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)

@@ -183,8 +183,8 @@ def two_best(
         uniform: `(..., g, n)` float32 for the policy "random".
         policy, threshold, eps: settings of the gate.
     """
-    made = empty_choices(logits)
-    expert, weight, chosen, primary, probs, log_total, sums, totals = made
+    choices = empty_choices(logits)
+    expert, weight, chosen, primary, probs, log_total, sums, totals = choices
     programs, e = sums.shape[-2:]
     rows, tokens, block = sizes(e)
     masks = (None if mask is None else mask.contiguous() for mask in (full, active, uniform))
@@ -212,7 +212,7 @@ def two_best(
         BLOCK_E=block,
         num_warps=4,
     )
-    return made
+    return choices
 
 
 @two_best.register_fake
