@@ -162,7 +162,7 @@ def _choose(call: Call) -> str:
         return _tell(way, {})
     reasons = {}
     for name in AUTO:
-        reason = (triton.why_not_unasked if name == "triton" else WAYS[name].why_not)(call)
+        reason = (triton.why_not_by_default if name == "triton" else WAYS[name].why_not)(call)
         if reason is None:
             return _tell(name, reasons)
         reasons[name] = reason

@@ -20,7 +20,7 @@ from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-UNASKED = ((8, 0), (8, 6), (8, 9), (12, 0))  # cards on which torch's grouped product is a loop of many kernels
+BY_DEFAULT = ((8, 0), (8, 6), (8, 9), (12, 0))  # cards on which torch's grouped product is a loop of many kernels
 MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
 WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
 
@@ -37,12 +37,12 @@ def why_not(call: Call) -> str | None:
     return _why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
 
 
-def why_not_unasked(call: Call) -> str | None:
+def why_not_by_default(call: Call) -> str | None:
     """Why the kernels serve a call only if the user asks for them; None where no other way is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
-    if capability(x.device) not in UNASKED:
+    if capability(x.device) not in BY_DEFAULT:
         said = "on compute capability {}.{} torch's grouped product is taken unless they are asked for"
         return said.format(*capability(x.device))
     if x.dtype == torch.float32:
