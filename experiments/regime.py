@@ -1,7 +1,7 @@
 """Where a mixture wins and where it loses: its share of the dense model's seconds, over how long that one is trained.
 
     python -m experiments.regime                         # the table and the picture of what is finished
-    python -m experiments.regime --picture docs/images/regime.png
+    python -m experiments.regime --markdown --picture docs/images/regime.png    # those of docs/training.md
 
 Of every size of `scaling`, and every length of the dense model's runs: with which share of its steps a mixture has its
 final loss, for each seed, and what that is in seconds. The lengths lie between those that were run, on a line in the
@@ -43,6 +43,7 @@ class Point(NamedTuple):
     size: str
     model: str
     dense_steps: int
+    active: int  # parameters of the dense model
     bytes_per_parameter: float
     shares: dict[int, Equal]
     ratio: float | None
@@ -74,7 +75,7 @@ def points(size: str, records: Path) -> list[Point]:
             shares = equal_shares(plan, finished, model, steps)
             read = steps * settings.batch_size * settings.context / active["dense"]
             if shares:
-                found.append(Point(size, model, steps, read, shares, ratio))
+                found.append(Point(size, model, steps, active["dense"], read, shares, ratio))
     return found
 
 
@@ -101,6 +102,20 @@ def table(found: Sequence[Point]) -> str:
         length = (f"{point.dense_steps:,}", f"{point.bytes_per_parameter:.0f}")
         rows.append((point.size, label, *length, share, seeds, ratio, seconds))
     return format_rows(rows)
+
+
+def markdown(found: Sequence[Point]) -> list[str]:
+    """The lines of the table in docs/training.md: what is known exactly."""
+    lines = []
+    for point in found:
+        if point.exact and point.ratio:
+            values = sorted(share.share for share in point.shares.values())
+            seeds = f"{values[0]:.2f} to {values[-1]:.2f}" if len(values) > 1 else "one seed"
+            experts, active = MODELS[point.model].num_experts, f"{round(point.active, -3):,}"
+            length = f"{point.dense_steps:,} | {point.bytes_per_parameter:.0f}"
+            shares = f"{point.share:.2f} | {seeds} | {point.ratio:.2f} | {point.share * point.ratio:.2f}"
+            lines.append(f"| {active} | {experts} | {length} | {shares} |")
+    return lines
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
@@ -156,7 +171,7 @@ def draw_line(axes: Axes, line: Sequence[Point]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     found = [point for size in SIZES for point in points(size, args.records)]
-    print(table(found))
+    print("\n".join(markdown(found)) if args.markdown else table(found))
     args.picture.parent.mkdir(parents=True, exist_ok=True)
     draw(found, args.picture)
     print(f"wrote {args.picture}")
@@ -168,6 +183,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of what scaling and step_times wrote")
+    parser.add_argument("--markdown", action="store_true", help="print the lines of the table in docs/training.md")
     parser.add_argument("--picture", type=Path, default=Path("runs/regime.png"))
     return parser.parse_args(argv)
 
