@@ -44,20 +44,26 @@ def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
     )
     draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
     over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
-    over_steps.legend(fontsize=9, title="marks: ends of runs; dotted: the dense model's end", title_fontsize=9)
+    over_steps.set_title("marks: ends of runs; lines: means of seeds; dotted: the dense model's end", fontsize=9)
+    over_steps.legend(fontsize=9, loc="upper right")
     draw_losses(over_flops, plan, finished, operations_of(finished))
     over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
     draw_losses(over_seconds, plan, finished, seconds_of(times))
-    over_seconds.set(xlabel="seconds of training on one core", ylabel="held-out bits per byte")
+    over_seconds.set(xlabel="steps × seconds of a step on one core", ylabel="held-out bits per byte")
     draw_shares(shares, plan, finished, times)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str, float]) -> None:
-    """The curves of each model's runs with the sweep's seed, and a dot where every run at its best rate ends."""
+    """The curves of each model's runs with the sweep's seed, and a mark where every run at its best rate ends.
+
+    A line joins the means of the lengths at which all seeds of the dense model's long runs ended.
+    """
+    groups = at_best_rate(plan, finished)
+    target = groups.get(("dense", plan.steps), {})
     for model in models_of(plan):
-        ends = {steps: bits for (name, steps), bits in at_best_rate(plan, finished).items() if name == model}
+        ends = {steps: bits for (name, steps), bits in groups.items() if name == model}
         if not ends or model not in step_cost:
             continue
         cost = partial(total_cost, plan, model, step_cost=step_cost)
@@ -67,13 +73,12 @@ def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str,
                 steps, bits = curve(record, plan.steps * FIRST_SHARE)
                 axes.plot(cost(steps), bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
         points = [(cost(steps), bits) for steps, seeds in ends.items() for bits in seeds.values()]
-        common = set.intersection(*map(set, ends.values()))  # so that a line does not move with the seeds it is of
-        means = [(cost(steps), np.mean([seeds[seed] for seed in common])) for steps, seeds in ends.items() if common]
+        whole = {steps: bits for steps, bits in ends.items() if bits.keys() == target.keys()}
+        means = [(cost(steps), np.mean([*bits.values()])) for steps, bits in whole.items()]
         line = zip(*means, strict=True) if means else ([], [])
         look = {"color": COLOURS[model], "marker": MARKERS[model], "markersize": 5.5}
         axes.plot(*line, **look, linewidth=2.2, label=MODELS[model].label)
         axes.plot(*zip(*points, strict=True), **look, linestyle="")
-    target = at_best_rate(plan, finished).get(("dense", plan.steps))
     if target:
         axes.axhline(float(np.mean(list(target.values()))), color=COLOURS["dense"], linestyle=":", linewidth=1)
     axes.set_xscale("log")
