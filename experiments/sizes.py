@@ -67,8 +67,8 @@ SMALL = (
     Stage("wide", 1, rates=3),
 )
 
-# The larger sizes read a text so long that no run sees a byte twice. All rates are swept in runs of an eighth of the
-# dense model's length; where there is time again in longer ones, which then decide.
+# The larger sizes read a text so long that no run sees a byte twice. Rates are swept in runs of an eighth of the dense
+# model's length, at 0.3 million again in longer ones, which decide.
 FIRST_SWEEPS = (Stage("dense", 1 / 8, rates=3), Stage("moe32", 1 / 8, rates=3))
 MEDIUM = (
     *FIRST_SWEEPS,
