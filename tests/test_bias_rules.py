@@ -306,8 +306,8 @@ class LoadRule(BiasRule):
 
     rate = 0.1
 
-    def count(self, chosen):
-        return SignRule().count(chosen)
+    def count(self, choices):
+        return SignRule().count(choices)
 
     def step(self, counts, bias, k, rate):
         share = counts / counts.sum(-1, keepdim=True).clamp(min=1)

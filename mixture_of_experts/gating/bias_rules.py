@@ -37,7 +37,7 @@ class BiasRule:
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The counts of one forward: integers `(..., e)`, or `(..., e, bins)` for a rule with `bins`."""
-        raise NotImplementedError(f"{type(self).__name__} must write count(chosen)")
+        raise NotImplementedError(f"{type(self).__name__} must write count(choices)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
         """The step `(..., e)` that is added to the bias; 0 if nothing was counted.

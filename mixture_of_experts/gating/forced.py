@@ -18,7 +18,7 @@ Forced = Literal["balanced", "random"]
 
 
 def balanced(shape: Sequence[Any], num_experts: int, chosen: Tensor | None, device: Any, rank: int) -> Tensor:
-    """Experts in turn: each choice that is `chosen` takes the next one. A rank starts where the one before it ends."""
+    """Experts in turn, one for each choice that is `chosen`. A rank starts where the one before it ends."""
     *outer, b, n, k = shape
     if chosen is None:
         order = torch.arange(b * n * k, device=device).view(b, n, k).expand(*outer, b, n, k)
