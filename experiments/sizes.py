@@ -77,7 +77,8 @@ MEDIUM = (
     Stage("dense", 1, rates=3),
     Stage("moe32", 1 / 2),
     Stage("moe8", 1 / 4, rates=3),
-    *(Stage(model, share) for model, share in (("moe32", 2 / 3), ("moe8", 1 / 2))),
+    Stage("moe32", 2 / 3),
+    Stage("moe8", 1 / 2),
     *(
         Stage(model, share, seeds=(seed,))
         for seed in (1, 2)
