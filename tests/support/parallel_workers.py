@@ -6,13 +6,18 @@ what they return comes back as a list, and the errors of any of them are raised.
 
 from __future__ import annotations
 
+import faulthandler
+import gc
 import importlib
 import os
+import signal
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,9 +43,12 @@ class Workers:
 
     def _start(self, rank: int) -> None:
         here, there = self._context.Pipe()
-        process = self._context.Process(target=work, args=(there, os.getpid()), daemon=True)
+        process = self._context.Process(target=work, args=(there, os.getpid(), self._stack_file(rank)), daemon=True)
         process.start()
         self._processes[rank], self._pipes[rank] = process, here
+
+    def _stack_file(self, rank: int) -> Path:
+        return Path(self._folder.name, f"stack{rank}")
 
     def _begin(self, ranks: int) -> None:
         """See that the first `ranks` processes live and have imported what takes long."""
@@ -76,9 +84,18 @@ class Workers:
         except EOFError:
             process.join(10)
             return RankError("its process died")
+        return RankError(f"hung for {patience} seconds\n{self._end_hung(rank)}")
+
+    def _end_hung(self, rank: int) -> str:
+        """Kill the process; returns the stacks of its threads."""
+        process, stacks = self._processes[rank], self._stack_file(rank)
+        os.kill(process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 5
+        while not (text := stacks.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.1)
         process.kill()
         process.join(10)
-        return RankError(f"hung for {patience} seconds")
+        return text
 
     def stop(self) -> None:
         for process in self._processes.values():
@@ -87,12 +104,20 @@ class Workers:
         self._folder.cleanup()
 
 
-def work(pipe: Any, parent: int) -> None:
-    """A worker's life."""
+def work(pipe: Any, parent: int, stack_file: Path) -> None:
+    """A worker's life. A signal has the stacks of its threads written into the file, whatever it waits for."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     importlib.import_module("support.parallel_training")
-    pipe.send("ready")
+    gc.freeze()  # what is imported stays: `end_group` need not look at it
+    with stack_file.open("w") as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks)
+        pipe.send("ready")
+        answer_all(pipe, parent)
+
+
+def answer_all(pipe: Any, parent: int) -> None:
+    """Do the checks that the pipe brings, until the parent is gone."""
     while os.getppid() == parent:
         if not pipe.poll(5):
             continue
@@ -126,5 +151,10 @@ def outcome(
 
 
 def end_group() -> None:
+    """End the group, and collect the cycles in which DDP and `fully_shard` leave it.
+
+    Left to the collector, the threads of an old group end at any time, also while the next group begins.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+    gc.collect()
