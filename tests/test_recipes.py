@@ -21,6 +21,7 @@ from mixture_of_experts import (
     Routing,
     Top2Gating,
     TopKGating,
+    recipes,
 )
 from mixture_of_experts.queues import Length
 
@@ -44,6 +45,23 @@ RECIPES = {
 TITLES = {"Gated shared expert": "Qwen2-MoE"}  # where the table of recipes uses another name than the heading
 
 
+# the recipe's function, of sections that balance as it does
+FUNCTIONS = {
+    "GShard": recipes.gshard,
+    "Switch": recipes.switch,
+    "Shazeer 2017": recipes.shazeer,
+    "Mixtral": recipes.mixtral,
+    "OLMoE": recipes.olmoe,
+    "Qwen3-MoE": recipes.qwen3,
+    "DeepSeek-V3": recipes.deepseek_v3,
+    "Top-p": recipes.dynamic_moe,
+    "ReMoE": recipes.remoe,
+    "GPT-OSS": recipes.gpt_oss,
+    "Llama 4": recipes.llama4,
+    "Gated shared expert": recipes.qwen2,
+}
+
+
 def causal_column() -> dict[str, str]:
     """The last column of the table of recipes, by recipe."""
     table = PAGE.read_text(encoding="utf-8").split("## Published routers")[1].split("\n## ")[0]
@@ -52,6 +70,16 @@ def causal_column() -> dict[str, str]:
 
 def test_table_and_sections_name_the_same_recipes():
     assert set(causal_column()) == {TITLES.get(name, name) for name in RECIPES}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_section_balances_as_its_recipe(name):
+    def balancing(moe: MoE) -> list:
+        over = [getattr(moe.gate, setting, None) for setting in ("balance_over", "expert_bias")]
+        return [over[0], over[1] is None, moe.loss_coef, moe.z_loss_coef, moe.loss_coefs]
+
+    layer = recipe(name)["moe"]
+    assert balancing(layer) == balancing(FUNCTIONS[name](64, layer.num_experts, 32))
 
 
 @pytest.mark.parametrize("name", RECIPES)
