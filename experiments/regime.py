@@ -138,7 +138,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
     axes.text(0.99, 0.96, "below: it wins", va="top", **note)
     axes.set(
         xlabel="how long the dense model is trained: bytes read for each parameter in use",
-        ylabel="seconds until its final loss,\nof the dense model's",
+        ylabel="seconds until the dense model's final loss:\nmixture ÷ dense model",
     )
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
