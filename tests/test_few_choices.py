@@ -104,6 +104,7 @@ class OwnGating(TopKGating):
     [
         dict(score="sqrt_softplus"),
         dict(score="sigmoid", weigh="softmax"),
+        dict(weigh="softmax", eps=0.01),  # added to a sum of all probabilities, it is another share
         dict(weigh=lambda logits, score, expert: score.gather(-1, expert)),
         dict(select="logits"),
         dict(normalize=lambda weight: weight),

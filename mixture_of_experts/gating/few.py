@@ -52,7 +52,7 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
 def _knows(gate: TopKGating) -> bool:
     """Whether the kernel is written for the gate's settings."""
     own = type(gate).__module__ == "mixture_of_experts.gating.topk" and type(gate.logits) in (type(None), RouterLogits)
-    weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax")
+    weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)
     steps = gate.score in ("softmax", "sigmoid") and gate.select == "score" and weighs
     simple = gate.num_groups is None and gate.process_group is None and gate.priority != "score"
     sizes = gate.num_experts <= MOST_EXPERTS and gate.k <= MOST_CHOICES
