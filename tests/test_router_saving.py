@@ -87,6 +87,23 @@ def test_what_is_small_is_kept(dim, experts, anew, recomputing, monkeypatch):
     assert bool(recomputing) == anew
 
 
+@pytest.mark.parametrize("router", ["TopK", "TopK, chosen by capped logits"])
+def test_weights_of_one_forward_are_those_of_its_backward(router, recomputing):
+    """`functional_call` takes them away after the forward; the module's own have no part in the gradient."""
+    gate, other = ROUTERS[router](), ROUTERS[router]()
+    own, x = dict(gate.named_parameters()), torch.randn(2, 5, DIM)
+
+    def gradients(routing) -> list[torch.Tensor]:
+        total = routing.weight.square().sum() + routing.z_loss
+        return list(torch.autograd.grad(total, list(other.parameters())))
+
+    found = gradients(torch.func.functional_call(gate, dict(other.named_parameters()), (x,)))
+    assert len(recomputing) == 1
+    for got, wanted in zip(found, gradients(other(x)), strict=True):
+        assert torch.equal(got, wanted)
+    assert all(gate.get_parameter(name) is weight for name, weight in own.items())
+
+
 def test_transforms_and_batches_of_gradients(recomputing):
     torch.manual_seed(0)
     gate, x = TopKGating(DIM, NUM_EXPERTS, 2), torch.randn(2, 5, DIM, requires_grad=True)

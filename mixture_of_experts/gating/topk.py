@@ -5,12 +5,14 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
@@ -35,6 +37,7 @@ from mixture_of_experts.gating.steps import (
 )
 from mixture_of_experts.queues import Length
 from mixture_of_experts.settings import setting
+from mixture_of_experts.tracing import without_autocast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,9 +187,11 @@ class TopKGating(TokenChoiceGate):
         if self.w_gating is not None:
             logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
         elif isinstance(self.logits, RouterLogits):
-            logits, score, probs, log_total = recomputed(self._module_scores, x, self.logits.weight, closed)
+            weights = dict(self.logits.named_parameters())
+            function = partial(self._module_scores, tuple(weights))
+            logits, score, probs, log_total = recomputed(function, x, self.logits.weight, closed, *weights.values())
         else:  # not recomputed: a user's module may draw random numbers
-            logits, score, probs, log_total = self._module_scores(x, None, closed)
+            logits, score, probs, log_total = self._scored(self.logits_of(x), closed)
         ranked = self._ranked(logits, score)
         if closed is not None:
             ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
@@ -262,10 +267,17 @@ class TopKGating(TokenChoiceGate):
         follows from the first choice."""
         return self._scored(self.product(x, weight, bias), closed)
 
-    def _module_scores(self, x: Tensor, _: Tensor | None, closed: Tensor | None) -> Scored:
-        """The results of `_scores`, with logits by the module."""
-        assert self.logits is not None
-        return self._scored(module_logits(self.logits, x, self.num_experts), closed)
+    def _module_scores(
+        self, names: Sequence[str], x: Tensor, _: Tensor, closed: Tensor | None, *weights: Tensor
+    ) -> Scored:
+        """The results of `_scored`, by the module with these weights, which it may have lost since: `functional_call`
+        gives it others for a forward alone."""
+        module, given = self.logits, dict(zip(names, weights, strict=True))
+        assert module is not None
+        if all(weight is given[name] for name, weight in module.named_parameters()):
+            return self._scored(self.logits_of(x), closed)
+        with without_autocast(x.device):
+            return self._scored(functional_call(module, given, x), closed)
 
     def _scored(self, logits: Tensor, closed: Tensor | None) -> Scored:
         if closed is not None:  # finite, so that a token without an open expert gives no NaN
