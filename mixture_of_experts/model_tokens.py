@@ -69,14 +69,12 @@ class TokensReader:
 
 def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     """What these arguments of a model tell of its tokens."""
-    tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
+    tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), mask_of(given)
     shape = tokens.shape if tokens is not None else embeds.shape[:-1] if embeds is not None else None
     if shape is None or len(shape) != 2:
         return TokensAround()
     b, n = shape
     around = TokensAround(shape=(b, n), ids=tokens)
-    if isinstance(mask, Mapping):  # one for each kind of layer
-        mask = mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
     if mask is None:
         return around
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
@@ -88,18 +86,27 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
 
 def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
     """The number of real tokens among `cached` ones, `(b,)` or one number for all sequences."""
-    mask = given.get("attention_mask")
-    if isinstance(mask, Mapping):
-        mask = mask.get("full_attention")
+    mask = mask_of(given)
     if mask is None or not cached:
         return cached
     if mask.ndim == 2:
         return mask[:, :cached].bool().sum(dim=-1)
     attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # of the first new token
-    attended = (
-        attended if attended.dtype == torch.bool else attended >= 0 if attended.is_floating_point() else attended > 0
-    )
-    return attended.sum(dim=-1)
+    return attends(attended).sum(dim=-1)
+
+
+def mask_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask among a model's arguments; of one for each kind of layer, that of full attention, or the only
+    one."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Mapping):
+        return mask
+    return mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
+
+
+def attends(mask: Tensor) -> Tensor:
+    """An attention mask as bool, True where a token attends."""
+    return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
 
 
 def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
@@ -111,5 +118,4 @@ def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     cache = given.get("cache", given.get("past_key_values"))
     seen = 0 if cache is None else int(cache.get_seq_length())
     own = mask[..., seen : seen + n] if mask.ndim == 3 else mask[:, 0, :, seen : seen + n]
-    own = own.diagonal(dim1=-2, dim2=-1)
-    return own if own.dtype == torch.bool else own >= 0 if own.is_floating_point() else own > 0
+    return attends(own.diagonal(dim1=-2, dim2=-1))

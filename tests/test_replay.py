@@ -28,6 +28,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.gating import SparseMixerGating, TopPGating, base
 from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.model_tokens import read_tokens, seen_tokens
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
 
 DIM = 8
@@ -208,6 +209,14 @@ def test_a_cache_of_ones_own_goes_on_and_is_cut():
         model(x, read=2)
     with pytest.raises(RuntimeError, match=r"continues 2 sequences, 0 were recorded"):
         len(records)
+
+
+def test_a_mask_of_one_kind_of_layer_tells_both_what_is_read_and_what_was():
+    """A model of sliding windows alone, one step behind two cached tokens, of which one is padding in sequence 0."""
+    mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
+    given = {"input_ids": torch.zeros(2, 1, dtype=torch.int64), "attention_mask": {"sliding_attention": mask}}
+    assert seen_tokens(given, 2).tolist() == [1, 2]
+    assert read_tokens(given).mask.tolist() == [[True], [False]]
 
 
 def test_behind_the_end_a_gate_chooses():
