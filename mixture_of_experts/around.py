@@ -149,7 +149,7 @@ class ExpertsBesideIdentity(RoutedExperts):
         """The output `(t, d)` of constant expert i for tokens `(t, d)`."""
         assert self.constants is not None
         assert self.w_constant is not None
-        a, b = (x @ self.w_constant[i]).softmax(dim=-1).split(1, dim=-1)
+        a, b = (x @ self.w_constant[i].to(x.dtype)).softmax(dim=-1).split(1, dim=-1)
         return a * x + b * self.constants[i]
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
@@ -204,7 +204,7 @@ class InputWeightedExperts(RoutedExperts):
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__()
         self.experts = experts
-        self.num_experts = getattr(experts, "num_experts", None)
+        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
@@ -242,7 +242,7 @@ class NormedExperts(RoutedExperts):
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
         super().__init__()
         self.experts, self.norm = experts, norm
-        self.num_experts = getattr(experts, "num_experts", None)
+        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         return self.norm(self.experts.compute(rows, num_tokens_per_expert))

@@ -181,6 +181,18 @@ def test_two_levels():
     assert out.shape == (2, 9, D)
 
 
+@pytest.mark.parametrize("wrapped", [lambda e: NormedExperts(e, nn.RMSNorm(3)), InputWeightedExperts])
+def test_outputs_have_the_width_of_the_experts_inside(wrapped):
+    moe = MoE(D, gate=TopKGating(D, E), experts=wrapped(Experts(D, E, 5, dim_out=3)))
+    assert moe(torch.randn(2, 9, D))[0].shape == (2, 9, 3)
+
+
+def test_a_constant_expert_in_another_dtype_than_its_token():
+    moe = MoE(D, gate=TopKGating(D, E), experts=ExpertsBesideIdentity(Experts(D, E - 1, 5), num_constant=1))
+    out, _ = moe.bfloat16()(torch.randn(2, 9, D))
+    assert out.dtype == torch.float32
+
+
 def test_refused():
     with pytest.raises(
         TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
