@@ -33,8 +33,8 @@ from mixture_of_experts.under_way import CallUnderWay
 
 #: what the bias of blocks of `transformers` is called
 THEIRS = ("e_score_correction_bias", "expert_bias")
-#: buffers of gates in which a rank counts its own tokens
-COUNTS = ("expert_counts", "expert_histogram")
+#: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
+COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
 
 def balance_experts(
@@ -85,12 +85,29 @@ def balance_experts(
     """
     rule = check_rule("rule", rule)
     check_process_group("group", group)
+    optimizer = bare(optimizer)
     balancing = ExpertBalancing(model, rule, rule.rate if rate is None else rate, group)
     leave_counts_alone(model)
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's, which has no hooks
-        optimizer = inner
     balancing._hooks.callback(optimizer.register_step_post_hook(balancing._after_step).remove)
     return balancing
+
+
+def bare(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that is wrapped: accelerate's wrapper has no hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not hasattr(optimizer, "register_step_post_hook"):
+        raise TypeError(
+            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: the model is first"
+        )
+    return optimizer
+
+
+def sharing(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks that share a batch: `group`, by default all ranks, None if there is one process."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group
 
 
 class ExpertBalancing:
@@ -125,9 +142,7 @@ class ExpertBalancing:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
-        group = self.group
-        if group is None and dist.is_available() and dist.is_initialized():
-            group = dist.group.WORLD
+        group = sharing(self.group)
         for bias in self._biases:
             if (counts := bias.counts) is None:
                 continue
@@ -181,7 +196,7 @@ def leave_counts_alone(model: nn.Module) -> None:
 
 
 def names_of_counts(model: nn.Module) -> set[str]:
-    """The names of the buffers in which gates count the tokens of this rank."""
+    """The names of the buffers of gates that are this rank's own, `COUNTS`."""
     return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in COUNTS}
 
 

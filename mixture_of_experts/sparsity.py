@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
+from mixture_of_experts.balancing import bare, leave_counts_alone, sharing
 from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating.relu import ReLUGating
-from mixture_of_experts.private_torch import ignore_in_ddp
 
 
 def control_sparsity(
@@ -50,20 +50,15 @@ def control_sparsity(
     """
     check_number("rate", rate, above=1.0)
     check_process_group("group", group)
+    optimizer = bare(optimizer)
     gates = [module for module in model.modules() if isinstance(module, ReLUGating)]
     if not gates:
         raise ValueError(f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers")
-    kept = ("choice_counts", "l1_coef")
-    ignore_in_ddp(model, {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in kept})
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's, which has no hooks
-        optimizer = inner
+    leave_counts_alone(model)
 
     @torch.no_grad()
     def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
-        ranks = group
-        if ranks is None and dist.is_available() and dist.is_initialized():
-            ranks = dist.group.WORLD
-        device = gates[0].l1_coef.device
+        device, ranks = gates[0].l1_coef.device, sharing(group)
         excess = torch.stack([gate.excess(ranks).to(device) for gate in gates]).sum()
         skipped = getattr(stepped, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
         done = torch.ones_like(excess) if skipped is None else (skipped == 0).to(excess)

@@ -21,8 +21,9 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary", "recipes", "sparsity"},
+    {"auxiliary", "recipes"},
     {"balancing", "forcing", "held"},
+    {"sparsity"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.

@@ -24,6 +24,7 @@ from mixture_of_experts import (
     balance_experts,
     control_sparsity,
 )
+from mixture_of_experts.balancing import names_of_counts
 from mixture_of_experts.stats import track_routing
 
 DIM, E = 6, 5
@@ -242,6 +243,16 @@ def test_errors():
         control_sparsity(moe, optimizer)
     with pytest.raises(ValueError, match="no gate of MoE has an expert bias"):
         balance_experts(loud(), optimizer)
+    for start in (control_sparsity, balance_experts):
+        with pytest.raises(
+            TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got MoE: the model is first"
+        ):
+            start(optimizer, moe)  # type: ignore[arg-type]
+
+
+def test_counts_are_a_ranks_own():
+    """DDP would copy those of the first rank."""
+    assert names_of_counts(loud()) == {"gate.choice_counts", "gate.l1_coef"}
 
 
 # Both
