@@ -53,7 +53,7 @@ class Tokens:
     real: Tensor | None  # (..., b, n) bool, tokens that are no padding; None if all are real
     full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices and count in losses; None if all do
     active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
-    length: Length | int  # (..., b) number of real tokens, the divisor of every mean; n if all groups have that many
+    length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
 
     @property
@@ -114,6 +114,9 @@ class Gate(FixedShapes):
     ) -> Tokens:
         """Check the arguments of `TokenChoiceGate.forward`, and join mask and importance; return the `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
+        if unknown := sorted(side.keys() - set(self.reads)):
+            names = ", ".join(map(repr, unknown))
+            raise TypeError(f"{type(self).__name__} reads no side input {names}: it reads {', '.join(self.reads)}")
         check_tokens("x", x, self.dim, min_ndim=3)
         if (router_input := side.pop("router_input", None)) is not None:
             check_tokens("router_input", router_input, self.dim, min_ndim=3)
