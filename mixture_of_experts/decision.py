@@ -28,8 +28,8 @@ class Waiting(NamedTuple):
     """The choices of a gate in the queues of its experts.
 
     Attributes:
-        expert, position: `(c,)` int64, the expert of each choice, and its position in the queue of its group.
-        chosen, kept: `(c,)` bool, the choices that queue, and those of them that are computed.
+        expert, position: `(a,)` int64, the expert of each choice, and its position in the queue of its group.
+        chosen, kept: `(a,)` bool, the choices that queue, and those of them that are computed.
         length: `(e b,)` int64, number of rows that each queue needs, by router, expert and group.
         slot: as in `SlotLayout`.
         num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of one router of the gate.

@@ -118,7 +118,7 @@ def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k:
 
 
 def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
-    """`total[index] += rows`, in an order that is the same on every run (on CUDA `index_add` is not)."""
+    """Return `total` with `rows` added at `index`, in the same order on every run (on CUDA `index_add` has none)."""
     if total.is_cuda:
         return total.index_put((index,), rows, accumulate=True)
     return total.index_add(0, index, rows)

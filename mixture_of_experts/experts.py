@@ -33,7 +33,8 @@ from mixture_of_experts.tracing import in_transform
 class RoutedExperts(nn.Module):
     """Base of experts that read the tokens of a whole call and the gates' `Decision`.
 
-    A subclass writes `compute`, which maps rows sorted by expert to as many rows, of any width; no row is padding. The
+    A subclass writes `compute`, which maps rows sorted by expert to as many rows. There is no padding between them, and
+    results of rows behind the last expert's are not read. Outputs of another width need an attribute `dim_out`. The
     base does the rest: dispatch, combine, capacity and levels. A subclass whose `forward` has no argument `decision`
     reads slots instead, as any other module.
 
@@ -80,7 +81,7 @@ class RoutedExperts(nn.Module):
         return out
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        """Compute every expert on its own rows; return as many rows, of any width.
+        """Compute every expert on its own rows; return as many rows.
 
         Args:
             rows: `(r, d)`, sorted by expert. There may be more than the experts' rows; results of those are not read.

@@ -252,7 +252,7 @@ def _draw_token(ax: Axes, span: Span, fate: Fate, colours: dict[int, str], size:
 
 
 def legend_of_experts(fates: Sequence[Fate], colours: dict[int, str]) -> list[Any]:
-    """Entries for the experts that compute a token, with their shares of the tokens."""
+    """Entries for the experts that have a colour, with their shares of the tokens."""
     from matplotlib.patches import Patch
 
     tokens = [fate for fate in fates if fate.kind != "padding"]

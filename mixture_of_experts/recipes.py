@@ -100,7 +100,6 @@ KEEPS: dict[str, tuple[str, ...]] = {
     "jitter": ("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),
     # weights of the router
     "weight": ("weight", "classifier.weight", "layer.weight", "wg.weight", "gate.weight", "proj.weight"),
-    "bias": ("bias",),
     "expert_bias": (
         "e_score_correction_bias",
         "expert_bias",
@@ -186,7 +185,6 @@ MODELS: dict[str, Model] = {
         blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
     ),
     "qwen3_next": Model(
-        "",
         gate=dict(k=10, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         shared=1.0,
@@ -275,7 +273,6 @@ MODELS: dict[str, Model] = {
         blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
     ),
     "minimax_m2": Model(
-        "",
         gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
         router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
@@ -301,7 +298,6 @@ MODELS: dict[str, Model] = {
         gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",)
     ),
     "ernie4_5": Model(
-        "",
         gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
         router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
@@ -313,7 +309,6 @@ MODELS: dict[str, Model] = {
         blocks=("Mistral4MoE", "MistralLarge4TextMoE"),
     ),
     "granite4": Model(
-        "",
         gate=dict(k=8, weigh="softmax", **BATCH),
         router_aux_loss_coef=(0.001, 32),
         blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
@@ -343,7 +338,6 @@ MODELS: dict[str, Model] = {
         blocks=("Kolibri1SparseMoeBlock",),
     ),
     "llama4": Model(
-        "",
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
         weigh_input=True,
         shared=1.0,
@@ -362,7 +356,6 @@ MODELS: dict[str, Model] = {
         blocks=("MuseSparkMoE",),
     ),
     "gemma4": Model(
-        "",
         gate=dict(k=8, **BATCH),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
         scales="expert",

@@ -68,8 +68,8 @@ def count_in_backward(weight: Tensor, counts: Tensor, total: Tensor) -> Tensor:
     Args:
         weight: weights of the choices. The result requires a gradient even if they do not: a router may be frozen while
             the experts train.
-        counts: `(*outer, e)` int64, a tensor of this forward alone; it is set to 0 when it was added.
-        total: `(*outer, e)` int64, the buffer.
+        counts: integers of any shape, a tensor of this forward alone; it is set to 0 when it was added.
+        total: the buffer, of that shape.
     """
     if not torch.is_grad_enabled():
         return weight

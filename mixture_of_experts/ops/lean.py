@@ -143,7 +143,7 @@ def whole_blocks(needed: Tensor, size: int, number: int) -> tuple[Tensor, Tensor
 
 
 def why_not(call: Call) -> str | None:
-    """Why the call has no known activation, or runs in an export or a transform."""
+    """Why this way cannot compute the call: no known activation, an export, a transform. None if it can."""
     if exporting():
         return "an exported graph has torch's own operators only"
     if in_transform():

@@ -110,7 +110,7 @@ class SequencesCall(CallUnderWay):
         self.sizes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}  # of calls of layers, by gate
         self.gates: set[str] = set()  # gates that ran
         self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
-        self.outer: Any = None  # routing of the last gate of level one
+        self.outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
 
     @property
     def continues(self) -> bool:

@@ -103,4 +103,5 @@ def expert_colours(fates: Sequence[Fate], num_experts: int) -> dict[int, str]:
 
 
 def share(name: str, count: int, tokens: Sequence[Fate]) -> str:
+    """A legend's entry: the name, and the count's share of the tokens."""
     return f"{name}: {count / max(len(tokens), 1):.0%}"

@@ -87,7 +87,7 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
 
 
 class RoutingStats:
-    """The records of `track_routing`. Every method but `step` reads from the device: one host sync for each gate."""
+    """The records of `track_routing`. Reading them waits for the device; `step`, `layers` and `level_one` do not."""
 
     def __init__(self, model: nn.Module, keep: int, when: When) -> None:
         check_size("keep", keep)

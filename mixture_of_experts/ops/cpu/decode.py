@@ -20,7 +20,7 @@ MOST_ROWS = 32
 
 
 def why_not(call: Call) -> str | None:
-    """Why the call is not one of token choice with few assignments, in eval and without gradients."""
+    """Why this way cannot compute the call, as it is for few choices of tokens in inference. None if it can."""
     decision = call.decision
     if call.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
