@@ -19,7 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores
@@ -27,9 +26,8 @@ from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, record_of, told
 from mixture_of_experts.losses import global_sum
-from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.model_tokens import TokensOfCall, model_around
 from mixture_of_experts.private_torch import ignore_in_ddp
-from mixture_of_experts.under_way import CallUnderWay
 
 #: what the bias of blocks of `transformers` is called
 THEIRS = ("e_score_correction_bias", "expert_bias")
@@ -291,41 +289,18 @@ class Theirs:
 
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
         """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
-        real = self.reader.real(expert)
+        real = real_tokens(self.reader.tokens().mask, expert)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
         counts = self.rule.count(ForwardChoices(expert, chosen, score, real, self.value))
         return count_in_backward(weight, counts, self.counts)
 
 
-class TokensCall(CallUnderWay):
-    """A forward, under way, of the model around experts."""
-
-    def __init__(self, tokens: TokensAround) -> None:
-        self.tokens = tokens
-
-
-class TokensOfCall:
-    """Which tokens are real in the forward of a model that is under way."""
-
-    read: TokensReader
-
-    def __init__(self, model: nn.Module) -> None:
-        self.read = TokensReader(model)
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        under_way.begin(TokensCall(self.read(args, kwargs)), self)
-
-    def end(self, model: nn.Module, args: object, output: object) -> None:
-        under_way.end(self)
-
-    def real(self, expert: Tensor) -> Tensor:
-        """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
-        call = under_way.current(self)
-        mask = None if call is None else call.tokens.mask
-        if mask is None or mask.numel() != expert.shape[0]:
-            return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
-        return mask.flatten().to(expert.device)
+def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
+    """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
+    if mask is None or mask.numel() != expert.shape[0]:
+        return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
+    return mask.flatten().to(expert.device)
 
 
 def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[Theirs]:
@@ -338,9 +313,8 @@ def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[
         experts, path = experts_of(modules, name)
         around = model_around(model, path)
         if around not in readers:
-            reader = readers[around] = TokensOfCall(around)
-            hooks.callback(around.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
-            hooks.callback(around.register_forward_hook(reader.end, always_call=True).remove)
+            readers[around] = TokensOfCall(around)
+            readers[around].follow(hooks)
         block = modules[path.rpartition(".")[0]]
         theirs = Theirs(f"{name}.{kind}", getattr(module, kind), block, rule, readers[around])
         theirs.register(experts, hooks)

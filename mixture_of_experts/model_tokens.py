@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from mixture_of_experts import under_way
+from mixture_of_experts.under_way import CallUnderWay
 
 READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
 
@@ -65,6 +69,38 @@ class TokensReader:
         given = self.given(args, kwargs)
         cache = given.get("cache", given.get("past_key_values"))
         return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
+
+
+class TokensCall(CallUnderWay):
+    """A forward, under way, of a model around routers or experts."""
+
+    def __init__(self, tokens: TokensAround) -> None:
+        self.tokens = tokens
+
+
+class TokensOfCall:
+    """Tells the tokens of the forward of `model` that is under way."""
+
+    read: TokensReader
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.read = model, TokensReader(model)
+
+    def follow(self, hooks: ExitStack) -> None:
+        """Set hooks on the model; closing `hooks` removes them."""
+        hooks.callback(self.model.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
+        hooks.callback(self.model.register_forward_hook(self.end, always_call=True).remove)
+
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        under_way.begin(TokensCall(self.read(args, kwargs)), self)
+
+    def end(self, model: nn.Module, args: object, output: object) -> None:
+        under_way.end(self)
+
+    def tokens(self) -> TokensAround:
+        """The tokens of the forward; nothing is known of them where none is under way."""
+        call = under_way.current(self)
+        return TokensAround() if call is None else call.tokens
 
 
 def read_tokens(given: Mapping[str, Any]) -> TokensAround:

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from mixture_of_experts import losses, under_way
+from mixture_of_experts import losses
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, num_logits, record_of, told
-from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.model_tokens import TokensOfCall, model_around
 from mixture_of_experts.queues import Length, queue_up
 from mixture_of_experts.routing import Routing
-from mixture_of_experts.under_way import CallUnderWay
 
 ROUTER = re.compile(r"Top[kK]Router$")
 
@@ -35,25 +33,15 @@ def is_router(module: nn.Module) -> bool:
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
 
 
-class ReadCall(CallUnderWay):
-    """A forward, under way, of the model around routers."""
-
-    def __init__(self, tokens: TokensAround) -> None:
-        self.tokens = tokens
-
-
-class Reader:
+class Reader(TokensOfCall):
     """Reads the outputs of the routers in one model.
 
     Args:
         model: the nearest module around the routers that gets an attention mask, or the outermost one.
     """
 
-    read: TokensReader
-
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.read = TokensReader(model)
+        super().__init__(model)
         self.blocks: dict[nn.Module, BlockSettings] = {}  # by router, for known blocks
 
     def num_experts(self, router: nn.Module) -> int:
@@ -61,19 +49,10 @@ class Reader:
         held = self.blocks.get(router)
         return getattr(router, "num_experts") if held is None else num_logits(held)  # noqa: B009
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Forward pre-hook of the model."""
-        under_way.begin(ReadCall(self.read(args, kwargs)), self)
-
-    def end(self, model: nn.Module, args: object, output: object) -> None:
-        """Forward hook of the model."""
-        under_way.end(self)
-
     def routing(self, router: nn.Module, output: Any) -> Routing:
         """What a router returned, as a `Routing` without a capacity."""
-        held, call = self.blocks.get(router), under_way.current(self)
+        held, tokens = self.blocks.get(router), self.tokens()
         logits, weight, expert = told(router, output, held)
-        tokens = TokensAround() if call is None else call.tokens
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, t)  # some routers return (b, n, e)

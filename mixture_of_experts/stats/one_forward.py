@@ -42,8 +42,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
     found: dict[str, Routing] = {}
     with ExitStack() as hooks:
         for reader in {site.reader for site in sites if site.reader is not None}:
-            hooks.callback(reader.model.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
-            hooks.callback(reader.model.register_forward_hook(reader.end, always_call=True).remove)
+            reader.follow(hooks)
         for site in sites:
 
             def hook(gate: nn.Module, inputs: object, output: Any, site: Any = site) -> None:

@@ -263,8 +263,7 @@ class RoutingStats:
             handle = tracker.place.gate.register_forward_hook(tracker.hook, with_kwargs=True)
             hooks.callback(handle.remove)
         for reader in {reader for tracker in self._gates.values() if (reader := tracker.place.reader) is not None}:
-            hooks.callback(reader.model.register_forward_pre_hook(reader.begin, with_kwargs=True).remove)
-            hooks.callback(reader.model.register_forward_hook(reader.end, always_call=True).remove)
+            reader.follow(hooks)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
         # last, so that it runs after the hook of a model that is itself a gate
         hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
