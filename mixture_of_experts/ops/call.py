@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mixture_of_experts.decision import Decision
@@ -25,3 +26,7 @@ class Call(NamedTuple):
     decision: Decision
     network: Network
     training: bool
+
+    def is_inference(self) -> bool:
+        """Whether it is a call of token choice, in eval and without gradients."""
+        return not (self.training or torch.is_grad_enabled() or self.decision.k is None)

@@ -27,18 +27,12 @@ def copies(call: Call) -> bool:
     return PER_COPY * call.decision.weight.shape[0] < call.network.w_out.shape[0]
 
 
-def why_not(call: Call) -> str | None:
-    """Why this way cannot compute a call; None for token choice of few tokens, in eval and without gradients."""
-    if call.training or torch.is_grad_enabled():
-        return "it is for eval mode without gradients"
-    if call.decision.k is None:
-        return "it is for token choice"
+def serves(call: Call) -> bool:
+    """Whether a call is one of token choice of few tokens, in eval and without gradients."""
     tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
-    if not statically_known_true(tokens <= MOST_TOKENS):
-        return f"there are {tokens} tokens, or it is open how many: more than {MOST_TOKENS}"
-    if not copies(call) and tokens * experts > MOST_ROWS:
-        return f"{experts} experts would compute {tokens} tokens each, more than {MOST_ROWS} rows"
-    return None
+    if not (call.is_inference() and statically_known_true(tokens <= MOST_TOKENS)):
+        return False
+    return copies(call) or tokens * experts <= MOST_ROWS
 
 
 def run(call: Call) -> Tensor:

@@ -153,7 +153,7 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
-    if few.why_not(call) is None:
+    if few.serves(call):
         return few.run(call)
     if not call.decision.prefers_rows():
         products = SlotProducts

@@ -27,4 +27,4 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    return decode.run(call) if decode.why_not(call) is None else fused.run(call)
+    return decode.run(call) if decode.serves(call) else fused.run(call)

@@ -19,16 +19,9 @@ from mixture_of_experts.ops.grouped import product_by_expert
 MOST_ROWS = 32
 
 
-def why_not(call: Call) -> str | None:
-    """Why this way cannot compute the call, as it is for few choices of tokens in inference. None if it can."""
-    decision = call.decision
-    if call.training or torch.is_grad_enabled():
-        return "it is for eval mode without gradients"
-    if decision.k is None:
-        return "it is for token choice"
-    if decision.weight.numel() > MOST_ROWS:
-        return f"there are {decision.weight.numel()} assignments, more than {MOST_ROWS}"
-    return None
+def serves(call: Call) -> bool:
+    """Whether a call is one of token choice with few assignments, in eval and without gradients."""
+    return call.is_inference() and call.decision.weight.numel() <= MOST_ROWS
 
 
 def run(call: Call) -> Tensor:
