@@ -62,7 +62,7 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
         # last, so that they run after the hook of a model that is itself a layer
         hooks.callback(model.register_forward_hook(aux._returned).remove)
         hooks.callback(model.register_forward_hook(aux._end, always_call=True).remove)
-        with under_way.within([(aux, OutsideCall())]):
+        with under_way.within([(aux, CallUnderWay())]):
             yield aux
 
 
@@ -72,10 +72,6 @@ class AuxCall(CallUnderWay):
     def __init__(self, training: bool) -> None:
         self.training = training
         self.losses: list[Tensor] = []
-
-
-class OutsideCall(CallUnderWay):
-    """Marks the thread that collects, while no forward of the model is under way in it."""
 
 
 class AuxLosses:

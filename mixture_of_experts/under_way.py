@@ -21,7 +21,8 @@ from mixture_of_experts.private_torch import number_of_backward
 
 
 class CallUnderWay:
-    """One forward of a module. Subclasses add what is known of it and what it collects."""
+    """One forward of a module. Subclasses add what is known of it and what it collects. This class alone marks a thread
+    in which somebody collects or records, while no forward is under way."""
 
     keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
     returned = False  # whether the forward came to its end

@@ -22,7 +22,6 @@ from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
     ChoiceSite,
-    Entered,
     Seen,
     Sequences,
     SequencesCall,
@@ -74,7 +73,7 @@ def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[Ro
     recording = Recording(find_sites(model))
     with ExitStack() as hooks:
         recording.start(hooks, seen)
-        with under_way.within([(recording, Entered())]):
+        with under_way.within([(recording, under_way.CallUnderWay())]):
             yield recording.records
 
 

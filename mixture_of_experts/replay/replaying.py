@@ -24,7 +24,6 @@ from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
     ChoiceSite,
-    Entered,
     Seen,
     Sequences,
     SequencesCall,
@@ -87,7 +86,7 @@ def replay_routing(
     with ExitStack() as hooks:
         hooks.callback(replay.close)
         replay.start(hooks, seen)
-        with under_way.within([(replay, Entered())]):
+        with under_way.within([(replay, under_way.CallUnderWay())]):
             yield
 
 

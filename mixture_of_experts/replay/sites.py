@@ -90,10 +90,6 @@ def site_of(found: GateSite, layers: Mapping[nn.Module, nn.Module], around: nn.M
 # Calls
 
 
-class Entered(CallUnderWay):
-    """Marks the thread that records or replays, while it does."""
-
-
 class SequencesCall(CallUnderWay):
     """A forward, under way, of a model around gates.
 
