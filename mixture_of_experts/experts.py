@@ -171,15 +171,17 @@ class StackedExperts(FixedShapes, RoutedExperts):
     def __init__(
         self,
         dim: int,
-        num_experts: int | tuple[int, ...],
-        hidden_dim: int | None,
-        activation: ActivationLike,
-        bias: bool,
-        dim_out: int | None,
-        **factory: Any,
+        num_experts: int | tuple[int, ...] = 16,
+        hidden_dim: int | None = None,
+        activation: ActivationLike = nn.GELU,
+        bias: bool = False,
+        *,
+        dim_out: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_dtype("dtype", factory.get("dtype"))
+        check_dtype("dtype", dtype)
         d = self.dim = check_size("dim", dim)
         o = self.dim_out = check_size("dim_out", dim if dim_out is None else dim_out)
         self.num_experts = num_experts
@@ -194,7 +196,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
             if self.gated or not name.endswith("3"):
                 there = check_flag("bias", bias) or name in weights
                 # writing zeros touches new memory with all threads; drawing the weights uses one thread
-                stack = nn.Parameter(torch.zeros(*self.expert_dims, *size, **factory)) if there else None
+                shape = *self.expert_dims, *size
+                stack = nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if there else None
                 self.register_parameter(name, stack)
         self.reset_parameters()
 
@@ -272,20 +275,6 @@ class Experts(StackedExperts):
 
     gated = False
 
-    def __init__(
-        self,
-        dim: int,
-        num_experts: int | tuple[int, ...] = 16,
-        hidden_dim: int | None = None,
-        activation: ActivationLike = nn.GELU,
-        bias: bool = False,
-        *,
-        dim_out: int | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out, device=device, dtype=dtype)
-
 
 class GatedExperts(StackedExperts):
     """Gated feed-forward experts, `(act(x w1) * (x w3)) w2`: SwiGLU, or GEGLU with `activation=nn.GELU`
@@ -326,7 +315,7 @@ class GatedExperts(StackedExperts):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out, device=device, dtype=dtype)
+        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out=dim_out, device=device, dtype=dtype)
 
 
 class ExpertList(RoutedExperts, nn.ModuleList):
