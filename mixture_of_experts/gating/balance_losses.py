@@ -108,7 +108,7 @@ def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
 
 
 def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """`(..., b, e)` int64, how often each expert is among the choices `(..., b, n, k)` that are `counted`."""
+    """`(..., e)` int64, how often each expert is among the choices `(..., n, k)` that are `counted`."""
     ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
     zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
     return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
+from mixture_of_experts.gating.balance_losses import load_of
 from mixture_of_experts.gating.expert_bias import towards_mean
 
 
@@ -77,9 +78,7 @@ class SignRule(BiasRule):
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
-        expert, chosen = choices.expert.flatten(-2), choices.chosen
-        ones = torch.ones_like(expert) if chosen is None else chosen.flatten(-2).to(torch.int64)
-        return torch.zeros(choices.bias.shape, dtype=torch.int64, device=expert.device).scatter_add(-1, expert, ones)
+        return load_of(choices.expert, choices.chosen, choices.bias.shape[-1])
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
         step = rate * (towards_mean(counts) if self.shares is None else self._towards_shares(counts))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.gating.balance_losses import load_of
 from mixture_of_experts.routing import Routing
 
 # Sums for each router. Over tokens: their number, those that no expert computes ("unseen"), entropy and confidence.
@@ -21,8 +22,7 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
     """`(2 g e + 9 g,)` float32: load and requests of every expert, then the `SUMS` and the worst imbalance of every
     router."""
     *outer, b, n, e = routing.probs.shape
-    load = torch.zeros(*outer, e, dtype=torch.int64, device=routing.expert.device)
-    load = load.scatter_add(-1, routing.expert.flatten(-2), routing.kept.flatten(-2).to(torch.int64))
+    load = load_of(routing.expert, routing.kept, e)
     seen = seen_tokens(routing)
     part = taking_part(routing, importance)
     probs = routing.probs.detach().float()
