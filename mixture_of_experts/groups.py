@@ -63,7 +63,7 @@ def group_side_inputs(
             raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, ...), an entry a token, got {got}")
         rest = value.shape[len(shape) :]
         if mask is not None:
-            value = torch.where(mask.view(*mask.shape, *[1] * len(rest)), value, 0)
+            value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)
         grouped[name] = value.reshape(*groups.shape[:2], *rest)
     return grouped
 

@@ -263,6 +263,16 @@ def test_experts_of_one_modality_are_routers_of_their_own(kind, settings):
     assert routing.probs.view(8, 5)[picture[0]][:, :2].eq(0).all()
 
 
+def test_open_experts_beside_padding():
+    """Masked entries are closed, and the rest is what the sequence alone gives."""
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(1, 5, DIM)
+    mask, is_open = torch.arange(5)[None] < 3, torch.rand(1, 5, 4) < 0.6
+    out, aux_loss = moe(x, mask=mask, open_experts=is_open)
+    alone, alone_loss = moe(x[:, :3], open_experts=is_open[:, :3])
+    torch.testing.assert_close(out[:, :3], alone)
+    torch.testing.assert_close(aux_loss, alone_loss)
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
     gate, x = TopKGating(DIM, 4, k=3), torch.randn(1, 3, DIM)
@@ -296,8 +306,22 @@ def test_a_hash_layer():
     routing = moe.gate(torch.randn(2, 6, DIM), token_ids=ids)
     assert routing.expert.view(2, 6, 2).equal(table[ids])
     assert "experts_of_id" in dict(moe.gate.named_buffers())
+    for dtype in (torch.uint8, torch.int16):
+        assert moe.gate(torch.randn(2, 6, DIM), token_ids=ids.to(dtype)).expert.view(2, 6, 2).equal(table[ids])
     with pytest.raises(ValueError, match=r"call the layer as moe\(x, token_ids=ids\)"):
         moe(torch.randn(2, 6, DIM))
+    with pytest.raises(TypeError, match=r"token_ids must be integers, got torch\.float32"):
+        moe(torch.randn(2, 6, DIM), token_ids=ids.float())
+    for wrong in (-1, 33):
+        with pytest.raises(IndexError):
+            moe(torch.randn(2, 6, DIM), token_ids=torch.full((2, 6), wrong))
+
+
+def test_the_table_of_a_hash_layer_that_was_empty_is_drawn():
+    gate = HashGating(DIM, 5, k=2, num_ids=33, device="meta").to_empty(device="cpu")
+    gate.experts_of_id.fill_(-7)
+    gate.reset_parameters()
+    assert gate.experts_of_id.flatten().bincount(minlength=5).sort().values.tolist() == [13, 13, 13, 13, 14]
 
 
 def _rotations(values):

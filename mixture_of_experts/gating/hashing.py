@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mixture_of_experts.checks import check_size
 from mixture_of_experts.gating.base import Tokens
@@ -47,12 +48,20 @@ class HashGating(TopKGating):
     ) -> None:
         super().__init__(dim, num_experts, k, device=device, **settings)
         v = self.num_ids = check_size("num_ids", num_ids)
-        self.register_buffer("experts_of_id", draw_experts(v, num_experts, k).to(device))
+        self.register_buffer("experts_of_id", draw_experts(v, k, num_experts).to(device))
+
+    def reset_parameters(self) -> None:
+        """Draw the weights, and the experts of each id."""
+        super().reset_parameters()
+        if (table := self._buffers.get("experts_of_id")) is not None:  # not before it is made
+            table.copy_(draw_experts(*table.shape, self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)`, the experts of the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
-            return self.experts_of_id[ids]
+            if ids.is_floating_point() or ids.is_complex():
+                raise TypeError(f"token_ids must be integers, got {ids.dtype}")
+            return functional.embedding(ids.to(torch.int64), self.experts_of_id)
         if "given_experts" in tokens.side:
             return super().own_choices(tokens, ranked)
         raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
@@ -65,7 +74,7 @@ class HashGating(TopKGating):
         return f"{super().extra_repr()}, num_ids={self.num_ids}"
 
 
-def draw_experts(num_ids: int, num_experts: int, k: int) -> Tensor:
+def draw_experts(num_ids: int, k: int, num_experts: int) -> Tensor:
     """`(v, k)` int64, k different experts for each id; every expert has equally many ids, give or take one."""
     order = torch.randperm(num_experts)
     start = torch.arange(num_ids)[torch.randperm(num_ids)] * k  # ids take k experts each, in turn, in random order
