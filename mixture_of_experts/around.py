@@ -168,7 +168,7 @@ class ExpertsBesideIdentity(RoutedExperts):
         return out.to(x.dtype)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        e, row = self.num_computing, torch.arange(len(rows), device=rows.device).unsqueeze(-1)
+        e, row = self.num_computing, torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
         stops = num_tokens_per_expert.cumsum(0)
         first, last = stops[e - 1], stops[e - 1 + self.num_identity]
         out = self.experts.compute(rows, num_tokens_per_expert[:e])
@@ -271,7 +271,12 @@ class Shift(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.zeros(dim))
+        self.bias = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the vector to 0."""
+        nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.bias

@@ -46,6 +46,7 @@ ONE = torch.ones(1, 1, 1)
 def test_between_two_modules_and_beside_a_third():
     """The token 1 times 2 is 2; expert 1 makes 2 * 2 + 1 of it; the token beside makes 6; minus 0.5."""
     shift = Shift(1)
+    assert shift.bias.item() == 0
     shift.bias.data.fill_(-0.5)
     moe = layer(
         EnclosedExperts(Times(2), before=Scale(2.0), beside=nn.Identity(), after=shift), [0.0, 9.0], score="sigmoid"

@@ -90,10 +90,21 @@ def test_learned_scales(scales, wanted):
 
 def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
     assert LearnedScale(2, "meta").scale.is_meta
-    assert LearnedScale(2).scale.tolist() == [1.0, 1.0]
+    scale = LearnedScale(2)
+    assert scale.scale.tolist() == [1.0, 1.0]
+    scale.scale.data.fill_(5.0)
+    MoE(2, gate=TopKGating(2, 2, weigh=scale)).reset_parameters()
+    assert scale.scale.tolist() == [1.0, 1.0]
     assert decided([-1.0, -2.0], score=F.relu, weigh=LearnedScale(1))[1] == [0.0, 0.0]
     with pytest.raises(ValueError, match=r"^num_scales must be"):
         LearnedScale(0)
+
+
+def test_more_choices_than_experts():
+    gate = TopKGating(2, 3)
+    gate.k = 4
+    with pytest.raises(ValueError, match="k must be at most the number of experts, 3, got 4: it takes each once"):
+        gate(torch.ones(1, 1, 2))
 
 
 # ---- score ----

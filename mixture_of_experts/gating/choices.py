@@ -67,7 +67,7 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
             f"{gate} chose experts {int(expert.min())} to {int(expert.max())}, there are 0 to {num_experts - 1}: give "
             "a choice that is not made any of these, with chosen=False"
         )
-    missing = torch.arange(num_experts, num_experts + k)  # ids of no expert, all different
+    missing = torch.arange(num_experts, num_experts + k, device="cpu")  # ids of no expert, all different
     ids = torch.where(computed.unflatten(-1, (-1, k)), expert.unflatten(-1, (-1, k)), missing)
     ordered = ids.gather(-1, stable_order(ids))
     if (ordered.diff(dim=-1) == 0).any():
@@ -82,6 +82,8 @@ def top_choices(score: Tensor, k: int) -> Tensor:
 
     `torch.topk` promises no order of equal scores, but `argmax` does. On a GPU one stable sort makes all choices.
     """
+    if k > score.shape[-1]:
+        raise ValueError(f"k must be at most the number of experts, {score.shape[-1]}, got {k}: it takes each once")
     score = score.detach()
     if k > 2 and score.device.type != "cpu":
         return stable_order(score, descending=True)[..., :k].contiguous()

@@ -141,7 +141,12 @@ class LearnedScale(nn.Module):
 
     def __init__(self, num_scales: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(check_size("num_scales", num_scales), device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.empty(check_size("num_scales", num_scales), device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the scales to 1."""
+        nn.init.ones_(self.scale)
 
     def forward(self, logits: Tensor, score: Tensor, expert: Tensor) -> Tensor:
         weight = score.gather(-1, expert)
