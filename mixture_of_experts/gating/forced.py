@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional
 
 from mixture_of_experts.checks import check_choice
 
@@ -47,7 +48,7 @@ def forced_experts(
     chosen: Tensor | None = None,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
-    """Forced experts `(..., b, n, k)` int64.
+    """Forced experts `(..., b, n, k)` int64; -1 for choices beyond the number of experts.
 
     Args:
         how: "balanced" or "random".
@@ -55,4 +56,8 @@ def forced_experts(
         chosen: `(..., b, n, k)` bool, the choices that are made; None if all are.
         group: the ranks that share the batch.
     """
-    return FORCED[how](shape, num_experts, chosen, device, 0 if group is None else dist.get_rank(group))
+    *outer, k = shape
+    there = min(k, num_experts)  # of two choices and one expert, the second is none
+    chosen = None if chosen is None else chosen[..., :there]
+    expert = FORCED[how]((*outer, there), num_experts, chosen, device, 0 if group is None else dist.get_rank(group))
+    return expert if there == k else functional.pad(expert, (0, k - there), value=-1)
