@@ -579,8 +579,13 @@ def test_modes_of_autograd():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dtypes(dtype: torch.dtype):
-    record = track_once(MoE(DIM, 4).to(dtype), torch.randn(2, 8, DIM, dtype=dtype))["gate"]
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16, torch.float64])
+def test_dtypes(dtype: torch.dtype, default: torch.dtype):
+    torch.set_default_dtype(default)
+    try:
+        record = track_once(MoE(DIM, 4).to(dtype), torch.randn(2, 8, DIM, dtype=dtype))["gate"]
+    finally:
+        torch.set_default_dtype(torch.float32)
     assert record.tokens == 16
     assert 0 < record.entropy <= math.log(4)
 

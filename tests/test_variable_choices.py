@@ -250,6 +250,14 @@ def test_errors():
             start(optimizer, moe)  # type: ignore[arg-type]
 
 
+def test_the_coefficient_in_another_default_dtype():
+    torch.set_default_dtype(torch.float16)
+    try:
+        assert loud().gate.l1_coef.item() == pytest.approx(1e-8)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_counts_are_a_ranks_own():
     """DDP would copy those of the first rank."""
     assert names_of_counts(loud()) == {"gate.choice_counts", "gate.l1_coef"}

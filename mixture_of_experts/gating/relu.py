@@ -76,7 +76,7 @@ class ReLUGating(TopKGating):
         self.mean_choices = mean_choices
         if mean_choices > k:
             raise ValueError(f"mean_choices must be at most k={k}, got {mean_choices}: a token makes at most k choices")
-        self.register_buffer("l1_coef", torch.full((), START, device=device))
+        self.register_buffer("l1_coef", torch.full((), START, device=device, dtype=torch.float32))
         # numbers of choices and of tokens since the coefficient moved last
         self.register_buffer("choice_counts", torch.zeros(2, dtype=torch.int64, device=device))
 

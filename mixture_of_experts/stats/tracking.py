@@ -315,8 +315,8 @@ class Clock:
     forwards: Tensor
 
     def __init__(self, device: torch.device) -> None:
-        self.steps = torch.zeros(1, device=device)
-        self.forwards = torch.full((1,), -1.0, device=device)
+        self.steps = torch.zeros(1, device=device, dtype=torch.float32)
+        self.forwards = self.steps - 1
 
 
 class GateTracker:
@@ -347,7 +347,7 @@ class GateTracker:
         width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
         with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
-            self.ring = torch.zeros(self.keep + 1, width, device=device)
+            self.ring = torch.zeros(self.keep + 1, width, device=device, dtype=torch.float32)
             self.written = torch.zeros(1, dtype=torch.int64, device=device)
             self.stats._add_clock(device)
 
