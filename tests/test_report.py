@@ -188,6 +188,8 @@ def test_a_text_has_every_choice(tmp_path: Path):
                 expected[token].append((name, round(1000 * weight)))
         shown = [[(name, weight) for name, weight, kept in of_token if kept] for of_token in text["choices"]]
         assert list(map(sorted, shown)) == list(map(sorted, expected)), gate
+        if stats.level_one(gate) is None:  # "no room" is said of choices that were made
+            assert sum(map(len, text["choices"])) == int(told.chosen.sum())
         assert [cls == "x" for cls in text["classes"]] == [not of_token for of_token in expected]
         shares = [int(label.split(": ")[1][:-1]) for cls, label in text["legend"] if cls != "u"]
         assert sum(shares) == pytest.approx(100, abs=len(shares))

@@ -29,11 +29,12 @@ class Fate(NamedTuple):
 
 
 def choices_of(routing: Routing, group: int) -> list[list[Choice]]:
-    """The choices of every token of a group, from the routing of one gate."""
+    """The choices that every token of a group makes, from the routing of one gate."""
     choices: list[list[Choice]] = [[] for _ in range(routing.num_tokens)]
-    fields = (routing.token, routing.expert, routing.kept, routing.weight.detach())
-    for token, expert, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
-        choices[token].append(Choice(expert, kept, weight, str(expert)))
+    fields = (routing.token, routing.expert, routing.chosen, routing.kept, routing.weight.detach())
+    for token, expert, chosen, kept, weight in zip(*(field[group].tolist() for field in fields), strict=True):
+        if chosen:
+            choices[token].append(Choice(expert, kept, weight, str(expert)))
     return choices
 
 
@@ -43,17 +44,19 @@ def composed_choices(outer: Routing, inner: Routing) -> list[list[Choice]]:
     assert inner.k is not None
     slot = plan_slots_of(outer).row.view(-1, outer.k).tolist()  # (t, k1); number of slots for a choice without one
     experts, weights = outer.expert.view(-1, outer.k).tolist(), outer.weight.detach().view(-1, outer.k).tolist()
-    fields = (inner.expert, inner.kept, inner.weight.detach())
+    made = outer.chosen.view(-1, outer.k).tolist()
+    fields = (inner.expert, inner.chosen, inner.kept, inner.weight.detach())
     behind = list(zip(*(field.reshape(-1, inner.k).tolist() for field in fields), strict=True))
     choices: list[list[Choice]] = []
-    for rows, first, first_weights in zip(slot, experts, weights, strict=True):
+    for firsts in zip(slot, experts, made, weights, strict=True):
         of_token: list[Choice] = []
-        for row, o, weight in zip(rows, first, first_weights, strict=True):
-            if row >= len(behind):
+        for row, o, chosen, weight in zip(*firsts, strict=True):
+            if row < len(behind):
+                for i, inner_chosen, kept, share in zip(*behind[row], strict=True):
+                    if inner_chosen:
+                        of_token.append(Choice(o * inner.num_experts + i, kept, weight * share, f"{o}.{i}"))
+            elif chosen:
                 of_token.append(Choice(o * inner.num_experts, False, 0.0, f"{o}.?"))
-                continue
-            for i, kept, share in zip(*behind[row], strict=True):
-                of_token.append(Choice(o * inner.num_experts + i, kept, weight * share, f"{o}.{i}"))
         choices.append(of_token)
     return choices
 
@@ -79,7 +82,7 @@ def fate_of(choices: Sequence[Choice], best: int, real: bool, chooses: bool) -> 
         return Fate("padding", best)
     computed = [choice for choice in choices if choice.kept]
     if not computed:
-        return Fate("unseen", choices[0].expert if chooses else best)
+        return Fate("unseen", choices[0].expert if chooses and choices else best)
     expert = max(computed, key=lambda choice: choice.weight).expert
     return Fate("first" if choices[0].kept or not chooses else "other", expert)
 
