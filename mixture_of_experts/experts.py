@@ -75,7 +75,7 @@ class RoutedExperts(nn.Module):
 
     def _compute_rows(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         out = self.compute(rows, num_tokens_per_expert)
-        if not isinstance(out, Tensor) or out.ndim != 2 or len(out) != len(rows):
+        if not isinstance(out, Tensor) or out.ndim != 2 or out.shape[0] != rows.shape[0]:
             name = f"{type(self).__name__}.compute"
             raise ValueError(f"{name} must return a row for each of {len(rows)} rows, got {shape_of(out)}")
         return out

@@ -5,8 +5,12 @@ import io
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
+from support.paths import DIM, NUM_EXPERTS, PATHS, ROUTERS, SOME_PATHS, Path, layer_with_router, run, some_first
+from torch import nn
 from torch.export import Dim
+
+from mixture_of_experts import MoE, RoutedExperts, TopKGating
+from mixture_of_experts.around import NormedExperts
 
 # torch 2.10 warns of the file that it loads
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning")
@@ -71,6 +75,24 @@ def test_one_token_a_sequence(capacity):
     program = torch.export.export(layer, arguments(path, 3, 1), dynamic_shapes=({0: Dim.DYNAMIC},)).module()
     for batch in (1, 2, 7, 40):
         agree(program, layer, arguments(path, batch, 1))
+
+
+class Doubled(RoutedExperts):
+    num_experts = NUM_EXPERTS
+
+    def compute(self, rows, num_tokens_per_expert):
+        return 2 * rows
+
+
+@slow
+@pytest.mark.parametrize("wrap", [lambda experts: experts, lambda experts: NormedExperts(experts, nn.RMSNorm(DIM))])
+def test_experts_of_ones_own_compute_any_number_of_rows(wrap):
+    layer = MoE(DIM, gate=TopKGating(DIM, NUM_EXPERTS), experts=wrap(Doubled())).eval()
+    shapes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    program = torch.export.export(layer, (torch.randn(2, 6, DIM),), dynamic_shapes=shapes).module()
+    for shape in ((1, 3), (4, 9)):
+        x = torch.randn(*shape, DIM)
+        torch.testing.assert_close(program(x), layer(x))
 
 
 @slow
