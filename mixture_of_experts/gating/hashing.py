@@ -54,7 +54,7 @@ class HashGating(TopKGating):
         """Draw the weights, and the experts of each id."""
         super().reset_parameters()
         if (table := self._buffers.get("experts_of_id")) is not None:  # not before it is made
-            table.copy_(draw_experts(*table.shape, self.num_experts))
+            table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)`, the experts of the tokens' ids."""
