@@ -31,9 +31,8 @@ from mixture_of_experts.ops.activations import (
     known_module,
     takes_two,
 )
-from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.grouped import grouped_product
-from mixture_of_experts.ops.network import Halves, Network, cast_operands
+from mixture_of_experts.ops.network import Call, Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 
 __all__ = [

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.ops import plain
-from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Call
 from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.tracing import without_autocast
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops import lean, plain
-from mixture_of_experts.ops.call import Call
+from mixture_of_experts.ops.network import Call
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import capability, exporting, is_wrapped
 

@@ -21,8 +21,7 @@ from mixture_of_experts.dispatch import add_rows, sum_rows
 from mixture_of_experts.ops import autograd, few, plain, rows
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import exporting, in_transform, largest
 

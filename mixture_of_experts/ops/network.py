@@ -1,4 +1,4 @@
-"""`Network`, the weights of all experts as every way reads them; and the cast of operands to one dtype.
+"""What every way reads: `Network`, the weights of all experts, and `Call`; and the cast of operands to one dtype.
 
 Axes: t tokens, e experts, d model dim, h hidden dim, o dim of the outputs.
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops.activations import ActivationLike, takes_two
 
 Halves = Literal["concatenated", "interleaved"]
@@ -86,3 +87,24 @@ def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
     if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
     return x.to(dtype), network.map(lambda tensor: tensor.to(dtype))
+
+
+class Call(NamedTuple):
+    """One call, with all operands in one dtype.
+
+    Attributes:
+        x: `(t, d)`, tokens.
+        decision: the gates' decision on these tokens.
+        network: the experts' weights.
+        training: the experts' mode. The choice of a way depends on this, not on the grad mode, since a recomputation
+            must take the same way as its forward.
+    """
+
+    x: Tensor
+    decision: Decision
+    network: Network
+    training: bool
+
+    def is_inference(self) -> bool:
+        """Whether it is a call of token choice, in eval and without gradients."""
+        return not (self.training or torch.is_grad_enabled() or self.decision.k is None)

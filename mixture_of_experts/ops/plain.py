@@ -17,8 +17,7 @@ from torch import Tensor
 
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.plan import Plan, append
 from mixture_of_experts.tracing import largest, smallest
 

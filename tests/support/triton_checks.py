@@ -41,8 +41,7 @@ from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.levels import second_level
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import canary, kernels, operators, schedule, why_not
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.network import compute, operands

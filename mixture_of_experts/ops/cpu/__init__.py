@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.ops.activations import why_unknown
-from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.cpu import decode, fused
+from mixture_of_experts.ops.network import Call
 from mixture_of_experts.tracing import in_transform
 
 

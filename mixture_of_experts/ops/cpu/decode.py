@@ -13,8 +13,8 @@ from collections import Counter
 import torch
 from torch import Tensor
 
-from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.grouped import product_by_expert
+from mixture_of_experts.ops.network import Call
 
 MOST_ROWS = 32
 

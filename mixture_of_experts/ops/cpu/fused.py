@@ -19,9 +19,8 @@ from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import sum_rows
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.call import Call
 from mixture_of_experts.ops.cpu.batches import Batch, Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.plan import Plan
 
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.ops.activations import why_hooked
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import HALF
 from mixture_of_experts.private_torch import is_fake

@@ -20,8 +20,7 @@ from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.launching import SelfCheck
 from mixture_of_experts.ops import lean
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
 from mixture_of_experts.private_torch import constant_in_graphs

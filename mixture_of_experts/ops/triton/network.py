@@ -9,8 +9,7 @@ from torch import Tensor
 
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.call import Call
-from mixture_of_experts.ops.network import Network
+from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.operators import Operands, triton_ffn, triton_ffn_backward
 from mixture_of_experts.ops.triton.plan import plan_of
