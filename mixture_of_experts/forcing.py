@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import TokenChoiceGate, reads_of
-from mixture_of_experts.gating.forced import FORCED, Forced, forced_experts
+from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
 from mixture_of_experts.held import BlockSettings, are_choices, record_of
 
 

@@ -20,7 +20,7 @@ from mixture_of_experts import (
     force_routing,
 )
 from mixture_of_experts.gating import RouterLogits, reads_of
-from mixture_of_experts.gating.forced import forced_experts
+from mixture_of_experts.gating.given import forced_experts
 
 FORCED = ("balanced", "random")
 #: but for ReLU, of whose forced experts those of no positive logit weigh 0 and are not computed

@@ -28,8 +28,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.forced import Forced, check_forced, forced_experts
-from mixture_of_experts.gating.given import Settled, settle
+from mixture_of_experts.gating.given import Forced, Settled, check_forced, forced_experts, settle
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
