@@ -22,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
+from mixture_of_experts.gating.steps import named
 from mixture_of_experts.huggingface.adapters import read_activation
 from mixture_of_experts.huggingface.configuration import KEY
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
@@ -187,7 +188,8 @@ def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
             yield "a shared expert"
         width = getattr(shared, "hidden_dim", None)
         settings = {"num_experts": moe.num_experts, "hidden_dim": experts.hidden_dim, "shared_expert": width}
-        kinds.add((*settings.items(), ("k", getattr(gate, "k", None)), ("normalize", getattr(gate, "normalize", None))))
+        settings |= {"k": getattr(gate, "k", None), "normalize": bool(getattr(gate, "normalize", None))}
+        kinds.add(tuple(settings.items()))
     for column in zip(*kinds, strict=True):
         name, values = column[0][0], {value for _, value in column}
         if len(values) > 1:
@@ -208,8 +210,18 @@ def gate_problems(gate: Any, target: Target) -> Any:
     if type(gate) is not TopKGating:
         yield f"a {type(gate).__name__}"
         return
-    if gate.score != "softmax":
-        yield f"score={gate.score!r}"
+    allowed = {
+        "score": ("softmax",),
+        "select": ("score", "logits"),  # a softmax keeps the order
+        "weigh": ("score", "softmax") if gate.normalize is True else ("score",),
+        "normalize": (True, False),
+        "logits": (None,),
+    }
+    for name, values in allowed.items():
+        if (value := getattr(gate, name)) not in values:
+            yield f"{name}={named(value)}"
+    if gate.normalize is True and gate.eps > 1e-9:
+        yield f"eps={gate.eps}"
     if target.always_normalised and not gate.normalize:
         yield "weights that are not normalised"
     if gate.b_gating is not None:

@@ -15,6 +15,8 @@ from transformers import (
 )
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.gating import RouterLogits
+from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy
 from mixture_of_experts.huggingface import export, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
@@ -29,6 +31,7 @@ EXPORTS = [
     ("llama", {}, "Mixtral"),
     ("llama", dict(gate=gate(1, normalize=True)), "Mixtral"),
     ("llama", dict(gate=gate(3, scale=2.5)), "Mixtral"),
+    ("llama", dict(gate=gate(2, select="logits", weigh="softmax")), "Mixtral"),
     ("llama", dict(gate=gate(2, capacity_factor_train=1.25, jitter=0.1), z_loss_coef=0.1), "Mixtral"),
     ("mistral", {}, "Mixtral"),
     ("qwen3", {}, "Qwen3Moe"),
@@ -103,6 +106,12 @@ def test_other_heads(auto):
         ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: a Top2Gating"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "a NoisyTopKGating"),
         ("llama", dict(gate=gate(score="sigmoid")), "score='sigmoid'"),
+        ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select=AlwaysChosen\(1\)"),
+        ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: weigh='softmax'"),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: weigh=LearnedScale"),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize=NormalizeBy\(p=2"),
+        ("llama", dict(gate=gate(eps=1.0)), "Mixtral: eps=1.0; Qwen2Moe: eps=1.0$"),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits=RouterLogits"),
         ("llama", dict(gate=gate(bias=True)), "a bias of the router"),
         ("llama", dict(gate=gate(expert_bias=True)), "an expert bias"),
         ("llama", dict(gate=gate(num_groups=2, top_groups=1)), "num_groups=2"),
