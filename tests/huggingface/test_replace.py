@@ -221,6 +221,14 @@ def test_what_would_not_be_equal_is_refused(settings, problem):
     assert not hasattr(model.config, "mixture_of_experts")
 
 
+def test_a_refused_call_leaves_all_modes():
+    """Also that of T5's dropout between the layers, which experts would share with the network."""
+    model = ARCHITECTURES["t5"].build(dropout_rate=0.5).train()
+    with pytest.raises(ValueError, match="do not add up to one number"):
+        upcycle(model, num_experts=4, k=1)
+    assert [name for name, module in model.named_modules() if not module.training] == []
+
+
 def test_noise_and_units_drawn_anew():
     dense = ARCHITECTURES["llama"].build()
     w1 = dense.model.layers[0].mlp.gate_proj.weight.T.clone()
