@@ -16,10 +16,10 @@ from mixture_of_experts.stats import Record, RoutingStats, track_routing
 class RoutingCallback(TrainerCallback):
     """Adds to a Trainer's logs what the routers did in the last optimizer step, over all its micro-batches.
 
-    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers. `routing/dropped` is
-    the share of dropped choices. `routing/max_load` is the largest load of an expert in any layer (1 is balanced),
-    `routing/dead_experts` their number in all layers. It works for models with `MoE` layers, and for the MoE models of
-    `transformers`.
+    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers whose gate ran in that
+    step; the others count in nothing. `routing/dropped` is the share of dropped choices. `routing/max_load` is the
+    largest load of an expert in any layer (1 is balanced), `routing/dead_experts` their number in all layers. It works
+    for models with `MoE` layers, and for the MoE models of `transformers`.
 
     Give it to the Trainer by `log_routing`. A callback given to the Trainer's constructor runs after those that report,
     so only `log_history` would have these values.
@@ -47,9 +47,12 @@ class RoutingCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end
             return
-        values = summary([self.stats.last(layer) for layer in self.stats.layers])
+        latest = self.stats.latest()
+        records = [record for record in latest if record.step == max(other.step for other in latest)]
+        values = summary(records)
         if self.layers:
-            values.update({f"routing/{name}": value for name, value in self.stats.scalars().items()})
+            for record in records:
+                values |= {f"routing/{record.layer}/{name}": value for name, value in record.scalars().items()}
         logs.update(values)
         if state.log_history:
             state.log_history[-1].update(values)

@@ -134,6 +134,10 @@ class RoutingStats:
             raise RuntimeError(f"no forward of {layer!r} was recorded, but some of other gates")
         return tracker.record(*steps[-1])
 
+    def latest(self) -> list[Record]:
+        """The last step of every gate that ran."""
+        return [self.last(layer) for layer in self._recorded() if self._gates[layer].forwards]
+
     def total(self, layer: str) -> Record:
         """All remembered steps of a gate as one record: an expert that is `dead` in it got no token in any of them."""
         tracker = self._tracker(layer)
@@ -142,8 +146,7 @@ class RoutingStats:
 
     def scalars(self) -> dict[str, float]:
         """The scalar numbers of every gate's last step: `{"blocks.0.ffn.gate/dropped": 0.01, ...}`."""
-        last = [self.last(layer) for layer in self._recorded() if self._gates[layer].forwards]
-        return {f"{record.layer}/{name}": value for record in last for name, value in record.scalars().items()}
+        return {f"{record.layer}/{name}": value for record in self.latest() for name, value in record.scalars().items()}
 
     def summary(self) -> str:
         """A table with one line for each gate, over all remembered steps.

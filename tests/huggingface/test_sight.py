@@ -11,6 +11,7 @@ from support.transformers_models import ARCHITECTURES, two_lengths
 from torch import Tensor
 from transformers import TrainerCallback
 
+from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import from_transformers, log_routing, replace_ffn
 from mixture_of_experts.plot import plot_load
 from mixture_of_experts.stats import routing_of, track_routing
@@ -109,10 +110,21 @@ def test_the_trainer_logs_it(tmp_path, theirs):
     made = trainer(model, batch_of(16), tmp_path, **settings)
     made.add_callback(reporter)
     callback = log_routing(made, layers=True)
+    model.tower = MoE(8, 4)  # as for pictures, of which the second step alone has any
+    pictures = iter([[], [], [torch.randn(2, 3, 8)], [], [], []])  # of micro-batches
+
+    def see(*_) -> None:
+        for picture in next(pictures) if model.training else []:
+            model.tower(picture)
+
+    model.lm_head.register_forward_hook(see)
     made.train()
     del model.zero_grad
     steps = [logs for logs in reporter.logs if "loss" in logs]
-    assert len(steps) == 3
+    assert ["routing/tower.gate/max_load" in logs for logs in steps] == [False, True, False]
+    assert callback.stats is not None
+    gates = [callback.stats.last(layer) for layer in callback.stats.layers if layer != "tower.gate"]
+    assert steps[-1]["routing/entropy"] == pytest.approx(sum(gate.entropy for gate in gates) / len(gates))
     for logs, kept in zip(steps, [entry for entry in made.state.log_history if "loss" in entry], strict=True):
         assert kept.items() >= logs.items() - {"epoch": 0}.items()
         assert 0.9 < logs["routing/balance"] < 4
@@ -121,7 +133,6 @@ def test_the_trainer_logs_it(tmp_path, theirs):
         assert logs["routing/dead_experts"] >= 0
         assert logs["routing/max_load"] >= 1
         assert any(name.endswith("gate/max_load") for name in logs)
-    assert callback.stats is not None
     last = callback.stats.last(callback.stats.layers[0])
     assert last.tokens == 2 * 2 * 8  # of one optimizer step: two micro-batches of two sequences
     assert last.forwards == 2
