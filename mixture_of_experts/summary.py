@@ -11,10 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
-from mixture_of_experts.gating import ExpertChoiceGating
+from mixture_of_experts.gating import ExpertChoiceGating, RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
+
+Shares = dict[nn.Module, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
 
 class Cost(NamedTuple):
@@ -22,7 +25,8 @@ class Cost(NamedTuple):
 
     Attributes:
         parameters: number of all parameters; a shared one counts once.
-        active: number of parameters that a token uses: k / e of the experts' parameters, and all others.
+        active: number of parameters that a token uses: k / e of the experts' parameters, and all others. If layers
+            share experts, k is the largest.
         flops: operations of one token's forward: two for each weight of each matrix that multiplies the token. A
             backward takes twice as many. Products of tokens with tokens (attention) and convolutions are left out.
     """
@@ -86,11 +90,11 @@ def summary(model: nn.Module) -> Summary:
         (2080, 544, 1088)
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE | HeirarchicalMoE)}
-    shares: dict[nn.Module, float] = {}
+    shares: Shares = {}
     for name, layer in layers.items():
-        shares[layer.experts] = math.prod(share(name, gate) for gate in gates(layer))
+        shares[layer] = {layer.experts: math.prod(share(name, gate) for gate in gates(layer))}
         if isinstance(layer, HeirarchicalMoE):  # a token uses the inner gates of its outer experts
-            shares[layer.gate_inner] = share(name, layer.gate_outer)
+            shares[layer][layer.gate_inner] = share(name, layer.gate_outer)
     return Summary(cost(model, shares), {name: cost(layer, shares) for name, layer in layers.items()})
 
 
@@ -109,41 +113,39 @@ def share(name: str, gate: Any) -> float:
     return min(k / gate.num_experts, 1.0)
 
 
-def cost(model: nn.Module, shares: dict[nn.Module, float]) -> Cost:
-    total = active = flops = 0.0
-    counted: set[Tensor] = set()
-    for module, part in with_shares(model, shares):
+def cost(model: nn.Module, shares: Shares) -> Cost:
+    parts: dict[Tensor, float] = {}
+    flops = 0.0
+    for module, part in with_parts(model, shares):
         for parameter in module.parameters(recurse=False):
-            if parameter not in counted:
-                counted.add(parameter)
-                total += parameter.numel()
-                active += part * parameter.numel()
+            parts[parameter] = max(part, parts.get(parameter, 0.0))
         flops += 2 * part * multiplied(module)
-    return Cost(round(total), round(active), round(flops))
+    active = sum(part * parameter.numel() for parameter, part in parts.items())
+    return Cost(sum(parameter.numel() for parameter in parts), round(active), round(flops))
 
 
-def with_shares(model: nn.Module, shares: dict[nn.Module, float]) -> Iterator[tuple[nn.Module, float]]:
-    """Every module of the model once, with the part of it, 0 to 1, that a token uses."""
-    seen: set[nn.Module] = set()
-    todo = [(model, 1.0)]
+def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, float]]:
+    """Every module of each layer once, with the part of it, 0 to 1, that a token uses."""
+    seen: set[tuple[nn.Module | None, nn.Module]] = set()
+    todo: list[tuple[nn.Module | None, nn.Module, float, float]] = [(None, model, 1.0, 1.0)]
     while todo:
-        module, part = todo.pop()
-        if module not in seen:
-            seen.add(module)
-            part *= shares.get(module, 1.0)
-            yield module, part
-            todo += [(child, part) for child in module.children()]
+        layer, module, part, routed = todo.pop()
+        if (layer, module) in seen:
+            continue
+        seen.add((layer, module))
+        yield module, part * routed
+        if isinstance(module, EnclosedExperts | ExpertsBesideIdentity | InputWeightedExperts | NormedExperts):
+            below = {module.experts: routed}  # every token passes what is beside the experts inside
+        else:
+            layer, part, below = module if module in shares else layer, part * routed, shares.get(module, {})
+        todo += [(layer, child, part, below.get(child, 1.0)) for child in module.children()]
 
 
 def multiplied(module: nn.Module) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    own = dict(module.named_parameters(recurse=False))
-    if isinstance(module, StackedExperts | Gate):
-        found = [parameter for name, parameter in own.items() if name.startswith("w")]
-    elif isinstance(module, RoutedExperts):  # a user's experts, if their weights are stacked
-        found = [parameter for parameter in own.values() if parameter.ndim >= 3]
-    elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":  # a linear layer of transformers
-        found = [own["weight"]]
-    else:
-        found = []
-    return sum(parameter.numel() for parameter in found)
+    own = module.named_parameters(recurse=False)
+    of_transformers = type(module).__name__ in ("Conv1D", "SharedNetwork")
+    if of_transformers or isinstance(module, nn.Linear | StackedExperts | Gate | RouterLogits):
+        return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
+    # a user's experts, if their weights are stacked
+    return sum(p.numel() for _, p in own if p.ndim >= 3) if isinstance(module, RoutedExperts) else 0

@@ -18,6 +18,8 @@ from mixture_of_experts import (
     RoutedExperts,
     TopKGating,
 )
+from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, NormedExperts
+from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.summary import Cost, summary
 from mixture_of_experts.unstack import unstack
 
@@ -36,6 +38,18 @@ class OwnExperts(RoutedExperts):
         return rows
 
 
+def latent() -> MoE:
+    """Experts in a space of 4, within two matrices that every token passes."""
+    ways = {"before": nn.Linear(D, 4, bias=False), "after": nn.Linear(4, D, bias=False)}
+    return MoE(D, gate=TopKGating(D, E, K), experts=EnclosedExperts(Experts(4, E, H), **ways))
+
+
+def beside_identity() -> MoE:
+    """Experts with a norm that they share, beside two that return the token."""
+    normed = NormedExperts(Experts(D, E - 2, H), nn.LayerNorm(D, bias=False))
+    return MoE(D, gate=TopKGating(D, E, K), experts=ExpertsBesideIdentity(normed, num_identity=2))
+
+
 def cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:
     """Of weights that every token is multiplied by, and of those of one expert; biases count as parameters alone."""
     flops = 2 * (every + k * (routed if matrices is None else matrices))
@@ -48,6 +62,15 @@ CASES = {
     "biases": (
         lambda: MoE(D, gate=TopKGating(D, E, K), experts=Experts(D, E, H, bias=True)),
         cost(ROUTER, PLAIN + H + D, K, PLAIN),
+    ),
+    "latent": (latent, cost(ROUTER + 2 * 4 * D, 2 * 4 * H, K)),
+    "beside identity": (
+        beside_identity,
+        Cost(ROUTER + D + 6 * PLAIN, ROUTER + D + K * 6 * PLAIN // E, 2 * (ROUTER + K * 6 * PLAIN // E)),
+    ),
+    "router of its own": (
+        lambda: MoE(D, gate=TopKGating(D, E, K, logits=RouterLogits(D, E)), hidden_dim=H),
+        cost(ROUTER, PLAIN, K),
     ),
     "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)),
     "noisy": (lambda: MoE(D, gate=NoisyTopKGating(D, E, K), hidden_dim=H), cost(2 * ROUTER, PLAIN, K)),
@@ -81,6 +104,28 @@ def test_two_levels():
     assert summary(moe).model == Cost(
         outer + 2 * inner + 8 * expert, outer + 2 * inner + 4 * expert, 2 * (outer + 2 * inner + 4 * expert)
     )
+
+
+def test_layers_that_share_their_experts():
+    """Each has its own number of choices, and both compute; the experts count once as parameters."""
+    shared = Experts(D, E, H)
+    model = nn.ModuleList(MoE(D, gate=TopKGating(D, E, k), experts=shared) for k in (4, 1))
+    found = summary(model)
+    assert found.layers == {"0": cost(ROUTER, PLAIN, 4), "1": cost(ROUTER, PLAIN, 1)}
+    assert found.model == cost(2 * ROUTER, PLAIN, 4)._replace(flops=2 * (2 * ROUTER + 5 * PLAIN))
+
+
+def test_a_dense_network_as_a_shared_expert_and_one_more():
+    """Two parts of it compute what it did; the router is all that is new."""
+    transformers = pytest.importorskip("transformers")
+    from mixture_of_experts.huggingface import upcycle
+
+    sizes = dict(vocab_size=50, hidden_size=D, intermediate_size=H, num_hidden_layers=1, num_attention_heads=4)
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    dense = summary(model).model
+    upcycle(model, num_experts=1, k=1, shared_expert=H // 3)
+    assert summary(model).model == Cost(dense.parameters + D, dense.active + D, dense.flops + 2 * D)
 
 
 def test_mixtral_8x7b():
