@@ -17,19 +17,11 @@ from mixture_of_experts.moe import MoE
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
-GATES: dict[str, Any] = {
-    cls.__name__: cls
-    for cls in (
-        gating.Top2Gating,
-        gating.TopKGating,
-        gating.HashGating,
-        gating.NoisyTopKGating,
-        gating.ExpertChoiceGating,
-    )
-}
+GATES: dict[str, Any] = {name: kind for name, kind in vars(gating).items() if name.endswith("Gating")}
 CALLED = {"num_gates": "num_experts"}  # arguments that a gate stores under another name
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
 LEFT_OUT = ("self", "device", "dtype", "settings")  # arguments that a gate does not store under their name
+FIXED = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
 PLAIN = (bool, int, float, str, type(None))
 
 
@@ -71,7 +63,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
         kept_as = CALLED.get(name, name)
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
-        elif name not in LEFT_OUT:
+        elif name not in (*LEFT_OUT, *FIXED.get(type(gate).__name__, ())):
             arguments[name] = getattr(gate, kept_as)
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
     plain = all(isinstance(item, PLAIN) for v in arguments.values() for item in (v if isinstance(v, list) else [v]))

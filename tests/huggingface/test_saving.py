@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
-from mixture_of_experts.gating import TokenChoiceGate
-from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TokenChoiceGate, TopPGating
+from mixture_of_experts.huggingface import from_pretrained, record, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 from .test_losses import batch_of, build, trainer
@@ -29,6 +29,9 @@ GATES = {
     ),
     "NoisyTopKGating": lambda d, e: NoisyTopKGating(d, e, 3, capacity_factor_train=1.5, priority="token"),
     "ExpertChoiceGating": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5),
+    "TopPGating": lambda d, e: TopPGating(d, e, 3, p=0.6, normalize=True, capacity_factor_train=1.5),
+    "ReLUGating": lambda d, e: ReLUGating(d, e, 3, mean_choices=1.5, expert_bias=True),
+    "SparseMixerGating": lambda d, e: SparseMixerGating(d, e, 3, tolerance=0.3, min_expert_capacity=2),
 }
 
 
@@ -58,6 +61,11 @@ def test_round_trip(name, tmp_path):
     assert [module.moe.loss_coef for module in feed_forwards(again)] == [m.moe.loss_coef for m in feed_forwards(model)]
     again.save_pretrained(tmp_path / "again")  # and once more
     same_weights(from_pretrained(tmp_path / "again"), model)
+
+
+def test_every_gate_of_the_package_can_be_described():
+    """Those with an entry in `GATES` here; `HashGating`, which reads ids, in test_token_ids.py."""
+    assert record.GATES.keys() == GATES.keys() | {"HashGating"}
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -198,6 +206,7 @@ def test_in_another_process(tmp_path):
     torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
     code = """
 import sys, torch
+from mixture_of_experts.huggingface import record
 from mixture_of_experts.huggingface import from_pretrained
 inputs, expected = torch.load(f"{sys.argv[1]}/expected.pt")
 for model in (from_pretrained(f"{sys.argv[1]}/model"), torch.load(f"{sys.argv[1]}/model.pt", weights_only=False)):
