@@ -79,8 +79,7 @@ class ClampedGLU(nn.Module):
 
     def __init__(self, activation: ActivationLike = nn.SiLU, limit: float = 7.0, *, after: bool = False) -> None:
         super().__init__()
-        self.act, self.after = make_activation(activation), after
-        self.limit = check_number("limit", limit, above=0.0)
+        self.act, self.limit, self.after = make_activation(activation), limit, after
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         gate = self.act(gate).clamp(max=self.limit) if self.after else self.act(gate.clamp(max=self.limit))
