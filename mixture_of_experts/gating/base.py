@@ -323,8 +323,8 @@ class TokenChoiceGate(Gate):
         factor = factor_ratio(self, "capacity_factor_train" if self.training else "capacity_factor_eval")
         if factor is None:
             return None, None
-        counted = self.k if self.capacity_per_choice else 1
-        sizes = (factor, self.num_experts, self.min_expert_capacity, counted)
+        choices = self.k if self.capacity_per_choice else 1
+        sizes = (factor, self.num_experts, self.min_expert_capacity, choices)
         limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Length) else None
         return expert_capacity(tokens.num_tokens, *sizes), limit
 

@@ -161,9 +161,10 @@ class TopKGating(TokenChoiceGate):
         self.logits = check_logits(logits, has_bias)
         self.w_gating = nn.Parameter(torch.empty(weight, device=device, dtype=dtype)) if logits is None else None
         self.b_gating = nn.Parameter(torch.empty(bias_of_each, device=device, dtype=dtype)) if has_bias else None
-        counted = check_flag("expert_bias", expert_bias)
+        has_expert_bias = check_flag("expert_bias", expert_bias)
         for name, kind in (("expert_bias", torch.float32), ("expert_counts", torch.int64)):
-            self.register_buffer(name, torch.zeros(bias_of_each, device=device, dtype=kind) if counted else None)
+            zeros = torch.zeros(bias_of_each, device=device, dtype=kind) if has_expert_bias else None
+            self.register_buffer(name, zeros)
         self.register_buffer("expert_histogram", None, persistent=False)
         self._bias_rule = RULES["sign"]
         self._steps_without_update = StepsWithoutUpdate()
@@ -211,8 +212,8 @@ class TopKGating(TokenChoiceGate):
         weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
-        if self.training and (counted := self.bias_counts) is not None:
-            weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counted)
+        if self.training and (counts := self.bias_counts) is not None:
+            weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counts)
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # it follows from the first choice
@@ -386,10 +387,10 @@ class TopKGating(TokenChoiceGate):
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
-        if self.expert_bias is None or (counted := self.bias_counts) is None:
+        if self.expert_bias is None or (counts := self.bias_counts) is None:
             raise RuntimeError(NO_BIAS)
-        self.move_bias(self._bias_rule.step(losses.global_sum(counted, group), self.expert_bias, self.k, rate))
-        counted.zero_()
+        self.move_bias(self._bias_rule.step(losses.global_sum(counts, group), self.expert_bias, self.k, rate))
+        counts.zero_()
 
     @torch.no_grad()
     def move_bias(self, step: Tensor) -> None:

@@ -24,8 +24,6 @@ from mixture_of_experts.parallel.experts import SpreadExperts, parallel_class
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
 from mixture_of_experts.private_torch import default_timeout, set_timeout
 
-GRADIENTS = ("mean", "sum")
-
 
 class ExpertParallel(ParallelStyle):
     """Spread the experts of a `MoE` or `HeirarchicalMoE` over the ranks of a 1-D mesh.
@@ -77,7 +75,7 @@ class ExpertParallel(ParallelStyle):
         timeout: timedelta | None = None,
     ) -> None:
         super().__init__()
-        self.gradient: Gradient = check_choice("gradient", gradient, GRADIENTS)  # type: ignore[assignment]
+        self.gradient: Gradient = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
         self.static_shapes = static_shapes
         self.batch_group = as_process_group("batch_group", batch_group)
         self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)

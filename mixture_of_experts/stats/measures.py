@@ -23,7 +23,7 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
     router."""
     *outer, b, n, e = routing.probs.shape
     load = load_of(routing.expert, routing.kept, e)
-    seen = seen_tokens(routing)
+    seen = computed_tokens(routing)
     part = taking_part(routing, importance)
     probs = routing.probs.detach().float()
     # -p log p in the memory of the clamped p takes a third of the time of torch.special.entr
@@ -60,7 +60,7 @@ def imbalance(queued: Tensor) -> Tensor:
     return queued.amax(dim=-1) * queued.shape[-1] / queued.sum(dim=-1).clamp(min=1)
 
 
-def seen_tokens(routing: Routing) -> Tensor:
+def computed_tokens(routing: Routing) -> Tensor:
     """`(..., b, n)` bool, the tokens that an expert computes."""
     if routing.k is not None:
         return routing.kept.unflatten(-1, (routing.num_tokens, routing.k)).any(dim=-1)
@@ -87,7 +87,7 @@ def over_capacity(routing: Routing, queued: Tensor, experts: int = 1) -> Tensor:
 def lost_tokens(outer: Routing, inner: Routing) -> Tensor:
     """`(1,)` float32, the number of tokens that no expert of two levels computes."""
     assert outer.k is not None
-    seen = seen_tokens(inner).flatten()
+    seen = computed_tokens(inner).flatten()
     seen = torch.cat([seen, seen.new_zeros(1)])  # for choices without a slot
     unseen = ~seen[plan_slots_of(outer).row].view(*outer.probs.shape[:-1], outer.k).any(dim=-1)
     if outer.real is not None:

@@ -89,11 +89,11 @@ def facts(shown: Sequence[History]) -> str:
     first = min(history.stretches[0].step for history in shown)
     end = max(history.end for history in shown)
     forwards = max(history.total.forwards for history in shown)
-    gates, steps = counted(len(shown), "gate"), f"step {first}" if end - first == 1 else f"steps {first} to {end - 1}"
-    return f"{gates}, {steps}, at most {counted(forwards, 'forward')} of a gate"
+    gates, steps = plural(len(shown), "gate"), f"step {first}" if end - first == 1 else f"steps {first} to {end - 1}"
+    return f"{gates}, {steps}, at most {plural(forwards, 'forward')} of a gate"
 
 
-def counted(number: int, name: str) -> str:
+def plural(number: int, name: str) -> str:
     return f"{number} {name}{'' if number == 1 else 's'}"
 
 
@@ -102,7 +102,7 @@ def notes(shown: Sequence[History]) -> str:
     lines = [line for history in shown for line in (*idle(history), warning(history.total)) if line is not None]
     if not lines:
         return "<p class=good>Every expert computes tokens, and no gate drops much more than it has to.</p>"
-    more = [f"and {counted(len(lines) - NOTES, 'note')} more"] if len(lines) > NOTES else []
+    more = [f"and {plural(len(lines) - NOTES, 'note')} more"] if len(lines) > NOTES else []
     items = (escape(line.removeprefix("warning: ")) for line in (*lines[:NOTES], *more))
     return "<ul class=notes>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
 
@@ -116,7 +116,7 @@ def idle(history: History) -> Iterator[str]:
         names = [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]
         if names:
             listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            yield f"{history.total.layer}: {counted(len(names), 'expert')} computed no token {when}: {listed}"
+            yield f"{history.total.layer}: {plural(len(names), 'expert')} computed no token {when}: {listed}"
 
 
 def overview_row(i: int, history: History) -> str:

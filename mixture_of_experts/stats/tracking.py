@@ -96,12 +96,12 @@ class RoutingStats:
         self._was_called = False
         self._marked = False
         self._clocks: dict[torch.device, Clock] = {}
-        self._gates = {place.name: GateTracker(place, self, keep) for place in find_gates(model)}
+        self._gates = {site.name: GateTracker(site, self, keep) for site in find_gates(model)}
         if not self._gates:
             raise ValueError(f"{type(model).__name__} has no gate: give track_routing a model with MoE layers")
         for tracker in self._gates.values():
-            if tracker.place.outer_gate is not None:
-                tracker.outer = self._gates[tracker.place.outer_gate]
+            if tracker.site.outer_gate is not None:
+                tracker.outer = self._gates[tracker.site.outer_gate]
                 tracker.outer.hands_on = True
 
     @property
@@ -111,7 +111,7 @@ class RoutingStats:
 
     def level_one(self, layer: str) -> str | None:
         """The gate of level one if `layer` is level two of a hierarchy, else None."""
-        return self._gates[layer].place.outer_gate
+        return self._gates[layer].site.outer_gate
 
     def step(self) -> None:
         """End a step: all forwards since the last call, or since the beginning, are one step."""
@@ -262,10 +262,10 @@ class RoutingStats:
     def _start(self, model: nn.Module, hooks: ExitStack) -> None:
         """Register the hooks; closing `hooks` removes them."""
         for tracker in self._gates.values():
-            tracker.allocate(device_of(tracker.place.gate, model))
-            handle = tracker.place.gate.register_forward_hook(tracker.hook, with_kwargs=True)
+            tracker.allocate(device_of(tracker.site.gate, model))
+            handle = tracker.site.gate.register_forward_hook(tracker.hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        for reader in {reader for tracker in self._gates.values() if (reader := tracker.place.reader) is not None}:
+        for reader in {reader for tracker in self._gates.values() if (reader := tracker.site.reader) is not None}:
             reader.follow(hooks)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
         # last, so that it runs after the hook of a model that is itself a gate
@@ -328,15 +328,15 @@ class GateTracker:
     Rows are float32, which counts up to 16 million choices of one forward exactly.
     """
 
-    place: GateSite
+    site: GateSite
     stats: RoutingStats
     keep: int
     routers: int
     learn_names: Callable[[tuple[str, ...]], None]
 
-    def __init__(self, place: GateSite, stats: RoutingStats, keep: int) -> None:
-        self.place, self.stats, self.keep = place, stats, keep
-        self.routers = math.prod(place.outer)
+    def __init__(self, site: GateSite, stats: RoutingStats, keep: int) -> None:
+        self.site, self.stats, self.keep = site, stats, keep
+        self.routers = math.prod(site.outer)
         self.outer: GateTracker | None = None  # the tracker of level one
         self.hands_on = False  # whether this is level one of a hierarchy
         self.losses: tuple[str, ...] = ()
@@ -346,7 +346,7 @@ class GateTracker:
         self.written: Tensor
 
     def allocate(self, device: torch.device) -> None:
-        cells = self.routers * self.place.num_experts
+        cells = self.routers * self.site.num_experts
         width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
         with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
@@ -356,15 +356,15 @@ class GateTracker:
 
     def _learn_names(self, losses: tuple[str, ...]) -> None:
         if len(losses) > MOST_LOSSES:
-            raise ValueError(f"{self.place.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
+            raise ValueError(f"{self.site.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
         self.losses = losses
 
     def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any) -> None:
-        if self.place.reader is not None:
-            routing = self.place.reader.routing(gate, routing)
+        if self.site.reader is not None:
+            routing = self.site.reader.routing(gate, routing)
             args = ()  # a router of transformers gets no importance
         if not isinstance(routing, Routing):
-            raise TypeError(f"{self.place.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
+            raise TypeError(f"{self.site.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
         losses = routing.losses
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
@@ -373,7 +373,7 @@ class GateTracker:
         if call is None:
             if not self.stats._was_called:
                 raise RuntimeError(
-                    f"{self.place.name!r} ran, but not within a forward of the module given to track_routing: give it "
+                    f"{self.site.name!r} ran, but not within a forward of the module given to track_routing: give it "
                     "the module that you call"
                 )
             return  # a recomputation in backward
@@ -401,8 +401,8 @@ class GateTracker:
         if torch.compiler.is_compiling():  # a traced checkpoint can store nothing
             return self.ring.new_full((1,), torch.nan)
         if self.hands_on:
-            call.handed_on[self.place.name] = routing
-        outer = None if self.outer is None else call.handed_on.pop(self.outer.place.name, None)
+            call.handed_on[self.site.name] = routing
+        outer = None if self.outer is None else call.handed_on.pop(self.outer.site.name, None)
         return self.ring.new_full((1,), torch.nan) if outer is None else lost_tokens(outer, routing)
 
     @property
@@ -417,24 +417,24 @@ class GateTracker:
 
     def record(self, step: int, rows: Tensor) -> Record:
         """The record of rows `(r, width)`."""
-        g, e = self.routers, self.place.num_experts
+        g, e = self.routers, self.site.num_experts
         _, load, requested, sums, worst, lost, losses = rows.split(
             [2, g * e, g * e, len(SUMS) * g, g, 1, MOST_LOSSES], dim=1
         )
         load, requested, sums, lost, losses = (part.sum(dim=0) for part in (load, requested, sums, lost, losses))
         worst = torch.nn.functional.pad(worst, (0, 0, 1, 0)).amax(dim=0)  # there may be no row
-        forwards, shape = len(rows), (*self.place.outer, e)
+        forwards, shape = len(rows), (*self.site.outer, e)
         load, requested = load.to(torch.int64).view(g, e), requested.to(torch.int64).view(g, e)
         sums, means = sums.view(len(SUMS), g), (losses / max(forwards, 1)).tolist()
         outer = ()
-        if self.place.outer:
-            names = [f"{self.place.name}[{router}]" for router in range(g)]
+        if self.site.outer:
+            names = [f"{self.site.name}[{router}]" for router in range(g)]
             outer = tuple(
                 summed_up(name, step, forwards, load[i], requested[i], sums[:, i], worst[i])
                 for i, name in enumerate(names)
             )
         return summed_up(
-            self.place.name,
+            self.site.name,
             step,
             forwards,
             load.view(shape),
