@@ -200,6 +200,7 @@ class InputWeightedExperts(RoutedExperts):
     """
 
     num_experts: Any
+    dim_out: int | None
 
     def __init__(self, experts: RoutedExperts) -> None:
         super().__init__()
@@ -238,6 +239,7 @@ class NormedExperts(RoutedExperts):
     experts: RoutedExperts
     norm: nn.Module
     num_experts: Any
+    dim_out: int | None
 
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
         super().__init__()

@@ -81,6 +81,7 @@ class TokensCall(CallUnderWay):
 class TokensOfCall:
     """Tells the tokens of the forward of `model` that is under way."""
 
+    model: nn.Module
     read: TokensReader
 
     def __init__(self, model: nn.Module) -> None:
