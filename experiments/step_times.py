@@ -1,11 +1,13 @@
-"""Time and memory of a training step of each model of `scaling`, and where they go; interleaved, in one thread.
+"""Time and memory of a training step of each model of `scaling`, and where they go; interleaved.
 
     OMP_NUM_THREADS=1 python -m experiments.step_times                   # --size 0.3m: of a larger transformer
+    python -m experiments.step_times --threads 2 --out two_threads.json
 
 In every round each model takes a step that is timed as a whole and one in which each operator is. Seconds are of the
-processor, so that other programs slow them by what they take of the caches and no more; medians over the rounds. What
-a step takes beyond its operators (Python, autograd, the allocator) is "between operators". The file --out, which
-`scaling --report` reads, has seconds, calls of each operator in a step, and memory in bytes.
+processor, so that other programs slow them by what they take of the caches and no more; medians over the rounds. What a
+step takes beyond its operators (Python, autograd, the allocator) is "between operators". With more than one thread only
+whole steps are shown, by the clock on the wall: the machine must be idle. The file --out, which `scaling --report`
+reads, has seconds, calls of each operator in a step, and memory in bytes.
 """
 
 import argparse
@@ -51,10 +53,12 @@ KINDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     models = args.models or list(dict.fromkeys(stage.model for stage in SIZES[args.size].stages))
-    results = measure(models, base_settings(args.size), args.rounds, args.before)
-    print(f"{table(results)}\n\n{parts_table(results)}")
-    if "moe32" in results:
-        print(f"\n{operators_table(results)}")
+    results = measure(models, base_settings(args.size), args.rounds, args.before, args.threads)
+    print(table(results))
+    if args.threads == 1:
+        print(f"\n{parts_table(results)}")
+        if "moe32" in results:
+            print(f"\n{operators_table(results)}")
     out = args.out or RECORDS / f"step_times_{args.size}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(f"{json.dumps(model)}: {json.dumps(own)}" for model, own in results.items())
@@ -71,14 +75,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=tuple(MODELS), help="by default all of the size's plan")
     parser.add_argument("--rounds", type=int, default=40, help="in which each model takes two steps")
     parser.add_argument("--before", type=int, default=100, help="steps of each before: routers balance in them")
+    parser.add_argument("--threads", type=int, default=1, help="that compute a step; with more than one give --out")
     parser.add_argument("--out", type=Path, help="by default the file among the records that the report reads")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.threads > 1 and args.out is None:
+        parser.error("--threads above 1 needs --out: the records are of one thread")
+    return args
 
 
 # ---- measuring ----
 
 
-def measure(models: Sequence[str], settings: Settings, rounds: int, before: int) -> dict[str, Result]:
+def measure(models: Sequence[str], settings: Settings, rounds: int, before: int, threads: int = 1) -> dict[str, Result]:
     """What a step costs, by model, after `before` steps of training.
 
     Each model has a process of its own, as in its runs: what the allocator keeps depends on all that a process frees.
@@ -87,7 +95,7 @@ def measure(models: Sequence[str], settings: Settings, rounds: int, before: int)
     with ExitStack() as stack:
         processes = {}
         for model in models:
-            pool = ProcessPoolExecutor(1, context, prepare_worker, (model, settings))
+            pool = ProcessPoolExecutor(1, context, prepare_worker, (model, settings, threads))
             processes[model] = stack.enter_context(pool)
         for process in processes.values():
             process.submit(train, max(before, 3)).result()  # the first steps allocate the optimizer's state
@@ -108,7 +116,8 @@ _worker: "Worker"
 class Worker:
     """A model, its batches, and what its steps were seen to do."""
 
-    def __init__(self, model: str, settings: Settings):
+    def __init__(self, model: str, settings: Settings, threads: int):
+        self.now = time.process_time if threads == 1 else time.perf_counter
         self.memory_before = peak_memory()
         self.batches = Batches(load_corpus().train, settings.context, settings.batch_size, seed=0)
         run = Run(model, seed=0, learning_rate=0.01, steps=1)
@@ -119,10 +128,10 @@ class Worker:
         self.trainee.train_step(self.batches.next(), self.trainee.settings.learning_rate)
 
 
-def prepare_worker(model: str, settings: Settings) -> None:
+def prepare_worker(model: str, settings: Settings, threads: int) -> None:
     global _worker
-    torch.set_num_threads(1)
-    _worker = Worker(model, settings)
+    torch.set_num_threads(threads)
+    _worker = Worker(model, settings, threads)
 
 
 def train(steps: int) -> None:
@@ -131,10 +140,10 @@ def train(steps: int) -> None:
 
 
 def cost_of_step() -> Cost:
-    """Of a step: seconds of the processor, those of them in the system, and page faults."""
-    before, begin = resource.getrusage(resource.RUSAGE_SELF), time.process_time()
+    """Of a step: seconds, those of the processor in the system, and page faults."""
+    before, begin = resource.getrusage(resource.RUSAGE_SELF), _worker.now()
     _worker.train_step()
-    seconds, after = time.process_time() - begin, resource.getrusage(resource.RUSAGE_SELF)
+    seconds, after = _worker.now() - begin, resource.getrusage(resource.RUSAGE_SELF)
     return seconds, after.ru_stime - before.ru_stime, after.ru_minflt - before.ru_minflt
 
 
