@@ -92,11 +92,18 @@ MEDIUM = (
     Stage("moe32", 1 / 2, rates=3),
     Stage("moe8", 1 / 2, rates=3),
 )
-LARGE = (*FIRST_SWEEPS, Stage("dense", 1), Stage("moe32", 1 / 2), Stage("moe32", 1 / 4))
+LARGE = (
+    *FIRST_SWEEPS,
+    Stage("dense", 1),
+    Stage("moe32", 3 / 4),
+    Stage("moe32", 1 / 2),
+    Stage("dense", 1, rates=3),
+    Stage("moe32", 3 / 8),
+)
 
 # By the active parameters, in millions.
 SIZES = {
     "0.07m": Size(dict(dim=32, layers=3, heads=2, eval_every=250, checkpoint_every=250), 12_500, 0.01, SMALL),
     "0.3m": Size(dict(dim=64, layers=4, heads=4, eval_every=250, checkpoint_every=50), 6_000, 0.005, MEDIUM, PACKAGES),
-    "1m": Size(dict(dim=128, layers=4, heads=4, eval_every=250, checkpoint_every=50), 6_000, 0.005, LARGE, PACKAGES),
+    "1m": Size(dict(dim=128, layers=4, heads=4, eval_every=250, checkpoint_every=50), 8_000, 0.0025, LARGE, PACKAGES),
 }
