@@ -19,10 +19,10 @@ from mixture_of_experts.held import BlockSettings, are_choices, record_of
 def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
     """Make every gate in `model` send tokens to forced experts, while the context lasts.
 
-    The time and memory of a layer then depend on shapes alone. Every real token makes all k choices; of `ReLUGating`
-    those with positive logits. The gate computes their weights from the scores of the forced experts, with gradients.
-    In a block of `transformers` the forced experts get the weights of the router's own choices, and padding is routed
-    too.
+    The time and memory of a layer then depend on shapes alone. Every real token makes all k choices, at most one of
+    each expert; of `ReLUGating` those with positive logits. The gate computes their weights from the scores of the
+    forced experts, with gradients. In a block of `transformers` the forced experts get the weights of the router's own
+    choices, and padding is routed too.
 
     Args:
         model: a model whose gates read `given_experts`. For a single gate set its attribute `forced` instead.

@@ -20,7 +20,7 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor, nn
 
-from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating, TopPGating
 from mixture_of_experts.decision import compose, plan_slots_of
 from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 from mixture_of_experts.stats.charts import strip
@@ -188,11 +188,18 @@ def test_a_text_has_every_choice(tmp_path: Path):
                 expected[token].append((name, round(1000 * weight)))
         shown = [[(name, weight) for name, weight, kept in of_token if kept] for of_token in text["choices"]]
         assert list(map(sorted, shown)) == list(map(sorted, expected)), gate
-        if stats.level_one(gate) is None:  # "no room" is said of choices that were made
-            assert sum(map(len, text["choices"])) == int(told.chosen.sum())
         assert [cls == "x" for cls in text["classes"]] == [not of_token for of_token in expected]
         shares = [int(label.split(": ")[1][:-1]) for cls, label in text["legend"] if cls != "u"]
         assert sum(shares) == pytest.approx(100, abs=len(shares))
+
+
+def test_a_text_has_no_choice_that_a_token_does_not_make(tmp_path: Path):
+    """The page says "no room" of choices that are not computed."""
+    model = MoE(DIM, gate=TopPGating(DIM, 8, k=3, p=0.3))
+    stats, routing = tracked(model, 1), routing_of(model, torch.randn(1, 24, DIM))
+    stats.report(tmp_path / "routing.html", tokens="x" * 24, routing=routing)
+    (text,) = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).data["texts"]
+    assert sum(map(len, text["choices"])) == int(routing["gate"].chosen.sum()) < 3 * 24
 
 
 def test_padding_and_groups(tmp_path: Path):

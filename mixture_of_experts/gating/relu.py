@@ -119,7 +119,8 @@ class ReLUGating(TopKGating):
         """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, divide it if fewer.
 
         Call it once for each optimizer step. It counts the positive logits of real tokens, in forwards in training mode
-        whose backward ran since the last call; with `group` it sums over the ranks. Without counts nothing moves.
+        whose backward ran since the last call; with `group` it sums over the ranks, as
+        ranks of DDP must. Without counts nothing moves.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)

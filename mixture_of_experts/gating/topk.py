@@ -271,8 +271,8 @@ class TopKGating(TokenChoiceGate):
     def _module_scores(
         self, names: Sequence[str], x: Tensor, _: Tensor, closed: Tensor | None, *weights: Tensor
     ) -> Scored:
-        """The results of `_scored`, by the module with these weights, which it may have lost since: `functional_call`
-        gives it others for a forward alone."""
+        """The results of `_scored`, by the module with the weights of the forward. When the backward computes them
+        again, `functional_call` may have given the module its own weights back."""
         module, given = self.logits, dict(zip(names, weights, strict=True))
         assert module is not None
         if all(weight is given[name] for name, weight in module.named_parameters()):

@@ -16,10 +16,10 @@ from mixture_of_experts.stats import Record, RoutingStats, track_routing
 class RoutingCallback(TrainerCallback):
     """Adds to a Trainer's logs what the routers did in the last optimizer step, over all its micro-batches.
 
-    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers whose gate ran in that
-    step; the others count in nothing. `routing/dropped` is the share of dropped choices. `routing/max_load` is the
-    largest load of an expert in any layer (1 is balanced), `routing/dead_experts` their number in all layers. It works
-    for models with `MoE` layers, and for the MoE models of `transformers`.
+    `routing/balance` (1 is balanced) and `routing/entropy` (in nats) are means over the layers whose gate ran in the
+    last step in which one did; the others count in nothing. `routing/dropped` is the share of dropped choices.
+    `routing/max_load` is the largest load of an expert in any layer (1 is balanced), `routing/dead_experts` their
+    number in all layers. It works for models with `MoE` layers, and for the MoE models of `transformers`.
 
     Give it to the Trainer by `log_routing`. A callback given to the Trainer's constructor runs after those that report,
     so only `log_history` would have these values.

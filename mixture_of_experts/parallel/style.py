@@ -31,8 +31,8 @@ class ExpertParallel(ParallelStyle):
     Stacked expert parameters become DTensors, sharded on the expert dimension (the outer one of two). Their names in
     the state dict stay. Each rank keeps its own modules of an `ExpertList`, so its state dict has a part of the keys.
     Everything else in the layer stays whole on every rank: gates, shared experts, the modules around latent experts. It
-    takes the values of the rank `src_data_rank`, by default the first. For latent experts (`EnclosedExperts`) tokens
-    travel in the narrow width.
+    takes the values of the rank `src_data_rank`, by default the first; if that is None, it keeps its own. For latent
+    experts (`EnclosedExperts`) tokens travel in the narrow width.
 
     Args:
         gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,

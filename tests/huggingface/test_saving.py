@@ -206,7 +206,6 @@ def test_in_another_process(tmp_path):
     torch.save((inputs, model(**inputs).logits), tmp_path / "expected.pt")
     code = """
 import sys, torch
-from mixture_of_experts.huggingface import record
 from mixture_of_experts.huggingface import from_pretrained
 inputs, expected = torch.load(f"{sys.argv[1]}/expected.pt")
 for model in (from_pretrained(f"{sys.argv[1]}/model"), torch.load(f"{sys.argv[1]}/model.pt", weights_only=False)):
