@@ -18,7 +18,8 @@ Rows = list[tuple[str, ...]]
 class Equal(NamedTuple):
     """The share of the dense model's steps with which a mixture equals its final loss, for one seed.
 
-    `sign` is "<" or ">" where all lengths that were run reach it, or none does: the share is below or above this one.
+    `sign` is "<" or ">" where all lengths that were run reach it, or none close by does not or does: the share is below
+    or above this one.
     """
 
     share: float
@@ -160,10 +161,15 @@ def equal_shares(plan: Plan, finished: Finished, model: str, dense_steps: int | 
 
 
 def steps_to(target: float, bits: Mapping[int, float]) -> tuple[float, str]:
-    """The length whose run ends at `target` bits, between the lengths that were run: linear in its logarithm."""
+    """The length whose run ends at `target` bits, between two that were run: linear in its logarithm.
+
+    If the longer of the two is more than twice the shorter, the line says too little: the length is above the shorter.
+    """
     lengths = sorted(bits)
     for short, long in pairwise(lengths):
         if bits[short] >= target >= bits[long]:
+            if long > 2 * short:
+                return short, ">"
             part = (bits[short] - target) / (bits[short] - bits[long])
             return short * (long / short) ** part, ""
     return (lengths[0], "<") if bits[lengths[0]] < target else (lengths[-1], ">")

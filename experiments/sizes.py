@@ -97,8 +97,8 @@ LARGE = (
     Stage("dense", 1),
     Stage("moe32", 3 / 4),
     Stage("moe32", 1 / 2),
-    Stage("dense", 1, rates=3),
     Stage("moe32", 3 / 8),
+    Stage("dense", 1, rates=3),
 )
 
 # By the active parameters, in millions.

@@ -161,6 +161,7 @@ def test_steps_to_a_loss_lie_between_the_lengths_that_were_run() -> None:
     assert sign == ""
     assert steps_to(2.0, {100: 1.9, 200: 1.8}) == (100, "<")
     assert steps_to(2.0, {100: 2.2, 200: 2.1}) == (200, ">")
+    assert steps_to(2.0, {100: 2.2, 201: 1.9}) == (100, ">")  # too far apart for a line
 
 
 def test_an_upcycled_run_costs_what_its_dense_start_did_too() -> None:
