@@ -136,10 +136,8 @@ class Plan:
         return None
 
     def rate_so_far(self, model: str, finished: Mapping[Run, Record]) -> float | None:
-        """The best rate, or that of the lowest loss in the longest sweep that has begun with more than one rate."""
-        best = self.best_rate(model, finished)
-        if best is not None:
-            return best
+        """The rate of the lowest loss in the longest sweep that has begun with more than one rate; its half and double
+        need not be known yet."""
         sweeps = [sweep(model, length, finished) for length in sorted(self.sweep_lengths(model), reverse=True)]
         begun = [losses for losses in sweeps if losses]
         losses = next((losses for losses in begun if len(losses) > 1), begun[0] if begun else {})
