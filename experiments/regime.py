@@ -148,7 +148,7 @@ def draw(found: Sequence[Point], path: Path) -> None:
 
 
 def draw_line(axes: Axes, line: Sequence[Point]) -> None:
-    """The points of one mixture of one size. A triangle points up where even its longest run does not reach the loss.
+    """The points of one mixture of one size. A triangle points up where the share is only known to be larger.
 
     Where its shortest run is past the loss already, which says little, there is none.
     """

@@ -18,8 +18,7 @@ Rows = list[tuple[str, ...]]
 class Equal(NamedTuple):
     """The share of the dense model's steps with which a mixture equals its final loss, for one seed.
 
-    `sign` is "<" or ">" where all lengths that were run reach it, or none close by does not or does: the share is below
-    or above this one.
+    `sign` is "<" if the share is only known to be below this one, and ">" if above.
     """
 
     share: float

@@ -68,7 +68,7 @@ SMALL = (
 )
 
 # The larger sizes read a text so long that no run sees a byte twice. Rates are swept in runs of an eighth of the dense
-# model's length, at 0.3 million again in longer ones, which decide.
+# model's length, again in longer ones where there is time, which decide.
 FIRST_SWEEPS = (Stage("dense", 1 / 8, rates=3), Stage("moe32", 1 / 8, rates=3))
 MEDIUM = (
     *FIRST_SWEEPS,

@@ -143,10 +143,10 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
 
 def multiplied(module: nn.Module) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    own, name = module.named_parameters(recurse=False), type(module).__name__
-    if isinstance(module, nn.Linear) or name == "Conv1D":  # of transformers
+    own, kind = module.named_parameters(recurse=False), type(module).__name__
+    if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
         return getattr(module, "weight").numel()  # noqa: B009
-    if isinstance(module, StackedExperts | Gate | RouterLogits) or name == "SharedNetwork":  # which needs transformers
+    if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers
         return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
     # a user's experts, if their weights are stacked
     return sum(p.numel() for _, p in own if p.ndim >= 3) if isinstance(module, RoutedExperts) else 0
