@@ -1,0 +1,66 @@
+"""The public surface stays as it was: every name that the reference shows, its import path, signature and defaults, and
+the attributes of public classes.
+
+A change on purpose writes the snapshot anew, `python -m tests.support.public_surface`, in the commit that says why.
+"""
+
+import pytest
+
+from mixture_of_experts import HeirarchicalMoE, MoE
+from tests.support.public_surface import SNAPSHOT, documented, lines_of, public_names, signature_of, surface
+
+pytest.importorskip("transformers")  # the reference shows the part for it
+
+
+def test_the_public_surface_is_the_snapshot():
+    wanted = SNAPSHOT.read_text(encoding="utf-8").splitlines()
+    found = surface()
+    changes = [f"- {line}" for line in wanted if line not in set(found)]
+    changes += [f"+ {line}" for line in found if line not in set(wanted)]
+    assert not changes, "\n".join(
+        ["on purpose? `python -m tests.support.public_surface` writes the snapshot", *changes]
+    )
+    assert found == wanted
+
+
+def test_every_public_path_is_the_object_itself():
+    names = public_names()
+    assert len(names) > 100
+    assert names["mixture_of_experts.MoE"] is MoE
+
+
+def test_a_changed_default_a_new_argument_and_a_lost_attribute_are_seen():
+    class Layer(MoE):
+        """A layer.
+
+        Attributes:
+            first, second: two of them.
+        """
+
+        def __init__(self, dim: int, num_experts: int = 8, *, new: bool = False) -> None:
+            super().__init__(dim, num_experts)
+
+    assert signature_of(Layer) == "(dim, num_experts=8, *, new=False)"
+    assert documented(Layer) == ["first", "second"]
+    lines = set(lines_of("Layer", Layer))
+    assert "Layer.forward(self, inputs, mask=None, **side)" in lines
+    assert {"Layer.first", "Layer.second"} <= lines
+    assert "loss_coef=0.01" in next(lines_of("MoE", MoE))
+
+
+def test_parts_and_settings_have_their_published_names():
+    moe, grid = MoE(dim=8, num_experts=4), HeirarchicalMoE(dim=8, num_experts=(2, 2))
+    assert (moe.gate.num_gates, moe.num_experts, moe.loss_coef) == (4, 4, 1e-2)
+    assert (grid.num_experts_outer, grid.num_experts_inner) == (2, 2)
+    assert {name: tuple(weight.shape) for name, weight in moe.state_dict().items()} == {
+        "gate.w_gating": (8, 4),
+        "experts.w1": (4, 8, 32),
+        "experts.w2": (4, 32, 8),
+    }
+    assert {name: tuple(weight.shape) for name, weight in grid.state_dict().items()} == {
+        "gate_outer.w_gating": (8, 2),
+        "gate_inner.w_gating": (2, 8, 2),
+        "experts.w1": (2, 2, 8, 32),
+        "experts.w2": (2, 2, 32, 8),
+    }
+    assert callable(moe.experts.act)
