@@ -5,7 +5,6 @@ Axes: e experts, k choices of a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
-from mixture_of_experts.gating import ExpertChoiceGating, RouterLogits
+from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 
@@ -29,11 +28,14 @@ class Cost(NamedTuple):
             share experts, k is the largest.
         flops: operations of one token's forward: two for each weight of each matrix that multiplies the token. A
             backward takes twice as many. Products of tokens with tokens (attention) and convolutions are left out.
+        at_most: whether `active` and `flops` are the most that a token can use, because scores decide how many of its
+            k choices are made (`TopPGating`, the second choice of `Top2Gating`).
     """
 
     parameters: int
     active: int
     flops: int
+    at_most: bool = False
 
 
 class Summary(NamedTuple):
@@ -61,8 +63,8 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("", "parameters", "active", "FLOPs a token")]
-        rows += [(name or "(itself)", *(f"{n:,}" for n in cost)) for name, cost in self.layers.items()]
-        rows.append(("in all", *(f"{n:,}" for n in self.model)))
+        rows += [(name or "(itself)", *cells(cost)) for name, cost in self.layers.items()]
+        rows.append(("in all", *cells(self.model)))
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -70,11 +72,19 @@ class Summary(NamedTuple):
         )
 
 
+def cells(cost: Cost) -> list[str]:
+    most = "at most " if cost.at_most else ""
+    return [f"{cost.parameters:,}", f"{most}{cost.active:,}", f"{most}{cost.flops:,}"]
+
+
 def summary(model: nn.Module) -> Summary:
     """Count the parameters of a model, those that a token uses, and a token's floating-point operations.
 
-    Every layer counts once, with k experts for each token; a capacity may leave a token fewer. The numbers follow from
-    the layers' sizes, not from the way that computes them. On the meta device you can count a model of any size.
+    Every layer counts once. A token uses k experts, or as many as the gate says in `expected_choices`: `ReLUGating`
+    counts `mean_choices`, to which `control_sparsity` holds it, and `ExpertChoiceGating` its capacity factor. Of two
+    levels, a token's first choice at level one makes k choices at level two, and its other choices make one each. A
+    capacity may leave a token fewer. The numbers follow from the layers' sizes, not from the way that computes them.
+    On the meta device you can count a model of any size.
 
     Args:
         model: a model with any number of `MoE` and `HeirarchicalMoE` layers.
@@ -91,29 +101,42 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE | HeirarchicalMoE)}
     shares: Shares = {}
+    varying: set[nn.Module] = set()
     for name, layer in layers.items():
-        shares[layer] = {layer.experts: math.prod(share(name, gate) for gate in gates(layer))}
-        if isinstance(layer, HeirarchicalMoE):  # a token uses the inner gates of its outer experts
-            shares[layer][layer.gate_inner] = share(name, layer.gate_outer)
-    return Summary(cost(model, shares), {name: cost(layer, shares) for name, layer in layers.items()})
+        found = [choices(name, gate) for gate in gates(layer)]
+        shares[layer] = shares_of(layer, [number for number, _ in found])
+        varying |= {layer} if any(most for _, most in found) else set()
+    return Summary(cost(model, shares, varying), {name: cost(layer, shares, varying) for name, layer in layers.items()})
 
 
 def gates(layer: Any) -> list[Any]:
     return [layer.gate] if isinstance(layer, MoE) else [layer.gate_outer, layer.gate_inner]
 
 
-def share(name: str, gate: Any) -> float:
-    """The part of its experts, 0 to 1, that a gate chooses for a token."""
-    k = gate.capacity_factor if isinstance(gate, ExpertChoiceGating) else getattr(gate, "k", None)
-    if k is None:
+def shares_of(layer: Any, numbers: list[float]) -> dict[nn.Module, float]:
+    """The part, 0 to 1, of a layer's experts and of its inner gates that a token uses, by its choices at each level."""
+    numbers = [min(number, gate.num_experts) for number, gate in zip(numbers, gates(layer), strict=True)]
+    if isinstance(layer, MoE):
+        return {layer.experts: numbers[0] / layer.num_experts}
+    (outer, inner), (eo, ei) = numbers, layer.num_experts
+    served = min(outer, 1.0) * inner + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
+    return {layer.experts: served / (eo * ei), layer.gate_inner: outer / eo}
+
+
+def choices(name: str, gate: Any) -> tuple[float, bool]:
+    """How many experts a gate chooses for a token; and whether that is the most, because scores decide how many."""
+    k = getattr(gate, "k", None)
+    expected = getattr(gate, "expected_choices", k)
+    number = k if expected is None else expected
+    if number is None:
         raise ValueError(
             f"the {type(gate).__name__} of {name or 'the layer'} does not say how many experts a token chooses: "
             "give it an attribute k"
         )
-    return min(k / gate.num_experts, 1.0)
+    return number, expected is None
 
 
-def cost(model: nn.Module, shares: Shares) -> Cost:
+def cost(model: nn.Module, shares: Shares, varying: set[nn.Module]) -> Cost:
     parts: dict[Tensor, float] = {}
     flops = 0.0
     for module, part in with_parts(model, shares):
@@ -121,7 +144,8 @@ def cost(model: nn.Module, shares: Shares) -> Cost:
             parts[parameter] = max(part, parts.get(parameter, 0.0))
         flops += 2 * part * multiplied(module)
     active = sum(part * parameter.numel() for parameter, part in parts.items())
-    return Cost(sum(parameter.numel() for parameter in parts), round(active), round(flops))
+    at_most = any(module in varying for module in model.modules())
+    return Cost(sum(parameter.numel() for parameter in parts), round(active), round(flops), at_most)
 
 
 def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, float]]:

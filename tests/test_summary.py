@@ -15,8 +15,10 @@ from mixture_of_experts import (
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
+    ReLUGating,
     RoutedExperts,
     TopKGating,
+    TopPGating,
 )
 from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, NormedExperts
 from mixture_of_experts.gating import RouterLogits
@@ -72,7 +74,20 @@ CASES = {
         lambda: MoE(D, gate=TopKGating(D, E, K, logits=RouterLogits(D, E)), hidden_dim=H),
         cost(ROUTER, PLAIN, K),
     ),
-    "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)),
+    "default": (lambda: MoE(D, E, hidden_dim=H), cost(ROUTER, PLAIN, 2)._replace(at_most=True)),
+    "all seconds": (
+        lambda: MoE(D, E, H, second_policy_train="all", second_policy_eval="all"),
+        cost(ROUTER, PLAIN, 2),
+    ),
+    "no seconds": (
+        lambda: MoE(D, E, H, second_policy_train="none", second_policy_eval="none"),
+        cost(ROUTER, PLAIN, 1),
+    ),
+    "top p": (
+        lambda: MoE(D, gate=TopPGating(D, E, K), hidden_dim=H),
+        cost(ROUTER, PLAIN, K)._replace(at_most=True),
+    ),
+    "ReLU": (lambda: MoE(D, gate=ReLUGating(D, E, E, mean_choices=1.5), hidden_dim=H), cost(ROUTER, PLAIN, 1.5)),
     "noisy": (lambda: MoE(D, gate=NoisyTopKGating(D, E, K), hidden_dim=H), cost(2 * ROUTER, PLAIN, K)),
     "expert choice": (
         lambda: MoE(D, gate=ExpertChoiceGating(D, E, capacity_factor=1.5), hidden_dim=H),
@@ -98,12 +113,27 @@ def test_layers_by_hand(name):
     assert summary(nn.Sequential(make())).layers == {"0": expected}
 
 
-def test_two_levels():
-    moe = HeirarchicalMoE(D, (2, 4), H)  # two choices at either level: of 4 inner routers of 4 experts each two
-    outer, inner, expert = D * 2, D * 4, PLAIN
-    assert summary(moe).model == Cost(
-        outer + 2 * inner + 8 * expert, outer + 2 * inner + 4 * expert, 2 * (outer + 2 * inner + 4 * expert)
-    )
+@pytest.mark.parametrize("k", [(2, 2), (1, 3), (2, 1), (2, 4)])
+def test_two_levels(k):
+    """As many experts compute a token as are counted: its first choice makes k at level two, its others one each."""
+    (outer, inner), expert = (D * 2, D * 4), PLAIN
+    gates = dict(gate_outer=TopKGating(D, 2, k[0]), gate_inner=TopKGating(D, 4, k[1], outer_expert_dims=2))
+    moe, x = HeirarchicalMoE(D, (2, 4), H, **gates), torch.randn(3, 5, D)
+    rows = []
+    moe.experts.register_forward_pre_hook(lambda module, given: rows.append(given[1].kept.sum()))
+    moe(x)
+    served = k[1] + k[0] - 1
+    assert rows[0] == 15 * served
+    active = outer + k[0] * inner + served * expert
+    assert summary(moe).model == Cost(outer + 2 * inner + 8 * expert, active, 2 * active)
+
+
+def test_two_levels_of_policies():
+    """A random second choice at level one makes the counts of two levels the most of a token."""
+    moe = HeirarchicalMoE(D, (2, 4), H)
+    active = D * 2 + 2 * D * 4 + 3 * PLAIN
+    assert summary(moe).model == Cost(D * 2 + 2 * D * 4 + 8 * PLAIN, active, 2 * active, at_most=True)
+    assert f"at most {active:,}" in str(summary(moe))
 
 
 def test_layers_that_share_their_experts():
@@ -173,4 +203,5 @@ def test_a_gate_that_does_not_say():
 def test_the_table():
     text = str(summary(nn.Sequential(MoE(D, E, hidden_dim=H), nn.Linear(D, D))))
     assert [line.split()[0] for line in text.splitlines()] == ["parameters", "0", "in"]
+    assert "at most" in text
     assert f"{D * D + D + ROUTER + E * PLAIN:,}" in text

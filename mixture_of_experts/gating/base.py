@@ -220,6 +220,11 @@ class TokenChoiceGate(Gate):
         """The number by which balancing losses divide: the choices that a token is to make, k by default."""
         return self.k
 
+    @property
+    def expected_choices(self) -> float | None:
+        """The mean number of choices of a token; None if scores decide how many of the k are made."""
+        return self.k
+
     def settle(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> Settled:
         """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 

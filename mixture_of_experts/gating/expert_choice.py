@@ -62,6 +62,12 @@ class ExpertChoiceGating(Gate):
         """Draw the weights (standard deviation 1 / sqrt(d))."""
         nn.init.normal_(self.w_gating, std=self.dim**-0.5)
 
+    @property
+    def expected_choices(self) -> float:
+        """The mean number of experts that choose a token, without rounding: the capacity factor."""
+        factor: Any = self.capacity_factor
+        return factor
+
     def forward(
         self, x: Tensor, importance: Tensor | None = None, mask: Tensor | None = None, **side: Tensor
     ) -> Routing:

@@ -90,6 +90,10 @@ class ReLUGating(TopKGating):
     def choices_at_balance(self) -> float:
         return self.mean_choices
 
+    @property
+    def expected_choices(self) -> float:
+        return self.mean_choices
+
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's positive logits, at most the k largest."""
         decided = super().decide(tokens)

@@ -158,6 +158,12 @@ class Top2Gating(TokenChoiceGate):
         return self.num_experts
 
     @property
+    def expected_choices(self) -> float | None:
+        number = {"none": 1.0, "all": 2.0}
+        train, eval_ = number.get(self.second_policy_train), number.get(self.second_policy_eval)
+        return train if train == eval_ else None
+
+    @property
     def second(self) -> tuple[SecondPolicy, float]:
         """The policy of second choices in the current mode, and its threshold."""
         if self.training:

@@ -59,6 +59,10 @@ class TopPGating(TopKGating):
     def choices_at_balance(self) -> float:
         return 1
 
+    @property
+    def expected_choices(self) -> None:
+        return None
+
     def chosen(self, probs: Tensor, expert: Tensor) -> Tensor:
         """`(..., b, n, k)` bool: a choice is made if those before it have not reached p."""
         prob = probs.detach().gather(-1, expert)
