@@ -85,7 +85,8 @@ def export(model: nn.Module) -> Any:
 
     Llama and Mistral become Mixtral. They become Qwen2-MoE if only some layers have experts, if there is a shared
     expert, or if weights are not normalised. Qwen2 becomes Qwen2-MoE, Qwen3 becomes Qwen3-MoE. Settings for training
-    alone (coefficients of losses, jitter, `capacity_factor_train`) are left out.
+    alone (coefficients of losses, jitter, `capacity_factor_train`) are left out. What a configuration holds beside the
+    settings of its class is carried over.
 
     Args:
         model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
@@ -196,14 +197,13 @@ def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
             yield f"layers that differ ({name}: {', '.join(sorted(map(str, values)))})"
     if getattr(config, "mlp_bias", False) and dense:
         yield "mlp_bias in layers without experts"
-    if not target.sliding and (
-        getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))
-    ):
-        yield "sliding attention"
     kept, defaults = carried(config, target), type(config)().to_dict()
-    for name, value in config.to_dict().items():
-        if name not in kept and name not in NOT_COMPARED and value != defaults.get(name):
-            yield f"{name}={value!r} of the configuration"
+    slides = target.sliding and "sliding_window" in defaults
+    if not slides and (getattr(config, "sliding_window", None) or "sliding" in str(getattr(config, "layer_types", ""))):
+        yield "sliding attention"
+    for name, default in defaults.items():  # a name that the dense class does not know is a note
+        if name not in kept and name not in NOT_COMPARED and getattr(config, name) != default:
+            yield f"{name}={getattr(config, name)!r} of the configuration"
 
 
 def gate_problems(gate: Any, target: Target) -> Any:
@@ -244,9 +244,11 @@ def layer_number(path: str) -> int:
 
 
 def carried(config: Any, target: Target) -> dict[str, Any]:
-    """The settings of a dense configuration that the target's configuration has too."""
-    known = target_class(target)().to_dict().keys() | {"head_dim", "id2label", "label2id"}
-    return {name: value for name, value in config.to_dict().items() if name in known and name not in NOT_COMPARED}
+    """The settings of a dense configuration that the target's configuration has too, and the notes in it: what neither
+    class knows."""
+    own, theirs = (kind().to_dict().keys() for kind in (type(config), target_class(target)))
+    settings = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPARED}
+    return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
 
 
 def target_class(target: Target) -> Any:

@@ -149,3 +149,23 @@ def test_settings_and_activations():
     upcycle(biased, num_experts=4)
     with pytest.raises(ValueError, match="Mixtral: attention_bias=True"):
         export(biased)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "qwen2", "qwen3"])
+def test_notes_of_a_configuration_are_carried_over(name):
+    """What no computation reads. A note that only the other class would read is left out."""
+    notes = dict(_model_name_or_path="here", unk_token_id=0, mine={"a": 1})
+    model = ARCHITECTURES[name].build(**notes, router_jitter_noise=0.5, moe_intermediate_size=7, num_labels=3)
+    upcycle(model, num_experts=4)
+    exported, inputs = export(model), ARCHITECTURES[name].inputs()
+    assert notes.items() <= exported.config.to_dict().items()
+    assert exported.config.num_labels == 3
+    assert getattr(exported.config, "router_jitter_noise", 0.0) == (0.0 if name in ("llama", "mistral") else 0.5)
+    torch.testing.assert_close(exported(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
+
+
+def test_a_window_that_the_dense_class_does_not_know_is_refused():
+    model = ARCHITECTURES["llama"].build(sliding_window=4)
+    upcycle(model, num_experts=4)
+    with pytest.raises(ValueError, match="Mixtral: sliding attention; Qwen2Moe: sliding attention"):
+        export(model)
