@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.pretrained import COMMAND, MODELS, folder_of
 
 for package in ("transformers", "accelerate", "peft"):
     pytest.importorskip(package, reason="the extra 'hf' is not installed")
@@ -10,3 +11,9 @@ for package in ("transformers", "accelerate", "peft"):
 @pytest.fixture(autouse=True)
 def same_start():
     torch.manual_seed(0)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    missing = [name for name in MODELS if folder_of(name) is None]
+    if item.get_closest_marker("pretrained") and missing:
+        pytest.skip(f"{' and '.join(missing)} were not fetched; this does it: {COMMAND}")
