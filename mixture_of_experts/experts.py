@@ -245,7 +245,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
 
     def extra_repr(self) -> str:
         out = "" if self.dim_out == self.dim else f", dim_out={self.dim_out}"
-        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}"
+        bias = "" if getattr(self, "b2", None) is None else ", bias=True"
+        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}{bias}"
 
 
 class Experts(StackedExperts):

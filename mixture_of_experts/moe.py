@@ -109,8 +109,10 @@ class Layer(CheckedModule):
                 reset()
 
     def extra_repr(self) -> str:
-        group = "" if self.group_size is None else f", group_size={self.group_size}"
-        return f"{self.dim}, {self.num_experts}, loss_coef={self.loss_coef}, z_loss_coef={self.z_loss_coef}{group}"
+        parts = [f"{self.dim}, {self.num_experts}", f"loss_coef={self.loss_coef}", f"z_loss_coef={self.z_loss_coef}"]
+        parts += [f"loss_coefs={dict(self.loss_coefs)}"] if self.loss_coefs else []
+        parts += [f"group_size={self.group_size}"] if self.group_size is not None else []
+        return ", ".join(parts)
 
 
 class MoE(Layer):

@@ -410,6 +410,10 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+#: arguments of `MoE` that a recipe hands on
+OF_LAYER = ("loss_coef", "z_loss_coef", "loss_coefs", "group_size", "shared_expert")
+
+
 class SharedExpert(nn.Module):
     """A feed-forward network for every token, without biases: `(act(x gate) * (x up)) down`, or `act(x up) down`.
 
@@ -454,7 +458,11 @@ def build(
     num_experts: int,
     hidden_dim: int | None = None,
     *,
+    layers: int | None = None,
     latent_dim: int | None = None,
+    activation: Any = None,
+    gate: nn.Module | None = None,
+    experts: Any = None,
     device: Any = None,
     dtype: torch.dtype | None = None,
     **changes: Any,
@@ -465,10 +473,18 @@ def build(
         model: one of `MODELS`, or a record of your own.
         dim, num_experts: d and e, the number of experts that compute.
         hidden_dim: h, hidden width of an expert; 4 d by default.
+        layers: number of such layers in your model, by which a coefficient of one loss over all layers is divided; by
+            default the published number. Coefficients that papers give for each layer stay as they are.
         latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
             the record, or d.
+        activation: of the networks that this makes, instead of the record's; as in `MoE`.
+        gate, experts: instead of those that the record describes; as in `MoE`.
         device, dtype: of the weights.
-        changes: arguments of the gate that replace the record's.
+        changes: arguments that replace the record's: of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`, `group_size`,
+            `shared_expert`), and of the gate (`k`, `capacity_factor_train` and all others).
+
+    Raises:
+        ValueError: the published k chooses all of so few experts, or more; or an argument would do nothing.
 
     Example:
         >>> import torch
@@ -478,14 +494,63 @@ def build(
     """
     e, factory = check_size("num_experts", num_experts), dict(device=device, dtype=dtype)
     d, h = check_size("dim", dim), check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
-    spare = [round(model.identity * e), model.zero]
-    gate = make_gate(model, d, e + sum(spare), changes, factory)
-    activation, gated = make_activation_of(model), model.experts.get("gated", True)
+    of_layer = {name: changes.pop(name) for name in OF_LAYER if name in changes}
+    spare = [0, 0] if experts is not None else [round(model.identity * e), model.zero]
+    if gate is None:
+        _check_published_k(model, e, sum(spare), changes)
+        gate = make_gate(model, d, e + sum(spare), changes, factory)
+    else:
+        _refuse_changes("gate", changes)
+    if experts is None:
+        experts = _make_experts(model, d, e, h, spare, latent_dim, activation, factory)
+    else:
+        _refuse_changes("experts", {} if latent_dim is None else dict(latent_dim=latent_dim))
+    if "shared_expert" not in of_layer:
+        of_layer["shared_expert"] = _make_shared_expert(model, d, h, activation, factory)
+    return MoE(
+        d, gate=gate, experts=experts, **{**_coefficients(model, gate, layers, "loss_coef" in of_layer), **of_layer}
+    )
+
+
+def _check_published_k(model: Model, e: int, spare: int, changes: Mapping[str, Any]) -> None:
+    """Refuse so few experts that the published number of choices takes them all. One that is asked for may do so."""
+    k, total = model.gate.get("k"), e + spare
+    if k is None or "k" in changes or total > k:
+        return
+    is_bound = model.router in (TopPGating, ReLUGating)  # tokens make fewer choices
+    if total == k and (is_bound or k == 1):
+        return
+    beside = f" and {spare} beside them" if spare else ""
+    raise ValueError(
+        f"num_experts={e}{beside} must be more than the published model's k={k} choices of a token: give more experts, "
+        f"or a k of your own, such as k={max(total // 4, 1)} (k={total} if every expert is to compute every token)"
+    )
+
+
+def _refuse_changes(part: str, changes: Mapping[str, Any]) -> None:
+    """Refuse settings of a part that is given: they would do nothing."""
+    if changes:
+        written = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+        raise ValueError(f"{part} is given, so {written} would do nothing: set it on that {part.rstrip('s')} instead")
+
+
+def _make_experts(
+    model: Model,
+    d: int,
+    e: int,
+    h: int,
+    spare: list[int],
+    latent_dim: int | None,
+    activation: Any,
+    factory: dict[str, Any],
+) -> nn.Module:
+    """The experts of a record: `e` that compute, those beside them, and what is around them."""
     if latent_dim is None and model.latent:
         latent_dim = round(model.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
-    kind: Any = GatedExperts if gated else Experts
-    experts = kind(width, e, h, activation, bias=model.experts.get("bias", False), **factory)
+    kind: Any = GatedExperts if model.experts.get("gated", True) else Experts
+    act = make_activation_of(model) if activation is None else activation
+    experts = kind(width, e, h, act, bias=model.experts.get("bias", False), **factory)
     if model.weigh_input:
         experts = InputWeightedExperts(experts)
     if any(spare):
@@ -494,18 +559,31 @@ def build(
         narrow, wide = nn.Linear(d, width, bias=False, **factory), nn.Linear(width, d, bias=False, **factory)
         after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if model.latent else wide
         experts = EnclosedExperts(experts, before=narrow, after=after)
-    shared: nn.Module | None = None
-    if model.shared:
-        shared = SharedExpert(d, round(model.shared * h), make_activation_of(model), gated, **factory)
-        if model.shared_gate:
-            shared = TokenGated(shared, nn.Linear(d, 1, bias=False, **factory))
-    layer: dict[str, Any] = dict(model.layer)
-    if "loss_coefs" in layer and not getattr(gate, "num_groups", None):
-        layer["loss_coefs"] = {n: coef for n, coef in layer["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
-    if model.router_aux_loss_coef is not None:
-        coef, layers = model.router_aux_loss_coef
-        layer["loss_coef"] = coef * gate.k / layers
-    return MoE(d, gate=gate, experts=experts, shared_expert=shared, **layer)
+    return experts
+
+
+def _make_shared_expert(model: Model, d: int, h: int, activation: Any, factory: dict[str, Any]) -> nn.Module | None:
+    """The shared expert of a record; None if it has none."""
+    if not model.shared:
+        return None
+    act = make_activation_of(model) if activation is None else activation
+    shared = SharedExpert(d, round(model.shared * h), act, model.experts.get("gated", True), **factory)
+    return TokenGated(shared, nn.Linear(d, 1, bias=False, **factory)) if model.shared_gate else shared
+
+
+def _coefficients(model: Model, gate: Any, layers: int | None, given: bool) -> dict[str, Any]:
+    """The coefficients of a record's losses for a model of so many `layers`; `given`: the balancing loss has one."""
+    coefs = dict(model.layer)
+    if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
+        coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
+    if layers is not None:
+        check_size("layers", layers)
+        if given:
+            raise ValueError(f"loss_coef is that of each layer, so layers={layers} would do nothing: give one of them")
+    if model.router_aux_loss_coef is not None and not given:
+        coef, published = model.router_aux_loss_coef
+        coefs["loss_coef"] = coef * gate.k / (published if layers is None else layers)
+    return coefs
 
 
 def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:

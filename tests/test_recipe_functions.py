@@ -133,8 +133,6 @@ def test_changes_dtype_device_and_a_record_of_ones_own():
     assert latent.experts.before.out_features == latent.experts.experts.dim == 4
     own = recipes.build(Model(gate=dict(k=3), zero=2, shared=0.5, experts=dict(activation="gelu")), 16, 8, 12)
     assert (own.num_experts, own.experts.num_zero, own.shared_expert.up_proj.out_features) == (10, 2, 6)
-    with pytest.raises(ValueError, match="k must be at most num_experts=4, got 8"):
-        recipes.qwen3(16, 4)
 
 
 # their loss is of a softmax without a bias, whatever the router does
@@ -187,3 +185,81 @@ def test_losses_of_papers():
     lite = recipes.deepseek_v2(16, 32, 12, num_groups=None, top_groups=None)
     assert lite.loss_coefs == {}
     assert recipes.dynamic_moe(16, 32, 12).loss_coefs == {"entropy": 1e-4}
+
+
+FIXED = [name for name in FUNCTIONS if "k" in MODELS[name].gate and name not in ("dynamic_moe", "remoe")]
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_as_few_experts_as_choices_are_asked_for(name):
+    """At the published k or below every expert would compute every token."""
+    model = MODELS[name]
+    k = model.gate["k"]
+    e = round(k / (1 + model.identity))  # with those beside them as many as choices
+    groups = dict(num_groups=None, top_groups=None) if "num_groups" in model.gate else {}
+    if k > 1:
+        for few in {e, e - 1}:
+            with pytest.raises(ValueError, match=rf"num_experts={few}\b.*more than the published model's k={k} .*such as k="):
+                FUNCTIONS[name](16, few, 12, **groups)
+    if name != "shazeer":  # which needs one expert more
+        assert FUNCTIONS[name](16, e, 12, **groups, k=k).gate.k == k
+    assert FUNCTIONS[name](16, e, 12, **groups, k=1).gate.k == 1
+    assert FUNCTIONS[name](16, e + 1, 12, **groups).gate.k == k
+
+
+@pytest.mark.parametrize("name", ["dynamic_moe", "remoe"])
+def test_a_bound_of_choices_may_be_all_experts(name):
+    assert FUNCTIONS[name](16, 8, 12).gate.k == 8
+    with pytest.raises(ValueError, match="num_experts=4 must be more than the published model's k=8"):
+        FUNCTIONS[name](16, 4, 12)
+
+
+def test_a_coefficient_for_the_layers_of_ones_own_model():
+    """Of 12 layers as of the published 32, the losses together are the coefficient times the loss over all layers."""
+    assert recipes.mixtral(16, 8).loss_coef == pytest.approx(0.02 * 2 / 32)
+    assert recipes.mixtral(16, 8, layers=12).loss_coef == pytest.approx(0.02 * 2 / 12)
+    assert recipes.mixtral(16, 8, layers=12, k=3).loss_coef == pytest.approx(0.02 * 3 / 12)
+    assert recipes.switch(16, 8, layers=12).loss_coef == 0.01  # of each layer
+    assert recipes.mixtral(16, 8, loss_coef=0.5).loss_coef == 0.5
+    with pytest.raises(ValueError, match="loss_coef is that of each layer, so layers=12 would do nothing"):
+        recipes.mixtral(16, 8, layers=12, loss_coef=0.5)
+    with pytest.raises(ValueError, match="layers must be"):
+        recipes.mixtral(16, 8, layers=0)
+
+
+def test_arguments_of_the_layer_pass_through():
+    shared = nn.Linear(16, 16)
+    moe = recipes.deepseek_v3(
+        16, 32, 12, loss_coef=0.5, z_loss_coef=0.1, loss_coefs={"balance_rank": 1.0}, group_size=8, shared_expert=shared
+    )
+    assert (moe.loss_coef, moe.z_loss_coef, moe.loss_coefs) == (0.5, 0.1, {"balance_rank": 1.0})
+    assert (moe.group_size, moe.shared_expert) == (8, shared)
+    assert recipes.deepseek_v3(16, 32, shared_expert=None).shared_expert is None
+    moe = recipes.qwen2(16, 8, 12, activation=nn.ReLU)
+    assert isinstance(moe.experts.act, nn.ReLU)
+    assert isinstance(moe.shared_expert.module.act, nn.ReLU)
+    experts, gate = nn.ModuleList(nn.Linear(16, 16) for _ in range(8)), TopKGating(16, 8, k=3)
+    moe = recipes.mixtral(16, 8, experts=experts, gate=gate)
+    assert moe.gate is gate
+    assert moe.loss_coef == pytest.approx(0.02 * 3 / 32)
+    assert moe.experts[0] is experts[0]
+    assert recipes.longcat_flash(16, 32, experts=[nn.Identity()] * 32).gate.num_experts == 32
+    with pytest.raises(ValueError, match="gate is given, so k=2 would do nothing: set it on that gate"):
+        recipes.mixtral(16, 8, gate=gate, k=2)
+    with pytest.raises(ValueError, match="experts is given, so latent_dim=4 would do nothing"):
+        recipes.mixtral(16, 8, experts=experts, latent_dim=4)
+    with pytest.raises(TypeError, match="capacity"):
+        recipes.mixtral(16, 8, capacity=4)
+
+
+def test_print_shows_what_balances():
+    """The losses by name, over what they are taken, and how weights are normalised: where it is not the default."""
+    assert "loss_coefs={'balance_score': 0.0001}" in repr(recipes.deepseek_v3(16, 32))
+    assert "normalize=False, balance_over='batch'" in repr(recipes.olmoe(16, 32).gate)
+    assert not any(word in repr(MoE(16, 8, gate=TopKGating(16, 8))) for word in ("loss_coefs", "over", "normalize"))
+    assert "min_expert_capacity=1" in repr(MoE(16, 8, min_expert_capacity=1))
+    assert "second_policy_eval='all'" in repr(recipes.gshard(16, 8))
+    assert "second" not in repr(MoE(16, 8))
+    assert "bias=True" in repr(recipes.gpt_oss(16, 8).experts)
+    weigh = dict(weigh=lambda logits, score, expert: score.gather(-1, expert))
+    assert "normalize=True" in repr(TopKGating(16, 8, normalize=True, **weigh))

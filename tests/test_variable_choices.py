@@ -296,4 +296,5 @@ def test_copies_and_state():
     fresh = ReLUGating(DIM, E, k=3, mean_choices=1)
     fresh.load_state_dict(gate.state_dict())
     assert again.l1_coef == fresh.l1_coef == 0.5
-    assert repr(gate).startswith("ReLUGating(6, 5, k=3, dropless, score=relu, normalize=False, mean_choices=1")
+    shown = "score=relu, normalize=False, balance_over='batch', mean_choices=1"
+    assert repr(gate) == f"ReLUGating(6, 5, k=3, dropless, {shown})"

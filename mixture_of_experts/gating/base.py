@@ -467,6 +467,7 @@ class TokenChoiceGate(Gate):
         parts.append("dropless" if factors == (None, None) else f"capacity_factor={factors}")
         if factors != (None, None):  # a dropless gate has no use for it
             parts.append(f"priority={self.priority!r}")
+            parts += [f"min_expert_capacity={self.min_expert_capacity}"] if self.min_expert_capacity != 4 else []
         if self.outer_expert_dims:
             parts.append(f"outer_expert_dims={self.outer_expert_dims}")
         parts += [f"forced={self.forced!r}"] if self.forced is not None else []

@@ -263,3 +263,8 @@ class Top2Gating(TokenChoiceGate):
                 active = second if active is None else second & active
             parts["second_place"] = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
         return parts
+
+    def extra_repr(self) -> str:
+        settings = Top2Settings(**{each.name: getattr(self, each.name) for each in fields(Top2Settings)})
+        own = [text for text in settings.changed() if text.startswith("second_")]
+        return ", ".join([super().extra_repr(), *own])

@@ -424,10 +424,11 @@ class TopKGating(TokenChoiceGate):
         parts += [f"select={named(self.select)}"] if self.select != "score" else []
         parts += [f"weigh={named(self.weigh)}"] if self.weigh != "score" else []
         normalize = self.normalize if isinstance(self.normalize, bool) else named(self.normalize)
-        parts += [f"normalize={normalize}"] if normalize != (self.k > 1) else []
+        parts += [f"normalize={normalize}"] if callable(self.weigh) or normalize != (self.k > 1) else []
         parts += [f"eps={self.eps}"] if self.eps != NO_EPSILON else []
         parts += [f"scale={self.scale}"] if self.scale != 1 else []
         parts += [f"jitter={self.jitter}"] if self.jitter else []
+        parts += [f"balance_over={self.balance_over!r}"] if self.balance_over != TokenChoiceGate.balance_over else []
         parts += [f"groups={self.top_groups} of {self.num_groups}"] if self.num_groups else []
         parts += [f"group_score={named(self.group_score)}"] if self.group_score != "two_best" else []
         parts += ["expert_bias=True"] if self.expert_bias is not None else []
@@ -458,10 +459,13 @@ def check_expert_groups(
     check_size("num_groups", num_groups)
     check_size("top_groups", top_groups)
     if num_experts % num_groups:
-        raise ValueError(f"num_groups={num_groups} must divide num_experts={num_experts}")
+        raise ValueError(
+            f"num_groups={num_groups} must divide num_experts={num_experts}: give another number of groups, or None as "
+            "num_groups and top_groups"
+        )
     if top_groups > num_groups or top_groups * (num_experts // num_groups) < k:
         raise ValueError(
             f"top_groups={top_groups} of num_groups={num_groups} must hold at least k={k} of the "
-            f"{num_experts} experts and be at most num_groups"
+            f"{num_experts} experts and be at most num_groups: give other numbers, or None as both for no groups"
         )
     return num_groups, top_groups
