@@ -199,7 +199,8 @@ def test_as_few_experts_as_choices_are_asked_for(name):
     groups = dict(num_groups=None, top_groups=None) if "num_groups" in model.gate else {}
     if k > 1:
         for few in {e, e - 1}:
-            with pytest.raises(ValueError, match=rf"num_experts={few}\b.*more than the published model's k={k} .*such as k="):
+            told = rf"num_experts={few}\b.*more than the published model's k={k} .*such as k="
+            with pytest.raises(ValueError, match=told):
                 FUNCTIONS[name](16, few, 12, **groups)
     if name != "shazeer":  # which needs one expert more
         assert FUNCTIONS[name](16, e, 12, **groups, k=k).gate.k == k
