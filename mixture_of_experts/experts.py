@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -57,6 +58,7 @@ class RoutedExperts(nn.Module):
     """
 
     reads_decisions: ClassVar[bool] = True
+    _version: int = 2  # torch writes it into state dicts; mixture-of-experts 0.2.3 wrote 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -275,6 +277,17 @@ class Experts(StackedExperts):
     """
 
     gated = False
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if local_metadata.get("version") == 1 and not isinstance(self.act, nn.ReLU):
+            warnings.warn(
+                f"mixture-of-experts 0.2.3 wrote this state: its experts computed ReLU by default, these compute "
+                f"{self.act}. Pass activation=nn.ReLU to the layer, unless it was trained with {self.act}",
+                stacklevel=2,
+            )
 
 
 class GatedExperts(StackedExperts):
