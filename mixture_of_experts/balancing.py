@@ -23,6 +23,7 @@ from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.held import BlockSettings, record_of, told
 from mixture_of_experts.losses import global_sum
@@ -101,13 +102,6 @@ def bare(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
-def sharing(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks that share a batch: `group`, by default all ranks, None if there is one process."""
-    if group is None and dist.is_available() and dist.is_initialized():
-        return dist.group.WORLD
-    return group
-
-
 class ExpertBalancing:
     """Moves the bias of all gates of a model after each step of an optimizer; `balance_experts` returns one."""
 
@@ -140,7 +134,7 @@ class ExpertBalancing:
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
         skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
-        group = sharing(self.group)
+        group = ranks_of_batch(self.group)
         for bias in self._biases:
             if (counts := bias.counts) is None:
                 continue
@@ -150,15 +144,21 @@ class ExpertBalancing:
 
 
 class Ours:
-    """The bias of a gate of this package, which counts by `rule` until `hooks` are closed."""
+    """The bias of a gate of this package, which counts by `rule` until `hooks` are closed.
+
+    Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
+    """
 
     gate: Any
     rule: BiasRule
-    before: Any
+    before: Ours | None
+    rule_before: BiasRule
+    ended: bool
 
     def __init__(self, gate: Any, rule: BiasRule, hooks: ExitStack) -> None:
-        self.gate, self.rule, self.before = gate, rule, gate.bias_rule
-        gate.bias_rule = rule
+        self.gate, self.rule, self.ended = gate, rule, False
+        self.before, self.rule_before = gate.balanced_by, gate.bias_rule
+        gate.bias_rule, gate.balanced_by = rule, self
         hooks.callback(self.end)
 
     @property
@@ -170,16 +170,26 @@ class Ours:
         return self.gate.expert_bias
 
     @property
+    def moves(self) -> bool:
+        """Whether this is the last for its gate, and the gate's rule was not set since."""
+        return self.gate.balanced_by is self and self.gate.bias_rule is self.rule
+
+    @property
     def counts(self) -> Tensor | None:
-        """The gate's counts; None if its rule was replaced."""
-        return self.gate.bias_counts if self.gate.bias_rule is self.rule else None
+        """The gate's counts; None if others move the bias."""
+        return self.gate.bias_counts if self.moves else None
 
     def move(self, step: Tensor) -> None:
         self.gate.move_bias(step)
 
     def end(self) -> None:
-        if self.gate.bias_rule is self.rule is not self.before:
-            self.gate.bias_rule = self.before
+        self.ended = True
+        last, rule, moved = self.gate.balanced_by, self.gate.bias_rule, self.moves
+        while last is not None and last.ended:
+            last, rule = last.before, last.rule_before
+        self.gate.balanced_by = last
+        if moved and rule is not self.rule:
+            self.gate.bias_rule = rule
 
 
 def gates_with_bias(model: nn.Module) -> list[Gate]:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.balancing import bare, leave_counts_alone, sharing
+from mixture_of_experts.balancing import bare, leave_counts_alone
 from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating.relu import ReLUGating
 
@@ -58,8 +58,8 @@ def control_sparsity(
 
     @torch.no_grad()
     def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
-        device, ranks = gates[0].l1_coef.device, sharing(group)
-        excess = torch.stack([gate.excess(ranks).to(device) for gate in gates]).sum()
+        device = gates[0].l1_coef.device
+        excess = torch.stack([gate.excess(group).to(device) for gate in gates]).sum()
         skipped = getattr(stepped, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
         done = torch.ones_like(excess) if skipped is None else (skipped == 0).to(excess)
         for gate in gates:

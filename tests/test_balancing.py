@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.parallel_workers import Workers
+from support.parallel_workers import Workers, this_rank
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
-from mixture_of_experts.gating.bias_rules import RuleName
+from mixture_of_experts.gating.bias_rules import RULES, RuleName
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
 
@@ -176,6 +177,41 @@ def test_two_balancings_do_not_mix():
     assert all((bias.abs() <= RATE).all() and bias.any() for bias in biases(model))
 
 
+@pytest.mark.parametrize("names", [("quantile", "quantile"), ("centred_sign", "centred_sign"), ("quantile", "sign")])
+def test_the_end_of_one_leaves_the_other(names):
+    """A new optimizer, balanced anew, before the balancing of the old one is removed. Named rules are one object."""
+    model, alone = Model(), Model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
+    first, second = (balance_experts(model, opt, rule) for opt, rule in zip(optimizers, names, strict=True))
+    first.remove()
+    of_alone = torch.optim.SGD(alone.parameters(), lr=0.0)
+    balance_experts(alone, of_alone, names[1])
+    for each, optimizer in ((model, optimizers[1]), (alone, of_alone)):
+        each(tokens(1)).backward()
+        optimizer.step()
+    assert all(bias.any() for bias in biases(model))
+    torch.testing.assert_close(biases(model), biases(alone), atol=0, rtol=0)
+    second.remove()
+    assert all(gate.bias_rule is RULES["sign"] and gate.balanced_by is None for gate in model.gates())
+
+
+def test_two_of_one_rule_move_once_and_the_first_goes_on():
+    model = Model()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2)]
+    first, second = (balance_experts(model, optimizer, "quantile") for optimizer in optimizers)
+    model(tokens(1)).backward()
+    optimizers[0].step()
+    assert not any(bias.any() for bias in biases(model))
+    second.remove()
+    model(tokens(2)).backward()
+    optimizers[1].step()
+    assert not any(bias.any() for bias in biases(model))
+    optimizers[0].step()
+    assert all(bias.any() for bias in biases(model))
+    first.remove()
+    assert all(gate.bias_rule is RULES["sign"] for gate in model.gates())
+
+
 def test_what_is_refused():
     model, parameters = Model(), [nn.Parameter(torch.zeros(()))]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
@@ -220,9 +256,19 @@ def test_it_balances():
 # Nobody moves it
 
 
-def test_counts_that_pile_up_are_warned_of():
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, lr=0.1),
+        partial(torch.optim.AdamW, fused=True),
+        partial(torch.optim.AdamW, foreach=True),
+    ],
+    ids=["plain", "fused", "foreach"],
+)
+def test_counts_that_pile_up_are_warned_of(make):
+    """A fused optimizer raises no version of a weight."""
     moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS, expert_bias=True))
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+    optimizer = make(moe.parameters())
 
     def step() -> None:
         for micro in range(3):  # of one step
@@ -244,6 +290,20 @@ def test_counts_that_pile_up_are_warned_of():
             step()
 
 
+def test_a_router_that_no_step_trains_is_not_warned_of():
+    """Steps of another model, between which this router is at rest; and a frozen router."""
+    gates = [TopKGating(DIM, EXPERTS, expert_bias=True) for _ in range(2)]
+    gates[1].requires_grad_(False)
+    other = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    for _ in range(12):
+        gates[1](tokens(0))
+        other(torch.zeros(2)).sum().backward()
+        optimizer.step()
+    for _ in range(12):
+        gates[0](tokens(0)).weight.sum().backward()
+
+
 # Two processes
 
 
@@ -254,7 +314,7 @@ def run_two() -> None:
 
 
 def check_two(rule: RuleName, rate: float) -> None:
-    rank = dist.get_rank()
+    rank, one = dist.get_rank(), this_rank()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         model, alone = Model(), Model()
@@ -270,7 +330,7 @@ def check_two(rule: RuleName, rate: float) -> None:
                     alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
             optimizers[0].step()
             for gate in alone.gates():
-                gate.update_bias(rate)
+                gate.update_bias(rate, one)
         for found, expected in zip(biases(model), biases(alone), strict=True):
             assert torch.equal(found, expected)
             assert found.any()

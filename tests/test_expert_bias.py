@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from support.parallel_workers import Workers
+from support.parallel_workers import Workers, this_rank
 from support.recipes import recipe
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -355,7 +355,7 @@ def run_two() -> None:
     """What each of two processes checks."""
     rank = dist.get_rank()
     check_update_over_group(rank)
-    check_no_hidden_collective(rank)
+    check_a_group_of_one_waits_for_nobody(rank)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
         check_data_parallel(rank)
@@ -367,23 +367,23 @@ def of_rank(rank: int) -> list[Tensor]:
 
 
 def check_update_over_group(rank: int) -> None:
-    """The bias moves by the loads of both ranks, and is the same on both."""
+    """By default the bias moves by the loads of both ranks, and is the same on both."""
     moe, alone = build(), build()
     for part in of_rank(rank):
         step(moe, part)
     alone.gate.expert_counts.copy_(load(alone, *of_rank(0), *of_rank(1)))
-    moe.gate.update_bias(1e-2, group=dist.group.WORLD)
-    alone.gate.update_bias(1e-2)
+    moe.gate.update_bias(1e-2)
+    alone.gate.update_bias(1e-2, group=this_rank())
     assert torch.equal(moe.gate.expert_bias, alone.gate.expert_bias)
     assert not moe.gate.expert_counts.any()
 
 
-def check_no_hidden_collective(rank: int) -> None:
-    """A rank that updates alone waits for nobody: the other one never calls."""
+def check_a_group_of_one_waits_for_nobody(rank: int) -> None:
+    """The other rank never calls."""
     moe = build()
     step(moe, of_rank(rank)[0])
     if rank == 0:
-        moe.gate.update_bias(1e-2)
+        moe.gate.update_bias(1e-2, group=this_rank())
         assert moe.gate.expert_bias.any()
     dist.barrier()
 

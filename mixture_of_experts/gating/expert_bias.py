@@ -10,6 +10,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mixture_of_experts.tracing import in_transform
 
@@ -85,12 +86,35 @@ def towards_mean(load: Tensor) -> Tensor:
     return torch.sign(load.sum(dim=-1, keepdim=True) - load.shape[-1] * load)
 
 
+class OptimizerSteps:
+    """Counts the steps of all optimizers in the process, from the first question on.
+
+    No tensor tells of a step: a fused optimizer does not raise the version of what it changes.
+    """
+
+    def __init__(self) -> None:
+        self.number = -1
+
+    def __call__(self, *of_hook: object) -> None:
+        self.number += 1
+
+    def so_far(self) -> int:
+        """The number of steps."""
+        if self.number < 0:
+            self.number = 0
+            register_optimizer_step_post_hook(self)
+        return self.number
+
+
+STEPS = OptimizerSteps()
+
+
 class StepsWithoutUpdate:
     """Warns if a router trains while nobody moves its bias."""
 
     warned: bool
     steps: int
-    version: int
+    seen: int
 
     SO_MANY = 10  # steps of the optimizer before the warning
 
@@ -100,15 +124,17 @@ class StepsWithoutUpdate:
 
     def start(self) -> None:
         """Start counting steps; called when the bias moves."""
-        self.steps, self.version = 0, -1
+        self.steps, self.seen = 0, -1
 
     def training_forward(self, weight: Tensor | None) -> None:
-        """Note a training forward. A new version of the router's weight shows that the optimizer made a step."""
+        """Note a training forward of a router with this weight. It counts one step if there were any since the last."""
         if torch.compiler.is_compiling() or self.warned or weight is None or in_transform():
             return
-        version = weight._version
-        self.steps += self.version not in (-1, version)
-        self.version = version
+        if not weight.requires_grad:  # a frozen router may keep its bias on purpose
+            return
+        so_far = STEPS.so_far()
+        self.steps += self.seen not in (-1, so_far)
+        self.seen = so_far
         if self.steps >= self.SO_MANY:
             self.warned = True
             warnings.warn(

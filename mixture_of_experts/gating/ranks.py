@@ -1,4 +1,4 @@
-"""A process group as an attribute of a module that can be copied and pickled."""
+"""A process group as an attribute of a module that can be copied and pickled; and the ranks that share a batch."""
 
 from __future__ import annotations
 
@@ -42,3 +42,10 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
         )
         return Ranks(None)
     return Ranks(group)
+
+
+def ranks_of_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """The ranks over which counts are summed: `group`, by default all ranks; None if there is one process."""
+    if group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return group

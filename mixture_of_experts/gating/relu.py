@@ -17,6 +17,7 @@ from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.settings import setting
 
@@ -123,8 +124,8 @@ class ReLUGating(TopKGating):
         """Multiply the coefficient by `rate` if tokens make more than `mean_choices` choices, divide it if fewer.
 
         Call it once for each optimizer step. It counts the positive logits of real tokens, in forwards in training mode
-        whose backward ran since the last call; with `group` it sums over the ranks, as
-        ranks of DDP must. Without counts nothing moves.
+        whose backward ran since the last call, on the ranks of `group`, by default all ranks if `torch.distributed` is
+        initialised; all of them must call. Without counts nothing moves.
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
@@ -132,8 +133,8 @@ class ReLUGating(TopKGating):
         self.choice_counts.zero_()
 
     def excess(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """The counted choices minus `mean_choices` for each counted token, 0-dim float64."""
-        choices, tokens = losses.global_sum(self.choice_counts, group).to(torch.float64)
+        """The counted choices minus `mean_choices` for each counted token, 0-dim float64; `group` as in `update_l1`."""
+        choices, tokens = losses.global_sum(self.choice_counts, ranks_of_batch(group)).to(torch.float64)
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:

@@ -22,6 +22,7 @@ from mixture_of_experts.gating.bias_rules import RULES, BiasRule, ForwardChoices
 from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
+from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
@@ -119,6 +120,7 @@ class TopKGating(TokenChoiceGate):
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
+    balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
     balance_over: Literal["group", "batch"] = setting(check_choice, allowed=BALANCES)
 
     def __init__(
@@ -382,14 +384,16 @@ class TopKGating(TokenChoiceGate):
         """Move the expert bias by its rule, `rate * sign(mean load - load)` by default, and set the counts to 0.
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
-        tokens, before capacity, in the training forwards whose backward ran since the last call. With `group` they are
-        summed over its ranks; without it there is no collective. A rate of 0 leaves the bias as it is.
+        tokens, before capacity, in the training forwards whose backward ran since the last call. They are summed over
+        the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. A rate
+        of 0 leaves the bias as it is.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)
         if self.expert_bias is None or (counts := self.bias_counts) is None:
             raise RuntimeError(NO_BIAS)
-        self.move_bias(self._bias_rule.step(losses.global_sum(counts, group), self.expert_bias, self.k, rate))
+        total = losses.global_sum(counts, ranks_of_batch(group))
+        self.move_bias(self._bias_rule.step(total, self.expert_bias, self.k, rate))
         counts.zero_()
 
     @torch.no_grad()

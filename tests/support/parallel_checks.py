@@ -50,6 +50,7 @@ from support.parallel_layers import (
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from benchmarks import parallel as bench
+from support.parallel_workers import this_rank
 from support.versions import SHARDS_LISTS
 
 CLOSE = dict(rtol=0, atol=1e-10)
@@ -146,18 +147,19 @@ def check_same_gradients(together: nn.Module, alone: nn.Module, mesh: DeviceMesh
 
 def check_same_counts(together: nn.Module, alone: nn.Module) -> None:
     """The expert bias, and the coefficient of ReLU routers, move as they do in one process."""
+    one = this_rank()
     for gate, reference in zip(together.modules(), alone.modules(), strict=False):
         if getattr(gate, "expert_bias", None) is not None:
             assert reference.expert_counts.sum() > 0
-            gate.update_bias(1e-3, dist.group.WORLD)
-            reference.update_bias(1e-3)
+            gate.update_bias(1e-3)
+            reference.update_bias(1e-3, one)
             assert torch.equal(gate.expert_bias, reference.expert_bias)
             assert gate.expert_bias.abs().sum() > 0
         if isinstance(gate, ReLUGating):
             counts = gate.choice_counts.clone()
             dist.all_reduce(counts)
             assert torch.equal(counts, reference.choice_counts)
-            for each, group in ((gate, dist.group.WORLD), (reference, None)):
+            for each, group in ((gate, None), (reference, one)):
                 each.update_l1(group=group)
             assert gate.l1_coef == reference.l1_coef != 0.3
 

@@ -27,6 +27,7 @@ from mixture_of_experts.parallel import (
 from support.checkpoint_recipe import load_checkpoint
 from support.parallel_checks import make_mesh, spread
 from support.parallel_layers import BATCH, DIM, LAYERS_OF_MODEL, LENGTH, Model, make_model, own_part
+from support.parallel_workers import this_rank
 
 STEPS, MAX_NORM = 12, 0.3
 KEY = "layers.*.ffn"
@@ -58,7 +59,7 @@ def update_biases(model: nn.Module, group: dist.ProcessGroup | None) -> None:
 def train_alone(pieces: int = 1, steps: int = STEPS) -> tuple[Model, torch.optim.AdamW, list[float]]:
     """The run that all others must equal: model, optimizer, norms of the gradients."""
     model, norms = make_model(), []
-    optimizer = make_optimizer(model)
+    optimizer, alone = make_optimizer(model), this_rank()
     for step in range(steps):
         for x, target in batches(step, pieces):
             out, aux_loss = model(x)
@@ -66,7 +67,7 @@ def train_alone(pieces: int = 1, steps: int = STEPS) -> tuple[Model, torch.optim
         norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-        update_biases(model, None)
+        update_biases(model, alone)
     return model, optimizer, norms
 
 

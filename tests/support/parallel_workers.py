@@ -31,6 +31,15 @@ class RankError(AssertionError):
     """An error in a worker, with its traceback as text."""
 
 
+def this_rank() -> dist.ProcessGroup | None:
+    """A group of this process alone; None without processes. No other process takes part in making it."""
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
 class Workers:
     """Processes that wait for work."""
 
