@@ -73,12 +73,17 @@ def plot_load(
         stats.last(layer)  # raises an error if there is no such gate
         ax = _draw_training(stats.records(layer), requested, ax)
         title = f"{short(layer)}: {title[0].lower()}{title[1:]}"
-    ax.set_title(title)
+    ax.set_title(title, parse_math=False)  # a name may have a $
     return ax
 
 
 def plot_routing(
-    tokens: str | bytes | Sequence[str], routing: Routing, *, group: int = 0, width: int = 80, ax: Axes | None = None
+    tokens: str | bytes | Sequence[str],
+    routing: Routing,
+    *,
+    group: int | None = None,
+    width: int = 80,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw a text in which every token has the colour of its expert.
 
@@ -89,7 +94,8 @@ def plot_routing(
     Args:
         tokens: the texts of the tokens. In a string every character is a token, in bytes every byte.
         routing: the routing of one gate, `routing = gate(x)`.
-        group: the group of the routing that has these tokens, an index (by default a group is one sequence).
+        group: the group of the routing that has these tokens, an index (in a layer without a `group_size` a group is
+            one sequence). A routing of one group needs none.
         width: characters of a line.
         ax: axes to draw in; by default those of a new figure.
 
@@ -154,7 +160,7 @@ def _draw_gates(stats: RoutingStats, requested: bool, ax: Axes | None) -> Axes:
     for y, record in enumerate(records):
         _draw_experts(ax, y, relative_load(record, requested), behind.get(record.layer, 1))
     ax.set(xlim=(-0.5, width - 0.5), ylim=(len(records) - 0.5, -0.5), xlabel="expert")
-    ax.set_yticks(range(len(records)), [short(record.layer) for record in records])
+    ax.set_yticks(range(len(records)), [short(record.layer) for record in records], parse_math=False)
     ax.set_xticks(range(0, width, 1 if width <= ROOM_FOR_NUMBERS else 8))
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)

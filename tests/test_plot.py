@@ -259,6 +259,25 @@ def test_colours_are_told_apart(blindness: str):
         assert (one - other).norm() > 10
 
 
+def test_of_two_groups_one_is_named():
+    routing = identity_gate(4, k=1)(torch.eye(4).expand(2, 4, 4))
+    for group in (None, 2, -1):
+        with pytest.raises(ValueError, match=rf"2 groups of 4 tokens, and group={group} .* group=0 to 1"):
+            plot_routing("text", routing, group=group)
+    assert plot_routing("text", routing, group=1).figure is not plot_routing("text", routing, group=0).figure
+
+
+def test_names_are_no_formulas():
+    """A gate's name may have a $, which Matplotlib would read as the beginning of a formula."""
+    model = nn.Sequential()
+    model.add_module("$x_1^$", MoE(DIM, 4))
+    with track_routing(model) as stats:
+        model(torch.randn(1, 8, DIM))
+    for ax in (plot_load(stats), plot_load(stats, "$x_1^$.gate")):
+        ax.figure.canvas.draw()
+    assert plot_load(stats).get_yticklabels()[0].get_text() == "$x_1^$"
+
+
 def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     routing = identity_gate(2, k=1)(torch.randn(1, 4, 2))
     with pytest.raises(ValueError, match="there are 3 tokens, but the routing has 4"):

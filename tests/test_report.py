@@ -246,6 +246,78 @@ def test_it_says_which_experts_are_dead(tmp_path: Path):
     assert crossed.tolist() == [0, 0, 0, 13]
 
 
+def crowded(share: float, steps: int = 8, tokens: int = 800) -> RoutingStats:
+    """A gate of 8 experts of which, in the last quarter of the steps, so large a share of the tokens asks expert 3."""
+    model = MoE(8, gate=TopKGating(8, 8, k=1))
+    with torch.no_grad():
+        model.gate.w_gating.copy_(torch.eye(8))
+    evenly = torch.arange(tokens) % 8
+    with track_routing(model) as stats:
+        for step in range(steps):
+            crowd = step >= steps - max(steps // 4, 1)
+            experts = evenly.where(torch.arange(tokens) >= share * tokens, 3) if crowd else evenly
+            model(5 * torch.eye(8)[experts].unsqueeze(0))
+    return stats
+
+
+def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
+    """In late steps and above twice a balanced load; the summary has the same words."""
+    path = tmp_path / "routing.html"
+    for share, told in ((0.93, True), (0.25, True), (0.1, False), (0.0, False)):
+        stats = crowded(share)
+        load = float((stats.records("gate")[-1].requested.max() * 8 / 800).item())
+        stats.report(path)
+        text, note = Page(path.read_text(encoding="utf-8")).text, f"gate: expert 3 was asked for {load:.1f} times"
+        assert (load > 2.2) == told
+        for words in (text, stats.summary()):
+            assert (f"{note} a balanced load in the last 2 steps: raise loss_coef" in words) == told
+        assert ("in late steps none is asked for over twice a balanced load" in text) != told
+    assert "warning" not in crowded(0.0, steps=1, tokens=8).summary()
+
+
+def test_few_choices_are_uneven_by_chance():
+    """Of 64 experts at random, 64 tokens ask one three times or more."""
+    torch.manual_seed(0)
+    model = MoE(64, gate=TopKGating(64, 64, k=1))
+    with torch.no_grad():
+        model.gate.w_gating.copy_(torch.eye(64))
+    with track_routing(model) as stats:
+        model(torch.eye(64)[torch.randint(64, (1, 64))])
+    assert stats.last("gate").relative_requested.max() >= 3
+    assert "warning" not in stats.summary()
+
+
+def test_a_gate_of_nan_is_named(tmp_path: Path):
+    """The page, the summary and the file of JSON stay readable, and no advice is given that means nothing."""
+    torch.manual_seed(0)
+    path = tmp_path / "routing.html"
+    model = Stack(MoE(DIM, gate=TopKGating(DIM, 4)), MoE(DIM, gate=TopKGating(DIM, 4)))
+    with track_routing(model) as stats:
+        for step in range(5):
+            if step == 3:
+                model.layers['<i id="1">'].gate.w_gating.data[0, 0] = torch.nan
+            model(torch.randn(2, 32, DIM))
+            stats.step()
+    first, second = stats.layers
+    routing = routing_of(model, torch.randn(1, 5, DIM))
+    stats.report(path, tokens="hello", routing=routing)
+    page = Page(path.read_text(encoding="utf-8"))
+    note = f"{second} computed probabilities that are NaN, first in step 3"
+    assert note in page.text
+    assert "nan%" not in page.text.lower()
+    assert "loss_coef" not in page.text
+    assert f"warning: {note}" in stats.summary()
+    assert f"{first} computed" not in stats.summary()
+    assert {weight for of_token in page.data["texts"][1]["choices"] for _, weight, _ in of_token} == {None}
+    stats.to_jsonl(tmp_path / "routing.jsonl")
+    lines = (tmp_path / "routing.jsonl").read_text(encoding="utf-8").splitlines()
+    told = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    of_second = [record for record in told if record["layer"] == second]
+    assert [record["entropy"] is None for record in of_second] == [False] * 3 + [True] * 2
+    assert [record["losses"]["z"] is None for record in of_second] == [False] * 3 + [True] * 2
+    json.dumps(stats.to_dict(), allow_nan=False)
+
+
 def test_errors(tmp_path: Path):
     moe = MoE(DIM, 4)
     stats, path = tracked(moe, 1), tmp_path / "routing.html"

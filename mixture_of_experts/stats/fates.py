@@ -61,14 +61,21 @@ def composed_choices(outer: Routing, inner: Routing) -> list[list[Choice]]:
     return choices
 
 
-def fates_of(routing: Routing, group: int) -> list[Fate]:
-    """The fate of every token of a group, from the routing of one gate."""
+def fates_of(routing: Routing, group: int | None) -> list[Fate]:
+    """The fate of every token of a group, from the routing of one gate; None is the only group."""
     if routing.expert.ndim != 2:
         raise ValueError(
             f"plot_routing draws one level of routing, (groups, assignments), got {tuple(routing.expert.shape)}: "
             "give it the routing of a gate without outer experts"
         )
-    n = routing.num_tokens
+    groups, n = routing.expert.shape[0], routing.num_tokens
+    if group is None and groups == 1:
+        group = 0
+    if group is None or not 0 <= group < groups:
+        raise ValueError(
+            f"the routing has {groups} groups of {n} tokens, and group={group} is none of them: give the group of "
+            f"these tokens, group=0 to {groups - 1}"
+        )
     real = torch.ones(n, dtype=torch.bool) if routing.real is None else routing.real[group]
     best = routing.probs[group].argmax(dim=-1).tolist()
     chooses = routing.k is not None  # in expert choice there is no first choice

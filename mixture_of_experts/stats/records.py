@@ -97,13 +97,18 @@ class Record:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The whole record, in types that JSON knows."""
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        fields.update(load=self.load.tolist(), requested=self.requested.tolist(), losses=dict(self.losses))
+        """The whole record, in types that JSON knows; a number that is NaN or infinite is None."""
+        fields = {name: known_to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+        losses = {name: known_to_json(value) for name, value in self.losses.items()}
+        fields.update(load=self.load.tolist(), requested=self.requested.tolist(), losses=losses)
         fields["outer"] = [record.to_dict() for record in self.outer]
         if not self.outer:  # one level
             del fields["outer"], fields["lost_in_layer"]
         return {**fields, "dead": self.dead, "choices_per_token": self.choices_per_token}
+
+
+def known_to_json(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def relative(counts: Tensor) -> Tensor:
@@ -140,6 +145,7 @@ SUMMARY_HEADER = (
     *("dropped", "unseen", "entropy", "confidence", "losses"),
 )
 HIGH_DROPS = 0.1  # the summary warns above this share of avoidable drops
+HIGH_LOAD = 2.0  # and above this load of an expert in late steps, relative to a balanced load
 
 
 def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
@@ -166,15 +172,38 @@ def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
     )
 
 
-def warning(total: Record) -> str | None:
-    """A warning for a gate that drops many more choices than it must; None for others."""
-    if total.dropped - total.unavoidable <= HIGH_DROPS:
-        return None
-    return (
-        f"warning: {total.layer} dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
-        f"{total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times its share: "
-        "raise loss_coef, the capacity factor or group_size"
-    )
+def warnings_of(total: Record, late: Record, steps: int, first_nan: int | None) -> list[str]:
+    """What a reader of a gate's records should look at.
+
+    Args:
+        total: all steps together.
+        late, steps: the last quarter of them, and its number of steps.
+        first_nan: the first step in which the gate's probabilities were NaN.
+    """
+    if first_nan is not None:
+        return [
+            f"warning: {total.layer} computed probabilities that are NaN, first in step {first_nan}: its weights or "
+            "its inputs are not finite. Go back to a checkpoint from before that step"
+        ]
+    found = []
+    if total.dropped - total.unavoidable > HIGH_DROPS:
+        found.append(
+            f"warning: {total.layer} dropped {total.dropped:.0%} of its choices; of a balanced load it would have "
+            f"dropped {total.unavoidable:.0%}. In a group the most requested expert has {total.imbalance:.1f} times "
+            "its share: raise loss_coef, the capacity factor or group_size"
+        )
+    most, mean = late.requested.max(), late.requested.to(torch.float64).mean()
+    if most > HIGH_LOAD * mean + 5 * mean.sqrt():  # what chance adds to a few choices is no sign
+        expert = ".".join(str(int(i)) for i in (late.requested == most).nonzero()[0])
+        found.append(
+            f"warning: {total.layer}: expert {expert} was asked for {most / mean:.1f} times a balanced load "
+            f"{in_the_last(steps)}: raise loss_coef, or balance by an expert bias"
+        )
+    return found
+
+
+def in_the_last(steps: int) -> str:
+    return "in the last step" if steps == 1 else f"in the last {steps} steps"
 
 
 def span(values: Tensor) -> str:

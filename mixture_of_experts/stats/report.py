@@ -32,7 +32,7 @@ from mixture_of_experts.stats.fates import (
     texts_of,
     visible,
 )
-from mixture_of_experts.stats.records import Record, relative, warning
+from mixture_of_experts.stats.records import Record, in_the_last, relative
 
 NOTES, NAMED = 12, 12  # most notes, and most experts that a note names
 
@@ -44,6 +44,8 @@ class History(NamedTuple):
     stretches: Sequence[Record]  # of one step or several each, oldest first
     end: int  # one more than the last step
     level_one: str | None
+    late: Record  # the last quarter of the steps
+    warnings: Sequence[str]
 
 
 class Text(NamedTuple):
@@ -78,7 +80,7 @@ def page(histories: Sequence[History], tokens: str | bytes | Sequence[str] | Non
 
 def in_script(data: Any) -> str:
     """Data as JSON in a script; no text in it can end the script."""
-    text = json.dumps(data, separators=(",", ":"))
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
@@ -99,9 +101,12 @@ def plural(number: int, name: str) -> str:
 
 def notes(shown: Sequence[History]) -> str:
     """A list of what a reader should look at, or a line that all is well."""
-    lines = [line for history in shown for line in (*idle(history), warning(history.total)) if line is not None]
+    lines = [line for history in shown for line in (*idle(history), *history.warnings)]
     if not lines:
-        return "<p class=good>Every expert computes tokens, and no gate drops much more than it has to.</p>"
+        return (
+            "<p class=good>Every expert computes tokens, in late steps none is asked for over twice a balanced load, "
+            "and no gate drops much more than it has to.</p>"
+        )
     more = [f"and {plural(len(lines) - NOTES, 'note')} more"] if len(lines) > NOTES else []
     items = (escape(line.removeprefix("warning: ")) for line in (*lines[:NOTES], *more))
     return "<ul class=notes>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
@@ -109,10 +114,11 @@ def notes(shown: Sequence[History]) -> str:
 
 def idle(history: History) -> Iterator[str]:
     """Notes on experts that computed no token: in all steps, or in the last quarter of them."""
+    if math.isnan(history.total.entropy):  # its choices mean nothing
+        return
     dead = history.total.load == 0
-    late = history.stretches[-max(len(history.stretches) // 4, 1) :]
-    stopped = (torch.stack([record.load for record in late]).sum(dim=0) == 0) & ~dead
-    for experts, when in ((dead, "in any step"), (stopped, f"in the last {history.end - late[0].step} steps")):
+    stopped = (history.late.load == 0) & ~dead
+    for experts, when in ((dead, "in any step"), (stopped, in_the_last(history.end - history.late.step))):
         names = [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]
         if names:
             listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
@@ -127,13 +133,14 @@ def overview_row(i: int, history: History) -> str:
         for of, load in (("requested", total.requested), ("load", total.load))
     )
     avoidable = max(total.dropped - total.unavoidable, 0.0)
+    certain = 1 - total.entropy / max(math.log(total.load.shape[-1]), 1e-9)
     bar = f'<i class=bar><i style="width:{total.unavoidable:.2%}"></i><i style="width:{avoidable:.2%}"></i></i>'
     cells = (
         ("most", f"{float(total.relative_requested.max()):.2f}×"),
         ("dead", str(len(total.dead))),
         ("dropped", f"{total.dropped:.1%}{bar}"),
         ("unseen", f"{total.unseen:.1%}"),
-        ("certain", f"{1 - total.entropy / max(math.log(total.load.shape[-1]), 1e-9):.0%}"),
+        ("certain", "NaN" if math.isnan(certain) else f"{certain:.0%}"),
     )
     numbers = "".join(f"<td data-name={name}>{value}</td>" for name, value in cells)
     experts = "×".join(map(str, total.load.shape))
@@ -234,10 +241,14 @@ def coded(text: Text) -> dict[str, Any]:
         if count
     ]
     choices = [
-        [[choice.name, round(1000 * choice.weight), int(choice.kept)] for choice in in_order(of_token)]
+        [[choice.name, thousandths(choice.weight), int(choice.kept)] for choice in in_order(of_token)]
         for of_token in text.choices
     ]
     return {"classes": classes, "legend": legend, "choices": choices}
+
+
+def thousandths(weight: float) -> int | None:
+    return round(1000 * weight) if math.isfinite(weight) else None
 
 
 def in_order(choices: Sequence[Choice]) -> list[Choice]:

@@ -26,7 +26,7 @@ from mixture_of_experts.routing import Routing
 from mixture_of_experts.stats.colours import need_matplotlib
 from mixture_of_experts.stats.gates import GateSite, device_of, find_gates
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
-from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warning
+from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
 from mixture_of_experts.stats.report import History, page, texts_of_gates
 from mixture_of_experts.tracing import in_checkpoint
 from mixture_of_experts.under_way import CallUnderWay
@@ -153,15 +153,16 @@ class RoutingStats:
 
         "requested" and "load" are the least and the most of an expert, before and after capacity, relative to a
         balanced load. "worst step" is the most that any expert was requested in a step, and the step's number. "in a
-        group" is the load of a group's most requested expert: the mean over groups, and the worst. A line below warns
-        of each gate with over 10 % more drops than a balanced load would have.
+        group" is the load of a group's most requested expert: the mean over groups, and the worst. Lines below warn of
+        each gate with over 10 % more drops than a balanced load would have, of one that asked an expert for over twice
+        a balanced load in the last quarter of the steps, and of one whose probabilities are NaN.
         """
         totals = [self.total(layer) for layer in self._recorded()]
         rows = [summary_cells(total, self.records(total.layer)) for total in totals]
-        return "\n".join([table([SUMMARY_HEADER, *rows]), *filter(None, map(warning, totals))])
+        return "\n".join([table([SUMMARY_HEADER, *rows]), *(line for total in totals for line in self._late(total)[1])])
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"total": {layer: record}, "steps": {layer: [record, ...]}}` in types that JSON knows."""
+        """`{"total": {layer: record}, "steps": {layer: [record, ...]}}` in types that JSON knows; NaN is None."""
         layers = self._recorded()
         return {
             "total": {layer: self.total(layer).to_dict() for layer in layers},
@@ -169,11 +170,14 @@ class RoutingStats:
         }
 
     def to_jsonl(self, path: str | PathLike[str]) -> None:
-        """Write a file with one JSON object in each line: every remembered step of every gate, ordered by step."""
+        """Write a file with one JSON object in each line: every remembered step of every gate, ordered by step.
+
+        A number that is NaN or infinite is null.
+        """
         records = [record for layer in self._recorded() for record in self.records(layer)]
         records.sort(key=lambda record: record.step)
         with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record.to_dict()) + "\n" for record in records)
+            file.writelines(json.dumps(record.to_dict(), allow_nan=False) + "\n" for record in records)
 
     def report(
         self,
@@ -226,7 +230,20 @@ class RoutingStats:
         size = max(-(-len(steps) // STRETCHES), 1)
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
         stretches = [tracker.record(part[0][0], torch.cat([rows for _, rows in part])) for part in parts]
-        return History(self.total(layer), stretches, steps[-1][0] + 1 if steps else 0, self.level_one(layer))
+        end, total = steps[-1][0] + 1 if steps else 0, self.total(layer)
+        return History(total, stretches, end, self.level_one(layer), *self._late(total))
+
+    def _late(self, total: Record) -> tuple[Record, list[str]]:
+        """The last quarter of a gate's steps as one record, and the warnings of the gate."""
+        tracker = self._tracker(total.layer)
+        steps = self._steps(tracker)
+        if not steps:
+            return total, []
+        quarter = steps[-max(len(steps) // 4, 1) :]
+        late = tracker.record(quarter[0][0], torch.cat([rows for _, rows in quarter]))
+        nan = (record.step for record in self.records(total.layer) if math.isnan(record.entropy))
+        first_nan = next(nan) if math.isnan(total.entropy) else None
+        return late, warnings_of(total, late, quarter[-1][0] + 1 - late.step, first_nan)
 
     def _tracker(self, layer: str) -> GateTracker:
         if layer not in self._gates:
