@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixture_of_experts.balancing import bare, leave_counts_alone
 from mixture_of_experts.checks import check_number, check_process_group
-from mixture_of_experts.gating.relu import ReLUGating
+from mixture_of_experts.gating.relu import MOST, ReLUGating
+from mixture_of_experts.private_torch import is_fake
 
 
 def control_sparsity(
@@ -22,7 +24,8 @@ def control_sparsity(
     All gates move together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor `rate` if
     the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if fewer. Every gate
     counts against its own `mean_choices`. The choices of a step that a fused optimizer skips for a gradient scaler
-    count in the next step.
+    count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many choices at 1000,
+    a warning says once what may be the reason.
 
     Args:
         model: before DDP or `torch.compile` wrap it.
@@ -55,6 +58,7 @@ def control_sparsity(
     if not gates:
         raise ValueError(f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers")
     leave_counts_alone(model)
+    out_of_reach = OutOfReach(gates)
 
     @torch.no_grad()
     def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
@@ -65,5 +69,41 @@ def control_sparsity(
         for gate in gates:
             gate.scale_l1(rate, excess * done)
             gate.choice_counts.mul_((1 - done).to(gate.choice_counts))
+        out_of_reach.look(gates[0].l1_coef, excess * done)
 
     return optimizer.register_step_post_hook(after_step).remove
+
+
+class OutOfReach:
+    """Warns once if the coefficient is at its maximum and tokens still make too many choices.
+
+    It waits for no device: the numbers of a step are copied to the host, and looked at in a later step.
+    """
+
+    def __init__(self, gates: Sequence[ReLUGating]) -> None:
+        self.means = sorted({gate.mean_choices for gate in gates})
+        self.copy: Tensor | None = None
+        self.copied: torch.Event | None = None
+        self.warned = False
+
+    def look(self, coef: Tensor, excess: Tensor) -> None:
+        """Note the coefficient and the choices above the mean after a step; warn if an earlier step was too much."""
+        if self.warned or is_fake(excess):
+            return
+        if self.copy is None:
+            self.copy = ((coef >= MOST) & (excess > 0)).to("cpu", non_blocking=True)
+            if excess.device.type != "cpu":
+                self.copied = torch.Event(excess.device)
+                self.copied.record()
+                return
+        if self.copied is not None and not self.copied.query():
+            return
+        self.warned, self.copy = bool(self.copy), None
+        if self.warned:
+            warnings.warn(
+                f"mean_choices={', '.join(map(str, self.means))} is out of reach: l1_coef has come to its maximum, "
+                f"{MOST:g}, and tokens still make more choices on average. Does the loss have aux_loss, with "
+                "loss_coef=1? Does the router train? Are logits positive for half of the experts whatever the weights "
+                "are, as of tokens with mean 0 (give the gate bias=True)? Else set a larger mean_choices",
+                stacklevel=2,
+            )

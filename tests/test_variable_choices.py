@@ -7,6 +7,7 @@ others run.
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -226,6 +227,41 @@ def test_sparsity_is_controlled_over_all_layers():
     coef = model[0].gate.l1_coef.clone()
     step()
     assert model[0].gate.l1_coef == coef
+
+
+def test_a_mean_that_cannot_be_reached_is_told_once():
+    """The loss has no balancing loss, so the coefficient moves nothing. It stays finite, and comes down again."""
+    moe, x = loud(1e2), torch.randn(4, 9, DIM)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.01)
+    control_sparsity(moe, optimizer, rate=2.0)
+
+    def step() -> float:
+        moe(x)[0].square().mean().backward()
+        optimizer.step()
+        return moe.gate.l1_coef.item()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [step() for _ in range(3)] == [200.0, 400.0, 800.0]
+    with pytest.warns(
+        UserWarning, match=r"mean_choices=1.5 is out of reach: l1_coef .* its maximum, 1000, .* bias=True"
+    ):
+        assert step() == 1000.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert [step() for _ in range(3)] == [1000.0] * 3
+        moe.gate.w_gating.data.zero_()
+        assert step() == 500.0
+
+
+def test_a_coefficient_that_shrank_for_long_grows_again():
+    """In float32 it would become 0, from which no factor leads away."""
+    gate = loud().gate
+    for _ in range(600):
+        gate.scale_l1(1.2, torch.tensor(-1.0))
+    assert gate.l1_coef.item() == pytest.approx(1e-12)
+    gate.scale_l1(1.2, torch.tensor(1.0))
+    assert gate.l1_coef.item() == pytest.approx(1.2e-12)
 
 
 def test_errors():

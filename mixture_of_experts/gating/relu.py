@@ -22,6 +22,8 @@ from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.settings import setting
 
 START = 1e-8  # first value of the coefficient
+#: bounds of the coefficient: at 1.2 it is 50 steps from the least to START; at the most L1 outweighs a task's mean loss
+LEAST, MOST = 1e-12, 1e3
 
 
 class ReLUGating(TopKGating):
@@ -30,7 +32,8 @@ class ReLUGating(TopKGating):
     How many experts a token takes is learned. The balancing loss (equation 11 there) is `l1_coef * e / mean_choices *
     sum_e f_e R_e`: the L1 norm of the weights, each times its expert's load, with R the mean weight. Give the layer
     `loss_coef=1`. `l1_coef` is a buffer that starts at 1e-8. `control_sparsity(model, optimizer)` multiplies or divides
-    it after each step, until tokens make `mean_choices` choices on average (equations 7 and 8).
+    it after each step, until tokens make `mean_choices` choices on average (equations 7 and 8). It stays between 1e-12
+    and 1000.
 
     A token whose logits are all negative has no expert. At the start about half of the logits are positive, and k may
     be less; norm and load count all of them.
@@ -138,8 +141,9 @@ class ReLUGating(TopKGating):
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:
-        """Multiply the coefficient by `rate` if `excess` is positive; divide it if `excess` is negative."""
-        self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef))
+        """Multiply the coefficient by `rate` if `excess` is positive, divide it if `excess` is negative, and keep it
+        between `LEAST` and `MOST`."""
+        self.l1_coef.mul_((rate ** torch.sign(excess)).to(self.l1_coef)).clamp_(LEAST, MOST)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mean_choices={self.mean_choices}"
