@@ -7,16 +7,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import TokenChoiceGate, reads_of
 from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
-from mixture_of_experts.held import BlockSettings, are_choices, record_of
+from mixture_of_experts.held import BlockSettings, places_of, told
+from mixture_of_experts.sites import Gates, Site, find_sites, serve
 
 
 @contextmanager
-def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
+def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | None = None) -> Iterator[None]:
     """Make every gate in `model` send tokens to forced experts, while the context lasts.
 
     The time and memory of a layer then depend on shapes alone. Every real token makes all k choices, at most one of
@@ -29,10 +30,12 @@ def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
         how: "balanced" takes one expert after the other: all have equally many choices of real tokens, give or take
             one. It starts with expert 0 in every call, so every step of decoding takes the same experts. "random" draws
             k different experts for each token by torch's generator, as a router that is balanced on average.
+        gates: the gates to force, by their names or as modules (gates, or layers around them); by default all.
 
     Raises:
-        ValueError: `how` is another word, or the model has nothing to force.
-        TypeError: a gate does not read `given_experts`; in a forward, a router of `transformers` returns no choices.
+        ValueError: `how` is another word, or the model has no gate.
+        TypeError: a gate cannot be forced: it does not read `given_experts`, or it is a router of `transformers` that
+            returns no experts. In a forward, such a router returns others than its record says.
 
     Example:
         >>> import torch
@@ -44,36 +47,37 @@ def force_routing(model: nn.Module, how: Forced = "balanced") -> Iterator[None]:
         [[0, 1, 2, 3, 0, 1, 2, 3]]
     """
     check_choice("how", how, tuple(FORCED))
-    gates = [module for module in model.modules() if isinstance(module, TokenChoiceGate)]
-    blocks = [(module, record) for module in model.modules() if (record := record_of(module)) is not None]
-    if not gates and not blocks:
-        raise ValueError(f"{type(model).__name__} has no gate of token choice and no sparse block: nothing to force")
-    for gate in gates:
-        if "given_experts" not in reads_of(gate):
-            raise TypeError(
-                f"{type(gate).__name__} does not read given_experts, by which experts are forced: name it in `reads`, "
-                'and have `decide` choose tokens.side["given_experts"]'
-            )
+    sites = serve(find_sites(model, "force_routing", gates), "force_routing", why_not_forced)
     with ExitStack() as ends:
-        for gate in gates:
-            ends.callback(setattr, gate, "forced", gate.forced)
-            gate.forced = how
-        for block, record in blocks:
-            held = BlockSettings(block, record)
-            ends.callback(held.router.register_forward_hook(partial(replace_choices, held, how)).remove)
+        for site in sites:
+            if site.held is not None:
+                hook = site.called.register_forward_hook(partial(replace_choices, site.held, how))
+                ends.callback(hook.remove)
+            else:
+                gate: Any = site.gate
+                ends.callback(setattr, gate, "forced", gate.forced)
+                gate.forced = how
         yield
+
+
+def why_not_forced(site: Site) -> str | None:
+    """Why a site cannot be forced; None if it can."""
+    if site.theirs:
+        returns = site.held is not None and "experts" in places_of(site.held)
+        return None if returns else "it is not known to return the experts of tokens: convert its block"
+    if not isinstance(site.gate, TokenChoiceGate):
+        return "tokens make no choices there"
+    if "given_experts" not in reads_of(site.gate):
+        return (
+            "it does not read given_experts, by which experts are forced: name it in `reads`, and have `decide` choose "
+            'tokens.side["given_experts"]'
+        )
+    return None
 
 
 def replace_choices(held: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
     """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
-    parts = output if isinstance(output, tuple) else (output,)
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    expert = next((ids for ids in tensors for weight in tensors if are_choices(weight, ids)), None)
-    if expert is None:
-        raise TypeError(
-            f"{type(router).__name__} returns no experts of flattened tokens, so they cannot be forced: convert its "
-            "block with from_transformers"
-        )
-    shape = (1, *expert.shape)
-    forced = forced_experts(how, shape, held.num_experts - held.always, expert.device).view(expert.shape)
-    return tuple(forced.to(expert.dtype) if part is expert else part for part in parts)
+    logits, _, expert = told(router, output, held)
+    forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
+    place = places_of(held)["experts"]
+    return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))

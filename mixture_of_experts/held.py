@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
+from mixture_of_experts.private_torch import wrapped_class
 from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
 
 #: scores of routers, by the classes of transformers that compute them
@@ -32,7 +33,7 @@ def find(holder: Any, *names: str) -> Any:
 
 def record_of(block: nn.Module) -> Model | None:
     """The record of a block of a known class that holds a router; None for anything else."""
-    kind = type(block)
+    kind = wrapped_class(block)
     known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find(block, *KEEPS["router"]) is not None else None
 
@@ -161,29 +162,35 @@ class BlockSettings:
         return dict(multiplier=float(self.held("multiplier")))
 
 
+#: what a router of no record returns
+RETURNS = Model().returns
+
+
+def places_of(held: BlockSettings | None) -> dict[str, int]:
+    """Where each value stands in what a router returns, by its name in `Model.returns`."""
+    names = RETURNS if held is None else held.model.returns
+    return {name: place for place, name in enumerate(names) if name is not None}
+
+
 def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
-    parts = [part.detach() for part in (output if isinstance(output, tuple) else (output,)) if isinstance(part, Tensor)]
-    if held is None:
-        if len(parts) == 3 and parts[0].ndim == 2 and are_choices(*parts[1:]):
-            return parts[0], parts[1], parts[2]
-    elif wide := [part for part in parts if part.is_floating_point() and part.shape[-1] == num_logits(held)]:
-        pairs = [(one, other) for one in parts for other in parts if are_choices(one, other)]
-        logits = wide[0 if pairs else -1]  # routers that return no choices return logits last
-        logits = logits.log() if held.model.tells == "probs" else logits
-        if pairs:
-            weight, expert = pairs[0]
-            return logits, weight, expert if not held.model.zero else expert.where(weight != 0, held.num_experts - 1)
-        expert = top_choices(logits, held.k)
-        return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
+    parts = output if isinstance(output, tuple) else (output,)
+    found = {name: parts[place] for name, place in places_of(held).items() if place < len(parts)}
+    found = {name: part.detach() for name, part in found.items() if isinstance(part, Tensor)}
+    logits = found["probs"].log() if "probs" in found else found.get("logits")
+    if logits is not None and logits.ndim > 1 and (held is None or logits.shape[-1] == num_logits(held)):
+        weight, expert = found.get("weights"), found.get("experts")
+        if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
+            if held is not None and held.model.zero:
+                expert = expert.where(weight != 0, held.num_experts - 1)
+            return logits, weight, expert
+        if held is not None and "experts" not in held.model.returns:
+            expert = top_choices(logits, held.k)
+            return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{type(router).__name__} does not return (logits, weights, experts) of flattened tokens: it cannot be tracked"
+        f"{type(router).__name__} does not return ({', '.join(places_of(held))}) of flattened tokens: what it chooses "
+        "cannot be read"
     )
-
-
-def are_choices(weight: Tensor, expert: Tensor) -> bool:
-    ids = not expert.is_floating_point() and expert.ndim == 2
-    return ids and weight.is_floating_point() and weight.shape == expert.shape
 
 
 def num_logits(held: BlockSettings) -> int:

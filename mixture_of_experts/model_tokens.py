@@ -6,7 +6,7 @@ Axes: b sequences, n tokens of the forward, m tokens with those in the cache.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -29,12 +29,16 @@ class TokensAround(NamedTuple):
 
 
 def model_around(model: nn.Module, name: str) -> nn.Module:
-    """The model of `transformers` nearest around module `name` that reads its tokens' mask; if none does, the nearest
-    one; if there is none, `model`."""
-    nearest: nn.Module | None = None
+    """The `nearest_reader` around module `name` of a model."""
     path = name.split(".")[:-1]
-    for depth in range(len(path), -1, -1):
-        module = model.get_submodule(".".join(path[:depth]))
+    return nearest_reader([model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)])
+
+
+def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
+    """Of modules within each other, outermost first, the nearest model of `transformers` that reads its tokens' mask;
+    if none does, the nearest one; if there is none, the outermost module."""
+    nearest: nn.Module | None = None
+    for module in reversed(modules):
         reads = getattr(module, "main_input_name", None)  # every model of transformers has it
         if reads is None:
             continue
@@ -43,7 +47,7 @@ def model_around(model: nn.Module, name: str) -> nn.Module:
             return module
         if reads != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
             break
-    return model if nearest is None else nearest
+    return modules[0] if nearest is None else nearest
 
 
 class TokensReader:

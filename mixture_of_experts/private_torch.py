@@ -103,14 +103,37 @@ def number_of_backward() -> int:
     return torch._C._current_graph_task_id()
 
 
-#: attributes in which wrappers of torch and of PEFT keep the wrapped module
-WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "base_layer")
+#: attributes in which wrappers of torch keep the wrapped module
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module")
 
 
 def wrapped_module(module: nn.Module) -> nn.Module | None:
-    """The module inside a wrapper; None if the module is no wrapper."""
-    inner = (module._modules.get(name) for name in WRAPPED)
-    return next((child for child in inner if child is not None), None)
+    """The module inside a wrapper of torch or PEFT, the one that computes; None if the module is no wrapper."""
+    children: Any = module._modules
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        return children["module"]
+    if type(module).__module__.startswith("peft."):
+        return trained_copy(module) if "modules_to_save" in children else children.get("base_layer")
+    return next((child for name in WRAPPED if (child := children.get(name)) is not None), None)
+
+
+def trained_copy(wrapper: Any) -> nn.Module:
+    """What computes in PEFT's wrapper of a module that is saved: the copy of the active adapter, or the original."""
+    active, copies = wrapper.active_adapters, wrapper.modules_to_save
+    return wrapper.original_module if wrapper.disable_adapters or active[0] not in copies else copies[active[0]]
+
+
+def wrapped_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module before FSDP2 or parametrizations made a class of their own for it."""
+    kind = type(module)
+    while True:
+        first, *rest = kind.__bases__
+        if rest and first.__name__ in ("FSDPModule", "ReplicateModule"):
+            kind = rest[0]
+        elif "parametrizations" in module._modules and kind.__name__ == f"Parametrized{first.__name__}":
+            kind = first
+        else:
+            return kind
 
 
 def has_hooks(module: object) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,8 @@ class Model:
             of its class in transformers.
         blocks: classes of `transformers` that compute this.
         keeps: names under which these blocks keep a part, if not under those in `KEEPS`.
-        tells: whether the router of these blocks returns logits or probabilities.
+        returns: what the router of these blocks returns, in order: "logits" or "probs", "weights", "experts", or None
+            for another value. Values behind the last one may be anything.
     """
 
     paper: str = ""
@@ -79,7 +80,7 @@ class Model:
     router_aux_loss_coef: tuple[float, int] | None = None
     blocks: tuple[str, ...] = ()
     keeps: Mapping[str, str] = field(default_factory=dict)
-    tells: Literal["logits", "probs"] = "logits"
+    returns: tuple[str | None, ...] = ("logits", "weights", "experts")
 
 
 #: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
@@ -138,6 +139,7 @@ MODELS: dict[str, Model] = {
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=1e-2),  # section 2.2
         blocks=("SwitchTransformersSparseMLP",),
+        returns=(None, None, "logits"),
     ),
     "shazeer": Model(
         "1701.06538",
@@ -318,6 +320,7 @@ MODELS: dict[str, Model] = {
         "2404.07413",
         gate=dict(k=2, weigh="softmax"),
         blocks=("JetMoeMoE",),
+        returns=(None, None, None, None, "logits"),
         keeps={"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
     ),
     "gpt_oss": Model(
@@ -343,6 +346,7 @@ MODELS: dict[str, Model] = {
         shared=1.0,
         router_aux_loss_coef=(0.001, 48),
         blocks=("Llama4TextMoe",),
+        returns=(None, "logits"),
     ),
     "laguna": Model(
         gate=dict(k=8, normalize=True, eps=0.0, scale=2.5, **SIGMOID),
@@ -360,7 +364,7 @@ MODELS: dict[str, Model] = {
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
         scales="expert",
         experts=dict(activation="gelu_tanh"),
-        tells="probs",
+        returns=("probs", "weights", "experts"),
         blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
     ),
     "inkling": Model(
@@ -379,7 +383,12 @@ MODELS: dict[str, Model] = {
         router_aux_loss_coef=(0.001, 32),
         blocks=("PhimoeSparseMoeBlock",),
     ),
-    "dbrx": Model("", gate=dict(k=4, normalize=True, **BATCH), router_aux_loss_coef=(0.05, 40), blocks=("DbrxFFN",)),
+    "dbrx": Model(
+        gate=dict(k=4, normalize=True, **BATCH),
+        router_aux_loss_coef=(0.05, 40),
+        blocks=("DbrxFFN",),
+        returns=("logits",),
+    ),
     "longcat_flash": Model(
         "2509.01322",
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),

@@ -160,7 +160,7 @@ def test_what_is_refused():
     gate, x = TopKGating(DIM, 4), torch.randn(1, 3, DIM)
     both = nn.ModuleList([gate, OwnGate()])
     with (
-        pytest.raises(TypeError, match=r"OwnGate does not read given_experts, .*name it in `reads`"),
+        pytest.raises(TypeError, match=r"'1' \(OwnGate\): it does not read given_experts, .*name it in `reads`"),
         force_routing(both),
     ):
         pass
@@ -170,7 +170,7 @@ def test_what_is_refused():
     ):  # type: ignore
         pass
     with (
-        pytest.raises(ValueError, match="ExpertChoiceGating has no gate of token choice"),
+        pytest.raises(TypeError, match=r"'gate' \(ExpertChoiceGating\): tokens make no choices there"),
         force_routing(ExpertChoiceGating(DIM, 4)),
     ):
         pass

@@ -21,8 +21,10 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"auxiliary", "recipes"},
-    {"balancing", "forcing", "held"},
+    {"recipes"},
+    {"held"},
+    {"sites"},
+    {"auxiliary", "balancing", "forcing"},
     {"sparsity"},
     {""},
 ]
@@ -32,7 +34,7 @@ OUTSIDE = {
     "plot": {"stats"},
     "summary": set(),
     "unstack": set(),
-    "replay": {"stats"},
+    "replay": set(),
     "parallel": set(),
     "huggingface": {"parallel", "stats"},
     "mixture_of_experts": set(),  # the one module of 0.2.3

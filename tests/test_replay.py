@@ -279,7 +279,7 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def test_gates_that_cannot_be_given_choices():
-    with pytest.raises(ValueError, match="ExpertChoiceGating, in which tokens make no k choices"):
+    with pytest.raises(TypeError, match=r"cannot serve 'gate' \(ExpertChoiceGating\): tokens make no k choices"):
         record_routing(MoE(DIM, gate=ExpertChoiceGating(DIM, 4))).__enter__()
     with pytest.raises(ValueError, match="Linear has no gate"):
         record_routing(nn.Linear(2, 2)).__enter__()

@@ -34,7 +34,7 @@ class Choosing(TorchFunctionMode):
         super().__init__()
         self.site, self.given = site, given
         self.expert: Tensor | None = None
-        held: Any = site.held
+        held: Any = site.site.held
         groups, best = (None, None) if held is None else (held.held("num_groups"), held.held("top_groups"))
         self.groups = (groups, best) if groups and best else None
 

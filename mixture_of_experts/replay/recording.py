@@ -25,15 +25,18 @@ from mixture_of_experts.replay.sites import (
     Seen,
     Sequences,
     SequencesCall,
-    find_sites,
+    choice_sites,
     follow,
     follow_to_the_end,
 )
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.sites import Gates
 
 
 @contextmanager
-def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[RoutingRecords]:
+def record_routing(
+    model: nn.Module, *, seen: Seen | None = None, gates: Gates | None = None
+) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
 
     It finds the gates that `track_routing` finds: gates of token choice of this package, and the routers of MoE models
@@ -50,10 +53,12 @@ def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[Ro
         seen: for a model with its own kind of cache: a function `(args, kwargs)` of its forward's arguments. It returns
             how many real tokens of each sequence earlier forwards have read, `(b,)` or one number for all; 0 begins
             new sequences. By default `past_key_values` and the attention mask tell that.
+        gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
 
     Raises:
-        ValueError: the model has no gate, or a gate of expert choice.
-        TypeError: in a forward, a block of `transformers` does not choose by `torch.topk`.
+        ValueError: the model has no gate.
+        TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
+            choose by `torch.topk`.
         RuntimeError: in a forward, a gate runs twice or outside of `model`; on reading, a forward continued sequences
             that were not recorded.
 
@@ -70,7 +75,7 @@ def record_routing(model: nn.Module, *, seen: Seen | None = None) -> Iterator[Ro
         ...     bool((moe(x)[0] == out).all())
         True
     """
-    recording = Recording(find_sites(model))
+    recording = Recording(choice_sites(model, "record_routing", gates))
     with ExitStack() as hooks:
         recording.start(hooks, seen)
         with under_way.within([(recording, under_way.CallUnderWay())]):
@@ -102,8 +107,8 @@ class Recording:
     def start(self, hooks: ExitStack, seen: Seen | None) -> None:
         around = follow(self, self.sites, seen, hooks)
         for site in self.sites:
-            sequences = around[site.around]
-            if site.foreign:
+            sequences = around[site.site.around]
+            if site.theirs:
                 before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
                 hooks.callback(site.called.register_forward_pre_hook(before).remove)
                 hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
@@ -111,14 +116,14 @@ class Recording:
             before = partial(self.before_layer, site, sequences)
             hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
             after = partial(self.after_gate, site, sequences)
-            hooks.callback(site.gate.register_forward_hook(after, with_kwargs=True).remove)
+            hooks.callback(site.site.called.register_forward_hook(after, with_kwargs=True).remove)
         follow_to_the_end(around, hooks)
 
     def before_layer(
         self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         if (call := sequences.call(site)) is not None:
-            call.sizes[site.name] = site.sizes(args, kwargs)
+            call.layer, call.sizes[site.name] = site.layer, site.sizes(args, kwargs)
 
     def after_gate(
         self,
@@ -130,16 +135,16 @@ class Recording:
         routing: Routing,
     ) -> None:
         call = sequences.call(site)
-        if call is None:
+        if call is None or call.layer != site.layer:
             return
         shape, mask = call.sizes[site.name]
         expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)
-        if not getattr(gate, "unmade_weigh", True):
+        if not getattr(site.site.gate, "unmade_weigh", True):
             expert = torch.where(routing.chosen, expert, -1)
         expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
         if given is not None:  # a choice that was given as not made is recorded as it was given
             expert = torch.where((given < 0) & (given != LIVE), given, expert)
-        if site.outer is not None:
+        if site.site.level_one is not None:
             expert = of_level_two(expert, call.outer)
         call.outer = routing
         shape = (math.prod(shape[:-1]), shape[-1])

@@ -27,12 +27,13 @@ from mixture_of_experts.replay.sites import (
     Seen,
     Sequences,
     SequencesCall,
-    find_sites,
+    choice_sites,
     follow,
     follow_to_the_end,
     runs_again,
 )
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.sites import Gates
 from mixture_of_experts.tracing import in_checkpoint
 
 Beyond = Literal["error", "choose"]
@@ -41,7 +42,12 @@ BEYOND: tuple[Beyond, ...] = ("error", "choose")
 
 @contextmanager
 def replay_routing(
-    model: nn.Module, records: RoutingRecords, *, beyond: Beyond = "error", seen: Seen | None = None
+    model: nn.Module,
+    records: RoutingRecords,
+    *,
+    beyond: Beyond = "error",
+    seen: Seen | None = None,
+    gates: Gates | None = None,
 ) -> Iterator[None]:
     """Have every gate in `model` choose what `records` say, while the context lasts.
 
@@ -58,12 +64,13 @@ def replay_routing(
         records: records of this model or one like it. Gates are matched by name; if names differ, by order.
         beyond: what happens to a token beyond the end of its sequence's record: "error", or "choose": its gate chooses.
             The last token of a completion is such a one: no engine has read it.
-        seen: as in `record_routing`.
+        seen, gates: as in `record_routing`.
 
     Raises:
         ValueError: on entering: gates, choices or experts of model and records differ in number, or a gate cannot take
             choices; in a forward, before its first gate: numbers of sequences or tokens differ.
-        TypeError: in a forward, a block of `transformers` does not choose by `torch.topk`.
+        TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
+            choose by `torch.topk`.
         RuntimeError: in a forward or a backward that cannot be replayed: under reentrant checkpointing, outside of
             `model`, or in a backward after the context was left.
 
@@ -81,7 +88,7 @@ def replay_routing(
         [[[3, 1, 0, 2]]]
     """
     check_choice("beyond", beyond, BEYOND)
-    sites = find_sites(model)
+    sites = choice_sites(model, "replay_routing", gates)
     replay = Replay(sites, match(sites, records), beyond)
     with ExitStack() as hooks:
         hooks.callback(replay.close)
@@ -135,8 +142,8 @@ class Replay:
     def start(self, hooks: ExitStack, seen: Seen | None) -> None:
         around = follow(self, self.sites, seen, hooks)
         for site in self.sites:
-            sequences = around[site.around]
-            if site.foreign:
+            sequences = around[site.site.around]
+            if site.theirs:
                 before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
                 # first, so that a recording at the same time sees what is replayed
                 hooks.callback(site.called.register_forward_pre_hook(before, prepend=True).remove)
@@ -159,7 +166,7 @@ class Replay:
         b, n = math.prod(shape[:-1]), shape[-1]
         x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         given = self.given(site, call, (b, n), None if mask is None else mask.reshape(b, n), x.device)
-        name, rest = (GIVEN, (site.k,)) if site.outer is None else (GIVEN_INNER, (-1, site.k))
+        name, rest = (GIVEN, (site.k,)) if site.site.level_one is None else (GIVEN_INNER, (-1, site.k))
         if name in kwargs:
             raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
         return args, {**kwargs, name: given.view(*shape, *rest)}
@@ -293,9 +300,9 @@ def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
 def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
     k, e, found = records.k(layer), records.num_experts(layer), records[layer]
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
-    if not site.foreign and GIVEN not in reads_of(site.gate):
+    if not site.theirs and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
-            f"{of} is a {type(site.gate).__name__}, which cannot be given choices: let its `decide` choose by "
+            f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.settle(tokens, expert)`, and add {GIVEN!r} to its `reads`"
         )
     if k not in (None, site.choices):
@@ -306,5 +313,5 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
         largest, least = (int(record.max()), int(record.min())) if record.numel() else (0, 0)
         if largest >= site.num_experts or not (least == LIVE or least >= -1 - site.num_experts):
             raise ValueError(f"{of} has experts 0 to {site.num_experts - 1}, the records hold {least} to {largest}")
-        if site.foreign and bool(((record < 0) & (record != LIVE)).any()):
+        if site.theirs and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")

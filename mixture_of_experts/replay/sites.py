@@ -1,4 +1,4 @@
-"""Finds where a model chooses: its gates, the layers that call them, and the blocks of `transformers`.
+"""Where a model chooses, in each layer, and of which sequences: the calls of the models around gates.
 
 Axes: b sequences, n tokens of a forward, k choices of a token.
 """
@@ -13,12 +13,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.gating import ExpertChoiceGating
-from mixture_of_experts.held import BlockSettings
-from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
-from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.model_tokens import TokensAround, TokensReader
 from mixture_of_experts.private_torch import number_of_backward
-from mixture_of_experts.stats.foreign import num_logits
-from mixture_of_experts.stats.gates import GateSite, find_gates
+from mixture_of_experts.sites import Gates, Site, Stand, find_sites, places, serve
 from mixture_of_experts.under_way import CallUnderWay
 
 Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
@@ -26,65 +23,73 @@ LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
 
 
 class ChoiceSite(NamedTuple):
-    """A gate, and the module whose arguments tell of which tokens its choices are."""
+    """A gate in one layer, and the module whose arguments tell of which tokens its choices are."""
 
     name: str
-    gate: nn.Module
+    site: Site
     called: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
-    num_experts: int
-    around: nn.Module  # the nearest model of transformers that reads a mask, else the model
-    foreign: bool = False
-    held: BlockSettings | None = None  # of a known block of transformers
-    outer: str | None = None  # for level two: the gate of level one
+
+    @property
+    def num_experts(self) -> int:
+        return self.site.num_experts
+
+    @property
+    def layer(self) -> str:
+        """The path of the layer, which tells the places of a gate in several layers apart."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def theirs(self) -> bool:
+        return self.site.theirs
 
     @property
     def choices(self) -> int:
         """The number of choices of a token; at level two for all its choices of level one."""
-        layer: Any = self.called
-        return self.k if self.outer is None else self.k * layer.gate_outer.k
+        outer = self.site.level_one
+        return self.k if outer is None or outer.k is None else self.k * outer.k
 
     def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], Tensor | None]:
         """The shape `(..., n)` and the mask of the tokens in a call of the layer or gate."""
-        names = BARE if self.called is self.gate else LAYER
+        names = BARE if self.called is self.site.called else LAYER
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         return tuple(given[names[0]].shape[:-1]), given.get("mask")
 
 
-def find_sites(model: nn.Module) -> list[ChoiceSite]:
-    """All sites of a model, in its order. Blocks that choose by a table of token ids are left out."""
-    gates = find_gates(model)
-    if not gates:
-        raise ValueError(f"{type(model).__name__} has no gate: give a model with MoE layers")
-    layers: dict[nn.Module, nn.Module] = {}
-    for module in model.modules():
-        if isinstance(module, HeirarchicalMoE):
-            layers |= {module.gate_outer: module, module.gate_inner: module}
-        elif isinstance(module, MoE):
-            layers[module.gate] = module
-    paths = {module: path for path, module in model.named_modules()}
-    sites = (site_of(found, layers, model_around(model, paths[found.gate])) for found in gates)
-    return [site for site in sites if site is not None]
+def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[ChoiceSite]:
+    """A site for each layer in which a gate of the model stands, in the model's order. Blocks that choose by a table of
+    token ids are left out, unless `gates` asks for them."""
+    sites = find_sites(model, ability, gates)
+    if gates is None:
+        sites = [site for site in sites if not chosen_by_ids(site)]
+    found = {
+        (site, stand.layer): ChoiceSite(stand.name, site, called_of(site, stand), site.k or 0)
+        for site in serve(sites, ability, why_no_choices)
+        for stand in reversed(site.stands)  # a layer at two paths has the name of the first
+    }
+    order = {place.name: number for number, place in enumerate(places(model))}
+    return sorted(found.values(), key=lambda one: order.get(one.name, 0))
 
 
-def site_of(found: GateSite, layers: Mapping[nn.Module, nn.Module], around: nn.Module) -> ChoiceSite | None:
-    gate: Any = found.gate
-    if found.reader is not None:
-        held = found.reader.blocks.get(gate)
-        if held is None:
-            return ChoiceSite(found.name, gate, gate, gate.top_k, found.num_experts, around, True)
-        if held.experts_of_id is not None:
-            return None
-        return ChoiceSite(found.name, gate, held.block, held.k, num_logits(held), around, True, held)
-    k = getattr(gate, "k", None)
-    if isinstance(gate, ExpertChoiceGating) or not isinstance(k, int):
-        raise ValueError(
-            f"{found.name!r} is a {type(gate).__name__}, in which tokens make no k choices, so there is nothing to "
-            "record or to replay"
-        )
-    if gate not in layers and found.outer:
-        raise ValueError(f"{found.name!r} has outer_expert_dims={found.outer} and no layer: put it into one")
-    return ChoiceSite(found.name, gate, layers.get(gate, gate), k, found.num_experts, around, outer=found.outer_gate)
+def chosen_by_ids(site: Site) -> bool:
+    return site.held is not None and site.held.experts_of_id is not None
+
+
+def called_of(site: Site, stand: Stand) -> nn.Module:
+    """The module whose arguments tell of the tokens of a gate."""
+    whole = stand.layer is not None and (not site.theirs or site.held is not None)
+    return site.called if stand.layer is None or not whole else stand.layer
+
+
+def why_no_choices(site: Site) -> str | None:
+    """Why the choices of a site can be neither recorded nor replayed; None if they can."""
+    if chosen_by_ids(site):
+        return "a table of token ids chooses there"
+    if site.k is None or isinstance(site.gate, ExpertChoiceGating):
+        return "tokens make no k choices there"
+    if not site.theirs and site.outer and site.level_one is None:
+        return f"it has outer_expert_dims={site.outer} and stands in no layer"
+    return None
 
 
 # Calls
@@ -107,6 +112,7 @@ class SequencesCall(CallUnderWay):
         self.gates: set[str] = set()  # gates that ran
         self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
         self.outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
+        self.layer = ""  # path of the layer that runs
 
     @property
     def continues(self) -> bool:
@@ -156,7 +162,7 @@ def runs_again() -> bool:
 
 def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: ExitStack) -> dict[nn.Module, Sequences]:
     """Set hooks at the beginning of forwards of all models around gates; return their `Sequences`."""
-    found = {around: Sequences(owner, around, seen) for around in {site.around: None for site in sites}}
+    found = {around: Sequences(owner, around, seen) for around in {one.site.around: None for one in sites}}
     for around, sequences in found.items():
         hooks.callback(around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)
     return found

@@ -10,49 +10,27 @@ Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
 from __future__ import annotations
 
 import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.held import BlockSettings, num_logits, record_of, told
-from mixture_of_experts.model_tokens import TokensOfCall, model_around
+from mixture_of_experts.held import told
+from mixture_of_experts.model_tokens import TokensOfCall
 from mixture_of_experts.queues import Length, queue_up
 from mixture_of_experts.routing import Routing
-
-ROUTER = re.compile(r"Top[kK]Router$")
-
-
-def is_router(module: nn.Module) -> bool:
-    """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
-    kind = type(module)
-    sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
-    return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
+from mixture_of_experts.sites import Site, is_router
 
 
 class Reader(TokensOfCall):
-    """Reads the outputs of the routers in one model.
+    """Reads the outputs of the routers in one model."""
 
-    Args:
-        model: the nearest module around the routers that gets an attention mask, or the outermost one.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.blocks: dict[nn.Module, BlockSettings] = {}  # by router, for known blocks
-
-    def num_experts(self, router: nn.Module) -> int:
-        """The number of experts that a router chooses from."""
-        held = self.blocks.get(router)
-        return getattr(router, "num_experts") if held is None else num_logits(held)  # noqa: B009
-
-    def routing(self, router: nn.Module, output: Any) -> Routing:
+    def routing(self, site: Site, output: Any) -> Routing:
         """What a router returned, as a `Routing` without a capacity."""
-        held, tokens = self.blocks.get(router), self.tokens()
-        logits, weight, expert = told(router, output, held)
+        held, tokens = site.held, self.tokens()
+        logits, weight, expert = told(site.gate, output, held)
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, t)  # some routers return (b, n, e)
@@ -60,7 +38,7 @@ class Reader(TokensOfCall):
             b, n = tokens.shape
         real = tokens.mask if tokens.mask is not None and tuple(tokens.mask.shape) == (b, n) else None
         logits, expert = logits.float().view(b, n, e), expert.reshape(b, n * k).to(torch.int64)
-        unknown = "sigmoid" if hasattr(router, "e_score_correction_bias") else "softmax"
+        unknown = "sigmoid" if hasattr(site.gate, "e_score_correction_bias") else "softmax"
         probs = SCORES[unknown if held is None else held.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
         kept = torch.ones_like(expert, dtype=torch.bool) if real is None else real.repeat_interleave(k, dim=-1)
@@ -89,22 +67,13 @@ class Reader(TokensOfCall):
         )
 
 
-def find_readers(model: nn.Module) -> dict[nn.Module, Reader]:
-    """A reader for every router of `transformers` in a model; routers with the same model around share one."""
-    readers: dict[nn.Module, Reader] = {}
-    found: dict[nn.Module, Reader] = {}
-    modules = dict(model.named_modules())
-    blocks = {held.router: held for module in modules.values() if (held := block_of(module)) is not None}
-    for name, module in modules.items():
-        if module in blocks or is_router(module):
-            around = model_around(model, name)
-            reader = found[module] = readers.setdefault(around, Reader(around))
-            if module in blocks:
-                reader.blocks[module] = blocks[module]
-    return found
+def readers_of(sites: Sequence[Site]) -> dict[Site, Reader]:
+    """A reader for every router of `transformers`; routers in the same model share one."""
+    readers = {site.around: Reader(site.around) for site in sites if site.theirs}
+    return {site: readers[site.around] for site in sites if site.theirs}
 
 
-def block_of(module: nn.Module) -> BlockSettings | None:
-    """The settings of a known block; None for any other module."""
-    model = record_of(module)
-    return None if model is None else BlockSettings(module, model)
+def why_no_routing(site: Site) -> str | None:
+    """Why nobody can read what a site routes; None if it can be read."""
+    known = not site.theirs or site.held is not None or is_router(site.gate)
+    return None if known else "it is no router that is known, so what it returns cannot be read"

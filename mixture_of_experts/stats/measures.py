@@ -18,9 +18,9 @@ from mixture_of_experts.routing import Routing
 SUMS = ("tokens", "unseen", "dropped", "unavoidable", "entropy", "confidence", "groups", "imbalance")
 
 
-def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
-    """`(2 g e + 9 g,)` float32: load and requests of every expert, then the `SUMS` and the worst imbalance of every
-    router."""
+def measure(routing: Routing, importance: Tensor | None = None) -> dict[str, Tensor]:
+    """By name: "load" and "requested" of every expert, `g e` numbers; the `SUMS` and "worst_imbalance" of every router,
+    `g` numbers."""
     *outer, b, n, e = routing.probs.shape
     load = load_of(routing.expert, routing.kept, e)
     seen = computed_tokens(routing)
@@ -36,7 +36,9 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
         unseen, entropy, top = part & ~seen, torch.where(part, entropy, 0.0), torch.where(part, top, 0.0)
     queued = routing.queued
     uneven = imbalance(queued)
-    sums = {
+    return {
+        "load": load,
+        "requested": queued.sum(dim=-2),
         "tokens": tokens,
         "unseen": unseen.sum(dim=(-2, -1)),
         "dropped": over_capacity(routing, queued).sum(dim=(-2, -1)),
@@ -45,10 +47,8 @@ def measure(routing: Routing, importance: Tensor | None = None) -> Tensor:
         "confidence": top.sum(dim=(-2, -1)),
         "groups": (uneven > 0).sum(dim=-1),
         "imbalance": uneven.sum(dim=-1),
+        "worst_imbalance": torch.nn.functional.pad(uneven, (1, 0)).amax(dim=-1),  # there may be no group
     }
-    worst = torch.nn.functional.pad(uneven, (1, 0)).amax(dim=-1)  # there may be no group
-    parts = (load, queued.sum(dim=-2), *(sums[name] for name in SUMS), worst)
-    return torch.cat([values.float().flatten() for values in parts])
 
 
 def imbalance(queued: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from mixture_of_experts.routing import Routing
-from mixture_of_experts.stats.gates import find_gates
+from mixture_of_experts.sites import Site, find_sites, serve
+from mixture_of_experts.stats.foreign import readers_of, why_no_routing
 
 
 @torch.no_grad()
@@ -36,19 +37,17 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         >>> routing["gate"].probs.shape
         torch.Size([1, 5, 4])
     """
-    sites = find_gates(model)
-    if not sites:
-        raise ValueError(f"{type(model).__name__} has no gate: give routing_of a model with MoE layers")
-    found: dict[str, Routing] = {}
+    sites = serve(find_sites(model, "routing_of"), "routing_of", why_no_routing)
+    readers, found = readers_of(sites), {}
     with ExitStack() as hooks:
-        for reader in {site.reader for site in sites if site.reader is not None}:
+        for reader in set(readers.values()):
             reader.follow(hooks)
         for site in sites:
 
-            def hook(gate: nn.Module, inputs: object, output: Any, site: Any = site) -> None:
-                found[site.name] = output if site.reader is None else site.reader.routing(gate, output)
+            def hook(gate: nn.Module, inputs: object, output: Any, site: Site = site) -> None:
+                found[site.name] = readers[site].routing(site, output) if site.theirs else output
 
-            hooks.callback(site.gate.register_forward_hook(hook).remove)
+            hooks.callback(site.called.register_forward_hook(hook).remove)
         model(*args, **kwargs)
     if not found:
         raise RuntimeError(

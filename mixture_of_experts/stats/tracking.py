@@ -23,8 +23,9 @@ from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
+from mixture_of_experts.sites import Gates, Site, find_sites, serve
 from mixture_of_experts.stats.colours import need_matplotlib
-from mixture_of_experts.stats.gates import GateSite, device_of, find_gates
+from mixture_of_experts.stats.foreign import Reader, readers_of, why_no_routing
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
 from mixture_of_experts.stats.report import History, page, texts_of_gates
@@ -44,7 +45,9 @@ NOTHING = (
 
 
 @contextmanager
-def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") -> Iterator[RoutingStats]:
+def track_routing(
+    model: nn.Module, *, keep: int = 1000, when: When = "always", gates: Gates | None = None
+) -> Iterator[RoutingStats]:
     """Record what every gate in `model` decides, while the context lasts.
 
     It finds the gates of `MoE` and `HeirarchicalMoE` layers, of any class, all other modules derived from `Gate`, and
@@ -62,9 +65,11 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
         model: the module that you call; a forward of a gate counts only within a forward of this module.
         keep: how many forwards of each gate are remembered, the last ones.
         when: which forwards to record: those in "training" mode, in "eval" mode, or "always".
+        gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
 
     Raises:
         ValueError: the model has no gate, or an argument is not allowed.
+        TypeError: nobody can read what a router returns.
         RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
             called (in both cases track the module around it); on reading: nothing was recorded.
 
@@ -79,7 +84,7 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
         >>> stats.last("gate").tokens
         32
     """
-    stats = RoutingStats(model, keep, when)
+    stats = RoutingStats(serve(find_sites(model, "track_routing", gates), "track_routing", why_no_routing), keep, when)
     with ExitStack() as hooks:
         hooks.callback(stats._stop)
         stats._start(model, hooks)
@@ -89,19 +94,19 @@ def track_routing(model: nn.Module, *, keep: int = 1000, when: When = "always") 
 class RoutingStats:
     """The records of `track_routing`. Reading them waits for the device; `step`, `layers` and `level_one` do not."""
 
-    def __init__(self, model: nn.Module, keep: int, when: When) -> None:
+    def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
         check_size("keep", keep)
         check_choice("when", when, WHEN)
         self._when: str = when
         self._was_called = False
         self._marked = False
         self._clocks: dict[torch.device, Clock] = {}
-        self._gates = {site.name: GateTracker(site, self, keep) for site in find_gates(model)}
-        if not self._gates:
-            raise ValueError(f"{type(model).__name__} has no gate: give track_routing a model with MoE layers")
+        readers = readers_of(sites)
+        self._gates = {site.name: GateTracker(site, readers.get(site), self, keep) for site in sites}
         for tracker in self._gates.values():
-            if tracker.site.outer_gate is not None:
-                tracker.outer = self._gates[tracker.site.outer_gate]
+            level_one = tracker.site.level_one
+            if level_one is not None and level_one.name in self._gates:
+                tracker.outer = self._gates[level_one.name]
                 tracker.outer.hands_on = True
 
     @property
@@ -111,7 +116,8 @@ class RoutingStats:
 
     def level_one(self, layer: str) -> str | None:
         """The gate of level one if `layer` is level two of a hierarchy, else None."""
-        return self._gates[layer].site.outer_gate
+        outer = self._gates[layer].outer
+        return None if outer is None else outer.name
 
     def step(self) -> None:
         """End a step: all forwards since the last call, or since the beginning, are one step."""
@@ -279,10 +285,10 @@ class RoutingStats:
     def _start(self, model: nn.Module, hooks: ExitStack) -> None:
         """Register the hooks; closing `hooks` removes them."""
         for tracker in self._gates.values():
-            tracker.allocate(device_of(tracker.site.gate, model))
-            handle = tracker.site.gate.register_forward_hook(tracker.hook, with_kwargs=True)
+            tracker.allocate(tracker.site.device)
+            handle = tracker.site.called.register_forward_hook(tracker.hook, with_kwargs=True)
             hooks.callback(handle.remove)
-        for reader in {reader for tracker in self._gates.values() if (reader := tracker.site.reader) is not None}:
+        for reader in {reader for tracker in self._gates.values() if (reader := tracker.reader) is not None}:
             reader.follow(hooks)
         hooks.callback(model.register_forward_pre_hook(self._begin).remove)
         # last, so that it runs after the hook of a model that is itself a gate
@@ -339,21 +345,29 @@ class Clock:
         self.forwards = self.steps - 1
 
 
+def columns(routers: int, num_experts: int) -> dict[str, int]:
+    """The columns of a row by name, in their order, and how many numbers each has."""
+    before = {"step": 1, "forward": 1, "load": routers * num_experts, "requested": routers * num_experts}
+    of_routers = dict.fromkeys((*SUMS, "worst_imbalance"), routers)
+    return before | of_routers | {"lost_in_layer": 1, "losses": MOST_LOSSES}
+
+
 class GateTracker:
-    """The last rows of one gate: `[step, forward, load, requested, sums, worst imbalance, lost in layer, losses]`.
+    """The last rows of one gate. A row has the columns of `columns`; it is float32, which counts up to 16 million
+    choices of one forward exactly."""
 
-    Rows are float32, which counts up to 16 million choices of one forward exactly.
-    """
-
-    site: GateSite
+    site: Site
+    reader: Reader | None
     stats: RoutingStats
     keep: int
     routers: int
     learn_names: Callable[[tuple[str, ...]], None]
 
-    def __init__(self, site: GateSite, stats: RoutingStats, keep: int) -> None:
-        self.site, self.stats, self.keep = site, stats, keep
+    def __init__(self, site: Site, reader: Reader | None, stats: RoutingStats, keep: int) -> None:
+        self.site, self.reader, self.stats, self.keep = site, reader, stats, keep
+        self.name = site.name  # `torch.compile` reads it
         self.routers = math.prod(site.outer)
+        self.columns = columns(self.routers, site.num_experts)
         self.outer: GateTracker | None = None  # the tracker of level one
         self.hands_on = False  # whether this is level one of a hierarchy
         self.losses: tuple[str, ...] = ()
@@ -363,25 +377,23 @@ class GateTracker:
         self.written: Tensor
 
     def allocate(self, device: torch.device) -> None:
-        cells = self.routers * self.site.num_experts
-        width = 2 + 2 * cells + (len(SUMS) + 1) * self.routers + 1 + MOST_LOSSES
         with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
-            self.ring = torch.zeros(self.keep + 1, width, device=device, dtype=torch.float32)
+            self.ring = torch.zeros(self.keep + 1, sum(self.columns.values()), device=device, dtype=torch.float32)
             self.written = torch.zeros(1, dtype=torch.int64, device=device)
             self.stats._add_clock(device)
 
     def _learn_names(self, losses: tuple[str, ...]) -> None:
         if len(losses) > MOST_LOSSES:
-            raise ValueError(f"{self.site.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
+            raise ValueError(f"{self.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
         self.losses = losses
 
     def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any) -> None:
-        if self.site.reader is not None:
-            routing = self.site.reader.routing(gate, routing)
+        if self.reader is not None:
+            routing = self.reader.routing(self.site, routing)
             args = ()  # a router of transformers gets no importance
         if not isinstance(routing, Routing):
-            raise TypeError(f"{self.site.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
+            raise TypeError(f"{self.name!r} must return a Routing to be tracked, got {type(routing).__name__}")
         losses = routing.losses
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
@@ -390,7 +402,7 @@ class GateTracker:
         if call is None:
             if not self.stats._was_called:
                 raise RuntimeError(
-                    f"{self.site.name!r} ran, but not within a forward of the module given to track_routing: give it "
+                    f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
                     "the module that you call"
                 )
             return  # a recomputation in backward
@@ -406,9 +418,11 @@ class GateTracker:
         clock = self.stats._clocks[device]
         # a graph cannot read the tensors of `call`, which was made outside of it
         number = clock.forwards if torch.compiler.is_compiling() else call.numbers.get(device, clock.forwards)
-        values = [value.detach().float().reshape(1) for value in losses]
-        rest = self.ring.new_zeros(MOST_LOSSES - len(values))
-        row = [clock.steps, number, measure(routing, importance), self.lost_in_layer(call, routing), *values, rest]
+        numbers = {"step": clock.steps, "forward": number, "lost_in_layer": self.lost_in_layer(call, routing)}
+        numbers |= measure(routing, importance)
+        row = [numbers[name].float().flatten() for name in self.columns if name != "losses"]
+        row += [value.detach().float().reshape(1) for value in losses]
+        row.append(self.ring.new_zeros(MOST_LOSSES - len(losses)))
         with exclusively():
             self.ring.index_copy_(0, self.written % (self.keep + 1), torch.cat(row).unsqueeze(0))
             self.written.add_(1)
@@ -418,8 +432,8 @@ class GateTracker:
         if torch.compiler.is_compiling():  # a traced checkpoint can store nothing
             return self.ring.new_full((1,), torch.nan)
         if self.hands_on:
-            call.handed_on[self.site.name] = routing
-        outer = None if self.outer is None else call.handed_on.pop(self.outer.site.name, None)
+            call.handed_on[self.name] = routing
+        outer = None if self.outer is None else call.handed_on.pop(self.outer.name, None)
         return self.ring.new_full((1,), torch.nan) if outer is None else lost_tokens(outer, routing)
 
     @property
@@ -435,23 +449,22 @@ class GateTracker:
     def record(self, step: int, rows: Tensor) -> Record:
         """The record of rows `(r, width)`."""
         g, e = self.routers, self.site.num_experts
-        _, load, requested, sums, worst, lost, losses = rows.split(
-            [2, g * e, g * e, len(SUMS) * g, g, 1, MOST_LOSSES], dim=1
-        )
-        load, requested, sums, lost, losses = (part.sum(dim=0) for part in (load, requested, sums, lost, losses))
-        worst = torch.nn.functional.pad(worst, (0, 0, 1, 0)).amax(dim=0)  # there may be no row
+        found = dict(zip(self.columns, rows.split(list(self.columns.values()), dim=1), strict=True))
+        worst = torch.nn.functional.pad(found["worst_imbalance"], (0, 0, 1, 0)).amax(dim=0)  # there may be no row
+        found = {name: values.sum(dim=0) for name, values in found.items()}
+        sums, lost = torch.stack([found[name] for name in SUMS]), found["lost_in_layer"]
+        load, requested = (found[name].to(torch.int64).view(g, e) for name in ("load", "requested"))
         forwards, shape = len(rows), (*self.site.outer, e)
-        load, requested = load.to(torch.int64).view(g, e), requested.to(torch.int64).view(g, e)
-        sums, means = sums.view(len(SUMS), g), (losses / max(forwards, 1)).tolist()
+        means = (found["losses"] / max(forwards, 1)).tolist()
         outer = ()
         if self.site.outer:
-            names = [f"{self.site.name}[{router}]" for router in range(g)]
+            names = [f"{self.name}[{router}]" for router in range(g)]
             outer = tuple(
                 summed_up(name, step, forwards, load[i], requested[i], sums[:, i], worst[i])
                 for i, name in enumerate(names)
             )
         return summed_up(
-            self.site.name,
+            self.name,
             step,
             forwards,
             load.view(shape),

@@ -1,0 +1,148 @@
+"""Where a model routes: every gate once, whatever is wrapped around it, and errors that name what cannot be served."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.nn.utils import parametrize
+
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, Top2Gating, TopKGating, force_routing
+from mixture_of_experts.replay import record_routing, replay_routing
+from mixture_of_experts.sites import find_sites
+from mixture_of_experts.stats import track_routing
+
+DIM = 8
+
+
+class Block(nn.Module):
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x):
+        return x + self.moe(x)[0]
+
+
+class Same(nn.Module):
+    def forward(self, weight):
+        return weight
+
+
+def model(*gates: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*(Block(MoE(DIM, gate=gate)) for gate in gates))
+
+
+def names(module: nn.Module) -> list[tuple[str, ...]]:
+    return [site.names for site in find_sites(module, "this")]
+
+
+def test_layers_levels_and_gates_alone():
+    both = nn.ModuleDict({"two": HeirarchicalMoE(DIM, (2, 3)), "one": MoE(DIM, 4), "alone": Top2Gating(DIM, 4)})
+    outer, inner, one, alone = find_sites(both, "this")
+    assert names(both) == [("two.gate_outer",), ("two.gate_inner",), ("one.gate",), ("alone",)]
+    assert (inner.level_one, inner.outer, inner.num_experts, inner.k) == (outer, (2,), 3, 2)
+    assert (one.stands[0].layer, one.stands[0].experts) == (both["one"], both["one"].experts)
+    assert (alone.stands[0].layer, alone.theirs, alone.bias) == (None, False, None)
+    assert names(TopKGating(DIM, 4)) == [("gate",)]
+    assert find_sites(TopKGating(DIM, 4, expert_bias=True), "this")[0].bias is not None
+
+
+WRAPPERS = {
+    "compiled": lambda module: torch.compile(module, backend="eager"),
+    "checkpointed": checkpoint_wrapper,
+    "twice": lambda module: checkpoint_wrapper(torch.compile(module, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_wrappers_hide_nothing(wrapper):
+    """Hooks go to the outermost wrapper, settings to the gate; paths are those of the plain model."""
+    plain = model(TopKGating(DIM, 4), TopKGating(DIM, 4))
+    gate, block = plain[0].moe.gate, plain[1]
+    plain[0].moe.gate = WRAPPERS[wrapper](gate)
+    plain[1] = WRAPPERS[wrapper](block)
+    whole = WRAPPERS[wrapper](plain)
+    first, second = find_sites(whole, "this")
+    assert (first.gate, first.called, first.name) == (gate, plain[0].moe.gate, "0.moe.gate")
+    assert (second.gate, second.name) == (block.moe.gate, "1.moe.gate")
+    for chosen in (["0.moe.gate"], "0.moe.gate", [gate], first.called, plain[0].moe):
+        assert [site.gate for site in find_sites(whole, "this", chosen)] == [gate]
+
+
+def test_parametrizations_change_no_class():
+    gates = model(TopKGating(DIM, 4))
+    parametrize.register_parametrization(gates[0].moe.gate, "w_gating", Same())
+    (site,) = find_sites(gates, "this")
+    assert (site.name, site.kind) == ("0.moe.gate", "TopKGating")
+
+
+def test_an_attribute_of_a_wrapper_s_name_is_no_wrapper():
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer, self.module = MoE(DIM, 4), MoE(DIM, 4)
+
+    assert names(Own()) == [("base_layer.gate",), ("module.gate",)]
+
+
+def test_one_gate_in_two_layers_has_two_names():
+    gate = TopKGating(DIM, 4)
+    both = model(gate, TopKGating(DIM, 4), gate)
+    assert names(both) == [("0.moe.gate", "2.moe.gate"), ("1.moe.gate",)]
+    x = torch.randn(2, 3, DIM)
+    with record_routing(both) as records:
+        out = both(x)
+    assert records.layers == ("0.moe.gate", "1.moe.gate", "2.moe.gate")
+    other = records.select([1, 0])
+    with replay_routing(both, other), record_routing(both) as again:
+        replayed = both(x)
+    assert all(a.equal(b) for layer in other for a, b in zip(other[layer], again[layer], strict=True))
+    assert not torch.allclose(out, replayed)
+    with track_routing(both) as stats:
+        both(x)
+    assert (stats.last("0.moe.gate").forwards, stats.last("1.moe.gate").forwards) == (2, 1)
+
+
+def test_a_layer_at_two_paths_has_one_record():
+    block = Block(MoE(DIM, gate=TopKGating(DIM, 4)))
+    two = nn.ModuleList([block, block])
+    with record_routing(two) as records:
+        pass
+    assert records.layers == ("0.moe.gate",)
+
+
+# What cannot be served
+
+
+def test_what_cannot_be_forced_is_named_and_nothing_is_changed():
+    gates = model(TopKGating(DIM, 4), ExpertChoiceGating(DIM, 4))
+    message = (
+        r"force_routing cannot serve '1\.moe\.gate' \(ExpertChoiceGating\): tokens make no choices there\. "
+        r"For the other gates alone pass gates=\['0\.moe\.gate'\]"
+    )
+    with pytest.raises(TypeError, match=message), force_routing(gates):
+        pass
+    assert gates[0].moe.gate.forced is None
+    with force_routing(gates, gates=["0.moe.gate"]):
+        assert gates[0].moe.gate.forced == "balanced"
+    with pytest.raises(ValueError, match=r"has 'gate', which is no gate of the model: there are '0\.moe\.gate', "):
+        force_routing(gates, gates=["gate"]).__enter__()
+    with pytest.raises(ValueError, match=r"has this Linear, which is no gate of the model"):
+        force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()
+    with pytest.raises(ValueError, match=r"gates of force_routing is empty"):
+        force_routing(gates, gates=[]).__enter__()
+
+
+def test_some_gates_are_recorded_and_tracked():
+    gates, x = model(TopKGating(DIM, 4), ExpertChoiceGating(DIM, 4)), torch.randn(1, 3, DIM)
+    with track_routing(gates, gates=[gates[1].moe]) as stats, record_routing(gates, gates="0.moe.gate") as records:
+        out = gates(x)
+    assert (stats.layers, records.layers) == (("1.moe.gate",), ("0.moe.gate",))
+    with replay_routing(gates, records, gates=[gates[0].moe.gate]):
+        torch.testing.assert_close(gates(x), out)
+    two = HeirarchicalMoE(DIM, (2, 2))
+    with track_routing(two, gates=[two.gate_inner]) as stats:
+        two(x)
+    assert (stats.level_one("gate_inner"), stats.last("gate_inner").lost_in_layer) == (None, None)
