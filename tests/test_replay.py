@@ -26,7 +26,8 @@ from mixture_of_experts import (
     TopKGating,
     recipes,
 )
-from mixture_of_experts.gating import SparseMixerGating, TopPGating, base
+from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGating, base
+from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.model_tokens import read_tokens, seen_tokens
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
@@ -123,6 +124,47 @@ def test_replay_is_exact(name, masked):
         run(model, x, mask, seed=3)
     assert_equal(recorded, records)
     assert any(not a.equal(b) for layer in free for a, b in zip(free[layer], records[layer], strict=True))
+
+
+NAMED = {
+    "top-k": lambda: MoE(DIM, gate=TopKGating(DIM, 8, 3, num_groups=4, top_groups=2, **TIGHT)),
+    "top-p": LAYERS["top-p"],
+    "noisy": lambda: MoE(DIM, gate=NoisyTopKGating(DIM, 4, **TIGHT)),
+    "sparse mixer": lambda: MoE(DIM, gate=SparseMixerGating(DIM, 4, **TIGHT)),
+    "top-2, all": lambda: MoE(DIM, 4, second_policy_train="all", **TIGHT),
+    "top-2, none": lambda: MoE(DIM, 4, second_policy_train="none", **TIGHT),
+    "top-2, threshold": lambda: MoE(DIM, 4, second_policy_train="threshold", second_threshold_train=0.3, **TIGHT),
+    "top-2, random": lambda: MoE(DIM, 4, capacity_factor_train=None),
+    "two levels": lambda: HeirarchicalMoE(
+        DIM,
+        gate_outer=TopKGating(DIM, 4, 3, **TIGHT),
+        gate_inner=TopKGating(DIM, 3, 2, outer_expert_dims=(4,), **TIGHT),
+    ),
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", NAMED)
+def test_losses_by_name_are_replayed(name, masked):
+    """A choice that capacity dropped counts, as it did before: only what is computed falls out."""
+    torch.manual_seed(0)
+    model, x, mask = NAMED[name](), torch.randn(3, 6, DIM), MASK if masked else None
+    gates = [module for module in model.modules() if isinstance(module, TokenChoiceGate)]
+    names = set(BALANCE_LOSSES) - (set() if name == "top-k" else set(OF_EXPERT_GROUPS))
+    model.loss_coefs, seen = dict.fromkeys(names, 0.1), []
+    for gate in gates:
+        gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    with record_routing(model) as records:
+        wanted = run(model, x, mask, seed=1)
+    with replay_routing(model, records):
+        again = run(model, x, mask, seed=1)
+    assert name == "top-2, random" or any((routing.chosen & ~routing.kept).any() for routing in seen)
+    first, second = seen[: len(gates)], seen[len(gates) :]
+    for one, other in zip(first, second, strict=True):
+        torch.testing.assert_close(one.losses, other.losses)
+        assert names <= one.losses.keys()
+    for got, value in zip(again, wanted, strict=True):
+        torch.testing.assert_close(got, value, atol=1e-6, rtol=1e-5)
 
 
 def assert_equal(one: RoutingRecords, other: RoutingRecords) -> None:

@@ -296,12 +296,14 @@ class TokenChoiceGate(Gate):
         )
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made."""
+        """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made, and of
+        given ones that are weighed but not computed."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
             return {}
-        chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
+        made = choices.chosen if choices.weighed is None else choices.weighed
+        chosen, probs = self.counted(tokens, made, choices.probs)
         load, proxy = self.load(choices.expert, chosen), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
         counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)

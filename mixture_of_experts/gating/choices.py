@@ -27,6 +27,9 @@ class Choices(NamedTuple):
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
     masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
+    #: (..., b, n, k) bool, the choices that losses by name count: those that share the token's weight, computed or not;
+    #: by default those that are made
+    weighed: Tensor | None = None
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:

@@ -93,7 +93,9 @@ class NoisyTopKGating(TokenChoiceGate):
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         balance_loss = parts["importance"] + parts["load"]
         parts["z"] = self.z_loss(tokens, clean)
-        return Choices(expert, weight, probs, parts, balance_loss, chosen=settled.chosen(), score=score)
+        return Choices(
+            expert, weight, probs, parts, balance_loss, chosen=settled.chosen(), weighed=settled.weighed, score=score
+        )
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""

@@ -84,7 +84,7 @@ class SparseMixerGating(TokenChoiceGate):
             "balance": self.balance_loss(tokens, probs, settled.expert, settled.weighed, k=self.k),
             "z": self.z_loss(tokens, logits),
         }
-        return Choices(settled.expert, weights, probs, losses, chosen=settled.chosen())
+        return Choices(settled.expert, weights, probs, losses, chosen=settled.chosen(), weighed=settled.weighed)
 
     def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[Settled, Tensor]:
         """The choices and their weights, both `(..., b, n, k)`."""

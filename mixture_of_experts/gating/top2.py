@@ -15,6 +15,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating import two_best
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.given import Settled
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
@@ -204,7 +205,8 @@ class Top2Gating(TokenChoiceGate):
         if settled.live is not None:  # of given choices the one that stands first
             primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
         chosen = settled.chosen(self._sent(weight))
-        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=primary)
+        counted = None if weighed is None else self._counted(weight, settled, chosen)
+        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=primary, weighed=counted)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -246,6 +248,18 @@ class Top2Gating(TokenChoiceGate):
             return sent
         other = weight != 0  # with a single expert there is no second choice
         return other if sent is None else sent & other
+
+    def _counted(self, weight: Tensor, settled: Settled, chosen: Tensor | None) -> Tensor:
+        """`(..., b, n, 2)` bool, the choices that losses by name count if some are given: those that are made, and those
+        that only capacity left out. Of a second choice under policy "random" nobody knows; it does not count."""
+        assert settled.weighed is not None
+        assert settled.computed is not None
+        left_out = settled.weighed & ~settled.computed
+        if self.second[0] == "random":
+            left_out = left_out & (torch.arange(2, device=weight.device) == 0)
+        elif (sent := self._sent(weight)) is not None:
+            left_out = left_out & sent
+        return left_out if chosen is None else chosen | left_out
 
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None

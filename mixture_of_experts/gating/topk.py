@@ -226,7 +226,7 @@ class TopKGating(TokenChoiceGate):
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
-        return Choices(expert, weight, probs, parts, chosen=settled.chosen(), score=top)
+        return Choices(expert, weight, probs, parts, chosen=settled.chosen(), weighed=settled.weighed, score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
