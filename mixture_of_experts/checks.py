@@ -100,16 +100,16 @@ def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
         raise TypeError(f"{name} must be floating point, got {x.dtype}: embed or cast the tokens first")
 
 
-def check_mask(mask: Tensor, shape: torch.Size) -> None:
+def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
     """A boolean tensor with one entry for each token."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(
-            f"mask must be a boolean tensor, True where the token is real, got {kind}: "
+            f"{name} must be a boolean tensor, True where the token is real, got {kind}: "
             "write mask.bool() (and ~mask if yours is True at padding)"
         )
     if mask.shape != shape:
-        raise ValueError(f"mask must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
 
 
 def check_importance(importance: Tensor, shape: torch.Size) -> None:

@@ -263,12 +263,16 @@ def plan_slots_of(routing: Routing) -> Plan:
 
 
 def _decision_of(routing: Routing, by_group: bool) -> Decision:
+    weight, kept, chosen = routing.weight, routing.kept, routing.chosen
+    if routing.uncounted is not None:
+        computed = routing.uncounted != 0
+        weight, kept, chosen = weight + routing.uncounted, kept | computed, chosen | computed
     return Decision(
         routing.expert.flatten(),
-        routing.weight.flatten(),
-        routing.kept.flatten(),
+        weight.flatten(),
+        kept.flatten(),
         k=routing.k,
-        chosen=routing.chosen.flatten(),
+        chosen=chosen.flatten(),
         token=None if routing.token_index is None else _in_call(routing.token_index, routing.num_tokens).flatten(),
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch import dispatch
+from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.groups import group_shape
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.private_torch import is_fake
@@ -25,9 +26,9 @@ GIVEN, GIVEN_INNER, OPEN = "given_experts", "given_experts_inner", "open_experts
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:
     """The names of side inputs for the gates of level one and two, by what each gate reads. Given choices have another
-    name at each level; `open_experts` is for level one."""
-    own = {name for name in inner if name not in (GIVEN, OPEN)}
-    return set(outer), own | ({GIVEN_INNER} if GIVEN in inner else set())
+    name at each level; `open_experts` is for level one, `counted` for layers of one level."""
+    own = {name for name in inner if name not in (GIVEN, OPEN, COUNTED)}
+    return set(outer) - {COUNTED}, own | ({GIVEN_INNER} if GIVEN in inner else set())
 
 
 def second_level(

@@ -44,6 +44,9 @@ class Routing:
         losses: every loss by name, 0-dim, without coefficients: the parts of `balance_loss`, "z", and a gate's own.
         primary: `(..., b, a)` bool, the assignments that count as first choices in a second level; None: the first
             assignment of each token.
+        uncounted: `(..., b, a)`, without gradient: the weights of padding that is computed (`counted=`), 0 at real
+            tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
+            knows of them.
 
     Example:
         >>> import torch
@@ -71,6 +74,7 @@ class Routing:
     real: Tensor | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     primary: Tensor | None = None
+    uncounted: Tensor | None = None
 
     def __post_init__(self) -> None:
         parts = self.losses or {"balance": self.balance_loss}

@@ -5,9 +5,10 @@ Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d mo
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, Literal, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.given import Forced, Settled, check_forced, forced_experts, settle
+from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, forced_experts, settle
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
@@ -43,6 +44,8 @@ from mixture_of_experts.queues import (
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.settings import FixedShapes, setting
 
+COUNTED = "counted"  # the side input that says which tokens count, where all are computed
+
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
 class Tokens:
@@ -54,10 +57,16 @@ class Tokens:
     active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
     length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
+    all_choose: bool = False  # whether tokens that are not full choose too: they are computed, but count nowhere
 
     @property
     def num_tokens(self) -> int:
         return self.x.shape[-2]
+
+    @property
+    def choosing(self) -> Tensor | None:
+        """`(..., b, n)` bool, the tokens that make all their choices, counted or not; None if all do."""
+        return None if self.all_choose else self.full
 
 
 class Gate(FixedShapes):
@@ -175,6 +184,9 @@ class TokenChoiceGate(Gate):
 
     k: int
 
+    #: `counted` `(..., n)` bool, instead of a mask, for a dropless gate: tokens where it is False are padding whose
+    #: choices are computed, without gradient for the router, but appear in no loss, statistic or count
+    reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     balance_over: Literal["group", "batch"] = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether a choice that is not made still takes its share of the token's weight, as a second choice of `Top2Gating`
@@ -210,6 +222,13 @@ class TokenChoiceGate(Gate):
         self.priority = priority
         self.forced = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls) and COUNTED in cls.reads:
+            taken = inspect.signature(cls.forward).parameters.values()
+            if not any(p.name == COUNTED or p.kind is p.VAR_KEYWORD for p in taken):
+                cls.reads = tuple(name for name in cls.reads if name != COUNTED)
+
     @property
     def capacity_factor(self) -> float | None:
         """The capacity factor of the current mode, training or eval."""
@@ -240,7 +259,34 @@ class TokenChoiceGate(Gate):
         if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
             wanted = (*tokens.x.shape[:-1], self.k)
             raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
+        if given is not None and tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
+            given = torch.where(tokens.full.unsqueeze(-1), given, LIVE)
         return settle(given, expert, chosen)
+
+    def read(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Length | Tensor | None = None,
+        side: Mapping[str, Tensor] | None = None,
+    ) -> Tokens:
+        """Check the arguments of `forward`, and return the `Tokens`."""
+        if not side or COUNTED not in side or COUNTED not in self.reads:
+            return super().read(x, importance, mask, length, side)
+        side = dict(side)
+        counted = side.pop(COUNTED)
+        if importance is not None or mask is not None:
+            raise ValueError("counted goes with no mask and no importance: give the mask as counted, or as mask")
+        if self.capacity_factor is not None:
+            raise ValueError(
+                f"counted needs a dropless gate, got a capacity factor of {self.capacity_factor}: give it as mask, so "
+                "that padding takes no slots"
+            )
+        tokens = super().read(x, length=length, side=side)
+        check_mask(counted, x.shape[:-1], COUNTED)
+        its_length = Length(counted.sum(dim=-1)) if length is None else tokens.length
+        return replace(tokens, real=counted, full=counted, active=counted, length=its_length, all_choose=True)
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
@@ -277,7 +323,7 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
         choices = self.decide(tokens)
-        chosen = None if choices.masked else self.allowed(tokens)
+        chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
         if choices.chosen is not None:
             chosen = choices.chosen if chosen is None else choices.chosen & chosen
         balance_loss = choices.losses.get("balance") if choices.balance_loss is None else choices.balance_loss
@@ -315,8 +361,7 @@ class TokenChoiceGate(Gate):
             raise ValueError(f"experts are given, and {how} ones forced: do one or the other")
         x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
         given = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
-        side = {**tokens.side, "given_experts": given}
-        return Tokens(x, tokens.real, tokens.full, tokens.active, tokens.length, side)
+        return replace(tokens, side={**tokens.side, "given_experts": given})
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
@@ -424,8 +469,12 @@ class TokenChoiceGate(Gate):
             choices = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
         capacity, limit = self.capacity(tokens)
+        uncounted = None
         if tokens.active is not None:
             active = tokens.active.unsqueeze(-1)
+            if tokens.all_choose:
+                others = ~active if chosen is None else chosen & ~active
+                uncounted = torch.where(others, weight.detach(), 0.0).flatten(-2)
             chosen = active.expand_as(expert) if chosen is None else chosen & active
         expert, weight = expert.flatten(-2), weight.flatten(-2)
         chosen = None if chosen is None else chosen.flatten(-2)
@@ -461,6 +510,7 @@ class TokenChoiceGate(Gate):
             real=tokens.real,
             losses=losses,
             primary=None if primary is None else primary.flatten(-2),
+            uncounted=uncounted,
         )
 
     def extra_repr(self) -> str:

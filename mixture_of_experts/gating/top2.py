@@ -185,7 +185,7 @@ class Top2Gating(TokenChoiceGate):
         # the second choice is among the experts that the first one leaves; without a first choice among all
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
-        expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
+        expert_2 = self._without_first(fixed, expert_1, tokens.choosing).argmax(dim=-1, keepdim=True)
         settled = self.settle(tokens, torch.cat([expert_1, expert_2], dim=-1))
         expert, weighed = settled.expert, settled.weighed
         if weighed is not None:
@@ -196,7 +196,7 @@ class Top2Gating(TokenChoiceGate):
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if weighed is not None:
             p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
-        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
+        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.choosing)
         balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
         likely = weighed is None  # a given expert may have probability 0
         log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)

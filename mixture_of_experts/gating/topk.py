@@ -201,6 +201,7 @@ class TopKGating(TokenChoiceGate):
         own = self.own_choices(tokens, ranked)
         settled = self.settle(tokens, own, self.chosen(probs, own)).without(closed)
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
+        weighs = settled.weighed if tokens.all_choose else allowed
         if settled.live is not None:
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
 
@@ -209,9 +210,9 @@ class TopKGating(TokenChoiceGate):
 
         weight = self._weigh(logits, score, expert, settled.weighed)
         prob = weight[..., :1]
-        if allowed is not None:
-            weight = torch.where(allowed, weight, 0.0)
-        weight = self._normalized(weight, allowed)
+        if weighs is not None:
+            weight = torch.where(weighs, weight, 0.0)
+        weight = self._normalized(weight, weighs)
         if self.scale != 1:
             weight = weight * self.scale
         if self.training and (counts := self.bias_counts) is not None:

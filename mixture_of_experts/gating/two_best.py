@@ -40,10 +40,11 @@ def choices(gate: Top2Gating, tokens: Tokens) -> Choices | None:
 
 
 def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
-    """Whether the kernels know the gate's settings: all but a loss of second choices and given experts."""
+    """Whether the kernels know the call: all but a loss of second choices, given experts, and tokens that choose but do
+    not count."""
     own = type(gate).__module__ == "mixture_of_experts.gating.top2" and not gate.second_place_loss
     masked = tokens.full is not None, tokens.active is not None
-    there = "given_experts" not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0
+    there = "given_experts" not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0 and not tokens.all_choose
     return own and gate.num_experts <= MOST_EXPERTS and there and masked[0] == masked[1]
 
 

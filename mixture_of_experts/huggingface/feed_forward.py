@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts import under_way
 from mixture_of_experts.auxiliary import refuse_reentrant
 from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.tracing import in_checkpoint, in_transform
@@ -128,7 +129,7 @@ class MoEFeedForward(Replaced):
         side = self._side(call, tokens)
         if mask is not None or tokens is not x or side:
             self._refuse_forgetting(call)
-        out, aux_loss = self.moe(tokens, mask=mask, **side)
+        out, aux_loss = self.moe(tokens, **self._told(mask), **side)
         if not call.again:
             self._give(call, out, aux_loss)
         out = out.view(x.shape)
@@ -144,6 +145,16 @@ class MoEFeedForward(Replaced):
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
             out.register_hook(call.reached.at_output)
             aux_loss.register_hook(call.reached.at_loss)
+
+    def _told(self, mask: Tensor | None) -> dict[str, Tensor | None]:
+        """The mask, by the argument that tells the layer what to do with padding.
+
+        Dense networks compute padding, and models read it: a loss predicts the first token after padding on the left.
+        So dropless gates compute it too, and count it nowhere.
+        """
+        dropless = getattr(self.moe.gate, "capacity_factor", 0.0) is None
+        computes = mask is not None and dropless and COUNTED in reads_of(self.moe.gate)
+        return {COUNTED if computes else "mask": mask}
 
     def _side(self, call: ModelCall, tokens: Tensor) -> dict[str, Tensor]:
         """The ids of tokens `(b, n, d)` as side input, if the gate reads them; else {}."""

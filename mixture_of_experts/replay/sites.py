@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.gating import ExpertChoiceGating
+from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.model_tokens import TokensAround, TokensReader
 from mixture_of_experts.private_torch import number_of_backward
 from mixture_of_experts.sites import Gates, Site, Stand, find_sites, places, serve
@@ -53,7 +54,8 @@ class ChoiceSite(NamedTuple):
         """The shape `(..., n)` and the mask of the tokens in a call of the layer or gate."""
         names = BARE if self.called is self.site.called else LAYER
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        return tuple(given[names[0]].shape[:-1]), given.get("mask")
+        mask = given.get("mask")
+        return tuple(given[names[0]].shape[:-1]), given.get(COUNTED) if mask is None else mask
 
 
 def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[ChoiceSite]:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import StaticCache
 
 from mixture_of_experts import Top2Gating
-from mixture_of_experts.huggingface import aux_loss, replace_ffn
+from mixture_of_experts.huggingface import aux_loss, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.under_way import HERE
 
@@ -75,6 +75,21 @@ def aux_loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
         model(**inputs)
     return aux_loss(model)
+
+
+@pytest.mark.parametrize("name", TOKENS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_dropless_layers_compute_padding_as_the_dense_model_does(name, side):
+    """A loss that reads outputs at padding is the dense model's, and so are its gradients."""
+    model, (_, batch) = without_dropout(ARCHITECTURES[name].build()).train(), two_lengths(side)
+    batch["labels"] = batch["input_ids"]
+    dense = model(**batch)
+    wanted = torch.autograd.grad(dense.loss, model.get_input_embeddings().weight)
+    upcycle(model, num_experts=4, loss_coef=0.0)
+    out = model(**batch)
+    grad = torch.autograd.grad(out.loss, model.get_input_embeddings().weight)
+    for found, expected in ((out.logits, dense.logits), (out.loss, dense.loss), (grad, wanted)):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["t5", "t5_gated"])

@@ -1,0 +1,189 @@
+"""`counted=`: tokens that are computed by their own choices, and that nothing counts.
+
+Each router is compared with itself: at real tokens, in losses and counts with a call under a mask; at padding with a
+call in which all tokens are real.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from support.paths import DIM, NUM_EXPERTS, ROUTERS, assert_all_equal, gradients, layer_with_router, run
+from torch import Tensor, nn
+
+from mixture_of_experts import ExpertChoiceGating, HashGating, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts.gating import SparseMixerGating, reads_of
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
+from mixture_of_experts.stats import track_routing
+
+DROPLESS = [name for name in ROUTERS if name != "ExpertChoice"]
+MASK = torch.tensor([[False, False, True, True, True, True], [True, True, True, True, True, False]])
+
+
+def layer(name: str) -> Any:
+    moe = layer_with_router(name)
+    moe.gate.capacity_factor_train = moe.gate.capacity_factor_eval = None
+    moe.loss_coefs = {"balance_batch": 0.1}
+    return moe
+
+
+def tokens() -> Tensor:
+    return torch.randn(*MASK.shape, DIM, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def counts(moe: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.clone() for name, buffer in moe.named_buffers()}
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+def test_real_tokens_losses_and_gradients_are_those_under_a_mask(name):
+    masked, x = layer(name), tokens()
+    counting = copy.deepcopy(masked)
+    wanted, found = run(masked, x, mask=MASK), run_counted(counting, x)
+    close(found[0][MASK], wanted[0][MASK])
+    close(found[1], wanted[1])
+    # gradients of what real tokens and losses give
+    real = MASK.unsqueeze(-1)
+    grads, wanted_grads = (
+        gradients(moe, x, (out * real, loss)) for moe, (out, loss) in ((counting, found), (masked, wanted))
+    )
+    for key, grad in wanted_grads.items():
+        close(grads[key], grad)
+    assert_all_equal(counts(counting), counts(masked))
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+@pytest.mark.parametrize("training", [True, False])
+def test_padding_is_computed_by_its_own_choices(name, training):
+    """As if all tokens were real: with the same random numbers the same outputs."""
+    moe, x = layer(name).train(training), tokens()
+    close(run_counted(moe, x)[0], run(moe, x)[0])
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+def test_padding_never_trains_a_router(name):
+    moe, x = layer(name), tokens()
+    out, _ = run_counted(moe, x)
+    grads = torch.autograd.grad(out[~MASK].square().sum(), list(moe.gate.parameters()), allow_unused=True)
+    assert all(grad is None or not grad.any() for grad in grads)
+    assert torch.autograd.grad(run_counted(moe, x)[0][~MASK].square().sum(), moe.experts.w1)[0].any()
+
+
+@pytest.mark.parametrize("name", DROPLESS)
+def test_its_routing_is_that_under_a_mask(name):
+    """But for ids and probabilities at padding, which nothing reads, and the field `uncounted`."""
+    gate, x = layer(name).gate.eval(), tokens()
+    torch.manual_seed(0)
+    wanted = gate(x, mask=MASK)
+    torch.manual_seed(0)
+    found = gate(x, counted=MASK)
+    assert wanted.uncounted is None
+    assert not found.uncounted.requires_grad
+    assert not found.uncounted.unflatten(-1, (-1, gate.k))[MASK].any()
+    for field in fields(wanted):
+        one, other = getattr(found, field.name), getattr(wanted, field.name)
+        if field.name in ("expert", "probs", "primary") and isinstance(other, Tensor):
+            one, other = (part.reshape(*MASK.shape, -1)[MASK] for part in (one, other))
+        if isinstance(other, Tensor) and field.name != "uncounted":
+            close(one, other)
+    assert found.losses.keys() == wanted.losses.keys()
+    with track_routing(gate) as tracked:
+        gate(x, counted=MASK)
+    with track_routing(gate) as tracked_masked:
+        gate(x, mask=MASK)
+    assert tracked.scalars() == pytest.approx(tracked_masked.scalars(), nan_ok=True)
+
+
+def run_counted(moe: Any, x: Tensor, mask: Tensor = MASK) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return moe(x, counted=mask)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_routers_that_read_more():
+    """Token ids, and sampling one expert after the other."""
+    x, ids = tokens(), torch.arange(12).view(2, 6)
+    moe = MoE(DIM, gate=HashGating(DIM, 4, num_ids=12))
+    close(moe(x, token_ids=ids, counted=MASK)[0], moe(x, token_ids=ids)[0])
+    moe = MoE(DIM, gate=SparseMixerGating(DIM, 4))
+    close(run_counted(moe, x)[0], run(moe, x)[0])
+
+
+def test_a_shared_expert_computes_padding_too():
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4), shared_expert=nn.Linear(DIM, DIM)), tokens()
+    close(moe(x, counted=MASK)[0], moe(x)[0])
+    assert not moe(x, mask=MASK)[0][~MASK].any()
+
+
+def test_records_leave_padding_out_and_a_replay_lets_it_choose():
+    moe, x = MoE(DIM, gate=TopKGating(DIM, NUM_EXPERTS)).eval(), tokens()
+    with record_routing(moe) as records:
+        moe(x, counted=MASK)
+    assert records.lengths("gate") == [4, 5]
+    others = RoutingRecords({"gate": [(record + 1) % NUM_EXPERTS for record in records["gate"]]})
+    with replay_routing(moe, others), record_routing(moe) as replayed:
+        out, _ = moe(x, counted=MASK)
+    assert all(map(torch.equal, replayed["gate"], others["gate"]))
+    close(out[~MASK], moe(x)[0][~MASK])
+    assert not torch.allclose(out[MASK], moe(x)[0][MASK], atol=1e-3)
+    moe.gate.forced = "balanced"
+    close(moe(x, counted=MASK)[0][MASK], moe(x, mask=MASK)[0][MASK])
+
+
+@pytest.mark.slow
+# torch makes an object of every autograd function that it traces, and warns of that itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled_and_exported():
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)).eval(), tokens().detach()
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = moe
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.moe(x, counted=mask)[0]
+
+    wanted = moe(x)[0]
+    close(torch.compile(Layer(), fullgraph=True, backend="eager")(x, MASK), wanted)
+    close(torch.export.export(Layer(), (x, MASK)).module()(x, MASK), wanted)
+
+
+def test_where_it_does_not_fit_it_is_refused():
+    x = tokens()
+    with pytest.raises(ValueError, match=r"counted needs a dropless gate, got a capacity factor of 1\.25: give it as"):
+        MoE(DIM)(x, counted=MASK)
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
+    with pytest.raises(ValueError, match=r"counted goes with no mask and no importance"):
+        moe(x, MASK, counted=MASK)
+    with pytest.raises(TypeError, match="counted must be a boolean tensor"):
+        moe(x, counted=MASK.long())
+    with pytest.raises(ValueError, match=r"counted must have shape \(2, 6\)"):
+        moe.gate(x, counted=MASK[:, :5])
+    for other in (MoE(DIM, gate=ExpertChoiceGating(DIM, 4)), HeirarchicalMoE(DIM, (2, 2))):
+        with pytest.raises(TypeError, match="reads no side input 'counted'"):
+            other(x, counted=MASK)
+
+
+class OldGate(TopKGating):
+    """Its `forward` takes what a gate's took without side inputs."""
+
+    def forward(self, x, importance=None, mask=None):
+        return super().forward(x, importance, mask)
+
+
+class HandingOn(TopKGating):
+    def forward(self, x, *args, **kwargs):
+        return super().forward(x, *args, **kwargs)
+
+
+def test_a_gate_with_a_forward_of_its_own_reads_it_if_it_takes_it():
+    assert "counted" not in reads_of(OldGate(DIM, 4))
+    assert "counted" in reads_of(HandingOn(DIM, 4))
