@@ -70,9 +70,13 @@ class TokensReader:
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
         """The real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a cache."""
-        given = self.given(args, kwargs)
-        cache = given.get("cache", given.get("past_key_values"))
+        given, cache = self.given(args, kwargs), self.cache(args, kwargs)
         return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The cache among the arguments; None if there is none."""
+        given = self.given(args, kwargs)
+        return given.get("cache", given.get("past_key_values"))
 
 
 class TokensCall(CallUnderWay):

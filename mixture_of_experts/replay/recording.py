@@ -45,7 +45,8 @@ def record_routing(
 
     Each forward adds its sequences to the records, in the order of the batch. A forward that continues a cache
     (`generate`) adds its tokens to the sequences of the forward before it. If the cache was cut, the record is cut too.
-    Beam search cannot be recorded, because it exchanges sequences. Only forwards of this thread are recorded, each
+    Beam search is refused, because it exchanges the sequences of the cache. Without a cache every step of a generation
+    adds its sequences anew, from their first token. Only forwards of this thread are recorded, each
     once, also under activation checkpointing. Numbers stay on the device until they are read.
 
     Args:
@@ -59,8 +60,8 @@ def record_routing(
         ValueError: the model has no gate.
         TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
             choose by `torch.topk`.
-        RuntimeError: in a forward, a gate runs twice or outside of `model`; on reading, a forward continued sequences
-            that were not recorded.
+        RuntimeError: in a forward, a gate runs twice or outside of `model`, or beam search exchanged sequences; on
+            reading, a forward continued sequences that were not recorded.
 
     Example:
         >>> import torch

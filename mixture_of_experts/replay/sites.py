@@ -5,6 +5,7 @@ Axes: b sequences, n tokens of a forward, k choices of a token.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -136,16 +137,40 @@ class Sequences:
         self.owner = owner
         self.read = TokensReader(model)
         self.seen = seen
+        self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if under_way.current(self.owner) is None:
             return  # in another thread, or in a backward
         tokens = self.read(args, kwargs)
+        self.refuse_beams(self.cache(args, kwargs))
         seen, cached = self.read.seen(args, kwargs) if self.seen is None else (self.seen(args, kwargs), True)
         under_way.begin(SequencesCall(tokens, seen, cached), self)
 
-    def end(self, model: nn.Module, args: object, output: object) -> None:
-        under_way.end(self)
+    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
+        if under_way.end(self) is not None:
+            cache = self.cache(args, kwargs)
+            keys = keys_of(cache)
+            self.left = None if keys is None else (weakref.ref(cache), weakref.ref(keys), keys.shape)
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The cache of transformers that a forward is given, if any."""
+        return None if self.seen is not None else self.read.cache(args, kwargs)
+
+    def refuse_beams(self, cache: Any) -> None:
+        """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.
+
+        Whoever does so gives the cache other tensors of the same shape.
+        """
+        keys = keys_of(cache)
+        if keys is None or self.left is None or self.left[0]() is not cache:
+            return
+        if self.left[1]() is not keys and self.left[2] == keys.shape:
+            raise RuntimeError(
+                "the sequences of the cache were exchanged between two forwards, as beam search does (num_beams > 1): "
+                "choices of such a generation can be neither recorded nor replayed. Generate without beams, or run the "
+                "finished sequences once more"
+            )
 
     def call(self, site: ChoiceSite) -> SequencesCall | None:
         """The forward that is under way; None in another thread, and in a recomputation by a backward."""
@@ -155,6 +180,13 @@ class Sequences:
                 f"{site.name!r} ran, but not within a forward of the module given: give the module that you call"
             )
         return call
+
+
+def keys_of(cache: Any) -> Tensor | None:
+    """The keys in the first layer of a cache that has some; None if none has."""
+    cache = getattr(cache, "self_attention_cache", cache)
+    found = (getattr(layer, "keys", None) for layer in getattr(cache, "layers", ()))
+    return next((keys for keys in found if isinstance(keys, Tensor)), None)
 
 
 def runs_again() -> bool:
@@ -173,4 +205,4 @@ def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: Exi
 def follow_to_the_end(found: Mapping[nn.Module, Sequences], hooks: ExitStack) -> None:
     """Set hooks at the end of these forwards. Call it last: a model may be a layer, whose own hooks run first."""
     for around, sequences in found.items():
-        hooks.callback(around.register_forward_hook(sequences.end, always_call=True).remove)
+        hooks.callback(around.register_forward_hook(sequences.end, with_kwargs=True, always_call=True).remove)

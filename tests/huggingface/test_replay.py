@@ -103,6 +103,42 @@ def test_a_generation(name):
         other(tokens, attention_mask=torch.cat([mask, mask[:, -1:]], dim=1))
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(cache_implementation="static"), dict(do_sample=True)])
+@pytest.mark.parametrize("name", ["Mixtral", "replaced"])
+def test_beams_are_refused(name, settings):
+    """In records and in replays, where the second forward goes on with exchanged sequences."""
+    model, (_, batch) = MODELS[name](), two_lengths("left")
+    more: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0, num_beams=2) | settings
+    with pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"), record_routing(model):
+        model.generate(**batch, **more)
+    prompts = {key: value.repeat_interleave(2, dim=0) for key, value in batch.items()}
+    with record_routing(model) as records:
+        model(**prompts)
+    with (
+        pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"),
+        replay_routing(model, records, beyond="choose"),
+    ):
+        model.generate(**batch, **more)
+    model.generate(**batch, **more)  # nothing is left behind
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cut_or_copied_is_not_one_of_beams():
+    """Lengths differ, or the cache is another one; without a cache every step is a sequence of its own."""
+    model, tokens = MODELS["replaced"](), torch.randint(3, 64, (2, 6))
+    with record_routing(model) as records:
+        cache = model(tokens).past_key_values
+        model(tokens[:, :2], cache=cache)
+        cache.crop(-2)
+        model(tokens[:, :3], cache=copy.deepcopy(cache))
+        model(tokens[:, :1], cache=cache)
+    assert records.lengths(records.layers[0]) == [7, 7]
+    settings: Any = dict(max_new_tokens=2, do_sample=False, eos_token_id=None, pad_token_id=0, use_cache=False)
+    with record_routing(model) as records:
+        model.generate(tokens, num_beams=2, **settings)
+    assert records.lengths(records.layers[0]) == [6] * 4 + [7] * 4
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_training_with_checkpointing(name):
     """Gradients of the router's weights too are those without checkpointing."""
