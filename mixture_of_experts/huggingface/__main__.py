@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mixture_of_experts.huggingface.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.record import GATES, GateFactory
 
+DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -22,6 +28,20 @@ def size(text: str) -> int:
     return int(found[1]) * unit
 
 
+def gate(text: str) -> GateFactory:
+    """A gate such as `TopKGating(k=4, score="sigmoid")`, as a function that makes one for each layer."""
+    try:
+        call: Any = ast.parse(text, mode="eval").body
+        settings = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
+        kind = GATES[call.func.id]
+        if call.args:
+            raise ValueError("it has settings without a name")
+    except (SyntaxError, AttributeError, KeyError, TypeError, ValueError):
+        example = 'write TopKGating(k=4, score="sigmoid")'
+        raise argparse.ArgumentTypeError(f"{text!r} is no gate: {example}; there are {', '.join(GATES)}") from None
+    return lambda dim, num_experts: kind(dim, num_experts, **settings)
+
+
 def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.huggingface", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -29,25 +49,37 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         ("upcycle", "replace the feed-forward networks of a saved model by experts that are copies of them"),
         ("export", "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers"),
     ):
-        command = commands.add_parser(name, help=does, description=does)
+        shows_defaults = argparse.ArgumentDefaultsHelpFormatter
+        command = commands.add_parser(name, help=does, description=does, formatter_class=shows_defaults)
         command.add_argument("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
         command.add_argument("target", type=Path, metavar="OUT", help="new folder")
         command.add_argument("--max-shard-size", type=size, default="5GB", help="most bytes of a file of weights")
         if name == "upcycle":
-            command.add_argument("--num-experts", type=int, default=8)
-            command.add_argument("--k", type=int, default=2, help="experts of a token")
-            command.add_argument("--layers", type=int, nargs="+", help="numbers of blocks; by default all")
-            command.add_argument("--granularity", type=int, default=1, help="cut each copy into so many experts")
-            command.add_argument("--shared-expert", type=int, help="hidden units of a shared expert")
-            command.add_argument("--noise", type=float, default=0.0, help="noise, in deviations of the weights")
-            command.add_argument("--redraw", type=float, default=0.0, help="share of hidden units to redraw")
+            add_settings(command.add_argument)
     return parser.parse_args(arguments)
+
+
+def add_settings(add: Any) -> None:
+    """Add the settings of `upcycle`. What has no default is left to it."""
+    add("--num-experts", type=int, default=8, help="experts of a layer")
+    add("--k", type=int, default=2, help="experts of a token, for the default gate")
+    add("--gate", type=gate, default=argparse.SUPPRESS, help="such as 'TopKGating(k=4, score=\"sigmoid\")'")
+    add("--layers", type=int, nargs="+", default=argparse.SUPPRESS, help="numbers of blocks; by default all")
+    add("--granularity", type=int, default=1, help="cut each copy into so many experts")
+    add("--shared-expert", type=int, default=argparse.SUPPRESS, help="hidden units of a shared expert")
+    add("--noise", type=float, default=0.0, help="noise, in deviations of the weights")
+    add("--redraw", type=float, default=0.0, help="share of hidden units to redraw")
+    add("--loss-coef", type=float, default=1e-2, help="coefficient of the balancing loss")
+    add("--z-loss-coef", type=float, default=0.0, help="coefficient of the z-loss")
+    add("--dtype", choices=DTYPES, default=argparse.SUPPRESS, help="of the weights that are written; by default theirs")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
     settings = vars(read(arguments))
     run = {"upcycle": upcycle_folder, "export": export_folder}[settings.pop("command")]
+    if "dtype" in settings:
+        settings["dtype"] = getattr(torch, settings["dtype"])
     try:
         run(**settings)
     except (ValueError, TypeError, OSError) as error:

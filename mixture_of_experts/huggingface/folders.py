@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -33,24 +34,30 @@ INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
 
 
-def upcycle_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, **settings: Any) -> None:
+def upcycle_folder(
+    source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, dtype: torch.dtype | None = None, **settings: Any
+) -> None:
     """Upcycle a saved dense model; write the folder that `save_pretrained` would write.
 
     Args:
         source: a folder with `config.json` and safetensors.
         target: a new folder.
         max_shard_size: most bytes of a file of weights.
+        dtype: of the weights that are written; by default they keep theirs.
         settings: arguments of `upcycle`, without `models`.
 
     Raises:
-        ValueError, TypeError: as in `upcycle`; or the model has experts already, or weights have other names.
+        ValueError, TypeError: as in `upcycle`; or the model has experts already, or the files lack some of its weights.
+        FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
     with finished(target) as folder:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
-        model, weights = empty_model(config), WeightFiles(source)
+        config.dtype = config.dtype if dtype is None else dtype
+        model, weights = empty_model(config), WeightFiles(source, dtype)
+        weights.check_whole(model)
         places = find(model, settings.pop("layers", None), settings.get("adapters"))
         writer = Shards(folder, max_shard_size)
         written: set[str] = set()
@@ -87,11 +94,12 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         max_shard_size: most bytes of a file of weights.
 
     Raises:
-        ValueError: as in `export`.
+        ValueError: as in `export`; or the files lack some of the model's weights.
+        FileNotFoundError: the source is no folder.
         FileExistsError: the target exists.
     """
     with finished(target) as folder:
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         layers = layers_with_experts(config)
         if not layers:
             raise ValueError(f"{source} has no experts: there is nothing to export")
@@ -99,6 +107,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         vars(config).pop("quantization_config", None)
         model, weights = empty_model(config), WeightFiles(source)
         put_experts(model, layers)
+        weights.check_whole(model)
         plan = plan_export(model)
         with torch.device("meta"):
             made = plan.model_class(plan.config)
@@ -136,8 +145,20 @@ def finished(target: Path) -> Iterator[Path]:
         raise
 
 
+def read_config(source: Path) -> Any:
+    """The configuration of a folder; no name on the hub is looked up."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
+    return AutoConfig.from_pretrained(source, local_files_only=True)
+
+
 def empty_model(config: Any) -> Any:
     """The model that was saved, without memory for its weights."""
+    if not config.architectures:
+        raise ValueError(
+            'config.json does not name the class of the model: write it there, such as "architectures": '
+            '["LlamaForCausalLM"]'
+        )
     with torch.device("meta"):
         model: Any = find_class(config, None)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
@@ -166,27 +187,37 @@ def opened(path: Path) -> Iterator[Any]:
         yield file
 
 
+def check_weight_map(files: Any) -> dict[str, str]:
+    """The names of files by names of weights, which must lie in the folder."""
+    for file in files.values():
+        if os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
+            raise ValueError(f"{file!r} of its weight_map is outside of the folder")
+    return files
+
+
 class WeightFiles(Mapping[str, Tensor]):
-    """The weights of a folder by name; each is read only when it is asked for."""
+    """The weights of a folder by name, in `dtype` or their own; each is read only when it is asked for."""
 
     files: dict[str, str]
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
         index = folder / INDEX
         if index.exists():
             with readable(index):
-                files = json.loads(index.read_text())["weight_map"]
+                files = check_weight_map(json.loads(index.read_text())["weight_map"])
         elif (folder / "model.safetensors").exists():
             with opened(folder / "model.safetensors") as file:
                 files = dict.fromkeys(file.keys(), "model.safetensors")
         else:
             raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
         self.folder = folder
+        self.dtype = dtype
         self.files = dict(sorted(files.items(), key=lambda item: item[1]))
 
     def __getitem__(self, name: str) -> Tensor:
         with opened(self.folder / self.files[name]) as file:
-            return file.get_tensor(name)
+            weight = file.get_tensor(name)
+        return weight.to(self.dtype) if self.dtype is not None and weight.is_floating_point() else weight
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -203,6 +234,11 @@ class WeightFiles(Mapping[str, Tensor]):
         raise ValueError(
             f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
         )
+
+    def check_whole(self, model: Any) -> None:
+        """Raise ValueError if a weight of the model is in none of the files, and tied to none that is."""
+        for name in sorted(model.state_dict().keys() - set(model.all_tied_weights_keys)):
+            self.named(name, model)
 
     def without_head(self, name: str, model: Any) -> str:
         """The name without its first word, if the files are of a model without a head; else the name itself."""

@@ -65,6 +65,45 @@ def test_settings_of_the_command(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").exists()  # small enough for one file
 
 
+def test_gate_coefficients_and_dtype(tmp_path):
+    dense, inputs = saved("llama", tmp_path / "in"), ARCHITECTURES["llama"].inputs()
+    settings = ["--gate", 'TopKGating(k=3, score="sigmoid", expert_bias=True)', "--loss-coef", "0.5"]
+    settings += ["--z-loss-coef", "0.25", "--dtype", "bfloat16"]
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out"), *settings]) == 0
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(value.dtype == torch.bfloat16 for name, value in stored.items() if "expert_" not in name)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    moe = feed_forwards(loaded)[0].moe
+    assert (moe.gate.k, moe.gate.score, moe.loss_coef, moe.z_loss_coef) == (3, "sigmoid", 0.5, 0.25)
+    assert moe.gate.expert_bias.dtype == torch.float32
+    expected = dense.to(torch.bfloat16)(**inputs).logits
+    torch.testing.assert_close(loaded(**inputs).logits, expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize(
+    "text", ["Top", "TopKGating", "TopKGating(3)", "TopKGating(k=x)", "nn.Linear()", "import os", ""]
+)
+def test_what_is_no_gate(text, capsys):
+    with pytest.raises(SystemExit):
+        main(["upcycle", "in", "out", "--gate", text])
+    assert f'{text!r} is no gate: write TopKGating(k=4, score="sigmoid"); there are ' in capsys.readouterr().err
+
+
+def test_help_shows_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["upcycle", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    for words in (
+        "(default: 8)",
+        "(default: 5GB)",
+        "coefficient of the balancing loss (default: 0.01)",
+        "by default all",
+    ):
+        assert words in shown
+    assert "None" not in shown
+
+
 def test_names_without_the_head_and_other_dtypes(tmp_path):
     """As the hub has GPT-2: no `transformer.` before the names of weights; in bfloat16."""
     dense = ARCHITECTURES["gpt2"].build().to(torch.bfloat16)
@@ -110,6 +149,7 @@ def test_what_cannot_be_done_is_said_and_leaves_nothing(tmp_path, capsys):
         (("export", "in", "out"), "in has no experts"),
         (("export", "moe2", "out"), "no class of transformers is a GPT2LMHeadModel with experts"),
         (("upcycle", "in", "out", "--granularity", "5"), "granularity=5 must divide num_experts=8"),
+        (("upcycle", "in", "out", "--gate", "TopKGating(kay=2)"), "unexpected keyword argument 'kay'"),
     ]:
         capsys.readouterr()
         paths = [words[0], *(str(tmp_path / word) for word in words[1:3]), *words[3:]]
@@ -130,6 +170,74 @@ def test_damaged_weights_are_named_and_leave_nothing(tmp_path, capsys):
         assert sorted(os.listdir(tmp_path)) == ["in"]
         path.write_bytes(whole[path])
     assert main(words) == 0
+
+
+def replace_in(path: Path, change) -> None:
+    """Change what a JSON file holds."""
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps(change(held)))
+
+
+@pytest.mark.parametrize("command", ["upcycle", "export"])
+@pytest.mark.parametrize("place", ["/etc/passwd", "../other/model.safetensors", "a/../../b", "..\\b", 5, None, ["a"]])
+def test_a_weight_map_does_not_leave_the_folder(command, place, tmp_path, capsys):
+    saved("llama", tmp_path / "in")
+    if command == "export":
+        assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "moe"), "--max-shard-size", "40KB"]) == 0
+        (tmp_path / "in").rename(tmp_path / "dense")
+        (tmp_path / "moe").rename(tmp_path / "in")
+    index = tmp_path / "in" / folders.INDEX
+    replace_in(index, lambda held: {"weight_map": dict.fromkeys(held["weight_map"], place)})
+    assert main([command, str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"{index} is missing, damaged" in error
+    assert not isinstance(place, str) or f"{place!r} of its weight_map is outside of the folder" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("held", [[], {"weight_map": []}, {"weight_map": "model.safetensors"}, {"weight_map": None}])
+def test_an_index_of_another_kind(held, tmp_path, capsys):
+    saved("llama", tmp_path / "in")
+    replace_in(tmp_path / "in" / folders.INDEX, lambda _: held)
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out")]) == 1
+    assert "is missing, damaged or no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "gone", ["model.layers.1.self_attn.q_proj.weight", "model.embed_tokens.weight", "lm_head.weight"]
+)
+def test_a_folder_without_a_weight_is_refused(gone, tmp_path, capsys):
+    """By its name; also by `export`."""
+    saved("llama", tmp_path / "in")
+    assert main(["upcycle", str(tmp_path / "in"), str(tmp_path / "moe"), "--max-shard-size", "40KB"]) == 0
+    for command, folder in (("upcycle", "in"), ("export", "moe")):
+        without = lambda held: {"weight_map": {n: f for n, f in held["weight_map"].items() if n != gone}}  # noqa: E731
+        replace_in(tmp_path / folder / folders.INDEX, without)
+        assert main([command, str(tmp_path / folder), str(tmp_path / "out")]) == 1
+        assert f"{tmp_path / folder} has no {gone}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_without_its_class(tmp_path, capsys):
+    """What the error advises works."""
+    saved("llama", tmp_path / "in")
+    words = ["upcycle", str(tmp_path / "in"), str(tmp_path / "out")]
+    replace_in(tmp_path / "in" / "config.json", lambda held: {**held, "architectures": None})
+    assert main(words) == 1
+    assert 'write it there, such as "architectures": ["LlamaForCausalLM"]' in capsys.readouterr().err
+    replace_in(tmp_path / "in" / "config.json", lambda held: {**held, "architectures": ["LlamaForCausalLM"]})
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("command", ["upcycle", "export"])
+def test_a_name_on_the_hub_is_not_looked_up(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("it asked the network"))
+    assert main([command, "gpt2", "out"]) == 1
+    assert "gpt2 is no folder, and nothing is downloaded: fetch the model into one first" in capsys.readouterr().err
+    (tmp_path / "gpt2").mkdir()
+    assert main([command, "gpt2", "out"]) == 1
+    assert os.listdir(tmp_path) == ["gpt2"]
 
 
 def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
