@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 Word = TypeVar("Word")
 
@@ -66,6 +66,14 @@ def check_dtype(name: str, value: Any) -> torch.dtype | None:
     """A floating dtype, or None."""
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
         raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
+    return value
+
+
+def check_model(name: str, value: Any) -> nn.Module:
+    """A module."""
+    if not isinstance(value, nn.Module):
+        got = " ".join(repr(value).split())
+        raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}: build or load it first")
     return value
 
 

@@ -97,7 +97,10 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
 
     Raises:
         TypeError: a part is no plain linear layer, for example quantised or under a LoRA adapter.
+        ValueError: weights are not in memory.
     """
+    for path in adapter.linears():
+        refuse_offloaded(part(module, path), f"{path} of {type(module).__name__}")
     w2, b2 = read_linear(module, adapter.down)
     w3 = b3 = None
     w1, b1 = read_linear(module, adapter.up)
@@ -112,6 +115,16 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
     if dropout is not None:
         activation = nn.Sequential(activation, dropout)  # also in a gated network: dropout multiplies
     return Dense(w1, w2, w3, b1, b2, b3, activation, read_dropout(module, adapter.output_dropout))
+
+
+def refuse_offloaded(module: nn.Module, name: str) -> None:
+    """Refuse weights that a `device_map` left on disk or in another memory: the modules hold none of them."""
+    for inner in module.modules():
+        if hasattr(inner, "_hf_hook") and any(weight.is_meta for weight in inner.parameters(recurse=False)):
+            raise ValueError(
+                f"the weights of {name} are not in memory, because of the model's device_map: load the model without "
+                "it, or change its folder by python -m mixture_of_experts.huggingface"
+            )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

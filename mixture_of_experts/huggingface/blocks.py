@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.held import BlockSettings, record_of
+from mixture_of_experts.huggingface.adapters import refuse_offloaded
 from mixture_of_experts.huggingface.block_experts import BlockExperts, Pieces
 from mixture_of_experts.huggingface.block_router import make_gate, router_views
 from mixture_of_experts.moe import MoE
@@ -106,14 +107,16 @@ def differences(moe: MoE, wanted: MoE) -> list[str]:
     """The settings in which the layer differs from `wanted`, the block as a layer, in words."""
 
     def told(gate: nn.Module, name: str) -> str:
-        return repr(getattr(gate, name, None))
+        there = name != "num_groups" or closes_groups(gate)
+        return repr(getattr(gate, name, None) if there else None)
 
+    compared = set(COMPARED) - without_effect(moe.gate) - without_effect(wanted.gate)
     kinds = [type(gate).__name__ for gate in (moe.gate, wanted.gate)]
     differ = [] if kinds[0] == kinds[1] else [f"the gate is a {kinds[0]}, the block's a {kinds[1]}"]
     differ += [
         f"the gate has {name}={told(moe.gate, name)}, the block {told(wanted.gate, name)}"
         for name in COMPARED
-        if told(moe.gate, name) != told(wanted.gate, name)
+        if name in compared and told(moe.gate, name) != told(wanted.gate, name)
     ]
     ours, theirs = innermost(moe.experts), innermost(wanted.experts)
     act, wanted_act = getattr(ours, "act", None), getattr(theirs, "act", None)
@@ -123,6 +126,19 @@ def differences(moe: MoE, wanted: MoE) -> list[str]:
     if kinds[0] != kinds[1]:
         differ.append(f"the experts are {' around '.join(kinds[0])}, the block's {' around '.join(kinds[1])}")
     return differ
+
+
+def closes_groups(gate: Any) -> bool:
+    """Whether a token may not choose from all expert groups of a gate."""
+    return getattr(gate, "num_groups", None) not in (None, getattr(gate, "top_groups", None))
+
+
+def without_effect(gate: Any) -> set[str]:
+    """The settings that do nothing beside the gate's other settings."""
+    found = set() if closes_groups(gate) else {"top_groups", "group_score"}
+    found |= set() if getattr(gate, "normalize", False) else {"eps"}
+    dropless = getattr(gate, "capacity_factor_train", 0.0) is None and gate.capacity_factor_eval is None
+    return found | ({"min_expert_capacity"} if dropless else set())
 
 
 def layers(experts: nn.Module) -> Iterator[nn.Module]:
@@ -171,6 +187,7 @@ def read_block(block: nn.Module) -> ReadBlock:
             f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} known classes, such as DeepseekV3MoE, "
             "GptOssMLP and MixtralSparseMoeBlock"
         )
+    refuse_offloaded(block, f"a {name}")
     settings = BlockSettings(block, model)
     for attribute, reason in REFUSED.items():
         if getattr(block, attribute, False) or getattr(settings.router, attribute, False):

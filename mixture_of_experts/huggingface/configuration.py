@@ -51,6 +51,7 @@ class SavesExperts:
     """A mixin for the class of a model's configuration: the file that it writes tells of the experts."""
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
+        refuse_quantised(self)
         dense = self.to_diff_dict() if use_diff else self.to_dict()
         dense["quantization_config"] = {"quant_method": NAME, "layers": layers_with_experts(self)}
         dense.pop(KEY, None)
@@ -83,6 +84,17 @@ def layers_with_experts(config: Any) -> list[dict[str, Any]]:
         read = read if isinstance(read, dict) else vars(read) if read is not None else {}
         found = read.get("layers") if read.get("quant_method") == NAME else None
     return found or []
+
+
+def refuse_quantised(config: Any) -> None:
+    """Refuse to save a model that was quantised when it was loaded: its file would not tell."""
+    read = getattr(config, "quantization_config", None)
+    method = read.get("quant_method") if isinstance(read, dict) else getattr(read, "quant_method", NAME)
+    if method != NAME:
+        raise ValueError(
+            f"a model with experts that is quantised ({type(read).__name__}) cannot be saved: save the model before it "
+            "is quantised, and of this one adapters alone"
+        )
 
 
 def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from mixture_of_experts.checks import check_model
 from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.gating.steps import named
-from mixture_of_experts.huggingface.adapters import read_activation
+from mixture_of_experts.huggingface.adapters import read_activation, refuse_offloaded
+from mixture_of_experts.huggingface.blocks import closes_groups
 from mixture_of_experts.huggingface.configuration import KEY
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.losses import ANNOUNCED
@@ -110,7 +112,8 @@ def export(model: nn.Module) -> Any:
         'MixtralForCausalLM'
         >>> torch.testing.assert_close(exported(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
     """
-    plan, state = plan_export(model), model.state_dict()
+    plan, state = plan_export(check_model("model", model)), model.state_dict()
+    refuse_offloaded(model, f"some layers of {type(model).__name__}")
     exported = {name: value for name, value in state.items() if not any(below(path, name) for path in plan.layers)}
     for path, convert in plan.layers.items():
         weights = {name.removeprefix(f"{path}."): value for name, value in state.items() if below(path, name)}
@@ -228,7 +231,7 @@ def gate_problems(gate: Any, target: Target) -> Any:
         yield "a bias of the router"
     if gate.expert_bias is not None:
         yield "an expert bias"
-    if gate.num_groups is not None:
+    if closes_groups(gate):
         yield f"num_groups={gate.num_groups}"
     if not dropless(gate):
         yield f"capacity_factor_eval={gate.capacity_factor_eval}, which drops tokens"

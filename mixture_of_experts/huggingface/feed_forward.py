@@ -37,6 +37,7 @@ class ModelCall(CallUnderWay):
         self.around = around
         self.with_gradients = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
+        self.declined = False  # whether the caller computes its own loss and wants none of these
         self.added = False  # whether the loss that the model returned holds them
         self.reached = Reached() if around is None else around.reached
         self.remembered = False  # whether activation checkpointing stores the call for a recomputation

@@ -27,6 +27,10 @@ class ExpertsLoaderConfig(QuantizationConfigMixin):
         self.layers = layers
 
 
+# transformers refuses another quantization_config by the name of this class: let it say what does take one
+ExpertsLoaderConfig.__name__ += " (for another one call from_pretrained of mixture_of_experts.huggingface)"
+
+
 @register_quantizer(NAME)
 class ExpertsLoader(HfQuantizer):
     """Puts layers with experts into a model that has no weights yet."""

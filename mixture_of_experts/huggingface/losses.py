@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixture_of_experts import under_way
+from mixture_of_experts.checks import check_model
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.padding import last_calls
 
@@ -38,7 +39,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         >>> logits = model(torch.randint(64, (2, 10))).logits
         >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
     """
-    members = feed_forwards(model)
+    members = feed_forwards(check_model("model", model))
     call = under_way.current(members[0]) if members else None
     calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
     losses = [loss for call in calls for loss in call.losses]

@@ -81,6 +81,8 @@ class BeginCall:
         if tokens.ids is None:
             tokens = tokens._replace(ids=self.ids_of(args, kwargs, tokens.shape, around))
         call = ModelCall(tokens, around)
+        # TRL calls so; it asks for router logits unless its `router_aux_loss_coef` is 0
+        call.declined = bool(kwargs.get("fused_lm_head")) and not kwargs.get("output_router_logits")
         under_way.begin(call, model, *members)
         if around is None and model.training and call.with_gradients and not torch.compiler.is_compiling():
             self.warn_of_loss(model)
@@ -99,7 +101,7 @@ class BeginCall:
     def warn_of_loss(self, model: nn.Module) -> None:
         """Warn, once, if the last backward reached the outputs of networks, but not their auxiliary losses."""
         last = self.last.box[0]
-        if self.warned or not last.reached.output or last.reached.loss:
+        if self.warned or last.declined or not last.reached.output or last.reached.loss:
             return
         config = getattr(model, "config", None)
         if config is not None and getattr(config.get_text_config(), "router_aux_loss_coef", 1.0) == 0:

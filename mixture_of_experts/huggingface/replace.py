@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number, check_optional_size, check_size
+from mixture_of_experts.checks import check_model, check_number, check_optional_size, check_size
 from mixture_of_experts.experts import Experts, GatedExperts
-from mixture_of_experts.gating import TopKGating, reads_of
+from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.adapters import Adapter, Dense, close, part, random_tokens, read_dense
 from mixture_of_experts.huggingface.configuration import note
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
@@ -25,6 +25,7 @@ from mixture_of_experts.huggingface.padding import bring_mask, is_masked
 from mixture_of_experts.huggingface.record import GateFactory, describe
 from mixture_of_experts.huggingface.search import Miss, is_routed, search
 from mixture_of_experts.huggingface.shared import SharedNetwork
+from mixture_of_experts.huggingface.totals import sum_of_weights
 from mixture_of_experts.moe import MoE
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
@@ -129,8 +130,8 @@ def upcycle(
     """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
 
     Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
-    that. For this a gate's weights must add up to the same number for every token. Frozen weights
-    (`requires_grad=False`) are frozen in the experts too; routers train.
+    that. For this a gate's weights must add up to the same number for every token, and it must drop none in eval.
+    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
     are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
@@ -150,7 +151,7 @@ def upcycle(
 
     Raises:
         ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
-            without normalising), if sizes do not divide, or if `models` have other networks.
+            without normalising) or it drops tokens in eval, if sizes do not divide, or if `models` have others.
 
     Example:
         >>> import torch
@@ -167,9 +168,7 @@ def upcycle(
     check_number("noise", noise, at_least=0.0)
     if check_number("redraw", redraw, at_least=0.0) > 1:
         raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
-    if models is not None and not models:
-        raise ValueError("models must hold at least one model")
-    sources = 1 if models is None else len(models)
+    sources = 1 if models is None else check_models(models)
     e = check_size("num_experts", num_experts if num_experts is not None else 8 if models is None else g * sources)
     if e % (g * sources):
         slices = (
@@ -206,7 +205,8 @@ def upcycle(
 
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
-    adapters, layers = adapters or {}, check_layers(layers)
+    check_model("model", model)
+    adapters, layers = check_adapters(adapters), check_layers(layers)
     named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
     found, misses = search(model, named)
@@ -222,6 +222,23 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         )
     chosen = choose([place.target for place in places], layers)
     return [place for place in places if place.target in chosen]
+
+
+def check_models(models: Any) -> int:
+    """The number of models in a sequence of at least one."""
+    if not isinstance(models, Sequence) or isinstance(models, str):
+        raise TypeError(f"models must be a list of models, got {models!r:.99}")
+    if not models:
+        raise ValueError("models must hold at least one model")
+    return len([check_model(f"models[{i}]", model) for i, model in enumerate(models)])
+
+
+def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapter]:
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
+        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
+    return adapters
 
 
 def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
@@ -279,9 +296,10 @@ def refuse_chunks(model: nn.Module) -> None:
 
 def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | None:
     """`layers`, with numbers and names as a set; TypeError for anything else."""
-    if layers is None or (callable(layers) and not isinstance(layers, nn.Module)):
+    if layers is None or (callable(layers) and not isinstance(layers, nn.Module | type)):
         return layers
-    entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not isinstance(layers, str) else [layers]
+    one = isinstance(layers, str | bytes | type) or getattr(layers, "ndim", 1) == 0  # an array of one number
+    entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not one else [layers]
     for entry in entries:
         if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
             raise TypeError(
@@ -481,37 +499,6 @@ def share_routers(gate: Any, g: int) -> None:
             if parameter.shape[-1] != gate.num_experts:
                 raise ValueError(f"granularity={g} needs a gate whose weights end in the experts, unlike its {name}")
             parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
-
-
-@torch.no_grad()
-def sum_of_weights(moe: MoE, g: int) -> float:
-    """The sum of the weights of a token's experts in eval, without drops; the same for all tokens and slices."""
-    gate, weight = moe.gate, next(moe.gate.parameters(), torch.empty(0))
-    if weight.is_meta:
-        return 1.0
-    was_training = gate.training
-    # groups of one token, so that no capacity drops any
-    tokens = torch.randn(64, 1, moe.dim, generator=torch.Generator().manual_seed(0)).to(weight)
-    ids = torch.arange(64, device=weight.device).unsqueeze(-1) % getattr(gate, "num_ids", 1)
-    routing = gate.eval()(tokens, **({"token_ids": ids} if "token_ids" in reads_of(gate) else {}))
-    gate.train(was_training)
-    if routing.k is None:
-        raise ValueError(
-            f"in {type(gate).__name__} experts choose, so a token may have none: take a gate in which tokens choose, "
-            "or start with new experts by replace_ffn"
-        )
-    cells = routing.combine_tensor().sum(dim=-1).double().view(64, -1, g)  # tokens, copies, slices
-    totals = cells.sum(dim=1)  # (tokens, slices)
-    total = totals.mean().item() * g
-    if total <= 0 or (totals * g / total - 1).abs().max() > 1e-3:
-        raise ValueError(
-            f"the weights that {type(gate).__name__} gives the experts of a token do not add up to one number: from "
-            f"{totals.min().item() * g:.3g} to {totals.max().item() * g:.3g}. So the upcycled model would not compute "
-            "what the dense one does. Take a gate that normalises them and, in eval, drops none at random (TopKGating "
-            "with normalize=True, Top2Gating with second_policy_eval='all'); with granularity its number of choices "
-            "must be a multiple of the granularity; or start with new experts by replace_ffn"
-        )
-    return total
 
 
 @torch.no_grad()

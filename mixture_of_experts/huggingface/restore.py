@@ -75,7 +75,8 @@ def initialise_missing(model: nn.Module, missing: Collection[str] | None = None)
     """Initialise what a checkpoint did not have, and warn of it: transformers leaves that memory uninitialised.
 
     Args:
-        missing: names of parameters and buffers; by default those that transformers has not marked as loaded.
+        missing: names of parameters and buffers; by default those that transformers has not marked as loaded, and
+            that no `device_map` left on disk.
     """
     names, anew = {module: name for name, module in model.named_modules()}, []
     for feed_forward in feed_forwards(model):
@@ -83,7 +84,7 @@ def initialise_missing(model: nn.Module, missing: Collection[str] | None = None)
             own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
             if missing is None:
                 gone = {name for name, value in own.items() if not getattr(value, "_is_hf_initialized", False)}
-                gone -= module._non_persistent_buffers_set
+                gone -= {*module._non_persistent_buffers_set, *(name for name in own if own[name].is_meta)}
             else:
                 gone = {name for name in own if f"{names[module]}.{name}" in missing}
             if not gone:

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,16 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 from transformers.models.auto import modeling_auto
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
-from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.huggingface import export, from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.losses import ANNOUNCED
 
+from .test_blocks import build as build_sparse
 from .test_losses import batch_of, build, trainer
 from .test_saving import GATES, OwnGate, same_weights
 
@@ -222,6 +227,88 @@ def test_shards(tmp_path):
         same_weights(loaded, model)  # dtypes too: the expert bias stays float32
 
 
+ON_DISK = {f"model.{name}": "cpu" for name in ("embed_tokens", "layers.0", "norm", "rotary_emb")}
+ON_DISK |= {"model.layers.1": "disk", "lm_head": "cpu"}
+
+
+def test_layers_on_disk_are_loaded_without_a_warning(tmp_path):
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path / "moe")
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "moe", device_map=ON_DISK, offload_folder=tmp_path / "disk"
+    )
+    assert feed_forwards(loaded)[1].moe.experts.w1.is_meta
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ValueError, match=r"weights of some layers of LlamaForCausalLM are not in memory"):
+        export(loaded)
+
+
+@pytest.mark.parametrize("change", [upcycle, replace_ffn])
+def test_layers_on_disk_are_not_changed(change, tmp_path):
+    """Weights that the model does not hold would be lost."""
+    ARCHITECTURES["llama"].build().save_pretrained(tmp_path / "dense")
+    place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **place)
+    inputs = ARCHITECTURES["llama"].inputs()
+    before = model(**inputs).logits
+    with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP are not in memory, .*device_map: load the model with"):
+        change(model, num_experts=4)
+    assert not feed_forwards(model)
+    assert torch.equal(model(**inputs).logits, before)
+    assert change(model, num_experts=4, layers=[0]) == ["model.layers.0.mlp"]  # that layer is in memory
+    assert model(**inputs).logits.isfinite().all()
+    build_sparse("Mixtral").save_pretrained(tmp_path / "mixtral")
+    sparse = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "mixtral", device_map=ON_DISK, offload_folder=tmp_path / "disk2"
+    )
+    with pytest.raises(ValueError, match="weights of a MixtralSparseMoeBlock are not in memory"):
+        from_transformers(sparse.model.layers[1].mlp)
+
+
+@dataclass
+class HalvesConfig(QuantizationConfigMixin):
+    """Says of every plain linear layer but the head that it is to be in float16."""
+
+    quant_method: Any = "halves_of_tests"
+
+
+@register_quantizer("halves_of_tests")
+class Halves(HfQuantizer):
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        self.linears = [n for n, m in model.named_modules() if type(m) is torch.nn.Linear and n != "lm_head"]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        for name in self.linears:
+            linear = model.get_submodule(name)
+            linear.weight.data = linear.weight.half().float()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def test_another_quantiser(tmp_path):
+    """`transformers` refuses it, and names who takes it; that changes everything but experts, and is not saved."""
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4)
+    model.save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM, LlamaForCausalLM):
+        with pytest.raises(
+            ValueError, match=r"for another one call from_pretrained of mixture_of_experts\.huggingface"
+        ):
+            load.from_pretrained(tmp_path, quantization_config=HalvesConfig())
+    loaded = from_pretrained(tmp_path, quantization_config=HalvesConfig())
+    mine, its = model.model.layers[1], loaded.model.layers[1]
+    assert torch.equal(its.self_attn.q_proj.weight, mine.self_attn.q_proj.weight.half().float())
+    assert torch.equal(its.mlp.moe.experts.w1, mine.mlp.moe.experts.w1)
+    with pytest.raises(ValueError, match=r"is quantised \(HalvesConfig\) cannot be saved"):
+        loaded.save_pretrained(tmp_path / "again")
+
+
 def test_experts_that_are_missing_are_drawn(tmp_path):
     """By the loaders of transformers too: no memory is left as it was found."""
     model = ARCHITECTURES["llama"].build()
@@ -334,6 +421,9 @@ assert len(labels) == 1
 WITHOUT_IMPORT = """
 import sys, transformers
 from transformers.models.auto import modeling_auto
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 folder = sys.argv[1]
 auto = [cls for name, cls in vars(modeling_auto).items() if name.startswith("AutoModel")]
 auto = [cls for cls in auto if getattr(cls, "_model_mapping", None) is not None] + [transformers.AutoConfig]

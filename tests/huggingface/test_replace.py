@@ -8,9 +8,10 @@ from support.transformers_models import ARCHITECTURES, DIM, HIDDEN, LAYERS, LLAM
 from torch import nn
 from transformers import LlamaConfig, LlamaModel
 
-from mixture_of_experts import Top2Gating, TopKGating
-from mixture_of_experts.gating import ExpertChoiceGating
-from mixture_of_experts.huggingface import Adapter, MoEFeedForward, aux_loss, replace_ffn, upcycle
+from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts.gating import ExpertChoiceGating, HashGating, ReLUGating, SparseMixerGating, TopPGating
+from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy
+from mixture_of_experts.huggingface import Adapter, MoEFeedForward, aux_loss, export, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 each = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -112,10 +113,28 @@ ONE_GATE = TopKGating(DIM, 4, 2)
         (dict(layers=1.0), "layers must be .* got 1.0: for all"),
         (dict(layers=[1.0]), "layers must be .* got 1.0: for all"),
         (dict(layers=nn.GELU()), r"layers must be .* got GELU\(.*\): for all"),
+        (dict(layers=nn.GELU), r"layers must be .* got <class .*GELU'>: for all"),
+        (dict(layers=torch.tensor(0)), r"layers must be .* got tensor\(0\): for all"),
+        (dict(layers=torch.tensor([0])), r"layers must be .* got tensor\(0\): for all"),
+        (dict(layers=b"01"), "layers must be .* got b'01': for all"),
+        (dict(adapters={"LlamaMLP": nn.Linear}), "adapters must be a dict {class name: Adapter.* got {'LlamaMLP'"),
+        (dict(adapters=[1]), r"adapters must be a dict .* got \[1\]"),
     ],
 )
 def test_wrong_values_are_refused(change, settings, problem):
     refuse(change, settings, problem)
+
+
+@pytest.mark.parametrize("call", [replace_ffn, upcycle, export, aux_loss])
+@pytest.mark.parametrize("model", ["folder", LlamaModel, LlamaConfig(), None, []])
+def test_what_is_no_model(call, model):
+    with pytest.raises(TypeError, match=r"model must be a model \(an nn.Module\), got .*: build or load it first"):
+        call(model)
+
+
+@pytest.mark.parametrize("models", ["folder", ["folder"], [None], 3])
+def test_what_are_no_models(models):
+    refuse(upcycle, dict(models=models), r"models(\[0\])? must be a .*model.*, got ")
 
 
 def test_experts_without_hidden_units_are_refused():
@@ -198,12 +217,53 @@ def test_weights_that_add_up_to_another_number(granularity, scale):
     torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
 
 
+class OwnGate(TopKGating):
+    """A gate of somebody's own, whose weights are computed once to see."""
+
+    def __init__(self, dim, num_experts, normalize=False):
+        super().__init__(dim, num_experts, normalize=normalize)
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        lambda d, e: Top2Gating(d, e, second_policy_eval="all", capacity_factor_eval=None),
+        lambda d, e: Top2Gating(d, e, second_policy_eval="all", capacity_factor_eval=4.0),
+        lambda d, e: TopKGating(d, e, capacity_factor_eval=2.0),  # as many slots as tokens
+        lambda d, e: TopKGating(d, e, 4, normalize=False),
+        lambda d, e: TopKGating(d, e, weigh="softmax", normalize=False, scale=0.5),
+        lambda d, e: TopKGating(d, e, weigh=LearnedScale(e)),
+        lambda d, e: TopKGating(d, e, normalize=NormalizeBy(least=1e-12)),
+        lambda d, e: TopPGating(d, e, 3, normalize=True),
+        lambda d, e: OwnGate(d, e, normalize=True),
+        NoisyTopKGating,
+    ],
+)
+def test_gates_whose_weights_add_up(gate):
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    before = model(**inputs).logits
+    upcycle(model, num_experts=4, gate=gate)
+    torch.testing.assert_close(model(**inputs).logits, before, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
         (dict(k=1), "do not add up to one number"),
         (dict(gate=lambda d, e: TopKGating(d, e, 2, normalize=False)), "do not add up to one number"),
-        (dict(gate=Top2Gating), "do not add up to one number"),
+        (dict(gate=lambda d, e: Top2Gating(d, e, capacity_factor_eval=None)), "do not add up to one number"),
+        (
+            dict(gate=lambda d, e: Top2Gating(d, e, second_policy_eval="all")),
+            "Top2Gating with capacity_factor_eval=2.0",
+        ),
+        (dict(gate=lambda d, e: TopKGating(d, e, capacity_factor_eval=1.5)), "capacity_factor_eval=1.5 drops choices"),
+        (dict(gate=lambda d, e: TopPGating(d, e, 3)), "TopPGating gives .* do not add up to one number. So"),
+        (dict(gate=lambda d, e: TopPGating(d, e, 1, p=0.01)), "TopPGating gives .* do not add up to one number. So"),
+        (dict(gate=lambda d, e: ReLUGating(d, e, 2, mean_choices=1)), "ReLUGating gives .* do not add up to one"),
+        (dict(gate=lambda d, e: HashGating(d, e, 1, num_ids=64)), "HashGating gives .* do not add up to one"),
+        (dict(gate=SparseMixerGating), "SparseMixerGating gives .* do not add up to one"),
+        (dict(gate=lambda d, e: TopKGating(d, e, eps=1.0)), "do not add up to one number: from"),
+        (dict(gate=OwnGate), "OwnGate gives .* do not add up to one number: from"),
         (dict(gate=ExpertChoiceGating), "tokens choose"),
         (dict(k=3, granularity=2), "do not add up to one number"),
         (dict(num_experts=5, granularity=2), "must divide num_experts=5"),

@@ -14,8 +14,11 @@ from support.transformers_trainers import (
     COEFFICIENT,
     Probe,
     build,
+    dpo,
     factor,
+    grpo,
     in_two_processes,
+    kto,
     label_smoothing,
     rows,
     sft,
@@ -88,6 +91,19 @@ def test_trl_switches_it_off(tmp_path: Path):
         warnings.simplefilter("error")
         task = model.eval()(**batch).loss
         torch.testing.assert_close(model.train()(**batch).loss, task)
+
+
+@pytest.mark.parametrize("case", [dpo, kto, grpo])
+def test_other_trainers_of_trl_switch_it_off(case, tmp_path: Path):
+    """They change no configuration: that they do not ask for router logits tells."""
+    need("trl")
+    model = build()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        case(model, 2, False, tmp_path, router_aux_loss_coef=0.0)
+        model(**{name: value[None] for name, value in rows(False)[0].items()})
+    assert not [str(one.message) for one in told if "will not stay balanced" in str(one.message)]
+    assert not model.probe.grad
 
 
 @pytest.mark.slow
