@@ -10,7 +10,6 @@ Axes: t tokens, k choices of a token, e experts.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,19 +18,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.checks import check_number, check_process_group
-from mixture_of_experts.gating import Gate
+from mixture_of_experts.checks import check_number
+from mixture_of_experts.each_step import EachStep, as_factor
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.held import BlockSettings, record_of, told
+from mixture_of_experts.held import places_of, told
 from mixture_of_experts.losses import global_sum
-from mixture_of_experts.model_tokens import TokensOfCall, model_around
+from mixture_of_experts.model_tokens import TokensOfCall
 from mixture_of_experts.private_torch import ignore_in_ddp
+from mixture_of_experts.sites import Gates, Site, find_sites, serve
 
-#: what the bias of blocks of `transformers` is called
-THEIRS = ("e_score_correction_bias", "expert_bias")
 #: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
 COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
 
@@ -43,6 +41,7 @@ def balance_experts(
     rate: float | None = None,
     *,
     group: dist.ProcessGroup | None = None,
+    gates: Gates | None = None,
 ) -> ExpertBalancing:
     """Move the expert bias of every gate in `model` once after each step of `optimizer`.
 
@@ -64,10 +63,14 @@ def balance_experts(
         group: the ranks that share a batch, over which counts are summed; by default all ranks if `torch.distributed`
             is initialised. All of them must step.
 
+        gates: the gates to balance, by their names or as modules (gates, or layers around them); by default all that
+            have an expert bias. `balancing.gates` names them.
+
     Returns:
-        An object whose `remove()` ends the balancing.
+        An object whose `close()` ends the balancing, as does the end of a `with` block around it.
 
     Raises:
+        TypeError: a gate of `gates` has no expert bias, or no experts stand beside the bias.
         ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
             chooses experts in groups or by a function, or whose scores are not known.
 
@@ -83,41 +86,47 @@ def balance_experts(
         True
     """
     rule = check_rule("rule", rule)
-    check_process_group("group", group)
-    optimizer = bare(optimizer)
-    balancing = ExpertBalancing(model, rule, rule.rate if rate is None else rate, group)
-    leave_counts_alone(model)
-    balancing._hooks.callback(optimizer.register_step_post_hook(balancing._after_step).remove)
-    return balancing
+    return ExpertBalancing(model, optimizer, rule, rule.rate if rate is None else rate, group, gates)
 
 
-def bare(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that is wrapped: accelerate's wrapper has no hooks."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    if not hasattr(optimizer, "register_step_post_hook"):
-        raise TypeError(
-            f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: the model is first"
-        )
-    return optimizer
+class ExpertBalancing(EachStep):
+    """Moves the bias of gates of a model after each step of an optimizer; `balance_experts` returns one.
 
+    Attributes:
+        gates: the names of the gates.
+    """
 
-class ExpertBalancing:
-    """Moves the bias of all gates of a model after each step of an optimizer; `balance_experts` returns one."""
+    gates: tuple[str, ...]
 
-    def __init__(self, model: nn.Module, rule: BiasRule, rate: float, group: dist.ProcessGroup | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rule: BiasRule,
+        rate: float,
+        group: dist.ProcessGroup | None,
+        gates: Gates | None,
+    ) -> None:
+        super().__init__(optimizer, group)
         self.rule = rule
         self.rate = rate
-        self.group = group
+        sites = sites_with_bias(model, gates)
+        self.gates = tuple(site.name for site in sites)
         with ExitStack() as hooks:  # removed again if anything below raises
-            self._biases: list[Ours | Theirs] = [Ours(gate, rule, hooks) for gate in gates_with_bias(model)]
-            self._biases += find_theirs(model, rule, hooks)
-            if not self._biases:
-                raise ValueError(
-                    f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
-                    "expert_bias=True)"
-                )
+            readers = {site.around: TokensOfCall(site.around) for site in sites if site.theirs}
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            names: dict[Any, str] = {tensor: name for name, tensor in tensors}
+            self._biases: list[Ours | Theirs] = [
+                Theirs(site, names.get(site.bias, site.name), rule, readers[site.around], hooks)
+                if site.theirs
+                else Ours(site.gate, rule, hooks)
+                for site in sites
+            ]
+            for reader in readers.values():
+                reader.follow(hooks)
             self._hooks = hooks.pop_all()
+        leave_counts_alone(model)
+        self.start()
 
     @property
     def rate(self) -> float:
@@ -127,20 +136,35 @@ class ExpertBalancing:
     def rate(self, value: float) -> None:
         self._rate = check_number("rate", value, at_least=0.0)
 
-    def remove(self) -> None:
-        """End the balancing."""
-        self._hooks.close()
-
-    @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
-        skipped = getattr(optimizer, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
+    def after_step(self, done: Tensor | int) -> None:
         group = ranks_of_batch(self.group)
         for bias in self._biases:
             if (counts := bias.counts) is None:
                 continue
-            done = 1 if skipped is None else (skipped == 0).to(device=counts.device, dtype=counts.dtype)
-            bias.move(self.rule.step(global_sum(counts, group) * done, bias.value, bias.k, self.rate))
-            counts.mul_(1 - done)
+            factor = as_factor(done, counts)
+            bias.move(self.rule.step(global_sum(counts, group) * factor, bias.value, bias.k, self.rate))
+            counts.mul_(1 - factor)
+
+
+def sites_with_bias(model: nn.Module, gates: Gates | None) -> list[Site]:
+    """The sites to balance: those of `gates`, by default all that have an expert bias."""
+    sites = find_sites(model, "balance_experts", gates)
+    if gates is None:
+        sites = [site for site in sites if site.bias is not None]
+    if not sites:
+        raise ValueError(
+            f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
+            "expert_bias=True)"
+        )
+    return serve(sites, "balance_experts", why_not_balanced)
+
+
+def why_not_balanced(site: Site) -> str | None:
+    """Why a site cannot be balanced; None if it can."""
+    if site.bias is None:
+        return "it has no expert bias"
+    beside = not site.theirs or site.held is not None or all(stand.experts is not None for stand in site.stands)
+    return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
 
 
 class Ours:
@@ -192,12 +216,6 @@ class Ours:
             self.gate.bias_rule = rule
 
 
-def gates_with_bias(model: nn.Module) -> list[Gate]:
-    """The gates of this package that count their choices for a bias."""
-    gates = [module for module in model.modules() if isinstance(module, Gate)]
-    return [gate for gate in gates if getattr(gate, "expert_counts", None) is not None]
-
-
 def leave_counts_alone(model: nn.Module) -> None:
     """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward."""
     ignore_in_ddp(model, names_of_counts(model))
@@ -212,14 +230,12 @@ def names_of_counts(model: nn.Module) -> set[str]:
 
 
 class Theirs:
-    """The bias of a block of `transformers`, and the hook that counts for it.
+    """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
 
-    The hook runs before the block's experts; for a rule that reads scores it runs after the router.
+    The hook runs after the router, whose record says what it returns; without a record, before the block's experts.
     """
 
-    held: BlockSettings | None
-
-    bias: Tensor
+    site: Site
     rule: BiasRule
     reader: TokensOfCall
     select: Any
@@ -227,28 +243,44 @@ class Theirs:
 
     total: Tensor
 
-    def __init__(self, name: str, bias: Tensor, block: nn.Module, rule: BiasRule, reader: TokensOfCall) -> None:
-        self.bias, self.rule, self.reader = bias, rule, reader
-        record, self.held = record_of(block), None
-        self.k = 0 if record is None else BlockSettings(block, record).k
+    def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: ExitStack) -> None:
+        self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
+        bias = self.bias
         if rule.reads_scores:
-            if record is None:
-                raise ValueError(
-                    f"{rule!r} reads scores, and those of {type(block).__name__}, which has {name}, are not known: "
-                    "balance it by rule='sign', or convert the block with from_transformers"
-                )
-            self.held = BlockSettings(block, record)
-            settings = self.held.gate()
-            self.select = settings.get("select", "score")
-            of_block = (type(block).__name__, self.k, bias.numel())
-            check_scores(rule, *of_block, self.select, settings.get("num_groups"))
+            self.select = self.check_scores(name)
         shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
         kind = torch.int32 if rule.bins else torch.int64
         self.total = torch.zeros(shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
             warnings.warn(
-                f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=4
+                f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
             )
+        if site.held is not None:
+            hooks.callback(site.called.register_forward_hook(self.after_router).remove)
+            return
+        for experts in dict.fromkeys(stand.experts for stand in site.stands):
+            assert experts is not None
+            hooks.callback(experts.register_forward_pre_hook(self.before_experts, with_kwargs=True).remove)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias, which is another tensor once the model has moved."""
+        bias = self.site.bias
+        assert bias is not None
+        return bias
+
+    def check_scores(self, name: str) -> Any:
+        """By what the router chooses; ValueError if that is not known or does not fit the rule."""
+        kind, held = type(self.site.stands[0].layer).__name__, self.site.held
+        if held is None:
+            raise ValueError(
+                f"{self.rule!r} reads scores, and those of {kind}, which has {name}, are not known: balance it by "
+                "rule='sign', or convert the block with from_transformers"
+            )
+        settings = held.gate()
+        select = settings.get("select", "score")
+        check_scores(self.rule, kind, self.k, self.bias.numel(), select, settings.get("num_groups"))
+        return select
 
     @property
     def value(self) -> Tensor:
@@ -263,13 +295,6 @@ class Theirs:
 
     def move(self, step: Tensor) -> None:
         self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
-
-    def register(self, experts: nn.Module, hooks: ExitStack) -> None:
-        """Set the hook that counts; `hooks` removes it."""
-        if self.held is None:
-            hooks.callback(experts.register_forward_pre_hook(self.before_experts, with_kwargs=True).remove)
-        else:
-            hooks.callback(self.held.router.register_forward_hook(self.after_router).remove)
 
     def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices
@@ -287,15 +312,14 @@ class Theirs:
         """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        assert self.held is not None
-        logits, _, expert = told(router, output, self.held)
-        logits = logits.float().reshape(-1, logits.shape[-1])
-        score = logits if self.select == "logits" else SCORES[self.held.score](logits)
-        if not isinstance(output, tuple):
-            return self.counting(output, expert, score)
-        floating = [part for part in output if isinstance(part, Tensor) and part.is_floating_point()]
-        weight = next((part for part in floating if part.shape == expert.shape), floating[-1])
-        return tuple(self.counting(part, expert, score) if part is weight else part for part in output)
+        held, score = self.site.held, None
+        assert held is not None
+        logits, _, expert = told(router, output, held)
+        if self.rule.reads_scores:
+            logits = logits.float().reshape(-1, logits.shape[-1])
+            score = logits if self.select == "logits" else SCORES[held.score](logits)
+        place = places_of(held)["weights"]
+        return tuple(self.counting(part, expert, score) if i == place else part for i, part in enumerate(output))
 
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
         """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
@@ -311,32 +335,3 @@ def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
     if mask is None or mask.numel() != expert.shape[0]:
         return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
     return mask.flatten().to(expert.device)
-
-
-def find_theirs(model: nn.Module, rule: BiasRule, hooks: ExitStack) -> Iterator[Theirs]:
-    """Find the biases of blocks of `transformers` and set a hook for each; `hooks` removes them."""
-    modules, readers = dict(model.named_modules()), {}
-    for name, module in modules.items():
-        kind = next((kind for kind in THEIRS if isinstance(getattr(module, kind, None), Tensor)), None)
-        if kind is None or isinstance(module, Gate):
-            continue
-        experts, path = experts_of(modules, name)
-        around = model_around(model, path)
-        if around not in readers:
-            readers[around] = TokensOfCall(around)
-            readers[around].follow(hooks)
-        block = modules[path.rpartition(".")[0]]
-        theirs = Theirs(f"{name}.{kind}", getattr(module, kind), block, rule, readers[around])
-        theirs.register(experts, hooks)
-        yield theirs
-
-
-def experts_of(modules: Mapping[str, nn.Module], name: str) -> tuple[nn.Module, str]:
-    """The experts of module `name`, which has a bias, or of a module around it; and their path."""
-    path = name
-    for _ in range(3):
-        at = f"{path}.experts".lstrip(".")
-        if at in modules:
-            return modules[at], at
-        path = path.rpartition(".")[0]
-    raise ValueError(f"{name} has a bias for choosing experts, but no experts stand beside it")

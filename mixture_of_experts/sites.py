@@ -48,7 +48,7 @@ class Site:
     level_one: Site | None = None  #: for level two: the site of level one
     theirs: bool = False  #: whether it is a router of transformers, or any module that is no gate
     held: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
-    bias: Tensor | None = field(default=None, repr=False)  #: what chooses experts and moves by counts of choices
+    holder: nn.Module | None = field(default=None, repr=False)  #: of no known block: the module that holds a bias
 
     @property
     def name(self) -> str:
@@ -68,6 +68,16 @@ class Site:
         """Choices of a token; None if it is not known."""
         k = getattr(self.gate, "top_k" if self.theirs else "k", None) if self.held is None else self.held.k
         return k if isinstance(k, int) else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that chooses experts and that counts of choices move; None if there is none."""
+        if self.held is not None:
+            return self.held.expert_bias
+        if self.theirs:
+            return None if self.holder is None else bias_of(self.holder)
+        counts = getattr(self.gate, "expert_counts", None) is not None
+        return getattr(self.gate, "expert_bias", None) if counts else None
 
     @property
     def device(self) -> torch.device:
@@ -192,9 +202,8 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
-        sizes: Any = dict(outer=module.outer_expert_dims, bias=bias_of_gate(module))
         stand = Stand(place.name or "gate")
-        yield Site(module, place.called, module.num_experts, place.around, (stand,), **sizes)
+        yield Site(module, place.called, module.num_experts, place.around, (stand,), outer=module.outer_expert_dims)
     elif is_router(module) or holds_bias(module, found.values()):
         yield unknown(place)
 
@@ -204,7 +213,7 @@ def ours(place: Place, attribute: str, num_experts: int) -> Site:
     name, called = place.part(attribute)
     gate, layer = unwrapped(called), place.module
     stand = Stand(name, place.called, getattr(layer, "experts"))  # noqa: B009
-    return Site(gate, called, num_experts, place.around, (stand,), bias=bias_of_gate(gate))
+    return Site(gate, called, num_experts, place.around, (stand,))
 
 
 def theirs(place: Place, held: BlockSettings) -> Site:
@@ -212,8 +221,7 @@ def theirs(place: Place, held: BlockSettings) -> Site:
     path = next(name for name in KEEPS["router"] if isinstance(getattr(held.block, name, None), nn.Module))
     name, called = place.part(path)
     stand = Stand(name, held.block, held.held("experts"))
-    of_record: Any = dict(theirs=True, held=held, bias=held.expert_bias)
-    return Site(unwrapped(called), called, num_logits(held), place.around, (stand,), **of_record)
+    return Site(unwrapped(called), called, num_logits(held), place.around, (stand,), theirs=True, held=held)
 
 
 def unknown(place: Place) -> Site:
@@ -228,15 +236,16 @@ def unknown(place: Place) -> Site:
     if not isinstance(num_experts, int):
         num_experts = 0 if bias is None else bias.numel()
     stand = Stand(name, block, find(block, "experts"))
-    return Site(unwrapped(called), called, num_experts, place.around, (stand,), theirs=True, bias=bias)
+    holder = None if bias is None else place.module
+    return Site(unwrapped(called), called, num_experts, place.around, (stand,), theirs=True, holder=holder)
 
 
 def joined(one: Site, other: Site) -> Site:
     """One site of a gate that stands in several places."""
     called = one.called if one.called is other.called else one.gate
     stands = [stand for stand in dict.fromkeys((*one.stands, *other.stands)) if stand.layer is not None]
-    bias = one.bias if other.bias is None else other.bias
-    return replace(other, called=called, stands=tuple(stands) or one.stands, around=one.around, bias=bias)
+    holder = one.holder if other.holder is None else other.holder
+    return replace(other, called=called, stands=tuple(stands) or one.stands, around=one.around, holder=holder)
 
 
 def is_router(module: nn.Module) -> bool:
@@ -256,8 +265,3 @@ def holds_bias(module: nn.Module, found: Iterable[Site]) -> bool:
     """Whether a module holds a bias for choosing experts that is none of the sites found."""
     bias = bias_of(module)
     return bias is not None and all(bias is not site.bias for site in found)
-
-
-def bias_of_gate(gate: nn.Module) -> Tensor | None:
-    """The bias of a gate of this package that counts its choices; None if it has none."""
-    return getattr(gate, "expert_bias") if getattr(gate, "expert_counts", None) is not None else None  # noqa: B009

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mixture_of_experts.balancing import bare, leave_counts_alone
-from mixture_of_experts.checks import check_number, check_process_group
+from mixture_of_experts.balancing import leave_counts_alone
+from mixture_of_experts.checks import check_number
+from mixture_of_experts.each_step import EachStep, as_factor
 from mixture_of_experts.gating.relu import MOST, ReLUGating
 from mixture_of_experts.private_torch import is_fake
+from mixture_of_experts.sites import Gates, Site, find_sites, serve
 
 
 def control_sparsity(
-    model: nn.Module, optimizer: Optimizer, rate: float = 1.2, *, group: dist.ProcessGroup | None = None
-) -> Callable[[], None]:
+    model: nn.Module,
+    optimizer: Optimizer,
+    rate: float = 1.2,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gates: Gates | None = None,
+) -> SparsityControl:
     """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
 
     All gates move together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor `rate` if
@@ -33,10 +41,14 @@ def control_sparsity(
         rate: the factor, above 1.
         group: the ranks that share a batch; by default all ranks if `torch.distributed` is initialised.
 
+        gates: the gates to control, by their names or as modules (gates, or layers around them); by default every
+            `ReLUGating`. `control.gates` names them.
+
     Returns:
-        A function that ends this control.
+        An object whose `close()` ends the control, as does the end of a `with` block around it.
 
     Raises:
+        TypeError: a gate of `gates` is no `ReLUGating`.
         ValueError: the model has no such gate, or an argument is not allowed.
 
     Example:
@@ -44,34 +56,63 @@ def control_sparsity(
         >>> from mixture_of_experts import MoE, ReLUGating, control_sparsity
         >>> moe = MoE(dim=8, gate=ReLUGating(8, num_experts=16, k=8, mean_choices=2), loss_coef=1.0)
         >>> optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
-        >>> end = control_sparsity(moe, optimizer)
+        >>> control = control_sparsity(moe, optimizer)
         >>> out, aux_loss = moe(torch.randn(2, 16, 8))
         >>> (out.square().mean() + aux_loss).backward()
         >>> optimizer.step()
         >>> moe.gate.l1_coef
         tensor(1.2000e-08)
     """
-    check_number("rate", rate, above=1.0)
-    check_process_group("group", group)
-    optimizer = bare(optimizer)
-    gates = [module for module in model.modules() if isinstance(module, ReLUGating)]
-    if not gates:
-        raise ValueError(f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers")
-    leave_counts_alone(model)
-    out_of_reach = OutOfReach(gates)
+    return SparsityControl(model, optimizer, rate, group, gates)
 
-    @torch.no_grad()
-    def after_step(stepped: Optimizer, args: object, kwargs: object) -> None:
-        device = gates[0].l1_coef.device
-        excess = torch.stack([gate.excess(group).to(device) for gate in gates]).sum()
-        skipped = getattr(stepped, "found_inf", None)  # a fused optimizer skips a step inside `step` itself
-        done = torch.ones_like(excess) if skipped is None else (skipped == 0).to(excess)
-        for gate in gates:
-            gate.scale_l1(rate, excess * done)
-            gate.choice_counts.mul_((1 - done).to(gate.choice_counts))
-        out_of_reach.look(gates[0].l1_coef, excess * done)
 
-    return optimizer.register_step_post_hook(after_step).remove
+class SparsityControl(EachStep):
+    """Moves `l1_coef` of the ReLU routers of a model after each step of an optimizer; `control_sparsity` returns one.
+
+    Attributes:
+        gates: the names of the gates.
+        rate: the factor, above 1.
+    """
+
+    gates: tuple[str, ...]
+    rate: float
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rate: float,
+        group: dist.ProcessGroup | None,
+        gates: Gates | None,
+    ) -> None:
+        super().__init__(optimizer, group)
+        self.rate = check_number("rate", rate, above=1.0)
+        sites = find_sites(model, "control_sparsity", gates)
+        if gates is None:
+            sites = [site for site in sites if isinstance(site.gate, ReLUGating)]
+        if not sites:
+            raise ValueError(
+                f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+            )
+        serve(sites, "control_sparsity", why_not_controlled)
+        self.gates = tuple(site.name for site in sites)
+        self._routers: list[Any] = [site.gate for site in sites]
+        self._out_of_reach = OutOfReach(self._routers)
+        leave_counts_alone(model)
+        self.start()
+
+    def after_step(self, done: Tensor | int) -> None:
+        device = self._routers[0].l1_coef.device
+        excess = torch.stack([gate.excess(self.group).to(device) for gate in self._routers]).sum()
+        excess = excess * as_factor(done, excess)
+        for gate in self._routers:
+            gate.scale_l1(self.rate, excess)
+            gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
+        self._out_of_reach.look(self._routers[0].l1_coef, excess)
+
+
+def why_not_controlled(site: Site) -> str | None:
+    return None if isinstance(site.gate, ReLUGating) else "it is no ReLUGating"
 
 
 class OutOfReach:

@@ -231,7 +231,6 @@ REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
 }
 #: faults that are known
 NOT_YET = {
-    *(("balance", carrier) for carrier in ("compiled gate", "checkpointed gate", "gate saved by PEFT")),
     ("collected losses", "Mixtral"),
     ("summary", "gate saved by PEFT"),
     ("summary", "Mixtral"),

@@ -8,7 +8,17 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrize
 
-from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, Top2Gating, TopKGating, force_routing
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    HeirarchicalMoE,
+    MoE,
+    ReLUGating,
+    Top2Gating,
+    TopKGating,
+    balance_experts,
+    control_sparsity,
+    force_routing,
+)
 from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.sites import find_sites
 from mixture_of_experts.stats import track_routing
@@ -146,3 +156,52 @@ def test_some_gates_are_recorded_and_tracked():
     with track_routing(two, gates=[two.gate_inner]) as stats:
         two(x)
     assert (stats.level_one("gate_inner"), stats.last("gate_inner").lost_in_layer) == (None, None)
+
+
+def test_some_gates_are_balanced_and_controlled():
+    biased, plain, relu = (
+        TopKGating(DIM, 4, expert_bias=True),
+        TopKGating(DIM, 4),
+        ReLUGating(DIM, 4, 2, mean_choices=1),
+    )
+    other = TopKGating(DIM, 4, expert_bias=True)
+    whole = model(biased, plain, relu, other)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.0)
+    with balance_experts(whole, optimizer) as balancing:
+        assert balancing.gates == ("0.moe.gate", "3.moe.gate")
+    with (
+        balance_experts(whole, optimizer, gates=[whole[3].moe], rate=1.0),
+        control_sparsity(whole, optimizer) as control,
+    ):
+        assert control.gates == ("2.moe.gate",)
+        whole(torch.randn(2, 7, DIM)).sum().backward()
+        optimizer.step()
+    assert relu.l1_coef != 1e-8
+    assert other.expert_bias.any()
+    assert not biased.expert_bias.any()
+    assert not optimizer._optimizer_step_post_hooks
+    with pytest.raises(TypeError, match=r"cannot serve '1\.moe\.gate' \(TopKGating\): it has no expert bias"):
+        balance_experts(whole, optimizer, gates=["0.moe.gate", "1.moe.gate"])
+    with pytest.raises(TypeError, match=r"control_sparsity cannot serve '0\.moe\.gate' .*: it is no ReLUGating"):
+        control_sparsity(whole, optimizer, gates=[biased])
+    assert not optimizer._optimizer_step_post_hooks
+
+
+class OwnRouter(nn.Module):
+    """A router of no known block, with a bias that chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("e_score_correction_bias", torch.zeros(4))
+
+
+def test_a_bias_of_ones_own_block():
+    block = nn.ModuleDict({"gate": OwnRouter(), "moe": MoE(DIM, gate=TopKGating(DIM, 4, expert_bias=True))})
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
+    (router, gate) = find_sites(block, "this")
+    assert (router.name, router.theirs, router.num_experts, gate.name) == ("gate", True, 4, "moe.gate")
+    with pytest.raises(TypeError, match=r"'gate' \(OwnRouter\): .* no experts stand beside it\. For the"):
+        balance_experts(block, optimizer)
+    assert gate.gate.balanced_by is None
+    with pytest.raises(TypeError, match=r"'gate' \(OwnRouter\): it is no router that is known"), track_routing(block):
+        pass

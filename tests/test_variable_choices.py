@@ -206,7 +206,7 @@ def test_sparsity_is_controlled_over_all_layers():
     """From about half of the experts to what was aimed at, in one coefficient for both layers."""
     model = nn.Sequential(*(loud(0.03) for _ in range(2)))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-    end = control_sparsity(model, optimizer)
+    control = control_sparsity(model, optimizer)
     x = torch.randn(8, 16, DIM, generator=torch.Generator().manual_seed(1))
 
     def step() -> float:
@@ -223,7 +223,7 @@ def test_sparsity_is_controlled_over_all_layers():
     assert before > 2
     assert sum(means) / 20 == pytest.approx(1.5, abs=0.1), (before, last, means)
     assert model[0].gate.l1_coef == model[1].gate.l1_coef
-    end()
+    control.close()
     coef = model[0].gate.l1_coef.clone()
     step()
     assert model[0].gate.l1_coef == coef

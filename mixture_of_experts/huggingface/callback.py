@@ -121,4 +121,4 @@ class BalanceCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.balancing is not None:
-            self.balancing.remove()
+            self.balancing.close()

@@ -11,10 +11,10 @@ from support.transformers_models import ARCHITECTURES, two_lengths, without_drop
 from torch import Tensor, nn
 
 from mixture_of_experts import TopKGating, balance_experts
-from mixture_of_experts.balancing import THEIRS
 from mixture_of_experts.held import BlockSettings, record_of
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.sites import BIASES
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, trainer
@@ -63,7 +63,7 @@ def family(name: str) -> nn.Module:
 
 def biases(model: nn.Module) -> dict[str, Tensor]:
     found = [*model.named_buffers(), *model.named_parameters()]
-    return {name: value for name, value in found if name.rpartition(".")[2] in THEIRS}
+    return {name: value for name, value in found if name.rpartition(".")[2] in BIASES}
 
 
 def chosen(model: nn.Module) -> list[tuple[nn.Module, list[Tensor]]]:
@@ -208,7 +208,7 @@ def test_in_the_trainer(tmp_path, theirs):
         replace_ffn(model, num_experts=4, gate=lambda d, e: TopKGating(d, e, expert_bias=True))
     start = {name: value.clone() for name, value in model.state_dict().items()}
     rows = batch_of(16)
-    names = [name for name in start if name.rpartition(".")[2] in THEIRS]
+    names = [name for name in start if name.rpartition(".")[2] in BIASES]
     assert len(names) == 2
 
     def run(steps: int, resume: str | None = None) -> dict[str, Tensor]:
