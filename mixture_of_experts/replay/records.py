@@ -18,8 +18,8 @@ from mixture_of_experts.gating.given import LIVE
 FORMAT = "mixture_of_experts.routing/1"
 
 
-class RoutingRecords:
-    """The experts of every real token of some sequences, at every gate of a model.
+class RoutingRecords(Mapping[str, list[Tensor]]):
+    """The experts of every real token of some sequences: a mapping from each gate of a model to a list of sequences.
 
     A choice is a number: an expert; or -1, no choice; or -2 - i, which means that expert i takes its share of the
     token's weight, but does not compute the token (capacity or a policy dropped it). In a layer of two levels each gate
@@ -36,8 +36,8 @@ class RoutingRecords:
         >>> import torch
         >>> first, second = torch.tensor([[0, 2], [1, 0], [3, 1]]), torch.tensor([[2, 3]])
         >>> records = RoutingRecords({"gate": [first, second]}, {"gate": 4})
-        >>> len(records), records.layers, records.lengths("gate")
-        (2, ('gate',), [3, 1])
+        >>> list(records), records.num_sequences, records.lengths("gate")
+        (['gate'], 2, [3, 1])
         >>> records["gate"][1].tolist()
         [[2, 3]]
         >>> records.select([1, 0])["gate"][1].tolist()
@@ -78,8 +78,19 @@ class RoutingRecords:
         """The number of recorded tokens of each sequence at a gate."""
         return [len(record) for record in self[layer]]
 
-    def __len__(self) -> int:
+    @property
+    def num_sequences(self) -> int:
+        """The number of sequences, which is the same at every gate."""
         return len(next(iter(self._all.values())))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __eq__(self, other: object) -> bool:
+        return self is other  # tensors have no single answer to ==
+
+    def __hash__(self) -> int:
+        return id(self)
 
     def __getitem__(self, layer: str) -> list[Tensor]:
         """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
@@ -94,10 +105,10 @@ class RoutingRecords:
             sequences: the numbers of the sequences, or a slice.
             tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
         """
-        numbers = list(range(len(self))[sequences]) if isinstance(sequences, slice) else list(sequences)
-        wrong = [number for number in numbers if not -len(self) <= number < len(self)]
+        numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
+        wrong = [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]
         if wrong:
-            raise IndexError(f"no sequence {wrong[0]}: there are {len(self)}")
+            raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         lengths = [None] * len(numbers) if tokens is None else list(tokens)
         if len(lengths) != len(numbers):
             raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(lengths)}")
@@ -195,7 +206,7 @@ class RoutingRecords:
         return self._experts
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self)} sequences, {len(self.layers)} gates)"
+        return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
