@@ -24,6 +24,8 @@ class EnclosedExperts(RoutedExperts):
     Args:
         experts: any experts, of the width that `before` returns.
         before, after, beside: modules that map tokens `(t, d)`; None leaves the step out.
+        dim_out: width of the outputs; by default what `after`, without it the experts, tell (`nn.Linear` does), and
+            else the width of the inputs.
 
     Example:
         >>> import torch
@@ -39,6 +41,7 @@ class EnclosedExperts(RoutedExperts):
     after: nn.Module | None
     beside: nn.Module | None
     num_experts: Any
+    dim_out: int | None
 
     def __init__(
         self,
@@ -47,11 +50,14 @@ class EnclosedExperts(RoutedExperts):
         before: nn.Module | None = None,
         after: nn.Module | None = None,
         beside: nn.Module | None = None,
+        dim_out: int | None = None,
     ) -> None:
         super().__init__()
         self.experts = experts
         self.before, self.after, self.beside = before, after, beside
         self.num_experts = getattr(experts, "num_experts", None)
+        told = getattr(experts, "dim_out", None) if after is None else getattr(after, "out_features", None)
+        self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         inner = x if self.before is None else self.before(x)
@@ -87,6 +93,9 @@ class ExpertsBesideIdentity(RoutedExperts):
             of `(a, b) = softmax(x w)`.
         device, dtype: of the weights of the last kind.
 
+    Raises:
+        ValueError: the experts return another width than that of the token, which some added experts return.
+
     Shape:
         `constants` `(num_constant, d)` holds the vectors v, `w_constant` `(num_constant, d, 2)` the matrices w. Both
         are None if `num_constant` is 0.
@@ -105,6 +114,7 @@ class ExpertsBesideIdentity(RoutedExperts):
     num_constant: int
     num_computing: int
     num_experts: int
+    dim_out: int | None
     constants: nn.Parameter | None
     w_constant: nn.Parameter | None
 
@@ -132,6 +142,8 @@ class ExpertsBesideIdentity(RoutedExperts):
         self.num_identity, self.num_zero, self.num_constant = int(num_identity), int(num_zero), int(num_constant)
         self.num_computing = int(getattr(experts, "num_experts"))  # noqa: B009
         self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
+        self.dim_out = getattr(experts, "dim_out", None)
+        self._check_widths(getattr(experts, "dim", None), self.dim_out)
         self.constants = self.w_constant = None
         if self.num_constant:
             shape = (self.num_constant, check_size("experts.dim", getattr(experts, "dim", None)))
@@ -144,6 +156,15 @@ class ExpertsBesideIdentity(RoutedExperts):
         for weight in (self.constants, self.w_constant):
             if weight is not None:
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
+        """Refuse outputs of another width than the tokens', which identities and constants return."""
+        returned = self.num_identity + self.num_constant
+        if returned and dim is not None and dim_out is not None and dim != dim_out:
+            raise ValueError(
+                f"the experts map width {dim} to {dim_out}, but {returned} of the added ones return the token of width "
+                f"{dim}: give them num_zero alone, or experts that keep the width"
+            )
 
     def constant(self, i: int, x: Tensor) -> Tensor:
         """The output `(t, d)` of constant expert i for tokens `(t, d)`."""
@@ -159,9 +180,11 @@ class ExpertsBesideIdentity(RoutedExperts):
         parts = decision.expert, decision.weight, decision.kept
         expert, weight, kept = (part.view(-1, decision.k) for part in parts)
         out = self.experts(x, decision_on(torch.where(kept, expert, e), weight, e))
-        copies = kept & (expert >= e) & (expert < e + self.num_identity)
-        share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
-        out = out + share * x
+        self._check_widths(x.shape[-1], out.shape[-1])
+        if self.num_identity:
+            copies = kept & (expert >= e) & (expert < e + self.num_identity)
+            share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
+            out = out + share * x
         for i in range(self.num_constant):
             share = torch.where(kept & (expert == self.num_experts - self.num_constant + i), weight, 0)
             out = out + share.sum(dim=-1, keepdim=True) * self.constant(i, x)
@@ -172,7 +195,8 @@ class ExpertsBesideIdentity(RoutedExperts):
         stops = num_tokens_per_expert.cumsum(0)
         first, last = stops[e - 1], stops[e - 1 + self.num_identity]
         out = self.experts.compute(rows, num_tokens_per_expert[:e])
-        out = torch.where(row < first, out, torch.where(row < last, rows, 0))
+        self._check_widths(rows.shape[-1], out.shape[-1])
+        out = torch.where(row < first, out, torch.where(row < last, rows, 0) if self.num_identity else 0)
         for i in range(self.num_constant):
             expert = self.num_experts - self.num_constant + i
             is_its = (row >= stops[expert - 1]) & (row < stops[expert])

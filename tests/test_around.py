@@ -188,6 +188,33 @@ def test_outputs_have_the_width_of_the_experts_inside(wrapped):
     assert moe(torch.randn(2, 9, D))[0].shape == (2, 9, 3)
 
 
+@pytest.mark.parametrize("gate", [TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)])
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: EnclosedExperts(Experts(D, E + 1, 5), after=nn.Linear(D, 3)),
+        lambda: EnclosedExperts(Experts(D, E + 1, 5, dim_out=3)),
+        lambda: EnclosedExperts(Experts(D, E + 1, 5), after=nn.Sequential(nn.Linear(D, 3)), dim_out=3),
+        lambda: ExpertsBesideIdentity(Experts(D, E, 5, dim_out=3), num_zero=1),
+    ],
+    ids=["after", "none after", "told", "zero"],
+)
+def test_outputs_of_another_width(build, gate):
+    experts = build()
+    assert experts.dim_out == 3
+    assert MoE(D, gate=gate, experts=experts)(torch.randn(2, 9, D))[0].shape == (2, 9, 3)
+
+
+@pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
+def test_what_returns_the_token_needs_experts_of_its_width(kind):
+    with pytest.raises(ValueError, match=rf"map width {D} to 3, but 2 of the added ones return the token.*num_zero"):
+        ExpertsBesideIdentity(Experts(D, E, 5, dim_out=3), **{kind: 2})
+    narrower = ExpertsBesideIdentity(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
+    for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
+        with pytest.raises(ValueError, match=f"map width {D} to 3, but 1 of the added ones return the token"):
+            MoE(D, gate=gate, experts=narrower)(torch.randn(2, 9, D))
+
+
 def test_a_constant_expert_in_another_dtype_than_its_token():
     moe = MoE(D, gate=TopKGating(D, E), experts=ExpertsBesideIdentity(Experts(D, E - 1, 5), num_constant=1))
     out, _ = moe.bfloat16()(torch.randn(2, 9, D))
