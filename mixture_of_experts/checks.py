@@ -87,10 +87,13 @@ def check_process_group(name: str, value: Any) -> Any:
     return value
 
 
-def check_coefs(name: str, value: Any) -> dict[str, float]:
-    """A dict of coefficients by name."""
+def check_coefs(name: str, value: Any, elsewhere: Mapping[str, str]) -> dict[str, float]:
+    """A dict of coefficients by name, without the names `elsewhere`, whose coefficients have other places."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
+    for key in value:
+        if key in elsewhere:
+            raise ValueError(f"{name} has {key!r}, whose coefficient is {elsewhere[key]}: set {elsewhere[key]} instead")
     return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
 
 

@@ -8,7 +8,7 @@ the results are combined.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -30,6 +30,7 @@ from mixture_of_experts.checks import check_coefs, check_dtype, check_number, ch
 from mixture_of_experts.decision import compose, decision_of, plan_slots_of
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
+from mixture_of_experts.gating.base import losses_known
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
 from mixture_of_experts.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
@@ -37,6 +38,9 @@ from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
 from mixture_of_experts.settings import CheckedModule, setting
+
+#: losses whose coefficients are arguments of their own
+COEFS = {"balance": "loss_coef", "z": "z_loss_coef"}
 
 
 class Layer(CheckedModule):
@@ -46,11 +50,12 @@ class Layer(CheckedModule):
     shared_expert: nn.Module | None
 
     sizes: ClassVar[tuple[str, ...]] = ("dim", "num_experts")
+    gate_names: ClassVar[tuple[str, ...]]
 
     num_experts: Any
     loss_coef: float = setting(check_number, at_least=0.0)
     z_loss_coef: float = setting(check_number, at_least=0.0)
-    loss_coefs: Mapping[str, float] = setting(check_coefs)
+    loss_coefs: Mapping[str, float] = setting(check_coefs, elsewhere=COEFS)
     group_size: int | None = setting(check_optional_size)
 
     def __init__(
@@ -68,16 +73,31 @@ class Layer(CheckedModule):
         self.z_loss_coef = z_loss_coef
         self.loss_coefs = {} if loss_coefs is None else loss_coefs
         self.group_size = group_size
-        self.shared_expert = check_shared_expert(shared_expert)
+        self.shared_expert = shared_expert
 
     def check_part(self, name: str, part: Any) -> None:
         """Check that a gate or the experts agree with the sizes of the layer."""
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__.get("_modules", ()):  # a part is replaced
+        if name == "shared_expert":
+            check_shared_expert(value)
+        elif name == "experts" or name in self.gate_names:
             self.check_part(name, value)
+        if name == "loss_coefs" or name in self.gate_names:
+            self._check_losses(**{name: value})
         super().__setattr__(name, value)
+
+    def _check_losses(self, **changed: Any) -> None:
+        """Check that the gates report every loss that has a coefficient, as far as that is known before a forward."""
+        gates = [changed.get(name, getattr(self, name, None)) for name in self.gate_names]
+        known = [None if gate is None else losses_known(gate) for gate in gates]
+        coefs = changed.get("loss_coefs", self.__dict__.get("loss_coefs", {}))
+        if isinstance(coefs, Mapping) and not any(names is None for names in known):
+            reported = {name for names in known if names is not None for name in names}
+            for name, coef in coefs.items():
+                if coef and name not in reported and name not in COEFS:
+                    raise nobody_reports(name, reported)
 
     def aux_loss(self, levels: Sequence[Routing]) -> Tensor:
         """The losses of all levels times their coefficients, 0-dim. A loss without a coefficient takes no part."""
@@ -86,11 +106,7 @@ class Layer(CheckedModule):
             if coef:
                 found = [routing.losses[name] for routing in levels if name in routing.losses]
                 if not found:
-                    reported = sorted({name for routing in levels for name in routing.losses})
-                    raise ValueError(
-                        f"loss_coefs has {name!r}, which no gate reports: they report {reported}, and gates of token "
-                        f"choice on request {list(BALANCE_LOSSES)}, the last two if they have num_groups"
-                    )
+                    raise nobody_reports(name, {name for routing in levels for name in routing.losses})
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
@@ -113,6 +129,14 @@ class Layer(CheckedModule):
         parts += [f"loss_coefs={dict(self.loss_coefs)}"] if self.loss_coefs else []
         parts += [f"group_size={self.group_size}"] if self.group_size is not None else []
         return ", ".join(parts)
+
+
+def nobody_reports(name: str, reported: Collection[str]) -> ValueError:
+    """The error that `loss_coefs` names a loss that is not among those `reported`."""
+    return ValueError(
+        f"loss_coefs has {name!r}, which no gate reports: they report {sorted(reported)}. Gates of token choice report "
+        f"{list(BALANCE_LOSSES)}, the last two if they have num_groups"
+    )
 
 
 class MoE(Layer):
@@ -139,7 +163,8 @@ class MoE(Layer):
         z_loss_coef: coefficient of the router z-loss in `aux_loss`.
         loss_coefs: coefficients of further losses in `aux_loss`, by their names in `Routing.losses`: a loss that your
             gate reports, a part of the balancing loss, or any of `gating.BALANCE_LOSSES`, which are computed only if
-            they are named here: `{"balance_batch": 1e-2}`.
+            they are named here: `{"balance_batch": 1e-2}`. The coefficients of "balance" and "z" are `loss_coef` and
+            `z_loss_coef`.
         shared_expert: a module that maps `(..., n, d)` to the same shape; its output is added for every token. It reads
             the inputs themselves: one that writes in place (`nn.ReLU(inplace=True)`) overwrites them.
         device, dtype: of the weights that the layer makes, as in `torch.nn`.
@@ -161,6 +186,7 @@ class MoE(Layer):
         (torch.Size([2, 10, 32]), torch.Size([]))
     """
 
+    gate_names = ("gate",)
     num_experts: int
 
     def __init__(
@@ -202,8 +228,6 @@ class MoE(Layer):
             experts = Experts(dim, self.num_experts, hidden_dim, activation, device=device, dtype=dtype)
         else:
             refuse_expert_arguments(hidden_dim, activation)
-        self.check_part("gate", gate)
-        self.check_part("experts", experts)
         self.gate = gate
         self.experts = experts
 
@@ -249,6 +273,8 @@ class HeirarchicalMoE(Layer):
         torch.Size([2, 10, 32])
     """
 
+    sizes: ClassVar[tuple[str, ...]] = (*Layer.sizes, "num_experts_outer", "num_experts_inner")
+    gate_names = ("gate_outer", "gate_inner")
     num_experts_outer: int
     num_experts_inner: int
 
@@ -310,9 +336,6 @@ class HeirarchicalMoE(Layer):
             experts = Experts(dim, (outer, inner), hidden_dim, activation, **factory)
         else:
             refuse_expert_arguments(hidden_dim, activation)
-        self.check_part("gate_outer", gate_outer)
-        self.check_part("gate_inner", gate_inner)
-        self.check_part("experts", experts)
         self.gate_outer = gate_outer
         self.gate_inner = gate_inner
         self.experts = experts

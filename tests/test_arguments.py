@@ -202,7 +202,7 @@ def test_a_gate_is_made_as_it_is_asked_for(kind):
         (lambda: TopKGating(8, 4), "score", "tanh", "'softmax', 'sigmoid'.*'tanh'"),
         (lambda: TopKGating(8, 4), "jitter", -0.1, "jitter.*-0.1"),
         (lambda: TopKGating(8, 4), "min_expert_capacity", 0, "min_expert_capacity.*0"),
-        (lambda: TopKGating(8, 4), "balance_over", "all", "'group', 'batch'.*'all'"),
+        (lambda: TopKGating(8, 4), "balance_over", "all", "'group', 'rank', 'batch'.*'all'"),
     ],
 )
 def test_what_is_set_later_is_checked_too(build, name, value, message):
@@ -227,6 +227,27 @@ def test_a_router_keeps_its_shape(kind, change):
     assert gate.w_gating is before
     gate.w_gating = nn.Parameter(torch.ones_like(before))
     assert (gate.w_gating == 1).all()
+
+
+@pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])
+def test_a_shared_expert_is_checked_whenever_it_is_set(kind):
+    for shared in (None, nn.Linear(8, 8)):
+        moe = kind(8, shared_expert=shared)
+        for wrong in (nn.Linear, nn.ModuleList([nn.Linear(8, 8)]), "linear"):
+            with pytest.raises(TypeError, match=r"shared_expert must be a module or None, got .*make an instance"):
+                moe.shared_expert = wrong
+            assert moe.shared_expert is shared
+        moe.shared_expert = nn.Identity()
+        moe.shared_expert = None
+        assert moe(torch.randn(2, 5, 8))[0].shape == (2, 5, 8)
+
+
+def test_numbers_of_both_levels_stay():
+    moe = HeirarchicalMoE(8, (2, 4))
+    for name, number in (("num_experts_outer", 2), ("num_experts_inner", 4)):
+        with pytest.raises(ValueError, match=rf"{name} of HeirarchicalMoE is {number} and cannot become 3"):
+            setattr(moe, name, 3)
+        assert getattr(moe, name) == number
 
 
 @pytest.mark.parametrize("kind", [MoE, HeirarchicalMoE])

@@ -128,6 +128,15 @@ def test_groups_that_balance_each_other():
     assert "balance_device" not in losses  # no expert groups
 
 
+@pytest.mark.parametrize("over", ["group", "rank", "batch"])
+def test_a_gates_own_loss_is_one_of_them(over):
+    gate = make_gate("sigmoid, bias", balance_over=over)
+    mask = torch.arange(7) < torch.tensor([7, 0, 4]).unsqueeze(-1)
+    losses = gate(torch.randn(3, 7, 6, dtype=torch.float64), mask=mask, losses=tuple(BALANCE_LOSSES)).losses
+    assert torch.equal(losses["balance"], losses[f"balance_{over}"])
+    assert len({losses[f"balance_{other}"].item() for other in ("group", "batch")}) == 2
+
+
 @pytest.mark.parametrize(
     "make",
     [lambda: Top2Gating(6, E, second_policy_train="none"), lambda: NoisyTopKGating(6, E), lambda: make_gate("softmax")],
@@ -174,11 +183,25 @@ def test_two_levels_add_theirs_up():
 
 @pytest.mark.parametrize("gate", [TopKGating(6, E), ExpertChoiceGating(6, E)])
 def test_what_no_gate_reports_is_named(gate):
-    moe = MoE(6, gate=gate, loss_coefs={"balance_device": 0.1})
-    with pytest.raises(
+    coefs = {"balance_device": 0.1}
+    wrong = pytest.raises(
         ValueError, match=r"'balance_device', which no gate reports.*the last two if they have num_groups"
-    ):
-        moe(torch.randn(1, 5, 6))
+    )
+    with wrong:
+        MoE(6, gate=gate, loss_coefs=coefs)
+    moe = MoE(6, gate=make_gate("softmax"), loss_coefs=coefs)
+    with wrong:
+        moe.gate = gate
+    moe.loss_coefs = {}
+    moe.gate = gate
+    with wrong:
+        moe.loss_coefs = coefs
+    assert (moe.gate, moe.loss_coefs) == (gate, {})
+    moe.loss_coefs = {"balance_device": 0.0}  # weighs nothing
+    grouped = TopKGating(6, 4, num_groups=2, top_groups=2, outer_expert_dims=(3,))
+    HeirarchicalMoE(6, (3, 4), gate_inner=grouped, loss_coefs=coefs)  # one of both reports it
+    with wrong:
+        HeirarchicalMoE(6, (3, 4), loss_coefs=coefs)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 0)])

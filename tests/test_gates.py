@@ -259,7 +259,7 @@ class Given(TokenChoiceGate):
         ({"primary": torch.ones(4, 2, dtype=torch.bool)}, r"primary of shape"),
         ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as shape \(1,\), wanted a tensor of no dimensions"),
         ({"losses": {"mine": 0.5}}, r"loss 'mine' as float"),
-        ({"balance_loss": torch.ones(1, 4)}, r"loss 'balance_loss' as shape \(1, 4\)"),
+        ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as shape \(1, 4\)"),
         ({"expert": torch.full((1, 4, 2), 1)}, r"one expert twice for a token"),
         ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"chose experts 0 to 3, there are 0 to 2"),
         ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.recipes import recipe
@@ -42,6 +44,17 @@ class Careless(TokenChoiceGate):
         probs = tokens.x.new_full((*tokens.x.shape[:-1], self.num_experts), 1 / self.num_experts)
         expert = torch.arange(self.num_experts).expand(probs.shape)
         return Choices(expert, probs, probs, {})
+
+
+class Around(nn.Module):
+    """A module around a gate, of which nothing is known."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.inner = gate
+
+    def forward(self, x, mask=None):
+        return self.inner(x, mask=mask)
 
 
 class CarelessForward(Careless):
@@ -269,7 +282,9 @@ def test_a_loss_of_ones_own():
 
 
 def test_losses_are_weighed_by_name():
-    moe = MoE(DIM, gate=NoisyTopKGating(DIM, 4), loss_coef=0, loss_coefs={"importance": 0.1, "load": 0.2, "z": 0.3})
+    moe = MoE(
+        DIM, gate=NoisyTopKGating(DIM, 4), loss_coef=0, z_loss_coef=0.3, loss_coefs={"importance": 0.1, "load": 0.2}
+    )
     nn.init.normal_(moe.gate.w_gating)
     x = torch.randn(2, 9, DIM)
     losses = moe.eval().gate(x).losses
@@ -286,12 +301,37 @@ def test_two_levels_weigh_the_losses_of_those_that_have_them():
     assert aux_loss == 0.5 * routings[0].losses["entropy"]
 
 
-def test_an_unknown_loss_is_named():
-    moe = MoE(DIM, 4, loss_coefs={"entropy": 0.1})
+@pytest.mark.parametrize(
+    "wrap", [lambda gate: type("Own", (TopKGating,), {"decide": TopKGating.decide})(DIM, 4), Around]
+)
+def test_a_loss_of_which_only_a_forward_tells_is_named_there(wrap):
+    moe = MoE(DIM, 4, gate=wrap(TopKGating(DIM, 4)), loss_coefs={"entropy": 0.1})
     with pytest.raises(ValueError, match=r"loss_coefs has 'entropy', which no gate reports.*\['balance', 'z'\]"):
         moe(torch.randn(1, 5, DIM))
-    with pytest.raises(ValueError, match=r"loss_coefs\['z'\] must be a finite number of at least 0.0, got -1"):
-        MoE(DIM, 4, loss_coefs={"z": -1})
+
+
+def test_a_hook_may_add_a_loss():
+    gate = TopKGating(DIM, 4)
+    gate.register_forward_hook(
+        lambda gate, args, routing: replace(routing, losses={**routing.losses, "own": routing.probs.sum()})
+    )
+    x = torch.randn(1, 5, DIM)
+    torch.testing.assert_close(MoE(DIM, 4, gate=gate, loss_coef=0, loss_coefs={"own": 0.1})(x)[1], torch.tensor(0.5))
+
+
+def test_an_unknown_loss_is_named():
+    with pytest.raises(ValueError, match=r"loss_coefs has 'entropy', which no gate reports.*\['balance', .*, 'z'\]"):
+        MoE(DIM, 4, loss_coefs={"entropy": 0.1})
+    for kind, sizes in ((MoE, 4), (HeirarchicalMoE, (2, 2))):
+        moe = kind(DIM, sizes)
+        for name, argument in (("balance", "loss_coef"), ("z", "z_loss_coef")):
+            wrong = f"loss_coefs has '{name}', whose coefficient is {argument}: set {argument} instead"
+            with pytest.raises(ValueError, match=wrong):
+                kind(DIM, sizes, loss_coefs={name: 0.1})
+            with pytest.raises(ValueError, match=wrong):
+                moe.loss_coefs = {name: 0.1}
+    with pytest.raises(ValueError, match=r"loss_coefs\['load'\] must be a finite number of at least 0.0, got -1"):
+        MoE(DIM, gate=NoisyTopKGating(DIM, 4), loss_coefs={"load": -1})
     with pytest.raises(TypeError, match=r"loss_coefs must be a dict"):
         MoE(DIM, 4, loss_coefs=0.1)  # type: ignore[arg-type]
 

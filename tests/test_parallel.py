@@ -378,7 +378,7 @@ def test_debug_names_the_rank_that_is_stuck(workers: Workers, tmp_path: Path):
         ("activation", r"differ in experts\.act: GELU\(.* on rank 0, ReLU\(\) on rank 1"),
         ("function", r"differ in experts\.act: GELU\(.* on rank 0, FunctionActivation\(sigmoid\) on rank 1"),
         ("z_loss_coef", r"z_loss_coef: 0.0 on rank 0, 0.1 on rank 1"),
-        ("loss_coefs", r"loss_coefs: \{\} on rank 0, \{'balance': 0.1\} on rank 1"),
+        ("loss_coefs", r"loss_coefs: \{\} on rank 0, \{'balance_batch': 0.1\} on rank 1"),
         ("policy", r"differ in gate\.second_policy_eval: random on rank 0, all on rank 1"),
         ("gate", r"differ in gate: Top2Gating\(.* on rank 0, TopKGating\(.* on rank 1"),
         ("k", r"differ in gate: .*k=2.* on rank 0, .*k=3.* on rank 1"),

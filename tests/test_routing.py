@@ -1,8 +1,12 @@
 """What a `Routing` tells that a gate need not have said."""
 
-import torch
+from dataclasses import replace
 
-from mixture_of_experts import Routing
+import pytest
+import torch
+from torch.utils import _pytree as pytree
+
+from mixture_of_experts import MoE, Routing, TopKGating
 
 
 def a_routing(**more) -> Routing:
@@ -16,9 +20,55 @@ def a_routing(**more) -> Routing:
 
 def test_losses_have_names():
     assert {name: loss.item() for name, loss in a_routing().losses.items()} == {"balance": 1.0, "z": 2.0}
-    own = a_routing(losses={"own": torch.tensor(3.0), "z": torch.tensor(4.0)})
-    assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "z": 4.0}
-    assert a_routing(losses={"own": torch.tensor(3.0)}).losses["z"] == 2.0
+    own = a_routing(losses={"own": torch.tensor(3.0)})
+    assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "balance": 1.0, "z": 2.0}
+    none = a_routing(balance_loss=None, z_loss=None).losses
+    assert {name: loss.item() for name, loss in none.items()} == {"balance": 0.0, "z": 0.0}
+
+
+def test_a_loss_stands_once():
+    """Given by name or as an argument, replaced in both ways; never two that differ."""
+    by_name = {"balance": torch.tensor(1.0), "z": torch.tensor(2.0), "own": torch.tensor(3.0)}
+    routing = a_routing(losses=by_name, balance_loss=None, z_loss=by_name["z"])
+    assert (routing.balance_loss, routing.z_loss) == (by_name["balance"], by_name["z"])
+    for name in ("balance", "z"):
+        with pytest.raises(ValueError, match=rf"{name}_loss and losses\['{name}'\] are two tensors: .*one of the two"):
+            a_routing(**{"balance_loss": None, "z_loss": None, f"{name}_loss": torch.tensor(1.5), "losses": by_name})
+    found = replace(routing, z_loss=torch.tensor(5.0), balance_loss=7)  # also a number
+    assert {name: loss.item() for name, loss in found.losses.items()} == {"balance": 7.0, "z": 5.0, "own": 3.0}
+    assert (found.balance_loss.item(), found.z_loss.item()) == (7.0, 5.0)
+    assert (routing.balance_loss.item(), routing.z_loss.item()) == (1.0, 2.0)  # the old one is as it was
+    found = replace(found, losses={**found.losses, "z": torch.tensor(6.0)})
+    assert (found.balance_loss.item(), found.z_loss.item()) == (7.0, 6.0)
+    found = replace(found, losses={"own": torch.tensor(4.0)})
+    assert {name: loss.item() for name, loss in found.losses.items()} == {"own": 4.0, "balance": 7.0, "z": 6.0}
+    with pytest.raises(ValueError, match="two tensors"):
+        replace(found, losses={"z": torch.tensor(1.0)}, z_loss=torch.tensor(2.0))
+
+
+def test_a_routing_is_a_tree_of_its_tensors():
+    routing = a_routing(losses={"own": torch.tensor(3.0)})
+    leaves, spec = pytree.tree_flatten(routing)
+    assert sum(leaf is routing.z_loss for leaf in leaves) == 1
+    half = pytree.tree_unflatten([leaf.half() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
+    assert {loss.dtype for loss in half.losses.values()} == {torch.float16}
+    assert (half.balance_loss.item(), half.z_loss.item(), half.losses["own"].item()) == (1.0, 2.0, 3.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = TopKGating(8, 4)
+
+        def forward(self, x, importance=None, mask=None):
+            return replace(self.gate(x, importance, mask), z_loss=5, balance_loss=7)
+
+    moe = MoE(8, 4, gate=Wrapper(), loss_coef=0.5, z_loss_coef=0.25)
+    run = torch.compile(moe, backend="eager", fullgraph=True) if compiled else moe
+    assert run(torch.randn(2, 5, 8))[1].item() == 0.5 * 7 + 0.25 * 5
 
 
 def test_tokens_queues_and_importance_with_outer_experts():

@@ -1,7 +1,7 @@
 """Balancing losses by name: one formula, `losses.load_balance`, over different counts of the same choices.
 
 A gate of token choice computes them only on request: `gate(x, losses=("balance_device",))`. A layer requests those that
-its `loss_coefs` weighs::
+its `loss_coefs` weighs. `balance_over="group"`, "rank" or "batch" makes one of the first three a gate's own::
 
     balance_group            of each group of tokens (a sequence), averaged
     balance_rank             of all tokens of a rank, averaged over the ranks
@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -26,6 +28,8 @@ from torch import Tensor
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.losses import load_balance, load_balance_over_batch
 from mixture_of_experts.queues import Length
+
+BalanceOver = Literal["group", "rank", "batch"]
 
 
 @dataclass(frozen=True)
@@ -54,25 +58,29 @@ class Counted:
     top_groups: int = 1
     process_group: dist.ProcessGroup | None = None
 
-    def loss(self) -> Tensor:
-        """`e / k * sum_e f_e P_e` of each group, averaged; 0-dim."""
-        return load_balance(self.load, self.proxy, self.length, self.k, self.process_group)
+    def loss(self, over: BalanceOver = "group") -> Tensor:
+        """`e / k * sum_e f_e P_e`, with f and P of these tokens; 0-dim."""
+        return BALANCE_OVER[over](self.load, self.proxy, self.length, self.k, self.process_group)
 
 
-def over_rank(counted: Counted) -> Tensor:
-    """The loss with all tokens of this rank as one group (Megatron's "aux_loss" of a micro-batch)."""
-    length = counted.length
+def load_balance_over_rank(
+    load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """`losses.load_balance` with all tokens of this rank as one group (Megatron's "aux_loss" of a micro-batch)."""
     if isinstance(length, Length):
         length = Length(length.parts.sum(dim=-1, keepdim=True), length.parts_per_token)
     else:
-        length = length * counted.load.shape[-2]
-    load, proxy = (values.sum(dim=-2, keepdim=True) for values in (counted.load, counted.proxy))
-    return replace(counted, load=load, proxy=proxy, length=length).loss()
+        length = length * load.shape[-2]
+    load, proxy = (values.sum(dim=-2, keepdim=True) for values in (load, proxy))
+    return load_balance(load, proxy, length, k, group)
 
 
-def over_batch(counted: Counted) -> Tensor:
-    """The loss with f and P of the whole batch (arXiv 2501.11873)."""
-    return load_balance_over_batch(counted.load, counted.proxy, counted.length, counted.k, counted.process_group)
+#: the tokens whose f and P a gate's own balancing loss takes, and the loss over them
+BALANCE_OVER: Mapping[str, Callable[..., Tensor]] = {
+    "group": load_balance,
+    "rank": load_balance_over_rank,
+    "batch": load_balance_over_batch,
+}
 
 
 def over_score(counted: Counted) -> Tensor:
@@ -116,9 +124,9 @@ def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
 
 #: the losses by name
 BALANCE_LOSSES: Mapping[str, Callable[[Counted], Tensor]] = {
-    "balance_group": Counted.loss,
-    "balance_rank": over_rank,
-    "balance_batch": over_batch,
+    "balance_group": partial(Counted.loss, over="group"),
+    "balance_rank": partial(Counted.loss, over="rank"),
+    "balance_batch": partial(Counted.loss, over="batch"),
     "balance_score": over_score,
     "balance_device": over_devices,
     "balance_communication": over_communication,

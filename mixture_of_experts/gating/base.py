@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar, TypedDict
 
 import torch
 import torch.distributed as dist
@@ -25,7 +25,7 @@ from mixture_of_experts.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, Counted, load_of
+from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, BalanceOver, Counted, load_of
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
@@ -41,7 +41,7 @@ from mixture_of_experts.queues import (
     group_capacity,
     queue_up,
 )
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.routing import Routing, joined_losses
 from mixture_of_experts.settings import FixedShapes, setting
 
 COUNTED = "counted"  # the side input that says which tokens count, where all are computed
@@ -88,6 +88,14 @@ class Gate(FixedShapes):
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
     offers: ClassVar[tuple[str, ...]] = ()
+    #: names of the losses that a forward may report unasked, beside "balance" and "z"; None: only a forward tells. A
+    #: class with a `decide` or a `forward` of its own says it again
+    reports: tuple[str, ...] | None = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "reports" not in vars(cls) and {"decide", "forward"} & vars(cls).keys():
+            cls.reports = None
 
     def __init__(
         self,
@@ -188,7 +196,7 @@ class TokenChoiceGate(Gate):
     #: choices are computed, without gradient for the router, but appear in no loss, statistic or count
     reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    balance_over: Literal["group", "batch"] = "group"  #: the tokens over which `decide`'s balancing loss takes means
+    balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether a choice that is not made still takes its share of the token's weight, as a second choice of `Top2Gating`
     #: that is not sent
     unmade_weigh: ClassVar[bool] = True
@@ -326,8 +334,6 @@ class TokenChoiceGate(Gate):
         chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
         if choices.chosen is not None:
             chosen = choices.chosen if chosen is None else choices.chosen & chosen
-        balance_loss = choices.losses.get("balance") if choices.balance_loss is None else choices.balance_loss
-        z_loss = choices.losses.get("z")
         return self.route(
             replace(tokens, active=None) if choices.masked else tokens,
             choices.probs,
@@ -336,8 +342,6 @@ class TokenChoiceGate(Gate):
             chosen=chosen,
             score=choices.score,
             primary=choices.primary,
-            balance_loss=choices.probs.new_zeros(()) if balance_loss is None else balance_loss,
-            z_loss=choices.probs.new_zeros(()) if z_loss is None else z_loss,
             losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
 
@@ -444,9 +448,9 @@ class TokenChoiceGate(Gate):
         chosen: Tensor | None = None,
         score: Tensor | None = None,
         primary: Tensor | None = None,
-        balance_loss: Tensor,
-        z_loss: Tensor,
-        losses: dict[str, Tensor] | None = None,
+        balance_loss: Tensor | None = None,
+        z_loss: Tensor | None = None,
+        losses: Mapping[str, Tensor] | None = None,
     ) -> Routing:
         """Give the choices their slots, and return the `Routing`. Tokens that may not choose have no choice in it.
 
@@ -460,13 +464,12 @@ class TokenChoiceGate(Gate):
             chosen: `(..., b, n, k)` bool, the choices that are made at all (importance, policy); None if all are.
             score: `(..., b, n)`, the order of tokens with priority "score"; by default the top probability.
             primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default choice 0.
-            balance_loss, z_loss: 0-dim.
-            losses: every loss by name, the parts of `balance_loss` and others; by default {"balance": balance_loss}.
+            losses: every loss by name, 0-dim; `balance_loss` and `z_loss` are short for "balance" and "z" in it.
         """
-        losses = {"balance": balance_loss} if losses is None else losses
+        losses = joined_losses(losses or {}, {"balance": balance_loss, "z": z_loss}, {}, probs)
         name = type(self).__name__
         if not torch.compiler.is_compiling():
-            choices = Choices(expert, weight, probs, losses, balance_loss, chosen, score, primary)
+            choices = Choices(expert, weight, probs, losses, chosen, score, primary)
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
         capacity, limit = self.capacity(tokens)
         uncounted = None
@@ -498,8 +501,6 @@ class TokenChoiceGate(Gate):
             kept=kept,
             weight=weight if of_weight_alone else torch.where(kept, weight, 0.0),
             probs=probs,
-            balance_loss=balance_loss,
-            z_loss=z_loss,
             num_tokens=tokens.num_tokens,
             num_experts=self.num_experts,
             capacity=capacity,
@@ -529,6 +530,15 @@ class TokenChoiceGate(Gate):
 def reads_of(gate: nn.Module) -> tuple[str, ...]:
     """The names of the side inputs that a gate, wrapped or not, reads."""
     return tuple(getattr(gate, "reads", ()))
+
+
+def losses_known(gate: nn.Module) -> set[str] | None:
+    """The names of all losses that a gate reports, by itself or on request; None if only a forward tells them."""
+    reports = getattr(gate, "reports", None)
+    if reports is None or gate._forward_hooks:  # a hook may add losses
+        return None
+    missing = () if getattr(gate, "num_groups", None) else OF_EXPERT_GROUPS
+    return {"balance", "z", *reports, *offers_of(gate)}.difference(missing)
 
 
 def offers_of(gate: nn.Module) -> tuple[str, ...]:

@@ -21,8 +21,8 @@ class Choices(NamedTuple):
     expert: Tensor  #: (..., b, n, k) int64, a token's best choice first, no expert twice
     weight: Tensor  #: (..., b, n, k), multiplies the experts' outputs; a choice of weight 0 is not computed
     probs: Tensor  #: (..., b, n, e) the router's probabilities (normalised scores)
-    losses: dict[str, Tensor]  #: every loss by name, 0-dim; "z" is the z-loss
-    balance_loss: Tensor | None = None  #: what the layer's loss_coef weighs; by default losses["balance"], 0 without it
+    #: every loss by name, 0-dim: "balance" is what the layer's loss_coef weighs, "z" what its z_loss_coef weighs
+    losses: dict[str, Tensor]
     chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
@@ -54,8 +54,8 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
         got = "floating point" if value.is_floating_point() else str(value.dtype).removeprefix("torch.")
         if got != kind:
             raise TypeError(f"{gate} gave {name} of dtype {value.dtype}, wanted {kind}")
-    for name, loss in (*choices.losses.items(), ("balance_loss", choices.balance_loss)):
-        if loss is not None and (not isinstance(loss, Tensor) or loss.ndim):
+    for name, loss in choices.losses.items():
+        if not isinstance(loss, Tensor) or loss.ndim:
             got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"{gate} gave the loss {name!r} as {got}, wanted a tensor of no dimensions: take its mean")
 

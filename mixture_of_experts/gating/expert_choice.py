@@ -39,6 +39,7 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
+    reports = ()
     w_gating: nn.Parameter
 
     capacity_factor: CapacityFactor = CapacityFactor(dropless=False)
@@ -97,13 +98,11 @@ class ExpertChoiceGating(Gate):
         chosen = torch.ones_like(token, dtype=torch.bool) if limit is None else slot < limit[:, None, None]
         weight = torch.where(chosen, gather_chosen(score, token), 0.0)
         kept = chosen & (weight != 0)
-        balance = probs.new_zeros(())
         return Routing(
             expert=expert.flatten(-2),
             kept=kept.flatten(-2),
             weight=weight.flatten(-2),
             probs=probs,
-            balance_loss=balance,
             z_loss=token_mean(log_total.square(), tokens.real, self.process_group),
             num_tokens=n,
             num_experts=e,

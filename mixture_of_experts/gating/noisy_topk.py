@@ -36,9 +36,10 @@ class NoisyTopKGating(TokenChoiceGate):
         >>> import torch
         >>> gate = NoisyTopKGating(dim=8, num_experts=4, k=2)
         >>> sorted(gate(torch.randn(2, 16, 8)).losses)
-        ['importance', 'load', 'z']
+        ['balance', 'importance', 'load', 'z']
     """
 
+    reports = ("importance", "load")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     w_noise: nn.Parameter
@@ -91,11 +92,8 @@ class NoisyTopKGating(TokenChoiceGate):
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
-        balance_loss = parts["importance"] + parts["load"]
-        parts["z"] = self.z_loss(tokens, clean)
-        return Choices(
-            expert, weight, probs, parts, balance_loss, chosen=settled.chosen(), weighed=settled.weighed, score=score
-        )
+        found = {"balance": parts["importance"] + parts["load"], **parts, "z": self.z_loss(tokens, clean)}
+        return Choices(expert, weight, probs, found, chosen=settled.chosen(), weighed=settled.weighed, score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""

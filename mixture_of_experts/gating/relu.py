@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, e experts, k the most choices of a token; o
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_number, check_process_group
+from mixture_of_experts.gating.balance_losses import BalanceOver
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
@@ -58,6 +59,7 @@ class ReLUGating(TopKGating):
         tensor(1.2000e-08)
     """
 
+    reports = ()
     unmade_weigh: ClassVar[bool] = False
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     mean_choices: float = setting(check_number, above=0.0)
@@ -71,7 +73,7 @@ class ReLUGating(TopKGating):
         k: int,
         *,
         mean_choices: float,
-        balance_over: Literal["group", "batch"] = "batch",
+        balance_over: BalanceOver = "batch",
         device: Any = None,
         **settings: Any,
     ) -> None:

@@ -48,6 +48,7 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
+    reports = ()
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     tolerance: float = setting(check_number, at_least=0.0)

@@ -82,7 +82,8 @@ class Top2Gating(TokenChoiceGate):
         capacity_factor_train, capacity_factor_eval: slots of an expert in units of n / e (not of k n / e); None is
             dropless.
         min_expert_capacity: least number of slots of an expert, applied last.
-        second_place_loss: whether half of the balancing loss over second choices is added.
+        second_place_loss: whether half of the balancing loss over second choices is added. `losses["first_place"]` and
+            `losses["second_place"]` are then the two parts.
         priority: "choice" (GShard), "token" (causal) or "score" (batch priority).
         process_group: the ranks that share the batch; see `Gate`.
         device, dtype: of the weights, as in `torch.nn`.
@@ -99,6 +100,7 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
+    reports = ("first_place", "second_place")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     capacity_per_choice = False
@@ -197,7 +199,8 @@ class Top2Gating(TokenChoiceGate):
         if weighed is not None:
             p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.choosing)
-        balance_loss = parts["balance"] + parts["second_place"] if self.second_place_loss else parts["balance"]
+        if self.second_place_loss:
+            parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
         likely = weighed is None  # a given expert may have probability 0
         log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
@@ -206,7 +209,7 @@ class Top2Gating(TokenChoiceGate):
             primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
         chosen = settled.chosen(self._sent(weight))
         counted = None if weighed is None else self._counted(weight, settled, chosen)
-        return Choices(expert, weight, probs, parts, balance_loss, chosen=chosen, primary=primary, weighed=counted)
+        return Choices(expert, weight, probs, parts, chosen=chosen, primary=primary, weighed=counted)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -264,19 +267,20 @@ class Top2Gating(TokenChoiceGate):
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None
     ) -> dict[str, Tensor]:
-        """The parts of the balancing loss: over first choices, and half of that over second ones if it is wanted."""
+        """The balancing loss over first choices; or that and half of the one over second choices, as two parts."""
         first, second = (None, None) if weighed is None else (weighed[..., :1], weighed[..., 1:])
-        parts = {"balance": self.balance_loss(tokens, probs, expert_1, first)}
-        if self.second_place_loss:
-            rest = self._without_first(probs, expert_1, tokens.full)
-            proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
-            if tokens.real is not None:
-                proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
-            active = None if tokens.active is None else tokens.active.unsqueeze(-1)
-            if second is not None:
-                active = second if active is None else second & active
-            parts["second_place"] = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
-        return parts
+        first_place = self.balance_loss(tokens, probs, expert_1, first)
+        if not self.second_place_loss:
+            return {"balance": first_place}
+        rest = self._without_first(probs, expert_1, tokens.full)
+        proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
+        if tokens.real is not None:
+            proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
+        active = None if tokens.active is None else tokens.active.unsqueeze(-1)
+        if second is not None:
+            active = second if active is None else second & active
+        second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)
+        return {"first_place": first_place, "second_place": second_place}
 
     def extra_repr(self) -> str:
         settings = Top2Settings(**{each.name: getattr(self, each.name) for each in fields(Top2Settings)})

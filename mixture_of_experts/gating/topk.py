@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from torch.func import functional_call
 from mixture_of_experts import losses
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
 from mixture_of_experts.gating import few
+from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import RULES, BiasRule, ForwardChoices, RuleName, check_rule, check_scores
 from mixture_of_experts.gating.choices import Choices, top_choices
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 NO_BIAS = "this gate has no expert bias: build it with TopKGating(..., expert_bias=True)"
 NO_EPSILON = 1e-20  # in float32 it changes a sum of weights only if all of them are 0
-BALANCES = ("group", "batch")
 Scored = tuple[Tensor, Tensor, Tensor, "Tensor | None"]
 
 
@@ -66,7 +66,8 @@ class TopKGating(TokenChoiceGate):
         num_groups, top_groups: the experts form `num_groups` equal expert groups. A token chooses only from the
             `top_groups` groups with the largest `group_score` (DeepSeek-V3, arXiv 2412.19437).
         expert_bias: whether scores have a bias, for choosing only, that `update_bias` moves (arXiv 2408.15664).
-        balance_over: the balancing loss is that of each "group", averaged, or that of the whole "batch".
+        balance_over: the balancing loss is that of each "group", averaged, of all tokens of a "rank", or of the whole
+            "batch": the loss that has the name "balance_group" and so on in `BALANCE_LOSSES`.
         logits: a module that maps `(..., b, n, d)` to logits `(..., b, n, e)`, instead of the matrix `w_gating`: a
             network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
         select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
@@ -104,6 +105,7 @@ class TopKGating(TokenChoiceGate):
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
+    reports = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None
@@ -121,7 +123,7 @@ class TopKGating(TokenChoiceGate):
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
-    balance_over: Literal["group", "batch"] = setting(check_choice, allowed=BALANCES)
+    balance_over: BalanceOver = setting(check_choice, allowed=BALANCE_OVER)
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class TopKGating(TokenChoiceGate):
         num_groups: int | None = None,
         top_groups: int | None = None,
         expert_bias: bool = False,
-        balance_over: Literal["group", "batch"] = "group",
+        balance_over: BalanceOver = "group",
         logits: nn.Module | None = None,
         select: Select = "score",
         group_score: GroupScore = "two_best",
@@ -292,10 +294,8 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The balancing loss of each group, averaged, or of the whole batch, as `balance_over` says; 0-dim."""
-        if self.balance_over == "group":
-            return super().balance_of(load, proxy, length, k)
-        return losses.load_balance_over_batch(load, proxy, length, k, self.process_group)
+        """The balancing loss over the tokens that `balance_over` says; 0-dim."""
+        return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
         """In training multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""

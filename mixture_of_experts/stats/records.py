@@ -37,7 +37,7 @@ class Record:
         unseen: share of the tokens that no expert computes.
         entropy: mean entropy of a token's probabilities, in nats: 0 is certain, ln(e) uniform.
         confidence: mean of a token's largest probability.
-        losses: the losses by name, without coefficients: the parts of the balancing loss and "z"; means over forwards.
+        losses: the losses by name, without coefficients: "balance", "z" and others of the gate; means over forwards.
         lost_in_layer: second level only: number of the layer's tokens that no expert computes, whichever level dropped
             them; None in compiled forwards.
         outer: second level only: a record of each outer expert (without losses).

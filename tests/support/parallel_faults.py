@@ -177,7 +177,7 @@ def different_layers(difference: str) -> str:
         "activation": lambda: MoE(DIM, EXPERTS, HIDDEN, nn.ReLU),
         "function": lambda: MoE(DIM, experts=Experts(DIM, EXPERTS, HIDDEN, torch.sigmoid)),
         "z_loss_coef": lambda: MoE(DIM, EXPERTS, HIDDEN, z_loss_coef=0.1),
-        "loss_coefs": lambda: MoE(DIM, EXPERTS, HIDDEN, loss_coefs={"balance": 0.1}),
+        "loss_coefs": lambda: MoE(DIM, EXPERTS, HIDDEN, loss_coefs={"balance_batch": 0.1}),
         "policy": lambda: MoE(DIM, EXPERTS, HIDDEN, second_policy_eval="all"),
         "gate": lambda: topk(),
         "k": lambda: topk(k=3),
