@@ -253,7 +253,7 @@ class Top2Gating(TokenChoiceGate):
         return other if sent is None else sent & other
 
     def _counted(self, weight: Tensor, settled: Settled, chosen: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)` bool, the choices that losses by name count if some are given: those that are made, and those
+        """`(..., b, n, 2)` bool, the choices that losses by name count if some are given: those made, and those
         that only capacity left out. Of a second choice under policy "random" nobody knows; it does not count."""
         assert settled.weighed is not None
         assert settled.computed is not None
