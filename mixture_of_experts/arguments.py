@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from mixture_of_experts.checks import check_size
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import Top2Settings
+from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.queues import Priority
 
 
@@ -78,6 +80,25 @@ def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
     if given:
         written = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(f"experts is given, so {written} would do nothing: set it on those experts instead")
+
+
+OTHER_NAMES_OF_K = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries
+
+
+def refuse_arguments_of_routers(layer: type, given: Mapping[str, Any]) -> None:
+    """Refuse an argument that no layer has, but a router: the error says where it goes."""
+    parameters = inspect.signature(layer.__init__).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    of_router = {*inspect.signature(TopKGating.__init__).parameters, *OTHER_NAMES_OF_K}
+    for name, value in given.items():
+        if name not in parameters and name in of_router:
+            setting = "k" if name in OTHER_NAMES_OF_K else name
+            where = "gate=" if "gate" in parameters else "gate_outer= and gate_inner="
+            raise TypeError(
+                f"{layer.__name__} has no argument {name!r}, its router has it: give "
+                f"{where}TopKGating(dim, num_experts, {setting}={value!r})"
+            )
 
 
 def refuse_another_priority(name: str, gate: nn.Module | None, priority: Priority) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixture_of_experts.tracing import in_jit_trace
+
 Word = TypeVar("Word")
 
 
@@ -101,6 +103,14 @@ def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
     """A floating tensor (..., n, dim)."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        remedy = "to_padded_tensor(0.0), and give mask=, True where a token is real" if x.is_nested else "to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: give {name}.{remedy}")
+    if in_jit_trace():
+        raise RuntimeError(
+            "torch.jit.trace would freeze the capacity and the length of the example: use torch.export.export, or "
+            "torch.onnx.export with dynamo=True"
+        )
     if x.ndim < min_ndim or x.shape[-1] != dim:
         wanted = ", ".join(["..."] if min_ndim == 2 else ["..."] + ["b"] * (min_ndim > 2))
         raise ValueError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from mixture_of_experts.arguments import (
     check_gate,
     check_shared_expert,
     refuse_another_priority,
+    refuse_arguments_of_routers,
     refuse_expert_arguments,
     refuse_gating_arguments,
     resolve_grid,
@@ -38,6 +39,9 @@ from mixture_of_experts.ops.activations import ActivationLike
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.routing import Routing, check_routing
 from mixture_of_experts.settings import CheckedModule, setting
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: losses whose coefficients are arguments of their own
 COEFS = {"balance": "loss_coef", "z": "z_loss_coef"}
@@ -57,6 +61,10 @@ class Layer(CheckedModule):
     z_loss_coef: float = setting(check_number, at_least=0.0)
     loss_coefs: Mapping[str, float] = setting(check_coefs, elsewhere=COEFS)
     group_size: int | None = setting(check_optional_size)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        refuse_arguments_of_routers(cls, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,

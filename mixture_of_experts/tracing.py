@@ -42,6 +42,11 @@ def exporting_to_onnx() -> bool:
     return exporting() and torch.onnx.is_in_onnx_export()
 
 
+def in_jit_trace() -> bool:
+    """Whether `torch.jit.trace` records, whose sizes are tensors."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
 def add_times(values: Tensor, others: Tensor, times: int) -> Tensor:
     """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
     return values + others * times if exporting() else torch.add(values, others, alpha=times)
@@ -58,6 +63,13 @@ def is_wrapped(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return in_transform() or private_torch.is_legacy_batched(tensor)
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read without a wait: it is on a CPU, and no graph or transform is made."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_wrapped(tensor)
 
 
 def in_checkpoint(within: FrameType | None = None) -> bool:

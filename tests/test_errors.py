@@ -1,5 +1,9 @@
 """Bad input gets an error that names the value, what is allowed and what to do, and changes nothing."""
 
+import copy
+import inspect
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -9,10 +13,12 @@ from mixture_of_experts import (
     ExpertList,
     Experts,
     GatedExperts,
+    HashGating,
     HeirarchicalMoE,
     HierarchicalMoE,
     MoE,
     NoisyTopKGating,
+    TokenChoiceGate,
     Top2Gating,
     TopKGating,
 )
@@ -263,6 +269,99 @@ def test_nan_stays_in_its_token(kind):
     others = torch.ones(2, 9, dtype=torch.bool)
     others[1, 3] = False
     torch.testing.assert_close(dirty[others], clean[others], rtol=1e-12, atol=1e-12)
+
+
+class Returns(TokenChoiceGate):
+    """A gate whose `decide` returns what a function of its tokens does."""
+
+    reads = (*TokenChoiceGate.reads, "kind")
+
+    def __init__(self, function):
+        super().__init__(8, 4, k=2)
+        self.function = function
+
+    def decide(self, tokens):
+        return self.function(tokens)
+
+
+def test_what_a_router_of_ones_own_returns():
+    x = torch.randn(2, 5, 8)
+    for value in (x, None, (x, x, x)):
+        name = type(value).__name__
+        with pytest.raises(TypeError, match=rf"Returns.decide must return Choices\(expert, weight.*, got a {name}"):
+            MoE(8, gate=Returns(lambda tokens, value=value: value))(x)
+    with pytest.raises(
+        TypeError, match=r"Returns reads the side input 'kind', which the call leaves out: .* moe\(x, kind="
+    ):
+        MoE(8, gate=Returns(lambda tokens: tokens.side["kind"]))(x)
+    with pytest.raises(KeyError, match="another"):  # not of a side input
+        MoE(8, gate=Returns(lambda tokens: {}["another"]))(x)
+
+
+@pytest.mark.parametrize("make", [lambda: Top2Gating(8, 4), lambda: TopKGating(8, 4), lambda: NoisyTopKGating(8, 4)])
+def test_given_experts_that_are_not_there(make):
+    moe, x = MoE(8, gate=make()), torch.randn(2, 5, 8)
+    for wrong in (4, -6, 1 << 40, -32769):
+        given = torch.tensor([0, 1]).repeat(2, 5, 1)
+        given[1, 4, 1] = wrong
+        with pytest.raises(ValueError, match=rf"given_experts has {wrong}: give an expert, 0 to 3; -1 for no choice"):
+            moe(x, given_experts=given)
+    moe(x, given_experts=given, mask=torch.arange(10).view(2, 5) < 9)  # of a masked token
+    for right in (3, -1, -5, -32768):
+        given[1, 4, 1] = right
+        moe(x, given_experts=given)
+
+
+@pytest.mark.parametrize("wrong", [10, -1])
+def test_token_ids_that_are_not_there(wrong):
+    moe, x, ids = MoE(8, gate=HashGating(8, 4, num_ids=10)), torch.randn(2, 5, 8), torch.arange(10).view(2, 5).clone()
+    moe(x, token_ids=ids)
+    ids[1, 4] = wrong
+    with pytest.raises(ValueError, match=rf"token_ids has {wrong}, this gate knows 0 to 9: make it with num_ids="):
+        moe(x, token_ids=ids)
+    moe(x, token_ids=ids, mask=torch.arange(10).view(2, 5) < 9)
+
+
+class OfK(MoE):
+    """A layer that has an argument k."""
+
+    def __init__(self, k):
+        super().__init__(8, gate=TopKGating(8, 4, k=k))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_argument_of_the_router(kind):
+    """The error says where it goes, also under the names of other libraries."""
+    where = "gate_outer= and gate_inner=" if kind is HeirarchicalMoE else "gate="
+    for name, value, setting in (
+        ("k", 4, "k=4"),
+        ("top_k", 4, "k=4"),
+        ("num_experts_per_tok", 2, "k=2"),
+        ("score", "sigmoid", "score='sigmoid'"),
+        ("expert_bias", True, "expert_bias=True"),
+    ):
+        with pytest.raises(TypeError) as error:
+            layer(kind, **{name: value})
+        said = f"has no argument {name!r}, its router has it: give {where}TopKGating(dim, num_experts, {setting})"
+        assert said in str(error.value)
+
+    assert copy.deepcopy(OfK(k=3)).gate.k == 3
+    assert pickle.loads(pickle.dumps(layer(kind))).dim == 8
+    assert list(inspect.signature(kind).parameters)[:3] == ["dim", "num_experts", "hidden_dim"]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:The PyTorch API of nested")
+@pytest.mark.parametrize("kind", [*LAYERS, TopKGating])
+def test_inputs_that_are_not_dense(kind):
+    module = TopKGating(8, 4) if kind is TopKGating else layer(kind)
+    parts = [torch.randn(3, 8), torch.randn(5, 8)]
+    for layout in (torch.jagged, torch.strided):
+        with pytest.raises(TypeError, match=r"must be a dense tensor, .*to_padded_tensor\(0.0\), and give mask="):
+            module(torch.nested.nested_tensor(parts, layout=layout))
+    with pytest.raises(TypeError, match=r"must be a dense tensor, got one of layout torch.sparse_coo: .*to_dense\(\)"):
+        module(torch.randn(2, 5, 8).to_sparse())
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace would freeze .* use torch\.export\.export"):
+        torch.jit.trace(module, torch.randn(2, 5, 8))
 
 
 def test_files_that_are_no_checkpoints(tmp_path):

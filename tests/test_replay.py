@@ -9,6 +9,7 @@ import threading
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -364,6 +365,54 @@ def test_other_threads_go_their_own_ways():
 # ---- files, and what engines return ----
 
 
+WIDE = {"uint16": (1 << 16) - 1, "uint32": (1 << 32) - 1, "uint64": (1 << 64) - 1, "int64": 1 << 32}
+
+
+@pytest.mark.parametrize("dtype", WIDE)
+def test_integers_of_every_width(dtype):
+    """Ids that fit are read as they are; none is wrapped to another expert."""
+    make = getattr(np, dtype)
+    records = RoutingRecords.from_requests([np.array([[[3, 1]], [[2, 0]]], dtype=make)])
+    assert records["0"][0].tolist() == [[3, 1], [2, 0]]
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
+    own = RoutingRecords({"gate": [torch.from_numpy(np.array([[3, 1], [2, 0]], dtype=make))]})
+    for given in (records, own):
+        with replay_routing(moe, given):
+            moe(torch.randn(1, 2, DIM))
+    if dtype != "uint16":
+        with pytest.raises(ValueError, match=r"request 0 has experts 1 to \d{10,}: give ids of experts from 0"):
+            RoutingRecords.from_requests([np.array([[[WIDE[dtype], 1]]], dtype=make)])
+
+
+@pytest.mark.parametrize("dtype", ["complex64", "bool", "float32"])
+def test_records_of_no_integers(dtype):
+    array = torch.ones(1, 1, 2).to(getattr(torch, dtype))
+    with pytest.raises(ValueError, match=rf"request 0 must be integers \(tokens, layers, k\), got torch.{dtype}"):
+        RoutingRecords.from_requests([array])
+    with pytest.raises(ValueError, match=rf"a record of 'gate' must be integers \(tokens, k\), got torch.{dtype}"):
+        RoutingRecords({"gate": [array[0]]})
+
+
+def test_requests_and_records_of_other_kinds():
+    good = [[[0, 1]]]
+    for bad, got in ((None, "a NoneType"), ({"routed_experts": good}, "a dict"), ([[[0, 1], [1]]], "a list")):
+        with pytest.raises(ValueError, match=rf"request 1 must be integers \(tokens, layers, k\), got {got}"):
+            RoutingRecords.from_requests([good, bad])
+    with pytest.raises(
+        ValueError, match=r"parts of request 0 must agree in layers and k, got \[\(1, 1, 2\), \(1, 1, 1\)"
+    ):
+        RoutingRecords.from_requests([(good, [[[0]]])])
+    with pytest.raises(ValueError, match="parts of request 0 must agree"):
+        RoutingRecords.from_requests([()])
+    for layers in ([1.0], ["0"], [None], [1]):
+        with pytest.raises(ValueError, match=rf"layers has {layers[0]!r}, the requests have 0 to 0"):
+            RoutingRecords.from_requests([good], layers=layers)
+    with pytest.raises(TypeError, match="experts must be a dict of records by gate, got a list"):
+        RoutingRecords([torch.zeros(1, 2, dtype=torch.int64)])
+    with pytest.raises(IndexError, match="no sequence 5: there are 1"):
+        RoutingRecords.from_requests([good]).array(5)
+
+
 def test_a_file(tmp_path):
     torch.manual_seed(0)
     moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
@@ -387,6 +436,16 @@ def test_a_file(tmp_path):
     torch.save(contents, tmp_path / "lengths")
     with pytest.raises(ValueError, match="lengths is not whole"):
         RoutingRecords.load(tmp_path / "lengths")
+    for part in ("lengths", "experts", "num_experts"):
+        contents = torch.load(tmp_path / "records.pt", weights_only=True)
+        del contents["layers"]["gate_outer"][part]
+        torch.save(contents, tmp_path / "part")
+        with pytest.raises(ValueError, match=rf"part is not whole: it has no '{part}'\. Save the records again"):
+            RoutingRecords.load(tmp_path / "part")
+    contents["layers"]["gate_outer"]["num_experts"] = "4"
+    torch.save(contents, tmp_path / "part")
+    with pytest.raises(ValueError, match=r"part is not whole: num_experts\['gate_outer'\] must be an integer .* '4'"):
+        RoutingRecords.load(tmp_path / "part")
     torch.save(moe, tmp_path / "module")  # which weights_only does not build
     with pytest.raises(ValueError, match="is not whole, or no file"):
         RoutingRecords.load(tmp_path / "module")

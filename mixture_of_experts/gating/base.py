@@ -29,7 +29,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, forced_experts, settle
+from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, check_given, forced_experts, settle
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.private_torch import statically_known_true
@@ -269,6 +269,8 @@ class TokenChoiceGate(Gate):
             raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
         if given is not None and tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
             given = torch.where(tokens.full.unsqueeze(-1), given, LIVE)
+        if given is not None:
+            check_given(given, self.num_experts)
         return settle(given, expert, chosen)
 
     def read(
@@ -330,7 +332,7 @@ class TokenChoiceGate(Gate):
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
-        choices = self.decide(tokens)
+        choices = self._decided(tokens)
         chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
         if choices.chosen is not None:
             chosen = choices.chosen if chosen is None else choices.chosen & chosen
@@ -344,6 +346,27 @@ class TokenChoiceGate(Gate):
             primary=choices.primary,
             losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
+
+    def _decided(self, tokens: Tokens) -> Choices:
+        """What `decide` returns; an error for anything else than `Choices`, or if it reads a side input that is left
+        out."""
+        name = type(self).__name__
+        try:
+            choices = self.decide(tokens)
+        except KeyError as error:
+            missing = error.args[0] if error.args else None
+            if missing not in self.reads or missing in tokens.side:
+                raise
+            raise TypeError(
+                f"{name} reads the side input {missing!r}, which the call leaves out: call the layer as "
+                f"moe(x, {missing}=...), an entry for each token"
+            ) from None
+        if not isinstance(choices, Choices):
+            raise TypeError(
+                f"{name}.decide must return Choices(expert, weight, probs, losses), got a {type(choices).__name__}: "
+                "import Choices from mixture_of_experts"
+            )
+        return choices
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made, and of

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.queues import stable_order
-from mixture_of_experts.tracing import is_wrapped
+from mixture_of_experts.tracing import can_read, is_wrapped
 
 
 class Choices(NamedTuple):
@@ -63,7 +63,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
 def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int, num_experts: int) -> None:
     """Check that the ids `expert` `(..., n k)` are from 0 to e - 1, and that no token has one twice among those
     `computed`. It reads values, so it does nothing on a GPU and in a graph."""
-    if type(expert) is not Tensor or expert.device.type != "cpu" or is_wrapped(expert) or is_wrapped(computed):
+    if not can_read(expert) or is_wrapped(computed):
         return
     if expert.numel() and not (int(expert.min()) >= 0 and int(expert.max()) < num_experts):
         raise ValueError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixture_of_experts.checks import check_choice
+from mixture_of_experts.tracing import can_read
 
 LIVE = -(1 << 15)  # the least of int16
 
@@ -66,6 +67,18 @@ def settle(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> S
     expert = torch.where(live, own, torch.where(given < 0, not_computed, given))
     own_chosen = live if chosen is None else live & chosen
     return Settled(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)
+
+
+def check_given(given: Tensor, num_experts: int) -> None:
+    """Check that given choices are such numbers. It reads values, so it does nothing on a GPU and in a graph."""
+    if not can_read(given):
+        return
+    wrong = given[(given >= num_experts) | (given < -1 - num_experts) & (given != LIVE)]
+    if wrong.numel():
+        raise ValueError(
+            f"given_experts has {int(wrong[0])}: give an expert, 0 to {num_experts - 1}; -1 for no choice; or -2 - i "
+            "if expert i takes its share of the weight without computing the token"
+        )
 
 
 # Forced choices: timings then do not depend on what a router learned

@@ -11,6 +11,7 @@ from torch.nn import functional
 from mixture_of_experts.checks import check_size
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.tracing import can_read
 
 
 class HashGating(TopKGating):
@@ -61,10 +62,19 @@ class HashGating(TopKGating):
         if (ids := tokens.side.get("token_ids")) is not None:
             if ids.is_floating_point() or ids.is_complex():
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
+            self._check_range(ids)
             return functional.embedding(ids.to(torch.int64), self.experts_of_id)
         if "given_experts" in tokens.side:
             return super().own_choices(tokens, ranked)
         raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
+
+    def _check_range(self, ids: Tensor) -> None:
+        """Check that the gate knows the ids. It reads values, so it does nothing on a GPU and in a graph."""
+        if can_read(ids) and (wrong := ids[(ids < 0) | (ids >= self.num_ids)]).numel():
+            raise ValueError(
+                f"token_ids has {int(wrong[0])}, this gate knows 0 to {self.num_ids - 1}: make it with num_ids=, the "
+                "size of the vocabulary, and mask padding that has another id"
+            )
 
     @property
     def _first_is_likeliest(self) -> bool:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral
 from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixture_of_experts.checks import check_optional_size
 from mixture_of_experts.gating.given import LIVE
 
 FORMAT = "mixture_of_experts.routing/1"
@@ -47,7 +49,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def __init__(
         self, experts: Mapping[str, Sequence[Tensor]], num_experts: Mapping[str, int | None] | None = None
     ) -> None:
-        self._experts = {name: list(sequences) for name, sequences in experts.items()}
+        if not isinstance(experts, Mapping):
+            raise TypeError(f"experts must be a dict of records by gate, got a {type(experts).__name__}")
+        self._experts = {name: [integers(record) for record in sequences] for name, sequences in experts.items()}
         self._num_experts = dict(num_experts or {})
         self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in self._experts.items()}
@@ -55,11 +59,13 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
         for name, sequences in self._experts.items():
             for record in sequences:
-                if not isinstance(record, Tensor) or record.ndim != 2 or record.is_floating_point():
+                if not isinstance(record, Tensor) or record.ndim != 2 or not is_integer(record):
                     got = f"{record.dtype} {tuple(record.shape)}" if isinstance(record, Tensor) else repr(record)
                     raise ValueError(f"a record of {name!r} must be integers (tokens, k), got {got}")
             if len({record.shape[1] for record in sequences}) > 1:
                 raise ValueError(f"records of {name!r} have different numbers of choices")
+        for name, number in self._num_experts.items():
+            check_optional_size(f"num_experts[{name!r}]", number)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -122,6 +128,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     def array(self, sequence: int) -> Tensor:
         """The record of a sequence as serving engines lay it out, `(s, l, k)`. All gates must have the same s and k."""
+        if not -len(self) <= sequence < len(self):
+            raise IndexError(f"no sequence {sequence}: there are {len(self)}")
         shapes = {name: tuple(records[sequence].shape) for name, records in self._all.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"gates differ in tokens or choices, so that no one array holds them: {shapes}")
@@ -160,8 +168,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             raise ValueError(f"requests differ in layers or choices: (l, k) are {sorted(shapes)}")
         of_all = range(arrays[0].shape[1])
         chosen = list(of_all) if layers is None else list(layers)
-        if wrong := [layer for layer in chosen if layer not in of_all]:
-            raise ValueError(f"layers has {wrong[0]}, the requests have 0 to {len(of_all) - 1}")
+        if wrong := [layer for layer in chosen if not isinstance(layer, Integral) or layer not in of_all]:
+            raise ValueError(f"layers has {wrong[0]!r}, the requests have 0 to {len(of_all) - 1}")
         return cls({str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)})
 
     def save(self, path: str | PathLike[str]) -> None:
@@ -196,8 +204,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             layers = found["layers"]
             experts = {name: list(part["experts"].split(part["lengths"].tolist())) for name, part in layers.items()}
             return cls(experts, {name: part["num_experts"] for name, part in layers.items()})
-        except (KeyError, AttributeError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{path} is not whole: {error!r}") from error
+        except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
+            said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
+            raise ValueError(f"{path} is not whole: {said}. Save the records again") from error
 
     @property
     def _all(self) -> dict[str, list[Tensor]]:
@@ -215,16 +224,45 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:
     """The choices `(s, l, k)` of a request."""
     if isinstance(request, tuple):
-        return torch.cat([read_request(part, number, shape) for part in request])
-    if isinstance(request, str):
-        array = from_base64(request, number, shape)
-    else:
-        array = request if isinstance(request, Tensor) else torch.tensor(request)
-    if array.ndim != 3 or array.is_floating_point() or array.dtype == torch.bool:
+        parts = [read_request(part, number, shape) for part in request]
+        if len({part.shape[1:] for part in parts}) != 1:
+            raise ValueError(
+                f"parts of request {number} must agree in layers and k, got {[(*p.shape,) for p in parts]}"
+            )
+        return torch.cat(parts)
+    array = from_base64(request, number, shape) if isinstance(request, str) else as_tensor(request, number)
+    if array.ndim != 3 or not is_integer(array):
         got = f"{array.dtype} {tuple(array.shape)}"
         raise ValueError(f"request {number} must be integers (tokens, layers, k), got {got}")
-    array = array.cpu().to(torch.int32)
+    array = integers(array.cpu()).to(torch.int64)
+    if array.numel() and not LIVE <= int(array.min()) <= int(array.max()) < 1 << 31:
+        raise ValueError(
+            f"request {number} has experts {int(array.min())} to {int(array.max())}: give ids of experts from 0, and "
+            "-1 for none"
+        )
+    array = array.to(torch.int32)
     return torch.where((array == -1).all(dim=-1, keepdim=True), LIVE, array)
+
+
+def as_tensor(request: Any, number: int) -> Tensor:
+    try:
+        return request if isinstance(request, Tensor) else torch.tensor(request)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"request {number} must be integers (tokens, layers, k), got a {type(request).__name__}: {error}"
+        ) from error
+
+
+def is_integer(array: Tensor) -> bool:
+    return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
+
+
+def integers(array: Any) -> Any:
+    """An array of a dtype in which torch computes: it does little with unsigned integers of two bytes and more."""
+    if isinstance(array, Tensor) and array.dtype in (torch.uint16, torch.uint32, torch.uint64):
+        wide = array.to(torch.int64)
+        return wide.where(wide >= 0, torch.iinfo(torch.int64).max)  # above the most of int64
+    return array
 
 
 def from_base64(text: str, number: int, shape: tuple[int, int] | None) -> Tensor:
