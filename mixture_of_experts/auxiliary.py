@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
-from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.sites import Gates, Site, find_sites, serve
 from mixture_of_experts.tracing import in_checkpoint
 from mixture_of_experts.under_way import CallUnderWay
 
 
 @contextmanager
-def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
+def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[AuxLosses]:
     """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`, while the context lasts.
 
     It serves models whose blocks return the output of a layer and drop its loss. The context lies around one forward
@@ -29,9 +29,12 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
 
     Args:
         model: the module that you call.
+        gates: gates of the layers to collect from, by their names or as modules (gates, or layers around them); by
+            default all.
 
     Raises:
-        ValueError: the model has no such layer.
+        ValueError: the model has no gate.
+        TypeError: a gate is in no such layer: a router of `transformers`, or a gate that stands alone.
         RuntimeError: in a forward whose losses would be wrong: a layer runs under reentrant checkpointing; `model`
             itself runs inside `torch.utils.checkpoint`; a layer is called, but not through `model`.
 
@@ -51,9 +54,8 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
         ...     out = model(torch.randn(2, 16, 8))
         >>> loss = out.square().mean() + aux.take()
     """
-    layers = [module for module in model.modules() if isinstance(module, MoE | HeirarchicalMoE)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MoE layer: give collect_aux a model that has some")
+    sites = serve(find_sites(model, "collect_aux", gates), "collect_aux", why_not_collected)
+    layers = dict.fromkeys(stand.layer for site in sites for stand in site.stands if stand.layer is not None)
     aux = AuxLosses()
     with ExitStack() as hooks:
         for layer in layers:
@@ -64,6 +66,17 @@ def collect_aux(model: nn.Module) -> Iterator[AuxLosses]:
         hooks.callback(model.register_forward_hook(aux._end, always_call=True).remove)
         with under_way.within([(aux, CallUnderWay())]):
             yield aux
+
+
+def why_not_collected(site: Site) -> str | None:
+    """Why no auxiliary loss of a site can be collected; None if it can."""
+    if site.theirs:
+        return (
+            "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
+            "one, or convert the block with from_transformers"
+        )
+    alone = all(stand.layer is None for stand in site.stands)
+    return "it stands in no MoE layer, so its caller has its losses" if alone else None
 
 
 class AuxCall(CallUnderWay):

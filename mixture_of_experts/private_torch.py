@@ -123,6 +123,16 @@ def trained_copy(wrapper: Any) -> nn.Module:
     return wrapper.original_module if wrapper.disable_adapters or active[0] not in copies else copies[active[0]]
 
 
+def parts_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
+    children: Any = module._modules
+    if not type(module).__module__.startswith("peft.") or "modules_to_save" not in children:
+        return [(child, True) for child in module.children()]
+    computes = trained_copy(module)
+    copies = (children["original_module"], *children["modules_to_save"].values())
+    return [(copy, copy is computes) for copy in copies]
+
+
 def wrapped_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module before FSDP2 or parametrizations made a class of their own for it."""
     kind = type(module)

@@ -99,27 +99,35 @@ def find_sites(model: nn.Module, ability: str, gates: Gates | None = None) -> li
     Raises:
         ValueError: there is none, or `gates` has something that is no site.
     """
-    found: dict[nn.Module, Site] = {}
-    for place in places(model):
-        for site in sites_at(place, found):
-            found[site.gate] = joined(found[site.gate], site) if site.gate in found else site
-    sites = list(found.values())
+    sites = all_sites(model)
     if not sites:
         raise ValueError(f"{type(model).__name__} has no gate: give {ability} a model with MoE layers")
     return sites if gates is None else chosen(sites, ability, gates)
 
 
-def serve(sites: list[Site], ability: str, why_not: Callable[[Site], str | None]) -> list[Site]:
+def all_sites(model: nn.Module) -> list[Site]:
+    """All sites of a model, in its order; there may be none."""
+    found: dict[nn.Module, Site] = {}
+    for place in places(model):
+        for site in sites_at(place, found):
+            found[site.gate] = joined(found[site.gate], site) if site.gate in found else site
+    return list(found.values())
+
+
+def serve(
+    sites: list[Site], ability: str, why_not: Callable[[Site], str | None], takes_gates: bool = True
+) -> list[Site]:
     """The same sites, all of which an ability serves; TypeError if it cannot serve one.
 
     Args:
         why_not: the reason why a site cannot be served; None if it can.
+        takes_gates: whether the ability has an argument `gates`.
     """
     reasons = {site: reason for site in sites if (reason := why_not(site)) is not None}
     if reasons:
         told = "; ".join(f"{site.name!r} ({site.kind}): {reason}" for site, reason in reasons.items())
         rest = [site.name for site in sites if site not in reasons]
-        remedy = f". For the other gates alone pass gates={rest}" if rest else ""
+        remedy = f". For the other gates alone pass gates={rest}" if rest and takes_gates else ""
         raise TypeError(f"{ability} cannot serve {told}{remedy}")
     return sites
 

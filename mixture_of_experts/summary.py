@@ -5,7 +5,7 @@ Axes: e experts, k choices of a token.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -14,9 +14,19 @@ from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, In
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
-from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.moe import HeirarchicalMoE
+from mixture_of_experts.private_torch import parts_of, wrapped_class
+from mixture_of_experts.sites import Site, Stand, all_sites, places, serve, unwrapped
 
 Shares = dict[nn.Module, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
+
+
+class Used(NamedTuple):
+    """What a token uses of a model."""
+
+    shares: Shares
+    varying: set[nn.Module]  # layers in which scores decide how many experts
+    theirs: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
 
 
 class Cost(NamedTuple):
@@ -87,10 +97,11 @@ def summary(model: nn.Module) -> Summary:
     On the meta device you can count a model of any size.
 
     Args:
-        model: a model with any number of `MoE` and `HeirarchicalMoE` layers.
+        model: a model with any number of `MoE` and `HeirarchicalMoE` layers, and of sparse blocks of `transformers`.
 
     Raises:
         ValueError: a gate does not say how many experts a token chooses: it has no `k`.
+        TypeError: a block of `transformers` is not known, so nobody can tell what a token uses of it.
 
     Example:
         >>> from mixture_of_experts import MoE, TopKGating
@@ -99,52 +110,80 @@ def summary(model: nn.Module) -> Summary:
         >>> cost.parameters, cost.active, cost.flops  # experts of 2 * 8 * 32 weights, a router of 8 * 4
         (2080, 544, 1088)
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE | HeirarchicalMoE)}
-    shares: Shares = {}
-    varying: set[nn.Module] = set()
-    for name, layer in layers.items():
-        found = [choices(name, gate) for gate in gates(layer)]
-        shares[layer] = shares_of(layer, [number for number, _ in found])
-        varying |= {layer} if any(most for _, most in found) else set()
-    return Summary(cost(model, shares, varying), {name: cost(layer, shares, varying) for name, layer in layers.items()})
+    sites = serve(all_sites(model), "summary", why_not_counted, takes_gates=False)
+    refuse_unknown_blocks(model, sites)
+    layers: dict[nn.Module, dict[Site, Stand]] = {}  # the sites of each, with their place in it
+    for site in sites:
+        for stand in site.stands:
+            if stand.layer is not None:
+                layers.setdefault(unwrapped(stand.layer), {}).setdefault(site, stand)
+    used = Used({}, set(), {module for site in sites if site.theirs for module in with_weights(site)})
+    for layer, its in layers.items():
+        found = [choices(site) for site in its]
+        used.shares[layer] = shares_of(layer, its, [number for number, _ in found])
+        used.varying.update([layer] if any(most for _, most in found) else [])
+    paths = {layer: next(iter(its.values())).name.rpartition(".")[0] for layer, its in layers.items()}
+    return Summary(cost(model, used), {path: cost(layer, used) for layer, path in paths.items()})
 
 
-def gates(layer: Any) -> list[Any]:
-    return [layer.gate] if isinstance(layer, MoE) else [layer.gate_outer, layer.gate_inner]
+def why_not_counted(site: Site) -> str | None:
+    """Why nobody can tell what a token uses at a site; None if one can."""
+    known = not site.theirs or (site.k is not None and all(stand.experts is not None for stand in site.stands))
+    return None if known else "its block is not known, so nobody can tell how much of the experts a token uses"
 
 
-def shares_of(layer: Any, numbers: list[float]) -> dict[nn.Module, float]:
+def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
+    """Refuse blocks of `transformers` whose experts no site chooses."""
+    known = {stand.experts for site in sites for stand in site.stands}
+    for place in places(model):
+        experts = getattr(place.module, "experts", None)
+        theirs = wrapped_class(place.module).__module__.startswith("transformers.")
+        if theirs and isinstance(experts, nn.Module) and experts not in known:
+            raise TypeError(
+                f"summary cannot count {place.name!r} ({wrapped_class(place.module).__name__}): what chooses its "
+                "experts is not known"
+            )
+
+
+def with_weights(site: Site) -> Iterator[nn.Module]:
+    """The modules of a router of `transformers` and of its experts."""
+    yield from site.gate.modules()
+    for stand in site.stands:
+        assert stand.experts is not None
+        yield from stand.experts.modules()
+
+
+def shares_of(layer: Any, sites: Mapping[Site, Stand], numbers: list[float]) -> dict[nn.Module, float]:
     """The part, 0 to 1, of a layer's experts and of its inner gates that a token uses, by its choices at each level."""
-    numbers = [min(number, gate.num_experts) for number, gate in zip(numbers, gates(layer), strict=True)]
-    if isinstance(layer, MoE):
-        return {layer.experts: numbers[0] / layer.num_experts}
+    numbers = [min(number, site.num_experts) for number, site in zip(numbers, sites, strict=True)]
+    if not isinstance(layer, HeirarchicalMoE):
+        return {stand.experts: numbers[0] / site.num_experts for site, stand in sites.items() if stand.experts}
     (outer, inner), (eo, ei) = numbers, layer.num_experts
     served = min(outer, 1.0) * inner + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
     return {layer.experts: served / (eo * ei), layer.gate_inner: outer / eo}
 
 
-def choices(name: str, gate: Any) -> tuple[float, bool]:
+def choices(site: Site) -> tuple[float, bool]:
     """How many experts a gate chooses for a token; and whether that is the most, because scores decide how many."""
-    k = getattr(gate, "k", None)
-    expected = getattr(gate, "expected_choices", k)
-    number = k if expected is None else expected
+    expected = site.k if site.theirs else getattr(site.gate, "expected_choices", site.k)
+    number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
-            f"the {type(gate).__name__} of {name or 'the layer'} does not say how many experts a token chooses: "
-            "give it an attribute k"
+            f"the {site.kind} of {site.name.rpartition('.')[0] or 'the layer'} does not say how many experts a token "
+            "chooses: give it an attribute k"
         )
     return number, expected is None
 
 
-def cost(model: nn.Module, shares: Shares, varying: set[nn.Module]) -> Cost:
+def cost(model: nn.Module, used: Used) -> Cost:
     parts: dict[Tensor, float] = {}
     flops = 0.0
-    for module, part in with_parts(model, shares):
+    for module, part in with_parts(model, used.shares):
         for parameter in module.parameters(recurse=False):
             parts[parameter] = max(part, parts.get(parameter, 0.0))
-        flops += 2 * part * multiplied(module)
+        flops += 2 * part * multiplied(module, used)
     active = sum(part * parameter.numel() for parameter, part in parts.items())
-    at_most = any(module in varying for module in model.modules())
+    at_most = any(module in used.varying for module in model.modules())
     return Cost(sum(parameter.numel() for parameter in parts), round(active), round(flops), at_most)
 
 
@@ -162,15 +201,18 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
             below = {module.experts: routed}  # every token passes what is beside the experts inside
         else:
             layer, part, below = module if module in shares else layer, part * routed, shares.get(module, {})
-        todo += [(layer, child, part, below.get(child, 1.0)) for child in module.children()]
+        for child, computes in parts_of(module):
+            todo.append((layer, child, part if computes else 0.0, below.get(child, 1.0)))
 
 
-def multiplied(module: nn.Module) -> int:
+def multiplied(module: nn.Module, used: Used) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    own, kind = module.named_parameters(recurse=False), type(module).__name__
+    own, kind = list(module.named_parameters(recurse=False)), type(module).__name__
     if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
         return getattr(module, "weight").numel()  # noqa: B009
     if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers
         return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
+    if module in used.theirs:
+        return sum(p.numel() for name, p in own if p.ndim >= 2 and not name.endswith("bias"))
     # a user's experts, if their weights are stacked
     return sum(p.numel() for _, p in own if p.ndim >= 3) if isinstance(module, RoutedExperts) else 0

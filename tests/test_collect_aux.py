@@ -110,7 +110,12 @@ def test_what_has_no_loss_is_refused(x):
         def forward(self, inputs, mask=None):
             return super().forward(inputs, mask)[0]
 
-    with pytest.raises(ValueError, match="Linear has no MoE layer"), collect_aux(nn.Linear(2, 2)):
+    with pytest.raises(ValueError, match="Linear has no gate: give collect_aux"), collect_aux(nn.Linear(2, 2)):
+        pass
+    alone = nn.ModuleList([MoE(DIM, 4), TopKGating(DIM, 4)])
+    with pytest.raises(TypeError, match=r"'1' \(TopKGating\): it stands in no MoE layer"), collect_aux(alone):
+        pass
+    with collect_aux(alone, gates=["0.gate"]):
         pass
     model = nn.Sequential(OutputOnly(DIM, 4))
     with collect_aux(model), pytest.raises(TypeError, match="OutputOnly must return"):

@@ -171,6 +171,11 @@ def test_mixtral_8x7b():
     assert not dense.layers
     upcycle(model, num_experts=8, k=2)
     found = summary(model)
+    with torch.device("meta"):
+        theirs = summary(transformers.MixtralForCausalLM(transformers.MixtralConfig()))  # those of Mixtral 8x7B
+    assert theirs.model == found.model
+    assert list(theirs.layers) == [f"model.layers.{i}.mlp" for i in range(32)]
+    assert theirs.layers["model.layers.0.mlp"] == next(iter(found.layers.values()))
     stands_for = sum(b.numel() for b in model.buffers() if b.numel() == 1)
     assert (found.parameters, found.active) == (46_702_792_704, 12_879_925_248)
     assert stands_for == 32
@@ -205,3 +210,17 @@ def test_the_table():
     assert [line.split()[0] for line in text.splitlines()] == ["parameters", "0", "in"]
     assert "at most" in text
     assert f"{D * D + D + ROUTER + E * PLAIN:,}" in text
+
+
+def test_sparse_blocks_that_are_not_known_are_named():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.NllbMoeConfig(
+        vocab_size=8, d_model=8, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=8, decoder_ffn_dim=8,
+        encoder_attention_heads=2, decoder_attention_heads=2, encoder_sparse_step=1, num_experts=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.NllbMoeModel(config)
+    with pytest.raises(
+        TypeError, match=r"'encoder.layers.0.ffn' \(NllbMoeSparseMLP\): what chooses its experts is not"
+    ):
+        summary(model)
