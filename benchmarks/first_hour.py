@@ -108,7 +108,7 @@ def run_canary(device: Device, layout: str) -> dict[str, Any]:
         for activation in names:
             for odd in (0, 16):
                 options = ((bool(odd), bool(odd)), (bool(odd), not odd), (odd, odd, odd))
-                kind = canary.Kind(0, dtype, Form(layout, activation, 1.702, 7.0), *options)
+                kind = canary.Kind(0, dtype, Form(layout, activation, 1.702, 7.0), *options, 0 if odd else 2)
                 for entry in entries:
                     canary.forget()  # one that is wrong is not to hide the others
                     with warnings.catch_warnings():

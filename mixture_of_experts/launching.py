@@ -29,6 +29,9 @@ _asked_for = FROM_START
 _uses: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
 _CHANGING = threading.Lock()
 
+NO_MEMORY = "there is no memory to check them"
+_CHECKS: list[SelfCheck] = []  # all there are
+
 
 def asked_for() -> str:
     """The name of the way that the user asks for, or "auto"."""
@@ -94,8 +97,10 @@ def undisturbed(device: torch.device) -> Iterator[None]:
 class SelfCheck:
     """Checks, before kernels serve a first call of each kind, that they compute what they should on a device.
 
-    A kernel that differs from torch's operators, or raises, turns all kernels of this check off for the process, with a
-    warning: a compiler that was wrong once is not trusted again.
+    A kernel that differs from torch's operators, or raises, turns off all kinds of this check that were not yet found
+    right, with a warning: a compiler that was wrong once is not trusted again. A kind that was found right still
+    serves, since a recomputation has to take the way of its forward. So a lack of memory is kept as a verdict too, but
+    on one kind alone.
 
     Args:
         kernels: their name in the warning.
@@ -104,6 +109,7 @@ class SelfCheck:
     def __init__(self, kernels: str) -> None:
         self.kernels = kernels
         self.verdicts: dict[Hashable, str | None] = {}
+        _CHECKS.append(self)
 
     def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
         """Why the kernels may not serve a kind of calls; None if they are right.
@@ -113,25 +119,43 @@ class SelfCheck:
             kind: what programs depend on; each kind is checked once.
             fault: a function that computes such a call and returns what is wrong, or None.
         """
-        if wrong := next(filter(None, self.verdicts.values()), None):
-            return wrong
         if kind in self.verdicts:
-            return None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return self.verdicts[kind]
+        if wrong := next((said for said in self.verdicts.values() if said not in (None, NO_MEMORY)), None):
+            return wrong
+        if device.type == "cuda" and is_capturing(device):
             warnings.warn(
                 f"a CUDA graph is captured before {self.kernels} were checked, and is captured without them: run the "
-                "layer once before",
+                "layer once before, or ops.prepare",
                 stacklevel=2,
             )
             return "they were not checked before this stream was captured"
         try:
             with undisturbed(device):
                 verdict = fault()
-        except torch.OutOfMemoryError:  # no verdict
-            return "there is no memory to check them"
+        except torch.OutOfMemoryError:
+            verdict = NO_MEMORY
         except Exception as reason:  # whatever a compiler or a driver raises
             verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
         self.verdicts[kind] = verdict
-        if verdict:
+        if verdict == NO_MEMORY:
+            warnings.warn(
+                f"{self.kernels} are off for calls of one kind in this process, because {NO_MEMORY}: call ops.prepare "
+                "before memory is full",
+                stacklevel=2,
+            )
+        elif verdict:
             warnings.warn(f"{self.kernels} are off in this process: {verdict}", stacklevel=2)
         return verdict
+
+
+def forget_lack_of_memory() -> None:
+    """Let kinds of calls be checked anew that could not be checked for want of memory."""
+    for check in _CHECKS:
+        check.verdicts = {kind: verdict for kind, verdict in check.verdicts.items() if verdict != NO_MEMORY}
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is captured into a graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -98,6 +98,15 @@ def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: st
     check("check_way", dtype, CARDS[card], way, reasons | ({"grouped": "torch's"} if way == "lean" else {}))
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    "capability",
+    [pytest.param(card, marks=[] if name == "A100" else pytest.mark.slow, id=name) for name, card in CARDS.items()],
+)
+def test_the_self_check_judges_what_is_launched(check: Checks, capability: tuple[int, int]):
+    assert check("check_entries", capability) >= 3
+
+
 def test_a_thousand_experts_are_no_error(check: Checks):
     """torch's grouped product raises for 1,024."""
     check("check_many_experts", 1023, "grouped")

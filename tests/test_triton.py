@@ -89,16 +89,20 @@ def test_tiles(check: Checks, experts: int, height: int):
 
 @slow
 @pytest.mark.parametrize(
-    ("layout", "activation", "dtype"),
+    ("layout", "activation", "dtype", "choices"),
     [
-        ("gated", "silu", torch.bfloat16),
-        pytest.param("interleaved", "clamped_swiglu", torch.float16, marks=pytest.mark.slow),
-        pytest.param("concatenated", "gelu_tanh", torch.float32, marks=pytest.mark.slow),
-        pytest.param("plain", "relu_squared", torch.bfloat16, marks=pytest.mark.slow),
+        ("gated", "silu", torch.bfloat16, 2),
+        pytest.param("interleaved", "clamped_swiglu", torch.float16, 3, marks=exhaustive),
+        pytest.param("concatenated", "gelu_tanh", torch.float32, 1, marks=exhaustive),
+        pytest.param("plain", "relu_squared", torch.bfloat16, 0, marks=exhaustive),
     ],
 )
-def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype):
-    check("check_canary", layout, activation, dtype)
+def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
+    check("check_canary", layout, activation, dtype, choices)
+
+
+def test_the_self_check_uses_every_buffer_again_and_sees_a_vector(check: Checks):
+    check("check_lengths_of_the_canary")
 
 
 @pytest.mark.slow

@@ -198,6 +198,48 @@ def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[s
         assert reason in told.reasons[name], told.reasons
 
 
+def check_entries(capability: tuple[int, int]) -> int:
+    """The self-check judges the entry of the schedule that is launched, and as many choices; returns how many entries
+    calls of many shapes took."""
+    from mixture_of_experts.ops import triton
+    from mixture_of_experts.ops.triton import canary, operators, schedule
+
+    judged, launched = [], []
+
+    def judge(device: int, dtype: torch.dtype, *others: Any) -> None:
+        entries = operators.entries_for(torch.device("cuda"), dtype)
+        judged.append((schedule.find_schedule(entries, others[-1]), others[-2]))
+
+    def find(entries: tuple[schedule.Schedule, ...], mean_rows: int) -> schedule.Schedule:
+        launched.append(schedule.find_schedule(entries, mean_rows))
+        return launched[-1]
+
+    seen = set()
+    with on_gpu(torch.bfloat16, capability), ops.use("triton"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton, "is_fake", lambda tensor: False)
+        patch.setattr(canary, "why_wrong", judge)
+        patch.setattr(operators, "find_schedule", find)
+        layers = {
+            3: MoE(DIM, 8, gate=TopKGating(DIM, 8, 3), experts=Experts(DIM, 8, HIDDEN)),
+            8: MoE(DIM, 64, gate=TopKGating(DIM, 64, 8), experts=Experts(DIM, 64, HIDDEN)),
+            2: MoE(DIM, 16),
+            4: HeirarchicalMoE(DIM, (4, 4)),
+            0: one_level("expert choice", "plain", None),
+        }
+        for choices, layer in layers.items():
+            for shape in ((1, 1), (1, 128), (1, 2048), (4, 512)):
+                x = torch.empty(*shape, DIM, requires_grad=True)
+                judged.clear()
+                launched.clear()
+                with Ledger() as ledger, ledger.of_kernels():
+                    layer(x)[0].sum().backward()
+                ((entry, told),) = judged
+                assert launched == [entry] * 2, (choices, shape, launched, entry)
+                assert told == choices
+                seen.add(entry)
+    return len(seen)
+
+
 def check_many_experts(number: int, way: str) -> None:
     with on_gpu(torch.bfloat16):
         layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))

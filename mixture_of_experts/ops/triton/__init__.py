@@ -14,7 +14,7 @@ from torch import Tensor
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
-from mixture_of_experts.ops.triton.schedule import HALF
+from mixture_of_experts.ops.triton.schedule import HALF, num_rows
 from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
@@ -73,8 +73,9 @@ def _why_wrong(call: Call) -> str | None:
         (network.b_in[0] is not None, network.b_out is not None),
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
+        call.decision.k or 0,
         # in a graph the number of tokens may be dynamic
-        None if compiling else call.decision.most_rows // network.w_out.shape[0],
+        None if compiling else num_rows(call.decision) // network.w_out.shape[0],
     )
 
 

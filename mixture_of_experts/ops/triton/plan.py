@@ -13,12 +13,10 @@ from torch import Tensor
 
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.ops.triton import operators, tables
+from mixture_of_experts.ops.triton.schedule import FEW, compares, num_rows
 from mixture_of_experts.plan import Plan
-from mixture_of_experts.private_torch import statically_known_true
-from mixture_of_experts.tracing import smallest
 
 BLOCK = 128  # assignments of a program
-FEW = 2048  # assignments that are compared with each other
 
 
 def plan_of(decision: Decision, few: int = FEW) -> Plan:
@@ -27,13 +25,12 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
     An assignment of weight 0 that holds a slot has a row with a token, though nobody reads the row. And there are no
     more rows than slots. Up to `few` assignments need no queues: each counts those before it.
     """
-    k, e, number = decision.k, math.prod(decision.num_experts), decision.weight.shape[0]
+    k, e, rows = decision.k, math.prod(decision.num_experts), num_rows(decision, few)
     if k is None:
         return decision.without_gaps()
-    if statically_known_true(number <= few) and statically_known_true(number == decision.most_rows):
-        made, rows = triton_few_plan(decision.expert, decision.kept, e, k), number
+    if compares(decision, few):
+        made = triton_few_plan(decision.expert, decision.kept, e, k)
     else:
-        rows = number if decision.slots is None else smallest(decision.most_rows, decision.num_slots)
         made = triton_plan(*decision.waiting(), e, k, rows)
     row, assignment, token, rows_per_expert = made
     sizes = (k, decision.num_tokens, rows, decision.num_experts)

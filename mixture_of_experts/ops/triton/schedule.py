@@ -9,7 +9,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from mixture_of_experts.decision import Decision
+from mixture_of_experts.private_torch import statically_known_true
+from mixture_of_experts.tracing import smallest
+
 Capability = tuple[int, int]
+FEW = 2048  # assignments that the kernel of few compares with each other
 
 
 class Blocks(NamedTuple):
@@ -141,6 +146,19 @@ def entries_of(kind: str, capability: Capability | None) -> tuple[Schedule, ...]
     if capability is None:
         return INTERPRETED
     return HALF[capability] if kind == "half" else SINGLE[kind]
+
+
+def compares(decision: Decision, few: int = FEW) -> bool:
+    """Whether the plan compares up to `few` assignments with each other, without queues."""
+    number = decision.weight.shape[0]
+    return statically_known_true(number <= few) and statically_known_true(number == decision.most_rows)
+
+
+def num_rows(decision: Decision, few: int = FEW) -> int:
+    """The rows of a call's plan. By them the self-check and the launch find the same entry."""
+    if decision.k is None or decision.slots is None or compares(decision, few):
+        return decision.most_rows
+    return smallest(decision.most_rows, decision.num_slots)
 
 
 def find_schedule(entries: tuple[Schedule, ...], mean_rows: int) -> Schedule:
