@@ -49,18 +49,26 @@ def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
         _asked_for = next(reversed(_uses.values()), FROM_START)
 
 
+def family_of(card: tuple[int, int]) -> tuple[int, int] | None:
+    """The compute capability for which kernels on a card are scheduled: one of the same instructions, and of no more
+    shared memory. None for a card that no kernel is written for."""
+    if card[0] == 8:
+        return (8, 0) if card[1] in (0, 7) else (8, 6)
+    return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(card[0])
+
+
 def has_kernels(device: torch.device) -> bool:
     """Whether routers may launch kernels on a device.
 
-    They may on an NVIDIA GPU of compute capability 8.0 or more, unless another way is asked for; on a CPU if "triton"
-    is asked for and Triton's interpreter runs. A traced graph has torch's operators, which compilers fuse.
+    They may on an NVIDIA GPU of a known family, unless another way is asked for; on a CPU if "triton" is asked for and
+    Triton's interpreter runs. A traced graph has torch's operators, which compilers fuse.
     """
     way = asked_for()
     if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
         return False
     if device.type != "cuda":
         return device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    can = torch.version.hip is None and capability(device) >= (8, 0)
+    can = torch.version.hip is None and family_of(capability(device)) is not None
     return can and importlib.util.find_spec("triton") is not None
 
 

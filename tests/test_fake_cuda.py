@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(fake_cuda.why_not() is not None, reason=str(fake
 ROUTERS = ["top 2", "top 2, by score", "switch", "top 3", "top 3, by token", "top 3 of groups", "noisy"]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 CARDS = {"A100": (8, 0), "RTX 4090": (8, 9), "H100": (9, 0), "B200": (10, 0), "RTX 5090": (12, 0)}
+OF_FAMILIES = {"Orin": (8, 7), "B300": (10, 3), "Thor": (11, 0), "GB10": (12, 1)}  # programmed like one of those above
 
 
 class Checks:
@@ -91,11 +92,53 @@ def test_statistics(check: Checks):
         ("f32", "A100", "lean", "unless they are asked for"),
         ("f64", "A100", "lean", "not torch.float64"),
         ("f16", "H100", "lean", "unless they are asked for"),
+        ("bf16", "Orin", "triton", None),
+        ("bf16", "GB10", "triton", None),
+        ("bf16", "B300", "grouped", "unless they are asked for"),
+        ("bf16", "Thor", "lean", "unless they are asked for"),
+        ("bf16", "RTX 2080", "lean", "unless they are asked for"),
     ],
 )
 def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: str | None):
     reasons = {} if of_triton is None else {"triton": of_triton}
-    check("check_way", dtype, CARDS[card], way, reasons | ({"grouped": "torch's"} if way == "lean" else {}))
+    capability = {**CARDS, **OF_FAMILIES, "RTX 2080": (7, 5)}[card]
+    check("check_way", dtype, capability, way, reasons | ({"grouped": "torch's"} if way == "lean" else {}))
+
+
+@pytest.mark.parametrize(
+    ("arch", "asked", "way"),
+    [("gfx942", True, "grouped"), ("gfx950", True, "grouped"), ("gfx942", False, "lean"), ("gfx1100", True, "lean")],
+)
+def test_gpus_of_amd(check: Checks, arch: str, asked: bool, way: str):
+    check("check_amd", arch, asked, way)
+
+
+@pytest.mark.parametrize("device", ["xpu", "mps"])
+def test_gpus_of_others(check: Checks, device: str):
+    check("check_other_device", device)
+
+
+def test_a_capture_is_one_of_the_device(check: Checks):
+    check("check_capturing")
+
+
+@needs_triton
+@pytest.mark.parametrize("card", OF_FAMILIES)
+def test_kernels_serve_a_family(check: Checks, card: str):
+    """Gates and experts go by one rule; nothing older than 8.0 is served, and nothing newer than 12.x."""
+    check("check_family", OF_FAMILIES[card], True)
+    check("check_family", (7, 5), False)
+    check("check_family", (13, 0), False)
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("card", OF_FAMILIES)
+def test_kernels_compile_for_a_family(check: Checks, card: str):
+    """The largest and the smallest entry: no fault of `Code.faults`."""
+    for mean_rows in (512, 8):
+        case = Case(OF_FAMILIES[card], mean_rows=mean_rows)
+        assert len(check("triton_machine_code.check", case, "rows_by_weights", "weight_grads", "choose_two")) > 3
 
 
 @needs_triton

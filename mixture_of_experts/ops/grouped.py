@@ -8,6 +8,7 @@ numbers of rows that are in a tensor.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,10 @@ from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import capability, exporting, is_wrapped
+
+
+AMD = ("gfx942", "gfx950")
+AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torch takes a loop on AMD's GPUs
 
 
 def why_not(call: Call) -> str | None:
@@ -86,16 +91,22 @@ class GroupedProducts(lean.SlotProducts):
 def outer_on_cuda(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, ends: Tensor) -> Tensor:
     """`x^T y` over the rows of every expert, `(e, p, q)`."""
     out = F.grouped_mm(x.mT, y.contiguous(), offs=ends)
-    if capability(x.device)[0] == 9:
+    if torch.version.hip is None and capability(x.device)[0] == 9:
         return out
-    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439)
+    # on Blackwell the result of an expert without rows is undefined (pytorch/pytorch#172439); of AMD's nothing is known
     return out.masked_fill_((num_tokens_per_expert == 0).view(-1, 1, 1), 0)
 
 
 def why_no_kernel(x: Tensor, weight: Tensor) -> str | None:
     """Why torch's grouped product is no single kernel, but a loop with a host sync; None if it is one."""
-    card = capability(x.device)
-    if torch.version.hip is not None or card[0] not in (9, 10):
+    if torch.version.hip is not None:
+        card = torch.cuda.get_device_properties(x.device).gcnArchName.partition(":")[0]
+        if card not in AMD or not AMD_ASKED:
+            wanted = " or ".join(AMD)
+            return (
+                f"torch's grouped product is one kernel on {wanted} with ROCM_ALLOW_GROUP_GEMM_CK=1 only, not on {card}"
+            )
+    elif (card := capability(x.device))[0] not in (9, 10):
         return "torch's grouped product is one kernel on compute capability 9 and 10 only, this is {}.{}".format(*card)
     if x.dtype != torch.bfloat16 or any(size % 8 for size in weight.shape[-2:]):
         return "torch's grouped product wants bfloat16 and sizes that are multiples of 8"

@@ -68,14 +68,15 @@ class Properties(NamedTuple):
 
     major: int
     minor: int
+    gcnArchName: str = ""  # noqa: N815  (AMD's GPUs have it)
 
 
 @contextmanager
-def card(capability: tuple[int, int]) -> Iterator[None]:
-    """Within it the card's compute capability is this."""
+def card(capability: tuple[int, int], arch: str = "") -> Iterator[None]:
+    """Within it the card's compute capability is this, and of a GPU of AMD its architecture."""
     import torch
 
-    before, properties = torch.cuda.get_device_properties, Properties(*capability)
+    before, properties = torch.cuda.get_device_properties, Properties(*capability, arch)
     torch.cuda.get_device_properties = lambda device=None: properties
     try:
         yield

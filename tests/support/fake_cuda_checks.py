@@ -25,8 +25,10 @@ from mixture_of_experts import (
     NoisyTopKGating,
     Top2Gating,
     TopKGating,
+    launching,
     ops,
 )
+from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import card
 from support.fake_cuda_counts import Ledger, count
@@ -196,6 +198,66 @@ def check_way(dtype: str, capability: tuple[int, int], way: str, reasons: dict[s
     assert told.way == way
     for name, reason in reasons.items():
         assert reason in told.reasons[name], told.reasons
+
+
+def check_amd(arch: str, asked: bool, way: str) -> None:
+    """The way that is taken on a GPU of AMD, and what is said of faster ones."""
+    with on_gpu(torch.bfloat16), card((9, 4), arch + ":sramecc+:xnack-"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        patch.setattr(grouped_way, "AMD_ASKED", asked)
+        layer = one_level("top 3", "gated", None)
+        told = way_of(layer, torch.empty(1, 8, DIM))
+        check_call(layer, torch.bfloat16, masked=True, autocast=False)
+    assert told.way == way
+    assert "NVIDIA" in told.reasons["triton"]
+    assert way == "grouped" or f"not on {arch}" in told.reasons["grouped"]
+
+
+def check_other_device(device: str) -> None:
+    """On Intel's and Apple's GPUs the lean way computes; only forwards, as a process has gradients on one kind of
+    device."""
+    with fake_gpu(torch.bfloat16), torch.device(device):
+        for router in (*ROUTERS, "two levels"):
+            layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
+            told = way_of(layer, x)
+            assert told.way == "lean"
+            assert "NVIDIA" in told.reasons["triton"]
+            assert device in told.reasons["grouped"]
+            for training in (True, False):
+                with torch.device("cpu"):
+                    out, aux_loss = layer.train(training)(x)
+                assert out.device.type == aux_loss.device.type == device
+
+
+def check_family(capability: tuple[int, int], served: bool) -> None:
+    """Whether kernels of gates and of experts serve a card: the same is true of both."""
+    from mixture_of_experts.ops import triton
+
+    with on_gpu(torch.bfloat16, capability):
+        assert launching.has_kernels(torch.device("cuda")) == served
+        assert (triton._why_not_on(torch.device("cuda")) is None) == served
+
+
+def check_capturing() -> None:
+    """Whether a graph is captured is asked of the device of the call, not of the current one."""
+    current = [0]
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device", on)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[0] == 1)
+        patch.setattr(launching, "undisturbed", nullcontext)
+        check = launching.SelfCheck("some kernels")
+        with pytest.warns(UserWarning, match="before some kernels were checked"):
+            assert check.why_wrong(torch.device("cuda", 1), "kind", lambda: None) is not None
+        current[0] = 1
+        assert check.why_wrong(torch.device("cuda", 0), "kind", lambda: None) is None
+        assert check.verdicts == {"kind": None}
 
 
 def check_entries(capability: tuple[int, int]) -> int:

@@ -309,7 +309,7 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
         return wrong
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canary, "ROWS", 32)
+        patch.setattr(canary, "ROWS", 48)
         patch.setattr(canary, "DIM", 32)
         patch.setattr(canary.CHECK, "verdicts", {})
         assert judge(0) is None

@@ -44,6 +44,13 @@ CARDS = {
     (10, 0): Multiprocessor(228, 227, 2048),
     (12, 0): Multiprocessor(100, 99, 1536),
 }
+#: cards of their families
+OTHERS = {
+    (8, 7): Multiprocessor(164, 163, 1536),
+    (10, 3): Multiprocessor(228, 227, 2048),
+    (11, 0): Multiprocessor(228, 227, 1536),
+    (12, 1): Multiprocessor(100, 99, 1536),
+}
 
 
 class Case(NamedTuple):
@@ -274,7 +281,7 @@ def compile_launch(kernel: Any, arguments: dict[str, Any], capability: tuple[int
         registers,
         spilled,
         -(-shared // 1024),
-        programs_at_once(CARDS[capability], registers, shared, warps),
+        programs_at_once((CARDS | OTHERS)[capability], registers, shared, warps),
         *copied(compiled.asm["ttgir"]),
         tuple(sorted(shapes)),
         len(re.findall(ATOMICS, compiled.asm["ptx"])),

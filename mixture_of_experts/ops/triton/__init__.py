@@ -11,15 +11,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mixture_of_experts.launching import family_of
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
-from mixture_of_experts.ops.triton.schedule import HALF, num_rows
+from mixture_of_experts.ops.triton.schedule import num_rows
 from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-BY_DEFAULT = ((8, 0), (8, 6), (8, 9), (12, 0))  # cards on which torch's grouped product is a loop of many kernels
+BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
 MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
 WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
 
@@ -41,9 +42,8 @@ def why_not_by_default(call: Call) -> str | None:
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
-    if capability(x.device) not in BY_DEFAULT:
-        said = "on compute capability {}.{} torch's grouped product is taken unless they are asked for"
-        return said.format(*capability(x.device))
+    if family_of(capability(x.device)) not in BY_DEFAULT:
+        return "on compute capability {}.{} they are not taken unless they are asked for".format(*capability(x.device))
     if x.dtype == torch.float32:
         return "float32 is computed by torch's products unless they are asked for"
     return why_not(call)
@@ -84,8 +84,8 @@ def _why_not_on(device: torch.device) -> str | None:
         return None
     if device.type != "cuda" or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs (on the CPU for Triton's interpreter, by TRITON_INTERPRET=1)"
-    if capability(device) not in HALF:
-        return "the kernels were not compiled for compute capability {}.{}".format(*capability(device))
+    if family_of(capability(device)) is None:
+        return "no kernel is written for compute capability {}.{}".format(*capability(device))
     return None
 
 

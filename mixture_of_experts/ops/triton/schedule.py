@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from mixture_of_experts.decision import Decision
+from mixture_of_experts.launching import family_of
 from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.tracing import smallest
 
@@ -105,11 +106,10 @@ _HOPPER = Schedule(
 )
 _BLACKWELL = _HOPPER._replace(down=Blocks(128, 64, 8, 3), row_grads=Blocks(128, 64, 8, 3))
 
-#: entries of bfloat16 and float16, by compute capability: the cards that the kernels are compiled and checked for
+#: entries of bfloat16 and float16, by the compute capability that stands for a family of cards
 HALF: dict[Capability, tuple[Schedule, ...]] = {
     (8, 0): (*_LOW_MMA, _AMPERE),  # 163 KB of shared memory
     (8, 6): (*_LOW_MMA, _SMALL),  # 99 KB
-    (8, 9): (*_LOW_MMA, _SMALL),
     (9, 0): (*_low(_HOPPER.weight_grads, 4.2, 2.3, 1.35), _HOPPER),  # 227 KB, warp groups multiply
     (10, 0): (*_low(_BLACKWELL.weight_grads, 4.2, 2.3, 1.35), _BLACKWELL),
     (12, 0): (*_LOW_MMA, _SMALL),
@@ -145,7 +145,9 @@ def entries_of(kind: str, capability: Capability | None) -> tuple[Schedule, ...]
     """The entries for a kind of numbers ("half", "tf32", "ieee") on a card; those of the interpreter without a card."""
     if capability is None:
         return INTERPRETED
-    return HALF[capability] if kind == "half" else SINGLE[kind]
+    family = family_of(capability)
+    assert family is not None
+    return HALF[family] if kind == "half" else SINGLE[kind]
 
 
 def compares(decision: Decision, few: int = FEW) -> bool:
