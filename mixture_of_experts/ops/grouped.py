@@ -22,7 +22,6 @@ from mixture_of_experts.ops.network import Call
 from mixture_of_experts.plan import Plan
 from mixture_of_experts.tracing import capability, exporting, is_wrapped
 
-
 AMD = ("gfx942", "gfx950")
 AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torch takes a loop on AMD's GPUs
 

@@ -1,6 +1,6 @@
 """Sizes of blocks, warps and stages of every kernel: a table for each class of cards, by the height of tiles.
 
-`tests/support/triton_machine_code.py` compiles every entry ahead of time for every card of its class. It checks that
+`tests/support/triton_machine_code.py` compiles every entry ahead of time for the cards of its class. It checks that
 shared memory suffices, no registers spill, operands are copied asynchronously in all stages, and products use tensor
 cores (IEEE float32 has none). No entry has been timed on a GPU.
 """
