@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import MoE, TopKGating
 from mixture_of_experts.gating import RouterLogits
-from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups
+from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups, sqrt_softplus
 
 L2, L3, L4 = math.log(2), math.log(3), math.log(4)
 
@@ -108,6 +108,36 @@ def test_more_choices_than_experts():
 
 
 # ---- score ----
+
+
+@pytest.mark.parametrize(("dtype", "lowest"), [(torch.float32, -104.0), (torch.float64, -746.0)])
+def test_square_root_of_softplus_has_finite_gradients(dtype, lowest):
+    """Where the score is 0; elsewhere values and gradients are those of the two functions, to the bit."""
+    logits = torch.tensor([[0.5, lowest, -3.0, -1e6, 40.0, lowest + 20]], dtype=dtype)
+    found, plain = (logits.clone().requires_grad_() for _ in range(2))
+    score, wanted = sqrt_softplus(found), F.softplus(plain).sqrt()
+    assert torch.equal(score, wanted)
+    for values in (score, wanted):
+        values.sum().backward()
+    there = wanted != 0
+    assert torch.equal(found.grad[there], plain.grad[there])
+    assert plain.grad[~there].isnan().all()
+    assert (found.grad[~there] == 0).all()
+    assert there.tolist() == [[True, False, True, False, True, True]]
+    assert sqrt_softplus(torch.tensor([torch.nan, torch.inf])).isnan().tolist() == [True, False]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_a_logit_far_below_leaves_the_router_gradients(chosen):
+    """DeepSeek-V4's recipe; an expert that is not chosen had a gradient of NaN, too."""
+    gate = TopKGating(4, 4, k=3 if chosen else 2, score="sqrt_softplus", scale=1.5)
+    gate.w_gating.data = torch.eye(4)
+    x = torch.tensor([[[1.0, 0.5, -200.0, -300.0]]], requires_grad=True)
+    routing = gate(x)
+    (routing.weight.square().sum() + routing.balance_loss + 1e-3 * routing.z_loss).backward()
+    assert x.grad.isfinite().all()
+    assert gate.w_gating.grad.isfinite().all()
+    assert gate.w_gating.grad.any()
 
 
 def test_square_root_of_softplus():

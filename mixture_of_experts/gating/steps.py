@@ -26,10 +26,18 @@ GroupScore = Literal["best", "two_best"] | Callable[[Tensor], Tensor]
 Weigh = Literal["score", "softmax"] | Callable[[Tensor, Tensor, Tensor], Tensor]
 Normalize = bool | Callable[[Tensor], Tensor] | None
 
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """`sqrt(log(1 + exp(logits)))`. Where it is 0, below about -104 in float32, its gradient is 0, not NaN."""
+    total = F.softplus(logits)
+    is_zero = total == 0
+    return total.masked_fill(is_zero, 1.0).sqrt().masked_fill(is_zero, 0.0)
+
+
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
     "sigmoid": torch.sigmoid,
-    "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
+    "sqrt_softplus": sqrt_softplus,
 }
 SELECTS = ("score", "logits")
 GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {
