@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.each_step import EachStep, as_factor
-from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores
+from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores, step_of
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.steps import SCORES
@@ -72,7 +72,8 @@ def balance_experts(
     Raises:
         TypeError: a gate of `gates` has no expert bias, or no experts stand beside the bias.
         ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
-            chooses experts in groups or by a function, or whose scores are not known.
+            chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or whose
+            scores are not known.
 
     Example:
         >>> import torch
@@ -142,7 +143,8 @@ class ExpertBalancing(EachStep):
             if (counts := bias.counts) is None:
                 continue
             factor = as_factor(done, counts)
-            bias.move(self.rule.step(global_sum(counts, group) * factor, bias.value, bias.k, self.rate))
+            total = global_sum(counts, group) * factor
+            bias.move(step_of(self.rule, total, bias.value, bias.k, self.rate, bias.always))
             counts.mul_(1 - factor)
 
 
@@ -188,6 +190,11 @@ class Ours:
     @property
     def k(self) -> int:
         return self.gate.k
+
+    @property
+    def always(self) -> int:
+        """The number of experts that every token takes."""
+        return self.gate.always_chosen
 
     @property
     def value(self) -> Tensor:
@@ -240,6 +247,7 @@ class Theirs:
     reader: TokensOfCall
     select: Any
     k: int
+    always: int = 0  # a block's bias has no number for them
 
     total: Tensor
 
@@ -324,6 +332,9 @@ class Theirs:
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
         """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
         real = real_tokens(self.reader.tokens().mask, expert)
+        numbers = weight if score is None else score
+        # of NaN: a gradient scaler skips this step
+        real = real & ~numbers.detach().isnan().reshape(expert.shape[0], -1).any(dim=-1)
         chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
         expert = torch.where(chosen, expert, 0).to(torch.int64)
         counts = self.rule.count(ForwardChoices(expert, chosen, score, real, self.value))

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import Experts, MoE, TopKGating, balance_experts
+from mixture_of_experts import Experts, HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
 from mixture_of_experts.around import ExpertsBesideIdentity
 from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
+from mixture_of_experts.gating.bias_rules import in_integers
+from mixture_of_experts.gating.steps import AlwaysChosen
 
 
 def histogram(score: Tensor, bias: Tensor, k: int, bins: int = 1000, full: Tensor | None = None) -> Tensor:
@@ -163,7 +167,7 @@ def test_a_rate_goes_a_part_of_the_way(rule):
 
 def gate(**settings) -> TopKGating:
     torch.manual_seed(0)
-    return TopKGating(6, 4, **{"score": "sigmoid", "expert_bias": True, **settings})
+    return TopKGating(6, **{"num_experts": 4, "score": "sigmoid", "expert_bias": True, **settings})
 
 
 def required(of: TopKGating, x: Tensor) -> Tensor:
@@ -256,17 +260,24 @@ def test_function_transforms_count():
     [
         ({"k": 4}, "every token takes all 4 experts there"),
         ({"num_groups": 2, "top_groups": 1}, "experts are chosen in 2 groups there"),
+        ({"kind": partial(TopPGating, k=3)}, "tokens make fewer than k choices there"),
+        ({"kind": partial(ReLUGating, k=3, mean_choices=2)}, "tokens make fewer than k choices there"),
+        ({"kind": partial(HashGating, num_ids=9)}, "a token's id chooses its experts there"),
         (
             {"select": lambda logits, score, bias: score + bias},
             "experts are chosen by a function of their scores there",
         ),
     ],
-    ids=["all", "groups", "function"],
+    ids=["all", "groups", "top-p", "relu", "hash", "function"],
 )
 def test_what_it_does_not_fit(settings, why):
-    of = gate(**settings)
-    with pytest.raises(ValueError, match=rf"QuantileRule\(bins=1000\) does not fit TopKGating: {why}.*rule='sign'"):
+    kind = settings.get("kind")
+    of = gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
+    name = type(of).__name__
+    with pytest.raises(ValueError, match=rf"QuantileRule\(bins=1000\) does not fit {name}: {why}.*rule='sign'"):
         of.bias_rule = "quantile"
+    with pytest.raises(ValueError, match=rf"does not fit {name}"):
+        balance_experts(of, torch.optim.SGD(of.parameters(), lr=0.1), "quantile")
     assert of.bias_rule.bins == 0
     with pytest.raises(RuntimeError, match="expert_bias=True"):
         TopKGating(6, 4).bias_rule = "sign"
@@ -284,6 +295,105 @@ def test_shares():
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     with pytest.raises(ValueError, match=r"shares must be .* got 0"):
         SignRule(shares=[1, 0])
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [[1] * 49, [3, 3, 3, 3, 1, 1], [7, 11, 13], [0.1, 0.2, 0.7], [1 / 3, 2 / 3], [2.5, 5, 1.25], [10**9, 3 * 10**9, 1]],
+    ids=str,
+)
+@pytest.mark.parametrize("times", [1, 6, 97, 10**6 + 3, 2**30])
+def test_at_exact_balance_nothing_moves(shares, times):
+    """Integer shares of an integer number of choices; and one choice more or less is seen."""
+    load = torch.tensor(in_integers(shares)) * times
+    assert SignRule(shares=shares).step(load, torch.zeros(len(shares)), 1, 1.0).tolist() == [0.0] * len(shares)
+    load[0], load[1] = load[0] + 1, load[1] - 1
+    assert SignRule(shares=shares).step(load, torch.zeros(len(shares)), 1, 1.0)[:2].tolist() == [-1.0, 1.0]
+
+
+def test_shares_step_by_the_sign_of_the_exact_difference():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        e = int(torch.randint(2, 60, (), generator=generator))
+        shares = torch.randint(1, 100, (e,), generator=generator).tolist()
+        load = torch.randint(0, 10**12 if e % 2 else 9, (e,), generator=generator)
+        total = int(load.sum())
+        exact = [total * share - int(one) * sum(shares) for share, one in zip(shares, load, strict=True)]
+        wanted = [float((number > 0) - (number < 0)) for number in exact]
+        assert SignRule(shares=shares).step(load, torch.zeros(e), 1, 1.0).tolist() == wanted
+
+
+def test_shares_without_a_common_denominator_are_near():
+    """Also shares whose ratio no 32 bits can hold, and such as are set later."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(50, generator=generator, dtype=torch.float64).tolist()
+    parts = in_integers(shares)
+    assert sum(parts) < 1 << 31
+    for share, part in zip(shares, parts, strict=True):
+        assert part / sum(parts) == pytest.approx(share / sum(shares), rel=1e-6)
+    assert in_integers([1e-30, 1.0]) == (1, 1 << 30)
+    rule = SignRule(shares=[1, 1])
+    rule.shares = [1, 3]
+    assert rule.step(torch.tensor([1, 3]), torch.zeros(2), 1, 1.0).tolist() == [0.0, 0.0]
+
+
+# Experts that every token takes, and tokens of NaN
+
+
+@pytest.mark.parametrize("rule", [SignRule(), SignRule(centred=True), SignRule(shares=[1, 2, 1])], ids=repr)
+def test_experts_that_every_token_takes_are_not_balanced(rule):
+    """They are no part of the mean: 3 experts share 12 choices of 12 tokens, beside two that all tokens take."""
+    of = gate(k=3, num_experts=5, select=AlwaysChosen(2))
+    of.bias_rule = rule
+    of.expert_bias[:3].copy_(torch.tensor([0.3, 0.1, 0.2]))
+    of.expert_counts.copy_(torch.tensor([6, 4, 2, 12, 12]))
+    alone = rule.step(torch.tensor([6, 4, 2]), of.expert_bias[:3].clone(), 1, 0.01)
+    wanted = torch.cat([of.expert_bias[:3] + alone, torch.zeros(2)])
+    of.update_bias(0.01)
+    assert torch.equal(of.expert_bias, wanted)
+    assert alone.any()
+    assert not of.expert_counts.any()
+
+
+def test_a_layer_with_experts_that_every_token_takes_is_balanced():
+    """As a converted Inkling layer: by the mean over all experts the bias would drift upwards without an end."""
+    torch.manual_seed(0)
+    of = TopKGating(16, 10, k=4, score="sigmoid", select=AlwaysChosen(2), expert_bias=True)
+    moe = MoE(16, gate=of, experts=Experts(16, 10, 4), loss_coef=0.0)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    balance_experts(moe, optimizer, rate=0.01)
+    x = torch.randn(4, 96, 16)
+    for _ in range(150):
+        moe(x)[0].sum().backward()
+        optimizer.step()
+    load = of(x).queued.sum(0)
+    assert load[8:].tolist() == [384, 384]
+    torch.testing.assert_close(load[:8].double(), torch.full((8,), 96.0, dtype=torch.float64), atol=8, rtol=0)
+    assert of.expert_bias.abs().max() < 1
+    assert not of.expert_bias[8:].any()
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("name", ["sign", "centred_sign", "quantile"])
+def test_tokens_of_nan_are_counted_nowhere(name, score):
+    """A gradient scaler skips their step, and the counts of the other tokens go into the next one."""
+    of, alone = gate(score=score), gate(score=score)
+    x, bad = torch.randn(2, 50, 6), torch.rand(2, 50) < 0.3
+    of.bias_rule = alone.bias_rule = name
+    of(torch.where(bad.unsqueeze(-1), torch.nan, x)).weight.sum().backward()
+    for part in (x[0][~bad[0]], x[1][~bad[1]]):
+        alone(part.unsqueeze(0)).weight.sum().backward()
+    assert of.bias_counts.any()
+    assert torch.equal(of.bias_counts, alone.bias_counts)
+    of.update_bias(0.5)
+    assert of.expert_bias.isfinite().all()
+
+
+@pytest.mark.parametrize("full", [None, torch.tensor([True, False, True])], ids=["all", "some"])
+def test_one_score_of_nan_is_a_token_of_nan(full):
+    score = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.1, 0.9], [0.1, torch.nan, 0.8]])
+    counts = histogram(score, torch.zeros(3), k=1, full=full)
+    assert torch.equal(counts, histogram(score[:1] if full is not None else score[:2], torch.zeros(3), k=1))
 
 
 def test_ids_that_cost_nothing_are_balanced_on_their_own_account():

@@ -229,6 +229,13 @@ def test_sparsity_is_controlled_over_all_layers():
     assert model[0].gate.l1_coef == coef
 
 
+def test_tokens_of_nan_are_not_counted():
+    moe, x = loud(), torch.randn(2, 9, DIM)
+    bad = torch.rand(2, 9) < 0.3
+    moe.gate(torch.where(bad.unsqueeze(-1), torch.nan, x)).weight.sum().backward()
+    assert moe.gate.choice_counts.tolist() == [positive(moe.gate, x[~bad]), int((~bad).sum())]
+
+
 def test_a_mean_that_cannot_be_reached_is_told_once():
     """The loss has no balancing loss, so the coefficient moves nothing. It stays finite, and comes down again."""
     moe, x = loud(1e2), torch.randn(4, 9, DIM)

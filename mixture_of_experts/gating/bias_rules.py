@@ -5,11 +5,14 @@ Axes: t tokens, k choices of a token, e experts; outer experts stand before them
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.gating.balance_losses import load_of
@@ -41,7 +44,8 @@ class BiasRule:
         raise NotImplementedError(f"{type(self).__name__} must write count(choices)")
 
     def step(self, counts: Tensor, bias: Tensor, k: int, rate: float) -> Tensor:
-        """The step `(..., e)` that is added to the bias; 0 if nothing was counted.
+        """The step `(..., e)` that is added to the bias; 0 if nothing was counted. Experts that every token takes, by
+        `AlwaysChosen`, are not among these e, nor are choices of them among these k.
 
         Args:
             counts: sums of what `count` returned, over all micro-batches and ranks.
@@ -59,7 +63,8 @@ class SignRule(BiasRule):
         centred: whether the mean of the bias is subtracted after each step, so that the bias cannot drift as a whole.
             The same experts are chosen, up to rounding.
         shares: e numbers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
-            compute and experts that cost nothing (`ExpertsBesideIdentity`) can be balanced separately.
+            compute and experts that cost nothing (`ExpertsBesideIdentity`) can be balanced separately. Balance is exact
+            for integers, and for fractions that have a common denominator.
 
     Example:
         >>> import torch
@@ -68,13 +73,21 @@ class SignRule(BiasRule):
     """
 
     centred: bool
-    shares: tuple[float, ...] | None
 
     rate: ClassVar[float] = 1e-3
 
     def __init__(self, centred: bool = False, shares: Sequence[float] | None = None) -> None:
         self.centred = check_flag("centred", centred)
-        self.shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
+        self.shares = shares
+
+    @property
+    def shares(self) -> tuple[float, ...] | None:
+        return self._shares
+
+    @shares.setter
+    def shares(self, shares: Sequence[float] | None) -> None:
+        self._shares = None if shares is None else tuple(check_number("shares", share, above=0.0) for share in shares)
+        self._parts = None if self._shares is None else in_integers(self._shares)
 
     def count(self, choices: ForwardChoices) -> Tensor:
         """The number of choices of each expert, `(..., e)` int64."""
@@ -88,14 +101,17 @@ class SignRule(BiasRule):
         return torch.where(counts.any(dim=-1, keepdim=True), centred, 0.0)
 
     def _towards_shares(self, load: Tensor) -> Tensor:
-        assert self.shares is not None
-        if len(self.shares) != load.shape[-1]:
+        """`(..., e)`: 1 for an expert whose load is below its share, -1 above it, 0 at it. It computes in integers."""
+        assert self._parts is not None
+        if len(self._parts) != load.shape[-1]:
             raise ValueError(
-                f"shares must be a number for each of the {load.shape[-1]} experts, got {len(self.shares)}"
+                f"shares must be a number for each of the {load.shape[-1]} experts, got {len(self._parts)}"
             )
-        shares = torch.tensor(self.shares, dtype=torch.float64, device=load.device)
-        wanted = load.sum(dim=-1, keepdim=True) * (shares / shares.sum())
-        return torch.sign(wanted - load).to(torch.float32)
+        parts, whole = torch.tensor(self._parts, dtype=torch.int64, device=load.device), sum(self._parts)
+        total = load.sum(dim=-1, keepdim=True)
+        # total * parts - load * whole, of which no product is large
+        missing = (total // whole * parts - load).clamp(-whole, whole)
+        return torch.sign(missing * whole + total % whole * parts).to(torch.float32)
 
     def __repr__(self) -> str:
         return f"SignRule(centred={self.centred}" + ("" if self.shares is None else f", shares={self.shares}") + ")"
@@ -112,8 +128,8 @@ class QuantileRule(BiasRule):
     their r in this range. An r outside of it counts at the end of the range; the bias then moves by at most about 1 in
     a step, and the range moves with it.
 
-    Masked tokens do not count, nor do tokens that make fewer than k choices (at a second level). With a `rate` below 1
-    the bias moves that part of the way.
+    Masked tokens do not count, nor do tokens that make fewer than k choices (at a second level) or have a score that is
+    NaN. With a `rate` below 1 the bias moves that part of the way.
 
     Args:
         bins: bins of each expert's histogram. The error of a quantile is at most the width of a bin.
@@ -141,10 +157,11 @@ class QuantileRule(BiasRule):
         score, bias = score.detach(), bias.to(score.dtype).unsqueeze(-2)
         cutoff = (score + bias).topk(choices.expert.shape[-1] + 1, dim=-1).values[..., -1:]
         low, width = histogram_range(bias, self.bins)
-        place = ((cutoff - score - low) / width).floor().clamp(0, self.bins - 1).to(torch.int64).mT
-        ones = torch.ones_like(place, dtype=torch.int32)
-        if full is not None:
-            ones = ones * full.unsqueeze(-2)
+        place = (cutoff - score - low) / width
+        known = ~place.isnan().any(dim=-1, keepdim=True)
+        place = torch.where(known, place, 0.0).floor().clamp(0, self.bins - 1).to(torch.int64).mT
+        counted = (known if full is None else known & full.unsqueeze(-1)).mT
+        ones = torch.ones_like(place, dtype=torch.int32) * counted
         zeros = torch.zeros(*choices.bias.shape, self.bins, dtype=torch.int32, device=score.device)
         return zeros.scatter_add(-1, place, ones)
 
@@ -183,12 +200,43 @@ def check_rule(name: str, rule: Any) -> BiasRule:
     return rule if isinstance(rule, BiasRule) else RULES[check_choice(name, rule, tuple(RULES))]
 
 
-def check_scores(rule: BiasRule, owner: str, k: int, num_experts: int, select: Any, num_groups: int | None) -> None:
-    """Raise ValueError if `rule` reads scores, but the router's scores do not tell how many tokens an expert gets."""
+def in_integers(shares: Sequence[float]) -> tuple[int, ...]:
+    """Integers above 0 in the proportion of `shares`, with a sum below 2^31: exactly if there are such, as for integers
+    and decimal fractions, else as near as that."""
+    parts = [Fraction(share).limit_denominator(1 << 20) for share in shares]
+    common = math.lcm(*(part.denominator for part in parts))
+    whole = [int(part * common) for part in parts]
+    divisor = math.gcd(*whole)
+    if min(whole) > 0 and sum(whole) // divisor < 1 << 31:
+        return tuple(part // divisor for part in whole)
+    total = sum(map(Fraction, shares))
+    return tuple(max(1, round(Fraction(share) / total * (1 << 30))) for share in shares)
+
+
+def step_of(rule: BiasRule, counts: Tensor, bias: Tensor, k: int, rate: float, always: int = 0) -> Tensor:
+    """The step `(..., e)` of a rule from its counts `(..., e)` or `(..., e, bins)`; 0 for the last `always` experts,
+    which every token takes."""
+    competing = bias.shape[-1] - always
+    step = rule.step(counts.narrow(bias.ndim - 1, 0, competing), bias[..., :competing], k - always, rate)
+    return functional.pad(step, (0, always)) if always else step
+
+
+def check_scores(
+    rule: BiasRule,
+    owner: str,
+    k: int,
+    num_experts: int,
+    select: Any,
+    num_groups: int | None,
+    why: str | None = None,
+) -> None:
+    """Raise ValueError if `rule` reads scores, but the router's scores do not tell how many tokens an expert gets.
+    `why` is a reason that the router knows."""
     if not rule.reads_scores:
         return
-    why = None
-    if k >= num_experts:
+    if why is not None:
+        pass
+    elif k >= num_experts:
         why = f"every token takes all {num_experts} experts there"
     elif num_groups is not None:
         why = f"experts are chosen in {num_groups} groups there"

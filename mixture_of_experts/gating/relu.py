@@ -62,6 +62,7 @@ class ReLUGating(TopKGating):
     reports = ()
     unmade_weigh: ClassVar[bool] = False
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
+    load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     mean_choices: float = setting(check_number, above=0.0)
     l1_coef: Tensor
     choice_counts: Tensor
@@ -108,7 +109,8 @@ class ReLUGating(TopKGating):
         positive = decided.probs > 0
         if tokens.full is not None:
             positive = positive & tokens.full.unsqueeze(-1)
-        number = positive.new_full(positive.shape[:-1], True) if tokens.full is None else tokens.full
+        number = ~decided.probs[..., 0].isnan()  # where one is NaN all are
+        number = number if tokens.full is None else number & tokens.full
         counts = torch.stack([positive.sum(), number.sum()])
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 

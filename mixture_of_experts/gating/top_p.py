@@ -47,6 +47,7 @@ class TopPGating(TopKGating):
 
     unmade_weigh: ClassVar[bool] = False
     offers: ClassVar[tuple[str, ...]] = (*TopKGating.offers, "entropy")
+    load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     p: float = setting(check_number, above=0.0, below=1.0)
 
     def __init__(

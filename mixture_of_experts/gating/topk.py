@@ -19,7 +19,15 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating import few
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
-from mixture_of_experts.gating.bias_rules import RULES, BiasRule, ForwardChoices, RuleName, check_rule, check_scores
+from mixture_of_experts.gating.bias_rules import (
+    RULES,
+    BiasRule,
+    ForwardChoices,
+    RuleName,
+    check_rule,
+    check_scores,
+    step_of,
+)
 from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
@@ -29,6 +37,7 @@ from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
     SCORES,
     STEPS,
+    AlwaysChosen,
     GroupScore,
     Normalize,
     Score,
@@ -122,6 +131,8 @@ class TopKGating(TokenChoiceGate):
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
+    #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
+    load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
     balance_over: BalanceOver = setting(check_choice, allowed=BALANCE_OVER)
 
@@ -218,7 +229,10 @@ class TopKGating(TokenChoiceGate):
         if self.scale != 1:
             weight = weight * self.scale
         if self.training and (counts := self.bias_counts) is not None:
-            weight = count_in_backward(weight, self._count(logits, score, expert, allowed, tokens.full), counts)
+            first = weight.detach()[..., :1]
+            known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
+            counted = known if allowed is None else allowed & known
+            weight = count_in_backward(weight, self._count(logits, score, expert, counted, tokens.full), counts)
             if torch.is_grad_enabled():
                 self._steps_without_update.training_forward(next(self.parameters(), None))
         if log_total is None:  # it follows from the first choice
@@ -356,7 +370,8 @@ class TopKGating(TokenChoiceGate):
         rule = check_rule("bias_rule", rule)
         if self.expert_bias is None or self.expert_counts is None:
             raise RuntimeError(NO_BIAS)
-        check_scores(rule, type(self).__name__, self.k, self.num_experts, self.select, self.num_groups)
+        name, sizes = type(self).__name__, (self.k, self.num_experts)
+        check_scores(rule, name, *sizes, self.select, self.num_groups, self.load_beyond_scores)
         self._bias_rule, histogram = rule, None
         if rule.bins:
             shape = (*self.expert_bias.shape, rule.bins)
@@ -369,16 +384,19 @@ class TopKGating(TokenChoiceGate):
         """The rule's counts since the bias moved last; None without an expert bias."""
         return self.expert_histogram if self._bias_rule.bins else self.expert_counts
 
-    def _count(
-        self, logits: Tensor, score: Tensor, expert: Tensor, allowed: Tensor | None, full: Tensor | None
-    ) -> Tensor:
+    @property
+    def always_chosen(self) -> int:
+        """The number of experts that every token takes, by `AlwaysChosen`: the last ones. Their bias stays as it is."""
+        return self.select.num if isinstance(self.select, AlwaysChosen) else 0
+
+    def _count(self, logits: Tensor, score: Tensor, expert: Tensor, counted: Tensor, full: Tensor | None) -> Tensor:
         """What this forward adds to `bias_counts`."""
         assert self.expert_bias is not None
-        allowed = None if allowed is None else allowed.flatten(-3, -2)
+        counted = counted.flatten(-3, -2)
         full, scores = None if full is None else full.flatten(-2), None
         if self._bias_rule.reads_scores:
             scores = (logits if self.select == "logits" else score).flatten(-3, -2)
-        return self._bias_rule.count(ForwardChoices(expert.flatten(-3, -2), allowed, scores, full, self.expert_bias))
+        return self._bias_rule.count(ForwardChoices(expert.flatten(-3, -2), counted, scores, full, self.expert_bias))
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:
@@ -394,7 +412,7 @@ class TopKGating(TokenChoiceGate):
         if self.expert_bias is None or (counts := self.bias_counts) is None:
             raise RuntimeError(NO_BIAS)
         total = losses.global_sum(counts, ranks_of_batch(group))
-        self.move_bias(self._bias_rule.step(total, self.expert_bias, self.k, rate))
+        self.move_bias(step_of(self._bias_rule, total, self.expert_bias, self.k, rate, self.always_chosen))
         counts.zero_()
 
     @torch.no_grad()

@@ -124,6 +124,24 @@ def test_families(name):
         torch.testing.assert_close(step, step.round(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+@pytest.mark.parametrize("name", ["Glm4Moe", "Lfm2Moe"])
+def test_their_tokens_of_nan_are_counted_nowhere(name, rule):
+    """A tenth token is NaN in the first sparse block: the counts are those of the text without it."""
+    model, ids = family(name), torch.randint(3, 60, (2, 10))
+    balancing = balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.0), rule)
+    first, found = model.get_submodule(balancing.gates[0].rpartition(".")[0]), []
+    first.register_forward_pre_hook(
+        lambda block, args: args[0].index_fill(1, torch.arange(9, args[0].shape[1]), torch.nan)
+    )
+    for text in (ids, ids[:, :9]):
+        model(input_ids=text).logits.sum().backward()
+        found.append(balancing._biases[0].counts.clone())
+        balancing._biases[0].counts.zero_()
+    assert found[0].any()
+    assert torch.equal(*found)
+
+
 def exact_quantile(score: Tensor, bias: Tensor, k: int) -> Tensor:
     """The least r below which, or at which, k / e of the tokens are, less the mean."""
     cutoff = (score + bias).sort(dim=-1, descending=True).values[:, k : k + 1]
