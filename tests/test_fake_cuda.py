@@ -132,6 +132,12 @@ def test_kernels_serve_a_family(check: Checks, card: str):
 
 
 @needs_triton
+@pytest.mark.parametrize("training", [True, False], ids=["training", "decoding"])
+def test_a_prepared_layer_compiles_nothing_more(check: Checks, training: bool):
+    check("check_prepared", training)
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("card", OF_FAMILIES)
 def test_kernels_compile_for_a_family(check: Checks, card: str):
@@ -253,13 +259,14 @@ def test_what_other_blocks_are_chosen_for(check: Checks, card: str):
 
 @needs_triton
 @pytest.mark.slow
-def test_a_new_number_of_tokens_compiles_nothing(check: Checks):
-    """Of 50 lengths there are as many programs of a kernel as heights of tiles, for each use of it."""
-    uses = {"rows_by_weights": 2, "weight_grads": 2, "sum_rows": 2}  # up and down; of either weight; out and x
-    programs = check("triton_machine_code.programs_over_lengths", 50)
-    assert len(programs) == 13
-    for kernel, number in programs.items():
-        assert number <= 4 * uses.get(kernel, 1), (kernel, number)
+def test_programs_over_numbers_of_tokens(check: Checks):
+    """Over mean rows of 5 to 300: those of four kernels depend on the height of tiles, the others on nothing."""
+    programs = check("triton_machine_code.programs_over_lengths", 60)
+    assert programs.pop("rows_by_weights") == 8  # up and down
+    assert {kernel for kernel, number in programs.items() if number == 4} == {"find_tiles", "hidden_grads", "row_grads"}
+    twice = {"find_rows", "weight_grads", "sum_rows"}  # of one level and two; of either weight; out and x
+    assert {kernel: number for kernel, number in programs.items() if number not in (1, 4)} == dict.fromkeys(twice, 2)
+    assert len(programs) == 12
 
 
 # ---- what a call costs ----

@@ -203,6 +203,28 @@ def test_explain_changes_nothing():
     assert not ops._LISTENERS.told
 
 
+def test_preparing_a_layer_changes_nothing():
+    """Neither buffers nor gradients nor random numbers."""
+    layer = MoE(D, E, gate=TopKGating(D, E, 2, expert_bias=True), experts=GatedExperts(D, E))
+    calls = []
+    layer.register_forward_hook(lambda module, args, out: calls.append(args[0]))
+    before, drawn = {name: value.clone() for name, value in layer.state_dict().items()}, torch.get_rng_state()
+    found = ops.prepare(layer, [5, 7], sequences=(1, 3))
+    assert list(found) == [(1, 5), (1, 7), (3, 5), (3, 7)] == [call.shape[:2] for call in calls]
+    assert {told.way for told in found.values()} == {"cpu"}
+    assert all(call.requires_grad for call in calls)
+    ops.prepare(layer.eval(), 5)
+    assert not calls[-1].requires_grad
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    assert torch.equal(drawn, torch.get_rng_state())
+    for wrong, said in (({"tokens": 0}, "tokens"), ({"tokens": 1, "sequences": 1.5}, "sequences")):
+        with pytest.raises(ValueError, match=f"^{said} must be"):
+            ops.prepare(layer, **wrong)
+    with pytest.raises(ValueError, match=r"^layer\.dim must be"):
+        ops.prepare(nn.Linear(2, 2), 5)
+
+
 def test_explain_tells_of_its_own_thread():
     """Others compute meanwhile, and explain by themselves."""
     layers = [MoE(8, 4, activation=activation) for activation in (nn.GELU, nn.CELU)]

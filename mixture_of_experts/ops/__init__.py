@@ -9,6 +9,7 @@ mode, so that a recomputation takes the same way as its forward. (Decoding in ev
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import launching
-from mixture_of_experts.checks import check_choice
+from mixture_of_experts.checks import check_choice, check_size, check_sizes
 from mixture_of_experts.decision import Decision, decision_on
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
 from mixture_of_experts.ops.activations import (
@@ -46,6 +47,7 @@ __all__ = [
     "explain_call",
     "grouped_product",
     "moe_ffn",
+    "prepare",
     "routed_ffn",
     "use",
 ]
@@ -126,14 +128,66 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
         >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), _listening() as told:
+        layer(x, *args, **kwargs)
+    return told[0] if told else Explanation("module")
+
+
+def prepare(
+    layer: nn.Module, tokens: int | Sequence[int], *, sequences: int | Sequence[int] = 1
+) -> dict[tuple[int, int], Explanation]:
+    """Compile and check the kernels that a layer launches, before training or serving.
+
+    Triton compiles a program when it is launched first, and the kernels check themselves then. Both take seconds, in
+    each process. So this function calls the layer on random tokens of each given shape, in its mode and under the
+    caller's autocast: in training forward and backward, in eval without gradients. Gradients, buffers and random
+    generators stay as they are, but hooks run: call it before the layer is wrapped or watched. It checks again what
+    there was no memory to check. One call serves all layers of equal settings.
+
+    Args:
+        layer: a `MoE`, a `HeirarchicalMoE`, or another module of inputs `(sequences, tokens, layer.dim)` with
+            parameters.
+        tokens: number of tokens of a sequence; or several.
+        sequences: number of sequences; or several. Each is combined with each number of tokens.
+
+    Returns:
+        For each `(sequences, tokens)` the way that computed the experts, as `explain_call` tells it.
+
+    Example:
+        >>> from mixture_of_experts import MoE
+        >>> {shape: told.way for shape, told in prepare(MoE(dim=32, num_experts=4), tokens=[16, 64]).items()}
+        {(1, 16): 'cpu', (1, 64): 'cpu'}
+    """
+    dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
+    shapes = itertools.product(check_sizes("sequences", sequences), check_sizes("tokens", tokens))
+    launching.forget_lack_of_memory()
+    buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    found = {}
+    for shape in shapes:
+        with (
+            torch.random.fork_rng([weight.device] if weight.is_cuda else []),
+            torch.set_grad_enabled(layer.training),
+            _listening() as told,
+        ):
+            x = torch.randn(*shape, dim, device=weight.device, dtype=weight.dtype, requires_grad=layer.training)
+            made = torch.func.functional_call(layer, buffers, (x,))
+            if layer.training:
+                total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
+                leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+                torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
+        found[shape] = told[0] if told else Explanation("module")
+    return found
+
+
+@contextmanager
+def _listening() -> Iterator[list[Explanation]]:
+    """The ways of the calls in this context, in a list."""
     told: list[Explanation] = []
     _LISTENERS.told.append(told)
     try:
-        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-            layer(x, *args, **kwargs)
+        yield told
     finally:
         _LISTENERS.told.pop()
-    return told[0] if told else Explanation("module")
 
 
 def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:

@@ -31,7 +31,7 @@ from mixture_of_experts import (
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import card
-from support.fake_cuda_counts import Ledger, count
+from support.fake_cuda_counts import LAUNCHES, Ledger, count
 
 DIM, HIDDEN = 64, 96
 DTYPES = {"bf16": torch.bfloat16, "f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
@@ -300,6 +300,44 @@ def check_entries(capability: tuple[int, int]) -> int:
                 assert told == choices
                 seen.add(entry)
     return len(seen)
+
+
+@contextmanager
+def noted() -> Iterator[set[str]]:
+    """The programs of the kernels that are launched."""
+    from support.triton_machine_code import describe, program
+
+    programs = set()
+
+    def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        described = {name: describe(value) for name, value in arguments.items()}
+        programs.add(f"{kernel.fn.__name__} {program(kernel, described)}")
+
+    with Ledger(), pytest.MonkeyPatch.context() as patch:
+        for where in LAUNCHES:
+            patch.setattr(where, note)
+        yield programs
+
+
+def check_prepared(training: bool) -> None:
+    """After `ops.prepare` calls of the prepared shapes launch no program that was not launched then."""
+    sequences, tokens = ([8], [16, 1024]) if training else ([1, 64], [1])
+    with on_gpu(torch.bfloat16, (8, 0)), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(torch.random, "fork_rng", lambda devices: nullcontext())  # there is no generator of numbers
+        warnings.filterwarnings("ignore", "a .* in eval is given one token a sequence")
+        for layer in (MoE(512, 16), MoE(64, 8, gate=TopKGating(64, 8, 3), experts=GatedExperts(64, 8, 96))):
+            layer.train(training)
+            with noted() as prepared:
+                ways = ops.prepare(layer, tokens, sequences=sequences)
+            assert {told.way for told in ways.values()} == {"triton"}
+            for shape in ways:
+                x = torch.empty(*shape, layer.dim, requires_grad=training)
+                with noted() as found, torch.set_grad_enabled(training):
+                    out, aux_loss = layer(x)
+                    if training:
+                        (out.float().square().mean() + aux_loss).backward()
+                assert found
+                assert found <= prepared, (shape, found - prepared)
 
 
 def check_many_experts(number: int, way: str) -> None:

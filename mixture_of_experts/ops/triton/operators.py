@@ -4,7 +4,8 @@ Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps
 o output dim, p input weights of an expert (1, or 2 of gated experts).
 
 They are operators so that `torch.compile` sees one call of known shapes, and not the launches in it. The places and the
-number of tiles stay inside, so a new number of tokens compiles nothing.
+number of tiles stay inside, so one graph serves every number of tokens. Their height is part of a program: it changes
+with the mean number of rows.
 """
 
 from __future__ import annotations
