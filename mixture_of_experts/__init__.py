@@ -15,7 +15,7 @@ from mixture_of_experts.gating import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE
+from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE, OutputOnly
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.sparsity import control_sparsity
 
@@ -32,6 +32,7 @@ __all__ = [
     "HierarchicalMoE",
     "MoE",
     "NoisyTopKGating",
+    "OutputOnly",
     "ReLUGating",
     "RoutedExperts",
     "Routing",

@@ -41,15 +41,8 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
     Example:
         >>> import torch
         >>> from torch import nn
-        >>> from mixture_of_experts import MoE, collect_aux
-        >>> class FeedForward(nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.moe = MoE(dim=8, num_experts=4)
-        ...
-        ...     def forward(self, x):
-        ...         return self.moe(x)[0]
-        >>> model = nn.Sequential(FeedForward(), FeedForward())
+        >>> from mixture_of_experts import MoE, OutputOnly, collect_aux
+        >>> model = nn.Sequential(*(OutputOnly(MoE(dim=8, num_experts=4)) for _ in range(2)))
         >>> with collect_aux(model) as aux:
         ...     out = model(torch.randn(2, 16, 8))
         >>> loss = out.square().mean() + aux.take()

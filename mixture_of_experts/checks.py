@@ -163,5 +163,5 @@ def shape_of(result: Any) -> str:
     """The shape of a tensor, or the type of anything else, for an error."""
     if isinstance(result, Tensor):
         return str(tuple(result.shape))
-    remedy = " (wrap a MoE, which returns its loss too, in a module that returns the output alone)"
+    remedy = " (put a MoE, which returns its loss too, into OutputOnly)"
     return f"a {type(result).__name__}{remedy if isinstance(result, tuple) else ''}"

@@ -375,3 +375,36 @@ class HeirarchicalMoE(Layer):
 
 
 HierarchicalMoE = HeirarchicalMoE
+
+
+class OutputOnly(nn.Module):
+    """A layer that returns its output alone, for places that take one tensor: `nn.Sequential`, a list of experts.
+
+    `collect_aux` collects the auxiliary loss. Without it nothing balances the experts, unless the layer's gate has an
+    expert bias.
+
+    Args:
+        moe: a `MoE` or a `HeirarchicalMoE`.
+
+    Shape:
+        As in `MoE`, but for the loss; mask and side inputs are handed on.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import MoE, OutputOnly, collect_aux
+        >>> model = nn.Sequential(nn.Linear(8, 8), OutputOnly(MoE(dim=8, num_experts=4)))
+        >>> with collect_aux(model) as aux:
+        ...     loss = model(torch.randn(2, 16, 8)).square().mean() + aux.take()
+    """
+
+    moe: nn.Module
+
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(moe, nn.Module):
+            raise TypeError(f"moe must be a layer such as MoE(...), got {moe!r}")
+        self.moe = moe
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> Tensor:
+        return self.moe(inputs, mask, **side)[0]

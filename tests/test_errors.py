@@ -212,11 +212,11 @@ def test_gates_that_return_no_routing(kind):
 def test_results_that_are_no_tensor():
     """A layer inside a layer returns its loss too."""
     x = torch.randn(1, 5, 8)
-    with pytest.raises(ValueError, match=r"shared_expert must keep the shape .* returned a tuple \(wrap a MoE"):
+    with pytest.raises(ValueError, match=r"shared_expert must keep the shape .* returned a tuple \(put a MoE"):
         MoE(8, 4, shared_expert=MoE(8, 2))(x)
-    with pytest.raises(ValueError, match=r"expert 0 \(MoE\) returned a tuple \(wrap a MoE"):
+    with pytest.raises(ValueError, match=r"expert 0 \(MoE\) returned a tuple \(put a MoE"):
         MoE(8, 4, experts=[MoE(8, 2) for _ in range(4)])(x)
-    with pytest.raises(ValueError, match=r"experts must return the shape they are given, .* a tuple \(wrap a MoE"):
+    with pytest.raises(ValueError, match=r"experts must return the shape they are given, .* a tuple \(put a MoE"):
         MoE(8, 4, experts=OldGate())(x)
 
 
