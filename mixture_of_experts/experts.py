@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_dtype, check_flag, check_size, check_sizes, shape_of
+from mixture_of_experts.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
@@ -27,7 +27,7 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.private_torch import own, wrapped_module
-from mixture_of_experts.settings import FixedShapes
+from mixture_of_experts.settings import FixedShapes, setting
 from mixture_of_experts.tracing import in_transform
 
 
@@ -169,6 +169,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
     sizes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
+    dropout: float = setting(check_number, at_least=0.0, below=1.0)
 
     def __init__(
         self,
@@ -179,6 +180,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         bias: bool = False,
         *,
         dim_out: int | None = None,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -190,6 +192,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         self.expert_dims = check_sizes("num_experts", num_experts)
         h = self.hidden_dim = check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
         self.act = make_activation(activation)
+        self.dropout = dropout
         if takes_two(self.act) and not self.gated:
             raise ValueError(f"activation {activation!r} is a function of (gate, up): use GatedExperts")
         weights = {"w1": (d, h), "w3": (d, h), "w2": (h, o)}
@@ -230,7 +233,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
         """The weights, with one dimension for all experts, also of a grid."""
         numbers = ("1", "3") if self.gated else ("1",)
         w_in, b_in = (tuple(getattr(self, kind + number) for number in numbers) for kind in "wb")
-        network = Network(w_in, self.w2, self.act, b_in, getattr(self, "b2", None))
+        dropout = self.dropout if self.training else 0.0
+        network = Network(w_in, self.w2, self.act, b_in, getattr(self, "b2", None), dropout=dropout)
         if len(self.expert_dims) == 1:
             return network
         last = len(self.expert_dims) - 1
@@ -248,7 +252,8 @@ class StackedExperts(FixedShapes, RoutedExperts):
     def extra_repr(self) -> str:
         out = "" if self.dim_out == self.dim else f", dim_out={self.dim_out}"
         bias = "" if getattr(self, "b2", None) is None else ", bias=True"
-        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}{bias}"
+        dropout = f", dropout={self.dropout}" if self.dropout else ""
+        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}{bias}{dropout}"
 
 
 class Experts(StackedExperts):
@@ -261,6 +266,8 @@ class Experts(StackedExperts):
         activation: a class such as `nn.GELU`, a module, or a function of a tensor.
         bias: adds `b1 (*e, h)` and `b2 (*e, o)`.
         dim_out: o, width of the outputs; d by default.
+        dropout: share of the hidden layer that is dropped in training (Switch, arXiv 2101.03961, "expert dropout").
+            Such a forward is computed by torch's own operators.
         device, dtype: of the parameters.
 
     Shape:
@@ -302,6 +309,8 @@ class GatedExperts(StackedExperts):
             `(x w1, x w3)`, returns the whole hidden layer: `ops.ClampedSwiGLU`.
         bias: adds `b1, b3 (*e, h)` and `b2 (*e, o)`.
         dim_out: o, width of the outputs; d by default.
+        dropout: share of the hidden layer that is dropped in training (Switch, arXiv 2101.03961, "expert dropout").
+            Such a forward is computed by torch's own operators.
         device, dtype: of the parameters.
 
     Shape:
@@ -326,10 +335,13 @@ class GatedExperts(StackedExperts):
         bias: bool = False,
         *,
         dim_out: int | None = None,
+        dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(dim, num_experts, hidden_dim, activation, bias, dim_out=dim_out, device=device, dtype=dtype)
+        super().__init__(
+            dim, num_experts, hidden_dim, activation, bias, dim_out=dim_out, dropout=dropout, device=device, dtype=dtype
+        )
 
 
 class ExpertList(RoutedExperts, nn.ModuleList):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.experts import ExpertList, StackedExperts
@@ -23,6 +24,8 @@ Model = TypeVar("Model", bound=nn.Module)
 class FeedForward(nn.Module):
     """One expert of linear layers: `w2(act(w1(x)))`, gated `w2(act(w1(x)) * w3(x))` or `w2(act(w1(x), w3(x)))`.
 
+    In training `dropout` drops that share of what `w2` reads.
+
     Shape:
         `(n, d)` to `(n, o)`.
     """
@@ -32,16 +35,20 @@ class FeedForward(nn.Module):
     w3: nn.Module | None
     act: nn.Module
 
-    def __init__(self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module) -> None:
+    def __init__(
+        self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3, self.act = w1, w2, w3, act
+        self.w1, self.w2, self.w3, self.act, self.dropout = w1, w2, w3, act, dropout
 
     def forward(self, x: Tensor) -> Tensor:
         if self.w3 is None:
-            return self.w2(self.act(self.w1(x)))
-        if takes_two(self.act):
-            return self.w2(self.act(self.w1(x), self.w3(x)))
-        return self.w2(self.act(self.w1(x)) * self.w3(x))
+            hidden = self.act(self.w1(x))
+        elif takes_two(self.act):
+            hidden = self.act(self.w1(x), self.w3(x))
+        else:
+            hidden = self.act(self.w1(x)) * self.w3(x)
+        return self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
 
 
 class UnstackedExperts(ExpertList):
@@ -133,7 +140,8 @@ def to_list(stacked: StackedExperts, name: str) -> UnstackedExperts:
     empty = copy.copy(stacked)
     empty.__dict__["_parameters"] = dict.fromkeys(stacked._parameters)
     parts = [[layer(number, i) for number in "123"] for i in range(len(matrices["w1"]))]
-    experts = [FeedForward(w1, w2, w3, stacked.act) for w1, w2, w3 in parts if w1 is not None and w2 is not None]
+    settings = stacked.act, stacked.dropout
+    experts = [FeedForward(w1, w2, w3, *settings) for w1, w2, w3 in parts if w1 is not None and w2 is not None]
     return UnstackedExperts(experts, empty).train(stacked.training)
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from mixture_of_experts.decision import Decision
 from mixture_of_experts.dispatch import add_rows, sum_rows
 from mixture_of_experts.ops import autograd, few, plain, rows
-from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.plan import Plan
@@ -147,7 +146,7 @@ def why_not(call: Call) -> str | None:
         return "an exported graph has torch's own operators only"
     if in_transform():
         return "its gradient does not run under transforms of torch.func"
-    return why_unknown(call.network.activation)
+    return call.network.why_not_written()
 
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:

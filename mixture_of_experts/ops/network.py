@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.decision import Decision
-from mixture_of_experts.ops.activations import ActivationLike, takes_two
+from mixture_of_experts.ops.activations import ActivationLike, takes_two, why_unknown
 
 Halves = Literal["concatenated", "interleaved"]
 W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
@@ -30,6 +31,7 @@ class Network:
         b_in: for each weight `(e, d, q)` of `w_in` a bias `(e, q)` or None; no biases by default.
         b_out: `(e, o)` or None.
         halves: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
+        dropout: share of the hidden layer's numbers that are set to 0, at random; the others are scaled up.
     """
 
     w_in: tuple[Tensor, ...]
@@ -38,6 +40,7 @@ class Network:
     b_in: tuple[Tensor | None, ...] = ()
     b_out: Tensor | None = None
     halves: Halves | None = None
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.b_in:
@@ -58,7 +61,8 @@ class Network:
         number, get = len(self.w_in), tensors.get
         w_in: Any = tuple([get(name) for name in W_IN[:number]])
         b_in = tuple([get(name) for name in B_IN[:number]])
-        return Network(w_in, tensors.get("w_out"), self.activation, b_in, get("b_out"), self.halves)  # type: ignore
+        settings: Any = dict(w_out=get("w_out"), b_in=b_in, b_out=get("b_out"), halves=self.halves)
+        return Network(w_in, activation=self.activation, dropout=self.dropout, **settings)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
         """The network with `function` applied to every weight and bias."""
@@ -73,9 +77,17 @@ class Network:
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
         """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
         parts = self.projections(pre)
-        if len(parts) == 1:
-            return self.activation(parts[0])
-        return self.activation(*parts) if takes_two(self.activation) else self.activation(parts[0]) * parts[1]
+        if len(parts) == 1 or takes_two(self.activation):
+            hidden = self.activation(*parts)
+        else:
+            hidden = self.activation(parts[0]) * parts[1]
+        return F.dropout(hidden, self.dropout) if self.dropout else hidden
+
+    def why_not_written(self) -> str | None:
+        """Why a way cannot write the hidden layer and its gradient itself; None if it can."""
+        if self.dropout:
+            return "dropout draws random numbers for the hidden layer, which only torch's operators do"
+        return why_unknown(self.activation)
 
 
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:

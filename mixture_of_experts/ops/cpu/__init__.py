@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.cpu import decode, fused
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.tracing import in_transform
@@ -22,7 +21,7 @@ def why_not(call: Call) -> str | None:
     for tensor in (call.x, *call.network.tensors().values()):
         if type(tensor) not in (Tensor, nn.Parameter):
             return f"it reads plain tensors, and there is a {type(tensor).__name__}"
-    return why_unknown(call.network.activation)
+    return call.network.why_not_written()
 
 
 def run(call: Call) -> Tensor:

@@ -94,6 +94,8 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
         return f"kernels compute bfloat16, float16 and float32, not {dtype}"
     if form_of(network) is None:
         return f"no kernel knows the activation {network.activation!r} of these experts"
+    if network.dropout:
+        return network.why_not_written()
     if len({bias is None for bias in network.b_in}) > 1:
         return "kernels take a bias for every input weight or for none"
     for weight in (*network.w_in, network.w_out):
