@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -53,19 +53,20 @@ def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
 class TokensReader:
     """Reads the tokens of a forward from the arguments of `model`, by their names in its `forward`."""
 
+    names: ClassVar[tuple[str, ...]] = READ
     positions: dict[str, int]
 
     def __init__(self, model: nn.Module) -> None:
         parameters = list(inspect.signature(model.forward).parameters)
-        self.positions = {name: parameters.index(name) for name in READ if name in parameters}
+        self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
 
     def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
         return read_tokens(self.given(args, kwargs))
 
     def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The arguments named in `READ`, by name."""
+        """The arguments named in `names`, by name."""
         given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
-        given.update({name: kwargs[name] for name in READ if name in kwargs})
+        given.update({name: kwargs[name] for name in self.names if name in kwargs})
         return given
 
     def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:

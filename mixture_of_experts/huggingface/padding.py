@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import under_way
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
+from mixture_of_experts.huggingface.torch_layers import KINDS, LayerReader
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
 
 
@@ -36,13 +37,13 @@ class LastCall(threading.local):
 def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
     """Set the hooks on a model, and on the models around the named modules."""
     last = last_calls(model)[0] if last_calls(model) else LastCall()
-    readers = {model_around(model, name): True for name in names}
+    readers = {reader_around(model, name): True for name in names}
     for around, reads in {model: False, **readers}.items():
         hooks = [hook for hook in around._forward_pre_hooks.values() if isinstance(hook, BeginCall)]
         if hooks:
-            hooks[0].reader = TokensReader(around) if reads else hooks[0].reader
+            hooks[0].reader = reader_of(around) if reads else hooks[0].reader
             continue
-        begin = BeginCall(TokensReader(around) if reads else None, last)
+        begin = BeginCall(reader_of(around) if reads else None, last)
         begin.ids = TokensReader(around)
         around.register_forward_pre_hook(begin, with_kwargs=True)
         around.register_forward_hook(call_returned)
@@ -57,7 +58,17 @@ def last_calls(model: nn.Module) -> list[LastCall]:
 
 def is_masked(model: nn.Module, name: str) -> bool:
     """Whether the mask of the model around a module is one of the module's tokens. For a model of sound it is not."""
-    return getattr(model_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+    return getattr(reader_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+
+
+def reader_around(model: nn.Module, name: str) -> nn.Module:
+    """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
+    above = model.get_submodule(name.rpartition(".")[0])
+    return above if isinstance(above, KINDS) else model_around(model, name)
+
+
+def reader_of(around: nn.Module) -> TokensReader:
+    return LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
 
 
 class BeginCall:

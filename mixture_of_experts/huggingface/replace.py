@@ -25,6 +25,7 @@ from mixture_of_experts.huggingface.padding import bring_mask, is_masked
 from mixture_of_experts.huggingface.record import GateFactory, describe
 from mixture_of_experts.huggingface.search import Miss, is_routed, search
 from mixture_of_experts.huggingface.shared import SharedNetwork
+from mixture_of_experts.huggingface.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.totals import sum_of_weights
 from mixture_of_experts.moe import MoE
 
@@ -41,7 +42,7 @@ class NetworkSite(NamedTuple):
     @property
     def target(self) -> str:
         """The path at which the MoE will stand."""
-        return f"{self.name}.{self.adapter.down}" if self.adapter.slot else self.name
+        return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
 def replace_ffn(
@@ -207,13 +208,16 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
     check_model("model", model)
     adapters, layers = check_adapters(adapters), check_layers(layers)
-    named = {n: m for n, m in model.named_modules() if type(m).__name__ in adapters}
+    known, seconds = layers_of_torch(model)
+    known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
     refuse_chunks(model)
-    found, misses = search(model, named)
-    places = [NetworkSite(name, module, adapters[type(module).__name__]) for name, module in named.items()]
+    found, misses = search(model, [*known, *(miss.name for miss in seconds)])
+    misses += [miss for miss in seconds if miss.name not in known]
+    places = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known.items()]
     places = sorted([*places, *(NetworkSite(*network[:3]) for network in found)], key=order_in(model))
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
+    misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
         some = patterns(place.target for place in places)
         raise ValueError(
@@ -406,6 +410,7 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
     for place, feed_forward in zip(places, built, strict=True):
         put(model, place, feed_forward)
     names = [place.target for place in places]
+    leave_fused_path(model)
     bring_mask(model, names)
     add_to_loss(model)
     note(model, describe(model))

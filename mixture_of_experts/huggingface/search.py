@@ -38,6 +38,7 @@ class Miss(NamedTuple):
     name: str  # path of its last linear layer
     kind: str  # class of the module that calls this layer
     reason: str
+    narrow: bool = False  # whether it is a bottleneck, which is no feed-forward network of a block as a rule
 
 
 class Found(NamedTuple):
@@ -74,10 +75,11 @@ def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], li
                 continue
             if any(part in seen for part in parts) or APART.search(last) or last.startswith((*skipped, *routed)):
                 continue
-            seen.update(parts)
             if isinstance(network, Lost):
-                misses.append(Miss(names[parts[-1]], type(module).__name__, network.reason))
-            else:
+                misses.append(Miss(names[parts[-1]], type(module).__name__, network.reason, network.narrow))
+            if not (isinstance(network, Lost) and network.narrow):
+                seen.update(parts)
+            if isinstance(network, Kept):
                 found.append(Found(name, module, network.adapter, parts))
     order = {name: i for i, name in enumerate(names.values())}
     return sorted(found, key=lambda place: order[place.name]), misses
@@ -142,6 +144,7 @@ class Kept(NamedTuple):
 class Lost(NamedTuple):
     reason: str
     linears: tuple[nn.Module, ...]
+    narrow: bool = False
 
 
 def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
@@ -150,6 +153,9 @@ def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
         if is_linear(calls.called(node)):
             chain = Chain.before(calls, node)
             if chain is None:
+                continue
+            if chain.is_narrow():
+                yield Lost(chain.narrowness(), chain.linears, narrow=True)
                 continue
             try:
                 yield Kept(chain.adapter(), chain.linears)
@@ -206,7 +212,15 @@ class Chain(NamedTuple):
         (d, width), (h, out) = sizes(self.linears[0]), sizes(self.linears[-1])
         widths = {sizes(up) for up in self.linears[:-1]}
         fits = widths == {(d, h)} or (len(self.ups) == 1 and width == 2 * h)
-        return fits and out == d and h >= d
+        return fits and out == d
+
+    def is_narrow(self) -> bool:
+        h, d = sizes(self.linears[-1])
+        return h < d
+
+    def narrowness(self) -> str:
+        h, d = sizes(self.linears[-1])
+        return f"its hidden layer of {h} units is narrower than its {d} inputs, as that of an adapter"
 
     @property
     def linears(self) -> tuple[nn.Module, ...]:
