@@ -10,7 +10,7 @@ import snowballstemmer
 
 ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "TRL": "transformers"}
 
-PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats")
+PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats", "verify")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]
 
 site = Path(sys.argv[1])

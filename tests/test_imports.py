@@ -33,6 +33,7 @@ OUTSIDE = {
     "stats": set(),
     "plot": {"stats"},
     "summary": set(),
+    "verify": {"stats"},
     "unstack": set(),
     "replay": set(),
     "parallel": set(),

@@ -1,0 +1,98 @@
+"""Verifies any mixture layer: what is promised, a number, and a verdict, for each of some thirty properties."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.verify import batches, losses, precision, states, thorough
+from mixture_of_experts.verify.properties import Finding, Property
+from mixture_of_experts.verify.report import Report
+from mixture_of_experts.verify.subject import Run, Subject
+
+__all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
+
+_FILES = (batches, losses, states, precision, thorough)
+_ALL = [each for file in _FILES for each in vars(file).values() if isinstance(each, Property)]
+
+#: what is promised, in one sentence, by the name of the property
+PROPERTIES = {each.name: each.promise for each in _ALL}
+
+
+def verify(
+    module: nn.Module,
+    *,
+    dim: int | None = None,
+    mask: str | Run | None = None,
+    loss: int | str | Run | None = None,
+    counts: str | Run | None = None,
+    router: str | Run | None = None,
+    properties: Iterable[str] | None = None,
+    thorough: bool = False,
+) -> Report:
+    """Measure what a mixture layer keeps. The module itself does not run: copies of it do.
+
+    Nothing but `module` has to be told. What is not told is not asked. Of `MoE` and `HeirarchicalMoE` all is known, and
+    of blocks that contain one gate of this package, or a router of transformers, the router.
+
+    Args:
+        module: maps `(b, n, d)` to the same shape, or to a tuple that begins with it. Make it small: what is verified
+            does not depend on its sizes.
+        dim: d; by default the one size of its weights with which it runs.
+        mask: the argument that takes a mask `(b, n)` bool, True where a token is real; or a function `(module, x,
+            mask)` that calls the module.
+        loss: where the auxiliary loss is in what the module returns, an index or an attribute; or a function
+            `(module, returned)` that reads it.
+        counts: path of the buffer in which training counts the choices, or a function `(module)` that reads it.
+        router: path of a submodule that returns one tensor of integers `(b * n, k)`, the experts of each token; or a
+            function `(module, x)` that returns `(b, n, k)` integers, -1 for no expert, or `(b, n, e)` bool.
+        properties: names of the properties; by default all.
+        thorough: whether to compile too, and to start two processes with DDP and FSDP2.
+
+    Raises:
+        ValueError: an unknown property; the module cannot be copied, or its width is not found.
+
+    Example:
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> from mixture_of_experts.verify import verify
+        >>> report = verify(MoE(dim=8, gate=TopKGating(8, 4)), properties=["causal", "counts_eval"])
+        >>> report.findings["causal"].verdict, report.findings["counts_eval"].verdict
+        ('holds', 'not asked')
+    """
+    names = {each.name for each in _ALL if thorough or not each.thorough} if properties is None else set(properties)
+    if unknown := names - set(PROPERTIES):
+        raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
+    start = time.perf_counter()
+    devices = {tensor.device for tensor in module.parameters() if tensor.is_cuda}
+    with torch.random.fork_rng(devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        subject = Subject(module, dim, mask=mask, loss=loss, counts=counts, router=router)
+        findings = {each.name: each.find(subject) for each in _ALL if each.name in names}
+    return Report(f"{type(module).__name__}, {subject.dim} wide", findings, time.perf_counter() - start)
+
+
+def assert_holds(module: nn.Module, *properties: str, **told: Any) -> None:
+    """Assert that a module has properties, in a test of your own.
+
+    Args:
+        module: as in `verify`.
+        properties: names of properties; all but the thorough ones if none is given.
+        told: `dim`, `mask`, `loss`, `counts` and `router`, as in `verify`.
+
+    Raises:
+        AssertionError: a property fails, does not apply or is not asked (without `properties`: one fails). It shows the
+            report.
+
+    Example:
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> from mixture_of_experts.verify import assert_holds
+        >>> assert_holds(MoE(dim=8, gate=TopKGating(8, 4)), "causal", "padding")
+    """
+    report = verify(module, properties=properties or None, **told)
+    held = all(finding.verdict == "holds" for finding in report.findings.values())
+    assert held if properties else not report.failed, str(report)

@@ -1,0 +1,41 @@
+"""`python -m mixture_of_experts.verify FACTORY`: verify what `FACTORY`, "package.module:function", returns.
+
+The function takes no argument. It returns a module, or a pair: the module, and a dictionary of arguments of `verify`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import nn
+
+from mixture_of_experts.verify import PROPERTIES, verify
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Verify a module, print the report, and return its exit status; 2 for a module that cannot be verified."""
+    parser = argparse.ArgumentParser(prog="python -m mixture_of_experts.verify", description=__doc__)
+    parser.add_argument("factory", help='"package.module:function", importable from here')
+    parser.add_argument("--only", nargs="+", metavar="PROPERTY", help=f"of {', '.join(PROPERTIES)}")
+    parser.add_argument("--thorough", action="store_true", help="compile too, and start two processes")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    given = parser.parse_args(arguments)
+    sys.path.insert(0, str(Path.cwd()))
+    path, _, name = given.factory.partition(":")
+    try:
+        made = getattr(importlib.import_module(path), name)()
+        module, told = (made, {}) if isinstance(made, nn.Module) else made
+        report = verify(module, properties=given.only, thorough=given.thorough, **told)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(report.to_json() if given.json else report)
+    return report.exit_status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

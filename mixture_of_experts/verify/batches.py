@@ -1,0 +1,123 @@
+"""What else is in a batch changes nothing: padding, other sequences, later tokens; and batches at the edge of sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.verify.properties import CASES, EVAL, SMALL, keeps
+from mixture_of_experts.verify.subject import OF_TOKENS, Case, DoesNotApplyError, Gap, Outcome, Trial, gap
+
+POOL = 2048  # tokens among which an even load is looked for
+
+
+def at(outcome: Outcome, index: Tensor | slice) -> Outcome:
+    """The same of some tokens or sequences."""
+    return outcome | {name: outcome[name][index] for name in OF_TOKENS}
+
+
+def real_positions(case: Case) -> Iterator[Tensor]:
+    """Masks `(b, m)` with n real tokens in each sequence: padding at the right, at the left, anywhere."""
+    b, n = case.sequences, case.tokens
+    yield (torch.arange(n + 1) < n).expand(b, n + 1)
+    yield (torch.arange(n + 3) >= 3).expand(b, n + 3)
+    yield torch.rand(b, 2 * n + 8, generator=torch.Generator().manual_seed(case.seed)).argsort(dim=-1) < n
+
+
+@keeps("padding changes no output, loss, count or gradient", "mask", cases=CASES, steady=True)
+def padding(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    alone = at(trial.step(sample), torch.ones(sample.x.shape[:2], dtype=torch.bool))
+    for real in real_positions(trial.case):
+        found = at(trial.step(sample.padded(real)), real)
+        yield gap(found, alone, how=f", with {real.shape[1] - trial.case.tokens} tokens of padding")
+
+
+@keeps("NaN in the padding reaches nothing", "mask", steady=True)
+def nan_padding(trial: Trial) -> Iterator[Gap]:
+    for real in real_positions(trial.case):
+        found, wanted = (trial.step(trial.sample().padded(real, number)) for number in (float("nan"), 0.0))
+        yield gap(at(found, real), at(wanted, real))
+
+
+@keeps("sequences in another order give the same", cases=CASES[2:], steady=True)
+def order(trial: Trial) -> Iterator[Gap]:
+    sample, turned = trial.sample(), torch.arange(trial.case.sequences).roll(1)
+    yield gap(trial.step(sample.at(turned)), at(trial.step(sample), turned))
+
+
+@keeps("a sequence alone gets the output that it gets in a batch", cases=CASES[2:], steady=True)
+def batch(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    together = trial.forward(sample)["output"]
+    for i in range(trial.case.sequences):
+        one = slice(i, i + 1)
+        yield gap(trial.forward(sample.at(one)), {"output": together[one]})
+
+
+@keeps("later tokens change no output of earlier ones", cases=CASES)
+def causal(trial: Trial) -> Iterator[Gap]:
+    sample, other, n = trial.sample(), trial.sample(1), trial.case.tokens
+    wanted = trial.forward(sample)["output"]
+    for t in sorted({1, n // 2, n - 1}):
+        for later in (other.x[:, t:], sample.x[:, t - 1 : t].expand(-1, n - t, -1)):
+            found = trial.forward(replace(sample, x=torch.cat([sample.x[:, :t], later], dim=1)))["output"]
+            yield gap({"output": found[:, :t]}, {"output": wanted[:, :t]}, how=f", tokens from {t} on are changed")
+
+
+@keeps("tokens one by one get the outputs that they get together", cases=CASES, modes=EVAL, steady=True)
+def decoding(trial: Trial) -> Iterator[Gap]:
+    sample, n = trial.sample(), trial.case.tokens
+    one_by_one = [trial.forward(sample.at((slice(None), slice(t, t + 1))))["output"] for t in range(n)]
+    yield gap({"output": torch.cat(one_by_one, dim=1)}, trial.forward(sample), of="output")
+
+
+@keeps("at an even load no choice is dropped", "router", cases=(Case(1, 96, 0),), steady=True, limit=0.0)
+def even_load(trial: Trial) -> Iterator[Gap]:
+    pool = trial.subject.sample(Case(POOL, 1, trial.case.seed))
+    asked = trial.subject.chosen(trial.fresh(), pool.x)[:, 0].cpu()  # (POOL, e), of tokens without others
+    if asked.all(dim=-1).any():
+        raise DoesNotApplyError("a token alone is computed by every expert")
+    sample = pool.at(evenly(asked, trial.case.tokens))
+    alone = trial.forward(sample)["output"][:, 0]
+    together = trial.forward(replace(sample, x=sample.x.transpose(0, 1)))["output"][0]
+    lost = (together - alone).abs().amax(dim=-1) > trial.subject.limit * alone.abs().max()
+    yield Gap(lost.double().mean().item(), f"{lost.double().mean():.1%} of the tokens lose a choice")
+
+
+def evenly(asked: Tensor, count: int) -> list[int]:
+    """Tokens of `asked` `(t, e)` bool that ask all experts for the same number of choices."""
+    load, cost, picked = torch.zeros(asked.shape[-1]), torch.zeros(len(asked)), []
+    for _ in range(count):
+        picked.append(int((cost + (load * asked).sum(-1) / asked.sum(-1).clamp(min=1)).argmin()))
+        cost[picked[-1]] = 1e9
+        load += asked[picked[-1]]
+        if load.min() == load.max() and len(picked) >= count // 2:
+            return picked
+    raise DoesNotApplyError(f"no even load was found among {POOL} tokens")
+
+
+@keeps("a batch of no tokens gives finite numbers", cases=SMALL[:1])
+def no_tokens(trial: Trial) -> Iterator[Gap]:
+    for case in (Case(0, 3, 0), Case(2, 0, 0)):
+        yield finite(trial.step(trial.subject.sample(case)))
+
+
+@keeps("a single token gives finite numbers")
+def one_token(trial: Trial) -> Iterator[Gap]:
+    yield finite(trial.step(trial.sample().at((slice(0, 1), slice(0, 1)))))
+
+
+@keeps("tokens that are all the same give finite numbers", cases=CASES)
+def one_expert(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    yield finite(trial.step(replace(sample, x=sample.x[:1, :1].expand_as(sample.x))))
+
+
+def finite(outcome: Outcome) -> Gap:
+    """How many numbers of an outcome are not finite, and in which of its tensors."""
+    wrong = {name: int((~tensor.isfinite()).sum()) for name, tensor in outcome.items()}
+    return Gap(sum(wrong.values()), f"not finite: {', '.join(name for name, count in wrong.items() if count)}")

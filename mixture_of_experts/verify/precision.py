@@ -1,0 +1,110 @@
+"""Numbers: gradients against differences, and what lower precision changes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.verify.properties import EVAL, keeps
+from mixture_of_experts.verify.subject import INPUTS, Case, DoesNotApplyError, Gap, Sample, Trial, gap
+
+STEPS = (1e-3, 1e-4, 1e-5)  # of a difference, relative to the size of what moves
+CLOSE = 1e-4
+BATCH, MANY = (Case(4, 32, 0),), (Case(512, 1, 0),)
+HALVINGS = 10  # of the way between two tokens that choose otherwise
+A_TIE = 0.01
+
+
+@keeps("gradients are those of differences in float64", limit=2e-3)
+def gradients(trial: Trial) -> Iterator[Gap]:
+    if trial.subject.limit > CLOSE:
+        raise DoesNotApplyError("it rounds to fewer digits than differences need")
+    module, sample = trial.fresh().double(), trial.sample(dtype=torch.float64)
+    try:
+        found = trial.step(sample, module=copy.deepcopy(module))
+    except (RuntimeError, TypeError) as error:
+        raise DoesNotApplyError(f"it does not run in float64: {str(error).splitlines()[0]}") from None
+    grads = {name.removeprefix("gradient of "): grad for name, grad in found.items() if name.startswith("gradient")}
+    largest = max(grad.norm().item() for grad in grads.values())
+    for name, grad in grads.items():
+        leaf = sample.x if name == INPUTS else module.get_parameter(name).detach()
+        direction = torch.randn(leaf.shape, generator=torch.Generator().manual_seed(trial.case.seed)).to(leaf)
+        direction *= leaf.norm().clamp(min=1e-2) / direction.norm()
+        scale = max(grad.norm().item() * direction.norm().item(), 1e-3 * largest, 1e-12)
+        error = float("inf")
+        for step in STEPS:  # a choice that a step turns is no slope: a smaller one is taken
+            values = [value(trial, module, sample, name, side * step * direction) for side in (1, -1)]
+            slope = (values[0] - values[1]) / (2 * step)
+            error = min(error, abs(slope - (grad * direction).sum().item()) / scale)
+            if error < CLOSE:
+                break
+        yield Gap(error, f"gradient of {name}")
+
+
+def value(trial: Trial, module: nn.Module, sample: Sample, name: str, shift: Tensor) -> float:
+    """The sum of output times cotangent, plus the loss, where inputs or a parameter are shifted."""
+    module = copy.deepcopy(module)
+    if name == INPUTS:
+        sample = replace(sample, x=sample.x + shift)
+    else:
+        module.get_parameter(name).data.add_(shift)
+    outcome = trial.forward(sample, module)
+    return (outcome["output"] * sample.cotangent).sum().item() + float(outcome.get("loss", 0.0))
+
+
+@keeps("bfloat16 rounds outputs, by the same choices", "router", cases=BATCH, steady=True, limit=2.0**-5)
+def bfloat16(trial: Trial) -> Iterator[Gap]:
+    (low, exact), sample = in_both(trial), trial.sample(dtype=torch.bfloat16)
+    wide = replace(sample, x=sample.x.double())
+    same = ~differ(trial.subject.chosen(low, sample.x), trial.subject.chosen(exact, wide.x))
+    found, wanted = trial.forward(sample, low)["output"].double(), trial.forward(wide, exact)["output"]
+    yield gap({"output": found[same]}, {"output": wanted[same]})
+
+
+@keeps("in bfloat16 tokens choose as in float64", "router", cases=MANY, modes=EVAL, steady=True, limit=A_TIE)
+def router_bfloat16(trial: Trial) -> Iterator[Gap]:
+    low, exact = in_both(trial)
+    x = near_ties(lambda x: trial.subject.chosen(exact, x.double()), trial.sample(dtype=torch.bfloat16).x)
+    yield turned(trial.subject.chosen(low, x), trial.subject.chosen(exact, x.double()))
+
+
+@keeps("under autocast tokens choose as without", "router", cases=MANY, modes=EVAL, steady=True, limit=A_TIE)
+def router_autocast(trial: Trial) -> Iterator[Gap]:
+    module = trial.fresh()
+    x = near_ties(lambda x: trial.subject.chosen(module, x), trial.sample().x)
+    with torch.autocast(x.device.type, torch.bfloat16):
+        found = trial.subject.chosen(module, x)
+    yield turned(found, trial.subject.chosen(module, x))
+
+
+def near_ties(choose: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Tokens between neighbours of `x` that choose otherwise, close to where the choice turns."""
+    first, second, start = x, x.roll(1, 0), choose(x)
+    for _ in range(HALVINGS):
+        middle = (first + second) / 2
+        like_first = ~differ(choose(middle), start).unsqueeze(-1)
+        first, second = torch.where(like_first, middle, first), torch.where(like_first, second, middle)
+    return torch.cat([first, second])
+
+
+def in_both(trial: Trial) -> tuple[nn.Module, nn.Module]:
+    """The module in bfloat16, and in float64 with the same numbers."""
+    low, exact = trial.fresh().bfloat16(), trial.fresh().double()
+    exact.load_state_dict(low.state_dict())
+    return low, exact
+
+
+def turned(found: Tensor, wanted: Tensor) -> Gap:
+    share = differ(found, wanted).double().mean().item()
+    return Gap(share, f"{share:.1%} of the tokens near a tie choose other experts")
+
+
+def differ(first: Tensor, second: Tensor) -> Tensor:
+    """`(b, n)` bool, the tokens with other experts."""
+    wide, narrow = sorted((first, second), key=lambda chosen: -chosen.shape[-1])
+    e = narrow.shape[-1]
+    return (wide[..., :e] != narrow).any(dim=-1) | wide[..., e:].any(dim=-1)

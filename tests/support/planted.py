@@ -1,0 +1,395 @@
+"""A mixture layer that keeps every property of `mixture_of_experts.verify`, and layers with one fault each.
+
+Each fault is of a kind that was found in a library, and its list says which properties it breaks: these and no others.
+
+Axes: b sequences, n tokens of a sequence, t = b n tokens, d model dim, e experts, h hidden dim, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOLD: dict[str, Any] = {"mask": "mask", "loss": 1, "counts": "counts", "router": "router"}
+K = 2
+
+
+class Router(nn.Module):
+    """Probabilities, weights and experts of tokens, in float32 at least."""
+
+    guards = True
+
+    def __init__(self, dim: int, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast(x.device.type, enabled=torch.is_autocast_enabled("cpu") and not self.guards):
+            probs = self.logits(x).softmax(dim=-1)
+        weight, expert = probs.topk(K, dim=-1)
+        return probs, weight / weight.sum(dim=-1, keepdim=True), expert
+
+    def logits(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.linear(x.to(wide), self.weight.to(wide))
+
+
+class Bank(nn.Module):
+    """Every expert on every token, weighed."""
+
+    def __init__(self, dim: int, num_experts: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(num_experts, dim, hidden_dim) * dim**-0.5)
+        self.w2 = nn.Parameter(torch.randn(num_experts, hidden_dim, dim) * hidden_dim**-0.5)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        hidden = F.gelu(torch.einsum("td,edh->teh", x, self.w1))
+        return self.combine(torch.einsum("teh,ehd->ted", hidden, self.w2), weights).to(x.dtype)
+
+    def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+        return (y * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class Mixture(nn.Module):
+    """Two of the experts compute each token. Returns the output and a balancing loss; counts choices in training."""
+
+    Gate: type[Router] = Router
+    Experts: type[Bank] = Bank
+    counts: Tensor
+
+    def __init__(self, dim: int = 8, num_experts: int = 4, hidden_dim: int = 8) -> None:
+        super().__init__()
+        self.router = self.Gate(dim, num_experts)
+        self.bank = self.Experts(dim, num_experts, hidden_dim)
+        self.register_buffer("counts", torch.zeros(num_experts))
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        real = torch.ones(inputs.shape[:-1], dtype=torch.bool) if mask is None else mask
+        x, flat = self.clean(inputs, real).flatten(0, 1), real.flatten()
+        probs, weight, expert = self.router(x)
+        chosen = F.one_hot(expert, probs.shape[-1]).sum(dim=1) * flat.unsqueeze(-1)
+        kept = self.keep(chosen, real)
+        self.count(chosen, None)
+        weights = torch.zeros_like(probs).scatter(-1, expert, weight) * kept
+        out = self.bank(x, self.weigh(weights, inputs.shape)).view_as(inputs)
+        self.count(chosen, out)
+        return self.finish(out), self.loss(chosen, probs, flat)
+
+    def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
+        return torch.where(real.unsqueeze(-1), inputs, 0.0)
+
+    def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
+        """`(t, e)`, 1 where a choice is computed."""
+        return chosen
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights
+
+    def count(self, chosen: Tensor, out: Tensor | None) -> None:
+        """Add choices `(t, e)` to the counts. It is called before the experts, and after them with the output."""
+        if out is not None and self.training and out.requires_grad:
+            load = chosen.sum(dim=0).to(self.counts)
+
+            def add(grad: Tensor) -> None:
+                self.counts += load
+
+            out.register_hook(add)  # once, in the backward
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        """Switch's, over all real tokens."""
+        count = real.sum().clamp(min=1)
+        share = chosen.sum(dim=0) / count / K
+        return len(share) * (share * (probs * real.unsqueeze(-1)).sum(dim=0) / count).sum()
+
+
+# ---- faults ----
+
+
+class CountsPadding(Mixture):
+    """Megatron #6114."""
+
+    breaks = ("padding",)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if mask is not None and self.training:
+            self.counts[0] += (~mask).sum()
+        return super().forward(inputs, mask)
+
+
+class LossOfPadding(Mixture):
+    breaks = ("padding",)
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        return super().loss(chosen, probs, torch.ones_like(real))
+
+
+class LossOfSum(Mixture):
+    """Megatron #5798: it depends on how large the batch is."""
+
+    breaks = ("loss_mean",)
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        return super().loss(chosen, probs, real) * real.sum()
+
+
+class CountsInEval(Mixture):
+    """torchtitan #4148."""
+
+    breaks = ("counts_eval", "raised")
+
+    def count(self, chosen: Tensor, out: Tensor | None) -> None:
+        super().count(chosen, out)
+        if not self.training and out is None:
+            self.counts += chosen.sum(dim=0)
+
+
+class CountsInForward(Mixture):
+    """A recomputation counts again, and so does a forward that fails later."""
+
+    breaks = ("counts_checkpointing", "raised")
+
+    def count(self, chosen: Tensor, out: Tensor | None) -> None:
+        if self.training and out is None:
+            self.counts += chosen.sum(dim=0)
+
+
+class Attach(torch.autograd.Function):
+    """Adds a loss to the gradient by itself, whatever the loss is multiplied by."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, loss: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones(())
+
+
+class LossBesideTheScale(Mixture):
+    """A loss that reaches the gradient through the output, unscaled."""
+
+    breaks = ("loss_scale",)
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, loss = super().forward(inputs, mask)
+        return Attach.apply(out, loss), loss.detach()  # pyright: ignore[reportReturnType]
+
+
+class TwiceTheGradient(Mixture):
+    """Megatron #5956: gradients of experts that are multiplied by the size of a group."""
+
+    breaks = ("gradients",)
+
+    class Experts(Bank):
+        def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+            return super().combine(2 * y - y.detach(), weights)
+
+
+class KeepsLosses(Mixture):
+    """A list of losses that somebody is to empty."""
+
+    breaks = ("loss_accumulation", "threads", "deepcopy", "save_load")
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.losses: list[Tensor] = []
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        self.losses.append(super().loss(chosen, probs, real))
+        return torch.stack(self.losses).sum()
+
+
+class OwnRandomNumbers(Mixture):
+    """Noise by a counter of its own: a recomputation gets other noise."""
+
+    breaks = (
+        *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "raised", "threads"),
+        "deepcopy",
+    )
+    calls = 0
+
+    def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
+        x = super().clean(inputs, real)
+        if not self.training:
+            return x
+        self.calls += 1
+        noise = torch.rand(x.shape[-1], generator=torch.Generator().manual_seed(self.calls))
+        return x * (1 + noise.to(x))
+
+
+class RoundedRouter(Mixture):
+    """Logits in the module's dtype."""
+
+    breaks = ("router_bfloat16",)
+
+    class Gate(Router):
+        def logits(self, x: Tensor) -> Tensor:
+            return F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32))
+
+
+class RouterUnderAutocast(Mixture):
+    """Autocast rounds the router's product."""
+
+    breaks = ("router_autocast",)
+
+    class Gate(Router):
+        guards = False
+
+
+class SharedCapacity(Mixture):
+    """All sequences of a batch queue for the same slots."""
+
+    breaks = ("order", "batch", "causal", "decoding")
+
+    def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
+        capacity = (5 * K * real.sum() + 4 * chosen.shape[-1] - 1) // (4 * chosen.shape[-1])
+        return chosen * (chosen.cumsum(dim=0) <= capacity)
+
+
+class FewSlots(Mixture):
+    """A capacity for one choice of each token, where it makes two."""
+
+    breaks = ("decoding", "even_load")
+
+    def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
+        by_sequence = chosen.view(*real.shape, chosen.shape[-1])
+        capacity = (real.sum(dim=1) // chosen.shape[-1]).clamp(min=1).view(-1, 1, 1)
+        return (by_sequence * (by_sequence.cumsum(dim=1) <= capacity)).view_as(chosen)
+
+
+class SeesTheFuture(Mixture):
+    """Weights relative to the largest of the sequence."""
+
+    breaks = ("causal", "decoding", "even_load")
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        if not weights.numel():
+            return weights
+        by_sequence = weights.view(*shape[:2], -1)
+        return (by_sequence / by_sequence.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)).view_as(weights)
+
+
+class NaNTimesZero(Mixture):
+    breaks = ("nan_padding",)
+
+    def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
+        return inputs * real.unsqueeze(-1)
+
+
+class FailsOnNothing(Mixture):
+    breaks = ("no_tokens",)
+
+    def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
+        assert chosen.max() <= 1
+        return chosen
+
+
+class FailsOnOneToken(Mixture):
+    """A squeeze that takes away one axis too many."""
+
+    breaks = ("decoding", "one_token")
+
+    class Experts(Bank):
+        def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+            return torch.einsum("ted,te->td", y.squeeze().to(weights), weights)
+
+
+class FailsOnOneExpert(Mixture):
+    """Logits that all are the same have no deviation."""
+
+    breaks = ("one_token", "one_expert")
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        together = probs.flatten()[::7]
+        spread = (probs - probs[:1]).square().sum()
+        return super().loss(chosen, probs, real) + 0 * together.sum() * spread.sqrt()
+
+
+class KeepsOutput(Mixture):
+    """What it computed last stays on it, and cannot be copied."""
+
+    breaks = ("deepcopy",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        self.last = out
+        return out
+
+
+class TableLeftOut(Mixture):
+    """A table that is not saved."""
+
+    breaks = ("meta",)
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.register_buffer("table", torch.rand(len(self.counts)) + 0.5, persistent=False)
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights * self.table
+
+
+class NumberLeftOut(Mixture):
+    """A number that training changes, and that is no buffer."""
+
+    breaks = ("save_load",)
+    steps = 0
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights if self.training else weights * (1 + self.steps)
+
+    def finish(self, out: Tensor) -> Tensor:
+        self.steps += self.training
+        return out
+
+
+class SharesAShelf(Mixture):
+    """What one method leaves on the module another takes from it."""
+
+    breaks = ("threads",)
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        self.shelf = weights.sum(dim=-1, keepdim=True).detach()
+        return weights
+
+    def finish(self, out: Tensor) -> Tensor:
+        shelf = self.__dict__.pop("shelf")
+        return out * shelf.view(*out.shape[:-1], 1).to(out.dtype) if shelf.numel() == out[..., 0].numel() else out
+
+
+class AnyOrder(Mixture):
+    """The last bits change from run to run, as sums by atomic additions do."""
+
+    breaks = ("bits",)
+
+    class Experts(Bank):
+        def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+            return super().combine(y, weights) * (1 + 1e-6 * random.random())
+
+
+class EightBits(Mixture):
+    """Where tokens are bfloat16, experts' outputs have three bits of mantissa."""
+
+    breaks = ("bfloat16",)
+
+    class Experts(Bank):
+        def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+            if y.dtype == torch.bfloat16:
+                y = y.to(torch.float8_e4m3fn).to(y.dtype)
+            return super().combine(y, weights)
+
+
+FAULTS: list[Any] = [kind for kind in list(globals().values()) if isinstance(kind, type) and hasattr(kind, "breaks")]
+
+
+def make(kind: Any = Mixture) -> nn.Module:
+    """A layer with weights from a seed."""
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        return kind()

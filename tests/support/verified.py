@@ -1,0 +1,131 @@
+"""Random layers of the package, and what `mixture_of_experts.verify` is to say of each: what the documents say.
+
+    python -m tests.support.verified --configurations 200
+
+prints every verdict that is not the documented one, and how often each was given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import random
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest import mock
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis.internal.conjecture.engine import ConjectureRunner
+
+from mixture_of_experts.verify import PROPERTIES, verify
+
+from . import configurations as matrix
+from .configurations import Configuration
+
+THOROUGH = ("compile", "ddp", "fsdp2")
+DEFAULT = [name for name in PROPERTIES if name not in THOROUGH]
+STEADY = (
+    *("padding", "nan_padding", "order", "batch", "decoding", "even_load", "threads"),
+    *("bfloat16", "router_bfloat16", "router_autocast"),
+)
+IN_EVAL = ("decoding", "router_bfloat16", "router_autocast")
+OF_ONE_GATE = ("even_load", "bfloat16", "router_bfloat16", "router_autocast")
+
+
+def drawn(count: int, number: int = 0) -> list[Configuration]:
+    """Configurations that run without side inputs, in float32, with scores that are no ties."""
+    found: list[Configuration] = []
+
+    @seed(number)
+    @settings(
+        max_examples=4 * count,
+        phases=[Phase.generate],
+        database=None,
+        deadline=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(matrix.configurations())
+    def take(c: Configuration) -> None:
+        routers = tuple(replace(router, spread=min(max(router.spread, 0.3), 3.0)) for router in c.routers)
+        c = replace(c, routers=routers, side=(), dtype="float32", way="auto", checkpointing=None, frozen=())
+        if len(found) < count and c.dim > 1 and matrix.refusal(c) is None:
+            found.append(c)
+
+    with mock.patch.object(ConjectureRunner, "generate_mutations_from"):
+        take()
+    assert len(found) == count
+    return found
+
+
+def documented(c: Configuration) -> dict[str, set[str]]:
+    """The verdicts that the documents allow: more than one where the numbers of a case decide."""
+    says = {name: {"holds"} for name in DEFAULT}
+    kinds = {router.kind for router in c.routers}
+    drops = not all(router.dropless(training) for router in c.routers for training in (True, False))
+    draws = {training: any(router.draws(training) for router in c.routers) for training in (True, False)}
+    if "expert_choice" in kinds:
+        says["causal"] = says["decoding"] = {"holds", "fails"}
+        says["even_load"] = {"does not apply", "fails", "holds"}
+    if drops:
+        says["decoding"] = says["even_load"] = {"holds", "fails"}
+        if len(c.routers) == 2 or c.routers[0].arguments.get("priority") != "token":
+            says["causal"] = {"holds", "fails"}
+    if c.group_size is not None:  # groups are cut from the whole batch
+        for name in ("padding", "nan_padding", "order", "batch", "causal", "decoding", "loss_mean"):
+            says[name] = {"holds", "fails"}
+    if "sparse_mixer" in kinds:
+        says["gradients"] = {"holds", "fails"}  # an estimator, in training
+    says["even_load"] = says["even_load"] | {"does not apply"}  # there may be no such tokens
+    for name in STEADY:
+        if draws[False] and (name in IN_EVAL or draws[True]):
+            says[name] = says[name] | {"does not apply"}
+    if draws[True]:
+        says["loss_mean"] = says["loss_mean"] | {"does not apply"}
+    if not any("expert_bias" in router.arguments and router.arguments["expert_bias"] for router in c.routers):
+        says["counts_checkpointing"] = says["counts_eval"] = {"not asked"}
+    if len(c.routers) == 2:
+        says |= {name: {"not asked"} for name in OF_ONE_GATE}
+    return says
+
+
+def wrong(c: Configuration, properties: list[str], tally: collections.Counter | None = None) -> Iterator[str]:
+    """The verdicts on a configuration that no document allows."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        report = verify(matrix.build(c), properties=properties)
+    says = documented(c)
+    for name, finding in report.findings.items():
+        if tally is not None:
+            tally[name, finding.verdict] += 1
+        if finding.verdict not in says[name]:
+            yield f"{name} {finding.verdict} ({finding.number}, {finding.detail}), not {says[name]}: {c}"
+
+
+def some(number: int, count: int) -> list[str]:
+    """Some of the properties, others for each number."""
+    return random.Random(number).sample(DEFAULT, count)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--configurations", type=int, default=200)
+    parser.add_argument("--first-seed", type=int, default=0)
+    given = parser.parse_args()
+    tally: collections.Counter = collections.Counter()
+    found = 0
+    for c in drawn(given.configurations, given.first_seed):
+        for line in wrong(c, DEFAULT, tally):
+            found += 1
+            print(line, flush=True)
+    for name in DEFAULT:
+        counts = {verdict: count for (of, verdict), count in tally.items() if of == name}
+        print(name, ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items())))
+    print(f"{found} verdicts that are not the documented ones")
+    return int(bool(found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,181 @@
+"""`mixture_of_experts.verify`: layers that keep all, layers with one fault, and random layers of our own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import ExpertChoiceGating, MoE, Top2Gating, TopKGating
+from mixture_of_experts.verify import PROPERTIES, assert_holds, verify
+from mixture_of_experts.verify.__main__ import main
+from tests.support.planted import FAULTS, TOLD, Mixture, make
+from tests.support.verified import DEFAULT, THOROUGH, drawn, some, wrong
+
+
+def a_layer() -> nn.Module:
+    return MoE(dim=8, gate=TopKGating(8, 4, expert_bias=True))
+
+
+def a_faulty_layer():
+    return make(FAULTS[0]), TOLD
+
+
+def test_a_layer_that_keeps_all():
+    report = verify(make(), **TOLD)
+    assert {name: f.verdict for name, f in report.findings.items()} == dict.fromkeys(DEFAULT, "holds"), str(report)
+    assert report.exit_status == 0
+
+
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_a_planted_fault_is_found(kind):
+    report = verify(make(kind), properties=kind.breaks, **TOLD)
+    assert set(report.failed) == set(kind.breaks), str(report)
+    assert report.exit_status == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS, ids=lambda kind: kind.__name__)
+def test_a_planted_fault_breaks_nothing_else(kind):
+    report = verify(make(kind), properties=set(DEFAULT) - set(kind.breaks), **TOLD)
+    assert report.failed == [], str(report)
+
+
+def test_every_property_that_can_fail_has_a_planted_fault():
+    assert {name for kind in FAULTS for name in kind.breaks} == set(DEFAULT) - {"loss_autocast"}
+
+
+@pytest.mark.parametrize(("count", "each"), [(5, 4), pytest.param(200, 1, marks=pytest.mark.slow)])
+def test_random_layers_of_the_package(count, each):
+    lines = [line for number, c in enumerate(drawn(count)) for line in wrong(c, some(number, each))]
+    assert lines == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "failed"),
+    [
+        (MoE(8, gate=TopKGating(8, 4)), []),
+        (MoE(8, gate=ExpertChoiceGating(8, 4)), ["causal", "decoding"]),
+        (
+            MoE(8, gate=Top2Gating(8, 4, second_policy_train="all", second_policy_eval="all")),
+            ["causal", "decoding", "even_load"],
+        ),
+    ],
+    ids=["dropless", "expert choice", "capacity"],
+)
+def test_what_the_documents_say(layer, failed):
+    properties = ["padding", "batch", "causal", "decoding", "even_load", "counts_eval"]
+    report = verify(layer, properties=properties)
+    assert report.failed == failed, str(report)
+    assert report.findings["counts_eval"].verdict == "not asked"
+
+
+def test_the_module_itself_does_not_run_and_the_random_numbers_are_left():
+    layer, state = a_layer().eval(), torch.get_rng_state()
+    layer.register_forward_hook(lambda *args: pytest.fail("it ran"), always_call=True)
+    layer._forward_hooks.clear()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    verify(layer, properties=["padding", "deepcopy", "save_load"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert not layer.training
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Flat(nn.Module):
+    """Tokens without their sequences, and an auxiliary loss that stays on the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = make()
+
+    def forward(self, hidden_states):
+        out, self.balance = self.inner(hidden_states)
+        return {"hidden_states": out.flatten(0, 1), "load": None}
+
+
+def test_what_can_be_told():
+    told = {
+        "mask": lambda module, x, real: {"hidden_states": module.inner(x, real)[0]},
+        "counts": lambda module: module.inner.counts,
+        "router": lambda module, x: module.inner.router(x)[2],
+    }
+    properties = ["counts_eval", "router_autocast", "bfloat16", "nan_padding"]
+    assert_holds(Flat(), *properties, **told)
+    told["loss"] = lambda module, returned: module.balance
+    report = verify(Flat(), properties=["loss_checkpointing", "threads", "loss_mean"], **told)
+    assert report.failed == ["loss_checkpointing", "threads"], str(report)
+
+
+def test_one_who_asks_for_a_property_gets_it_or_an_error():
+    assert_holds(make(), "causal")
+    with pytest.raises(AssertionError, match=r"not asked.*\n.*tell mask="):
+        assert_holds(make(), "padding")
+    with pytest.raises(AssertionError, match=r"counts, with 1 tokens of padding"):
+        assert_holds(make(FAULTS[0]), "padding", "causal", **TOLD)
+    with pytest.raises(ValueError, match=r"no property is named \['cheap'\]: there are \['batch', "):
+        verify(make(), properties=["cheap"])
+
+
+def test_the_width_is_found_or_asked_for():
+    assert verify(nn.Linear(6, 6), properties=["causal"]).module == "Linear, 6 wide"
+    with pytest.raises(ValueError, match=r"tokens of Linear could be \[\] wide: give dim="):
+        verify(nn.Linear(6, 7))
+    with pytest.raises(ValueError, match="give dim="):
+        verify(nn.GELU())
+
+
+def test_command(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    assert main([f"{__name__}:a_layer", "--only", "causal", "counts_eval"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("MoE, 8 wide: 0 fail, ")
+    assert [line.split()[:2] for line in lines[3:]] == [["causal", "holds"], ["counts_eval", "holds"]]
+    assert main([f"{__name__}:a_faulty_layer", "--only", "padding", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["failed"] == ["padding"]
+    assert found["findings"][0]["detail"].startswith("1 x 2 tokens, seed 0, in training: counts")
+    for factory, error in (("nowhere:f", "No module named"), (f"{__name__}:nothing", "no attribute"), ("x", "x")):
+        assert main([factory]) == 2
+        assert error in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(tmp_path: Path):
+    (tmp_path / "mine.py").write_text("from torch import nn\n\ndef layer():\n    return nn.Linear(4, 4)\n")
+    command = [sys.executable, "-m", "mixture_of_experts.verify", "mine:layer", "--only", "causal", "bits"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "later tokens change no output of earlier ones" in run.stdout
+
+
+class SkipsExperts(nn.Module):
+    """Experts without tokens are no part of the graph: ranks then wait for other gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        best = self.gate(x).softmax(dim=-1).max(dim=-1)
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts[:3]):
+            if (chosen := best.indices == i).any():
+                out = out + torch.where(chosen, best.values, 0.0).unsqueeze(-1) * expert(x)
+        return out
+
+
+@pytest.mark.slow
+def test_thorough():
+    assert_holds(a_layer(), *THOROUGH)
+    torch.manual_seed(0)
+    assert verify(SkipsExperts(), properties=["causal", "ddp"]).failed == ["ddp"]
+
+
+def test_promises_are_sentences():
+    assert set(THOROUGH) < set(PROPERTIES)
+    assert len(PROPERTIES) > 30
+    assert Mixture.__doc__
