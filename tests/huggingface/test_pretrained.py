@@ -1,28 +1,52 @@
 """What docs/transformers.md promises, on real models: SmolLM2 (30 layers, d 576) and MiniLM.
 
-Their weights are trained: channels are large, logits are sure, and configurations carry notes.
+Their weights are trained: channels are large, texts are sensible, and configurations carry notes.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.pretrained import SMOLLM2, folder_of
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from support.pretrained import MINILM, SMOLLM2, folder_of
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
-pytestmark = [pytest.mark.slow, pytest.mark.pretrained]
+from mixture_of_experts.huggingface import aux_loss, export, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.replay import record_routing, replay_routing
+from mixture_of_experts.stats import track_routing
+from mixture_of_experts.unstack import unstack
 
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.pretrained,
+    # peft and trl use names that transformers deprecates
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+]
 
-def smollm2() -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
-def dense() -> Any:
-    """SmolLM2 as it is; tests do not change it."""
-    return smollm2()
+TEXTS = [
+    "The capital of France is",
+    "To be, or not to be: that is the question. Whether 'tis nobler in the mind to suffer",
+]
+GREEDY: Any = dict(max_new_tokens=6, do_sample=False)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +54,264 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder_of(SMOLLM2))
 
 
-def test_it_is_a_model_that_knows_something(dense, tokenizer):
-    prompt = tokenizer("The capital of France is", return_tensors="pt")
-    text = dense.generate(**prompt, max_new_tokens=2, do_sample=False)
-    assert tokenizer.decode(text[0]).endswith("The capital of France is Paris.")
+@pytest.fixture(scope="module")
+def dense() -> Any:
+    """SmolLM2 as it is; no test changes it."""
+    return AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory) -> tuple[Path, int]:
+    """The folder that the command writes, four experts in each of thirty layers; and the bytes that it held at most."""
+    folder = tmp_path_factory.mktemp("upcycled") / "moe"
+    words = [str(folder_of(SMOLLM2)), str(folder), "--num-experts", "4", "--max-shard-size", "500MB"]
+    process = subprocess.Popen([sys.executable, "-m", "mixture_of_experts.huggingface", "upcycle", *words])
+    _, process.returncode, usage = os.wait4(process.pid, 0)
+    assert process.returncode == 0
+    return folder, usage.ru_maxrss * 1024
+
+
+@pytest.fixture(scope="module")
+def upcycled(command) -> Path:
+    return command[0]
+
+
+@pytest.fixture(scope="module")
+def moe(upcycled) -> Any:
+    """The model in that folder; no test changes it."""
+    return AutoModelForCausalLM.from_pretrained(upcycled, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def trainable() -> Any:
+    """SmolLM2 with experts in its last layer, which alone trains."""
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32)
+    upcycle(model.requires_grad_(False), num_experts=4, layers=[29])
+    model.model.layers[29].requires_grad_()
+    return model
+
+
+def batch_of(tokenizer: Any, side: str = "left") -> Any:
+    tokenizer.padding_side = side
+    return tokenizer(TEXTS, return_tensors="pt", padding=True)
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    """Thirty layers of large channels: float32 is exact to five digits of the largest logit."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
+
+
+def test_it_knows_something(dense, tokenizer):
+    prompt = tokenizer(TEXTS[0], return_tensors="pt")
+    assert tokenizer.decode(dense.generate(**prompt, **GREEDY)[0]).startswith("The capital of France is Paris.")
+
+
+def test_the_command_holds_a_layer_and_a_shard(command):
+    """Not the model, which has 1.5 GB. What it reads, a shard, and torch with transformers have 0.5 GB each."""
+    upcycled, peak = command
+    index = json.loads((upcycled / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] > 1.4e9
+    assert len(set(index["weight_map"].values())) >= 3
+    assert peak < 1.8e9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_logits_and_loss_of_a_padded_batch(dense, moe, tokenizer, side):
+    """At padding too: with padding on the left a loss reads it."""
+    batch = batch_of(tokenizer, side)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    wanted, found = (model(**batch, labels=labels) for model in (dense, moe))
+    close(found.logits, wanted.logits)
+    torch.testing.assert_close(found.loss, wanted.loss, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_equal_text(dense, moe, tokenizer, cache):
+    batch, settings = batch_of(tokenizer), dict(GREEDY, cache_implementation=cache)
+    assert moe.generate(**batch, **settings).equal(dense.generate(**batch, **settings))
+    assert moe.generate(**batch, **settings, num_beams=2).equal(dense.generate(**batch, **settings, num_beams=2))
+
+
+def test_gradients_are_those_of_the_dense_model(tokenizer):
+    """Of the weights below the experts, through padding on the left."""
+    batch, grads = batch_of(tokenizer), []
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).train()
+    for _ in range(2):
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        loss = model(**batch, labels=labels).loss - (aux_loss(model) if grads else 0)
+        grads.append(torch.autograd.grad(loss, model.model.layers[20].self_attn.q_proj.weight)[0])
+        if len(grads) == 1:
+            upcycle(model, num_experts=4, layers=range(20, 30))
+    close(grads[1], grads[0])
+
+
+def rows(tokenizer: Any) -> list[dict[str, Any]]:
+    return [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS * 4]
+
+
+def trainer(model: nn.Module, tokenizer: Any, folder: Path, **settings: Any) -> Trainer:
+    settings = (
+        dict(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-3) | settings
+    )
+    settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2, logging_steps=1)
+    arguments = TrainingArguments(**settings)
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    return Trainer(model, arguments, train_dataset=rows(tokenizer), data_collator=collate)
+
+
+def test_the_trainer_resumes_exactly(trainable, tokenizer, tmp_path):
+    other = copy.deepcopy(trainable)
+    trainer(trainable, tokenizer, tmp_path, max_steps=3).train()
+    trainer(other, tokenizer, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    mine, its = (feed_forwards(model)[0].moe.state_dict() for model in (trainable, other))
+    assert all(its[name].equal(value) for name, value in mine.items())
+
+
+def test_the_trainer_in_bfloat16_learns(trainable, tokenizer, tmp_path):
+    made = trainer(trainable, tokenizer, tmp_path, max_steps=6, bf16=True, activation_checkpointing=True)
+    made.train()
+    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.2
+
+
+def test_trl(trainable, tokenizer, tmp_path):
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]} for text in TEXTS
+    ]
+    settings = SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)
+    before = feed_forwards(trainable)[0].moe.gate.w_gating.clone()
+    SFTTrainer(trainable, args=settings, train_dataset=Dataset.from_list(chats * 8), processing_class=tokenizer).train()
+    assert not feed_forwards(trainable)[0].moe.gate.w_gating.equal(before)
+
+
+def test_peft(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32)
+    upcycle(model, num_experts=4, layers=[28, 29])
+    batch = batch_of(tokenizer)
+    wanted = model.eval()(**batch).logits.detach()
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts))
+    close(adapted(**batch).logits.detach(), wanted)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(3):
+        losses.append(adapted.train()(**batch, labels=batch["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    with torch.no_grad():
+        wanted = adapted.eval()(**batch).logits
+        close(adapted.merge_and_unload()(**batch).logits, wanted)
+
+
+FRESH = """
+import sys, torch, transformers, mixture_of_experts.huggingface
+folder = sys.argv[1]
+pipe = transformers.pipeline("text-generation", folder, dtype=torch.bfloat16, device_map="cpu")
+print(type(pipe.model).__name__, type(transformers.AutoConfig.from_pretrained(folder)).__name__)
+print(pipe(sys.argv[2], max_new_tokens=6, do_sample=False)[0]["generated_text"])
+"""
+
+
+def test_a_fresh_process_loads_it_by_auto_classes_and_pipeline(upcycled):
+    """In bfloat16, with a device map; the tokenizer came along."""
+    command = [sys.executable, "-c", FRESH, str(upcycled), TEXTS[0]]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert printed[0] == "LlamaForCausalLM LlamaConfig"
+    assert printed[1].startswith("The capital of France is Paris")
+
+
+def test_saved_again_it_is_the_same(moe, upcycled, tmp_path):
+    moe.save_pretrained(tmp_path, max_shard_size="400MB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    before = json.loads((upcycled / "model.safetensors.index.json").read_text())["weight_map"]
+    assert index.keys() == before.keys()
+    for name in list(index)[::20]:
+        with safe_open(tmp_path / index[name], "pt") as its, safe_open(upcycled / before[name], "pt") as mine:
+            assert its.get_tensor(name).equal(mine.get_tensor(name))
+
+
+@torch.no_grad()
+def test_exported(moe, tokenizer, upcycled, tmp_path):
+    """The stock class has equal logits, at padding too, and equal text; so has what the command writes."""
+    batch, exported = batch_of(tokenizer), export(moe)
+    assert type(exported) is MixtralForCausalLM
+    close(exported(**batch).logits, moe(**batch).logits)
+    assert exported.generate(**batch, **GREEDY).equal(moe.generate(**batch, **GREEDY))
+    del exported
+    words = ["export", str(upcycled), str(tmp_path / "mixtral")]
+    subprocess.run([sys.executable, "-m", "mixture_of_experts.huggingface", *words], check=True)
+    stock = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32).eval()
+    close(stock(**batch).logits, moe(**batch).logits)
+
+
+@torch.no_grad()
+def test_statistics_and_report(moe, tokenizer, tmp_path):
+    batch = batch_of(tokenizer)
+    with track_routing(moe) as stats:
+        moe(**batch)
+    assert {record.tokens for record in stats.latest()} == {int(batch["attention_mask"].sum())}
+    assert len(stats.latest()) == 30
+    stats.report(tmp_path / "routing.html")
+    assert "model.layers.29.mlp" in (tmp_path / "routing.html").read_text()
+
+
+@torch.no_grad()
+def test_a_replay_from_bfloat16(moe, tokenizer):
+    """Choices that bfloat16 made bring float32 nearer to it."""
+    batch = batch_of(tokenizer)
+    real, small = batch["attention_mask"].bool(), copy.deepcopy(moe)
+    for module in feed_forwards(small):  # as if it had been trained: copies give equal logits, whatever is chosen
+        module.moe.experts.w2 *= torch.linspace(0.6, 1.4, 4).view(-1, 1, 1)
+    wanted, small = copy.deepcopy(small), small.bfloat16()
+    with record_routing(small) as records:
+        made = small(**batch).logits.float().log_softmax(-1)[real]
+    with replay_routing(wanted, records):
+        replayed = wanted(**batch).logits.log_softmax(-1)[real]
+    alone = wanted(**batch).logits.log_softmax(-1)[real]
+    assert (replayed - made).abs().mean() < 0.8 * (alone - made).abs().mean()
+
+
+@torch.no_grad()
+def test_unstacked(tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    batch = batch_of(tokenizer)
+    upcycle(model, num_experts=4, layers=range(5))
+    wanted = model(**batch).logits
+    unstack(model)
+    assert sum(isinstance(module, nn.Linear) for module in feed_forwards(model)[0].modules()) == 12
+    close(model(**batch).logits, wanted)
+
+
+@torch.no_grad()
+# torch makes an object of every autograd function that it traces, and warns of that itself
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiled(tokenizer):
+    """In one graph, with padding."""
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    batch = batch_of(tokenizer)
+    upcycle(model, num_experts=4, layers=[0, 29])
+    wanted = model(**batch, use_cache=False).logits
+    close(torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).logits, wanted)
+
+
+@torch.no_grad()
+def test_embeddings_of_sentences():
+    """MiniLM: means over the real tokens, which a router must not change."""
+    tokenizer, model = (make.from_pretrained(folder_of(MINILM)) for make in (AutoTokenizer, AutoModel))
+    batch = tokenizer([*TEXTS, "Paris is the capital of France"], return_tensors="pt", padding=True)
+    mask = batch["attention_mask"].unsqueeze(-1)
+
+    def embed() -> Tensor:
+        return nn.functional.normalize((model.eval()(**batch).last_hidden_state * mask).sum(1) / mask.sum(1), dim=-1)
+
+    wanted = embed()
+    assert wanted[0] @ wanted[2] > 0.8 > wanted[0] @ wanted[1]
+    assert len(upcycle(model, num_experts=4)) == 6
+    torch.testing.assert_close(embed(), wanted, atol=1e-5, rtol=0)
