@@ -22,7 +22,7 @@ def as_experts(experts: Any) -> nn.Module | None:
         return None
     if isinstance(experts, list | tuple) or (isinstance(experts, nn.ModuleList) and not has_forward(experts)):
         return ExpertList(experts)
-    if not isinstance(experts, nn.Module):
+    if not isinstance(experts, nn.Module) or (isinstance(experts, nn.ModuleDict) and not has_forward(experts)):
         raise TypeError(f"experts must be a module or a list of modules, got {type(experts).__name__}")
     return experts
 

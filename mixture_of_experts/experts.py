@@ -344,6 +344,18 @@ class GatedExperts(StackedExperts):
         )
 
 
+def check_modules(experts: Any) -> list[nn.Module]:
+    """The modules of a list of experts, checked to be modules."""
+    if not isinstance(experts, Iterable):
+        raise TypeError(f"experts must be a list of modules, got a {type(experts).__name__}")
+    modules = list(experts)
+    for i, expert in enumerate(modules):
+        if not isinstance(expert, nn.Module):
+            got = f"the class {expert.__name__}: make an instance" if isinstance(expert, type) else repr(expert)
+            raise TypeError(f"expert {i} of the list must be a module that maps (n, d) to (n, d), got {got}")
+    return modules
+
+
 class ExpertList(RoutedExperts, nn.ModuleList):
     """A list of modules that map `(n, d)` to `(n, d)`, as experts.
 
@@ -366,7 +378,7 @@ class ExpertList(RoutedExperts, nn.ModuleList):
     dim_out: int | None
 
     def __init__(self, experts: Iterable[nn.Module], *, dim_out: int | None = None) -> None:
-        super().__init__(experts)
+        super().__init__(check_modules(experts))
         self.dim_out = None if dim_out is None else check_size("dim_out", dim_out)
         if len(self) == 0:
             raise ValueError("ExpertList needs at least one module, got none")

@@ -9,6 +9,7 @@ and by the documentation. Nothing here needs `transformers`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -501,6 +502,8 @@ def build(
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
+    if not isinstance(model, Model):
+        raise TypeError(f"model must be a record, such as recipes.MODELS['mixtral'], got {model!r:.99}")
     e, factory = check_size("num_experts", num_experts), dict(device=device, dtype=dtype)
     d, h = check_size("dim", dim), check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
     of_layer = {name: changes.pop(name) for name in OF_LAYER if name in changes}
@@ -597,6 +600,12 @@ def _coefficients(model: Model, gate: Any, layers: int | None, given: bool) -> d
 
 def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
     """The gate of a record, for `num_experts` experts; `changes` replace its settings."""
+    known = _arguments_of(model.router)
+    if known is not None and (unknown := sorted(changes.keys() - known)):
+        raise TypeError(
+            f"neither MoE nor the recipe's {model.router.__name__} has an argument {unknown[0]!r}: the gate has "
+            f"{', '.join(sorted(known - {'self', 'dim', 'num_experts', 'num_gates', 'settings', *factory}))}"
+        )
     settings = {**model.gate, **changes, **factory}
     if model.logits is not None:
         logits = dict(model.logits)
@@ -606,6 +615,19 @@ def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, An
     if model.scales is not None:
         settings["weigh"] = LearnedScale(num_experts if model.scales == "expert" else 1, **factory)
     return model.router(dim, num_experts, **settings)
+
+
+def _arguments_of(router: type) -> set[str] | None:
+    """The names of a gate's arguments, with those that it passes on to its base; None if they are not known."""
+    names: set[str] = set()
+    for cls in router.__mro__:
+        found = inspect.signature(cls.__init__).parameters
+        names |= set(found)
+        if cls is nn.Module:
+            return None
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in found.values()):
+            break
+    return names
 
 
 def make_activation_of(model: Model) -> nn.Module:

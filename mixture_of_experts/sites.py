@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.checks import check_model
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.held import BlockSettings, find, num_logits, record_of
 from mixture_of_experts.model_tokens import nearest_reader
@@ -108,7 +109,7 @@ def find_sites(model: nn.Module, ability: str, gates: Gates | None = None) -> li
 def all_sites(model: nn.Module) -> list[Site]:
     """All sites of a model, in its order; there may be none."""
     found: dict[nn.Module, Site] = {}
-    for place in places(model):
+    for place in places(check_model("model", model)):
         for site in sites_at(place, found):
             found[site.gate] = joined(found[site.gate], site) if site.gate in found else site
     return list(found.values())

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.checks import check_model
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.ops.activations import takes_two
 
@@ -106,7 +107,8 @@ def restack(model: Model) -> Model:
 
 def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
     """Replace every module of a kind by `make(module, path)`. All are made before the first is replaced."""
-    made = {module: make(module, name) for name, module in model.named_modules() if isinstance(module, kind)}
+    modules = check_model("model", model).named_modules()
+    made = {module: make(module, name) for name, module in modules if isinstance(module, kind)}
     if not made:
         raise ValueError(f"{type(model).__name__} has no {what}")
     if model in made:

@@ -21,8 +21,13 @@ from mixture_of_experts import (
     TokenChoiceGate,
     Top2Gating,
     TopKGating,
+    collect_aux,
 )
 from mixture_of_experts.groups import group_shape
+from mixture_of_experts.replay import record_routing
+from mixture_of_experts.stats import routing_of, track_routing
+from mixture_of_experts.summary import summary
+from mixture_of_experts.unstack import restack, unstack
 
 LAYERS = [MoE, HeirarchicalMoE]
 
@@ -183,11 +188,32 @@ def test_things_that_are_no_modules():
         MoE(8, 4, gate=torch.nn.functional.relu)
     with pytest.raises(TypeError, match=r"activation"):
         MoE(8, 4, activation="gelu")
+    for experts in ({"a": nn.Linear(8, 8)}, nn.ModuleDict({"a": nn.Linear(8, 8)}), 3):
+        with pytest.raises(
+            TypeError, match=rf"experts must be a module or a list of modules, got {type(experts).__name__}"
+        ):
+            MoE(8, 4, experts=experts)
+    for expert, got in ((1, "1"), (nn.Linear, "the class Linear: make an instance"), (torch.relu, "<built-in")):
+        with pytest.raises(TypeError, match=rf"expert 1 of the list must be a module .* got {got}"):
+            MoE(8, 2, experts=[nn.Linear(8, 8), expert])
+    with pytest.raises(TypeError, match=r"experts must be a list of modules, got a int"):
+        ExpertList(3)
     with pytest.raises(ValueError, match=r"at least one module"):
         ExpertList([])
     for shared in (0, [nn.Linear(8, 8)], nn.Linear, nn.ModuleList([nn.Linear(8, 8)])):
         with pytest.raises(TypeError, match=r"shared_expert must be a module or None, got .*nn.Sequential"):
             MoE(8, 4, shared_expert=shared)
+
+
+@pytest.mark.parametrize(
+    "function", [summary, unstack, restack, collect_aux, track_routing, record_routing, routing_of]
+)
+def test_things_that_are_no_models(function):
+    for model in ([nn.Linear(8, 8)], "moe"):
+        with pytest.raises(TypeError, match=r"model must be a model \(an nn.Module\), got .*: build or load it first"):
+            made = function(model)
+            if hasattr(made, "__enter__"):
+                made.__enter__()
 
 
 class OldGate(nn.Module):

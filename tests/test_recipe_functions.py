@@ -249,8 +249,14 @@ def test_arguments_of_the_layer_pass_through():
         recipes.mixtral(16, 8, gate=gate, k=2)
     with pytest.raises(ValueError, match="experts is given, so latent_dim=4 would do nothing"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)
-    with pytest.raises(TypeError, match="capacity"):
-        recipes.mixtral(16, 8, capacity=4)
+    with pytest.raises(
+        TypeError, match=r"neither MoE nor .* TopKGating has an argument 'top_k': .* balance_over, .* k, "
+    ):
+        recipes.mixtral(16, 8, top_k=4)
+    with pytest.raises(TypeError, match=r"Top2Gating has an argument 'k': .* second_policy_train"):
+        recipes.gshard(16, 8, k=2)
+    with pytest.raises(TypeError, match=r"model must be a record, such as recipes.MODELS\['mixtral'\], got 'mixtral'"):
+        recipes.build("mixtral", 16, 8)
 
 
 def test_print_shows_what_balances():

@@ -600,6 +600,12 @@ def stats():
     return stats
 
 
+def test_a_gate_that_is_not_there(stats):
+    for read in (stats.last, stats.records, stats.total, stats.level_one):
+        with pytest.raises(KeyError, match=r"no gate 'gate': there are 'layers\.0\.gate_outer', "):
+            read("gate")
+
+
 def test_summary(stats):
     header, rule, *lines = stats.summary().splitlines()[:5]
     assert len(lines) == 3

@@ -116,7 +116,7 @@ class RoutingStats:
 
     def level_one(self, layer: str) -> str | None:
         """The gate of level one if `layer` is level two of a hierarchy, else None."""
-        outer = self._gates[layer].outer
+        outer = self._gate(layer).outer
         return None if outer is None else outer.name
 
     def step(self) -> None:
@@ -251,11 +251,15 @@ class RoutingStats:
         first_nan = next(nan) if math.isnan(total.entropy) else None
         return late, warnings_of(total, late, quarter[-1][0] + 1 - late.step, first_nan)
 
-    def _tracker(self, layer: str) -> GateTracker:
+    def _gate(self, layer: str) -> GateTracker:
         if layer not in self._gates:
             raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._gates))}")
-        self._recorded()
         return self._gates[layer]
+
+    def _tracker(self, layer: str) -> GateTracker:
+        tracker = self._gate(layer)
+        self._recorded()
+        return tracker
 
     def _steps(self, tracker: GateTracker) -> list[tuple[int, Tensor]]:
         """The number and the rows `(forwards, width)` of every remembered step."""
