@@ -205,15 +205,22 @@ def test_things_that_are_no_modules():
             MoE(8, 4, shared_expert=shared)
 
 
-@pytest.mark.parametrize(
-    "function", [summary, unstack, restack, collect_aux, track_routing, record_routing, routing_of]
-)
-def test_things_that_are_no_models(function):
+def entered(context):
+    """A function of a model that enters a context."""
+    return lambda model: context(model).__enter__()
+
+
+ON_MODELS = {
+    **{function.__name__: function for function in (summary, unstack, restack, routing_of)},
+    **{context.__name__: entered(context) for context in (collect_aux, track_routing, record_routing)},
+}
+
+
+@pytest.mark.parametrize("name", ON_MODELS)
+def test_things_that_are_no_models(name):
     for model in ([nn.Linear(8, 8)], "moe"):
         with pytest.raises(TypeError, match=r"model must be a model \(an nn.Module\), got .*: build or load it first"):
-            made = function(model)
-            if hasattr(made, "__enter__"):
-                made.__enter__()
+            ON_MODELS[name](model)
 
 
 class OldGate(nn.Module):
