@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -26,9 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.contest import MissingError
+from benchmarks.kept import Tasks, attempt, following, told
 from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
 
 ROUNDS, WARMUP = 20, 5
+PATIENCE = 6  # sizes of blocks, one after the other, that are no faster
 CHECKED = 512  # tokens on which contestants are compared
 TOLERANCE = 3e-2  # relative norm, for bfloat16
 GAP = 0.05  # between the last logit chosen and the next: a router that rounds in bfloat16 may swap closer ones
@@ -257,11 +260,6 @@ def seconds(
     return {name: found for name, found in samples.items() if name not in ended}, ended
 
 
-def told(reason: Exception) -> str:
-    """What was raised, in a line."""
-    return f"{type(reason).__name__}: {(str(reason).splitlines() or [''])[0]}"
-
-
 def timed(step: Callable[[], Tensor], device: str) -> float:
     if device != "cuda":
         start = time.perf_counter()
@@ -340,35 +338,59 @@ def lines(record: dict[str, Any]) -> Iterator[str]:
 # ---- the sizes of blocks ----
 
 
-def sweep(shape: Shape, device: str = "cuda", height: int | None = None) -> Iterator[str]:
-    """One field of the schedule's entry after the other, the best of some sizes by forward and backward."""
+def sweep(shape: Shape, device: str = "cuda", height: int | None = None) -> Tasks:
+    """One field of the schedule's entry after the other, the best of some sizes by forward and backward. Sizes come in
+    the order of a model of time, and a field ends after some that are no faster."""
     from mixture_of_experts.ops.triton import operators, schedule
 
-    layer = make_layer(shape, device, torch.bfloat16)
-    x = torch.randn(1, shape.t, shape.d, device=device, dtype=torch.bfloat16, requires_grad=True)
-    step = step_of(by_way("triton")(shape, layer), x, "train")
-    mean_rows = shape.t * shape.k // shape.e
+    step = None
     for entry in operators.entries_for(torch.device(device), torch.bfloat16):
         if height not in (None, entry.rows):
             continue
-        best, best_time = entry, time_of(entry, step, device)
+        if step is None:
+            layer = make_layer(shape, device, torch.bfloat16)
+            x = torch.randn(1, shape.t, shape.d, device=device, dtype=torch.bfloat16, requires_grad=True)
+            step = step_of(by_way("triton")(shape, layer), x, "train")
+        best, best_time = entry, (yield f"tiles of {entry.rows}, as they are", partial(time_of, entry, step, device))
         for name in schedule.Schedule._fields[2:]:
-            for blocks in candidates(getattr(best, name)):
+            slower = 0
+            for blocks in candidates(getattr(entry, name), entry.rows):
                 tried = best._replace(**{name: blocks})
-                if tried == best or not compiles(tried, step):
+                if tried == best:
                     continue
-                found = time_of(tried, step, device)
-                if found < best_time:
-                    best, best_time = tried, found
-        yield f"{shape.name}, {mean_rows} rows an expert, tiles of {best.rows}: {best_time * 1e3:.3f} ms with {best}"
+                told = f"tiles of {entry.rows}, {name} {tuple(blocks)}"
+                found = yield told, partial(time_if_it_compiles, tried, step, device, best_time)
+                if isinstance(found, float) and not (isinstance(best_time, float) and best_time <= found):
+                    best, best_time, slower = tried, found, 0
+                else:
+                    slower += 1
+                if slower == PATIENCE:
+                    break
+        said = f"{shape.name}, {shape.t * shape.k // shape.e} rows an expert: {best_time} ms with {best}"
+        yield f"tiles of {entry.rows}, best", partial(str, said)
 
 
-def candidates(blocks: Any) -> Iterator[Any]:
-    for n in (64, 128, 256):
-        for c in (32, 64):
-            for warps in (4, 8):
-                for stages in (2, 3, 4, 5):
-                    yield blocks._replace(n=n, c=c, warps=warps, stages=stages)
+def candidates(blocks: Any, height: int) -> list[Any]:
+    """Sizes of blocks whose sums registers can hold, in the order of what a model says of them."""
+    found = [
+        blocks._replace(n=n, c=c, warps=warps, stages=stages)
+        for n in (64, 128, 256)
+        for c in (32, 64)
+        for warps in (4, 8)
+        for stages in (2, 3, 4, 5)
+    ]
+    fitting = [one for one in found if (getattr(one, "m", height) * one.n) / (32 * one.warps) <= 128]
+    return sorted(fitting, key=lambda one: modelled(one, height))
+
+
+def modelled(blocks: Any, height: int) -> float:
+    """What a multiplication reads, by the share of a multiprocessor's time that some programs at once hide; programs
+    are bound by shared memory of 200 KB, and by registers."""
+    m = getattr(blocks, "m", height)
+    shared = 2 * blocks.stages * blocks.c * (m + blocks.n) / 1024
+    programs = min(200 // shared, 65536 // (m * blocks.n + 2048 * blocks.warps), 64 // blocks.warps)
+    hidden = min(1.0, (programs * (blocks.stages - 1) * blocks.c) / 256)
+    return (1 / m + 1 / blocks.n) / max(hidden, 0.01)
 
 
 @contextmanager
@@ -402,14 +424,21 @@ def compiles(entry: Any, step: Callable[[], Tensor]) -> bool:
     return True
 
 
-def time_of(entry: Any, step: Callable[[], Tensor], device: str = "cuda") -> float:
-    """Median seconds of a step with this entry; infinite where it does not run."""
+def time_of(entry: Any, step: Callable[[], Tensor], device: str = "cuda", best: float | None = None) -> float | None:
+    """Median milliseconds of a step with this entry; None where it does not run, or is far slower than the best."""
     try:
         with with_entry(entry):
-            return median(timed(step, device) for _ in range(WARMUP + ROUNDS))
+            times = [timed(step, device) for _ in range(WARMUP + 1)][WARMUP:]
+            if best is None or 1e3 * times[0] < 1.3 * best:
+                times += [timed(step, device) for _ in range(ROUNDS)]
+                return 1e3 * median(times)
     except Exception as reason:
         print(f"  {entry} does not run: {told(reason)}", flush=True)
-        return float("inf")
+    return None
+
+
+def time_if_it_compiles(entry: Any, step: Callable[[], Tensor], device: str, best: float | None) -> float | None:
+    return time_of(entry, step, device, best) if compiles(entry, step) else None
 
 
 # ---- the command ----
@@ -443,8 +472,10 @@ def main(options: argparse.Namespace) -> int:
             records.append(run(shape, mode))
             print("\n".join(lines(records[-1])), flush=True)
         if options.sweep and (not options.only or options.only.split("/")[0] in shape.name):
-            for line in sweep(shape):
-                print(line, flush=True)
+            tasks, result = sweep(shape), None
+            while (task := following(tasks, result)) is not None:
+                result = attempt(task[1])
+                print(f"{task[0]}: {result}", flush=True)
     if options.json:
         machine = {"gpu": name, "capability": capability, "torch": torch.__version__}
         Path(options.json).write_text(json.dumps({"machine": machine, "records": records}, indent=1))

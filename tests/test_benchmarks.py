@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,10 @@ import torch.nn.functional as F
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from support import no_card  # noqa: E402
+
 from benchmarks import __main__ as command  # noqa: E402
-from benchmarks import counts, documented, field, first_hour, gpu, problem, report, run, timing  # noqa: E402
+from benchmarks import counts, documented, field, first_hour, gpu, kept, problem, report, run, timing  # noqa: E402
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
@@ -26,6 +29,7 @@ from benchmarks.timing import AGAIN, Samples  # noqa: E402
 from experiments import cpu_constants  # noqa: E402
 from mixture_of_experts import ops  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
+from mixture_of_experts.ops.triton import schedule  # noqa: E402
 
 TOYS = {case.name: case for case in choose("toy", quick=False)}
 
@@ -398,84 +402,137 @@ def test_without_a_gpu_its_field_says_so(capsys: pytest.CaptureFixture):
 # ---- the first hour on a card, with a CPU in the card's place ----
 
 
-class NoCard(first_hour.Device):
-    """Small shapes, no graph, and of the tests one."""
-
-    name = "cpu"
-
-    def describe(self) -> dict:
-        return {"card": "none", "capability": (0, 0), "memory": 1 << 30, "torch": torch.__version__}
-
-    def shapes(self) -> list[gpu.Shape]:
-        return [gpu.small(shape) for shape in gpu.SHAPES[:2]]
-
-    def tests(self) -> list[str]:
-        return ["-m", "", "tests/test_logits.py", "-k", "nothing_of_this_name"]
-
-    def capture(self, call):
-        out = call()
-        return lambda: out.copy_(call()), out
-
-
 @pytest.fixture
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "ROUNDS", 1)
     monkeypatch.setattr(gpu, "WARMUP", 0)
 
 
+CHILD = f"""
+import os, sys, time
+from pathlib import Path
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import kept
+name, folder = sys.argv[2], sys.argv[4]
+
+def tasks():
+    number = yield "one", lambda: 1
+    if name == "decoding":
+        yield "crash", lambda: print("the driver is gone", flush=True) or os._exit(7)
+    if name == "tests":
+        yield "raises", lambda: 1 / 0
+    if name == "training":
+        yield "hang", lambda: time.sleep(60)
+    for _ in range(60 if name == "capacity" else 1):
+        number = yield f"after {{number}}", lambda: time.sleep(0.005) or 2 * number
+    yield "last", lambda: len(str(number))
+
+kept.keep(tasks(), Path(folder) / f"no-card.{{name}}.jsonl", {no_card.MACHINE})
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("few_rounds")
-def test_pieces_of_the_first_hour_are_reported_and_not_run_again(tmp_path: Path, capsys) -> None:
-    """Every piece by the commands a card would run, but those of Triton alone; one of them ends badly, one never."""
-    device = NoCard()
-    child = tmp_path / "child.py"
-    child.write_text(
-        "import sys, time\n"
-        "name, folder = sys.argv[2], sys.argv[4]\n"
-        "if name == 'decoding': raise SystemExit('the driver is gone')\n"
-        "if name == 'training': time.sleep(60)\n"
-        "open(f\"{folder}/{name.replace('/', '.')}.json\", 'w').write('{\"found\": [\"' + name + ' ended\"]}')\n"
-    )
+def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys) -> None:
+    """A task that raises or ends its process is told of, and the others run; what hangs leaves what it wrote."""
+    child, device = tmp_path / "child.py", no_card.NoCard()
+    child.write_text(CHILD)
     command = [sys.executable, str(child)]
-    bad = first_hour.run_all(tmp_path, "[dt]*", device, command, limit=2)
-    assert bad == ["decoding", "training"]
+    assert first_hour.run_all(tmp_path, "[dt]*", device, command, limit=8) == ["training"]
     told = first_hour.report(tmp_path, device)
-    assert "tests ended" in told
-    assert "the driver is gone" in told
-    assert "was not run" in told
+    for said in (
+        "- crash: ended it ended its process",
+        "- raises: ended ZeroDivisionError",
+        "- after 1: 2",
+        "was not run",
+    ):
+        assert said in told
+    assert told.split("## training")[1].split("##")[0].strip() == "- one: 1\ndid not end"
+    assert "the driver is gone" in (tmp_path / "no-card.decoding.log").read_text()
     capsys.readouterr()
     assert first_hour.run_all(tmp_path, "tests", device, ["false"]) == []  # it is there
     assert not capsys.readouterr().out
 
 
 @pytest.mark.slow
+def test_what_was_written_survives_ten_kills(tmp_path: Path) -> None:
+    child, path = tmp_path / "child.py", tmp_path / "no-card.capacity.jsonl"
+    child.write_text(CHILD)
+    command = [sys.executable, str(child), "--piece", "capacity", "--folder", str(tmp_path)]
+    found: dict = {}
+    for turn in range(10):
+        process = subprocess.Popen(command)
+        while len(kept.read(path, no_card.MACHINE).found) < len(found) + 3:
+            time.sleep(0.002 * turn)
+        process.kill()
+        process.wait()
+        if turn % 2:  # as if it was killed within a line
+            path.write_bytes(path.read_bytes() + b'{"name": "after')
+        now = kept.read(path, no_card.MACHINE)
+        assert found.items() <= now.found.items()
+        assert not now.whole
+        found = now.found
+    subprocess.run(command, check=True)
+    now = kept.read(path, no_card.MACHINE)
+    assert now.whole
+    assert found.items() <= now.found.items()
+    assert now.found == {"one": 1, **{f"after {2**i}": 2 ** (i + 1) for i in range(60)}, "last": 19}
+
+
+def test_results_of_another_card_are_refused(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "no-card.tests.jsonl"
+    kept.keep((task for task in [("one", lambda: 1)]), path, no_card.MACHINE | {"card": "another"})
+    with pytest.raises(kept.OtherMachineError, match="another"):
+        kept.read(path, no_card.MACHINE)
+    assert first_hour.main(["--folder", str(tmp_path)], no_card.NoCard()) == 2
+    assert "use another folder" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_rounds")
-@pytest.mark.parametrize("name", ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "decoding", "training"])
+@pytest.mark.parametrize(
+    "name",
+    ["tests", "cases/mixtral/train", "cases/qwen3-30b-a3b/decode", "capacity", "other cards", "decoding", "training"],
+)
 def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
-    device = NoCard()
-    (tmp_path / "machine.json").write_text(json.dumps(device.describe()))
+    device = no_card.NoCard()
     assert first_hour.main(["--piece", name, "--folder", str(tmp_path)], device) == 0
-    found = json.loads(first_hour.file_of(tmp_path, name).read_text())["found"]
-    told = first_hour.report(tmp_path, device)
+    there = kept.read(first_hour.file_of(tmp_path, name, device.describe()), device.describe())
+    found, told = there.found, first_hour.report(tmp_path, device)
+    assert there.whole
     if name.startswith("cases"):
         assert "| layer, lean |" in told
-        assert not found["wrong"]
-        assert "NVIDIA" in found["missing"]["layer, triton"]
+        assert not found["record"]["wrong"]
+        assert "NVIDIA" in found["record"]["missing"]["layer, triton"]
     elif name == "tests":
-        assert any("deselected" in line for line in found["lines"])
+        assert any("deselected" in line for line in found["tests"]["lines"])
+    elif name == "capacity":
+        assert found["lean"]["median error of a token"] < 0.02
+        assert "NVIDIA" in found["triton"]["ended"]
+    elif name == "other cards":
+        assert "NVIDIA" in found["cpu"]["ended"]
     elif name == "decoding":
-        assert found["64 tokens, auto"]["error"] == 0
+        assert found["64 tokens, auto"]["error of the graph"] == 0
+        assert found["1 tokens, lean"]["reduce-overhead"] > 0
         assert "NVIDIA" in found["1 tokens, triton"]["ended"]
     else:
         assert found["auto"]["first"] == pytest.approx(found["lean"]["first"], rel=1e-2)
         assert "NVIDIA" in found["triton"]["ended"]
 
 
+def test_blocks_are_tried_in_the_order_of_a_model() -> None:
+    """What is scheduled for an A100 is in the first half; what registers cannot hold is not tried."""
+    tried = gpu.candidates(schedule.HALF[8, 0][-1].down, 128)
+    assert tried.index(schedule.HALF[8, 0][-1].down) < len(tried) / 2
+    assert not any(blocks.n == 256 and blocks.warps == 4 for blocks in tried)
+    assert {blocks.n for blocks in gpu.candidates(schedule.HALF[8, 0][0].down, 16)} == {64, 128, 256}
+
+
 def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
-    device = NoCard()
+    device = no_card.NoCard()
     assert first_hour.main(["--list"], device) == 0
     listed = capsys.readouterr().out.split()
-    assert {"tests", "canary/gated", "cases/mixtral/train", "sweep/mixtral/128"} <= set(listed)
+    wanted = {"tests", "canary/gated", "cases/mixtral/train", "profile/mixtral", "heights/mixtral", "sweep/mixtral/128"}
+    assert wanted <= set(listed)
     if not torch.cuda.is_available():
         assert first_hour.main([]) == 2
 

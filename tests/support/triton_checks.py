@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
+import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -190,34 +192,47 @@ def check_tiles(e: int, height: int) -> None:
 
 
 def check_first_hour() -> None:
-    """The pieces of `benchmarks/first_hour.py` that run the kernels, on a CPU in the place of a card."""
-    import sys
-    from pathlib import Path
-
+    """The pieces of the first hour that run the kernels, on a CPU in the place of a card."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from benchmarks import first_hour, gpu
+    from benchmarks import gpu, kept, pieces
+    from support import no_card
 
-    device = first_hour.Device()
+    def run(tasks: kept.Tasks) -> dict[str, Any]:
+        found, result = {}, None
+        while (task := kept.following(tasks, result)) is not None:
+            result = found[task[0]] = task[1]()
+        return found
+
+    device, entry = no_card.NoCard(), schedule.INTERPRETED[0]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            *((canary, "ROWS", 64), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU})),
-            *((first_hour, "DTYPES", ("bfloat16",)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
+            *((canary, "ROWS", 48), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU})),
+            *((pieces, "DTYPES", ("bfloat16",)), (pieces, "MEANS", (2, 4)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
         ):
             patch.setattr(module, name, value)
-        patch.setattr(device, "name", "cpu")
-        patch.setattr(device, "shapes", lambda: [replace(gpu.SHAPES[0], t=16, d=16, h=16, e=2, k=1)])
-        found = first_hour.run_canary(device, "interleaved")
-        assert not found["wrong"]
-        assert found["right"] == 12  # three activations, two sizes, two entries
+        patch.setattr(device, "shapes", lambda: [replace(gpu.SHAPES[0], t=8, d=16, h=16, e=2, k=1)])
+        found = run(pieces.canary(device, "interleaved"))
+        assert set(found.values()) == {"right"}
+        assert len(found) == 12  # three activations, two sizes, two entries
 
-        height = schedule.INTERPRETED[0].rows
-        patch.setattr(gpu, "candidates", lambda blocks: [blocks._replace(c=32), blocks._replace(c=0)])
+        (lines,) = run(pieces.profile(device, 0)).values()
+        assert {"rows_by_weights", "hidden_grads", "weight_grads", "row_grads"} <= {
+            line.split(":")[0] for line in lines
+        }
+        assert all(" TFLOP/s, " in line for line in lines)
+        found = run(pieces.heights(device, 0))
+        assert len(found) == 4
+        assert sum("as they are" in name for name in found) == 2
+
+        blocks = [entry.down._replace(c=32), entry.down._replace(c=0)]
+        patch.setattr(gpu, "candidates", lambda given, height: [given._replace(c=one.c) for one in blocks])
         patch.setattr(gpu, "compiles", lambda entry, step: True)
-        lines = first_hour.run_sweep(device, 0, height)
-        assert len(lines) == 1
-        assert f"tiles of {height}:" in lines[0]
+        found = run(pieces.sweep(device, 0, entry.rows))
+        assert list(found)[-1] == f"tiles of {entry.rows}, best"
+        assert " ms with Schedule" in found[f"tiles of {entry.rows}, best"]
+        assert [found[name] for name in found if name.endswith(", 0, 1, 1)")] == [None] * 5
         patch.undo()
-        assert not gpu.compiles(schedule.INTERPRETED[0], lambda: (_ for _ in ()).throw(RuntimeError("no memory")))
+        assert not gpu.compiles(entry, lambda: (_ for _ in ()).throw(RuntimeError("no memory")))
 
 
 def check_heights() -> None:
