@@ -3,7 +3,7 @@
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
 
 A way is a module with two functions: `why_not(call)` returns None, or why it cannot compute the call, and `run(call)`
-computes it. Ways are tried in the order of `AUTO`. `why_not` does not look at values, the number of tokens or the grad
+computes it. Ways are tried in the order of `WAYS`. `why_not` does not look at values, the number of tokens or the grad
 mode, so that a recomputation takes the same way as its forward. (Decoding in eval is a branch inside a way.)
 """
 
@@ -52,9 +52,8 @@ __all__ = [
     "use",
 ]
 
-# the fastest way comes first
+# the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
-AUTO = ("cpu", "triton", "grouped", "lean", "plain")  # ways taken without `use`
 check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
 
 
@@ -214,8 +213,8 @@ def _choose(call: Call) -> str:
             raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
         return _tell(way, {})
     reasons = {}
-    for name in AUTO:
-        reason = (triton.why_not_by_default if name == "triton" else WAYS[name].why_not)(call)
+    for name, way in WAYS.items():
+        reason = (triton.why_not_by_default if name == "triton" else way.why_not)(call)
         if reason is None:
             return _tell(name, reasons)
         reasons[name] = reason
