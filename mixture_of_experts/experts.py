@@ -242,18 +242,23 @@ class StackedExperts(FixedShapes, RoutedExperts):
 
     def reset_parameters(self) -> None:
         """Draw the weights of each expert, uniform of standard deviation 1 / sqrt(fan in); set biases to 0."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("b"):
-                nn.init.zeros_(parameter)
-            else:
-                bound = math.sqrt(3 / parameter.shape[-2])
-                nn.init.uniform_(parameter, -bound, bound)
+        draw_weights(self)
 
     def extra_repr(self) -> str:
         out = "" if self.dim_out == self.dim else f", dim_out={self.dim_out}"
         bias = "" if getattr(self, "b2", None) is None else ", bias=True"
         dropout = f", dropout={self.dropout}" if self.dropout else ""
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}{out}{bias}{dropout}"
+
+
+def draw_weights(network: nn.Module) -> None:
+    """Draw weights `(..., d, h)`, uniform of standard deviation 1 / sqrt(fan in); set biases, `b1` and so on, to 0."""
+    for name, parameter in network.named_parameters(recurse=False):
+        if name.startswith("b"):
+            nn.init.zeros_(parameter)
+        else:
+            bound = math.sqrt(3 / parameter.shape[-2])
+            nn.init.uniform_(parameter, -bound, bound)
 
 
 class Experts(StackedExperts):

@@ -34,7 +34,7 @@ from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.steps import LearnedScale
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
-from mixture_of_experts.ops.activations import make_activation, takes_two
+from mixture_of_experts.ops.activations import hidden_layer, make_activation
 
 
 @dataclass(frozen=True)
@@ -442,7 +442,6 @@ class SharedExpert(nn.Module):
     up_proj: nn.Linear
     down_proj: nn.Linear
     act: nn.Module
-    of_both: bool
 
     def __init__(
         self, dim: int, hidden_dim: int, activation: Any = nn.SiLU, gated: bool = True, **factory: Any
@@ -452,14 +451,11 @@ class SharedExpert(nn.Module):
         self.up_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
         self.down_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
         self.act = make_activation(activation)
-        self.of_both = takes_two(self.act)
 
     def forward(self, x: Tensor) -> Tensor:
         up = self.up_proj(x)
-        if self.gate_proj is None:
-            return self.down_proj(self.act(up))
-        gate = self.gate_proj(x)
-        return self.down_proj(self.act(gate, up) if self.of_both else self.act(gate) * up)
+        parts = [up] if self.gate_proj is None else [self.gate_proj(x), up]
+        return self.down_proj(hidden_layer(self.act, parts))
 
 
 def build(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_model
 from mixture_of_experts.experts import ExpertList, StackedExperts
-from mixture_of_experts.ops.activations import takes_two
+from mixture_of_experts.ops.activations import hidden_layer
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -43,12 +43,7 @@ class FeedForward(nn.Module):
         self.w1, self.w2, self.w3, self.act, self.dropout = w1, w2, w3, act, dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.w3 is None:
-            hidden = self.act(self.w1(x))
-        elif takes_two(self.act):
-            hidden = self.act(self.w1(x), self.w3(x))
-        else:
-            hidden = self.act(self.w1(x)) * self.w3(x)
+        hidden = hidden_layer(self.act, [layer(x) for layer in (self.w1, self.w3) if layer is not None])
         return self.w2(F.dropout(hidden, self.dropout, self.training) if self.dropout else hidden)
 
 

@@ -6,17 +6,17 @@ Axes: d model dim, h hidden dim.
 from __future__ import annotations
 
 import copy
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.ops.activations import ActivationLike, make_activation
+from mixture_of_experts.experts import draw_weights
+from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, make_activation
 
 
 class SharedNetwork(nn.Module):
-    """A network with the weights and names of a single expert: `act(x w1) w2`, gated `(act(x w1) * x w3) w2`.
+    """A network with the weights and names of a single expert of `Experts` or `GatedExperts`.
 
     Args:
         dim: d.
@@ -47,12 +47,7 @@ class SharedNetwork(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw the weights as those of an expert; set biases to 0."""
-        for name, parameter in self.named_parameters(recurse=False):
-            if name.startswith("b"):
-                nn.init.zeros_(parameter)
-            else:
-                bound = math.sqrt(3 / parameter.shape[0])
-                nn.init.uniform_(parameter, -bound, bound)
+        draw_weights(self)
 
     @torch.no_grad()
     def fill(self, network: Any) -> None:
@@ -61,10 +56,8 @@ class SharedNetwork(nn.Module):
             parameter.copy_(torch.zeros_like(parameter) if name == "b2" else getattr(network, name))
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.act(self._linear(x, "1"))
-        if self.w3 is not None:
-            hidden = hidden * self._linear(x, "3")
-        return self._linear(hidden, "2")
+        numbers = ("1",) if self.w3 is None else ("1", "3")
+        return self._linear(hidden_layer(self.act, [self._linear(x, number) for number in numbers]), "2")
 
     def _linear(self, x: Tensor, number: str) -> Tensor:
         return nn.functional.linear(x, getattr(self, f"w{number}").T, getattr(self, f"b{number}"))

@@ -177,6 +177,13 @@ def takes_two(activation: ActivationLike) -> bool:
     return _needs_two(activation, 0)
 
 
+def hidden_layer(activation: ActivationLike, parts: Sequence[Tensor]) -> Tensor:
+    """The hidden layer `(..., h)` of a network, from its products with the tokens: one, or gate and up."""
+    if len(parts) == 1 or takes_two(activation):
+        return activation(*parts)
+    return activation(parts[0]) * parts[1]
+
+
 @constant_in_graphs  # a graph could not read signatures
 def _needs_two(function: Callable, more: int) -> bool:
     """Whether a function can be called with two arguments but not with one, beside `more` arguments."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts.decision import Decision
-from mixture_of_experts.ops.activations import ActivationLike, takes_two, why_unknown
+from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, why_unknown
 
 Halves = Literal["concatenated", "interleaved"]
 W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
@@ -76,11 +76,7 @@ class Network:
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
         """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""
-        parts = self.projections(pre)
-        if len(parts) == 1 or takes_two(self.activation):
-            hidden = self.activation(*parts)
-        else:
-            hidden = self.activation(parts[0]) * parts[1]
+        hidden = hidden_layer(self.activation, self.projections(pre))
         return F.dropout(hidden, self.dropout) if self.dropout else hidden
 
     def why_not_written(self) -> str | None:
