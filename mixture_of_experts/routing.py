@@ -52,6 +52,7 @@ class Routing:
         uncounted: `(..., b, a)`, without gradient: the weights of padding that is computed (`counted=`), 0 at real
             tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
             knows of them.
+        weighed: `(..., b, a)` bool, the assignments that share their token's weight, computed or not; None if all do.
 
     Raises:
         ValueError: a loss is given both ways, as two tensors.
@@ -81,6 +82,7 @@ class Routing:
     losses: dict[str, Tensor]
     primary: Tensor | None
     uncounted: Tensor | None
+    weighed: Tensor | None
     #: the routing itself, which `dataclasses.replace` reads and hands to the constructor of the new one
     _replaced: InitVar[Any] = property(lambda self: self)  # noqa: RUF009 (a property, read anew)
 
@@ -105,6 +107,7 @@ class Routing:
         real: Tensor | None = None,
         primary: Tensor | None = None,
         uncounted: Tensor | None = None,
+        weighed: Tensor | None = None,
         _replaced: Routing | None = None,
     ) -> None:
         before = {} if _replaced is None else _replaced.losses
@@ -112,6 +115,7 @@ class Routing:
         values: dict[str, Any] = dict(expert=expert, kept=kept, weight=weight, probs=probs, num_tokens=num_tokens)
         values |= dict(num_experts=num_experts, capacity=capacity, k=k, chosen=chosen, queues=queues)
         values |= dict(token_index=token_index, limit=limit, real=real, primary=primary, uncounted=uncounted)
+        values |= dict(weighed=weighed)
         values["losses"] = joined_losses({} if losses is None else losses, given, before, probs)
         for name, value in values.items():
             object.__setattr__(self, name, value)

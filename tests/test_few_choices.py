@@ -127,7 +127,7 @@ def test_calls_that_are_not_served(kernel):
     gate(x, mask=torch.ones(2, 2, dtype=torch.bool))
     gate(x, importance=torch.ones(2, 2))
     gate(x, length=torch.tensor([2, 1]))
-    gate(x, given_experts=torch.zeros(2, 2, 2, dtype=torch.int64))
+    gate(x, given_experts=torch.arange(2).expand(2, 2, 2))
     gate(torch.randn(1, few.LONGEST + 1, DIM))
     gate(x[:0])
     gate(x[:, :0])

@@ -293,7 +293,9 @@ class OwnGate(TokenChoiceGate):
 
 
 def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
-    return RoutingRecords({f"{i}": [torch.full(shape, largest)] for i, shape in enumerate(shapes)})
+    """Every token has the experts up to `largest`, by default as many as it has choices."""
+    rows = [torch.arange(k).expand(s, k) + max(0, largest - k + 1) for s, k in shapes]
+    return RoutingRecords({f"{i}": [row] for i, row in enumerate(rows)})
 
 
 @pytest.mark.parametrize(
@@ -301,11 +303,11 @@ def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
     [
         (records_of((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
         (records_of((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
-        (records_of((4, 2), largest=4), "'gate' .* has experts 0 to 3, the records hold 4 to 4"),
+        (records_of((4, 2), largest=4), "'gate' .* has experts 0 to 3, the records hold 3 to 4"),
         (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
         (records_of((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
         (records_of((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
-        (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)] * 2}), "a forward of 1 sequences .* have 2"),
+        (RoutingRecords({"gate": [torch.arange(2).expand(4, 2)] * 2}), "a forward of 1 sequences .* have 2"),
     ],
 )
 def test_other_sizes_are_named_and_change_nothing(records, message):

@@ -197,9 +197,6 @@ class TokenChoiceGate(Gate):
     reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
-    #: whether a choice that is not made still takes its share of the token's weight, as a second choice of `Top2Gating`
-    #: that is not sent
-    unmade_weigh: ClassVar[bool] = True
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()
@@ -269,8 +266,8 @@ class TokenChoiceGate(Gate):
             raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
         if given is not None and tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
             given = torch.where(tokens.full.unsqueeze(-1), given, LIVE)
-        if given is not None:
-            check_given(given, self.num_experts)
+        if given is not None and self.forced is None:
+            check_given(given, self.num_experts, tokens.active)
         return settle(given, expert, chosen)
 
     def read(
@@ -344,6 +341,7 @@ class TokenChoiceGate(Gate):
             chosen=chosen,
             score=choices.score,
             primary=choices.primary,
+            weighed=choices.weighed,
             losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
 
@@ -471,6 +469,7 @@ class TokenChoiceGate(Gate):
         chosen: Tensor | None = None,
         score: Tensor | None = None,
         primary: Tensor | None = None,
+        weighed: Tensor | None = None,
         balance_loss: Tensor | None = None,
         z_loss: Tensor | None = None,
         losses: Mapping[str, Tensor] | None = None,
@@ -487,6 +486,7 @@ class TokenChoiceGate(Gate):
             chosen: `(..., b, n, k)` bool, the choices that are made at all (importance, policy); None if all are.
             score: `(..., b, n)`, the order of tokens with priority "score"; by default the top probability.
             primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default choice 0.
+            weighed: `(..., b, n, k)` bool, the choices that share the token's weight, computed or not; None if all do.
             losses: every loss by name, 0-dim; `balance_loss` and `z_loss` are short for "balance" and "z" in it.
         """
         losses = joined_losses(losses or {}, {"balance": balance_loss, "z": z_loss}, {}, probs)
@@ -534,6 +534,7 @@ class TokenChoiceGate(Gate):
             real=tokens.real,
             losses=losses,
             primary=None if primary is None else primary.flatten(-2),
+            weighed=None if weighed is None else weighed.flatten(-2),
             uncounted=uncounted,
         )
 

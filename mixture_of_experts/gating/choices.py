@@ -27,8 +27,8 @@ class Choices(NamedTuple):
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
     masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
-    #: (..., b, n, k) bool, the choices that losses by name count: those that share the token's weight, computed or not;
-    #: by default those that are made
+    #: (..., b, n, k) bool, the choices that share the token's weight, computed or not: losses by name count these; by
+    #: default those that are made
     weighed: Tensor | None = None
 
 

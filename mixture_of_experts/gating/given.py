@@ -69,16 +69,32 @@ def settle(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> S
     return Settled(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)
 
 
-def check_given(given: Tensor, num_experts: int) -> None:
-    """Check that given choices are such numbers. It reads values, so it does nothing on a GPU and in a graph."""
+def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
+    """Check that given choices `(..., k)` are such numbers, and that no token that is `active` `(...)` has an expert
+    twice. It reads values, so it does nothing on a GPU and in a graph."""
     if not can_read(given):
         return
+    given = given if active is None else torch.where(active.unsqueeze(-1), given, -1)
     wrong = given[(given >= num_experts) | (given < -1 - num_experts) & (given != LIVE)]
     if wrong.numel():
         raise ValueError(
             f"given_experts has {int(wrong[0])}: give an expert, 0 to {num_experts - 1}; -1 for no choice; or -2 - i "
             "if expert i takes its share of the weight without computing the token"
         )
+    if (twice := expert_twice(given)) is not None:
+        raise ValueError(
+            f"given_experts has expert {twice} twice for a token: a token takes an expert once. Give -1 for a choice "
+            "that is not made"
+        )
+
+
+def expert_twice(expert: Tensor) -> int | None:
+    """An expert that stands twice in one row `(..., k)` of choices; None if there is none. It reads values."""
+    for distance in range(1, expert.shape[-1]):
+        one, other = expert[..., distance:], expert[..., :-distance]
+        if (same := (one == other) & (one >= 0)).any():
+            return int(one[same][0])
+    return None
 
 
 # Forced choices: timings then do not depend on what a router learned

@@ -60,7 +60,6 @@ class ReLUGating(TopKGating):
     """
 
     reports = ()
-    unmade_weigh: ClassVar[bool] = False
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     mean_choices: float = setting(check_number, above=0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from mixture_of_experts.checks import check_choice, check_flag, check_number, ch
 from mixture_of_experts.gating import two_best
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import Settled
+from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.gating.saving import gather_chosen, recomputed
 from mixture_of_experts.queues import Priority
 from mixture_of_experts.settings import setting
@@ -208,8 +208,7 @@ class Top2Gating(TokenChoiceGate):
         if settled.live is not None:  # of given choices the one that stands first
             primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
         chosen = settled.chosen(self._sent(weight))
-        counted = None if weighed is None else self._counted(weight, settled, chosen)
-        return Choices(expert, weight, probs, parts, chosen=chosen, primary=primary, weighed=counted)
+        return Choices(expert, weight, probs, parts, chosen=chosen, primary=primary, weighed=weighed)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -252,17 +251,18 @@ class Top2Gating(TokenChoiceGate):
         other = weight != 0  # with a single expert there is no second choice
         return other if sent is None else sent & other
 
-    def _counted(self, weight: Tensor, settled: Settled, chosen: Tensor | None) -> Tensor:
-        """`(..., b, n, 2)` bool, the choices that losses by name count if some are given: those made, and those
-        that only capacity left out. Of a second choice under policy "random" nobody knows; it does not count."""
-        assert settled.weighed is not None
-        assert settled.computed is not None
-        left_out = settled.weighed & ~settled.computed
-        if self.second[0] == "random":
-            left_out = left_out & (torch.arange(2, device=weight.device) == 0)
-        elif (sent := self._sent(weight)) is not None:
-            left_out = left_out & sent
-        return left_out if chosen is None else chosen | left_out
+    def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
+        """They count the choices after the policy; of given ones also those that only capacity left out. Of a second
+        choice under policy "random" nobody knows; it does not count."""
+        given, chosen = tokens.side.get("given_experts"), choices.chosen
+        if given is not None and chosen is not None:
+            left_out = (given < -1) & (given != LIVE)
+            if self.second[0] == "random":
+                left_out = left_out & (torch.arange(2, device=given.device) == 0)
+            elif (sent := self._sent(choices.weight)) is not None:
+                left_out = left_out & sent
+            chosen = chosen | left_out
+        return super().named_losses(names, tokens, choices._replace(weighed=chosen))
 
     def _losses(
         self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None

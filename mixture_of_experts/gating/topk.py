@@ -40,6 +40,7 @@ from mixture_of_experts.gating.steps import (
     AlwaysChosen,
     GroupScore,
     Normalize,
+    OpenGroups,
     Score,
     Select,
     Weigh,
@@ -81,9 +82,10 @@ class TopKGating(TokenChoiceGate):
             network, or `RouterLogits`, which has a norm, a multiplier and a soft cap.
         select: experts are chosen by their "score" or their "logits", plus the expert bias. Or a function
             `(logits, scores, expert_bias)` that returns the numbers `(..., b, n, e)` to choose by; it then sees to bias
-            and expert groups itself.
+            and expert groups itself. An expert of -inf is not chosen: a token with fewer than k others makes fewer
+            choices.
         group_score: the score of an expert group: the sum of its "two_best", or its "best"; or a function of scores
-            `(..., b, n, num_groups, e / num_groups)`.
+            `(..., b, n, num_groups, e / num_groups)`. Closed experts are -inf there.
         weigh: the weight of a choice is its "score", or the "softmax" over the logits of the chosen. Or a function
             `(logits, scores, expert)` that returns the weights `(..., b, n, k)`; then `normalize` is False by default.
         eps: added to the sum by which `normalize` divides.
@@ -111,7 +113,8 @@ class TopKGating(TokenChoiceGate):
     w_gating: nn.Parameter | None
     b_gating: nn.Parameter | None
 
-    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them.
+    #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
+    #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
     reports = ()
@@ -131,6 +134,8 @@ class TopKGating(TokenChoiceGate):
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
+    #: whether a token's own choices are those of the largest scores
+    scores_choose: ClassVar[bool] = True
     #: why scores do not tell how many tokens an expert gets, for rules of the bias that read them; None: they do
     load_beyond_scores: ClassVar[str | None] = None
     balanced_by: Any = None  #: what `balance_experts` set to move the bias; None if nothing
@@ -208,11 +213,13 @@ class TopKGating(TokenChoiceGate):
             logits, score, probs, log_total = recomputed(function, x, self.logits.weight, closed, *weights.values())
         else:  # not recomputed: a user's module may draw random numbers
             logits, score, probs, log_total = self._scored(self.logits_of(x), closed)
-        ranked = self._ranked(logits, score)
-        if closed is not None:
-            ranked = ranked.masked_fill(closed, torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
-        own = self.own_choices(tokens, ranked)
-        settled = self.settle(tokens, own, self.chosen(probs, own)).without(closed)
+        ranked = self._ranked(logits, score, closed)
+        if closed is None and not self._may_lack_experts:
+            own = self.own_choices(tokens, ranked)
+            made = self.chosen(probs, own)
+        else:
+            own, made = self._among_ranked(tokens, ranked, probs)
+        settled = self.settle(tokens, own, made).without(closed)
         expert, allowed = settled.expert, settled.among(self.allowed(tokens))
         weighs = settled.weighed if tokens.all_choose else allowed
         if settled.live is not None:
@@ -248,6 +255,23 @@ class TopKGating(TokenChoiceGate):
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
         return top_choices(ranked, self.k)
+
+    def _among_ranked(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens' own choices `(..., b, n, k)`, and which of them a token makes: none of an expert of -inf."""
+        own = self.own_choices(tokens, ranked.clamp(min=torch.finfo(ranked.dtype).min))  # -inf marks chosen ones
+        made = self.chosen(probs, own)
+        if not self.scores_choose:
+            return own, made
+        there = ranked.gather(-1, own) != -torch.inf
+        return own, there if made is None else there & made
+
+    @property
+    def _may_lack_experts(self) -> bool:
+        """Whether a token may find fewer than k experts with scores above -inf. The settings say so, not the scores."""
+        if not isinstance(self.select, str):
+            return not isinstance(self.select, (AlwaysChosen, OpenGroups))
+        of_module = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
+        return of_module or (self.num_groups is not None and not isinstance(self.group_score, str))
 
     def chosen(self, probs: Tensor, expert: Tensor) -> Tensor | None:
         """`(..., b, n, k)` bool, which of its k best choices, `expert`, a token makes; None if all."""
@@ -318,22 +342,36 @@ class TopKGating(TokenChoiceGate):
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
-    def _ranked(self, logits: Tensor, score: Tensor) -> Tensor:
-        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf outside the best expert groups."""
+    def _ranked(self, logits: Tensor, score: Tensor, closed: Tensor | None) -> Tensor:
+        """`(..., b, n, e)`, the biased scores by which experts are chosen; -inf of closed ones, and outside the best
+        expert groups."""
         if not isinstance(self.select, str):
             bias = None if self.expert_bias is None else self.expert_bias[..., None, None, :].to(score.dtype)
-            return self.select(logits.detach(), score.detach(), bias).detach()
+            ranked = self.select(logits.detach(), score.detach(), bias).detach()
+            return ranked if closed is None else ranked.masked_fill(closed, -torch.inf)
         score = (score if self.select == "score" else logits).detach()
         if self.expert_bias is not None:
             score = score + self.expert_bias[..., None, None, :].to(score.dtype)
+        if closed is not None:
+            score = score.masked_fill(closed, -torch.inf)
         if self.num_groups is not None and self.top_groups is not None:
             grouped = score.unflatten(-1, (self.num_groups, -1))
-            of_group = self.group_score
-            totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
-            open_groups = torch.zeros_like(totals, dtype=torch.bool)
-            open_groups = open_groups.scatter(-1, top_choices(totals, self.top_groups), True)
-            score = torch.where(open_groups.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
+            best = self._best_groups(grouped, self.top_groups, closed is not None)
+            score = torch.where(best.unsqueeze(-1), grouped, -torch.inf).flatten(-2)
         return score
+
+    def _best_groups(self, grouped: Tensor, top_groups: int, some_closed: bool) -> Tensor:
+        """`(..., b, n, g)` bool, the expert groups that a token chooses from, by scores `(..., b, n, g, e / g)`. One of
+        which no expert is open is none of them."""
+        of_group = self.group_score
+        named = isinstance(of_group, str)
+        totals = GROUP_SCORES[of_group](grouped) if isinstance(of_group, str) else of_group(grouped)
+        if some_closed:  # of a group with one open expert the two best are that one
+            totals = torch.where(
+                (grouped == -torch.inf).any(dim=-1) & (totals == -torch.inf), grouped.amax(dim=-1), totals
+            )
+        best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, top_groups), True)
+        return best if named and not some_closed else best & (totals != -torch.inf)
 
     def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, weighed: Tensor | None) -> Tensor:
         """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `weighed`."""

@@ -140,8 +140,8 @@ class Recording:
             return
         shape, mask = call.sizes[site.name]
         expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)
-        if not getattr(site.site.gate, "unmade_weigh", True):
-            expert = torch.where(routing.chosen, expert, -1)
+        if routing.weighed is not None:
+            expert = torch.where(routing.weighed, expert, -1)
         expert, given = expert.unflatten(-1, (-1, site.k)), kwargs.get(GIVEN)
         if given is not None:  # a choice that was given as not made is recorded as it was given
             expert = torch.where((given < 0) & (given != LIVE), given, expert)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import reads_of
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.given import LIVE, expert_twice
 from mixture_of_experts.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.recording import sequences_of
@@ -313,5 +313,7 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
         largest, least = (int(record.max()), int(record.min())) if record.numel() else (0, 0)
         if largest >= site.num_experts or not (least == LIVE or least >= -1 - site.num_experts):
             raise ValueError(f"{of} has experts 0 to {site.num_experts - 1}, the records hold {least} to {largest}")
+        if (twice := expert_twice(record.unflatten(-1, (-1, site.k)))) is not None:
+            raise ValueError(f"{of} takes an expert once for a token, in the records one has expert {twice} twice")
         if site.theirs and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
