@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.sites import Gates, Site, find_sites, serve
 from mixture_of_experts.tracing import in_checkpoint
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 
 @contextmanager
@@ -23,8 +24,8 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
     or around the whole training. `take()` returns the sum for all training forwards since its last call; evaluation
     forwards between them, and forwards that raised, do not count.
 
-    Only forwards of the thread that entered the context are collected; another thread may enter one of its own. Enter
-    and leave it while no forward of the model runs: it sets hooks. With `torch.compile` enter it before the first
+    Only forwards of the thread that entered the context are collected; another thread may enter one of its own. You may
+    enter it while other threads run the model. With `torch.compile` enter it before the first
     compiled call and keep it for the whole training: one graph then serves all steps.
 
     Args:
@@ -50,13 +51,11 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
     sites = serve(find_sites(model, "collect_aux", gates), "collect_aux", why_not_collected)
     layers = dict.fromkeys(stand.layer for site in sites for stand in site.stands if stand.layer is not None)
     aux = AuxLosses()
-    with ExitStack() as hooks:
+    collecting = Collecting(aux)
+    with Attached() as hooks:
         for layer in layers:
-            hooks.callback(layer.register_forward_hook(aux._collect).remove)
-        hooks.callback(model.register_forward_pre_hook(aux._begin).remove)
-        # last, so that they run after the hook of a model that is itself a layer
-        hooks.callback(model.register_forward_hook(aux._returned).remove)
-        hooks.callback(model.register_forward_hook(aux._end, always_call=True).remove)
+            hooks.after(layer, collecting.collect)
+        collecting.follow(model, hooks)
         with under_way.within([(aux, CallUnderWay())]):
             yield aux
 
@@ -75,8 +74,9 @@ def why_not_collected(site: Site) -> str | None:
 class AuxCall(CallUnderWay):
     """A forward, under way, of the model that was given to `collect_aux`."""
 
-    def __init__(self, training: bool) -> None:
+    def __init__(self, training: bool, around: AuxCall | None) -> None:
         self.training = training
+        self.around = around  # the forward of the same model within which this one runs
         self.losses: list[Tensor] = []
 
 
@@ -107,37 +107,38 @@ class AuxLosses:
         self._evaluation = []
         return total
 
-    def _begin(self, model: nn.Module, args: object) -> None:
-        if under_way.current(self) is None:
-            return  # in another thread, or in a backward
-        if not torch.compiler.is_compiling() and model.training and in_checkpoint():
+
+class Collecting(Watch):
+    """Collects losses of layers in forwards of the model, for `aux`."""
+
+    def __init__(self, aux: AuxLosses) -> None:
+        super().__init__(owner=aux)
+        self.aux = aux
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
+        if not torch.compiler.is_compiling() and module.training and in_checkpoint():
             raise RuntimeError(
-                f"the {type(model).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
+                f"the {type(module).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
                 "recomputation looks like any other forward: give collect_aux the module that calls the checkpoint"
             )
-        under_way.begin(AuxCall(model.training and torch.is_grad_enabled()), self)
+        return AuxCall(module.training and torch.is_grad_enabled(), under_way.current(self))
 
-    def _returned(self, model: nn.Module, args: object, output: object) -> None:
-        call = under_way.current(self)
-        if isinstance(call, AuxCall):
-            call.returned = True
+    def ended(self, call: AuxCall, output: object) -> None:
+        if call.around is not None and call.around.training == call.training:
+            call.around.losses.extend(call.losses)
+        elif call.training:
+            self.aux._training.extend(call.losses)
+        else:
+            self.aux._evaluation = call.losses
 
-    def _end(self, model: nn.Module, args: object, output: object) -> None:
-        if not isinstance(under_way.current(self), AuxCall):
-            return
-        call = under_way.end(self)
-        if call.returned and call.training:
-            self._training.extend(call.losses)
-        elif call.returned:
-            self._evaluation = call.losses
-
-    def _collect(self, layer: nn.Module, args: object, output: Any) -> None:
+    def collect(self, layer: nn.Module, args: object, output: Any) -> None:
+        """Forward hook of a layer."""
         call = under_way.current(self)
         if call is None:
-            return  # in another thread, or a recomputation in backward
-        if not isinstance(call, AuxCall):
-            if torch.compiler.is_compiling() or not layer.training or not torch.is_grad_enabled():
-                return  # a compiled recomputation, or a forward that does not train
+            if torch.compiler.is_compiling() or under_way.current(self.aux) is None:
+                return  # a compiled recomputation; another thread, or a recomputation in a backward
+            if not layer.training or not torch.is_grad_enabled():
+                return  # a forward that does not train
             raise RuntimeError(
                 f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
                 "collect_aux the module that you call"

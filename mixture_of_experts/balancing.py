@@ -10,7 +10,6 @@ Axes: t tokens, k choices of a token, e experts.
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.checks import check_number
 from mixture_of_experts.each_step import EachStep, as_factor
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores, step_of
@@ -113,7 +113,7 @@ class ExpertBalancing(EachStep):
         self.rate = rate
         sites = sites_with_bias(model, gates)
         self.gates = tuple(site.name for site in sites)
-        with ExitStack() as hooks:  # removed again if anything below raises
+        with Attached() as hooks:  # removed again if anything below raises
             readers = {site.around: TokensOfCall(site.around) for site in sites if site.theirs}
             tensors = (*model.named_parameters(), *model.named_buffers())
             names: dict[Any, str] = {tensor: name for name, tensor in tensors}
@@ -124,7 +124,7 @@ class ExpertBalancing(EachStep):
                 for site in sites
             ]
             for reader in readers.values():
-                reader.follow(hooks)
+                reader.follow(reader.model, hooks)
             self._hooks = hooks.pop_all()
         leave_counts_alone(model)
         self.start()
@@ -181,7 +181,7 @@ class Ours:
     rule_before: BiasRule
     ended: bool
 
-    def __init__(self, gate: Any, rule: BiasRule, hooks: ExitStack) -> None:
+    def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
         self.gate, self.rule, self.ended = gate, rule, False
         self.before, self.rule_before = gate.balanced_by, gate.bias_rule
         gate.bias_rule, gate.balanced_by = rule, self
@@ -251,7 +251,7 @@ class Theirs:
 
     total: Tensor
 
-    def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: ExitStack) -> None:
+    def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
         self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
         bias = self.bias
         if rule.reads_scores:
@@ -264,11 +264,11 @@ class Theirs:
                 f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
             )
         if site.held is not None:
-            hooks.callback(site.called.register_forward_hook(self.after_router).remove)
+            hooks.after(site.called, self.after_router)
             return
         for experts in dict.fromkeys(stand.experts for stand in site.stands):
             assert experts is not None
-            hooks.callback(experts.register_forward_pre_hook(self.before_experts, with_kwargs=True).remove)
+            hooks.before(experts, self.before_experts)
 
     @property
     def bias(self) -> Tensor:

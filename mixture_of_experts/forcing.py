@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import TokenChoiceGate, reads_of
 from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
@@ -48,15 +49,12 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
     """
     check_choice("how", how, tuple(FORCED))
     sites = serve(find_sites(model, "force_routing", gates), "force_routing", why_not_forced)
-    with ExitStack() as ends:
+    with Attached() as attached:
         for site in sites:
             if site.held is not None:
-                hook = site.called.register_forward_hook(partial(replace_choices, site.held, how))
-                ends.callback(hook.remove)
+                attached.after(site.called, partial(replace_choices, site.held, how))
             else:
-                gate: Any = site.gate
-                ends.callback(setattr, gate, "forced", gate.forced)
-                gate.forced = how
+                attached.set(site.gate, "forced", how)
         yield
 
 

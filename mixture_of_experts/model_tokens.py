@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
 
@@ -87,25 +86,18 @@ class TokensCall(CallUnderWay):
         self.tokens = tokens
 
 
-class TokensOfCall:
+class TokensOfCall(Watch):
     """Tells the tokens of the forward of `model` that is under way."""
 
     model: nn.Module
     read: TokensReader
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self.model, self.read = model, TokensReader(model)
 
-    def follow(self, hooks: ExitStack) -> None:
-        """Set hooks on the model; closing `hooks` removes them."""
-        hooks.callback(self.model.register_forward_pre_hook(self.begin, with_kwargs=True).remove)
-        hooks.callback(self.model.register_forward_hook(self.end, always_call=True).remove)
-
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        under_way.begin(TokensCall(self.read(args, kwargs)), self)
-
-    def end(self, model: nn.Module, args: object, output: object) -> None:
-        under_way.end(self)
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokensCall:
+        return TokensCall(self.read(args, kwargs))
 
     def tokens(self) -> TokensAround:
         """The tokens of the forward; nothing is known of them where none is under way."""

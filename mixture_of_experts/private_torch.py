@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, nn, overrides
 from torch.utils import _python_dispatch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -76,6 +76,11 @@ def is_wrapper_subclass(tensor: Tensor) -> bool:
 def without_dispatch_modes() -> AbstractContextManager[Any]:
     """A context in which no mode, such as that of selective activation checkpointing, sees operators."""
     return _python_dispatch._disable_current_modes()
+
+
+def function_modes() -> list[Any]:
+    """The modes of torch functions that are entered in this thread; the last one sees a call first."""
+    return overrides._get_current_function_mode_stack()
 
 
 def can_hook_saved_tensors() -> bool:

@@ -1,4 +1,5 @@
-"""State of one forward: calls of a model that are under way, each known only to its own thread.
+"""State of one forward: calls of a model that are under way, each known only to its own thread; and `Watch`, which
+tells when a forward begins and how it ends.
 
 The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `CallUnderWay`, on
 a stack of the thread that runs the forward. Compiled graphs read it and are guarded by it. Activation checkpointing
@@ -16,7 +17,9 @@ from types import FrameType
 from typing import Any
 
 import torch
+from torch import nn
 
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.private_torch import number_of_backward
 
 
@@ -25,6 +28,7 @@ class CallUnderWay:
     in which somebody collects or records, while no forward is under way."""
 
     keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
+    watch: Watch | None = None  # what is told of the call's end
     returned = False  # whether the forward came to its end
     frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
     backward: int | None = None  # the number of the backward in which it runs; None in a traced graph
@@ -50,11 +54,12 @@ def begin(call: CallUnderWay, *keys: Hashable) -> None:
         call.frame, call.backward = sys._getframe(2), number_of_backward()
     for key in keys:
         calls = HERE.calls.get(key)
-        if calls is None:
-            HERE.calls[key] = [call]
-        else:
+        if calls and not torch.compiler.is_compiling():
             forget_interrupted(calls)
+        if calls:
             calls.append(call)
+        else:
+            HERE.calls[key] = [call]
 
 
 def end(key: Hashable) -> Any:
@@ -85,7 +90,6 @@ def current(key: Hashable) -> Any:
         return calls[-1]
     forget_interrupted(calls)
     if not calls:
-        HERE.calls.pop(key)
         return None
     return calls[-1] if calls[-1].backward in (None, number_of_backward()) else None
 
@@ -104,9 +108,19 @@ def within(calls: Sequence[tuple[Hashable, CallUnderWay]]) -> Iterator[None]:
 
 
 def forget_interrupted(calls: list[Any]) -> None:
-    """Remove calls that a KeyboardInterrupt ended, after which no hook runs: their frames are not on the stack."""
+    """Remove calls that did not come to their end: their frames are not on the stack. After a KeyboardInterrupt no hook
+    runs, so it is found here."""
     while calls and calls[-1].frame is not None and not runs(calls[-1].frame):
-        calls.pop()
+        call = calls[-1]
+        for key in call.keys:
+            others = HERE.calls.get(key, [])
+            if call in others:
+                others.remove(call)
+            if not others:
+                HERE.calls.pop(key, None)
+        call.frame = None
+        if call.watch is not None:
+            call.watch.lost(call)
 
 
 def runs(frame: FrameType) -> bool:
@@ -115,3 +129,65 @@ def runs(frame: FrameType) -> bool:
     while above is not None and above is not frame:
         above = above.f_back
     return above is frame
+
+
+class Watch:
+    """Tells when a forward of a module begins, and how it ends.
+
+    Hooks on the module begin a call, which `current(watch)` returns until it ends. A forward that was compiled with
+    its hooks does the same in its graph. A call ends well, `ended`, or it does not, `lost`: the forward raised, or was
+    interrupted. What is only to count when the forward ended well waits in the call, or is taken back by `lost`.
+
+    Args:
+        owner: forwards count only in a thread in which a call of `owner` is under way, and in no backward; None: all
+            count.
+    """
+
+    owner: Hashable | None
+
+    def __init__(self, owner: Hashable | None = None) -> None:
+        self.owner = owner
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallUnderWay | None:
+        """The call of a forward that begins; None to leave it alone."""
+        raise NotImplementedError
+
+    def ended(self, call: Any, output: Any) -> None:
+        """The forward of a call ended well and returned `output`."""
+
+    def lost(self, call: Any) -> None:
+        """The forward of a call raised, or was interrupted."""
+
+    def keys(self, module: nn.Module) -> Sequence[Hashable]:
+        """The keys by which `current` finds the calls."""
+        return (self,)
+
+    def follow(self, module: nn.Module, hooks: Attached, *, first: bool = True) -> None:
+        """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
+        a forward begins after the other pre-hooks."""
+        hooks.callback(current, self.keys(module)[0])  # an interrupted call is not kept beyond the hooks
+        hooks.before(module, self.begin, prepend=first)
+        hooks.after(module, self.end, always_call=True)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.owner is not None and current(self.owner) is None:
+            return  # in another thread, or in a backward
+        call = self.begins(module, args, kwargs)
+        if call is not None:
+            call.watch = self
+            begin(call, *self.keys(module))
+
+    def end(self, module: nn.Module, args: object, output: Any) -> None:
+        key = self.keys(module)[0]
+        calls = HERE.calls.get(key)
+        if not calls:
+            return
+        if not torch.compiler.is_compiling():
+            forget_interrupted(calls)  # after an error this hook runs outside of the call's frame
+            caller = sys._getframe(1)
+            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
+            if not calls or not (calls[-1].frame in (None, caller) or resumed):
+                return
+        call = end(key)
+        if call is not None:
+            self.ended(call, output)

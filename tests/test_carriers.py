@@ -230,9 +230,7 @@ REFUSED: dict[tuple[str, str], tuple[type[Exception], str]] = {
     ("collected losses", "Mixtral"): (TypeError, r"model\.layers\.0\.mlp\.gate"),
 }
 #: faults that are known
-NOT_YET = {
-    *(("copies", carrier) for carrier in CARRIERS if carrier not in ONE_RANK),
-}
+NOT_YET: set[tuple[str, str]] = set()
 #: what torch itself cannot do
 IMPOSSIBLE = {
     ("copies", "DDP"): "a process group is not copied",
@@ -277,7 +275,6 @@ def test_every_refusal_and_every_pair_exists():
     assert {ability for ability, _ in DIAGONAL} == set(ABILITIES)
 
 
-@pytest.mark.xfail
 def test_a_copy_made_in_a_context_can_be_pickled():
     case = CARRIERS["plain"]()
     with track_routing(case.model):

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 # above it. The root, "", is the last.
 CORE = [
     {"private_torch"},
+    {"attached"},
     {"checks", "settings", "tracing", "under_way", "model_tokens", "failures", "launching", "each_step"},
     {"routing", "queues", "queue_kernels", "losses", "groups"},
     {"gating", "plan", "decision", "dispatch", "levels"},

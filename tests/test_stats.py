@@ -425,7 +425,7 @@ def test_a_failed_forward_does_not_open_the_door_to_recomputations():
             model(torch.randn(1, 6, DIM))
         fail = False
         loss.backward()
-    assert [record.forwards for record in stats.records("layers.0.gate")] == [1, 1]
+    assert [record.forwards for record in stats.records("layers.0.gate")] == [1]  # what raised does not count
 
 
 # Nothing left behind, nothing disturbed

@@ -7,15 +7,17 @@ Axes: t tokens, e experts, g expert groups, k choices of a token.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.private_torch import function_modes
 from mixture_of_experts.replay.sites import ChoiceSite
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 
 class Choosing(TorchFunctionMode):
@@ -34,13 +36,14 @@ class Choosing(TorchFunctionMode):
         super().__init__()
         self.site, self.given = site, given
         self.expert: Tensor | None = None
+        self.over = False  # whether the forward has ended; another mode may still stand on this one
         held: Any = site.site.held
         groups, best = (None, None) if held is None else (held.held("num_groups"), held.held("top_groups"))
         self.groups = (groups, best) if groups and best else None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in (torch.topk, Tensor.topk):
+        if self.over or func not in (torch.topk, Tensor.topk):
             return func(*args, **kwargs)
         return self.topk(*args, **kwargs)
 
@@ -76,6 +79,38 @@ class ChoosingCall(CallUnderWay):
 
     def __init__(self, mode: Choosing) -> None:
         self.mode = mode
+
+
+class BlockWatch(Watch):
+    """Has a mode watch each forward of a block.
+
+    Args:
+        make: makes the mode from the arguments of the block; None: the forward is left alone.
+        chosen: gets the mode and the output, when the forward has ended well.
+    """
+
+    def __init__(
+        self, make: Callable[[tuple[Any, ...]], Choosing | None], chosen: Callable[[Choosing, Any], None]
+    ) -> None:
+        super().__init__()
+        self.make, self.chosen = make, chosen
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: object) -> ChoosingCall | None:
+        mode = self.make(args)
+        if mode is None:
+            return None
+        mode.__enter__()
+        return ChoosingCall(mode)
+
+    def ended(self, call: ChoosingCall, output: Any) -> None:
+        self.lost(call)
+        self.chosen(call.mode, output)
+
+    def lost(self, call: ChoosingCall) -> None:
+        call.mode.over = True
+        modes = function_modes()
+        while modes and isinstance(modes[-1], Choosing) and modes[-1].over:
+            modes.pop().__exit__(None, None, None)
 
 
 def refuse_other_ways(site: ChoiceSite, mode: Choosing) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.decision import plan_slots_of
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.levels import GIVEN
-from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.replay.foreign import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
     ChoiceSite,
@@ -26,11 +27,11 @@ from mixture_of_experts.replay.sites import (
     Sequences,
     SequencesCall,
     choice_sites,
-    follow,
-    follow_to_the_end,
+    sequences_around,
 )
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.sites import Gates
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 
 @contextmanager
@@ -77,8 +78,8 @@ def record_routing(
         True
     """
     recording = Recording(choice_sites(model, "record_routing", gates))
-    with ExitStack() as hooks:
-        recording.start(hooks, seen)
+    with Attached() as hooks:
+        recording.start(model, hooks, seen)
         with under_way.within([(recording, under_way.CallUnderWay())]):
             yield recording.records
 
@@ -86,6 +87,7 @@ def record_routing(
 class Part(NamedTuple):
     """The choices of a gate in one forward."""
 
+    name: str
     expert: Tensor  # (b, n, k)
     mask: Tensor | None  # (b, n)
     seen: Tensor | int
@@ -105,20 +107,21 @@ class Recording:
         )
         self.records._unread = self.hand_over
 
-    def start(self, hooks: ExitStack, seen: Seen | None) -> None:
-        around = follow(self, self.sites, seen, hooks)
+    def start(self, model: nn.Module, hooks: Attached, seen: Seen | None) -> None:
+        whole = Whole(self)
+        around = sequences_around(self, self.sites, seen, whole.take)
         for site in self.sites:
             sequences = around[site.site.around]
             if site.theirs:
-                before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
-                hooks.callback(site.called.register_forward_pre_hook(before).remove)
-                hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
+                begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
+                BlockWatch(begin, chosen).follow(site.called, hooks, first=False)
                 continue
-            before = partial(self.before_layer, site, sequences)
-            hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
-            after = partial(self.after_gate, site, sequences)
-            hooks.callback(site.site.called.register_forward_hook(after, with_kwargs=True).remove)
-        follow_to_the_end(around, hooks)
+            hooks.before(site.called, partial(self.before_layer, site, sequences))
+            hooks.after(site.site.called, partial(self.after_gate, site, sequences), with_kwargs=True)
+        for module, sequences in around.items():
+            sequences.follow(module, hooks)
+        if model not in around:
+            whole.follow(model, hooks)
 
     def before_layer(
         self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -151,31 +154,26 @@ class Recording:
         shape = (math.prod(shape[:-1]), shape[-1])
         self.note(site, call, expert.reshape(*shape, site.choices), None if mask is None else mask.reshape(shape))
 
-    def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
+    def begin_block(self, site: ChoiceSite, sequences: Sequences, args: object) -> Choosing | None:
         refuse_one_graph(site)
-        if sequences.call(site) is not None:
-            mode = Choosing(site)
-            under_way.begin(ChoosingCall(mode), (self, site.name))
-            mode.__enter__()
+        return None if sequences.call(site) is None else Choosing(site)
 
-    def after_block(
-        self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object, output: object
-    ) -> None:
-        entered = under_way.end((self, site.name))
-        if entered is None:
+    def chosen(self, site: ChoiceSite, sequences: Sequences, mode: Choosing, output: object) -> None:
+        if (call := sequences.call(site)) is None:
             return
-        entered.mode.__exit__(None, None, None)
-        call = sequences.call(site)
-        if call is None or output is None:  # the block raised
-            return
-        expert = refuse_other_ways(site, entered.mode)
+        expert = refuse_other_ways(site, mode)
         expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
         self.note(site, call, expert, call.tokens.mask)
 
     def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None) -> None:
         call.once(site.name)
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        self.parts[site.name].append(Part(expert.detach().to(small), mask, call.seen, call.continues))
+        call.parts.append(Part(site.name, expert.detach().to(small), mask, call.seen, call.continues))
+
+    def keep(self, parts: list[Part]) -> None:
+        """Store the choices of a forward that ended well."""
+        for part in parts:
+            self.parts[part.name].append(part)
 
     def hand_over(self, records: RoutingRecords) -> None:
         """Move the stored choices from the device to the records."""
@@ -183,6 +181,39 @@ class Recording:
             if parts:
                 records._experts[name] = joined(name, records._experts[name], parts)
                 parts.clear()
+
+
+class WholeCall(CallUnderWay):
+    """A forward, under way, of a model that has models around gates in it."""
+
+    def __init__(self, around: WholeCall | None) -> None:
+        self.around = around
+        self.parts: list[Part] = []
+
+
+class Whole(Watch):
+    """Hands what was recorded to the recording, when the forward of the whole model has ended well."""
+
+    def __init__(self, recording: Recording) -> None:
+        super().__init__(owner=recording)
+        self.recording = recording
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> WholeCall:
+        return WholeCall(under_way.current(self))
+
+    def take(self, parts: list[Part]) -> None:
+        """Take the parts of a model in it."""
+        call = under_way.current(self)
+        if call is None:  # that model was called itself
+            self.recording.keep(parts)
+        else:
+            call.parts.extend(parts)
+
+    def ended(self, call: WholeCall, output: object) -> None:
+        if call.around is None:
+            self.recording.keep(call.parts)
+        else:
+            call.around.parts.extend(call.parts)
 
 
 def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.checks import check_choice
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE, expert_twice
 from mixture_of_experts.levels import GIVEN, GIVEN_INNER
-from mixture_of_experts.replay.foreign import Choosing, ChoosingCall, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.replay.foreign import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sites import (
@@ -28,9 +29,8 @@ from mixture_of_experts.replay.sites import (
     Sequences,
     SequencesCall,
     choice_sites,
-    follow,
-    follow_to_the_end,
     runs_again,
+    sequences_around,
 )
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.sites import Gates
@@ -90,7 +90,7 @@ def replay_routing(
     check_choice("beyond", beyond, BEYOND)
     sites = choice_sites(model, "replay_routing", gates)
     replay = Replay(sites, match(sites, records), beyond)
-    with ExitStack() as hooks:
+    with Attached() as hooks:
         hooks.callback(replay.close)
         replay.start(hooks, seen)
         with under_way.within([(replay, under_way.CallUnderWay())]):
@@ -139,20 +139,19 @@ class Replay:
     def close(self) -> None:
         self.closed = True
 
-    def start(self, hooks: ExitStack, seen: Seen | None) -> None:
-        around = follow(self, self.sites, seen, hooks)
+    def start(self, hooks: Attached, seen: Seen | None) -> None:
+        around = sequences_around(self, self.sites, seen)
         for site in self.sites:
             sequences = around[site.site.around]
             if site.theirs:
-                before, after = partial(self.before_block, site, sequences), partial(self.after_block, site, sequences)
+                begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
                 # first, so that a recording at the same time sees what is replayed
-                hooks.callback(site.called.register_forward_pre_hook(before, prepend=True).remove)
-                hooks.callback(site.called.register_forward_hook(after, always_call=True).remove)
+                BlockWatch(begin, chosen).follow(site.called, hooks)
                 continue
-            before = partial(self.before_layer, site, sequences)
-            hooks.callback(site.called.register_forward_pre_hook(before, with_kwargs=True).remove)
-            hooks.callback(site.called.register_forward_hook(partial(self.after_layer, site, sequences)).remove)
-        follow_to_the_end(around, hooks)
+            hooks.before(site.called, partial(self.before_layer, site, sequences))
+            hooks.after(site.called, partial(self.after_layer, site, sequences))
+        for module, sequences in around.items():
+            sequences.follow(module, hooks)
 
     # gates of this package
 
@@ -176,19 +175,15 @@ class Replay:
 
     # blocks of transformers
 
-    def before_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object) -> None:
+    def begin_block(self, site: ChoiceSite, sequences: Sequences, args: Any) -> Choosing | None:
         call = sequences.call(site)
         refuse_one_graph(site)
         if call is not None:
-            given = self.of_block(site, call, args)
-        elif not runs_again():
-            return
-        else:
-            given = self.to_run_again[site.name]
-            self.waiting.discard(site.name)
-        mode = Choosing(site, given)
-        under_way.begin(ChoosingCall(mode), (self, site.name))
-        mode.__enter__()
+            return Choosing(site, self.of_block(site, call, args))
+        if not runs_again():
+            return None
+        self.waiting.discard(site.name)
+        return Choosing(site, self.to_run_again[site.name])
 
     def of_block(self, site: ChoiceSite, call: SequencesCall, args: Any) -> Tensor:
         """The choices `(b n, k)` for the tokens of a block; stored if a backward will run the block again."""
@@ -209,15 +204,10 @@ class Replay:
             self.waiting.add(site.name)
         return given
 
-    def after_block(self, site: ChoiceSite, sequences: Sequences, block: nn.Module, args: object, output: Any) -> None:
-        entered = under_way.end((self, site.name))
-        if entered is None:
-            return
-        entered.mode.__exit__(None, None, None)
-        if output is not None:  # the block did not raise
-            refuse_other_ways(site, entered.mode)
-            outputs = output if isinstance(output, tuple) else (output,)
-            self.refuse_late_backward(site, sequences, next(part for part in outputs if isinstance(part, Tensor)))
+    def chosen(self, site: ChoiceSite, sequences: Sequences, mode: Choosing, output: Any) -> None:
+        refuse_other_ways(site, mode)
+        outputs = output if isinstance(output, tuple) else (output,)
+        self.refuse_late_backward(site, sequences, next(part for part in outputs if isinstance(part, Tensor)))
 
     # both
 

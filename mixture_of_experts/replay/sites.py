@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.model_tokens import TokensAround, TokensReader
 from mixture_of_experts.private_torch import number_of_backward
 from mixture_of_experts.sites import Gates, Site, Stand, find_sites, places, serve
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
@@ -105,12 +104,17 @@ class SequencesCall(CallUnderWay):
         tokens: the model's tokens.
         seen: number of real tokens of each sequence in its cache, `(b,)` or one number for all.
         cached: whether it has a cache.
+        around: the call of the same model within which it runs.
     """
 
-    def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool) -> None:
+    def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool, around: SequencesCall | None) -> None:
         self.tokens = tokens
         self.seen = seen
         self.cached = cached
+        self.around = around
+        self.cache: Any = None  # that of transformers
+        self.parts: list[Any] = []  # what was recorded of it
+        self.within: list[Any] = []  # what was recorded of calls within it, which come after it
         self.sizes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}  # of calls of layers, by gate
         self.gates: set[str] = set()  # gates that ran
         self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
@@ -128,30 +132,42 @@ class SequencesCall(CallUnderWay):
         self.gates.add(name)
 
 
-class Sequences:
-    """Tells the sequences of the forward that is under way, for one model around gates."""
+class Sequences(Watch):
+    """Tells the sequences of the forward that is under way, for one model around gates.
+
+    Args:
+        owner: whose forwards they are, in its thread.
+        model: the model.
+        seen: see `record_routing`.
+        done: gets what was recorded of a forward that ended well.
+    """
 
     read: TokensReader
 
-    def __init__(self, owner: object, model: nn.Module, seen: Seen | None) -> None:
-        self.owner = owner
+    def __init__(
+        self, owner: object, model: nn.Module, seen: Seen | None, done: Callable[[list[Any]], None] | None
+    ) -> None:
+        super().__init__(owner)
         self.read = TokensReader(model)
-        self.seen = seen
+        self.seen, self.done = seen, done
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if under_way.current(self.owner) is None:
-            return  # in another thread, or in a backward
-        tokens = self.read(args, kwargs)
-        self.refuse_beams(self.cache(args, kwargs))
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
+        tokens, cache = self.read(args, kwargs), self.cache(args, kwargs)
+        self.refuse_beams(cache)
         seen, cached = self.read.seen(args, kwargs) if self.seen is None else (self.seen(args, kwargs), True)
-        under_way.begin(SequencesCall(tokens, seen, cached), self)
+        call = SequencesCall(tokens, seen, cached, under_way.current(self))
+        call.cache = cache
+        return call
 
-    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: object) -> None:
-        if under_way.end(self) is not None:
-            cache = self.cache(args, kwargs)
-            keys = keys_of(cache)
-            self.left = None if keys is None else (weakref.ref(cache), weakref.ref(keys), keys.shape)
+    def ended(self, call: SequencesCall, output: object) -> None:
+        keys = keys_of(call.cache)
+        self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
+        parts = [*call.parts, *call.within]
+        if call.around is not None:
+            call.around.within.extend(parts)
+        elif self.done is not None:
+            self.done(parts)
 
     def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """The cache of transformers that a forward is given, if any."""
@@ -194,15 +210,11 @@ def runs_again() -> bool:
     return number_of_backward() != -1
 
 
-def follow(owner: object, sites: list[ChoiceSite], seen: Seen | None, hooks: ExitStack) -> dict[nn.Module, Sequences]:
-    """Set hooks at the beginning of forwards of all models around gates; return their `Sequences`."""
-    found = {around: Sequences(owner, around, seen) for around in {one.site.around: None for one in sites}}
-    for around, sequences in found.items():
-        hooks.callback(around.register_forward_pre_hook(sequences.begin, with_kwargs=True).remove)
-    return found
-
-
-def follow_to_the_end(found: Mapping[nn.Module, Sequences], hooks: ExitStack) -> None:
-    """Set hooks at the end of these forwards. Call it last: a model may be a layer, whose own hooks run first."""
-    for around, sequences in found.items():
-        hooks.callback(around.register_forward_hook(sequences.end, with_kwargs=True, always_call=True).remove)
+def sequences_around(
+    owner: object,
+    sites: list[ChoiceSite],
+    seen: Seen | None,
+    done: Callable[[list[Any]], None] | None = None,
+) -> dict[nn.Module, Sequences]:
+    """The `Sequences` of every model around gates."""
+    return {around: Sequences(owner, around, seen, done) for around in {one.site.around: None for one in sites}}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.routing import Routing
 from mixture_of_experts.sites import Site, find_sites, serve
 from mixture_of_experts.stats.foreign import readers_of, why_no_routing
@@ -39,15 +39,15 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
     """
     sites = serve(find_sites(model, "routing_of"), "routing_of", why_no_routing)
     readers, found = readers_of(sites), {}
-    with ExitStack() as hooks:
-        for reader in set(readers.values()):
-            reader.follow(hooks)
+    with Attached() as hooks:
         for site in sites:
 
             def hook(gate: nn.Module, inputs: object, output: Any, site: Site = site) -> None:
                 found[site.name] = readers[site].routing(site, output) if site.theirs else output
 
-            hooks.callback(site.called.register_forward_hook(hook).remove)
+            hooks.after(site.called, hook)
+        for reader in set(readers.values()):
+            reader.follow(reader.model, hooks)
         model(*args, **kwargs)
     if not found:
         raise RuntimeError(

@@ -12,7 +12,7 @@ import json
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from os import PathLike
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import under_way
+from mixture_of_experts.attached import Attached
 from mixture_of_experts.checks import check_choice, check_size
 from mixture_of_experts.private_torch import constant_in_graphs
 from mixture_of_experts.routing import Routing
@@ -30,12 +31,13 @@ from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
 from mixture_of_experts.stats.report import History, page, texts_of_gates
 from mixture_of_experts.tracing import in_checkpoint
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.under_way import CallUnderWay, Watch
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
 WRITING = threading.Lock()
 MOST_LOSSES = 12  # columns of a row for losses, the z-loss among them
+LOST = -1.0  # in a row, instead of the number of a forward that raised
 STRETCHES = 60  # most columns of a chart in a report
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
@@ -58,8 +60,8 @@ def track_routing(
     call are one step (gradient accumulation).
 
     With activation checkpointing of either kind a forward is recorded once. With `torch.compile` enter the context
-    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded; enter and
-    leave the context while none runs, since it sets and removes hooks.
+    before the first compiled call. Each rank records its own tokens. Forwards of all threads are recorded, those
+    that had begun before the context are not. A forward that raises does not count.
 
     Args:
         model: the module that you call; a forward of a gate counts only within a forward of this module.
@@ -85,7 +87,7 @@ def track_routing(
         32
     """
     stats = RoutingStats(serve(find_sites(model, "track_routing", gates), "track_routing", why_no_routing), keep, when)
-    with ExitStack() as hooks:
+    with Attached() as hooks:
         hooks.callback(stats._stop)
         stats._start(model, hooks)
         yield stats
@@ -102,6 +104,8 @@ class RoutingStats:
         self._marked = False
         self._clocks: dict[torch.device, Clock] = {}
         readers = readers_of(sites)
+        self._forwards = Forwards(self)
+        self._thread = threading.get_ident()  # of the context
         self._gates = {site.name: GateTracker(site, readers.get(site), self, keep) for site in sites}
         for tracker in self._gates.values():
             level_one = tracker.site.level_one
@@ -142,7 +146,7 @@ class RoutingStats:
 
     def latest(self) -> list[Record]:
         """The last step of every gate that ran."""
-        return [self.last(layer) for layer in self._recorded() if self._gates[layer].forwards]
+        return [self.last(layer) for layer in self._recorded() if len(self._gates[layer].rows())]
 
     def total(self, layer: str) -> Record:
         """All remembered steps of a gate as one record: an expert that is `dead` in it got no token in any of them."""
@@ -286,43 +290,56 @@ class RoutingStats:
                 clock.forwards.copy_(other.forwards)
             self._clocks[device] = clock
 
-    def _start(self, model: nn.Module, hooks: ExitStack) -> None:
-        """Register the hooks; closing `hooks` removes them."""
+    def _start(self, model: nn.Module, hooks: Attached) -> None:
+        """Set the hooks; closing `hooks` removes them."""
         for tracker in self._gates.values():
             tracker.allocate(tracker.site.device)
-            handle = tracker.site.called.register_forward_hook(tracker.hook, with_kwargs=True)
-            hooks.callback(handle.remove)
+            hooks.after(tracker.site.called, tracker.hook, with_kwargs=True)
         for reader in {reader for tracker in self._gates.values() if (reader := tracker.reader) is not None}:
-            reader.follow(hooks)
-        hooks.callback(model.register_forward_pre_hook(self._begin).remove)
-        # last, so that it runs after the hook of a model that is itself a gate
-        hooks.callback(model.register_forward_hook(self._end, always_call=True).remove)
+            reader.follow(reader.model, hooks)
+        self._forwards.follow(model, hooks)
 
     def _stop(self) -> None:
         """Stop recording. A compiled graph keeps its hooks, but it is guarded by `_when`, and so traced again."""
         self._when = "never"
 
-    def _begin(self, model: nn.Module, args: object) -> None:
-        if not torch.compiler.is_compiling() and model.training and in_checkpoint():
-            raise RuntimeError(
-                f"the tracked {type(model).__name__} itself runs inside torch.utils.checkpoint, where a recomputation "
-                "looks like any other forward: give track_routing the module that calls the checkpoint"
-            )
-        self._was_called = True
-        call = TrackedCall()
-        under_way.begin(call, self)
-        if self._counts(model):
-            with exclusively():
-                for device, clock in self._clocks.items():
-                    clock.forwards.add_(1)
-                    call.numbers[device] = clock.forwards.clone()
-
-    def _end(self, model: nn.Module, args: object, output: object) -> None:
-        under_way.end(self)
+    def _in_its_thread(self) -> bool:
+        return torch.compiler.is_compiling() or threading.get_ident() == self._thread
 
     def _counts(self, module: nn.Module) -> bool:
         """Whether forwards in the current mode of `module` are recorded."""
         return self._when == "always" or self._when == ("training" if module.training else "eval")
+
+
+class Forwards(Watch):
+    """Numbers the forwards of the tracked model. What one of them wrote before it raised does not count."""
+
+    def __init__(self, stats: RoutingStats) -> None:
+        super().__init__()
+        self.stats = stats
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall:
+        if not torch.compiler.is_compiling() and module.training and in_checkpoint():
+            raise RuntimeError(
+                f"the tracked {type(module).__name__} itself runs inside torch.utils.checkpoint, where a recomputation "
+                "looks like any other forward: give track_routing the module that calls the checkpoint"
+            )
+        self.stats._was_called = True
+        call = TrackedCall()
+        if self.stats._counts(module):
+            with exclusively():
+                for device, clock in self.stats._clocks.items():
+                    clock.forwards.add_(1)
+                    call.numbers[device] = clock.forwards.clone()
+        return call
+
+    @torch.no_grad()
+    def lost(self, call: TrackedCall) -> None:
+        with exclusively():
+            for tracker in self.stats._gates.values():
+                number = call.numbers.get(tracker.ring.device)
+                if number is not None:
+                    tracker.forget(number)
 
 
 class TrackedCall(CallUnderWay):
@@ -402,14 +419,14 @@ class GateTracker:
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
             return
-        call = under_way.current(self.stats)
+        call = under_way.current(self.stats._forwards)
         if call is None:
-            if not self.stats._was_called:
+            if not self.stats._was_called and self.stats._in_its_thread():
                 raise RuntimeError(
                     f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
                     "the module that you call"
                 )
-            return  # a recomputation in backward
+            return  # a recomputation in backward, or a forward that another thread had begun before
         importance = kwargs.get("importance", args[1] if len(args) > 1 else None)
         with torch.no_grad():
             self.write(call, routing, importance, list(losses.values()))
@@ -440,6 +457,11 @@ class GateTracker:
         outer = None if self.outer is None else call.handed_on.pop(self.outer.name, None)
         return self.ring.new_full((1,), torch.nan) if outer is None else lost_tokens(outer, routing)
 
+    def forget(self, number: Tensor) -> None:
+        """Mark the rows of a forward that raised."""
+        numbers = self.ring[:, 1]
+        numbers.masked_fill_(numbers == number, LOST)
+
     @property
     def forwards(self) -> int:
         """The number of recorded forwards, overwritten ones included."""
@@ -447,8 +469,10 @@ class GateTracker:
 
     def rows(self) -> Tensor:
         """The rows, `(forwards, width)` float64 on the CPU, oldest first."""
+        under_way.current(self.stats._forwards)  # finds a forward of this thread that was interrupted
         ring, forwards = self.ring.cpu().to(torch.float64), self.forwards
-        return ring[:forwards] if forwards <= self.keep else ring.roll(-(forwards % (self.keep + 1)), 0)
+        rows = ring[:forwards] if forwards <= self.keep else ring.roll(-(forwards % (self.keep + 1)), 0)
+        return rows[rows[:, 1] != LOST]
 
     def record(self, step: int, rows: Tensor) -> Record:
         """The record of rows `(r, width)`."""

@@ -1,0 +1,103 @@
+"""Hooks and settings that a context sets on modules, and takes off again.
+
+Copies and pickles of such a module, also those made while the context lasts, go without them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+from torch import nn
+
+CHANGING = threading.Lock()
+#: where a module keeps its hooks, by the ids of their handles
+TABLES = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+class Attached(ExitStack):
+    """What a context sets on modules; `close()`, or the end of a `with` block, takes it off."""
+
+    def before(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
+        """Set a forward pre-hook `(module, args, kwargs)`."""
+        self._keep(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
+
+    def after(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:
+        """Set a forward hook, with the settings of `register_forward_hook`."""
+        self._keep(module, module.register_forward_hook(hook, **settings))
+
+    def set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Set an attribute. Of several contexts the last one holds, in whatever order they end."""
+        with CHANGING:
+            values = own_state(module).values.setdefault(name, [(None, getattr(module, name))])
+            values.append((self, value))
+            setattr(module, name, value)
+        self.callback(self._unset, module, name)
+
+    def _keep(self, module: nn.Module, handle: Any) -> None:
+        with CHANGING:
+            own_state(module).ids.add(handle.id)
+        self.callback(self._remove, module, handle)
+
+    def _remove(self, module: nn.Module, handle: Any) -> None:
+        handle.remove()
+        with CHANGING:
+            state = own_state(module)
+            state.ids.discard(handle.id)
+            state.forget_if_empty()
+
+    def _unset(self, module: nn.Module, name: str) -> None:
+        with CHANGING:
+            state = own_state(module)
+            values = [(owner, value) for owner, value in state.values[name] if owner is not self]
+            setattr(module, name, values[-1][1])
+            if len(values) > 1:
+                state.values[name] = values
+            else:
+                del state.values[name]
+            state.forget_if_empty()
+
+
+class OwnState:
+    """The `__getstate__` of a module while something is attached to it: its state without what is attached.
+
+    Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is as it
+    was.
+    """
+
+    ids: set[int]
+    values: dict[str, list[tuple[Attached | None, Any]]]
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.ids = set()  # of hooks
+        self.values = {}  # of attributes: the module's own value, then those of contexts
+
+    def __call__(self) -> dict[str, Any]:
+        of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11 not every class has it
+        state = dict(self.module.__dict__ if of_class is None else of_class(self.module))
+        state.pop("__getstate__", None)
+        for table in TABLES:
+            if table in state:
+                kept = [(key, value) for key, value in state[table].items() if key not in self.ids]
+                state[table] = type(state[table])(kept)
+        return state | {name: values[0][1] for name, values in self.values.items()}
+
+    def forget_if_empty(self) -> None:
+        if not self.ids and not self.values:
+            self.module.__dict__.pop("__getstate__", None)
+
+
+def own_state(module: nn.Module) -> OwnState:
+    state = module.__dict__.get("__getstate__")
+    if not isinstance(state, OwnState):
+        state = module.__dict__["__getstate__"] = OwnState(module)
+    return state

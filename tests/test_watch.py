@@ -1,0 +1,234 @@
+"""Forwards that raise, are interrupted, nested or begun before: an ability gets what ended well; copies get nothing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+from mixture_of_experts import MoE, TopKGating, balance_experts, collect_aux, force_routing
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
+from mixture_of_experts.stats import RoutingStats, track_routing
+from mixture_of_experts.under_way import HERE
+
+DIM = 8
+
+
+class Model(nn.Module):
+    """Two layers; between them it does what a test asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (MoE(DIM, gate=TopKGating(DIM, 4, expert_bias=True)) for _ in range(2))
+        self.between = nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.between(x + self.first(x)[0])
+        return x + self.second(x)[0]
+
+
+@contextmanager
+def between(model: Model, act: Callable[[], object]) -> Iterator[None]:
+    handle = model.between.register_forward_hook(lambda *_: act() and None)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def fail(error: type[BaseException]) -> Callable[[], None]:
+    def act() -> None:
+        raise error
+
+    return act
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(value) for module in model.modules() for name, value in vars(module).items() if "_hooks" in name)
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_what_did_not_end_well_does_not_count(error):
+    """Its first layer had been recorded, collected and measured."""
+    model, x, other = Model(), torch.randn(1, 3, DIM), torch.randn(1, 4, DIM)
+    with track_routing(model) as stats, record_routing(model) as records, collect_aux(model) as aux:
+        model(x)
+        with between(model, fail(error)), pytest.raises(error):
+            model(torch.randn(1, 9, DIM))
+        model(other)
+        loss = aux.take()
+    assert [record.tokens for record in stats.records("first.gate")] == [3, 4]
+    assert [record.tokens for record in stats.records("second.gate")] == [3, 4]
+    assert records.lengths("first.gate") == records.lengths("second.gate") == [3, 4]
+    with collect_aux(model) as again:
+        model(x)
+        model(other)
+    torch.testing.assert_close(loss, again.take())
+    assert not HERE.calls
+
+
+@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
+def test_nothing_is_left_of_a_single_forward_that_did_not_end_well(error):
+    model, x = Model(), torch.randn(1, 3, DIM)
+    with track_routing(model) as stats, record_routing(model) as records, collect_aux(model) as aux:
+        with between(model, fail(error)), pytest.raises(error):
+            model(x)
+        assert records.lengths("first.gate") == []
+        with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
+            aux.take()
+        assert stats.records("first.gate") == []
+    assert stats.latest() == []
+    assert not HERE.calls
+    with replay_routing(model, RoutingRecords({f"{i}.gate": [torch.zeros(3, 2).long()] for i in ("first", "second")})):
+        pass
+
+
+def test_a_forward_within_a_forward_is_one_of_its_own():
+    model, x, inner, found = Model(), torch.randn(1, 3, DIM), torch.randn(1, 5, DIM), []
+
+    def within() -> None:
+        if not found:
+            found.append(None)
+            model(inner)
+
+    with record_routing(model) as records, track_routing(model) as stats, between(model, within):
+        model(x)
+    assert records.lengths("first.gate") == records.lengths("second.gate") == [3, 5]
+    assert [record.tokens for record in stats.records("second.gate")] == [3, 5]
+
+
+def test_a_call_that_is_refused_leaves_the_one_around_it():
+    """The inner forward is refused before it begins, and caught."""
+    model, x = Model(), torch.randn(1, 3, DIM)
+
+    def refused() -> None:
+        with pytest.raises(RuntimeError, match=r"runs inside torch\.utils\.checkpoint"):
+            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+
+    with collect_aux(model) as aux, between(model, refused):
+        model(x)
+        loss = aux.take()
+    with collect_aux(model) as aux:
+        model(x)
+    torch.testing.assert_close(loss, aux.take())
+
+
+# Threads
+
+
+def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
+    """The half of its forward that runs within the context is left alone, and raises nothing."""
+    model, x, entered, reached = Model(), torch.randn(1, 3, DIM), threading.Event(), threading.Event()
+    failures: list[BaseException] = []
+
+    def wait() -> None:
+        if threading.current_thread() is not threading.main_thread():
+            reached.set()
+            assert entered.wait(60)
+
+    def run() -> None:
+        try:
+            model(x)
+            model(x)
+        except BaseException as error:
+            failures.append(error)
+
+    with between(model, wait):
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert reached.wait(60)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        with (
+            track_routing(model) as stats,
+            record_routing(model) as records,
+            collect_aux(model) as aux,
+            force_routing(model),
+            balance_experts(model, optimizer),
+        ):
+            entered.set()
+            thread.join()
+            with pytest.raises(RuntimeError, match="no auxiliary loss"):
+                aux.take()
+    assert not failures
+    assert records.lengths("first.gate") == []
+    assert [len(stats.records(layer)) for layer in stats.layers] == [1, 1]  # statistics are of all threads
+
+
+def test_misuse_is_an_error_in_the_thread_of_the_context():
+    model = Model()
+    with track_routing(model), pytest.raises(RuntimeError, match="not within a forward of the module given"):
+        model.first(torch.randn(1, 3, DIM))
+
+
+# Copies
+
+
+CONTEXTS: dict[str, Callable[[Any], Any]] = {
+    "track_routing": track_routing,
+    "record_routing": record_routing,
+    "collect_aux": collect_aux,
+    "force_routing": force_routing,
+    "balance_experts": lambda model: balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.0)),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_copies_and_pickles_carry_nothing(name):
+    model, x = Model(), torch.randn(1, 3, DIM)
+    seen: list[int] = []
+    model.second.register_forward_hook(count := Count(seen))
+    expected = model(x)
+    with CONTEXTS[name](model):
+        model(x)
+        copies = [copy.deepcopy(model), AveragedModel(model).module, pickle.loads(pickle.dumps(model))]
+    assert not any("__getstate__" in vars(module) for module in model.modules())
+    for each in copies:
+        assert hooks_of(each) == hooks_of(model)  # the user's own hook is there
+        torch.testing.assert_close(each(x), expected)
+        assert each.first.gate.forced is None
+        pickle.dumps(each)
+    assert count.seen is seen
+
+
+class Count:
+    def __init__(self, seen: list[int]) -> None:
+        self.seen = seen
+
+    def __call__(self, *_: object) -> None:
+        self.seen.append(1)
+
+
+def test_contexts_that_are_left_in_another_order():
+    """Forcing: the one that was entered last and is still open holds."""
+    gate = TopKGating(DIM, 4)
+    first, second = force_routing(gate, "balanced"), force_routing(gate, "random")
+    first.__enter__()
+    second.__enter__()
+    assert gate.forced == "random"
+    first.__exit__(None, None, None)
+    assert gate.forced == "random"
+    assert copy.deepcopy(gate).forced is None
+    second.__exit__(None, None, None)
+    assert gate.forced is None
+    assert "__getstate__" not in vars(gate)
+
+
+def test_hooks_of_two_contexts_left_in_another_order():
+    model, x = Model(), torch.randn(1, 3, DIM)
+    first, second = track_routing(model), track_routing(model)
+    stats: list[RoutingStats] = [first.__enter__(), second.__enter__()]
+    first.__exit__(None, None, None)
+    assert hooks_of(copy.deepcopy(model)) == 0
+    model(x)
+    second.__exit__(None, None, None)
+    assert hooks_of(model) == 0
+    assert stats[1].last("first.gate").tokens == 3
