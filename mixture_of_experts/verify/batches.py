@@ -33,7 +33,7 @@ def padding(trial: Trial) -> Iterator[Gap]:
     alone = at(trial.step(sample), torch.ones(sample.x.shape[:2], dtype=torch.bool))
     for real in real_positions(trial.case):
         found = at(trial.step(sample.padded(real)), real)
-        yield gap(found, alone, how=f", with {real.shape[1] - trial.case.tokens} tokens of padding")
+        yield gap(found, alone, how=f", padded by {real.shape[1] - trial.case.tokens}")
 
 
 @keeps("NaN in the padding reaches nothing", "mask", steady=True)

@@ -22,8 +22,7 @@ PATIENCE = 10  # seconds for a forward in another thread
 
 def recompute(trial: Trial, counts: bool) -> Iterator[Gap]:
     """Both kinds of checkpointing against none."""
-    wanted = trial.step(trial.sample())
-    wanted = {name: tensor for name, tensor in wanted.items() if (name == "counts") == counts}
+    wanted = {name: each for name, each in trial.step(trial.sample()).items() if (name == "counts") == counts}
     for reentrant in (False, True):
         found = trial.step(trial.sample(), in_checkpoint(reentrant))
         yield gap(found, wanted, how=f", use_reentrant={reentrant}")
@@ -123,8 +122,7 @@ def save_load(trial: Trial) -> Iterator[Gap]:
     trial.step(trial.sample(), module=module)
     scale_weights(module, 1.5)
     torch.save(module.state_dict(), file)
-    file.seek(0)
-    other.load_state_dict(torch.load(file, weights_only=True))
+    other.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
     yield gap(trial.forward(trial.sample(), other), trial.forward(trial.sample(), module.eval()))
 
 

@@ -116,10 +116,12 @@ def main() -> int:
     given = parser.parse_args()
     tally: collections.Counter = collections.Counter()
     found = 0
-    for c in drawn(given.configurations, given.first_seed):
+    for number, c in enumerate(drawn(given.configurations, given.first_seed), start=1):
         for line in wrong(c, DEFAULT, tally):
             found += 1
             print(line, flush=True)
+        if number % 10 == 0:
+            print(f"{number} configurations, {found} verdicts that are not the documented ones", file=sys.stderr)
     for name in DEFAULT:
         counts = {verdict: count for (of, verdict), count in tally.items() if of == name}
         print(name, ", ".join(f"{verdict} {count}" for verdict, count in sorted(counts.items())))
