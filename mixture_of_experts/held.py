@@ -119,7 +119,13 @@ class BlockSettings:
         for holder in (self.router, self.block):
             factor = find(holder, *KEEPS["scale"])
             product *= 1.0 if factor is None else float(factor)
-        return product / 2 if getattr(self.block, "shared_expert_combination_strategy", "") == "average" else product
+        return product / 2 if self.averages else product
+
+    @property
+    def averages(self) -> bool:
+        """Whether the block returns the mean of what experts and shared expert return."""
+        averages = getattr(self.block, "shared_expert_combination_strategy", "") == "average"
+        return averages and find(self.block, *KEEPS["shared"]) is not None
 
     def gate(self) -> dict[str, Any]:
         """Arguments for the gate, without modules."""

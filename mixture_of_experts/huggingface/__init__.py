@@ -2,7 +2,6 @@
 
 from mixture_of_experts.huggingface.adapters import Adapter
 from mixture_of_experts.huggingface.backend import experts_forward
-from mixture_of_experts.huggingface.blocks import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.export import export
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
@@ -10,6 +9,7 @@ from mixture_of_experts.huggingface.loader import ExpertsLoader
 from mixture_of_experts.huggingface.loading import from_pretrained
 from mixture_of_experts.huggingface.losses import aux_loss
 from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
+from mixture_of_experts.huggingface.sparse import from_transformers, to_transformers
 
 __all__ = [
     "Adapter",

@@ -55,6 +55,7 @@ class BlockExperts:
 
     def __init__(self, settings: BlockSettings) -> None:
         self.block, self.model, self.always = settings.block, settings.model, settings.always
+        self.averages = settings.averages
         self.experts: Any = find(self.block, *KEEPS["experts"])
 
     def held(self, part: str) -> Any:
@@ -69,10 +70,6 @@ class BlockExperts:
         """A vector that is added to what the experts return; None if there is none."""
         found = self.held("shift")
         return found if isinstance(found, nn.Parameter) else None
-
-    @property
-    def averages(self) -> bool:
-        return getattr(self.block, "shared_expert_combination_strategy", None) == "average" and self.shared is not None
 
     # the modules
 

@@ -34,57 +34,35 @@ REFUSED = {
 }
 
 
-def from_transformers(
-    block: nn.Module, *, loss_coef: float = 1e-2, z_loss_coef: float = 0.0, balance_over: Any = "batch"
-) -> MoE:
-    """Return a `MoE` that computes what a sparse block of `transformers` does, with copies of its weights.
-
-    `recipes.MODELS` lists the known blocks; docs/transformers.md has their table, and what is left out. If a layer
-    itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input and
-    the addition of both networks.
-
-    Args:
-        block: a block of a loaded model, such as `model.model.layers[0].mlp`.
-        loss_coef, z_loss_coef: coefficients of the auxiliary losses.
-        balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
-
-    Raises:
-        ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
-
-    Example:
-        >>> import torch
-        >>> from transformers import MixtralConfig, MixtralForCausalLM
-        >>> from mixture_of_experts.huggingface import from_transformers
-        >>> model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
-        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
-        >>> block, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
-        >>> moe = from_transformers(block)
-        >>> torch.testing.assert_close(moe(x)[0], block(x))
-    """
+def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
+    """A `MoE` that computes what a block does, with copies of its weights; frozen ones are frozen."""
     read = read_block(block)
-    moe = read.layer(balance_over, loss_coef=loss_coef, z_loss_coef=z_loss_coef)
+    with torch.enable_grad():  # views tell what is frozen
+        moe, views = read.layer(balance_over, **coefs), read.views()
     wanted = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
-    state = {name: joined(pieces, wanted[name]) for name, pieces in read.views().items()}
+    state = {name: joined(pieces, wanted[name]) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
         state["gate.expert_counts"] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
+    for name, parameter in moe.named_parameters():
+        parameter.requires_grad_(any(piece.requires_grad for _, piece in views[name]))
     return moe.train(block.training)
 
 
 @torch.no_grad()
-def to_transformers(moe: MoE, block: nn.Module) -> nn.Module:
-    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
+def to_block(moe: MoE, block: nn.Module) -> nn.Module:
+    """Copy the weights of a layer into a block that computes the same; return the block."""
+    check_alike(moe, block)
+    own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    for name, pieces in read_block(block).views().items():
+        for index, view in pieces:
+            view.copy_(own[name][index])
+    return block
 
-    `from_transformers` and then this function give a block its own weights back, bit for bit.
 
-    Args:
-        moe: the layer.
-        block: a block with the layer's sizes and settings.
-
-    Raises:
-        ValueError: the block is not known, or computes something else; nothing is changed then.
-    """
+def check_alike(moe: MoE, block: nn.Module) -> None:
+    """Raise ValueError if a layer computes something else than a block."""
     read = read_block(block)
     like, theirs = read.layer(), read.views()
     differ = differences(moe, like)
@@ -97,10 +75,6 @@ def to_transformers(moe: MoE, block: nn.Module) -> nn.Module:
             differ.append(f"{name} has shape {shapes[0]} in the layer and {shapes[1]} in the block")
     if differ:
         raise ValueError(f"the layer does not compute what a {type(block).__name__} does: " + "; ".join(differ))
-    for name, pieces in theirs.items():
-        for index, view in pieces:
-            view.copy_(own[name][index])
-    return block
 
 
 def differences(moe: MoE, wanted: MoE) -> list[str]:

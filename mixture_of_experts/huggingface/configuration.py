@@ -117,3 +117,11 @@ def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:
         held = vars(module).get("config")
         if held is not None and id(held) in copies:
             module.config = copies[id(held)]
+
+
+def forget(config: Any) -> None:
+    """Remove all that tells of experts from a configuration in memory."""
+    if isinstance(config, SavesExperts):
+        config.__class__ = type(config).__bases__[1]
+        for name in (KEY, "quantization_config"):
+            vars(config).pop(name, None)

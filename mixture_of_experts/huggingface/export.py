@@ -27,7 +27,7 @@ from mixture_of_experts.gating.steps import named
 from mixture_of_experts.huggingface.adapters import read_activation, refuse_offloaded
 from mixture_of_experts.huggingface.blocks import closes_groups
 from mixture_of_experts.huggingface.configuration import KEY
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.huggingface.losses import ANNOUNCED
 from mixture_of_experts.huggingface.shared import SharedNetwork
 
@@ -141,6 +141,10 @@ def plan_export(model: Any) -> Export:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers with experts: there is nothing to export")
+    if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
+        raise ValueError(
+            f"{type(model).__name__} has layers that were blocks: to_transformers makes a stock model of it"
+        )
     family, head = split_name(type(model).__name__)
     fits = [target for target in TARGETS if family in target.sources]
     if not fits:

@@ -6,6 +6,7 @@ Axes: b sequences, n tokens of a sequence, d model dim.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,7 @@ class ModelCall(CallUnderWay):
         self.around = around
         self.with_gradients = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
+        self.asked = False  # whether the caller asks for the auxiliary loss
         self.declined = False  # whether the caller computes its own loss and wants none of these
         self.added = False  # whether the loss that the model returned holds them
         self.reached = Reached() if around is None else around.reached
@@ -199,6 +201,33 @@ class MoEFeedForward(Replaced):
 
     def extra_repr(self) -> str:
         return "" if self.masked else "masked=False"
+
+
+class SparseFeedForward(MoEFeedForward):
+    """A `MoE` layer that replaces a sparse block of `transformers`, called as the block is.
+
+    Args:
+        block: the class of the block.
+        others: as in `MoEFeedForward`.
+
+    Shape:
+        As in `MoEFeedForward`; if the block returned router scores beside tokens, (tokens, None).
+    """
+
+    def __init__(self, moe: MoE, block: str, **others: Any) -> None:
+        super().__init__(moe, **others)
+        self.block = block
+
+    def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Any:
+        out = super().forward(x)  # a gate that reads token ids gets those of the model around
+        return (out, None) if self.block in PAIRS else out
+
+    def extra_repr(self) -> str:
+        return ", ".join(filter(None, [self.block, super().extra_repr()]))
+
+
+#: blocks that return router scores too, which nobody reads
+PAIRS = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterMLP")
 
 
 def add_below(module: nn.Module, path: str, child: nn.Module) -> None:

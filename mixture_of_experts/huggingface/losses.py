@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_model
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.padding import last_calls
+from mixture_of_experts.huggingface.padding import BeginCall, CheckpointWithMask, EndCall, call_returned, last_calls
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -95,6 +95,26 @@ def announce(model: nn.Module) -> None:
     backbone.register_forward_hook(no_router_logits)
 
 
+def remove_hooks(model: nn.Module) -> None:
+    """Remove all hooks that layers with experts have in a model, and what `announce` added to its configuration."""
+    own = (BeginCall, EndCall, AddAuxLoss)
+    functions = (call_returned, take_away, no_router_logits, without_router_logits)
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, own) or hook in functions]:
+                del hooks[key]
+        checkpoint = vars(module).get("_gradient_checkpointing_func")
+        if isinstance(checkpoint, CheckpointWithMask):
+            module._gradient_checkpointing_func = checkpoint.checkpoint  # pyright: ignore[reportArgumentType]
+    if not divides_by_batch(model):
+        vars(model).pop("accepts_loss_kwargs", None)
+    if (config := text_config(model)) is not None and not reports_routers(config):
+        plain = type(config)()
+        for name in ANNOUNCED:
+            if not hasattr(plain, name):
+                vars(config).pop(name, None)
+
+
 def text_config(model: nn.Module) -> Any:
     """The part of a model's configuration in which routers are; None if it has no configuration."""
     config: Any = getattr(model, "config", None)
@@ -117,9 +137,21 @@ def no_router_logits(backbone: nn.Module, args: object, output: Any) -> None:
         output.router_logits = None  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def factor_of(config: Any) -> float:
-    """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
-    return 1.0 if config is None or reports_routers(config) else getattr(config, "router_aux_loss_coef", 1.0)
+def take_over(model: nn.Module) -> None:
+    """Let the losses of a model's layers stand for its own, whose routers are gone."""
+    hook, config = (
+        next(hook for hook in model._forward_hooks.values() if isinstance(hook, AddAuxLoss)),
+        text_config(model),
+    )
+    if config is None or not reports_routers(config) or hook.coef is not None:
+        return
+    hook.coef = getattr(config, "router_aux_loss_coef", None) or 1.0
+    model.register_forward_pre_hook(without_router_logits, with_kwargs=True)
+
+
+def without_router_logits(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Forward pre-hook of a model: it must not read router logits, whatever its configuration says."""
+    return args, {**kwargs, "output_router_logits": False}
 
 
 def divides_by_batch(model: nn.Module) -> bool:
@@ -131,12 +163,15 @@ class AddAuxLoss:
     """Forward hook of a model: adds the auxiliary loss to the loss that it returns in training. If the model is asked
     for router logits, its output gets the `aux_loss` too."""
 
+    #: `router_aux_loss_coef` of a model whose own routers were taken over; another one that a trainer sets is relative
+    coef: float | None = None
+
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         call = under_way.current(model)
         if call is None or not call.losses:
             return None
         aux, config = total_of(call.losses), text_config(model)
-        if kwargs.get("output_router_logits") and isinstance(output, MutableMapping):
+        if call.asked and isinstance(output, MutableMapping):
             self.hand_up(aux, config, output)
         if not model.training or not torch.is_grad_enabled():
             return None
@@ -145,7 +180,7 @@ class AddAuxLoss:
         if not isinstance(loss, Tensor) or loss.ndim:
             return None
         call.added = True
-        loss = loss + factor_of(config) * share_of_batch(model, kwargs) * aux.to(loss.device)
+        loss = loss + self.factor(config) * share_of_batch(model, kwargs) * aux.to(loss.device)
         if isinstance(output, tuple):
             return (loss, *output[1:])
         if not isinstance(output, MutableMapping):
@@ -153,11 +188,19 @@ class AddAuxLoss:
         output["loss"] = loss
         return output
 
+    def factor(self, config: Any) -> float:
+        """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
+        if config is None or (reports_routers(config) and self.coef is None):
+            return 1.0
+        return getattr(config, "router_aux_loss_coef", 1.0) / (self.coef or 1.0)
+
     def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
         """Set `output["aux_loss"]`, which a trainer multiplies by a coefficient. If the model's own routers have set
         it, add to it."""
         theirs = getattr(output, "aux_loss", None)
-        if reports_routers(config) and isinstance(theirs, Tensor):
+        if self.coef is not None:
+            aux = aux / self.coef
+        elif reports_routers(config) and isinstance(theirs, Tensor):
             coef = getattr(config, "router_aux_loss_coef", 0.0)
             aux = theirs + aux.to(theirs.device) / coef if coef else theirs
         output["aux_loss"] = aux

@@ -93,7 +93,8 @@ class BeginCall:
             tokens = tokens._replace(ids=self.ids_of(args, kwargs, tokens.shape, around))
         call = ModelCall(tokens, around)
         # TRL calls so; it asks for router logits unless its `router_aux_loss_coef` is 0
-        call.declined = bool(kwargs.get("fused_lm_head")) and not kwargs.get("output_router_logits")
+        call.asked = bool(kwargs.get("output_router_logits"))
+        call.declined = bool(kwargs.get("fused_lm_head")) and not call.asked
         under_way.begin(call, model, *members)
         if around is None and model.training and call.with_gradients and not torch.compiler.is_compiling():
             self.warn_of_loss(model)

@@ -12,8 +12,7 @@ from typing import Any
 from torch import nn
 
 from mixture_of_experts import gating
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
-from mixture_of_experts.moe import MoE
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
@@ -30,7 +29,7 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for name, module in model.named_modules():
         if isinstance(module, MoEFeedForward):
-            settings = describe_layer(module.moe)
+            settings = describe_layer(module)
             same = next((entry for entry in entries if {**entry, "layers": None} == {**settings, "layers": None}), None)
             if same is None:
                 entries.append({"layers": [name], **settings})
@@ -39,7 +38,11 @@ def describe(model: nn.Module) -> list[dict[str, Any]]:
     return entries
 
 
-def describe_layer(moe: MoE) -> dict[str, Any]:
+def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
+    moe = feed_forward.moe
+    coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
+    if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
+        return {"block": feed_forward.block, "balance_over": getattr(moe.gate, "balance_over", "batch"), **coefs}
     experts: Any = moe.experts
     shared: Any = moe.shared_expert
     return {
@@ -48,9 +51,7 @@ def describe_layer(moe: MoE) -> dict[str, Any]:
         "shared_expert": None if shared is None else shared.hidden_dim,
         "gate": describe_gate(moe.gate),
         "gate_class": type(moe.gate).__name__,
-        "loss_coef": moe.loss_coef,
-        "z_loss_coef": moe.z_loss_coef,
-        "loss_coefs": dict(moe.loss_coefs),
+        **coefs,
     }
 
 

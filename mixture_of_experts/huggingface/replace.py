@@ -411,10 +411,16 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
         put(model, place, feed_forward)
     names = [place.target for place in places]
     leave_fused_path(model)
+    join(model, names)
+    return names
+
+
+def join(model: nn.Module, names: Sequence[str]) -> None:
+    """Make layers a part of the model around: it brings their masks, adds their losses, and its configuration tells of
+    them."""
     bring_mask(model, names)
     add_to_loss(model)
     note(model, describe(model))
-    return names
 
 
 @torch.no_grad()

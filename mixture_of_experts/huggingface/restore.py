@@ -13,6 +13,7 @@ from mixture_of_experts.huggingface.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.record import GateFactory, gate_factory
 from mixture_of_experts.huggingface.replace import NetworkSite, find, gates_of_layers, make_moe, swap
+from mixture_of_experts.huggingface.sparse import put_layers
 from mixture_of_experts.moe import MoE
 
 
@@ -29,7 +30,7 @@ def put_experts(
         TypeError, ValueError: `gate` makes no new gate for each layer.
     """
     for entry in layers:
-        if gate is None and entry["gate"] is None:
+        if gate is None and entry.get("gate", "block") is None:
             raise ValueError(
                 f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
                 "describe: pass gate=, the function that was given to replace_ffn, to "
@@ -40,6 +41,11 @@ def put_experts(
     if not entries:
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
+    blocks = {place: entry for place, entry in entries.items() if "block" in entry}
+    if blocks:
+        put_layers(model, blocks)
+    if blocks == entries:
+        return
 
     own = None if gate is None else gates_of_layers(gate, 1, model)
 
@@ -50,7 +56,7 @@ def put_experts(
         shared = entry.get("shared_expert")
         return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, shared)
 
-    swap(model, find(model, list(entries), adapters), build)
+    swap(model, find(model, [place for place in entries if place not in blocks], adapters), build)
 
 
 def find_place(model: Any, name: str) -> str | None:

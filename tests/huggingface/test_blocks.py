@@ -199,6 +199,17 @@ def test_another_choice_or_wrapper_is_refused():
         to_transformers(moe, make("Llama4TextMoe"))
 
 
+def test_a_mean_with_a_shared_expert_needs_one():
+    """Cohere's blocks halve what experts return only beside a shared expert."""
+    block, x = make("Cohere2MoeSparseMoeBlock"), torch.randn(2, 7, 16)
+    for shared in (True, False):
+        if not shared:
+            block.num_shared_experts = 0
+            del block.shared_experts
+        block.shared_expert_combination_strategy = "average"
+        torch.testing.assert_close(from_transformers(block)(x)[0], block(x), atol=1e-5, rtol=1e-5)
+
+
 def test_gradients_reach_every_weight():
     block = block_of(build("DeepseekV3"))
     moe = from_transformers(block)

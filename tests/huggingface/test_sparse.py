@@ -1,0 +1,284 @@
+"""Whole models of experts: their blocks become layers of ours, which train, save and load with them, and go back."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.transformers_families import build as build_family
+from support.transformers_families import inputs, outputs
+from support.transformers_models import ARCHITECTURES, two_lengths
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+
+from mixture_of_experts.huggingface import (
+    BalanceCallback,
+    aux_loss,
+    export,
+    from_transformers,
+    to_transformers,
+    upcycle,
+)
+from mixture_of_experts.huggingface.blocks import joined, read_block
+from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
+from mixture_of_experts.stats import track_routing
+
+from .test_blocks import MODELS, build
+from .test_losses import batch_of, trainer
+from .test_saving import same_weights
+
+each = pytest.mark.parametrize("name", MODELS)
+
+
+def stock_model(name: str) -> Any:
+    return build(name)
+
+
+def changed(model: nn.Module, **settings: Any) -> Any:
+    """A copy of the model, with layers of ours."""
+    return from_transformers(copy.deepcopy(model), **settings)
+
+
+def hooks_in(model: nn.Module) -> list[Any]:
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+@each
+def test_there_and_back(name):
+    """Equal logits of a padded batch, and equal text; then the stock model, bit for bit."""
+    stock, (_, batch) = stock_model(name), two_lengths("left")
+    model = copy.deepcopy(stock)
+    assert from_transformers(model) is model
+    assert [type(layer.mlp) for layer in model.model.layers] == [SparseFeedForward] * 2
+    wanted, real = stock(**batch).logits, batch["attention_mask"].bool()
+    torch.testing.assert_close(model(**batch).logits[real], wanted[real], atol=1e-5, rtol=1e-5)
+    settings: Any = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(model.generate(**batch, **settings), stock.generate(**batch, **settings))
+    with track_routing(model) as stats:
+        model(**batch)
+    assert stats.last(stats.layers[0]).tokens == real.sum()
+
+    assert to_transformers(model) is model
+    same_weights(model, stock)
+    assert torch.equal(model(**batch).logits, wanted)
+    assert [type(module) for module in model.modules()] == [type(module) for module in stock.modules()]
+    assert not hooks_in(model)
+    assert (type(model.config), vars(model.config)) == (type(stock.config), vars(stock.config))
+    assert vars(model).keys() == vars(stock).keys()
+    assert all(module.config is model.config for module in model.modules() if hasattr(module, "config"))
+
+
+@each
+def test_gradients_are_those_of_the_blocks(name):
+    """Of every weight; and of a step of our own, which goes back into the blocks."""
+    stock, (_, batch) = stock_model(name), two_lengths("right")
+    model = changed(stock, loss_coef=0.0)
+    labels = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
+    for one in (stock, model):
+        one.train()(**batch, labels=labels).loss.backward()
+
+    def grad(parameter: Tensor) -> Tensor:
+        return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+    torch.testing.assert_close(model.model.embed_tokens.weight.grad, stock.model.embed_tokens.weight.grad)
+    for block, layer in zip((one.mlp for one in stock.model.layers), feed_forwards(model), strict=True):
+        views = read_block(block).views(grad)
+        for path, parameter in layer.moe.named_parameters():
+            torch.testing.assert_close(grad(parameter), joined(views[path], parameter), atol=1e-6, rtol=1e-4)
+    torch.optim.SGD(model.parameters(), lr=0.5).step()
+    after = model.eval()(**batch).logits
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(to_transformers(model)(**batch).logits[real], after[real], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(after[real], stock.eval()(**batch).logits[real], atol=1e-3)
+
+
+def test_the_loss_is_ours():
+    """Asked for by a trainer of TRL or by the configuration, it is there once; the blocks' own loss never is."""
+    model = build("Mixtral", router_aux_loss_coef=0.25, output_router_logits=True)
+    model = from_transformers(model, loss_coef=0.5, z_loss_coef=0.1).train()
+    batch = batch_of(3)
+    out = model(**batch)
+    task = model.eval()(**batch).loss
+    torch.testing.assert_close(out.loss, task + aux_loss(model))
+    assert out.aux_loss is None
+    out = model.train()(**batch, output_router_logits=True)
+    torch.testing.assert_close(out.aux_loss * 0.25, aux_loss(model))  # a trainer multiplies by the coefficient
+    for factor in (2.0, 0.0):  # which it may set; it is relative to what it was
+        model.config.router_aux_loss_coef = factor * 0.25
+        torch.testing.assert_close(model(**batch).loss, task + factor * aux_loss(model))
+    plain = from_transformers(build("DeepseekV3"), loss_coef=0.5).train()
+    out = plain(**batch, output_router_logits=True)
+    torch.testing.assert_close(out.aux_loss, aux_loss(plain))
+    torch.testing.assert_close(out.loss, plain.eval()(**batch).loss + aux_loss(plain))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mixtral", "DeepseekV3"])
+def test_steps_of_a_trainer(name, tmp_path):
+    """With accumulation, checkpointing and a bias that moves; then saved, loaded and stock again."""
+    model = from_transformers(build(name), loss_coef=0.1)
+    before = copy.deepcopy(model.state_dict())
+    callbacks = [BalanceCallback(rate=1e-2)] if name == "DeepseekV3" else []
+    settings: Any = dict(max_steps=2, gradient_accumulation_steps=2, activation_checkpointing=True, learning_rate=0.1)
+    made = trainer(model, batch_of(8), tmp_path, **settings)
+    for callback in callbacks:
+        made.add_callback(callback)
+    made.train()
+    del model.zero_grad
+    for key, value in model.state_dict().items():
+        if not key.endswith(("mlp.gate.weight", "expert_counts")):  # what stands for a matrix of the block
+            assert not torch.equal(value, before[key]), key
+    model.eval().save_pretrained(tmp_path / "moe")
+    again, inputs = AutoModelForCausalLM.from_pretrained(tmp_path / "moe"), batch_of(2)
+    same_weights(again, model)
+    to_transformers(again).save_pretrained(tmp_path / "stock")
+    stock = type(model).from_pretrained(tmp_path / "stock")
+    torch.testing.assert_close(stock(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+LOADS = """
+import sys
+import torch
+from pathlib import Path
+from transformers import AutoModelForCausalLM
+if sys.argv[1] == "with":
+    import mixture_of_experts.huggingface
+for folder in sorted(Path(sys.argv[2]).iterdir()):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    given, wanted = torch.load(folder / "expected.pt")
+    assert torch.equal(model(**given).logits, wanted), folder
+    print(folder.name, type(model.model.layers[0].mlp).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_another_process_loads_them(tmp_path):
+    """With the import; without it the folder is refused."""
+    for name in MODELS:
+        model, (_, batch) = from_transformers(build(name), balance_over="group"), two_lengths("left")
+        model.save_pretrained(tmp_path / name, max_shard_size="50KB")
+        torch.save((batch, model(**batch).logits.detach()), tmp_path / name / "expected.pt")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert [repr(one) for one in feed_forwards(again)] == [repr(one) for one in feed_forwards(model)]
+        assert feed_forwards(again)[0].moe.gate.balance_over == "group"
+    root = Path(__file__).resolve().parents[2]
+    run = [sys.executable, "-c", LOADS]
+    done = subprocess.run([*run, "with", str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == [word for name in sorted(MODELS) for word in (name, "SparseFeedForward")], done.stderr
+    done = subprocess.run([*run, "without", str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode
+    assert "mixture_of_experts" in done.stderr
+
+
+def test_a_stock_class_takes_no_changed_weights(tmp_path):
+    """What it would not find it would draw: the name of its router's matrix has another shape."""
+    model = from_transformers(build("Mixtral"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
+        type(model).from_pretrained(tmp_path, config=to_transformers(model).config)
+
+
+def test_dtypes_modes_and_what_is_frozen_stay():
+    stock = build("DeepseekV3").to(torch.bfloat16).train()
+    for name, parameter in stock.named_parameters():
+        parameter.requires_grad_("experts.gate_up_proj" not in name)
+    model = changed(stock)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in frozen} == {"w1", "w3"}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(layer.training for layer in feed_forwards(model))
+    back = {name: p.requires_grad for name, p in to_transformers(model).named_parameters()}
+    assert back == {name: p.requires_grad for name, p in stock.named_parameters()}
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training for module in model.modules())
+
+
+def test_dense_layers_beside(tmp_path):
+    """They are upcycled beside the blocks, saved and loaded; such a model has no stock class."""
+    model, batch = build("DeepseekV3", hidden=48, first_k_dense_replace=1), batch_of(2)
+    before = model(**batch).logits
+    from_transformers(model)
+    assert upcycle(model, num_experts=4) == ["model.layers.0.mlp"]
+    torch.testing.assert_close(model(**batch).logits, before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
+    state = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has layers of replace_ffn or upcycle: only what"):
+        to_transformers(model)
+    assert state.keys() == model.state_dict().keys()
+
+
+def family(name: str) -> Any:
+    return build_family(name)
+
+
+@pytest.mark.parametrize(
+    ("make", "problem"),
+    [
+        (lambda: build("Mixtral", router_jitter_noise=0.1), "MixtralSparseMoeBlock has jitter_noise=0.1"),
+        (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block: upcycle and replace_ffn are"),
+        (lambda: from_transformers(build("Mixtral")), "MixtralForCausalLM has no sparse block"),
+        (lambda: family("jetmoe"), "JetMoeAttention at model.layers.0.self_attention is of no class that is known"),
+        (lambda: family("zaya"), "ZayaSparseMoeBlock reads the state of the router of the layer before"),
+        (lambda: quantised(build("Mixtral")), "MixtralForCausalLM is quantised: load it without quantization_config"),
+    ],
+    ids=["jitter", "dense", "changed", "JetMoe", "Zaya", "quantised"],
+)
+def test_what_is_refused_is_not_changed(make, problem):
+    model = make()
+    kinds, state, config = [type(m) for m in model.modules()], model.state_dict(), dict(vars(model.config))
+    hooks = len(hooks_in(model))
+    with pytest.raises(ValueError, match=problem):
+        from_transformers(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert all(value.data_ptr() == state[key].data_ptr() for key, value in model.state_dict().items())
+    assert (vars(model.config), len(hooks_in(model))) == (config, hooks)
+
+
+def quantised(model: Any) -> Any:
+    model.is_quantized = True
+    return model
+
+
+def test_what_cannot_go_back():
+    model = from_transformers(build("Mixtral"))
+    with pytest.raises(ValueError, match="has layers that were blocks: to_transformers makes a stock model of it"):
+        export(model)
+    layer = feed_forwards(model)[1]
+    layer.moe.gate.scale = 2.0
+    with pytest.raises(ValueError, match=r"the gate has scale=2.0, the block 1.0"):
+        to_transformers(model)
+    assert len(feed_forwards(model)) == 2
+    with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that was a block"):
+        to_transformers(build("Mixtral"))
+    with pytest.raises(ValueError, match=r"a model of transformers is changed, not a MoE: give block="):
+        to_transformers(layer.moe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("afmoe", "aria_text", "cohere2_moe", "deepseek_v4", "dots3_note", "ernie4_5_moe", "granitemoehybrid"),
+        *("inkling_text", "jamba", "llama4", "minimax_m2", "nemotron_h", "openai_privacy_filter", "phimoe"),
+        *("qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"),
+    ],
+)
+def test_other_families(name, tmp_path):
+    """Blocks that return pairs, are called with token ids, average, or stand beside other networks."""
+    model = family(name).eval()
+    given, stock = inputs(model), copy.deepcopy(model.state_dict())
+    before = outputs(model, given)
+    from_transformers(model)
+    after = outputs(model, given)
+    torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-5)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(type(model).from_pretrained(tmp_path).eval(), given), after)
+    assert torch.equal(outputs(to_transformers(model), given), before)
+    assert all(torch.equal(value, stock[key]) for key, value in model.state_dict().items())
+    assert model.state_dict().keys() == stock.keys()
