@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.checks import check_number, check_size
-from mixture_of_experts.decision import Decision, decision_on
-from mixture_of_experts.dispatch import combine, dispatch
+from mixture_of_experts.decision import Decision, of_first_experts
+from mixture_of_experts.dispatch import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 
 
@@ -174,20 +174,15 @@ class ExpertsBesideIdentity(RoutedExperts):
         return a * x + b * self.constants[i]
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        if decision is None or decision.k is None:
+        if decision is None or (decision.k is None and _rows_tell(self.experts)):
             return super().forward(x, decision)
-        e = self.num_computing
-        parts = decision.expert, decision.weight, decision.kept
-        expert, weight, kept = (part.view(-1, decision.k) for part in parts)
-        out = self.experts(x, decision_on(torch.where(kept, expert, e), weight, e))
+        e, expert = self.num_computing, decision.expert
+        out = self.experts(x, of_first_experts(decision, e))
         self._check_widths(x.shape[-1], out.shape[-1])
         if self.num_identity:
-            copies = kept & (expert >= e) & (expert < e + self.num_identity)
-            share = torch.where(copies, weight, 0).sum(dim=-1, keepdim=True)
-            out = out + share * x
+            out = out + _share(decision, (expert >= e) & (expert < e + self.num_identity)) * x
         for i in range(self.num_constant):
-            share = torch.where(kept & (expert == self.num_experts - self.num_constant + i), weight, 0)
-            out = out + share.sum(dim=-1, keepdim=True) * self.constant(i, x)
+            out = out + _share(decision, expert == self.num_experts - self.num_constant + i) * self.constant(i, x)
         return out.to(x.dtype)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -206,6 +201,22 @@ class ExpertsBesideIdentity(RoutedExperts):
     def extra_repr(self) -> str:
         constant = f", num_constant={self.num_constant}" if self.num_constant else ""
         return f"num_identity={self.num_identity}, num_zero={self.num_zero}{constant}"
+
+
+def _share(decision: Decision, some: Tensor) -> Tensor:
+    """`(t, 1)`, the sum of the weights of those assignments of a token that are in `some` `(a,)`."""
+    weight = torch.where(decision.kept & some, decision.weight, 0)
+    if decision.k is not None:
+        return weight.view(-1, decision.k).sum(dim=-1, keepdim=True)
+    assert decision.token is not None
+    return add_rows(weight.new_zeros(decision.num_tokens, 1), decision.token, weight.unsqueeze(-1))
+
+
+def _rows_tell(experts: nn.Module) -> bool:
+    """Whether experts do no more than `compute` on rows, whose results are then weighted."""
+    if isinstance(experts, ExpertsBesideIdentity):
+        return _rows_tell(experts.experts)
+    return not isinstance(experts, (EnclosedExperts, InputWeightedExperts))
 
 
 class InputWeightedExperts(RoutedExperts):
@@ -248,7 +259,7 @@ class NormedExperts(RoutedExperts):
     """Puts a norm on what experts return, before the weights of the assignments multiply it.
 
     Args:
-        experts: experts that have `compute`, such as `GatedExperts`.
+        experts: experts that have `compute`, such as `GatedExperts`. `InputWeightedExperts` go around the norm.
         norm: a module that maps rows `(r, d)`.
 
     Example:
@@ -267,6 +278,11 @@ class NormedExperts(RoutedExperts):
 
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
         super().__init__()
+        if not _rows_tell(experts):
+            raise ValueError(
+                f"a norm stands on the rows that experts compute, which {type(experts).__name__} weigh or go on with: "
+                "put the norm inside, as in InputWeightedExperts(NormedExperts(experts, norm))"
+            )
         self.experts, self.norm = experts, norm
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 

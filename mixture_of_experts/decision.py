@@ -185,8 +185,8 @@ class Decision:
         """The queue `(a,)` that each assignment is in, and all queues: positions `(a,)` and lengths `(e b,)`."""
         if self.slots is not None:
             return self.slots.find()
-        assert self.k is not None
-        return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), self.k, "token")
+        k = 1 if self.k is None else self.k  # in the order in which they are stored
+        return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), k, "token")
 
     def waiting(self) -> Waiting:
         """The choices that queue; for two levels those of level two. Without slots all tokens are one group."""
@@ -250,6 +250,14 @@ def decision_on(expert: Tensor, weight: Tensor, num_experts: int) -> Decision:
     kept = (expert >= 0) & (expert < num_experts)
     (t, k), expert, weight = expert.shape, torch.where(kept, expert, 0), torch.where(kept, weight, 0)
     return Decision(expert.flatten(), weight.flatten(), kept.flatten(), k=k, num_tokens=t, num_experts=(num_experts,))
+
+
+def of_first_experts(decision: Decision, num_experts: int) -> Decision:
+    """The decision without the assignments to experts behind the first `num_experts`."""
+    kept = decision.kept & (decision.expert < num_experts)
+    expert, weight = torch.where(kept, decision.expert, 0), torch.where(kept, decision.weight, 0)
+    k, token, num_tokens = decision.k, decision.token, decision.num_tokens
+    return Decision(expert, weight, kept, k=k, token=token, num_tokens=num_tokens, num_experts=(num_experts,))
 
 
 def decision_of(routing: Routing) -> Decision:

@@ -205,6 +205,73 @@ def test_outputs_of_another_width(build, gate):
     assert MoE(D, gate=gate, experts=experts)(torch.randn(2, 9, D))[0].shape == (2, 9, 3)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: Experts(D, E - 3, 5),
+        lambda: InputWeightedExperts(Experts(D, E - 2, 5)),
+        lambda: InputWeightedExperts(NormedExperts(Experts(D, E - 2, 5), nn.RMSNorm(D))),
+        lambda: EnclosedExperts(Experts(3, E - 2, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+        lambda: ExpertsBesideIdentity(InputWeightedExperts(Experts(D, E - 3, 5)), num_identity=1),
+    ],
+    ids=["plain", "input", "norm", "latent", "nested"],
+)
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked):
+    """Under expert choice too: an inner module weighs inputs, or goes on with the sum of a token."""
+    torch.manual_seed(0)
+    made: Any = inner()
+    experts = ExpertsBesideIdentity(made, num_identity=1, num_zero=1, num_constant=E - 2 - made.num_experts)
+    moe, x = MoE(D, gate=GATES[gate](), experts=experts).double(), torch.randn(2, 9, D, dtype=torch.float64)
+    x.requires_grad_()
+    mask = torch.arange(9) < torch.tensor([[9], [5]]) if masked else None
+    weight = moe.gate(x, mask=mask).combine_tensor().sum(-1)
+
+    def plain(experts: Any, weight: Tensor) -> Tensor:
+        """`(b, n, d)`, one expert and one token after the other."""
+        out = []
+        for token, weights in zip(x.flatten(0, 1), weight.flatten(0, 1), strict=True):
+            out.append(sum((of_one(experts, i, token, w) for i, w in enumerate(weights)), torch.zeros(D).double()))
+        return torch.stack(out).view(x.shape)
+
+    def of_one(experts: Any, i: int, token: Tensor, weight: Tensor) -> Tensor:
+        if weight == 0:
+            return torch.zeros_like(token)
+        if isinstance(experts, InputWeightedExperts):
+            return of_one(experts.experts, i, weight * token, torch.ones_like(weight))
+        if isinstance(experts, NormedExperts):
+            return weight * experts.norm(of_one(experts.experts, i, token, torch.ones_like(weight)))
+        if isinstance(experts, ExpertsBesideIdentity):
+            if i < experts.num_computing:
+                return of_one(experts.experts, i, token, weight)
+            if i < experts.num_computing + experts.num_identity:
+                return weight * token
+            zero = i < experts.num_experts - experts.num_constant
+            return torch.zeros_like(token) if zero else weight * experts.constant(0, token.unsqueeze(0)).squeeze(0)
+        return weight * (experts.act(token @ experts.w1[i]) @ experts.w2[i])
+
+    if isinstance(made, EnclosedExperts):
+        assert made.before is not None
+        assert made.after is not None
+        computing = weight[..., : E - 2]
+        inside = made.before(x).unsqueeze(-2).unsqueeze(-2) @ made.experts.w1
+        each = (made.experts.act(inside) @ made.experts.w2).squeeze(-2)
+        whole = made.after((computing.unsqueeze(-1) * each).sum(-2))
+        whole = torch.where((computing != 0).any(-1, keepdim=True), whole, 0)
+        wanted = whole + plain(experts, weight * (torch.arange(E) >= E - 2))
+    else:
+        wanted = plain(experts, weight)
+    out, _ = moe(x, mask)
+    torch.testing.assert_close(out, wanted)
+    inputs = [x, *moe.parameters()]
+    ours, theirs = (
+        torch.autograd.grad(value.square().sum(), inputs, allow_unused=True, materialize_grads=True)
+        for value in (out, wanted)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
 def test_what_returns_the_token_needs_experts_of_its_width(kind):
     with pytest.raises(ValueError, match=rf"map width {D} to 3, but 2 of the added ones return the token.*num_zero"):
@@ -222,6 +289,10 @@ def test_a_constant_expert_in_another_dtype_than_its_token():
 
 
 def test_refused():
+    for inner in (InputWeightedExperts(Experts(D, E)), EnclosedExperts(Experts(D, E), beside=nn.Identity())):
+        for experts in (inner, ExpertsBesideIdentity(inner, num_zero=1)):
+            with pytest.raises(ValueError, match=r"put the norm inside, as in InputWeightedExperts\(NormedExperts\("):
+                NormedExperts(experts, nn.RMSNorm(D))
     with pytest.raises(
         TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
     ):

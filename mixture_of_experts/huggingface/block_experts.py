@@ -81,10 +81,10 @@ class BlockExperts:
             kind: Any = GatedExperts if "w3" in weights else Experts
             experts: Any = kind(d, e, h, self.activation(), bias="b1" in weights)
         experts.is_transposed = True  # weights are (e, in, out): PEFT reads this
-        if self.model.weigh_input:
-            experts = InputWeightedExperts(experts)
         if (norm := find(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, copied(norm))
+        if self.model.weigh_input:
+            experts = InputWeightedExperts(experts)
         if spare := self.num_identity + self.model.zero:
             experts = ExpertsBesideIdentity(experts, num_identity=self.num_identity, num_zero=spare - self.num_identity)
         shared = self.shared_module()
