@@ -456,19 +456,21 @@ def weight_grads(
     """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
 
     x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
-    asynchronously, with as many blocks under way as the schedule says.
+    asynchronously, with as many blocks under way as the schedule says. Of two weights, each has every second program.
     """
-    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO else BLOCK_N
-    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, WIDTH)
-    expert = tl.program_id(0) // (blocks_m * blocks_n)
-    block_m, block_n = block_of(tl.program_id(0) % (blocks_m * blocks_n), blocks_m, blocks_n, GROUP)
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    if TWO:
+        y = y_up if program % 2 == 1 else y
+        out = out_up if program % 2 == 1 else out
+        program = program // 2
+    expert = program // (blocks_m * blocks_n)
+    block_m, block_n = block_of(program % (blocks_m * blocks_n), blocks_m, blocks_n, GROUP)
     begin, end = rows_of(ends, expert)
     line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    column = block_n * WIDTH + tl.arange(0, WIDTH)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
     left, right = x + line % M, column % N
-    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
-    if TWO:
-        up = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     row = begin + tl.arange(0, BLOCK_C)
     if GATHER_X or GATHER_Y:
         source = tl.load(token + row, mask=row < end, other=0)
@@ -481,17 +483,12 @@ def weight_grads(
         a = tl.load(left[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
         b = tl.load(y + place, mask=exists[:, None], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if TWO:
-            b_up = tl.load(y_up + place, mask=exists[:, None], other=0.0)
-            up = tl.dot(a, b_up, up, input_precision=PRECISION)
         row += BLOCK_C
         if GATHER_X or GATHER_Y:
             source = tl.load(token + row, mask=row < end, other=0)
     place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
     stored = (line < M)[:, None] & (column < N)[None, :]
     keep(acc, out, place, stored)
-    if TWO:
-        keep(up, out_up, place, stored)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_assignments"])

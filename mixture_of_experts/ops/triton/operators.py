@@ -434,11 +434,10 @@ def launch_weight_grads(
     of_inputs: bool,
 ) -> None:
     """Write `x^T y` of every expert. For input weights x is gathered, for output weights y."""
-    (experts, lines, columns), two = grads[0].shape, len(grads) == 2
-    width = blocks.n // 2 if two else blocks.n
+    experts, lines, columns = grads[0].shape
     launch(
         kernels.weight_grads,
-        (experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, width),),
+        (len(grads) * experts * triton.cdiv(lines, blocks.m) * triton.cdiv(columns, blocks.n),),
         x=x,
         **pair("y", y),
         token=token,
@@ -448,7 +447,7 @@ def launch_weight_grads(
         M=lines,
         N=columns,
         **strides("out", grads, "emn"),
-        TWO=two,
+        TWO=len(grads) == 2,
         GATHER_X=of_inputs,
         GATHER_Y=not of_inputs,
         PRECISION=precision(x.dtype),
