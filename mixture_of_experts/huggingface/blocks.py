@@ -162,6 +162,8 @@ def read_block(block: nn.Module) -> ReadBlock:
             "GptOssMLP and MixtralSparseMoeBlock"
         )
     refuse_offloaded(block, f"a {name}")
+    if any(type(module).__module__.startswith("peft.") for module in block.modules()):
+        raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
     settings = BlockSettings(block, model)
     for attribute, reason in REFUSED.items():
         if getattr(block, attribute, False) or getattr(settings.router, attribute, False):

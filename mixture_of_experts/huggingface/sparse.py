@@ -45,7 +45,8 @@ def from_transformers(
 
     Raises:
         ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
-            Of a model: any of its blocks is so, or its weights are quantised; nothing is changed then.
+            Or it has adapters of PEFT. Of a model: any of its blocks is so, or its weights are quantised; nothing is
+            changed then.
 
     Example:
         >>> import torch

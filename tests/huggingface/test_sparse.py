@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.transformers_families import build as build_family
 from support.transformers_families import inputs, outputs
 from support.transformers_models import ARCHITECTURES, two_lengths
@@ -32,7 +34,10 @@ from .test_blocks import MODELS, build
 from .test_losses import batch_of, trainer
 from .test_saving import same_weights
 
-each = pytest.mark.parametrize("name", MODELS)
+SOME = ("Mixtral", "DeepseekV3")
+each = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in SOME else pytest.mark.slow) for name in MODELS]
+)
 
 
 def stock_model(name: str) -> Any:
@@ -175,6 +180,7 @@ def test_another_process_loads_them(tmp_path):
     assert "mixture_of_experts" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stock_class_takes_no_changed_weights(tmp_path):
     """What it would not find it would draw: the name of its router's matrix has another shape."""
     model = from_transformers(build("Mixtral"))
@@ -183,6 +189,7 @@ def test_a_stock_class_takes_no_changed_weights(tmp_path):
         type(model).from_pretrained(tmp_path, config=to_transformers(model).config)
 
 
+@pytest.mark.slow
 def test_dtypes_modes_and_what_is_frozen_stay():
     stock = build("DeepseekV3").to(torch.bfloat16).train()
     for name, parameter in stock.named_parameters():
@@ -198,6 +205,7 @@ def test_dtypes_modes_and_what_is_frozen_stay():
     assert all(module.training for module in model.modules())
 
 
+@pytest.mark.slow
 def test_dense_layers_beside(tmp_path):
     """They are upcycled beside the blocks, saved and loaded; such a model has no stock class."""
     model, batch = build("DeepseekV3", hidden=48, first_k_dense_replace=1), batch_of(2)
@@ -225,9 +233,11 @@ def family(name: str) -> Any:
         (lambda: from_transformers(build("Mixtral")), "MixtralForCausalLM has no sparse block"),
         (lambda: family("jetmoe"), "JetMoeAttention at model.layers.0.self_attention is of no class that is known"),
         (lambda: family("zaya"), "ZayaSparseMoeBlock reads the state of the router of the layer before"),
+        (lambda: adapted(build("Mixtral"), "mlp.gate.weight"), "MixtralSparseMoeBlock has adapters of PEFT, which a"),
+        (lambda: adapted(build("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has adapters of PEFT"),
         (lambda: quantised(build("Mixtral")), "MixtralForCausalLM is quantised: load it without quantization_config"),
     ],
-    ids=["jitter", "dense", "changed", "JetMoe", "Zaya", "quantised"],
+    ids=["jitter", "dense", "changed", "JetMoe", "Zaya", "router's adapter", "experts' adapter", "quantised"],
 )
 def test_what_is_refused_is_not_changed(make, problem):
     model = make()
@@ -238,6 +248,13 @@ def test_what_is_refused_is_not_changed(make, problem):
     assert [type(module) for module in model.modules()] == kinds
     assert all(value.data_ptr() == state[key].data_ptr() for key, value in model.state_dict().items())
     assert (vars(model.config), len(hooks_in(model))) == (config, hooks)
+
+
+def adapted(model: Any, parameter: str) -> Any:
+    with warnings.catch_warnings():  # of PEFT about transformers
+        warnings.simplefilter("ignore")
+        get_peft_model(model, LoraConfig(r=2, target_parameters=[parameter]))
+    return model
 
 
 def quantised(model: Any) -> Any:
