@@ -62,8 +62,8 @@ def replace_ffn(
     """Replace a model's feed-forward networks by `MoE` layers with new experts. The model is changed.
 
     The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual paths and return
-    types of the model stay. Routers see no padding. The loss of a training forward with labels holds the auxiliary loss
-    (`aux_loss`).
+    types of the model stay. Padding counts in nothing. The loss of a training forward with labels holds the auxiliary
+    loss (`aux_loss`).
 
     Args:
         model: a model of `transformers`; give the one that you train, so that its loss is found.

@@ -34,7 +34,7 @@ def from_transformers(
     the addition of both networks.
 
     Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. As after
-    `replace_ffn`, its routers see no padding, the loss of a training forward with labels holds the auxiliary loss, and
+    `replace_ffn`, padding counts in nothing, the loss of a training forward with labels holds the auxiliary loss, and
     it is saved and loaded with its layers. Its own auxiliary loss is never added. `to_transformers` makes it a stock
     model again.
 
