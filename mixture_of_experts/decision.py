@@ -31,7 +31,7 @@ class Waiting(NamedTuple):
         expert, position: `(a,)` int64, the expert of each choice, and its position in the queue of its group.
         chosen, kept: `(a,)` bool, the choices that queue, and those of them that are computed.
         length: `(e b,)` int64, number of rows that each queue needs, by router, expert and group.
-        slot: as in `SlotLayout`.
+        slot: as in `SlotsOfTwoLevels`; None for one level.
         num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of one router of the gate.
     """
 
@@ -53,13 +53,10 @@ class SlotLayout:
     Every expert has one queue for each group; queue `expert * num_groups + group` has `capacity` slots.
 
     Attributes:
-        routing: the routing of the gate; for two levels that of level two.
-        slot: for two levels `(t k1,)`, the slot of each assignment of level one, which is a token of `routing`; the
-            number of slots for an assignment without one. None for one level.
+        routing: the routing of the gate.
     """
 
     routing: Routing
-    slot: Tensor | None = None
 
     @property
     def num_groups(self) -> int:
@@ -71,19 +68,13 @@ class SlotLayout:
 
     def cell(self) -> Tensor:
         """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
-        position = self.routing.group_queues().position.flatten()
-        cell = add_times(position, self._queue(), self.capacity)
-        return cell if self.slot is None else of_choices(cell, self.routing, self.slot)
+        return add_times(self.routing.group_queues().position.flatten(), self._queue(), self.capacity)
 
-    def find(self) -> tuple[Tensor, Queues]:
+    def queues(self) -> tuple[Tensor, Queues]:
         """The queue `(a,)` of each assignment, and the `Queues`, cut off at capacity: positions `(a,)` and lengths
         `(e b,)`."""
         queues = self.routing.group_queues()
-        if self.slot is None:
-            return self._queue(), Queues(queues.position.flatten(), self.length(queues))
-        cell, length = self.cell(), self.length(queues)
-        queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
-        return queue, Queues(add_times(cell, queue, -self.capacity), length)
+        return self._queue(), Queues(queues.position.flatten(), self.length(queues))
 
     def waiting(self) -> Waiting:
         """The choices of the gate, as `Decision.waiting` gives them."""
@@ -95,7 +86,7 @@ class SlotLayout:
             gate.chosen.flatten(),
             gate.kept.flatten(),
             self.length(queues),
-            self.slot,
+            None,
             gate.num_tokens,
             gate.k,
             gate.num_experts,
@@ -113,6 +104,29 @@ class SlotLayout:
         if outer:
             first = add_times(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
         return add_times(first, self.routing.expert.reshape(routers, b, a), b).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class SlotsOfTwoLevels(SlotLayout):
+    """The slots of level two, whose tokens are the slots of level one.
+
+    Attributes:
+        routing: the routing of level two.
+        slot: `(t k1,)`, the slot of each assignment of level one; the number of slots for an assignment without one.
+    """
+
+    slot: Tensor
+
+    def cell(self) -> Tensor:
+        return of_choices(super().cell(), self.routing, self.slot)
+
+    def queues(self) -> tuple[Tensor, Queues]:
+        cell, length = self.cell(), self.length(self.routing.group_queues())
+        queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
+        return queue, Queues(add_times(cell, queue, -self.capacity), length)
+
+    def waiting(self) -> Waiting:
+        return super().waiting()._replace(slot=self.slot)
 
 
 class Decision:
@@ -172,7 +186,7 @@ class Decision:
         if self._expert is not None:
             return self._expert
         assert self.slots is not None
-        queue, _ = self.slots.find()
+        queue, _ = self.slots.queues()
         return queue // self.slots.num_groups
 
     @property
@@ -184,7 +198,7 @@ class Decision:
     def queues(self) -> tuple[Tensor, Queues]:
         """The queue `(a,)` that each assignment is in, and all queues: positions `(a,)` and lengths `(e b,)`."""
         if self.slots is not None:
-            return self.slots.find()
+            return self.slots.queues()
         k = 1 if self.k is None else self.k  # in the order in which they are stored
         return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), k, "token")
 
@@ -314,7 +328,7 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
         k=slots.k * inner.k,
         num_tokens=slots.num_tokens,
         num_experts=(outer.num_experts, inner.num_experts),
-        slots=SlotLayout(inner, slots.row),
+        slots=SlotsOfTwoLevels(inner, slots.row),
         dropless=inner.capacity is None,
         # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
         most_rows=smallest(math.prod(inner.expert.shape), weight.numel()),

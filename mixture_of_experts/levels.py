@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch import dispatch
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.groups import group_shape
-from mixture_of_experts.plan import Plan
+from mixture_of_experts.plan import Plan, append
 from mixture_of_experts.private_torch import is_fake
 from mixture_of_experts.queues import Length
 from mixture_of_experts.routing import Routing
@@ -48,31 +48,41 @@ def second_level(
         side: `(b, n, ...)` side inputs of the gate; an empty slot has zeros, and importance 0. `given_experts_inner`
             `(b, n, k, k2)` is for each choice of a token.
     """
-    b, n, d = groups.shape
-    eo, c = outer.num_experts, outer.slots
     if outer.k is None:
         raise ValueError("gate_outer must be a router of token choice: its Routing has no list of choices")
-    x, given = dispatch(groups.flatten(0, 1), slots).view(eo, b, c, d), side.get(GIVEN_INNER)
-    side = {name: value for name, value in side.items() if name != GIVEN_INNER}
-    side = {name: _in_slots(value, slots).view(eo, b, c, *value.shape[2:]) for name, value in side.items()}
-    if given is not None:
-        side[GIVEN] = _of_choices(given, outer.k, slots).view(eo, b, c, given.shape[-1])
-    handed_on = outer.importance.flatten()
-    importance = torch.cat([handed_on, handed_on.new_zeros(1)])[slots.assignment].view(eo, b, c)
-    mask = length = None
+    b, n, _ = groups.shape
+    eo, c = outer.num_experts, outer.slots
+    of_slots = {  # (eo b c, ...)
+        "x": dispatch(groups.flatten(0, 1), slots),
+        "importance": append(outer.importance.flatten(), 0)[slots.assignment],
+        **_side_of_slots(side, outer.k, slots),
+    }
+    shape, more = (eo, b, c), {}
     if outer.capacity is None:
-        mask = importance > 0
-        real = mask.new_full((b,), n, dtype=torch.int64) if outer.real is None else outer.real.sum(dim=-1)
-        length = Length((real * min(outer.k, eo)).expand(eo, b), parts_per_token=eo)
-    elif outer.limit is not None:
-        mask = (torch.arange(c, device=x.device) < outer.limit.unsqueeze(-1)).expand(eo, b, c)
-    if group_size is not None and outer.capacity is not None:
-        shape = (eo, *group_shape(b * c, group_size))
-        x, importance = x.reshape(*shape, d), importance.reshape(shape)
-        mask = None if mask is None else mask.reshape(shape)
-        side = {name: value.reshape(*shape, *value.shape[3:]) for name, value in side.items()}
-    arguments = {"x": x, "importance": importance, "mask": mask, **side}
-    return arguments if length is None else {**arguments, "length": length}
+        mask = (of_slots["importance"] > 0).view(shape)
+        more["length"] = _fair_shares(outer, n)
+    else:
+        mask = _real_slots(outer, c)
+        if group_size is not None:
+            shape = (eo, *group_shape(b * c, group_size))
+            mask = None if mask is None else mask.reshape(shape)
+    return {name: value.view(*shape, *value.shape[1:]) for name, value in of_slots.items()} | {"mask": mask, **more}
+
+
+def _fair_shares(outer: Routing, n: int) -> Length:
+    """`(eo, b)`, each outer expert's share of a group's choices, had all of them the same."""
+    b, eo, k = outer.expert.shape[-2], outer.num_experts, outer.k
+    assert k is not None
+    real = outer.expert.new_full((b,), n) if outer.real is None else outer.real.sum(dim=-1)
+    return Length((real * min(k, eo)).expand(eo, b), parts_per_token=eo)
+
+
+def _real_slots(outer: Routing, c: int) -> Tensor | None:
+    """`(eo, b, c)` bool, the slots below the capacity that a group's real length gives; None if nothing is masked."""
+    if outer.limit is None:
+        return None
+    real = torch.arange(c, device=outer.limit.device) < outer.limit.unsqueeze(-1)
+    return real.expand(outer.num_experts, *real.shape)
 
 
 def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> None:
@@ -93,6 +103,14 @@ def check_slots_have_tokens(gate: nn.Module, inner: Routing, slots: Plan) -> Non
         )
 
 
+def _side_of_slots(side: Mapping[str, Tensor], k: int, slots: Plan) -> dict[str, Tensor]:
+    """The side inputs of level two `(r, ...)`, from those of tokens; `given_experts` from those of choices."""
+    found = {name: _in_slots(value, slots) for name, value in side.items() if name != GIVEN_INNER}
+    if (given := side.get(GIVEN_INNER)) is not None:
+        found[GIVEN] = _of_choices(given, k, slots)
+    return found
+
+
 def _in_slots(value: Tensor, slots: Plan) -> Tensor:
     """Return the entries of slots `(r, ...)`, from those of tokens `(b, n, ...)`."""
     rows = dispatch(value.reshape(slots.num_tokens, math.prod(value.shape[2:])), slots)
@@ -103,5 +121,4 @@ def _of_choices(given: Tensor, k: int, slots: Plan) -> Tensor:
     """Return the entries of slots `(r, k2)`, from those of choices `(b, n, k, k2)`; an empty slot has -1."""
     if given.ndim != 4 or given.shape[2] != k:
         raise ValueError(f"{GIVEN_INNER} must have shape (..., n, {k}, k of level two), got {tuple(given.shape[1:])}")
-    none = given.new_full((1, given.shape[-1]), -1)
-    return torch.cat([given.flatten(0, 2), none])[slots.assignment]
+    return append(given.flatten(0, 2), -1)[slots.assignment]
