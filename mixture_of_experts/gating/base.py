@@ -490,53 +490,59 @@ class TokenChoiceGate(Gate):
             losses: every loss by name, 0-dim; `balance_loss` and `z_loss` are short for "balance" and "z" in it.
         """
         losses = joined_losses(losses or {}, {"balance": balance_loss, "z": z_loss}, {}, probs)
-        name = type(self).__name__
-        if not torch.compiler.is_compiling():
+        tracing, name = torch.compiler.is_compiling(), type(self).__name__
+        if not tracing:
             choices = Choices(expert, weight, probs, losses, chosen, score, primary)
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
-        capacity, limit = self.capacity(tokens)
-        uncounted = None
-        if tokens.active is not None:
-            active = tokens.active.unsqueeze(-1)
-            if tokens.all_choose:
-                others = ~active if chosen is None else chosen & ~active
-                uncounted = torch.where(others, weight.detach(), 0.0).flatten(-2)
-            chosen = active.expand_as(expert) if chosen is None else chosen & active
+        chosen, uncounted = self._that_count(tokens, weight, chosen)
         expert, weight = expert.flatten(-2), weight.flatten(-2)
-        chosen = None if chosen is None else chosen.flatten(-2)
+        optional = (chosen, primary, weighed, uncounted)
+        chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
-        computed = weight != 0 if chosen is None else chosen & (weight != 0)
-        if not (type(self).__module__.startswith(str(__package__)) or torch.compiler.is_compiling()):
-            check_experts_of_tokens(name, expert, computed, self.k, self.num_experts)
-        all_chosen, kept, queues = chosen is None, computed, None  # dropless needs no queues
-        if capacity is not None:
+        kept = weight != 0 if chosen is None else chosen & (weight != 0)
+        if not (tracing or type(self).__module__.startswith(str(__package__))):
+            check_experts_of_tokens(name, expert, kept, self.k, self.num_experts)
+        capacity, limit = self.capacity(tokens)
+        zero_where_not_kept, queues = chosen is None, None  # dropless needs no queues
+        if capacity is None:
+            chosen = kept
+        else:
             if self.priority == "score" and score is None:
                 score = probs.detach().amax(dim=-1)
             queues = queue_up(expert, chosen, self.num_experts, self.k, self.priority, score)
-            if limit is not None:
-                kept = kept & (queues.position < limit.unsqueeze(-1))
-            elif not statically_known_true(expert.shape[-1] <= capacity):
-                kept = kept & (queues.position < capacity)
+            if limit is not None or not statically_known_true(expert.shape[-1] <= capacity):  # not all have a slot
+                kept = kept & (queues.position < (capacity if limit is None else limit.unsqueeze(-1)))
+                zero_where_not_kept = False
             chosen = torch.ones_like(kept) if chosen is None else chosen
-        of_weight_alone = all_chosen and kept is computed  # kept is where the weight is not 0
         return Routing(
             expert=expert,
             kept=kept,
-            weight=weight if of_weight_alone else torch.where(kept, weight, 0.0),
+            weight=weight if zero_where_not_kept else torch.where(kept, weight, 0.0),
             probs=probs,
             num_tokens=tokens.num_tokens,
             num_experts=self.num_experts,
             capacity=capacity,
             k=self.k,
-            chosen=kept if capacity is None or chosen is None else chosen,
+            chosen=chosen,
             queues=queues,
             limit=limit,
             real=tokens.real,
             losses=losses,
-            primary=None if primary is None else primary.flatten(-2),
-            weighed=None if weighed is None else weighed.flatten(-2),
+            primary=primary,
+            weighed=weighed,
             uncounted=uncounted,
         )
+
+    def _that_count(self, tokens: Tokens, weight: Tensor, chosen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The choices `(..., b, n, k)` that are `chosen` by tokens that may choose, None if all are; and the weights of
+        the others that are computed though they do not count, None if there are none."""
+        if tokens.active is None:
+            return chosen, None
+        active = tokens.active.unsqueeze(-1).expand_as(weight)
+        uncounted = None
+        if tokens.all_choose:
+            uncounted = torch.where(~active if chosen is None else chosen & ~active, weight.detach(), 0.0)
+        return active if chosen is None else chosen & active, uncounted
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]

@@ -205,14 +205,7 @@ class TopKGating(TokenChoiceGate):
     def decide_by_operators(self, tokens: Tokens) -> Choices:
         """Decide by torch's operators, without the kernel for a few tokens."""
         x, closed = self._jittered(tokens.x), self.closed_experts(tokens)
-        if self.w_gating is not None:
-            logits, score, probs, log_total = recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
-        elif isinstance(self.logits, RouterLogits):
-            weights = dict(self.logits.named_parameters())
-            function = partial(self._module_scores, tuple(weights))
-            logits, score, probs, log_total = recomputed(function, x, self.logits.weight, closed, *weights.values())
-        else:  # not recomputed: a user's module may draw random numbers
-            logits, score, probs, log_total = self._scored(self.logits_of(x), closed)
+        logits, score, probs, log_total = self._scores_to_save(x, closed)
         ranked = self._ranked(logits, score, closed)
         if closed is None and not self._may_lack_experts:
             own = self.own_choices(tokens, ranked)
@@ -235,13 +228,7 @@ class TopKGating(TokenChoiceGate):
         weight = self._normalized(weight, weighs)
         if self.scale != 1:
             weight = weight * self.scale
-        if self.training and (counts := self.bias_counts) is not None:
-            first = weight.detach()[..., :1]
-            known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
-            counted = known if allowed is None else allowed & known
-            weight = count_in_backward(weight, self._count(logits, score, expert, counted, tokens.full), counts)
-            if torch.is_grad_enabled():
-                self._steps_without_update.training_forward(next(self.parameters(), None))
+        weight = self._counted_in_backward(weight, logits, score, expert, allowed, tokens.full)
         if log_total is None:  # it follows from the first choice
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
         else:
@@ -305,6 +292,16 @@ class TopKGating(TokenChoiceGate):
         if is_open.shape != wanted or is_open.dtype != torch.bool:
             raise ValueError(f"open_experts must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
         return ~is_open
+
+    def _scores_to_save(self, x: Tensor, closed: Tensor | None) -> Scored:
+        """The results of `_scored` for tokens x, which a backward on a GPU may compute again."""
+        if self.w_gating is not None:
+            return recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
+        if isinstance(self.logits, RouterLogits):
+            weights = dict(self.logits.named_parameters())
+            function = partial(self._module_scores, tuple(weights))
+            return recomputed(function, x, self.logits.weight, closed, *weights.values())
+        return self._scored(self.logits_of(x), closed)  # not again: a user's module may draw random numbers
 
     def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None, closed: Tensor | None) -> Scored:
         """Logits, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the logits, None if it
@@ -426,6 +423,26 @@ class TopKGating(TokenChoiceGate):
     def always_chosen(self) -> int:
         """The number of experts that every token takes, by `AlwaysChosen`: the last ones. Their bias stays as it is."""
         return self.select.num if isinstance(self.select, AlwaysChosen) else 0
+
+    def _counted_in_backward(
+        self,
+        weight: Tensor,
+        logits: Tensor,
+        score: Tensor,
+        expert: Tensor,
+        allowed: Tensor | None,
+        full: Tensor | None,
+    ) -> Tensor:
+        """The weights `(..., b, n, k)`; in training their backward adds this forward to `bias_counts`."""
+        if not self.training or (counts := self.bias_counts) is None:
+            return weight
+        first = weight.detach()[..., :1]
+        known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
+        counted = known if allowed is None else allowed & known
+        weight = count_in_backward(weight, self._count(logits, score, expert, counted, full), counts)
+        if torch.is_grad_enabled():
+            self._steps_without_update.training_forward(next(self.parameters(), None))
+        return weight
 
     def _count(self, logits: Tensor, score: Tensor, expert: Tensor, counted: Tensor, full: Tensor | None) -> Tensor:
         """What this forward adds to `bias_counts`."""
