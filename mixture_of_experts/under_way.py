@@ -29,7 +29,6 @@ class CallUnderWay:
 
     keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
     watch: Watch | None = None  # what is told of the call's end
-    returned = False  # whether the forward came to its end
     frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
     backward: int | None = None  # the number of the backward in which it runs; None in a traced graph
 
@@ -158,14 +157,14 @@ class Watch:
     def lost(self, call: Any) -> None:
         """The forward of a call raised, or was interrupted."""
 
-    def keys(self, module: nn.Module) -> Sequence[Hashable]:
-        """The keys by which `current` finds the calls."""
-        return (self,)
+    def key(self, module: nn.Module) -> Hashable:
+        """The key by which `current` finds the calls, beside the `keys` that `begins` gave them."""
+        return self
 
     def follow(self, module: nn.Module, hooks: Attached, *, first: bool = True) -> None:
         """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
         a forward begins after the other pre-hooks."""
-        hooks.callback(current, self.keys(module)[0])  # an interrupted call is not kept beyond the hooks
+        hooks.callback(current, self.key(module))  # an interrupted call is not kept beyond the hooks
         hooks.before(module, self.begin, prepend=first)
         hooks.after(module, self.end, always_call=True)
 
@@ -175,10 +174,10 @@ class Watch:
         call = self.begins(module, args, kwargs)
         if call is not None:
             call.watch = self
-            begin(call, *self.keys(module))
+            begin(call, self.key(module), *call.keys)
 
     def end(self, module: nn.Module, args: object, output: Any) -> None:
-        key = self.keys(module)[0]
+        key = self.key(module)
         calls = HERE.calls.get(key)
         if not calls:
             return

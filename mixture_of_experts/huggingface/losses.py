@@ -13,7 +13,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from mixture_of_experts import under_way
 from mixture_of_experts.checks import check_model
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.padding import BeginCall, CheckpointWithMask, EndCall, call_returned, last_calls
+from mixture_of_experts.huggingface.padding import CheckpointWithMask, ModelWatch, last_calls
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -97,12 +97,13 @@ def announce(model: nn.Module) -> None:
 
 def remove_hooks(model: nn.Module) -> None:
     """Remove all hooks that layers with experts have in a model, and what `announce` added to its configuration."""
-    own = (BeginCall, EndCall, AddAuxLoss)
-    functions = (call_returned, take_away, no_router_logits, without_router_logits)
+    own = (ModelWatch, AddAuxLoss)
+    functions = (take_away, no_router_logits, without_router_logits)
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, own) or hook in functions]:
-                del hooks[key]
+            for key, hook in list(hooks.items()):
+                if isinstance(getattr(hook, "__self__", hook), own) or hook in functions:
+                    del hooks[key]
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, CheckpointWithMask):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # pyright: ignore[reportArgumentType]

@@ -1,6 +1,6 @@
 """Brings mask and token ids from a model's arguments to its feed-forward networks, and their losses back.
 
-Hooks keep a `ModelCall` under way during a forward. They are set on the model that was changed, and on the nearest
+A watch keeps a `ModelCall` under way during a forward. It is set on the model that was changed, and on the nearest
 models around its networks (for example an encoder and a decoder). Activation checkpointing runs layers again after the
 forward: the function that it runs is wrapped, so that it has the call of that forward.
 """
@@ -20,6 +20,7 @@ from mixture_of_experts import under_way
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.torch_layers import KINDS, LayerReader
 from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.under_way import Watch
 
 
 class LastCall(threading.local):
@@ -39,21 +40,23 @@ def bring_mask(model: nn.Module, names: Sequence[str]) -> None:
     last = last_calls(model)[0] if last_calls(model) else LastCall()
     readers = {reader_around(model, name): True for name in names}
     for around, reads in {model: False, **readers}.items():
-        hooks = [hook for hook in around._forward_pre_hooks.values() if isinstance(hook, BeginCall)]
-        if hooks:
-            hooks[0].reader = reader_of(around) if reads else hooks[0].reader
-            continue
-        begin = BeginCall(reader_of(around) if reads else None, last)
-        begin.ids = TokensReader(around)
-        around.register_forward_pre_hook(begin, with_kwargs=True)
-        around.register_forward_hook(call_returned)
-        around.register_forward_hook(EndCall(last), always_call=True)
+        reader = reader_of(around) if reads else None
+        if watches := watches_of(around):
+            watches[0].reader = reader or watches[0].reader
+        else:
+            ModelWatch(reader, TokensReader(around), last).set_on(around)
+
+
+def watches_of(module: nn.Module) -> list[ModelWatch]:
+    """The watch on a module, if it has one."""
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return [owner for owner in owners if isinstance(owner, ModelWatch)]
 
 
 def last_calls(model: nn.Module) -> list[LastCall]:
     """The `LastCall` of each changed model in `model`, which may be one itself."""
-    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
-    return list({id(hook.last): hook.last for hook in hooks if isinstance(hook, BeginCall)}.values())
+    watches = [watch for module in model.modules() for watch in watches_of(module)]
+    return list({id(watch.last): watch.last for watch in watches}.values())
 
 
 def is_masked(model: nn.Module, name: str) -> bool:
@@ -71,19 +74,34 @@ def reader_of(around: nn.Module) -> TokensReader:
     return LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
 
 
-class BeginCall:
-    """Forward pre-hook of a model: begins the call that tells its feed-forward networks of the tokens."""
+class ModelWatch(Watch):
+    """Tells the feed-forward networks of a model of the tokens of each forward, and keeps its losses. It is a part of
+    the model, and of its copies.
 
-    ids: TokensReader | None = None
+    Args:
+        reader: reads the tokens; None: a model around does.
+        ids: reads their ids, where there is no `reader`.
+        last: where the call of an outermost forward stays.
+    """
+
     warned: bool
 
-    def __init__(self, reader: TokensReader | None, last: LastCall) -> None:
+    def __init__(self, reader: TokensReader | None, ids: TokensReader, last: LastCall) -> None:
+        super().__init__()
         self.reader = reader
+        self.ids = ids
         self.last = last
         self.warned = False
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        members = feed_forwards(model)
+    def set_on(self, model: nn.Module) -> None:
+        model.register_forward_pre_hook(self.begin, with_kwargs=True)
+        model.register_forward_hook(self.end, always_call=True)
+
+    def key(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        members = feed_forwards(module)
         around = under_way.current(members[0]) if members else None
         if self.reader is not None:
             tokens = self.reader(args, kwargs)
@@ -95,18 +113,27 @@ class BeginCall:
         # TRL calls so; it asks for router logits unless its `router_aux_loss_coef` is 0
         call.asked = bool(kwargs.get("output_router_logits"))
         call.declined = bool(kwargs.get("fused_lm_head")) and not call.asked
-        under_way.begin(call, model, *members)
-        if around is None and model.training and call.with_gradients and not torch.compiler.is_compiling():
-            self.warn_of_loss(model)
-        if model.training and any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            keep_for_checkpointing(model)
+        call.keys = members
+        if around is None and module.training and call.with_gradients and not torch.compiler.is_compiling():
+            self.warn_of_loss(module)
+        if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            keep_for_checkpointing(module)
+        return call
+
+    def ended(self, call: ModelCall, output: object) -> None:
+        around, call.around = call.around, None
+        if around is None:
+            if call.backward in (None, -1):  # not a recomputation in a backward
+                self.last.box[0] = call
+        elif not call.added and call.with_gradients == around.with_gradients:
+            around.losses.extend(call.losses)
 
     def ids_of(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], shape: tuple[int, int] | None, around: ModelCall | None
     ) -> Tensor | None:
         """Token ids where the reader found none: the model's own, or those of a model around with as many tokens."""
         if self.reader is None:
-            return None if self.ids is None else self.ids.given(args, kwargs).get("input_ids")
+            return self.ids.given(args, kwargs).get("input_ids")
         outer = None if around is None else around.tokens.ids
         return None if outer is None or outer.shape != shape else outer
 
@@ -125,31 +152,6 @@ class BeginCall:
             "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
             stacklevel=2,
         )
-
-
-def call_returned(model: nn.Module, args: object, output: object) -> None:
-    """Forward hook of a model; it does not run if the forward raises."""
-    call = under_way.current(model)
-    if call is not None:
-        call.returned = True
-
-
-class EndCall:
-    """Forward hook of a model that runs even if the forward raises: ends the call. Only its losses outlive it."""
-
-    def __init__(self, last: LastCall) -> None:
-        self.last = last
-
-    def __call__(self, model: nn.Module, args: object, output: object) -> None:
-        call = under_way.end(model)
-        if call is None or not call.returned:
-            return
-        around, call.around = call.around, None
-        if around is None:
-            if call.backward in (None, -1):  # not a recomputation in a backward
-                self.last.box[0] = call
-        elif not call.added and call.with_gradients == around.with_gradients:
-            around.losses.extend(call.losses)
 
 
 @torch.compiler.disable

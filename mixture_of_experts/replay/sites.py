@@ -30,15 +30,11 @@ class ChoiceSite(NamedTuple):
     site: Site
     called: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
+    layer: str  # its path, which tells the places of a gate in several layers apart
 
     @property
     def num_experts(self) -> int:
         return self.site.num_experts
-
-    @property
-    def layer(self) -> str:
-        """The path of the layer, which tells the places of a gate in several layers apart."""
-        return self.name.rpartition(".")[0]
 
     @property
     def theirs(self) -> bool:
@@ -65,7 +61,9 @@ def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[Ch
     if gates is None:
         sites = [site for site in sites if not chosen_by_ids(site)]
     found = {
-        (site, stand.layer): ChoiceSite(stand.name, site, called_of(site, stand), site.k or 0)
+        (site, stand.layer): ChoiceSite(
+            stand.name, site, called_of(site, stand), site.k or 0, stand.name.rpartition(".")[0]
+        )
         for site in serve(sites, ability, why_no_choices)
         for stand in reversed(site.stands)  # a layer at two paths has the name of the first
     }
