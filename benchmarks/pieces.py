@@ -122,7 +122,7 @@ def canary(device: Device, layout: str) -> Tasks:
         entries = operators.entries_for(torch.device(device.name), dtype)
         for activation in names:
             for odd in (0, 16):
-                options = ((bool(odd), bool(odd)), (bool(odd), not odd), (odd, odd, odd), 0 if odd else 2)
+                options = ((bool(odd), bool(odd)), (bool(odd), not odd), (odd, odd, odd), 0 if odd else 2, False)
                 kind = canary.Kind(0, dtype, Form(layout, activation, 1.702, 7.0), *options)
                 for entry in entries:
                     name = f"{dtype}, {activation}, sizes {odd} past 64, tiles of {entry.rows}"

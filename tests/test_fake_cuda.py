@@ -105,6 +105,38 @@ def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: st
     check("check_way", dtype, capability, way, reasons | ({"grouped": "torch's"} if way == "lean" else {}))
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("dtype", "card", "tokens", "way"),
+    [
+        ("bf16", "H100", 1, "triton"),
+        ("f16", "H100", 8, "triton"),
+        ("bf16", "B200", 40, "triton"),
+        ("bf16", "B200", 64, "grouped"),  # 24 rows of an expert: tiles of 64 rows
+        ("bf16", "H100", 65, "grouped"),
+        ("f32", "H100", 1, "lean"),
+    ],
+)
+def test_which_way_decodes(check: Checks, dtype: str, card: str, tokens: int, way: str):
+    check("check_way_of_decoding", dtype, CARDS[card], tokens, way)
+
+
+@needs_triton
+@pytest.mark.parametrize("card", ["H100", pytest.param("B200", marks=pytest.mark.slow)])
+def test_decoding_multiplies_without_groups_of_warps(check: Checks, card: str):
+    """Tiles of 16 and 32 rows have plain `mma.sync`: what Triton miscompiles for tcgen05 is not in them."""
+    for mean_rows in (1, 16):
+        codes = check("triton_machine_code.check", Case(CARDS[card], mean_rows=mean_rows), "rows_by_weights")
+        assert {code.blocks[0] for code in codes} == {16 if mean_rows == 1 else 32}
+        assert {code.tensor_cores for code in codes} == {("m16n8k16",)}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_decoding_is_one_graph(check: Checks):
+    check("check_graph_of_decoding", CARDS["H100"])
+
+
 @pytest.mark.parametrize(
     ("arch", "asked", "way"),
     [("gfx942", True, "grouped"), ("gfx950", True, "grouped"), ("gfx942", False, "lean"), ("gfx1100", True, "lean")],

@@ -4,7 +4,8 @@ Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the ou
 
 A way is a module with two functions: `why_not(call)` returns None, or why it cannot compute the call, and `run(call)`
 computes it. Ways are tried in the order of `WAYS`. `why_not` does not look at values, the number of tokens or the grad
-mode, so that a recomputation takes the same way as its forward. (Decoding in eval is a branch inside a way.)
+mode, so that a recomputation takes the same way as its forward. (Decoding in eval has a way of its own on some cards,
+and is a branch inside others.)
 """
 
 from __future__ import annotations

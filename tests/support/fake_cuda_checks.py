@@ -270,7 +270,7 @@ def check_entries(capability: tuple[int, int]) -> int:
 
     def judge(device: int, dtype: torch.dtype, *others: Any) -> None:
         entries = operators.entries_for(torch.device("cuda"), dtype)
-        judged.append((schedule.find_schedule(entries, others[-1]), others[-2]))
+        judged.append((schedule.find_schedule(entries, others[-1]), others[-3]))
 
     def find(entries: tuple[schedule.Schedule, ...], mean_rows: int) -> schedule.Schedule:
         launched.append(schedule.find_schedule(entries, mean_rows))
@@ -340,6 +340,31 @@ def check_prepared(training: bool) -> None:
                 assert found <= prepared, (shape, found - prepared)
 
 
+@torch.no_grad()
+def check_way_of_decoding(dtype: str, capability: tuple[int, int], tokens: int, way: str) -> None:
+    with on_gpu(DTYPES[dtype], capability):
+        layer = one_level("top 3", "gated", None).eval()
+        assert way_of(layer, torch.empty(tokens, 1, DIM)).way == way
+        assert way_of(layer.train(), torch.empty(tokens, 1, DIM)).way != "triton"
+
+
+def check_graph_of_decoding(capability: tuple[int, int]) -> None:
+    """A compiled layer decodes in one graph, whose experts are one operator."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    with fake_gpu(torch.bfloat16, capability), torch.no_grad():
+        with torch.device("cuda"):
+            layer, x = one_level("top 3", "gated", None).eval(), torch.empty(4, 1, DIM)
+        out, _ = as_one_graph(layer, backend)(x)
+        assert out.shape == x.shape
+    (graph,) = graphs
+    assert sum("triton_ffn" in str(node.target) for node in graph.graph.nodes) == 1
+
+
 def check_many_experts(number: int, way: str) -> None:
     with on_gpu(torch.bfloat16):
         layer = MoE(DIM, number, gate=TopKGating(DIM, number, 2), experts=Experts(DIM, number, HIDDEN))
@@ -360,12 +385,12 @@ def kernels_of_cuda() -> Iterator[None]:
         yield
 
 
-def as_one_graph(model: nn.Module) -> Callable[..., Any]:
+def as_one_graph(model: nn.Module, backend: Any = "aot_eager") -> Callable[..., Any]:
     """The model compiled without breaks, up to what Inductor would make of it, which runs operators."""
     # torch's own, of every autograd function that it traces
     warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)
     torch._dynamo.reset()
-    return torch.compile(model, backend="aot_eager", fullgraph=True)
+    return torch.compile(model, backend=backend, fullgraph=True)
 
 
 def check_compiled(way: str, router: str, capacity: float | None, dtype: str) -> None:

@@ -303,7 +303,7 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
     """Kernels that are right pass, with every entry of the schedule. Each that is planted wrong or raises is seen, and
     off is the way for the process, but for what was found right. A lack of memory is asked for once."""
     form, entries = Form(layout, activation, 1.702, 7.0), schedule.INTERPRETED
-    kind = canary.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16), choices)
+    kind = canary.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
     launch, device, times = operators.launch, torch.device("cpu"), [0]
 
     def judge(entry: int = 0) -> str | None:
@@ -360,12 +360,21 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
         assert judge(1) is None
         launching.forget_lack_of_memory()
         assert judge(0) is None
+        for name, seen in (("rows_by_weights", True), ("row_grads", False)):  # decoding has no backward
+            patch.setattr(canary.CHECK, "verdicts", {})
+            patch.setattr(operators, "launch", planted(name, "a vector"))
+            with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
+                found = canary.judge(kind._replace(decoding=True), device, entries, entries[:1])
+            assert (found is not None) == seen
 
 
 def check_lengths_of_the_canary() -> None:
-    """With every entry of every card its sums take more steps than there are buffers; a vector of 16 bytes is seen in
-    rows of its size, where the norm of the whole tensor hides 96 numbers."""
+    """Low tiles are what they are taken for. With every entry of every card the check's sums take more steps than there
+    are buffers. A vector of 16 bytes is seen in rows of its size, where the norm of the whole tensor hides 96 numbers.
+    """
     tables = [*schedule.HALF.values(), *schedule.SINGLE.values()]
+    for entries in schedule.HALF.values():
+        assert all(schedule.find_schedule(entries, mean).rows <= 32 for mean in range(schedule.LOW + 1))
     for entries, entry in ((table, entry) for table in tables for entry in table):
         rows, experts = canary.size_for(entries, entry)
         assert schedule.find_schedule(entries, rows // experts) is entry

@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.launching import family_of
+from mixture_of_experts.ops import few
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
-from mixture_of_experts.ops.triton.schedule import num_rows
-from mixture_of_experts.private_torch import is_fake
+from mixture_of_experts.ops.triton.schedule import LOW, num_rows
+from mixture_of_experts.private_torch import is_fake, statically_known_true
 from mixture_of_experts.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
+FOR_DECODING = ((9, 0), (10, 0))  # families on which that product is one kernel, but a few tokens go without it
 MULTIPLE = 16  # sizes are multiples of this: loads that are not aligned are slow and take more registers
 WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int32
 
@@ -42,7 +44,8 @@ def why_not_by_default(call: Call) -> str | None:
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
         return "kernels are for NVIDIA GPUs"
-    if family_of(capability(x.device)) not in BY_DEFAULT:
+    family = family_of(capability(x.device))
+    if family not in BY_DEFAULT and not (family in FOR_DECODING and _decodes(call)):
         return "on compute capability {}.{} they are not taken unless they are asked for".format(*capability(x.device))
     if x.dtype == torch.float32:
         return "float32 is computed by torch's products unless they are asked for"
@@ -54,6 +57,12 @@ def run(call: Call) -> Tensor:
     from mixture_of_experts.ops.triton import network  # imports triton, which takes a second
 
     return network.run(call)
+
+
+def _decodes(call: Call) -> bool:
+    """Whether a call is one of decoding on low tiles: these are multiplied by `mma.sync` on all cards."""
+    low = LOW * call.network.w_out.shape[0]
+    return few.serves(call) and statically_known_true(num_rows(call.decision) <= low)
 
 
 def _why_wrong(call: Call) -> str | None:
@@ -74,6 +83,7 @@ def _why_wrong(call: Call) -> str | None:
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
         call.decision.k or 0,
+        few.serves(call),
         # in a graph the number of tokens may be dynamic
         None if compiling else num_rows(call.decision) // network.w_out.shape[0],
     )

@@ -54,6 +54,7 @@ class Kind(NamedTuple):
         transposed: whether the input weights, and the output weights, are stored transposed.
         sizes: d, h and o modulo 64, which say whether blocks fit into them.
         choices: k; 0 for expert choice.
+        decoding: whether only the forward is launched.
     """
 
     device: int
@@ -63,6 +64,7 @@ class Kind(NamedTuple):
     transposed: tuple[bool, bool]
     sizes: tuple[int, int, int]
     choices: int
+    decoding: bool
 
 
 CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
@@ -77,6 +79,7 @@ def why_wrong(
     transposed: tuple[bool, bool],
     sizes: tuple[int, int, int],
     choices: int,
+    decoding: bool,
     mean_rows: int | None,
 ) -> str | None:
     """Why the kernels are not taken for a kind of calls whose experts have `mean_rows` rows on average (None: any
@@ -86,7 +89,7 @@ def why_wrong(
     from mixture_of_experts.ops.triton.operators import entries_for
 
     entries = entries_for(torch.device("cuda", device), dtype)
-    kind = Kind(device, dtype, Form(*form), biases, transposed, sizes, choices)
+    kind = Kind(device, dtype, Form(*form), biases, transposed, sizes, choices, decoding)
     wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
     return judge(kind, torch.device("cuda", device), entries, wanted)
 
@@ -111,7 +114,7 @@ def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry
     call = make_call(kind, device, rows, experts, far and entry is entries[-1])
     said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     try:
-        found = by_kernels(call, kind.choices)
+        found = by_kernels(call, kind)
         if not same_plans(call.decision):
             return f"{said} plans of few and of many assignments differ"
     except torch.OutOfMemoryError:
@@ -125,7 +128,7 @@ def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry
             return f"{said} a row of {name} differs from the lean way's by {error:.1e} of its norm"
     del wanted
     for _ in range(TIMES - 1):
-        for name, again in by_kernels(call, kind.choices).items():
+        for name, again in by_kernels(call, kind).items():
             if not torch.equal(again, found[name]):
                 return f"{said} {name} differs between two equal calls"
     return None
@@ -221,17 +224,18 @@ def with_gradients(out: Tensor, leaves: dict[str, Tensor], dtype: torch.dtype) -
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
 
 
-def by_kernels(call: Call, choices: int) -> dict[str, Tensor]:
-    """Outputs and gradients by the kernels; also the outputs in inference, which are those of other programs."""
+def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
+    """Outputs in inference by the kernels, and, if not in decoding, those of training, of other programs, with their
+    gradients."""
     from mixture_of_experts.ops.triton import network
     from mixture_of_experts.ops.triton.plan import plan_of
 
     (x, decision, weights, _), leaves = leaves_of(call)
     plan = plan_of(decision)
-    plan = plan if choices else plan._replace(k=None)
-    found = with_gradients(network.compute(x, plan, weights), leaves, x.dtype)
+    plan = plan if kind.choices else plan._replace(k=None)
     with torch.no_grad():
-        return {"the output in inference": network.compute(x, plan, weights), **found}
+        found = {"the output in inference": network.compute(x, plan, weights)}
+    return found if kind.decoding else found | with_gradients(network.compute(x, plan, weights), leaves, x.dtype)
 
 
 def by_operators(call: Call) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from mixture_of_experts.private_torch import statically_known_true
 from mixture_of_experts.tracing import smallest
 
 Capability = tuple[int, int]
+LOW = 16  # mean rows of an expert up to which tiles have 16 or 32 rows
 FEW = 2048  # assignments that the kernel of few compares with each other
 
 
