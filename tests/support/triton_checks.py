@@ -330,6 +330,13 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
         assert judge(0) is None
         assert judge(1) is None
         assert len(canary.CHECK.verdicts) == 2
+        patch.setattr(canary, "FAR", 1 << 13)
+        one, other = (
+            canary.make_call(kind, device, *canary.size_for(entries, entries[0]), far) for far in (False, True)
+        )
+        assert all(weight.stride(0) > 2000 for weight in (*other.network.w_in, other.network.w_out))
+        found = canary.by_kernels(other, kind)
+        assert all(torch.equal(value, found[name]) for name, value in canary.by_kernels(one, kind).items())
         hardware = ("a vector", "a lost tile", "a stale buffer")
         for name, fault in (
             *((name, "slightly") for name in KERNELS),
