@@ -94,6 +94,7 @@ def train(folder: Path, *, compiled: bool = True) -> tuple[Trainer, list[torch.f
         max_steps=STEPS,
         learning_rate=1e-2,
         optim="adamw_torch",
+        adam_epsilon=1e-6,  # or a rounding error of a gradient near 0 would be a whole step
         logging_steps=1,
         report_to=[],
         use_cpu=True,
