@@ -23,6 +23,10 @@ TABLES = (
 )
 
 
+#: attributes that a module has while something is attached to it
+OWN = ("__getstate__", "__deepcopy__")
+
+
 class Attached(ExitStack):
     """What a context sets on modules; `close()`, or the end of a `with` block, takes it off."""
 
@@ -70,7 +74,7 @@ class OwnState:
     """The `__getstate__` of a module while something is attached to it: its state without what is attached.
 
     Copying and pickling ask an object for its state. This is an attribute of the module itself, so its class is as it
-    was.
+    was. A class that copies its objects itself, as that of a parametrized module, is given a stand-in with that state.
     """
 
     ids: set[int]
@@ -84,20 +88,36 @@ class OwnState:
     def __call__(self) -> dict[str, Any]:
         of_class = getattr(type(self.module), "__getstate__", None)  # before Python 3.11 not every class has it
         state = dict(self.module.__dict__ if of_class is None else of_class(self.module))
-        state.pop("__getstate__", None)
+        return self.bare(state)
+
+    def bare(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state without what is attached."""
+        state = {name: value for name, value in state.items() if name not in OWN}
         for table in TABLES:
             if table in state:
                 kept = [(key, value) for key, value in state[table].items() if key not in self.ids]
                 state[table] = type(state[table])(kept)
         return state | {name: values[0][1] for name, values in self.values.items()}
 
+    def deepcopy(self, memo: dict[int, Any]) -> Any:
+        """The `__deepcopy__` of a module whose class has one."""
+        shadow = memo.get(id(self))
+        if shadow is None:
+            shadow = memo[id(self)] = object.__new__(type(self.module))  # the memo keeps it alive
+            shadow.__dict__ = self.bare(self.module.__dict__)
+            memo[id(self.module)] = type(self.module).__deepcopy__(shadow, memo)  # type: ignore[attr-defined]
+        return memo[id(shadow)]  # within itself: the copy that is being made
+
     def forget_if_empty(self) -> None:
         if not self.ids and not self.values:
-            self.module.__dict__.pop("__getstate__", None)
+            for name in OWN:
+                self.module.__dict__.pop(name, None)
 
 
 def own_state(module: nn.Module) -> OwnState:
     state = module.__dict__.get("__getstate__")
     if not isinstance(state, OwnState):
         state = module.__dict__["__getstate__"] = OwnState(module)
+        if hasattr(type(module), "__deepcopy__"):
+            module.__dict__["__deepcopy__"] = state.deepcopy
     return state
