@@ -28,10 +28,14 @@ OWN = ("__getstate__", "__deepcopy__")
 
 
 class Attached(ExitStack):
-    """What a context sets on modules; `close()`, or the end of a `with` block, takes it off."""
+    """What a context sets on modules; `close()`, or the end of a `with` block, takes it off.
+
+    Other threads may run forwards of the modules. Torch then calls a hook that is just being set or taken off without
+    the keyword arguments that it asked for: hooks have defaults for them, and leave such a forward alone.
+    """
 
     def before(self, module: nn.Module, hook: Callable[..., Any], *, prepend: bool = False) -> None:
-        """Set a forward pre-hook `(module, args, kwargs)`."""
+        """Set a forward pre-hook `(module, args, kwargs=None)`."""
         self._keep(module, module.register_forward_pre_hook(hook, prepend=prepend, with_kwargs=True))
 
     def after(self, module: nn.Module, hook: Callable[..., Any], **settings: bool) -> None:

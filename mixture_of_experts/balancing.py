@@ -304,10 +304,10 @@ class Theirs:
     def move(self, step: Tensor) -> None:
         self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
-    def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices
         are counted when the gradient of the weights is computed."""
-        if not experts.training or not torch.is_grad_enabled():
+        if kwargs is None or not experts.training or not torch.is_grad_enabled():
             return None
         names = ("hidden_states", "top_k_index", "top_k_weights")
         given = {**dict(zip(names, args, strict=False)), **kwargs}

@@ -168,7 +168,9 @@ class Watch:
         hooks.before(module, self.begin, prepend=first)
         hooks.after(module, self.end, always_call=True)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:
+            return  # the hook is being set or taken off
         if self.owner is not None and current(self.owner) is None:
             return  # in another thread, or in a backward
         call = self.begins(module, args, kwargs)

@@ -165,6 +165,29 @@ def test_contexts_may_be_entered_while_another_thread_runs_a_forward():
     assert [len(stats.records(layer)) for layer in stats.layers] == [1, 1]  # statistics are of all threads
 
 
+def test_hooks_that_are_just_set_or_taken_off():
+    """Torch, in another thread, then calls them without the keyword arguments that they asked for."""
+    model, x, failures = Model(), torch.randn(1, 3, DIM), []
+    given = [torch.tensor([[0, 1]] * 3)]
+    expected = model(x)
+
+    def run() -> None:
+        try:
+            torch.testing.assert_close(model(x), expected)
+        except BaseException as error:
+            failures.append(error)
+
+    records = RoutingRecords({"first.gate": given, "second.gate": given})
+    with track_routing(model), record_routing(model), collect_aux(model), replay_routing(model, records):
+        for module in model.modules():
+            module._forward_hooks_with_kwargs.clear()
+            module._forward_pre_hooks_with_kwargs.clear()
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert not failures
+
+
 def test_misuse_is_an_error_in_the_thread_of_the_context():
     model = Model()
     with track_routing(model), pytest.raises(RuntimeError, match="not within a forward of the module given"):

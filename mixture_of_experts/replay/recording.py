@@ -124,9 +124,14 @@ class Recording:
             whole.follow(model, hooks)
 
     def before_layer(
-        self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        site: ChoiceSite,
+        sequences: Sequences,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if (call := sequences.call(site)) is not None:
+        if (call := sequences.call(site)) is not None and kwargs is not None:
             call.layer, call.sizes[site.name] = site.layer, site.sizes(args, kwargs)
 
     def after_gate(
@@ -136,10 +141,10 @@ class Recording:
         gate: nn.Module,
         args: object,
         kwargs: dict[str, Any],
-        routing: Routing,
+        routing: Routing | None = None,
     ) -> None:
         call = sequences.call(site)
-        if call is None or call.layer != site.layer:
+        if call is None or routing is None or call.layer != site.layer:
             return
         shape, mask = call.sizes[site.name]
         expert = torch.where(routing.kept, routing.expert, -2 - routing.expert)

@@ -156,10 +156,15 @@ class Replay:
     # gates of this package
 
     def before_layer(
-        self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        site: ChoiceSite,
+        sequences: Sequences,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any] | None = None,
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = sequences.call(site)
-        if call is None and not runs_again():
+        if kwargs is None or (call is None and not runs_again()):
             return None
         shape, mask = site.sizes(args, kwargs)
         b, n = math.prod(shape[:-1]), shape[-1]

@@ -409,7 +409,9 @@ class GateTracker:
             raise ValueError(f"{self.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
         self.losses = losses
 
-    def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any) -> None:
+    def hook(self, gate: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], routing: Any = None) -> None:
+        if routing is None:
+            return  # the hook is being set or taken off
         if self.reader is not None:
             routing = self.reader.routing(self.site, routing)
             args = ()  # a router of transformers gets no importance
