@@ -74,7 +74,7 @@ class Sample:
         x = x if padding is None else torch.full_like(x, padding)
         cotangent = torch.zeros_like(x)
         x[real], cotangent[real] = self.x.flatten(0, 1), self.cotangent.flatten(0, 1)
-        return Sample(x, cotangent, real)
+        return Sample(x, cotangent, real.to(x.device))
 
 
 class Subject:
