@@ -31,7 +31,7 @@ BLUE, ORANGE, GREEN, PINK = (tint(hue, 0.75) for hue in HUES)
 GREY = "#f2f2f2"
 # What the rooms of one line are for, from the ground up
 LINES = (
-    "private names of torch",
+    "names and hooks of torch",
     "checks, and calls under way",
     "what a gate tells",
     "decides; moves tokens",
@@ -40,8 +40,8 @@ LINES = (
     "experts around others",
     "what a layer is given",
     "the layer",
-    "around layers, models by name",
-    "bias; blocks of transformers",
+    "models and their gates",
+    "what acts on a whole model",
     "what the package exports",
 )
 COLOURS = {

@@ -12,8 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 # A room is a file or folder of the package. The core, from the ground up: a room imports from its own line and those
 # above it. The root, "", is the last.
 CORE = [
-    {"private_torch"},
-    {"attached"},
+    {"private_torch", "attached"},
     {"checks", "settings", "tracing", "under_way", "model_tokens", "failures", "launching", "each_step"},
     {"routing", "queues", "queue_kernels", "losses", "groups"},
     {"gating", "plan", "decision", "dispatch", "levels"},
@@ -22,11 +21,8 @@ CORE = [
     {"around"},
     {"arguments"},
     {"moe"},
-    {"recipes"},
-    {"held"},
-    {"sites"},
-    {"auxiliary", "balancing", "forcing"},
-    {"sparsity"},
+    {"recipes", "held", "sites"},
+    {"auxiliary", "balancing", "forcing", "sparsity"},
     {""},
 ]
 # Rooms outside import from the core, and from these others.
