@@ -61,9 +61,11 @@ def run_piece(command: list[str], path: Path, machine: dict[str, Any], limit: fl
                 options = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "check": False}
                 ended = subprocess.run(command, timeout=stop - time.monotonic(), **options).returncode
             except subprocess.TimeoutExpired:
+                kept.blame(path, machine)
                 return f"it took more than {limit:.0f} seconds"
         if ended == 0:
             return None
+        kept.blame(path, machine)
         if kept.read(path, machine).end == before.end or time.monotonic() > stop:
             return f"it ended with {ended}"
 

@@ -1,7 +1,8 @@
 """Results in a file, line by line: each is written as it comes, and survives whatever ends the process.
 
-The first line says on which machine it was written. A task is announced before it runs: one that ended its process
-twice is not tried a third time. Half a line at the end of a file is what a process that was killed has left.
+The first line says on which machine it was written. A task is announced before it runs: one that crashed its process
+twice is not tried a third time, one that was interrupted is. Half a line at the end of a file is what a process that
+was killed has left.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TextIO
 
 #: yields names of results and what computes them, and is sent each result
 Tasks = Generator[tuple[str, Callable[[], Any]], Any, None]
-TRIES = 2  # of a task that ends its process
+TRIES = 2  # of a task that crashes its process
 
 
 class OtherMachineError(Exception):
@@ -29,13 +30,15 @@ class Kept:
 
     Attributes:
         found: the results by name.
-        began: how often each task began.
+        begun: the task that has begun and not ended.
+        crashed: how often each task crashed its process.
         whole: whether all tasks have ended.
         end: where the last whole line ends, in bytes.
     """
 
     found: dict[str, Any] = field(default_factory=dict)
-    began: Counter[str] = field(default_factory=Counter)
+    begun: str | None = None
+    crashed: Counter[str] = field(default_factory=Counter)
     whole: bool = False
     end: int = 0
 
@@ -53,11 +56,21 @@ def read(path: Path, machine: dict[str, Any]) -> Kept:
             )
         kept.end += len(line)
         kept.whole |= "whole" in said
-        if "began" in said:
-            kept.began[said["began"]] += 1
+        kept.begun = said.get("begun")
+        if "crashed" in said:
+            kept.crashed[said["crashed"]] += 1
         if "name" in said:
             kept.found[said["name"]] = said["result"]
     return kept
+
+
+def blame(path: Path, machine: dict[str, Any]) -> None:
+    """Note that the task that has begun crashed its process, or hung."""
+    kept = read(path, machine)
+    if kept.begun is not None:
+        with path.open("a") as file:
+            file.truncate(kept.end)
+            write(file, {"crashed": kept.begun})
 
 
 def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
@@ -71,11 +84,11 @@ def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
         while (task := following(tasks, result)) is not None:
             name, compute = task
             if name not in kept.found:
-                if kept.began[name] < TRIES:
-                    write(file, {"began": name})
+                if kept.crashed[name] < TRIES:
+                    write(file, {"begun": name})
                     kept.found[name] = attempt(compute)
                 else:
-                    kept.found[name] = {"ended": "it ended its process"}
+                    kept.found[name] = {"ended": "it crashed its process"}
                 write(file, {"name": name, "result": kept.found[name]})
             result = kept.found[name]
         write(file, {"whole": True})

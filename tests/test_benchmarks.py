@@ -1,5 +1,6 @@
 """The benchmark harness: it runs, compares before it times, and counts exactly. No time is asserted."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -440,7 +441,7 @@ def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys)
     assert first_hour.run_all(tmp_path, "[dt]*", device, command, limit=8) == ["training"]
     told = first_hour.report(tmp_path, device)
     for said in (
-        "- crash: ended it ended its process",
+        "- crash: ended it crashed its process",
         "- raises: ended ZeroDivisionError",
         "- after 1: 2",
         "was not run",
@@ -476,6 +477,22 @@ def test_what_was_written_survives_ten_kills(tmp_path: Path) -> None:
     assert now.whole
     assert found.items() <= now.found.items()
     assert now.found == {"one": 1, **{f"after {2**i}": 2 ** (i + 1) for i in range(60)}, "last": 19}
+
+
+def test_what_is_interrupted_runs_again_and_what_crashes_twice_does_not(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    machine = no_card.MACHINE
+    for crashes, wanted in ((False, 1), (True, {"ended": "it crashed its process"})):
+        path = tmp_path / f"{crashes}.jsonl"
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt):
+                kept.keep((task for task in [("one", interrupt)]), path, machine)
+            if crashes:
+                kept.blame(path, machine)
+        kept.keep((task for task in [("one", lambda: 1)]), path, machine)
+        assert kept.read(path, machine).found == {"one": wanted}
 
 
 def test_results_of_another_card_are_refused(tmp_path: Path, capsys) -> None:
