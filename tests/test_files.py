@@ -46,7 +46,7 @@ FILES = {
     "examples/language_model/report.py": "result.json, a picture",
     "examples/compare_routers.py": "compare_routers.json",
     "examples/language_model/corpus.py": "text",
-    "examples/upcycle.py": "a picture",
+    "examples/upcycle_pretrained.py": "text, a picture",
     "experiments/balance_rules.py": "records of runs, JSON lines; a picture",
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",
     "experiments/compare_seeds.py": "compare_seeds.json",
@@ -56,6 +56,7 @@ FILES = {
     "experiments/scaling_picture.py": "a picture",
     "experiments/scaling_runs.py": "records of runs, JSON lines",
     "experiments/step_times.py": "step times, JSON",
+    "experiments/upcycle_pretrained.py": "records of runs, JSON lines; a picture",
 }
 CALLS = {"read_text", "read_bytes", "write_text", "write_bytes", "savefig", "safe_open", "save_file", "open"}
 MODULES = {

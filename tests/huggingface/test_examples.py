@@ -8,24 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.pretrained import SMOLLM2, folder_of
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "examples"))
 
 import finetune_trainer
-import upcycle
+import upcycle_pretrained
 
 pytestmark = pytest.mark.slow
-EXAMPLES = Path(upcycle.__file__).parent
+EXAMPLES = Path(finetune_trainer.__file__).parent
 
 
-def test_upcycle(tmp_path, capsys):
-    upcycle.main(["--steps=6", "--eval-windows=4", f"--out={tmp_path}"])
+@pytest.mark.pretrained
+def test_upcycle_pretrained(tmp_path, capsys):
+    upcycle_pretrained.main(
+        [str(folder_of(SMOLLM2)), "--steps=2", "--layers=1", "--characters=200", f"--out={tmp_path}"]
+    )
     printed = capsys.readouterr().out
-    bits = r": [\d,]+ parameters, \d+ ms a step, ([\d.]+) bits per byte before, ([\d.]+) after"
-    (dense,), (moe,) = (re.findall(name + bits, printed) for name in ("dense", "upcycled"))
-    assert dense[0] == moe[0], "upcycling changed the loss"
-    assert float(moe[1]) < float(moe[0])
-    assert (tmp_path / "upcycle.png").read_bytes().startswith(b"\x89PNG")
+    before, after = (float(bits) for bits in re.findall(r": +([\d.]+) bits a byte held out", printed))
+    assert after < before < 1.5
+    assert "experts in model.layers.29.mlp" in printed
+    assert "loaded again" in printed
+    page = (tmp_path / "routing.html").read_text()
+    assert "<b data-token=0>" in page
+    assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
