@@ -34,9 +34,8 @@ def gradients(trial: Trial) -> Iterator[Gap]:
         scale = max(grad.norm().item() * direction.norm().item(), 1e-3 * largest, 1e-12)
         error = float("inf")
         for step in STEPS:  # a choice that a step turns is no slope: a smaller one is taken
-            values = [value(trial, module, sample, name, side * step * direction) for side in (1, -1)]
-            slope = (values[0] - values[1]) / (2 * step)
-            error = min(error, abs(slope - (grad * direction).sum().item()) / scale)
+            high, low = (value(trial, module, sample, name, side * step * direction) for side in (1, -1))
+            error = min(error, abs((high - low) / (2 * step) - (grad * direction).sum().item()) / scale)
             if error < CLOSE:
                 break
         yield Gap(error, f"gradient of {name}")

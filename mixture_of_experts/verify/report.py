@@ -48,7 +48,7 @@ class Report:
         for finding in self.findings.values():
             number = "" if finding.number is None else f"{finding.number:.2g}"
             rows.append((finding.name, finding.verdict, number, finding.promise))
-            rows += [("", "", "", f"  {finding.detail}")] if finding.detail else []
+            rows += [("", "", "", f"  {finding.detail}")] * bool(finding.detail)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
         return "\n".join([f"{self.module}: {len(self.failed)} fail, {self.seconds:.1f} s", "", *lines])

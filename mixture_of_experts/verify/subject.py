@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import HeirarchicalMoE, MoE
@@ -110,8 +109,7 @@ class Subject:
 
     def call(self, module: nn.Module, sample: Sample, run: Run | None = None) -> tuple[Tensor, Tensor | None]:
         """The output, in the shape of the inputs, and the loss if it is told."""
-        mask, tell = sample.mask, self.told.get("mask")
-        loss: Any = self.told.get("loss")
+        mask, tell, loss = sample.mask, self.told.get("mask"), self.told.get("loss")
 
         def forward(x: Tensor) -> Any:
             if mask is None or tell is None:
@@ -125,7 +123,7 @@ class Subject:
             loss = loss(module, returned)
         elif loss is not None:
             loss = getattr(returned, loss) if isinstance(loss, str) else returned[loss]
-        return out.reshape(sample.x.shape), None if loss is None else loss.sum()
+        return out.reshape(sample.x.shape), loss.sum() if isinstance(loss, Tensor) else None
 
     def forward(self, module: nn.Module, sample: Sample, seed: int = 0) -> Outcome:
         """A forward alone: output and loss; in eval without gradients."""
@@ -166,15 +164,14 @@ class Subject:
         return told if told.dtype == torch.bool else nn.functional.one_hot(told + 1).sum(dim=-2)[..., 1:] > 0
 
     def _find_dim(self) -> int:
-        found: list[int] = []
+        found = []
         for size in sorted({size for parameter in self.module.parameters() for size in parameter.shape if size > 1}):
             self.dim = size
             with suppress(Exception):
                 self.forward(self.fresh(False), self.sample(Case(2, 3, 0)))
                 found.append(size)
         if len(found) != 1:
-            kind = type(self.module).__name__
-            raise ValueError(f"tokens of {kind} could be {found} wide: give dim=, and see that it runs without mask")
+            raise ValueError(f"tokens of {type(self.module).__name__} could be {found} wide: give dim=")
         return found[0]
 
     def _draws(self, training: bool) -> bool:
@@ -233,23 +230,27 @@ def integers_of(module: nn.Module, path: str, x: Tensor) -> Tensor:
     module = copy.deepcopy(module)
     module.get_submodule(path).register_forward_hook(lambda router, inputs, output: found.append(output))
     module(x)
-    tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor) and not leaf.is_floating_point()]
+    values = found[0] if isinstance(found[0], tuple | list) else found
+    tensors = [value for value in values if isinstance(value, Tensor) and not value.is_floating_point()]
     if len(tensors) != 1:
         raise ValueError(f"router={path!r} returned {len(tensors)} tensors of integers, not one: give a function")
     return tensors[0]
 
 
 def in_checkpoint(reentrant: bool) -> Run:
-    """Runs a function under activation checkpointing."""
+    """Runs a function under activation checkpointing. The reentrant one takes tuples of tensors only."""
 
     def run(function: Run, x: Tensor) -> Any:
-        trees: list[Any] = []
+        made: list[Any] = []
 
-        def flat(x: Tensor) -> tuple[Any, ...]:
-            leaves, *trees[:] = pytree.tree_flatten(function(x))
-            return tuple(leaves)
+        def flat(x: Tensor) -> Any:
+            made[:] = [function(x)]
+            return tuple(made[0].values()) if isinstance(made[0], dict) else made[0]
 
-        return pytree.tree_unflatten(checkpoint(flat, x, use_reentrant=reentrant), trees[0])  # pyright: ignore
+        out: Any = checkpoint(flat, x, use_reentrant=reentrant)
+        if isinstance(made[0], dict):
+            return type(made[0])(**dict(zip(made[0], out, strict=True)))
+        return type(made[0])(*out) if hasattr(made[0], "_fields") else out
 
     return run
 
