@@ -41,6 +41,8 @@ FILES = {
     "mixture_of_experts/huggingface/configuration.py": "config.json",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
     "examples/language_model/training.py": "checkpoint.pt",
+    "mixture_of_experts/verify/states.py": "a state dict in memory, read as weights",
+    "mixture_of_experts/verify/thorough.py": "what each rank found, in a temporary folder, read as weights",
     "mixture_of_experts/stats/charts.py": "pictures within a page, no file",
     "mixture_of_experts/stats/report.py": "a page of what was recorded",
     "examples/language_model/report.py": "result.json, a picture",
