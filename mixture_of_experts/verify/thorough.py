@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
 import tempfile
 from collections.abc import Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import torch
@@ -41,7 +41,7 @@ def on_ranks(trial: Trial, wrap: Run) -> Iterator[Gap]:
     """The mean gradient of two ranks, a batch each, is that of one process which runs both batches."""
     alone = [trial.step(trial.sample(rank)) for rank in range(RANKS)]
     try:
-        pickle.dumps(trial)
+        ForkingPickler.dumps(trial)
     except Exception as error:
         raise DoesNotApplyError(f"it cannot be sent to another process: {error}") from None
     with tempfile.TemporaryDirectory() as folder:
