@@ -592,3 +592,31 @@ def test_compiled():
     torch.compiler.reset()
     with replay_routing(moe, records):
         torch.testing.assert_close(compiled(x, MASK)[0], out)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("part", ["layer", "model"])
+def test_graphs_from_before_are_refused(part):
+    """They have no hooks: nothing would be recorded or replayed. A layer's own hooks run, so that it is replayed."""
+    torch.compiler.reset()
+    model, x = Cached(), torch.randn(1, 4, DIM)
+    with record_routing(model) as records:
+        expected = model(x)
+    (model if part == "model" else model.moe).compile(backend="eager")
+    model(x)
+    message = r"as far as hooks tell.*torch\.compiler\.reset\(\)"
+    with record_routing(model) as found, pytest.raises(RuntimeError, match=message):
+        model(x)
+    assert found.lengths("moe.gate") == []
+    with replay_routing(model, records):
+        if part == "layer":
+            torch.testing.assert_close(model(x), expected)
+        else:
+            with pytest.raises(RuntimeError, match=message):
+                model(x)
+    torch.compiler.reset()
+    with record_routing(model) as found:
+        model(x)
+    assert_equal(found, records)
+    torch.compiler.reset()

@@ -61,8 +61,8 @@ def record_routing(
         ValueError: the model has no gate.
         TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
             choose by `torch.topk`.
-        RuntimeError: in a forward, a gate runs twice or outside of `model`, or beam search exchanged sequences; on
-            reading, a forward continued sequences that were not recorded.
+        RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph from before the context; or
+            beam search exchanged sequences; on reading, a forward continued sequences that were not recorded.
 
     Example:
         >>> import torch

@@ -159,6 +159,14 @@ class Sequences(Watch):
         return call
 
     def ended(self, call: SequencesCall, output: object) -> None:
+        missing = sorted(call.sizes.keys() - call.gates)
+        if missing or not call.gates:
+            what = f"a layer, but not its gate {missing[0]!r}" if missing else "no gate"
+            raise RuntimeError(
+                f"a forward ran {what}, as far as hooks tell. If a part of the model was compiled and called before, "
+                "its graph has no hooks: call torch.compiler.reset() first, or enter the context before the first "
+                "compiled call"
+            )
         keys = keys_of(call.cache)
         self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
         parts = [*call.parts, *call.within]
