@@ -49,6 +49,10 @@ TEXTS = [
 GREEDY: Any = dict(max_new_tokens=6, do_sample=False)
 
 
+def smollm2() -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+
+
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder_of(SMOLLM2))
@@ -57,7 +61,7 @@ def tokenizer() -> Any:
 @pytest.fixture(scope="module")
 def dense() -> Any:
     """SmolLM2 as it is; no test changes it."""
-    return AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    return smollm2()
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +89,7 @@ def moe(upcycled) -> Any:
 @pytest.fixture
 def trainable() -> Any:
     """SmolLM2 with experts in its last layer, which alone trains."""
-    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32)
+    model = smollm2()
     upcycle(model.requires_grad_(False), num_experts=4, layers=[29])
     model.model.layers[29].requires_grad_()
     return model
@@ -136,7 +140,7 @@ def test_equal_text(dense, moe, tokenizer, cache):
 def test_gradients_are_those_of_the_dense_model(tokenizer):
     """Of the weights below the experts, through padding on the left."""
     batch, grads = batch_of(tokenizer), []
-    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).train()
+    model = smollm2().train()
     for _ in range(2):
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         loss = model(**batch, labels=labels).loss - (aux_loss(model) if grads else 0)
@@ -190,7 +194,7 @@ def test_trl(trainable, tokenizer, tmp_path):
 
 
 def test_peft(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32)
+    model = smollm2()
     upcycle(model, num_experts=4, layers=[28, 29])
     batch = batch_of(tokenizer)
     wanted = model.eval()(**batch).logits.detach()
@@ -263,24 +267,25 @@ def test_statistics_and_report(moe, tokenizer, tmp_path):
 
 
 @torch.no_grad()
-def test_a_replay_from_bfloat16(moe, tokenizer):
+def test_a_replay_from_bfloat16(tokenizer):
     """Choices that bfloat16 made bring float32 nearer to it."""
     batch = batch_of(tokenizer)
-    real, small = batch["attention_mask"].bool(), copy.deepcopy(moe)
-    for module in feed_forwards(small):  # as if it had been trained: copies give equal logits, whatever is chosen
-        module.moe.experts.w2 *= torch.linspace(0.6, 1.4, 4).view(-1, 1, 1)
-    wanted, small = copy.deepcopy(small), small.bfloat16()
+    real, wanted = batch["attention_mask"].bool(), smollm2()
+    upcycle(wanted, num_experts=4)
+    for module in feed_forwards(wanted):  # of copies it would not matter which are chosen
+        module.moe.experts.w2 *= torch.linspace(0.2, 1.8, 4).view(-1, 1, 1)
+    small = copy.deepcopy(wanted).bfloat16()
     with record_routing(small) as records:
         made = small(**batch).logits.float().log_softmax(-1)[real]
     with replay_routing(wanted, records):
         replayed = wanted(**batch).logits.log_softmax(-1)[real]
     alone = wanted(**batch).logits.log_softmax(-1)[real]
-    assert (replayed - made).abs().mean() < 0.8 * (alone - made).abs().mean()
+    assert (replayed - made).abs().mean() < 0.6 * (alone - made).abs().mean()
 
 
 @torch.no_grad()
 def test_unstacked(tokenizer):
-    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    model = smollm2()
     batch = batch_of(tokenizer)
     upcycle(model, num_experts=4, layers=range(5))
     wanted = model(**batch).logits
@@ -294,7 +299,7 @@ def test_unstacked(tokenizer):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled(tokenizer):
     """In one graph, with padding."""
-    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32).eval()
+    model = smollm2()
     batch = batch_of(tokenizer)
     upcycle(model, num_experts=4, layers=[0, 29])
     wanted = model(**batch, use_cache=False).logits
