@@ -107,7 +107,8 @@ def tests(device: Device) -> Tasks:
 
 def canary(device: Device, layout: str) -> Tasks:
     """Every form of one layout: what the kernels' own check says, entry by entry of the schedule."""
-    from mixture_of_experts.ops.triton import canary, operators
+    from mixture_of_experts.ops.triton import operators
+    from mixture_of_experts.ops.triton import self_check as canary
     from mixture_of_experts.ops.triton.form import Form
 
     def judge(kind: canary.Kind, entries: Any, entry: Any) -> str:

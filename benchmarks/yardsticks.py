@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from benchmarks.cases import Case
 from benchmarks.contest import Contestant, loaded, of_forward
 from benchmarks.problem import Inputs, Weights, feed_forward, generator, route
-from mixture_of_experts.decision import decision_of, plan_slots_of
+from mixture_of_experts.dispatch.decision import decision_of, plan_slots_of
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.ops.cpu.batches import Batch
 from mixture_of_experts.ops.cpu.fused import plan_chunks
-from mixture_of_experts.routing import Routing
 
 
 def leaves(*tensors: Tensor | None) -> list[Tensor]:

@@ -1,9 +1,7 @@
 """Sparsely gated mixture of experts for PyTorch."""
 
-from mixture_of_experts.auxiliary import collect_aux
-from mixture_of_experts.balancing import balance_experts
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts, RoutedExperts
-from mixture_of_experts.forcing import force_routing
 from mixture_of_experts.gating import (
     Choices,
     ExpertChoiceGating,
@@ -16,8 +14,10 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.moe import HeirarchicalMoE, HierarchicalMoE, MoE, OutputOnly
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.sparsity import control_sparsity
+from mixture_of_experts.whole_model.auxiliary import collect_aux
+from mixture_of_experts.whole_model.balancing import balance_experts
+from mixture_of_experts.whole_model.forcing import force_routing
+from mixture_of_experts.whole_model.sparsity import control_sparsity
 
 __version__ = "1.0.0"
 

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixture_of_experts.checks import check_size
+from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.gating.topk import TopKGating
-from mixture_of_experts.queues import Priority
+from mixture_of_experts.support.checks import check_size
 
 
 def as_experts(experts: Any) -> nn.Module | None:

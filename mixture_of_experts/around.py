@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number, check_size
-from mixture_of_experts.decision import Decision, of_first_experts
-from mixture_of_experts.dispatch import add_rows, combine, dispatch
+from mixture_of_experts.dispatch.decision import Decision, of_first_experts
+from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
+from mixture_of_experts.support.checks import check_number, check_size
 
 
 class EnclosedExperts(RoutedExperts):

@@ -18,17 +18,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.decision import Decision
-from mixture_of_experts.dispatch import combine, dispatch
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
-from mixture_of_experts.private_torch import own, wrapped_module
-from mixture_of_experts.settings import FixedShapes, setting
-from mixture_of_experts.tracing import in_transform
+from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
+from mixture_of_experts.support.private_torch import own, wrapped_module
+from mixture_of_experts.support.settings import FixedShapes, setting
+from mixture_of_experts.support.tracing import in_transform
 
 
 class RoutedExperts(nn.Module):

@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.failures import waited_in_vain
-from mixture_of_experts.private_torch import all_reduce_sum, statically_known_true
-from mixture_of_experts.queues import Length
-from mixture_of_experts.tracing import largest, smallest
+from mixture_of_experts.dispatch.queues import Length
+from mixture_of_experts.support.failures import waited_in_vain
+from mixture_of_experts.support.private_torch import all_reduce_sum, statically_known_true
+from mixture_of_experts.support.tracing import largest, smallest
 
 
 def global_sum(value: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -27,18 +27,18 @@ from mixture_of_experts.arguments import (
     resolve_grid,
     resolve_num_experts,
 )
-from mixture_of_experts.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
-from mixture_of_experts.decision import compose, decision_of, plan_slots_of
+from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of
+from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
+from mixture_of_experts.dispatch.queues import Priority
+from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.base import losses_known
+from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
-from mixture_of_experts.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
-from mixture_of_experts.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.ops.activations import ActivationLike
-from mixture_of_experts.queues import Priority
-from mixture_of_experts.routing import Routing, check_routing
-from mixture_of_experts.settings import CheckedModule, setting
+from mixture_of_experts.support.checks import check_coefs, check_dtype, check_number, check_optional_size, check_size
+from mixture_of_experts.support.settings import CheckedModule, setting
 
 if TYPE_CHECKING:
     from typing_extensions import Self

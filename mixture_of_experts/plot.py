@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats import Record, RoutingStats, relative
 from mixture_of_experts.stats.colours import (
     FAINT,

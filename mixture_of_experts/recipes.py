@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, TokenGated
-from mixture_of_experts.checks import check_size
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
@@ -35,6 +34,7 @@ from mixture_of_experts.gating.steps import LearnedScale
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
 from mixture_of_experts.ops.activations import hidden_layer, make_activation
+from mixture_of_experts.support.checks import check_size
 
 
 @dataclass(frozen=True)

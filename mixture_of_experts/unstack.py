@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_model
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.ops.activations import hidden_layer
+from mixture_of_experts.support.checks import check_model
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -29,11 +29,11 @@ from mixture_of_experts import (
     TopKGating,
     gating,
 )
-from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.ops import ClampedSwiGLU
-from mixture_of_experts.settings import setting
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.settings import setting
 
 GATES = {
     "Top2Gating": lambda **kinds: Top2Gating(8, 4, **kinds),

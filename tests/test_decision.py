@@ -9,9 +9,9 @@ import torch
 from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, Routing, Top2Gating, TopKGating
-from mixture_of_experts.decision import Decision, Waiting, compose, decision_of, decision_on, plan_slots_of
-from mixture_of_experts.levels import second_level
-from mixture_of_experts.plan import Plan, append
+from mixture_of_experts.dispatch.decision import Decision, Waiting, compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.dispatch.plan import Plan, append
+from mixture_of_experts.gating.levels import second_level
 
 B, N, D, E = 2, 6, 3, 4
 GATES = {

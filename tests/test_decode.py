@@ -9,7 +9,7 @@ from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating, ops
-from mixture_of_experts.ops import few
+from mixture_of_experts.ops import few_tokens as few
 from mixture_of_experts.ops.cpu import decode
 
 

@@ -8,9 +8,9 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, Top2Gating, TopKGating
-from mixture_of_experts.decision import decision_of, decision_on
-from mixture_of_experts.dispatch import add_rows, combine, dispatch, read_rows, sum_rows
-from mixture_of_experts.plan import Plan
+from mixture_of_experts.dispatch.decision import decision_of, decision_on
+from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch, read_rows, sum_rows
+from mixture_of_experts.dispatch.plan import Plan
 
 B, N, D, E = 2, 5, 3, 4
 GATES = {

@@ -23,7 +23,7 @@ from mixture_of_experts import (
     TopKGating,
     collect_aux,
 )
-from mixture_of_experts.groups import group_shape
+from mixture_of_experts.dispatch.groups import group_shape
 from mixture_of_experts.replay import record_routing
 from mixture_of_experts.stats import routing_of, track_routing
 from mixture_of_experts.summary import summary

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from mixture_of_experts import failures
-from mixture_of_experts.failures import Entry
 from mixture_of_experts.parallel import tell_failures
+from mixture_of_experts.support import failures
+from mixture_of_experts.support.failures import Entry
 
 SECOND = timedelta(seconds=1)
 

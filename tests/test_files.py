@@ -37,8 +37,8 @@ from language_model.settings import Settings  # noqa: E402
 FILES = {
     "mixture_of_experts/replay/records.py": "records of choices, read as weights",
     "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines",
-    "mixture_of_experts/huggingface/folders.py": "safetensors and their index, JSON",
-    "mixture_of_experts/huggingface/configuration.py": "config.json",
+    "mixture_of_experts/huggingface/saving/folders.py": "safetensors and their index, JSON",
+    "mixture_of_experts/huggingface/saving/configuration.py": "config.json",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
     "examples/language_model/training.py": "checkpoint.pt",
     "mixture_of_experts/verify/states.py": "a state dict in memory, read as weights",

@@ -9,8 +9,8 @@ import torch
 from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, Top2Gating, TopKGating
-from mixture_of_experts.decision import plan_slots_of
-from mixture_of_experts.levels import second_level, side_inputs_of_levels
+from mixture_of_experts.dispatch.decision import plan_slots_of
+from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 B, N, D, EXPERTS = 2, 6, 3, 4
 

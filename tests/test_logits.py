@@ -5,9 +5,9 @@ import torch
 
 import mixture_of_experts.gating.choices as choices_module
 import mixture_of_experts.gating.logits as logits_module
+from mixture_of_experts.dispatch.queues import stable_order
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.logits import RouterLogits, router_logits
-from mixture_of_experts.queues import stable_order
 
 LOW = [torch.bfloat16, torch.float16]
 

@@ -12,8 +12,8 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, losses
+from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating, offers_of
-from mixture_of_experts.queues import Length
 
 DIM, EXPERTS, OUTER = 4, 3, 2
 GROUP = dist.ProcessGroup(0, 2)

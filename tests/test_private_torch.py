@@ -15,7 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from mixture_of_experts import private_torch
+from mixture_of_experts.support import private_torch
 
 #: importing the package must not load these: each takes a tenth of a second or more, or is an extra
 HEAVY = (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_of_experts import queues
-from mixture_of_experts.queues import PRIORITIES, Queues, queue_up
+from mixture_of_experts.dispatch import queues
+from mixture_of_experts.dispatch.queues import PRIORITIES, Queues, queue_up
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -37,7 +37,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[Kernel], list[tuple]]
     """Takes the place of the kernels, on a device that has some; returns the calls."""
 
     def take_place(kernel: Kernel = queue_in_line) -> list[tuple]:
-        calls, module = [], ModuleType("mixture_of_experts.queue_kernels")
+        calls, module = [], ModuleType("mixture_of_experts.kernels.queueing")
         module.queue_in_line = lambda *args: calls.append(args) or kernel(*args)
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(queues, "has_kernels", lambda device: True)

@@ -9,8 +9,8 @@ import torch
 from support.strategies import PRIORITIES, generator
 from torch import Tensor
 
-from mixture_of_experts import queues
-from mixture_of_experts.queues import (
+from mixture_of_experts.dispatch import queues
+from mixture_of_experts.dispatch.queues import (
     FEW,
     Length,
     bounded_ratio,

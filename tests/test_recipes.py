@@ -23,7 +23,7 @@ from mixture_of_experts import (
     TopKGating,
     recipes,
 )
-from mixture_of_experts.queues import Length
+from mixture_of_experts.dispatch.queues import Length
 
 # Recipes: heading, choices of a token, experts, sum of a token's weights (None: whatever the scores are)
 RECIPES = {

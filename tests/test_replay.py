@@ -30,8 +30,8 @@ from mixture_of_experts import (
 from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGating, base
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.model_tokens import read_tokens, seen_tokens
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
+from mixture_of_experts.whole_model.model_tokens import read_tokens, seen_tokens
 
 DIM = 8
 TIGHT = dict(capacity_factor_train=0.5, min_expert_capacity=1)

@@ -21,7 +21,7 @@ from matplotlib.image import imread
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating, TopPGating
-from mixture_of_experts.decision import compose, plan_slots_of
+from mixture_of_experts.dispatch.decision import compose, plan_slots_of
 from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 from mixture_of_experts.stats.charts import strip
 from mixture_of_experts.stats.colours import load_colours

@@ -7,7 +7,7 @@ from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
 
 from mixture_of_experts import TopKGating
-from mixture_of_experts.gating import saving
+from mixture_of_experts.gating import recomputing as saving
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from mixture_of_experts import (
     force_routing,
 )
 from mixture_of_experts.replay import record_routing, replay_routing
-from mixture_of_experts.sites import find_sites
 from mixture_of_experts.stats import track_routing
+from mixture_of_experts.whole_model.sites import find_sites
 
 DIM = 8
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from mixture_of_experts import ExpertChoiceGating, GatedExperts, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.auxiliary import AuxLosses
+from mixture_of_experts.whole_model.auxiliary import AuxLosses
 
 pytestmark = pytest.mark.slow
 DIM = 8

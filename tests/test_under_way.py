@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
-from mixture_of_experts.under_way import HERE, CallUnderWay
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.under_way import HERE, CallUnderWay
 
 
 class MaskCall(CallUnderWay):

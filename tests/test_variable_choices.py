@@ -25,8 +25,8 @@ from mixture_of_experts import (
     balance_experts,
     control_sparsity,
 )
-from mixture_of_experts.balancing import names_of_counts
 from mixture_of_experts.stats import track_routing
+from mixture_of_experts.whole_model.balancing import names_of_counts
 
 DIM, E = 6, 5
 

@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from mixture_of_experts import MoE, TopKGating, balance_experts, collect_aux, force_routing
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 from mixture_of_experts.stats import RoutingStats, track_routing
-from mixture_of_experts.under_way import HERE
+from mixture_of_experts.whole_model.under_way import HERE
 
 DIM = 8
 

@@ -16,9 +16,9 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
+from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import batches
-from mixture_of_experts.plan import Plan
 
 WAYS = ["cpu", "grouped", "lean"]  # a new way joins here
 DIM, E, HIDDEN = 8, 7, 12

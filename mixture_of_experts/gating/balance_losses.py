@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.losses import load_balance, load_balance_over_batch
-from mixture_of_experts.queues import Length
 
 BalanceOver = Literal["group", "rank", "batch"]
 

@@ -15,7 +15,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import (
+from mixture_of_experts.dispatch.queues import (
+    PRIORITIES,
+    Length,
+    Priority,
+    expert_capacity,
+    group_capacity,
+    queue_up,
+)
+from mixture_of_experts.dispatch.routing import Routing, joined_losses
+from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, BalanceOver, Counted, load_of
+from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
+from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
+from mixture_of_experts.gating.decoding import warn_of_decoding
+from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, check_given, forced_experts, settle
+from mixture_of_experts.gating.logits import router_logits
+from mixture_of_experts.gating.ranks import Ranks
+from mixture_of_experts.support.checks import (
     check_choice,
     check_importance,
     check_lengths,
@@ -25,24 +41,8 @@ from mixture_of_experts.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, BalanceOver, Counted, load_of
-from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
-from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
-from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, check_given, forced_experts, settle
-from mixture_of_experts.gating.logits import router_logits
-from mixture_of_experts.gating.ranks import Ranks
-from mixture_of_experts.private_torch import statically_known_true
-from mixture_of_experts.queues import (
-    PRIORITIES,
-    Length,
-    Priority,
-    expert_capacity,
-    group_capacity,
-    queue_up,
-)
-from mixture_of_experts.routing import Routing, joined_losses
-from mixture_of_experts.settings import FixedShapes, setting
+from mixture_of_experts.support.private_torch import statically_known_true
+from mixture_of_experts.support.settings import FixedShapes, setting
 
 COUNTED = "counted"  # the side input that says which tokens count, where all are computed
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mixture_of_experts.checks import check_number
-from mixture_of_experts.queues import bounded_ratio
+from mixture_of_experts.dispatch.queues import bounded_ratio
+from mixture_of_experts.support.checks import check_number
 
 
 class CapacityFactor:

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.queues import stable_order
-from mixture_of_experts.tracing import can_read, is_wrapped
+from mixture_of_experts.dispatch.queues import stable_order
+from mixture_of_experts.support.tracing import can_read, is_wrapped
 
 
 class Choices(NamedTuple):

@@ -8,13 +8,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from mixture_of_experts.dispatch.queues import Length, Queues, expert_capacity, group_capacity, stable_order
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
-from mixture_of_experts.gating.saving import gather_chosen, recomputed, without_whole
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
-from mixture_of_experts.queues import Length, Queues, expert_capacity, group_capacity, stable_order
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.tracing import smallest
+from mixture_of_experts.support.tracing import smallest
 
 
 class ExpertChoiceGating(Gate):

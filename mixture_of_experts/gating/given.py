@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.checks import check_choice
-from mixture_of_experts.tracing import can_read
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.tracing import can_read
 
 LIVE = -(1 << 15)  # the least of int16
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.checks import check_size
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.topk import TopKGating
-from mixture_of_experts.tracing import can_read
+from mixture_of_experts.support.checks import check_size
+from mixture_of_experts.support.tracing import can_read
 
 
 class HashGating(TopKGating):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from mixture_of_experts.private_torch import find_process_group
+from mixture_of_experts.support.private_torch import find_process_group
 
 
 class Ranks:

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_number, check_process_group
 from mixture_of_experts.gating.balance_losses import BalanceOver
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.topk import TopKGating
-from mixture_of_experts.settings import setting
+from mixture_of_experts.support.checks import check_number, check_process_group
+from mixture_of_experts.support.settings import setting
 
 START = 1e-8  # first value of the coefficient
 #: bounds of the coefficient: at 1.2 it is 50 steps from the least to START; at the most L1 outweighs a task's mean loss

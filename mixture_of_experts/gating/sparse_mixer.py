@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.given import Settled
-from mixture_of_experts.settings import setting
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.settings import setting
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

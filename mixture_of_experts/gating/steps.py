@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number, check_size
+from mixture_of_experts.support.checks import check_number, check_size
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"] | Callable[[Tensor], Tensor]
 Select = Literal["score", "logits"] | Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -11,14 +11,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_choice, check_flag, check_number, check_size
-from mixture_of_experts.gating import two_best
+from mixture_of_experts.dispatch.queues import Priority
+from mixture_of_experts.gating import top2_by_kernel as two_best
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.gating.saving import gather_chosen, recomputed
-from mixture_of_experts.queues import Priority
-from mixture_of_experts.settings import setting
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
+from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
+from mixture_of_experts.support.settings import setting
 
 SecondPolicy = Literal["all", "none", "threshold", "random"]
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from mixture_of_experts.checks import check_number
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.topk import TopKGating
-from mixture_of_experts.settings import setting
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.settings import setting
 
 
 class TopPGating(TopKGating):

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixture_of_experts import losses
-from mixture_of_experts.checks import check_choice, check_flag, check_number, check_process_group, check_size
-from mixture_of_experts.gating import few
+from mixture_of_experts.dispatch.queues import Length
+from mixture_of_experts.gating import topk_by_kernel as few
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import (
@@ -32,7 +32,7 @@ from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.ranks import ranks_of_batch
-from mixture_of_experts.gating.saving import gather_chosen, recomputed
+from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
     GROUP_SCORES,
     SCORES,
@@ -47,9 +47,9 @@ from mixture_of_experts.gating.steps import (
     check_step,
     named,
 )
-from mixture_of_experts.queues import Length
-from mixture_of_experts.settings import setting
-from mixture_of_experts.tracing import without_autocast
+from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_process_group, check_size
+from mixture_of_experts.support.settings import setting
+from mixture_of_experts.support.tracing import without_autocast
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -1,15 +1,15 @@
 """Mixtures of experts inside models of `transformers`: replace or upcycle feed-forward networks, train, save, load."""
 
-from mixture_of_experts.huggingface.adapters import Adapter
-from mixture_of_experts.huggingface.backend import experts_forward
+from mixture_of_experts.huggingface.auxiliary_loss import aux_loss
+from mixture_of_experts.huggingface.blocks.backend import experts_forward
+from mixture_of_experts.huggingface.blocks.sparse import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
-from mixture_of_experts.huggingface.export import export
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
-from mixture_of_experts.huggingface.loader import ExpertsLoader
-from mixture_of_experts.huggingface.loading import from_pretrained
-from mixture_of_experts.huggingface.losses import aux_loss
-from mixture_of_experts.huggingface.replace import replace_ffn, upcycle
-from mixture_of_experts.huggingface.sparse import from_transformers, to_transformers
+from mixture_of_experts.huggingface.replacement.adapters import Adapter
+from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
+from mixture_of_experts.huggingface.saving.export import export
+from mixture_of_experts.huggingface.saving.loader import ExpertsLoader
+from mixture_of_experts.huggingface.saving.loading import from_pretrained
 
 __all__ = [
     "Adapter",

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from mixture_of_experts.huggingface.folders import export_folder, upcycle_folder
-from mixture_of_experts.huggingface.record import GATES, GateFactory
+from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from mixture_of_experts.balancing import ExpertBalancing, balance_experts, leave_counts_alone
 from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
+from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_experts, leave_counts_alone
 
 
 class RoutingCallback(TrainerCallback):

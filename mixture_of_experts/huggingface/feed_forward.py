@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
-from mixture_of_experts.auxiliary import refuse_reentrant
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
-from mixture_of_experts.model_tokens import TokensAround
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.tracing import in_checkpoint, in_transform
-from mixture_of_experts.under_way import CallUnderWay
+from mixture_of_experts.support.tracing import in_checkpoint, in_transform
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.auxiliary import refuse_reentrant
+from mixture_of_experts.whole_model.model_tokens import TokensAround
+from mixture_of_experts.whole_model.under_way import CallUnderWay
 
 
 class ModelCall(CallUnderWay):

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
-from mixture_of_experts.huggingface.torch_layers import KINDS, LayerReader
-from mixture_of_experts.model_tokens import TokensAround, TokensReader, model_around
-from mixture_of_experts.under_way import Watch
+from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.whole_model.under_way import Watch
 
 
 class LastCall(threading.local):

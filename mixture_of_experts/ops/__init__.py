@@ -20,9 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import launching
-from mixture_of_experts.checks import check_choice, check_size, check_sizes
-from mixture_of_experts.decision import Decision, decision_on
+from mixture_of_experts.dispatch.decision import Decision, decision_on
+from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -36,6 +35,7 @@ from mixture_of_experts.ops.activations import (
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
+from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
 
 __all__ = [
     "ClampedGLU",

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.checks import check_number
-from mixture_of_experts.private_torch import constant_in_graphs, has_hooks
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.private_torch import constant_in_graphs, has_hooks
 
 aten: Any = torch.ops.aten
 ActivationLike = Callable[..., Any]  # a class or factory of modules, a module, or a function

@@ -14,10 +14,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.network import Network
-from mixture_of_experts.plan import Plan
-from mixture_of_experts.tracing import is_wrapped, without_autocast
+from mixture_of_experts.support.tracing import is_wrapped, without_autocast
 
 Saved = Sequence[Tensor | None]
 

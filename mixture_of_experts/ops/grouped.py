@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.plan import Plan
-from mixture_of_experts.tracing import capability, exporting, is_wrapped
+from mixture_of_experts.support.tracing import capability, exporting, is_wrapped
 
 AMD = ("gfx942", "gfx950")
 AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torch takes a loop on AMD's GPUs

@@ -16,13 +16,14 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from mixture_of_experts.decision import Decision
-from mixture_of_experts.dispatch import add_rows, sum_rows
-from mixture_of_experts.ops import autograd, few, plain, rows
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import add_rows, sum_rows
+from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.ops import autograd, plain, rows
+from mixture_of_experts.ops import few_tokens as few
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.plan import Plan
-from mixture_of_experts.tracing import exporting, in_transform, largest
+from mixture_of_experts.support.tracing import exporting, in_transform, largest
 
 SUMMED = 8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
 

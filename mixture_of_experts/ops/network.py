@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.decision import Decision
+from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, why_unknown
 
 Halves = Literal["concatenated", "interleaved"]

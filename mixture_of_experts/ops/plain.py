@@ -15,11 +15,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.decision import Decision
-from mixture_of_experts.dispatch import combine, dispatch
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import combine, dispatch
+from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.plan import Plan, append
-from mixture_of_experts.tracing import largest, smallest
+from mixture_of_experts.support.tracing import largest, smallest
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -15,9 +15,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops.activations import KNOWN
 from mixture_of_experts.ops.network import B_IN, W_IN, Network
-from mixture_of_experts.plan import Plan
 
 
 class Products(Protocol):

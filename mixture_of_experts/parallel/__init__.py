@@ -1,7 +1,5 @@
 """Expert parallelism on PyTorch's own distributed stack; docs/many_gpus.md shows how to use it."""
 
-from mixture_of_experts.failures import tell_failures
-from mixture_of_experts.parallel.experts import SpreadExperts
 from mixture_of_experts.parallel.gradients import (
     average_gradients,
     clip_grad_norm_,
@@ -10,7 +8,9 @@ from mixture_of_experts.parallel.gradients import (
     replicated_parameters,
 )
 from mixture_of_experts.parallel.parallelize import parallelize_module
+from mixture_of_experts.parallel.spread_experts import SpreadExperts
 from mixture_of_experts.parallel.style import ExpertParallel
+from mixture_of_experts.support.failures import tell_failures
 
 __all__ = [
     "ExpertParallel",

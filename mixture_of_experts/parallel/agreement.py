@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.failures import known_to_all, waited_in_vain
+from mixture_of_experts.support.failures import known_to_all, waited_in_vain
 
 MOST = 3  # differences that an error names
 

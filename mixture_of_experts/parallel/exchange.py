@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mixture_of_experts.failures import known_to_all, waited_in_vain
-from mixture_of_experts.private_torch import all_to_all, own
+from mixture_of_experts.support.failures import known_to_all, waited_in_vain
+from mixture_of_experts.support.private_torch import all_to_all, own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SLOTS, ROWS = 0, 1

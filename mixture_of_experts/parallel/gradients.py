@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from mixture_of_experts.balancing import names_of_counts
-from mixture_of_experts.checks import check_choice
-from mixture_of_experts.failures import telling_ranks
-from mixture_of_experts.parallel.experts import SpreadExperts
-from mixture_of_experts.private_torch import ignore_in_ddp, local_part
+from mixture_of_experts.parallel.spread_experts import SpreadExperts
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.failures import telling_ranks
+from mixture_of_experts.support.private_torch import ignore_in_ddp, local_part
+from mixture_of_experts.whole_model.balancing import names_of_counts
 
 Parameters = nn.Module | Iterable[Tensor]
 

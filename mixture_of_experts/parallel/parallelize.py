@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.experts import SpreadExperts, SpreadList
+from mixture_of_experts.parallel.spread_experts import SpreadExperts, SpreadList
 from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
 
 

@@ -15,14 +15,14 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.around import EnclosedExperts
-from mixture_of_experts.checks import check_choice
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.experts import SpreadExperts, parallel_class
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
-from mixture_of_experts.private_torch import default_timeout, set_timeout
+from mixture_of_experts.parallel.spread_experts import SpreadExperts, parallel_class
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.private_torch import default_timeout, set_timeout
 
 
 class ExpertParallel(ParallelStyle):

@@ -1,8 +1,8 @@
 """Records what gates choose, and makes them choose it again: in another dtype, engine or batch, or a recomputation."""
 
+from mixture_of_experts.replay.checkpointing import save_choices
 from mixture_of_experts.replay.recording import record_routing
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.replaying import replay_routing
-from mixture_of_experts.replay.saving import save_choices
 
 __all__ = ["RoutingRecords", "record_routing", "replay_routing", "save_choices"]

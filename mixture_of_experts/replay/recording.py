@@ -14,14 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
-from mixture_of_experts.attached import Attached
-from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.dispatch.decision import plan_slots_of
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.levels import GIVEN
-from mixture_of_experts.replay.foreign import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.gating.levels import GIVEN
 from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sites import (
+from mixture_of_experts.replay.sequences import (
     ChoiceSite,
     Seen,
     Sequences,
@@ -29,9 +27,11 @@ from mixture_of_experts.replay.sites import (
     choice_sites,
     sequences_around,
 )
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.sites import Gates
-from mixture_of_experts.under_way import CallUnderWay, Watch
+from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.sites import Gates
+from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 
 @contextmanager

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.checks import check_optional_size
 from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.support.checks import check_optional_size
 
-FORMAT = "mixture_of_experts.routing/1"
+FORMAT = "mixture_of_experts.dispatch.routing/1"
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):

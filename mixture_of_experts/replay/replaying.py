@@ -14,16 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
-from mixture_of_experts.attached import Attached
-from mixture_of_experts.checks import check_choice
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE, expert_twice
-from mixture_of_experts.levels import GIVEN, GIVEN_INNER
-from mixture_of_experts.replay.foreign import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sites import (
+from mixture_of_experts.replay.sequences import (
     ChoiceSite,
     Seen,
     Sequences,
@@ -32,9 +29,12 @@ from mixture_of_experts.replay.sites import (
     runs_again,
     sequences_around,
 )
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.sites import Gates
-from mixture_of_experts.tracing import in_checkpoint
+from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.tracing import in_checkpoint
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.sites import Gates
 
 Beyond = Literal["error", "choose"]
 BEYOND: tuple[Beyond, ...] = ("error", "choose")

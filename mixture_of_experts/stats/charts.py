@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.stats.colours import FAINT, INK, clipped, load_colours
-from mixture_of_experts.stats.records import Record, relative
+from mixture_of_experts.stats.record import Record, relative
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

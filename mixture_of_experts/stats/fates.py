@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from mixture_of_experts.decision import plan_slots_of
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.dispatch.decision import plan_slots_of
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.colours import PALETTE
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixture_of_experts.decision import plan_slots_of
+from mixture_of_experts.dispatch.decision import plan_slots_of
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.balance_losses import load_of
-from mixture_of_experts.routing import Routing
 
 # Sums for each router. Over tokens: their number, those that no expert computes ("unseen"), entropy and confidence.
 # Over choices: "dropped", and "unavoidable", those beyond all slots of their group. Over groups: those that request any

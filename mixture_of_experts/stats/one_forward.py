@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixture_of_experts.attached import Attached
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.sites import Site, find_sites, serve
-from mixture_of_experts.stats.foreign import readers_of, why_no_routing
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.stats.their_routing import readers_of, why_no_routing
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.whole_model.sites import Site, find_sites, serve
 
 
 @torch.no_grad()

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mixture_of_experts.routing import Routing
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats import charts
 from mixture_of_experts.stats.colours import OTHERS, PALETTE, ink_on
 from mixture_of_experts.stats.fates import (
@@ -32,7 +32,7 @@ from mixture_of_experts.stats.fates import (
     texts_of,
     visible,
 )
-from mixture_of_experts.stats.records import Record, in_the_last, relative
+from mixture_of_experts.stats.record import Record, in_the_last, relative
 
 NOTES, NAMED = 12, 12  # most notes, and most experts that a note names
 

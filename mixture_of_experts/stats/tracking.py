@@ -19,19 +19,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import under_way
-from mixture_of_experts.attached import Attached
-from mixture_of_experts.checks import check_choice, check_size
-from mixture_of_experts.private_torch import constant_in_graphs
-from mixture_of_experts.routing import Routing
-from mixture_of_experts.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.colours import need_matplotlib
-from mixture_of_experts.stats.foreign import Reader, readers_of, why_no_routing
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
-from mixture_of_experts.stats.records import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
+from mixture_of_experts.stats.record import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
 from mixture_of_experts.stats.report import History, page, texts_of_gates
-from mixture_of_experts.tracing import in_checkpoint
-from mixture_of_experts.under_way import CallUnderWay, Watch
+from mixture_of_experts.stats.their_routing import Reader, readers_of, why_no_routing
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.checks import check_choice, check_size
+from mixture_of_experts.support.private_torch import constant_in_graphs
+from mixture_of_experts.support.tracing import in_checkpoint
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")

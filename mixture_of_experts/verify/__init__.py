@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixture_of_experts.verify import batches, losses, precision, states, thorough
+from mixture_of_experts.verify import batching as batches
+from mixture_of_experts.verify import loss_gradients as losses
+from mixture_of_experts.verify import precision, states, thorough
 from mixture_of_experts.verify.properties import Finding, Property
-from mixture_of_experts.verify.report import Report
 from mixture_of_experts.verify.subject import Run, Subject
+from mixture_of_experts.verify.verdicts import Report
 
 __all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
 

@@ -11,10 +11,10 @@ from support.transformers_models import ARCHITECTURES, two_lengths, without_drop
 from torch import Tensor, nn
 
 from mixture_of_experts import TopKGating, balance_experts
-from mixture_of_experts.held import BlockSettings, record_of
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.sites import BIASES
+from mixture_of_experts.whole_model.block_settings import BlockSettings, record_of
+from mixture_of_experts.whole_model.sites import BIASES
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, trainer

@@ -17,9 +17,10 @@ from support.transformers_models import ARCHITECTURES
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from mixture_of_experts.huggingface import export, folders, upcycle
+from mixture_of_experts.huggingface import export, upcycle
 from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.saving import folders
 
 from .test_saving import same_weights
 
@@ -287,7 +288,7 @@ def test_what_is_killed_does_not_look_finished(tmp_path):
 
 MEASURED = """
 import resource, sys
-import mixture_of_experts.huggingface.folders
+import mixture_of_experts.huggingface.saving.folders
 from mixture_of_experts.huggingface.__main__ import main
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 assert main(sys.argv[1:]) == 0

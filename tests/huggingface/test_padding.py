@@ -21,7 +21,7 @@ from transformers import StaticCache
 from mixture_of_experts import Top2Gating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.under_way import HERE
+from mixture_of_experts.whole_model.under_way import HERE
 
 pytestmark = pytest.mark.slow
 

@@ -15,8 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TokenChoiceGate, TopPGating
-from mixture_of_experts.huggingface import from_pretrained, record, replace_ffn, upcycle
+from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.saving import layer_settings as record
 
 from .test_losses import batch_of, build, trainer
 

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from mixture_of_experts.huggingface import replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.search import search
+from mixture_of_experts.huggingface.replacement.search import search
 from tests.support.family_table import try_family
 from tests.support.transformers_models import ARCHITECTURES
 

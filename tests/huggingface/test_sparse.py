@@ -26,7 +26,7 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.blocks import joined, read_block
+from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.stats import track_routing
 

@@ -10,8 +10,8 @@ from support.mixed_calls import Call, check_threads
 from support.transformers_models import ARCHITECTURES, ONE_PLACE, two_lengths, without_dropout
 from torch import Tensor, nn
 
-from mixture_of_experts.auxiliary import AuxLosses
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
+from mixture_of_experts.whole_model.auxiliary import AuxLosses
 
 
 def calls_of(model: nn.Module) -> list[Call]:

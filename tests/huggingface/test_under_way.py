@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import MoE, TopKGating, collect_aux
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.under_way import HERE
+from mixture_of_experts.whole_model.under_way import HERE
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, gradients

@@ -67,7 +67,7 @@ def test_each_expert_is_the_network_of_its_model(name, shared):
 
 def units_of(base: Any, other: Any, n: int, name: str) -> None:
     """The first hidden units of a network, as those of another one: read by what upcycling itself has tested."""
-    from mixture_of_experts.huggingface.replace import find, read_dense
+    from mixture_of_experts.huggingface.replacement.replace import find, read_dense
 
     for place, its in zip(find(base, None, None), find(other, None, None), strict=True):
         own, to = read_dense(place.module, place.adapter), read_dense(its.module, its.adapter)

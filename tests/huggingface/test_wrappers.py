@@ -15,7 +15,7 @@ from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import aux_loss, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.under_way import HERE
+from mixture_of_experts.whole_model.under_way import HERE
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 

@@ -25,9 +25,9 @@ from mixture_of_experts import (
     NoisyTopKGating,
     Top2Gating,
     TopKGating,
-    launching,
     ops,
 )
+from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops import grouped as grouped_way
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import card
@@ -264,7 +264,8 @@ def check_entries(capability: tuple[int, int]) -> int:
     """The self-check judges the entry of the schedule that is launched, and as many choices; returns how many entries
     calls of many shapes took."""
     from mixture_of_experts.ops import triton
-    from mixture_of_experts.ops.triton import canary, operators, schedule
+    from mixture_of_experts.ops.triton import operators, schedule
+    from mixture_of_experts.ops.triton import self_check as canary
 
     judged, launched = [], []
 

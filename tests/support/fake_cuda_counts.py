@@ -37,9 +37,9 @@ GATHERED = {
 #: where kernels start
 LAUNCHES = (
     "mixture_of_experts.ops.triton.operators.launch",
-    "mixture_of_experts.gating.few_kernel.launch",
-    "mixture_of_experts.queue_kernels.launch",
-    "mixture_of_experts.gating.two_best_kernel.launch",
+    "mixture_of_experts.kernels.top_k.launch",
+    "mixture_of_experts.kernels.queueing.launch",
+    "mixture_of_experts.kernels.top_2.launch",
 )
 
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import collect_aux
-from mixture_of_experts.auxiliary import AuxLosses
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.under_way import HERE
+from mixture_of_experts.whole_model.auxiliary import AuxLosses
+from mixture_of_experts.whole_model.under_way import HERE
 
 Call = Callable[[AuxLosses], list[Tensor]]
 THREADS = 8

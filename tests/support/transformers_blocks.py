@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from mixture_of_experts.huggingface import from_transformers, to_transformers
-from mixture_of_experts.huggingface.blocks import joined, read_block
+from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.stats import track_routing
 
 MODELS = Path(transformers.__file__).parent / "models"

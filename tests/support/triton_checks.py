@@ -33,24 +33,30 @@ from mixture_of_experts import (
     MoE,
     Top2Gating,
     TopKGating,
-    launching,
     ops,
-    queue_kernels,
-    queues,
 )
-from mixture_of_experts.decision import compose, decision_of, decision_on, plan_slots_of
-from mixture_of_experts.gating import few, few_kernel, saving, two_best, two_best_kernel
+from mixture_of_experts.dispatch import queues
+from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.gating import recomputing as saving
+from mixture_of_experts.gating import top2_by_kernel as two_best
+from mixture_of_experts.gating import topk_by_kernel as few
+from mixture_of_experts.gating.levels import second_level
 from mixture_of_experts.gating.logits import RouterLogits
-from mixture_of_experts.levels import second_level
+from mixture_of_experts.kernels import ffn as kernels
+from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import queueing as queue_kernels
+from mixture_of_experts.kernels import top_2 as two_best_kernel
+from mixture_of_experts.kernels import top_k as few_kernel
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import canary, kernels, operators, schedule, why_not
+from mixture_of_experts.ops.triton import operators, schedule, why_not
+from mixture_of_experts.ops.triton import self_check as canary
 from mixture_of_experts.ops.triton.form import Form, form_of
-from mixture_of_experts.ops.triton.network import compute, operands
-from mixture_of_experts.ops.triton.plan import plan_of, triton_few_plan, triton_plan
+from mixture_of_experts.ops.triton.forward_backward import compute, operands
+from mixture_of_experts.ops.triton.row_plan import plan_of, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
-from mixture_of_experts.plan import Plan
 from support.triton_memory import watched
 
 autograd.tables_to_save = Plan.tensors_to_save  # tensors are on a CPU, and are saved as on a GPU

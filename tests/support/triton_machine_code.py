@@ -165,10 +165,11 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
-    from mixture_of_experts import queue_kernels as queues
-    from mixture_of_experts.gating import few_kernel as few
-    from mixture_of_experts.gating import two_best_kernel as two
-    from mixture_of_experts.ops.triton import operators, plan
+    from mixture_of_experts.kernels import queueing as queues
+    from mixture_of_experts.kernels import top_2 as two
+    from mixture_of_experts.kernels import top_k as few
+    from mixture_of_experts.ops.triton import operators
+    from mixture_of_experts.ops.triton import row_plan as plan
     from support.fake_cuda_checks import on_gpu
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}

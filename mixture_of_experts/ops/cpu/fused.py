@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixture_of_experts.decision import Decision
-from mixture_of_experts.dispatch import sum_rows
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import sum_rows
+from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.cpu.batches import Batch, Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.plan import Plan
 
 
 def run(call: Call) -> Tensor:

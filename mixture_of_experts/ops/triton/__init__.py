@@ -11,14 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixture_of_experts.launching import family_of
-from mixture_of_experts.ops import few
+from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.ops import few_tokens as few
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import LOW, num_rows
-from mixture_of_experts.private_torch import is_fake, statically_known_true
-from mixture_of_experts.tracing import capability, exporting, in_transform
+from mixture_of_experts.support.private_torch import is_fake, statically_known_true
+from mixture_of_experts.support.tracing import capability, exporting, in_transform
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
@@ -54,7 +54,7 @@ def why_not_by_default(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    from mixture_of_experts.ops.triton import network  # imports triton, which takes a second
+    from mixture_of_experts.ops.triton import forward_backward as network  # imports triton, which takes a second
 
     return network.run(call)
 
@@ -71,7 +71,7 @@ def _why_wrong(call: Call) -> str | None:
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake(x)):
         return None
-    from mixture_of_experts.ops.triton import canary
+    from mixture_of_experts.ops.triton import self_check as canary
 
     form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None

@@ -17,11 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-from mixture_of_experts.launching import launch
-from mixture_of_experts.ops.triton import kernels
+from mixture_of_experts.kernels import ffn as kernels
+from mixture_of_experts.kernels.launching import launch
 from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_of, find_schedule
-from mixture_of_experts.tracing import capability
+from mixture_of_experts.support.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
 NO_ACTIVATION = Form("plain", "identity")

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mixture_of_experts.decision import Decision
-from mixture_of_experts.launching import family_of
-from mixture_of_experts.private_torch import statically_known_true
-from mixture_of_experts.tracing import smallest
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.support.private_torch import statically_known_true
+from mixture_of_experts.support.tracing import smallest
 
 Capability = tuple[int, int]
 LOW = 16  # mean rows of an expert up to which tiles have 16 or 32 rows

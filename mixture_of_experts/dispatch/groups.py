@@ -1,0 +1,97 @@
+"""From the caller's inputs to groups of tokens, and back.
+
+Axes: b groups, n tokens of a group, m groups after a split, d model dim.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.support.checks import check_mask, check_result, check_tokens
+from mixture_of_experts.support.private_torch import own
+
+SHORTEST = 16  # groups are refused if they are so many times shorter than was asked for
+
+
+def mask_and_group(
+    inputs: Tensor, mask: Tensor | None, dim: int, group_size: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Check the arguments, set masked tokens to 0, and split into groups.
+
+    Returns the inputs with these zeros, the groups `(b, n, d)` of them, and the mask `(b, n)` of the groups or None.
+    """
+    check_tokens("inputs", inputs, dim, min_ndim=2)
+    x = inputs
+    if mask is not None:
+        check_mask(mask, inputs.shape[:-1])
+        x = torch.where(mask.unsqueeze(-1), inputs, 0)  # a product with 0 would keep NaN
+    shape = (math.prod(inputs.shape[:-2]), inputs.shape[-2])  # `Size.numel` makes a dynamic length static
+    if group_size is not None:
+        shape = group_shape(shape[0] * shape[1], group_size)
+        if 0 < SHORTEST * shape[1] < group_size and shape[0] > 1:
+            raise ValueError(
+                f"group_size={group_size} would split {shape[0] * shape[1]} positions into groups of {shape[1]}, as no "
+                "number nearer to it divides them: pad the input or choose a group_size that divides it"
+            )
+    return x, x.reshape(*shape, dim), None if mask is None else mask.reshape(shape)
+
+
+def group_side_inputs(
+    side: Mapping[str, Tensor], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
+) -> dict[str, Tensor]:
+    """Split side inputs into groups, as the inputs; entries of masked tokens are 0.
+
+    Args:
+        side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token.
+        reads: the names that the gates read.
+        mask: `(..., n)` or None.
+        shape: `(..., n)` of the inputs.
+        groups: `(b, n, d)`, the inputs in groups.
+    """
+    grouped = {}
+    for name, value in side.items():
+        if name not in reads:
+            known = f"it reads {', '.join(sorted(reads))}" if reads else "it reads none"
+            raise TypeError(f"the gate reads no side input {name!r}: {known}. Masks are `mask=`")
+        if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
+            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, ...), an entry a token, got {got}")
+        rest = value.shape[len(shape) :]
+        if mask is not None:
+            value = value.masked_fill(~mask.view(*mask.shape, *[1] * len(rest)), 0)
+        grouped[name] = value.reshape(*groups.shape[:2], *rest)
+    return grouped
+
+
+def group_shape(num_positions: int, group_size: int) -> tuple[int, int]:
+    """The number of groups m and their length n: m is `max(1, positions // group_size)`, raised until it divides the
+    positions. Warns if n is less than half of `group_size`.
+    """
+    groups = max(1, num_positions // group_size)
+    length = num_positions // groups  # below 2 group_size, so the search is short
+    while length and num_positions % length:
+        length -= 1
+    groups = num_positions // length if length else groups
+    if 0 < length < group_size / 2 and groups > 1 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"group_size={group_size} splits {num_positions} positions into {groups} groups of {length}: no number "
+            "nearer to it divides them. Pad the input or choose a group_size that divides it",
+            stacklevel=3,
+        )
+    return groups, length
+
+
+def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_expert: nn.Module | None) -> Tensor:
+    """The experts' results in the shape and dtype of the inputs x, plus those of the shared expert; masked tokens are
+    0."""
+    out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
+    if shared_expert is None:
+        return out
+    shared = check_result("shared_expert", shared_expert(x), out.shape)
+    out = (out + shared).to(x.dtype)
+    return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

@@ -1,0 +1,124 @@
+"""Moving tokens to the rows that experts compute, and their results back.
+
+Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
+
+Both directions, forward and backward, are gathers by the tables of a `Plan`. No two writes meet, so every run gives the
+same bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.plan import Plan, append
+
+
+def dispatch(x: Tensor, plan: Plan) -> Tensor:
+    """Return the rows `(r, d)` of tokens `(t, d)`; empty rows are zeros."""
+    return _Dispatch.apply(x, plan.token, plan.row, plan.k)
+
+
+def combine(rows: Tensor, plan: Plan) -> Tensor:
+    """Return each token's weighted sum `(t, d)` of rows `(r, d)`, taken in float32 and cast once."""
+    # with one choice a token both are one tensor, and a graph takes no tensor twice
+    assignment = None if plan.token is plan.assignment else plan.assignment
+    return _Combine.apply(rows, plan.weight, plan.token, plan.row, assignment, plan.k, plan.num_tokens)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Rows of tokens; its gradient is the sum of each token's rows."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, token: Tensor, row: Tensor, k: int | None) -> Tensor:
+        return read_rows(x, token)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, token, row, ctx.k = inputs
+        ctx.num_tokens = x.shape[0]
+        ctx.save_for_backward(token, row)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        token, row = ctx.saved_tensors
+        return _Combine.apply(grad, None, token, row, None, ctx.k, ctx.num_tokens), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum of each token's rows, weighted if `weight` is given. If `assignment` is None, `token` serves for it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        rows: Tensor,
+        weight: Tensor | None,
+        token: Tensor,
+        row: Tensor,
+        assignment: Tensor | None,
+        k: int | None,
+        num_tokens: int,
+    ) -> Tensor:
+        if k is None and weight is not None:
+            weight = append(weight, 0)[token if assignment is None else assignment]
+        return sum_rows(rows, weight, token, row, k, num_tokens)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        rows, weight, token, row, assignment, ctx.k, _ = inputs
+        ctx.save_for_backward(None if weight is None else rows, weight, token, row, assignment)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        rows, weight, token, row, assignment = ctx.saved_tensors
+        spread = _Dispatch.apply(grad, token, row, ctx.k)  # (r, d), zeros where empty
+        if weight is None:
+            return spread, None, None, None, None, None, None
+        assignment = token if assignment is None else assignment
+        spread, empty = spread.to(weight.dtype), (assignment == weight.shape[0]).unsqueeze(-1)
+        grad_row_weight = (spread * rows.masked_fill(empty, 0)).sum(dim=-1)
+        grad_rows = (spread * append(weight, 0)[assignment].unsqueeze(-1)).to(rows.dtype)
+        return grad_rows, append(grad_row_weight, 0)[row], None, None, None, None, None
+
+
+def read_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Return rows of x by index; zeros where the index is `len(x)`, which means none."""
+    length = x.shape[0]
+    if length == 0:
+        return x.new_zeros(index.shape[0], *x.shape[1:])
+    rows = x.index_select(0, index.clamp(max=length - 1))
+    return rows.masked_fill((index == length).unsqueeze(-1), 0)
+
+
+def sum_rows(rows: Tensor, weight: Tensor | None, token: Tensor, row: Tensor, k: int | None, num_tokens: int) -> Tensor:
+    """`(t, d)` sum of each token's rows, in float32 (float64 stays), times `weight` by assignment.
+
+    In expert choice (`k` is None) `weight` has an entry for each row, and `token` is the token of each row.
+    """
+    dtype = rows.dtype if rows.dtype == torch.float64 else torch.float32
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    if k is None:
+        rows_in = rows.to(dtype)
+        if weight is not None:
+            empty = (token == num_tokens).unsqueeze(-1)
+            rows_in = (rows_in * weight.unsqueeze(-1)).masked_fill(empty, 0)
+        total = rows_in.new_zeros(num_tokens + 1, rows.shape[-1])
+        return add_rows(total, token, rows_in)[:-1].to(rows.dtype)
+    terms = []
+    for choice in range(k):
+        term = read_rows(rows, row.view(num_tokens, k)[:, choice]).to(dtype)
+        if weight is not None:
+            term = term * weight.view(num_tokens, k)[:, choice].unsqueeze(-1)
+        terms.append(term)
+    return sum(terms[1:], terms[0]).to(rows.dtype)
+
+
+def add_rows(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:
+    """Return `total` with `rows` added at `index`, in the same order on every run (on CUDA `index_add` has none)."""
+    if total.is_cuda:
+        return total.index_put((index,), rows, accumulate=True)
+    return total.index_add(0, index, rows)

@@ -1,0 +1,238 @@
+"""The capacity of an expert, and the order in which tokens queue for its slots.
+
+Axes: b groups (outer experts stand before it: `...`), n tokens of a group, e experts, k choices of a token, a choices
+of a group (n * k).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+from typing import Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
+from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass, statically_known_true
+from mixture_of_experts.support.tracing import exporting_to_onnx, is_wrapped, largest
+
+Priority = Literal["choice", "token", "score"]
+PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")
+MOST_DENOMINATOR = 1 << 20  # of a capacity factor
+CHECK = SelfCheck("the Triton kernels of queues")
+MOST_EXPERTS = 1024  # of the kernels: their tables have a line for each
+FEW = 4096  # entries of a table for which the way of fewest operators is fastest, whatever they read
+
+
+def bounded_ratio(factor: float) -> tuple[int, int]:
+    """A capacity factor as a ratio of two integers with a denominator of at most 2^20: exact for usual factors."""
+    ratio = Fraction(factor).limit_denominator(MOST_DENOMINATOR) or Fraction(1, MOST_DENOMINATOR)
+    return ratio.numerator, ratio.denominator
+
+
+def slots_per_token(factor: tuple[int, int], num_experts: int, k: int) -> tuple[int, int]:
+    """Slots of one expert for each token of a group, `k factor / e` but at most 1, as a ratio of two integers.
+
+    As it is at most 1, products with the number of tokens stay far from the end of int64.
+    """
+    slots, tokens = k * factor[0], num_experts * factor[1]
+    return (slots, tokens) if slots < tokens else (1, 1)
+
+
+def expert_capacity(num_tokens: int, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> int:
+    """Slots of an expert for a group of n tokens: `max(min(n, int(k n factor / e)), minimum)`; 0 without a token.
+
+    Args:
+        num_tokens: n.
+        factor: the capacity factor, as `bounded_ratio` gives it.
+        num_experts, minimum: e, and the least number of slots.
+        k: choices of a token.
+    """
+    if statically_known_true(num_tokens == 0):  # a second level would count the slots as tokens
+        return 0
+    slots, tokens = slots_per_token(factor, num_experts, k)
+    return largest(num_tokens * slots // tokens, minimum)
+
+
+def group_capacity(length: Length, factor: tuple[int, int], num_experts: int, minimum: int, k: int = 1) -> Tensor:
+    """`(..., b)` int64, slots of an expert for groups of real tokens; 0 for a group without any.
+
+    The rule and the arguments are those of `expert_capacity`, but `length` is the number of real tokens of each group.
+    """
+    slots, tokens = slots_per_token(factor, num_experts, k)
+    wanted = length.parts * slots // (tokens * length.parts_per_token)
+    return torch.where(length.parts > 0, wanted.clamp(min=minimum), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Length:
+    """Numbers of real tokens as ratios of integers: a second level's share of the tokens need not be a whole number.
+
+    Attributes:
+        parts: `(..., b)` int64, the tokens of each group, counted in parts of a token.
+        parts_per_token: how many parts a token has.
+    """
+
+    parts: Tensor
+    parts_per_token: int = 1
+
+    def tokens(self, dtype: torch.dtype) -> Tensor:
+        """`(..., b)` the number of tokens, in a floating dtype."""
+        parts = self.parts.to(dtype)
+        return parts if self.parts_per_token == 1 else parts / self.parts_per_token
+
+    def sum(self) -> Length:
+        """The tokens `(...)` of all groups together."""
+        return Length(self.parts.sum(dim=-1), self.parts_per_token)
+
+
+@dataclass(frozen=True, eq=False)
+class Queues:
+    """Where assignments stand in the queues of their experts.
+
+    Attributes:
+        position: `(..., a)` int64, position of each assignment in its queue, from 0; any value where it does not queue.
+        length: `(..., q)` int64, number of assignments in each queue.
+    """
+
+    position: Tensor
+    length: Tensor
+
+
+torch.export.register_dataclass(Queues, serialized_type_name="mixture_of_experts.Queues")
+
+
+def queue_up(
+    expert: Tensor,
+    chosen: Tensor | None,
+    num_experts: int,
+    k: int,
+    priority: Priority = "choice",
+    score: Tensor | None = None,
+) -> Queues:
+    """Queue every assignment at its expert, one queue for each expert.
+
+    Args:
+        expert: `(..., a)` int64, expert of each assignment: token by token, and of a token the best choice first.
+        chosen: `(..., a)` bool, the assignments that queue at all; None if all do.
+        num_experts: e.
+        k: choices of a token; a is n k.
+        priority: "choice" queues all first choices before all second ones (GShard), "token" all choices of a token
+            before those of later tokens (causal), "score" as "choice" with the tokens in order of descending score
+            (batch-priority routing, arXiv 2106.05974).
+        score: `(..., n)` for priority "score".
+
+    Returns:
+        Queues with positions `(..., a)` and lengths `(..., e)`.
+    """
+    order = None
+    if priority == "score":
+        assert score is not None
+        order = stable_order(score, descending=True)
+    # with one token all orders are the same
+    in_order = priority == "token" or statically_known_true(expert.shape[-1] == k)
+    if has_kernels(expert.device) and _kernels_serve(expert, num_experts):
+        return _by_kernels(expert, chosen, order, num_experts, k, not in_order)
+    return _by_operators(expert, chosen, order, num_experts, k, in_order)
+
+
+def _by_operators(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
+) -> Queues:
+    """Queues of assignments in the order in which they are stored, or with all first choices before all second ones."""
+    order = None if order is None else order.unsqueeze(-1).expand(*order.shape, k)
+
+    def in_queue_order(values: Tensor) -> Tensor:
+        """Bring values from the order of tokens to the order in which the assignments queue."""
+        if in_order:
+            return values
+        values = rearrange(values, "... (n k) -> ... n k", k=k)
+        return rearrange(values if order is None else values.gather(-2, order), "... n k -> ... (k n)")
+
+    def in_token_order(values: Tensor) -> Tensor:
+        """Bring values from the order in which the assignments queue back to the order of tokens."""
+        if in_order:
+            return values
+        values = rearrange(values, "... (k n) -> ... n k", k=k)
+        return (values if order is None else torch.empty_like(values).scatter(-2, order, values)).flatten(-2)
+
+    if statically_known_true(expert.numel() * num_experts <= FEW) or exporting_to_onnx():
+        position, length = _count(
+            in_queue_order(expert), None if chosen is None else in_queue_order(chosen), num_experts
+        )
+        return Queues(in_token_order(position), length)
+    # a stable sort of int16 is several times faster than one of int64
+    narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int64
+    ids = torch.arange(num_experts + 1, device=expert.device, dtype=narrow)
+    key = expert.to(narrow)
+    if chosen is not None:
+        key = torch.where(chosen, key, ids[-1])  # behind every queue
+    place, start = _sort(in_queue_order(key), ids)
+    return Queues(in_token_order(place) - start.gather(-1, expert), start.diff(dim=-1))
+
+
+def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
+    """Whether the kernels take these assignments, and compute on their device what the operators do."""
+    if expert.numel() == 0 or num_experts > MOST_EXPERTS or is_wrapper_subclass(expert):
+        return False
+    return is_fake(expert) or CHECK.why_wrong(expert.device, expert.device, partial(_fault, expert.device)) is None
+
+
+def _by_kernels(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
+) -> Queues:
+    """Return what `_by_operators` returns, by three launches of kernels."""
+    from mixture_of_experts.kernels.queueing import queue_in_line  # it imports triton, which takes a second
+
+    chosen, order = (None if values is None else values.reshape(-1, values.shape[-1]) for values in (chosen, order))
+    position, length = queue_in_line(expert.reshape(-1, expert.shape[-1]), chosen, order, num_experts, k, by_choice)
+    return Queues(position.view(expert.shape), length.view(*expert.shape[:-1], num_experts))
+
+
+def _fault(device: torch.device) -> str | None:
+    """What differs between the two ways on made-up assignments; None if nothing."""
+    generator = torch.Generator(device).manual_seed(0)
+    e, k, n = 37, 3, 90
+    expert = torch.randint(e, (2, n * k), generator=generator, device=device)
+    some = torch.rand(expert.shape, generator=generator, device=device) < 0.7
+    shuffled = stable_order(torch.rand(2, n, generator=generator, device=device))
+    for chosen, order, by_choice in ((None, None, False), (some, None, True), (some, shuffled, True)):
+        found = _by_kernels(expert, chosen, order, e, k, by_choice)
+        wanted = _by_operators(expert, chosen, order, e, k, not by_choice)
+        differs = found.position != wanted.position
+        if bool((differs if chosen is None else differs & chosen).any()) or not found.length.equal(wanted.length):
+            return "their queues differ from those of torch's operators"
+    return None
+
+
+def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the places of keys `(..., a)` in stable order, and the first place of each of `ids`, all possible keys."""
+    ordered, order = key.sort(dim=-1, stable=True)
+    of_each = (*key.shape[:-1], ids.shape[0])
+    # contiguous, as searchsorted wants it, under a transform too
+    ids = key.new_empty(of_each).copy_(ids) if is_wrapped(key) else ids.expand(of_each).contiguous()
+    index = torch.arange(key.shape[-1], device=key.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
+
+
+def _count(expert: Tensor, chosen: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return how often each assignment's expert was chosen before it, `(..., a)`, and how often in all, `(..., e)`.
+
+    They are counted in a table `(..., a, e)`: fewer operators than sorting, and ONNX has all of them.
+    """
+    index = expert.unsqueeze(-1)
+    queues = index == torch.arange(num_experts, device=expert.device)
+    if chosen is not None:
+        queues = queues & chosen.unsqueeze(-1)
+    place = queues.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1)
+    return place - 1, queues.sum(dim=-2)
+
+
+def stable_order(values: Tensor, descending: bool = False) -> Tensor:
+    """Indices `(..., n)` that sort the last dimension; equal values keep their order."""
+    if exporting_to_onnx():  # no stable sort there, but its TopK gives equal values lowest index first
+        return values.topk(values.shape[-1], dim=-1, largest=descending).indices
+    return values.sort(dim=-1, descending=descending, stable=True).indices

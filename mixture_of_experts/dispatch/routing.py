@@ -1,0 +1,242 @@
+"""`Routing`, which every gate returns, and its dense views.
+
+Axes: b groups (a sequence each, unless the layer has a `group_size`; outer experts stand before it: `...`),
+n tokens of a group, e experts, c capacity, k choices of a token, a assignments of a group (n * k for token choice).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import InitVar, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.queues import Queues, queue_up
+
+
+# compared and hashed by identity: tensors have no single answer to ==
+@dataclass(frozen=True, eq=False, init=False, kw_only=True)
+class Routing:
+    """What a gate decided: which token goes to which slot of which expert, with which weight.
+
+    It moves no data. Losses and statistics read it, and a `Decision` is made from it to move tokens. Unpack it for the
+    dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
+
+    An assignment is one choice of one token (in expert choice: one token of one expert).
+
+    A constructor gets the attributes below. It gets the two losses that every router has either by name in `losses` or
+    as `balance_loss=` and `z_loss=`; they are 0 by default. `dataclasses.replace` takes all of these too.
+
+    Attributes:
+        expert: `(..., b, a)` int64, expert of each assignment.
+        kept: `(..., b, a)` bool, True where the expert computes this token.
+        weight: `(..., b, a)` float32 (float64 in a float64 module), weight of the expert's output; 0 where not kept.
+        probs: `(..., b, n, e)` the router's probabilities (normalised scores).
+        num_tokens, num_experts: n and e.
+        capacity: c, slots of an expert for each group; None if dropless.
+        k: choices of a token: assignment i belongs to token i // k; None for expert choice.
+        chosen: `(..., b, a)` bool, the assignments that queue. One that is not kept is dropped by capacity or has a
+            weight of 0. With a capacity the latter holds a slot in which nothing is computed; dropless it does not
+            queue.
+        queues: position of each assignment in its expert's queue of this group, and the lengths `(..., b, e)` of the
+            queues before capacity; None if dropless (`group_queues` then computes them).
+        token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
+        limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
+        real: `(..., b, n)` bool, the tokens that are not masked; None if none is masked.
+        losses: every loss by name, 0-dim, without coefficients: "balance", "z", and a gate's own, such as the parts of
+            its balancing loss.
+        primary: `(..., b, a)` bool, the assignments that count as first choices in a second level; None: the first
+            assignment of each token.
+        uncounted: `(..., b, a)`, without gradient: the weights of padding that is computed (`counted=`), 0 at real
+            tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
+            knows of them.
+        weighed: `(..., b, a)` bool, the assignments that share their token's weight, computed or not; None if all do.
+
+    Raises:
+        ValueError: a loss is given both ways, as two tensors.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import Top2Gating
+        >>> gate = Top2Gating(dim=8, num_gates=4)
+        >>> dispatch, combine, loss = gate(torch.randn(2, 6, 8))
+        >>> dispatch.shape
+        torch.Size([2, 6, 4, 4])
+    """
+
+    expert: Tensor
+    kept: Tensor
+    weight: Tensor
+    probs: Tensor
+    num_tokens: int
+    num_experts: int
+    capacity: int | None
+    k: int | None
+    chosen: Tensor
+    queues: Queues | None
+    token_index: Tensor | None
+    limit: Tensor | None
+    real: Tensor | None
+    losses: dict[str, Tensor]
+    primary: Tensor | None
+    uncounted: Tensor | None
+    weighed: Tensor | None
+    #: the routing itself, which `dataclasses.replace` reads and hands to the constructor of the new one
+    _replaced: InitVar[Any] = property(lambda self: self)  # noqa: RUF009 (a property, read anew)
+
+    def __init__(
+        self,
+        *,
+        expert: Tensor,
+        kept: Tensor,
+        weight: Tensor,
+        probs: Tensor,
+        num_tokens: int,
+        num_experts: int,
+        capacity: int | None,
+        k: int | None,
+        chosen: Tensor,
+        balance_loss: Tensor | float | None = None,
+        z_loss: Tensor | float | None = None,
+        losses: Mapping[str, Tensor] | None = None,
+        queues: Queues | None = None,
+        token_index: Tensor | None = None,
+        limit: Tensor | None = None,
+        real: Tensor | None = None,
+        primary: Tensor | None = None,
+        uncounted: Tensor | None = None,
+        weighed: Tensor | None = None,
+        _replaced: Routing | None = None,
+    ) -> None:
+        before = {} if _replaced is None else _replaced.losses
+        given = {"balance": balance_loss, "z": z_loss}
+        values: dict[str, Any] = dict(expert=expert, kept=kept, weight=weight, probs=probs, num_tokens=num_tokens)
+        values |= dict(num_experts=num_experts, capacity=capacity, k=k, chosen=chosen, queues=queues)
+        values |= dict(token_index=token_index, limit=limit, real=real, primary=primary, uncounted=uncounted)
+        values |= dict(weighed=weighed)
+        values["losses"] = joined_losses({} if losses is None else losses, given, before, probs)
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def balance_loss(self) -> Tensor:
+        """0-dim, the balancing loss, which a layer's `loss_coef` weighs: `losses["balance"]`."""
+        return self.losses["balance"]
+
+    @property
+    def z_loss(self) -> Tensor:
+        """0-dim, the router z-loss, which a layer's `z_loss_coef` weighs: `losses["z"]`."""
+        return self.losses["z"]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        combine = self.combine_tensor()
+        yield occupied(combine)
+        yield combine
+        yield self.balance_loss
+
+    @property
+    def token(self) -> Tensor:
+        """`(..., b, a)` int64, token of each assignment, an index into the group."""
+        if self.token_index is not None:
+            return self.token_index
+        assert self.k is not None
+        token = torch.arange(self.num_tokens, device=self.expert.device).repeat_interleave(self.k)
+        return token.expand_as(self.expert)
+
+    @property
+    def slot(self) -> Tensor:
+        """`(..., b, a)` int64, position of each assignment in its expert's queue of this group; any number where not
+        `kept`."""
+        return self.group_queues().position
+
+    @property
+    def queued(self) -> Tensor:
+        """`(..., b, e)` int64, length of each expert's queue before capacity."""
+        if self.queues is not None:
+            return self.queues.length
+        none = self.expert.new_zeros(*self.expert.shape[:-1], self.num_experts)
+        return none.scatter_add(-1, self.expert, self.chosen.to(none.dtype))
+
+    def group_queues(self) -> Queues:
+        """The queues of each group; for a dropless gate they are computed here, in the order of tokens."""
+        if self.queues is not None:
+            return self.queues
+        assert self.k is not None
+        return queue_up(self.expert, self.chosen, self.num_experts, self.k, "token")
+
+    @property
+    def importance(self) -> Tensor:
+        """`(..., b, a)`, importance of each assignment in a second level: 1 for a token's first choice, 0.5 for its
+        others, 0 if not kept. Expert choice raises ValueError."""
+        if self.k is None:
+            raise ValueError("expert choice has no importance for a second level: its tokens have no first choice")
+        primary = self.primary
+        if primary is None:
+            primary = torch.arange(self.kept.shape[-1], device=self.kept.device) % self.k == 0
+        return (self.kept.to(self.weight.dtype) + (self.kept & primary)) * 0.5
+
+    @property
+    def slots(self) -> int:
+        """Slots of an expert for each group: the capacity, or n if dropless."""
+        return self.num_tokens if self.capacity is None else self.capacity
+
+    def slots_held(self, queues: Queues) -> Tensor:
+        """`(..., b, e)` int64, the occupied slots of each of these queues: its length, cut off at the capacity."""
+        held = queues.length if self.capacity is None else queues.length.clamp(max=self.capacity)
+        return held if self.limit is None else torch.minimum(held, self.limit.unsqueeze(-1))
+
+    def combine_tensor(self) -> Tensor:
+        """The papers' combine tensor `(..., b, n, e, c)`: the weight of slot c of expert e for token n."""
+        n, e, c = self.num_tokens, self.num_experts, self.slots
+        cell = torch.where(self.kept, (self.token * e + self.expert) * c + self.slot, 0)
+        dense = self.weight.new_zeros(*self.weight.shape[:-1], n * e * c)
+        # an assignment that is not kept adds its weight, 0, to cell 0
+        return dense.scatter_add(-1, cell, self.weight).unflatten(-1, (n, e, c))
+
+    def dispatch_tensor(self) -> Tensor:
+        """The papers' dispatch tensor `(..., b, n, e, c)`: 1 where the combine tensor is not 0."""
+        return occupied(self.combine_tensor())
+
+
+def joined_losses(
+    losses: Mapping[str, Tensor],
+    given: Mapping[str, Tensor | float | None],
+    before: Mapping[str, Tensor],
+    probs: Tensor,
+) -> dict[str, Tensor]:
+    """All losses by name, from `losses` and those that are `given` by arguments of their own.
+
+    A loss that is None and not in `losses` is that of `before`, or else 0, in the dtype of `probs`. With the dict
+    `before` itself as `losses`, those given are put in the place of its own. Otherwise a loss in both, as two tensors,
+    is a ValueError.
+    """
+    joined = dict(losses)
+    for name, loss in given.items():
+        if loss is None:
+            if name not in joined:
+                joined[name] = before[name] if name in before else probs.new_zeros(())
+        elif name not in joined or joined[name] is loss or losses is before:
+            joined[name] = loss if isinstance(loss, Tensor) else probs.new_full((), loss)
+        else:
+            raise ValueError(f"{name}_loss and losses[{name!r}] are two tensors: give this loss in one of the two ways")
+    return joined
+
+
+def occupied(combine: Tensor) -> Tensor:
+    """1 where a combine tensor is not 0."""
+    return (combine != 0).to(combine.dtype)
+
+
+torch.export.register_dataclass(Routing, serialized_type_name="mixture_of_experts.Routing")
+
+
+def check_routing(name: str, routing: object) -> Routing:
+    """Return `routing`, what a gate returned; TypeError if it is no `Routing`."""
+    if not isinstance(routing, Routing):
+        raise TypeError(
+            f"{name} must return a Routing, got {type(routing).__name__}: derive it from TokenChoiceGate, whose "
+            "`decide` returns experts and weights"
+        )
+    return routing

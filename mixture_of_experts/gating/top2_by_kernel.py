@@ -1,0 +1,197 @@
+"""Decides for `Top2Gating` by one kernel on NVIDIA's GPUs, and computes the gradient by another.
+
+Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts.
+
+The kernels check themselves before they serve a first call of their kind: kernels that differ from torch's
+operators, or raise, are turned off for the process, with a warning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts import losses
+from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.recomputing import recomputed
+from mixture_of_experts.gating.topk_by_kernel import has_kernel
+from mixture_of_experts.kernels.launching import SelfCheck
+from mixture_of_experts.support.private_torch import is_fake
+from mixture_of_experts.support.tracing import is_wrapped
+
+Top2Gating = Any  # which imports this
+MOST_EXPERTS = 1024
+TOLERANCE = 1e-3
+
+CHECK = SelfCheck("the Triton kernels of Top2Gating")
+
+
+def choices(gate: Top2Gating, tokens: Tokens) -> Choices | None:
+    """Return the gate's choices; None if the kernels do not serve the call."""
+    if not (has_kernel(tokens.x, gate.w_gating) and _knows(gate, tokens)):
+        return None
+    return choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens) else None
+
+
+def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
+    """Whether the kernels know the call: all but a loss of second choices, given experts, and tokens that choose but do
+    not count."""
+    own = type(gate).__module__ == "mixture_of_experts.gating.top2" and not gate.second_place_loss
+    masked = tokens.full is not None, tokens.active is not None
+    there = "given_experts" not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0 and not tokens.all_choose
+    return own and gate.num_experts <= MOST_EXPERTS and there and masked[0] == masked[1]
+
+
+def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
+    """Return the gate's choices, by the kernels."""
+    (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
+    uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
+    settings = tokens.full, tokens.active, uniform, policy, threshold, gate.eps
+
+    def decided(x: Tensor, weight: Tensor) -> Decided:
+        return Decided(*_TwoBest.apply(gate.product(x, weight), *settings))
+
+    found = recomputed(decided, tokens.x, gate.w_gating)
+    balance = gate.balance_of(found.load, found.proxy, tokens.length)
+    z_loss = losses.mean(found.squares, math.prod(shape) if tokens.full is None else found.number, gate.process_group)
+    all_made = policy == "all" and tokens.full is None and gate.num_experts > 1
+    return Choices(
+        found.expert,
+        found.weight,
+        found.probs,
+        {"balance": balance, "z": z_loss},
+        chosen=None if all_made else found.chosen,
+        primary=found.primary,
+        masked=True,
+    )
+
+
+class Decided(NamedTuple):
+    """The results of the kernel, and their sums."""
+
+    expert: Tensor  # (..., b, n, 2) int64
+    weight: Tensor  # (..., b, n, 2)
+    chosen: Tensor  # (..., b, n, 2) bool
+    primary: Tensor  # (..., b, n, 2) bool
+    probs: Tensor  # (..., b, n, e)
+    log_total: Tensor  # (..., b, n) the logits' logsumexp
+    load: Tensor  # (..., b, e) first choices of each expert, by the tokens that count
+    proxy: Tensor  # (..., b, e) sums of the probabilities of these tokens
+    squares: Tensor  # () sum of the squares of `log_total` of these tokens
+    number: Tensor  # () number of these tokens
+
+
+class _TwoBest(torch.autograd.Function):
+    """Saves the probabilities, and each token's choices and `log_total`. Second derivatives go through these."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits: Tensor,
+        full: Tensor | None,
+        active: Tensor | None,
+        uniform: Tensor | None,
+        policy: str,
+        threshold: float,
+        eps: float,
+    ) -> tuple[Tensor, ...]:
+        from mixture_of_experts.kernels.top_2 import two_best  # it imports triton, which takes a second
+
+        *found, sums, totals = two_best(logits, full, active, uniform, policy, threshold, eps)
+        expert, _, chosen, primary, probs, log_total = found
+        load, proxy = (sums.squeeze(-2) if sums.shape[-2] == 1 else sums.sum(dim=-2)).unbind()
+        squares, number = totals.flatten(end_dim=-2).sum(dim=0).unbind()
+        ctx.save_for_backward(probs, expert, log_total, full)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(expert, chosen, primary, load, number)
+        ctx.set_materialize_grads(False)
+        return *found, load, proxy, squares, number
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor | None):
+        of = Decided(*grads)  # type: ignore[arg-type]
+        given = of.weight, of.probs, of.log_total, of.proxy, of.squares
+        if torch.is_grad_enabled() or any(is_wrapped(grad) for grad in given if grad is not None):
+            function: Callable[..., Tensor] = grads_by_operators
+        else:
+            from mixture_of_experts.kernels.top_2 import two_best_grads as function
+        return function(*ctx.saved_tensors, ctx.eps, *given), *6 * [None]
+
+
+def grads_by_operators(
+    probs: Tensor,
+    expert: Tensor,
+    log_total: Tensor,
+    full: Tensor | None,
+    eps: float,
+    grad_weight: Tensor | None,
+    grad_probs: Tensor | None,
+    grad_log_total: Tensor | None,
+    grad_proxy: Tensor | None,
+    grad_squares: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits `(..., b, n, e)`, by operators that autograd and vmap know; arguments as in `Decided`."""
+    counts = torch.ones_like(log_total, dtype=torch.bool) if full is None else full
+    grad = torch.zeros_like(probs) if grad_probs is None else grad_probs
+    if grad_proxy is not None:
+        grad = grad + torch.where(counts.unsqueeze(-1), grad_proxy.unsqueeze(-2), 0.0)
+    if grad_weight is not None:
+        weighs = torch.stack([counts, ~((expert[..., 0] == expert[..., 1]) & counts)], dim=-1)
+        shares = torch.where(weighs, probs.gather(-1, expert), 0.0)
+        total = shares.sum(dim=-1, keepdim=True) + eps
+        of_shares = (grad_weight - (grad_weight * shares).sum(dim=-1, keepdim=True) / total) / total
+        grad = grad + torch.zeros_like(probs).scatter_add(-1, expert, torch.where(weighs, of_shares, 0.0))
+    of_token = -(probs * grad).sum(dim=-1)
+    if grad_squares is not None:
+        of_token = of_token + torch.where(counts, 2 * grad_squares * log_total, 0.0)
+    if grad_log_total is not None:
+        of_token = of_token + grad_log_total
+    return probs * (grad + of_token.unsqueeze(-1))
+
+
+def _is_right(gate: Top2Gating, tokens: Tokens) -> bool:
+    """Whether the kernels do on this device what torch's operators do, on made-up tokens of such a gate."""
+    device, masked = tokens.x.device, tokens.full is not None
+    kind = device, gate.num_experts, gate.second[0], masked, gate.eps
+    return CHECK.why_wrong(device, kind, partial(_fault, gate, device, masked)) is None
+
+
+def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
+    """What differs; None if nothing. One token may choose other experts: its scores may be equal up to rounding."""
+    generator = torch.Generator(device).manual_seed(0)
+    groups, length, dim, (policy, threshold) = 2, 150, 8, gate.second
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def results(way: Callable[[Any, Tokens], Choices]) -> dict[str, Tensor]:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # equal draws for both
+            found = way(like, tokens)
+        of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
+        total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
+        (grad,) = torch.autograd.grad(total, [tokens.x])
+        flags = {"choices": found.chosen, "first choices": found.primary}
+        if not found.masked and (allowed := gate.allowed(tokens)) is not None:
+            flags["choices"] = allowed if found.chosen is None else allowed & found.chosen
+        parts = {name: flag.float() for name, flag in flags.items() if flag is not None}
+        parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
+        return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}
+
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        like = type(gate)(dim, gate.num_experts, gate.eps, (), policy, policy, threshold, threshold, device=device)
+    like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
+    full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
+    active = active if full is None or active is None else full | active
+    tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
+    found, wanted = results(choose), results(type(gate).decide_by_operators)
+    for name, want in wanted.items():
+        differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=1e-5).logical_not().sum()
+        if differ > (0 if name == "probabilities" else want.shape[-1] if want.ndim else 0):
+            return f"their {name} differ from those of torch's operators"
+    return None

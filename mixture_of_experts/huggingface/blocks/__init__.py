@@ -1,0 +1,1 @@
+"""Sparse blocks of `transformers`: read, converted, and computed by the ways of `ops`."""

@@ -1,0 +1,113 @@
+"""Computes the experts of MoE models in `transformers` by this package, as an `experts_implementation`.
+
+The import registers a function in the interface of `transformers`. Only models that ask for it by name use it.
+
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+
+from mixture_of_experts.huggingface.replacement.adapters import OF_TORCH
+from mixture_of_experts.ops import ClampedSwiGLU, moe_ffn
+
+NAME = "mixture_of_experts"
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+ACTIVATIONS: dict[str, nn.Module] = {
+    name: make() for name, make in OF_TORCH.items()
+}  # these modules have no parameters
+
+
+class Gating(NamedTuple):
+    """The activation and the layout of gate and up, as arguments of `moe_ffn`."""
+
+    activation: Callable[..., Tensor]
+    gate_up: Any  # "concatenated", "interleaved" or None
+
+
+def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """Compute tokens `(t, d)` by the experts `(t, k)` that a router chose; return `(t, d)`. Ids from e on are left out.
+
+    It reads the flags of the interface: `is_transposed`, `is_concatenated`, `has_bias`, `has_gate`,
+    `has_post_expert_norm`, and a class's own `_apply_gate`.
+
+    Raises:
+        TypeError: the weights are quantised or sharded.
+    """
+    first = self.gate_up_proj if self.has_gate else self.up_proj
+    down = self.down_proj
+    for weight in (first, down):
+        if type(weight) not in (Tensor, nn.Parameter) or weight.dtype not in DTYPES:
+            raise TypeError(
+                f"experts_implementation={NAME!r} computes plain weights of {', '.join(map(str, DTYPES))}, not "
+                f"{type(weight).__name__} of {weight.dtype}: load the model with another experts_implementation"
+            )
+    if not self.is_transposed:
+        first, down = first.mT, down.mT  # (e, in, out), as views
+    b1 = b2 = None
+    if self.has_bias:
+        b1, b2 = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
+    gating = read_gating(self)
+
+    def compute(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        return moe_ffn(
+            x, expert, weight, first, down, activation=gating.activation, gate_up=gating.gate_up, b1=b1, b2=b2,
+            training=self.training,
+        )  # fmt: skip
+
+    x = hidden_states.to(first.dtype)
+    if not self.has_post_expert_norm:
+        return compute(x, top_k_index, top_k_weights).to(hidden_states.dtype)
+    # the norm comes before the weight, so every choice is computed as a token of its own
+    k = top_k_index.shape[-1]
+    alone = top_k_index.reshape(-1, 1)
+    results = compute(x.repeat_interleave(k, dim=0), alone, torch.ones_like(alone, dtype=torch.float32))
+    weight = torch.where(top_k_index < down.shape[0], top_k_weights, 0).unsqueeze(-1)
+    return (self.post_expert_norm(results).unflatten(0, (-1, k)) * weight).sum(dim=1).to(hidden_states.dtype)
+
+
+def read_gating(experts: Any) -> Gating:
+    """The gating of a class of experts; an activation that `ops` knows, if there is one."""
+    gate_up = "concatenated" if experts.is_concatenated else "interleaved"
+    apply_gate = type(experts)._apply_gate
+    if not experts.has_gate:
+        return Gating(known(experts.act_fn), None)
+    if apply_gate is _default_apply_gate:  # it splits into halves and ignores the flag
+        return Gating(known(experts.act_fn), "concatenated")
+    if type(experts).__name__ == "GptOssExperts":
+        return Gating(ClampedSwiGLU(experts.alpha, experts.limit), "interleaved")
+
+    return Gating(OwnGating(experts, gate_up), gate_up)
+
+
+class OwnGating(nn.Module):
+    """The gating of a class of experts as a function of gate and up.
+
+    It is a module because `torch.compile` cannot read the signature of a function inside another function.
+    """
+
+    experts: Any
+    gate_up: str
+
+    def __init__(self, experts: Any, gate_up: str) -> None:
+        super().__init__()
+        self.experts, self.gate_up = experts, gate_up
+
+    def forward(self, gate: Tensor, up: Tensor) -> Tensor:
+        if self.gate_up == "concatenated":
+            return self.experts._apply_gate(torch.cat([gate, up], dim=-1))
+        return self.experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+
+
+def known(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The module of torch that computes an activation of `transformers`; the activation itself if there is none."""
+    return ACTIVATIONS.get(type(activation).__name__, activation)
+
+
+ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

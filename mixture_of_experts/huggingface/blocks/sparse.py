@@ -1,0 +1,220 @@
+"""`from_transformers` and `to_transformers`: single sparse blocks, and whole models of them, there and back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mixture_of_experts.huggingface.auxiliary_loss import remove_hooks, take_over
+from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
+from mixture_of_experts.huggingface.padding import is_masked
+from mixture_of_experts.huggingface.replacement.replace import join, replace
+from mixture_of_experts.huggingface.replacement.search import is_routed
+from mixture_of_experts.huggingface.saving.configuration import forget
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.recipes import KEEPS
+from mixture_of_experts.whole_model.block_settings import BlockSettings, record_of
+
+SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
+
+
+def from_transformers(
+    block: nn.Module, *, loss_coef: float = 1e-2, z_loss_coef: float = 0.0, balance_over: Any = "batch"
+) -> Any:
+    """Return a `MoE` that computes what a sparse block of `transformers` does; or change all blocks of a model so.
+
+    `recipes.MODELS` lists the known blocks; docs/transformers.md has their table, and what is left out. If a layer
+    itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input and
+    the addition of both networks.
+
+    Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. As after
+    `replace_ffn`, padding counts in nothing, the loss of a training forward with labels holds the auxiliary loss, and
+    it is saved and loaded with its layers. Its own auxiliary loss is never added. `to_transformers` makes it a stock
+    model again.
+
+    Args:
+        block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.
+        loss_coef, z_loss_coef: coefficients of the auxiliary losses.
+        balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
+
+    Raises:
+        ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
+            Or it has adapters of PEFT. Of a model: any of its blocks is so, or its weights are quantised; nothing is
+            changed then.
+
+    Example:
+        >>> import torch
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> from mixture_of_experts.huggingface import from_transformers
+        >>> model = MixtralForCausalLM(MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4))
+        >>> block, x = model.model.layers[0].mlp, torch.randn(2, 5, 32)
+        >>> moe = from_transformers(block)
+        >>> torch.testing.assert_close(moe(x)[0], block(x))
+        >>> type(from_transformers(model).model.layers[0].mlp.moe).__name__
+        'MoE'
+    """
+    settings = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, balance_over=balance_over)
+    if not isinstance(block, PreTrainedModel):
+        return to_layer(block, **settings)
+    put_layers(block, dict.fromkeys(find_blocks(block), settings))
+    return block
+
+
+def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
+    """Copy the weights of a `MoE` into a sparse block of `transformers` that computes the same; return the block.
+
+    Without a block: make a model that `from_transformers` changed a stock model again, in place, and return it.
+    `from_transformers` and then this function give a block its own weights back, bit for bit.
+
+    Args:
+        moe: the layer, or the model.
+        block: a block with the layer's sizes and settings.
+
+    Raises:
+        ValueError: the block is not known, or computes something else; or the model has other layers too. Nothing is
+            changed then.
+    """
+    if block is not None:
+        return to_block(moe, block)
+    if not isinstance(moe, PreTrainedModel):
+        raise ValueError(f"without a block a model of transformers is changed, not a {type(moe).__name__}: give block=")
+    return to_stock(moe)
+
+
+def find_blocks(model: PreTrainedModel) -> list[str]:
+    """The paths of all sparse blocks of a model; ValueError if there is none, or one cannot become a layer."""
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{type(model).__name__} is quantised: load it without quantization_config")
+    found: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{above}.") for above in found):
+            continue
+        if isinstance(module, MoEFeedForward):
+            found.append(name)  # for what is inside
+        elif record_of(module) is not None:
+            if hasattr(module, "self_attn"):  # Gemma 4
+                refuse(model, name, "is a whole layer, which also holds router and experts")
+            read_block(module).layer()
+            found.append(name)
+        elif is_routed(module) and name:
+            refuse(model, name, "is of no class that is known")
+    found = [name for name in found if not isinstance(model.get_submodule(name), MoEFeedForward)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no sparse block: upcycle and replace_ffn are for dense models")
+    return found
+
+
+def refuse(model: nn.Module, name: str, why: str) -> NoReturn:
+    kind = type(model.get_submodule(name)).__name__
+    raise ValueError(
+        f"{type(model).__name__} cannot be changed as a whole: {kind} at {name} {why}. Convert known blocks, which "
+        "recipes.BLOCKS has, one by one"
+    )
+
+
+def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put layers in the places of blocks, one after the other; `settings` has their coefficients, by path."""
+    for name, given in settings.items():
+        block = model.get_submodule(name)
+        moe = to_layer(block, **{key: given[key] for key in SETTINGS if key in given})
+        parts = dict(masked=is_masked(model, name), stands_for=router_path(block))
+        with next(moe.parameters()).device:
+            layer = SparseFeedForward(moe, type(block).__name__, **parts)
+        put_everywhere(model, block, layer.train(block.training))
+    join(model, list(settings))
+    take_over(model)
+
+
+def router_path(block: nn.Module) -> str:
+    """The path of the module that holds the router's matrix; "" if there is none."""
+    router = BlockSettings(block, record_of(block)).router  # pyright: ignore[reportArgumentType]
+    (name,) = (name for name, child in block.named_children() if child is router)
+    paths = [path for path in KEEPS["weight"] if isinstance(of_path(router, path), Tensor)]
+    return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
+
+
+def of_path(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
+        replace(model, path, new)
+
+
+# Back
+
+
+def to_stock(model: PreTrainedModel) -> PreTrainedModel:
+    """Put stock blocks in the places of a model's layers, and remove all that `from_transformers` added."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}
+    others = [module for module in feed_forwards(model) if not isinstance(module, SparseFeedForward)]
+    if not layers or others:
+        why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
+        raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
+    stock, configs = stock_model(model)
+    for name, layer in layers.items():
+        check_alike(layer.moe, stock.get_submodule(name))
+    for name, layer in layers.items():
+        block = stock.get_submodule(name)
+        to_block(layer.moe, in_memory(block, layer.moe))
+        for module in block.modules():
+            if "config" in vars(module):
+                module.config = configs.get(id(module.config), module.config)
+        put_everywhere(model, layer, block.train(layer.training))
+    remove_hooks(model)
+    for config in configs.values():
+        forget(config)
+    return model
+
+
+def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
+    """The stock model without memory for its weights; and the model's configurations by the ids of its own."""
+    held: list[Any] = [vars(module)["config"] for module in model.modules() if "config" in vars(module)]
+    held += [config.get_text_config() for config in held if isinstance(config, PreTrainedConfig)]
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    forget(config)
+    with torch.device("meta"):
+        stock = type(model)(config)
+    return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
+
+
+def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
+    """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
+    frozen if that is."""
+    own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
+    like = {id(weight): own[name] for name, weights in sources(block).items() for weight in weights}
+    for module in block.modules():
+        for name, weight in [*module._parameters.items(), *module._buffers.items()]:
+            if weight is None:
+                continue
+            ours = like.get(id(weight))
+            kind = (dtype if ours is None else ours.dtype) if weight.is_floating_point() else weight.dtype
+            value = torch.zeros(weight.shape, dtype=kind, device=device)
+            if isinstance(weight, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=weight.requires_grad and (ours is None or ours.requires_grad))
+            setattr(module, name, value)
+    return block
+
+
+def sources(block: nn.Module) -> dict[str, list[Tensor]]:
+    """The block's own tensors of which each of our weights consists, by our names."""
+    given: list[Tensor] = []
+
+    def number(tensor: Tensor) -> Tensor:
+        given.append(tensor)
+        return torch.tensor(float(len(given) - 1)).expand(tensor.shape)
+
+    views = read_block(block).views(number)
+    return {name: [given[int(piece.flatten()[0])] for _, piece in pieces] for name, pieces in views.items()}

@@ -1,0 +1,1 @@
+"""Finds feed-forward networks in a model, and puts mixtures of experts in their place."""

@@ -1,0 +1,582 @@
+"""Replaces feed-forward networks of a loaded model by mixtures of experts, new ones or copies of the networks.
+
+Axes: d model dim, h hidden dim, e experts, g slices of a network.
+"""
+
+from __future__ import annotations
+
+import numbers
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace as replace_fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.experts import Experts, GatedExperts
+from mixture_of_experts.gating import TopKGating
+from mixture_of_experts.huggingface.auxiliary_loss import add_to_loss
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.padding import bring_mask, is_masked
+from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, close, part, random_tokens, read_dense
+from mixture_of_experts.huggingface.replacement.search import Miss, is_routed, search
+from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
+from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
+from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
+from mixture_of_experts.huggingface.saving.configuration import note
+from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, describe
+from mixture_of_experts.moe import MoE
+from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
+
+Layers = Iterable[str | int] | Callable[[str], bool] | None
+
+
+class NetworkSite(NamedTuple):
+    """A feed-forward network in a model."""
+
+    name: str  # path of the module that the adapter describes
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def target(self) -> str:
+        """The path at which the MoE will stand."""
+        return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
+
+
+def replace_ffn(
+    model: nn.Module,
+    num_experts: int = 8,
+    k: int = 2,
+    *,
+    layers: Layers = None,
+    gate: GateFactory | None = None,
+    hidden_dim: int | None = None,
+    shared_expert: int | None = None,
+    loss_coef: float = 1e-2,
+    z_loss_coef: float = 0.0,
+    loss_coefs: Mapping[str, float] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> list[str]:
+    """Replace a model's feed-forward networks by `MoE` layers with new experts. The model is changed.
+
+    The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual paths and return
+    types of the model stay. Padding counts in nothing. The loss of a training forward with labels holds the auxiliary
+    loss (`aux_loss`).
+
+    Args:
+        model: a model of `transformers`; give the one that you train, so that its loss is found.
+        num_experts: e, number of experts.
+        k: choices of a token, for the default gate.
+        layers: which networks to replace, by default all: numbers of blocks, names (as returned), or a function of a
+            name.
+        gate: a function `(dim, num_experts)` that makes a new gate for each layer; by default
+            `TopKGating(dim, num_experts, k)`, which drops no token. A gate that reads `token_ids` (`HashGating`) gets
+            the model's `input_ids`.
+        hidden_dim: hidden dim of an expert; by default that of the network.
+        shared_expert: hidden dim of a new shared expert, a network for every token; by default there is none.
+        loss_coef, z_loss_coef, loss_coefs: coefficients of the auxiliary losses; see `MoE`.
+        adapters: adapters for networks that are not found, by the names of their classes.
+
+    Returns:
+        The paths of the new layers.
+
+    Raises:
+        ValueError: no network, or none of `layers`, was found (the error says what there is); a network shares weights
+            with another one; `gate` returned one gate for two layers; or a size is not a whole number of at least 1.
+        TypeError: a network's linear layers are not plain ones; `gate` is no function of two sizes that returns a gate;
+            or `layers` holds something else than numbers and names.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from mixture_of_experts.huggingface import replace_ffn
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+        >>> replace_ffn(model, num_experts=4, layers=[1])
+        ['transformer.h.1.mlp']
+        >>> tokens = torch.randint(64, (2, 10))
+        >>> model(tokens, labels=tokens).loss.backward()
+    """
+    coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    check_size("num_experts", num_experts)
+    check_optional_size("hidden_dim", hidden_dim)
+    check_optional_size("shared_expert", shared_expert)
+    make_gate = gates_of_layers(gate, k, model)
+
+    def build(place: NetworkSite, dense: Dense) -> MoE:
+        h = dense.hidden_dim if hidden_dim is None else hidden_dim
+        return make_moe(dense, num_experts, make_gate, h, coefs, shared_expert)
+
+    return swap(model, find(model, layers, adapters), build)
+
+
+def upcycle(
+    model: nn.Module,
+    num_experts: int | None = None,
+    k: int = 2,
+    *,
+    models: Sequence[nn.Module] | None = None,
+    layers: Layers = None,
+    gate: GateFactory | None = None,
+    granularity: int = 1,
+    shared_expert: int | None = None,
+    noise: float = 0.0,
+    redraw: float = 0.0,
+    loss_coef: float = 1e-2,
+    z_loss_coef: float = 0.0,
+    loss_coefs: Mapping[str, float] | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> list[str]:
+    """Replace feed-forward networks by mixtures whose experts start as copies of them (arXiv 2212.05055).
+
+    Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
+    that. For this a gate's weights must add up to the same number for every token, and it must drop none in eval.
+    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train.
+
+    With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
+    are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
+    `num_experts` and the gate's number of choices must be multiples of g.
+
+    Args:
+        num_experts: e; by default 8, or g for each of `models`.
+        models: fine-tuned models of the class and sizes of `model`, which may be one of them. Copies are of their
+            networks in turn (arXiv 2403.07816). All other weights are those of `model`.
+        granularity: g, as above.
+        shared_expert: number of hidden units, the first ones of `model`'s network, that become a shared expert, a
+            network for every token; experts are copies of the others.
+        noise: standard deviation of normal noise on the experts' weights, in units of that of each weight tensor.
+        redraw: share of each expert's hidden units whose weights are drawn again, from a normal distribution with the
+            mean and deviation of the weights (arXiv 2502.19261).
+        the others: as in `replace_ffn`.
+
+    Raises:
+        ValueError, TypeError: as in `replace_ffn`; also if the gate's weights add up to different numbers (k = 1
+            without normalising) or it drops tokens in eval, if sizes do not divide, or if `models` have others.
+
+    Example:
+        >>> import torch
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from mixture_of_experts.huggingface import upcycle
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)).eval()
+        >>> tokens = torch.randint(64, (2, 10))
+        >>> before = model(tokens).logits
+        >>> names = upcycle(model, num_experts=4)
+        >>> torch.testing.assert_close(model(tokens).logits, before, atol=1e-5, rtol=1e-5)
+    """
+    g = check_size("granularity", granularity)
+    shared = check_optional_size("shared_expert", shared_expert)
+    check_number("noise", noise, at_least=0.0)
+    if check_number("redraw", redraw, at_least=0.0) > 1:
+        raise ValueError(f"redraw must be a share from 0 to 1, got {redraw!r}")
+    sources = 1 if models is None else check_models(models)
+    e = check_size("num_experts", num_experts if num_experts is not None else 8 if models is None else g * sources)
+    if e % (g * sources):
+        slices = (
+            f"granularity={g} must divide" if models is None else f"granularity={g} times {sources} models must divide"
+        )
+        raise ValueError(f"{slices} num_experts={e}: an expert is one of {g} slices of a copy")
+
+    coefs = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, loss_coefs=loss_coefs)
+    make_gate = gates_of_layers(gate, k, model)
+    places = find(model, layers, adapters)
+    others = None if models is None else [read_alike(places, other, adapters, i) for i, other in enumerate(models)]
+
+    def build(place: NetworkSite, dense: Dense) -> MoE:
+        rest = dense.hidden_dim - (shared or 0)
+        if rest < 1 or rest % g:
+            of = "" if shared is None else f" that shared_expert={shared} leaves"
+            raise ValueError(f"granularity={g} must divide the {rest} hidden units of a network{of}")
+        moe: Any = make_moe(dense, e, make_gate, rest // g, coefs, shared, drawn=False)
+        share_routers(moe.gate, g)
+        total = sum_of_weights(moe, g)
+        if shared is not None:
+            moe.shared_expert.fill(cut(dense, 0, shared))
+        copied = [dense] if others is None else [networks[place.name] for networks in others]
+        fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
+        vary(moe.experts, noise, redraw)
+        freeze(moe, place)
+        return moe
+
+    return swap(model, places, build)
+
+
+# Finding
+
+
+def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
+    """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
+    check_model("model", model)
+    adapters, layers = check_adapters(adapters), check_layers(layers)
+    known, seconds = layers_of_torch(model)
+    known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
+    refuse_chunks(model)
+    found, misses = search(model, [*known, *(miss.name for miss in seconds)])
+    misses += [miss for miss in seconds if miss.name not in known]
+    places = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known.items()]
+    places = sorted([*places, *(NetworkSite(*network[:3]) for network in found)], key=order_in(model))
+    if not places:
+        raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
+    misses = [miss for miss in misses if not miss.narrow]
+    if layers is None and (misses or (misses := torn(model, places))):
+        some = patterns(place.target for place in places)
+        raise ValueError(
+            f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
+            f"{why(model, misses)}. Or name the networks that you want by layers="
+        )
+    chosen = choose([place.target for place in places], layers)
+    return [place for place in places if place.target in chosen]
+
+
+def check_models(models: Any) -> int:
+    """The number of models in a sequence of at least one."""
+    if not isinstance(models, Sequence) or isinstance(models, str):
+        raise TypeError(f"models must be a list of models, got {models!r:.99}")
+    if not models:
+        raise ValueError("models must hold at least one model")
+    return len([check_model(f"models[{i}]", model) for i, model in enumerate(models)])
+
+
+def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapter]:
+    if adapters is None:
+        return {}
+    if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
+        raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
+    return adapters
+
+
+def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
+    """A sort key: the order of sites in the model."""
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return lambda place: order[place.name]
+
+
+def why(model: nn.Module, misses: Collection[Miss]) -> str:
+    """Why networks of a model cannot be replaced, for an error."""
+    modules = list(model.modules())
+    if misses:
+        said = "; ".join({f"{pattern(miss.name)} of {miss.kind}: {miss.reason}": None for miss in misses})
+    elif any(isinstance(module, MoEFeedForward) for module in modules):
+        said = "some are replaced already"
+    elif any(map(is_routed, modules)):
+        said = "its blocks have routers and experts already"
+    else:
+        said = f"its modules are {', '.join(sorted({type(module).__name__ for module in modules}))}"
+    return f": {said}. Tell by adapters={{class name: Adapter(...)}} where a network's parts are"
+
+
+def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
+    """Modules in which no network was found, though modules of their class at the same place of a block have one."""
+    found = {(pattern(place.name), type(place.module)) for place in places}
+    names = {place.name for place in places}
+    misses = []
+    for name, module in model.named_modules():
+        if (pattern(name), type(module)) in found and name not in names and not holds_routed(module):
+            misses.append(Miss(name, type(module).__name__, "it differs from others of its class"))
+    return misses
+
+
+def holds_routed(module: nn.Module) -> bool:
+    return any(map(is_routed, module.modules()))
+
+
+def pattern(name: str) -> str:
+    """A path with a star for each number."""
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
+
+
+def patterns(names: Iterable[str]) -> str:
+    return ", ".join({pattern(name): None for name in names})
+
+
+def refuse_chunks(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "chunk_size_feed_forward", 0):
+            raise ValueError(
+                f"{name} computes its feed-forward network in chunks, but a router has to see whole sequences: "
+                "set config.chunk_size_feed_forward = 0 before the model is built"
+            )
+
+
+def check_layers(layers: Layers) -> set[str | int] | Callable[[str], bool] | None:
+    """`layers`, with numbers and names as a set; TypeError for anything else."""
+    if layers is None or (callable(layers) and not isinstance(layers, nn.Module | type)):
+        return layers
+    one = isinstance(layers, str | bytes | type) or getattr(layers, "ndim", 1) == 0  # an array of one number
+    entries: list[Any] = list(layers) if isinstance(layers, Iterable) and not one else [layers]
+    for entry in entries:
+        if isinstance(entry, bool) or not isinstance(entry, str | numbers.Integral):
+            raise TypeError(
+                "layers must be numbers of blocks (integers, such as 1), names (as returned) or a function of a name, "
+                f"got {entry!r}: for all layers leave it out"
+            )
+    return set(entries)
+
+
+def choose(names: list[str], layers: set[str | int] | Callable[[str], bool] | None) -> Collection[str]:
+    """The names that `layers` asks for; ValueError if an entry matches nothing."""
+    if layers is None:
+        return names
+    if callable(layers):
+        chosen = [name for name in names if layers(name)]
+        nothing = [] if chosen else ["what the function accepts"]
+    else:
+        chosen = [name for name in names if name in layers or number(name) in layers]
+        found = {*chosen, *map(number, chosen)}
+        nothing = [repr(entry) for entry in layers if entry not in found]
+    if nothing or not chosen:
+        raise ValueError(f"layers: {', '.join(nothing) or 'nothing'} is not there; there are {', '.join(names)}")
+    return chosen
+
+
+def number(name: str) -> int | None:
+    """The first number in a path, that of the block; None if there is none."""
+    match = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return None if match is None else int(match[1])
+
+
+# Building
+
+
+def gates_of_layers(gate: GateFactory | None, k: int, model: nn.Module) -> GateFactory:
+    """A function that makes gates by `gate`, by default `TopKGating`, and checks that each layer gets a new one."""
+    wanted = "a function (dim, num_experts) that makes the gate of a layer"
+    if gate is None:
+        return lambda dim, num_experts: TopKGating(dim, num_experts, k)
+    if isinstance(gate, nn.Module) or not callable(gate):
+        remedy = "write it as gate=lambda d, e: TopKGating(d, e, k=2)"
+        raise TypeError(f"gate must be {wanted}, got {gate!r}: {remedy}")
+    taken = set(model.modules())
+
+    def make(dim: int, num_experts: int) -> nn.Module:
+        made = gate(dim, num_experts)
+        if not isinstance(made, nn.Module):
+            raise TypeError(f"gate must be {wanted}, but it returned {made!r}: let it return a gate, a module")
+        if made in taken:
+            raise ValueError(
+                f"gate must be {wanted}, but it returned a {type(made).__name__} that the model or another layer has: "
+                "make a new one in the function"
+            )
+        taken.add(made)
+        return made
+
+    return make
+
+
+def make_moe(
+    dense: Dense,
+    num_experts: int,
+    make_gate: GateFactory,
+    hidden_dim: int,
+    coefs: dict[str, Any],
+    shared: int | None = None,
+    *,
+    drawn: bool = True,
+) -> MoE:
+    """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
+    kind = Experts if dense.w3 is None else GatedExperts
+    device, dtype = dense.w1.device, dense.w1.dtype
+    with device if drawn else torch.device("meta"):
+        settings: Any = dict(activation=dense.activation, bias=True, dtype=dtype)
+        experts: Any = kind(dense.dim, num_experts, hidden_dim, **settings)
+        experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
+        dense_part = (
+            None if shared is None else SharedNetwork(dense.dim, shared, gated=dense.w3 is not None, **settings)
+        )
+    for module in (experts, *([] if dense_part is None else [dense_part])):
+        for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
+            module.register_parameter(name, None)  # the network has no such bias
+        if not drawn:
+            module.to_empty(device=device, recurse=False)  # not of the activation, which is the network's
+    with device:
+        gate = make_gate(dense.dim, num_experts)
+        return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
+
+
+def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:
+    """Build all layers, then put them into the model, so that an error changes nothing; return their paths."""
+    built = []
+    refuse_ties(model, places)
+    for place in places:
+        adapter = place.adapter
+        dense = read_dense(place.module, adapter)
+        if not adapter.slot:
+            refuse_unequal(place, dense)
+        stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
+        moe, masked = build(place, dense), is_masked(model, place.target)
+        feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
+        feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
+        built.append(feed_forward.train(place.module.training))
+    for place, feed_forward in zip(places, built, strict=True):
+        put(model, place, feed_forward)
+    names = [place.target for place in places]
+    leave_fused_path(model)
+    join(model, names)
+    return names
+
+
+def join(model: nn.Module, names: Sequence[str]) -> None:
+    """Make layers a part of the model around: it brings their masks, adds their losses, and its configuration tells of
+    them."""
+    bring_mask(model, names)
+    add_to_loss(model)
+    note(model, describe(model))
+
+
+@torch.no_grad()
+def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
+    """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
+    if dense.w1.is_meta:
+        return
+    modules = (*place.module.modules(), *dense.activation.modules())  # an adapter may bring an activation
+    x, modes = random_tokens(dense.w1), [(module, module.training) for module in modules]
+    try:
+        found = place.module.eval()(x)
+    except Exception as error:  # for example its forward needs more arguments
+        raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
+    else:
+        alike = isinstance(found, Tensor) and close(found, dense.compute(x))
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not alike:
+        raise ValueError(
+            f"{place.name} is no feed-forward network, or its adapter is wrong: it returns something else than "
+            f"{place.adapter} does"
+        )
+
+
+def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
+    """Put a layer into the model, and replace the network's other parts by identities."""
+    adapter = place.adapter
+    if adapter.slot:
+        for path in adapter.bypass:
+            replace(place.module, path, One() if path == adapter.ones else nn.Identity())
+        dropout = adapter.hidden_dropout
+        if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
+            off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
+            replace(place.module, dropout, off)
+    # a network that several layers share becomes one MoE
+    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
+    for path in paths:
+        replace(model, place._replace(name=path).target, feed_forward)
+
+
+def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
+    """Refuse networks that share weights with other modules: they would share none as experts."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    for place in places:
+        for linear in linears(place).values():
+            for parameter in linear.parameters(recurse=False):
+                if len(owners[id(parameter)]) > 1:
+                    raise ValueError(
+                        f"{' and '.join(owners[id(parameter)])} share a weight, and would share none as experts: give "
+                        "one of them a copy (its weight = nn.Parameter(weight.clone())), or leave both out by layers="
+                    )
+
+
+def linears(place: NetworkSite) -> dict[str, nn.Module]:
+    """The linear layers of a network, by their number in experts: "1", "2", "3"."""
+    adapter = place.adapter
+    paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
+    paths |= {} if adapter.gate is None else {"3": adapter.up}
+    return {number: part(place.module, path) for number, path in paths.items()}
+
+
+class One(nn.Module):
+    """Returns 1, in the place of a factor."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.new_ones(())
+
+
+def replace(module: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+# Upcycling
+
+
+def share_routers(gate: Any, g: int) -> None:
+    """Give the g slices of each copy equal router weights."""
+    if g == 1:
+        return
+    with torch.no_grad():
+        for name, parameter in gate.named_parameters():
+            if parameter.shape[-1] != gate.num_experts:
+                raise ValueError(f"granularity={g} needs a gate whose weights end in the experts, unlike its {name}")
+            parameter.copy_(parameter[..., ::g].repeat_interleave(g, dim=-1))
+
+
+@torch.no_grad()
+def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
+    """Copy slice i mod g of the networks, in turn, to expert i. The last weights make up for the gate's weights."""
+    for name, parameter in experts.named_parameters(recurse=False):  # not those of the activation, which is shared
+        copies = parameter.unflatten(0, (-1, len(networks), g))
+        for i, network in enumerate(networks):
+            value = network.weights()[name]
+            if name == "b2":  # every slice has it, and the weights of all slices add up to `total`
+                copies[:, i] = value / total
+            else:
+                dim = 0 if name == "w2" else -1  # hidden units
+                copies[:, i] = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
+
+
+def cut(network: Dense, start: int, stop: int) -> Dense:
+    """The network with some of its hidden units only."""
+    of_columns = {name: getattr(network, name) for name in ("w1", "w3", "b1", "b3")}
+    parts = {name: value if value is None else value[..., start:stop] for name, value in of_columns.items()}
+    return replace_fields(network, **parts, w2=network.w2[start:stop])
+
+
+def read_alike(
+    places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
+) -> dict[str, Dense]:
+    """The networks of another model at the same sites, by name, checked to be alike."""
+    found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
+    networks = {}
+    for place in places:
+        own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
+        shapes, its_shapes = ({n: tuple(w.shape) for n, w in d.weights().items()} for d in (own, its))
+        if (shapes, repr(own.activation)) != (its_shapes, repr(its.activation)):
+            raise ValueError(
+                f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
+                f"not {shapes} and {own.activation}. All models must come from one base model"
+            )
+        of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
+        if not all(torch.equal(a, b) for a, b in of_activations):
+            raise ValueError(
+                f"models[{i}] has other parameters than the model in {own.activation} at {place.name}. The experts of "
+                "a layer share their activation: give all models the same one"
+            )
+        networks[place.name] = its
+    return networks
+
+
+def freeze(moe: MoE, place: NetworkSite) -> None:
+    """Freeze the experts' weights that are frozen in the network at `place`."""
+    layers = linears(place)
+    for part_of in (moe.experts, moe.shared_expert):
+        for name, parameter in () if part_of is None else part_of.named_parameters(recurse=False):
+            source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
+            parameter.requires_grad_(source.requires_grad)
+
+
+@torch.no_grad()
+def vary(experts: Any, noise: float, redraw: float) -> None:
+    """Make copies differ, by noise on weights and by hidden units that are drawn again."""
+    weights = {name: weight for name, weight in experts.named_parameters() if name.startswith("w")}
+    if noise:
+        for weight in weights.values():
+            weight.add_(torch.randn_like(weight), alpha=noise * weight.float().std().item())
+    if redraw:
+        e, h = experts.num_experts, experts.hidden_dim
+        order = torch.rand(e, h, device=experts.w1.device).argsort(dim=-1)
+        new = order < round(redraw * h)  # (e, h), equally many in each expert
+        for name, weight in weights.items():
+            drawn: Tensor = torch.randn_like(weight) * weight.float().std() + weight.float().mean()
+            weight.copy_(torch.where(new.unsqueeze(-1 if name == "w2" else 1), drawn.to(weight.dtype), weight))

@@ -1,0 +1,290 @@
+"""Changes saved models file by file, with at most one layer and one shard in memory.
+
+A folder is written under another name beside its target, and renamed when it is finished.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from mixture_of_experts.huggingface.replacement.replace import find, upcycle
+from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
+from mixture_of_experts.huggingface.saving.export import below, plan_export
+from mixture_of_experts.huggingface.saving.loading import find_class
+from mixture_of_experts.huggingface.saving.restore import put_experts
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
+
+
+def upcycle_folder(
+    source: Path, target: Path, *, max_shard_size: int = 5 * 10**9, dtype: torch.dtype | None = None, **settings: Any
+) -> None:
+    """Upcycle a saved dense model; write the folder that `save_pretrained` would write.
+
+    Args:
+        source: a folder with `config.json` and safetensors.
+        target: a new folder.
+        max_shard_size: most bytes of a file of weights.
+        dtype: of the weights that are written; by default they keep theirs.
+        settings: arguments of `upcycle`, without `models`.
+
+    Raises:
+        ValueError, TypeError: as in `upcycle`; or the model has experts already, or the files lack some of its weights.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+    """
+    with finished(target) as folder:
+        config = read_config(source)
+        if layers_with_experts(config):
+            raise ValueError(f"{source} has experts already")
+        config.dtype = config.dtype if dtype is None else dtype
+        model, weights = empty_model(config), WeightFiles(source, dtype)
+        weights.check_whole(model)
+        places = find(model, settings.pop("layers", None), settings.get("adapters"))
+        writer = Shards(folder, max_shard_size)
+        written: set[str] = set()
+        for place in tqdm(places, desc="layers", unit="layer"):
+            name = place.target
+            parts = [f"{place.name}.{path}" for path in place.adapter.linears()]
+            inside = {n: p for n, p in model.named_parameters() if any(below(path, n) for path in parts)}
+            read = {parameter: weights.named(parameter, model) for parameter in inside}
+            for parameter, stored in read.items():
+                parent, _, leaf = parameter.rpartition(".")
+                value = nn.Parameter(weights[stored].clone(), requires_grad=inside[parameter].requires_grad)
+                setattr(model.get_submodule(parent), leaf, value)
+            upcycle(model, layers=[name], **settings)
+            written.update(read.values())
+            made = {key: value for key, value in model.state_dict().items() if below(name, key)}
+            for key, value in revert_weight_conversion(model, made).items():
+                writer.add(weights.without_head(key, model), value)
+            model.get_submodule(place.name).to("meta")
+        for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
+            writer.add(stored, weights[stored])
+        writer.close()
+        config = model.config
+        config.architectures = [type(model).__name__]
+        copy_others(source, folder)
+        config.save_pretrained(folder)
+
+
+def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
+    """Export a saved model with experts; weights get the names of the exported class's own checkpoints.
+
+    Args:
+        source: a folder that `save_pretrained` or `upcycle_folder` wrote.
+        target: a new folder.
+        max_shard_size: most bytes of a file of weights.
+
+    Raises:
+        ValueError: as in `export`; or the files lack some of the model's weights.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+    """
+    with finished(target) as folder:
+        config = read_config(source)
+        layers = layers_with_experts(config)
+        if not layers:
+            raise ValueError(f"{source} has no experts: there is nothing to export")
+        config = copy.deepcopy(config)
+        vars(config).pop("quantization_config", None)
+        model, weights = empty_model(config), WeightFiles(source)
+        put_experts(model, layers)
+        weights.check_whole(model)
+        plan = plan_export(model)
+        with torch.device("meta"):
+            made = plan.model_class(plan.config)
+        writer = Shards(folder, max_shard_size)
+        for path, convert in tqdm(plan.layers.items(), desc="layers", unit="layer"):
+            keys = [key for key in model.state_dict() if below(path, key)]
+            read = {key.removeprefix(f"{path}."): weights[weights.named(key, model)] for key in keys}
+            block = {f"{path}.{name}": value for name, value in convert(read).items()}
+            for name, value in revert_weight_conversion(made, block).items():
+                writer.add(name, value)
+        for stored in tqdm([n for n in weights if not any(below(path, n) for path in plan.layers)], desc="others"):
+            writer.add(stored, weights[stored])
+        writer.close()
+        plan.config.architectures = [plan.model_class.__name__]
+        copy_others(source, folder)
+        plan.config.save_pretrained(folder)
+
+
+@contextmanager
+def finished(target: Path) -> Iterator[Path]:
+    """A new folder beside the target, which is renamed to it at the end; after an error it is removed.
+
+    A killed process leaves `.NAME.xxxx.unfinished`, without a `config.json`.
+    """
+    if target.exists():
+        raise FileExistsError(f"{target} exists: give another name, or remove it")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
+    try:
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes it for its owner alone
+        os.rename(folder, target)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def read_config(source: Path) -> Any:
+    """The configuration of a folder; no name on the hub is looked up."""
+    if not source.is_dir():
+        raise FileNotFoundError(f"{source} is no folder, and nothing is downloaded: fetch the model into one first")
+    return AutoConfig.from_pretrained(source, local_files_only=True)
+
+
+def empty_model(config: Any) -> Any:
+    """The model that was saved, without memory for its weights."""
+    if not config.architectures:
+        raise ValueError(
+            'config.json does not name the class of the model: write it there, such as "architectures": '
+            '["LlamaForCausalLM"]'
+        )
+    with torch.device("meta"):
+        model: Any = find_class(config, None)(config)
+    return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
+
+
+def copy_others(source: Path, target: Path) -> None:
+    """Copy all other files: tokenizer, generation settings, ..."""
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
+            shutil.copy2(file, target / file.name)
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn any error into a ValueError that names the file."""
+    try:
+        yield
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is missing, damaged or no such file ({problem}): fetch or save it again") from error
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    with readable(path), safe_open(path, "pt") as file:
+        yield file
+
+
+def check_weight_map(files: Any) -> dict[str, str]:
+    """The names of files by names of weights, which must lie in the folder."""
+    for file in files.values():
+        if os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
+            raise ValueError(f"{file!r} of its weight_map is outside of the folder")
+    return files
+
+
+class WeightFiles(Mapping[str, Tensor]):
+    """The weights of a folder by name, in `dtype` or their own; each is read only when it is asked for."""
+
+    files: dict[str, str]
+
+    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        index = folder / INDEX
+        if index.exists():
+            with readable(index):
+                files = check_weight_map(json.loads(index.read_text())["weight_map"])
+        elif (folder / "model.safetensors").exists():
+            with opened(folder / "model.safetensors") as file:
+                files = dict.fromkeys(file.keys(), "model.safetensors")
+        else:
+            raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
+        self.folder = folder
+        self.dtype = dtype
+        self.files = dict(sorted(files.items(), key=lambda item: item[1]))
+
+    def __getitem__(self, name: str) -> Tensor:
+        with opened(self.folder / self.files[name]) as file:
+            weight = file.get_tensor(name)
+        return weight.to(self.dtype) if self.dtype is not None and weight.is_floating_point() else weight
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.files)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def named(self, name: str, model: Any) -> str:
+        """The name of a model's weight in the files, which differs from the model's own name for some classes."""
+        renamed = next(iter(revert_weight_conversion(model, {name: model.get_parameter_or_buffer(name)})))
+        for stored in (name, renamed, self.without_head(name, model), self.without_head(renamed, model)):
+            if stored in self.files:
+                return stored
+        raise ValueError(
+            f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
+        )
+
+    def check_whole(self, model: Any) -> None:
+        """Raise ValueError if a weight of the model is in none of the files, and tied to none that is."""
+        for name in sorted(model.state_dict().keys() - set(model.all_tied_weights_keys)):
+            self.named(name, model)
+
+    def without_head(self, name: str, model: Any) -> str:
+        """The name without its first word, if the files are of a model without a head; else the name itself."""
+        prefix = f"{model.base_model_prefix}."
+        return name if any(below(model.base_model_prefix, n) for n in self.files) else name.removeprefix(prefix)
+
+
+class Shards:
+    """Writes files of weights, each as soon as it is full."""
+
+    size: int
+    total: int
+
+    def __init__(self, folder: Path, max_size: int) -> None:
+        self.folder = folder
+        self.max_size = max_size
+        self.waiting: dict[str, Tensor] = {}
+        self.size = self.total = 0
+        self.files: list[list[str]] = []
+
+    def add(self, name: str, value: Tensor) -> None:
+        size = value.numel() * value.element_size()
+        if self.waiting and self.size + size > self.max_size:
+            self.write()
+        self.waiting[name] = value.detach().contiguous()
+        self.size += size
+        self.total += size
+
+    def write(self) -> None:
+        save_file(self.waiting, self.part(len(self.files)), metadata={"format": "pt"})
+        self.files.append(list(self.waiting))
+        self.waiting, self.size = {}, 0
+
+    def part(self, i: int) -> Path:
+        return self.folder / f"part-{i}.safetensors"
+
+    def close(self) -> None:
+        """Write the last file, and name all files by their number."""
+        self.write()
+        n = len(self.files)
+        if n == 1:
+            self.part(0).rename(self.folder / "model.safetensors")
+            return
+        files = [f"model-{i + 1:05d}-of-{n:05d}.safetensors" for i in range(n)]
+        for i, file in enumerate(files):
+            self.part(i).rename(self.folder / file)
+        names = {name: file for file, held in zip(files, self.files, strict=True) for name in held}
+        index = {"metadata": {"total_size": self.total}, "weight_map": names}
+        (self.folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,112 @@
+"""Builds layers with experts in a dense model, from the description in its configuration."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.huggingface.blocks.sparse import put_layers
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
+from mixture_of_experts.huggingface.replacement.replace import NetworkSite, find, gates_of_layers, make_moe, swap
+from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, gate_factory
+from mixture_of_experts.moe import MoE
+
+
+def put_experts(
+    model: nn.Module,
+    layers: list[dict[str, Any]],
+    gate: GateFactory | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+) -> None:
+    """Change a dense model so that the weights of a model with experts fit. Its own weights are lost.
+
+    Raises:
+        ValueError: a gate is not described, and no `gate` is given; or there is no place for any of the layers.
+        TypeError, ValueError: `gate` makes no new gate for each layer.
+    """
+    for entry in layers:
+        if gate is None and entry.get("gate", "block") is None:
+            raise ValueError(
+                f"the gate of {', '.join(entry['layers'])} is a {entry['gate_class']}, which config.json cannot "
+                "describe: pass gate=, the function that was given to replace_ffn, to "
+                "mixture_of_experts.huggingface.from_pretrained"
+            )
+    places = {find_place(model, name): entry for entry in layers for name in entry["layers"]}
+    entries = {place: entry for place, entry in places.items() if place is not None}
+    if not entries:
+        names = ", ".join(name for entry in layers for name in entry["layers"])
+        raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
+    blocks = {place: entry for place, entry in entries.items() if "block" in entry}
+    if blocks:
+        put_layers(model, blocks)
+    if blocks == entries:
+        return
+
+    own = None if gate is None else gates_of_layers(gate, 1, model)
+
+    def build(place: NetworkSite, dense: Dense) -> MoE:
+        entry = entries[place.target]
+        coefs = {name: entry[name] for name in ("loss_coef", "z_loss_coef", "loss_coefs")}
+        make_gate = own or gate_factory(entry["gate"])
+        shared = entry.get("shared_expert")
+        return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, shared)
+
+    swap(model, find(model, [place for place in entries if place not in blocks], adapters), build)
+
+
+def find_place(model: Any, name: str) -> str | None:
+    """The path of a described layer in this model: with a head, paths have one more name at their beginning.
+
+    None if the model lacks this part: it may be the encoder alone of an encoder and decoder.
+    """
+    paths = dict(model.named_modules())
+    head = f"{getattr(model, 'base_model_prefix', '')}."
+    for path in (name, head + name, name.removeprefix(head)):
+        if path in paths:
+            return path
+    ends = [path for path in paths if path and (path.endswith(f".{name}") or name.endswith(f".{path}"))]
+    longest = [path for path in ends if len(path) == max(map(len, ends))]
+    if len(longest) > 1:
+        raise ValueError(f"{name} may be any of {', '.join(longest)} in a {type(model).__name__}")
+    return longest[0] if longest else None
+
+
+@torch.no_grad()
+def initialise_missing(model: nn.Module, missing: Collection[str] | None = None) -> None:
+    """Initialise what a checkpoint did not have, and warn of it: transformers leaves that memory uninitialised.
+
+    Args:
+        missing: names of parameters and buffers; by default those that transformers has not marked as loaded, and
+            that no `device_map` left on disk.
+    """
+    names, anew = {module: name for name, module in model.named_modules()}, []
+    for feed_forward in feed_forwards(model):
+        for module in feed_forward.moe.modules():
+            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            if missing is None:
+                gone = {name for name, value in own.items() if not getattr(value, "_is_hf_initialized", False)}
+                gone -= {*module._non_persistent_buffers_set, *(name for name in own if own[name].is_meta)}
+            else:
+                gone = {name for name in own if f"{names[module]}.{name}" in missing}
+            if not gone:
+                continue
+            reset = getattr(module, "reset_parameters", None)
+            if reset is None:
+                raise ValueError(
+                    f"{names[module]} is not in the checkpoint, and a {type(module).__name__} has no reset_parameters"
+                )
+            kept = {name: value.clone() for name, value in own.items() if name not in gone}
+            reset()
+            for name, value in kept.items():
+                own[name].copy_(value)
+            anew += [f"{names[module]}.{name}" for name in sorted(gone)]
+    if anew:
+        warnings.warn(
+            f"not in the checkpoint, and initialised: {', '.join(anew[:4])}{' and more' if len(anew) > 4 else ''}",
+            stacklevel=3,
+        )

@@ -1,0 +1,601 @@
+# type: ignore  (a language of its own: type checkers take it for Python)
+"""Kernels of a routed feed-forward network: tiles, products of rows and weights, sums of a token's rows.
+
+Axes: t tokens, k choices, a assignments, r rows (sorted by expert, without gaps), e experts, d model dim, h hidden dim,
+o output dim. In a product m are rows, n columns of the result, and c what is summed over.
+
+A tile is up to BLOCK_M rows of one expert; a table says where each tile is. The grid has the largest possible number of
+tiles, and programs of tiles that are not needed (expert -1) return at once. No two programs write to one place, and
+every sum has a fixed order, so all runs give the same bits. Strides between rows and between experts are int64. Offsets
+within a tile and within an expert's matrix are int32 (matrices of 2^31 elements are refused before). For a row or
+column past the end a place inside is read, and nothing is stored; past the end of a sum zeros are read. Rows after the
+last expert's are neither written nor read.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mixture_of_experts.kernels.pointwise import activate, gated, gated_grads, slope
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def find_tiles(
+    counts,  # (e,) int64
+    tiles,  # (tiles, 3) int32: out, of each its expert (-1: it is not needed), first row, and the row after its last
+    ends,  # (e,) int32: out, the row after each expert's last
+    num_tiles,
+    num_experts,
+    ROWS: tl.constexpr,  # rows of a tile
+    BLOCK: tl.constexpr,  # tiles of a program
+    BLOCK_E: tl.constexpr,
+):
+    """Write the table of tiles. A tile belongs to the first expert whose tiles, summed up, end after it."""
+    tile = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.zeros((BLOCK,), tl.int32)
+    first_tile = tl.zeros((BLOCK,), tl.int32)
+    first_row = tl.zeros((BLOCK,), tl.int32)
+    tiles_so_far = 0
+    rows_so_far = 0
+    for start in range(0, num_experts, BLOCK_E):
+        index = start + tl.arange(0, BLOCK_E)
+        exists = index < num_experts
+        count = tl.load(counts + index, mask=exists, other=0).to(tl.int32)
+        its_tiles = (count + ROWS - 1) // ROWS
+        tile_ends = tiles_so_far + tl.cumsum(its_tiles, 0)
+        row_ends = rows_so_far + tl.cumsum(count, 0)
+        if tl.program_id(0) == 0:
+            tl.store(ends + index, row_ends, mask=exists)
+        before = (tile_ends[None, :] <= tile[:, None]) & exists[None, :]
+        expert += tl.sum(before.to(tl.int32), 1)
+        first_tile += tl.sum(tl.where(before, its_tiles[None, :], 0), 1)
+        first_row += tl.sum(tl.where(before, count[None, :], 0), 1)
+        tiles_so_far += tl.sum(its_tiles, 0)
+        rows_so_far += tl.sum(count, 0)
+    needed = tile < tiles_so_far
+    inside = tile < num_tiles
+    count = tl.load(counts + expert, mask=needed & inside, other=0).to(tl.int32)
+    first = first_row + (tile - first_tile) * ROWS
+    place = tiles + 3 * tile
+    tl.store(place, tl.where(needed, expert, -1), mask=inside)
+    tl.store(place + 1, tl.where(needed, first, 0), mask=inside)
+    tl.store(place + 2, tl.where(needed, tl.minimum(first + ROWS, first_row + count), 0), mask=inside)
+
+
+@triton.jit
+def block_of(program, blocks_m, blocks_n, GROUP: tl.constexpr):
+    """Return the block (m, n) of a program, so that programs that run together share rows and weights in the cache."""
+    each = GROUP * blocks_n
+    first = program // each * GROUP
+    size = tl.minimum(blocks_m - first, GROUP)
+    return first + program % each % size, program % each // size
+
+
+@triton.jit
+def find_block(tiles, num_tiles, blocks_n, BLOCK_M: tl.constexpr, GROUP: tl.constexpr):
+    """What a program computes: some rows of an expert (-1: nobody's) and a block of columns.
+
+    Returns the expert, its first row here, the rows from there on, which of them exist (the others are read at the
+    first), and the number of the block.
+    """
+    tile, block = block_of(tl.program_id(0), num_tiles, blocks_n, GROUP)
+    place = tiles + 3 * tile
+    expert, first, line = tl.load(place), tl.load(place + 1), tl.arange(0, BLOCK_M)
+    exists = first + line < tl.load(place + 2)
+    return expert.to(tl.int64), first.to(tl.int64), tl.where(exists, line, 0), exists, block
+
+
+@triton.jit
+def of_expert(expert, c, n, weight_e, weight_c, weight_n):
+    """Return pointers to a block of an expert's weight."""
+    return expert * weight_e + (c[:, None] * weight_c + n[None, :] * weight_n)
+
+
+@triton.jit
+def tokens_of(token, row, num_tokens):
+    """Return the tokens of rows; any token for a row without an assignment, whose weight is 0."""
+    return tl.minimum(tl.load(token + row), num_tokens - 1).to(tl.int64)
+
+
+@triton.jit
+def weights_of(row_weight, assignment, row, exists, num_assignments):
+    """Return the weights of rows; 0 for a row without an assignment."""
+    index = tl.load(assignment + row, mask=exists, other=num_assignments)
+    return tl.load(row_weight + index, mask=index < num_assignments, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def read(block, inside, EVEN: tl.constexpr):
+    """Read a block; zeros for what lies outside (with EVEN nothing does)."""
+    return tl.load(block) if EVEN else tl.load(block, mask=inside, other=0.0)
+
+
+@triton.jit
+def multiply(acc, left, right, step, length, EVEN: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + left @ right, `length` summed over in blocks of BLOCK_C; `step` from one row of the right to the next."""
+    for start in range(0, length, BLOCK_C):
+        inside = start + tl.arange(0, BLOCK_C) < length
+        a = read(left, inside[None, :], EVEN)
+        acc = tl.dot(a, read(right, inside[:, None], EVEN), acc, input_precision=PRECISION)
+        left += BLOCK_C
+        right += BLOCK_C * step
+    return acc
+
+
+@triton.jit
+def multiply_two(
+    acc,
+    acc_up,
+    left,
+    right,
+    right_up,
+    step,
+    length,
+    EVEN: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + left @ right and acc_up + left @ right_up, as `multiply` sums each, with the left operand read once."""
+    for start in range(0, length, BLOCK_C):
+        inside = start + tl.arange(0, BLOCK_C) < length
+        a = read(left, inside[None, :], EVEN)
+        b = read(right, inside[:, None], EVEN)
+        b_up = read(right_up, inside[:, None], EVEN)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc_up = tl.dot(a, b_up, acc_up, input_precision=PRECISION)
+        left += BLOCK_C
+        right += BLOCK_C * step
+        right_up += BLOCK_C * step
+    return acc, acc_up
+
+
+@triton.jit
+def halves(block, INTERLEAVED: tl.constexpr):
+    """Return two blocks of half the columns: every second one, or those on the left and those on the right."""
+    if INTERLEAVED:
+        parts = block.reshape(block.shape[0], block.shape[1] // 2, 2)
+    else:
+        parts = block.reshape(block.shape[0], 2, block.shape[1] // 2).permute(0, 2, 1)
+    return parts.split()
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens"])
+def rows_by_weights(
+    x,  # (t, c) tokens, or (r, c) rows
+    token,  # (r,) int32; None reads the rows
+    weight,  # (e, c, n) in any strides; (e, c, 2 n) if INTERLEAVED
+    weight_up,  # the second weight of gated experts, with TWO
+    bias,  # (e, n) or (e, 2 n) in any strides, or None
+    bias_up,
+    pre,  # (r, n) or (r, 2 n), rows `pre_r` apart: the products, kept for the backward; or None
+    pre_up,
+    out,  # (r, n)
+    tiles,
+    num_tiles,
+    num_tokens,
+    C,
+    N,
+    pre_r,
+    weight_e,
+    weight_c,
+    weight_n,
+    bias_e,
+    bias_n,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,  # columns of weights
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """*up* gathers tokens, multiplies, and computes the activation. *down* multiplies rows, without an activation."""
+    WIDTH: tl.constexpr = BLOCK_N // 2 if TWO or INTERLEAVED else BLOCK_N  # columns of the hidden layer
+    BLOCK: tl.constexpr = 2 * WIDTH if INTERLEAVED else WIDTH  # columns of a weight
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, WIDTH), BLOCK_M, GROUP)
+    if expert < 0:
+        return
+    c = tl.arange(0, BLOCK_C)
+    number = 2 * N if INTERLEAVED else N
+    column = block * BLOCK + tl.arange(0, BLOCK)
+    inside, column = column < number, column % number
+    if token is not None:
+        left = x + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
+    else:
+        left = x + first * C + (line[:, None] * C + c[None, :])
+    right = of_expert(expert, c, column, weight_e, weight_c, weight_n)
+    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    if TWO:
+        up = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+        acc, up = multiply_two(acc, up, left, weight + right, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    else:
+        acc = multiply(acc, left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+
+    place = first * pre_r + (line[:, None] * pre_r + column[None, :])
+    stored = exists[:, None] & inside[None, :]
+    acc = with_bias(acc, bias, expert * bias_e + column * bias_n)
+    keep(acc, pre, place, stored)
+    if TWO:
+        up = with_bias(up, bias_up, expert * bias_e + column * bias_n)
+        keep(up, pre_up, place, stored)
+    if INTERLEAVED:
+        acc, up = halves(acc, True)
+    hidden = gated(acc, up, ACTIVATION, ALPHA, LIMIT) if TWO or INTERLEAVED else activate(acc, ACTIVATION)
+    column = block * WIDTH + tl.arange(0, WIDTH)
+    keep(hidden, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def with_bias(acc, bias, place):
+    """Return acc plus the bias, a number for each column, if there is one."""
+    return acc if bias is None else acc + tl.load(bias + place).to(tl.float32)[None, :]
+
+
+@triton.jit
+def keep(acc, out, place, stored):
+    """Store sums, if there is a tensor for them."""
+    if out is not None:
+        tl.store(out + place, acc.to(out.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def hidden_grads_slice(
+    grad,  # (m, n) float32: gradient of the hidden layer for rows of weight 1
+    scale,  # (m, 1): weights of the rows
+    line,
+    exists,
+    start,  # the first column
+    N,
+    pre_r,
+    pre,
+    pre_up,
+    hidden,
+    grad_pre,
+    grad_pre_up,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):
+    """Write some columns of the gradients; return what they add to the gradients of the rows' weights."""
+    dtype: tl.constexpr = grad_pre.dtype.element_ty
+    width: tl.constexpr = grad.shape[1]
+    column = start + tl.arange(0, width)
+    stored = exists[:, None] & (column < N)[None, :]
+    if INTERLEAVED:
+        both = 2 * start + tl.arange(0, 2 * width)
+        place, kept = line[:, None] * pre_r + both[None, :], exists[:, None] & (both < 2 * N)[None, :]
+        h, u = halves(tl.load(pre + place, mask=kept, other=0.0).to(tl.float32), True)
+    else:
+        place, kept = line[:, None] * pre_r + column[None, :], stored
+        h = tl.load(pre + place, mask=kept, other=0.0).to(tl.float32)
+    if TWO:
+        u = tl.load(pre_up + place, mask=kept, other=0.0).to(tl.float32)
+    if TWO or INTERLEAVED:
+        value = gated(h, u, ACTIVATION, ALPHA, LIMIT)
+        grad_h, grad_u = gated_grads(h, u, grad * scale, ACTIVATION, ALPHA, LIMIT)
+    else:
+        value = activate(h, ACTIVATION)
+        grad_h = grad * scale * slope(h, ACTIVATION)
+    if TWO:
+        tl.store(grad_pre_up + place, grad_u.to(dtype), mask=kept)
+    if INTERLEAVED:
+        grad_h = tl.join(grad_h.to(dtype), grad_u.to(dtype)).reshape(grad.shape[0], 2 * width)
+    tl.store(grad_pre + place, grad_h.to(dtype), mask=kept)
+    if hidden is not None:
+        tl.store(hidden + (line[:, None] * N + column[None, :]), (value * scale).to(dtype), mask=stored)
+    return tl.sum(tl.where(stored, grad * value, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_assignments"])
+def hidden_grads(
+    grad,  # (t, c) gradient of the tokens' outputs
+    token,  # (r,) int32
+    assignment,  # (r,) int32
+    row_weight,  # (a,) float32
+    weight,  # (e, n, c) in any strides: of the last product
+    bias,  # (e, c) contiguous: of the last product, or None
+    pre,  # (r, n) or (r, 2 n) if INTERLEAVED, rows `pre_r` apart
+    pre_up,  # those of the second weight, with TWO
+    hidden,  # (r, n): the hidden layer times its row's weight: out, or None
+    grad_pre,  # as `pre`
+    grad_pre_up,
+    partial,  # (r, blocks) float32: what each block of columns adds to the gradient of a row's weight
+    tiles,
+    num_tiles,
+    num_tokens,
+    num_assignments,
+    C,
+    N,
+    pre_r,
+    weight_e,
+    weight_n,
+    weight_c,
+    ACTIVATION: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TWO: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Gradients of the pre-activations. That of a row's weight is `grad . (hidden w + bias)`, and the first part of it
+    `(grad w^T) . hidden`: no row of outputs is kept for it."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    expert, first, line, exists, block = find_block(tiles, num_tiles, blocks, BLOCK_M, GROUP)
+    if expert < 0:
+        return
+    c = tl.arange(0, BLOCK_C)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = grad + tokens_of(token, first + line, num_tokens)[:, None] * C + c[None, :]
+    right = weight + of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = multiply(acc, left, right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    of_weight = tl.zeros((BLOCK_M,), tl.float32)
+    if bias is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
+        if block == 0:
+            for start in range(0, C, BLOCK_C):
+                inside = start + c < C
+                a = tl.load(left + start, mask=inside[None, :], other=0.0)
+                b = tl.load(bias + expert * C + start + c, mask=inside, other=0.0)
+                of_weight += tl.sum(a.to(tl.float32) * b.to(tl.float32)[None, :], 1)
+
+    scale = weights_of(row_weight, assignment, first + line, exists, num_assignments)[:, None]
+    pre += first * pre_r
+    grad_pre += first * pre_r
+    if TWO:
+        pre_up += first * pre_r
+        grad_pre_up += first * pre_r
+    if hidden is not None:
+        hidden += first * N
+    # in slices, or the registers do not hold it
+    quarter: tl.constexpr = BLOCK_N // 4
+    left_half, right_half = halves(acc, False)
+    parts = halves(left_half, False) + halves(right_half, False)
+    for i in tl.static_range(4):
+        of_weight += hidden_grads_slice(
+            parts[i],
+            scale,
+            line,
+            exists,
+            block * BLOCK_N + i * quarter,
+            N,
+            pre_r,
+            pre,
+            pre_up,
+            hidden,
+            grad_pre,
+            grad_pre_up,
+            ACTIVATION,
+            ALPHA,
+            LIMIT,
+            TWO,
+            INTERLEAVED,
+        )
+    tl.store(partial + (first + line) * blocks + block, of_weight, mask=exists)
+
+
+@triton.jit(do_not_specialize=["num_tiles"])
+def row_grads(
+    grad_pre,  # (r, c)
+    grad_pre_up,  # that of the second weight, with TWO
+    weight,  # (e, n, c) in any strides: of the first products
+    weight_up,
+    out,  # (r, n)
+    tiles,
+    num_tiles,
+    C,
+    N,
+    weight_e,
+    weight_n,
+    weight_c,
+    TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EVEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Gradients of rows of tokens. Two loops: two products into one sum within one loop are miscompiled on Blackwell
+    (https://github.com/triton-lang/triton/issues/10821)."""
+    expert, first, line, exists, block = find_block(tiles, num_tiles, tl.cdiv(N, BLOCK_N), BLOCK_M, GROUP)
+    if expert < 0:
+        return
+    c = tl.arange(0, BLOCK_C)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    left = first * C + (line[:, None] * C + c[None, :])
+    right = of_expert(expert, c, column % N, weight_e, weight_c, weight_n)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc = multiply(acc, grad_pre + left, weight + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    if TWO:
+        acc = multiply(acc, grad_pre_up + left, weight_up + right, weight_c, C, EVEN, BLOCK_C, PRECISION)
+    keep(acc, out, first * N + (line[:, None] * N + column[None, :]), exists[:, None] & (column < N)[None, :])
+
+
+@triton.jit
+def rows_of(ends, expert):
+    """Return the first row of an expert, and the row after its last."""
+    return tl.load(ends + expert - 1, mask=expert > 0, other=0), tl.load(ends + expert)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def weight_grads(
+    x,  # (t or r, m)
+    y,  # (t or r, n)
+    y_up,  # that of the second weight of gated experts, with TWO
+    token,  # (r,) int32: which rows of x (GATHER_X) or y (GATHER_Y) are read
+    ends,  # (e,) int32: the row after each expert's last
+    out,  # (e, m, n) in any strides
+    out_up,
+    num_tokens,
+    M,
+    N,
+    out_e,
+    out_m,
+    out_n,
+    TWO: tl.constexpr,
+    GATHER_X: tl.constexpr,
+    GATHER_Y: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Compute `x^T y` over the rows of each expert; zeros for an expert without rows.
+
+    x is read as it is multiplied, `(m, c)`, and the rows to gather are read a turn ahead: so both operands are copied
+    asynchronously, with as many blocks under way as the schedule says. Of two weights, each has every second program.
+    """
+    blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    if TWO:
+        y = y_up if program % 2 == 1 else y
+        out = out_up if program % 2 == 1 else out
+        program = program // 2
+    expert = program // (blocks_m * blocks_n)
+    block_m, block_n = block_of(program % (blocks_m * blocks_n), blocks_m, blocks_n, GROUP)
+    begin, end = rows_of(ends, expert)
+    line = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    left, right = x + line % M, column % N
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    row = begin + tl.arange(0, BLOCK_C)
+    if GATHER_X or GATHER_Y:
+        source = tl.load(token + row, mask=row < end, other=0)
+    for _ in range(begin, end, BLOCK_C):
+        exists = row < end
+        if GATHER_X or GATHER_Y:
+            source = tl.minimum(source, num_tokens - 1)
+        row_x = (source if GATHER_X else row).to(tl.int64)
+        place = right[None, :] + (source if GATHER_Y else row).to(tl.int64)[:, None] * N
+        a = tl.load(left[:, None] + row_x[None, :] * M, mask=exists[None, :], other=0.0)
+        b = tl.load(y + place, mask=exists[:, None], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        row += BLOCK_C
+        if GATHER_X or GATHER_Y:
+            source = tl.load(token + row, mask=row < end, other=0)
+    place = expert.to(tl.int64) * out_e + (line[:, None] * out_m + column[None, :] * out_n)
+    stored = (line < M)[:, None] & (column < N)[None, :]
+    keep(acc, out, place, stored)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_assignments"])
+def bias_grads(
+    y,  # (t or r, n)
+    token,  # (r,) int32: which rows of y are read, each times its weight; None reads those of the expert
+    row_weight,  # (a,) float32
+    assignment,  # (r,) int32
+    ends,  # (e,) int32: the row after each expert's last
+    out,  # (e, n) in any strides
+    num_tokens,
+    num_assignments,
+    N,
+    out_e,
+    out_n,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Sum each expert's rows of y; 0 for an expert without rows."""
+    blocks = tl.cdiv(N, BLOCK_N)
+    expert, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    begin, end = rows_of(ends, expert)
+    column = block * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_C, BLOCK_N), tl.float32)
+    for start in range(begin, end, BLOCK_C):
+        row = start + tl.arange(0, BLOCK_C)
+        exists = row < end
+        source = row
+        if token is not None:
+            source = tl.minimum(tl.load(token + row, mask=exists, other=0), num_tokens - 1)
+        place = source.to(tl.int64)[:, None] * N + column[None, :]
+        value = tl.load(y + place, mask=exists[:, None] & (column < N)[None, :], other=0.0).to(tl.float32)
+        if token is not None:
+            value *= weights_of(row_weight, assignment, row, exists, num_assignments)[:, None]
+        acc += value
+    place = out + expert.to(tl.int64) * out_e + column * out_n
+    tl.store(place, tl.sum(acc, 0).to(out.dtype.element_ty), mask=column < N)
+
+
+@triton.jit
+def add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, BY_ROW: tl.constexpr):
+    """Return acc plus the weighted row at `index` of a token's list; a row of `num_rows` means none: it adds 0."""
+    row = tl.load(row_of + index).to(tl.int64)
+    width = tl.where(row < num_rows, D, 0)
+    row = tl.minimum(row, num_rows - 1)
+    value = tl.load(rows + row * D + column, mask=column < width, other=0.0).to(tl.float32)
+    if weight is not None:
+        value *= tl.load(weight + (tl.load(assignment + row) if BY_ROW else index)).to(tl.float32)
+    return acc + value
+
+
+@triton.jit
+def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Sum some rows of `(r, blocks)`; 0 for rows that do not exist."""
+    acc = tl.zeros((BLOCK, BLOCKS), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        part = start + tl.arange(0, BLOCKS)
+        inside = exists[:, None] & (part < blocks)[None, :]
+        acc += tl.load(partial + row[:, None] * blocks + part[None, :], mask=inside, other=0.0)
+    return tl.sum(acc, 1)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def sum_rows(
+    rows,  # (r, d), or None
+    row_of,  # (a,) int32 (int64 if CHOICES is 0): the rows of a token, one after the other
+    start_of,  # (t + 1,) int64: where each token's begin; read if CHOICES is 0
+    weight,  # (a,) float32, by assignment; None sums without
+    assignment,  # (r,) int32; read if CHOICES is 0
+    out,  # (t, d)
+    partial,  # (r, blocks) float32: parts of the gradient of each row's weight; or None
+    grad_weight,  # (a,): out, of each assignment; if CHOICES is 0 of those that have a row
+    num_rows,
+    D,
+    blocks,
+    CHOICES: tl.constexpr,  # rows of every token; 0 where they are no fixed number
+    WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
+    BLOCK: tl.constexpr,
+):
+    """Sum each token's rows, in float32 and in order; and write the gradients of their weights."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if rows is not None:
+        acc = tl.zeros((BLOCK,), tl.float32)
+        if CHOICES == 0:
+            for index in range(tl.load(start_of + token), tl.load(start_of + token + 1)):
+                acc = add_row(acc, rows, row_of, index, weight, assignment, column, num_rows, D, True)
+        elif CHOICES <= 16:
+            for i in tl.static_range(CHOICES):
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+        else:
+            for i in range(CHOICES):
+                acc = add_row(acc, rows, row_of, token * CHOICES + i, weight, assignment, column, num_rows, D, False)
+        tl.store(out + token * D + column, acc.to(out.dtype.element_ty), mask=column < D)
+    if partial is not None:  # noqa: SIM102  (known when it is compiled, and the other is not)
+        if tl.program_id(1) == 0:
+            choice = tl.arange(0, WIDTH)
+            if CHOICES == 0:
+                stop = tl.load(start_of + token + 1)
+                for begin in range(tl.load(start_of + token), stop, WIDTH):
+                    row = tl.load(row_of + begin + choice, mask=begin + choice < stop, other=num_rows).to(tl.int64)
+                    exists = row < num_rows
+                    assigned = tl.load(assignment + row, mask=exists, other=0)
+                    total = sum_partial(partial, row, exists, blocks, WIDTH, 16)
+                    tl.store(grad_weight + assigned, total.to(grad_weight.dtype.element_ty), mask=exists)
+            else:
+                made = token * CHOICES + choice
+                row = tl.load(row_of + made, mask=choice < CHOICES, other=num_rows).to(tl.int64)
+                total = sum_partial(partial, row, row < num_rows, blocks, WIDTH, 16)
+                tl.store(grad_weight + made, total.to(grad_weight.dtype.element_ty), mask=choice < CHOICES)

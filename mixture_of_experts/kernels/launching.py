@@ -1,0 +1,169 @@
+"""What all kernels of Triton share: which way the user asks for, how kernels start, and their self-checks.
+
+The way that the user asks for is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
+later.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+import warnings
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from mixture_of_experts.support.private_torch import can_hook_saved_tensors, without_dispatch_modes
+from mixture_of_experts.support.tracing import capability, in_transform
+
+VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
+
+# read once: a compiled graph can be guarded by a variable, but not by the environment
+FROM_START: str = os.environ.get(VARIABLE) or "auto"
+_asked_for = FROM_START
+_uses: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
+_CHANGING = threading.Lock()
+
+NO_MEMORY = "there is no memory to check them"
+_CHECKS: list[SelfCheck] = []  # all there are
+
+
+def asked_for() -> str:
+    """The name of the way that the user asks for, or "auto"."""
+    return _asked_for
+
+
+def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+    """Note contexts of `use` that open and close. Each takes out its own entry: those of several threads may end in any
+    order."""
+    global _asked_for
+    with _CHANGING:
+        _uses.update(opened)
+        for context in closed:
+            del _uses[context]
+        _asked_for = next(reversed(_uses.values()), FROM_START)
+
+
+def family_of(card: tuple[int, int]) -> tuple[int, int] | None:
+    """The compute capability for which kernels on a card are scheduled: one of the same instructions, and of no more
+    shared memory. None for a card that no kernel is written for."""
+    if card[0] == 8:
+        return (8, 0) if card[1] in (0, 7) else (8, 6)
+    return {9: (9, 0), 10: (10, 0), 11: (10, 0), 12: (12, 0)}.get(card[0])
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether routers may launch kernels on a device.
+
+    They may on an NVIDIA GPU of a known family, unless another way is asked for; on a CPU if "triton" is asked for and
+    Triton's interpreter runs. A traced graph has torch's operators, which compilers fuse.
+    """
+    way = asked_for()
+    if way not in ("auto", "triton") or in_transform() or torch.compiler.is_compiling():
+        return False
+    if device.type != "cuda":
+        return device.type == "cpu" and way == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    can = torch.version.hip is None and family_of(capability(device)) is not None
+    return can and importlib.util.find_spec("triton") is not None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Start a kernel. All kernels start here."""
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else torch.device(device):
+        kernel[grid](**arguments, enable_fp_fusion=True)
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """A context for checks: gradients are taken in full, whatever modes the caller has set, and numbers may be read.
+
+    Activation checkpointing does not see what runs in it: a recomputation does not check again.
+    """
+    mode = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else None
+    try:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode("default")
+        with (
+            without_dispatch_modes(),
+            saved_tensors_hooks(*2 * [lambda saved: saved]) if can_hook_saved_tensors() else nullcontext(),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            torch.autocast(device.type, enabled=False),
+        ):
+            yield
+    finally:
+        if mode is not None:
+            torch.cuda.set_sync_debug_mode(mode)
+
+
+class SelfCheck:
+    """Checks, before kernels serve a first call of each kind, that they compute what they should on a device.
+
+    A kernel that differs from torch's operators, or raises, turns off all kinds of this check that were not yet found
+    right, with a warning: a compiler that was wrong once is not trusted again. A kind that was found right still
+    serves, since a recomputation has to take the way of its forward. So a lack of memory is kept as a verdict too, but
+    on one kind alone.
+
+    Args:
+        kernels: their name in the warning.
+    """
+
+    def __init__(self, kernels: str) -> None:
+        self.kernels = kernels
+        self.verdicts: dict[Hashable, str | None] = {}
+        _CHECKS.append(self)
+
+    def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
+        """Why the kernels may not serve a kind of calls; None if they are right.
+
+        Args:
+            device: the device of the call.
+            kind: what programs depend on; each kind is checked once.
+            fault: a function that computes such a call and returns what is wrong, or None.
+        """
+        if kind in self.verdicts:
+            return self.verdicts[kind]
+        if wrong := next((said for said in self.verdicts.values() if said not in (None, NO_MEMORY)), None):
+            return wrong
+        if device.type == "cuda" and is_capturing(device):
+            warnings.warn(
+                f"a CUDA graph is captured before {self.kernels} were checked, and is captured without them: run the "
+                "layer once before, or ops.prepare",
+                stacklevel=2,
+            )
+            return "they were not checked before this stream was captured"
+        try:
+            with undisturbed(device):
+                verdict = fault()
+        except torch.OutOfMemoryError:
+            verdict = NO_MEMORY
+        except Exception as reason:  # whatever a compiler or a driver raises
+            verdict = f"they raise {type(reason).__name__}: {str(reason).partition(chr(10))[0]}"
+        self.verdicts[kind] = verdict
+        if verdict == NO_MEMORY:
+            warnings.warn(
+                f"{self.kernels} are off for calls of one kind in this process, because {NO_MEMORY}: call ops.prepare "
+                "before memory is full",
+                stacklevel=2,
+            )
+        elif verdict:
+            warnings.warn(f"{self.kernels} are off in this process: {verdict}", stacklevel=2)
+        return verdict
+
+
+def forget_lack_of_memory() -> None:
+    """Let kinds of calls be checked anew that could not be checked for want of memory."""
+    for check in _CHECKS:
+        check.verdicts = {kind: verdict for kind, verdict in check.verdicts.items() if verdict != NO_MEMORY}
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a CUDA device is captured into a graph."""
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,138 @@
+# type: ignore  (Triton's language, which type checkers take for Python)
+"""The kernels that queue assignments at their experts. An operator of torch launches them.
+
+Axes: r groups of all routers, n tokens of a group, k choices of a token, a assignments of a group (n k), e experts.
+
+The assignments of a group stand in one line, in the order in which they queue, and the line is cut into blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixture_of_experts.kernels.launching import launch
+
+BLOCK = 64  # assignments of a program
+
+
+@triton.jit
+def in_line(
+    block,
+    expert,  # (r, a) int64: the expert of each assignment, token by token
+    chosen,  # (r, a) bool: the assignments that queue; None if all do
+    order,  # (r, n) int64: the tokens in the order in which they queue; None if in their own
+    row,
+    length,
+    num_experts,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,  # all first choices stand before all second ones
+    BLOCK: tl.constexpr,
+):
+    """For the assignments of a block of the line: where they are stored, whether they exist, and their experts (e where
+    an assignment does not queue)."""
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    exists = index < length * CHOICES
+    stored = index
+    if BY_CHOICE:
+        token = index % length
+        if order is not None:
+            token = tl.load(order + row * length + token, mask=exists, other=0).to(tl.int32)
+        stored = token * CHOICES + index // length
+    stored = row * length * CHOICES + stored
+    queues = exists
+    if chosen is not None:
+        queues = queues & tl.load(chosen + stored, mask=exists, other=0).to(tl.int1)
+    its = tl.load(expert + stored, mask=queues, other=0).to(tl.int32)
+    return stored, exists, tl.where(queues, its, num_experts)
+
+
+@triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
+def count_in_line(
+    expert,
+    chosen,
+    order,
+    counts,  # (r, e, blocks) int32: the result, each expert's assignments in a block
+    length,
+    num_experts,
+    num_blocks,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Count the assignments of each expert in a block of the line."""
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
+    _, _, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    for start in range(0, num_experts, BLOCK_E):
+        column = start + tl.arange(0, BLOCK_E)
+        count = tl.sum((its[:, None] == column[None, :]).to(tl.int32), 0)
+        tl.store(counts + (row * num_experts + column) * num_blocks + block, count, mask=column < num_experts)
+
+
+@triton.jit(do_not_specialize=["length", "num_experts", "num_blocks"])
+def rank_in_line(
+    expert,
+    chosen,
+    order,
+    total,  # (r, e, blocks) int64: each expert's assignments up to the end of a block
+    position,  # (r, a) int64: the result, the position of each assignment in its queue
+    queued,  # (r, e) int64: the result too, the length of each queue
+    length,
+    num_experts,
+    num_blocks,
+    CHOICES: tl.constexpr,
+    BY_CHOICE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Write the position of each assignment of a block, and from the last block the length of each queue."""
+    row, block = (tl.program_id(0) // num_blocks).to(tl.int64), tl.program_id(0) % num_blocks
+    stored, exists, its = in_line(block, expert, chosen, order, row, length, num_experts, CHOICES, BY_CHOICE, BLOCK)
+    place = tl.arange(0, BLOCK)
+    before = (its[None, :] == its[:, None]) & (place[None, :] < place[:, None])
+    earlier = tl.where(block > 0, its, num_experts)  # the expert, if there is an earlier block
+    first = tl.load(total + (row * num_experts + its) * num_blocks + block - 1, mask=earlier < num_experts, other=0)
+    tl.store(position + stored, first + tl.sum(before.to(tl.int32), 1), mask=exists)
+    if block == num_blocks - 1:
+        for start in range(0, num_experts, BLOCK_E):
+            column = row * num_experts + start + tl.arange(0, BLOCK_E)
+            there = start + tl.arange(0, BLOCK_E) < num_experts
+            tl.store(queued + column, tl.load(total + column * num_blocks + block, mask=there, other=0), mask=there)
+
+
+@torch.library.custom_op("mixture_of_experts::queue_in_line", mutates_args=())
+def queue_in_line(
+    expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, by_choice: bool
+) -> tuple[Tensor, Tensor]:
+    """Return positions `(r, a)` and the lengths of the queues `(r, e)`, both int64.
+
+    Args:
+        expert: `(r, a)` int64, not empty.
+        chosen: `(r, a)` bool; None if all assignments queue.
+        order: `(r, n)` int64, the tokens in the order in which they queue; None if in their own order.
+        num_experts, k: e and k.
+        by_choice: whether all first choices stand before all second ones, or all choices of a token before those of
+            the next.
+    """
+    position, queued = empty_queues(expert, num_experts)
+    counts = queued.new_empty(*queued.shape, triton.cdiv(expert.shape[1], BLOCK), dtype=torch.int32)
+    given = {name: None if t is None else t.contiguous() for name, t in (("chosen", chosen), ("order", order))}
+    given |= dict(expert=expert.contiguous(), length=expert.shape[1] // k, num_experts=num_experts)
+    given |= dict(num_blocks=counts.shape[-1], CHOICES=k, BY_CHOICE=by_choice, BLOCK=BLOCK, BLOCK_E=32, num_warps=4)
+    grid = (expert.shape[0] * counts.shape[-1],)
+    launch(count_in_line, grid, counts=counts, **given)
+    launch(rank_in_line, grid, total=counts.cumsum(dim=-1), position=position, queued=queued, **given)
+    return position, queued
+
+
+@queue_in_line.register_fake
+def _(expert, chosen, order, num_experts, k, by_choice):
+    return empty_queues(expert, num_experts)
+
+
+def empty_queues(expert: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Return empty contiguous tensors for positions `(r, a)` and lengths `(r, e)`; `expert` may have any strides."""
+    return expert.new_empty(expert.shape), expert.new_empty(expert.shape[0], num_experts)

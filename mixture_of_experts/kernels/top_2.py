@@ -1,0 +1,289 @@
+# type: ignore  (a language of its own: type checkers take it for Python)
+"""The kernels of `Top2Gating`: two choices of every token with their weights and what losses sum, and their gradient.
+Operators of torch launch them.
+
+Axes: g groups (outer experts stand before it: `...`), n tokens of a group, e experts, p programs of a group.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixture_of_experts.kernels.launching import launch
+
+BLOCK = 1024  # numbers of tokens and experts that a program has in registers at once
+LEAST, MOST = 32, 128  # tokens of a program, and of those that it has at once
+
+
+@triton.jit(do_not_specialize=["length", "programs"])
+def choose_two(
+    logits,  # (g, n, e) float32
+    full,  # (g, n) bool, the tokens that make a first choice, and count; None: all
+    active,  # (g, n) bool, the tokens that make a second one; None with `full`
+    uniform,  # (g, n) float32, between 0 and 1, for the policy "random"; or None
+    expert,  # (g, n, 2) int64: out, as all that follow; the lowest index on a tie
+    weight,  # (g, n, 2) float32
+    chosen,  # (g, n, 2) bool, the choices that are made
+    primary,  # (g, n, 2) bool, those of more than half the weight
+    probs,  # (g, n, e) float32
+    log_total,  # (g, n) float32, the logits' logsumexp
+    sums,  # (2, g, p, e) float32: of the tokens that count, first choices of each expert and probabilities
+    totals,  # (g, p, 2) float32: the sum of the squares of their `log_total`, and their number
+    length,  # n
+    programs,  # p
+    num_experts,
+    eps,
+    threshold,
+    POLICY: tl.constexpr,
+    TOKENS: tl.constexpr,  # of a program
+    ROWS: tl.constexpr,  # tokens that it has at once
+    BLOCK_E: tl.constexpr,
+):
+    """Choose two experts for each token. A probability that is NaN ranks above all others, as torch sorts it."""
+    program, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E)[None, :], tl.arange(0, 2)[None, :]
+    group, begin = (program // programs).to(tl.int64), program % programs * TOKENS
+    exists, is_first = column < num_experts, choice == 0
+    load = tl.zeros((BLOCK_E,), tl.float32)
+    proxy = tl.zeros((BLOCK_E,), tl.float32)
+    squares = 0.0
+    number = 0.0
+    for start in range(0, TOKENS, ROWS):
+        place = begin + start + tl.arange(0, ROWS)
+        is_token, token = place < length, group * length + place
+        row, inside = token[:, None] * num_experts + column, is_token[:, None] & exists
+        logit = tl.where(exists, tl.load(logits + row, mask=inside, other=0.0), -float("inf"))
+        top = tl.max(logit, 1)
+        power = tl.exp(logit - top[:, None])
+        total = tl.sum(power, 1)
+        prob = power / total[:, None]
+        log = top + tl.log(total)
+        is_full = is_token if full is None else tl.load(full + token, mask=is_token, other=False)
+
+        rank = tl.where(exists, tl.where(prob != prob, float("inf"), prob), -1.0)
+        first = tl.min(tl.where(rank == tl.max(rank, 1)[:, None], column, BLOCK_E), 1)
+        is_best = column == first[:, None]
+        rest = tl.where(is_best & is_full[:, None], 0.0, rank)
+        second = tl.min(tl.where(rest == tl.max(rest, 1)[:, None], column, BLOCK_E), 1)
+        same = (first == second) & is_full
+        p_1 = tl.sum(tl.where(is_best, prob, 0.0), 1)
+        p_2 = tl.sum(tl.where(column == second[:, None], prob, 0.0), 1)
+        p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
+        # rounded as IEEE says: the weights of a tie are 0.5 and not more, which a division by `/` does not promise
+        weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
+
+        if POLICY == "none":
+            sent = is_first
+        elif POLICY == "threshold":
+            sent = is_first | (weights > threshold)
+        elif POLICY == "random":
+            drawn = tl.load(uniform + token, mask=is_token, other=1.0)
+            sent = is_first | (drawn[:, None] < weights / tl.maximum(threshold, eps))
+        else:
+            tl.static_assert(POLICY == "all")
+            sent = choice < 2
+        if BLOCK_E == 1:  # after the only expert there is no second one
+            sent = sent & (weights != 0)
+        if full is not None:
+            is_active = tl.load(active + token, mask=is_token, other=False)
+            sent = sent & tl.where(is_first, is_full[:, None], is_active[:, None])
+
+        two, stored = token[:, None] * 2 + choice, is_token[:, None] & (choice < 2)
+        tl.store(expert + two, tl.where(is_first, first[:, None], second[:, None]).to(tl.int64), mask=stored)
+        tl.store(weight + two, weights, mask=stored)
+        tl.store(chosen + two, sent, mask=stored)
+        tl.store(primary + two, weights > 0.5, mask=stored)
+        tl.store(probs + row, prob, mask=inside)
+        tl.store(log_total + token, log, mask=is_token)
+        counts = is_full[:, None] & exists
+        load += tl.sum(tl.where(counts & is_best, 1.0, 0.0), 0)
+        proxy += tl.sum(tl.where(counts, prob, 0.0), 0)
+        squares += tl.sum(tl.where(is_full, log * log, 0.0), 0)
+        number += tl.sum(tl.where(is_full, 1.0, 0.0), 0)
+    place, there = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_E) < num_experts
+    program, behind = program.to(tl.int64), tl.num_programs(0).to(tl.int64)
+    tl.store(sums + program * num_experts + place, load, mask=there)
+    tl.store(sums + (program + behind) * num_experts + place, proxy, mask=there)
+    tl.store(totals + 2 * program, squares)
+    tl.store(totals + 2 * program + 1, number)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "length"])
+def choose_two_grads(
+    probs,  # (t, e) float32, of all groups' tokens, t = g n
+    expert,  # (t, 2) int64
+    log_total,  # (t,) float32
+    full,  # (t,) bool; None: all
+    grad_weight,  # (t, 2) float32; None, as the others: 0
+    grad_probs,  # (t, e) float32
+    grad_log_total,  # (t,) float32
+    grad_proxy,  # (g, e) float32
+    grad_squares,  # () float32
+    grad_logits,  # (t, e) float32: out
+    num_tokens,
+    length,  # n
+    num_experts,
+    eps,
+    ROWS: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Write the gradient of the logits, which `grads_by_operators` computes by torch's operators."""
+    column = tl.arange(0, BLOCK_E)[None, :]
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    is_token = token < num_tokens
+    row, inside = token[:, None] * num_experts + column, is_token[:, None] & (column < num_experts)
+    prob = tl.load(probs + row, mask=inside, other=0.0)
+    is_full = is_token if full is None else tl.load(full + token, mask=is_token, other=False)
+    grad = tl.zeros((ROWS, BLOCK_E), tl.float32)
+    if grad_probs is not None:
+        grad += tl.load(grad_probs + row, mask=inside, other=0.0)
+    if grad_proxy is not None:
+        of_group = (token // length)[:, None] * num_experts + column
+        grad += tl.load(grad_proxy + of_group, mask=inside & is_full[:, None], other=0.0)
+    if grad_weight is not None:
+        first = tl.load(expert + 2 * token, mask=is_token, other=0)
+        second = tl.load(expert + 2 * token + 1, mask=is_token, other=0)
+        is_second = is_token & ((first != second) | ~is_full)
+        p_1 = tl.sum(tl.where((column == first[:, None]) & is_full[:, None], prob, 0.0), 1)
+        p_2 = tl.sum(tl.where((column == second[:, None]) & is_second[:, None], prob, 0.0), 1)
+        grad_1 = tl.load(grad_weight + 2 * token, mask=is_token, other=0.0)
+        grad_2 = tl.load(grad_weight + 2 * token + 1, mask=is_token, other=0.0)
+        total = p_1 + p_2 + eps
+        mean = (grad_1 * p_1 + grad_2 * p_2) / total
+        grad += tl.where((column == first[:, None]) & is_full[:, None], ((grad_1 - mean) / total)[:, None], 0.0)
+        grad += tl.where((column == second[:, None]) & is_second[:, None], ((grad_2 - mean) / total)[:, None], 0.0)
+    of_row = -tl.sum(prob * grad, 1)
+    if grad_squares is not None:
+        log = tl.load(log_total + token, mask=is_token, other=0.0)
+        of_row += tl.where(is_full, 2 * tl.load(grad_squares) * log, 0.0)
+    if grad_log_total is not None:
+        of_row += tl.load(grad_log_total + token, mask=is_token, other=0.0)
+    tl.store(grad_logits + row, prob * (grad + of_row[:, None]), mask=inside)
+
+
+@torch.library.custom_op("mixture_of_experts::two_best", mutates_args=())
+def two_best(
+    logits: Tensor,
+    full: Tensor | None,
+    active: Tensor | None,
+    uniform: Tensor | None,
+    policy: str,
+    threshold: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`expert`, `weight`, `chosen`, `primary`, `probs`, `log_total`, `sums` and `totals` of `choose_two`.
+
+    Args:
+        logits: `(..., g, n, e)` float32, of one token at least.
+        full, active: `(..., g, n)` bool, both or neither.
+        uniform: `(..., g, n)` float32 for the policy "random".
+        policy, threshold, eps: settings of the gate.
+    """
+    choices = empty_choices(logits)
+    expert, weight, chosen, primary, probs, log_total, sums, totals = choices
+    programs, e = sums.shape[-2:]
+    rows, tokens, block = sizes(e)
+    masks = (None if mask is None else mask.contiguous() for mask in (full, active, uniform))
+    launch(
+        choose_two,
+        (math.prod(logits.shape[:-2]) * programs,),
+        logits=logits.contiguous(),
+        **dict(zip(("full", "active", "uniform"), masks, strict=True)),
+        expert=expert,
+        weight=weight,
+        chosen=chosen,
+        primary=primary,
+        probs=probs,
+        log_total=log_total,
+        sums=sums,
+        totals=totals,
+        length=logits.shape[-2],
+        programs=programs,
+        num_experts=e,
+        eps=eps,
+        threshold=threshold,
+        POLICY=policy,
+        TOKENS=tokens,
+        ROWS=rows,
+        BLOCK_E=block,
+        num_warps=4,
+    )
+    return choices
+
+
+@two_best.register_fake
+def _(logits, *settings):
+    return empty_choices(logits)
+
+
+def sizes(num_experts: int) -> tuple[int, int, int]:
+    """Tokens that a program has at once, all its tokens, and the least power of 2 that is enough for the experts."""
+    block = triton.next_power_of_2(num_experts)
+    rows = min(BLOCK // block, MOST)
+    return rows, max(rows, LEAST), block
+
+
+def empty_choices(logits: Tensor) -> tuple[Tensor, ...]:
+    """Fresh memory for what `two_best` returns."""
+    *lead, n, e = logits.shape
+    programs = -(-n // sizes(e)[1])
+    pair = (*lead, n, 2)
+    return (
+        logits.new_empty(pair, dtype=torch.int64),
+        logits.new_empty(pair),
+        *(logits.new_empty(pair, dtype=torch.bool) for _ in range(2)),
+        logits.new_empty(logits.shape),
+        logits.new_empty(logits.shape[:-1]),
+        logits.new_empty(2, *lead, programs, e),
+        logits.new_empty(*lead, programs, 2),
+    )
+
+
+@torch.library.custom_op("mixture_of_experts::two_best_grads", mutates_args=())
+def two_best_grads(
+    probs: Tensor,
+    expert: Tensor,
+    log_total: Tensor,
+    full: Tensor | None,
+    eps: float,
+    grad_weight: Tensor | None,
+    grad_probs: Tensor | None,
+    grad_log_total: Tensor | None,
+    grad_proxy: Tensor | None,
+    grad_squares: Tensor | None,
+) -> Tensor:
+    """Gradient of the logits `(..., g, n, e)`, from what `two_best` told and from gradients of it; None is 0.
+
+    Those of the proxy `(..., g, e)` and of the squares `()` are of sums over programs.
+    """
+    grads = {name: value for name, value in locals().items() if name.startswith("grad_")}
+    n, e = probs.shape[-2:]
+    rows, _, block = sizes(e)
+    grad_logits = torch.empty_like(probs)
+    launch(
+        choose_two_grads,
+        (triton.cdiv(log_total.numel(), rows),),
+        probs=probs,
+        expert=expert,
+        log_total=log_total,
+        full=None if full is None else full.contiguous(),
+        **{name: None if grad is None else grad.contiguous() for name, grad in grads.items()},
+        grad_logits=grad_logits,
+        num_tokens=log_total.numel(),
+        length=n,
+        num_experts=e,
+        eps=eps,
+        ROWS=rows,
+        BLOCK_E=block,
+        num_warps=4,
+    )
+    return grad_logits
+
+
+@two_best_grads.register_fake
+def _(probs, *rest):
+    return torch.empty_like(probs)

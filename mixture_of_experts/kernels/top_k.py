@@ -1,0 +1,139 @@
+# type: ignore  (Triton's language, which type checkers take for Python)
+"""The kernel that chooses the experts of a few tokens: scores, the k best, their weights, and losses. An operator of
+torch launches it.
+
+Axes: t tokens, b groups, n tokens of a group, e experts, k choices.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mixture_of_experts.kernels.launching import launch
+
+
+@triton.jit(do_not_specialize=["length"])
+def choose(
+    logits,  # (t, e) float32
+    bias,  # (e,) float32, added to the scores for choosing only; or None
+    expert,  # (t, k) int64, and below: results, best choice first; on a tie the lowest index first
+    weight,  # (t, k) float32
+    probs,  # (t, e) float32
+    losses,  # (b, 2) float32: what a group adds to the balancing loss and to the z-loss
+    length,  # n
+    num_experts,
+    balance_scale,
+    z_scale,
+    SOFTMAX: tl.constexpr,  # scores are a softmax, else sigmoids
+    NORMALIZE: tl.constexpr,
+    SCALE: tl.constexpr,
+    EPS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    WIDTH: tl.constexpr,  # a power of 2, at least CHOICES
+    BLOCK_E: tl.constexpr,
+):
+    """A program computes one group, token by token. NaN ranks above all scores, as in torch's sorting."""
+    group, column, choice = tl.program_id(0), tl.arange(0, BLOCK_E), tl.arange(0, WIDTH)
+    exists = column < num_experts
+    load = tl.zeros((BLOCK_E,), tl.float32)
+    proxy = tl.zeros((BLOCK_E,), tl.float32)
+    squares = 0.0
+    for i in range(length):
+        token = (group * length + i).to(tl.int64)
+        logit = tl.load(logits + token * num_experts + column, mask=exists, other=-float("inf"))
+        top = tl.max(logit, 0)
+        power = tl.exp(logit - top)
+        total = tl.sum(power, 0)
+        if SOFTMAX:
+            score = power / total
+            prob = score
+        else:
+            score = tl.where(exists, tl.sigmoid(logit), 0.0)
+            prob = score / (tl.sum(score, 0) + 1e-20)
+        rank = score if bias is None else score + tl.load(bias + column, mask=exists, other=0.0)
+        rank = tl.where(exists, tl.where(rank != rank, float("inf"), rank), -float("inf"))
+        chosen = tl.zeros((BLOCK_E,), tl.int1)
+        best = tl.zeros((WIDTH,), tl.int32)
+        weights = tl.zeros((WIDTH,), tl.float32)
+        for c in tl.static_range(CHOICES):
+            rest = tl.where(chosen | (column >= num_experts), -float("inf"), rank)
+            is_best = (rest == tl.max(rest, 0)) & exists & (chosen == 0)
+            index = tl.min(tl.where(is_best, column, BLOCK_E), 0)
+            chosen = chosen | (column == index)
+            best = tl.where(choice == c, index, best)
+            weights = tl.where(choice == c, tl.sum(tl.where(column == index, score, 0.0), 0), weights)
+        if NORMALIZE:
+            weights = weights / (tl.sum(weights, 0) + EPS)
+        place, stored = token * CHOICES + choice, choice < CHOICES
+        tl.store(expert + place, best.to(tl.int64), mask=stored)
+        tl.store(weight + place, weights * SCALE, mask=stored)
+        tl.store(probs + token * num_experts + column, prob, mask=exists)
+        load += chosen.to(tl.float32)
+        proxy += tl.where(exists, prob, 0.0)
+        log_total = top + tl.log(total)
+        squares += log_total * log_total
+    tl.store(losses + 2 * group, tl.sum(load * proxy, 0) * balance_scale)
+    tl.store(losses + 2 * group + 1, squares * z_scale)
+
+
+@torch.library.custom_op("mixture_of_experts::few_choices", mutates_args=())
+def few_choices(
+    logits: Tensor,
+    bias: Tensor | None,
+    k: int,
+    softmax: bool,
+    normalize: bool,
+    scale: float,
+    eps: float,
+    balance_scale: float,
+    z_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Experts and weights `(b, n, k)`, probabilities `(b, n, e)`, and terms `(b, 2)` of the losses; see `choose`.
+
+    Args:
+        logits: `(b, n, e)` float32.
+        bias: `(e,)` float32, or None.
+        k, softmax, normalize, scale, eps: settings of the gate.
+        balance_scale, z_scale: what the terms are multiplied by.
+    """
+    b, n, e = logits.shape
+    choices = empty_choices(logits, k)
+    expert, weight, probs, losses = choices
+    launch(
+        choose,
+        (b,),
+        logits=logits.contiguous(),
+        bias=bias,
+        expert=expert,
+        weight=weight,
+        probs=probs,
+        losses=losses,
+        length=n,
+        num_experts=e,
+        balance_scale=balance_scale,
+        z_scale=z_scale,
+        SOFTMAX=softmax,
+        NORMALIZE=normalize,
+        SCALE=scale,
+        EPS=eps,
+        CHOICES=k,
+        WIDTH=triton.next_power_of_2(k),
+        BLOCK_E=triton.next_power_of_2(e),
+        num_warps=max(1, triton.next_power_of_2(e) // 256),
+    )
+    return choices
+
+
+@few_choices.register_fake
+def _(logits, bias, k, *settings):
+    return empty_choices(logits, k)
+
+
+def empty_choices(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return memory for what `choose` writes."""
+    b, n, _ = logits.shape
+    expert = logits.new_empty(b, n, k, dtype=torch.int64)
+    return expert, logits.new_empty(b, n, k), logits.new_empty(logits.shape), logits.new_empty(b, 2)

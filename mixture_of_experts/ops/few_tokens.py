@@ -1,0 +1,54 @@
+"""A few tokens in inference, as in decoding on a GPU, in torch's operators and without a plan.
+
+Axes: t tokens, k choices, e experts, d model dim, o dim of the outputs.
+
+With so few rows, launches and the bytes of weights take the time. Each choice gets a copy of its expert's weights. If
+that would move more bytes than all weights have, every expert computes all tokens, and results that no token chose are
+left out. This serves only eval mode without gradients, because a recomputation must take the way of its forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops import plain
+from mixture_of_experts.ops.network import Call
+from mixture_of_experts.support.private_torch import statically_known_true
+from mixture_of_experts.support.tracing import without_autocast
+
+MOST_TOKENS = 64
+MOST_ROWS = 8192  # of all experts, where each computes all tokens
+PER_COPY = 3  # a copied weight is read, written and read again
+
+
+def copies(call: Call) -> bool:
+    """Whether copies for every choice move fewer bytes than all weights are."""
+    return PER_COPY * call.decision.weight.shape[0] < call.network.w_out.shape[0]
+
+
+def serves(call: Call) -> bool:
+    """Whether a call is one of token choice of few tokens, in eval and without gradients."""
+    tokens, experts = call.x.shape[0], call.network.w_out.shape[0]
+    if not (call.is_inference() and statically_known_true(tokens <= MOST_TOKENS)):
+        return False
+    return copies(call) or tokens * experts <= MOST_ROWS
+
+
+def run(call: Call) -> Tensor:
+    """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
+    x, network, decision = call.x, call.network, call.decision
+    assert decision.k is not None
+    (t, d), experts, k = x.shape, network.w_out.shape[0], decision.k
+    weight = decision.weight.view(t, k).to(torch.promote_types(decision.weight.dtype, torch.float32))
+    with without_autocast(x.device):
+        if copies(call):
+            chosen = network.map(lambda weights: weights.index_select(0, decision.expert))
+            rows = x.unsqueeze(1).expand(t, k, d).reshape(t * k, 1, d)
+            y = plain.feed_forward(rows, chosen).view(t, k, network.w_out.shape[-1])
+            unused = decision.kept.logical_not().view(t, k)
+        else:
+            y = plain.feed_forward(x.expand(experts, t, d), network).transpose(0, 1)
+            weight = weight.new_zeros(t, experts).scatter_add(1, decision.expert.view(t, k), weight)
+            unused = weight == 0
+        return (y * weight.unsqueeze(-1)).masked_fill(unused.unsqueeze(-1), 0).sum(dim=1).to(x.dtype)

@@ -1,0 +1,147 @@
+"""The plan of a call of token choice by one kernel.
+
+Axes: a assignments of the call (t tokens, k choices), e experts, b groups.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.kernels import tables
+from mixture_of_experts.ops.triton import operators
+from mixture_of_experts.ops.triton.schedule import FEW, compares, num_rows
+
+BLOCK = 128  # assignments of a program
+
+
+def plan_of(decision: Decision, few: int = FEW) -> Plan:
+    """The plan with rows without gaps, as `decision.without_gaps()` makes it, with two differences.
+
+    An assignment of weight 0 that holds a slot has a row with a token, though nobody reads the row. And there are no
+    more rows than slots. Up to `few` assignments need no queues: each counts those before it.
+    """
+    k, e, rows = decision.k, math.prod(decision.num_experts), num_rows(decision, few)
+    if k is None:
+        return decision.without_gaps()
+    if compares(decision, few):
+        made = triton_few_plan(decision.expert, decision.kept, e, k)
+    else:
+        made = triton_plan(*decision.waiting(), e, k, rows)
+    row, assignment, token, rows_per_expert = made
+    sizes = (k, decision.num_tokens, rows, decision.num_experts)
+    return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
+
+
+@torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
+def triton_few_plan(expert: Tensor, kept: Tensor, num_experts: int, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tables of `triton_plan` for few assignments, from `expert` `(a,)` int64 and `kept` `(a,)` bool.
+
+    Its time grows with the square of a. Only kept assignments have a row.
+    """
+    operators.on_one_device(expert, kept)
+    expert, kept = expert.contiguous(), kept.contiguous()
+    row, assignment, token = tables_of(expert, expert.shape[0], expert.shape[0])
+    counts = expert.new_empty(num_experts)
+    operators.launch(
+        tables.rank_rows,
+        (triton.cdiv(max(expert.shape[0], num_experts), 32),),
+        expert=expert,
+        kept=kept,
+        row=row,
+        assignment=assignment,
+        token=token,
+        counts=counts,
+        num_assignments=expert.shape[0],
+        num_experts=num_experts,
+        CHOICES=k,
+        BLOCK=32,
+        BLOCK_A=64,
+        num_warps=4,
+    )
+    return row, assignment, token, counts
+
+
+@triton_few_plan.register_fake
+def _(expert, kept, num_experts, k):
+    operators.on_one_device(expert, kept)
+    return *tables_of(expert, expert.shape[0], expert.shape[0]), expert.new_empty(num_experts)
+
+
+@torch.library.custom_op("mixture_of_experts::triton_plan", mutates_args=())
+def triton_plan(
+    expert: Tensor,
+    position: Tensor,
+    chosen: Tensor,
+    kept: Tensor,
+    length: Tensor,
+    slot: Tensor | None,
+    tokens_of_group: int,
+    choices_of_gate: int,
+    experts_of_router: int,
+    num_experts: int,
+    k: int,
+    num_rows: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
+
+    Args:
+        expert, ..., experts_of_router: a `Waiting`.
+        num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
+    """
+    number = num_assignments(expert, slot, choices_of_gate)
+    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
+    operators.check_number(number)
+    given = dict(expert=expert, position=position, chosen=chosen, kept=kept, length=length, slot=slot)
+    given = {name: None if tensor is None else tensor.contiguous() for name, tensor in given.items()}
+    row, assignment, token = tables_of(expert, number, num_rows)
+    if slot is not None:  # a gate of one's own may fill slots without a token: their rows are nobody's
+        assignment, token = assignment.fill_(number), token.fill_(number // k)
+    counts = length.new_empty(num_experts)
+    if number == 0:
+        return row, assignment, token, counts.zero_()
+    operators.launch(
+        tables.find_rows,
+        (triton.cdiv(number, BLOCK),),
+        **given,
+        stop=length.cumsum(0),
+        row=row,
+        assignment=assignment,
+        token=token,
+        counts=counts,
+        num_assignments=number,
+        num_rows=num_rows,
+        num_tokens=tokens_of_group,
+        num_groups=length.shape[0] // num_experts,
+        num_queues=length.shape[0],
+        num_slots=expert.shape[0] // choices_of_gate,
+        num_experts=num_experts,
+        experts_of_router=experts_of_router,
+        OF_GATE=choices_of_gate,
+        CHOICES=k,
+        BLOCK=BLOCK,
+        BLOCK_E=32,
+        num_warps=4,
+    )
+    return row, assignment, token, counts
+
+
+@triton_plan.register_fake
+def _(expert, position, chosen, kept, length, slot, tokens_of_group, choices_of_gate, experts_of_router, e, k, rows):
+    operators.on_one_device(expert, position, chosen, kept, length, *([] if slot is None else [slot]))
+    return *tables_of(expert, num_assignments(expert, slot, choices_of_gate), rows), length.new_empty(e)
+
+
+def num_assignments(expert: Tensor, slot: Tensor | None, choices_of_gate: int) -> int:
+    """Return a: for one level the gate's choices, for two levels `choices_of_gate` for each choice of level one."""
+    return expert.shape[0] if slot is None else slot.shape[0] * choices_of_gate
+
+
+def tables_of(like: Tensor, number: int, num_rows: int) -> list[Tensor]:
+    """Return empty tensors for `row`, `assignment` and `token`."""
+    return [like.new_empty(size, dtype=torch.int32) for size in (number, num_rows, num_rows)]

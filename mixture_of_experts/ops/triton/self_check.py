@@ -1,0 +1,244 @@
+"""Checks on this card that the kernels compute what they should, before they serve a first call.
+
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
+
+A `Kind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, kernels compute
+outputs and all gradients of made-up tokens, three times. Every row of each is compared with that of the lean way in
+float32, and all times have to have equal bits. The sums are long enough that each buffer of a pipeline is used several
+times. If anything differs, or raises, the Triton way is off for the process, with a warning. An illegal access ends the
+CUDA context, and a kernel that hangs hangs here: these a process cannot survive, and the check does not see them.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.decision import Decision, decision_on
+from mixture_of_experts.kernels.launching import SelfCheck
+from mixture_of_experts.ops import lean
+from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
+from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.triton.form import Form
+from mixture_of_experts.ops.triton.schedule import Schedule, find_schedule
+from mixture_of_experts.support.private_torch import constant_in_graphs
+
+ROWS, DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
+BUSIEST = 0.6  # share of the rows of the first expert, so that sums over its rows are long
+TIMES = 3  # how often the kernels compute it
+#: largest difference of a row between the kernels and the lean way in float32, relative to its norm
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
+FAR = 1 << 31  # more elements than int32 can index
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "relu": nn.ReLU,
+    "relu_squared": SquaredReLU,
+    "identity": nn.Identity,
+}
+
+
+class Kind(NamedTuple):
+    """What the kernels' programs depend on.
+
+    Attributes:
+        device: index of the GPU.
+        dtype: dtype of x and weights.
+        form: form of the network.
+        biases: whether there are input biases, and output biases.
+        transposed: whether the input weights, and the output weights, are stored transposed.
+        sizes: d, h and o modulo 64, which say whether blocks fit into them.
+        choices: k; 0 for expert choice.
+        decoding: whether only the forward is launched.
+    """
+
+    device: int
+    dtype: torch.dtype
+    form: Form
+    biases: tuple[bool, bool]
+    transposed: tuple[bool, bool]
+    sizes: tuple[int, int, int]
+    choices: int
+    decoding: bool
+
+
+CHECK = SelfCheck("the Triton kernels of experts")  # of a kind and an entry of the schedule
+
+
+@constant_in_graphs  # a traced graph runs this function instead of tracing it
+def why_wrong(
+    device: int,
+    dtype: torch.dtype,
+    form: tuple[str, str, float, float],
+    biases: tuple[bool, bool],
+    transposed: tuple[bool, bool],
+    sizes: tuple[int, int, int],
+    choices: int,
+    decoding: bool,
+    mean_rows: int | None,
+) -> str | None:
+    """Why the kernels are not taken for a kind of calls whose experts have `mean_rows` rows on average (None: any
+    number); None if they are right."""
+    if not torch.cuda.is_available():
+        return None  # the call's tensors are fake
+    from mixture_of_experts.ops.triton.operators import entries_for
+
+    entries = entries_for(torch.device("cuda", device), dtype)
+    kind = Kind(device, dtype, Form(*form), biases, transposed, sizes, choices, decoding)
+    wanted = entries if mean_rows is None else (find_schedule(entries, mean_rows),)
+    return judge(kind, torch.device("cuda", device), entries, wanted)
+
+
+def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
+    """Why the kernels are not taken with the `wanted` entries of the schedule; None if they are right with them."""
+    for entry in wanted:
+        if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
+            return wrong
+    return None
+
+
+def forget() -> None:
+    """Forget all verdicts."""
+    CHECK.verdicts.clear()
+
+
+def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
+    """What is wrong with the kernels for one entry of the schedule; None if nothing."""
+    rows, experts = size_for(entries, entry)
+    far = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * FAR * kind.dtype.itemsize
+    call = make_call(kind, device, rows, experts, far and entry is entries[-1])
+    said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
+    try:
+        found = by_kernels(call, kind)
+        if not same_plans(call.decision):
+            return f"{said} plans of few and of many assignments differ"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as reason:  # whatever a compiler or a driver raises
+        return f"{said} they raise {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
+    wanted = by_operators(call)
+    for name, got in found.items():
+        error = error_of_rows(got, wanted[name.removesuffix(" in inference")])
+        if not error < TOLERANCE[kind.dtype]:
+            return f"{said} a row of {name} differs from the lean way's by {error:.1e} of its norm"
+    del wanted
+    for _ in range(TIMES - 1):
+        for name, again in by_kernels(call, kind).items():
+            if not torch.equal(again, found[name]):
+                return f"{said} {name} differs between two equal calls"
+    return None
+
+
+def size_for(entries: tuple[Schedule, ...], entry: Schedule) -> tuple[int, int]:
+    """The fewest rows and experts, at least three, that are computed by an entry of the schedule."""
+    sizes = ((rows, e) for rows in (ROWS, 2 * ROWS) for e in range(3, rows // 8 + 1))
+    return next(size for size in sizes if find_schedule(entries, size[0] // size[1]) is entry)
+
+
+def error_of_rows(got: Tensor, want: Tensor) -> float:
+    """The largest error of a row of `(..., p, q)`, relative to its norm, or to the matrix's mean one if that is larger:
+    a norm of the whole tensor would hide a few wrong numbers."""
+    got, want = (tensor.double().unsqueeze(-1) if tensor.ndim == 1 else tensor.double() for tensor in (got, want))
+    norms = want.norm(dim=-1)
+    mean = norms.square().mean(dim=-1, keepdim=True).sqrt()
+    errors = (got - want).norm(dim=-1) / torch.maximum(norms, mean).clamp(min=1e-6)
+    return float(errors.max())
+
+
+def make_call(kind: Kind, device: torch.device, rows: int, experts: int, far: bool) -> Call:
+    """A made-up call of numbers of unit scale, of which the first expert has most. Some choices have no expert, and the
+    second expert has no tokens. With `far` the last expert's weights lie beyond what int32 can index.
+
+    Tokens, input weights and their biases are small integers times a power of two. So the pre-activations are exact in
+    every dtype and order of summing, and no rounding moves them over a kink of the activation.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device)
+
+    def weight(drawn: Tensor, transposed: bool) -> Tensor:
+        drawn = drawn.to(kind.dtype)
+        drawn = drawn.mT.contiguous().mT if transposed else drawn
+        if not far:
+            return drawn
+        apart = -(-FAR // (experts - 1) // 64) * 64
+        memory = torch.empty(apart * (experts - 1) + drawn[0].numel(), dtype=kind.dtype, device=device)
+        return memory.as_strided(drawn.shape, (apart, *drawn.stride()[1:])).copy_(drawn)
+
+    d, h, o = (DIM + size for size in kind.sizes)
+    fused = kind.form.layout in ("concatenated", "interleaved")
+    width, number = (2 * h if fused else h), (2 if kind.form.layout == "gated" else 1)
+    step = 2.0 ** -round(math.log2(d) / 2)
+    network = Network(
+        tuple(weight(draw(experts, d, width).round() * step, kind.transposed[0]) for _ in range(number)),
+        weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]),
+        activation_of(kind.form),
+        tuple(draw(experts, width).round().to(kind.dtype) if kind.biases[0] else None for _ in range(number)),
+        draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
+        kind.form.layout if fused else None,  # type: ignore[arg-type]
+    )
+    choices = kind.choices or 2
+    tokens = -(-rows // choices)
+    expert = torch.randint(1, experts, (tokens, choices), generator=generator, device=device)
+    expert[expert == 1] = experts - 1
+    expert[torch.rand(tokens, choices, generator=generator, device=device) < BUSIEST] = 0
+    expert[::17, 0] = -1
+    weights = torch.rand(tokens, choices, generator=generator, device=device) + 0.5
+    return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
+
+
+def activation_of(form: Form) -> ActivationLike:
+    if form.activation == "clamped_swiglu":
+        return ClampedSwiGLU(form.alpha, form.limit)
+    return nn.GELU("tanh") if form.activation == "gelu_tanh" else ACTIVATIONS[form.activation]()
+
+
+def same_plans(decision: Decision) -> bool:
+    """Whether the kernel for many assignments makes the same plan as the one for few, by which `results` computes."""
+    from mixture_of_experts.ops.triton.row_plan import plan_of
+
+    one, other = (plan_of(decision, few).tensors() for few in (0, decision.weight.shape[0]))
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def leaves_of(call: Call) -> tuple[Call, dict[str, Tensor]]:
+    """The call on tensors of its own that want gradients, and these by name."""
+    given = call.decision
+    x, weight = call.x.detach().requires_grad_(), given.weight.detach().requires_grad_()
+    network = call.network.map(lambda tensor: tensor.detach().requires_grad_())
+    k, expert = given.k or 1, torch.where(given.kept, given.expert, -1)
+    decision = decision_on(expert.view(-1, k), weight.view(-1, k), network.w_out.shape[0])
+    return Call(x, decision, network, True), {"x": x, "weights": weight, **network.tensors()}
+
+
+def with_gradients(out: Tensor, leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The output, and the gradients of the leaves, by name. That of the output is of numbers of `dtype`."""
+    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
+    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype).to(out.dtype))
+    return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
+
+
+def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
+    """Outputs in inference by the kernels, and, if not in decoding, those of training, of other programs, with their
+    gradients."""
+    from mixture_of_experts.ops.triton import forward_backward as network
+    from mixture_of_experts.ops.triton.row_plan import plan_of
+
+    (x, decision, weights, _), leaves = leaves_of(call)
+    plan = plan_of(decision)
+    plan = plan if kind.choices else plan._replace(k=None)
+    with torch.no_grad():
+        found = {"the output in inference": network.compute(x, plan, weights)}
+    return found if kind.decoding else found | with_gradients(network.compute(x, plan, weights), leaves, x.dtype)
+
+
+def by_operators(call: Call) -> dict[str, Tensor]:
+    """The same by the lean way in float32."""
+    wide, leaves = leaves_of(call._replace(x=call.x.float(), network=call.network.map(lambda weight: weight.float())))
+    return with_gradients(lean.run(wide), leaves, call.x.dtype)

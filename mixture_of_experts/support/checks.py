@@ -1,0 +1,167 @@
+"""Checks of arguments. Each returns a right value; for a wrong one its error says what is allowed and what to do."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Collection, Mapping
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mixture_of_experts.support.tracing import in_jit_trace
+
+Word = TypeVar("Word")
+
+
+def check_size(name: str, value: object) -> int:
+    """A whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}: give the number itself")
+    return int(value)  # the value may be a numpy integer
+
+
+def check_optional_size(name: str, value: object) -> int | None:
+    """A whole number of at least 1, or None."""
+    return None if value is None else check_size(name, value)
+
+
+def check_sizes(name: str, value: object) -> tuple[int, ...]:
+    """One size or a tuple of sizes; returns a tuple."""
+    sizes = value if isinstance(value, tuple | list) else (value,)
+    return tuple(check_size(name, size) for size in sizes)
+
+
+def check_choice(name: str, value: Word, allowed: Collection[Any]) -> Word:
+    """One of the allowed words."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+def check_number(
+    name: str, value: Any, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+) -> float:
+    """A finite number, optionally bounded."""
+    bound = f" above {above}" if above is not None else f" of at least {at_least}" if at_least is not None else ""
+    bound += "" if below is None else f" and below {below}"
+    good = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    value = float(value) if good and not isinstance(value, int) else value  # the value may be a numpy number
+    if good:
+        good = (above is None or value > above) and (at_least is None or value >= at_least)
+        good = good and (below is None or value < below)
+    if not good:
+        raise ValueError(f"{name} must be a finite number{bound}, got {value!r}")
+    return value
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if type(value).__name__ not in ("bool", "bool_"):  # the second is numpy's
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def check_dtype(name: str, value: Any) -> torch.dtype | None:
+    """A floating dtype, or None."""
+    if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
+        raise TypeError(f"{name} must be a floating torch.dtype such as torch.float32, or None, got {value!r}")
+    return value
+
+
+def check_model(name: str, value: Any) -> nn.Module:
+    """A module."""
+    if not isinstance(value, nn.Module):
+        got = " ".join(repr(value).split())
+        raise TypeError(f"{name} must be a model (an nn.Module), got {got:.99}: build or load it first")
+    return value
+
+
+def check_process_group(name: str, value: Any) -> Any:
+    """A process group or None."""
+    if value is not None and not (dist.is_available() and isinstance(value, dist.ProcessGroup)):
+        raise TypeError(
+            f"{name} must be a torch.distributed.ProcessGroup that this rank is in, or None, got {value!r}: for a "
+            "DeviceMesh give mesh.get_group()"
+        )
+    return value
+
+
+def check_coefs(name: str, value: Any, elsewhere: Mapping[str, str]) -> dict[str, float]:
+    """A dict of coefficients by name, without the names `elsewhere`, whose coefficients have other places."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f'{name} must be a dict of coefficients by name, such as {{"entropy": 0.01}}, got {value!r}')
+    for key in value:
+        if key in elsewhere:
+            raise ValueError(f"{name} has {key!r}, whose coefficient is {elsewhere[key]}: set {elsewhere[key]} instead")
+    return {key: check_number(f"{name}[{key!r}]", coef, at_least=0.0) for key, coef in value.items()}
+
+
+def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
+    """A floating tensor (..., n, dim)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor of shape (..., n, {dim}), got {type(x).__name__}")
+    if x.is_nested or x.layout is not torch.strided:
+        remedy = "to_padded_tensor(0.0), and give mask=, True where a token is real" if x.is_nested else "to_dense()"
+        raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: give {name}.{remedy}")
+    if in_jit_trace():
+        raise RuntimeError(
+            "torch.jit.trace would freeze the capacity and the length of the example: use torch.export.export, or "
+            "torch.onnx.export with dynamo=True"
+        )
+    if x.ndim < min_ndim or x.shape[-1] != dim:
+        wanted = ", ".join(["..."] if min_ndim == 2 else ["..."] + ["b"] * (min_ndim > 2))
+        raise ValueError(
+            f"{name} must have shape ({wanted}, n, {dim}), got {tuple(x.shape)}: "
+            f"the last dimension is the model dimension dim={dim}"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {x.dtype}: embed or cast the tokens first")
+
+
+def check_mask(mask: Tensor, shape: torch.Size, name: str = "mask") -> None:
+    """A boolean tensor with one entry for each token."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"{name} must be a boolean tensor, True where the token is real, got {kind}: "
+            "write mask.bool() (and ~mask if yours is True at padding)"
+        )
+    if mask.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, one entry a token, got {tuple(mask.shape)}")
+
+
+def check_importance(importance: Tensor, shape: torch.Size) -> None:
+    """A floating tensor with one entry for each token."""
+    if not isinstance(importance, Tensor) or not importance.is_floating_point():
+        kind = importance.dtype if isinstance(importance, Tensor) else type(importance).__name__
+        raise TypeError(f"importance must be a floating point tensor of values 0, 0.5 or 1, got {kind}")
+    if importance.shape != shape:
+        raise ValueError(f"importance must have shape {tuple(shape)}, one entry a token, got {tuple(importance.shape)}")
+
+
+def check_lengths(lengths: Tensor, shape: torch.Size) -> Tensor:
+    """An integer tensor of numbers of tokens, one for each group."""
+    if lengths.is_floating_point() or lengths.shape != shape:
+        raise ValueError(
+            f"length must be integers of shape {tuple(shape)}, the tokens of each group, got {lengths.dtype} of shape "
+            f"{tuple(lengths.shape)}: for parts of tokens give a queues.Length"
+        )
+    return lengths
+
+
+def check_result(name: str, result: Any, shape: torch.Size) -> Tensor:
+    """What a module of tokens returned: a tensor of the shape that the module was given."""
+    if isinstance(result, Tensor) and result.shape == shape:
+        return result
+    raise ValueError(f"{name} must keep the shape {tuple(shape)}, it returned {shape_of(result)}")
+
+
+def shape_of(result: Any) -> str:
+    """The shape of a tensor, or the type of anything else, for an error."""
+    if isinstance(result, Tensor):
+        return str(tuple(result.shape))
+    remedy = " (put a MoE, which returns its loss too, into OutputOnly)"
+    return f"a {type(result).__name__}{remedy if isinstance(result, tuple) else ''}"

@@ -1,0 +1,94 @@
+"""Questions to torch about tracing and recomputation: symbolic sizes, exporters, transforms, checkpointing."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import checkpoint
+
+from mixture_of_experts.support import private_torch
+
+
+def smallest(first: int, second: int) -> int:
+    """`min` that stays a formula when a length is dynamic under export or compile."""
+    if _are_integers(first, second):  # dynamo shows lengths as integers and traces `min`; exporters show symbols
+        return min(first, second)
+    return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
+
+
+def largest(first: int, second: int) -> int:
+    """`max` that stays a formula when a length is dynamic under export or compile."""
+    if _are_integers(first, second):
+        return max(first, second)
+    return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
+
+
+def _are_integers(first: object, second: object) -> bool:
+    return isinstance(first, int) and isinstance(second, int)
+
+
+def exporting() -> bool:
+    """Whether `torch.export` traces."""
+    return private_torch.exporting_flag()
+
+
+def exporting_to_onnx() -> bool:
+    """Whether `torch.onnx.export` traces. ONNX has neither a stable sort nor searchsorted."""
+    return exporting() and torch.onnx.is_in_onnx_export()
+
+
+def in_jit_trace() -> bool:
+    """Whether `torch.jit.trace` records, whose sizes are tensors."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
+
+
+def add_times(values: Tensor, others: Tensor, times: int) -> Tensor:
+    """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
+    return values + others * times if exporting() else torch.add(values, others, alpha=times)
+
+
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
+    be read."""
+    return not torch.compiler.is_compiling() and private_torch.functorch_active()
+
+
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
+    if torch.compiler.is_compiling():
+        return False
+    return in_transform() or private_torch.is_legacy_batched(tensor)
+
+
+def can_read(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be read without a wait: it is on a CPU, and no graph or transform is made."""
+    if torch.compiler.is_compiling():
+        return False
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and not is_wrapped(tensor)
+
+
+def in_checkpoint(within: FrameType | None = None) -> bool:
+    """Whether a function of torch's activation checkpointing is on the stack, above the frame `within`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not within:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, read in a way that is a constant to a traced graph."""
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major, properties.minor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which autocast is off, so that operators keep the dtype of their operands."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()

@@ -1,0 +1,163 @@
+"""Collects the auxiliary losses of layers that lie deep in a model, where the model does not return them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.tracing import in_checkpoint
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
+
+
+@contextmanager
+def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[AuxLosses]:
+    """Collect the auxiliary losses of all `MoE` and `HeirarchicalMoE` layers in `model`, while the context lasts.
+
+    It serves models whose blocks return the output of a layer and drop its loss. The context lies around one forward
+    or around the whole training. `take()` returns the sum for all training forwards since its last call; evaluation
+    forwards between them, and forwards that raised, do not count.
+
+    Only forwards of the thread that entered the context are collected; another thread may enter one of its own. You may
+    enter it while other threads run the model. With `torch.compile` enter it before the first
+    compiled call and keep it for the whole training: one graph then serves all steps.
+
+    Args:
+        model: the module that you call.
+        gates: gates of the layers to collect from, by their names or as modules (gates, or layers around them); by
+            default all.
+
+    Raises:
+        ValueError: the model has no gate.
+        TypeError: a gate is in no such layer: a router of `transformers`, or a gate that stands alone.
+        RuntimeError: in a forward whose losses would be wrong: a layer runs under reentrant checkpointing; `model`
+            itself runs inside `torch.utils.checkpoint`; a layer is called, but not through `model`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from mixture_of_experts import MoE, OutputOnly, collect_aux
+        >>> model = nn.Sequential(*(OutputOnly(MoE(dim=8, num_experts=4)) for _ in range(2)))
+        >>> with collect_aux(model) as aux:
+        ...     out = model(torch.randn(2, 16, 8))
+        >>> loss = out.square().mean() + aux.take()
+    """
+    sites = serve(find_sites(model, "collect_aux", gates), "collect_aux", why_not_collected)
+    layers = dict.fromkeys(stand.layer for site in sites for stand in site.stands if stand.layer is not None)
+    aux = AuxLosses()
+    collecting = Collecting(aux)
+    with Attached() as hooks:
+        for layer in layers:
+            hooks.after(layer, collecting.collect)
+        collecting.follow(model, hooks)
+        with under_way.within([(aux, CallUnderWay())]):
+            yield aux
+
+
+def why_not_collected(site: Site) -> str | None:
+    """Why no auxiliary loss of a site can be collected; None if it can."""
+    if site.theirs:
+        return (
+            "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
+            "one, or convert the block with from_transformers"
+        )
+    alone = all(stand.layer is None for stand in site.stands)
+    return "it stands in no MoE layer, so its caller has its losses" if alone else None
+
+
+class AuxCall(CallUnderWay):
+    """A forward, under way, of the model that was given to `collect_aux`."""
+
+    def __init__(self, training: bool, around: AuxCall | None) -> None:
+        self.training = training
+        self.around = around  # the forward of the same model within which this one runs
+        self.losses: list[Tensor] = []
+
+
+class AuxLosses:
+    """The losses that `collect_aux` collected."""
+
+    def __init__(self) -> None:
+        self._training: list[Tensor] = []
+        self._evaluation: list[Tensor] = []  # of the last forward
+
+    def take(self) -> Tensor:
+        """The sum, 0-dim, of the auxiliary losses of all layers, over all training forwards since the last call.
+
+        A training forward runs in training mode with gradients enabled. Without one, the sum is that of the last
+        evaluation forward; without any forward, RuntimeError is raised.
+        """
+        losses = self._training or self._evaluation
+        if not losses:
+            raise RuntimeError(
+                "no auxiliary loss was collected: call the model that was given to collect_aux inside the context and "
+                "in its thread, then take() once. If it was compiled and called before, its graph has no hooks: enter "
+                "collect_aux before the first compiled call"
+            )
+        total = losses[0]
+        for loss in losses[1:]:
+            total = total + loss.to(total.device)
+        self._training.clear()
+        self._evaluation = []
+        return total
+
+
+class Collecting(Watch):
+    """Collects losses of layers in forwards of the model, for `aux`."""
+
+    def __init__(self, aux: AuxLosses) -> None:
+        super().__init__(owner=aux)
+        self.aux = aux
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
+        if not torch.compiler.is_compiling() and module.training and in_checkpoint():
+            raise RuntimeError(
+                f"the {type(module).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
+                "recomputation looks like any other forward: give collect_aux the module that calls the checkpoint"
+            )
+        return AuxCall(module.training and torch.is_grad_enabled(), under_way.current(self))
+
+    def ended(self, call: AuxCall, output: object) -> None:
+        if call.around is not None and call.around.training == call.training:
+            call.around.losses.extend(call.losses)
+        elif call.training:
+            self.aux._training.extend(call.losses)
+        else:
+            self.aux._evaluation = call.losses
+
+    def collect(self, layer: nn.Module, args: object, output: Any) -> None:
+        """Forward hook of a layer."""
+        call = under_way.current(self)
+        if call is None:
+            if torch.compiler.is_compiling() or under_way.current(self.aux) is None:
+                return  # a compiled recomputation; another thread, or a recomputation in a backward
+            if not layer.training or not torch.is_grad_enabled():
+                return  # a forward that does not train
+            raise RuntimeError(
+                f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
+                "collect_aux the module that you call"
+            )
+        if not (isinstance(output, tuple) and len(output) == 2):
+            raise TypeError(
+                f"{type(layer).__name__} must return (output, auxiliary loss) to be collected, got "
+                f"{type(output).__name__}: let a module around the layer, not a subclass, drop the loss"
+            )
+        refuse_reentrant(layer)
+        call.losses.append(output[1])
+
+
+def refuse_reentrant(layer: nn.Module) -> None:
+    """Refuse reentrant checkpointing: gradients are off in its first run, so the loss would have none."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
+        return
+    if in_checkpoint():
+        raise RuntimeError(
+            f"a {type(layer).__name__} runs under reentrant activation checkpointing, where its auxiliary loss would "
+            "get no gradient: pass use_reentrant=False"
+        )

@@ -1,0 +1,348 @@
+"""Moves the expert bias of every gate in a model, once for each step of an optimizer.
+
+A rule (`gating/bias_rules.py`) says what is counted, and how the counts move the bias. Gates of this package count by
+themselves. In blocks of `transformers` hooks count what the router returns or the experts are given. Nothing of
+`transformers` is imported.
+
+Axes: t tokens, k choices of a token, e experts.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores, step_of
+from mixture_of_experts.gating.expert_bias import count_in_backward
+from mixture_of_experts.gating.ranks import ranks_of_batch
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.losses import global_sum
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.private_torch import ignore_in_ddp
+from mixture_of_experts.whole_model.block_settings import places_of, told
+from mixture_of_experts.whole_model.each_step import EachStep, as_factor
+from mixture_of_experts.whole_model.model_tokens import TokensOfCall
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+
+#: buffers of gates in which a rank counts its own tokens, and the coefficient that follows from such counts
+COUNTS = ("expert_counts", "expert_histogram", "choice_counts", "l1_coef")
+
+
+def balance_experts(
+    model: nn.Module,
+    optimizer: Optimizer,
+    rule: RuleName | BiasRule = "sign",
+    rate: float | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gates: Gates | None = None,
+) -> ExpertBalancing:
+    """Move the expert bias of every gate in `model` once after each step of `optimizer`.
+
+    It finds every `TopKGating(expert_bias=True)`, and the blocks of `transformers` that have such a bias (DeepSeek-V3,
+    GLM 4, Kimi, MiniMax-M2, Ernie 4.5, ...); there the attention mask tells which tokens are padding. A step counts the
+    choices of all real tokens, before capacity, in the training forwards whose backward ran since the last step. So all
+    micro-batches count, and each once, also under activation checkpointing. A step that a gradient scaler skips moves
+    nothing; its choices count in the next one. The bias is in the state dict; nothing else needs saving after a step.
+
+    Args:
+        model: before DDP or `torch.compile` wrap it; DDP then leaves each rank's counts alone.
+        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        rule: how the bias moves. "sign" adds `rate * sign(mean load - load)` (Wang 2024, arXiv 2408.15664).
+            "centred_sign" does so and then subtracts the mean of the bias. "quantile" moves to the bias that would have
+            balanced these tokens (Kimi K3, section 2.3.3), for scores between 0 and 1. An instance is taken too, such
+            as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a rule of your own.
+        rate: size of a step: by default 1e-3 for the sign rules, and 1, the whole way, for "quantile". You may change
+            `balancing.rate` later; 0 leaves the bias as it is (as DeepSeek-V3 does in the end).
+        group: the ranks that share a batch, over which counts are summed; by default all ranks if `torch.distributed`
+            is initialised. All of them must step.
+
+        gates: the gates to balance, by their names or as modules (gates, or layers around them); by default all that
+            have an expert bias. `balancing.gates` names them.
+
+    Returns:
+        An object whose `close()` ends the balancing, as does the end of a `with` block around it.
+
+    Raises:
+        TypeError: a gate of `gates` has no expert bias, or no experts stand beside the bias.
+        ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
+            chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or whose
+            scores are not known.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, TopKGating, balance_experts
+        >>> moe = MoE(dim=8, gate=TopKGating(8, num_experts=4, expert_bias=True))
+        >>> optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+        >>> balancing = balance_experts(moe, optimizer)
+        >>> moe(torch.randn(2, 16, 8))[0].sum().backward()
+        >>> optimizer.step()
+        >>> bool((moe.gate.expert_bias.abs() <= 1e-3).all())
+        True
+    """
+    rule = check_rule("rule", rule)
+    return ExpertBalancing(model, optimizer, rule, rule.rate if rate is None else rate, group, gates)
+
+
+class ExpertBalancing(EachStep):
+    """Moves the bias of gates of a model after each step of an optimizer; `balance_experts` returns one.
+
+    Attributes:
+        gates: the names of the gates.
+    """
+
+    gates: tuple[str, ...]
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rule: BiasRule,
+        rate: float,
+        group: dist.ProcessGroup | None,
+        gates: Gates | None,
+    ) -> None:
+        super().__init__(optimizer, group)
+        self.rule = rule
+        self.rate = rate
+        sites = sites_with_bias(model, gates)
+        self.gates = tuple(site.name for site in sites)
+        with Attached() as hooks:  # removed again if anything below raises
+            readers = {site.around: TokensOfCall(site.around) for site in sites if site.theirs}
+            tensors = (*model.named_parameters(), *model.named_buffers())
+            names: dict[Any, str] = {tensor: name for name, tensor in tensors}
+            self._biases: list[Ours | Theirs] = [
+                Theirs(site, names.get(site.bias, site.name), rule, readers[site.around], hooks)
+                if site.theirs
+                else Ours(site.gate, rule, hooks)
+                for site in sites
+            ]
+            for reader in readers.values():
+                reader.follow(reader.model, hooks)
+            self._hooks = hooks.pop_all()
+        leave_counts_alone(model)
+        self.start()
+
+    @property
+    def rate(self) -> float:
+        return self._rate
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        self._rate = check_number("rate", value, at_least=0.0)
+
+    def after_step(self, done: Tensor | int) -> None:
+        group = ranks_of_batch(self.group)
+        for bias in self._biases:
+            if (counts := bias.counts) is None:
+                continue
+            factor = as_factor(done, counts)
+            total = global_sum(counts, group) * factor
+            bias.move(step_of(self.rule, total, bias.value, bias.k, self.rate, bias.always))
+            counts.mul_(1 - factor)
+
+
+def sites_with_bias(model: nn.Module, gates: Gates | None) -> list[Site]:
+    """The sites to balance: those of `gates`, by default all that have an expert bias."""
+    sites = find_sites(model, "balance_experts", gates)
+    if gates is None:
+        sites = [site for site in sites if site.bias is not None]
+    if not sites:
+        raise ValueError(
+            f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
+            "expert_bias=True)"
+        )
+    return serve(sites, "balance_experts", why_not_balanced)
+
+
+def why_not_balanced(site: Site) -> str | None:
+    """Why a site cannot be balanced; None if it can."""
+    if site.bias is None:
+        return "it has no expert bias"
+    beside = not site.theirs or site.held is not None or all(stand.experts is not None for stand in site.stands)
+    return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
+
+
+class Ours:
+    """The bias of a gate of this package, which counts by `rule` until `hooks` are closed.
+
+    Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
+    """
+
+    gate: Any
+    rule: BiasRule
+    before: Ours | None
+    rule_before: BiasRule
+    ended: bool
+
+    def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
+        self.gate, self.rule, self.ended = gate, rule, False
+        self.before, self.rule_before = gate.balanced_by, gate.bias_rule
+        gate.bias_rule, gate.balanced_by = rule, self
+        hooks.callback(self.end)
+
+    @property
+    def k(self) -> int:
+        return self.gate.k
+
+    @property
+    def always(self) -> int:
+        """The number of experts that every token takes."""
+        return self.gate.always_chosen
+
+    @property
+    def value(self) -> Tensor:
+        return self.gate.expert_bias
+
+    @property
+    def moves(self) -> bool:
+        """Whether this is the last for its gate, and the gate's rule was not set since."""
+        return self.gate.balanced_by is self and self.gate.bias_rule is self.rule
+
+    @property
+    def counts(self) -> Tensor | None:
+        """The gate's counts; None if others move the bias."""
+        return self.gate.bias_counts if self.moves else None
+
+    def move(self, step: Tensor) -> None:
+        self.gate.move_bias(step)
+
+    def end(self) -> None:
+        self.ended = True
+        last, rule, moved = self.gate.balanced_by, self.gate.bias_rule, self.moves
+        while last is not None and last.ended:
+            last, rule = last.before, last.rule_before
+        self.gate.balanced_by = last
+        if moved and rule is not self.rule:
+            self.gate.bias_rule = rule
+
+
+def leave_counts_alone(model: nn.Module) -> None:
+    """Stop `DistributedDataParallel` from copying the counts of the first rank to the others before a forward."""
+    ignore_in_ddp(model, names_of_counts(model))
+
+
+def names_of_counts(model: nn.Module) -> set[str]:
+    """The names of the buffers of gates that are this rank's own, `COUNTS`."""
+    return {name for name, _ in model.named_buffers() if name.rpartition(".")[2] in COUNTS}
+
+
+# Blocks of transformers
+
+
+class Theirs:
+    """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
+
+    The hook runs after the router, whose record says what it returns; without a record, before the block's experts.
+    """
+
+    site: Site
+    rule: BiasRule
+    reader: TokensOfCall
+    select: Any
+    k: int
+    always: int = 0  # a block's bias has no number for them
+
+    total: Tensor
+
+    def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
+        self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
+        bias = self.bias
+        if rule.reads_scores:
+            self.select = self.check_scores(name)
+        shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
+        kind = torch.int32 if rule.bins else torch.int64
+        self.total = torch.zeros(shape, dtype=kind, device=bias.device)
+        if bias.dtype.itemsize < 4:
+            warnings.warn(
+                f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
+            )
+        if site.held is not None:
+            hooks.after(site.called, self.after_router)
+            return
+        for experts in dict.fromkeys(stand.experts for stand in site.stands):
+            assert experts is not None
+            hooks.before(experts, self.before_experts)
+
+    @property
+    def bias(self) -> Tensor:
+        """The bias, which is another tensor once the model has moved."""
+        bias = self.site.bias
+        assert bias is not None
+        return bias
+
+    def check_scores(self, name: str) -> Any:
+        """By what the router chooses; ValueError if that is not known or does not fit the rule."""
+        kind, held = type(self.site.stands[0].layer).__name__, self.site.held
+        if held is None:
+            raise ValueError(
+                f"{self.rule!r} reads scores, and those of {kind}, which has {name}, are not known: balance it by "
+                "rule='sign', or convert the block with from_transformers"
+            )
+        settings = held.gate()
+        select = settings.get("select", "score")
+        check_scores(self.rule, kind, self.k, self.bias.numel(), select, settings.get("num_groups"))
+        return select
+
+    @property
+    def value(self) -> Tensor:
+        """`(e,)` float32, the bias, whatever its own shape is."""
+        return self.bias.detach().flatten().float()
+
+    @property
+    def counts(self) -> Tensor:
+        if self.total.device != self.bias.device:  # the model moved
+            self.total = self.total.to(self.bias.device)
+        return self.total
+
+    def move(self, step: Tensor) -> None:
+        self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
+
+    def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices
+        are counted when the gradient of the weights is computed."""
+        if kwargs is None or not experts.training or not torch.is_grad_enabled():
+            return None
+        names = ("hidden_states", "top_k_index", "top_k_weights")
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        weight = self.counting(given["top_k_weights"], given["top_k_index"], None)
+        if len(args) > 2:
+            return (*args[:2], weight, *args[3:]), kwargs
+        return args, {**kwargs, "top_k_weights": weight}
+
+    def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
+        """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
+        if not router.training or not torch.is_grad_enabled():
+            return None
+        held, score = self.site.held, None
+        assert held is not None
+        logits, _, expert = told(router, output, held)
+        if self.rule.reads_scores:
+            logits = logits.float().reshape(-1, logits.shape[-1])
+            score = logits if self.select == "logits" else SCORES[held.score](logits)
+        place = places_of(held)["weights"]
+        return tuple(self.counting(part, expert, score) if i == place else part for i, part in enumerate(output))
+
+    def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:
+        """`weight`; the backward through it counts the choices `(t, k)` or scores `(t, e)` of real tokens."""
+        real = real_tokens(self.reader.tokens().mask, expert)
+        numbers = weight if score is None else score
+        # of NaN: a gradient scaler skips this step
+        real = real & ~numbers.detach().isnan().reshape(expert.shape[0], -1).any(dim=-1)
+        chosen = real.unsqueeze(-1) & (expert >= 0) & (expert < self.bias.numel())
+        expert = torch.where(chosen, expert, 0).to(torch.int64)
+        counts = self.rule.count(ForwardChoices(expert, chosen, score, real, self.value))
+        return count_in_backward(weight, counts, self.counts)
+
+
+def real_tokens(mask: Tensor | None, expert: Tensor) -> Tensor:
+    """`(t,)` bool, True where a token is real, for choices `(t, k)`; all True where no mask tells."""
+    if mask is None or mask.numel() != expert.shape[0]:
+        return torch.ones(expert.shape[0], dtype=torch.bool, device=expert.device)
+    return mask.flatten().to(expert.device)

@@ -1,0 +1,204 @@
+"""Reads sparse blocks of `transformers`: the settings of their routers, and what the routers return.
+
+`recipes.KEEPS` has the names of their attributes. Nothing of `transformers` is imported.
+
+Axes: b sequences, n tokens of a sequence, t tokens, d model dim, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mixture_of_experts.gating.choices import top_choices
+from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
+from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
+from mixture_of_experts.support.private_torch import wrapped_class
+
+#: scores of routers, by the classes of transformers that compute them
+WORDS = {"Sigmoid": "sigmoid", "Softmax": "softmax", "SqrtSoftplusActivation": "sqrt_softplus"}
+
+
+def find(holder: Any, *names: str) -> Any:
+    """The first of these attributes of `holder` that is not None; a name may be a path. None if there is none."""
+    for name in names:
+        found = holder
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not None:
+            return found
+    return None
+
+
+def record_of(block: nn.Module) -> Model | None:
+    """The record of a block of a known class that holds a router; None for anything else."""
+    kind = wrapped_class(block)
+    known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+    return known if known is not None and find(block, *KEEPS["router"]) is not None else None
+
+
+class BlockSettings:
+    """The settings of a block's router: what the block holds itself, and its record's where it holds nothing."""
+
+    block: Any
+    model: Model
+    network: list[str]
+    weight: Any
+
+    def __init__(self, block: Any, model: Model) -> None:
+        self.block, self.model = block, model
+        self.router: Any = find(block, *KEEPS["router"])
+        network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
+        self.network = network if len(network) == 2 else []  # of a router of two layers, not one matrix
+        self.weight = None if self.network else self.held("weight")
+
+    def held(self, part: str) -> Any:
+        """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
+        found = find(self.router, *KEEPS[part])
+        return find(self.block, *KEEPS[part]) if found is None else found
+
+    @property
+    def dim(self) -> int:
+        return self.router.down_proj.in_features if self.weight is None else self.weight.shape[1]
+
+    @property
+    def num_experts(self) -> int:
+        return self.router.num_router_classes if self.weight is None else self.weight.shape[0]
+
+    @property
+    def always(self) -> int:
+        """The number of shared experts that the router weighs; they have the last ids."""
+        return self.block.shared_experts.n_shared_experts if self.model.scales == "all" else 0
+
+    @property
+    def k(self) -> int:
+        held = self.held("k")
+        return (
+            getattr(getattr(self.router, "config", None), "top_k_experts", self.model.gate["k"])
+            if held is None
+            else held
+        )
+
+    @property
+    def score(self) -> str:
+        if (function := getattr(self.router, "score_fn", None)) is not None:
+            return WORDS[type(function).__name__]
+        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+            return "softmax"
+        return self.model.gate.get("score", "softmax")
+
+    @property
+    def capacity(self) -> int | None:
+        """Slots of an expert for each sequence, independent of its length; None if dropless."""
+        return getattr(self.router, "expert_capacity", None)
+
+    @property
+    def bias(self) -> Any:
+        """The bias of the router's matrix; None if there is none, or the router's forward does not add it."""
+        if self.network or hasattr(self.router, "get_topk_indices"):  # these hold a bias that they do not add
+            return None
+        path = next(path for path in KEEPS["weight"] if find(self.router, path) is not None)
+        return find(self.router, path.removesuffix("weight") + "bias")
+
+    @property
+    def expert_bias(self) -> Any:
+        if not self.model.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
+            return None
+        return self.held("expert_bias")
+
+    @property
+    def experts_of_id(self) -> Any:
+        """`(v, k)`, the experts of each token id, if ids choose experts; None otherwise."""
+        return self.held("experts_of_id")
+
+    @property
+    def scale(self) -> float:
+        """The router's scale times that of the block, which multiplies what the experts return."""
+        product = 1.0
+        for holder in (self.router, self.block):
+            factor = find(holder, *KEEPS["scale"])
+            product *= 1.0 if factor is None else float(factor)
+        return product / 2 if self.averages else product
+
+    @property
+    def averages(self) -> bool:
+        """Whether the block returns the mean of what experts and shared expert return."""
+        averages = getattr(self.block, "shared_expert_combination_strategy", "") == "average"
+        return averages and find(self.block, *KEEPS["shared"]) is not None
+
+    def gate(self) -> dict[str, Any]:
+        """Arguments for the gate, without modules."""
+        if "tolerance" in self.model.gate:
+            return dict(k=self.model.gate["k"], tolerance=float(self.held("tolerance")))
+        unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
+        settings = {name: value for name, value in self.model.gate.items() if name not in unheld}
+        settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
+        settings["expert_bias"] = self.expert_bias is not None
+        if "normalize" in settings and isinstance(normalize := self.held("normalize"), bool):
+            settings["normalize"] = normalize
+        if getattr(self.router, "expert_selection_fn", None) == "softmax":
+            settings |= dict(weigh="softmax", normalize=True)
+        if (least := getattr(self.router, "norm_min", None)) is not None:
+            settings["normalize"] = NormalizeBy(least=float(least))
+        if hasattr(self.block, "moe_normalize_expert_weights"):
+            order = self.block.moe_normalize_expert_weights
+            settings["normalize"] = False if order is None else NormalizeBy(p=float(order))
+        if self.always:
+            settings |= dict(select=AlwaysChosen(self.always), k=self.k + self.always)
+        if self.capacity is not None:
+            settings |= dict(capacity_factor_train=1e-9, capacity_factor_eval=1e-9, min_expert_capacity=self.capacity)
+        return settings | self.groups()
+
+    def groups(self) -> dict[str, Any]:
+        groups, best = self.held("num_groups"), self.held("top_groups")
+        if groups is None or groups == 1 or getattr(self.router, "topk_method", "") == "greedy":
+            return {}
+        if hasattr(self.router, "apply_group_scoring"):
+            return dict(select=OpenGroups(groups, best))
+        return dict(num_groups=groups, top_groups=best, group_score=self.model.gate.get("group_score", "two_best"))
+
+    def logits(self) -> dict[str, Any]:
+        """Arguments for `RouterLogits`."""
+        settings = dict(self.model.logits or {})
+        if "norm_eps" in settings:
+            return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
+        if "softcap" in settings:
+            return dict(softcap=float(self.held("softcap")) or None)
+        return dict(multiplier=float(self.held("multiplier")))
+
+
+#: what a router of no record returns
+RETURNS = Model().returns
+
+
+def places_of(held: BlockSettings | None) -> dict[str, int]:
+    """Where each value stands in what a router returns, by its name in `Model.returns`."""
+    names = RETURNS if held is None else held.model.returns
+    return {name: place for place, name in enumerate(names) if name is not None}
+
+
+def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
+    parts = output if isinstance(output, tuple) else (output,)
+    found = {name: parts[place] for name, place in places_of(held).items() if place < len(parts)}
+    found = {name: part.detach() for name, part in found.items() if isinstance(part, Tensor)}
+    logits = found["probs"].log() if "probs" in found else found.get("logits")
+    if logits is not None and logits.ndim > 1 and (held is None or logits.shape[-1] == num_logits(held)):
+        weight, expert = found.get("weights"), found.get("experts")
+        if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
+            if held is not None and held.model.zero:
+                expert = expert.where(weight != 0, held.num_experts - 1)
+            return logits, weight, expert
+        if held is not None and "experts" not in held.model.returns:
+            expert = top_choices(logits, held.k)
+            return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
+    raise TypeError(
+        f"{type(router).__name__} does not return ({', '.join(places_of(held))}) of flattened tokens: what it chooses "
+        "cannot be read"
+    )
+
+
+def num_logits(held: BlockSettings) -> int:
+    """The number of a router's logits: shared experts have none."""
+    return held.num_experts - held.always

@@ -1,0 +1,81 @@
+"""Forced routing, for benchmarks: every gate of a model sends tokens to experts that no score chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from mixture_of_experts.gating import TokenChoiceGate, reads_of
+from mixture_of_experts.gating.given import FORCED, Forced, forced_experts
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.whole_model.block_settings import BlockSettings, places_of, told
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+
+
+@contextmanager
+def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | None = None) -> Iterator[None]:
+    """Make every gate in `model` send tokens to forced experts, while the context lasts.
+
+    The time and memory of a layer then depend on shapes alone. Every real token makes all k choices, at most one of
+    each expert; of `ReLUGating` those with positive logits. The gate computes their weights from the scores of the
+    forced experts, with gradients. In a block of `transformers` the forced experts get the weights of the router's own
+    choices, and padding is routed too.
+
+    Args:
+        model: a model whose gates read `given_experts`. For a single gate set its attribute `forced` instead.
+        how: "balanced" takes one expert after the other: all have equally many choices of real tokens, give or take
+            one. It starts with expert 0 in every call, so every step of decoding takes the same experts. "random" draws
+            k different experts for each token by torch's generator, as a router that is balanced on average.
+        gates: the gates to force, by their names or as modules (gates, or layers around them); by default all.
+
+    Raises:
+        ValueError: `how` is another word, or the model has no gate.
+        TypeError: a gate cannot be forced: it does not read `given_experts`, or it is a router of `transformers` that
+            returns no experts. In a forward, such a router returns others than its record says.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, TopKGating, force_routing
+        >>> moe = MoE(dim=8, gate=TopKGating(8, num_experts=4))
+        >>> with force_routing(moe, "balanced"):
+        ...     routing = moe.gate(torch.randn(1, 4, 8))
+        >>> routing.expert.tolist()
+        [[0, 1, 2, 3, 0, 1, 2, 3]]
+    """
+    check_choice("how", how, tuple(FORCED))
+    sites = serve(find_sites(model, "force_routing", gates), "force_routing", why_not_forced)
+    with Attached() as attached:
+        for site in sites:
+            if site.held is not None:
+                attached.after(site.called, partial(replace_choices, site.held, how))
+            else:
+                attached.set(site.gate, "forced", how)
+        yield
+
+
+def why_not_forced(site: Site) -> str | None:
+    """Why a site cannot be forced; None if it can."""
+    if site.theirs:
+        returns = site.held is not None and "experts" in places_of(site.held)
+        return None if returns else "it is not known to return the experts of tokens: convert its block"
+    if not isinstance(site.gate, TokenChoiceGate):
+        return "tokens make no choices there"
+    if "given_experts" not in reads_of(site.gate):
+        return (
+            "it does not read given_experts, by which experts are forced: name it in `reads`, and have `decide` choose "
+            'tokens.side["given_experts"]'
+        )
+    return None
+
+
+def replace_choices(held: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
+    """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
+    logits, _, expert = told(router, output, held)
+    forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
+    place = places_of(held)["experts"]
+    return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))

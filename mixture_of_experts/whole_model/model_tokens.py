@@ -1,0 +1,159 @@
+"""Reads which tokens are real, and their ids, from the arguments of a model of `transformers` (not imported here).
+
+Axes: b sequences, n tokens of the forward, m tokens with those in the cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
+
+READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
+
+
+class TokensAround(NamedTuple):
+    """The tokens of a forward, as far as the model's arguments tell them."""
+
+    mask: Tensor | None = None  # (b, n) bool, True where a token is real; None if all are
+    shape: tuple[int, int] | None = None  # (b, n), where it can be told
+    unknown: str | None = None  # why the mask cannot be told
+    ids: Tensor | None = None  # (b, n) integers, ids of the tokens; None if the model was given embeddings
+
+
+def model_around(model: nn.Module, name: str) -> nn.Module:
+    """The `nearest_reader` around module `name` of a model."""
+    path = name.split(".")[:-1]
+    return nearest_reader([model.get_submodule(".".join(path[:depth])) for depth in range(len(path) + 1)])
+
+
+def nearest_reader(modules: Sequence[nn.Module]) -> nn.Module:
+    """Of modules within each other, outermost first, the nearest model of `transformers` that reads its tokens' mask;
+    if none does, the nearest one; if there is none, the outermost module."""
+    nearest: nn.Module | None = None
+    for module in reversed(modules):
+        reads = getattr(module, "main_input_name", None)  # every model of transformers has it
+        if reads is None:
+            continue
+        nearest = module if nearest is None else nearest
+        if "attention_mask" in inspect.signature(module.forward).parameters:
+            return module
+        if reads != "input_ids":  # it reads pictures or sound: masks further out are of other tokens
+            break
+    return modules[0] if nearest is None else nearest
+
+
+class TokensReader:
+    """Reads the tokens of a forward from the arguments of `model`, by their names in its `forward`."""
+
+    names: ClassVar[tuple[str, ...]] = READ
+    positions: dict[str, int]
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = list(inspect.signature(model.forward).parameters)
+        self.positions = {name: parameters.index(name) for name in self.names if name in parameters}
+
+    def __call__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> TokensAround:
+        return read_tokens(self.given(args, kwargs))
+
+    def given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments named in `names`, by name."""
+        given = {name: args[place] for name, place in self.positions.items() if place < len(args)}
+        given.update({name: kwargs[name] for name in self.names if name in kwargs})
+        return given
+
+    def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
+        """The real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a cache."""
+        given, cache = self.given(args, kwargs), self.cache(args, kwargs)
+        return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
+
+    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The cache among the arguments; None if there is none."""
+        given = self.given(args, kwargs)
+        return given.get("cache", given.get("past_key_values"))
+
+
+class TokensCall(CallUnderWay):
+    """A forward, under way, of a model around routers or experts."""
+
+    def __init__(self, tokens: TokensAround) -> None:
+        self.tokens = tokens
+
+
+class TokensOfCall(Watch):
+    """Tells the tokens of the forward of `model` that is under way."""
+
+    model: nn.Module
+    read: TokensReader
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.read = model, TokensReader(model)
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokensCall:
+        return TokensCall(self.read(args, kwargs))
+
+    def tokens(self) -> TokensAround:
+        """The tokens of the forward; nothing is known of them where none is under way."""
+        call = under_way.current(self)
+        return TokensAround() if call is None else call.tokens
+
+
+def read_tokens(given: Mapping[str, Any]) -> TokensAround:
+    """What these arguments of a model tell of its tokens."""
+    tokens, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), mask_of(given)
+    shape = tokens.shape if tokens is not None else embeds.shape[:-1] if embeds is not None else None
+    if shape is None or len(shape) != 2:
+        return TokensAround()
+    b, n = shape
+    around = TokensAround(shape=(b, n), ids=tokens)
+    if mask is None:
+        return around
+    if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
+        return around._replace(mask=mask[:, -n:].bool())
+    if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
+        return around._replace(mask=attends_to_itself(mask, given))
+    return around._replace(unknown=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
+
+
+def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
+    """The number of real tokens among `cached` ones, `(b,)` or one number for all sequences."""
+    mask = mask_of(given)
+    if mask is None or not cached:
+        return cached
+    if mask.ndim == 2:
+        return mask[:, :cached].bool().sum(dim=-1)
+    attended = mask[..., 0, :cached] if mask.ndim == 3 else mask[:, 0, 0, :cached]  # of the first new token
+    return attends(attended).sum(dim=-1)
+
+
+def mask_of(given: Mapping[str, Any]) -> Tensor | None:
+    """The attention mask among a model's arguments; of one for each kind of layer, that of full attention, or the only
+    one."""
+    mask = given.get("attention_mask")
+    if not isinstance(mask, Mapping):
+        return mask
+    return mask.get("full_attention", next(iter(mask.values())) if len(mask) == 1 else None)
+
+
+def attends(mask: Tensor) -> Tensor:
+    """An attention mask as bool, True where a token attends."""
+    return mask if mask.dtype == torch.bool else mask >= 0 if mask.is_floating_point() else mask > 0
+
+
+def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+    """`(b, n)` bool, True where a token is real, from a mask `(b, n, m)` or `(b, heads, n, m)`: a real token attends to
+    itself, padding does not. None for a single token: a decoded token is no padding."""
+    n = mask.shape[-2]
+    if n == 1:
+        return None
+    cache = given.get("cache", given.get("past_key_values"))
+    seen = 0 if cache is None else int(cache.get_seq_length())
+    own = mask[..., seen : seen + n] if mask.ndim == 3 else mask[:, 0, :, seen : seen + n]
+    return attends(own.diagonal(dim1=-2, dim2=-1))

@@ -1,0 +1,276 @@
+"""Finds where a model routes: its sites, which are gates of this package and routers of `transformers`.
+
+Every ability on a whole model takes its sites from here. What is wrapped around a module does not hide it:
+`torch.compile`, checkpoint wrappers, PEFT, DDP, FSDP2, parametrizations. Nothing of `transformers` is imported.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.gating import Gate
+from mixture_of_experts.moe import HeirarchicalMoE, MoE
+from mixture_of_experts.recipes import KEEPS
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import wrapped_class, wrapped_module
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find, num_logits, record_of
+from mixture_of_experts.whole_model.model_tokens import nearest_reader
+
+Gates = Iterable["str | nn.Module"]  # names of sites; gates or layers
+ROUTER = re.compile(r"Top[kK]Router$")
+#: names of the bias that moves in blocks of no record
+BIASES = ("e_score_correction_bias", "expert_bias")
+
+
+class Stand(NamedTuple):
+    """A place in which a gate stands."""
+
+    name: str  # its path, without wrappers
+    layer: nn.Module | None = None  # the layer, or block of transformers, that calls it; None if it stands alone
+    experts: nn.Module | None = None  # those that it chooses from, if they are known
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """A gate of a model, or a router of `transformers`. A gate in two layers is one site that stands in two places."""
+
+    gate: nn.Module  #: what routes, without wrappers
+    called: nn.Module  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
+    num_experts: int
+    around: nn.Module  #: the nearest model of transformers that reads a mask, else the model
+    stands: tuple[Stand, ...]
+    outer: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
+    level_one: Site | None = None  #: for level two: the site of level one
+    theirs: bool = False  #: whether it is a router of transformers, or any module that is no gate
+    held: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
+    holder: nn.Module | None = field(default=None, repr=False)  #: of no known block: the module that holds a bias
+
+    @property
+    def name(self) -> str:
+        return self.stands[0].name
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stand.name for stand in self.stands))
+
+    @property
+    def kind(self) -> str:
+        """The name of the gate's class."""
+        return wrapped_class(self.gate).__name__
+
+    @property
+    def k(self) -> int | None:
+        """Choices of a token; None if it is not known."""
+        k = getattr(self.gate, "top_k" if self.theirs else "k", None) if self.held is None else self.held.k
+        return k if isinstance(k, int) else None
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias that chooses experts and that counts of choices move; None if there is none."""
+        if self.held is not None:
+            return self.held.expert_bias
+        if self.theirs:
+            return None if self.holder is None else bias_of(self.holder)
+        counts = getattr(self.gate, "expert_counts", None) is not None
+        return getattr(self.gate, "expert_bias", None) if counts else None
+
+    @property
+    def device(self) -> torch.device:
+        """That of the gate's parameters; if it has none, that of the model around."""
+        for module in (self.gate, self.around):
+            for tensor in (*module.parameters(), *module.buffers()):
+                return tensor.device
+        return torch.get_default_device()
+
+
+def find_sites(model: nn.Module, ability: str, gates: Gates | None = None) -> list[Site]:
+    """The sites of a model, in its order.
+
+    Args:
+        model: the model.
+        ability: the name of the function that asks, for errors.
+        gates: some of the sites: their names, gates, or layers around gates. By default all.
+
+    Raises:
+        ValueError: there is none, or `gates` has something that is no site.
+    """
+    sites = all_sites(model)
+    if not sites:
+        raise ValueError(f"{type(model).__name__} has no gate: give {ability} a model with MoE layers")
+    return sites if gates is None else chosen(sites, ability, gates)
+
+
+def all_sites(model: nn.Module) -> list[Site]:
+    """All sites of a model, in its order; there may be none."""
+    found: dict[nn.Module, Site] = {}
+    for place in places(check_model("model", model)):
+        for site in sites_at(place, found):
+            found[site.gate] = joined(found[site.gate], site) if site.gate in found else site
+    return list(found.values())
+
+
+def serve(
+    sites: list[Site], ability: str, why_not: Callable[[Site], str | None], takes_gates: bool = True
+) -> list[Site]:
+    """The same sites, all of which an ability serves; TypeError if it cannot serve one.
+
+    Args:
+        why_not: the reason why a site cannot be served; None if it can.
+        takes_gates: whether the ability has an argument `gates`.
+    """
+    reasons = {site: reason for site in sites if (reason := why_not(site)) is not None}
+    if reasons:
+        told = "; ".join(f"{site.name!r} ({site.kind}): {reason}" for site, reason in reasons.items())
+        rest = [site.name for site in sites if site not in reasons]
+        remedy = f". For the other gates alone pass gates={rest}" if rest and takes_gates else ""
+        raise TypeError(f"{ability} cannot serve {told}{remedy}")
+    return sites
+
+
+def chosen(sites: list[Site], ability: str, gates: Gates) -> list[Site]:
+    """The sites that `gates` names, in the model's order."""
+    wanted = [gates] if isinstance(gates, str | nn.Module) else list(gates)
+    for one in wanted:
+        if not any(is_named(site, one) for site in sites):
+            what = repr(one) if isinstance(one, str) else f"this {type(one).__name__}"
+            names = ", ".join(repr(name) for site in sites for name in site.names)
+            raise ValueError(f"gates of {ability} has {what}, which is no gate of the model: there are {names}")
+    if not wanted:
+        raise ValueError(f"gates of {ability} is empty: name some, or leave it out for all")
+    return [site for site in sites if any(is_named(site, one) for one in wanted)]
+
+
+def is_named(site: Site, one: Any) -> bool:
+    if isinstance(one, str):
+        return one in site.names
+    modules = [site.gate, site.called, *(stand.layer for stand in site.stands)]
+    return any(one is module or (module is not None and one is unwrapped(module)) for module in modules)
+
+
+# Modules
+
+
+class Place(NamedTuple):
+    """A module at one of its paths."""
+
+    name: str  # the path, without wrappers
+    called: nn.Module  # the outermost wrapper, or the module itself
+    module: nn.Module
+    above: tuple[nn.Module, ...]  # the modules around it, outermost first
+
+    @property
+    def around(self) -> nn.Module:
+        return nearest_reader((*self.above, self.called))
+
+    def part(self, attribute: str) -> tuple[str, nn.Module]:
+        """The path and the module of a part."""
+        return f"{self.name}.{attribute}".lstrip("."), getattr(self.module, attribute)
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every module of a model, at every path. Wrappers and copies that do not compute are left out."""
+    todo = [Place("", model, unwrapped(model), ())]
+    while todo:
+        place = todo.pop()
+        yield place
+        above = (*place.above, place.module)
+        for name, child in reversed(place.module._modules.items()):
+            if child is not None and (module := unwrapped(child)) not in above:
+                todo.append(Place(f"{place.name}.{name}".lstrip("."), child, module, above))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module without what is wrapped around it."""
+    while (inner := wrapped_module(module)) is not None:
+        module = inner
+    return module
+
+
+# Sites
+
+
+def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
+    """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
+    module: Any = place.module
+    if isinstance(module, HeirarchicalMoE):
+        outer = ours(place, "gate_outer", module.num_experts_outer)
+        yield outer
+        inner = ours(place, "gate_inner", module.num_experts_inner)
+        yield replace(inner, outer=(module.num_experts_outer,), level_one=found[outer.gate])
+    elif isinstance(module, MoE):
+        assert isinstance(module.num_experts, int)
+        yield ours(place, "gate", module.num_experts)
+    elif (record := record_of(module)) is not None:
+        yield theirs(place, BlockSettings(module, record))
+    elif module in found:
+        return  # a part of a layer or a block
+    elif isinstance(module, Gate):
+        stand = Stand(place.name or "gate")
+        yield Site(module, place.called, module.num_experts, place.around, (stand,), outer=module.outer_expert_dims)
+    elif is_router(module) or holds_bias(module, found.values()):
+        yield unknown(place)
+
+
+def ours(place: Place, attribute: str, num_experts: int) -> Site:
+    """The site of a gate in a layer of this package."""
+    name, called = place.part(attribute)
+    gate, layer = unwrapped(called), place.module
+    stand = Stand(name, place.called, getattr(layer, "experts"))  # noqa: B009
+    return Site(gate, called, num_experts, place.around, (stand,))
+
+
+def theirs(place: Place, held: BlockSettings) -> Site:
+    """The site of a router in a known block of `transformers`."""
+    path = next(name for name in KEEPS["router"] if isinstance(getattr(held.block, name, None), nn.Module))
+    name, called = place.part(path)
+    stand = Stand(name, held.block, held.held("experts"))
+    return Site(unwrapped(called), called, num_logits(held), place.around, (stand,), theirs=True, held=held)
+
+
+def unknown(place: Place) -> Site:
+    """The site of a router in a block of no record: one that is known by its name, or stands by a bias."""
+    near = (place.module, *reversed(place.above[-2:]))
+    block = next((module for module in near if isinstance(find(module, "experts"), nn.Module)), None)
+    called, name, bias = place.called, place.name or "gate", bias_of(place.module)
+    if bias is not None and not is_router(place.module) and block is not None:
+        router = find(block, *KEEPS["router"])
+        called = router if isinstance(router, nn.Module) else called
+    num_experts = getattr(called, "num_experts", None)
+    if not isinstance(num_experts, int):
+        num_experts = 0 if bias is None else bias.numel()
+    stand = Stand(name, block, find(block, "experts"))
+    holder = None if bias is None else place.module
+    return Site(unwrapped(called), called, num_experts, place.around, (stand,), theirs=True, holder=holder)
+
+
+def joined(one: Site, other: Site) -> Site:
+    """One site of a gate that stands in several places."""
+    called = one.called if one.called is other.called else one.gate
+    stands = [stand for stand in dict.fromkeys((*one.stands, *other.stands)) if stand.layer is not None]
+    holder = one.holder if other.holder is None else other.holder
+    return replace(other, called=called, stands=tuple(stands) or one.stands, around=one.around, holder=holder)
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a module is a router of `transformers`, by its package, its name and its sizes."""
+    kind = wrapped_class(module)
+    sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
+    return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias for choosing experts that a module holds; None if it holds none."""
+    held = (getattr(module, name, None) for name in BIASES)
+    return next((bias for bias in held if isinstance(bias, Tensor)), None)
+
+
+def holds_bias(module: nn.Module, found: Iterable[Site]) -> bool:
+    """Whether a module holds a bias for choosing experts that is none of the sites found."""
+    bias = bias_of(module)
+    return bias is not None and all(bias is not site.bias for site in found)

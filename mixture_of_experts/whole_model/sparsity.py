@@ -1,0 +1,150 @@
+"""Moves the coefficient that keeps ReLU routers sparse, once for each step of an optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mixture_of_experts.gating.relu import MOST, ReLUGating
+from mixture_of_experts.support.checks import check_number
+from mixture_of_experts.support.private_torch import is_fake
+from mixture_of_experts.whole_model.balancing import leave_counts_alone
+from mixture_of_experts.whole_model.each_step import EachStep, as_factor
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+
+
+def control_sparsity(
+    model: nn.Module,
+    optimizer: Optimizer,
+    rate: float = 1.2,
+    *,
+    group: dist.ProcessGroup | None = None,
+    gates: Gates | None = None,
+) -> SparsityControl:
+    """Move `l1_coef` of every `ReLUGating` in `model` once after each step of `optimizer`.
+
+    All gates move together, as in ReMoE (arXiv 2412.14711, equation 8). The coefficient grows by the factor `rate` if
+    the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if fewer. Every gate
+    counts against its own `mean_choices`. The choices of a step that a fused optimizer skips for a gradient scaler
+    count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many choices at 1000,
+    a warning says once what may be the reason.
+
+    Args:
+        model: before DDP or `torch.compile` wrap it.
+        optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
+        rate: the factor, above 1.
+        group: the ranks that share a batch; by default all ranks if `torch.distributed` is initialised.
+
+        gates: the gates to control, by their names or as modules (gates, or layers around them); by default every
+            `ReLUGating`. `control.gates` names them.
+
+    Returns:
+        An object whose `close()` ends the control, as does the end of a `with` block around it.
+
+    Raises:
+        TypeError: a gate of `gates` is no `ReLUGating`.
+        ValueError: the model has no such gate, or an argument is not allowed.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, ReLUGating, control_sparsity
+        >>> moe = MoE(dim=8, gate=ReLUGating(8, num_experts=16, k=8, mean_choices=2), loss_coef=1.0)
+        >>> optimizer = torch.optim.SGD(moe.parameters(), lr=0.1)
+        >>> control = control_sparsity(moe, optimizer)
+        >>> out, aux_loss = moe(torch.randn(2, 16, 8))
+        >>> (out.square().mean() + aux_loss).backward()
+        >>> optimizer.step()
+        >>> moe.gate.l1_coef
+        tensor(1.2000e-08)
+    """
+    return SparsityControl(model, optimizer, rate, group, gates)
+
+
+class SparsityControl(EachStep):
+    """Moves `l1_coef` of the ReLU routers of a model after each step of an optimizer; `control_sparsity` returns one.
+
+    Attributes:
+        gates: the names of the gates.
+        rate: the factor, above 1.
+    """
+
+    gates: tuple[str, ...]
+    rate: float
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        rate: float,
+        group: dist.ProcessGroup | None,
+        gates: Gates | None,
+    ) -> None:
+        super().__init__(optimizer, group)
+        self.rate = check_number("rate", rate, above=1.0)
+        sites = find_sites(model, "control_sparsity", gates)
+        if gates is None:
+            sites = [site for site in sites if isinstance(site.gate, ReLUGating)]
+        if not sites:
+            raise ValueError(
+                f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+            )
+        serve(sites, "control_sparsity", why_not_controlled)
+        self.gates = tuple(site.name for site in sites)
+        self._routers: list[Any] = [site.gate for site in sites]
+        self._out_of_reach = OutOfReach(self._routers)
+        leave_counts_alone(model)
+        self.start()
+
+    def after_step(self, done: Tensor | int) -> None:
+        device = self._routers[0].l1_coef.device
+        excess = torch.stack([gate.excess(self.group).to(device) for gate in self._routers]).sum()
+        excess = excess * as_factor(done, excess)
+        for gate in self._routers:
+            gate.scale_l1(self.rate, excess)
+            gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
+        self._out_of_reach.look(self._routers[0].l1_coef, excess)
+
+
+def why_not_controlled(site: Site) -> str | None:
+    return None if isinstance(site.gate, ReLUGating) else "it is no ReLUGating"
+
+
+class OutOfReach:
+    """Warns once if the coefficient is at its maximum and tokens still make too many choices.
+
+    It waits for no device: the numbers of a step are copied to the host, and looked at in a later step.
+    """
+
+    def __init__(self, gates: Sequence[ReLUGating]) -> None:
+        self.means = sorted({gate.mean_choices for gate in gates})
+        self.copy: Tensor | None = None
+        self.copied: torch.Event | None = None
+        self.warned = False
+
+    def look(self, coef: Tensor, excess: Tensor) -> None:
+        """Note the coefficient and the choices above the mean after a step; warn if an earlier step was too much."""
+        if self.warned or is_fake(excess):
+            return
+        if self.copy is None:
+            self.copy = ((coef >= MOST) & (excess > 0)).to("cpu", non_blocking=True)
+            if excess.device.type != "cpu":
+                self.copied = torch.Event(excess.device)
+                self.copied.record()
+                return
+        if self.copied is not None and not self.copied.query():
+            return
+        self.warned, self.copy = bool(self.copy), None
+        if self.warned:
+            warnings.warn(
+                f"mean_choices={', '.join(map(str, self.means))} is out of reach: l1_coef has come to its maximum, "
+                f"{MOST:g}, and tokens still make more choices on average. Does the loss have aux_loss, with "
+                "loss_coef=1? Does the router train? Are logits positive for half of the experts whatever the weights "
+                "are, as of tokens with mean 0 (give the gate bias=True)? Else set a larger mean_choices",
+                stacklevel=2,
+            )

@@ -1,0 +1,194 @@
+"""State of one forward: calls of a model that are under way, each known only to its own thread; and `Watch`, which
+tells when a forward begins and how it ends.
+
+The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `CallUnderWay`, on
+a stack of the thread that runs the forward. Compiled graphs read it and are guarded by it. Activation checkpointing
+runs modules again in a backward, on a GPU in another thread. Such a run does not see the calls under way around the
+backward; `within` gives it calls of its own.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.private_torch import number_of_backward
+
+
+class CallUnderWay:
+    """One forward of a module. Subclasses add what is known of it and what it collects. This class alone marks a thread
+    in which somebody collects or records, while no forward is under way."""
+
+    keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
+    watch: Watch | None = None  # what is told of the call's end
+    frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
+    backward: int | None = None  # the number of the backward in which it runs; None in a traced graph
+
+
+class Stacks(threading.local):
+    """The calls of a thread that are under way, by key; the innermost stands last."""
+
+    def __init__(self) -> None:
+        self.calls: dict[Hashable, list[Any]] = {}
+
+
+HERE = Stacks()
+
+
+def begin(call: CallUnderWay, *keys: Hashable) -> None:
+    """Make a call the current one of all its keys, until `end`.
+
+    A hook calls this function: the call runs in the frame that called the hook.
+    """
+    call.keys = keys
+    if not torch.compiler.is_compiling():
+        call.frame, call.backward = sys._getframe(2), number_of_backward()
+    for key in keys:
+        calls = HERE.calls.get(key)
+        if calls and not torch.compiler.is_compiling():
+            forget_interrupted(calls)
+        if calls:
+            calls.append(call)
+        else:
+            HERE.calls[key] = [call]
+
+
+def end(key: Hashable) -> Any:
+    """End the innermost call of `key`, for all its keys, and return it; None if there is none."""
+    calls = HERE.calls.get(key)
+    if not calls:
+        return None
+    call = calls[-1]
+    for each in call.keys:
+        calls = HERE.calls.get(each)
+        if calls and calls[-1] is call:
+            calls.pop()
+        if not calls:
+            HERE.calls.pop(each, None)
+    call.frame = None
+    return call
+
+
+def current(key: Hashable) -> Any:
+    """The innermost call of `key` that is under way in this thread; None if there is none.
+
+    Inside a backward, calls that began outside of it do not count: what runs there is a recomputation.
+    """
+    calls = HERE.calls.get(key)
+    if not calls:
+        return None
+    if torch.compiler.is_compiling():
+        return calls[-1]
+    forget_interrupted(calls)
+    if not calls:
+        return None
+    return calls[-1] if calls[-1].backward in (None, number_of_backward()) else None
+
+
+@contextmanager
+def within(calls: Sequence[tuple[Hashable, CallUnderWay]]) -> Iterator[None]:
+    """Make each call the current one of its key, while the context lasts."""
+    for key, call in calls:
+        begin(call, key)
+        call.frame = None
+    try:
+        yield
+    finally:
+        for key, _ in calls:
+            end(key)
+
+
+def forget_interrupted(calls: list[Any]) -> None:
+    """Remove calls that did not come to their end: their frames are not on the stack. After a KeyboardInterrupt no hook
+    runs, so it is found here."""
+    while calls and calls[-1].frame is not None and not runs(calls[-1].frame):
+        call = calls[-1]
+        for key in call.keys:
+            others = HERE.calls.get(key, [])
+            if call in others:
+                others.remove(call)
+            if not others:
+                HERE.calls.pop(key, None)
+        call.frame = None
+        if call.watch is not None:
+            call.watch.lost(call)
+
+
+def runs(frame: FrameType) -> bool:
+    """Whether a frame is on the stack of this thread."""
+    above: FrameType | None = sys._getframe(1)
+    while above is not None and above is not frame:
+        above = above.f_back
+    return above is frame
+
+
+class Watch:
+    """Tells when a forward of a module begins, and how it ends.
+
+    Hooks on the module begin a call, which `current(watch)` returns until it ends. A forward that was compiled with
+    its hooks does the same in its graph. A call ends well, `ended`, or it does not, `lost`: the forward raised, or was
+    interrupted. What is only to count when the forward ended well waits in the call, or is taken back by `lost`.
+
+    Args:
+        owner: forwards count only in a thread in which a call of `owner` is under way, and in no backward; None: all
+            count.
+    """
+
+    owner: Hashable | None
+
+    def __init__(self, owner: Hashable | None = None) -> None:
+        self.owner = owner
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallUnderWay | None:
+        """The call of a forward that begins; None to leave it alone."""
+        raise NotImplementedError
+
+    def ended(self, call: Any, output: Any) -> None:
+        """The forward of a call ended well and returned `output`."""
+
+    def lost(self, call: Any) -> None:
+        """The forward of a call raised, or was interrupted."""
+
+    def key(self, module: nn.Module) -> Hashable:
+        """The key by which `current` finds the calls, beside the `keys` that `begins` gave them."""
+        return self
+
+    def follow(self, module: nn.Module, hooks: Attached, *, first: bool = True) -> None:
+        """Set the hooks on a module. They run around all hooks that it has, if this is called last; with `first=False`
+        a forward begins after the other pre-hooks."""
+        hooks.callback(current, self.key(module))  # an interrupted call is not kept beyond the hooks
+        hooks.before(module, self.begin, prepend=first)
+        hooks.after(module, self.end, always_call=True)
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:
+            return  # the hook is being set or taken off
+        if self.owner is not None and current(self.owner) is None:
+            return  # in another thread, or in a backward
+        call = self.begins(module, args, kwargs)
+        if call is not None:
+            call.watch = self
+            begin(call, self.key(module), *call.keys)
+
+    def end(self, module: nn.Module, args: object, output: Any) -> None:
+        key = self.key(module)
+        calls = HERE.calls.get(key)
+        if not calls:
+            return
+        if not torch.compiler.is_compiling():
+            forget_interrupted(calls)  # after an error this hook runs outside of the call's frame
+            caller = sys._getframe(1)
+            resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
+            if not calls or not (calls[-1].frame in (None, caller) or resumed):
+                return
+        call = end(key)
+        if call is not None:
+            self.ended(call, output)
