@@ -2,17 +2,15 @@
 
     python docs/draw_package.py [--out docs/images]
 
-The rooms and their order are read from the table in `tests/test_imports.py`, which holds the package to it. Needs
-matplotlib (the extra `plot`).
+The rooms and what they import are read from the code, as `tests/test_imports.py` does. Needs matplotlib (the extra
+`plot`) and pytest.
 """
 
 from __future__ import annotations
 
 import argparse
-import ast
 import sys
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 
@@ -22,88 +20,32 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS))
+sys.path[:0] = [str(DOCS), str(DOCS.parent / "tests")]
 
 from draw_concepts import WIDTH, canvas, say  # noqa: E402
 from draw_moe import FAINT, HUES, INK, PALE, arrow, box, tint  # noqa: E402
+from test_imports import floors, sources  # noqa: E402
 
 BLUE, ORANGE, GREEN, PINK = (tint(hue, 0.75) for hue in HUES)
 GREY = "#f2f2f2"
-# What the rooms of one line are for, from the ground up
-LINES = (
-    "names and hooks of torch",
-    "checks, and calls under way",
-    "what a gate tells",
-    "decides; moves tokens",
-    "ways of computing",
-    "experts and their weights",
-    "experts around others",
-    "what a layer is given",
-    "the layer",
-    "models and their gates",
-    "what acts on a whole model",
-    "what the package exports",
-)
-COLOURS = {
-    "gating": ORANGE,
-    "ops": GREEN,
-    "experts": GREEN,
-    "moe": BLUE,
-    "decision": PINK,
-    "routing": PINK,
-    "plan": PINK,
-}
-LINE, LEFT, RIGHT = 6.4, 33.5, 77.0  # of a line: its height, and where its rooms begin and end
-
-
-def tables() -> tuple[list[list[str]], dict[str, list[str]]]:
-    """The lines of the core, from the ground up, and the rooms outside with those of them that they import from."""
-    tree = ast.parse((DOCS.parent / "tests" / "test_imports.py").read_text(encoding="utf-8"))
-    found: dict[str, Any] = {}
-    for node in tree.body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in ("CORE", "OUTSIDE"):
-                code = compile(ast.Expression(node.value), "test_imports.py", "eval")
-                found[name] = eval(code, {"set": set})
-    core = [sorted(rooms) for rooms in found["CORE"]]
-    return core, {room: sorted(others) for room, others in found["OUTSIDE"].items()}
+COLOURS = {"dispatch": PINK, "gating": ORANGE, "ops": GREEN, "experts": GREEN, "moe": BLUE}
+FLOOR, LEFT, RIGHT = 6.4, 8.0, 98.0  # the height of a floor, and where its rooms begin and end
 
 
 def draw_package() -> Figure:
-    """The core as lines of rooms: each imports from its own line and those below it. Beside it what is outside."""
-    core, outside = tables()
-    height = LINE * len(core) + 9.0
+    """The rooms by floors: each imports from floors below its own."""
+    house = floors(sources())
+    height = FLOOR * len(house) + 3.0
     figure, ax = canvas(height)
-    say(ax, LEFT, height - 3.0, "the core", weight="bold")
-    say(ax, RIGHT + 5.0, height - 3.0, "outside: import\nany of it", weight="bold", fontsize=9.5)
-    for line, rooms in enumerate(core):
-        y = 4.0 + LINE * line
-        if line < len(LINES):
-            say(ax, LEFT - 1.5, y, LINES[line], ha="right", color=FAINT, fontsize=8.5)
-        width = (RIGHT - LEFT - 1.0 * (len(rooms) - 1)) / len(rooms)
+    for floor, rooms in enumerate(house):
+        width = (RIGHT - LEFT - len(rooms) + 1.0) / len(rooms)
         for i, room in enumerate(rooms):
             look = {"facecolor": COLOURS.get(room, GREY), "edgecolor": FAINT, "linewidth": 0.8}
-            text = room.replace("_", "_\n") if len(rooms) > 3 else room or "__init__"
-            box(
-                ax,
-                LEFT + i * (width + 1.0),
-                y,
-                width,
-                LINE - 1.4,
-                text,
-                size=8.5 if len(rooms) < 5 else 7 if len(rooms) < 7 else 5.8,
-                **look,
-            )
-    top = 4.0 + LINE * (len(core) - 1)
+            left, y = LEFT + i * (width + 1.0), 4.0 + FLOOR * floor
+            box(ax, left, y, width, FLOOR - 1.4, room or "__init__", size=9, **look)
+    top = 4.0 + FLOOR * (len(house) - 1)
     arrow(ax, (4.0, top), (4.0, 4.0), color=INK)
     say(ax, 2.2, (top + 4.0) / 2, "imports run down", rotation=90, ha="center", fontsize=8.5)
-    step = (top - 4.0) / max(len(outside) - 1, 1)
-    for i, (room, others) in enumerate(outside.items()):
-        y = top - i * step
-        text = room + (f"\n(imports {', '.join(others)})" if others else "")
-        box(ax, RIGHT + 5.0, y, 17.0, LINE - 1.0, text, size=7, facecolor="white", edgecolor=FAINT, linewidth=0.8)
-        arrow(ax, (RIGHT + 4.6, y), (RIGHT + 0.8, y), color=FAINT)
     return figure
 
 

@@ -183,20 +183,17 @@ def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_pictures_for_contributors_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every room of the package is in the picture of it, on the line where the imports' table has it."""
+    """Every room of the package is in the picture of it, on its floor."""
     monkeypatch.setattr(sys, "argv", ["draw_package.py", "--out", str(tmp_path)])
     script = runpy.run_path(str(ROOT / "docs" / "draw_package.py"), run_name="__main__")
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert set(re.findall(r"\]\(docs/images/(\w+\.png)\)", page)) == {path.name for path in tmp_path.iterdir()}
-    core, outside = script["tables"]()
-    rooms = {path.stem for path in (ROOT / "mixture_of_experts").iterdir() if not path.name.startswith(("_", "."))}
-    assert rooms - {"py"} == {room for line in core for room in line if room} | set(outside)
     texts = [(text.get_text(), text.get_position()[1]) for text in script["draw_package"]().axes[0].texts]
-    places = {text.replace("\n", "").split("(")[0]: y for text, y in texts}
-    heights = [{places[room or "__init__"] for room in line} for line in core]
-    assert all(len(of_line) == 1 for of_line in heights)
+    places = dict(texts)
+    house = script["floors"](script["sources"]())
+    heights = [{places[room or "__init__"] for room in rooms} for rooms in house]
+    assert all(len(of_floor) == 1 for of_floor in heights)
     assert sorted(heights, key=min) == heights
-    assert places.keys() >= outside.keys()
 
 
 def test_pictures_of_concepts_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
