@@ -47,8 +47,12 @@ from mutmut.mutation.pragma_handling import IgnoredCode  # pyright: ignore[repor
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mixture_of_experts"
 #: kernels, and what only they do: tests/test_triton.py
-KERNELS = ["few_kernel.py", "two_best.py", "two_best_kernel.py"]
-FILES = ["losses.py", "queues.py", "levels.py", "routing.py", "plan.py", "decision.py", "dispatch.py"]
+KERNELS = ["top2_by_kernel.py"]
+FILES = [
+    "losses.py",
+    "gating/levels.py",
+    *(f"dispatch/{name}.py" for name in ("queues", "routing", "plan", "decision", "moving")),
+]
 SURVIVORS = Path(__file__).with_suffix(".txt")
 ORACLE = (
     "golden losses queues queue_kernels levels routing decision dispatch side_inputs errors arguments logits steps "
