@@ -147,6 +147,12 @@ def prose(file: Path) -> str:
     return re.sub(r"^```.*?^```$", "", file.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
+def test_no_line_is_a_comment_of_the_site(file: Path):
+    """A line that begins with % is missing on the site."""
+    assert re.findall(r"^[ \t]*%.*$", prose(file), re.MULTILINE) == []
+
+
 def anchors(file: Path) -> set[str]:
     """The fragments by which its headings are linked."""
     headings = re.findall(r"^#+ (.+)$", prose(file), re.MULTILINE)
