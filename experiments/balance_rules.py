@@ -56,7 +56,7 @@ class Way(NamedTuple):
 
 WAYS = {
     "none": Way("nothing", 0.0, None, None, "#999999", (1, 1)),
-    "loss": Way("balance loss, 0.01", 0.01, None, None, "#000000", (6, 2)),
+    "loss": Way("balancing loss, 0.01", 0.01, None, None, "#000000", (6, 2)),
     "sign": Way("bias, by sign", 0.0, "sign", None, "#E69F00", (3, 1, 1, 1)),
     "centred_sign": Way("bias, by sign, centred", 0.0, "centred_sign", None, "#56B4E9", (2, 2)),
     "fast_sign": Way("bias, by sign, rate 0.01", 0.0, "sign", 0.01, "#009E73", (6, 1, 1, 1, 1, 1)),
@@ -109,7 +109,7 @@ def layer(way: Way, settings: Settings) -> MoE:
 
 
 def losses(model: nn.Module, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean nats a byte, and the balance loss with its coefficient."""
+    """Mean nats a byte, and the balancing loss with its coefficient."""
     logits, aux_loss = model(windows[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten()), aux_loss
 

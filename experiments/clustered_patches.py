@@ -103,7 +103,7 @@ class NoisyPatchGate(TokenChoiceGate):
     """The paper's router: the expert of the largest logit plus uniform noise. All logits begin at 0.
 
     The same weights read every patch. Logit plus noise is also the weight of the expert's output, as in the authors'
-    code (in the paper it is the softmax). There is no balance loss.
+    code (in the paper it is the softmax). There is no balancing loss.
     """
 
     def __init__(self) -> None:

@@ -79,7 +79,7 @@ def mixtral_capacity(dim: int, num_experts: int, width: int) -> MoE:
 
 
 def mixtral_bias(dim: int, num_experts: int, width: int) -> MoE:
-    """Mixtral with an expert bias in place of a balance loss: arXiv 2408.15664's, or Kimi K3's by quantiles."""
+    """Mixtral with an expert bias in place of a balancing loss: arXiv 2408.15664's, or Kimi K3's by quantiles."""
     gate = TopKGating(dim, num_experts, k=2, expert_bias=True)
     return MoE(dim, num_experts, gate=gate, experts=GatedExperts(dim, num_experts, width // 2), loss_coef=0.0)
 

@@ -30,7 +30,7 @@ class Settings:
     steps: int = option(2000, "steps of the optimizer")
     learning_rate: float = option(0.01, "its peak, after the warm-up")
     expert_rate: float = option(1.0, "the experts' learning rate over that of the other parameters")
-    balance: float | None = option(None, "weight of the balance loss; by default the router's recipe says", type=float)
+    balance: float | None = option(None, "weight of the balancing loss; by default the recipe says", type=float)
     seed: int = option(0, "decides the initial parameters and the order of the batches")
     eval_every: int = option(250, "steps between two evaluations on the held-out files")
     eval_windows: int = option(256, "windows of the held-out files that are evaluated, always the same ones")

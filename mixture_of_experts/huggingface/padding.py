@@ -180,7 +180,7 @@ class CheckpointWithMask:
 
 
 class Remembered:
-    """A function that runs in the calls in which it was made, the first time and in every recomputation."""
+    """A function to be recomputed: each run of it gets the calls of the model that were under way when it was made."""
 
     first: bool
 

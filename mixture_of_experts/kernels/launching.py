@@ -120,7 +120,7 @@ class SelfCheck:
         _CHECKS.append(self)
 
     def why_wrong(self, device: torch.device, kind: Hashable, fault: Callable[[], str | None]) -> str | None:
-        """Why the kernels may not serve a kind of calls; None if they are right.
+        """Check the kernels for a kind of calls. Returns what is wrong with them, or None if they are right.
 
         Args:
             device: the device of the call.

@@ -39,7 +39,7 @@ def record_of(block: nn.Module) -> Model | None:
 
 
 class BlockSettings:
-    """The settings of a block's router: what the block holds itself, and its record's where it holds nothing."""
+    """The settings of a block's router: the block's own, or where it has none, those of its record."""
 
     block: Any
     model: Model
