@@ -434,6 +434,7 @@ def test_a_file(tmp_path):
     with pytest.raises(ValueError, match=r"weights is no file of RoutingRecords.save: its format is None, wanted"):
         RoutingRecords.load(tmp_path / "weights")
     contents = torch.load(tmp_path / "records.pt", weights_only=True)
+    assert contents["format"] == "mixture_of_experts.routing/1"  # files outlive the places of modules
     contents["layers"]["gate_outer"]["lengths"][0] = 1
     torch.save(contents, tmp_path / "lengths")
     with pytest.raises(ValueError, match="lengths is not whole"):

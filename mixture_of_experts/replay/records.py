@@ -17,7 +17,7 @@ from torch import Tensor
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.support.checks import check_optional_size
 
-FORMAT = "mixture_of_experts.dispatch.routing/1"
+FORMAT = "mixture_of_experts.routing/1"
 
 
 class RoutingRecords(Mapping[str, list[Tensor]]):
