@@ -240,6 +240,7 @@ class Theirs:
     """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
 
     The hook runs after the router, whose record says what it returns; without a record, before the block's experts.
+    Of several for one block all count, and the last moves the bias.
     """
 
     site: Site
@@ -250,6 +251,7 @@ class Theirs:
     always: int = 0  # a block's bias has no number for them
 
     total: Tensor
+    hooked: list[nn.Module]
 
     def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
         self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
@@ -264,10 +266,11 @@ class Theirs:
                 f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
             )
         if site.held is not None:
+            self.hooked = [site.called]
             hooks.after(site.called, self.after_router)
             return
-        for experts in dict.fromkeys(stand.experts for stand in site.stands):
-            assert experts is not None
+        self.hooked = [experts for stand in site.stands if (experts := stand.experts) is not None]
+        for experts in dict.fromkeys(self.hooked):
             hooks.before(experts, self.before_experts)
 
     @property
@@ -301,8 +304,17 @@ class Theirs:
             self.total = self.total.to(self.bias.device)
         return self.total
 
+    @property
+    def moves(self) -> bool:
+        """Whether this is the last that counts for its block."""
+        module = self.hooked[0]
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Theirs)]
+        return counting[-1] is self
+
     def move(self, step: Tensor) -> None:
-        self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
+        if self.moves:
+            self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
     def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices

@@ -109,6 +109,21 @@ def test_their_bias_moves_by_real_tokens(checkpointing):
     assert not any(module._forward_pre_hooks for name, module in model.named_modules() if name == "model")
 
 
+@pytest.mark.parametrize("name", ["Glm4Moe", "Ernie4_5_Moe"])
+def test_of_two_the_last_moves_their_bias_and_the_first_goes_on(name):
+    model, (_, batch) = family(name), two_lengths("right")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    first, second = (balance_experts(model, optimizer, rate=rate) for rate in (1.0, RATE))
+    for rate in (RATE, 1.0):
+        before = {name: value.clone() for name, value in biases(model).items()}
+        model(**batch).logits.sum().backward()
+        optimizer.step()
+        for name, bias in biases(model).items():
+            torch.testing.assert_close((bias - before[name]).abs().max(), torch.tensor(rate))
+        second.remove()
+    first.remove()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name):
     model, (_, batch) = family(name), two_lengths("right")
