@@ -12,6 +12,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.padding import CheckpointWithMask, ModelWatch, last_calls
+from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.whole_model import under_way
 
@@ -103,7 +104,8 @@ def remove_hooks(model: nn.Module) -> None:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for key, hook in list(hooks.items()):
                 if isinstance(getattr(hook, "__self__", hook), own) or hook in functions:
-                    del hooks[key]
+                    for table in TABLES:
+                        getattr(module, table).pop(key, None)
         checkpoint = vars(module).get("_gradient_checkpointing_func")
         if isinstance(checkpoint, CheckpointWithMask):
             module._gradient_checkpointing_func = checkpoint.checkpoint  # pyright: ignore[reportArgumentType]

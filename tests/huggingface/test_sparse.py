@@ -29,6 +29,7 @@ from mixture_of_experts.huggingface import (
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.stats import track_routing
+from mixture_of_experts.support.attached import TABLES
 
 from .test_blocks import MODELS, build
 from .test_losses import batch_of, trainer
@@ -50,7 +51,8 @@ def changed(model: nn.Module, **settings: Any) -> Any:
 
 
 def hooks_in(model: nn.Module) -> list[Any]:
-    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    """The hooks of a model, and the numbers of hooks that it keeps."""
+    return [hook for module in model.modules() for table in TABLES for hook in getattr(module, table).items()]
 
 
 @each
