@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
@@ -92,6 +93,14 @@ class ModelWatch(Watch):
         self.ids = ids
         self.last = last
         self.warned = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "next_hook": RemovableHandle.next_id}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch counts hooks in each process anew: a new hook would replace one that came with the model
+        RemovableHandle.next_id = max(RemovableHandle.next_id, state.pop("next_hook"))
+        vars(self).update(state)
 
     def set_on(self, model: nn.Module) -> None:
         model.register_forward_pre_hook(self.begin, with_kwargs=True)

@@ -16,6 +16,7 @@ import torch
 from support.transformers_models import ARCHITECTURES, CAUSAL, LONG, ONE_PLACE, VOCABULARY, two_lengths, without_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 
 from mixture_of_experts import Top2Gating
@@ -256,6 +257,14 @@ def test_copies_and_pickles_bring_masks_to_their_own_routers():
         found = real(twin(**batch).logits, batch["attention_mask"])[1]
         torch.testing.assert_close(found, twin(alone[1]).logits[0], atol=2e-5, rtol=0)
     loss.backward()
+
+
+def test_hooks_of_another_process_replace_none_of_a_pickled_model(monkeypatch):
+    pickled = pickle.dumps(build("opt"))
+    monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as where no hook was made yet
+    model = pickle.loads(pickled)
+    numbers = {key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)}
+    assert model.register_forward_hook(lambda module, args, output: None).id > max(numbers)
 
 
 def test_no_mask_outlives_its_forward():
