@@ -209,7 +209,7 @@ class Known(NamedTuple):
     Attributes:
         write: `write(h, out)` writes the activation of h.
         write_grad: `write_grad(grad, h, out)` writes its gradient.
-        kernel: the activation's name in `triton/activations.py`; None if it has none.
+        kernel: the activation's name in `kernels/pointwise.py`; None if it has none.
     """
 
     write: Callable[[Tensor, Tensor], object]

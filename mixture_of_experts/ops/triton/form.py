@@ -17,7 +17,7 @@ class Form(NamedTuple):
     Attributes:
         layout: layout of the input weights: "plain", one `(e, d, h)`; "gated", two of these; "concatenated" or
             "interleaved", one `(e, d, 2 h)`.
-        activation: name of the activation in `activations.py`.
+        activation: name of the activation in `kernels/pointwise.py`.
         alpha, limit: arguments of clamped SwiGLU.
     """
 
