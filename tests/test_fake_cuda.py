@@ -373,8 +373,8 @@ def test_gates_of_many_experts_keep_no_scores(check: Checks, router: str, autoca
 
 
 @pytest.mark.slow
-def test_the_billion_of_the_readme(check: Checks):
-    text = (GUIDE.parent.parent / "README.md").read_text(encoding="utf-8")
+def test_the_billion_of_the_documents(check: Checks):
+    text = (GUIDE.parent / "concepts.md").read_text(encoding="utf-8")
     code = text.split("<!-- test: cuda -->\n```python\n")[1].split("```")[0]
     assert 1e9 < check("check_billion", code) < 1.1e9
 

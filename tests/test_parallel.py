@@ -130,10 +130,6 @@ def test_folder_of_checkpoints_of_one_rank(workers: Workers, tmp_path: Path, che
     workers.run(check, 1, tmp_path)
 
 
-def test_recipe_for_checkpoints_is_the_examples_file():
-    assert recipes("checkpoints") == [checkpoint_recipe.FILE.read_text()]
-
-
 @pytest.mark.parametrize("layout", ["expert_parallel_only", "ddp_replicas", "fsdp", "fsdp_replicas"])
 def test_state_dict_of_one_process_loads(workers: Workers, layout: str):
     workers.run(saves.check_state_dict_of_one_process, 4, layout)
@@ -251,7 +247,7 @@ def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    program = recipes("checkpoints")[0] + beginning[0] + layouts[number] + loop[0]
+    program = checkpoint_recipe.FILE.read_text() + beginning[0] + layouts[number] + loop[0]
     if "dist.broadcast(" in program:  # then replicas may begin with other numbers
         program = program.replace("torch.manual_seed(0)", "torch.manual_seed(rank)")
     norms = workers.run(checks.run_recipe, 4, program, port, tmp_path)

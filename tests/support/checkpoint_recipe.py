@@ -1,4 +1,4 @@
-"""The recipe for checkpoints of the documentation, which the examples have as a file."""
+"""The recipe for checkpoints of the examples, to which the documentation leads."""
 
 from __future__ import annotations
 

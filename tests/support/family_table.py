@@ -134,7 +134,7 @@ def short(error: Exception, name: str) -> str:
 
 
 def table(results: dict[str, Result], title: str) -> list[str]:
-    """Two tables: what upcycles, and what does not."""
+    """What upcycles, by name, and a table of what does not."""
     kinds = {kind: {n: r for n, r in results.items() if r.kind == kind} for kind in get_args(Kinds)}
     tried = len(results) - len(kinds["unbuilt"])
     refused, wrong = len(kinds["refused"]), len(kinds["wrong"]) or "none"
@@ -143,8 +143,7 @@ def table(results: dict[str, Result], title: str) -> list[str]:
         "",
         f"{len(kinds['upcycles'])} of {tried} upcycle, {refused} are refused, {wrong} upcycle to other numbers.",
         "",
-        *("| family | networks |", "|---|---|"),
-        *(f"| {n} | {', '.join(f'`{path}`' for path in r.networks)} |" for n, r in kinds["upcycles"].items()),
+        f"These do: {', '.join(kinds['upcycles'])}.",
         *("", "| family | why not |", "|---|---|"),
         *(f"| {n} | {stars_as_code(r.reason)} |" for n, r in kinds["refused"].items()),
         *(f"| {n} | equal, but not in: {r.reason} |" for n, r in kinds["wrong"].items()),
@@ -193,7 +192,7 @@ HEAD = [
     "python -m tests.support.family_table --write docs/families.md",
     "```",
     "",
-    f"The tables list the families of transformers {transformers.__version__} of which a tiny random model exists.",
+    f"Here are the families of transformers {transformers.__version__} of which a tiny random model exists.",
     f"The outputs of an upcycled model are within {CLOSE} of the dense model's, in units of their deviation: with four",
     "experts in evaluation, and with one expert and the same seed in training, with the dropout of its configuration.",
     "They are equal after saving and loading, where transformers can load the saved dense model. If a family is",
