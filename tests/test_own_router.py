@@ -319,6 +319,18 @@ def test_a_hook_may_add_a_loss():
     torch.testing.assert_close(MoE(DIM, 4, gate=gate, loss_coef=0, loss_coefs={"own": 0.1})(x)[1], torch.tensor(0.5))
 
 
+class AddsALoss(TopKGating):
+    """Adds a loss neither in `decide` nor in `forward`."""
+
+    def route(self, *args, losses, **kwargs):
+        return super().route(*args, losses={**losses, "own": losses["z"].new_tensor(3.0)}, **kwargs)
+
+
+def test_a_subclass_may_report_more_than_its_base():
+    moe = MoE(DIM, gate=AddsALoss(DIM, 4), loss_coef=0, loss_coefs={"own": 0.5})
+    assert moe(torch.randn(1, 5, DIM))[1] == 1.5
+
+
 def test_an_unknown_loss_is_named():
     with pytest.raises(ValueError, match=r"loss_coefs has 'entropy', which no gate reports.*\['balance', .*, 'z'\]"):
         MoE(DIM, 4, loss_coefs={"entropy": 0.1})

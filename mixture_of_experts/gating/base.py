@@ -88,14 +88,9 @@ class Gate(FixedShapes):
     reads: ClassVar[tuple[str, ...]] = ("router_input",)
     #: names of the losses that the gate computes only on request, `gate(x, losses=names)`
     offers: ClassVar[tuple[str, ...]] = ()
-    #: names of the losses that a forward may report unasked, beside "balance" and "z"; None: only a forward tells. A
-    #: class with a `decide` or a `forward` of its own says it again
+    #: names of the losses that a forward may report unasked, beside "balance" and "z"; None: only a forward tells. Each
+    #: class says it for itself, since a subclass may add losses
     reports: tuple[str, ...] | None = None
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if "reports" not in vars(cls) and {"decide", "forward"} & vars(cls).keys():
-            cls.reports = None
 
     def __init__(
         self,
@@ -564,7 +559,7 @@ def reads_of(gate: nn.Module) -> tuple[str, ...]:
 
 def losses_known(gate: nn.Module) -> set[str] | None:
     """The names of all losses that a gate reports, by itself or on request; None if only a forward tells them."""
-    reports = getattr(gate, "reports", None)
+    reports = vars(type(gate)).get("reports")
     if reports is None or gate._forward_hooks:  # a hook may add losses
         return None
     missing = () if getattr(gate, "num_groups", None) else OF_EXPERT_GROUPS

@@ -41,6 +41,7 @@ class HashGating(TopKGating):
 
     num_ids: int
 
+    reports = ()
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
     scores_choose: ClassVar[bool] = False
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"
