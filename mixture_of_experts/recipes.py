@@ -512,7 +512,10 @@ def build(
     if experts is None:
         experts = _make_experts(model, d, e, h, spare, latent_dim, activation, factory)
     else:
-        _refuse_changes("experts", {} if latent_dim is None else dict(latent_dim=latent_dim))
+        unused = dict(latent_dim=latent_dim)
+        if not model.shared or "shared_expert" in of_layer:
+            unused |= dict(hidden_dim=hidden_dim, activation=activation)
+        _refuse_changes("experts", {name: value for name, value in unused.items() if value is not None})
     if "shared_expert" not in of_layer:
         of_layer["shared_expert"] = _make_shared_expert(model, d, h, activation, factory)
     return MoE(
@@ -590,7 +593,8 @@ def _coefficients(model: Model, gate: Any, layers: int | None, given: bool) -> d
             raise ValueError(f"loss_coef is that of each layer, so layers={layers} would do nothing: give one of them")
     if model.router_aux_loss_coef is not None and not given:
         coef, published = model.router_aux_loss_coef
-        coefs["loss_coef"] = coef * gate.k / (published if layers is None else layers)
+        k = getattr(gate, "k", None) or 1  # a gate without k takes means of its own
+        coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 
 

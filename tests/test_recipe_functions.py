@@ -11,7 +11,7 @@ import torch
 from support.recipes import RECIPES as PAGE
 from torch import nn
 
-from mixture_of_experts import MoE, TopKGating, recipes
+from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
 from mixture_of_experts.recipes import MODELS, Model
 
 FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
@@ -249,6 +249,14 @@ def test_arguments_of_the_layer_pass_through():
         recipes.mixtral(16, 8, gate=gate, k=2)
     with pytest.raises(ValueError, match="experts is given, so latent_dim=4 would do nothing"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)
+    for unused in (dict(hidden_dim=12), dict(activation=nn.ReLU())):
+        with pytest.raises(ValueError, match=f"experts is given, so {next(iter(unused))}=.* would do nothing"):
+            recipes.mixtral(16, 8, experts=experts, **unused)
+        with pytest.raises(ValueError, match=f"experts is given, so {next(iter(unused))}=.* would do nothing"):
+            recipes.qwen2(16, 8, experts=experts, shared_expert=shared, **unused)
+    moe = recipes.qwen2(16, 8, 12, experts=experts, activation=nn.ReLU)  # of the shared expert
+    assert isinstance(moe.shared_expert.module.act, nn.ReLU)
+    assert recipes.mixtral(16, 8, experts=experts, gate=ExpertChoiceGating(16, 8)).loss_coef == 0.02 / 32
     with pytest.raises(
         TypeError, match=r"neither MoE nor .* TopKGating has an argument 'top_k': .* balance_over, .* k, "
     ):
