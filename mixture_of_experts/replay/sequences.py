@@ -72,12 +72,12 @@ def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[Ch
 
 
 def chosen_by_ids(site: Site) -> bool:
-    return site.held is not None and site.held.experts_of_id is not None
+    return site.block is not None and site.block.experts_of_id is not None
 
 
 def called_of(site: Site, stand: Stand) -> nn.Module:
     """The module whose arguments tell of the tokens of a gate."""
-    whole = stand.layer is not None and (not site.theirs or site.held is not None)
+    whole = stand.layer is not None and (not site.theirs or site.block is not None)
     return site.called if stand.layer is None or not whole else stand.layer
 
 

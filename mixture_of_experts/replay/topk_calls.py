@@ -37,8 +37,8 @@ class Choosing(TorchFunctionMode):
         self.site, self.given = site, given
         self.expert: Tensor | None = None
         self.over = False  # whether the forward has ended; another mode may still stand on this one
-        held: Any = site.site.held
-        groups, best = (None, None) if held is None else (held.held("num_groups"), held.held("top_groups"))
+        block: Any = site.site.block
+        groups, best = (None, None) if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
         self.groups = (groups, best) if groups and best else None
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:

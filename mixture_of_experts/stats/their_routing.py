@@ -29,8 +29,8 @@ class Reader(TokensOfCall):
 
     def routing(self, site: Site, output: Any) -> Routing:
         """What a router returned, as a `Routing` without a capacity."""
-        held, tokens = site.held, self.tokens()
-        logits, weight, expert = told(site.gate, output, held)
+        block, tokens = site.block, self.tokens()
+        logits, weight, expert = told(site.gate, output, block)
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, t)  # some routers return (b, n, e)
@@ -39,12 +39,12 @@ class Reader(TokensOfCall):
         real = tokens.mask if tokens.mask is not None and tuple(tokens.mask.shape) == (b, n) else None
         logits, expert = logits.float().view(b, n, e), expert.reshape(b, n * k).to(torch.int64)
         unknown = "sigmoid" if hasattr(site.gate, "e_score_correction_bias") else "softmax"
-        probs = SCORES[unknown if held is None else held.score](logits)
+        probs = SCORES[unknown if block is None else block.score](logits)
         probs = probs / probs.sum(dim=-1, keepdim=True)
         kept = torch.ones_like(expert, dtype=torch.bool) if real is None else real.repeat_interleave(k, dim=-1)
         kept = kept & (expert < e)  # larger ids are experts of other ranks
         expert, chosen = torch.where(kept, expert, 0), kept
-        capacity, queues = None if held is None else held.capacity, None
+        capacity, queues = None if block is None else block.capacity, None
         if capacity is not None:
             queues = queue_up(expert, chosen, e, k)
             kept = chosen & (queues.position < capacity)
@@ -75,5 +75,5 @@ def readers_of(sites: Sequence[Site]) -> dict[Site, Reader]:
 
 def why_no_routing(site: Site) -> str | None:
     """Why nobody can read what a site routes; None if it can be read."""
-    known = not site.theirs or site.held is not None or is_router(site.gate)
+    known = not site.theirs or site.block is not None or is_router(site.gate)
     return None if known else "it is no router that is known, so what it returns cannot be read"

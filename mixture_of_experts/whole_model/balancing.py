@@ -165,7 +165,7 @@ def why_not_balanced(site: Site) -> str | None:
     """Why a site cannot be balanced; None if it can."""
     if site.bias is None:
         return "it has no expert bias"
-    beside = not site.theirs or site.held is not None or all(stand.experts is not None for stand in site.stands)
+    beside = not site.theirs or site.block is not None or all(stand.experts is not None for stand in site.stands)
     return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
 
 
@@ -265,7 +265,7 @@ class Theirs:
             warnings.warn(
                 f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
             )
-        if site.held is not None:
+        if site.block is not None:
             self.hooked = [site.called]
             hooks.after(site.called, self.after_router)
             return
@@ -282,13 +282,13 @@ class Theirs:
 
     def check_scores(self, name: str) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""
-        kind, held = type(self.site.stands[0].layer).__name__, self.site.held
-        if held is None:
+        kind, block = type(self.site.stands[0].layer).__name__, self.site.block
+        if block is None:
             raise ValueError(
                 f"{self.rule!r} reads scores, and those of {kind}, which has {name}, are not known: balance it by "
                 "rule='sign', or convert the block with from_transformers"
             )
-        settings = held.gate()
+        settings = block.gate()
         select = settings.get("select", "score")
         check_scores(self.rule, kind, self.k, self.bias.numel(), select, settings.get("num_groups"))
         return select
@@ -332,13 +332,13 @@ class Theirs:
         """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
-        held, score = self.site.held, None
-        assert held is not None
-        logits, _, expert = told(router, output, held)
+        block, score = self.site.block, None
+        assert block is not None
+        logits, _, expert = told(router, output, block)
         if self.rule.reads_scores:
             logits = logits.float().reshape(-1, logits.shape[-1])
-            score = logits if self.select == "logits" else SCORES[held.score](logits)
-        place = places_of(held)["weights"]
+            score = logits if self.select == "logits" else SCORES[block.score](logits)
+        place = places_of(block)["weights"]
         return tuple(self.counting(part, expert, score) if i == place else part for i, part in enumerate(output))
 
     def counting(self, weight: Tensor, expert: Tensor, score: Tensor | None) -> Tensor:

@@ -41,22 +41,22 @@ def record_of(block: nn.Module) -> Model | None:
 class BlockSettings:
     """The settings of a block's router: the block's own, or where it has none, those of its record."""
 
-    block: Any
+    module: Any
     model: Model
     network: list[str]
     weight: Any
 
-    def __init__(self, block: Any, model: Model) -> None:
-        self.block, self.model = block, model
-        self.router: Any = find(block, *KEEPS["router"])
+    def __init__(self, module: Any, model: Model) -> None:
+        self.module, self.model = module, model
+        self.router: Any = find(module, *KEEPS["router"])
         network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
         self.network = network if len(network) == 2 else []  # of a router of two layers, not one matrix
-        self.weight = None if self.network else self.held("weight")
+        self.weight = None if self.network else self.attribute("weight")
 
-    def held(self, part: str) -> Any:
+    def attribute(self, part: str) -> Any:
         """What the router, or else the block, holds under one of the names of `part`; None if neither does."""
         found = find(self.router, *KEEPS[part])
-        return find(self.block, *KEEPS[part]) if found is None else found
+        return find(self.module, *KEEPS[part]) if found is None else found
 
     @property
     def dim(self) -> int:
@@ -69,15 +69,15 @@ class BlockSettings:
     @property
     def always(self) -> int:
         """The number of shared experts that the router weighs; they have the last ids."""
-        return self.block.shared_experts.n_shared_experts if self.model.scales == "all" else 0
+        return self.module.shared_experts.n_shared_experts if self.model.scales == "all" else 0
 
     @property
     def k(self) -> int:
-        held = self.held("k")
+        found = self.attribute("k")
         return (
             getattr(getattr(self.router, "config", None), "top_k_experts", self.model.gate["k"])
-            if held is None
-            else held
+            if found is None
+            else found
         )
 
     @property
@@ -105,18 +105,18 @@ class BlockSettings:
     def expert_bias(self) -> Any:
         if not self.model.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
             return None
-        return self.held("expert_bias")
+        return self.attribute("expert_bias")
 
     @property
     def experts_of_id(self) -> Any:
         """`(v, k)`, the experts of each token id, if ids choose experts; None otherwise."""
-        return self.held("experts_of_id")
+        return self.attribute("experts_of_id")
 
     @property
     def scale(self) -> float:
         """The router's scale times that of the block, which multiplies what the experts return."""
         product = 1.0
-        for holder in (self.router, self.block):
+        for holder in (self.router, self.module):
             factor = find(holder, *KEEPS["scale"])
             product *= 1.0 if factor is None else float(factor)
         return product / 2 if self.averages else product
@@ -124,25 +124,25 @@ class BlockSettings:
     @property
     def averages(self) -> bool:
         """Whether the block returns the mean of what experts and shared expert return."""
-        averages = getattr(self.block, "shared_expert_combination_strategy", "") == "average"
-        return averages and find(self.block, *KEEPS["shared"]) is not None
+        averages = getattr(self.module, "shared_expert_combination_strategy", "") == "average"
+        return averages and find(self.module, *KEEPS["shared"]) is not None
 
     def gate(self) -> dict[str, Any]:
         """Arguments for the gate, without modules."""
         if "tolerance" in self.model.gate:
-            return dict(k=self.model.gate["k"], tolerance=float(self.held("tolerance")))
-        unheld = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
-        settings = {name: value for name, value in self.model.gate.items() if name not in unheld}
+            return dict(k=self.model.gate["k"], tolerance=float(self.attribute("tolerance")))
+        left_out = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
+        settings = {name: value for name, value in self.model.gate.items() if name not in left_out}
         settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
         settings["expert_bias"] = self.expert_bias is not None
-        if "normalize" in settings and isinstance(normalize := self.held("normalize"), bool):
+        if "normalize" in settings and isinstance(normalize := self.attribute("normalize"), bool):
             settings["normalize"] = normalize
         if getattr(self.router, "expert_selection_fn", None) == "softmax":
             settings |= dict(weigh="softmax", normalize=True)
         if (least := getattr(self.router, "norm_min", None)) is not None:
             settings["normalize"] = NormalizeBy(least=float(least))
-        if hasattr(self.block, "moe_normalize_expert_weights"):
-            order = self.block.moe_normalize_expert_weights
+        if hasattr(self.module, "moe_normalize_expert_weights"):
+            order = self.module.moe_normalize_expert_weights
             settings["normalize"] = False if order is None else NormalizeBy(p=float(order))
         if self.always:
             settings |= dict(select=AlwaysChosen(self.always), k=self.k + self.always)
@@ -151,7 +151,7 @@ class BlockSettings:
         return settings | self.groups()
 
     def groups(self) -> dict[str, Any]:
-        groups, best = self.held("num_groups"), self.held("top_groups")
+        groups, best = self.attribute("num_groups"), self.attribute("top_groups")
         if groups is None or groups == 1 or getattr(self.router, "topk_method", "") == "greedy":
             return {}
         if hasattr(self.router, "apply_group_scoring"):
@@ -164,41 +164,41 @@ class BlockSettings:
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
         if "softcap" in settings:
-            return dict(softcap=float(self.held("softcap")) or None)
-        return dict(multiplier=float(self.held("multiplier")))
+            return dict(softcap=float(self.attribute("softcap")) or None)
+        return dict(multiplier=float(self.attribute("multiplier")))
 
 
 #: what a router of no record returns
 RETURNS = Model().returns
 
 
-def places_of(held: BlockSettings | None) -> dict[str, int]:
+def places_of(block: BlockSettings | None) -> dict[str, int]:
     """Where each value stands in what a router returns, by its name in `Model.returns`."""
-    names = RETURNS if held is None else held.model.returns
+    names = RETURNS if block is None else block.model.returns
     return {name: place for place, name in enumerate(names) if name is not None}
 
 
-def told(router: nn.Module, output: Any, held: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
+def told(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
     parts = output if isinstance(output, tuple) else (output,)
-    found = {name: parts[place] for name, place in places_of(held).items() if place < len(parts)}
+    found = {name: parts[place] for name, place in places_of(block).items() if place < len(parts)}
     found = {name: part.detach() for name, part in found.items() if isinstance(part, Tensor)}
     logits = found["probs"].log() if "probs" in found else found.get("logits")
-    if logits is not None and logits.ndim > 1 and (held is None or logits.shape[-1] == num_logits(held)):
+    if logits is not None and logits.ndim > 1 and (block is None or logits.shape[-1] == num_logits(block)):
         weight, expert = found.get("weights"), found.get("experts")
         if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
-            if held is not None and held.model.zero:
-                expert = expert.where(weight != 0, held.num_experts - 1)
+            if block is not None and block.model.zero:
+                expert = expert.where(weight != 0, block.num_experts - 1)
             return logits, weight, expert
-        if held is not None and "experts" not in held.model.returns:
-            expert = top_choices(logits, held.k)
-            return logits, SCORES[held.score](logits.float()).gather(-1, expert), expert
+        if block is not None and "experts" not in block.model.returns:
+            expert = top_choices(logits, block.k)
+            return logits, SCORES[block.score](logits.float()).gather(-1, expert), expert
     raise TypeError(
-        f"{type(router).__name__} does not return ({', '.join(places_of(held))}) of flattened tokens: what it chooses "
+        f"{type(router).__name__} does not return ({', '.join(places_of(block))}) of flattened tokens: what it chooses "
         "cannot be read"
     )
 
 
-def num_logits(held: BlockSettings) -> int:
+def num_logits(block: BlockSettings) -> int:
     """The number of a router's logits: shared experts have none."""
-    return held.num_experts - held.always
+    return block.num_experts - block.always

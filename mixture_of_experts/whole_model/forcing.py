@@ -51,8 +51,8 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
     sites = serve(find_sites(model, "force_routing", gates), "force_routing", why_not_forced)
     with Attached() as attached:
         for site in sites:
-            if site.held is not None:
-                attached.after(site.called, partial(replace_choices, site.held, how))
+            if site.block is not None:
+                attached.after(site.called, partial(replace_choices, site.block, how))
             else:
                 attached.set(site.gate, "forced", how)
         yield
@@ -61,7 +61,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
 def why_not_forced(site: Site) -> str | None:
     """Why a site cannot be forced; None if it can."""
     if site.theirs:
-        returns = site.held is not None and "experts" in places_of(site.held)
+        returns = site.block is not None and "experts" in places_of(site.block)
         return None if returns else "it is not known to return the experts of tokens: convert its block"
     if not isinstance(site.gate, TokenChoiceGate):
         return "tokens make no choices there"
@@ -73,9 +73,9 @@ def why_not_forced(site: Site) -> str | None:
     return None
 
 
-def replace_choices(held: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
+def replace_choices(block: BlockSettings, how: Forced, router: nn.Module, args: object, output: Any) -> Any:
     """Forward hook of a router of `transformers`: replaces the experts `(t, k)` that it returns."""
-    logits, _, expert = told(router, output, held)
+    logits, _, expert = told(router, output, block)
     forced = forced_experts(how, (1, *expert.shape), logits.shape[-1], expert.device).view(expert.shape)
-    place = places_of(held)["experts"]
+    place = places_of(block)["experts"]
     return tuple(forced.to(part.dtype) if i == place else part for i, part in enumerate(output))

@@ -48,7 +48,7 @@ class Site:
     outer: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
     level_one: Site | None = None  #: for level two: the site of level one
     theirs: bool = False  #: whether it is a router of transformers, or any module that is no gate
-    held: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
+    block: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
     holder: nn.Module | None = field(default=None, repr=False)  #: of no known block: the module that holds a bias
 
     @property
@@ -67,14 +67,14 @@ class Site:
     @property
     def k(self) -> int | None:
         """Choices of a token; None if it is not known."""
-        k = getattr(self.gate, "top_k" if self.theirs else "k", None) if self.held is None else self.held.k
+        k = getattr(self.gate, "top_k" if self.theirs else "k", None) if self.block is None else self.block.k
         return k if isinstance(k, int) else None
 
     @property
     def bias(self) -> Tensor | None:
         """The bias that chooses experts and that counts of choices move; None if there is none."""
-        if self.held is not None:
-            return self.held.expert_bias
+        if self.block is not None:
+            return self.block.expert_bias
         if self.theirs:
             return None if self.holder is None else bias_of(self.holder)
         counts = getattr(self.gate, "expert_counts", None) is not None
@@ -225,12 +225,12 @@ def ours(place: Place, attribute: str, num_experts: int) -> Site:
     return Site(gate, called, num_experts, place.around, (stand,))
 
 
-def theirs(place: Place, held: BlockSettings) -> Site:
+def theirs(place: Place, block: BlockSettings) -> Site:
     """The site of a router in a known block of `transformers`."""
-    path = next(name for name in KEEPS["router"] if isinstance(getattr(held.block, name, None), nn.Module))
+    path = next(name for name in KEEPS["router"] if isinstance(getattr(block.module, name, None), nn.Module))
     name, called = place.part(path)
-    stand = Stand(name, held.block, held.held("experts"))
-    return Site(unwrapped(called), called, num_logits(held), place.around, (stand,), theirs=True, held=held)
+    stand = Stand(name, block.module, block.attribute("experts"))
+    return Site(unwrapped(called), called, num_logits(block), place.around, (stand,), theirs=True, block=block)
 
 
 def unknown(place: Place) -> Site:
@@ -266,8 +266,8 @@ def is_router(module: nn.Module) -> bool:
 
 def bias_of(module: nn.Module) -> Tensor | None:
     """The bias for choosing experts that a module holds; None if it holds none."""
-    held = (getattr(module, name, None) for name in BIASES)
-    return next((bias for bias in held if isinstance(bias, Tensor)), None)
+    biases = (getattr(module, name, None) for name in BIASES)
+    return next((bias for bias in biases if isinstance(bias, Tensor)), None)
 
 
 def holds_bias(module: nn.Module, found: Iterable[Site]) -> bool:

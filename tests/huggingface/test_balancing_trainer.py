@@ -173,15 +173,17 @@ def test_quantiles_of_their_scores(name):
     (_, batch), before = two_lengths("right"), {key: value.clone() for key, value in biases(model).items()}
     real = batch["attention_mask"].bool().flatten()
     for block, seen in zip(blocks, scores, strict=True):
-        held = BlockSettings(block, record_of(block))
-        nn.init.normal_(held.weight, std=0.3)  # some are zeros
+        settings = BlockSettings(block, record_of(block))
+        nn.init.normal_(settings.weight, std=0.3)  # some are zeros
 
-        def keep(router: nn.Module, args: Any, output: Any, held: Any = held, seen: list[Tensor] = seen) -> None:
+        def keep(
+            router: nn.Module, args: Any, output: Any, settings: Any = settings, seen: list[Tensor] = seen
+        ) -> None:
             if router.training:
-                logits = args[0].detach().flatten(0, -2).float() @ held.weight.detach().float().T
-                seen.append((logits.softmax(-1) if held.score == "softmax" else logits.sigmoid())[real])
+                logits = args[0].detach().flatten(0, -2).float() @ settings.weight.detach().float().T
+                seen.append((logits.softmax(-1) if settings.score == "softmax" else logits.sigmoid())[real])
 
-        held.router.register_forward_hook(keep)
+        settings.router.register_forward_hook(keep)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     balancing = balance_experts(model, optimizer, "quantile")
     for _ in range(2):

@@ -54,21 +54,21 @@ class BlockExperts:
     always: int
 
     def __init__(self, settings: BlockSettings) -> None:
-        self.block, self.model, self.always = settings.block, settings.model, settings.always
+        self.block, self.model, self.always = settings.module, settings.model, settings.always
         self.averages = settings.averages
         self.experts: Any = find(self.block, *KEEPS["experts"])
 
-    def held(self, part: str) -> Any:
+    def attribute(self, part: str) -> Any:
         return find(self.block, *KEEPS[part])
 
     @property
     def shared(self) -> Any:
-        return None if self.always else self.held("shared")
+        return None if self.always else self.attribute("shared")
 
     @property
     def shift(self) -> Any:
         """A vector that is added to what the experts return; None if there is none."""
-        found = self.held("shift")
+        found = self.attribute("shift")
         return found if isinstance(found, nn.Parameter) else None
 
     # the modules
@@ -91,7 +91,7 @@ class BlockExperts:
         around = self.around()
         if self.averages and shared is not None:
             shared = nn.Sequential(shared, Scale(0.5))
-        last = self.held("last")
+        last = self.attribute("last")
         if around or last is not None:
             parts: Any = {name: copied_in_turn(modules) for name, modules in around.items()}
             if last is not None:
@@ -105,14 +105,14 @@ class BlockExperts:
     def shared_module(self) -> nn.Module | None:
         if self.shared is None:
             return None
-        gate = self.held("shared_gate")
+        gate = self.attribute("shared_gate")
         return copied(self.shared) if gate is None else TokenGated(copied(self.shared), copied(gate))
 
     def around(self) -> dict[str, list[nn.Module]]:
         """The modules before and after the experts."""
         found = {
-            "before": [self.held("before"), self.held("before_norm")],
-            "after": [self.held("after")],
+            "before": [self.attribute("before"), self.attribute("before_norm")],
+            "after": [self.attribute("after")],
         }
         real = {
             name: [m for m in modules if m is not None and type(m) is not nn.Identity]
@@ -153,7 +153,7 @@ class BlockExperts:
 
     def views(self, of: Of) -> dict[str, Pieces]:
         inner, found = "experts", {}
-        around, last = self.around(), self.held("last")
+        around, last = self.around(), self.attribute("last")
         if self.shift is not None:
             found[f"{inner}.after.bias"] = [(..., of(self.shift))]
             inner += ".experts"
@@ -178,7 +178,7 @@ class BlockExperts:
         if self.shared is not None:
             if self.averages:
                 shared += ".0"
-            gate = self.held("shared_gate")
+            gate = self.attribute("shared_gate")
             found |= paths(shared if gate is None else f"{shared}.module", self.shared, of)
             if gate is not None:
                 found |= paths(f"{shared}.gate", gate, of)

@@ -14,45 +14,45 @@ from mixture_of_experts.huggingface.blocks.block_experts import Pieces, copied, 
 from mixture_of_experts.whole_model.block_settings import BlockSettings
 
 
-def make_gate(held: BlockSettings, balance_over: Any) -> Any:
+def make_gate(block: BlockSettings, balance_over: Any) -> Any:
     """The gate of a block. Weights that are copied one by one are still on the meta device."""
-    e, settings = held.num_experts, held.gate()
+    e, settings = block.num_experts, block.gate()
     with torch.device("meta"):  # draws no numbers for weights that are copied
-        if held.model.logits is not None:
-            settings["logits"] = RouterLogits(held.dim, e, **held.logits())
-        if held.network:
+        if block.model.logits is not None:
+            settings["logits"] = RouterLogits(block.dim, e, **block.logits())
+        if block.network:
             settings["logits"] = nn.Identity()
-        if held.model.scales is not None:
-            settings["weigh"] = LearnedScale(e if held.model.scales == "expert" else 1)
-        if held.model.router is TopKGating:
+        if block.model.scales is not None:
+            settings["weigh"] = LearnedScale(e if block.model.scales == "expert" else 1)
+        if block.model.router is TopKGating:
             settings["balance_over"] = balance_over
-        kind: Any = held.model.router
-        if held.experts_of_id is not None:
-            kind, settings["num_ids"] = HashGating, len(held.experts_of_id)
-        gate = kind(held.dim, e, **settings)
-    if held.network:
-        gate.logits = nn.Sequential(*(copied(getattr(held.router, name)) for name in held.network))
+        kind: Any = block.model.router
+        if block.experts_of_id is not None:
+            kind, settings["num_ids"] = HashGating, len(block.experts_of_id)
+        gate = kind(block.dim, e, **settings)
+    if block.network:
+        gate.logits = nn.Sequential(*(copied(getattr(block.router, name)) for name in block.network))
     return gate
 
 
-def router_views(held: BlockSettings, of: Callable[[Tensor], Tensor]) -> dict[str, Pieces]:
+def router_views(block: BlockSettings, of: Callable[[Tensor], Tensor]) -> dict[str, Pieces]:
     """The router's weights, by the names and in the layout of this package."""
     found: dict[str, Pieces] = {}
-    for index, name in enumerate(held.network):
-        found |= paths(f"gate.logits.{index}", getattr(held.router, name), of)
-    if held.weight is not None:
-        name = "gate.w_gating" if held.model.logits is None else "gate.logits.weight"
-        found[name] = [(..., of(held.weight).T)]
-    if held.model.logits is not None and "norm_eps" in held.model.logits:
-        found["gate.logits.norm_weight"] = [(..., of(held.held("norm_weight")))]
-    if held.bias is not None:
-        found["gate.b_gating"] = [(..., of(held.bias))]
-    if held.experts_of_id is not None:
-        found["gate.experts_of_id"] = [(..., of(held.experts_of_id))]
-    if held.model.scales is not None:
-        found["gate.weigh.scale"] = [(..., of(held.held("scales")))]
-    if held.expert_bias is not None:
-        bias = of(held.expert_bias)
+    for index, name in enumerate(block.network):
+        found |= paths(f"gate.logits.{index}", getattr(block.router, name), of)
+    if block.weight is not None:
+        name = "gate.w_gating" if block.model.logits is None else "gate.logits.weight"
+        found[name] = [(..., of(block.weight).T)]
+    if block.model.logits is not None and "norm_eps" in block.model.logits:
+        found["gate.logits.norm_weight"] = [(..., of(block.attribute("norm_weight")))]
+    if block.bias is not None:
+        found["gate.b_gating"] = [(..., of(block.bias))]
+    if block.experts_of_id is not None:
+        found["gate.experts_of_id"] = [(..., of(block.experts_of_id))]
+    if block.model.scales is not None:
+        found["gate.weigh.scale"] = [(..., of(block.attribute("scales")))]
+    if block.expert_bias is not None:
+        bias = of(block.expert_bias)
         bias = bias.flatten() if bias.ndim == 2 else bias
-        found["gate.expert_bias"] = [(slice(len(bias)) if held.always else ..., bias)]
+        found["gate.expert_bias"] = [(slice(len(bias)) if block.always else ..., bias)]
     return found
