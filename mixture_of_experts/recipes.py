@@ -1,7 +1,7 @@
-"""Published models as records of one table: the settings of router and experts, and where their blocks keep them::
+"""Published models as recipes of one table: the settings of router and experts, and where their blocks keep them::
 
     recipes.mixtral(dim=64, num_experts=8, hidden_dim=128)    # a plain MoE
-    recipes.MODELS["mixtral"]                                 # its record
+    recipes.MODELS["mixtral"]                                 # its recipe
 
 The table is read by the recipes, by `huggingface.from_transformers` and `to_transformers`, by `stats.track_routing`
 and by the documentation. Nothing here needs `transformers`.
@@ -38,8 +38,8 @@ from mixture_of_experts.support.checks import check_size
 
 
 @dataclass(frozen=True)
-class Model:
-    """The record of a model.
+class Recipe:
+    """The recipe of a model's layers.
 
     Attributes:
         paper: number of its paper on arXiv.
@@ -126,15 +126,15 @@ SIGMOID = dict(score="sigmoid", expert_bias=True)
 #: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
 COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
 
-MODELS: dict[str, Model] = {
-    "gshard": Model(
+MODELS: dict[str, Recipe] = {
+    "gshard": Recipe(
         "2006.16668",
         router=Top2Gating,
         gate=dict(capacity_factor_train=2.0, capacity_factor_eval=None, second_policy_eval="all"),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
     ),
-    "switch": Model(
+    "switch": Recipe(
         "2101.03961",
         gate=dict(k=1, jitter=0.01, capacity_factor_train=1.25),
         experts=dict(activation="relu", gated=False),
@@ -142,21 +142,21 @@ MODELS: dict[str, Model] = {
         blocks=("SwitchTransformersSparseMLP",),
         returns=(None, None, "logits"),
     ),
-    "shazeer": Model(
+    "shazeer": Recipe(
         "1701.06538",
         router=NoisyTopKGating,
         gate=dict(k=4),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=0.1),  # w_importance = w_load, appendix C
     ),
-    "expert_choice": Model(
+    "expert_choice": Recipe(
         "2202.09368",
         router=ExpertChoiceGating,
         gate=dict(capacity_factor=2.0),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=0.0),
     ),
-    "mixtral": Model(
+    "mixtral": Recipe(
         "2401.04088",
         gate=dict(k=2, normalize=True, **BATCH),
         router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
@@ -166,14 +166,14 @@ MODELS: dict[str, Model] = {
             "Qwen3VLMoeTextSparseMoeBlock",
         ),
     ),
-    "olmoe": Model(
+    "olmoe": Recipe(
         "2409.02060",
         gate=dict(k=8, normalize=False, **BATCH),
         layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
         router_aux_loss_coef=(0.01, 16),
         blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
     ),
-    "qwen2": Model(
+    "qwen2": Recipe(
         "2407.10671",
         gate=dict(k=4, normalize=False, **BATCH),
         router_aux_loss_coef=(0.001, 24),
@@ -181,27 +181,27 @@ MODELS: dict[str, Model] = {
         shared_gate=True,
         blocks=("Qwen2MoeSparseMoeBlock", "Qwen3OmniMoeTalkerTextSparseMoeBlock"),
     ),
-    "qwen3": Model(
+    "qwen3": Recipe(
         "2505.09388",
         gate=dict(k=8, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
     ),
-    "qwen3_next": Model(
+    "qwen3_next": Recipe(
         gate=dict(k=10, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         shared=1.0,
         shared_gate=True,
         blocks=("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock", "Qwen4ExpTextSparseMoeBlock"),
     ),
-    "lara_mini": Model(gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks=("LaraMiniSparseMoeBlock",)),
-    "hunyuan": Model(
+    "lara_mini": Recipe(gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks=("LaraMiniSparseMoeBlock",)),
+    "hunyuan": Recipe(
         "2411.02265",
         gate=dict(k=1, normalize=True, **BATCH),
         shared=1.0,
         blocks=("HunYuanMoEV1Moe",),
     ),
-    "deepseek_v2": Model(
+    "deepseek_v2": Recipe(
         "2405.04434",
         gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
         shared=2.0,
@@ -209,7 +209,7 @@ MODELS: dict[str, Model] = {
         layer=dict(loss_coef=3e-3, loss_coefs=dict(balance_device=0.05, balance_communication=0.02)),
         blocks=("DeepseekV2Moe", "DeepseekOcr2TextMoe", "UnlimitedOcrTextMoe"),
     ),
-    "deepseek_v3": Model(
+    "deepseek_v3": Recipe(
         "2412.19437",
         gate=dict(k=8, normalize=True, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
         shared=1.0,
@@ -233,21 +233,21 @@ MODELS: dict[str, Model] = {
             "SolarOpenMoE",
         ),
     ),
-    "glm5_next": Model(
+    "glm5_next": Recipe(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="silu", limit=10.0),
         shared=1.0,
         layer=COMPLEMENTARY,
         blocks=("Glm5NextTextMoE", "HYV4MoE", "HYV4VLMoE"),
     ),
-    "deepseek_v4": Model(
+    "deepseek_v4": Recipe(
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
         experts=dict(activation="silu", limit=10.0),
         shared=1.0,
         layer=COMPLEMENTARY,
         blocks=("DeepseekV4SparseMoeBlock",),
     ),
-    "nemotron_h": Model(
+    "nemotron_h": Recipe(
         "2512.20848",
         gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="relu2", gated=False),
@@ -255,93 +255,93 @@ MODELS: dict[str, Model] = {
         layer=dict(loss_coef=1e-4),  # report of Nemotron 3 Nano: the standard loss beside the bias
         blocks=("NemotronHMoE",),
     ),
-    "kimi_k2": Model(
+    "kimi_k2": Recipe(
         "2507.20534",
         gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
         shared=1.0,
         layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
     ),
     # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
-    "kimi_k3": Model(
+    "kimi_k3": Recipe(
         gate=dict(k=16, normalize=True, **SIGMOID),
         experts=dict(activation="situ"),
         latent=0.5,
         shared=2.0,
         layer=dict(loss_coef=0.0),
     ),
-    "hy_v3": Model(
+    "hy_v3": Recipe(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
         shared=1.0,
         layer=COMPLEMENTARY,
         blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
     ),
-    "minimax_m2": Model(
+    "minimax_m2": Recipe(
         gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
         router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
     ),
-    "minimax_m3": Model(
+    "minimax_m3": Recipe(
         gate=dict(k=4, normalize=True, eps=0.0, scale=2.0, **SIGMOID),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
         shared=1.0,
         router_aux_loss_coef=(0.001, 60),
         blocks=("MiniMaxM3VLSparseMoeBlock",),
     ),
-    "step3": Model(
+    "step3": Recipe(
         gate=dict(k=8, normalize=True, eps=0.0, scale=3.0, **SIGMOID),
         experts=dict(activation="silu", limit=7.0, after=True),
         shared=1.0,
         blocks=("Step3p7SparseMoeBlock",),
     ),
-    "lfm2": Model(
+    "lfm2": Recipe(
         gate=dict(k=4, normalize=True, eps=1e-6, **SIGMOID),
         blocks=("Lfm2MoeSparseMoeBlock",),
     ),
-    "flint": Model(
+    "flint": Recipe(
         gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",)
     ),
-    "ernie4_5": Model(
+    "ernie4_5": Recipe(
         gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
         router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
     ),
-    "mistral4": Model(
+    "mistral4": Recipe(
         gate=dict(k=4, normalize=True),
         shared=1.0,
         blocks=("Mistral4MoE", "MistralLarge4TextMoE"),
     ),
-    "granite4": Model(
+    "granite4": Recipe(
         gate=dict(k=8, weigh="softmax", **BATCH),
         router_aux_loss_coef=(0.001, 32),
         blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
     ),
-    "aria": Model("2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks=("AriaTextMoELayer",)),
-    "jetmoe": Model(
+    "aria": Recipe("2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks=("AriaTextMoELayer",)),
+    "jetmoe": Recipe(
         "2404.07413",
         gate=dict(k=2, weigh="softmax"),
         blocks=("JetMoeMoE",),
         returns=(None, None, None, None, "logits"),
         keeps={"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
     ),
-    "gpt_oss": Model(
+    "gpt_oss": Recipe(
         "2508.10925",
         gate=dict(k=4, weigh="softmax", bias=True, **BATCH),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
         router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
         blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
     ),
-    "cohere2": Model(
+    "cohere2": Recipe(
         gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0),
         shared=1.0,
         blocks=("Cohere2MoeSparseMoeBlock",),
     ),
-    "kolibri1": Model(
+    "kolibri1": Recipe(
         gate=dict(k=8, select="logits", normalize=True, eps=0.0, **SIGMOID),
         shared=1.0,
         blocks=("Kolibri1SparseMoeBlock",),
     ),
-    "llama4": Model(
+    "llama4": Recipe(
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
         weigh_input=True,
         shared=1.0,
@@ -349,18 +349,18 @@ MODELS: dict[str, Model] = {
         blocks=("Llama4TextMoe",),
         returns=(None, "logits"),
     ),
-    "laguna": Model(
+    "laguna": Recipe(
         gate=dict(k=8, normalize=True, eps=0.0, scale=2.5, **SIGMOID),
         logits=dict(softcap=30.0),
         shared=1.0,
         blocks=("LagunaSparseMoeBlock",),
     ),
-    "muse_spark": Model(
+    "muse_spark": Recipe(
         gate=dict(k=8, normalize=True, eps=1e-15, scale=2.5, **SIGMOID),
         logits=dict(multiplier=1.0),
         blocks=("MuseSparkMoE",),
     ),
-    "gemma4": Model(
+    "gemma4": Recipe(
         gate=dict(k=8, **BATCH),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
         scales="expert",
@@ -368,47 +368,47 @@ MODELS: dict[str, Model] = {
         returns=("probs", "weights", "experts"),
         blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
     ),
-    "inkling": Model(
+    "inkling": Recipe(
         gate=dict(k=6, scale=2.5, **SIGMOID),
         scales="all",
         blocks=("InklingMoE",),
     ),
-    "inkling2": Model(
+    "inkling2": Recipe(
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
         blocks=("Inkling2SparseMoeBlock", "Inkling2LoopSparseMoeBlock"),
     ),
-    "phi3_5": Model(
+    "phi3_5": Recipe(
         "2409.12136",
         router=SparseMixerGating,
         gate=dict(k=2, tolerance=0.01),
         router_aux_loss_coef=(0.001, 32),
         blocks=("PhimoeSparseMoeBlock",),
     ),
-    "dbrx": Model(
+    "dbrx": Recipe(
         gate=dict(k=4, normalize=True, **BATCH),
         router_aux_loss_coef=(0.05, 40),
         blocks=("DbrxFFN",),
         returns=("logits",),
     ),
-    "longcat_flash": Model(
+    "longcat_flash": Recipe(
         "2509.01322",
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
         identity=0.5,
         layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
         blocks=("LongcatFlashMoE",),
     ),
-    "dynamic_moe": Model(
+    "dynamic_moe": Recipe(
         "2403.07652",
         router=TopPGating,
         gate=dict(k=8, p=0.4),
         layer=dict(loss_coef=1e-2, loss_coefs=dict(entropy=1e-4)),  # section 4.1
     ),
-    "remoe": Model("2412.14711", router=ReLUGating, gate=dict(k=8, mean_choices=1), layer=dict(loss_coef=1.0)),
-    "zaya": Model(gate=dict(k=1, normalize=False, expert_bias=True), zero=1, blocks=("ZayaSparseMoeBlock",)),
+    "remoe": Recipe("2412.14711", router=ReLUGating, gate=dict(k=8, mean_choices=1), layer=dict(loss_coef=1.0)),
+    "zaya": Recipe(gate=dict(k=1, normalize=False, expert_bias=True), zero=1, blocks=("ZayaSparseMoeBlock",)),
 }
 
-#: the record of each class of a block
-BLOCKS: dict[str, Model] = {block: model for model in MODELS.values() for block in model.blocks}
+#: the recipe of each class of a block
+BLOCKS: dict[str, Recipe] = {block: model for model in MODELS.values() for block in model.blocks}
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -459,7 +459,7 @@ class SharedExpert(nn.Module):
 
 
 def build(
-    model: Model,
+    recipe: Recipe,
     dim: int,
     num_experts: int,
     hidden_dim: int | None = None,
@@ -473,20 +473,20 @@ def build(
     dtype: torch.dtype | None = None,
     **changes: Any,
 ) -> MoE:
-    """Return a layer that is made as a record says.
+    """Return a layer that is made as a recipe says.
 
     Args:
-        model: one of `MODELS`, or a record of your own.
+        recipe: one of `MODELS`, or a recipe of your own.
         dim, num_experts: d and e, the number of experts that compute.
         hidden_dim: h, hidden width of an expert; 4 d by default.
         layers: number of such layers in your model, by which a coefficient of one loss over all layers is divided; by
             default the published number. Coefficients that papers give for each layer stay as they are.
         latent_dim: width in which experts compute, between two linear layers (arXiv 2601.18089); by default that of
-            the record, or d.
-        activation: of the networks that this makes, instead of the record's; as in `MoE`.
-        gate, experts: instead of those that the record describes; as in `MoE`.
+            the recipe, or d.
+        activation: of the networks that this makes, instead of the recipe's; as in `MoE`.
+        gate, experts: instead of those that the recipe describes; as in `MoE`.
         device, dtype: of the weights.
-        changes: arguments that replace the record's: of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`, `group_size`,
+        changes: arguments that replace the recipe's: of `MoE` (`loss_coef`, `z_loss_coef`, `loss_coefs`, `group_size`,
             `shared_expert`), and of the gate (`k`, `capacity_factor_train` and all others).
 
     Raises:
@@ -494,41 +494,41 @@ def build(
 
     Example:
         >>> import torch
-        >>> moe = build(Model(gate=dict(k=3, score="sigmoid")), dim=16, num_experts=8, hidden_dim=4)
+        >>> moe = build(Recipe(gate=dict(k=3, score="sigmoid")), dim=16, num_experts=8, hidden_dim=4)
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
     """
-    if not isinstance(model, Model):
-        raise TypeError(f"model must be a record, such as recipes.MODELS['mixtral'], got {model!r:.99}")
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe must be a Recipe, such as recipes.MODELS['mixtral'], got {recipe!r:.99}")
     e, factory = check_size("num_experts", num_experts), dict(device=device, dtype=dtype)
     d, h = check_size("dim", dim), check_size("hidden_dim", 4 * dim if hidden_dim is None else hidden_dim)
     of_layer = {name: changes.pop(name) for name in OF_LAYER if name in changes}
-    spare = [0, 0] if experts is not None else [round(model.identity * e), model.zero]
+    spare = [0, 0] if experts is not None else [round(recipe.identity * e), recipe.zero]
     if gate is None:
-        _check_published_k(model, e, sum(spare), changes)
-        gate = make_gate(model, d, e + sum(spare), changes, factory)
+        _check_published_k(recipe, e, sum(spare), changes)
+        gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         _refuse_changes("gate", changes)
     if experts is None:
-        experts = _make_experts(model, d, e, h, spare, latent_dim, activation, factory)
+        experts = _make_experts(recipe, d, e, h, spare, latent_dim, activation, factory)
     else:
         unused = dict(latent_dim=latent_dim)
-        if not model.shared or "shared_expert" in of_layer:
+        if not recipe.shared or "shared_expert" in of_layer:
             unused |= dict(hidden_dim=hidden_dim, activation=activation)
         _refuse_changes("experts", {name: value for name, value in unused.items() if value is not None})
     if "shared_expert" not in of_layer:
-        of_layer["shared_expert"] = _make_shared_expert(model, d, h, activation, factory)
+        of_layer["shared_expert"] = _make_shared_expert(recipe, d, h, activation, factory)
     return MoE(
-        d, gate=gate, experts=experts, **{**_coefficients(model, gate, layers, "loss_coef" in of_layer), **of_layer}
+        d, gate=gate, experts=experts, **{**_coefficients(recipe, gate, layers, "loss_coef" in of_layer), **of_layer}
     )
 
 
-def _check_published_k(model: Model, e: int, spare: int, changes: Mapping[str, Any]) -> None:
+def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
     """Refuse so few experts that the published number of choices takes them all. One that is asked for may do so."""
-    k, total = model.gate.get("k"), e + spare
+    k, total = recipe.gate.get("k"), e + spare
     if k is None or "k" in changes or total > k:
         return
-    is_bound = model.router in (TopPGating, ReLUGating)  # tokens make fewer choices
+    is_bound = recipe.router in (TopPGating, ReLUGating)  # tokens make fewer choices
     if total == k and (is_bound or k == 1):
         return
     beside = f" and {spare} beside them" if spare else ""
@@ -546,7 +546,7 @@ def _refuse_changes(part: str, changes: Mapping[str, Any]) -> None:
 
 
 def _make_experts(
-    model: Model,
+    recipe: Recipe,
     d: int,
     e: int,
     h: int,
@@ -555,66 +555,66 @@ def _make_experts(
     activation: Any,
     factory: dict[str, Any],
 ) -> nn.Module:
-    """The experts of a record: `e` that compute, those beside them, and what is around them."""
-    if latent_dim is None and model.latent:
-        latent_dim = round(model.latent * d)
+    """The experts of a recipe: `e` that compute, those beside them, and what is around them."""
+    if latent_dim is None and recipe.latent:
+        latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
-    kind: Any = GatedExperts if model.experts.get("gated", True) else Experts
-    act = make_activation_of(model) if activation is None else activation
-    experts = kind(width, e, h, act, bias=model.experts.get("bias", False), **factory)
-    if model.weigh_input:
+    kind: Any = GatedExperts if recipe.experts.get("gated", True) else Experts
+    act = make_activation_of(recipe) if activation is None else activation
+    experts = kind(width, e, h, act, bias=recipe.experts.get("bias", False), **factory)
+    if recipe.weigh_input:
         experts = InputWeightedExperts(experts)
     if any(spare):
         experts = ExpertsBesideIdentity(experts, num_identity=spare[0], num_zero=spare[1])
     if latent_dim is not None:
         narrow, wide = nn.Linear(d, width, bias=False, **factory), nn.Linear(width, d, bias=False, **factory)
-        after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if model.latent else wide
+        after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if recipe.latent else wide
         experts = EnclosedExperts(experts, before=narrow, after=after)
     return experts
 
 
-def _make_shared_expert(model: Model, d: int, h: int, activation: Any, factory: dict[str, Any]) -> nn.Module | None:
-    """The shared expert of a record; None if it has none."""
-    if not model.shared:
+def _make_shared_expert(recipe: Recipe, d: int, h: int, activation: Any, factory: dict[str, Any]) -> nn.Module | None:
+    """The shared expert of a recipe; None if it has none."""
+    if not recipe.shared:
         return None
-    act = make_activation_of(model) if activation is None else activation
-    shared = SharedExpert(d, round(model.shared * h), act, model.experts.get("gated", True), **factory)
-    return TokenGated(shared, nn.Linear(d, 1, bias=False, **factory)) if model.shared_gate else shared
+    act = make_activation_of(recipe) if activation is None else activation
+    shared = SharedExpert(d, round(recipe.shared * h), act, recipe.experts.get("gated", True), **factory)
+    return TokenGated(shared, nn.Linear(d, 1, bias=False, **factory)) if recipe.shared_gate else shared
 
 
-def _coefficients(model: Model, gate: Any, layers: int | None, given: bool) -> dict[str, Any]:
-    """The coefficients of a record's losses for a model of so many `layers`; `given`: the balancing loss has one."""
-    coefs = dict(model.layer)
+def _coefficients(recipe: Recipe, gate: Any, layers: int | None, given: bool) -> dict[str, Any]:
+    """The coefficients of a recipe's losses for a model of so many `layers`; `given`: the balancing loss has one."""
+    coefs = dict(recipe.layer)
     if "loss_coefs" in coefs and not getattr(gate, "num_groups", None):
         coefs["loss_coefs"] = {n: coef for n, coef in coefs["loss_coefs"].items() if n not in OF_EXPERT_GROUPS}
     if layers is not None:
         check_size("layers", layers)
         if given:
             raise ValueError(f"loss_coef is that of each layer, so layers={layers} would do nothing: give one of them")
-    if model.router_aux_loss_coef is not None and not given:
-        coef, published = model.router_aux_loss_coef
+    if recipe.router_aux_loss_coef is not None and not given:
+        coef, published = recipe.router_aux_loss_coef
         k = getattr(gate, "k", None) or 1  # a gate without k takes means of its own
         coefs["loss_coef"] = coef * k / (published if layers is None else layers)
     return coefs
 
 
-def make_gate(model: Model, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
-    """The gate of a record, for `num_experts` experts; `changes` replace its settings."""
-    known = _arguments_of(model.router)
+def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
+    """The gate of a recipe, for `num_experts` experts; `changes` replace its settings."""
+    known = _arguments_of(recipe.router)
     if known is not None and (unknown := sorted(changes.keys() - known)):
         raise TypeError(
-            f"neither MoE nor the recipe's {model.router.__name__} has an argument {unknown[0]!r}: the gate has "
+            f"neither MoE nor the recipe's {recipe.router.__name__} has an argument {unknown[0]!r}: the gate has "
             f"{', '.join(sorted(known - {'self', 'dim', 'num_experts', 'num_gates', 'settings', *factory}))}"
         )
-    settings = {**model.gate, **changes, **factory}
-    if model.logits is not None:
-        logits = dict(model.logits)
+    settings = {**recipe.gate, **changes, **factory}
+    if recipe.logits is not None:
+        logits = dict(recipe.logits)
         if logits.get("multiplier") == "1/sqrt(d)":
             logits["multiplier"] = dim**-0.5
         settings["logits"] = RouterLogits(dim, num_experts, **logits, **factory)
-    if model.scales is not None:
-        settings["weigh"] = LearnedScale(num_experts if model.scales == "expert" else 1, **factory)
-    return model.router(dim, num_experts, **settings)
+    if recipe.scales is not None:
+        settings["weigh"] = LearnedScale(num_experts if recipe.scales == "expert" else 1, **factory)
+    return recipe.router(dim, num_experts, **settings)
 
 
 def _arguments_of(router: type) -> set[str] | None:
@@ -630,13 +630,13 @@ def _arguments_of(router: type) -> set[str] | None:
     return names
 
 
-def make_activation_of(model: Model) -> nn.Module:
-    """The activation of a record's experts."""
-    name, limit = model.experts.get("activation", "silu"), model.experts.get("limit")
+def make_activation_of(recipe: Recipe) -> nn.Module:
+    """The activation of a recipe's experts."""
+    name, limit = recipe.experts.get("activation", "silu"), recipe.experts.get("limit")
     if name == "clamped_swiglu":
-        return ClampedSwiGLU(model.experts["alpha"], model.experts["limit"])
+        return ClampedSwiGLU(recipe.experts["alpha"], recipe.experts["limit"])
     activation = ACTIVATIONS[name]()
-    return activation if limit is None else ClampedGLU(activation, limit, after=model.experts.get("after", False))
+    return activation if limit is None else ClampedGLU(activation, limit, after=recipe.experts.get("after", False))
 
 
 def gshard(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:

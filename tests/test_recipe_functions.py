@@ -12,19 +12,19 @@ from support.recipes import RECIPES as PAGE
 from torch import nn
 
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
-from mixture_of_experts.recipes import MODELS, Model
+from mixture_of_experts.recipes import MODELS, Recipe
 
 FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
 PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODELS), 'transformers' in sys.modules)"
 
 
 def rows() -> list[str]:
-    """The table of docs/recipes.md, of the records that have a function."""
+    """The table of docs/recipes.md, of the recipes that have a function."""
     return [row(name, MODELS[name]) for name in FUNCTIONS]
 
 
-def row(name: str, model: Model) -> str:
-    """What a record sets, in words of its own."""
+def row(name: str, model: Recipe) -> str:
+    """What a recipe sets, in words of its own."""
     settings = {key: value for key, value in model.gate.items() if key != "balance_over"}
     gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
     logits = "" if model.logits is None else "; logits: " + ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
@@ -43,8 +43,8 @@ def row(name: str, model: Model) -> str:
     return f"| {says} | `{name}` | {kind}`{gate}`{logits}{scales} | {', '.join(parts)} | {shared} | {losses(model)} |"
 
 
-def losses(model: Model) -> str:
-    """The coefficients of a record."""
+def losses(model: Recipe) -> str:
+    """The coefficients of a recipe."""
     coefs = {**model.layer, **model.layer.get("loss_coefs", {})}
     coefs.pop("loss_coefs", None)
     if model.router_aux_loss_coef is not None:
@@ -124,14 +124,14 @@ def test_expert_choice_does_not_decode():
     assert "Not for models that generate" in inspect.getdoc(recipes.expert_choice)
 
 
-def test_changes_dtype_device_and_a_record_of_ones_own():
+def test_changes_dtype_device_and_a_recipe_of_ones_own():
     moe = recipes.mixtral(16, 8, 12, k=3, capacity_factor_train=1.0, dtype=torch.bfloat16, device="meta")
     assert (moe.gate.k, moe.gate.capacity_factor_train) == (3, 1.0)
     assert {(p.dtype, p.device.type) for p in moe.parameters()} == {(torch.bfloat16, "meta")}
     assert recipes.deepseek_v3(16, 32).experts.hidden_dim == 64
     latent = recipes.nemotron_h(16, 32, 12, latent_dim=4)
     assert latent.experts.before.out_features == latent.experts.experts.dim == 4
-    own = recipes.build(Model(gate=dict(k=3), zero=2, shared=0.5, experts=dict(activation="gelu")), 16, 8, 12)
+    own = recipes.build(Recipe(gate=dict(k=3), zero=2, shared=0.5, experts=dict(activation="gelu")), 16, 8, 12)
     assert (own.num_experts, own.experts.num_zero, own.shared_expert.up_proj.out_features) == (10, 2, 6)
 
 
@@ -263,7 +263,7 @@ def test_arguments_of_the_layer_pass_through():
         recipes.mixtral(16, 8, top_k=4)
     with pytest.raises(TypeError, match=r"Top2Gating has an argument 'k': .* second_policy_train"):
         recipes.gshard(16, 8, k=2)
-    with pytest.raises(TypeError, match=r"model must be a record, such as recipes.MODELS\['mixtral'\], got 'mixtral'"):
+    with pytest.raises(TypeError, match=r"recipe must be a Recipe, such as recipes.MODELS\['mixtral'\], got 'mixtral'"):
         recipes.build("mixtral", 16, 8)
 
 

@@ -1,7 +1,7 @@
 """Reads routers of MoE models in `transformers` as if they were gates. Nothing of that package is imported.
 
 Most return `(logits, weights, experts)` of flattened tokens. If a router returns less, the choices are computed again
-from its logits, by the record of its block in `recipes.MODELS`. The arguments of the model around tell which tokens are
+from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the model around tell which tokens are
 padding, and where sequences end.
 
 Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.

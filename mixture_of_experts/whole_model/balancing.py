@@ -239,7 +239,7 @@ def names_of_counts(model: nn.Module) -> set[str]:
 class Theirs:
     """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
 
-    The hook runs after the router, whose record says what it returns; without a record, before the block's experts.
+    The hook runs after the router, whose recipe says what it returns; without a recipe, before the block's experts.
     Of several for one block all count, and the last moves the bias.
     """
 

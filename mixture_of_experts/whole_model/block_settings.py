@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.gating.steps import SCORES, AlwaysChosen, NormalizeBy, OpenGroups
-from mixture_of_experts.recipes import BLOCKS, KEEPS, Model
+from mixture_of_experts.recipes import BLOCKS, KEEPS, Recipe
 from mixture_of_experts.support.private_torch import wrapped_class
 
 #: scores of routers, by the classes of transformers that compute them
@@ -31,23 +31,23 @@ def find(holder: Any, *names: str) -> Any:
     return None
 
 
-def record_of(block: nn.Module) -> Model | None:
-    """The record of a block of a known class that holds a router; None for anything else."""
+def recipe_of(block: nn.Module) -> Recipe | None:
+    """The recipe of a block of a known class that holds a router; None for anything else."""
     kind = wrapped_class(block)
     known = BLOCKS.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
     return known if known is not None and find(block, *KEEPS["router"]) is not None else None
 
 
 class BlockSettings:
-    """The settings of a block's router: the block's own, or where it has none, those of its record."""
+    """The settings of a block's router: the block's own, or where it has none, those of its recipe."""
 
     module: Any
-    model: Model
+    recipe: Recipe
     network: list[str]
     weight: Any
 
-    def __init__(self, module: Any, model: Model) -> None:
-        self.module, self.model = module, model
+    def __init__(self, module: Any, recipe: Recipe) -> None:
+        self.module, self.recipe = module, recipe
         self.router: Any = find(module, *KEEPS["router"])
         network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
         self.network = network if len(network) == 2 else []  # of a router of two layers, not one matrix
@@ -69,13 +69,13 @@ class BlockSettings:
     @property
     def always(self) -> int:
         """The number of shared experts that the router weighs; they have the last ids."""
-        return self.module.shared_experts.n_shared_experts if self.model.scales == "all" else 0
+        return self.module.shared_experts.n_shared_experts if self.recipe.scales == "all" else 0
 
     @property
     def k(self) -> int:
         found = self.attribute("k")
         return (
-            getattr(getattr(self.router, "config", None), "top_k_experts", self.model.gate["k"])
+            getattr(getattr(self.router, "config", None), "top_k_experts", self.recipe.gate["k"])
             if found is None
             else found
         )
@@ -86,7 +86,7 @@ class BlockSettings:
             return WORDS[type(function).__name__]
         if getattr(self.router, "expert_selection_fn", None) == "softmax":
             return "softmax"
-        return self.model.gate.get("score", "softmax")
+        return self.recipe.gate.get("score", "softmax")
 
     @property
     def capacity(self) -> int | None:
@@ -103,7 +103,7 @@ class BlockSettings:
 
     @property
     def expert_bias(self) -> Any:
-        if not self.model.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
+        if not self.recipe.gate.get("expert_bias") or getattr(self.router, "use_expert_bias", True) is False:
             return None
         return self.attribute("expert_bias")
 
@@ -129,10 +129,10 @@ class BlockSettings:
 
     def gate(self) -> dict[str, Any]:
         """Arguments for the gate, without modules."""
-        if "tolerance" in self.model.gate:
-            return dict(k=self.model.gate["k"], tolerance=float(self.attribute("tolerance")))
+        if "tolerance" in self.recipe.gate:
+            return dict(k=self.recipe.gate["k"], tolerance=float(self.attribute("tolerance")))
         left_out = {"jitter", "balance_over", "num_groups", "top_groups", "group_score", "capacity_factor_train"}
-        settings = {name: value for name, value in self.model.gate.items() if name not in left_out}
+        settings = {name: value for name, value in self.recipe.gate.items() if name not in left_out}
         settings |= dict(k=self.k, score=self.score, scale=self.scale, bias=self.bias is not None)
         settings["expert_bias"] = self.expert_bias is not None
         if "normalize" in settings and isinstance(normalize := self.attribute("normalize"), bool):
@@ -156,11 +156,11 @@ class BlockSettings:
             return {}
         if hasattr(self.router, "apply_group_scoring"):
             return dict(select=OpenGroups(groups, best))
-        return dict(num_groups=groups, top_groups=best, group_score=self.model.gate.get("group_score", "two_best"))
+        return dict(num_groups=groups, top_groups=best, group_score=self.recipe.gate.get("group_score", "two_best"))
 
     def logits(self) -> dict[str, Any]:
         """Arguments for `RouterLogits`."""
-        settings = dict(self.model.logits or {})
+        settings = dict(self.recipe.logits or {})
         if "norm_eps" in settings:
             return dict(norm_eps=self.router.eps, multiplier=self.router.scalar_root_size)
         if "softcap" in settings:
@@ -168,13 +168,13 @@ class BlockSettings:
         return dict(multiplier=float(self.attribute("multiplier")))
 
 
-#: what a router of no record returns
-RETURNS = Model().returns
+#: what a router of no recipe returns
+RETURNS = Recipe().returns
 
 
 def places_of(block: BlockSettings | None) -> dict[str, int]:
-    """Where each value stands in what a router returns, by its name in `Model.returns`."""
-    names = RETURNS if block is None else block.model.returns
+    """Where each value stands in what a router returns, by its name in `Recipe.returns`."""
+    names = RETURNS if block is None else block.recipe.returns
     return {name: place for place, name in enumerate(names) if name is not None}
 
 
@@ -187,10 +187,10 @@ def told(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[T
     if logits is not None and logits.ndim > 1 and (block is None or logits.shape[-1] == num_logits(block)):
         weight, expert = found.get("weights"), found.get("experts")
         if weight is not None and expert is not None and expert.ndim == 2 and weight.shape == expert.shape:
-            if block is not None and block.model.zero:
+            if block is not None and block.recipe.zero:
                 expert = expert.where(weight != 0, block.num_experts - 1)
             return logits, weight, expert
-        if block is not None and "experts" not in block.model.returns:
+        if block is not None and "experts" not in block.recipe.returns:
             expert = top_choices(logits, block.k)
             return logits, SCORES[block.score](logits.float()).gather(-1, expert), expert
     raise TypeError(

@@ -36,7 +36,7 @@ def force_routing(model: nn.Module, how: Forced = "balanced", *, gates: Gates | 
     Raises:
         ValueError: `how` is another word, or the model has no gate.
         TypeError: a gate cannot be forced: it does not read `given_experts`, or it is a router of `transformers` that
-            returns no experts. In a forward, such a router returns others than its record says.
+            returns no experts. In a forward, such a router returns others than its recipe says.
 
     Example:
         >>> import torch

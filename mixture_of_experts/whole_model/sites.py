@@ -19,12 +19,12 @@ from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.recipes import KEEPS
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import wrapped_class, wrapped_module
-from mixture_of_experts.whole_model.block_settings import BlockSettings, find, num_logits, record_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find, num_logits, recipe_of
 from mixture_of_experts.whole_model.model_tokens import nearest_reader
 
 Gates = Iterable["str | nn.Module"]  # names of sites; gates or layers
 ROUTER = re.compile(r"Top[kK]Router$")
-#: names of the bias that moves in blocks of no record
+#: names of the bias that moves in blocks of no recipe
 BIASES = ("e_score_correction_bias", "expert_bias")
 
 
@@ -206,8 +206,8 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     elif isinstance(module, MoE):
         assert isinstance(module.num_experts, int)
         yield ours(place, "gate", module.num_experts)
-    elif (record := record_of(module)) is not None:
-        yield theirs(place, BlockSettings(module, record))
+    elif (recipe := recipe_of(module)) is not None:
+        yield theirs(place, BlockSettings(module, recipe))
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
@@ -234,7 +234,7 @@ def theirs(place: Place, block: BlockSettings) -> Site:
 
 
 def unknown(place: Place) -> Site:
-    """The site of a router in a block of no record: one that is known by its name, or stands by a bias."""
+    """The site of a router in a block of no recipe: one that is known by its name, or stands by a bias."""
     near = (place.module, *reversed(place.above[-2:]))
     block = next((module for module in near if isinstance(find(module, "experts"), nn.Module)), None)
     called, name, bias = place.called, place.name or "gate", bias_of(place.module)

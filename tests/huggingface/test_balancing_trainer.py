@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts import TopKGating, balance_experts
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.whole_model.block_settings import BlockSettings, record_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 from mixture_of_experts.whole_model.sites import BIASES
 
 from .test_blocks import build as build_sparse
@@ -168,12 +168,12 @@ def exact_quantile(score: Tensor, bias: Tensor, k: int) -> Tensor:
 def test_quantiles_of_their_scores(name):
     """By what the router's matrix says of real tokens, over two micro-batches; evaluation and padding count nothing."""
     model = family(name) if name in FAMILIES else one_group(build_sparse("DeepseekV3")).train()
-    blocks = [module for module in model.modules() if record_of(module) is not None]
+    blocks = [module for module in model.modules() if recipe_of(module) is not None]
     scores: list[list[Tensor]] = [[] for _ in blocks]
     (_, batch), before = two_lengths("right"), {key: value.clone() for key, value in biases(model).items()}
     real = batch["attention_mask"].bool().flatten()
     for block, seen in zip(blocks, scores, strict=True):
-        settings = BlockSettings(block, record_of(block))
+        settings = BlockSettings(block, recipe_of(block))
         nn.init.normal_(settings.weight, std=0.3)  # some are zeros
 
         def keep(
@@ -195,7 +195,7 @@ def test_quantiles_of_their_scores(name):
     after = biases(model)
     assert len(before) == len(blocks) == 2
     for (key, old), block, seen in zip(before.items(), blocks, scores, strict=True):
-        wanted = exact_quantile(torch.cat(seen), old.flatten(), BlockSettings(block, record_of(block)).k)
+        wanted = exact_quantile(torch.cat(seen), old.flatten(), BlockSettings(block, recipe_of(block)).k)
         torch.testing.assert_close(after[key].flatten().float(), wanted, atol=2.1e-3, rtol=0)
         assert wanted.abs().max() > 5e-3
     balancing.remove()
@@ -217,7 +217,7 @@ def test_quantiles_do_not_fit_their_groups():
     with pytest.raises(ValueError, match="does not fit DeepseekV3MoE: experts are chosen in 4 groups there"):
         balance_experts(model, optimizer, "quantile")
     assert not any(module._forward_hooks for module in model.modules())
-    for module in one_group(model).modules():  # a record is known by the name of the block's class
+    for module in one_group(model).modules():  # a recipe is known by the name of the block's class
         if type(module).__name__ == "DeepseekV3MoE":
             module.__class__ = type("OwnMoE", (type(module),), {})
     with pytest.raises(

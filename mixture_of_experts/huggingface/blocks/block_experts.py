@@ -24,7 +24,7 @@ from mixture_of_experts.around import (
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.huggingface.replacement.adapters import read_activation
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
-from mixture_of_experts.recipes import KEEPS, Model
+from mixture_of_experts.recipes import KEEPS, Recipe
 from mixture_of_experts.whole_model.block_settings import BlockSettings, find
 
 Of = Callable[[Tensor], Tensor]
@@ -50,11 +50,11 @@ class BlockExperts:
     """The experts of a block, and the modules around them."""
 
     block: Any
-    model: Model
+    recipe: Recipe
     always: int
 
     def __init__(self, settings: BlockSettings) -> None:
-        self.block, self.model, self.always = settings.module, settings.model, settings.always
+        self.block, self.recipe, self.always = settings.module, settings.recipe, settings.always
         self.averages = settings.averages
         self.experts: Any = find(self.block, *KEEPS["experts"])
 
@@ -83,9 +83,9 @@ class BlockExperts:
         experts.is_transposed = True  # weights are (e, in, out): PEFT reads this
         if (norm := find(self.experts, "post_expert_norm")) is not None:
             experts = NormedExperts(experts, copied(norm))
-        if self.model.weigh_input:
+        if self.recipe.weigh_input:
             experts = InputWeightedExperts(experts)
-        if spare := self.num_identity + self.model.zero:
+        if spare := self.num_identity + self.recipe.zero:
             experts = ExpertsBesideIdentity(experts, num_identity=self.num_identity, num_zero=spare - self.num_identity)
         shared = self.shared_module()
         around = self.around()
@@ -133,13 +133,13 @@ class BlockExperts:
             act = read_activation(one.act)
             return act if not one.dropout.p else nn.Sequential(act, copy.deepcopy(one.dropout))
         act = find(experts, "act_fn", "mlp.activation_fn")
-        if "activation" in self.model.keeps:
-            act = find(self.block, self.model.keeps["activation"])
+        if "activation" in self.recipe.keeps:
+            act = find(self.block, self.recipe.keeps["activation"])
         if alpha is not None:
             return ClampedSwiGLU(alpha, limit)
         act = nn.SiLU() if act is None else read_activation(act)
         if limit is not None:
-            return ClampedGLU(act, limit, after=bool(self.model.experts.get("after")))
+            return ClampedGLU(act, limit, after=bool(self.recipe.experts.get("after")))
         return copy.deepcopy(act)
 
     def sizes(self, weights: dict[str, Pieces]) -> tuple[int, int, int]:
@@ -167,12 +167,12 @@ class BlockExperts:
         shared = f"{inner}.beside" if last is not None else "shared_expert"
         if around or last is not None:
             inner += ".experts"
-        if self.num_identity or self.model.zero:
+        if self.num_identity or self.recipe.zero:
             inner += ".experts"
         if (norm := find(self.experts, "post_expert_norm")) is not None:
             found |= paths(f"{inner}.norm", norm, of)
             inner += ".experts"
-        if self.model.weigh_input:
+        if self.recipe.weigh_input:
             inner += ".experts"
         found |= {f"{inner}.{name}": pieces for name, pieces in self.weights(of).items()}
         if self.shared is not None:
@@ -186,7 +186,7 @@ class BlockExperts:
 
     def weights(self, of: Of) -> dict[str, Pieces]:
         """The weights of the stacked experts, by name."""
-        experts, keeps = self.experts, self.model.keeps
+        experts, keeps = self.experts, self.recipe.keeps
         if isinstance(experts, nn.ModuleDict):
             return {
                 ours: [(i, of(getattr(one, name).weight).T) for i, one in enumerate(experts.values())]
@@ -209,7 +209,7 @@ class BlockExperts:
 
     def stacked(self, of: Of) -> dict[str, Pieces]:
         experts = self.experts
-        transposed = getattr(experts, "is_transposed", self.model.weigh_input)
+        transposed = getattr(experts, "is_transposed", self.recipe.weigh_input)
         concatenated = getattr(experts, "is_concatenated", True)
         gated = hasattr(experts, "gate_up_proj")
         first, down = of(experts.gate_up_proj if gated else experts.up_proj), of(experts.down_proj)

@@ -18,15 +18,15 @@ def make_gate(block: BlockSettings, balance_over: Any) -> Any:
     """The gate of a block. Weights that are copied one by one are still on the meta device."""
     e, settings = block.num_experts, block.gate()
     with torch.device("meta"):  # draws no numbers for weights that are copied
-        if block.model.logits is not None:
+        if block.recipe.logits is not None:
             settings["logits"] = RouterLogits(block.dim, e, **block.logits())
         if block.network:
             settings["logits"] = nn.Identity()
-        if block.model.scales is not None:
-            settings["weigh"] = LearnedScale(e if block.model.scales == "expert" else 1)
-        if block.model.router is TopKGating:
+        if block.recipe.scales is not None:
+            settings["weigh"] = LearnedScale(e if block.recipe.scales == "expert" else 1)
+        if block.recipe.router is TopKGating:
             settings["balance_over"] = balance_over
-        kind: Any = block.model.router
+        kind: Any = block.recipe.router
         if block.experts_of_id is not None:
             kind, settings["num_ids"] = HashGating, len(block.experts_of_id)
         gate = kind(block.dim, e, **settings)
@@ -41,15 +41,15 @@ def router_views(block: BlockSettings, of: Callable[[Tensor], Tensor]) -> dict[s
     for index, name in enumerate(block.network):
         found |= paths(f"gate.logits.{index}", getattr(block.router, name), of)
     if block.weight is not None:
-        name = "gate.w_gating" if block.model.logits is None else "gate.logits.weight"
+        name = "gate.w_gating" if block.recipe.logits is None else "gate.logits.weight"
         found[name] = [(..., of(block.weight).T)]
-    if block.model.logits is not None and "norm_eps" in block.model.logits:
+    if block.recipe.logits is not None and "norm_eps" in block.recipe.logits:
         found["gate.logits.norm_weight"] = [(..., of(block.attribute("norm_weight")))]
     if block.bias is not None:
         found["gate.b_gating"] = [(..., of(block.bias))]
     if block.experts_of_id is not None:
         found["gate.experts_of_id"] = [(..., of(block.experts_of_id))]
-    if block.model.scales is not None:
+    if block.recipe.scales is not None:
         found["gate.weigh.scale"] = [(..., of(block.attribute("scales")))]
     if block.expert_bias is not None:
         bias = of(block.expert_bias)

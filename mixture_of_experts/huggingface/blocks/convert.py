@@ -1,6 +1,6 @@
 """Converts sparse blocks of `transformers` to `MoE` layers, and back: the same weights in another layout.
 
-A block's record in `recipes.MODELS`, and its attributes named in `recipes.KEEPS`, tell what it computes.
+A block's recipe in `recipes.MODELS`, and its attributes named in `recipes.KEEPS`, tell what it computes.
 
 Axes: d model dim, h hidden dim, e experts.
 """
@@ -18,7 +18,7 @@ from mixture_of_experts.huggingface.blocks.block_router import make_gate, router
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
-from mixture_of_experts.whole_model.block_settings import BlockSettings, record_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
 COMPARED += (
@@ -155,8 +155,8 @@ class ReadBlock(NamedTuple):
 
 def read_block(block: nn.Module) -> ReadBlock:
     """Read a block; raise ValueError if it is unknown, or does something that no layer does."""
-    name, model = type(block).__name__, record_of(block)
-    if model is None:
+    name, recipe = type(block).__name__, recipe_of(block)
+    if recipe is None:
         raise ValueError(
             f"a {name} is not known: recipes.BLOCKS has the {len(BLOCKS)} known classes, such as DeepseekV3MoE, "
             "GptOssMLP and MixtralSparseMoeBlock"
@@ -164,7 +164,7 @@ def read_block(block: nn.Module) -> ReadBlock:
     refuse_offloaded(block, f"a {name}")
     if any(type(module).__module__.startswith("peft.") for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
-    settings = BlockSettings(block, model)
+    settings = BlockSettings(block, recipe)
     for attribute, reason in REFUSED.items():
         if getattr(block, attribute, False) or getattr(settings.router, attribute, False):
             raise ValueError(f"{name} {reason}, which no gate gets")

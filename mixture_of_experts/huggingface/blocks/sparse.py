@@ -19,7 +19,7 @@ from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.saving.configuration import forget
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import KEEPS
-from mixture_of_experts.whole_model.block_settings import BlockSettings, record_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
@@ -98,7 +98,7 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
             continue
         if isinstance(module, MoEFeedForward):
             found.append(name)  # for what is inside
-        elif record_of(module) is not None:
+        elif recipe_of(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 refuse(model, name, "is a whole layer, which also holds router and experts")
             read_block(module).layer()
@@ -134,7 +134,7 @@ def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> N
 
 def router_path(block: nn.Module) -> str:
     """The path of the module that holds the router's matrix; "" if there is none."""
-    router = BlockSettings(block, record_of(block)).router  # pyright: ignore[reportArgumentType]
+    router = BlockSettings(block, recipe_of(block)).router  # pyright: ignore[reportArgumentType]
     (name,) = (name for name, child in block.named_children() if child is router)
     paths = [path for path in KEEPS["weight"] if isinstance(of_path(router, path), Tensor)]
     return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
