@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from mixture_of_experts import MoE, TopKGating, balance_experts, collect_aux, force_routing
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 from mixture_of_experts.stats import RoutingStats, track_routing
-from mixture_of_experts.whole_model.under_way import HERE
+from mixture_of_experts.whole_model.call_stack import STACKS
 
 DIM = 8
 
@@ -74,7 +74,7 @@ def test_what_did_not_end_well_does_not_count(error):
         model(x)
         model(other)
     torch.testing.assert_close(loss, again.take())
-    assert not HERE.calls
+    assert not STACKS.calls
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
@@ -88,7 +88,7 @@ def test_nothing_is_left_of_a_single_forward_that_did_not_end_well(error):
             aux.take()
         assert stats.records("first.gate") == []
     assert stats.latest() == []
-    assert not HERE.calls
+    assert not STACKS.calls
     given = [torch.tensor([[0, 1]] * 3)]
     with replay_routing(model, RoutingRecords({"first.gate": given, "second.gate": given})):
         model(x)

@@ -14,7 +14,7 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.padding import CheckpointWithMask, ModelWatch, last_calls
 from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
 
 
 def aux_loss(model: nn.Module) -> Tensor:
@@ -41,7 +41,7 @@ def aux_loss(model: nn.Module) -> Tensor:
         >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
     """
     members = feed_forwards(check_model("model", model))
-    call = under_way.current(members[0]) if members else None
+    call = call_stack.current(members[0]) if members else None
     calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
     losses = [loss for call in calls for loss in call.losses]
     if not losses:
@@ -170,7 +170,7 @@ class AddAuxLoss:
     coef: float | None = None
 
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
-        call = under_way.current(model)
+        call = call_stack.current(model)
         if call is None or not call.losses:
             return None
         aux, config = total_of(call.losses), text_config(model)

@@ -15,13 +15,13 @@ from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.tracing import in_checkpoint, in_transform
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import refuse_reentrant
+from mixture_of_experts.whole_model.call_stack import ForwardCall
 from mixture_of_experts.whole_model.model_tokens import TokensAround
-from mixture_of_experts.whole_model.under_way import CallUnderWay
 
 
-class ModelCall(CallUnderWay):
+class ModelCall(ForwardCall):
     """A forward, under way, of the model around.
 
     Args:
@@ -120,7 +120,7 @@ class MoEFeedForward(Replaced):
             add_below(self, stands_for, Replaced())
 
     def forward(self, x: Tensor) -> Tensor:
-        call = under_way.current(self) or ModelCall()
+        call = call_stack.current(self) or ModelCall()
         mask, shape = self._mask(call, x), call.tokens.shape
         tokens = x
         if x.ndim == 2 and shape is not None and shape[0] * shape[1] == x.shape[0]:

@@ -19,9 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, model_around
-from mixture_of_experts.whole_model.under_way import Watch
 
 
 class LastCall(threading.local):
@@ -111,7 +111,7 @@ class ModelWatch(Watch):
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         members = feed_forwards(module)
-        around = under_way.current(members[0]) if members else None
+        around = call_stack.current(members[0]) if members else None
         if self.reader is not None:
             tokens = self.reader(args, kwargs)
         else:
@@ -184,7 +184,7 @@ class CheckpointWithMask:
 
     @torch.compiler.disable
     def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        calls = [(module, under_way.current(module) or ModelCall()) for module in feed_forwards(self.layer)]
+        calls = [(module, call_stack.current(module) or ModelCall()) for module in feed_forwards(self.layer)]
         return self.checkpoint(Remembered(run, calls), *args, **kwargs)
 
 
@@ -203,7 +203,7 @@ class Remembered:
         self.first = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with under_way.within(self.calls):
+        with call_stack.within(self.calls):
             if self.first:
                 self.first = False
                 try:

@@ -29,9 +29,9 @@ from mixture_of_experts.replay.sequences import (
 )
 from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.support.attached import Attached
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 
 @contextmanager
@@ -80,7 +80,7 @@ def record_routing(
     recording = Recording(choice_sites(model, "record_routing", gates))
     with Attached() as hooks:
         recording.start(model, hooks, seen)
-        with under_way.within([(recording, under_way.CallUnderWay())]):
+        with call_stack.within([(recording, call_stack.ForwardCall())]):
             yield recording.records
 
 
@@ -188,7 +188,7 @@ class Recording:
                 parts.clear()
 
 
-class WholeCall(CallUnderWay):
+class WholeCall(ForwardCall):
     """A forward, under way, of a model that has models around gates in it."""
 
     def __init__(self, around: WholeCall | None) -> None:
@@ -204,11 +204,11 @@ class Whole(Watch):
         self.recording = recording
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> WholeCall:
-        return WholeCall(under_way.current(self))
+        return WholeCall(call_stack.current(self))
 
     def take(self, parts: list[Part]) -> None:
         """Take the parts of a model in it."""
-        call = under_way.current(self)
+        call = call_stack.current(self)
         if call is None:  # that model was called itself
             self.recording.keep(parts)
         else:

@@ -33,7 +33,7 @@ from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_on
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.sites import Gates
 
 Beyond = Literal["error", "choose"]
@@ -93,7 +93,7 @@ def replay_routing(
     with Attached() as hooks:
         hooks.callback(replay.close)
         replay.start(hooks, seen)
-        with under_way.within([(replay, under_way.CallUnderWay())]):
+        with call_stack.within([(replay, call_stack.ForwardCall())]):
             yield
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from mixture_of_experts.gating import ExpertChoiceGating
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.support.private_torch import number_of_backward
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader
 from mixture_of_experts.whole_model.sites import Gates, Site, Stand, find_sites, places, serve
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
@@ -95,7 +95,7 @@ def why_no_choices(site: Site) -> str | None:
 # Calls
 
 
-class SequencesCall(CallUnderWay):
+class SequencesCall(ForwardCall):
     """A forward, under way, of a model around gates.
 
     Args:
@@ -154,7 +154,7 @@ class Sequences(Watch):
         tokens, cache = self.read(args, kwargs), self.cache(args, kwargs)
         self.refuse_beams(cache)
         seen, cached = self.read.seen(args, kwargs) if self.seen is None else (self.seen(args, kwargs), True)
-        call = SequencesCall(tokens, seen, cached, under_way.current(self))
+        call = SequencesCall(tokens, seen, cached, call_stack.current(self))
         call.cache = cache
         return call
 
@@ -196,8 +196,8 @@ class Sequences(Watch):
 
     def call(self, site: ChoiceSite) -> SequencesCall | None:
         """The forward that is under way; None in another thread, and in a recomputation by a backward."""
-        call = under_way.current(self)
-        if call is None and under_way.current(self.owner) is not None:
+        call = call_stack.current(self)
+        if call is None and call_stack.current(self.owner) is not None:
             raise RuntimeError(
                 f"{site.name!r} ran, but not within a forward of the module given: give the module that you call"
             )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.replay.sequences import ChoiceSite
 from mixture_of_experts.support.private_torch import function_modes
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 
 
 class Choosing(TorchFunctionMode):
@@ -74,7 +74,7 @@ class Choosing(TorchFunctionMode):
         return is_open.scatter(-1, group, True)[:, :groups]
 
 
-class ChoosingCall(CallUnderWay):
+class ChoosingCall(ForwardCall):
     """A forward, under way, of a block."""
 
     def __init__(self, mode: Choosing) -> None:

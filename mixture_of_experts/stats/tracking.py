@@ -29,9 +29,9 @@ from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
 from mixture_of_experts.support.private_torch import constant_in_graphs
 from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 When = Literal["always", "training", "eval"]
 WHEN: tuple[When, ...] = ("always", "training", "eval")
@@ -342,7 +342,7 @@ class Forwards(Watch):
                     tracker.forget(number)
 
 
-class TrackedCall(CallUnderWay):
+class TrackedCall(ForwardCall):
     """A forward, under way, of the tracked model."""
 
     def __init__(self) -> None:
@@ -421,7 +421,7 @@ class GateTracker:
         self.learn_names(tuple(losses))
         if not self.stats._counts(gate):
             return
-        call = under_way.current(self.stats._forwards)
+        call = call_stack.current(self.stats._forwards)
         if call is None:
             if not self.stats._was_called and self.stats._in_its_thread():
                 raise RuntimeError(
@@ -471,7 +471,7 @@ class GateTracker:
 
     def rows(self) -> Tensor:
         """The rows, `(forwards, width)` float64 on the CPU, oldest first."""
-        under_way.current(self.stats._forwards)  # finds a forward of this thread that was interrupted
+        call_stack.current(self.stats._forwards)  # finds a forward of this thread that was interrupted
         ring, forwards = self.ring.cpu().to(torch.float64), self.forwards
         rows = ring[:forwards] if forwards <= self.keep else ring.roll(-(forwards % (self.keep + 1)), 0)
         return rows[rows[:, 1] != LOST]

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model import under_way
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
         for layer in layers:
             hooks.after(layer, collecting.collect)
         collecting.follow(model, hooks)
-        with under_way.within([(aux, CallUnderWay())]):
+        with call_stack.within([(aux, ForwardCall())]):
             yield aux
 
 
@@ -71,7 +71,7 @@ def why_not_collected(site: Site) -> str | None:
     return "it stands in no MoE layer, so its caller has its losses" if alone else None
 
 
-class AuxCall(CallUnderWay):
+class AuxCall(ForwardCall):
     """A forward, under way, of the model that was given to `collect_aux`."""
 
     def __init__(self, training: bool, around: AuxCall | None) -> None:
@@ -121,7 +121,7 @@ class Collecting(Watch):
                 f"the {type(module).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
                 "recomputation looks like any other forward: give collect_aux the module that calls the checkpoint"
             )
-        return AuxCall(module.training and torch.is_grad_enabled(), under_way.current(self))
+        return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current(self))
 
     def ended(self, call: AuxCall, output: object) -> None:
         if call.around is not None and call.around.training == call.training:
@@ -133,9 +133,9 @@ class Collecting(Watch):
 
     def collect(self, layer: nn.Module, args: object, output: Any) -> None:
         """Forward hook of a layer."""
-        call = under_way.current(self)
+        call = call_stack.current(self)
         if call is None:
-            if torch.compiler.is_compiling() or under_way.current(self.aux) is None:
+            if torch.compiler.is_compiling() or call_stack.current(self.aux) is None:
                 return  # a compiled recomputation; another thread, or a recomputation in a backward
             if not layer.training or not torch.is_grad_enabled():
                 return  # a forward that does not train

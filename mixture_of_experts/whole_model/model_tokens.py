@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.whole_model import under_way
-from mixture_of_experts.whole_model.under_way import CallUnderWay, Watch
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 
 READ = ("attention_mask", "input_ids", "inputs_embeds", "cache", "past_key_values")
 
@@ -79,7 +79,7 @@ class TokensReader:
         return given.get("cache", given.get("past_key_values"))
 
 
-class TokensCall(CallUnderWay):
+class TokensCall(ForwardCall):
     """A forward, under way, of a model around routers or experts."""
 
     def __init__(self, tokens: TokensAround) -> None:
@@ -101,7 +101,7 @@ class TokensOfCall(Watch):
 
     def tokens(self) -> TokensAround:
         """The tokens of the forward; nothing is known of them where none is under way."""
-        call = under_way.current(self)
+        call = call_stack.current(self)
         return TokensAround() if call is None else call.tokens
 
 

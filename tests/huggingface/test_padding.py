@@ -22,7 +22,7 @@ from transformers import StaticCache
 from mixture_of_experts import Top2Gating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.whole_model.under_way import HERE
+from mixture_of_experts.whole_model.call_stack import STACKS
 
 pytestmark = pytest.mark.slow
 
@@ -180,7 +180,7 @@ def test_masks_that_tell_nothing_are_refused():
     for shape in ((2, 5), (1, 6)):
         with pytest.raises(ValueError, match=r"cannot know which tokens are padding: .* for \(2, 6\) tokens"):
             model(tokens, attention_mask=torch.ones(shape, dtype=torch.long))
-    assert not HERE.calls
+    assert not STACKS.calls
     model(tokens)  # and the refused mask is forgotten
 
 
@@ -278,7 +278,7 @@ def test_no_mask_outlives_its_forward():
     with pytest.raises(KeyError):
         model(**batch)
     hook.remove()
-    assert not HERE.calls
+    assert not STACKS.calls
 
 
 def test_noisy_second_choices_and_masks_go_together_under_checkpointing():

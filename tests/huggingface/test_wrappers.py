@@ -15,7 +15,7 @@ from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import aux_loss, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.whole_model.under_way import HERE
+from mixture_of_experts.whole_model.call_stack import STACKS
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 
@@ -44,7 +44,7 @@ def test_compile_in_one_graph(name):
         torch.testing.assert_close(out.loss, eager.loss)
         torch.testing.assert_close(out.logits, eager.logits, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(gradients(model, out.loss), expected)
-        assert not HERE.calls
+        assert not STACKS.calls
     assert len(graphs) == made > 0
     torch.compiler.reset()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixture_of_experts import collect_aux
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.whole_model.auxiliary import AuxLosses
-from mixture_of_experts.whole_model.under_way import HERE
+from mixture_of_experts.whole_model.call_stack import STACKS
 
 Call = Callable[[AuxLosses], list[Tensor]]
 THREADS = 8
@@ -65,7 +65,7 @@ def check_threads(model: nn.Module, calls: Sequence[Call], rounds: int) -> None:
                         if not torch.equal(one, other):
                             wrong.append((which, i))
                 step.wait(600)
-            assert not HERE.calls, "a call is under way that has ended"
+            assert not STACKS.calls, "a call is under way that has ended"
 
         def work_or_stop_all(first: int) -> None:
             try:

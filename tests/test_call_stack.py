@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.whole_model import under_way
-from mixture_of_experts.whole_model.under_way import HERE, CallUnderWay
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import STACKS, ForwardCall
 
 
-class MaskCall(CallUnderWay):
+class MaskCall(ForwardCall):
     def __init__(self, mask: Tensor) -> None:
         self.mask = mask
         self.seen: list[Tensor] = []
@@ -25,7 +25,7 @@ class Layer(nn.Module):
     """Multiplies by the mask of the call that it is part of."""
 
     def forward(self, x: Tensor) -> Tensor:
-        call = under_way.current(self)
+        call = call_stack.current(self)
         if call is None:
             return x
         call.seen.append(x.sum())
@@ -41,10 +41,10 @@ class Model(nn.Module):
         self.register_forward_hook(self.end, always_call=True)
 
     def begin(self, _: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> None:
-        under_way.begin(MaskCall(kwargs["mask"]), self, *self.layers)
+        call_stack.begin(MaskCall(kwargs["mask"]), self, *self.layers)
 
     def end(self, *_: object) -> None:
-        call = under_way.end(self)
+        call = call_stack.end(self)
         self.sum[0] = call.seen[0] + call.seen[1]
 
     def forward(self, x: Tensor, *, mask: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def test_each_thread_has_its_own(compiled):
         for _ in range(50):
             found = model(x, mask=given[number])
             assert torch.equal(found, (x * given[number]).sigmoid() * given[number])
-        assert not HERE.calls
+        assert not STACKS.calls
 
     in_threads(work, 4)
     assert len(graphs) == made or compiled == "layers"  # nothing was compiled for other threads and masks
@@ -106,18 +106,18 @@ def test_an_interrupted_call_is_forgotten():
     layer = model.layers[0]
 
     def interrupt(*_: object) -> None:
-        assert under_way.current(layer) is not None
+        assert call_stack.current(layer) is not None
         raise KeyboardInterrupt
 
     hook = layer.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
         model(x, mask=masks(1)[0])
     hook.remove()
-    assert HERE.calls
+    assert STACKS.calls
     assert torch.equal(layer(x), x)
     assert torch.equal(model.layers(x), x.sigmoid())
     model(x, mask=masks(2)[1])
-    assert not HERE.calls
+    assert not STACKS.calls
 
 
 def test_what_a_backward_runs_is_no_part_of_the_call_around():
@@ -127,15 +127,15 @@ def test_what_a_backward_runs_is_no_part_of_the_call_around():
 
     def run_again(grad: Tensor) -> None:
         seen.append(layer(x))
-        with under_way.within([(layer, of_backward)]):
+        with call_stack.within([(layer, of_backward)]):
             seen.append(layer(x))
         seen.append(layer(x))
 
-    with under_way.within([(layer, of_forward)]):
+    with call_stack.within([(layer, of_forward)]):
         y = layer(x)
         y.register_hook(run_again)
         y.sum().backward()
         seen.append(layer(x))
     assert [int(value.sum()) for value in seen] == [5, 10, 5, 0]
-    assert under_way.current(layer) is None
-    assert under_way.end(layer) is None
+    assert call_stack.current(layer) is None
+    assert call_stack.end(layer) is None

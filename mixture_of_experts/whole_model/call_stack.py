@@ -1,7 +1,7 @@
 """State of one forward: calls of a model that are under way, each known only to its own thread; and `Watch`, which
 tells when a forward begins and how it ends.
 
-The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `CallUnderWay`, on
+The losses, masks and statistics of a forward do not lie on modules or in the process. They lie in a `ForwardCall`, on
 a stack of the thread that runs the forward. Compiled graphs read it and are guarded by it. Activation checkpointing
 runs modules again in a backward, on a GPU in another thread. Such a run does not see the calls under way around the
 backward; `within` gives it calls of its own.
@@ -23,7 +23,7 @@ from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.private_torch import number_of_backward
 
 
-class CallUnderWay:
+class ForwardCall:
     """One forward of a module. Subclasses add what is known of it and what it collects. This class alone marks a thread
     in which somebody collects or records, while no forward is under way."""
 
@@ -40,10 +40,10 @@ class Stacks(threading.local):
         self.calls: dict[Hashable, list[Any]] = {}
 
 
-HERE = Stacks()
+STACKS = Stacks()
 
 
-def begin(call: CallUnderWay, *keys: Hashable) -> None:
+def begin(call: ForwardCall, *keys: Hashable) -> None:
     """Make a call the current one of all its keys, until `end`.
 
     A hook calls this function: the call runs in the frame that called the hook.
@@ -52,27 +52,27 @@ def begin(call: CallUnderWay, *keys: Hashable) -> None:
     if not torch.compiler.is_compiling():
         call.frame, call.backward = sys._getframe(2), number_of_backward()
     for key in keys:
-        calls = HERE.calls.get(key)
+        calls = STACKS.calls.get(key)
         if calls and not torch.compiler.is_compiling():
             forget_interrupted(calls)
         if calls:
             calls.append(call)
         else:
-            HERE.calls[key] = [call]
+            STACKS.calls[key] = [call]
 
 
 def end(key: Hashable) -> Any:
     """End the innermost call of `key`, for all its keys, and return it; None if there is none."""
-    calls = HERE.calls.get(key)
+    calls = STACKS.calls.get(key)
     if not calls:
         return None
     call = calls[-1]
     for each in call.keys:
-        calls = HERE.calls.get(each)
+        calls = STACKS.calls.get(each)
         if calls and calls[-1] is call:
             calls.pop()
         if not calls:
-            HERE.calls.pop(each, None)
+            STACKS.calls.pop(each, None)
     call.frame = None
     return call
 
@@ -82,7 +82,7 @@ def current(key: Hashable) -> Any:
 
     Inside a backward, calls that began outside of it do not count: what runs there is a recomputation.
     """
-    calls = HERE.calls.get(key)
+    calls = STACKS.calls.get(key)
     if not calls:
         return None
     if torch.compiler.is_compiling():
@@ -94,7 +94,7 @@ def current(key: Hashable) -> Any:
 
 
 @contextmanager
-def within(calls: Sequence[tuple[Hashable, CallUnderWay]]) -> Iterator[None]:
+def within(calls: Sequence[tuple[Hashable, ForwardCall]]) -> Iterator[None]:
     """Make each call the current one of its key, while the context lasts."""
     for key, call in calls:
         begin(call, key)
@@ -112,11 +112,11 @@ def forget_interrupted(calls: list[Any]) -> None:
     while calls and calls[-1].frame is not None and not runs(calls[-1].frame):
         call = calls[-1]
         for key in call.keys:
-            others = HERE.calls.get(key, [])
+            others = STACKS.calls.get(key, [])
             if call in others:
                 others.remove(call)
             if not others:
-                HERE.calls.pop(key, None)
+                STACKS.calls.pop(key, None)
         call.frame = None
         if call.watch is not None:
             call.watch.lost(call)
@@ -147,7 +147,7 @@ class Watch:
     def __init__(self, owner: Hashable | None = None) -> None:
         self.owner = owner
 
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CallUnderWay | None:
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
         """The call of a forward that begins; None to leave it alone."""
         raise NotImplementedError
 
@@ -180,7 +180,7 @@ class Watch:
 
     def end(self, module: nn.Module, args: object, output: Any) -> None:
         key = self.key(module)
-        calls = HERE.calls.get(key)
+        calls = STACKS.calls.get(key)
         if not calls:
             return
         if not torch.compiler.is_compiling():

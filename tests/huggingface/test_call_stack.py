@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import MoE, TopKGating, collect_aux
 from mixture_of_experts.huggingface import aux_loss, replace_ffn
 from mixture_of_experts.stats import track_routing
-from mixture_of_experts.whole_model.under_way import HERE
+from mixture_of_experts.whole_model.call_stack import STACKS
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, gradients
@@ -165,7 +165,7 @@ def test_compiled_graphs_read_the_call_of_their_own_thread(whole):
         for _ in range(5):
             found = model(**inputs[number], use_cache=False).logits
             torch.testing.assert_close(found, expected[number], atol=1e-5, rtol=1e-5)
-        assert not HERE.calls
+        assert not STACKS.calls
 
     in_threads(work, 2)
     torch.compiler.reset()
@@ -273,7 +273,7 @@ def test_a_call_that_does_not_come_to_its_end(error):
     hook.remove()
     torch.testing.assert_close(layer(x), alone)  # as if nothing were under way
     torch.testing.assert_close(model(**other).loss, expected)
-    assert not HERE.calls
+    assert not STACKS.calls
 
 
 def test_a_part_that_raised_and_was_called_again_counts_once():
