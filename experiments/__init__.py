@@ -1,4 +1,4 @@
-"""What produced the figures of `docs/training.md`: one command each, `python -m experiments.NAME`, from the root.
+"""What produced the figures of `docs/experiments.md`: one command each, `python -m experiments.NAME`, from the root.
 
 Models, text and training are those of `examples/language_model`. Records of finished runs are in `records/`.
 """

@@ -1,7 +1,7 @@
 """How experts are kept busy alike: a loss, or a bias that moves by one of three rules, over the steps of short runs.
 
     python -m experiments.balance_rules                  # interrupted, the same command goes on after the last run
-    python -m experiments.balance_rules --report         # the table, and the picture of docs/training.md
+    python -m experiments.balance_rules --report         # the table, and the picture of docs/experiments.md
 
 The model is the smallest of `scaling` with sigmoid scores, two of 32 experts, dropless. All runs of a seed begin with
 the same parameters and read the same batches. A record is a line of JSON: the run, and for each step the training loss

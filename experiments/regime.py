@@ -1,7 +1,7 @@
 """Where a mixture wins and where it loses: its share of the dense model's seconds, over how long that one is trained.
 
     python -m experiments.regime                         # the table and the picture of what is finished
-    python -m experiments.regime --markdown --picture docs/images/regime.png    # those of docs/training.md
+    python -m experiments.regime --markdown --picture docs/images/regime.png    # those of docs/experiments.md
 
 Of every size of `scaling`, and every length of the dense model's runs: with which share of its steps a mixture has its
 final loss, for each seed, and what that is in seconds. The lengths lie between those that were run, on a line in the
@@ -105,7 +105,7 @@ def table(found: Sequence[Point]) -> str:
 
 
 def markdown(found: Sequence[Point]) -> list[str]:
-    """The lines of the table in docs/training.md: what is known exactly."""
+    """The lines of the table in docs/experiments.md: what is known exactly."""
     lines = []
     for point in found:
         if point.exact and point.ratio:
@@ -183,7 +183,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of what scaling and step_times wrote")
-    parser.add_argument("--markdown", action="store_true", help="print the lines of the table in docs/training.md")
+    parser.add_argument("--markdown", action="store_true", help="print the lines of the table in docs/experiments.md")
     parser.add_argument("--picture", type=Path, default=Path("runs/regime.png"))
     return parser.parse_args(argv)
 

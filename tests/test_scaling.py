@@ -214,8 +214,8 @@ def test_the_regime_says_from_which_length_on_a_mixture_wins(
 
 
 def test_the_page_on_training_has_the_table_of_the_records() -> None:
-    """Every line that the command prints of the committed records stands in docs/training.md, and no other line."""
-    page = (Path(__file__).parent.parent / "docs" / "training.md").read_text()
+    """Every line that the command prints of the committed records stands in docs/experiments.md, and no other line."""
+    page = (Path(__file__).parent.parent / "docs" / "experiments.md").read_text()
     lines = regime.markdown([point for size in SIZES for point in regime.points(size, scaling.RECORDS)])
     assert len(lines) >= 7
     table = page.split("| parameters in use | experts |")[1].split("\n\n")[0]
