@@ -26,7 +26,7 @@ class Used(NamedTuple):
 
     shares: Shares
     varying: set[nn.Module]  # layers in which scores decide how many experts
-    theirs: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
+    external: set[nn.Module]  # routers and experts of transformers, which hold their weights themselves
 
 
 class Cost(NamedTuple):
@@ -117,7 +117,7 @@ def summary(model: nn.Module) -> Summary:
         for stand in site.stands:
             if stand.layer is not None:
                 layers.setdefault(unwrapped(stand.layer), {}).setdefault(site, stand)
-    used = Used({}, set(), {module for site in sites if site.theirs for module in with_weights(site)})
+    used = Used({}, set(), {module for site in sites if site.external for module in with_weights(site)})
     for layer, its in layers.items():
         found = [choices(site) for site in its]
         used.shares[layer] = shares_of(layer, its, [number for number, _ in found])
@@ -128,7 +128,7 @@ def summary(model: nn.Module) -> Summary:
 
 def why_not_counted(site: Site) -> str | None:
     """Why nobody can tell what a token uses at a site; None if one can."""
-    known = not site.theirs or (site.k is not None and all(stand.experts is not None for stand in site.stands))
+    known = not site.external or (site.k is not None and all(stand.experts is not None for stand in site.stands))
     return None if known else "its block is not known, so nobody can tell how much of the experts a token uses"
 
 
@@ -137,8 +137,8 @@ def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
     known = {stand.experts for site in sites for stand in site.stands}
     for place in places(model):
         experts = getattr(place.module, "experts", None)
-        theirs = wrapped_class(place.module).__module__.startswith("transformers.")
-        if theirs and isinstance(experts, nn.Module) and experts not in known:
+        of_transformers = wrapped_class(place.module).__module__.startswith("transformers.")
+        if of_transformers and isinstance(experts, nn.Module) and experts not in known:
             raise TypeError(
                 f"summary cannot count {place.name!r} ({wrapped_class(place.module).__name__}): what chooses its "
                 "experts is not known"
@@ -165,7 +165,7 @@ def shares_of(layer: Any, sites: Mapping[Site, Stand], numbers: list[float]) -> 
 
 def choices(site: Site) -> tuple[float, bool]:
     """How many experts a gate chooses for a token; and whether that is the most, because scores decide how many."""
-    expected = site.k if site.theirs else getattr(site.gate, "expected_choices", site.k)
+    expected = site.k if site.external else getattr(site.gate, "expected_choices", site.k)
     number = site.k if expected is None else expected
     if number is None:
         raise ValueError(
@@ -212,7 +212,7 @@ def multiplied(module: nn.Module, used: Used) -> int:
         return getattr(module, "weight").numel()  # noqa: B009
     if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers
         return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
-    if module in used.theirs:
+    if module in used.external:
         return sum(p.numel() for name, p in own if p.ndim >= 2 and not name.endswith("bias"))
     # a user's experts, if their weights are stacked
     return sum(p.numel() for _, p in own if p.ndim >= 3) if isinstance(module, RoutedExperts) else 0

@@ -54,7 +54,7 @@ def test_layers_levels_and_gates_alone():
     assert names(both) == [("two.gate_outer",), ("two.gate_inner",), ("one.gate",), ("alone",)]
     assert (inner.level_one, inner.outer, inner.num_experts, inner.k) == (outer, (2,), 3, 2)
     assert (one.stands[0].layer, one.stands[0].experts) == (both["one"], both["one"].experts)
-    assert (alone.stands[0].layer, alone.theirs, alone.bias) == (None, False, None)
+    assert (alone.stands[0].layer, alone.external, alone.bias) == (None, False, None)
     assert names(TopKGating(DIM, 4)) == [("gate",)]
     assert find_sites(TopKGating(DIM, 4, expert_bias=True), "this")[0].bias is not None
 
@@ -199,7 +199,7 @@ def test_a_bias_of_ones_own_block():
     block = nn.ModuleDict({"gate": OwnRouter(), "moe": MoE(DIM, gate=TopKGating(DIM, 4, expert_bias=True))})
     optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
     (router, gate) = find_sites(block, "this")
-    assert (router.name, router.theirs, router.num_experts, gate.name) == ("gate", True, 4, "moe.gate")
+    assert (router.name, router.external, router.num_experts, gate.name) == ("gate", True, 4, "moe.gate")
     with pytest.raises(TypeError, match=r"'gate' \(OwnRouter\): .* no experts stand beside it\. For the"):
         balance_experts(block, optimizer)
     assert gate.gate.balanced_by is None

@@ -112,7 +112,7 @@ class Recording:
         around = sequences_around(self, self.sites, seen, whole.take)
         for site in self.sites:
             sequences = around[site.site.around]
-            if site.theirs:
+            if site.external:
                 begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
                 BlockWatch(begin, chosen).follow(site.called, hooks, first=False)
                 continue

@@ -143,7 +143,7 @@ class Replay:
         around = sequences_around(self, self.sites, seen)
         for site in self.sites:
             sequences = around[site.site.around]
-            if site.theirs:
+            if site.external:
                 begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
                 # first, so that a recording at the same time sees what is replayed
                 BlockWatch(begin, chosen).follow(site.called, hooks)
@@ -295,7 +295,7 @@ def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
 def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
     k, e, found = records.k(layer), records.num_experts(layer), records[layer]
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
-    if not site.theirs and GIVEN not in reads_of(site.site.gate):
+    if not site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.settle(tokens, expert)`, and add {GIVEN!r} to its `reads`"
@@ -310,5 +310,5 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
             raise ValueError(f"{of} has experts 0 to {site.num_experts - 1}, the records hold {least} to {largest}")
         if (twice := expert_twice(record.unflatten(-1, (-1, site.k)))) is not None:
             raise ValueError(f"{of} takes an expert once for a token, in the records one has expert {twice} twice")
-        if site.theirs and bool(((record < 0) & (record != LIVE)).any()):
+        if site.external and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")

@@ -37,8 +37,8 @@ class ChoiceSite(NamedTuple):
         return self.site.num_experts
 
     @property
-    def theirs(self) -> bool:
-        return self.site.theirs
+    def external(self) -> bool:
+        return self.site.external
 
     @property
     def choices(self) -> int:
@@ -77,7 +77,7 @@ def chosen_by_ids(site: Site) -> bool:
 
 def called_of(site: Site, stand: Stand) -> nn.Module:
     """The module whose arguments tell of the tokens of a gate."""
-    whole = stand.layer is not None and (not site.theirs or site.block is not None)
+    whole = stand.layer is not None and (not site.external or site.block is not None)
     return site.called if stand.layer is None or not whole else stand.layer
 
 
@@ -87,7 +87,7 @@ def why_no_choices(site: Site) -> str | None:
         return "a table of token ids chooses there"
     if site.k is None or isinstance(site.gate, ExpertChoiceGating):
         return "tokens make no k choices there"
-    if not site.theirs and site.outer and site.level_one is None:
+    if not site.external and site.outer and site.level_one is None:
         return f"it has outer_expert_dims={site.outer} and stands in no layer"
     return None
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.stats.their_routing import readers_of, why_no_routing
+from mixture_of_experts.stats.external_routers import readers_of, why_no_routing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.whole_model.sites import Site, find_sites, serve
 
@@ -43,7 +43,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         for site in sites:
 
             def hook(gate: nn.Module, inputs: object, output: Any, site: Site = site) -> None:
-                found[site.name] = readers[site].routing(site, output) if site.theirs else output
+                found[site.name] = readers[site].routing(site, output) if site.external else output
 
             hooks.after(site.called, hook)
         for reader in set(readers.values()):

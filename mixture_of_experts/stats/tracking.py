@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.colours import need_matplotlib
+from mixture_of_experts.stats.external_routers import Reader, readers_of, why_no_routing
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
 from mixture_of_experts.stats.record import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
 from mixture_of_experts.stats.report import History, page, texts_of_gates
-from mixture_of_experts.stats.their_routing import Reader, readers_of, why_no_routing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
 from mixture_of_experts.support.private_torch import constant_in_graphs

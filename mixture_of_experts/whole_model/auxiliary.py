@@ -62,7 +62,7 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
 
 def why_not_collected(site: Site) -> str | None:
     """Why no auxiliary loss of a site can be collected; None if it can."""
-    if site.theirs:
+    if site.external:
         return (
             "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
             "one, or convert the block with from_transformers"

@@ -25,7 +25,7 @@ from mixture_of_experts.losses import global_sum
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
-from mixture_of_experts.whole_model.block_settings import places_of, told
+from mixture_of_experts.whole_model.block_settings import places_of, read_output
 from mixture_of_experts.whole_model.each_step import EachStep, as_factor
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
@@ -114,13 +114,13 @@ class ExpertBalancing(EachStep):
         sites = sites_with_bias(model, gates)
         self.gates = tuple(site.name for site in sites)
         with Attached() as hooks:  # removed again if anything below raises
-            readers = {site.around: TokensOfCall(site.around) for site in sites if site.theirs}
+            readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
             tensors = (*model.named_parameters(), *model.named_buffers())
             names: dict[Any, str] = {tensor: name for name, tensor in tensors}
-            self._biases: list[Ours | Theirs] = [
-                Theirs(site, names.get(site.bias, site.name), rule, readers[site.around], hooks)
-                if site.theirs
-                else Ours(site.gate, rule, hooks)
+            self._biases: list[GateBias | BlockBias] = [
+                BlockBias(site, names.get(site.bias, site.name), rule, readers[site.around], hooks)
+                if site.external
+                else GateBias(site.gate, rule, hooks)
                 for site in sites
             ]
             for reader in readers.values():
@@ -165,11 +165,11 @@ def why_not_balanced(site: Site) -> str | None:
     """Why a site cannot be balanced; None if it can."""
     if site.bias is None:
         return "it has no expert bias"
-    beside = not site.theirs or site.block is not None or all(stand.experts is not None for stand in site.stands)
+    beside = not site.external or site.block is not None or all(stand.experts is not None for stand in site.stands)
     return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
 
 
-class Ours:
+class GateBias:
     """The bias of a gate of this package, which counts by `rule` until `hooks` are closed.
 
     Of several for one gate the last moves the bias. When it ends, the one before it that has not ended goes on.
@@ -177,7 +177,7 @@ class Ours:
 
     gate: Any
     rule: BiasRule
-    before: Ours | None
+    before: GateBias | None
     rule_before: BiasRule
     ended: bool
 
@@ -236,7 +236,7 @@ def names_of_counts(model: nn.Module) -> set[str]:
 # Blocks of transformers
 
 
-class Theirs:
+class BlockBias:
     """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
 
     The hook runs after the router, whose recipe says what it returns; without a recipe, before the block's experts.
@@ -309,7 +309,7 @@ class Theirs:
         """Whether this is the last that counts for its block."""
         module = self.hooked[0]
         hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), Theirs)]
+        counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBias)]
         return counting[-1] is self
 
     def move(self, step: Tensor) -> None:
@@ -334,7 +334,7 @@ class Theirs:
             return None
         block, score = self.site.block, None
         assert block is not None
-        logits, _, expert = told(router, output, block)
+        logits, _, expert = read_output(router, output, block)
         if self.rule.reads_scores:
             logits = logits.float().reshape(-1, logits.shape[-1])
             score = logits if self.select == "logits" else SCORES[block.score](logits)

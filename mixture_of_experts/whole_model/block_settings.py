@@ -178,7 +178,7 @@ def places_of(block: BlockSettings | None) -> dict[str, int]:
     return {name: place for place, name in enumerate(names) if name is not None}
 
 
-def told(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
+def read_output(router: nn.Module, output: Any, block: BlockSettings | None) -> tuple[Tensor, Tensor, Tensor]:
     """Logits `(t, e)` or `(b, n, e)`, and weights and experts `(..., k)`, read from a router's `output`."""
     parts = output if isinstance(output, tuple) else (output,)
     found = {name: parts[place] for name, place in places_of(block).items() if place < len(parts)}

@@ -47,7 +47,7 @@ class Site:
     stands: tuple[Stand, ...]
     outer: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
     level_one: Site | None = None  #: for level two: the site of level one
-    theirs: bool = False  #: whether it is a router of transformers, or any module that is no gate
+    external: bool = False  #: whether it is no gate of this package: a router of transformers, or another one
     block: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
     holder: nn.Module | None = field(default=None, repr=False)  #: of no known block: the module that holds a bias
 
@@ -67,7 +67,7 @@ class Site:
     @property
     def k(self) -> int | None:
         """Choices of a token; None if it is not known."""
-        k = getattr(self.gate, "top_k" if self.theirs else "k", None) if self.block is None else self.block.k
+        k = getattr(self.gate, "top_k" if self.external else "k", None) if self.block is None else self.block.k
         return k if isinstance(k, int) else None
 
     @property
@@ -75,7 +75,7 @@ class Site:
         """The bias that chooses experts and that counts of choices move; None if there is none."""
         if self.block is not None:
             return self.block.expert_bias
-        if self.theirs:
+        if self.external:
             return None if self.holder is None else bias_of(self.holder)
         counts = getattr(self.gate, "expert_counts", None) is not None
         return getattr(self.gate, "expert_bias", None) if counts else None
@@ -199,25 +199,25 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     """The sites that a module shows: those of its parts, if it is a layer or a block, or its own."""
     module: Any = place.module
     if isinstance(module, HeirarchicalMoE):
-        outer = ours(place, "gate_outer", module.num_experts_outer)
+        outer = site_of_gate(place, "gate_outer", module.num_experts_outer)
         yield outer
-        inner = ours(place, "gate_inner", module.num_experts_inner)
+        inner = site_of_gate(place, "gate_inner", module.num_experts_inner)
         yield replace(inner, outer=(module.num_experts_outer,), level_one=found[outer.gate])
     elif isinstance(module, MoE):
         assert isinstance(module.num_experts, int)
-        yield ours(place, "gate", module.num_experts)
+        yield site_of_gate(place, "gate", module.num_experts)
     elif (recipe := recipe_of(module)) is not None:
-        yield theirs(place, BlockSettings(module, recipe))
+        yield site_of_block(place, BlockSettings(module, recipe))
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
         stand = Stand(place.name or "gate")
         yield Site(module, place.called, module.num_experts, place.around, (stand,), outer=module.outer_expert_dims)
     elif is_router(module) or holds_bias(module, found.values()):
-        yield unknown(place)
+        yield site_of_unknown(place)
 
 
-def ours(place: Place, attribute: str, num_experts: int) -> Site:
+def site_of_gate(place: Place, attribute: str, num_experts: int) -> Site:
     """The site of a gate in a layer of this package."""
     name, called = place.part(attribute)
     gate, layer = unwrapped(called), place.module
@@ -225,15 +225,15 @@ def ours(place: Place, attribute: str, num_experts: int) -> Site:
     return Site(gate, called, num_experts, place.around, (stand,))
 
 
-def theirs(place: Place, block: BlockSettings) -> Site:
+def site_of_block(place: Place, block: BlockSettings) -> Site:
     """The site of a router in a known block of `transformers`."""
     path = next(name for name in KEEPS["router"] if isinstance(getattr(block.module, name, None), nn.Module))
     name, called = place.part(path)
     stand = Stand(name, block.module, block.attribute("experts"))
-    return Site(unwrapped(called), called, num_logits(block), place.around, (stand,), theirs=True, block=block)
+    return Site(unwrapped(called), called, num_logits(block), place.around, (stand,), external=True, block=block)
 
 
-def unknown(place: Place) -> Site:
+def site_of_unknown(place: Place) -> Site:
     """The site of a router in a block of no recipe: one that is known by its name, or stands by a bias."""
     near = (place.module, *reversed(place.above[-2:]))
     block = next((module for module in near if isinstance(find(module, "experts"), nn.Module)), None)
@@ -246,7 +246,7 @@ def unknown(place: Place) -> Site:
         num_experts = 0 if bias is None else bias.numel()
     stand = Stand(name, block, find(block, "experts"))
     holder = None if bias is None else place.module
-    return Site(unwrapped(called), called, num_experts, place.around, (stand,), theirs=True, holder=holder)
+    return Site(unwrapped(called), called, num_experts, place.around, (stand,), external=True, holder=holder)
 
 
 def joined(one: Site, other: Site) -> Site:

@@ -80,7 +80,7 @@ def check_alike(moe: MoE, block: nn.Module) -> None:
 def differences(moe: MoE, wanted: MoE) -> list[str]:
     """The settings in which the layer differs from `wanted`, the block as a layer, in words."""
 
-    def told(gate: nn.Module, name: str) -> str:
+    def setting(gate: nn.Module, name: str) -> str:
         there = name != "num_groups" or closes_groups(gate)
         return repr(getattr(gate, name, None) if there else None)
 
@@ -88,9 +88,9 @@ def differences(moe: MoE, wanted: MoE) -> list[str]:
     kinds = [type(gate).__name__ for gate in (moe.gate, wanted.gate)]
     differ = [] if kinds[0] == kinds[1] else [f"the gate is a {kinds[0]}, the block's a {kinds[1]}"]
     differ += [
-        f"the gate has {name}={told(moe.gate, name)}, the block {told(wanted.gate, name)}"
+        f"the gate has {name}={setting(moe.gate, name)}, the block {setting(wanted.gate, name)}"
         for name in COMPARED
-        if name in compared and told(moe.gate, name) != told(wanted.gate, name)
+        if name in compared and setting(moe.gate, name) != setting(wanted.gate, name)
     ]
     ours, theirs = innermost(moe.experts), innermost(wanted.experts)
     act, wanted_act = getattr(ours, "act", None), getattr(theirs, "act", None)

@@ -19,7 +19,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Length, queue_up
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.whole_model.block_settings import told
+from mixture_of_experts.whole_model.block_settings import read_output
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
 from mixture_of_experts.whole_model.sites import Site, is_router
 
@@ -30,7 +30,7 @@ class Reader(TokensOfCall):
     def routing(self, site: Site, output: Any) -> Routing:
         """What a router returned, as a `Routing` without a capacity."""
         block, tokens = site.block, self.tokens()
-        logits, weight, expert = told(site.gate, output, block)
+        logits, weight, expert = read_output(site.gate, output, block)
         *shape, e = logits.shape
         t, k = math.prod(shape), expert.shape[-1]
         b, n = shape if len(shape) == 2 else (1, t)  # some routers return (b, n, e)
@@ -69,11 +69,11 @@ class Reader(TokensOfCall):
 
 def readers_of(sites: Sequence[Site]) -> dict[Site, Reader]:
     """A reader for every router of `transformers`; routers in the same model share one."""
-    readers = {site.around: Reader(site.around) for site in sites if site.theirs}
-    return {site: readers[site.around] for site in sites if site.theirs}
+    readers = {site.around: Reader(site.around) for site in sites if site.external}
+    return {site: readers[site.around] for site in sites if site.external}
 
 
 def why_no_routing(site: Site) -> str | None:
     """Why nobody can read what a site routes; None if it can be read."""
-    known = not site.theirs or site.block is not None or is_router(site.gate)
+    known = not site.external or site.block is not None or is_router(site.gate)
     return None if known else "it is no router that is known, so what it returns cannot be read"
