@@ -8,7 +8,14 @@ from pathlib import Path
 
 import snowballstemmer
 
-ASKED_FOR = {"capacity": "concepts", "padding": "concepts", "causality": "concepts", "TRL": "transformers"}
+ASKED_FOR = {
+    "capacity": "concepts",
+    "padding": "concepts",
+    "causality": "concepts",
+    "TRL": "transformers",
+    "collapse": "troubleshooting",
+    "jitter": "glossary",
+}
 
 PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats", "verify")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]
