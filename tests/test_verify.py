@@ -23,6 +23,10 @@ def a_faulty_layer():
     return make(FAULTS[0]), TOLD
 
 
+def of_another_width():
+    return nn.Linear(8, 8), {"dim": 4}
+
+
 def test_a_layer_that_keeps_all():
     report = verify(make(), **TOLD)
     assert {name: f.verdict for name, f in report.findings.items()} == dict.fromkeys(DEFAULT, "holds"), str(report)
@@ -136,7 +140,9 @@ def test_command(capsys: pytest.CaptureFixture):
     found = json.loads(capsys.readouterr().out)
     assert found["failed"] == ["padding"]
     assert found["findings"][0]["detail"].startswith("1 x 2 tokens, seed 0, in training: counts")
-    for factory, error in (("nowhere:f", "No module named"), (f"{__name__}:nothing", "no attribute"), ("x", "x")):
+    wrong = {"nowhere:f": "No module named", f"{__name__}:nothing": "no attribute", "x": "x"}
+    wrong |= {f"{__name__}:of_another_width": "cannot be multiplied"}  # no verdict: a layer that fails returns 1
+    for factory, error in wrong.items():
         assert main([factory]) == 2
         assert error in capsys.readouterr().err
 

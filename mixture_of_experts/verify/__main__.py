@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         made = getattr(importlib.import_module(path), name)()
         module, told = (made, {}) if isinstance(made, nn.Module) else made
         report = verify(module, properties=given.only, thorough=given.thorough, **told)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever the factory and the module raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(report.to_json() if given.json else report)
