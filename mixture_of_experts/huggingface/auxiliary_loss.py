@@ -148,7 +148,7 @@ def take_over(model: nn.Module) -> None:
     )
     if config is None or not reports_routers(config) or hook.coef is not None:
         return
-    hook.coef = getattr(config, "router_aux_loss_coef", None) or 1.0
+    hook.coef = getattr(config, "router_aux_loss_coef", None) or 0.0
     model.register_forward_pre_hook(without_router_logits, with_kwargs=True)
 
 
@@ -167,6 +167,7 @@ class AddAuxLoss:
     for router logits, its output gets the `aux_loss` too."""
 
     #: `router_aux_loss_coef` of a model whose own routers were taken over; another one that a trainer sets is relative
+    #: to it, or to 1 if it was 0
     coef: float | None = None
 
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
@@ -195,14 +196,15 @@ class AddAuxLoss:
         """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
         if config is None or (reports_routers(config) and self.coef is None):
             return 1.0
-        return getattr(config, "router_aux_loss_coef", 1.0) / (self.coef or 1.0)
+        coef = getattr(config, "router_aux_loss_coef", 1.0) or 0.0
+        return 1.0 if coef == self.coef else coef / (self.coef or 1.0)
 
     def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
         """Set `output["aux_loss"]`, which a trainer multiplies by a coefficient. If the model's own routers have set
         it, add to it."""
         theirs = getattr(output, "aux_loss", None)
         if self.coef is not None:
-            aux = aux / self.coef
+            aux = aux / (self.coef or 1.0)
         elif reports_routers(config) and isinstance(theirs, Tensor):
             coef = getattr(config, "router_aux_loss_coef", 0.0)
             aux = theirs + aux.to(theirs.device) / coef if coef else theirs

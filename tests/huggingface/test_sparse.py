@@ -118,6 +118,9 @@ def test_the_loss_is_ours():
     for factor in (2.0, 0.0):  # which it may set; it is relative to what it was
         model.config.router_aux_loss_coef = factor * 0.25
         torch.testing.assert_close(model(**batch).loss, task + factor * aux_loss(model))
+    silent = from_transformers(build("Mixtral", router_aux_loss_coef=0.0), loss_coef=0.5).train()
+    out = silent(**batch)  # Phi 3.5 MoE is published so
+    torch.testing.assert_close(out.loss, silent.eval()(**batch).loss + aux_loss(silent))
     plain = from_transformers(build("DeepseekV3"), loss_coef=0.5).train()
     out = plain(**batch, output_router_logits=True)
     torch.testing.assert_close(out.aux_loss, aux_loss(plain))
