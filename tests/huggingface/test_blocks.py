@@ -127,6 +127,8 @@ def test_the_page_shows_them_all():
     """`python tests/support/transformers_blocks.py` prints what belongs there."""
     page = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
     shown = dict(re.findall(r"^\| (\w+) \| (\w+ \| \w+ \| \w+) \|", page, re.MULTILINE))
+    (whole,) = re.findall(r"^All four work with ([\w,\s]+)\.$", page, re.MULTILINE)
+    shown |= dict.fromkeys(re.findall(r"\w+", whole), "yes | yes | yes")
     assert shown == {name: "no | no | no" if name in LEFT_OUT else "yes | yes | yes" for name in BLOCKS} | {
         name: value for name, value in shown.items() if name not in BLOCKS
     }

@@ -1,6 +1,6 @@
 """Every sparse block of the installed `transformers`, made small.
 
-`python tests/support/transformers_blocks.py` prints the table of docs/transformers.md: what can be done with each.
+`python tests/support/transformers_blocks.py` prints for docs/transformers.md what can be done with each block.
 
 A block is a module that makes experts in its constructor, found in the text of every model's file: what a later version
 adds is found too.
@@ -290,8 +290,9 @@ def why_not(check: Callable[[str], None], name: str) -> str | None:
 
 
 def table() -> str:
+    """The blocks with which everything works, in a sentence; a row for each other one, and the totals."""
     lines = ["| block | " + " | ".join(CHECKS) + " |", "|---" * (len(CHECKS) + 1) + "|"]
-    totals, notes = dict.fromkeys(CHECKS, 0), []
+    whole, totals, notes = [], dict.fromkeys(CHECKS, 0), []
     for name in sorted(BLOCKS):
         cells = []
         for column, check in CHECKS.items():
@@ -299,10 +300,13 @@ def table() -> str:
             cells.append("yes" if reason is None else "no")
             totals[column] += reason is None
             notes += [] if reason is None else [f"{name}, {column}: {reason}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        if "no" in cells:
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        else:
+            whole.append(name)
     lines.append(f"| of {len(BLOCKS)} | " + " | ".join(map(str, totals.values())) + " |")
     reasons = [f"{name}: {reason}" for name, reason in LEFT_OUT.items()]
-    return "\n".join([*lines, "", *reasons, "", *notes])
+    return "\n".join([f"All four work with {', '.join(whole)}.", "", *lines, "", *reasons, "", *notes])
 
 
 if __name__ == "__main__":
