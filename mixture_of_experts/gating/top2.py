@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Priority
-from mixture_of_experts.gating import top2_by_kernel as two_best
+from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.given import LIVE
@@ -178,7 +178,7 @@ class Top2Gating(TokenChoiceGate):
 
         A token of importance between 0 and 1 makes no first choice; its second choice is its top expert.
         """
-        return two_best.choices(self, tokens) or self.decide_by_operators(tokens)
+        return top2_by_kernel.choices(self, tokens) or self.decide_by_operators(tokens)
 
     def decide_by_operators(self, tokens: Tokens) -> Choices:
         """What `decide` returns, in torch's operators."""

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Length
-from mixture_of_experts.gating import topk_by_kernel as few
+from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import (
@@ -200,7 +200,7 @@ class TopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
-        return few.choices(self, tokens) or self.decide_by_operators(tokens)
+        return topk_by_kernel.choices(self, tokens) or self.decide_by_operators(tokens)
 
     def decide_by_operators(self, tokens: Tokens) -> Choices:
         """Decide by torch's operators, without the kernel for a few tokens."""

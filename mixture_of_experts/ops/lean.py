@@ -19,8 +19,7 @@ from torch import Tensor
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import add_rows, sum_rows
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.ops import autograd, plain, rows
-from mixture_of_experts.ops import few_tokens as few
+from mixture_of_experts.ops import autograd, few_tokens, plain, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.support.tracing import exporting, in_transform, largest
@@ -152,8 +151,8 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
-    if few.serves(call):
-        return few.run(call)
+    if few_tokens.serves(call):
+        return few_tokens.run(call)
     if not call.decision.prefers_rows():
         products = SlotProducts
     plan, table = products.arrange(call.decision)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.kernels.launching import family_of
-from mixture_of_experts.ops import few_tokens as few
+from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
@@ -54,15 +54,15 @@ def why_not_by_default(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    from mixture_of_experts.ops.triton import forward_backward as network  # imports triton, which takes a second
+    from mixture_of_experts.ops.triton import forward_backward  # imports triton, which takes a second
 
-    return network.run(call)
+    return forward_backward.run(call)
 
 
 def _decodes(call: Call) -> bool:
     """Whether a call is one of decoding on low tiles: these are multiplied by `mma.sync` on all cards."""
     low = LOW * call.network.w_out.shape[0]
-    return few.serves(call) and statically_known_true(num_rows(call.decision) <= low)
+    return few_tokens.serves(call) and statically_known_true(num_rows(call.decision) <= low)
 
 
 def _why_wrong(call: Call) -> str | None:
@@ -71,11 +71,11 @@ def _why_wrong(call: Call) -> str | None:
     compiling = torch.compiler.is_compiling()
     if not x.is_cuda or (not compiling and is_fake(x)):
         return None
-    from mixture_of_experts.ops.triton import self_check as canary
+    from mixture_of_experts.ops.triton import self_check
 
     form, (d, _), (h, o) = form_of(network), network.w_in[0].shape[-2:], network.w_out.shape[-2:]
     assert form is not None
-    return canary.why_wrong(
+    return self_check.why_wrong(
         x.device.index or 0,
         x.dtype,
         (form.layout, form.activation, form.alpha, form.limit),
@@ -83,7 +83,7 @@ def _why_wrong(call: Call) -> str | None:
         (network.w_in[0].stride(-1) != 1, network.w_out.stride(-1) != 1),
         (d % 64, h % 64, o % 64),
         call.decision.k or 0,
-        few.serves(call),
+        few_tokens.serves(call),
         # in a graph the number of tokens may be dynamic
         None if compiling else num_rows(call.decision) // network.w_out.shape[0],
     )

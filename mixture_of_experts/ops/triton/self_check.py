@@ -227,15 +227,15 @@ def with_gradients(out: Tensor, leaves: dict[str, Tensor], dtype: torch.dtype) -
 def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
     """Outputs in inference by the kernels, and, if not in decoding, those of training, of other programs, with their
     gradients."""
-    from mixture_of_experts.ops.triton import forward_backward as network
+    from mixture_of_experts.ops.triton.forward_backward import compute
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
     (x, decision, weights, _), leaves = leaves_of(call)
     plan = plan_of(decision)
     plan = plan if kind.choices else plan._replace(k=None)
     with torch.no_grad():
-        found = {"the output in inference": network.compute(x, plan, weights)}
-    return found if kind.decoding else found | with_gradients(network.compute(x, plan, weights), leaves, x.dtype)
+        found = {"the output in inference": compute(x, plan, weights)}
+    return found if kind.decoding else found | with_gradients(compute(x, plan, weights), leaves, x.dtype)
 
 
 def by_operators(call: Call) -> dict[str, Tensor]:
