@@ -32,6 +32,7 @@ from mixture_of_experts.stats import track_routing
 from mixture_of_experts.support.attached import TABLES
 
 from .test_blocks import MODELS, build
+from .test_loaders import ON_DISK
 from .test_losses import batch_of, trainer
 from .test_saving import same_weights
 
@@ -265,6 +266,25 @@ def adapted(model: Any, parameter: str) -> Any:
 def quantised(model: Any) -> Any:
     model.is_quantized = True
     return model
+
+
+def test_router_logits_are_returned_again():
+    """Hooks with which transformers reads outputs are set once: blocks that come later need theirs too."""
+    model, batch = build("Mixtral", output_router_logits=True).train(), batch_of(3)
+    wanted = model(**batch)
+    found = to_transformers(from_transformers(model))(**batch)
+    torch.testing.assert_close(found.router_logits, wanted.router_logits, atol=0, rtol=0)
+    assert torch.equal(found.loss, wanted.loss)
+    assert len(found.hidden_states or ()) == len(wanted.hidden_states or ())
+
+
+def test_weights_on_disk_cannot_go_back(tmp_path):
+    from_transformers(build("Mixtral")).save_pretrained(tmp_path / "saved")
+    place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **place)
+    with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.mlp are not in memory"):
+        to_transformers(model)
+    assert [type(layer.mlp) for layer in model.model.layers] == [SparseFeedForward] * 2
 
 
 def test_what_cannot_go_back():

@@ -9,11 +9,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from mixture_of_experts.huggingface.auxiliary_loss import remove_hooks, take_over
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.padding import is_masked
+from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.huggingface.replacement.replace import join, replace
 from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.saving.configuration import forget
@@ -161,6 +163,8 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     if not layers or others:
         why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
         raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
+    for name, layer in layers.items():
+        refuse_offloaded(layer, name)
     stock, configs = stock_model(model)
     for name, layer in layers.items():
         check_alike(layer.moe, stock.get_submodule(name))
@@ -186,6 +190,9 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
     forget(config)
     with torch.device("meta"):
         stock = type(model)(config)
+    for name, module in model.named_modules():
+        if getattr(module, "_output_capturing_hooks_installed", False):  # once, so that later blocks bring their own
+            maybe_install_capturing_hooks(stock.get_submodule(name))
     return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
 
 
