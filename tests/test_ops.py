@@ -225,6 +225,17 @@ def test_preparing_a_layer_changes_nothing():
         ops.prepare(nn.Linear(2, 2), 5)
 
 
+def test_tokens_that_prepare_a_layer_have_the_dtype_of_its_experts():
+    """A router may be in float32 beside experts in bfloat16."""
+    layer = MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]).to(torch.bfloat16)
+    layer.gate.float()
+    seen = []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
+    ops.prepare(layer, 5)
+    ops.prepare(MoE(D, E, experts=[nn.Identity()] * E), 5)  # of the router, where experts have no weights
+    assert seen == [torch.bfloat16]
+
+
 def test_explain_tells_of_its_own_thread():
     """Others compute meanwhile, and explain by themselves."""
     layers = [MoE(8, 4, activation=activation) for activation in (nn.GELU, nn.CELU)]

@@ -139,10 +139,10 @@ def prepare(
     """Compile and check the kernels that a layer launches, before training or serving.
 
     Triton compiles a program when it is launched first, and the kernels check themselves then. Both take seconds, in
-    each process. So this function calls the layer on random tokens of each given shape, in its mode and under the
-    caller's autocast: in training forward and backward, in eval without gradients. Gradients, buffers and random
-    generators stay as they are, but hooks run: call it before the layer is wrapped or watched. It checks again what
-    there was no memory to check. One call serves all layers of equal settings.
+    each process. So this function calls the layer on random tokens of each given shape, in its experts' dtype, in its
+    mode and under the caller's autocast: in training forward and backward, in eval without gradients. Gradients,
+    buffers and random generators stay as they are, but hooks run: call it before the layer is wrapped or watched. It
+    checks again what there was no memory to check. One call serves all layers of equal settings.
 
     Args:
         layer: a `MoE`, a `HeirarchicalMoE`, or another module of inputs `(sequences, tokens, layer.dim)` with
@@ -159,6 +159,7 @@ def prepare(
         {(1, 16): 'cpu', (1, 64): 'cpu'}
     """
     dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
+    dtype = next(getattr(layer, "experts", layer).parameters(), weight).dtype  # a router may have another
     shapes = itertools.product(check_sizes("sequences", sequences), check_sizes("tokens", tokens))
     launching.forget_lack_of_memory()
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
@@ -169,7 +170,7 @@ def prepare(
             torch.set_grad_enabled(layer.training),
             _listening() as told,
         ):
-            x = torch.randn(*shape, dim, device=weight.device, dtype=weight.dtype, requires_grad=layer.training)
+            x = torch.randn(*shape, dim, device=weight.device, dtype=dtype, requires_grad=layer.training)
             made = torch.func.functional_call(layer, buffers, (x,))
             if layer.training:
                 total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
