@@ -80,7 +80,7 @@ class Device:
 def pieces(device: Device) -> dict[str, Callable[[Device], Tasks]]:
     """All pieces by name, in the order in which they run: what is right before what is fast."""
     made: dict[str, Callable[[Device], Tasks]] = {"tests": tests}
-    made |= {f"canary/{layout}": partial(canary, layout=layout) for layout in LAYOUTS}
+    made |= {f"kernels/{layout}": partial(check_kernels, layout=layout) for layout in LAYOUTS}
     made |= {"capacity": capacity, "other cards": other_cards, "decoding": decoding}
     shapes = [shape.name for shape in device.shapes()]
     for index, name in enumerate(shapes):
@@ -105,26 +105,25 @@ def tests(device: Device) -> Tasks:
     yield "tests", run
 
 
-def canary(device: Device, layout: str) -> Tasks:
+def check_kernels(device: Device, layout: str) -> Tasks:
     """Every form of one layout: what the kernels' own check says, entry by entry of the schedule."""
-    from mixture_of_experts.ops.triton import operators
-    from mixture_of_experts.ops.triton import self_check as canary
+    from mixture_of_experts.ops.triton import operators, self_check
     from mixture_of_experts.ops.triton.form import Form
 
-    def judge(kind: canary.Kind, entries: Any, entry: Any) -> str:
-        canary.forget()  # one that is wrong is not to hide the others
+    def judge(kind: self_check.Kind, entries: Any, entry: Any) -> str:
+        self_check.forget()  # one that is wrong is not to hide the others
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return canary.judge(kind, torch.device(device.name), entries, (entry,)) or "right"
+            return self_check.judge(kind, torch.device(device.name), entries, (entry,)) or "right"
 
-    names = [*canary.ACTIVATIONS, "gelu_tanh"] if layout in ("plain", "gated") else ["silu", "gelu"]
+    names = [*self_check.ACTIVATIONS, "gelu_tanh"] if layout in ("plain", "gated") else ["silu", "gelu"]
     names += ["clamped_swiglu"] if layout != "plain" else []
     for dtype in (getattr(torch, name) for name in DTYPES):
         entries = operators.entries_for(torch.device(device.name), dtype)
         for activation in names:
             for odd in (0, 16):
                 options = ((bool(odd), bool(odd)), (bool(odd), not odd), (odd, odd, odd), 0 if odd else 2, False)
-                kind = canary.Kind(0, dtype, Form(layout, activation, 1.702, 7.0), *options)
+                kind = self_check.Kind(0, dtype, Form(layout, activation, 1.702, 7.0), *options)
                 for entry in entries:
                     name = f"{dtype}, {activation}, sizes {odd} past 64, tiles of {entry.rows}"
                     yield name, partial(judge, kind, entries, entry)

@@ -9,7 +9,7 @@ from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating, ops
-from mixture_of_experts.ops import few_tokens as few
+from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.cpu import decode
 
 
@@ -86,9 +86,9 @@ def test_few_rows_leave_out_what_is_not_kept(shape):
 def test_few_tokens_without_a_plan(name, copied, monkeypatch):
     """As GPUs decode by torch's operators: what the definition computes, and an expert without a row is not touched."""
     torch.manual_seed(0)
-    monkeypatch.setattr(few, "PER_COPY", 0 if copied else 1 << 20)
-    taken, way = [], few.run
-    monkeypatch.setattr(few, "run", lambda call: taken.append(call) or way(call))
+    monkeypatch.setattr(few_tokens, "PER_COPY", 0 if copied else 1 << 20)
+    taken, way = [], few_tokens.run
+    monkeypatch.setattr(few_tokens, "run", lambda call: taken.append(call) or way(call))
     if name == "two levels":
         layer = HeirarchicalMoE(DIM, (2, 4), 16, second_policy_eval="all")
     else:
@@ -104,7 +104,7 @@ def test_few_tokens_without_a_plan(name, copied, monkeypatch):
             taken.clear()
             with torch.no_grad(), ops.use("lean"):
                 found = run(layer, x, masked)
-            assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few.MOST_TOKENS)
+            assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few_tokens.MOST_TOKENS)
             with torch.no_grad(), ops.use("plain"):
                 torch.testing.assert_close(found, run(layer, x, masked))
 
@@ -112,7 +112,7 @@ def test_few_tokens_without_a_plan(name, copied, monkeypatch):
 @pytest.mark.parametrize("per_copy", [0, 1 << 20])
 def test_few_tokens_leave_out_what_nobody_chose(per_copy, monkeypatch):
     """To the last NaN; a token may have an expert twice."""
-    monkeypatch.setattr(few, "PER_COPY", per_copy)
+    monkeypatch.setattr(few_tokens, "PER_COPY", per_copy)
     w1, w2, x = torch.randn(4, 8, 8), torch.randn(4, 8, 8), torch.randn(3, 8)
     w1[2:] = torch.nan
     expert, weight = torch.tensor([[0, 1], [1, 1], [4, 0]]), torch.rand(3, 2)

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import HashGating, TopKGating, ops
-from mixture_of_experts.gating import RouterLogits
-from mixture_of_experts.gating import topk_by_kernel as few
+from mixture_of_experts.gating import RouterLogits, topk_by_kernel
 from mixture_of_experts.gating.choices import top_choices
 from mixture_of_experts.kernels.launching import has_kernels
 
@@ -55,8 +54,8 @@ class Kernel:
 def kernel(monkeypatch) -> Iterator[Kernel]:
     kernel = Kernel()
     monkeypatch.setitem(sys.modules, "mixture_of_experts.kernels.top_k", SimpleNamespace(few_choices=kernel))
-    monkeypatch.setattr(few, "has_kernels", lambda device: kernel.there)
-    monkeypatch.setattr(few.CHECK, "verdicts", {})
+    monkeypatch.setattr(topk_by_kernel, "has_kernels", lambda device: kernel.there)
+    monkeypatch.setattr(topk_by_kernel.CHECK, "verdicts", {})
     with torch.no_grad():
         yield kernel
 
@@ -77,13 +76,13 @@ def gate_of(num_experts: int = E, dim: int = DIM, kind: type[TopKGating] = TopKG
         dict(k=3, weigh="softmax", normalize=False, balance_over="batch"),
         dict(k=1, capacity_factor_eval=1.0, min_expert_capacity=1),
         dict(normalize=False, logits=RouterLogits(DIM, E, norm_eps=1e-6)),
-        dict(num_experts=few.MOST_EXPERTS, k=few.MOST_CHOICES, priority="token"),
+        dict(num_experts=topk_by_kernel.MOST_EXPERTS, k=topk_by_kernel.MOST_CHOICES, priority="token"),
     ],
 )
 def test_what_is_served(settings, kernel):
     """Up to eight tokens of a group. It is tried once before it serves, and gives what operators give."""
     gate = gate_of(**settings)
-    for number, (b, n) in enumerate([(3, 1), (1, 3), (2, few.LONGEST)]):
+    for number, (b, n) in enumerate([(3, 1), (1, 3), (2, topk_by_kernel.LONGEST)]):
         x, random = torch.randn(b, n, DIM), torch.get_rng_state()
         found = gate(x)
         assert kernel.calls == number + 2
@@ -113,8 +112,8 @@ class OwnGating(TopKGating):
         dict(priority="score"),
         dict(logits=nn.Linear(DIM, E)),
         dict(kind=OwnGating),
-        dict(num_experts=few.MOST_EXPERTS + 1),
-        dict(num_experts=few.MOST_CHOICES + 1, k=few.MOST_CHOICES + 1),
+        dict(num_experts=topk_by_kernel.MOST_EXPERTS + 1),
+        dict(num_experts=topk_by_kernel.MOST_CHOICES + 1, k=topk_by_kernel.MOST_CHOICES + 1),
         dict(dtype=torch.float64),
     ],
 )
@@ -129,7 +128,7 @@ def test_calls_that_are_not_served(kernel):
     gate(x, importance=torch.ones(2, 2))
     gate(x, length=torch.tensor([2, 1]))
     gate(x, given_experts=torch.arange(2).expand(2, 2, 2))
-    gate(torch.randn(1, few.LONGEST + 1, DIM))
+    gate(torch.randn(1, topk_by_kernel.LONGEST + 1, DIM))
     gate(x[:0])
     gate(x[:, :0])
     gate(x.double())

@@ -98,11 +98,11 @@ def test_tiles(check: Checks, experts: int, height: int):
     ],
 )
 def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dtype: torch.dtype, choices: int):
-    check("check_canary", layout, activation, dtype, choices)
+    check("check_self_check", layout, activation, dtype, choices)
 
 
 def test_the_self_check_uses_every_buffer_again_and_sees_a_vector(check: Checks):
-    check("check_lengths_of_the_canary")
+    check("check_lengths_of_the_self_check")
 
 
 @pytest.mark.slow

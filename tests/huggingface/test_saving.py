@@ -17,7 +17,7 @@ from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, 
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TokenChoiceGate, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.huggingface.saving import layer_settings as record
+from mixture_of_experts.huggingface.saving import layer_settings
 
 from .test_losses import batch_of, build, trainer
 
@@ -66,7 +66,7 @@ def test_round_trip(name, tmp_path):
 
 def test_every_gate_of_the_package_can_be_described():
     """Those with an entry in `GATES` here; `HashGating`, which reads ids, in test_token_ids.py."""
-    assert record.GATES.keys() == GATES.keys() | {"HashGating"}
+    assert layer_settings.GATES.keys() == GATES.keys() | {"HashGating"}
 
 
 @pytest.mark.parametrize("gate", GATES)

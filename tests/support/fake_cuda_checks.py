@@ -264,8 +264,7 @@ def check_entries(capability: tuple[int, int]) -> int:
     """The self-check judges the entry of the schedule that is launched, and as many choices; returns how many entries
     calls of many shapes took."""
     from mixture_of_experts.ops import triton
-    from mixture_of_experts.ops.triton import operators, schedule
-    from mixture_of_experts.ops.triton import self_check as canary
+    from mixture_of_experts.ops.triton import operators, schedule, self_check
 
     judged, launched = [], []
 
@@ -280,7 +279,7 @@ def check_entries(capability: tuple[int, int]) -> int:
     seen = set()
     with on_gpu(torch.bfloat16, capability), ops.use("triton"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton, "is_fake", lambda tensor: False)
-        patch.setattr(canary, "why_wrong", judge)
+        patch.setattr(self_check, "why_wrong", judge)
         patch.setattr(operators, "find_schedule", find)
         layers = {
             3: MoE(DIM, 8, gate=TopKGating(DIM, 8, 3), experts=Experts(DIM, 8, HIDDEN)),

@@ -38,21 +38,15 @@ from mixture_of_experts import (
 from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.gating import recomputing as saving
-from mixture_of_experts.gating import top2_by_kernel as two_best
-from mixture_of_experts.gating import topk_by_kernel as few
+from mixture_of_experts.gating import recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import second_level
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels import ffn as kernels
-from mixture_of_experts.kernels import launching
-from mixture_of_experts.kernels import queueing as queue_kernels
-from mixture_of_experts.kernels import top_2 as two_best_kernel
-from mixture_of_experts.kernels import top_k as few_kernel
+from mixture_of_experts.kernels import launching, queueing, top_2, top_k
 from mixture_of_experts.ops import autograd
 from mixture_of_experts.ops.activations import ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.ops.triton import operators, schedule, why_not
-from mixture_of_experts.ops.triton import self_check as canary
+from mixture_of_experts.ops.triton import operators, schedule, self_check, why_not
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.forward_backward import compute, operands
 from mixture_of_experts.ops.triton.row_plan import plan_of, triton_few_plan, triton_plan
@@ -212,12 +206,16 @@ def check_first_hour() -> None:
     device, entry = no_card.NoCard(), schedule.INTERPRETED[0]
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            *((canary, "ROWS", 48), (canary, "DIM", 16), (canary, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU})),
+            *(
+                (self_check, "ROWS", 48),
+                (self_check, "DIM", 16),
+                (self_check, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU}),
+            ),
             *((pieces, "DTYPES", ("bfloat16",)), (pieces, "MEANS", (2, 4)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
         ):
             patch.setattr(module, name, value)
         patch.setattr(device, "shapes", lambda: [replace(gpu.SHAPES[0], t=8, d=16, h=16, e=2, k=1)])
-        found = run(pieces.canary(device, "interleaved"))
+        found = run(pieces.check_kernels(device, "interleaved"))
         assert set(found.values()) == {"right"}
         assert len(found) == 12  # three activations, two sizes, two entries
 
@@ -305,15 +303,15 @@ def spoil(fault: str, kernel: str, launch: Any, arguments: dict[str, Any]) -> No
         tile.copy_(spoiled)
 
 
-def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int) -> None:
+def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: int) -> None:
     """Kernels that are right pass, with every entry of the schedule. Each that is planted wrong or raises is seen, and
     off is the way for the process, but for what was found right. A lack of memory is asked for once."""
     form, entries = Form(layout, activation, 1.702, 7.0), schedule.INTERPRETED
-    kind = canary.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
+    kind = self_check.Kind(0, dtype, form, (True, True), (False, True), (0, 0, 16), choices, False)
     launch, device, times = operators.launch, torch.device("cpu"), [0]
 
     def judge(entry: int = 0) -> str | None:
-        return canary.judge(kind, device, entries, entries[entry : entry + 1])
+        return self_check.judge(kind, device, entries, entries[entry : entry + 1])
 
     def planted(name: str, fault: str) -> Any:
         def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
@@ -324,32 +322,32 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
             if is_it and fault == "raises":
                 raise RuntimeError("a compiler gives up")
             launch(kernel, grid, **arguments)
-            if is_it and (fault != "now and then" or times[0] == canary.TIMES):
+            if is_it and (fault != "now and then" or times[0] == self_check.TIMES):
                 spoil(fault, name, partial(launch, kernel, grid), arguments)
 
         return wrong
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(canary, "ROWS", 48)
-        patch.setattr(canary, "DIM", 32)
-        patch.setattr(canary.CHECK, "verdicts", {})
+        patch.setattr(self_check, "ROWS", 48)
+        patch.setattr(self_check, "DIM", 32)
+        patch.setattr(self_check.CHECK, "verdicts", {})
         assert judge(0) is None
         assert judge(1) is None
-        assert len(canary.CHECK.verdicts) == 2
-        patch.setattr(canary, "FAR", 1 << 13)
+        assert len(self_check.CHECK.verdicts) == 2
+        patch.setattr(self_check, "FAR", 1 << 13)
         one, other = (
-            canary.make_call(kind, device, *canary.size_for(entries, entries[0]), far) for far in (False, True)
+            self_check.make_call(kind, device, *self_check.size_for(entries, entries[0]), far) for far in (False, True)
         )
         assert all(weight.stride(0) > 2000 for weight in (*other.network.w_in, other.network.w_out))
-        found = canary.by_kernels(other, kind)
-        assert all(torch.equal(value, found[name]) for name, value in canary.by_kernels(one, kind).items())
+        found = self_check.by_kernels(other, kind)
+        assert all(torch.equal(value, found[name]) for name, value in self_check.by_kernels(one, kind).items())
         hardware = ("a vector", "a lost tile", "a stale buffer")
         for name, fault in (
             *((name, "slightly") for name in KERNELS),
             *(("row_grads", fault) for fault in ("raises", "now and then")),
             *itertools.product(LEFT, hardware),
         ):
-            patch.setattr(canary.CHECK, "verdicts", {(kind, entries[1]): None})
+            patch.setattr(self_check.CHECK, "verdicts", {(kind, entries[1]): None})
             times[0] = 0
             patch.setattr(operators, "launch", planted(name, fault))
             with pytest.warns(UserWarning, match="off in this process"):
@@ -360,9 +358,9 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
             patch.setattr(operators, "launch", launch)
             assert judge(0) == wrong  # nothing is asked again
             assert judge(1) is None  # what was right serves on: a recomputation takes the way of its forward
-            canary.CHECK.verdicts.pop((kind, entries[1]))
+            self_check.CHECK.verdicts.pop((kind, entries[1]))
             assert judge(1) == wrong
-        patch.setattr(canary.CHECK, "verdicts", {})
+        patch.setattr(self_check.CHECK, "verdicts", {})
         patch.setattr(operators, "launch", planted("row_grads", "memory"))
         times[0] = 0
         with pytest.warns(UserWarning, match="off for calls of one kind.*ops.prepare"):
@@ -374,14 +372,14 @@ def check_canary(layout: str, activation: str, dtype: torch.dtype, choices: int)
         launching.forget_lack_of_memory()
         assert judge(0) is None
         for name, seen in (("rows_by_weights", True), ("row_grads", False)):  # decoding has no backward
-            patch.setattr(canary.CHECK, "verdicts", {})
+            patch.setattr(self_check.CHECK, "verdicts", {})
             patch.setattr(operators, "launch", planted(name, "a vector"))
             with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
-                found = canary.judge(kind._replace(decoding=True), device, entries, entries[:1])
+                found = self_check.judge(kind._replace(decoding=True), device, entries, entries[:1])
             assert (found is not None) == seen
 
 
-def check_lengths_of_the_canary() -> None:
+def check_lengths_of_the_self_check() -> None:
     """Low tiles are what they are taken for. With every entry of every card the check's sums take more steps than there
     are buffers. A vector of 16 bytes is seen in rows of its size, where the norm of the whole tensor hides 96 numbers.
     """
@@ -389,25 +387,29 @@ def check_lengths_of_the_canary() -> None:
     for entries in schedule.HALF.values():
         assert all(schedule.find_schedule(entries, mean).rows <= 32 for mean in range(schedule.LOW + 1))
     for entries, entry in ((table, entry) for table in tables for entry in table):
-        rows, experts = canary.size_for(entries, entry)
+        rows, experts = self_check.size_for(entries, entry)
         assert schedule.find_schedule(entries, rows // experts) is entry
         assert experts >= 3
         for blocks in entry[2:]:
-            length = canary.ROWS * canary.BUSIEST if isinstance(blocks, WeightBlocks) else canary.DIM
+            length = self_check.ROWS * self_check.BUSIEST if isinstance(blocks, WeightBlocks) else self_check.DIM
             assert length >= (blocks.stages + 1) * blocks.c, entry
     torch.manual_seed(0)
-    wanted = torch.randn(8, canary.DIM, canary.DIM)
-    for dtype, tolerance in canary.TOLERANCE.items():
-        assert canary.error_of_rows(wanted.to(dtype), wanted) < tolerance / 5
+    wanted = torch.randn(8, self_check.DIM, self_check.DIM)
+    for dtype, tolerance in self_check.TOLERANCE.items():
+        assert self_check.error_of_rows(wanted.to(dtype), wanted) < tolerance / 5
         found = wanted.to(dtype, copy=True)
         found[3, 5, 96 : 96 + 16 // dtype.itemsize] = 0
-        assert canary.error_of_rows(found, wanted) > 2 * tolerance
+        assert self_check.error_of_rows(found, wanted) > 2 * tolerance
         found = wanted.to(dtype, copy=True)
         found[3, 5, :96] *= -1
-        assert relative(found, wanted.double()) < canary.TOLERANCE[torch.bfloat16] < canary.error_of_rows(found, wanted)
+        assert (
+            relative(found, wanted.double())
+            < self_check.TOLERANCE[torch.bfloat16]
+            < self_check.error_of_rows(found, wanted)
+        )
         found = wanted.to(dtype, copy=True)
         found[0, 0, 0] = torch.nan
-        assert not canary.error_of_rows(found, wanted) < tolerance
+        assert not self_check.error_of_rows(found, wanted) < tolerance
 
 
 def check_most_tiles() -> None:
@@ -577,10 +579,10 @@ def check_queues(e: int, k: int, n: int) -> None:
     torch.manual_seed(e)
     expert, score = torch.randint(e, (2, 3, n * k)), torch.rand(2, 3, n).round(decimals=1)
     expert[1] = expert[1] % 2  # most experts have no queue, and some a long one
-    queued, queue_in_line = [], queue_kernels.queue_in_line
+    queued, queue_in_line = [], queueing.queue_in_line
     for chosen, priority in itertools.product((None, torch.rand(expert.shape) < 0.6), queues.PRIORITIES):
-        with pytest.MonkeyPatch.context() as patch, watched(queue_kernels), ops.use("triton"):
-            patch.setattr(queue_kernels, "queue_in_line", lambda *args: queued.append(1) or queue_in_line(*args))
+        with pytest.MonkeyPatch.context() as patch, watched(queueing), ops.use("triton"):
+            patch.setattr(queueing, "queue_in_line", lambda *args: queued.append(1) or queue_in_line(*args))
             patch.setattr(queues.CHECK, "verdicts", {expert.device: None})
             found = queues.queue_up(expert, chosen, e, k, priority, score)
         with ops.use("lean"):
@@ -603,7 +605,7 @@ def check_queues(e: int, k: int, n: int) -> None:
 
 def check_wrong_queues(fault: str) -> None:
     """Kernels of queues that are planted wrong, or raise, are off for the process."""
-    launch, expert = queue_kernels.launch, torch.randint(5, (3, 40))
+    launch, expert = queueing.launch, torch.randint(5, (3, 40))
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         if fault == "raises":
@@ -616,10 +618,10 @@ def check_wrong_queues(fault: str) -> None:
         wanted = queues.queue_up(expert, None, 5, 2)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(queues.CHECK, "verdicts", {})
-        patch.setattr(queue_kernels, "launch", wrong)
+        patch.setattr(queueing, "launch", wrong)
         with pytest.warns(UserWarning, match="off in this process"):
             found = queues.queue_up(expert, None, 5, 2)
-        patch.setattr(queue_kernels, "launch", None)  # nothing is launched again
+        patch.setattr(queueing, "launch", None)  # nothing is launched again
         for queued in (found, queues.queue_up(expert, None, 5, 2)):
             assert torch.equal(queued.position, wanted.position)
             assert torch.equal(queued.length, wanted.length)
@@ -644,22 +646,22 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
     gate = TopKGating(8, e, **options).to(dtype).eval()
     if gate.expert_bias is not None:
         gate.expert_bias.normal_(std=0.1)
-    calls, choose = [], few_kernel.launch
+    calls, choose = [], top_k.launch
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(few.CHECK, "verdicts", {})
-        assert few._is_right(gate, torch.zeros(1, 1, 8, dtype=dtype))
-        patch.setattr(few_kernel, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
-        for b, n in ((1, 1), (3, 1), (2, few.LONGEST), (1, 3), (1, few.LONGEST + 1), (0, 1)):
+        patch.setattr(topk_by_kernel.CHECK, "verdicts", {})
+        assert topk_by_kernel._is_right(gate, torch.zeros(1, 1, 8, dtype=dtype))
+        patch.setattr(top_k, "launch", lambda *args, **kwargs: calls.append(args) or choose(*args, **kwargs))
+        for b, n in ((1, 1), (3, 1), (2, topk_by_kernel.LONGEST), (1, 3), (1, topk_by_kernel.LONGEST + 1), (0, 1)):
             x = torch.randn(b, n, 8, dtype=dtype)
             for tokens in (x, torch.zeros_like(x), torch.where(torch.rand(b, n, 1) < 0.3, torch.nan, x)):
                 calls.clear()
                 # NaN is what nobody has written
                 with (
                     ops.use("triton"),
-                    watched(few_kernel, queue_kernels) if tokens.isfinite().all() else nullcontext(),
+                    watched(top_k, queueing) if tokens.isfinite().all() else nullcontext(),
                 ):
                     found = gate(tokens)
-                assert len(calls) == (n <= few.LONGEST and b > 0)
+                assert len(calls) == (n <= topk_by_kernel.LONGEST and b > 0)
                 with ops.use("plain"):
                     wanted = gate(tokens)
                 assert len(calls) <= 1
@@ -672,7 +674,7 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def check_wrong_choices(fault: str) -> None:
     """A kernel of gates that is planted wrong, or raises, is off for the process; without memory for its kind."""
-    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), few_kernel.launch, []
+    gate, x, launch, calls = TopKGating(8, 5, 2).eval(), torch.randn(3, 1, 8), top_k.launch, []
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         calls.append(fault)
@@ -684,10 +686,10 @@ def check_wrong_choices(fault: str) -> None:
     lost = TopKGating(8, 5, 2).eval()
     assert lost.w_gating is not None
     lost.w_gating.fill_(torch.nan)
-    assert few._fault(lost, x) is None  # what training has lost is no fault of the kernel
+    assert topk_by_kernel._fault(lost, x) is None  # what training has lost is no fault of the kernel
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(few.CHECK, "verdicts", {})
-        patch.setattr(few_kernel, "launch", wrong)
+        patch.setattr(topk_by_kernel.CHECK, "verdicts", {})
+        patch.setattr(top_k, "launch", wrong)
         wanted = gate(x, mask=torch.ones(3, 1, dtype=torch.bool))  # which the kernel does not serve
         assert not calls
         with pytest.warns(UserWarning, match="no memory" if fault == "memory" else "off in this process"):
@@ -706,14 +708,14 @@ def check_two_choices(policy: Any, e: int, dtype: torch.dtype) -> None:
     settings |= dict(capacity_factor_train=None, capacity_factor_eval=None, dtype=dtype)
     gate, other = Top2Gating(8, e, **settings), Top2Gating(8, e, **settings).eval()
     inner = Top2Gating(8, e, outer_expert_dims=3, **settings)
-    assert two_best._fault(gate, torch.device("cpu"), masked=True) is None
+    assert top2_by_kernel._fault(gate, torch.device("cpu"), masked=True) is None
     for layer, shape in ((gate, (1, 1)), (gate, (2, 45)), (other, (3, 7)), (inner, (3, 2, 9))):
         x, mask = torch.randn(*shape, 8, dtype=dtype), torch.rand(shape) < 0.7
         importance = torch.randint(3, shape).to(dtype) / 2
         mask.view(-1, shape[-1])[0], importance.view(-1, shape[-1])[-1] = False, 0
         lost, both = torch.where(torch.rand(*shape, 1) < 0.3, torch.nan, x), dict(importance=importance, mask=mask)
         for tokens, masks in ((x, {}), (x, both), (torch.zeros_like(x), dict(importance=importance)), (lost, both)):
-            with watched(two_best_kernel) if tokens is not lost else nullcontext():
+            with watched(top_2) if tokens is not lost else nullcontext():
                 found = results_of_choices("triton", layer, tokens, masks, anew=layer is other)
             wanted = results_of_choices("plain", layer, tokens, masks)
             for name, want in wanted.items():
@@ -730,14 +732,14 @@ def results_of_choices(
 ) -> dict[str, Tensor]:
     """What a gate tells, gradients of it, and gradients of those; with `anew` by what the backward computes anew."""
     torch.manual_seed(1)
-    launch, calls = two_best_kernel.launch, []
+    launch, calls = top_2.launch, []
     leaves, names = [x.detach().requires_grad_(), gate.w_gating], ("weight", "probs", "balance_loss", "z_loss")
     with pytest.MonkeyPatch.context() as patch, ops.use(way):
-        patch.setattr(two_best, "_is_right", lambda *_: True)
-        patch.setattr(two_best_kernel, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
+        patch.setattr(top2_by_kernel, "_is_right", lambda *_: True)
+        patch.setattr(top_2, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
         if anew:  # as of many experts on a GPU
             for name, value in (("_on_gpu", lambda x: True), ("SMALL", 0.0), ("LEAST", 0)):
-                patch.setattr(saving, name, value)
+                patch.setattr(recomputing, name, value)
         told = gate(leaves[0], **masks)
         total = sum((getattr(told, name) * getattr(told, name).detach().cos()).sum() for name in names)
         plain = torch.autograd.grad(total, leaves, retain_graph=True)
@@ -755,7 +757,7 @@ def results_of_choices(
 
 def check_wrong_two_choices(fault: str) -> None:
     """Kernels of `Top2Gating` that are planted wrong, or raise, are off for the process; without memory for a kind."""
-    gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), two_best_kernel.launch, []
+    gate, x, launch, calls = Top2Gating(8, 5), torch.randn(2, 9, 8), top_2.launch, []
 
     def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         calls.append(fault)
@@ -774,8 +776,8 @@ def check_wrong_two_choices(fault: str) -> None:
     with ops.use("plain"):
         wanted = decide()
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(two_best.CHECK, "verdicts", {})
-        patch.setattr(two_best_kernel, "launch", wrong)
+        patch.setattr(top2_by_kernel.CHECK, "verdicts", {})
+        patch.setattr(top_2, "launch", wrong)
         with pytest.warns(UserWarning, match="Top2Gating are off " + ("for" if fault == "memory" else "in")):
             found = decide()
         number, again = len(calls), decide()
@@ -796,14 +798,14 @@ def check_first_call_in_checkpoint(selective: bool) -> None:
     options = dict(context_fn=partial(create_selective_checkpoint_contexts, policy)) if selective else {}
     (wanted,) = torch.autograd.grad(gate(x).weight.square().sum(), x)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
-        patch.setattr(two_best.CHECK, "verdicts", {})
+        patch.setattr(top2_by_kernel.CHECK, "verdicts", {})
         weight = checkpoint(lambda x: gate(x).weight, x, use_reentrant=False, **options)
-        assert list(two_best.CHECK.verdicts.values()) == [None]
+        assert list(top2_by_kernel.CHECK.verdicts.values()) == [None]
         (found,) = torch.autograd.grad(weight.square().sum(), x)
-        two_best.CHECK.verdicts.clear()
+        top2_by_kernel.CHECK.verdicts.clear()
         with disable_saved_tensors_hooks("no hooks"):
             gate(x)
-        assert list(two_best.CHECK.verdicts.values()) == [None]
+        assert list(top2_by_kernel.CHECK.verdicts.values()) == [None]
     torch.testing.assert_close(found, wanted)
 
 
@@ -868,9 +870,9 @@ def check_operators() -> None:
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
     line = decision.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])
-    torch.library.opcheck(queue_kernels.queue_in_line, (line, line > 0, order, 4, 2, True))
+    torch.library.opcheck(queueing.queue_in_line, (line, line > 0, order, 4, 2, True))
     options = (3, False, True, 2.5, 1e-6, 0.5, 0.25)
-    torch.library.opcheck(few_kernel.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
+    torch.library.opcheck(top_k.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)
 
 

@@ -165,11 +165,8 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
     """The launches of a forward and a backward, each kind once."""
     import torch
 
-    from mixture_of_experts.kernels import queueing as queues
-    from mixture_of_experts.kernels import top_2 as two
-    from mixture_of_experts.kernels import top_k as few
-    from mixture_of_experts.ops.triton import operators
-    from mixture_of_experts.ops.triton import row_plan as plan
+    from mixture_of_experts.kernels import queueing, top_2, top_k
+    from mixture_of_experts.ops.triton import operators, row_plan
     from support.fake_cuda_checks import on_gpu
 
     seen: dict[Any, tuple[Any, dict[str, Any]]] = {}
@@ -178,28 +175,28 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
         described = {name: describe(value) for name, value in arguments.items()}
         seen[kernel.fn.__name__, tuple(sorted(described.items(), key=str))] = (kernel, described)
 
-    modules, launch = (operators, few, queues, two), operators.launch
+    modules, launch = (operators, top_k, queueing, top_2), operators.launch
     for module in modules:
         module.launch = note
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     try:
         with on_gpu(getattr(torch, case.dtype), case.capability):
-            run_operators(case, operators, plan)
+            run_operators(case, operators, row_plan)
             logits, settings = (
                 torch.empty(64, 1, 128, dtype=torch.float32),
                 (8, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
             )
-            few.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
+            top_k.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
             line = torch.empty(4, 256, dtype=torch.int64)
-            queues.queue_in_line._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
-            run_two_best(two, case)
+            queueing.queue_in_line._init_fn(line, line > 0, line if case.bias else None, 128, 1, case.bias)
+            run_two_best(top_2, case)
     finally:
         for module in modules:
             module.launch = launch
     return list(seen.values())
 
 
-def run_operators(case: Case, operators, plan) -> None:
+def run_operators(case: Case, operators, row_plan) -> None:
     import torch
 
     e, (d, h, o) = 8, (1024, 512, 2048) if case.even else (1008, 528, 2032)
@@ -217,14 +214,14 @@ def run_operators(case: Case, operators, plan) -> None:
     network = (case.layout, case.activation, 1.702, 7.0)
     x, grad = torch.empty(r // 2, d), torch.empty(r // 2, o)
     length = torch.empty(e, dtype=torch.int64)
-    plan.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
-    plan.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
-    plan.triton_few_plan._init_fn(index, flag, e, 2)
+    row_plan.triton_plan._init_fn(index, index, flag, flag, length, None, r // 2, 2, e, e, 2, r)
+    row_plan.triton_plan._init_fn(index, index, flag, flag, length, index, r // 4, 2, e // 4, e, 4, r)
+    row_plan.triton_few_plan._init_fn(index, flag, e, 2)
     _, pre = operators.triton_ffn._init_fn(x, *tables, w_in, w_out, *biases, *network, True)
     operators.triton_ffn_backward._init_fn(grad, pre, x, *tables, w_in, w_out, *biases, *network, True, True, True)
 
 
-def run_two_best(two, case: Case) -> None:
+def run_two_best(top_2, case: Case) -> None:
     """With masks, random numbers and all gradients, or with nothing."""
     import torch
 
@@ -234,8 +231,10 @@ def run_two_best(two, case: Case) -> None:
     if case.bias:
         of_token, flag = torch.empty(2, 300, dtype=torch.float32), torch.empty(2, 300, dtype=torch.bool)
         grads, policy = [logits, of_token, logits[:, 0], of_token[0, 0]], "random"
-    expert, weight, _, _, probs, log_total, *_ = two.two_best._init_fn(logits, flag, flag, of_token, policy, 0.2, 1e-9)
-    two.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, weight, *grads)
+    expert, weight, _, _, probs, log_total, *_ = top_2.two_best._init_fn(
+        logits, flag, flag, of_token, policy, 0.2, 1e-9
+    )
+    top_2.two_best_grads._init_fn(probs, expert, log_total, flag, 1e-9, weight, *grads)
 
 
 def describe(value: Any) -> Any:
