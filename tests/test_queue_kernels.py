@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.queues import PRIORITIES, Queues, queue_up
+from mixture_of_experts.kernels import launching
 
 Kernel = Callable[..., tuple[Tensor, Tensor]]
 
@@ -125,3 +126,27 @@ def test_wrong_kernels_are_off(stand_in, wrong: Kernel):
     number = len(calls)
     assert same(queue_up(expert, chosen, 5, 2, "score", score), wanted, chosen)
     assert len(calls) == number <= 3
+
+
+class CheckedMeanwhile(str):
+    """A verdict during whose reading another thread adds one."""
+
+    check: launching.SelfCheck
+
+    def __eq__(self, other: object) -> bool:
+        self.check.verdicts[len(self.check.verdicts)] = None
+        return str.__eq__(self, other)
+
+    __hash__ = str.__hash__
+
+
+def test_threads_may_check_kernels_at_once(monkeypatch):
+    check = launching.SelfCheck("some kernels")
+    monkeypatch.setattr(launching, "_CHECKS", [check])
+    no_memory = CheckedMeanwhile(launching.NO_MEMORY)
+    no_memory.check = check
+    check.verdicts = {"first": no_memory, "second": None}
+    assert check.why_wrong(torch.device("cpu"), "third", lambda: None) is None
+    launching.forget_lack_of_memory()
+    assert {"second", "third"} <= check.verdicts.keys()
+    assert "first" not in check.verdicts

@@ -127,9 +127,11 @@ class SelfCheck:
             kind: what programs depend on; each kind is checked once.
             fault: a function that computes such a call and returns what is wrong, or None.
         """
-        if kind in self.verdicts:
-            return self.verdicts[kind]
-        if wrong := next((said for said in self.verdicts.values() if said not in (None, NO_MEMORY)), None):
+        verdicts = self.verdicts
+        if kind in verdicts:
+            return verdicts[kind]
+        # of a list: other threads may add verdicts meanwhile
+        if wrong := next((said for said in list(verdicts.values()) if said not in (None, NO_MEMORY)), None):
             return wrong
         if device.type == "cuda" and is_capturing(device):
             warnings.warn(
@@ -160,7 +162,7 @@ class SelfCheck:
 def forget_lack_of_memory() -> None:
     """Let kinds of calls be checked anew that could not be checked for want of memory."""
     for check in _CHECKS:
-        check.verdicts = {kind: verdict for kind, verdict in check.verdicts.items() if verdict != NO_MEMORY}
+        check.verdicts = {kind: verdict for kind, verdict in list(check.verdicts.items()) if verdict != NO_MEMORY}
 
 
 def is_capturing(device: torch.device) -> bool:
