@@ -194,7 +194,7 @@ class MoE(Layer):
         (torch.Size([2, 10, 32]), torch.Size([]))
     """
 
-    gate_names = ("gate",)
+    gate_names: ClassVar[tuple[str, ...]] = ("gate",)
     num_experts: int
 
     def __init__(
@@ -282,7 +282,7 @@ class HeirarchicalMoE(Layer):
     """
 
     sizes: ClassVar[tuple[str, ...]] = (*Layer.sizes, "num_experts_outer", "num_experts_inner")
-    gate_names = ("gate_outer", "gate_inner")
+    gate_names: ClassVar[tuple[str, ...]] = ("gate_outer", "gate_inner")
     num_experts_outer: int
     num_experts_inner: int
 

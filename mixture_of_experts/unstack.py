@@ -35,6 +35,7 @@ class FeedForward(nn.Module):
     w2: nn.Module
     w3: nn.Module | None
     act: nn.Module
+    dropout: float
 
     def __init__(
         self, w1: nn.Module, w2: nn.Module, w3: nn.Module | None, act: nn.Module, dropout: float = 0.0

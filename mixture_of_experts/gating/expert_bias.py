@@ -92,6 +92,8 @@ class OptimizerSteps:
     No tensor tells of a step: a fused optimizer does not raise the version of what it changes.
     """
 
+    number: int
+
     def __init__(self) -> None:
         self.number = -1
 

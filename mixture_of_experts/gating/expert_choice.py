@@ -39,7 +39,7 @@ class ExpertChoiceGating(Gate):
         torch.Size([2, 32])
     """
 
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     w_gating: nn.Parameter
 
     capacity_factor: CapacityFactor = CapacityFactor(dropless=False)

@@ -41,7 +41,7 @@ class HashGating(TopKGating):
 
     num_ids: int
 
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, "token_ids")
     scores_choose: ClassVar[bool] = False
     load_beyond_scores: ClassVar[str | None] = "a token's id chooses its experts there"

@@ -39,7 +39,7 @@ class NoisyTopKGating(TokenChoiceGate):
         ['balance', 'importance', 'load', 'z']
     """
 
-    reports = ("importance", "load")
+    reports: tuple[str, ...] | None = ("importance", "load")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     w_noise: nn.Parameter

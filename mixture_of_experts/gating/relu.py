@@ -59,7 +59,7 @@ class ReLUGating(TopKGating):
         tensor(1.2000e-08)
     """
 
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     keep_dtype: ClassVar[tuple[str, ...]] = (*TopKGating.keep_dtype, "l1_coef", "choice_counts")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     mean_choices: float = setting(check_number, above=0.0)

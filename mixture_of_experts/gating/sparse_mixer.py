@@ -48,7 +48,7 @@ class SparseMixerGating(TokenChoiceGate):
         2
     """
 
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     tolerance: float = setting(check_number, at_least=0.0)

@@ -100,7 +100,7 @@ class Top2Gating(TokenChoiceGate):
         (torch.Size([2, 32]), 5)
     """
 
-    reports = ("first_place", "second_place")
+    reports: tuple[str, ...] | None = ("first_place", "second_place")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
     w_gating: nn.Parameter
     capacity_per_choice = False

@@ -45,7 +45,7 @@ class TopPGating(TopKGating):
                 [ True,  True, False]])
     """
 
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     offers: ClassVar[tuple[str, ...]] = (*TopKGating.offers, "entropy")
     load_beyond_scores: ClassVar[str | None] = "tokens make fewer than k choices there"
     p: float = setting(check_number, above=0.0, below=1.0)

@@ -117,7 +117,7 @@ class TopKGating(TokenChoiceGate):
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
-    reports = ()
+    reports: tuple[str, ...] | None = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
     expert_histogram: Tensor | None

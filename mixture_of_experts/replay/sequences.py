@@ -141,6 +141,8 @@ class Sequences(Watch):
     """
 
     read: TokensReader
+    seen: Seen | None
+    done: Callable[[list[Any]], None] | None
 
     def __init__(
         self, owner: object, model: nn.Module, seen: Seen | None, done: Callable[[list[Any]], None] | None

@@ -89,6 +89,9 @@ class BlockWatch(Watch):
         chosen: gets the mode and the output, when the forward has ended well.
     """
 
+    make: Callable[[tuple[Any, ...]], Choosing | None]
+    chosen: Callable[[Choosing, Any], None]
+
     def __init__(
         self, make: Callable[[tuple[Any, ...]], Choosing | None], chosen: Callable[[Choosing, Any], None]
     ) -> None:

@@ -381,7 +381,9 @@ class GateTracker:
     reader: Reader | None
     stats: RoutingStats
     keep: int
+    name: str
     routers: int
+    columns: dict[str, int]
     learn_names: Callable[[tuple[str, ...]], None]
 
     def __init__(self, site: Site, reader: Reader | None, stats: RoutingStats, keep: int) -> None:

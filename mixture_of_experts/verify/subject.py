@@ -79,6 +79,13 @@ class Sample:
 class Subject:
     """A module, and what is told about it. The module itself never runs: every measurement takes a fresh copy."""
 
+    module: nn.Module
+    told: dict[str, Any]
+    limit: float
+    like: Tensor
+    dim: int
+    draws: dict[bool, bool]
+
     def __init__(self, module: nn.Module, dim: int | None = None, **told: Any) -> None:
         self.module, self.told, self.limit = module, told, LIMIT
         tensors = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()]

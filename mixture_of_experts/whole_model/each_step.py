@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mixture_of_experts.support.checks import check_process_group
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class EachStep:
@@ -48,7 +52,7 @@ class EachStep:
 
     remove = close
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -121,6 +121,9 @@ class OutOfReach:
     It waits for no device: the numbers of a step are copied to the host, and looked at in a later step.
     """
 
+    means: list[float]
+    warned: bool
+
     def __init__(self, gates: Sequence[ReLUGating]) -> None:
         self.means = sorted({gate.mean_choices for gate in gates})
         self.copy: Tensor | None = None

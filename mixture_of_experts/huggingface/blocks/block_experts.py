@@ -52,6 +52,7 @@ class BlockExperts:
     block: Any
     recipe: Recipe
     always: int
+    averages: bool
 
     def __init__(self, settings: BlockSettings) -> None:
         self.block, self.recipe, self.always = settings.module, settings.recipe, settings.always

@@ -192,7 +192,8 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
         stock = type(model)(config)
     for name, module in model.named_modules():
         if getattr(module, "_output_capturing_hooks_installed", False):  # once, so that later blocks bring their own
-            maybe_install_capturing_hooks(stock.get_submodule(name))
+            inner: Any = stock.get_submodule(name)
+            maybe_install_capturing_hooks(inner)
     return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
 
 
