@@ -189,7 +189,7 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
     config = copy.deepcopy(model.config, copies)
     forget(config)
     with torch.device("meta"):
-        stock = type(model)(config)
+        stock: Any = type(model)(config)
     for name, module in model.named_modules():
         if getattr(module, "_output_capturing_hooks_installed", False):  # once, so that later blocks bring their own
             inner: Any = stock.get_submodule(name)
