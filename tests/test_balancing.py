@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
 from functools import partial
 from typing import Any
@@ -210,6 +211,14 @@ def test_two_of_one_rule_move_once_and_the_first_goes_on():
     assert all(bias.any() for bias in biases(model))
     first.remove()
     assert all(gate.bias_rule is RULES["sign"] for gate in model.gates())
+
+
+def test_a_copy_made_meanwhile_is_balanced_by_nobody():
+    model = Model()
+    with balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.0), "quantile"):
+        twins = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        assert all(gate.balanced_by is not None for gate in model.gates())
+    assert all(gate.balanced_by is None for twin in (model, *twins) for gate in twin.gates())
 
 
 def test_what_is_refused():

@@ -177,15 +177,14 @@ class GateBias:
 
     gate: Any
     rule: BiasRule
-    before: GateBias | None
-    rule_before: BiasRule
-    ended: bool
+    rule_before: BiasRule  # the gate's own
 
     def __init__(self, gate: Any, rule: BiasRule, hooks: Attached) -> None:
-        self.gate, self.rule, self.ended = gate, rule, False
-        self.before, self.rule_before = gate.balanced_by, gate.bias_rule
-        gate.bias_rule, gate.balanced_by = rule, self
+        self.gate, self.rule, last = gate, rule, gate.balanced_by
+        self.rule_before = last.rule_before if last is not None and last.moves else gate.bias_rule
+        gate.bias_rule = rule
         hooks.callback(self.end)
+        hooks.set(gate, "balanced_by", self)
 
     @property
     def k(self) -> int:
@@ -214,12 +213,9 @@ class GateBias:
         self.gate.move_bias(step)
 
     def end(self) -> None:
-        self.ended = True
-        last, rule, moved = self.gate.balanced_by, self.gate.bias_rule, self.moves
-        while last is not None and last.ended:
-            last, rule = last.before, last.rule_before
-        self.gate.balanced_by = last
-        if moved and rule is not self.rule:
+        last = self.gate.balanced_by
+        rule = self.rule_before if last is None else last.rule
+        if self.gate.bias_rule is self.rule and rule is not self.rule:
             self.gate.bias_rule = rule
 
 
