@@ -19,7 +19,7 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
-from mixture_of_experts.gating.given import LIVE, settle
+from mixture_of_experts.gating.given import LIVE, merge_given
 
 DIM = 6
 
@@ -229,9 +229,9 @@ def test_of_two_choices_one_may_not_be_given():
 
 def test_of_its_own_choices_a_gate_makes_those_that_it_sends():
     chosen, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
-    settled = settle(None, torch.tensor([[0, 1, 2]]), chosen)
-    assert settled.chosen(sent).tolist() == [[True, False, False]]
-    assert settled.chosen() is chosen
+    merged = merge_given(None, torch.tensor([[0, 1, 2]]), chosen)
+    assert merged.chosen(sent).tolist() == [[True, False, False]]
+    assert merged.chosen() is chosen
 
 
 def test_given_experts_are_checked():

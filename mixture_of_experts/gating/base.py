@@ -28,7 +28,15 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_G
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
-from mixture_of_experts.gating.given import LIVE, Forced, Settled, check_forced, check_given, forced_experts, settle
+from mixture_of_experts.gating.given import (
+    LIVE,
+    Forced,
+    MergedChoices,
+    check_forced,
+    check_given,
+    forced_experts,
+    merge_given,
+)
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.support.checks import (
@@ -244,7 +252,7 @@ class TokenChoiceGate(Gate):
         """The mean number of choices of a token; None if scores decide how many of the k are made."""
         return self.k
 
-    def settle(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> Settled:
+    def merge_given(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> MergedChoices:
         """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 
         `decide` of a gate that names "given_experts" in `reads` calls this. That input is `(..., b, n, k)` int64: an
@@ -263,7 +271,7 @@ class TokenChoiceGate(Gate):
             given = torch.where(tokens.full.unsqueeze(-1), given, LIVE)
         if given is not None and self.forced is None:
             check_given(given, self.num_experts, tokens.active)
-        return settle(given, expert, chosen)
+        return merge_given(given, expert, chosen)
 
     def read(
         self,

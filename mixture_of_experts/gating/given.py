@@ -26,7 +26,7 @@ from mixture_of_experts.support.tracing import can_read
 LIVE = -(1 << 15)  # the least of int16
 
 
-class Settled(NamedTuple):
+class MergedChoices(NamedTuple):
     """The choices of all tokens, given ones and the gate's own."""
 
     expert: Tensor  #: (..., b, n, k) int64, from 0 to e - 1
@@ -34,9 +34,9 @@ class Settled(NamedTuple):
     computed: Tensor | None  #: (..., b, n, k) bool, choices that are computed; None: all
     live: Tensor | None = None  #: (..., b, n, k) bool, choices that are the gate's own; None: all
 
-    def column(self, i: int) -> Settled:
+    def column(self, i: int) -> MergedChoices:
         """Choice i of every token, `(..., b, n, 1)`."""
-        return Settled(*(None if part is None else part[..., i : i + 1] for part in self))  # type: ignore[arg-type]
+        return MergedChoices(*(None if part is None else part[..., i : i + 1] for part in self))  # type: ignore[arg-type]
 
     def among(self, allowed: Tensor | None) -> Tensor | None:
         """`(..., b, n, k)` bool, choices that are `allowed` and share the token's weight; None if all are."""
@@ -49,7 +49,7 @@ class Settled(NamedTuple):
         own = sent & self.computed
         return own if self.live is None else torch.where(self.live, own, self.computed)
 
-    def without(self, closed: Tensor | None) -> Settled:
+    def without(self, closed: Tensor | None) -> MergedChoices:
         """The same choices, without those of experts that are `closed` `(..., b, n, e)` to their token."""
         if closed is None:
             return self
@@ -58,15 +58,15 @@ class Settled(NamedTuple):
         return self._replace(weighed=weighed, computed=computed)
 
 
-def settle(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> Settled:
+def merge_given(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> MergedChoices:
     """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`. `chosen` says which
     of its own the gate makes."""
     if given is None:
-        return Settled(own, chosen, chosen)
+        return MergedChoices(own, chosen, chosen)
     live, not_computed = given == LIVE, torch.where(given < -1, -2 - given, 0)
     expert = torch.where(live, own, torch.where(given < 0, not_computed, given))
     own_chosen = live if chosen is None else live & chosen
-    return Settled(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)
+    return MergedChoices(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)
 
 
 def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:

@@ -77,23 +77,23 @@ class NoisyTopKGating(TokenChoiceGate):
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
         best = top_choices(noisy, self.k + 1)
-        settled = self.settle(tokens, best[..., : self.k])
-        expert, allowed = settled.expert, settled.among(self.allowed(tokens))
+        merged = self.merge_given(tokens, best[..., : self.k])
+        expert, allowed = merged.expert, merged.among(self.allowed(tokens))
         top = noisy.gather(-1, expert)
         # orders tokens with priority "score": the first choice's weight, for k = 1 (where that is 1) its probability
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
-        if settled.weighed is None:
+        if merged.weighed is None:
             probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
         else:  # a choice that is not made has some expert's id: send it to a column that is cut off
-            column = torch.where(settled.weighed, expert, self.num_experts)
+            column = torch.where(merged.weighed, expert, self.num_experts)
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         found = {"balance": parts["importance"] + parts["load"], **parts, "z": self.z_loss(tokens, clean)}
-        return Choices(expert, weight, probs, found, chosen=settled.chosen(), weighed=settled.weighed, score=score)
+        return Choices(expert, weight, probs, found, chosen=merged.chosen(), weighed=merged.weighed, score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import Settled
+from mixture_of_experts.gating.given import MergedChoices
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.settings import setting
 
@@ -79,20 +79,20 @@ class SparseMixerGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
         logits = self.product(tokens.x, self.w_gating)
-        settled, weights = self._choices(tokens, logits)
+        merged, weights = self._choices(tokens, logits)
         probs = logits.softmax(dim=-1)
         losses = {
-            "balance": self.balance_loss(tokens, probs, settled.expert, settled.weighed, k=self.k),
+            "balance": self.balance_loss(tokens, probs, merged.expert, merged.weighed, k=self.k),
             "z": self.z_loss(tokens, logits),
         }
-        return Choices(settled.expert, weights, probs, losses, chosen=settled.chosen(), weighed=settled.weighed)
+        return Choices(merged.expert, weights, probs, losses, chosen=merged.chosen(), weighed=merged.weighed)
 
-    def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[Settled, Tensor]:
+    def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[MergedChoices, Tensor]:
         """The choices and their weights, both `(..., b, n, k)`."""
         left, experts, weights = logits, [], []
         given = None
         if "given_experts" in tokens.side:
-            given = self.settle(
+            given = self.merge_given(
                 tokens, torch.zeros(*logits.shape[:-1], self.k, dtype=torch.int64, device=logits.device)
             )
         for i in range(self.k):
@@ -102,9 +102,9 @@ class SparseMixerGating(TokenChoiceGate):
             weights.append(weight)
             rest = left.scatter(-1, expert, -torch.inf)
             left = rest if column is None or column.weighed is None else torch.where(column.weighed, rest, left)
-        return self.settle(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
+        return self.merge_given(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
 
-    def _choose(self, logits: Tensor, left: Tensor, given: Settled | None) -> tuple[Tensor, Tensor]:
+    def _choose(self, logits: Tensor, left: Tensor, given: MergedChoices | None) -> tuple[Tensor, Tensor]:
         """One expert of each token and its weight, both `(..., b, n, 1)`; `left` is -inf for experts already chosen."""
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)

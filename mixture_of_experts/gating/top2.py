@@ -188,8 +188,8 @@ class Top2Gating(TokenChoiceGate):
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.choosing).argmax(dim=-1, keepdim=True)
-        settled = self.settle(tokens, torch.cat([expert_1, expert_2], dim=-1))
-        expert, weighed = settled.expert, settled.weighed
+        merged = self.merge_given(tokens, torch.cat([expert_1, expert_2], dim=-1))
+        expert, weighed = merged.expert, merged.weighed
         if weighed is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
@@ -205,9 +205,9 @@ class Top2Gating(TokenChoiceGate):
         log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
         primary = weight > 0.5  # the choice with more than half of the weight; at an exact tie neither
-        if settled.live is not None:  # of given choices the one that stands first
-            primary = torch.where(settled.live, primary, torch.arange(2, device=weight.device) == 0)
-        chosen = settled.chosen(self._sent(weight))
+        if merged.live is not None:  # of given choices the one that stands first
+            primary = torch.where(merged.live, primary, torch.arange(2, device=weight.device) == 0)
+        chosen = merged.chosen(self._sent(weight))
         return Choices(expert, weight, probs, parts, chosen=chosen, primary=primary, weighed=weighed)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

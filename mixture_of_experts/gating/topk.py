@@ -212,16 +212,16 @@ class TopKGating(TokenChoiceGate):
             made = self.chosen(probs, own)
         else:
             own, made = self._among_ranked(tokens, ranked, probs)
-        settled = self.settle(tokens, own, made).without(closed)
-        expert, allowed = settled.expert, settled.among(self.allowed(tokens))
-        weighs = settled.weighed if tokens.all_choose else allowed
-        if settled.live is not None:
+        merged = self.merge_given(tokens, own, made).without(closed)
+        expert, allowed = merged.expert, merged.among(self.allowed(tokens))
+        weighs = merged.weighed if tokens.all_choose else allowed
+        if merged.live is not None:
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
 
         # the loss before the weights: the backward then adds the loss's gradient in place
-        balance = self.balance_of_scores(tokens, score, probs, expert, settled.weighed)
+        balance = self.balance_of_scores(tokens, score, probs, expert, merged.weighed)
 
-        weight = self._weigh(logits, score, expert, settled.weighed)
+        weight = self._weigh(logits, score, expert, merged.weighed)
         prob = weight[..., :1]
         if weighs is not None:
             weight = torch.where(weighs, weight, 0.0)
@@ -237,7 +237,7 @@ class TopKGating(TokenChoiceGate):
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
-        return Choices(expert, weight, probs, parts, chosen=settled.chosen(), weighed=settled.weighed, score=top)
+        return Choices(expert, weight, probs, parts, chosen=merged.chosen(), weighed=merged.weighed, score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""

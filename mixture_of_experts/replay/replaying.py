@@ -298,7 +298,7 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
     if not site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
-            f"`self.settle(tokens, expert)`, and add {GIVEN!r} to its `reads`"
+            f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
         )
     if k not in (None, site.choices):
         raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {k}")
