@@ -118,7 +118,7 @@ class Layer(CheckedModule):
                 loss = loss + coef * sum(found[1:], found[0])
         return loss
 
-    def asked_of(self, gate: nn.Module) -> dict[str, Any]:
+    def requested_losses(self, gate: nn.Module) -> dict[str, Any]:
         """The keyword argument that asks the gate for losses which it computes only on request; {} for none."""
         if not self.loss_coefs:
             return {}
@@ -248,7 +248,7 @@ class MoE(Layer):
     def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
-        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.asked_of(self.gate), **side))
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **side))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
 
@@ -364,11 +364,11 @@ class HeirarchicalMoE(Layer):
             reads = side_inputs_of_levels(reads_of(self.gate_outer), reads_of(self.gate_inner))
             side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
             side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
-        side_outer |= self.asked_of(self.gate_outer)
+        side_outer |= self.requested_losses(self.gate_outer)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
         slots = plan_slots_of(outer)
         level_two = second_level(groups, outer, slots, self.group_size, side_inner)
-        inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.asked_of(self.gate_inner)))
+        inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
         check_slots_have_tokens(self.gate_inner, inner, slots)
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
         return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])

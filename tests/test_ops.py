@@ -200,7 +200,7 @@ def test_explain_changes_nothing():
     torch.testing.assert_close(layer(x), expected)
     with pytest.raises(TypeError):
         ops.explain_call(layer, x, importance=1)
-    assert not ops._LISTENERS.told
+    assert not ops._LISTENERS.explanations
 
 
 def test_preparing_a_layer_changes_nothing():

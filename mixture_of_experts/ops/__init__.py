@@ -62,7 +62,7 @@ class Listeners(threading.local):
     """The lists, of each thread, to which the way of every call is added; the innermost comes last."""
 
     def __init__(self) -> None:
-        self.told: list[list[Explanation]] = []
+        self.explanations: list[list[Explanation]] = []
 
 
 _LISTENERS = Listeners()
@@ -128,9 +128,9 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
         >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), _listening() as told:
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), _listening() as explanations:
         layer(x, *args, **kwargs)
-    return told[0] if told else Explanation("module")
+    return explanations[0] if explanations else Explanation("module")
 
 
 def prepare(
@@ -155,7 +155,7 @@ def prepare(
 
     Example:
         >>> from mixture_of_experts import MoE
-        >>> {shape: told.way for shape, told in prepare(MoE(dim=32, num_experts=4), tokens=[16, 64]).items()}
+        >>> {shape: found.way for shape, found in prepare(MoE(dim=32, num_experts=4), tokens=[16, 64]).items()}
         {(1, 16): 'cpu', (1, 64): 'cpu'}
     """
     dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
@@ -168,7 +168,7 @@ def prepare(
         with (
             torch.random.fork_rng([weight.device] if weight.is_cuda else []),
             torch.set_grad_enabled(layer.training),
-            _listening() as told,
+            _listening() as explanations,
         ):
             x = torch.randn(*shape, dim, device=weight.device, dtype=dtype, requires_grad=layer.training)
             made = torch.func.functional_call(layer, buffers, (x,))
@@ -176,19 +176,19 @@ def prepare(
                 total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
                 leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
                 torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-        found[shape] = told[0] if told else Explanation("module")
+        found[shape] = explanations[0] if explanations else Explanation("module")
     return found
 
 
 @contextmanager
 def _listening() -> Iterator[list[Explanation]]:
     """The ways of the calls in this context, in a list."""
-    told: list[Explanation] = []
-    _LISTENERS.told.append(told)
+    explanations: list[Explanation] = []
+    _LISTENERS.explanations.append(explanations)
     try:
-        yield told
+        yield explanations
     finally:
-        _LISTENERS.told.pop()
+        _LISTENERS.explanations.pop()
 
 
 def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
@@ -224,8 +224,8 @@ def _choose(call: Call) -> str:
 
 
 def _tell(way: str, reasons: dict[str, str]) -> str:
-    if _LISTENERS.told:
-        _LISTENERS.told[-1].append(Explanation(way, reasons))
+    if _LISTENERS.explanations:
+        _LISTENERS.explanations[-1].append(Explanation(way, reasons))
     return way
 
 
