@@ -60,7 +60,8 @@ class Recipe:
             is coefficient * k / layers. The coefficient is that of the model's published configuration, or the default
             of its class in transformers.
         blocks: classes of `transformers` that compute this.
-        keeps: names under which these blocks keep a part, if not under those in `KEEPS`.
+        keeps: where these blocks keep "gate_up", "down" and "activation", if they keep them somewhere of their own. The
+            names of all other parts stand in `KEEPS`.
         returns: what the router of these blocks returns, in order: "logits" or "probs", "weights", "experts", or None
             for another value. Values behind the last one may be anything.
     """
@@ -542,7 +543,7 @@ def _refuse_changes(part: str, changes: Mapping[str, Any]) -> None:
     """Refuse settings of a part that is given: they would do nothing."""
     if changes:
         written = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        raise ValueError(f"{part} is given, so {written} would do nothing: set it on that {part.rstrip('s')} instead")
+        raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
 
 
 def _make_experts(

@@ -245,7 +245,7 @@ def test_arguments_of_the_layer_pass_through():
     assert moe.loss_coef == pytest.approx(0.02 * 3 / 32)
     assert moe.experts[0] is experts[0]
     assert recipes.longcat_flash(16, 32, experts=[nn.Identity()] * 32).gate.num_experts == 32
-    with pytest.raises(ValueError, match="gate is given, so k=2 would do nothing: set it on that gate"):
+    with pytest.raises(ValueError, match="gate is given, so k=2 would do nothing: set it on the given gate"):
         recipes.mixtral(16, 8, gate=gate, k=2)
     with pytest.raises(ValueError, match="experts is given, so latent_dim=4 would do nothing"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)

@@ -1,5 +1,6 @@
-"""Every private name of torch that this package uses: torch does not promise to keep them.
+"""Every private module, class and function of torch that this package uses: torch does not promise to keep them.
 
+Attributes of `nn.Module`, such as `_modules`, stand where they are used.
 They are tested on torch 2.10 to 2.13, and most of them on 2.15. `tests/test_private_torch.py` shows which of them a new
 version breaks.
 """
