@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mixture_of_experts.verify import batching as batches
-from mixture_of_experts.verify import loss_gradients as losses
-from mixture_of_experts.verify import precision, states, thorough
+from mixture_of_experts.verify import batching, loss_gradients, precision, states, thorough
 from mixture_of_experts.verify.properties import Finding, Property
 from mixture_of_experts.verify.subject import Run, Subject
 from mixture_of_experts.verify.verdicts import Report
 
 __all__ = ["PROPERTIES", "Finding", "Report", "assert_holds", "verify"]
 
-_FILES = (batches, losses, states, precision, thorough)
+_FILES = (batching, loss_gradients, states, precision, thorough)
 _ALL = [each for file in _FILES for each in vars(file).values() if isinstance(each, Property)]
 
 #: what is promised, in one sentence, by the name of the property
