@@ -156,6 +156,11 @@ def run_on_slots(
     return combine(out.flatten().view(plan.num_rows, out.shape[-1]), plan)
 
 
+def _check_dropout(name: str, value: Any) -> float:
+    """A share below 1. No dropout is the integer 0: a float would be an input of graphs with dynamic sizes."""
+    return check_number(name, value, at_least=0.0, below=1.0) or 0
+
+
 class StackedExperts(FixedShapes, RoutedExperts):
     """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts."""
 
@@ -169,7 +174,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
     sizes: ClassVar[tuple[str, ...]] = ("dim", "dim_out", "num_experts", "hidden_dim", "expert_dims")
     w1: nn.Parameter
     w2: nn.Parameter
-    dropout: float = setting(check_number, at_least=0.0, below=1.0)
+    dropout: float = setting(_check_dropout)
 
     def __init__(
         self,
