@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +57,19 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(folder_of(SMOLLM2))
 
 
+# what a process holds at most since it began; `ru_maxrss` also counts what its parent held
+MEASURED = """
+import sys
+from pathlib import Path
+from mixture_of_experts.huggingface.__main__ import main
+
+status = main(sys.argv[1:])
+(line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+print(line.split()[1])
+sys.exit(status)
+"""
+
+
 @pytest.fixture(scope="module")
 def dense() -> Any:
     """SmolLM2 as it is; no test changes it."""
@@ -69,10 +81,9 @@ def command(tmp_path_factory) -> tuple[Path, int]:
     """The folder that the command writes, four experts in each of thirty layers; and the bytes that it held at most."""
     folder = tmp_path_factory.mktemp("upcycled") / "moe"
     words = [str(folder_of(SMOLLM2)), str(folder), "--num-experts", "4", "--max-shard-size", "500MB"]
-    process = subprocess.Popen([sys.executable, "-m", "mixture_of_experts.huggingface", "upcycle", *words])
-    _, process.returncode, usage = os.wait4(process.pid, 0)
+    process = subprocess.run([sys.executable, "-c", MEASURED, "upcycle", *words], stdout=subprocess.PIPE, text=True)
     assert process.returncode == 0
-    return folder, usage.ru_maxrss * 1024
+    return folder, 1024 * int(process.stdout.splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
