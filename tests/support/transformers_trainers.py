@@ -2,8 +2,8 @@
 
 A probe is a parameter whose gradient comes only through the auxiliary losses of layers, to which it is added times
 their coefficient. So its gradient in an optimizer's step, divided by the coefficient and the number of layers, is the
-factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. The table in
-docs/transformers.md is what this prints.
+factor: 1 if the step received the mean of the auxiliary losses of its micro-batches. docs/transformers.md
+says in words what this prints.
 """
 
 from __future__ import annotations
