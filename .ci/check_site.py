@@ -17,6 +17,9 @@ ASKED_FOR = {
     "jitter": "glossary",
 }
 
+FIRST = {"mask": "concepts", "decode": "concepts"}  # by an entry of the index, which comes before words of a text
+HISTORY = ("changelog", "contributing", "families")  # not searched
+
 PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats", "verify")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]
 
@@ -28,6 +31,12 @@ for word, page in ASKED_FOR.items():
     found = [index[part].get(stem, []) for part in ("terms", "titleterms")]
     pages = {index["docnames"][number] for hits in found for number in (hits if isinstance(hits, list) else [hits])}
     assert page in pages, f"the search for {word!r} finds {sorted(pages)}, not {page}"
+
+for word, page in FIRST.items():
+    pages = {index["docnames"][entry[0]] for entry in index["indexentries"].get(word, [])}
+    assert pages == {page}, f"the search for {word!r} begins with {sorted(pages)}, not {page}"
+searched = {number for hits in index["terms"].values() for number in (hits if isinstance(hits, list) else [hits])}
+assert not {index["docnames"][number] for number in searched} & {*HISTORY}, f"the search reads one of {HISTORY}"
 
 reference = "".join(page.read_text(encoding="utf-8") for page in (site / "api").glob("*.html"))
 for module in PUBLIC:

@@ -6,8 +6,11 @@ from the docstrings.
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
+from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 from mixture_of_experts import __version__
@@ -38,6 +41,7 @@ html_theme = "pydata_sphinx_theme"
 html_title = project
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_search_scorer = str(Path(__file__).with_name("search_weights.js"))
 templates_path = ["_templates"]
 html_sidebars = {"**": ["all_pages.html"]}
 html_show_sourcelink = False
@@ -48,6 +52,7 @@ html_theme_options = {
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
+    "pygments_dark_style": "github-dark",  # its comments are darker than the code
     "footer_start": ["copyright"],
     "footer_end": [],
 }
@@ -63,11 +68,45 @@ INCLUDED = {
 }
 
 
+# What readers look for, and the section that tells of it under another title
+LOOKED_FOR = {
+    "concepts": {
+        "Routing": ["router", "gate", "top-k"],
+        "Capacity": ["slot", "drop"],
+        "Dropless": ["decode", "generate", "inference", "KV cache"],
+        "Padding": ["mask", "pad"],
+        "Losses": ["auxiliary loss", "aux_loss", "balancing loss", "z-loss"],
+    },
+    "training": {"Switches of a router": ["freeze", "temperature"]},
+    "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
+    "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
+    "stacked_experts": {"Quantisation": ["quantization", "int8"]},
+}
+NOT_SEARCHED = ("changelog", "contributing", "families")
+
+
 def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:
     """Links to files outside of the site lead to the pages that include them."""
     for file, included in INCLUDED.items():
         source[0] = source[0].replace(f"]({file}", f"]({included}")
 
 
+def lead_to_looked_for(app: Sphinx, page: str, source: list[str]) -> None:
+    """The search finds these sections first: an entry of the index counts more than a word of the text."""
+    for title, words in LOOKED_FOR.get(page, {}).items():
+        heading = re.compile(rf"^#+ {title}\n", re.MULTILINE)
+        entries = "".join(f"\n```{{index}} ! {word}\n```\n" for word in words)
+        source[0], found = heading.subn(rf"\g<0>{entries}", source[0])
+        assert found == 1, f"{page} has {found} sections {title!r}"
+
+
+def leave_out_of_search(app: Sphinx, document: nodes.document) -> None:
+    """Pages of history and lists answer no question that their neighbours do not answer better."""
+    if app.env.docname in NOT_SEARCHED:
+        app.env.metadata[app.env.docname]["nosearch"] = True
+
+
 def setup(app: Sphinx) -> None:
     app.connect("source-read", lead_to_included)
+    app.connect("source-read", lead_to_looked_for)
+    app.connect("doctree-read", leave_out_of_search)

@@ -15,6 +15,7 @@ import pytest
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
 TABLES = ("layers", "routers")
 YES, UNKNOWN = "yes", "not run"
+COLUMNS = "All are: "  # the line above a table begins so
 Cell = tuple[str, str, str]  # table, feature (row), column
 
 
@@ -34,13 +35,21 @@ def read(text: str) -> dict[Cell, str]:
     notes = dict(re.findall(r"^\[(\d+)\] (.*)$", text, re.MULTILINE))
     cells = {}
     for table in TABLES:
-        lines = between(text, table).splitlines()
-        rows = [[entry.strip() for entry in line[1:-1].split("|")] for line in lines if line.startswith("|")]
-        for feature, *entries in rows[2:]:
-            for column, entry in zip(rows[0][1:], entries, strict=True):
-                number = re.fullmatch(r"no \[(\d+)\]", entry)
-                cells[table, feature, column] = notes[number.group(1)] if number else entry
+        columns, _, *lines = between(text, table).splitlines()
+        for line in lines[2:]:
+            feature, entry = (part.strip() for part in line[1:-1].split("|"))
+            everywhere, *exceptions = entry.split(", but ")
+            cells |= {(table, feature, column): YES for column in columns_of(columns)}
+            assert everywhere == "all", f"{feature}: {everywhere!r} is neither all nor all with exceptions"
+            for value, those in (exception.split(": ") for exception in exceptions):
+                number = re.fullmatch(r"no \[(\d+)\]", value)
+                reason = notes[number.group(1)] if number else value
+                cells |= {(table, feature, column): reason for column in those.split("; ")}
     return cells
+
+
+def columns_of(line: str) -> list[str]:
+    return line.removeprefix(COLUMNS).removesuffix(".").split("; ")
 
 
 def between(text: str, name: str) -> str:
@@ -62,11 +71,15 @@ def write(text: str, cells: dict[Cell, str]) -> str:
     for table in TABLES:
         mine = {(row, column): value for (name, row, column), value in cells.items() if name == table}
         columns = list(dict.fromkeys(column for _, column in mine))
-        lines = ["| " + " | ".join(["", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
+        lines = [f"{COLUMNS}{'; '.join(columns)}.", "", "| | works with |", "|---|---|"]
         for row in dict.fromkeys(row for row, _ in mine):
-            values = [mine.get((row, column), UNKNOWN) for column in columns]
-            entries = [f"no [{number[value]}]" if value in number else value for value in values]
-            lines.append("| " + " | ".join([row, *entries]) + " |")
+            values = {column: mine.get((row, column), UNKNOWN) for column in columns}
+            exceptions = dict.fromkeys(value for value in values.values() if value != YES)
+            entry = "all"
+            for value in exceptions:
+                shown = f"no [{number[value]}]" if value in number else value
+                entry += f", but {shown}: {'; '.join(column for column in columns if values[column] == value)}"
+            lines.append(f"| {row} | {entry} |")
         text = replace(text, table, lines)
     return replace(text, "notes", [f"[{index}] {reason}\n" for reason, index in number.items()])
 

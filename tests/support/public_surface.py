@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
@@ -49,20 +49,30 @@ def members(module: ModuleType, options: str) -> list[str]:
     given = re.search(r":members: (.+)", options)
     if given:
         return [name.strip() for name in given[1].split(",")]
-    left_out = re.search(r":exclude-members: (.+)", options)
     names = getattr(module, "__all__", None) or [
         name
         for name, value in vars(module).items()
         if getattr(value, "__module__", None) == module.__name__ and getattr(value, "__doc__", None)
     ]
-    excluded = {name.strip() for name in left_out[1].split(",")} if left_out else set()
-    return [name for name in names if not name.startswith("_") and name not in excluded]
+    return [name for name in names if not name.startswith("_") and name not in excluded(options)]
 
 
-def lines_of(path: str, value: Any) -> Iterator[str]:
+def inner_members() -> dict[str, set[str]]:
+    """The members of each class that its page leaves out, by the name of the class."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in sorted(PAGES.glob("*.md")))
+    classes = (each for each in DIRECTIVE.finditer(text) if each["kind"] == "autoclass")
+    return {each["name"]: excluded(each["options"]) for each in classes}
+
+
+def excluded(options: str) -> set[str]:
+    left_out = re.search(r":exclude-members: (.+)", options)
+    return {name.strip() for name in left_out[1].split(",")} if left_out else set()
+
+
+def lines_of(path: str, value: Any, left_out: Collection[str] = ()) -> Iterator[str]:
     if inspect.isclass(value):
         yield f"class {path}{signature_of(value)}"
-        for name in sorted(attributes_of(value)):
+        for name in sorted(attributes_of(value).difference(left_out)):
             yield f"{path}.{name}{member_of(value, name)}"
     elif callable(value):
         yield f"def {path}{signature_of(value)}"
@@ -124,7 +134,12 @@ class Shown:
 
 
 def surface() -> list[str]:
-    return [line for path, value in public_names().items() for line in lines_of(path, value)]
+    inner = inner_members()
+    return [
+        line
+        for path, value in public_names().items()
+        for line in lines_of(path, value, inner.get(path.rpartition(".")[-1], ()))
+    ]
 
 
 if __name__ == "__main__":
