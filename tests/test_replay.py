@@ -227,6 +227,76 @@ class Cached(nn.Module):
         return self.moe(x)[0]
 
 
+@torch.no_grad()
+def another_router(moe: nn.Module, size: float = 0.1) -> Any:
+    """A copy whose routers differ by noise, as another engine's do."""
+    other = copy.deepcopy(moe)
+    for name, parameter in other.named_parameters():
+        if "gate" in name:
+            parameter += size * torch.randn_like(parameter)
+    return other
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", [name for name in LAYERS if not name.startswith("two levels")])
+def test_with_weights_the_routers_part_of_a_difference_is_zero(name, masked):
+    """To the bit, with capacity, chance and padding. A copy with another router gives the same outputs, and so the same
+    log-probabilities; with choices alone it does not."""
+    torch.manual_seed(0)
+    moe, x, mask = LAYERS[name](), torch.randn(3, 6, DIM), MASK if masked and name != "wrapped" else None
+    other = another_router(moe)
+    with record_routing(moe, weights=True) as records:
+        wanted = run(moe, x, mask, seed=1)
+    assert [w.shape for w in records.weights[records.layers[0]]] == [r.shape for r in records[records.layers[0]]]
+    with replay_routing(other, records), record_routing(other, weights=True) as again:
+        replayed = run(other, x, mask, seed=2)
+    assert replayed[0].equal(wanted[0])
+    assert all(a.equal(b) for a, b in zip(*(each.weights[each.layers[0]] for each in (again, records)), strict=True))
+    with replay_routing(other, RoutingRecords(records)):
+        assert not run(other, x, mask, seed=2)[0].equal(wanted[0])
+    with replay_routing(moe, records):  # the same weights: the same gradients, of the router too
+        assert all(one.equal(same) for one, same in zip(run(moe, x, mask, seed=1), wanted, strict=True))
+
+
+def test_weights_are_selected_saved_and_left_out_beyond_the_end(tmp_path):
+    torch.manual_seed(0)
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM)
+    with record_routing(moe, weights=True) as records:
+        wanted = moe(x)[0]
+    records.select([1, 0], [2, 6]).save(tmp_path / "records")
+    loaded = RoutingRecords.load(tmp_path / "records")
+    assert [len(weight) for weight in loaded.weights["gate"]] == [2, 6]
+    assert loaded.weights["gate"][1].equal(records.weights["gate"][0])
+    other = another_router(moe)
+    with replay_routing(other, loaded, beyond="choose"):
+        out = other(x.flip(0))[0]
+    assert out[1].equal(wanted[0])
+    assert out[0, :2].equal(wanted[1, :2])
+    torch.testing.assert_close(out[0, 2:], other(x[1:, 2:])[0][0])
+    with record_routing(moe) as choices:
+        moe(x)
+    assert choices.weights is None
+
+
+def test_weights_that_do_not_fit_are_refused():
+    expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
+    for weights in ({"gate": [weight[:, :1]]}, {"gate": [weight.long()]}, {"gate": []}):
+        with pytest.raises(ValueError, match=r"weights of 'gate' must be floating point \[\(1, 2\)\]"):
+            RoutingRecords(expert, weights=weights)
+    with pytest.raises(ValueError, match="weights are of gates other, the choices of gate"):
+        RoutingRecords(expert, weights={"other": [weight]})
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
+    with pytest.raises(ValueError, match=r"given_weights must be floating point of shape \(1, 1, 2\)"):
+        moe.gate(torch.randn(1, 1, DIM), given_weights=torch.ones(1, 1, 2, dtype=torch.int64))
+    with (
+        pytest.raises(TypeError, match="in a layer of two levels only choices are recorded"),
+        record_routing(HeirarchicalMoE(DIM, (2, 3)), weights=True),
+    ):
+        pass
+    with pytest.raises(ValueError, match="weights must be True or False"), record_routing(moe, weights="yes"):  # type: ignore[arg-type]
+        pass
+
+
 def test_a_cache_of_ones_own_goes_on_and_is_cut():
     model, x = Cached(), torch.randn(2, 5, DIM)
     seen = lambda args, kwargs: kwargs.get("read", 0)  # noqa: E731

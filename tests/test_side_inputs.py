@@ -114,7 +114,7 @@ def test_an_empty_slot_makes_no_choice():
 def test_names_and_shapes_are_checked():
     moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
     with pytest.raises(
-        TypeError, match="reads no side input 'ids': it reads counted, features, router_input, token_ids"
+        TypeError, match="reads no side input 'ids': it reads counted, features, given_weights, router_input, token_ids"
     ):
         moe(x, ids=torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"token_ids must have shape \(2, 6, ...\), an entry a token, got \(2, 5\)"):
@@ -122,7 +122,8 @@ def test_names_and_shapes_are_checked():
     with pytest.raises(TypeError, match="reads no side input 'token_ids'"):
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
     with pytest.raises(
-        TypeError, match="TopKGating reads no side input 'maks': it reads router_input, counted, given_ex"
+        TypeError,
+        match="TopKGating reads no side input 'maks': it reads router_input, counted, given_weights, given",
     ):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="ExpertChoiceGating reads no side input 'losses': it reads router_input"):

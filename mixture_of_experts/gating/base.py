@@ -53,6 +53,7 @@ from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.settings import FixedShapes, setting
 
 COUNTED = "counted"  # the side input that says which tokens count, where all are computed
+GIVEN_WEIGHTS = "given_weights"  # the side input with the weights of a token's choices
 
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
@@ -196,8 +197,9 @@ class TokenChoiceGate(Gate):
     k: int
 
     #: `counted` `(..., n)` bool, instead of a mask, for a dropless gate: tokens where it is False are padding whose
-    #: choices are computed, without gradient for the router, but appear in no loss, statistic or count
-    reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED)
+    #: choices are computed, without gradient for the router, but appear in no loss, statistic or count.
+    #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
+    reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED, GIVEN_WEIGHTS)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
@@ -232,10 +234,11 @@ class TokenChoiceGate(Gate):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "forward" in vars(cls) and COUNTED in cls.reads:
+        if "forward" in vars(cls):
             taken = inspect.signature(cls.forward).parameters.values()
-            if not any(p.name == COUNTED or p.kind is p.VAR_KEYWORD for p in taken):
-                cls.reads = tuple(name for name in cls.reads if name != COUNTED)
+            if not any(p.kind is p.VAR_KEYWORD for p in taken):
+                missing = {COUNTED, GIVEN_WEIGHTS}.difference(p.name for p in taken)
+                cls.reads = tuple(name for name in cls.reads if name not in missing)
 
     @property
     def capacity_factor(self) -> float | None:
@@ -333,6 +336,7 @@ class TokenChoiceGate(Gate):
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
         choices = self._decided(tokens)
+        weight = self._with_given(tokens, choices.weight) if GIVEN_WEIGHTS in tokens.side else choices.weight
         chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
         if choices.chosen is not None:
             chosen = choices.chosen if chosen is None else choices.chosen & chosen
@@ -340,13 +344,26 @@ class TokenChoiceGate(Gate):
             replace(tokens, active=None) if choices.masked else tokens,
             choices.probs,
             choices.expert,
-            choices.weight,
+            weight,
             chosen=chosen,
             score=choices.score,
             primary=choices.primary,
             weighed=choices.weighed,
             losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
+
+    def _with_given(self, tokens: Tokens, weight: Tensor) -> Tensor:
+        """The weights `(..., b, n, k)` with the values of the side input `given_weights`, except where that is NaN."""
+        given = tokens.side[GIVEN_WEIGHTS]
+        if given.shape != weight.shape or not given.is_floating_point():
+            raise ValueError(
+                f"given_weights must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
+                f"{tuple(given.shape)}"
+            )
+        live = given.isnan()
+        if tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
+            live = live | ~tokens.full.unsqueeze(-1)
+        return torch.where(live, weight, given.to(weight.dtype) + (weight - weight.detach()))
 
     def _decided(self, tokens: Tokens) -> Choices:
         """What `decide` returns; an error for anything else than `Choices`, or if it reads a side input that is left

@@ -5,6 +5,7 @@ from mixture_of_experts.huggingface.blocks.backend import experts_forward
 from mixture_of_experts.huggingface.blocks.sparse import from_transformers, to_transformers
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.grpo import ReplayRouting
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
 from mixture_of_experts.huggingface.saving.export import export
@@ -16,6 +17,7 @@ __all__ = [
     "BalanceCallback",
     "ExpertsLoader",
     "MoEFeedForward",
+    "ReplayRouting",
     "RoutingCallback",
     "aux_loss",
     "experts_forward",

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.gating.levels import GIVEN
+from mixture_of_experts.gating.levels import GIVEN, GIVEN_WEIGHTS
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
     ChoiceSite,
@@ -29,14 +30,15 @@ from mixture_of_experts.replay.sequences import (
 )
 from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
 from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.checks import check_flag
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
-from mixture_of_experts.whole_model.sites import Gates
+from mixture_of_experts.whole_model.sites import Gates, Site, serve
 
 
 @contextmanager
 def record_routing(
-    model: nn.Module, *, seen: Seen | None = None, gates: Gates | None = None
+    model: nn.Module, *, seen: Seen | None = None, gates: Gates | None = None, weights: bool = False
 ) -> Iterator[RoutingRecords]:
     """Record the choices of every gate in `model`, while the context lasts, for `replay_routing`.
 
@@ -56,11 +58,13 @@ def record_routing(
             how many real tokens of each sequence earlier forwards have read, `(b,)` or one number for all; 0 begins
             new sequences. By default `past_key_values` and the attention mask tell that.
         gates: the gates to record, by their names or as modules (gates, or layers around them); by default all.
+        weights: whether the weights of the choices are recorded too, and so replayed. Only for layers of one level with
+            gates of this package.
 
     Raises:
         ValueError: the model has no gate.
-        TypeError: tokens make no k choices at a gate (expert choice); in a forward, a block of `transformers` does not
-            choose by `torch.topk`.
+        TypeError: tokens make no k choices at a gate (expert choice), or its weights cannot be recorded; in a forward,
+            a block of `transformers` does not choose by `torch.topk`.
         RuntimeError: in a forward, a gate runs twice, outside of `model`, or in a graph from before the context; or
             beam search exchanged sequences; on reading, a forward continued sequences that were not recorded.
 
@@ -77,7 +81,10 @@ def record_routing(
         ...     bool((moe(x)[0] == out).all())
         True
     """
-    recording = Recording(choice_sites(model, "record_routing", gates))
+    sites = choice_sites(model, "record_routing", gates)
+    if check_flag("weights", weights):
+        serve([one.site for one in sites], "record_routing(weights=True)", why_no_weights)
+    recording = Recording(sites, weights)
     with Attached() as hooks:
         recording.start(model, hooks, seen)
         with call_stack.within([(recording, call_stack.ForwardCall())]):
@@ -89,6 +96,7 @@ class Part(NamedTuple):
 
     name: str
     expert: Tensor  # (b, n, k)
+    weight: Tensor | None  # (b, n, k)
     mask: Tensor | None  # (b, n)
     seen: Tensor | int
     continues: bool
@@ -99,11 +107,13 @@ class Recording:
 
     records: RoutingRecords
 
-    def __init__(self, sites: list[ChoiceSite]) -> None:
-        self.sites = sites
+    def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
+        self.sites, self.weights = sites, weights
         self.parts: dict[str, list[Part]] = {site.name: [] for site in sites}
         self.records = RoutingRecords(
-            {site.name: [] for site in sites}, {site.name: site.num_experts for site in sites}
+            {site.name: [] for site in sites},
+            {site.name: site.num_experts for site in sites},
+            {site.name: [] for site in sites} if weights else None,
         )
         self.records._unread = self.hand_over
 
@@ -157,7 +167,9 @@ class Recording:
             expert = of_level_two(expert, call.outer)
         call.outer = routing
         shape = (math.prod(shape[:-1]), shape[-1])
-        self.note(site, call, expert.reshape(*shape, site.choices), None if mask is None else mask.reshape(shape))
+        weight = routing.weight.reshape(*shape, site.k) if self.weights else None
+        mask = None if mask is None else mask.reshape(shape)
+        self.note(site, call, expert.reshape(*shape, site.choices), mask, weight)
 
     def begin_block(self, site: ChoiceSite, sequences: Sequences, args: object) -> Choosing | None:
         refuse_one_graph(site)
@@ -170,10 +182,13 @@ class Recording:
         expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
         self.note(site, call, expert, call.tokens.mask)
 
-    def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None) -> None:
+    def note(
+        self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None, weight: Tensor | None = None
+    ) -> None:
         call.once(site.name)
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        call.parts.append(Part(site.name, expert.detach().to(small), mask, call.seen, call.continues))
+        weight = None if weight is None else weight.detach()
+        call.parts.append(Part(site.name, expert.detach().to(small), weight, mask, call.seen, call.continues))
 
     def keep(self, parts: list[Part]) -> None:
         """Store the choices of a forward that ended well."""
@@ -184,7 +199,10 @@ class Recording:
         """Move the stored choices from the device to the records."""
         for name, parts in self.parts.items():
             if parts:
-                records._experts[name] = joined(name, records._experts[name], parts)
+                if records._weights is not None:
+                    weights = [part.weight for part in parts if part.weight is not None]
+                    records._weights[name] = joined(name, records._weights[name], parts, weights)
+                records._experts[name] = joined(name, records._experts[name], parts, [part.expert for part in parts])
                 parts.clear()
 
 
@@ -221,6 +239,15 @@ class Whole(Watch):
             call.around.parts.extend(call.parts)
 
 
+def why_no_weights(site: Site) -> str | None:
+    """Why the weights of a site can be neither recorded nor replayed; None if they can."""
+    if site.external:
+        return "its own code computes the weights: convert the block by from_transformers"
+    if site.outer or site.level_one is not None:
+        return "in a layer of two levels only choices are recorded"
+    return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
+
+
 def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tuple[int, int]:
     """The sizes `(b, n)` of the tokens of a block."""
     b, n = call.tokens.shape or (1, num_tokens)
@@ -237,12 +264,13 @@ def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
 
 
-def joined(name: str, before: list[Tensor], parts: list[Part]) -> list[Tensor]:
-    """The recorded sequences, with the parts that new forwards add to them or continue them by."""
+def joined(name: str, before: list[Tensor], parts: list[Part], of_parts: list[Tensor]) -> list[Tensor]:
+    """The recorded sequences, with what new forwards add to them or continue them by: experts, or weights, `of_parts`
+    `(b, n, k)`."""
     pieces = [[record] for record in before]
-    for part in parts:
-        expert = part.expert.cpu()
-        rows = list(expert) if part.mask is None else [*map(Tensor.__getitem__, expert, part.mask.cpu())]
+    for part, values in zip(parts, of_parts, strict=True):
+        found = values.cpu()
+        rows = list(found) if part.mask is None else [*map(Tensor.__getitem__, found, part.mask.cpu())]
         if not part.continues:
             pieces += [[row.clone()] for row in rows]
             continue

@@ -30,9 +30,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     Args:
         experts: for each gate, by name, a tensor of integers `(s, k)` for each sequence.
         num_experts: for each gate, by name, its number of experts, if it is known.
+        weights: for each gate, by name, the weights `(s, k)` of these choices for each sequence; None: the choices
+            alone are known.
 
     Raises:
-        ValueError: gates have records of different numbers of sequences, or a record is no tensor of integers `(s, k)`.
+        ValueError: gates have records of different numbers of sequences; a record is no tensor of integers `(s, k)`; or
+            the weights are not floating point of the same shapes.
 
     Example:
         >>> import torch
@@ -47,12 +50,16 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     """
 
     def __init__(
-        self, experts: Mapping[str, Sequence[Tensor]], num_experts: Mapping[str, int | None] | None = None
+        self,
+        experts: Mapping[str, Sequence[Tensor]],
+        num_experts: Mapping[str, int | None] | None = None,
+        weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts must be a dict of records by gate, got a {type(experts).__name__}")
         self._experts = {name: [integers(record) for record in sequences] for name, sequences in experts.items()}
         self._num_experts = dict(num_experts or {})
+        self._weights = None if weights is None else {name: list(sequences) for name, sequences in weights.items()}
         self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in self._experts.items()}
         if not numbers or len(set(numbers.values())) > 1:
@@ -66,6 +73,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 raise ValueError(f"records of {name!r} have different numbers of choices")
         for name, number in self._num_experts.items():
             check_optional_size(f"num_experts[{name!r}]", number)
+        if self._weights is not None:
+            check_weights(self._experts, self._weights)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -79,6 +88,14 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def k(self, layer: str) -> int | None:
         """Choices of a token at a gate; None if there is no sequence."""
         return next((record.shape[1] for record in self[layer]), None)
+
+    @property
+    def weights(self) -> dict[str, list[Tensor]] | None:
+        """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
+        if choices alone were recorded."""
+        if self._unread is not None:
+            self._unread(self)
+        return self._weights
 
     def lengths(self, layer: str) -> list[int]:
         """The number of recorded tokens of each sequence at a gate."""
@@ -118,13 +135,16 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         lengths = [None] * len(numbers) if tokens is None else list(tokens)
         if len(lengths) != len(numbers):
             raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(lengths)}")
-        experts = {}
+        of_gate = list(zip(numbers, lengths, strict=True))
         for name, records in self._all.items():
-            for number, length in zip(numbers, lengths, strict=True):
+            for number, length in of_gate:
                 if length is not None and not 0 <= length <= len(records[number]):
                     raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {length}")
-            experts[name] = [records[number][:length] for number, length in zip(numbers, lengths, strict=True)]
-        return RoutingRecords(experts, self._num_experts)
+        experts, weights = (
+            None if found is None else {name: [of[i][:length] for i, length in of_gate] for name, of in found.items()}
+            for found in (self._experts, self._weights)
+        )
+        return RoutingRecords(experts or {}, self._num_experts, weights)
 
     def array(self, sequence: int) -> Tensor:
         """The record of a sequence as serving engines lay it out, `(s, l, k)`. All gates must have the same s and k."""
@@ -179,6 +199,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
                 "num_experts": self.num_experts(name),
                 "lengths": torch.tensor(self.lengths(name), dtype=torch.int64),
                 "experts": torch.cat(records) if records else torch.zeros(0, 0, dtype=torch.int16),
+                **({} if self._weights is None or not records else {"weights": torch.cat(self._weights[name])}),
             }
             for name, records in self._all.items()
         }
@@ -203,7 +224,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         try:
             layers = found["layers"]
             experts = {name: list(part["experts"].split(part["lengths"].tolist())) for name, part in layers.items()}
-            return cls(experts, {name: part["num_experts"] for name, part in layers.items()})
+            weights = {
+                name: part["weights"].split(part["lengths"].tolist())
+                for name, part in layers.items()
+                if "weights" in part
+            }
+            return cls(experts, {name: part["num_experts"] for name, part in layers.items()}, weights or None)
         except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"{path} is not whole: {said}. Save the records again") from error
@@ -219,6 +245,17 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layers)
+
+
+def check_weights(experts: Mapping[str, list[Tensor]], weights: Mapping[str, list[Tensor]]) -> None:
+    """Check that every choice has a weight."""
+    if weights.keys() != experts.keys():
+        raise ValueError(f"weights are of gates {', '.join(weights)}, the choices of {', '.join(experts)}")
+    for name, sequences in experts.items():
+        wanted = [tuple(record.shape) for record in sequences]
+        found = [tuple(weight.shape) for weight in weights[name] if weight.is_floating_point()]
+        if found != wanted:
+            raise ValueError(f"weights of {name!r} must be floating point {wanted}, as its choices are, got {found}")
 
 
 def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:

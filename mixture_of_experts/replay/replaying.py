@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.given import LIVE, expert_twice
-from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
-from mixture_of_experts.replay.recording import sequences_of
+from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER, GIVEN_WEIGHTS
+from mixture_of_experts.replay.recording import sequences_of, why_no_weights
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
     ChoiceSite,
@@ -34,7 +34,7 @@ from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.sites import Gates
+from mixture_of_experts.whole_model.sites import Gates, serve
 
 Beyond = Literal["error", "choose"]
 BEYOND: tuple[Beyond, ...] = ("error", "choose")
@@ -52,7 +52,8 @@ def replay_routing(
     """Have every gate in `model` choose what `records` say, while the context lasts.
 
     A token's experts are those of the record. The gate computes their weights from live scores, with gradients, by its
-    own rule; a block of `transformers` does so by its own code. Losses are those of the recorded choices. Records have
+    own rule; a block of `transformers` does so by its own code. If the records hold weights, these are the weights, to
+    the bit; their gradient goes on to the live ones. Losses are those of the recorded choices. Records have
     real tokens only, so padding may stand elsewhere, or be missing.
 
     Each forward of this thread must have all sequences of the records, in their order; `records.select` makes records
@@ -89,6 +90,8 @@ def replay_routing(
     """
     check_choice("beyond", beyond, BEYOND)
     sites = choice_sites(model, "replay_routing", gates)
+    if records.weights is not None:
+        serve([one.site for one in sites], "replay_routing of weights", why_no_weights)
     replay = Replay(sites, match(sites, records), beyond)
     with Attached() as hooks:
         hooks.callback(replay.close)
@@ -101,36 +104,38 @@ class Table:
     """The records of one gate.
 
     Args:
-        records: the record `(s, k)` of each sequence.
+        records: the record `(s, k)` of each sequence: experts, or weights.
+        live: what stands for a choice, or a weight, of the gate's own.
     """
 
     lengths: list[int]
     length: Tensor
-    expert: Tensor
+    values: Tensor
 
-    def __init__(self, records: list[Tensor], k: int) -> None:
-        self.lengths = [len(record) for record in records]
+    def __init__(self, records: list[Tensor], k: int, live: float = LIVE) -> None:
+        self.lengths, self.live = [len(record) for record in records], live
         self.length = torch.tensor(self.lengths, dtype=torch.int64)
-        self.expert = torch.full((len(records), max([1, *self.lengths]), k), LIVE, dtype=torch.int64)
-        for row, record in zip(self.expert, records, strict=True):
+        dtype = torch.int64 if live == LIVE else records[0].dtype if records else torch.float32
+        self.values = torch.full((len(records), max([1, *self.lengths]), k), live, dtype=dtype)
+        for row, record in zip(self.values, records, strict=True):
             row[: len(record)] = record
 
-    def choices(self, index: Tensor) -> Tensor:
-        """`(b, n, k)` int64, the choices of tokens `index` `(b, n)`; `LIVE` beyond the end of a record."""
-        if self.expert.device != index.device:
-            self.expert, self.length = self.expert.to(index.device), self.length.to(index.device)
-        inside = index.clamp(0, self.expert.shape[1] - 1).unsqueeze(-1).expand(-1, -1, self.expert.shape[-1])
-        return self.expert.gather(1, inside).where((index < self.length.unsqueeze(-1)).unsqueeze(-1), LIVE)
+    def at(self, index: Tensor) -> Tensor:
+        """`(b, n, k)`, the values of tokens `index` `(b, n)`; `live` beyond the end of a record."""
+        if self.values.device != index.device:
+            self.values, self.length = self.values.to(index.device), self.length.to(index.device)
+        inside = index.clamp(0, self.values.shape[1] - 1).unsqueeze(-1).expand(-1, -1, self.values.shape[-1])
+        return self.values.gather(1, inside).where((index < self.length.unsqueeze(-1)).unsqueeze(-1), self.live)
 
 
 class Replay:
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
     sites: list[ChoiceSite]
-    tables: dict[str, Table]
+    tables: dict[str, tuple[Table, ...]]
     closed: bool
 
-    def __init__(self, sites: list[ChoiceSite], tables: dict[str, Table], beyond: Beyond) -> None:
+    def __init__(self, sites: list[ChoiceSite], tables: dict[str, tuple[Table, ...]], beyond: Beyond) -> None:
         self.sites, self.tables, self.beyond = sites, tables, beyond
         self.closed = False
         self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
@@ -173,7 +178,8 @@ class Replay:
         name, rest = (GIVEN, (site.k,)) if site.site.level_one is None else (GIVEN_INNER, (-1, site.k))
         if name in kwargs:
             raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
-        return args, {**kwargs, name: given.view(*shape, *rest)}
+        of_name = zip((name, GIVEN_WEIGHTS), given, strict=False)
+        return args, {**kwargs, **{name: values.view(*shape, *rest) for name, values in of_name}}
 
     def after_layer(self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: object, out: Any) -> None:
         self.refuse_late_backward(site, sequences, out.weight if isinstance(out, Routing) else out[0])
@@ -196,7 +202,7 @@ class Replay:
         b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
         sequences_of(site, call, b * n)
         device = next(site.called.parameters()).device
-        given = self.given(site, call, (b, n), call.tokens.mask, device)
+        (given,) = self.given(site, call, (b, n), call.tokens.mask, device)
         given = given.view(b * n, site.k)
         if site.called.training and in_checkpoint():
             before = self.to_run_again.get(site.name)
@@ -218,17 +224,18 @@ class Replay:
 
     def given(
         self, site: ChoiceSite, call: SequencesCall | None, shape: tuple[int, int], mask: Tensor | None, device: Any
-    ) -> Tensor:
-        """`(b, n, k)` int64, the choices for the tokens of a forward."""
-        table, seen = self.tables[site.name], 0 if call is None else call.seen
+    ) -> list[Tensor]:
+        """`(b, n, k)` int64, the choices for the tokens of a forward; and their weights, if the records hold them."""
+        tables, seen = self.tables[site.name], 0 if call is None else call.seen
         if call is not None:
             call.once(site.name)
-            self.check(site, table, call, shape, mask)
+            self.check(site, tables[0], call, shape, mask)
         if mask is None:
             index = torch.arange(shape[1], device=device).expand(shape)
         else:
             index = mask.to(device).cumsum(dim=-1) - 1
-        return table.choices(index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen))
+        index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
+        return [table.at(index) for table in tables]
 
     def check(
         self, site: ChoiceSite, table: Table, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None
@@ -275,8 +282,8 @@ class Replay:
             )
 
 
-def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
-    """The records of each gate, by its name, after a check that they fit."""
+def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, tuple[Table, ...]]:
+    """The records of each gate, choices and if there are any weights, by its name, after a check that they fit."""
     layers = records.layers
     if len(layers) != len(sites):
         raise ValueError(
@@ -288,7 +295,9 @@ def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, Table]:
     for place, site in enumerate(sites):
         layer = site.name if by_name else layers[place]
         check_records(site, layer, records)
-        tables[site.name] = Table(records[layer], site.choices)
+        tables[site.name] = (Table(records[layer], site.choices),)
+        if (weights := records.weights) is not None:
+            tables[site.name] += (Table(weights[layer], site.choices, torch.nan),)
     return tables
 
 

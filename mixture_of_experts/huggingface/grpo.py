@@ -1,0 +1,134 @@
+"""Routing replay for TRL's `GRPOTrainer`: it trains with the experts that its generation chose. TRL is not imported."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
+
+METHODS = (
+    "_generate_single_turn",
+    "_generate_and_score_completions",
+    "_compute_loss",
+    "_get_per_token_logps_and_entropies",
+)
+REPLACED_BY = ("use_vllm", "use_transformers_continuous_batching", "rollout_func", "tools")
+Row = tuple[RoutingRecords, int]  # the records of a generation, and the number of a sequence in them
+
+
+class ReplayRouting:
+    """Has a `GRPOTrainer` of TRL compute log-probabilities with the experts that its own generation chose.
+
+    Write it before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
+    trainer generates. They are replayed in every forward that computes log-probabilities of these completions: in
+    training, over all mini-batches and iterations, in the forward for old log-probabilities, and in evaluation. The
+    last token of a completion was never read, so there the gates choose. A reference model of its own chooses for
+    itself; with PEFT the model is its own reference, and replays there too.
+
+    Raises:
+        ValueError: when the trainer is made: it generates in another way (vLLM, continuous batching, tools, a function
+            of yours), or its model has no gate; in training: the generation has no cache, or a prompt has images.
+        TypeError: when the trainer is made: it is none that this class knows, or choices, or weights, of a gate cannot
+            be recorded.
+    """
+
+    #: whether weights are recorded and replayed beside choices; set it in your class
+    replay_weights: bool = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        trainer: Any = super()
+        if missing := [name for name in METHODS if not hasattr(trainer, name)]:
+            raise TypeError(
+                f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
+                "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
+            )
+        if other := [name for name in REPLACED_BY if getattr(self, name, None)]:
+            raise ValueError(
+                f"ReplayRouting records the trainer's own generation, which {other[0]} replaces: leave that out, or "
+                "take the engine's choices (RoutingRecords.from_requests) and enter replay_routing yourself"
+            )
+        self._rows: list[Row] = []  # of the sequences whose log-probabilities come next
+        self._until_backward = ExitStack()
+        with self._recorded():
+            pass  # raises if it cannot record
+
+    def _recorded(self) -> Any:
+        model: Any = getattr(self, "model")  # noqa: B009  # the trainer's
+        return record_routing(model, weights=self.replay_weights)
+
+    def _generate_single_turn(self, prompt_ids: list[Any], *args: Any, **kwargs: Any) -> Any:
+        trainer: Any = super()
+        with self._recorded() as records:
+            generated = trainer._generate_single_turn(prompt_ids, *args, **kwargs)
+        if records.num_sequences != len(prompt_ids):
+            raise ValueError(
+                f"{len(prompt_ids)} prompts were recorded as {records.num_sequences} sequences: generate with a cache, "
+                "use_cache=True"
+            )
+        self._rows = [(records, number) for number in range(len(prompt_ids))]
+        return generated
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        trainer: Any = super()
+        batch = trainer._generate_and_score_completions(inputs)
+        return {**batch, "routing": self._rows}  # a list, which the trainer shuffles and splits with the rest
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        trainer: Any = super()
+        self._rows = inputs["routing"]
+        return trainer._compute_loss(model, inputs)
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        trainer: Any = super()
+        if model is getattr(self, "ref_model", None):
+            return trainer._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, **kwargs
+            )
+        if images := [name for name, value in kwargs.items() if isinstance(value, (Tensor, list))]:
+            raise ValueError(f"ReplayRouting takes prompts of text alone, got {', '.join(images)}")
+        size, found = batch_size or len(input_ids), []
+        for start in range(0, len(input_ids), size):
+            part = slice(start, start + size)
+            records = records_of(self._rows[part], attention_mask[part])
+            with ExitStack() as replay:
+                replay.enter_context(replay_routing(model, records, beyond="choose"))
+                arguments = (model, input_ids[part], attention_mask[part], logits_to_keep)
+                found.append(trainer._get_per_token_logps_and_entropies(*arguments, **kwargs))
+                if torch.is_grad_enabled():  # the backward may run the model again
+                    self._until_backward = replay.pop_all()
+        logps, entropies, losses = zip(*found, strict=True)
+        return (
+            torch.cat(logps),
+            None if entropies[0] is None else torch.cat(entropies),
+            None if losses[0] is None else torch.stack(losses).mean(),
+        )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's; the replay lasts until the backward is over."""
+        trainer: Any = super()
+        try:
+            return trainer.training_step(*args, **kwargs)
+        finally:
+            self._until_backward.close()
+
+
+def records_of(rows: list[Row], mask: Tensor) -> RoutingRecords:
+    """The records of some sequences of one generation, as far as they are real in `mask` `(b, n)`: a generation goes on
+    after the end of a sequence, until the longest one ends."""
+    records = rows[0][0]
+    lengths, numbers = records.lengths(records.layers[0]), [number for _, number in rows]
+    real = mask.sum(dim=-1).tolist()
+    return records.select(numbers, [min(lengths[i], n) for i, n in zip(numbers, real, strict=True)])
