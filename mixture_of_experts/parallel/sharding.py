@@ -30,6 +30,7 @@ class ExpertSharding:
         timeout: how long a rank waits for the others.
         stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
             empty for a list of modules.
+        shared_batch: 1-D, the ranks that bring the same tokens, of which each sends a part; None: all bring others.
     """
 
     mesh: DeviceMesh
@@ -39,6 +40,7 @@ class ExpertSharding:
     debug: bool
     timeout: timedelta
     stacked: frozenset[str] = frozenset()
+    shared_batch: DeviceMesh | None = None
 
     @property
     def ranks(self) -> int:

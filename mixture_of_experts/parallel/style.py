@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -113,16 +113,8 @@ class ExpertParallel(ParallelStyle):
         self._prepare_gates(module, device_mesh.get_group())
 
         path, experts = spread_part(module)
-        sharded = sorted(sharding.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
-        self._replicate(module, {f"{path}.{name}" for name in sharded}, device_mesh)
-        if isinstance(experts, ExpertList):
-            keep_modules(experts, sharding)
-        else:
-            shard(experts, sharded, device_mesh, self.src_data_rank)
-        experts.__dict__["expert_parallel"] = sharding
-        experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
-        assert isinstance(experts, SpreadExperts)
-        experts.mark_parameters()
+        self._replicate(module, {f"{path}.{name}" for name in sharded_parameters(experts, sharding)}, device_mesh)
+        spread(experts, sharding, self.src_data_rank)
         return module
 
     def _prepare_gates(self, module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -176,16 +168,20 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
     if isinstance(experts, SpreadExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
     dims = module.num_experts if isinstance(module.num_experts, tuple) else (module.num_experts,)
+    check_divides(dims, mesh)
+    for name, parameter in experts.named_parameters():
+        if isinstance(parameter, DTensor):
+            raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
+    return dims
+
+
+def check_divides(dims: Sequence[int], mesh: DeviceMesh) -> None:
     if dims[0] % mesh.size():
         outer = "outer " if len(dims) > 1 else ""
         raise ValueError(
             f"{dims[0]} {outer}experts cannot be divided among {mesh.size()} ranks: give a multiple of {mesh.size()}, "
             "or a smaller mesh"
         )
-    for name, parameter in experts.named_parameters():
-        if isinstance(parameter, DTensor):
-            raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
-    return dims
 
 
 def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
@@ -252,6 +248,23 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
             "the first dimensions of an expert parameter must be the experts'"
         )
     return frozenset(names)
+
+
+def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | None) -> None:
+    """Keep this rank's part of the experts, and give them the class that exchanges tokens with the other ranks."""
+    if isinstance(experts, ExpertList):
+        keep_modules(experts, sharding)
+    else:
+        shard(experts, sharded_parameters(experts, sharding), sharding.mesh, src_data_rank)
+    experts.__dict__["expert_parallel"] = sharding
+    experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
+    assert isinstance(experts, SpreadExperts)
+    experts.mark_parameters()
+
+
+def sharded_parameters(experts: nn.Module, sharding: ExpertSharding) -> list[str]:
+    """The names of the stacked parameters, in the same order on all ranks."""
+    return sorted(sharding.stacked & dict(experts.named_parameters(remove_duplicate=False)).keys())
 
 
 def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_rank: int | None) -> None:

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts.huggingface.saving.configuration import NAME
-from mixture_of_experts.huggingface.saving.restore import initialise_missing, put_experts
+from mixture_of_experts.huggingface.saving.restore import finish, put_experts
 
 
 @register_quantization_config(NAME)
@@ -41,7 +41,7 @@ class ExpertsLoader(HfQuantizer):
         put_experts(model, self.quantization_config.layers)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        initialise_missing(model)
+        finish(model)
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
         for module in model.modules():

@@ -15,7 +15,7 @@ from mixture_of_experts.huggingface.feed_forward import Replaced
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.saving.configuration import KEY, layers_with_experts
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
-from mixture_of_experts.huggingface.saving.restore import initialise_missing, put_experts
+from mixture_of_experts.huggingface.saving.restore import finish, put_experts
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
@@ -79,9 +79,8 @@ def from_pretrained(
     model, info = loads.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
-    model.__class__ = plain
     refuse_mismatches(model, info["mismatched_keys"], may_mismatch)
-    initialise_missing(model, info["missing_keys"])
+    finish(model, info["missing_keys"])
     return (model, info) if wants_info else model
 
 
@@ -104,6 +103,7 @@ def with_experts(
     def initialise(self, config, *args, **kwargs):
         plain.__init__(self, config, *args, **kwargs)
         put_experts(self, layers, gate, adapters)
+        self.__class__ = plain  # before FSDP makes its own class of it
 
     # with the module of `plain`, or transformers would take it for a user's code
     return type(plain.__name__, (plain,), {"__init__": initialise, "__module__": plain.__module__})

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
+from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.replacement.replace import NetworkSite, find, gates_of_layers, make_moe, swap
@@ -44,9 +45,19 @@ def put_experts(
     blocks = {place: entry for place, entry in entries.items() if "block" in entry}
     if blocks:
         put_layers(model, blocks)
-    if blocks == entries:
-        return
+    if blocks != entries:
+        put_replaced(model, entries, [place for place in entries if place not in blocks], gate, adapters)
+    plan_experts(model)
 
+
+def put_replaced(
+    model: nn.Module,
+    entries: Mapping[str, dict[str, Any]],
+    places: Collection[str],
+    gate: GateFactory | None,
+    adapters: Mapping[str, Adapter] | None,
+) -> None:
+    """Put layers in the places of dense networks."""
     own = None if gate is None else gates_of_layers(gate, 1, model)
 
     def build(place: NetworkSite, dense: Dense) -> MoE:
@@ -56,7 +67,13 @@ def put_experts(
         shared = entry.get("shared_expert")
         return make_moe(dense, entry["num_experts"], make_gate, entry["hidden_dim"], coefs, shared)
 
-    swap(model, find(model, [place for place in entries if place not in blocks], adapters), build)
+    swap(model, find(model, places, adapters), build)
+
+
+def finish(model: nn.Module, missing: Collection[str] | None = None) -> None:
+    """What is left to do once a model's weights are loaded."""
+    initialise_missing(model, missing)
+    share_batch(model)
 
 
 def find_place(model: Any, name: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Models with experts under the `DistributedConfig` of `transformers`: its meshes and plans, our exchange."""

@@ -1,0 +1,46 @@
+"""The style of `transformers` for experts that are spread over ranks, which knows layers of this package too.
+
+The import registers it under the name of the style of `transformers`, whose code looks for that name. Experts of other
+models go to the style of `transformers`, as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
+
+from mixture_of_experts.experts import RoutedExperts
+from mixture_of_experts.parallel.sharding import ExpertSharding
+from mixture_of_experts.parallel.style import check_divides, spread, stacked_names
+from mixture_of_experts.support.private_torch import default_timeout, set_timeout
+
+STYLE = "ep_dispatch_experts"
+
+
+class DispatchExperts(EpDispatchExpertsParallel):
+    """Spreads experts over the ranks of `ep`, and lets ranks of one `tp` group, who share a batch, send a part each."""
+
+    def install_forward(
+        self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"
+    ) -> nn.Module:
+        if not isinstance(module, RoutedExperts):
+            return super().install_forward(module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation)
+        count: Any = getattr(module, "num_experts", None)
+        dims = count if isinstance(count, tuple) else (count,)
+        check_divides(dims, ep_mesh)
+        timeout = default_timeout(ep_mesh.get_group())
+        set_timeout(ep_mesh.get_group(), timeout)
+        # the sum of the ranks' losses: transformers divides by the number of batches
+        sharding = ExpertSharding(
+            ep_mesh, dims, "sum", static_shapes=False, debug=False, timeout=timeout,
+            stacked=stacked_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,
+        )  # fmt: skip
+        spread(module, sharding, src_data_rank=None)
+        return module
+
+
+ALL_PARALLEL_STYLES.register(STYLE, DispatchExperts())  # pyright: ignore[reportArgumentType]

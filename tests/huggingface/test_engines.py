@@ -1,0 +1,38 @@
+"""Models with experts under `DistributedConfig` of transformers; `support/engines.py` has a command for all cells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support import engines
+from support.parallel_workers import Workers
+
+from mixture_of_experts.huggingface.distributed.plans import plan_experts
+
+
+@pytest.mark.slow
+def test_models_are_those_of_one_process(tmp_path: Path):
+    """One start of two processes for all: torch keeps meshes of process groups that ended."""
+    first, others = "padding on the right", ["checkpointing, two rounds", "bfloat16", "limited capacity"]
+    engines.save_models(tmp_path, [first, *others, "one layer of two"])
+    engines.build(engines.Cell(), num_experts=3).save_pretrained(tmp_path / "three")
+    workers = Workers()
+    workers.run(engines.check_all, 2, tmp_path, first, [*others, "one layer of two"])
+    workers.stop()
+
+
+def test_plans_know_of_layers_with_experts():
+    model = engines.build(engines.Cell())
+    plan_experts(model)
+    attention = {f"model.layers.*.self_attn.{name}_proj" for name in "qkvo"}
+    assert set(model.tp_plan) == {"model.embed_tokens", *attention, "lm_head"}
+    assert model.ep_plan == {"model.layers.*.mlp.moe.experts": "ep_dispatch_experts"}
+
+
+def test_plans_leave_no_rule_of_a_network_that_stands_beside_experts():
+    """A rule names all layers: half of a network's rules would cut half of its matrices."""
+    model = engines.build(engines.CELLS["one layer of two"])
+    assert "model.layers.*.mlp.up_proj" in model.tp_plan
+    plan_experts(model)
+    assert not any("mlp" in rule for rule in model.tp_plan)

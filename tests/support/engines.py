@@ -1,0 +1,244 @@
+"""Models with experts under the `DistributedConfig` of transformers against one process, cell by cell.
+
+`python -m support.engines` in `tests` runs all cells, and prints the largest relative differences of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+from transformers.utils import logging
+
+from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.parallel import SpreadExperts
+from support.parallel_workers import Workers
+from support.transformers_models import ARCHITECTURES, LLAMA, ONE_PLACE, causal, two_lengths
+
+Sizes = dict[str, int]
+Differences = dict[str, float]
+
+LAYOUTS: dict[str, Sizes] = {
+    "fsdp 2": dict(fsdp_size=2),
+    "tp 2": dict(tp_size=2),
+    "tp 2, ep 2": dict(tp_size=2, ep_size=2),
+    "fsdp 2, ep 2": dict(fsdp_size=2, ep_size=2),
+}
+OF_FOUR: dict[str, Sizes] = {
+    "fsdp 2, tp 2": dict(fsdp_size=2, tp_size=2),
+    "fsdp 2, tp 2, ep 2": dict(fsdp_size=2, tp_size=2, ep_size=2),
+    "fsdp 2, tp 2, ep 4": dict(fsdp_size=2, tp_size=2, ep_size=4),
+    "fsdp 4, ep 2": dict(fsdp_size=4, ep_size=2),
+    "2 x fsdp 2, ep 2": dict(dp_replicate_size=2, fsdp_size=2, ep_size=2),
+}
+LOADERS: dict[str, Any] = {"AutoModel": AutoModelForCausalLM.from_pretrained, "ours": from_pretrained}
+CLOSE: Differences = {"loss": 1e-6, "logits": 3e-6, "gradients": 5e-6}  # relative, in float32
+CLOSE_IN_BFLOAT16: Differences = {"loss": 0.01, "logits": 0.03, "gradients": 0.06}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is computed: a model, and how it is trained."""
+
+    architecture: str = "llama"
+    build: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    side: str = "right"
+    rounds: int = 1
+    checkpointing: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+CELLS: dict[str, Cell] = {
+    "padding on the right": Cell(),
+    "padding on the left": Cell(side="left"),
+    "checkpointing, two rounds": Cell(checkpointing=True, rounds=2),
+    "bfloat16": Cell(dtype=torch.bfloat16),
+    "limited capacity": Cell(settings=dict(gate=ONE_PLACE)),
+    "shared expert": Cell(settings=dict(shared_expert=16)),
+    "one layer of two": Cell(settings=dict(layers=[1])),
+    "sparse blocks of Mixtral": Cell(architecture="mixtral"),
+    "tied embeddings": Cell(build=dict(tie_word_embeddings=True)),
+    "Phi-3": Cell(architecture="phi3"),
+    "Qwen3": Cell(architecture="qwen3"),
+}
+
+
+def build(cell: Cell, num_experts: int = 4) -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    if cell.architecture == "mixtral":
+        model = causal("Mixtral", dict(LLAMA, num_local_experts=num_experts)).build()
+        from_transformers(model)
+        return model
+    model = ARCHITECTURES[cell.architecture].build(**cell.build)
+    change = replace_ffn if "gate" in cell.settings else upcycle
+    change(model, num_experts=num_experts, loss_coef=0.5, **cell.settings)
+    for parameter in model.parameters():  # experts and networks of a layer are no copies of each other
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model.to(cell.dtype)
+
+
+def batches(number: int, side: str) -> list[dict[str, Tensor]]:
+    """So many batches with padding and equally many labels."""
+    torch.manual_seed(1)
+    found = []
+    for _ in range(number):
+        _, batch = two_lengths(side)
+        found.append({**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)})
+    return found
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def train(model: nn.Module, rounds: list[dict[str, Tensor]]) -> tuple[Tensor, list[Tensor]]:
+    """The mean loss and the logits of all rounds; gradients of the mean stay on the model."""
+    outputs = []
+    for batch in rounds:
+        outputs.append(model(**batch))
+        (outputs[-1].loss / len(rounds)).backward()
+    return torch.stack([out.loss.detach() for out in outputs]).mean(), [full(out.logits).detach() for out in outputs]
+
+
+def relative(found: Tensor, wanted: Tensor) -> float:
+    return float((found.float() - wanted.float()).norm() / wanted.float().norm().clamp_min(1e-12))
+
+
+def gradient_difference(model: nn.Module, alone: nn.Module) -> float:
+    """The largest difference of a gradient, relative to the norm of the gradient."""
+    worst = 0.0
+    for (name, parameter), (_, other) in zip(model.named_parameters(), alone.named_parameters(), strict=True):
+        assert (parameter.grad is None) == (other.grad is None), name
+        if other.grad is not None:
+            worst = max(worst, relative(full(parameter.grad), other.grad))
+    return worst
+
+
+def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
+    """The differences of this rank's loss, logits and gradients from one process that sees all batches."""
+    torch.set_default_dtype(torch.float32)
+    config = DistributedConfig(**sizes)
+    model = LOADERS[loader](folder, distributed_config=config).train()
+    alone = LOADERS[loader](folder).train()
+    assert isinstance(model, FSDPModule) == (config.dp_size > 1)
+    assert isinstance(feed_forwards(model)[0].moe.experts, SpreadExperts) == (config.ep_size > 1)
+    if cell.checkpointing:
+        model.activation_checkpointing_enable()
+    given = batches(config.dp_size * cell.rounds, cell.side)
+    place = dist.get_rank() // config.tp_size
+    loss, logits = train(model, given[place :: config.dp_size])
+    every = [given[i * config.dp_size : (i + 1) * config.dp_size] for i in range(cell.rounds)]
+    wanted, wanted_logits = train(alone, [{n: torch.cat([b[n] for b in r]) for n in r[0]} for r in every])
+    dist.all_reduce(loss)
+    rows = [whole.chunk(config.dp_size)[place] for whole in wanted_logits]
+    return {
+        "loss": relative(loss / dist.get_world_size(), wanted),
+        "logits": relative(torch.cat(logits), torch.cat(rows)),
+        "gradients": gradient_difference(model, alone),
+    }
+
+
+def check_cells(folder: Path, cells: list[str], layouts: dict[str, Sizes], loaders: list[str]) -> None:
+    """All of them, in one start of the processes."""
+    be_quiet()
+    for name in cells:
+        close = CLOSE if CELLS[name].dtype == torch.float32 else CLOSE_IN_BFLOAT16
+        for layout, sizes in layouts.items():
+            for loader in loaders:
+                found = compare(folder / name, CELLS[name], sizes, loader)
+                far = {what: value for what, value in found.items() if not value <= close[what]}
+                assert not far, (name, layout, loader, far)
+
+
+def check_all(folder: Path, first: str, others: list[str]) -> None:
+    check_cells(folder, [first], LAYOUTS, list(LOADERS))
+    check_cells(folder, others, LAYOUTS, ["AutoModel"])
+    check_saving(folder, first)
+    check_refused(folder / "three")
+
+
+def be_quiet() -> None:
+    """Ignore what torch warns of in models of transformers without experts too, under fsdp beside tp."""
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    logging.disable_progress_bar()
+
+
+def check_saving(folder: Path, cell: str) -> None:
+    """Trained weights are saved whole from every layout, and load into every other one and one process."""
+    be_quiet()
+    torch.set_default_dtype(torch.float32)
+    for layout, sizes in LAYOUTS.items():
+        model = from_pretrained(folder / cell, distributed_config=DistributedConfig(**sizes)).train()
+        train(model, batches(1, "right"))
+        torch.optim.AdamW(model.parameters(), lr=0.1, foreach=False).step()
+        trained = {name: full(value).clone() for name, value in model.state_dict().items()}
+        model.save_pretrained(folder / layout)
+        for other in ({}, *LAYOUTS.values()):
+            config = DistributedConfig(**other) if other else None
+            again = AutoModelForCausalLM.from_pretrained(folder / layout, distributed_config=config).state_dict()
+            assert again.keys() == trained.keys()
+            for name, value in again.items():
+                assert torch.equal(full(value), trained[name]), (layout, other, name)
+
+
+def check_refused(folder: Path) -> None:
+    """An expert count that `ep_size` does not divide is an error on every rank."""
+    for loader in LOADERS.values():
+        with pytest.raises(ValueError, match="3 experts cannot be divided among 2 ranks"):
+            loader(folder, distributed_config=DistributedConfig(tp_size=2, ep_size=2))
+
+
+def save_models(folder: Path, cells: list[str]) -> None:
+    logging.disable_progress_bar()
+    for name in cells:
+        build(CELLS[name]).save_pretrained(folder / name)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cells", nargs="*", default=list(CELLS))
+    cells, workers = parser.parse_args().cells, Workers()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_models(folder, cells)
+        for cell in cells:
+            for ranks, layouts in ((2, LAYOUTS), (4, OF_FOUR)):
+                for layout, sizes in layouts.items():
+                    for loader in LOADERS:
+                        show(f"{cell}, {layout}, {loader}", workers, ranks, folder / cell, CELLS[cell], sizes, loader)
+    workers.stop()
+
+
+def show(title: str, workers: Workers, ranks: int, *arguments: Any) -> None:
+    """Print the largest differences of any rank, or the error of the first one."""
+    found = workers.outcomes(compare_quietly, ranks, *arguments)
+    if isinstance(found[0], dict):
+        print(f"{title:50}", *(f"{what} {max(one[what] for one in found):.1e}" for what in found[0]), flush=True)
+    else:
+        print(f"{title:50}", str(found[0]).strip().splitlines()[-1], flush=True)
+
+
+def compare_quietly(*arguments: Any) -> Differences:
+    be_quiet()
+    return compare(*arguments)
+
+
+if __name__ == "__main__":
+    from support import engines  # so that the processes find its functions by the module's name
+
+    engines.main()
