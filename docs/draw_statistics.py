@@ -1,4 +1,4 @@
-"""Trains the example's language model for about a minute and draws the pictures of `docs/statistics.md`.
+"""Trains the experiments' language model for about a minute and draws the pictures of `docs/statistics.md`.
 
     python docs/draw_statistics.py [--steps 250] [--router switch] [--out docs/images] [--report routing.html]
 
@@ -6,7 +6,7 @@
 
     chromium --headless --hide-scrollbars --window-size=820,2330 --screenshot=docs/images/report.png routing.html
 
-Needs matplotlib and tqdm (the extra `examples`). The text is the one the example learns from, Python's own library.
+Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from mixture_of_experts.plot import plot_load, plot_routing
 from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 
 DOCS = Path(__file__).resolve().parent
-sys.path.insert(0, str(DOCS.parent / "examples"))
+sys.path.insert(0, str(DOCS.parent))
 
-from language_model.corpus import Batches, load_corpus  # noqa: E402
-from language_model.routers import ROUTERS  # noqa: E402
-from language_model.settings import Settings  # noqa: E402
-from language_model.trainee import Trainee, make_trainee  # noqa: E402
-from language_model.training import learning_rate_at  # noqa: E402
+from experiments.language_model.corpus import Batches, load_corpus  # noqa: E402
+from experiments.language_model.routers import ROUTERS  # noqa: E402
+from experiments.language_model.settings import Settings  # noqa: E402
+from experiments.language_model.trainee import Trainee, make_trainee  # noqa: E402
+from experiments.language_model.training import learning_rate_at  # noqa: E402
 
 TEXT = '''
 

@@ -15,8 +15,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
-from language_model.report import format_rows
-
+from .language_model.report import format_rows
 from .scaling import RECORDS, base_settings
 from .scaling_plan import VARIANTS, Record, Run, final_bits
 from .scaling_runs import Records, train_all

@@ -28,15 +28,15 @@ from matplotlib.axes import Axes
 from torch import Tensor, nn
 from tqdm import trange
 
-from language_model.corpus import Batches, held_out_windows
-from language_model.model import ByteLM
-from language_model.report import format_rows
-from language_model.settings import Settings
-from language_model.trainee import LoadRecorder
-from language_model.training import learning_rate_at
 from mixture_of_experts import GatedExperts, MoE, TopKGating, balance_experts
 from mixture_of_experts.gating.bias_rules import RuleName
 
+from .language_model.corpus import Batches, held_out_windows
+from .language_model.model import ByteLM
+from .language_model.report import format_rows
+from .language_model.settings import Settings
+from .language_model.trainee import LoadRecorder
+from .language_model.training import learning_rate_at
 from .scaling import RECORDS
 from .text import Text, load_text
 

@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from language_model.report import format_rows
 from mixture_of_experts import MoE
 from mixture_of_experts.gating import Choices, TokenChoiceGate, Tokens
+
+from .language_model.report import format_rows
 
 CLUSTERS, PATCHES, FEATURES, EXPERTS, FILTERS = 4, 4, 50, 8, 16
 SCALE = 10.0  # of all inputs, as in the authors' code: the learning rates below are theirs

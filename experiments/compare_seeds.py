@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from language_model.corpus import Corpus, load_corpus
-from language_model.report import LABELS, format_rows, write_result
-from language_model.settings import Settings, add_options, settings_from
-from language_model.training import CHECKPOINT, Training
+from .language_model.corpus import Corpus, load_corpus
+from .language_model.report import LABELS, format_rows, write_result
+from .language_model.settings import Settings, add_options, settings_from
+from .language_model.training import CHECKPOINT, Training
 
 Results = dict[tuple[str, float], list[float]]  # (model, learning rate) -> held-out bits per byte of every seed
 

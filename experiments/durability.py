@@ -4,7 +4,7 @@
     python -m experiments.durability steps --steps 2000  # one of: steps, fp16, kills, ranks
     python -m experiments.durability --report            # the table of what is finished
 
-- `steps`: `examples/train_lm.py` for 20,000 steps. Its memory, and a run that was stopped in the middle and resumed.
+- `steps`: `experiments/train_lm.py` for 20,000 steps. Its memory, and a run that was stopped in the middle and resumed.
 - `fp16`: the same model under autocast to float16 for 20,000 steps. The scale of `torch.amp.GradScaler`.
 - `kills`: twenty times SIGKILL at a random moment, also while it starts and while it saves; then resumed.
 - `ranks`: the same with two ranks of which one is killed, or both. The one that is left has to end by itself.
@@ -36,11 +36,12 @@ import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from checkpoints import checkpoints
-from language_model.corpus import Batches, Corpus, load_corpus
-from language_model.report import format_rows
-from language_model.settings import Settings
-from language_model.trainee import Trainee, make_trainee
-from language_model.training import CHECKPOINT, Training
+
+from .language_model.corpus import Batches, Corpus, load_corpus
+from .language_model.report import format_rows
+from .language_model.settings import Settings
+from .language_model.trainee import Trainee, make_trainee
+from .language_model.training import CHECKPOINT, Training
 
 ROOT = Path(__file__).parent.parent
 ROUTERS = ("gshard", "mixtral_bias")  # one that draws numbers and has capacity; a dropless one with an expert bias
@@ -54,8 +55,8 @@ LINE = re.compile(r"(\d+) (\d+)\n")
 
 
 def child(log: Path, options: Sequence[str]) -> int:
-    """`train_lm.py`, which adds a line to a file after each step: the step, and its memory in bytes."""
-    import train_lm
+    """`train_lm`, which adds a line to a file after each step: the step, and its memory in bytes."""
+    from . import train_lm
 
     step = Training._train_step
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from language_model.report import format_rows
+from .language_model.report import format_rows
 
 DENSE, PUBLISHED = 0.65, 0.42  # of the peak
 LAUNCH, ELEMENT = 4e-6, 2  # seconds; bytes

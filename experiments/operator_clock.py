@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from language_model.trainee import Trainee
 from mixture_of_experts import MoE, Routing
+
+from .language_model.trainee import Trainee
 
 REST, ROUTER, LAYERS, OPTIMIZER = "attention, embeddings, loss", "router", "feed-forward", "optimizer"
 

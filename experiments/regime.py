@@ -24,8 +24,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from language_model.report import format_rows
-
+from .language_model.report import format_rows
 from .scaling import RECORDS, base_settings
 from .scaling_picture import COLOURS
 from .scaling_plan import MODELS, Plan

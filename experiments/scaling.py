@@ -17,8 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from language_model.settings import Settings, add_options, settings_from
-
+from .language_model.settings import Settings, add_options, settings_from
 from .scaling_picture import draw
 from .scaling_plan import MODELS, Plan
 from .scaling_report import tables

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from language_model.settings import Settings
+from .language_model.settings import Settings
 
 Record = dict[str, Any]  # what a finished run leaves: see scaling_runs.py
 SWEEP_SEED = 0

@@ -6,8 +6,7 @@ from itertools import pairwise
 from statistics import mean
 from typing import Any, NamedTuple
 
-from language_model.report import format_rows
-
+from .language_model.report import format_rows
 from .scaling_plan import MODELS, SWEEP_SEED, Plan, Record, Run, final_bits, sweep
 
 Finished = Mapping[Run, Record]

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from language_model.corpus import Corpus
-from language_model.routers import ROUTERS
-from language_model.settings import Settings
-from language_model.trainee import Trainee
-from language_model.training import CHECKPOINT, Training
-
+from .language_model.corpus import Corpus
+from .language_model.routers import ROUTERS
+from .language_model.settings import Settings
+from .language_model.trainee import Trainee
+from .language_model.training import CHECKPOINT, Training
 from .scaling_plan import Plan, Record, Run, final_bits
 from .text import Text
 from .upcycling import upcycle

@@ -27,11 +27,10 @@ from typing import Any
 
 import torch
 
-from language_model.corpus import Batches, load_corpus
-from language_model.report import format_rows
-from language_model.settings import Settings
-from language_model.trainee import make_trainee
-
+from .language_model.corpus import Batches, load_corpus
+from .language_model.report import format_rows
+from .language_model.settings import Settings
+from .language_model.trainee import make_trainee
 from .operator_clock import LAYERS, Clock, cost_of_watching, watched
 from .scaling import RECORDS, base_settings
 from .scaling_plan import MODELS, Run

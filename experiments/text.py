@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib.metadata import distribution
 from pathlib import Path
 
-from language_model.corpus import SKIPPED_FOLDERS, Corpus, split_files, standard_library_files, user_files
+from .language_model.corpus import SKIPPED_FOLDERS, Corpus, split_files, standard_library_files, user_files
 
 PACKAGES = ("torch", "sympy", "numpy", "networkx", "matplotlib", "fonttools", "mpmath", "pillow", "fsspec")
 # Builds of one version differ in this file alone, so that a machine with a GPU has the text of one without.

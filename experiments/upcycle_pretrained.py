@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
-from language_model.corpus import Batches, held_out_windows
-from language_model.report import format_rows
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import upcycle
 from tests.support.pretrained import SMOLLM2, fetch
 
+from .language_model.corpus import Batches, held_out_windows
+from .language_model.report import format_rows
 from .scaling import RECORDS
 from .text import load_text
 

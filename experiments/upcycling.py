@@ -2,7 +2,7 @@
 
 import torch
 
-from language_model.model import ByteLM
+from .language_model.model import ByteLM
 
 
 @torch.no_grad()

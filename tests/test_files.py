@@ -27,9 +27,9 @@ sys.path.insert(0, str(ROOT / "examples"))
 
 import checkpoints as folders  # noqa: E402
 from experiments import scaling, scaling_runs  # noqa: E402
-from language_model import training as trainings  # noqa: E402
-from language_model.corpus import load_corpus  # noqa: E402
-from language_model.settings import Settings  # noqa: E402
+from experiments.language_model import training as trainings  # noqa: E402
+from experiments.language_model.corpus import load_corpus  # noqa: E402
+from experiments.language_model.settings import Settings  # noqa: E402
 
 # ---- which files there are ----
 
@@ -40,14 +40,14 @@ FILES = {
     "mixture_of_experts/huggingface/saving/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/saving/configuration.py": "config.json",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
-    "examples/language_model/training.py": "checkpoint.pt",
+    "experiments/language_model/training.py": "checkpoint.pt",
     "mixture_of_experts/verify/states.py": "a state dict in memory, read as weights",
     "mixture_of_experts/verify/thorough.py": "what each rank found, in a temporary folder, read as weights",
     "mixture_of_experts/stats/charts.py": "pictures within a page, no file",
     "mixture_of_experts/stats/report.py": "a page of what was recorded",
-    "examples/language_model/report.py": "result.json, a picture",
-    "examples/compare_routers.py": "compare_routers.json",
-    "examples/language_model/corpus.py": "text",
+    "experiments/language_model/report.py": "result.json, a picture",
+    "experiments/compare_routers.py": "compare_routers.json",
+    "experiments/language_model/corpus.py": "text",
     "examples/upcycle_pretrained.py": "text, a picture",
     "experiments/balance_rules.py": "records of runs, JSON lines; a picture",
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",

@@ -276,7 +276,7 @@ def run_example(folder: Path, *options: str, ranks: int = 1) -> str:
     """What the example printed, in so many processes."""
     root = Path(__file__).parent.parent
     launcher = ["-W", "error"] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    script = [str(root / "examples" / "train_lm.py"), "--out", str(folder), *EXAMPLE.split(), *options]
+    script = ["-m", "experiments.train_lm", "--out", str(folder), *EXAMPLE.split(), *options]
     text = ["--text", *map(str, sorted((root / "examples").glob("*.py")))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     command = [sys.executable, *launcher, *script, *text]

@@ -1,7 +1,6 @@
 """The scaling experiment: equal active parameters, a plan that tunes every model, records that are never repeated."""
 
 import json
-import sys
 from dataclasses import asdict, replace
 from multiprocessing import Value
 from pathlib import Path
@@ -10,21 +9,19 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from experiments import modelled_step, regime, scaling, scaling_runs, step_times
+from experiments.language_model.corpus import split_files
+from experiments.language_model.model import count_parameters
+from experiments.language_model.settings import Settings
+from experiments.language_model.trainee import make_trainee
+from experiments.language_model.training import Training
+from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try
+from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost
+from experiments.sizes import SIZES, SMALL
+from experiments.text import load_text, without_copies
+from experiments.upcycling import upcycle
 
-from experiments import modelled_step, regime, scaling, scaling_runs, step_times  # noqa: E402
-from experiments.scaling_plan import MODELS, Plan, Run, Stage, rates_to_try  # noqa: E402
-from experiments.scaling_report import Equal, equal_shares, steps_to, tables, total_cost  # noqa: E402
-from experiments.sizes import SIZES, SMALL  # noqa: E402
-from experiments.text import load_text, without_copies  # noqa: E402
-from experiments.upcycling import upcycle  # noqa: E402
-from language_model.corpus import split_files  # noqa: E402
-from language_model.model import count_parameters  # noqa: E402
-from language_model.settings import Settings  # noqa: E402
-from language_model.trainee import make_trainee  # noqa: E402
-from language_model.training import Training  # noqa: E402
-
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 BASE = scaling.base_settings("0.07m")
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
 
@@ -123,7 +120,7 @@ def test_what_is_no_copy_of_the_dense_layer_is_refused() -> None:
 def test_an_upcycled_run_goes_on_where_the_dense_one_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its losses are the same when the start's checkpoint is missing, and when the run itself was interrupted."""
     base = replace(BASE, context=16, batch_size=2, eval_windows=2, eval_every=1)
-    text = (EXAMPLES / "language_model" / "training.py").read_bytes()
+    text = (EXPERIMENTS / "language_model" / "training.py").read_bytes()
     corpus = split_files([(str(i), text[i * 500 : (i + 1) * 500]) for i in range(6)])
     run = Run("upcycled", 0, 0.01, 3, dense_rate=0.02, dense_steps=4)
     assert run.start == Run("dense", 0, 0.02, 4)
@@ -229,7 +226,7 @@ def test_the_page_on_training_has_the_table_of_the_records() -> None:
 def text_files(tmp_path: Path) -> list[str]:
     paths = [tmp_path / f"part{i}.txt" for i in range(6)]
     for i, path in enumerate(paths):
-        path.write_bytes((EXAMPLES / "language_model" / "training.py").read_bytes()[i * 500 : (i + 1) * 500])
+        path.write_bytes((EXPERIMENTS / "language_model" / "training.py").read_bytes()[i * 500 : (i + 1) * 500])
     return ["--text", *map(str, paths)]
 
 

@@ -49,9 +49,9 @@ def imported(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
-def test_an_example_is_short_and_has_at_most_one_helper(path: Path) -> None:
-    """It is copied by itself, or with the folder `language_model`; and the list of examples has it."""
+def test_an_example_is_short_and_stands_alone(path: Path) -> None:
+    """It is copied by itself; and the list of examples has it."""
     assert len(path.read_text(encoding="utf-8").splitlines()) < 120
     here = {place.stem for place in EXAMPLES.iterdir()}
-    assert imported(path) & here <= {"language_model"}
+    assert not imported(path) & here
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")

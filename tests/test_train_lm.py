@@ -1,4 +1,4 @@
-"""The language-model example: causal as a whole, resumable to the bit, honest about parameters and text."""
+"""The small language model: causal as a whole, resumable to the bit, honest about parameters and text."""
 
 import json
 import os
@@ -12,21 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from experiments import compare_seeds, train_lm
+from experiments.language_model import corpus as corpora
+from experiments.language_model import report
+from experiments.language_model import training as trainings
+from experiments.language_model.model import ByteLM, count_parameters
+from experiments.language_model.routers import ROUTERS
+from experiments.language_model.settings import Settings
+from experiments.language_model.trainee import Trainee, make_trainee
 from mixture_of_experts import MoE, Routing
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-
-import train_lm  # noqa: E402
-from experiments import compare_seeds  # noqa: E402
-from language_model import corpus as corpora  # noqa: E402
-from language_model import report  # noqa: E402
-from language_model import training as trainings  # noqa: E402
-from language_model.model import ByteLM, count_parameters  # noqa: E402
-from language_model.routers import ROUTERS  # noqa: E402
-from language_model.settings import Settings  # noqa: E402
-from language_model.trainee import Trainee, make_trainee  # noqa: E402
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 pytestmark = pytest.mark.slow
 
@@ -42,7 +38,7 @@ TINY_OPTIONS += ["--context=32", "--batch-size=4", "--eval-every=20", "--eval-wi
 def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A dozen small files of real text."""
     folder = tmp_path_factory.mktemp("text")
-    source = (EXAMPLES / "language_model" / "training.py").read_bytes()
+    source = (EXPERIMENTS / "language_model" / "training.py").read_bytes()
     paths = [folder / f"part{i}.txt" for i in range(12)]
     for i, path in enumerate(paths):
         path.write_bytes(source[i * 500 : (i + 1) * 500])
@@ -62,7 +58,7 @@ def run_in_new_process(*options: str) -> str:
 
 
 def command(*options: str) -> list[str]:
-    return [sys.executable, "-W", "error", str(EXAMPLES / "train_lm.py"), *TINY_OPTIONS, *options]
+    return [sys.executable, "-W", "error", "-m", "experiments.train_lm", *TINY_OPTIONS, *options]
 
 
 def environment() -> dict[str, str]:
@@ -425,7 +421,7 @@ def test_best_table_by_hand() -> None:
 def test_compare_routers(tmp_path):
     sizes = ["--steps", "4", "--dim", "16", "--width", "16", "--layers", "1", "--heads", "2", "--context", "16"]
     rest = ["--batch-size", "2", "--eval-every", "4", "--eval-windows", "2", "--out", str(tmp_path)]
-    command = [sys.executable, str(EXAMPLES / "compare_routers.py"), "--routers", "switch", "mixtral", *sizes, *rest]
+    command = [sys.executable, "-m", "experiments.compare_routers", "--routers", "switch", "mixtral", *sizes, *rest]
     subprocess.run(command, check=True, capture_output=True, text=True)
     runs = json.loads((tmp_path / "compare_routers.json").read_text())
     assert [run["router"] for run in runs] == ["switch", "mixtral"]

@@ -521,17 +521,17 @@ def check_billion(code: str) -> int:
 
 
 def check_example(compiled: bool) -> None:
-    """The model of examples/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints.
+    """The model of experiments/train_lm.py as `--device cuda --dtype bfloat16` trains it, up to the numbers it prints.
 
     With `--compile` it is one graph, forward and backward, up to what Inductor would make of it.
     """
     import sys
 
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
-    from language_model.model import ByteLM
-    from language_model.routers import ROUTERS
-    from language_model.settings import Settings
-    from language_model.trainee import make_optimizer
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from experiments.language_model.model import ByteLM
+    from experiments.language_model.routers import ROUTERS
+    from experiments.language_model.settings import Settings
+    from experiments.language_model.trainee import make_optimizer
 
     settings = Settings(device="cuda", dtype="bfloat16")
     router = ROUTERS[settings.router]

@@ -17,8 +17,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import SubFigure
 from matplotlib.image import AxesImage
 
-from language_model.trainee import Trainee
-from language_model.training import Training
+from .trainee import Trainee
+from .training import Training
 
 COLOURS = {"dense": "#0072B2", "moe": "#D55E00"}  # Okabe and Ito's blue and vermilion: told apart by all eyes
 LABELS = {"dense": "dense", "moe": "mixture of experts"}

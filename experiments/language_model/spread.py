@@ -13,12 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoints import checkpoints, load_checkpoint, save_checkpoint
-from language_model.corpus import Corpus
-from language_model.model import ByteLM
-from language_model.ranks import by_mesh, loads_of_ranks, make_mesh, rng_of_ranks, set_rng, start
-from language_model.settings import Settings
-from language_model.trainee import History, Trainee, make_optimizer
-from language_model.training import REMEDIES, Training
 from mixture_of_experts import MoE
 from mixture_of_experts.parallel import (
     ExpertParallel,
@@ -28,6 +22,13 @@ from mixture_of_experts.parallel import (
     replicated_parameters,
     tell_failures,
 )
+
+from .corpus import Corpus
+from .model import ByteLM
+from .ranks import by_mesh, loads_of_ranks, make_mesh, rng_of_ranks, set_rng, start
+from .settings import Settings
+from .trainee import History, Trainee, make_optimizer
+from .training import REMEDIES, Training
 
 
 class SpreadTrainee(Trainee):

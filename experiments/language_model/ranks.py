@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from language_model.settings import Settings
+from .settings import Settings
 
 
 def start(ranks: int, settings: Settings) -> None:

@@ -1,11 +1,11 @@
 """Train a byte-level language model with mixture-of-experts layers beside its dense twin of equal active parameters.
 
-    python examples/train_lm.py                          # under five minutes on two CPU cores
-    python examples/train_lm.py --steps 20               # a smoke test
-    python examples/train_lm.py --text book.txt log.txt  # one's own text
-    python examples/train_lm.py --router mixtral --out runs/mixtral
-    python examples/train_lm.py --resume                 # after Ctrl-C, a kill or a power cut
-    torchrun --nproc-per-node 2 examples/train_lm.py --expert-parallel 2   # experts on two ranks
+    python -m experiments.train_lm                          # under five minutes on two CPU cores
+    python -m experiments.train_lm --steps 20               # a smoke test
+    python -m experiments.train_lm --text book.txt log.txt  # one's own text
+    python -m experiments.train_lm --router mixtral --out runs/mixtral
+    python -m experiments.train_lm --resume                 # after Ctrl-C, a kill or a power cut
+    torchrun --nproc-per-node 2 -m experiments.train_lm --expert-parallel 2   # experts on two ranks
 
 Both models begin with the same attention and see the same batches in the same order. What they cost and how well they
 predict files that neither has seen is printed as a table and drawn to a picture; `result.json` holds the numbers.
@@ -16,10 +16,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from language_model.corpus import Corpus, load_corpus
-from language_model.report import RESULT, draw, table, write_result
-from language_model.settings import Settings, add_options, settings_from
-from language_model.training import Training
+from .language_model.corpus import Corpus, load_corpus
+from .language_model.report import RESULT, draw, table, write_result
+from .language_model.settings import Settings, add_options, settings_from
+from .language_model.training import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,7 +69,7 @@ def make_training(args: argparse.Namespace, settings: Settings, corpus: Corpus) 
     """A run in this process, or one that several processes share."""
     if args.expert_parallel is None:
         return Training(settings, corpus, args.out)
-    from language_model.spread import SpreadTraining
+    from .language_model.spread import SpreadTraining
 
     return SpreadTraining(settings, corpus, args.out, args.expert_parallel)
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from language_model.model import ByteLM, FeedForward, count_parameters
-from language_model.routers import ROUTERS
-from language_model.settings import Settings
 from mixture_of_experts import MoE, Routing, balance_experts
+
+from .model import ByteLM, FeedForward, count_parameters
+from .routers import ROUTERS
+from .settings import Settings
 
 
 class LoadRecorder:

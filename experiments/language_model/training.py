@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from language_model.corpus import Batches, Corpus, held_out_windows
-from language_model.settings import Settings
-from language_model.trainee import Trainee, make_trainee
+from .corpus import Batches, Corpus, held_out_windows
+from .settings import Settings
+from .trainee import Trainee, make_trainee
 
 CHECKPOINT = "checkpoint.pt"
 WRITTEN = {"settings", "corpus", "step", "data_position", "rng", "trainees"}

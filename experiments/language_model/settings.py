@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from language_model.routers import ROUTERS
+from .routers import ROUTERS
 
 
 def option(default: Any, help: str, *, free: bool = False, **argument: Any) -> Any:

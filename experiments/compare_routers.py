@@ -1,7 +1,7 @@
 """Compare routers: the same model, batches and seed, one mixture after the other.
 
-    python examples/compare_routers.py                                   # top2, switch and mixtral
-    python examples/compare_routers.py --routers mixtral deepseek_v3 --steps 200
+    python -m experiments.compare_routers                                   # top2, switch and mixtral
+    python -m experiments.compare_routers --routers mixtral deepseek_v3 --steps 200
 
 Every run leaves its numbers in a folder of its own. The table shows what a router costs and how it spreads the tokens:
 load and dropped choices are of the last quarter of the steps, averaged over the layers.
@@ -15,12 +15,13 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from language_model.corpus import Corpus, load_corpus
-from language_model.report import format_rows, write_result
-from language_model.routers import ROUTERS
-from language_model.settings import Settings, add_options, settings_from
-from language_model.training import Training
 from mixture_of_experts.stats import RoutingStats, track_routing
+
+from .language_model.corpus import Corpus, load_corpus
+from .language_model.report import format_rows, write_result
+from .language_model.routers import ROUTERS
+from .language_model.settings import Settings, add_options, settings_from
+from .language_model.training import Training
 
 
 def main(argv: Sequence[str] | None = None) -> int:
