@@ -8,6 +8,7 @@ bits a byte) over the seconds of training, compiling not counted.
 """
 
 import argparse
+import math
 import sysconfig
 import time
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating
+
+TOGETHER = 10  # steps between two looks at the clock: each look waits for the GPU
 
 
 class Dense(nn.Module):
@@ -78,17 +81,21 @@ def train(model, texts, arguments):
 
     seconds, step, report = 0.0, 0, 0.0
     while seconds < arguments.seconds:
-        before = time.perf_counter()
-        loss, aux_loss = loss_on(texts[0])
-        (loss + aux_loss).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        step, loss = step + 1, loss.item()  # which waits for the GPU
-        seconds += time.perf_counter() - before if step > 3 else 0.0  # the first ones compile
-        if seconds >= min(report, arguments.seconds) and step > 3:
+        before, step = time.perf_counter(), step + TOGETHER
+        cosine = 0.55 + 0.45 * math.cos(math.pi * seconds / arguments.seconds)
+        optimizer.param_groups[0]["lr"] = arguments.rate * cosine * min(step / 100, 1.0)  # a warm-up, then down
+        for _ in range(TOGETHER):
+            loss, aux_loss = loss_on(texts[0])
+            (loss + aux_loss).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        loss.item()  # waits for the GPU
+        seconds += time.perf_counter() - before if step > TOGETHER else 0.0  # the first ones compile
+        if seconds >= min(report, arguments.seconds):
             model.eval()
             with torch.no_grad():
-                held_out = sum(loss_on(texts[1])[0].item() for _ in range(8)) / 8 / 0.6931
+                held_out = sum(loss_on(texts[1])[0].item() for _ in range(8)) / 8 / math.log(2)
             model.train()
             report = seconds + arguments.seconds / 6
             print(f"  {seconds:6.1f} s, step {step:5}: {held_out:.3f} bits a byte", flush=True)

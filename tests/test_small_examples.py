@@ -11,6 +11,7 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
+import gpt  # noqa: E402
 import train_table  # noqa: E402
 import train_vision  # noqa: E402
 
@@ -38,6 +39,19 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
     seen = {int(digit): (image[digits == digit] > 0.6).sum(dim=(1, 2)).float().mean() for digit in digits.unique()}
     assert len(seen) == 10
     assert seen[8] > seen[1] + 10  # more of its pixels are on
+
+
+def test_a_gpt_learns_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    """It begins at 8 bits a byte, which are 5.5 nats; the text that it writes begins as the library's does."""
+    gpt.main(["--steps", "50", "--dim", "32", "--depth", "1", "--context", "32", "--batch", "4", "--rate", "0.02"])
+    told = capsys.readouterr().out
+    assert float(re.findall(r"step 50: loss ([\d.]+)", told)[0]) < 3.8
+    assert told.split("\n", 1)[1].startswith('"""')
+    model = gpt.GPT(32, 1).eval()
+    text = torch.randint(256, (1, 12))
+    later = torch.cat((text[:, :6], (text[:, 6:] + 1) % 256), dim=1)
+    torch.testing.assert_close(model(text)[0][:, :6], model(later)[0][:, :6])  # it is causal
+    assert not torch.allclose(model(text)[0][:, 6:], model(later)[0][:, 6:])
 
 
 def imported(path: Path) -> set[str]:
