@@ -19,8 +19,6 @@ from torch import nn
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating
 
-TOGETHER = 10  # steps between two looks at the clock: each look waits for the GPU
-
 
 class Dense(nn.Module):
     """A gated feed-forward network of k experts' width."""
@@ -59,42 +57,41 @@ class LanguageModel(nn.Module):
         self.norm, self.head = nn.LayerNorm(dim), nn.Linear(dim, 256)
 
     def forward(self, text):
-        x, losses = self.embed(text[:, :-1]) + self.place, []
+        x, total = self.embed(text[:, :-1]) + self.place, 0.0
         for block in self.blocks:
             x, aux_loss = block(x)
-            losses.append(aux_loss)
+            total = total + aux_loss
         logits = self.head(self.norm(x)).float()
-        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), torch.stack(losses).sum()
+        return F.cross_entropy(logits.flatten(0, 1), text[:, 1:].flatten()), total
 
 
-def train(model, texts, arguments):
+def train(model, texts, arguments, together=10):
     device, context = arguments.device, arguments.context
     run = model if arguments.eager else torch.compile(model)
     optimizer = torch.optim.AdamW(model.parameters(), arguments.rate, fused=device == "cuda")
-    draw = torch.Generator().manual_seed(0)
+    draw, window = torch.Generator().manual_seed(0), torch.arange(context + 1)
 
     def loss_on(text):
-        start = torch.randint(len(text) - context - 1, (arguments.batch, 1), generator=draw)
-        windows = text[start + torch.arange(context + 1)].long().to(device)
+        windows = text[torch.randint(len(text) - context, (arguments.batch, 1), generator=draw) + window].long()
         with torch.autocast(device, torch.bfloat16):
-            return run(windows)
+            return run(windows.to(device))
 
     seconds, step, report = 0.0, 0, 0.0
     while seconds < arguments.seconds:
-        before, step = time.perf_counter(), step + TOGETHER
+        before, step = time.perf_counter(), step + together
         cosine = 0.55 + 0.45 * math.cos(math.pi * seconds / arguments.seconds)
         optimizer.param_groups[0]["lr"] = arguments.rate * cosine * min(step / 100, 1.0)  # a warm-up, then down
-        for _ in range(TOGETHER):
+        for _ in range(together):  # each look at the clock waits for the GPU
             loss, aux_loss = loss_on(texts[0])
             (loss + aux_loss).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        loss.item()  # waits for the GPU
-        seconds += time.perf_counter() - before if step > TOGETHER else 0.0  # the first ones compile
+        loss.item()
+        seconds += time.perf_counter() - before if step > together else 0.0  # the first ones compile
         if seconds >= min(report, arguments.seconds):
-            model.eval()
             with torch.no_grad():
+                model.eval()
                 held_out = sum(loss_on(texts[1])[0].item() for _ in range(8)) / 8 / math.log(2)
             model.train()
             report = seconds + arguments.seconds / 6
