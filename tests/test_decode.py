@@ -12,16 +12,26 @@ from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.cpu import decode
 
+ROWS = {"row_by_row": 0, "expert_by_expert": 1 << 60}  # least numbers of a weight that each is taken from
 
-def few_and_planned(layer, x, mask=None, few=True):
-    """The layer in inference, which `few` says goes the way of decoding, and with gradients."""
-    taken = []
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        way = decode.run
-        patch.setattr(decode, "run", lambda call: taken.append(call) or way(call))
-        actual = run(layer, x, mask)
-    assert len(taken) == few
-    return actual, run(layer, x, mask)
+
+def check_few(layer, x, mask=None, few=True, **tolerance):
+    """Compare the layer in inference, which `few` says goes the way of decoding, with itself with gradients; return its
+    outputs. Rows are computed by themselves, and by expert."""
+    planned = run(layer, x, mask)
+    for name, least in ROWS.items():
+        taken = []
+        with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+            patch.setattr(decode, "LEAST", least)
+            patch.setattr(decode, "MOST_TOKENS", decode.MOST_ROWS)
+            for each in ROWS:
+                way = getattr(decode, each)
+                told = lambda call, each=each, way=way, taken=taken: taken.append(each) or way(call)  # noqa: E731
+                patch.setattr(decode, each, told)
+            out = run(layer, x, mask)
+        assert taken == ([] if not few else [name] if x.shape[:-1].numel() else ["expert_by_expert"])
+        torch.testing.assert_close(out, planned, **tolerance)
+    return planned
 
 
 @pytest.mark.parametrize(
@@ -43,7 +53,7 @@ def test_few_rows(experts, name, dtype):
         x = torch.randn(*shape, DIM, dtype=dtype)
         mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
         for masked in (None, mask):
-            torch.testing.assert_close(*few_and_planned(layer, x, masked, few=name != "ExpertChoice"))
+            check_few(layer, x, masked, few=name != "ExpertChoice")
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
@@ -59,9 +69,9 @@ def test_few_rows_are_summed_in_float32(shape):
     exact = dict(rtol=1e-6, atol=1e-6)
     layer = MoE(DIM, gate=TopKGating(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(*few_and_planned(layer, x), **exact)
+        check_few(layer, x, **exact)
     layer = MoE(DIM, gate=Coarse(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
-    torch.testing.assert_close(*few_and_planned(layer, x), **exact)
+    check_few(layer, x, **exact)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
@@ -75,10 +85,31 @@ def test_few_rows_leave_out_what_is_not_kept(shape):
 
     layer = MoE(DIM, gate=Half(DIM, NUM_EXPERTS), experts=Experts(DIM, NUM_EXPERTS, 16)).eval()
     x = torch.randn(*shape, DIM)
-    torch.testing.assert_close(*few_and_planned(layer, x))
+    check_few(layer, x)
     with torch.no_grad():
         layer.experts.w1[1::2] = torch.nan
-    assert few_and_planned(layer, x)[0][0].isfinite().all()
+    assert check_few(layer, x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(("t", "k", "h", "o"), [(1, 1, 6, 5), (1, 2, 9, 8), (3, 2, 4, 6), (2, 3, 12, 3)])
+def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
+    """A weight is cut into parts if it can be, and weights in strides of their own are no list of rows."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(decode, "LEAST", 0)
+    taken, way = [], decode.row_by_row
+    monkeypatch.setattr(decode, "row_by_row", lambda call: taken.append(call) or way(call))
+    expert, weight, x = torch.randint(4, (t, k)), torch.rand(t, k), torch.randn(t, 7)
+    for strides in (False, True):
+        w1, w3, w2 = (torch.randn(4, *size) for size in ((7, h), (7, h), (h, o)))
+        if strides:
+            w1, w3, w2 = (w.mT.contiguous().mT for w in (w1, w3, w2))
+        call = x, expert, weight, w1, w2, w3
+        with torch.no_grad():
+            found = ops.moe_ffn(*call, activation=nn.SiLU())
+        with ops.use("plain"):
+            torch.testing.assert_close(found, ops.moe_ffn(*call, activation=nn.SiLU()))
+        assert len(taken) == 1
 
 
 @pytest.mark.parametrize("copied", [True, False], ids=["copied weights", "all experts"])
@@ -137,7 +168,7 @@ def test_the_default_device_does_not_matter(length):
 def test_few_rows_of_two_levels(shape):
     """The product of both levels' choices is read as those of one level are."""
     layer = HeirarchicalMoE(DIM, (2, 2), second_policy_eval="all").eval()
-    torch.testing.assert_close(*few_and_planned(layer, torch.randn(*shape, DIM)))
+    check_few(layer, torch.randn(*shape, DIM))
 
 
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])

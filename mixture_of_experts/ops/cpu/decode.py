@@ -1,14 +1,17 @@
 """Few rows in inference on a CPU, as in decoding: the chosen experts' products, with few other operators.
 
-Axes: t tokens, a assignments, r rows (sorted by expert), d model dim, o dim of the outputs.
+Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer dimension of a weight, d model dim,
+o dim of the outputs.
 
-The products of one token take less time than making the tables of a `Plan`, so there is no plan: the tables are Python
+The products of one token take less time than making the tables of a `Plan`, so there is no plan. Each row of a few
+tokens is computed by itself, and nothing is read. More tokens are computed expert by expert, by tables that are Python
 lists. It is for eval mode without gradients only: in training a recomputation must give the same bits as its forward.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +20,8 @@ from mixture_of_experts.ops.grouped import product_by_expert
 from mixture_of_experts.ops.network import Call
 
 MOST_ROWS = 32
+MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
+LEAST = 1 << 16  # numbers of a weight; of smaller ones a product is faster
 
 
 def serves(call: Call) -> bool:
@@ -26,6 +31,69 @@ def serves(call: Call) -> bool:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`. The sum over a token's choices is taken in float32 at least."""
+    return row_by_row(call) if has_few_tokens(call) else expert_by_expert(call)
+
+
+def has_few_tokens(call: Call) -> bool:
+    """Whether the rows of a call are so few that each is computed by itself."""
+    (_, h, o), weights = call.network.w_out.shape, (*call.network.w_in, call.network.w_out)
+    few = 0 < call.x.shape[0] <= MOST_TOKENS and h * o >= LEAST
+    return few and all(weight.is_contiguous() for weight in weights)
+
+
+def row_by_row(call: Call) -> Tensor:
+    """Compute a call, whose rows are the choices in their order; return `(t, o)`."""
+    x, network, decision = call.x, call.network, call.decision
+    assert decision.k is not None
+    (t, d), k, expert = x.shape, decision.k, decision.expert
+
+    def product(rows: Tensor, w: Tensor, b: Tensor | None, bags: Bags) -> Tensor:
+        out = bags.sums(rows, w)
+        return out if b is None else out.add_(b.index_select(0, expert))
+
+    rows, into = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d), Bags.of(expert, network.w_in[0])
+    hidden = network.hidden([product(rows, w, b, into) for w, b in zip(network.w_in, network.b_in, strict=True)])
+    y = product(hidden, network.w_out, network.b_out, Bags.of(expert, network.w_out))
+    weight = decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32))
+    y = (y * weight.unsqueeze(-1)).masked_fill_(decision.kept.logical_not().unsqueeze(-1), 0)
+    return y.view(t, k, -1).sum(dim=1).to(x.dtype)
+
+
+class Bags(NamedTuple):
+    """For each of r rows the p rows of its expert's weight, whose sum, times the row's numbers, is their product.
+
+    Such a sum reads the weight once, from its beginning to its end. It takes 0.4 (bfloat16) to 0.7 (float32) of the
+    time of torch's product of one row. If there are more threads than rows, a weight's rows are cut into parts.
+
+    Attributes:
+        place: `(r parts p,)`, where the rows lie in the list of the rows of all weights.
+        start: `(r parts,)`, where each sum begins in `place`.
+    """
+
+    place: Tensor
+    start: Tensor
+    parts: int
+
+    @staticmethod
+    def of(expert: Tensor, weight: Tensor) -> Bags:
+        """The bags for rows of these experts `(r,)`, of a `weight` `(e, p, q)`."""
+        (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
+        parts = -(-torch.get_num_threads() // r)
+        parts = parts if q % parts == 0 else 1
+        place = torch.arange(0, p * parts, parts, device=device).add(expert.view(r, 1, 1), alpha=p * parts)
+        if parts > 1:
+            place = place + torch.arange(parts, device=device).unsqueeze(-1)
+        return Bags(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
+
+    def sums(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
+        rows = weight.view(-1, weight.shape[-1] // self.parts)
+        scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).reshape(-1)
+        return torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0].view(len(x), -1)
+
+
+def expert_by_expert(call: Call) -> Tensor:
+    """Compute a call, whose rows are sorted by expert; return `(t, o)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     expert, weight, kept = decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist()
