@@ -1,6 +1,6 @@
 """The picture of `docs/performance.md`, from the table of `docs/results.md`: `python -m benchmarks.documented`.
 
-It shows what the column *now* says, so that picture and table are one measurement.
+Picture and table are one measurement.
 """
 
 from __future__ import annotations
