@@ -24,7 +24,6 @@ from mixture_of_experts.verify import Finding, Report, verify
 from .verified import DEFAULT
 
 DIM, EXPERTS = 16, 8
-MARKS = {"holds": "yes", "fails": "**no**", "does not apply": "–", "not asked": ""}
 SHOWN = (  # of the blocks of transformers, those that the first table has
     *("MixtralSparseMoeBlock", "Qwen3MoeSparseMoeBlock", "DeepseekV3MoE", "GptOssMLP"),
     *("Ernie4_5_MoeSparseMoeBlock", "DbrxFFN", "SwitchTransformersSparseMLP", "NllbMoeSparseMLP"),
@@ -90,10 +89,9 @@ def layers() -> Iterator[tuple[str, Callable[[], Layer]]]:
         yield name, lambda name=name: (blocks.InModel(blocks.make(name)), {"dim": blocks.DIM})
 
 
-def cell(finding: Finding) -> str:
-    """A verdict, with the number where it fails."""
-    number = "" if finding.number is None or finding.verdict != "fails" else f" {finding.number:.2g}"
-    return MARKS[finding.verdict] + number
+def failing(finding: Finding) -> str:
+    """A property that fails, with the number that was measured if there is one."""
+    return f"`{finding.name}`" + ("" if finding.number is None else f" {finding.number:.2g}")
 
 
 def versions() -> str:
@@ -105,8 +103,12 @@ def versions() -> str:
 def tables(reports: dict[str, Report]) -> str:
     """A table of some layers, and one of all blocks by what fails."""
     first = [name for name in reports if name in SHOWN or name.split()[0] in ("MoE,", "torchtitan", "st-moe-pytorch")]
-    lines = [f"| property | {' | '.join(first)} |", "|---" * (len(first) + 1) + "|"]
-    lines += [f"| `{name}` | {' | '.join(cell(reports[each].findings[name]) for each in first)} |" for name in DEFAULT]
+    lines = ["| layer | fails | does not apply |", "|---|---|---|"]
+    for each in first:
+        found = [reports[each].findings[name] for name in DEFAULT]
+        fails = [failing(finding) for finding in found if finding.verdict == "fails"]
+        idle = [f"`{finding.name}`" for finding in found if finding.verdict == "does not apply"]
+        lines.append(f"| {each} | {', '.join(fails) or 'nothing'} | {', '.join(idle)} |")
     kinds: dict[tuple[str, ...], list[str]] = {}
     for name, report in reports.items():
         if not name.startswith(("MoE,", "torchtitan", "st-moe-pytorch")):
@@ -114,7 +116,8 @@ def tables(reports: dict[str, Report]) -> str:
     lines += ["", "| fails | blocks of transformers |", "|---|---|"]
     for failed, names in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
         what = ", ".join(f"`{name}`" for name in failed) or "nothing"
-        lines.append(f"| {what} | {len(names)}: {', '.join(sorted(names))} |")
+        shown = sorted(names) if len(names) <= 4 else ["`--show NAME` tells of each"]
+        lines.append(f"| {what} | {len(names)}: {', '.join(shown)} |")
     return "\n".join(lines)
 
 
