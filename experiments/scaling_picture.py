@@ -1,4 +1,4 @@
-"""The picture of what `scaling` found: held-out loss over steps, operations and seconds, and when it is equal."""
+"""The picture of what `scaling` found: held-out loss over seconds, and when it is equal to the dense model's."""
 
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ from .scaling_report import (
     at_best_rate,
     equal_shares,
     models_of,
-    operations_of,
     seconds_of,
     total_cost,
 )
@@ -39,26 +38,20 @@ FIRST_SHARE = 0.04  # of the long runs' steps: before, all curves are high and s
 
 def draw(plan: Plan, finished: Finished, times: Times, path: Path) -> None:
     """Draw what is finished to a file."""
-    figure, ((over_steps, over_flops), (over_seconds, shares)) = plt.subplots(
-        2, 2, figsize=(11, 8.4), layout="constrained"
-    )
-    draw_losses(over_steps, plan, finished, dict.fromkeys(models_of(plan), 1.0))
-    over_steps.set(xlabel="steps of 2,048 bytes", ylabel="held-out bits per byte")
-    over_steps.set_title("marks: ends of runs; lines: means of seeds; dotted: the dense model's end", fontsize=9)
-    over_steps.legend(fontsize=9, loc="upper right")
-    draw_losses(over_flops, plan, finished, operations_of(finished))
-    over_flops.set(xlabel="floating-point operations of training", ylabel="held-out bits per byte")
+    figure, (over_seconds, shares) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
     draw_losses(over_seconds, plan, finished, seconds_of(times))
     over_seconds.set(xlabel="steps × seconds of a step on one core", ylabel="held-out bits per byte")
+    over_seconds.set_title("each mark is the end of a run; dotted: where the dense model ends", fontsize=9)
+    over_seconds.legend(fontsize=9, loc="upper right")
     draw_shares(shares, plan, finished, times)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str, float]) -> None:
-    """The curves of each model's runs with the sweep's seed, and a mark where every run at its best rate ends.
+    """A mark where every run of a model at its best rate ends, and a line through the means of its lengths.
 
-    A line joins the means of the lengths at which all seeds of the dense model's long runs ended.
+    A mean has all seeds of the dense model's long runs. A model without two means shows the curves of its runs.
     """
     groups = at_best_rate(plan, finished)
     target = groups.get(("dense", plan.steps), {})
@@ -67,14 +60,14 @@ def draw_losses(axes: Axes, plan: Plan, finished: Finished, step_cost: dict[str,
         if not ends or model not in step_cost:
             continue
         cost = partial(total_cost, plan, model, step_cost=step_cost)
-        rate = plan.rate_so_far(model, finished)
-        for run, record in finished.items():
-            if (run.model, run.learning_rate, run.seed) == (model, rate, SWEEP_SEED):
-                steps, bits = curve(record, plan.steps * FIRST_SHARE)
-                axes.plot(cost(steps), bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
         points = [(cost(steps), bits) for steps, seeds in ends.items() for bits in seeds.values()]
         whole = {steps: bits for steps, bits in ends.items() if bits.keys() == target.keys()}
         means = [(cost(steps), np.mean([*bits.values()])) for steps, bits in whole.items()]
+        rate = plan.rate_so_far(model, finished)
+        for run, record in finished.items() if len(means) < 2 else ():
+            if (run.model, run.learning_rate, run.seed) == (model, rate, SWEEP_SEED):
+                steps, bits = curve(record, plan.steps * FIRST_SHARE)
+                axes.plot(cost(steps), bits, color=COLOURS[model], linewidth=1.3, alpha=0.7)
         line = zip(*means, strict=True) if means else ([], [])
         look = {"color": COLOURS[model], "marker": MARKERS[model], "markersize": 5.5}
         axes.plot(*line, **look, linewidth=2.2, label=MODELS[model].label)
