@@ -181,10 +181,15 @@ def load() -> Text:
 def train(run: Run, text: Text) -> Iterator[dict[str, Any]]:
     """Train, and yield what each evaluation finds: the first before training, the last after it."""
     torch.manual_seed(run.seed)
-    variant, seconds = VARIANTS[run.variant], 0.0
-    model = LlamaForCausalLM.from_pretrained(fetch(SMOLLM2), dtype=torch.float32)
-    below = split(model, run.layers)
-    routers = prepare(model, variant)
+    model = pretrained()
+    below, variant = split(model, run.layers), VARIANTS[run.variant]
+    yield from train_model(model, below, variant, prepare(model, variant), run, text)
+
+
+def train_model(
+    model: Any, below: Callable[[Tensor], Tensor], variant: Variant, routers: list[nn.Parameter], run: Run, text: Text
+) -> Iterator[dict[str, Any]]:
+    seconds = 0.0
     rest = [p for p in model.parameters() if p.requires_grad and not any(p is router for router in routers)]
     groups = [{"params": rest, "lr": run.rate}]
     groups += [{"params": routers, "lr": run.rate * variant.router_rate}] if routers else []
@@ -207,6 +212,10 @@ def train(run: Run, text: Text) -> Iterator[dict[str, Any]]:
         seconds += time.process_time() - start
         if step % EVERY == 0 or step == run.steps:
             yield evaluation(model, held_out, text, step, seconds)
+
+
+def pretrained() -> Any:
+    return LlamaForCausalLM.from_pretrained(fetch(SMOLLM2), dtype=torch.float32)
 
 
 def split(model: Any, layers: int) -> Callable[[Tensor], Tensor]:

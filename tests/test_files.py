@@ -53,6 +53,7 @@ FILES = {
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",
     "experiments/compare_seeds.py": "compare_seeds.json",
     "experiments/durability.py": "the results of its parts, JSON; checkpoints of the example",
+    "experiments/prune_pretrained.py": "weights of trained layers, read as weights",
     "experiments/regime.py": "step times, JSON; a picture",
     "experiments/scaling.py": "step times, JSON",
     "experiments/scaling_picture.py": "a picture",

@@ -1,4 +1,4 @@
-"""`python -m mixture_of_experts.huggingface upcycle IN OUT` and `export IN OUT`: change saved models."""
+"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `prune` and `export`: change saved models."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.folders import export_folder, prune_folder, read_choice, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+BY = "'random', or a file with scores (safetensors, of expert_scores) or ids to keep (JSON), by names of gates"
 
 
 def size(text: str) -> int:
@@ -47,6 +48,7 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, does in (
         ("upcycle", "replace the feed-forward networks of a saved model by experts that are copies of them"),
+        ("prune", "remove experts of a saved model with experts"),
         ("export", "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers"),
     ):
         shows_defaults = argparse.ArgumentDefaultsHelpFormatter
@@ -56,6 +58,9 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
         command.add_argument("--max-shard-size", type=size, default="5GB", help="most bytes of a file of weights")
         if name == "upcycle":
             add_settings(command.add_argument)
+        if name == "prune":
+            command.add_argument("--by", required=True, help=BY)
+            command.add_argument("--keep", type=int, help="experts that each layer keeps, without ids")
     return parser.parse_args(arguments)
 
 
@@ -77,10 +82,12 @@ def add_settings(add: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
     settings = vars(read(arguments))
-    run = {"upcycle": upcycle_folder, "export": export_folder}[settings.pop("command")]
+    run = {"upcycle": upcycle_folder, "prune": prune_folder, "export": export_folder}[settings.pop("command")]
     if "dtype" in settings:
         settings["dtype"] = getattr(torch, settings["dtype"])
     try:
+        if settings.get("by", "random") != "random":
+            settings["by"] = read_choice(Path(settings["by"]))
         run(**settings)
     except (ValueError, TypeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Removes experts of layers, by what they do on a text."""

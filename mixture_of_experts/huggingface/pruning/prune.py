@@ -1,0 +1,241 @@
+"""`prune`: fewer experts in the layers of a model; and `expert_scores`, by which it chooses."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from mixture_of_experts.huggingface.auxiliary_loss import reports_routers, text_config
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innermost, why_not_cut
+from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
+from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
+from mixture_of_experts.huggingface.saving.configuration import forget, note
+from mixture_of_experts.huggingface.saving.layer_settings import describe
+from mixture_of_experts.support.checks import check_choice, check_model, check_size
+from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve, unwrapped
+
+PruneRule = Literal["reap", "frequency", "random"]
+RULES = (*MEASURED, "random")
+NUMBER = re.compile(r"(num|n)_(local_|routed_)?experts$|moe_num_experts$")  # of experts, in configurations
+Chosen = dict[str, list[int]]
+
+
+def prune(
+    model: nn.Module,
+    keep: int | None = None,
+    by: PruneRule | Mapping[str, Any] = "reap",
+    *,
+    calibration: Any = None,
+    gates: Gates | None = None,
+) -> Chosen:
+    """Remove experts of a model's layers, in place; return the ids that each layer keeps, by the name of its gate.
+
+    A router loses the columns of the experts that go, with its bias, the expert bias and its counts. Of expert groups
+    each keeps equally many. The order of the others stays, and so do k and all settings. The configuration follows, so
+    that the model saves, loads and exports as before. Parameters are new tensors: make the optimizer afterwards.
+
+    Args:
+        model: any model with `MoE` layers, such as one that `upcycle`, `replace_ffn` or `from_transformers` changed. An
+            optimizer or wrapper (DDP, FSDP2) comes afterwards.
+        keep: number of experts that each layer keeps, at least k.
+        by: which ones. "reap": of the largest mean of router weight times norm of the expert's output, over the tokens
+            that it computes (arXiv 2510.13999, equation 9). "frequency": of the most tokens. "random": any, by torch's
+            generator. Or by names of gates: scores `(e,)`, floating, as `expert_scores` returns; or the ids to keep,
+            without `keep`. Layers that it does not name stay as they are.
+        calibration: for "reap" and "frequency": batches of a text, tensors or dicts or tuples of what the model reads,
+            on its device. Padding does not count.
+        gates: the gates whose layers are pruned, by their names or as modules; by default all.
+
+    Raises:
+        TypeError: a gate is none that can be cut (the error names it and says why), or an argument has a wrong type.
+        ValueError: a number or id is not allowed, the calibration has no tokens, or the model's weights are not in
+            memory. Nothing is changed then.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE, TopKGating
+        >>> from mixture_of_experts.huggingface import prune
+        >>> moe = MoE(dim=8, gate=TopKGating(8, 4, k=2))
+        >>> prune(moe, by={"gate": [0, 2, 3]})
+        {'gate': [0, 2, 3]}
+        >>> moe.experts.w1.shape, moe.gate.w_gating.shape
+        (torch.Size([3, 8, 32]), torch.Size([8, 3]))
+        >>> len(prune(moe, 2, calibration=[torch.randn(2, 16, 8)])["gate"])
+        2
+    """
+    check_model("model", model)
+    if isinstance(by, Mapping):
+        if gates is not None:
+            raise ValueError("gates goes with a rule: by names the gates itself")
+        gates = list(by)
+    elif check_choice("by", by, RULES) and keep is None:
+        raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
+    if calibration is not None and by not in MEASURED:
+        raise ValueError(f"calibration goes with by={' or '.join(map(repr, MEASURED))}: leave it out")
+    sites = prunable(model, gates)
+    refuse_meta(model)
+    return prune_sites(model, sites, keep, by, calibration)
+
+
+def expert_scores(
+    model: nn.Module, by: MeasuredRule = "reap", *, calibration: Any, gates: Gates | None = None
+) -> dict[str, Tensor]:
+    """The scores `(e,)` of each layer's experts, by the name of its gate; `prune` keeps the largest.
+
+    `safetensors.torch.save_file` writes them, and the command `prune` reads them for a folder larger than memory.
+
+    Args:
+        model, calibration, gates: as in `prune`. The model is not changed.
+        by: "reap" or "frequency".
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.huggingface import expert_scores
+        >>> scores = expert_scores(MoE(dim=8, num_experts=4), "frequency", calibration=[torch.randn(2, 16, 8)])
+        >>> scores["gate"].shape
+        torch.Size([4])
+    """
+    check_choice("by", by, MEASURED)
+    sites = prunable(check_model("model", model), gates)
+    refuse_meta(model)
+    return measure(model, sites, by, calibration)
+
+
+def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
+    """The sites of gates that can be cut; TypeError if one of them cannot."""
+    sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
+    stacks: dict[int, str] = {}
+    for layer in map(PrunableLayer, sites):
+        other = stacks.setdefault(id(innermost(layer.moe.experts)), layer.name)
+        if other != layer.name:
+            raise TypeError(f"prune cannot serve {layer.name!r}: its experts are those of {other!r} too")
+    return sites
+
+
+def refuse_meta(model: nn.Module) -> None:
+    refuse_offloaded(model, type(model).__name__)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} has weights on the meta device: load them first, or prune the folder by "
+            "python -m mixture_of_experts.huggingface prune"
+        )
+
+
+def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, calibration: Any = None) -> Chosen:
+    """Choose, check everything, and then cut."""
+    layers = {site.name: PrunableLayer(site) for site in sites}
+    if keep is not None:
+        for layer in layers.values():
+            layer.check_number(check_size("keep", keep))
+    if isinstance(by, Mapping):
+        given = dict(by)
+    elif by == "random":
+        given = {name: torch.rand(layer.e) for name, layer in layers.items()}
+    else:
+        given = measure(model, sites, by, calibration)
+    kept = {name: ids_of(layer, given[name], keep) for name, layer in layers.items()}
+    cut = {name: ids for name, ids in kept.items() if len(ids) < layers[name].e}
+    old = next(iter(layers.values())).e
+    changes = config_changes(model, {layers[name].moe: len(ids) for name, ids in cut.items()})
+    for name, ids in cut.items():
+        layers[name].cut(ids)
+    if cut:
+        apply_to_configuration(model, old, changes)
+    return kept
+
+
+def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
+    """The ids that stay, from scores or from ids; ValueError or TypeError if they are wrong."""
+    wanted = f"by[{layer.name!r}] must be scores ({layer.e},), floating and finite, or different ids below {layer.e}"
+    try:
+        values = torch.as_tensor(given).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{wanted}, got {given!r:.99}") from error
+    if values.is_floating_point() and values.numel():
+        if keep is None:
+            raise ValueError("scores need keep=, the number of experts that each layer keeps")
+        if values.shape != (layer.e,) or not values.isfinite().all():
+            raise ValueError(f"{wanted}, got {given!r:.99}")
+        ids = layer.best(values, keep)
+    else:
+        ids = [] if values.dtype == torch.bool or values.ndim != 1 else sorted(map(int, values.tolist()))
+        if not ids or len({*ids}) < len(ids) or ids[0] < 0 or ids[-1] >= layer.e:
+            raise ValueError(f"{wanted}, got {given!r:.99}")
+        if keep is not None and keep != len(ids):
+            raise ValueError(f"keep={keep}, but by[{layer.name!r}] has {len(ids)} ids: leave keep out")
+    layer.check_ids(ids)
+    return ids
+
+
+# The configuration
+
+
+def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, int]:
+    """The settings of a configuration that tell the number of experts of layers that were blocks, and their new value.
+
+    Raises:
+        ValueError: layers would differ, and the configuration has one number for all; or none of its settings tells it.
+    """
+    blocks = {name: m for name, m in model.named_modules() if isinstance(m, SparseFeedForward)}
+    new = {numbers.get(unwrapped(block.moe), block.moe.num_experts) for block in blocks.values()}
+    holder = outermost(model)
+    if holder is None or not blocks or not any(unwrapped(block.moe) in numbers for block in blocks.values()):
+        return {}
+    if len(new) > 1:
+        raise ValueError(
+            f"the layers of {type(holder).__name__} were blocks, whose configuration has one number of experts "
+            f"for all: keep equally many in each, got {sorted(new)}"
+        )
+    (number,), old = new, next(iter(blocks.values())).moe.num_experts
+    config = copy.deepcopy(holder.config)
+    forget(config)
+    text = config.get_text_config()
+    names = [name for name, value in vars(text).items() if NUMBER.search(name) and value == old]
+    for name in names:
+        setattr(text, name, number)
+    with torch.device("meta"):
+        stock: Any = type(holder)(config)
+    prefix = next(name for name, module in model.named_modules() if module is holder)
+    for name in blocks:
+        block = stock.get_submodule(name.removeprefix(prefix).lstrip("."))
+        recipe = recipe_of(block)
+        if recipe is None or BlockSettings(block, recipe).num_experts != number:
+            raise ValueError(f"no setting of {type(config).__name__} is known to tell the {old} experts of {name}")
+    return dict.fromkeys(names, number)
+
+
+def apply_to_configuration(model: nn.Module, old: int, changes: Mapping[str, int]) -> None:
+    """Tell the model's configuration of the experts that are left."""
+    holder, config = outermost(model), None
+    if holder is None:
+        return
+    if (layers := describe(holder)) and isinstance(holder.config, PreTrainedConfig):
+        note(holder, layers)
+    if (config := text_config(holder)) is None:
+        return
+    members = [module for module in holder.modules() if isinstance(module, MoEFeedForward)]
+    told = not reports_routers(config) and vars(config).get("num_experts") == old and members
+    for name, number in (*changes.items(), *([("num_experts", members[0].moe.num_experts)] if told else [])):
+        setattr(config, name, number)
+    if changes:
+        for module in models_of(holder):
+            if vars(module).get("num_experts") == old:
+                module.num_experts = next(iter(changes.values()))  # pyright: ignore[reportArgumentType]
+
+
+def outermost(model: nn.Module) -> PreTrainedModel | None:
+    """The model of transformers that is, or is inside, a model."""
+    return next(models_of(model), None)
+
+
+def models_of(model: nn.Module) -> Iterator[PreTrainedModel]:
+    return (module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -1,0 +1,440 @@
+"""Fewer experts: what a pruned layer computes, which experts go, and what is refused before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.transformers_models import ARCHITECTURES
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    ExpertList,
+    Experts,
+    GatedExperts,
+    HashGating,
+    HeirarchicalMoE,
+    MoE,
+    NoisyTopKGating,
+    ReLUGating,
+    Top2Gating,
+    TopKGating,
+    TopPGating,
+)
+from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
+from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale
+from mixture_of_experts.huggingface import (
+    expert_scores,
+    export,
+    from_transformers,
+    prune,
+    replace_ffn,
+    to_transformers,
+    upcycle,
+)
+from mixture_of_experts.huggingface.__main__ import main
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+
+D, E = 6, 8
+
+
+def layer(gate: nn.Module, experts: nn.Module | None = None, **settings) -> MoE:
+    """A layer of eight experts, with biases that are not 0, in float64 and eval."""
+    torch.manual_seed(0)
+    moe = MoE(D, gate=gate, experts=GatedExperts(D, E, 5, bias=True) if experts is None else experts, **settings)
+    for name, tensor in moe.state_dict().items():
+        if name.rpartition(".")[2] in ("b1", "b2", "b3", "b_gating", "bias", "expert_bias", "scale"):
+            tensor.copy_(torch.randn_like(tensor))
+    return moe.double().eval()
+
+
+GATES = {
+    "softmax": lambda: TopKGating(D, E),
+    "not normalised, biases": lambda: TopKGating(D, E, 2, normalize=False, bias=True, expert_bias=True),
+    "sigmoid, groups": lambda: TopKGating(D, E, 2, score="sigmoid", num_groups=2, top_groups=1, expert_bias=True),
+    "a network of logits": lambda: TopKGating(D, E, logits=RouterLogits(D, E, norm_eps=1e-6, bias=True)),
+    "learned scales": lambda: TopKGating(D, E, weigh=LearnedScale(E)),
+}
+IDS = [1, 2, 4, 7]
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_pruned_layer_computes_as_if_the_others_were_closed(name):
+    moe, x = layer(GATES[name]()), torch.randn(2, 9, D, dtype=torch.float64)
+    is_open = torch.zeros(2, 9, E, dtype=torch.bool)
+    is_open[..., IDS] = True
+    expected = moe(x, open_experts=is_open)[0]
+    assert not torch.equal(moe(x)[0], expected)
+    assert prune(moe, by={"gate": IDS}) == {"gate": IDS}
+    torch.testing.assert_close(moe(x)[0], expected)
+    assert moe.num_experts == moe.gate.num_experts == moe.experts.num_experts == len(IDS)
+    moe.train()(x)[0].sum().backward()
+    assert moe.experts.w2.grad.shape[0] == len(IDS)
+
+
+KINDS = {
+    "top2": lambda e: (Top2Gating(D, e, capacity_factor_eval=None), None),
+    "top p": lambda e: (TopPGating(D, e, 3), None),
+    "noisy": lambda e: (NoisyTopKGating(D, e, 2), Experts(D, e, 5)),
+    "relu": lambda e: (ReLUGating(D, e, 3, mean_choices=1.0, bias=True), None),
+    "mixer": lambda e: (SparseMixerGating(D, e), None),
+    "experts choose": lambda e: (ExpertChoiceGating(D, e), None),
+    "a list": lambda e: (TopKGating(D, e), ExpertList(nn.Linear(D, D) for _ in range(e))),
+    "latent": lambda e: (
+        TopKGating(D, e),
+        EnclosedExperts(Experts(3, e), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+    ),
+    "norms": lambda e: (TopKGating(D, e), NormedExperts(GatedExperts(D, e, 5), nn.RMSNorm(D))),
+    "on inputs": lambda e: (TopKGating(D, e), InputWeightedExperts(GatedExperts(D, e, 5))),
+    "always": lambda e: (TopKGating(D, e, 3, select=AlwaysChosen(1), expert_bias=True), None),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pruned_layer_is_one_of_that_size(kind):
+    """Its state fits a new layer of four experts, which computes the same; scores of a text prune it too."""
+    (gate, experts), x = KINDS[kind](E), torch.randn(2, 9, D, dtype=torch.float64)
+    moe = layer(gate, experts)
+    other = copy.deepcopy(moe)
+    prune(moe, by={"gate": IDS})
+    gate, experts = KINDS[kind](4)
+    new = layer(gate, GatedExperts(D, 4, 5, bias=True) if experts is None else experts)
+    new.load_state_dict(moe.state_dict())
+    torch.testing.assert_close(moe(x)[0], new(x)[0])
+    assert str(moe) == str(new)
+    scores = expert_scores(other, calibration=x)["gate"]
+    (ids,) = prune(other, 4, calibration=x).values()
+    if kind != "always":
+        assert ids == sorted(scores.argsort(descending=True, stable=True)[:4].tolist())
+    else:
+        assert ids[-1] == E - 1
+    other(x)
+
+
+def test_reap_and_frequency_are_what_the_paper_says():
+    moe, x = layer(TopKGating(D, E, scale=1.5)), torch.randn(3, 7, D, dtype=torch.float64)
+    mask = torch.ones(3, 7, dtype=torch.bool)
+    mask[1, :4] = False
+    routing = moe.gate(x, mask=mask)
+    slots = moe.experts(x.flatten(0, 1).expand(E, 21, D))  # every expert on every token
+    sums, counts = torch.zeros(E, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
+    for i, (expert, weight) in enumerate(zip(routing.expert.view(21, 2), routing.weight.view(21, 2), strict=True)):
+        for e, w in zip(expert.tolist(), weight, strict=True):
+            if mask.flatten()[i]:
+                sums[e] += w * slots[e, i].norm()
+                counts[e] += 1
+    batches = [dict(inputs=x[:2], mask=mask[:2]), (x[2:],)]
+    torch.testing.assert_close(expert_scores(moe, calibration=batches)["gate"], sums / counts.clamp(min=1))
+    assert torch.equal(expert_scores(moe, "frequency", calibration=batches)["gate"], counts)
+
+
+def test_padding_that_is_computed_does_not_count():
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=E)
+    ids, mask = torch.randint(1, 64, (2, 8)), torch.ones(2, 8, dtype=torch.int64)
+    mask[0, :5] = 0
+    scores = expert_scores(model, "frequency", calibration=dict(input_ids=ids, attention_mask=mask))
+    assert {int(counts.sum()) for counts in scores.values()} == {2 * 11}
+    alone = expert_scores(model, calibration=[ids[1:]])
+    first = dict(input_ids=ids[:1], attention_mask=0 * mask[:1])
+    both = expert_scores(model, calibration=[dict(input_ids=ids[1:]), first])
+    assert all(torch.equal(both[name], alone[name]) for name in alone)
+
+
+def test_nothing_is_lost_where_nothing_chosen_goes():
+    """Experts that no token of the text chose go, and the outputs stay; with all kept, the tensors are the same."""
+    moe, x = layer(TopKGating(D, E, bias=True)), torch.randn(2, 9, D, dtype=torch.float64)
+    with torch.no_grad():
+        moe.gate.b_gating[[0, 3, 5]] = -100.0
+    before, weights = moe(x)[0], list(moe.parameters())
+    assert prune(moe, E, calibration=x) == {"gate": list(range(E))}
+    assert all(one is other for one, other in zip(moe.parameters(), weights, strict=True))
+    assert torch.equal(moe(x)[0], before)
+    assert prune(moe, 5, "frequency", calibration=x) == {"gate": [1, 2, 4, 6, 7]}
+    torch.testing.assert_close(moe(x)[0], before)
+
+
+def test_modes_frozen_weights_and_random_choice():
+    moe = MoE(D, gate=TopKGating(D, E)).train()
+    moe.gate.eval()
+    moe.experts.w1.requires_grad_(False)
+    expert_scores(moe, calibration=torch.randn(2, 9, D))
+    assert moe.training
+    assert not moe.gate.training
+    assert not moe._forward_hooks
+    assert not moe.experts._forward_pre_hooks
+    torch.manual_seed(1)
+    first = prune(copy.deepcopy(moe), 3, "random")
+    torch.manual_seed(1)
+    assert prune(moe, 3, "random") == first
+    assert not moe.experts.w1.requires_grad
+    assert moe.experts.w2.requires_grad
+
+
+X = torch.randn(2, 9, D)
+WRONG = {
+    "the rule": (dict(keep=4, by="magnitude"), ValueError, "by must be one of 'reap', 'frequency', 'random'"),
+    "no number": (dict(calibration=X), ValueError, "needs keep="),
+    "no text": (dict(keep=4), TypeError, "calibration must be batches of tokens"),
+    "words": (dict(keep=4, calibration="a text"), TypeError, "calibration must be batches of tokens"),
+    "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
+    "no batch": (dict(keep=4, calibration=[3]), TypeError, "a batch of calibration is a tensor"),
+    "a text for nothing": (dict(keep=4, by="random", calibration=X), ValueError, "leave it out"),
+    "too few": (dict(keep=1, by="random"), ValueError, r"cannot leave 1 of 8 experts to 'gate': keep from 2 \(its k"),
+    "too many": (dict(keep=9, by="random"), ValueError, "cannot leave 9 of 8"),
+    "no number of experts": (dict(keep=2.5, by="random"), ValueError, "keep must be an integer"),
+    "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"different ids below 8, got \[0, 8\]"),
+    "an id below": (dict(by={"gate": [-1, 2]}), ValueError, "different ids below 8"),
+    "an id twice": (dict(by={"gate": [1, 1, 2]}), ValueError, "different ids below 8"),
+    "a mask": (dict(by={"gate": [True] * 8}), ValueError, "different ids below 8"),
+    "no ids": (dict(by={"gate": []}), ValueError, "different ids below 8"),
+    "something else": (dict(by={"gate": object()}), TypeError, "different ids below 8"),
+    "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores \(8,\)"),
+    "no scores": (dict(keep=2, by={"gate": torch.full((8,), torch.nan)}), ValueError, "floating and finite"),
+    "scores alone": (dict(by={"gate": torch.rand(8)}), ValueError, "scores need keep="),
+    "two numbers": (dict(keep=3, by={"gate": [0, 1]}), ValueError, "keep=3, but by"),
+    "no such gate": (dict(by={"router": [0, 1]}), ValueError, "no gate of the model: there are 'gate'"),
+    "gates twice": (dict(by={"gate": [0, 1]}, gates=["gate"]), ValueError, "gates goes with a rule"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_arguments_change_nothing(case):
+    settings, error, says = WRONG[case]
+    moe = MoE(D, gate=TopKGating(D, E))
+    before = dict(moe.named_parameters())
+    with pytest.raises(error, match=says):
+        prune(moe, **settings)
+    assert all(one is before[name] for name, one in moe.named_parameters())
+
+
+def test_groups_keep_equally_many():
+    def build() -> MoE:
+        return layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
+
+    with pytest.raises(ValueError, match=r"equally many experts of each of its 2 groups, got \[3, 1\]"):
+        prune(build(), by={"gate": [0, 1, 2, 7]})
+    with pytest.raises(ValueError, match="it has num_groups=2 and top_groups=1, and keeps equally many of each group"):
+        prune(build(), 5, "random")
+    with pytest.raises(ValueError, match="of which those open to a token hold at least 2"):
+        prune(build(), 2, "random")
+    scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
+    assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
+    with pytest.raises(ValueError, match=r"takes the experts \[7\]: they have to stay"):
+        prune(layer(TopKGating(D, E, 3, select=AlwaysChosen(1))), by={"gate": [0, 1, 2]})
+    with pytest.raises(ValueError, match="keep from 3"):
+        prune(layer(NoisyTopKGating(D, E, 2)), 2, "random")
+
+
+class OwnGate(TopKGating):
+    """One of a user."""
+
+
+class Doubled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = MoE(D, gate=TopKGating(D, E))
+        self.two = MoE(D, gate=TopKGating(D, E), experts=self.one.experts)
+
+
+def shares() -> TopKGating:
+    gate = TopKGating(D, E, expert_bias=True)
+    gate.bias_rule = SignRule(shares=[1.0] * E)
+    return gate
+
+
+REFUSED = {
+    "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): what it knows of each"),
+    "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
+    "function": (
+        lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)),
+        "score=.*sigmoid may depend on the number",
+    ),
+    "network": (
+        lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))),
+        "of logits.0.bias, logits.0",
+    ),
+    "shares": (lambda: MoE(D, gate=shares()), "a share for each expert"),
+    "levels": (lambda: HeirarchicalMoE(D, (2, 4)), "it is a level of a HeirarchicalMoE"),
+    "alone": (lambda: TopKGating(D, E), "it stands in no layer"),
+    "slots": (lambda: MoE(D, num_experts=E, experts=nn.Identity()), "its experts are Identity"),
+    "identities": (
+        lambda: MoE(D, gate=TopKGating(D, E), experts=ExpertsBesideIdentity(Experts(D, 7), num_identity=1)),
+        "its experts are ExpertsBesideIdentity",
+    ),
+    "shared": (Doubled, "its experts are those of 'one.gate' too"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_cut_is_refused_by_name(case):
+    build, says = REFUSED[case]
+    with pytest.raises(TypeError, match=f"prune cannot serve .*{says}"):
+        prune(build(), 4, "random")
+
+
+def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
+    config = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+    stock = MixtralForCausalLM(MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4))
+    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\): it is no gate of this package"):
+        prune(stock, 2, "random")
+    with pytest.raises(ValueError, match="weights on the meta device: load them first"):
+        prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
+    with pytest.raises(ValueError, match="has no gate: give prune a model"):
+        prune(nn.Linear(3, 3), 2, "random")
+    with pytest.raises(TypeError, match="model must be a model"):
+        prune(3, 2, "random")
+    experts = nn.utils.parametrizations.weight_norm(Experts(D, E), "w1")
+    with pytest.raises(TypeError, match=r"its experts also hold parametrizations\.w1"):
+        prune(MoE(D, gate=TopKGating(D, E), experts=experts), 2, "random")
+    both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=HashGating(D, E, num_ids=9)))
+    with pytest.raises(TypeError, match=r"For the other gates alone pass gates=\['0.gate'\]"):
+        prune(both, 4, "random")
+    assert prune(both, 4, "random", gates=["0.gate"]).keys() == {"0.gate"}
+
+
+# Models of transformers
+
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+SMALL |= dict(num_key_value_heads=2, num_experts_per_tok=2, pad_token_id=0)
+LATENT = dict(q_lora_rank=8, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8)
+STOCK = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SMALL, num_local_experts=8)),
+    "qwen2": lambda: Qwen2MoeForCausalLM(Qwen2MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16)),
+    "qwen3": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**SMALL, num_experts=8, moe_intermediate_size=16)),
+    "gpt_oss": lambda: GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=8, num_local_experts=8)),
+    "deepseek": lambda: DeepseekV3ForCausalLM(
+        DeepseekV3Config(
+            **SMALL,
+            **LATENT,
+            n_routed_experts=8,
+            n_group=2,
+            topk_group=1,
+            first_k_dense_replace=1,
+            moe_intermediate_size=16,
+        )
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOCK)
+def test_a_pruned_stock_model_saves_loads_and_is_stock_again(name, tmp_path):
+    model, tokens = from_transformers(STOCK[name]().eval()), torch.randint(1, 64, (2, 12))
+    kept = prune(model, 4, calibration=[tokens])
+    expected = model(tokens).logits
+    model.save_pretrained(tmp_path / "ours")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-6, rtol=0)
+    stock = to_transformers(model)
+    assert not feed_forwards(stock)
+    torch.testing.assert_close(stock(tokens).logits, expected, atol=1e-5, rtol=0)
+    stock.save_pretrained(tmp_path / "stock")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    asked = {} if name == "deepseek" else dict(output_router_logits=True)
+    torch.testing.assert_close(again(tokens, labels=tokens, **asked).loss, stock(tokens, labels=tokens, **asked).loss)
+    assert {len(ids) for ids in kept.values()} == {4}
+
+
+@pytest.mark.slow
+def test_layers_that_were_blocks_keep_equally_many():
+    model = from_transformers(STOCK["qwen3"]())
+    first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
+    before = dict(model.named_parameters())
+    with pytest.raises(ValueError, match=r"one number of experts for all: keep equally many in each, got \[2, 3\]"):
+        prune(model, by={first: [0, 1], second: [0, 1, 2]})
+    with pytest.raises(ValueError, match=r"got \[2, 8\]"):
+        prune(model, 2, "random", gates=[first])
+    assert all(one is before[name] for name, one in model.named_parameters())
+    assert model.config.num_experts == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unequal", [False, True])
+def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
+    """Numbers of experts that differ by layer are saved and loaded; no stock class has them."""
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    first, second = upcycle(model, num_experts=8, redraw=0.5)
+    ids = {f"{first}.moe.gate": [0, 3, 5], f"{second}.moe.gate": [1, 2, 6, 7][: 4 if unequal else 3]}
+    prune(model, by=ids)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
+    assert [f.moe.num_experts for f in feed_forwards(loaded)] == [len(kept) for kept in ids.values()]
+    if unequal:
+        with pytest.raises(ValueError, match=r"layers that differ \(num_experts: 3, 4\)"):
+            export(loaded)
+    else:
+        torch.testing.assert_close(export(loaded)(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["scores", "ids", "random"])
+@pytest.mark.parametrize("kind", ["upcycled", "qwen3", "deepseek"])
+def test_the_command_prunes_as_the_function(kind, by, tmp_path: Path):
+    if kind == "upcycled":
+        model = ARCHITECTURES["llama"].build()
+        upcycle(model, num_experts=8, redraw=0.5)
+    else:
+        model = from_transformers(STOCK[kind]().eval())
+    model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    tokens = torch.randint(1, 64, (2, 12))
+    scores = expert_scores(model, calibration=[tokens])
+    words = {"scores": ["--by", str(tmp_path / "file"), "--keep", "4"], "ids": ["--by", str(tmp_path / "ids.json")]}
+    words["random"] = ["--by", "random", "--keep", "4"]
+    save_file(scores, tmp_path / "file")
+    (tmp_path / "ids.json").write_text(json.dumps({name: [0, 3, 4, 6] for name in scores}))
+    torch.manual_seed(3)
+    assert main(["prune", str(tmp_path / "in"), str(tmp_path / "out"), *words[by], "--max-shard-size", "20KB"]) == 0
+    torch.manual_seed(3)
+    prune(
+        model,
+        **dict(scores=dict(keep=4, calibration=[tokens]), random=dict(keep=4, by="random")).get(by, {}),
+        **(dict(by={name: [0, 3, 4, 6] for name in scores}) if by == "ids" else {}),
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*"))) > 2
+    state = loaded.state_dict()
+    assert state.keys() == model.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, atol=1e-6, rtol=0)
+
+
+@pytest.mark.slow
+def test_errors_of_the_command(tmp_path: Path, capsys):
+    dense = ARCHITECTURES["llama"].build()
+    dense.save_pretrained(tmp_path / "dense")
+    upcycle(dense, num_experts=4)
+    dense.save_pretrained(tmp_path / "in")
+    (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
+    (tmp_path / "broken.json").write_text("{")
+    for source, by, more, says in (
+        ("dense", "random", ["--keep", "2"], "has no experts: there is nothing to prune"),
+        ("in", "random", [], "keep"),
+        ("in", "random", ["--keep", "1"], "cannot leave 1 of 4"),
+        ("in", str(tmp_path / "ids.json"), [], "no gate of the model"),
+        ("in", str(tmp_path / "broken.json"), [], "missing, damaged"),
+        ("in", str(tmp_path / "none.safetensors"), [], "missing, damaged"),
+    ):
+        assert main(["prune", str(tmp_path / source), str(tmp_path / "out"), "--by", by, *more]) == 1
+        assert says in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
