@@ -17,7 +17,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
+from mixture_of_experts.parallel.shared_batch import counts_of_part, part_of, whole_of
 from mixture_of_experts.support.failures import known_to_all, waited_in_vain
 from mixture_of_experts.support.private_torch import all_to_all, own
 
@@ -52,11 +54,17 @@ class CallHeader(NamedTuple):
 
 
 class Channel(NamedTuple):
-    """The connection of the ranks of a group. With `debug` an error names the ranks that do not come to a transfer."""
+    """The connection of the ranks of a group.
+
+    Attributes:
+        debug: whether an error names the ranks that do not come to a transfer.
+        shared_batch: 1-D, the ranks that bring the same tokens, of which each sends a part; None: all bring others.
+    """
 
     group: dist.ProcessGroup
     debug: bool
     timeout: timedelta
+    shared_batch: DeviceMesh | None = None
 
     @property
     def size(self) -> int:
@@ -178,6 +186,10 @@ def exchange_slots(
     ranks = channel.size
     if ranks == 1:
         return compute(x)
+    if (shared := channel.shared_batch) is not None:
+        part, others = part_of(x, len(dims), shared), channel._replace(shared_batch=None)
+        result = exchange_slots(part, dims, compute, others, header._replace(size=part.shape[-2]), equal=False)
+        return whole_of(result, len(dims), x.shape[-2], shared)
     s, d = x.shape[-2:]
     sizes, returned = [s] * ranks, DTYPES[header.returned]
     if not equal or channel.debug:
@@ -208,6 +220,10 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
     """
     if channel.size == 1:
         return compute(x, counts)
+    if (shared := channel.shared_batch) is not None:
+        part, own_counts = part_of(x, 0, shared), counts_of_part(counts, x.shape[0], shared)
+        result = exchange_rows(part, own_counts, compute, channel._replace(shared_batch=None), header)
+        return whole_of(result, 0, x.shape[0], shared)
     told = exchange_sizes(header, counts, channel)
     num_rows = sum(told.send)
     rows = channel.move(x[:num_rows], told.send, told.receive)

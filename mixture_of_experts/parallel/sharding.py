@@ -64,7 +64,7 @@ class ExpertSharding:
 
     @property
     def channel(self) -> Channel:
-        return Channel(self.mesh.get_group(), self.debug, self.timeout)
+        return Channel(self.mesh.get_group(), self.debug, self.timeout, self.shared_batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
         return self  # a copied layer lies on the same ranks

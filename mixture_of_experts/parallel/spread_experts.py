@@ -34,7 +34,6 @@ from mixture_of_experts.parallel.exchange import (
 )
 from mixture_of_experts.parallel.local_view import LocalView, local_view, make_view
 from mixture_of_experts.parallel.sharding import ExpertSharding
-from mixture_of_experts.parallel.shared_batch import counts_of_part, part_of, whole_of
 from mixture_of_experts.support.checks import shape_of
 from mixture_of_experts.support.failures import telling_ranks
 
@@ -69,7 +68,8 @@ class SpreadExperts(RoutedExperts):
         plan = decision.without_gaps() if ragged else decision.in_slots()
         rows = dispatch(x, plan)
         if plan.rows_per_expert is not None:
-            out = self._exchange_rows(rows, plan.rows_per_expert)
+            rows, header = self._announce(rows, ROWS)
+            out = exchange_rows(rows, plan.rows_per_expert, self._compute, self.expert_parallel.channel, header)
         else:
             dims = self.expert_parallel.dims
             slots = rows.view(*dims, plan.num_rows // math.prod(dims), rows.shape[-1])
@@ -77,25 +77,13 @@ class SpreadExperts(RoutedExperts):
             out = out.flatten().view(plan.num_rows, out.shape[-1])
         return combine(out, plan).to(x.dtype)
 
-    def _exchange_rows(self, x: Tensor, counts: Tensor) -> Tensor:
-        shared, num_rows = self.expert_parallel.shared_batch, x.shape[0]
-        if shared is not None:
-            x, counts = part_of(x, 0, shared), counts_of_part(counts, num_rows, shared)
-        x, header = self._announce(x, ROWS)
-        out = exchange_rows(x, counts, self._compute, self.expert_parallel.channel, header)
-        return out if shared is None else whole_of(out, 0, num_rows, shared)
-
     def _exchange_slots(self, x: Tensor) -> Tensor:
         sharding = self.expert_parallel
         if x.ndim != len(sharding.dims) + 2 or tuple(x.shape[: len(sharding.dims)]) != sharding.dims:
             wanted = (*sharding.dims, "s", "d")
             raise ValueError(f"{type(self).__name__} reads x of shape ({', '.join(map(str, wanted))}), got {x.shape}")
-        shared, dim, num_slots = sharding.shared_batch, len(sharding.dims), x.shape[-2]
-        if shared is not None:
-            x = part_of(x, dim, shared)
         x, header = self._announce(x, SLOTS)
-        out = exchange_slots(x, sharding.dims, self._compute, sharding.channel, header, sharding.static_shapes)
-        return out if shared is None else whole_of(out, dim, num_slots, shared)
+        return exchange_slots(x, sharding.dims, self._compute, sharding.channel, header, sharding.static_shapes)
 
     def _announce(self, x: Tensor, form: int) -> tuple[Tensor, CallHeader]:
         """Tokens in the dtype in which they travel, and the header of the call."""

@@ -14,11 +14,10 @@ from mixture_of_experts.huggingface.distributed.plans import plan_experts
 @pytest.mark.slow
 def test_models_are_those_of_one_process(tmp_path: Path):
     """One start of two processes for all: torch keeps meshes of process groups that ended."""
-    first, others = "padding on the right", ["checkpointing, two rounds", "bfloat16", "limited capacity"]
-    engines.save_models(tmp_path, [first, *others, "one layer of two"])
+    engines.save_models(tmp_path, [engines.FIRST, *engines.OTHERS, *engines.STOCK])
     engines.build(engines.Cell(), num_experts=3).save_pretrained(tmp_path / "three")
     workers = Workers()
-    workers.run(engines.check_all, 2, tmp_path, first, [*others, "one layer of two"])
+    workers.run(engines.check_all, 2, tmp_path)
     workers.stop()
 
 

@@ -9,6 +9,7 @@ import argparse
 import tempfile
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,8 @@ class Cell:
     rounds: int = 1
     checkpointing: bool = False
     dtype: torch.dtype = torch.float32
+    stock: str = ""  # of a model of transformers with experts of its own, their `experts_implementation`
+    few: bool = False  # whether all tokens choose experts of the first rank
 
 
 CELLS: dict[str, Cell] = {
@@ -71,10 +74,20 @@ CELLS: dict[str, Cell] = {
     "shared expert": Cell(settings=dict(shared_expert=16)),
     "one layer of two": Cell(settings=dict(layers=[1])),
     "sparse blocks of Mixtral": Cell(architecture="mixtral"),
+    "stock Mixtral, eager": Cell(architecture="mixtral", stock="eager"),
+    "stock Mixtral, ours": Cell(architecture="mixtral", stock="mixture_of_experts"),
+    "stock Mixtral, grouped_mm, checkpointing": Cell(architecture="mixtral", stock="grouped_mm", checkpointing=True),
+    "stock Mixtral, an idle rank": Cell(architecture="mixtral", stock="eager", few=True),
     "tied embeddings": Cell(build=dict(tie_word_embeddings=True)),
     "Phi-3": Cell(architecture="phi3"),
     "Qwen3": Cell(architecture="qwen3"),
 }
+#: what the tests run; the command runs all
+FIRST, OTHERS = (
+    "padding on the right",
+    ["checkpointing, two rounds", "bfloat16", "limited capacity", "one layer of two"],
+)
+STOCK = ["stock Mixtral, ours", "stock Mixtral, an idle rank"]
 
 
 def build(cell: Cell, num_experts: int = 4) -> Any:
@@ -82,8 +95,7 @@ def build(cell: Cell, num_experts: int = 4) -> Any:
     torch.set_default_dtype(torch.float32)
     if cell.architecture == "mixtral":
         model = causal("Mixtral", dict(LLAMA, num_local_experts=num_experts)).build()
-        from_transformers(model)
-        return model
+        return model.to(cell.dtype) if cell.stock else from_transformers(model)
     model = ARCHITECTURES[cell.architecture].build(**cell.build)
     change = replace_ffn if "gate" in cell.settings else upcycle
     change(model, num_experts=num_experts, loss_coef=0.5, **cell.settings)
@@ -132,11 +144,15 @@ def gradient_difference(model: nn.Module, alone: nn.Module) -> float:
 def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
     """The differences of this rank's loss, logits and gradients from one process that sees all batches."""
     torch.set_default_dtype(torch.float32)
-    config = DistributedConfig(**sizes)
-    model = LOADERS[loader](folder, distributed_config=config).train()
-    alone = LOADERS[loader](folder).train()
+    config = DistributedConfig(**sizes, ep_implementation="mixture_of_experts" if cell.stock else "auto")
+    load = partial(LOADERS[loader], experts_implementation=cell.stock) if cell.stock else LOADERS[loader]
+    model, alone = load(folder, distributed_config=config).train(), load(folder).train()
     assert isinstance(model, FSDPModule) == (config.dp_size > 1)
-    assert isinstance(feed_forwards(model)[0].moe.experts, SpreadExperts) == (config.ep_size > 1)
+    for layer in feed_forwards(model):
+        assert isinstance(layer.moe.experts, SpreadExperts) == (config.ep_size > 1)
+    if cell.few:
+        choose_few(model)
+        choose_few(alone)
     if cell.checkpointing:
         model.activation_checkpointing_enable()
     given = batches(config.dp_size * cell.rounds, cell.side)
@@ -153,6 +169,12 @@ def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
     }
 
 
+def choose_few(model: Any) -> None:
+    """Let the routers of a stock model choose the first two experts alone."""
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, args, found: (*found[:2], found[2] % 2))
+
+
 def check_cells(folder: Path, cells: list[str], layouts: dict[str, Sizes], loaders: list[str]) -> None:
     """All of them, in one start of the processes."""
     be_quiet()
@@ -165,11 +187,15 @@ def check_cells(folder: Path, cells: list[str], layouts: dict[str, Sizes], loade
                 assert not far, (name, layout, loader, far)
 
 
-def check_all(folder: Path, first: str, others: list[str]) -> None:
-    check_cells(folder, [first], LAYOUTS, list(LOADERS))
-    check_cells(folder, others, LAYOUTS, ["AutoModel"])
-    check_saving(folder, first)
+def check_all(folder: Path) -> None:
+    """What the tests show, in one start of the processes."""
+    with_experts = {name: sizes for name, sizes in LAYOUTS.items() if "ep_size" in sizes}
+    check_cells(folder, [FIRST], LAYOUTS, list(LOADERS))
+    check_cells(folder, OTHERS, LAYOUTS, ["AutoModel"])
+    check_cells(folder, STOCK, with_experts, ["AutoModel"])
+    check_saving(folder, FIRST)
     check_refused(folder / "three")
+    check_modes_differ(folder, STOCK[0])
 
 
 def be_quiet() -> None:
@@ -196,6 +222,15 @@ def check_saving(folder: Path, cell: str) -> None:
                 assert torch.equal(full(value), trained[name]), (layout, other, name)
 
 
+def check_modes_differ(folder: Path, cell: str) -> None:
+    """If one rank evaluates where the other trains, both say so."""
+    config = DistributedConfig(fsdp_size=2, ep_size=2, ep_implementation="mixture_of_experts")
+    model = AutoModelForCausalLM.from_pretrained(folder / cell, distributed_config=config)
+    model.train(dist.get_rank() == 0)
+    with pytest.raises(ValueError, match=r"rank \d sends .* (in training|in evaluation)"):
+        model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+
+
 def check_refused(folder: Path) -> None:
     """An expert count that `ep_size` does not divide is an error on every rank."""
     for loader in LOADERS.values():
@@ -219,7 +254,7 @@ def main() -> None:
         for cell in cells:
             for ranks, layouts in ((2, LAYOUTS), (4, OF_FOUR)):
                 for layout, sizes in layouts.items():
-                    for loader in LOADERS:
+                    for loader in list(LOADERS)[: 1 if CELLS[cell].stock else 2]:
                         show(f"{cell}, {layout}, {loader}", workers, ranks, folder / cell, CELLS[cell], sizes, loader)
     workers.stop()
 

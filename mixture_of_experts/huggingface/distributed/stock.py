@@ -1,0 +1,64 @@
+"""The exchange of this package for MoE models of `transformers`: `DistributedConfig(ep_implementation=NAME)`.
+
+The import registers it. Experts compute as their model's `experts_implementation` says.
+
+Axes: t tokens, k choices of a token, e experts of all ranks, l experts of one rank, r rows sorted by expert, d model
+dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+
+from mixture_of_experts.parallel.exchange import DTYPES, ROWS, CallHeader, Channel, exchange_rows
+from mixture_of_experts.support.failures import telling_ranks
+from mixture_of_experts.support.private_torch import default_timeout, set_timeout
+
+NAME = "mixture_of_experts"
+
+
+class ExchangeRows(EPImplementation):
+    """Sends each row to the rank of its expert, and weighs the results where the tokens are.
+
+    If the ranks' calls differ, every rank raises an error that names both; if a rank fails, the others name it.
+    """
+
+    def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
+        super().__init__(experts, ep_mesh, tp_mesh)
+        self.experts = experts
+        group = ep_mesh.get_group()
+        self.channel = Channel(group, False, default_timeout(group), tp_mesh if tp_mesh.size() > 1 else None)
+        set_timeout(group, self.channel.timeout)
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""
+        with telling_ranks(self.channel.group):
+            return self.exchange(hidden_states, top_k_index, top_k_weights)
+
+    def exchange(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
+        e, (t, k) = self.num_local_experts * self.channel.size, expert.shape
+        expert = expert.flatten().clamp(max=e)
+        order = expert.argsort(stable=True)
+        counts = torch.zeros(e + 1, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
+        out = exchange_rows(x[order // k], counts[:e], self.compute, self.channel, self.header(x))
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(t * k, device=order.device))
+        return (out[inverse].view(t, k, -1) * weight.unsqueeze(-1)).sum(dim=1)
+
+    def header(self, x: Tensor) -> CallHeader:
+        dtype = DTYPES.index(x.dtype)
+        mode, gradients = int(self.experts.training), int(torch.is_grad_enabled())
+        return CallHeader(ROWS, mode, gradients, dtype, x.shape[-1], returned=dtype, size=0)
+
+    def compute(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Compute rows `(r, d)` by this rank's experts, with `(l,)` rows for each."""
+        if not rows.shape[0]:  # one row of zeros, so that the backward comes by here, where other ranks wait
+            nothing = rows.sum(dim=0, keepdim=True)
+            return self.experts_forward(nothing, counts.new_zeros(1, 1), nothing.new_ones(1, 1))[:0]
+        index = torch.arange(len(counts), device=rows.device).repeat_interleave(counts, output_size=rows.shape[0])
+        return self.experts_forward(rows, index.unsqueeze(-1), rows.new_ones(rows.shape[0], 1))
+
+
+EPImplementationInterface.register(NAME, ExchangeRows)
