@@ -77,6 +77,7 @@ LOOKED_FOR = {
         "Padding": ["mask", "pad"],
         "Losses": ["auxiliary loss", "aux_loss", "balancing loss", "z-loss"],
     },
+    "recipes": {"Recipes": ["Mixtral", "DeepSeek", "Qwen", "OLMoE", "GPT-OSS", "Llama 4", "Kimi", "Switch", "Gemma"]},
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
     "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},

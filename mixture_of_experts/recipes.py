@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,21 @@ from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU, SiTU, SquaredReLU
 from mixture_of_experts.ops.activations import hidden_layer, make_activation
 from mixture_of_experts.support.checks import check_size
+
+
+class Published(NamedTuple):
+    """A published model: what its paper or model card says.
+
+    Attributes:
+        name: of the model.
+        experts: the number of experts of a layer, shared ones not counted.
+        active, total: parameters that compute a token, and all of them, in billions; None if not published.
+    """
+
+    name: str
+    experts: int
+    active: float | None
+    total: float | None
 
 
 @dataclass(frozen=True)
@@ -64,6 +79,7 @@ class Recipe:
             names of all other parts stand in `KEEPS`.
         returns: what the router of these blocks returns, in order: "logits" or "probs", "weights", "experts", or None
             for another value. Values behind the last one may be anything.
+        published: a model that has these layers, if its sizes are known.
     """
 
     paper: str = ""
@@ -83,6 +99,7 @@ class Recipe:
     blocks: tuple[str, ...] = ()
     keeps: Mapping[str, str] = field(default_factory=dict)
     returns: tuple[str | None, ...] = ("logits", "weights", "experts")
+    published: Published | None = None
 
 
 #: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
@@ -134,6 +151,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(capacity_factor_train=2.0, capacity_factor_eval=None, second_policy_eval="all"),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
+        published=Published("GShard, 36 layers", 2048, None, 600),
     ),
     "switch": Recipe(
         "2101.03961",
@@ -142,6 +160,7 @@ MODELS: dict[str, Recipe] = {
         layer=dict(loss_coef=1e-2),  # section 2.2
         blocks=("SwitchTransformersSparseMLP",),
         returns=(None, None, "logits"),
+        published=Published("Switch-C", 2048, None, 1571),
     ),
     "shazeer": Recipe(
         "1701.06538",
@@ -166,6 +185,7 @@ MODELS: dict[str, Recipe] = {
             "MiniMaxSparseMoeBlock",
             "Qwen3VLMoeTextSparseMoeBlock",
         ),
+        published=Published("Mixtral-8x7B", 8, 12.9, 46.7),
     ),
     "olmoe": Recipe(
         "2409.02060",
@@ -173,6 +193,7 @@ MODELS: dict[str, Recipe] = {
         layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
         router_aux_loss_coef=(0.01, 16),
         blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
+        published=Published("OLMoE-1B-7B", 64, 1.3, 6.9),
     ),
     "qwen2": Recipe(
         "2407.10671",
@@ -181,12 +202,14 @@ MODELS: dict[str, Recipe] = {
         shared=4.0,
         shared_gate=True,
         blocks=("Qwen2MoeSparseMoeBlock", "Qwen3OmniMoeTalkerTextSparseMoeBlock"),
+        published=Published("Qwen1.5-MoE-A2.7B", 60, 2.7, 14.3),
     ),
     "qwen3": Recipe(
         "2505.09388",
         gate=dict(k=8, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
+        published=Published("Qwen3-30B-A3B", 128, 3.3, 30.5),
     ),
     "qwen3_next": Recipe(
         gate=dict(k=10, normalize=True, **BATCH),
@@ -194,6 +217,7 @@ MODELS: dict[str, Recipe] = {
         shared=1.0,
         shared_gate=True,
         blocks=("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock", "Qwen4ExpTextSparseMoeBlock"),
+        published=Published("Qwen3-Next-80B-A3B", 512, 3, 80),
     ),
     "lara_mini": Recipe(gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks=("LaraMiniSparseMoeBlock",)),
     "hunyuan": Recipe(
@@ -209,6 +233,7 @@ MODELS: dict[str, Recipe] = {
         # alpha 1 to 3, section 3.1.2
         layer=dict(loss_coef=3e-3, loss_coefs=dict(balance_device=0.05, balance_communication=0.02)),
         blocks=("DeepseekV2Moe", "DeepseekOcr2TextMoe", "UnlimitedOcrTextMoe"),
+        published=Published("DeepSeek-V2", 160, 21, 236),
     ),
     "deepseek_v3": Recipe(
         "2412.19437",
@@ -233,6 +258,7 @@ MODELS: dict[str, Recipe] = {
             "MiMoV2FlashMoE",
             "SolarOpenMoE",
         ),
+        published=Published("DeepSeek-V3", 256, 37, 671),
     ),
     "glm5_next": Recipe(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
@@ -247,6 +273,7 @@ MODELS: dict[str, Recipe] = {
         shared=1.0,
         layer=COMPLEMENTARY,
         blocks=("DeepseekV4SparseMoeBlock",),
+        published=Published("DeepSeek-V4-Flash", 256, 13, 284),
     ),
     "nemotron_h": Recipe(
         "2512.20848",
@@ -255,12 +282,14 @@ MODELS: dict[str, Recipe] = {
         shared=2.0,
         layer=dict(loss_coef=1e-4),  # report of Nemotron 3 Nano: the standard loss beside the bias
         blocks=("NemotronHMoE",),
+        published=Published("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
     ),
     "kimi_k2": Recipe(
         "2507.20534",
         gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
         shared=1.0,
         layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
+        published=Published("Kimi-K2", 384, 32, 1040),
     ),
     # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
     "kimi_k3": Recipe(
@@ -269,6 +298,7 @@ MODELS: dict[str, Recipe] = {
         latent=0.5,
         shared=2.0,
         layer=dict(loss_coef=0.0),
+        published=Published("Kimi-K3", 896, None, 2800),
     ),
     "hy_v3": Recipe(
         gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
@@ -280,6 +310,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
         router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
+        published=Published("MiniMax-M2", 256, 10, 230),
     ),
     "minimax_m3": Recipe(
         gate=dict(k=4, normalize=True, eps=0.0, scale=2.0, **SIGMOID),
@@ -306,6 +337,7 @@ MODELS: dict[str, Recipe] = {
         shared=2.0,
         router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
         blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
+        published=Published("ERNIE-4.5-21B-A3B", 64, 3, 21),
     ),
     "mistral4": Recipe(
         gate=dict(k=4, normalize=True),
@@ -331,6 +363,7 @@ MODELS: dict[str, Recipe] = {
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
         router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
         blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
+        published=Published("gpt-oss-120b", 128, 5.1, 117),
     ),
     "cohere2": Recipe(
         gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0),
@@ -349,6 +382,7 @@ MODELS: dict[str, Recipe] = {
         router_aux_loss_coef=(0.001, 48),
         blocks=("Llama4TextMoe",),
         returns=(None, "logits"),
+        published=Published("Llama-4-Scout", 16, 17, 109),
     ),
     "laguna": Recipe(
         gate=dict(k=8, normalize=True, eps=0.0, scale=2.5, **SIGMOID),
@@ -368,6 +402,7 @@ MODELS: dict[str, Recipe] = {
         experts=dict(activation="gelu_tanh"),
         returns=("probs", "weights", "experts"),
         blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
+        published=Published("Gemma-4-26B-A4B", 128, 3.8, 25.2),
     ),
     "inkling": Recipe(
         gate=dict(k=6, scale=2.5, **SIGMOID),
@@ -384,6 +419,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=2, tolerance=0.01),
         router_aux_loss_coef=(0.001, 32),
         blocks=("PhimoeSparseMoeBlock",),
+        published=Published("Phi-3.5-MoE", 16, 6.6, 42),
     ),
     "dbrx": Recipe(
         gate=dict(k=4, normalize=True, **BATCH),
@@ -397,6 +433,7 @@ MODELS: dict[str, Recipe] = {
         identity=0.5,
         layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
         blocks=("LongcatFlashMoE",),
+        published=Published("LongCat-Flash", 512, 27, 560),
     ),
     "dynamic_moe": Recipe(
         "2403.07652",

@@ -322,7 +322,8 @@ def test_update_without_a_bias_and_with_a_bad_rate():
 
 def test_recipe_moves_the_bias_once_for_each_step():
     names = recipe("DeepSeek-V3")
-    moe, gate, optimizer = names["moe"], names["gate"], names["optimizer"]
+    moe, optimizer = names["moe"], names["optimizer"]
+    gate = moe.gate
     for number in (1, 2):
         for _ in range(2):  # two micro-batches
             step(moe, torch.randn(2, 32, 64))

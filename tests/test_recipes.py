@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import re
 
 import pytest
 import torch
-from support.recipes import RECIPES as PAGE
-from support.recipes import recipe
+from support.recipes import DOCS, recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import (
@@ -25,36 +25,26 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.dispatch.queues import Length
 
-# Recipes: heading, choices of a token, experts, sum of a token's weights (None: whatever the scores are)
+# Recipes: choices of a token, experts, sum of a token's weights (None: whatever the scores are)
 RECIPES = {
-    "GShard": (2, 8, 1.0),
-    "Switch": (1, 8, None),
-    "Shazeer 2017": (4, 16, 1.0),
-    "Expert choice": (None, 8, None),
-    "Mixtral": (2, 8, 1.0),
-    "OLMoE": (8, 64, None),
-    "Qwen3-MoE": (8, 64, 1.0),
+    "gshard": (2, 8, 1.0),
+    "switch": (1, 8, None),
+    "shazeer": (4, 16, 1.0),
+    "expert_choice": (None, 8, None),
+    "mixtral": (2, 8, 1.0),
+    "olmoe": (8, 64, None),
+    "qwen3": (8, 64, 1.0),
     "DeepSeek-V3": (8, 64, 2.5),
-    "Top-p": (8, 16, None),
+    "dynamic_moe": (8, 16, None),
     "ReMoE": (8, 16, None),
     "GPT-OSS": (4, 32, 1.0),
     "Chen 2022": (1, 8, None),
     "Llama 4": (1, 16, None),
     "Gated shared expert": (4, 60, None),
 }
-TITLES = {"Gated shared expert": "Qwen2-MoE"}  # where the table of recipes uses another name than the heading
-
-
-# the recipe's function, of sections that balance as it does
+# the functions of those that the page builds under a heading
 FUNCTIONS = {
-    "GShard": recipes.gshard,
-    "Switch": recipes.switch,
-    "Shazeer 2017": recipes.shazeer,
-    "Mixtral": recipes.mixtral,
-    "OLMoE": recipes.olmoe,
-    "Qwen3-MoE": recipes.qwen3,
     "DeepSeek-V3": recipes.deepseek_v3,
-    "Top-p": recipes.dynamic_moe,
     "ReMoE": recipes.remoe,
     "GPT-OSS": recipes.gpt_oss,
     "Llama 4": recipes.llama4,
@@ -62,59 +52,72 @@ FUNCTIONS = {
 }
 
 
-def causal_column() -> dict[str, str]:
-    """The last column of the table of recipes, by recipe."""
-    table = PAGE.read_text(encoding="utf-8").split("## Published routers")[1].split("\n## ")[0]
-    return dict(re.findall(r"^\| \[([^\]]+)\].*\| ([^|]+) \|$", table, re.MULTILINE))
+def layer_of(name: str) -> MoE:
+    """The layer of a section of the page, or of a function."""
+    made = getattr(recipes, name, None)
+    return recipe(name)["moe"] if made is None else made(64, RECIPES[name][1], 32)
 
 
-def test_table_and_sections_name_the_same_recipes():
-    assert set(causal_column()) == {TITLES.get(name, name) for name in RECIPES}
+def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
+    """The table of routers in docs/concepts.md: by class, and whether with an expert bias, the other cells of a row."""
+    text = (DOCS / "concepts.md").read_text(encoding="utf-8").split("## Routing\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)`(.*?) \| (.*) \|$", text, re.MULTILINE)
+    return {(router, "expert bias" in variant): cells.split(" | ") for router, variant, cells in rows}
+
+
+def test_the_cheat_sheet_names_who_uses_a_router():
+    functions = {
+        name: each for name, each in recipes.MODELS.items() if inspect.isfunction(getattr(recipes, name, None))
+    }
+    used: dict[tuple[str, bool], set[str]] = {}
+    for name, model in functions.items():
+        used.setdefault((model.router.__name__, "expert_bias" in model.gate), set()).add(name)
+    found = {router: set(re.findall(r"`(\w+)`", cells[-1])) for router, cells in cheat_sheet().items()}
+    assert found.pop(("HashGating", False)) == set()
+    assert found == used
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_section_balances_as_its_recipe(name):
-    def balancing(moe: MoE) -> list:
-        over = [getattr(moe.gate, setting, None) for setting in ("balance_over", "expert_bias")]
-        return [over[0], over[1] is None, moe.loss_coef, moe.z_loss_coef, moe.loss_coefs]
+def test_a_section_balances_over_what_its_recipe_does(name):
+    def balancing(gate: nn.Module) -> list:
+        return [getattr(gate, "balance_over", None), getattr(gate, "expert_bias", None) is None]
 
     layer = recipe(name)["moe"]
-    assert balancing(layer) == balancing(FUNCTIONS[name](64, layer.num_experts, 32))
+    assert balancing(layer.gate) == balancing(FUNCTIONS[name](64, layer.num_experts, 32).gate)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_routes_as_its_row_says(name):
     torch.manual_seed(0)
     choices, num_experts, total = RECIPES[name]
-    moe = recipe(name)["moe"]
+    moe = layer_of(name)
+    if name in ("gshard", "switch"):  # a capacity in training alone
+        assert moe.gate(torch.randn(2, 32, 64)).capacity == int({"gshard": 2.0, "switch": 1.25}[name] * 32 / 8)
     routing = moe.gate.eval()(torch.randn(2, 32, 64))
     assert (routing.num_experts, routing.k) == (num_experts, choices)
-    parts = ("importance", "load") if name == "Shazeer 2017" else ()
+    parts = ("importance", "load") if name == "shazeer" else ()
     assert tuple(routing.losses) == ("balance", *parts, "z")
-    if name in ("GShard", "Switch"):
-        factors = (moe.gate.capacity_factor_train, moe.gate.capacity_factor_eval)
-        assert factors == ((2.0, 2.0) if name == "GShard" else (1.25, 2.0))
-        assert routing.capacity == 2 * 32 // 8
-    elif name == "Expert choice":
+    if name == "expert_choice":
         assert routing.capacity == 2 * 32 // 8
         assert (routing.expert.flatten().bincount() == 2 * routing.capacity).all()
     else:
         assert routing.capacity is None
         assert routing.kept.equal(routing.chosen)
-        assert routing.kept.all() != (name in ("Top-p", "ReMoE"))
-    if total is not None and name != "GShard":  # there the second choice may be left out
+        assert routing.kept.all() != (name in ("dynamic_moe", "ReMoE"))
+    if total is not None:
         weight = routing.weight.unflatten(-1, (32, choices)).sum(dim=-1)
         torch.testing.assert_close(weight, torch.full_like(weight, total))
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_is_causal_as_its_row_says(name):
+def test_recipe_is_causal_as_the_cheat_sheet_says(name):
     """A later token that changes leaves the outputs before it as they were, or does not."""
-    claim = causal_column()[TITLES.get(name, name)]
-    assert claim in ("yes", 'with `priority="token"`', "**no**")
     torch.manual_seed(0)
-    moe = recipe(name)["moe"].eval()
-    if claim.startswith("with"):
+    moe = layer_of(name).eval()
+    rows = cheat_sheet()
+    claim = rows.get((type(moe.gate).__name__, False), rows["TopKGating", False])[2]  # one of one's own chooses as it
+    assert claim in ('dropless, or with `priority="token"`', "**no**")
+    if name in ("gshard", "switch"):
         moe.gate.priority = "token"
         moe.gate.capacity_factor_eval = 0.5  # so that experts overflow
     common = torch.randn(64)
@@ -125,7 +128,7 @@ def test_recipe_is_causal_as_its_row_says(name):
     )
     outputs = []
     for later in (future, other_future):
-        torch.manual_seed(1)  # GShard's second choices are drawn at random
+        torch.manual_seed(1)
         outputs.append(moe(torch.cat([past, later], dim=1))[0][:, :20])
     assert torch.allclose(*outputs, atol=1e-5) == (claim != "**no**")
 
@@ -133,7 +136,7 @@ def test_recipe_is_causal_as_its_row_says(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_every_parameter_by_the_task_alone(name):
     torch.manual_seed(0)
-    moe = recipe(name)["moe"]
+    moe = layer_of(name)
     out, _ = moe(torch.randn(4, 64, 64))
     (out - torch.randn_like(out)).square().sum().backward()
     without = [name for name, p in moe.named_parameters() if p.grad is None or not p.grad.any()]

@@ -207,7 +207,7 @@ def test_deepseek_v3(sizes, seed, dtype):
         top_groups=top_groups,
         expert_bias=True,
     )
-    shared = recipe("DeepSeek-V3")["SwiGLU"](dim, 2 * hidden)
+    shared = recipe("Llama 4")["SwiGLU"](dim, 2 * hidden)
     ours = MoE(dim, gate=gate, experts=GatedExperts(dim, num_experts, hidden), shared_expert=shared)
     buffers = {"gate.expert_bias": bias, "gate.expert_counts": torch.zeros(num_experts, dtype=torch.int64)}
     compare(block, ours, deepseek_block, dtype, buffers)
