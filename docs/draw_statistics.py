@@ -4,7 +4,7 @@
 
 `report.png` is a browser's picture of the report:
 
-    chromium --headless --hide-scrollbars --window-size=820,2330 --screenshot=docs/images/report.png routing.html
+    chromium --headless --hide-scrollbars --window-size=820,2680 --screenshot=docs/images/report.png routing.html
 
 Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
 """
@@ -109,7 +109,8 @@ def main() -> None:
         figure.savefig(path, dpi=130, facecolor="white")
         print(f"wrote {path}")
     if args.report is not None:
-        stats.report(args.report, tokens=text, routing=routing)
+        name = f"{args.router}, {settings.num_experts} experts, learns Python"
+        stats.report(args.report, tokens=text, routing=routing, name=name, loss=trainee.history.train)
         print(f"wrote {args.report}")
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from datetime import date
 from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
@@ -150,17 +152,46 @@ def test_it_needs_and_runs_nothing_else(tmp_path: Path):
     page = Page(html := (tmp_path / "routing.html").read_text(encoding="utf-8"))
     assert page.tokens == [visible(token) for token in HOSTILE]
     assert len(page.all("script")) == 2
-    assert not any("onerror" in held or "href" in held for _, held in page.tags)
+    assert not any("onerror" in held or not (held.get("href") or "#").startswith("#") for _, held in page.tags)
     assert [tag for tag, held in page.tags if not (held.get("src") or "data:").startswith("data:")] == []
     assert "default-src 'none'" in str(page.all("meta")[2]["content"])
     assert not re.search(r"https?://", re.sub(r"base64,[\w+/=]+", "", html))
     assert [option["value"] for option in page.all("option")] == [*"01234"]
-    for image in page.all("img", **{"class": "steps"}):
-        drawn = ElementTree.fromstring(content(image["src"]))
-        assert "step" in {node.text for node in drawn.iter() if node.tag.endswith("}text")}
     for image in page.all("img"):
-        if image.get("class") != "steps":
+        if (image["src"] or "").startswith("data:image/svg"):
+            drawn = ElementTree.fromstring(content(image["src"]))
+            assert "step" in {node.text for node in drawn.iter() if node.tag.endswith("}text")}
+        else:
             assert imread(io.BytesIO(content(image["src"]))).ndim == 3
+
+
+def test_it_has_a_name_a_date_and_curves(tmp_path: Path):
+    """A curve is there where there is something to draw: a loss that is given, the balancing loss of gates with one."""
+    torch.manual_seed(0)
+    stats = tracked(MODELS["one_layer"](), 4)
+    stats.report(tmp_path / "routing.html", name="<run> 7", loss=[4.0, 3.0, torch.tensor(2.0), math.nan])
+    page = Page((tmp_path / "routing.html").read_text(encoding="utf-8"))
+    assert page.text.count("<run> 7") == 2  # the title, and the heading
+    assert date.today().isoformat() in page.text
+    names = [image["alt"] for image in page.all("img")]
+    assert {"loss over steps", "balance loss over steps", "most requested expert over steps"} < {*names}
+    chosen = MoE(DIM, gate=ExpertChoiceGating(DIM, 4))  # has no balancing loss
+    with track_routing(chosen) as stats:
+        chosen(torch.randn(1, 8, DIM))
+    stats.report(tmp_path / "routing.html")
+    names = [image["alt"] for image in Page((tmp_path / "routing.html").read_text(encoding="utf-8")).all("img")]
+    assert "most requested expert over steps" in names
+    assert not {"loss over steps", "balance loss over steps"} & {*names}
+
+
+def test_a_note_leads_to_its_gate(tmp_path: Path):
+    model = Fixed()
+    with track_routing(model) as stats:
+        model([0, 1, 2])
+    stats.report(tmp_path / "routing.html")
+    page = Page((tmp_path / "routing.html").read_text(encoding="utf-8"))
+    assert [link["href"] for link in page.all("a")] == ["#gate-0"]  # the note about expert 3
+    assert [figure["id"] for figure in page.all("figure") if "id" in figure] == ["gate-0"]
 
 
 def test_a_text_has_every_choice(tmp_path: Path):
@@ -267,11 +298,11 @@ def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
         stats = crowded(share)
         load = float((stats.records("gate")[-1].requested.max() * 8 / 800).item())
         stats.report(path)
-        text, note = Page(path.read_text(encoding="utf-8")).text, f"gate: expert 3 was asked for {load:.1f} times"
+        text, note = Page(path.read_text(encoding="utf-8")).text, f"gate: expert 3 was requested {load:.1f} times"
         assert (load > 2.2) == told
         for words in (text, stats.summary()):
             assert (f"{note} a balanced load in the last 2 steps: raise loss_coef" in words) == told
-        assert ("in late steps none is asked for over twice a balanced load" in text) != told
+        assert ("in late steps none is requested over twice a balanced load" in text) != told
     assert "warning" not in crowded(0.0, steps=1, tokens=8).summary()
 
 
@@ -396,9 +427,9 @@ def test_in_a_browser(tmp_path: Path):
         assert not result["ran"]
         assert result["pictures"]
         assert result["none"] is None
-        assert result["strip"] == {"text": f"expert 3 was asked for {load[3]:.2f}× a balanced load", "inside": True}
+        assert result["strip"] == {"text": f"expert 3 was requested {load[3]:.2f}× a balanced load", "inside": True}
         assert result["steps"]["text"].startswith(
-            f"expert 2, steps 38 to 39\nwas asked for {expert_2:.2f}× a balanced load\ndropped "
+            f"expert 2, steps 38 to 39\nwas requested {expert_2:.2f}× a balanced load\ndropped "
         )
         assert f"token {len(tokens) - 1}: last" in result["token"]["text"]
         weight = routing[first].weight[0].view(-1, 2)[-1].max()

@@ -109,6 +109,26 @@ def over_steps(stretches: Sequence[Record], end: int, most_dropped: float) -> st
     return address("image/svg+xml", file.getvalue())
 
 
+def curves(steps: Sequence[Sequence[int]], values: Sequence[Sequence[float]]) -> str:
+    """A chart with a line for each sequence of values; the colours go from dark to light."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH / 72, MORE * 1.5 / 72), layout="constrained")
+        ax = figure.add_subplot()
+        for i, (x, y) in enumerate(zip(steps, values, strict=True)):
+            colour = mpl.colormaps["viridis"](0.85 * i / max(len(values) - 1, 1))
+            ax.plot(x, y, color=colour, linewidth=1.2, marker="." if len(x) == 1 else "")
+        ax.set_xlabel("step", labelpad=2)
+        ax.locator_params(axis="x", integer=True, nbins=6, min_n_ticks=1)
+        ax.locator_params(axis="y", nbins=4)
+        ax.tick_params(length=2, pad=2)
+        file = io.BytesIO()
+        figure.savefig(file, format="svg", metadata={"Date": None})
+    return address("image/svg+xml", file.getvalue())
+
+
 def place(figure: Figure, top: int, high: int, height: int) -> Axes:
     """Axes of `high` pixels, `top` pixels below the top of a figure of `height` pixels."""
     ax = figure.add_axes((LEFT / WIDTH, 1 - (top + high) / height, HEAT_MAP[2] / WIDTH, high / height))

@@ -196,7 +196,7 @@ def warnings_of(total: Record, late: Record, steps: int, first_nan: int | None) 
     if most > HIGH_LOAD * mean + 5 * mean.sqrt():  # what chance adds to a few choices is no sign
         expert = ".".join(str(int(i)) for i in (late.requested == most).nonzero()[0])
         found.append(
-            f"warning: {total.layer}: expert {expert} was asked for {most / mean:.1f} times a balanced load "
+            f"warning: {total.layer}: expert {expert} was requested {most / mean:.1f} times a balanced load "
             f"{in_the_last(steps)}: raise loss_coef, or balance by an expert bias"
         )
     return found

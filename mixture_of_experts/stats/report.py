@@ -10,6 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from html import escape
 from importlib.resources import files
 from string import Template
@@ -57,17 +58,26 @@ class Text(NamedTuple):
     fates: list[Fate]
 
 
-def page(histories: Sequence[History], tokens: str | bytes | Sequence[str] | None, texts: Sequence[Text]) -> str:
+def page(
+    name: str,
+    histories: Sequence[History],
+    loss: Sequence[float],
+    tokens: str | bytes | Sequence[str] | None,
+    texts: Sequence[Text],
+) -> str:
     """The page as HTML."""
     shown = [history for history in histories if history.stretches]
     lost = [max(record.dropped, record.unseen) for history in shown for record in history.stretches]
     most = max(lost)
     template = Template(files("mixture_of_experts.stats").joinpath("report.html").read_text(encoding="utf-8"))
     return template.substitute(
+        name=escape(name),
+        date=date.today().isoformat(),
         facts=facts(shown),
         notes=notes(shown),
         scale=charts.scale(),
         overview="".join(overview_row(i, history) for i, history in enumerate(shown)),
+        curves=curves(shown, loss),
         lost="" if most else "hidden",
         gates="".join(card(i, history, most) for i, history in enumerate(shown)),
         text="" if tokens is None else text_section(texts_of(tokens), texts),
@@ -101,15 +111,24 @@ def plural(number: int, name: str) -> str:
 
 def notes(shown: Sequence[History]) -> str:
     """A list of what a reader should look at, or a line that all is well."""
-    lines = [line for history in shown for line in (*idle(history), *history.warnings)]
+    lines = [
+        linked(i, history.total.layer, line)
+        for i, history in enumerate(shown)
+        for line in (*idle(history), *history.warnings)
+    ]
     if not lines:
         return (
-            "<p class=good>Every expert computes tokens, in late steps none is asked for over twice a balanced load, "
+            "<p class=good>Every expert computes tokens, in late steps none is requested over twice a balanced load, "
             "and no gate drops much more than it has to.</p>"
         )
     more = [f"and {plural(len(lines) - NOTES, 'note')} more"] if len(lines) > NOTES else []
-    items = (escape(line.removeprefix("warning: ")) for line in (*lines[:NOTES], *more))
-    return "<ul class=notes>" + "".join(f"<li>{item}</li>" for item in items) + "</ul>"
+    return "<ul class=notes>" + "".join(f"<li>{item}</li>" for item in (*lines[:NOTES], *more)) + "</ul>"
+
+
+def linked(i: int, layer: str, line: str) -> str:
+    """A note, escaped; the gate's name, with which it begins, leads to the gate's charts."""
+    rest = line.removeprefix("warning: ").removeprefix(layer)
+    return f'<a href="#gate-{i}">{escape(layer)}</a>{escape(rest)}'
 
 
 def idle(history: History) -> Iterator[str]:
@@ -133,14 +152,13 @@ def overview_row(i: int, history: History) -> str:
         for of, load in (("requested", total.requested), ("load", total.load))
     )
     avoidable = max(total.dropped - total.unavoidable, 0.0)
-    certain = 1 - total.entropy / max(math.log(total.load.shape[-1]), 1e-9)
     bar = f'<i class=bar><i style="width:{total.unavoidable:.2%}"></i><i style="width:{avoidable:.2%}"></i></i>'
     cells = (
-        ("most", f"{float(total.relative_requested.max()):.2f}×"),
+        ("most requested", f"{float(total.relative_requested.max()):.2f}×"),
         ("dead", str(len(total.dead))),
         ("dropped", f"{total.dropped:.1%}{bar}"),
         ("unseen", f"{total.unseen:.1%}"),
-        ("certain", "NaN" if math.isnan(certain) else f"{certain:.0%}"),
+        ("entropy", f"{total.entropy:.2f} <small>of {math.log(total.load.shape[-1]):.2f}</small>"),
     )
     numbers = "".join(f"<td data-name={name}>{value}</td>" for name, value in cells)
     experts = "×".join(map(str, total.load.shape))
@@ -152,13 +170,31 @@ def gate_name(layer: str) -> str:
     return escape(layer).replace(".", ".<wbr>").replace("_", "_<wbr>")
 
 
+def curves(shown: Sequence[History], loss: Sequence[float]) -> str:
+    """Charts of one number each, where it is not 0: the given loss, each gate's balancing loss, its busiest expert."""
+    balance = [[record.losses.get("balance", math.nan) for record in history.stretches] for history in shown]
+    busiest = [[float(record.relative_requested.max()) for record in history.stretches] for history in shown]
+    places = [[record.step for record in history.stretches] for history in shown]
+    figures = (
+        ("loss", [range(len(loss))], [loss]),
+        ("balance loss <small>a line for each gate, the first dark</small>", places, balance),
+        ("most requested expert <small>over the mean; a line for each gate, the first dark</small>", places, busiest),
+    )
+    return "".join(
+        f'<figure><figcaption>{title}</figcaption><img alt="{title.split(" <")[0]} over steps" '
+        f'src="{charts.curves(steps, values)}" loading=lazy></figure>\n'
+        for title, steps, values in figures
+        if any(math.isfinite(value) and value for line in values for value in line)
+    )
+
+
 def card(i: int, history: History, most: float) -> str:
     """The figure of one gate over its steps."""
     level = "" if history.level_one is None else " <small>level two, a line between outer experts</small>"
     picture = charts.over_steps(history.stretches, history.end, most)
     alt = escape(f"load of the experts of {history.total.layer} over steps", quote=True)
     return (
-        f"<figure><figcaption>{gate_name(history.total.layer)}{level}</figcaption>"
+        f"<figure id=gate-{i}><figcaption>{gate_name(history.total.layer)}{level}</figcaption>"
         f'<img class=steps data-gate="{i}" alt="{alt}" src="{picture}" loading=lazy></figure>\n'
     )
 

@@ -195,11 +195,14 @@ class RoutingStats:
         *,
         tokens: str | bytes | Sequence[str] | None = None,
         routing: Mapping[str, Routing] | None = None,
+        name: str = "Routing",
+        loss: Sequence[float] = (),
     ) -> None:
         """Write one HTML page that shows what was recorded. It needs no other file and no network.
 
         The page shows the load of every gate, before and after capacity, over all remembered steps and in each; dropped
-        choices, and how many drops were unavoidable; tokens without an expert; dead experts. With `tokens` it also
+        choices, and how many drops were unavoidable; tokens without an expert; dead experts; curves of the balancing
+        loss and of the most requested expert. Its words are those of `summary`. With `tokens` it also
         shows a text coloured by expert, with all choices and weights of the token under the pointer.
 
         Args:
@@ -207,6 +210,8 @@ class RoutingStats:
             tokens: the texts of the tokens of one sequence. In a string every character is a token, in bytes every
                 byte.
             routing: the gates' routing of that sequence, as `routing_of` returns it.
+            name: the title of the page, for example the run's name; the date stands below it.
+            loss: the training loss of each step, from step 0, to draw beside the gates' curves.
 
         Raises:
             ImportError: matplotlib is not installed.
@@ -229,7 +234,7 @@ class RoutingStats:
         histories = [self._history(layer) for layer in self._recorded()]
         level_one = {layer: self.level_one(layer) for layer in self.layers}
         texts = texts_of_gates(routing or {}, level_one, len(tokens or ""))
-        html = page(histories, tokens, texts)
+        html = page(name, histories, [float(value) for value in loss], tokens, texts)
         with open(path, "w", encoding="utf-8") as file:
             file.write(html)
 
