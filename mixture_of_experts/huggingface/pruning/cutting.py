@@ -23,6 +23,7 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale, NormalizeBy, OpenGroups, named
+from mixture_of_experts.huggingface.replacement.adapters import has_peft
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_torch import is_wrapper_subclass, wrapped_class
 from mixture_of_experts.whole_model.sites import Site, unwrapped
@@ -51,7 +52,7 @@ def why_not_cut(site: Site) -> str | None:
     layer: Any = layers.pop()
     if site.level_one is not None or site.outer or not isinstance(layer, MoE):
         return f"it is a level of a {wrapped_class(layer).__name__}"
-    if any(type(module).__module__.startswith("peft.") for module in layer.modules()):
+    if has_peft(layer):
         return "its layer has adapters of PEFT: merge them first"
     return why_not_gate(site.gate) or why_not_experts(layer.experts)
 
