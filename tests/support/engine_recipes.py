@@ -1,0 +1,173 @@
+"""Models whose experts are spread over ranks, trained by Lightning and accelerate as `docs/engines.md` shows."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.utils.data import DataLoader
+
+from mixture_of_experts.parallel import expert_parameters, ignore_experts_in_ddp
+from support.parallel_checks import make_mesh, spread
+from support.parallel_layers import DIM, LENGTH, make_model
+from support.parallel_training import make_optimizer
+
+PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
+LAYERS = ("top2", "top-k, dropless")  # a capacity, and none
+STEPS, BATCH, MAX_NORM = 6, 4, 1.0
+Weights = dict[str, Tensor]
+
+
+def recipe(engine: str) -> dict[str, Any]:
+    """What the page defines for an engine."""
+    blocks = re.findall(rf"<!-- engine: {engine} -->\n```py\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"build": build, "loss_of": loss_of}
+    exec(compile("\n".join(blocks), f"{PAGE.name}, {engine}", "exec"), names)
+    return names
+
+
+def build() -> nn.Module:
+    return make_model(layers=LAYERS)
+
+
+def loss_of(out: Tensor) -> Tensor:
+    return (out - 1).square().mean()
+
+
+def batch() -> Tensor:
+    """That of every step, so that it does not matter where in its data an engine goes on."""
+    return torch.randn(BATCH, LENGTH, DIM, generator=torch.Generator().manual_seed(1))
+
+
+def whole_weights(model: nn.Module) -> Weights:
+    found = {}
+    for name, parameter in model.named_parameters():
+        value = parameter.detach()
+        found[name] = value.full_tensor() if hasattr(value, "full_tensor") else value.clone()
+    return found
+
+
+def train_alone(steps: int = STEPS) -> tuple[Weights, list[float]]:
+    """The run that all others must equal, in one process."""
+    model, norms = build(), []
+    optimizer = make_optimizer(model)
+    for _ in range(steps):
+        out, aux_loss = model(batch())
+        (loss_of(out) + aux_loss).backward()
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole_weights(model), norms
+
+
+def check_equal(weights: Weights, expected: Weights) -> None:
+    assert weights.keys() == expected.keys()
+    for name, value in weights.items():
+        atol = 1e-9 if value.dtype == torch.float64 else 2e-5
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@contextmanager
+def as_torchrun_starts_it() -> Iterator[None]:
+    """The variables by which engines know the ranks."""
+    rank, world = str(dist.get_rank()), str(dist.get_world_size())
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "GROUP_RANK": "0"}
+    names |= {"TORCHELASTIC_RUN_ID": "test", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    before = dict(os.environ)
+    os.environ.update(names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of engines: few workers of loaders, devices that are not used
+        try:
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
+
+
+# ---- Lightning ----
+
+
+def lightning(start: Path | None, saved: Path, steps: int, one_file: bool) -> Weights:
+    """Train so many steps, from the beginning or from a checkpoint, and save; returns the weights."""
+    made, world = recipe("lightning"), dist.get_world_size()
+    module = made["Mixture"]()
+    module.expert_ranks = world
+    quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    quiet |= dict(accelerator="cpu", use_distributed_sampler=False)  # its own sampler shuffles
+    own: Any = batch()[dist.get_rank() :: world]
+    with as_torchrun_starts_it():
+        trainer = made["make_trainer"](world, one_file=one_file, max_steps=steps, **quiet)
+        trainer.fit(module, DataLoader(own, batch_size=BATCH // world), ckpt_path=start)
+        trainer.save_checkpoint(saved)
+    return whole_weights(module.model)
+
+
+def check_lightning(folder: Path, one_file: bool) -> None:
+    """Half of the steps, saved; then the others, from what was saved. Its strategy takes no float64."""
+    torch.set_default_dtype(torch.float32)
+    first, second = folder / "first", folder / "second"
+    check_equal(lightning(None, first, STEPS // 2, one_file), train_alone(STEPS // 2)[0])
+    check_equal(lightning(first, second, STEPS, one_file), train_alone()[0])
+
+
+def check_lightning_goes_on(folder: Path, one_file: bool) -> None:
+    """The other half, from what another number of ranks saved."""
+    torch.set_default_dtype(torch.float32)
+    check_equal(lightning(folder / "first", folder / "elsewhere", STEPS, one_file), train_alone()[0])
+
+
+# ---- accelerate ----
+
+
+def lay_out(layout: str) -> nn.Module:
+    model: Any = build()
+    mesh = make_mesh()
+    spread(model, mesh, "layers.*.ffn")
+    if layout == "ddp":
+        return ignore_experts_in_ddp(model)
+    experts = set(expert_parameters(model).values())
+    for part in (*model.layers, model):
+        fully_shard(part, mesh=mesh["ep"], ignored_params=experts)
+    return model
+
+
+def check_accelerate(folder: Path, layout: str) -> None:
+    """Layouts "ddp", "fsdp", and "plugin": FSDP2 with accelerate's plugin, as on GPUs."""
+    from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    world = dist.get_world_size()
+    with as_torchrun_starts_it():
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+        if layout == "plugin":  # accelerate takes the plugin on GPUs alone
+            state = AcceleratorState._shared_state
+            state["fsdp_plugin"] = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_ram_efficient_loading=False)
+            state["distributed_type"] = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        model = lay_out(layout)
+        optimizer: Any = make_optimizer(model)
+        data: Any = DataLoader(batch(), batch_size=BATCH // world // 2)  # type: ignore[arg-type]
+        if layout == "fsdp":
+            prepared, (optimizer, data) = model, accelerator.prepare(optimizer, data)
+        else:
+            prepared, optimizer, data = accelerator.prepare(model, optimizer, data)
+        train = recipe("accelerate")["train"]
+        norms = [train(accelerator, prepared, optimizer, data) for _ in range(STEPS // 2)]
+        if layout == "plugin":
+            accelerator.save_state(str(folder))
+            train(accelerator, prepared, optimizer, data)
+            accelerator.load_state(str(folder))
+        norms += [train(accelerator, prepared, optimizer, data) for _ in range(STEPS // 2)]
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    weights, expected = train_alone()
+    torch.testing.assert_close(torch.tensor(norms).flatten(), torch.tensor(expected), rtol=0, atol=1e-9)
+    check_equal(whole_weights(model), weights)

@@ -1,0 +1,32 @@
+"""Engines that train models whose experts are spread over ranks, as `docs/engines.md` shows, against one process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import engine_recipes as recipes
+from support.parallel_workers import Workers
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    started = Workers()
+    yield started
+    started.stop()
+
+
+@pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])
+def test_lightning(workers: Workers, tmp_path: Path, one_file: bool):
+    pytest.importorskip("lightning")
+    workers.run(recipes.check_lightning, 2, tmp_path, one_file)
+    workers.run(recipes.check_lightning_goes_on, 1, tmp_path, one_file)
+
+
+@pytest.mark.parametrize("layout", ["ddp", "fsdp", "plugin"])
+def test_accelerate(workers: Workers, tmp_path: Path, layout: str):
+    pytest.importorskip("accelerate")
+    workers.run(recipes.check_accelerate, 2, tmp_path, layout)
