@@ -1,0 +1,90 @@
+"""Train an upcycled causal model on nodes that come and go: FSDP2, experts spread over ranks, checkpoints, restarts.
+
+    torchrun examples/elastic.py  # one process and a small model; --model FOLDER_OR_NAME for one's own
+
+docs/engines.md has the commands for nodes. It needs the extra `hf`, and `--out` on a file system that they share.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from checkpoints import checkpoints, load_checkpoint, save_checkpoint
+from mixture_of_experts import MoE
+from mixture_of_experts.huggingface import upcycle
+from mixture_of_experts.parallel import ExpertParallel, clip_grad_norm_, parallelize_module
+
+SMALL = dict(vocab_size=256, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+OPTIONS = dict(model="", out="runs/elastic", steps=300, batch=8, context=64, rate=3e-4, save_every=20, timeout=60.0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in OPTIONS.items():
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=f"{default!r}")
+    args = parser.parse_args()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.set_default_device("cuda")
+    dist.init_process_group(timeout=timedelta(seconds=args.timeout))  # a rank that waits for longer gives up
+    rank, world = dist.get_rank(), dist.get_world_size()
+    torch.manual_seed(0)  # all ranks begin with one model
+    model, to_tokens = load_model(args.model)
+    spread(model, world)
+    by_mesh: dict[object, list[Tensor]] = {}
+    for parameter in model.parameters():
+        by_mesh.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    optimizer = torch.optim.AdamW([{"params": parameters} for parameters in by_mesh.values()], lr=args.rate)
+    done = load_checkpoint(args.out, model, optimizer)["step"] if checkpoints(args.out) else 0
+    tokens = to_tokens("".join(map(Path.read_text, sorted(Path(os.__file__).parent.glob("a*.py")))))  # your text here
+    for step in range(done + 1, args.steps + 1):
+        torch.manual_seed(step)  # a step has the same batch, however many ranks share it: their number divides it
+        starts = torch.randint(len(tokens) - args.context, (args.batch,)).tolist()
+        own = torch.stack([tokens[start : start + args.context] for start in starts[rank::world]])
+        loss = model(own, labels=own).loss  # the auxiliary loss is in it
+        loss.backward()
+        clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        dist.all_reduce(loss := loss.detach() / world)
+        if rank == 0:
+            print(f"step {step} of {args.steps}, {world} ranks: loss {loss.item():.4f}", flush=True)
+        if step % args.save_every == 0 or step == args.steps:
+            save_checkpoint(args.out, model, optimizer, step=step, extra={"step": step})
+    dist.destroy_process_group()
+
+
+def load_model(name: str) -> tuple[nn.Module, Callable[[str], Tensor]]:
+    """A mixture, upcycled if it is none yet, and a function from text to tokens (n,)."""
+    model = AutoModelForCausalLM.from_pretrained(name) if name else LlamaForCausalLM(LlamaConfig(**SMALL))
+    if not any(isinstance(module, MoE) for module in model.modules()):
+        upcycle(model, 8, k=2)
+    tokenizer = AutoTokenizer.from_pretrained(name).encode if name else str.encode
+    return model.train(), lambda text: torch.tensor(list(tokenizer(text)))
+
+
+def spread(model: nn.Module, world: int) -> None:
+    """Experts over as many ranks as divide them, their replicas over the others, everything else over all ranks."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MoE)}
+    ranks = math.gcd(world, *(layer.num_experts for layer in layers.values()))
+    mesh = init_device_mesh(next(model.parameters()).device.type, (world // ranks, ranks), mesh_dim_names=("dp", "ep"))
+    everyone = mesh["dp", "ep"]._flatten("batch")
+    parallelize_module(model, mesh["ep"], dict.fromkeys(layers, ExpertParallel(batch_group=everyone)))
+    for layer in layers.values():
+        fully_shard(layer.experts, mesh=mesh["dp"])
+    for block in (*model.model.layers, model):
+        fully_shard(block, mesh=everyone)
+
+
+if __name__ == "__main__":
+    main()
