@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import engines
+from support import engines, engines_trainers
 from support.parallel_workers import Workers
 
 from mixture_of_experts.huggingface.distributed.plans import plan_experts
@@ -16,9 +16,12 @@ def test_models_are_those_of_one_process(tmp_path: Path):
     """One start of two processes for all: torch keeps meshes of process groups that ended."""
     engines.save_models(tmp_path, [engines.FIRST, *engines.OTHERS, *engines.STOCK])
     engines.build(engines.Cell(), num_experts=3).save_pretrained(tmp_path / "three")
+    engines_trainers.build().save_pretrained(tmp_path / "trainers")
     workers = Workers()
-    workers.run(engines.check_all, 2, tmp_path)
-    workers.stop()
+    try:
+        workers.run(engines_trainers.check_all, 2, tmp_path)
+    finally:
+        workers.stop()
 
 
 def test_plans_know_of_layers_with_experts():

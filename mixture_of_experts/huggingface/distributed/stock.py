@@ -29,6 +29,7 @@ class ExchangeRows(EPImplementation):
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
+        self.num_experts: int = self.num_local_experts * ep_mesh.size()  # type: ignore[assignment, operator]
         group = ep_mesh.get_group()
         self.channel = Channel(group, False, default_timeout(group), tp_mesh if tp_mesh.size() > 1 else None)
         set_timeout(group, self.channel.timeout)
@@ -39,7 +40,7 @@ class ExchangeRows(EPImplementation):
             return self.exchange(hidden_states, top_k_index, top_k_weights)
 
     def exchange(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        e, (t, k) = self.num_local_experts * self.channel.size, expert.shape
+        e, (t, k) = self.num_experts, expert.shape
         expert = expert.flatten().clamp(max=e)
         order = expert.argsort(stable=True)
         counts = torch.zeros(e + 1, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))

@@ -1,0 +1,226 @@
+"""The Trainer and TRL's SFT with models spread by `DistributedConfig`, against one process that sees all batches.
+
+`torchrun --nproc-per-node 2 -m support.engines_trainers` in `tests` runs all cells, and prints what each shows.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.distributed import DistributedConfig
+
+from mixture_of_experts import TopKGating, balance_experts
+from mixture_of_experts.huggingface import BalanceCallback, upcycle
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from support import engines
+from support.checkpoint_recipe import load_checkpoint, save_checkpoint
+from support.engines import LAYOUTS, Differences, Sizes, be_quiet, full, relative
+from support.transformers_models import ARCHITECTURES, VOCABULARY
+from support.transformers_trainers import tokenizer
+
+ROWS, LENGTH, ACCUMULATION, RATE = 8, 12, 2, 0.1
+
+
+def build() -> Any:
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float32)
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4, loss_coef=0.5, gate=partial(TopKGating, k=2, expert_bias=True))
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def rows() -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(3, VOCABULARY, (ROWS, LENGTH))
+
+
+def step_alone(model: nn.Module, coef: float | None = None) -> dict[str, Tensor]:
+    """The gradients of one optimizer step on all rows in two micro-batches, which is made."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    for layer in feed_forwards(model):
+        layer.moe.loss_coef = layer.moe.loss_coef if coef is None else coef
+    with balance_experts(model.train(), optimizer):
+        for part in rows().chunk(ACCUMULATION):
+            model(input_ids=part, labels=part, num_items_in_batch=ROWS * (LENGTH - 1)).loss.backward()
+        gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+        optimizer.step()
+    return gradients
+
+
+def settings(folder: Path, ranks: int) -> dict[str, Any]:
+    return dict(
+        output_dir=str(folder),
+        per_device_train_batch_size=ROWS // ACCUMULATION // ranks,
+        gradient_accumulation_steps=ACCUMULATION,
+        max_steps=1,
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        bf16=False,
+    )
+
+
+def make_trainer(kind: str, model: nn.Module, folder: Path, ranks: int) -> Any:
+    data = [{"input_ids": row, "labels": row} for row in rows().tolist()]
+    if kind == "Trainer":
+        arguments = TrainingArguments(**settings(folder, ranks))
+        return Trainer(model, arguments, train_dataset=data, callbacks=[BalanceCallback()])
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(**settings(folder, ranks), max_length=None)
+    given = Dataset.from_list(data)
+    return SFTTrainer(
+        model, args=arguments, train_dataset=given, processing_class=tokenizer(), callbacks=[BalanceCallback()]
+    )
+
+
+def compare(folder: Path, kind: str, sizes: Sizes) -> Differences:
+    """What a step's gradients, the saved weights and the bias differ from one process by; and the auxiliary loss's
+    factor in the routers' gradients, 1 if the step received the mean over ranks and micro-batches."""
+    torch.set_default_dtype(torch.float32)
+    config = DistributedConfig(**sizes)
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    found: dict[str, Tensor] = {}
+
+    def keep(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        found.update((name, full(p.grad).clone()) for name, p in model.named_parameters())
+
+    saved = folder / f"{kind}, {sizes}"
+    with warnings.catch_warnings(), mock.patch(TOO_CAREFUL):
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(kind, model, saved, config.dp_size)
+        hook = register_optimizer_step_pre_hook(keep)
+        trainer.train()
+        hook.remove()
+        trainer.save_model(str(saved))
+    dist.barrier()
+
+    alone, without = (AutoModelForCausalLM.from_pretrained(folder) for _ in range(2))
+    wanted, plain = step_alone(alone), step_alone(without, coef=0.0)
+    routers = [name for name in wanted if name.endswith("w_gating")]
+    given, share = (torch.cat([(of[n] - plain[n]).flatten() for n in routers]) for of in (found, wanted))
+    again = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    bias = [name for name in again if name.endswith("expert_bias")]
+    assert bias
+    assert all(again[name].abs().max() > 0 and torch.equal(again[name], alone.state_dict()[name]) for name in bias)
+    return {
+        "gradients": max(relative(found[name], wanted[name]) for name in wanted),
+        "weights": max(relative(again[name], value) for name, value in alone.state_dict().items()),
+        "factor - 1": abs(float(given @ share / share.square().sum()) - 1),
+    }
+
+
+#: accelerate refuses tensor parallelism on CPUs alone; this refusal is switched off
+TOO_CAREFUL = "accelerate.parallelism_config.ParallelismConfig._validate_accelerator"
+
+
+def check_trainers(folder: Path) -> None:
+    be_rank()
+    for kind, layout in SHOWN:
+        found = compare(folder, kind, LAYOUTS[layout])
+        assert max(found.values()) < 1e-5, (kind, layout, found)
+
+
+#: what the tests run; the command runs all
+SHOWN = (("Trainer", "fsdp 2"), ("Trainer", "fsdp 2, ep 2"), ("Trainer", "tp 2, ep 2"), ("SFTTrainer", "fsdp 2, ep 2"))
+
+
+def check_all(folder: Path) -> None:
+    """What the tests show, in one start of the processes."""
+    engines.check_all(folder)
+    check_trainers(folder / "trainers")
+    check_going_on(folder / "trainers", {name: LAYOUTS[name] for name in ("fsdp 2, ep 2", "tp 2, ep 2")})
+    check_refusals(folder / "trainers")
+
+
+def check_refusals(folder: Path) -> None:
+    """What transformers and accelerate refuse: docs/transformers.md says so."""
+    cut, whole = (
+        AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**LAYOUTS[layout]))
+        for layout in ("tp 2", "fsdp 2")
+    )
+    options = settings(folder / "refused", 1)
+    with pytest.raises(ValueError, match="optimizer state cannot be checkpointed"):
+        Trainer(whole, TrainingArguments(**{**options, "save_strategy": "steps"}))
+    with pytest.raises(ValueError, match=r"ParallelismConfig is only compatible .* got DistributedType.MULTI_CPU"):
+        Trainer(cut, TrainingArguments(**options))
+
+
+def be_rank() -> None:
+    """What torchrun tells a process."""
+    be_quiet()
+    rank, ranks = str(dist.get_rank()), str(dist.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+def check_going_on(folder: Path, layouts: dict[str, Sizes]) -> None:
+    """Weights and optimizer of one layout go on in another one, by the recipe for distributed checkpoints."""
+    torch.set_default_dtype(torch.float32)
+    part = rows()[:2]
+    for i, (layout, sizes) in enumerate(layouts.items()):
+        run = folder / f"run {layout}"
+        model, optimizer = start(folder, sizes)
+        advance(model, optimizer, part)
+        save_checkpoint(run, model, optimizer, step=1, extra={"step": 1})
+        advance(model, optimizer, part)
+        other, its = start(folder, list(layouts.values())[i - 1])
+        assert load_checkpoint(run, other, its) == {"step": 1}
+        advance(other, its, part)
+        for (name, value), found in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+            assert relative(full(found), full(value)) < 1e-5, (layout, name)
+
+
+def start(folder: Path, sizes: Sizes) -> tuple[Any, torch.optim.Optimizer]:
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(**sizes)).train()
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+
+
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, part: Tensor) -> None:
+    model(input_ids=part, labels=part).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    be_rank()
+    names: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(names)
+    folder = Path(names[0])
+    if dist.get_rank() == 0:
+        build().save_pretrained(folder)
+    dist.barrier()
+    for kind in ("Trainer", "SFTTrainer"):
+        for layout, sizes in LAYOUTS.items():
+            found = compare(folder, kind, sizes)
+            if dist.get_rank() == 0:
+                print(f"{kind}, {layout:14}", *(f"{what} {value:.1e}" for what, value in found.items()), flush=True)
+    check_going_on(folder, LAYOUTS)
+    print("every layout goes on in the one before it", flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
