@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,7 +16,8 @@ from torch.func import functional_call
 
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Length
-from mixture_of_experts.gating import topk_by_kernel
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.bias_rules import (
@@ -197,6 +198,20 @@ class TopKGating(TokenChoiceGate):
         for start_at_zero in (self.b_gating, self.expert_bias, self.expert_counts, self.expert_histogram):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
+
+    def forward(
+        self,
+        x: Tensor,
+        importance: Tensor | None = None,
+        mask: Tensor | None = None,
+        length: Length | Tensor | None = None,
+        losses: Collection[str] = (),
+        **side: Tensor,
+    ) -> Routing:
+        alone = importance is None and mask is None and length is None and not losses and not side
+        if alone and topk_by_numbers.why_not(self, x) is None and (routing := topk_by_numbers.routing(self, x)):
+            return routing
+        return super().forward(x, importance, mask, length, losses, **side)
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""

@@ -30,7 +30,7 @@ CHECK = SelfCheck("the Triton kernels of gates")
 
 def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
     """Return the gate's choices; None if the kernel does not serve the call."""
-    if not (_is_decoding(gate, tokens) and has_kernel(tokens.x, *gate.parameters()) and _knows(gate)):
+    if not (_is_decoding(gate, tokens) and has_kernel(tokens.x, *gate.parameters()) and knows(gate)):
         return None
     return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
 
@@ -49,7 +49,7 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
-def _knows(gate: TopKGating) -> bool:
+def knows(gate: TopKGating) -> bool:
     """Whether the kernel is written for the gate's settings."""
     own = type(gate).__module__ == "mixture_of_experts.gating.topk" and type(gate.logits) in (type(None), RouterLogits)
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)

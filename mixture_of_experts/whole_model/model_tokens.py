@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.support.tracing import can_read
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 
@@ -116,7 +117,9 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     if mask is None:
         return around
     if mask.ndim == 2 and mask.shape[0] == b and mask.shape[1] >= n:
-        return around._replace(mask=mask[:, -n:].bool())
+        own = mask[:, -n:].bool()
+        decoded = n == 1 and can_read(own) and bool(own.all())  # a step of `generate`, whose tokens are all real
+        return around if decoded else around._replace(mask=own)
     if mask.ndim in (3, 4) and mask.shape[0] == b and mask.shape[-2] == n:
         return around._replace(mask=attends_to_itself(mask, given))
     return around._replace(unknown=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")

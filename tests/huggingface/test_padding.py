@@ -21,7 +21,7 @@ from transformers import StaticCache
 
 from mixture_of_experts import Top2Gating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
 from mixture_of_experts.whole_model.call_stack import STACKS
 
 pytestmark = pytest.mark.slow
@@ -291,3 +291,28 @@ def test_noisy_second_choices_and_masks_go_together_under_checkpointing():
     model.activation_checkpointing_enable()
     torch.manual_seed(1)
     torch.testing.assert_close(two_forwards(model, [batch]), expected)
+
+
+def test_networks_are_found_where_they_are_now():
+    """In the order of `modules()`, once each: after layers were replaced, copied, shared and removed."""
+    model = build("llama")
+    layers = model.model.layers
+
+    def check(number: int) -> None:
+        found = feed_forwards(model)
+        assert found == [module for module in model.modules() if isinstance(module, MoEFeedForward)]
+        assert len(found) == number
+        with torch.no_grad():
+            model(input_ids=torch.randint(VOCABULARY, (1, 3)), use_cache=False)
+        assert not STACKS.calls
+
+    check(2)
+    layers.append(copy.deepcopy(layers[0]))
+    layers[0].mlp = copy.deepcopy(layers[1].mlp)
+    model.config.num_hidden_layers = 3
+    check(3)
+    layers[2] = layers[1]
+    check(2)
+    layers[0].mlp = nn.Identity()
+    model.extra = nn.Sequential(nn.Sequential(layers[2].mlp, build("llama").model.layers[0].mlp))
+    check(2)

@@ -1,0 +1,81 @@
+"""Decides for `TopKGating` on one token in inference on a CPU, in Python's numbers: operators would take longer.
+
+Axes: d model dim, e experts, k choices.
+
+Router product and scores are those of every call. From them on, operators on a few numbers cost their launches alone.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating import topk_by_kernel
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.support.tracing import can_read, in_jit_trace
+
+TopKGating = Any  # which imports this
+MOST_EXPERTS = 64  # of more, operators are faster
+
+
+def why_not(gate: TopKGating, x: Tensor) -> str | None:
+    """Why numbers cannot decide on x for this gate; None if they can. It is asked for calls with x alone."""
+    if gate.training or torch.is_grad_enabled():
+        return "it is for eval mode without gradients"
+    if not can_read(x) or in_jit_trace():
+        return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
+    if x.shape != (1, 1, gate.dim) or not x.is_floating_point():
+        return f"it takes one token, (1, 1, {gate.dim})"
+    if gate.outer_expert_dims or gate.capacity_factor_eval is not None or gate.forced is not None:
+        return "it is for one level, dropless, whose choices are not forced"
+    if not topk_by_kernel.knows(gate) or gate.balance_over != "group" or gate.num_experts > MOST_EXPERTS:
+        return "the gate has steps of its own, or too many experts"
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in gate.parameters()):
+        return "its weights are not plain tensors"
+    return None
+
+
+def routing(gate: TopKGating, x: Tensor) -> Routing | None:
+    """The `Routing` of a token `(1, 1, d)`; None if a score is not finite."""
+    logits, k, e = gate.logits_of(x), gate.k, gate.num_experts
+    score = SCORES[gate.score](logits)
+    numbers, ranked = score.flatten().tolist(), (score if gate.expert_bias is None else score + gate.expert_bias)
+    total, ranks = math.fsum(numbers), ranked.flatten().tolist()
+    if not math.isfinite(math.fsum(ranks)):
+        return None
+    expert = sorted(range(e), key=ranks.__getitem__, reverse=True)[:k]  # of equal scores the first
+    weight = [numbers[i] for i in expert]
+    probs, share = score, sum(weight)
+    if gate.score == "softmax":
+        likeliest = max(range(e), key=numbers.__getitem__)
+        log_total = logits.flatten()[likeliest].item() - math.log(numbers[likeliest])
+    else:
+        probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
+        share, log_total = share / (total + 1e-20), logits.logsumexp(dim=-1).item()
+    if gate.normalize or gate.weigh == "softmax":
+        divisor = sum(weight) + gate.eps
+        weight = [number / divisor for number in weight]
+    if gate.scale != 1:
+        weight = [number * gate.scale for number in weight]
+    like: Any = dict(dtype=logits.dtype, device=logits.device)
+    weights = torch.tensor([weight], **like)
+    kept = weights != 0
+    return Routing(
+        expert=torch.tensor([expert], device=logits.device),
+        kept=kept,
+        weight=weights,
+        probs=probs,
+        num_tokens=1,
+        num_experts=e,
+        capacity=None,
+        k=k,
+        chosen=kept,
+        losses={
+            "balance": torch.tensor(e / gate.choices_at_balance * share, **like),
+            "z": torch.tensor(log_total**2, **like),
+        },
+    )

@@ -1,0 +1,154 @@
+"""What `TopKGating` decides on one token in Python's numbers is what operators decide."""
+
+import pytest
+import torch
+from torch import nn
+
+from mixture_of_experts import GatedExperts, HashGating, MoE, TopKGating, force_routing
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating import RouterLogits, topk_by_numbers
+from mixture_of_experts.replay import record_routing, replay_routing
+from mixture_of_experts.stats import track_routing
+from mixture_of_experts.whole_model.model_tokens import read_tokens
+
+DIM, E = 5, 7
+GATES = {
+    "plain": dict(),
+    "one choice": dict(k=1),
+    "one choice, normalised": dict(k=1, normalize=True, bias=True),
+    "all choices": dict(k=E, normalize=False),
+    "sigmoid, biased": dict(k=3, score="sigmoid", expert_bias=True, scale=2.5, eps=0.5),
+    "softmax of the chosen": dict(k=3, weigh="softmax", normalize=False),
+    "softmax, biased": dict(expert_bias=True),
+    "network": dict(logits=RouterLogits(DIM, E, norm_eps=1e-6, softcap=2.0)),
+}
+
+
+def gate_of(dtype: torch.dtype = torch.float32, **settings) -> TopKGating:
+    torch.manual_seed(0)
+    gate = TopKGating(DIM, E, **settings).to(dtype).eval()
+    for name in ("b_gating", "expert_bias"):
+        if getattr(gate, name) is not None:
+            getattr(gate, name).data.normal_(std=0.3)
+    return gate
+
+
+def both(gate, x, **arguments) -> tuple[Routing, Routing]:
+    """By numbers, or whatever takes the call, and by operators."""
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        found = gate(x, **arguments)
+        patch.setattr(topk_by_numbers, "why_not", lambda gate, x: "operators are asked for")
+        return found, gate(x, **arguments)
+
+
+def check_equal(found: Routing, wanted: Routing) -> None:
+    """Choices and probabilities to the bit; weights and losses up to rounding."""
+    torch.testing.assert_close(vars(found), vars(wanted), rtol=1e-6, atol=1e-6)
+    for name in ("expert", "kept", "chosen", "probs"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", GATES)
+def test_numbers_decide_as_operators_do(name, dtype):
+    gate = gate_of(dtype, **GATES[name])
+    for scale in (0.0, 1.0, 30.0):  # ties; and scores that round to 0 and 1
+        x = scale * torch.randn(1, 1, DIM).to(dtype)
+        with torch.no_grad():
+            assert topk_by_numbers.why_not(gate, x) is None
+        check_equal(*both(gate, x))
+    x[..., 0] = torch.nan
+    torch.testing.assert_close(*(vars(routing) for routing in both(gate, x)), equal_nan=True)
+
+
+def test_they_step_aside():
+    """With a reason, where they cannot serve."""
+    gate, x = gate_of(), torch.randn(1, 1, DIM)
+    with torch.no_grad():
+        assert "eval" in topk_by_numbers.why_not(gate_of().train(), x)
+        assert "one token" in topk_by_numbers.why_not(gate, torch.randn(1, 2, DIM))
+        assert "one token" in topk_by_numbers.why_not(gate, torch.randn(2, 1, DIM))
+        assert "dropless" in topk_by_numbers.why_not(gate_of(capacity_factor_eval=1.0), x)
+        assert "steps" in topk_by_numbers.why_not(gate_of(select="logits"), x)
+        assert "steps" in topk_by_numbers.why_not(HashGating(DIM, E, num_ids=9).eval(), x)
+        assert "plain tensor" in topk_by_numbers.why_not(gate, x.to("meta"))
+        reasons = []
+        torch.vmap(lambda x: reasons.append(topk_by_numbers.why_not(gate, x)) or x)(x.unsqueeze(0))
+        assert "transforms" in reasons[0]
+        with force_routing(gate, "balanced"):
+            assert "forced" in topk_by_numbers.why_not(gate, x)
+    assert "without gradients" in topk_by_numbers.why_not(gate, x)
+    assert gate(x).weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(mask=torch.zeros(1, 1, dtype=torch.bool)),
+        dict(counted=torch.zeros(1, 1, dtype=torch.bool)),
+        dict(importance=torch.full((1, 1), 0.5)),
+        dict(given_experts=torch.tensor([[[3, 1]]])),
+        dict(router_input=torch.ones(1, 1, DIM)),
+        dict(losses=("balance_batch",)),
+    ],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_whoever_says_more_of_the_token_is_heard(arguments):
+    gate, x = gate_of(), torch.randn(1, 1, DIM)
+    found, wanted = both(gate, x, **arguments)
+    check_equal(found, wanted)
+    with torch.no_grad():
+        assert not torch.equal(found.weight, gate(x).weight) or len(found.losses) == 3
+
+
+def test_who_watches_sees_the_same():
+    """Hooks, statistics, records and their replay, and gates with steps of their own around the same code."""
+    layer = MoE(DIM, gate=gate_of(), experts=GatedExperts(DIM, E, 9)).eval()
+    x, seen = torch.randn(3, 1, 1, DIM), []
+    layer.gate.register_forward_hook(lambda gate, args, routing: seen.append(routing))
+    with torch.no_grad(), track_routing(layer) as stats, record_routing(layer) as records:
+        outs = [layer(token) for token in x]
+    assert [type(routing) for routing in seen] == 3 * [Routing]
+    with torch.no_grad(), replay_routing(layer, records):
+        replayed, _ = layer(x.flatten(0, 1))
+        torch.testing.assert_close(list(replayed), [out.squeeze(0) for out, _ in outs])
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad(), track_routing(layer) as wanted:
+        patch.setattr(topk_by_numbers, "why_not", lambda gate, x: "operators are asked for")
+        torch.testing.assert_close([layer(token) for token in x], outs)
+    assert stats.summary() == wanted.summary()
+
+
+class Reversed(TopKGating):
+    """Takes the smallest scores."""
+
+    def decide(self, tokens):
+        choices = super().decide(tokens)
+        return choices._replace(expert=choices.probs.argsort(dim=-1)[..., : self.k])
+
+
+def test_a_gate_of_ones_own_decides_itself():
+    gate, x = Reversed(DIM, E).eval(), torch.randn(1, 1, DIM)
+    with torch.no_grad():
+        assert gate(x).expert.flatten().tolist() == gate(x).probs.flatten().argsort()[:2].tolist()
+    gate = gate_of()
+    gate.logits, gate.w_gating = nn.Linear(DIM, E), None
+    with torch.no_grad():
+        assert "steps" in topk_by_numbers.why_not(gate, x)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_compiled_layer_decodes():
+    layer = MoE(DIM, gate=gate_of(), experts=GatedExperts(DIM, E, 9)).eval()
+    compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(1, 1, DIM)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_a_decoded_step_without_padding_has_no_mask():
+    """`generate` gives a mask of ones with every step; a sequence that ended has a 0."""
+    ids, ones = torch.ones(2, 1, dtype=torch.long), torch.ones(2, 5, dtype=torch.long)
+    assert read_tokens({"input_ids": ids, "attention_mask": ones}).mask is None
+    ones[1, -1] = 0
+    assert read_tokens({"input_ids": ids, "attention_mask": ones}).mask.tolist() == [[True], [False]]
+    assert read_tokens({"input_ids": ids.expand(2, 5), "attention_mask": torch.ones(2, 5)}).mask.all()
