@@ -1,0 +1,82 @@
+"""The whole life of a mixture on SmolLM2, as docs/life.md tells it: at each step an equality or a loss."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+import time
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from support.pretrained import SMOLLM2, folder_of
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeForCausalLM
+
+from mixture_of_experts.huggingface import expert_scores, export, prune, upcycle
+
+LAYERS, EXPERTS, KEPT = [28, 29], 4, 3
+
+
+def windows() -> Tensor:
+    """Python's own sources as windows of tokens `(w, 64)`."""
+    tokenizer = AutoTokenizer.from_pretrained(folder_of(SMOLLM2))
+    ids = tokenizer(inspect.getsource(textwrap), return_tensors="pt").input_ids[0]
+    return ids[: len(ids) // 64 * 64].view(-1, 64)
+
+
+def logits(model: Any, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(tokens, use_cache=False).logits
+
+
+def close(found: Tensor, wanted: Tensor) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.slow
+@pytest.mark.pretrained
+@pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in peft
+def test_the_whole_life(tmp_path):
+    text, losses, start = windows(), {}, time.process_time()
+    train, held_out = text[:16].split(4), text[-6:]
+
+    def note(step: str, model: Any) -> Tensor:
+        found = logits(model, held_out)
+        losses[step] = torch.nn.functional.cross_entropy(found[:, :-1].flatten(0, 1), held_out[:, 1:].flatten()).item()
+        print(f"{step}: held-out loss {losses[step]:.4f}, {time.process_time() - start:.0f} s")
+        return found
+
+    model = AutoModelForCausalLM.from_pretrained(folder_of(SMOLLM2), dtype=torch.float32)
+    dense = note("dense", model)
+
+    upcycle(model, num_experts=EXPERTS, layers=LAYERS)
+    close(note("upcycled", model), dense)
+
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    lora = LoraConfig(r=8, target_parameters=experts, modules_to_save=["gate"], layers_to_transform=LAYERS)
+    adapted = get_peft_model(model, lora)
+    close(logits(adapted, held_out), dense)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    for tokens in train + train[:2]:
+        adapted.train()(tokens, labels=tokens, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    trained = note("LoRA", adapted)
+    assert losses["LoRA"] < losses["dense"] - 0.03
+
+    merged = adapted.merge_and_unload()
+    close(note("merged", merged), trained)
+
+    scores = expert_scores(merged, calibration=train[:2])
+    kept = prune(merged, KEPT, scores)
+    assert [len(ids) for ids in kept.values()] == [KEPT] * len(LAYERS)
+    pruned = note("pruned", merged)
+    assert losses["LoRA"] < losses["pruned"] + 1e-3
+    assert losses["pruned"] < losses["dense"]
+
+    export(merged).save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(stock) is Qwen2MoeForCausalLM
+    close(note("stock class, loaded", stock), pruned)
