@@ -82,8 +82,10 @@ def why_wrong(
     decoding: bool,
     mean_rows: int | None,
 ) -> str | None:
-    """Why the kernels are not taken for a kind of calls whose experts have `mean_rows` rows on average (None: any
-    number); None if they are right."""
+    """Check the kernels for a kind of calls whose experts have `mean_rows` rows on average (None: any number).
+
+    Returns what is wrong with them; None if nothing is.
+    """
     if not torch.cuda.is_available():
         return None  # the call's tensors are fake
     from mixture_of_experts.ops.triton.operators import entries_for
@@ -95,7 +97,7 @@ def why_wrong(
 
 
 def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
-    """Why the kernels are not taken with the `wanted` entries of the schedule; None if they are right with them."""
+    """Check the kernels with the `wanted` entries of the schedule; return what is wrong with them, None if nothing is."""
     for entry in wanted:
         if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
             return wrong
