@@ -97,7 +97,7 @@ def why_wrong(
 
 
 def judge(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], wanted: tuple[Schedule, ...]) -> str | None:
-    """Check the kernels with the `wanted` entries of the schedule; return what is wrong with them, None if nothing is."""
+    """Check the kernels with the `wanted` entries of the schedule. Returns what is wrong with them, or None."""
     for entry in wanted:
         if wrong := CHECK.why_wrong(device, (kind, entry), partial(fault, kind, device, entries, entry)):
             return wrong
