@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from mixture_of_experts.huggingface.auxiliary_loss import reports_routers, text_config
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innermost, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
@@ -20,7 +20,7 @@ from mixture_of_experts.huggingface.saving.configuration import forget, note
 from mixture_of_experts.huggingface.saving.layer_settings import describe
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve, unwrapped
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
 PruneRule = Literal["reap", "frequency", "random"]
 RULES = (*MEASURED, "random")
@@ -73,8 +73,8 @@ def prune(
     """
     check_model("model", model)
     if isinstance(by, Mapping):
-        if gates is not None:
-            raise ValueError("gates goes with a rule: by names the gates itself")
+        if gates is not None or not all(isinstance(name, str) for name in by):
+            raise ValueError("by has names of gates, and names them alone: leave gates out")
         gates = list(by)
     elif check_choice("by", by, RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
@@ -137,7 +137,7 @@ def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, 
         for layer in layers.values():
             layer.check_number(check_size("keep", keep))
     if isinstance(by, Mapping):
-        given = dict(by)
+        given = {site.name: by[name] for site in sites for name in site.names if name in by}
     elif by == "random":
         given = {name: torch.rand(layer.e) for name, layer in layers.items()}
     else:
@@ -149,7 +149,7 @@ def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, 
     for name, ids in cut.items():
         layers[name].cut(ids)
     if cut:
-        apply_to_configuration(model, old, changes)
+        tell_configuration(model, old, changes)
     return kept
 
 
@@ -182,60 +182,56 @@ def ids_of(layer: PrunableLayer, given: Any, keep: int | None) -> list[int]:
 def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, int]:
     """The settings of a configuration that tell the number of experts of layers that were blocks, and their new value.
 
+    Args:
+        numbers: the experts that are left, of each layer that loses some.
+
     Raises:
         ValueError: layers would differ, and the configuration has one number for all; or none of its settings tells it.
     """
-    blocks = {name: m for name, m in model.named_modules() if isinstance(m, SparseFeedForward)}
-    new = {numbers.get(unwrapped(block.moe), block.moe.num_experts) for block in blocks.values()}
-    holder = outermost(model)
-    if holder is None or not blocks or not any(unwrapped(block.moe) in numbers for block in blocks.values()):
+    holder: Any = next(models_of(model), None)
+    blocks = {
+        name: module for name, module in (holder or model).named_modules() if isinstance(module, SparseFeedForward)
+    }
+    if holder is None or not any(block.moe in numbers for block in blocks.values()):
         return {}
+    new = sorted({numbers.get(block.moe, block.moe.num_experts) for block in blocks.values()})
     if len(new) > 1:
         raise ValueError(
             f"the layers of {type(holder).__name__} were blocks, whose configuration has one number of experts "
-            f"for all: keep equally many in each, got {sorted(new)}"
+            f"for all: keep equally many in each, got {new}"
         )
-    (number,), old = new, next(iter(blocks.values())).moe.num_experts
-    config = copy.deepcopy(holder.config)
+    config, old = copy.deepcopy(holder.config), next(iter(blocks.values())).moe.num_experts
     forget(config)
     text = config.get_text_config()
-    names = [name for name, value in vars(text).items() if NUMBER.search(name) and value == old]
-    for name in names:
-        setattr(text, name, number)
+    changes = {name: new[0] for name, value in vars(text).items() if NUMBER.search(name) and value == old}
+    for name in changes:
+        setattr(text, name, new[0])
     with torch.device("meta"):
         stock: Any = type(holder)(config)
-    prefix = next(name for name, module in model.named_modules() if module is holder)
     for name in blocks:
-        block = stock.get_submodule(name.removeprefix(prefix).lstrip("."))
-        recipe = recipe_of(block)
-        if recipe is None or BlockSettings(block, recipe).num_experts != number:
+        block = stock.get_submodule(name)
+        if (recipe := recipe_of(block)) is None or BlockSettings(block, recipe).num_experts != new[0]:
             raise ValueError(f"no setting of {type(config).__name__} is known to tell the {old} experts of {name}")
-    return dict.fromkeys(names, number)
+    return changes
 
 
-def apply_to_configuration(model: nn.Module, old: int, changes: Mapping[str, int]) -> None:
-    """Tell the model's configuration of the experts that are left."""
-    holder, config = outermost(model), None
-    if holder is None:
+def tell_configuration(model: nn.Module, old: int, changes: Mapping[str, int]) -> None:
+    """Tell the model's configuration, and modules that copied the number, of the experts that are left."""
+    for holder in models_of(model):
+        if changes and vars(holder).get("num_experts") == old:
+            holder.num_experts = next(iter(changes.values()))  # pyright: ignore[reportArgumentType]
+    holder = next(models_of(model), None)
+    layers = feed_forwards(model)
+    if holder is None or not layers:
         return
-    if (layers := describe(holder)) and isinstance(holder.config, PreTrainedConfig):
-        note(holder, layers)
-    if (config := text_config(holder)) is None:
-        return
-    members = [module for module in holder.modules() if isinstance(module, MoEFeedForward)]
-    told = not reports_routers(config) and vars(config).get("num_experts") == old and members
-    for name, number in (*changes.items(), *([("num_experts", members[0].moe.num_experts)] if told else [])):
+    note(holder, describe(holder))
+    config = text_config(holder)
+    if not reports_routers(config) and vars(config).get("num_experts") == old:  # as `announce` set it
+        changes = {**changes, "num_experts": layers[0].moe.num_experts}
+    for name, number in changes.items():
         setattr(config, name, number)
-    if changes:
-        for module in models_of(holder):
-            if vars(module).get("num_experts") == old:
-                module.num_experts = next(iter(changes.values()))  # pyright: ignore[reportArgumentType]
-
-
-def outermost(model: nn.Module) -> PreTrainedModel | None:
-    """The model of transformers that is, or is inside, a model."""
-    return next(models_of(model), None)
 
 
 def models_of(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The models of transformers in a model, the outermost first."""
     return (module for module in model.modules() if isinstance(module, PreTrainedModel))

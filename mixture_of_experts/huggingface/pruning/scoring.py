@@ -1,6 +1,6 @@
 """Scores experts by what they do in forwards on a text.
 
-Axes: t tokens, r rows, e experts.
+Axes: r rows, e experts.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from mixture_of_experts.around import EnclosedExperts, InputWeightedExperts
 from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, current, within
 from mixture_of_experts.whole_model.sites import Site, unwrapped
@@ -27,67 +26,61 @@ MEASURED = ("reap", "frequency")
 
 
 class CalibrationCall(ForwardCall):
-    """A forward on the text: what each gate decided, and the sums `(e,)` of that forward."""
+    """A forward on the text: what each gate decided, and the numbers `(2, e)` of each layer, in its order."""
 
     def __init__(self) -> None:
         self.routings: dict[Site, Routing] = {}
-        self.counts: list[tuple[Site, Tensor]] = []
-        self.sums: list[tuple[Site, Tensor]] = []
+        self.numbers: list[tuple[Site, Tensor]] = []
 
 
 class Calibration(Watch):
-    """Sums, over the forwards that end well, each expert's tokens and the sizes of what it adds to them."""
+    """Counts the tokens of each expert, and sums the sizes of what it adds to them, over forwards that end well."""
 
-    def __init__(self, sites: list[Site]) -> None:
+    def __init__(self, sites: list[Site], by: str) -> None:
         super().__init__(owner=self)
-        self.counts = {site: torch.zeros(site.num_experts, dtype=torch.float64) for site in sites}
-        self.sums = {site: torch.zeros(site.num_experts, dtype=torch.float64) for site in sites}
+        self.by = by
+        self.totals = {site: torch.zeros(2, site.num_experts, dtype=torch.float64) for site in sites}
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CalibrationCall:
         return CalibrationCall()
 
     def ended(self, call: CalibrationCall, output: Any) -> None:
-        for site, counts in call.counts:
-            self.counts[site] += counts.cpu()
-        for site, sums in call.sums:
-            self.sums[site] += sums.cpu()
+        for site, numbers in call.numbers:
+            self.totals[site] += numbers.cpu()
 
-    def gate_decided(self, site: Site, gate: nn.Module, args: object, routing: Routing) -> None:
-        if isinstance(call := current(self), CalibrationCall):
+    def decided(self, site: Site, gate: nn.Module, args: object, routing: Routing) -> None:
+        if (call := current(self)) is not None:
             call.routings[site] = routing
-            expert = routing.expert[routing.kept]
-            call.counts.append((site, expert.bincount(minlength=site.num_experts)))
 
-    def experts_read(
-        self, site: Site, experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> None:
-        if isinstance(call := current(self), CalibrationCall) and site in call.routings:
+    def read(self, site: Site, experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if (call := current(self)) is not None and site in call.routings:
             without_padding = decision_of(replace(call.routings[site], uncounted=None))
-            call.sums.append((site, weighted_norms(experts, args[0], without_padding)))
+            call.numbers.append((site, self.numbers_of(experts, args[0], without_padding)))
 
-
-def weighted_norms(experts: Any, x: Tensor, decision: Decision) -> Tensor:
-    """`(e,)`, for each expert the sum, over the tokens that it computes, of weight times the norm of its output."""
-    plan = decision.without_gaps()
-    assert plan.rows_per_expert is not None
-    rows, weight = dispatch(x, plan), plan.row_weight()
-    if isinstance(experts, InputWeightedExperts):
-        rows, weight = (rows * weight.unsqueeze(-1)).to(x.dtype), torch.ones_like(weight)
-    expert = torch.arange(len(plan.rows_per_expert), device=x.device).repeat_interleave(plan.rows_per_expert)
-    out = experts.compute(rows, plan.rows_per_expert)[: len(expert)]
-    sizes = weight[: len(expert)].double() * torch.linalg.vector_norm(out.double(), dim=-1)
-    return sizes.new_zeros(len(plan.rows_per_expert)).index_add(0, expert, sizes)
+    def numbers_of(self, experts: Any, x: Tensor, decision: Decision) -> Tensor:
+        """`(2, e)`: the tokens that each expert computes, and the sum over them of weight times norm of its output."""
+        plan = decision.without_gaps()
+        counts = plan.rows_per_expert
+        assert counts is not None
+        numbers = torch.stack([counts, torch.zeros_like(counts)]).double()
+        if self.by == "reap":
+            rows, weight = dispatch(x, plan), plan.row_weight()
+            if isinstance(experts, InputWeightedExperts):
+                rows, weight = (rows * weight.unsqueeze(-1)).to(x.dtype), torch.ones_like(weight)
+            expert = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+            norm = torch.linalg.vector_norm(experts.compute(rows, counts)[: len(expert)].double(), dim=-1)
+            numbers[1].index_add_(0, expert, weight[: len(expert)] * norm)
+        return numbers
 
 
 def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[str, Tensor]:
     """The scores `(e,)` float64 of each site's experts, by its name."""
-    batches = as_batches(calibration)
-    watch, modes = Calibration(sites), [(module, module.training) for module in model.modules()]
+    batches, watch = as_batches(calibration), Calibration(sites, by)
+    modes = [(module, module.training) for module in model.modules()]
     with Attached() as attached, torch.no_grad():
         for site in sites:
-            attached.after(site.called, partial(watch.gate_decided, site))
-            if by == "reap":
-                attached.before(computing(PrunableLayer(site).moe.experts), partial(watch.experts_read, site))
+            attached.after(site.called, partial(watch.decided, site))
+            attached.before(computing(site.stands[0].layer), partial(watch.read, site))
         watch.follow(model, attached)
         try:
             model.eval()
@@ -97,41 +90,35 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
         finally:
             for module, mode in modes:
                 module.training = mode
-    unused = [site.name for site in sites if not watch.counts[site].any()]
-    if unused:
+    if unused := [site.name for site, (counts, _) in watch.totals.items() if not counts.any()]:
         raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
-    if by == "frequency":
-        return {site.name: watch.counts[site] for site in sites}
-    return {site.name: watch.sums[site] / watch.counts[site].clamp(min=1) for site in sites}
+    scores = {site.name: (counts, sums / counts.clamp(min=1)) for site, (counts, sums) in watch.totals.items()}
+    return {name: mean if by == "reap" else counts for name, (counts, mean) in scores.items()}
 
 
 def as_batches(calibration: Any) -> Iterable[Any]:
     """The batches of a text: those of an iterable, or a single one."""
     if isinstance(calibration, Tensor | Mapping):
         return [calibration]
-    if calibration is None or isinstance(calibration, str) or not isinstance(calibration, Iterable):
+    if isinstance(calibration, str) or not isinstance(calibration, Iterable):
         raise TypeError(
             "calibration must be batches of tokens, such as [tokenizer(text, return_tensors='pt')], got "
-            f"{type(calibration).__name__}: the rules {', '.join(MEASURED)} read it"
+            f"{type(calibration).__name__}: {' and '.join(MEASURED)} read it"
         )
     return calibration
 
 
 def run(model: nn.Module, batch: Any) -> None:
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
+        raise TypeError(f"a batch of calibration is a tensor, a dict or a tuple, got {type(batch).__name__}")
     if isinstance(batch, Mapping):
         model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    elif isinstance(batch, Tensor):
-        model(batch)
     else:
-        raise TypeError(
-            f"a batch of calibration is a tensor, a dict or a tuple of arguments of the model, got "
-            f"{type(batch).__name__}: make it by a tokenizer"
-        )
+        model(*([batch] if isinstance(batch, Tensor) else batch))
 
 
-def computing(experts: nn.Module) -> nn.Module:
-    """The experts that are called with tokens and a decision and compute rows, inside modules around them."""
-    experts = unwrapped(experts)
-    return computing(experts.experts) if isinstance(experts, EnclosedExperts) else experts
+def computing(layer: Any) -> nn.Module:
+    """The experts of a layer that compute rows of tokens, inside modules around them."""
+    holder: Any = unwrapped(layer)
+    experts = unwrapped(holder.experts)
+    return computing(experts) if isinstance(experts, EnclosedExperts) else experts
