@@ -59,7 +59,7 @@ def choices(model: Recipe) -> str:
 
 
 def billions(number: float | None) -> str:
-    return "?" if number is None else f"{number:,g} B"
+    return "?" if number is None else f"{number:,g}"
 
 
 def losses(model: Recipe) -> str:
