@@ -30,3 +30,8 @@ def test_lightning(workers: Workers, tmp_path: Path, one_file: bool):
 def test_accelerate(workers: Workers, tmp_path: Path, layout: str):
     pytest.importorskip("accelerate")
     workers.run(recipes.check_accelerate, 2, tmp_path, layout)
+
+
+def test_torchtitan(workers: Workers):
+    pytest.importorskip("torchtitan", reason="docs/engines.md says how to install it")
+    workers.run(recipes.check_torchtitan, 2)

@@ -1,4 +1,4 @@
-"""Models whose experts are spread over ranks, trained by Lightning and accelerate as `docs/engines.md` shows."""
+"""Models whose experts are spread over ranks, trained by engines as `docs/engines.md` shows."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils.data import DataLoader
 
 from mixture_of_experts.parallel import expert_parameters, ignore_experts_in_ddp
 from support.parallel_checks import make_mesh, spread
-from support.parallel_layers import DIM, LENGTH, make_model
+from support.parallel_layers import DIM, EXPERTS, LENGTH, make_model
 from support.parallel_training import make_optimizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
@@ -171,3 +172,69 @@ def check_accelerate(folder: Path, layout: str) -> None:
     weights, expected = train_alone()
     torch.testing.assert_close(torch.tensor(norms).flatten(), torch.tensor(expected), rtol=0, atol=1e-9)
     check_equal(whole_weights(model), weights)
+
+
+# ---- torchtitan ----
+
+
+def titan_layer(dispatcher: type) -> Any:
+    """A layer of torchtitan, its experts computed here; the same on every rank."""
+    from torchtitan.models.common import moe  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.common.linear import Linear  # pyright: ignore[reportMissingImports]
+
+    torch.manual_seed(0)
+    experts = recipe("torchtitan")["MixtureExperts"].Config(dim=DIM, hidden_dim=12, num_experts=EXPERTS)
+    routed = moe.RoutedExperts.Config(
+        inner_experts=experts, token_dispatcher=dispatcher.Config(num_experts=EXPERTS, top_k=2)
+    )
+    router = moe.TokenChoiceTopKRouter.Config(
+        num_experts=EXPERTS, gate=Linear.Config(in_features=DIM, out_features=EXPERTS), top_k=2
+    )
+    layer = moe.MoE.Config(num_experts=EXPERTS, routed_experts=routed, router=router).build()
+    for parameter in layer.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return layer
+
+
+def every_expert(layer: Any, x: Tensor) -> Tensor:
+    """What the layer means: all experts compute all tokens."""
+    scores, ids, _ = layer.router(x, layer.expert_bias_E)
+    experts = layer.routed_experts.inner_experts
+    hidden = nn.functional.silu(torch.einsum("bnd,efd->bnef", x, experts.w1_EFD))
+    hidden = hidden * torch.einsum("bnd,efd->bnef", x, experts.w3_EFD)
+    out = torch.einsum("bnef,edf->bned", hidden, experts.w2_EDF)
+    return (out.gather(2, ids[..., None].expand(*ids.shape, DIM)) * scores[..., None]).sum(dim=2)
+
+
+def check_torchtitan() -> None:
+    """One process against the definition; then two ranks, each with half of the experts, against one process.
+
+    It combines in float32.
+    """
+    warnings.simplefilter("ignore")  # its imports warn, and it asks a CPU for autocast to float32
+    from torchtitan.distributed.utils import set_spmd_backend  # pyright: ignore[reportMissingImports]
+    from torchtitan.models.common import token_dispatcher  # pyright: ignore[reportMissingImports]
+
+    set_spmd_backend("default")
+    layer, x = titan_layer(token_dispatcher.LocalTokenDispatcher), batch()
+    expected = every_expert(layer, x)
+    torch.testing.assert_close(layer(x), expected, rtol=0, atol=1e-5)
+    names, parameters = zip(*layer.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(loss_of(expected), parameters), strict=True))
+
+    spread_layer, mesh = titan_layer(token_dispatcher.AllToAllTokenDispatcher), make_mesh()["ep"]
+    experts = spread_layer.routed_experts.inner_experts
+    for name, parameter in list(experts.named_parameters()):
+        setattr(experts, name, nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+    spread_layer.routed_experts.token_dispatcher.wire_meshes(ep_mesh=mesh)
+    own = x.chunk(dist.get_world_size())[dist.get_rank()]
+    out = spread_layer(own)
+    torch.testing.assert_close(out, expected.chunk(dist.get_world_size())[dist.get_rank()], rtol=0, atol=1e-5)
+    loss_of(out).backward()
+    for name, parameter in spread_layer.named_parameters():
+        gradient = parameter.grad
+        if isinstance(gradient, DTensor):
+            gradient = gradient.full_tensor()
+        else:
+            dist.all_reduce(gradient)
+        torch.testing.assert_close(gradient / dist.get_world_size(), gradients[name], rtol=0, atol=1e-5)
