@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
@@ -179,7 +180,7 @@ def cost(model: nn.Module, used: Used) -> Cost:
     parts: dict[Tensor, float] = {}
     flops = 0.0
     for module, part in with_parts(model, used.shares):
-        for parameter in module.parameters(recurse=False):
+        for parameter in own_weights(module).values():
             parts[parameter] = max(part, parts.get(parameter, 0.0))
         flops += 2 * part * multiplied(module, used)
     active = sum(part * parameter.numel() for parameter, part in parts.items())
@@ -205,9 +206,15 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
             todo.append((layer, child, part if computes else 0.0, below.get(child, 1.0)))
 
 
+def own_weights(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a module itself, and its buffers of int8, which are quantised weights; by name."""
+    small = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.dtype == torch.int8}
+    return {**dict(module.named_parameters(recurse=False)), **small}
+
+
 def multiplied(module: nn.Module, used: Used) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    own, kind = list(module.named_parameters(recurse=False)), type(module).__name__
+    own, kind = list(own_weights(module).items()), type(module).__name__
     if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
         return getattr(module, "weight").numel()  # noqa: B009
     if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers

@@ -25,6 +25,7 @@ ORDER = [
     "whole_model",
     "summary",
     "unstack",
+    "quantize",
     "",
     "mixture_of_experts",  # the one module of 0.2.3
     "stats",

@@ -54,6 +54,13 @@ def test_stand_ins():
         assert private_torch.is_fake(torch.ones(2))
 
 
+def test_products_with_int8():
+    """Where it is right, `mixture_of_experts.quantize` uses it."""
+    x, weight, scale = torch.randn(3, 48).bfloat16(), torch.randint(-127, 128, (5, 48), dtype=torch.int8), torch.rand(5)
+    found = private_torch.int8_product(x, weight, scale.bfloat16()).float()
+    torch.testing.assert_close(found, x.float() @ weight.mT.float() * scale.bfloat16(), atol=1.0, rtol=0.02)
+
+
 def test_dispatch_modes():
     with FakeTensorMode(), private_torch.without_dispatch_modes():
         assert not private_torch.is_fake(torch.ones(2))

@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts.huggingface.saving.configuration import NAME
-from mixture_of_experts.huggingface.saving.restore import finish, put_experts
+from mixture_of_experts.huggingface.saving.restore import finish, put_experts, quantise_as_saved
 
 
 @register_quantization_config(NAME)
@@ -39,6 +39,7 @@ class ExpertsLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         put_experts(model, self.quantization_config.layers)
+        quantise_as_saved(model, kwargs.get("checkpoint_files") or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         finish(model)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
@@ -16,6 +17,9 @@ from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.replacement.replace import NetworkSite, find, gates_of_layers, make_moe, swap
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, gate_factory
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.quantize import QuantizedExperts
+
+INT8 = ".w2_int8"  # what every layer of quantised experts has
 
 
 def put_experts(
@@ -74,6 +78,17 @@ def finish(model: nn.Module, missing: Collection[str] | None = None) -> None:
     """What is left to do once a model's weights are loaded."""
     initialise_missing(model, missing)
     share_batch(model)
+
+
+def quantise_as_saved(model: nn.Module, files: Collection[str]) -> None:
+    """Put quantised experts where files of safetensors have such, before weights are loaded."""
+    for file in (file for file in files if str(file).endswith(".safetensors")):
+        with safe_open(file, "pt") as saved:
+            names = [name.removesuffix(INT8) for name in saved.keys() if name.endswith(INT8)]  # noqa: SIM118
+        for place in (find_place(model, name) for name in names):
+            if place is not None:
+                (parent, _, child), experts = place.rpartition("."), model.get_submodule(place)
+                setattr(model.get_submodule(parent), child, QuantizedExperts(experts))  # type: ignore[arg-type]
 
 
 def find_place(model: Any, name: str) -> str | None:

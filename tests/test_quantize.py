@@ -1,0 +1,191 @@
+"""Experts in int8: near the experts that they were made of, frozen, and as experts are in every other way."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
+from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.summary import summary
+
+DIM = 32
+LAYERS: dict[str, Any] = {
+    "gated": lambda: MoE(DIM, gate=TopKGating(DIM, 6), experts=GatedExperts(DIM, 6, 48)),
+    "bias, odd sizes": lambda: MoE(DIM, gate=TopKGating(DIM, 6), experts=Experts(DIM, 6, 37, bias=True)),
+    "two to one": lambda: MoE(
+        DIM, gate=TopKGating(DIM, 6), experts=GatedExperts(DIM, 6, 48, activation=ClampedSwiGLU(), bias=True)
+    ),
+    "capacity": lambda: MoE(DIM, 6, second_policy_train="all", second_policy_eval="all"),
+    "two levels": lambda: HeirarchicalMoE(DIM, (2, 3), second_policy_train="all", second_policy_eval="all"),
+}
+
+
+def frozen(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    layer = LAYERS[name]().to(dtype)
+    layer.experts.requires_grad_(False)
+    for bias in (b for n, b in layer.experts.named_parameters() if n.startswith("b")):
+        bias.normal_()
+    return layer
+
+
+def dequantised(experts: QuantizedExperts, number: str) -> Tensor:
+    weight, scale = getattr(experts, f"w{number}_int8"), getattr(experts, f"w{number}_scale")
+    return (weight * scale.unsqueeze(-1)).mT
+
+
+def rounded(layer: Any) -> Any:
+    """The layer with its weights as int8 stores them, in experts of the plain class."""
+    small, layer = quantize_experts(copy.deepcopy(layer)), copy.deepcopy(layer)
+    for number in (*small.experts.numbers, "2"):
+        getattr(layer.experts, f"w{number}").copy_(dequantised(small.experts, number))
+    return layer
+
+
+def run(layer: Any, x: Tensor) -> list[Tensor]:
+    """Output, loss, and the gradients of tokens and routers."""
+    x = x.clone().requires_grad_()
+    out, loss = layer(x)
+    weights = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    return [out, loss, *torch.autograd.grad(out.square().sum() + loss, [x, *weights])]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_it_computes_with_rounded_weights(name):
+    """Each within half a step of its own; outputs and gradients are those of plain experts with the rounded weights."""
+    layer, x = frozen(name, torch.float64), torch.randn(2, 9, DIM, dtype=torch.float64)
+    small = quantize_experts(copy.deepcopy(layer))
+    for number in (*small.experts.numbers, "2"):
+        weight, scale = getattr(layer.experts, f"w{number}"), getattr(small.experts, f"w{number}_scale")
+        assert ((dequantised(small.experts, number) - weight).abs() <= 0.501 * scale.unsqueeze(-2)).all()
+    assert not list(small.experts.parameters())
+    for found, wanted in zip(run(small, x), run(rounded(layer), x), strict=True):
+        torch.testing.assert_close(found, wanted)
+    for found, wanted in zip(run(small, x), run(layer, x), strict=True):
+        assert (found - wanted).norm() <= 0.03 * wanted.norm()
+    slots = torch.randn(*small.experts.expert_dims, 3, DIM, dtype=torch.float64)
+    torch.testing.assert_close(small.experts(slots), rounded(layer).experts(slots))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_one_token_and_few_rows_are_computed_as_many(name, dtype):
+    """Whether int8 is multiplied directly, in bfloat16, or not."""
+    layer = frozen(name, dtype).eval()
+    small, wanted = quantize_experts(copy.deepcopy(layer)), rounded(layer)
+    for tokens in (1, 2, 90):
+        x = torch.randn(1, tokens, DIM, dtype=dtype)
+        found, expected = small(x)[0], wanted(x)[0]
+        assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
+
+
+def test_gradients_of_any_order():
+    counts, scale = torch.tensor([2, 0, 1]), torch.rand(3, 3, dtype=torch.float64)
+    weight = torch.randint(-127, 128, (3, 3, 2), dtype=torch.int8)
+    for back, width in ((False, 2), (True, 3)):
+        x = torch.randn(4, width, dtype=torch.float64, requires_grad=True)  # the last row is nobody's
+        assert not quantize.rows_by_int8(x, weight, scale, counts, back)[3:].any()
+        function = lambda x: quantize.rows_by_int8(x, weight, scale, counts, back).square()  # noqa: B023, E731
+        torch.autograd.gradcheck(function, x)
+        torch.autograd.gradgradcheck(function, x)
+
+
+def test_copies_casts_states_checkpoints_and_autocast():
+    small, x = quantize_experts(frozen("gated")), torch.randn(2, 9, DIM)
+    wanted = run(small, x)
+    again = run(copy.deepcopy(small), x)
+    other = quantize_experts(frozen("gated"))
+    for buffer in other.experts.buffers():
+        buffer.zero_()
+    other.load_state_dict(small.state_dict())
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "experts.w1"'):
+        frozen("gated").load_state_dict(small.state_dict())
+    for found in (again, run(other, x), run(Checkpointed(small), x)):
+        assert all(one.equal(same) for one, same in zip(found, wanted, strict=True))
+    for dtype in (torch.bfloat16, torch.float16):
+        cast = copy.deepcopy(small).to(dtype)
+        assert cast.experts.w1_int8.dtype == torch.int8
+        out = cast(x.to(dtype))[0]
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), wanted[0], atol=2e-2, rtol=2e-2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(small(x)[0].float(), wanted[0], atol=2e-2, rtol=2e-2)
+    assert small.to("meta")(x.to("meta"))[0].shape == x.shape
+
+
+class Checkpointed(nn.Module):
+    """A layer under activation checkpointing."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Any:
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_dead_channels_and_dropout():
+    experts = Experts(DIM, 2, 48, dropout=0.5).requires_grad_(False)
+    experts.w1[0, :, 3] = 0
+    layer = quantize_experts(MoE(DIM, 2, experts=experts))
+    assert layer.experts.w1_scale[0, 3] == 1
+    assert not dequantised(layer.experts, "1")[0, :, 3].any()
+    x = torch.randn(1, 20, DIM)
+    assert not layer(x)[0].equal(layer(x)[0])
+    layer.eval()
+    assert layer(x)[0].isfinite().all()
+
+
+def test_it_is_counted_as_it_was():
+    layer = frozen("gated")
+    before = summary(layer)
+    assert str(summary(quantize_experts(layer))) == str(before)
+
+
+def test_what_it_cannot_quantise():
+    with pytest.raises(ValueError, match=r"experts.w1 is trainable, and int8 is not: call requires_grad_\(False\)"):
+        quantize_experts(MoE(DIM, 4))
+    with pytest.raises(ValueError, match=r"experts\.w1 is on the meta device"):
+        quantize_experts(frozen("gated").to("meta"))
+    for model in (nn.Linear(2, 2), quantize_experts(frozen("gated"))):
+        with pytest.raises(ValueError, match=r"has no stacked experts \(Experts, GatedExperts\)"):
+            quantize_experts(model)
+    with pytest.raises(ValueError, match="give the layer or model around"):
+        quantize_experts(Experts(DIM, 4).requires_grad_(False))
+    with pytest.raises(TypeError, match="model must be a model"):
+        quantize_experts("a model")  # type: ignore[type-var]
+    two = nn.ModuleList([frozen("gated"), MoE(DIM, 4)])
+    with pytest.raises(ValueError, match=r"1.experts.w1 is trainable"):
+        quantize_experts(two)
+    assert isinstance(two[0].experts, GatedExperts)  # a refused call changes nothing
+    with pytest.raises(ValueError, match=r"read slots of shape \(6, s, 32\), got \(2, 32\)"):
+        quantize_experts(frozen("gated")).experts(torch.randn(2, DIM))
+
+
+def test_torchs_operator_is_checked(monkeypatch):
+    assert quantize.is_direct()
+    for wrong in (lambda x, w, s: (x @ w.to(x.dtype).mT) * s * 1.02, lambda *_: torch._no_such_operator):  # type: ignore[attr-defined]
+        monkeypatch.setattr(quantize, "int8_product", wrong)
+        assert not quantize.is_direct()
+    monkeypatch.setattr(quantize, "DIRECT", False)
+    with torch.no_grad():
+        assert quantize_experts(frozen("gated", torch.bfloat16))(torch.randn(1, 1, DIM).bfloat16())[0].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
+def test_compiled():
+    small, x = quantize_experts(frozen("gated")), torch.randn(2, 9, DIM)
+    torch._dynamo.reset()
+    for found, wanted in zip(
+        run(torch.compile(small, fullgraph=True, backend="aot_eager"), x), run(small, x), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
