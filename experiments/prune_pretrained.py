@@ -87,9 +87,14 @@ def table(path: Path, text: Text) -> str:
     rules["the other way: lowest by REAP"] = [least]
 
     def bits(keep: int, by: Any) -> float:
-        fewer = copy.deepcopy(model)
-        prune(fewer, keep, by)
-        return evaluation(fewer, held_out, text, 0, 0.0)["bits"]
+        whole, model.model.layers = model.model.layers, copy.deepcopy(model.model.layers)
+        try:
+            prune(model, keep, by)
+            found = evaluation(model, held_out, text, 0, 0.0)["bits"]
+        finally:
+            model.model.layers = whole
+        print(f"{keep} kept: {found:.4f}", flush=True)
+        return found
 
     rows = [
         (f"{keep}", *(f"{fmean(bits(keep, by) for by in ways):.4f}" for ways in rules.values())) for keep in (8, *KEEP)

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from support.transformers_models import ARCHITECTURES
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
@@ -34,6 +35,7 @@ from mixture_of_experts import (
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
+    OutputOnly,
     ReLUGating,
     Top2Gating,
     TopKGating,
@@ -184,6 +186,27 @@ def test_modes_frozen_weights_and_random_choice():
     assert prune(moe, 3, "random") == first
     assert not moe.experts.w1.requires_grad
     assert moe.experts.w2.requires_grad
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "gate", "experts", "layer"])
+def test_what_is_wrapped_around_a_layer_does_not_hide_it(what):
+    moe, x = layer(TopKGating(D, E)), torch.randn(2, 9, D, dtype=torch.float64)
+    wanted = expert_scores(moe, calibration=x)["gate"]
+    model: nn.Module = nn.Sequential(OutputOnly(moe))
+    if what == "model":
+        model = torch.compile(model, backend="eager")
+    elif what == "layer":
+        model[0].moe = checkpoint_wrapper(torch.compile(moe, backend="eager"))
+    else:
+        setattr(moe, what, checkpoint_wrapper(torch.compile(getattr(moe, what), backend="eager")))
+    (found,) = expert_scores(model, calibration=x).values()
+    torch.testing.assert_close(found, wanted)
+    (ids,) = prune(model, 4, calibration=x).values()
+    assert ids == sorted(wanted.argsort(descending=True)[:4].tolist())
+    assert moe.num_experts == 4
+    with torch.compiler.set_stance("force_eager"):
+        model(x)
 
 
 X = torch.randn(2, 9, D)

@@ -77,7 +77,7 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
     """The scores `(e,)` float64 of each site's experts, by its name."""
     batches, watch = as_batches(calibration), Calibration(sites, by)
     modes = [(module, module.training) for module in model.modules()]
-    with Attached() as attached, torch.no_grad():
+    with Attached() as attached, torch.no_grad(), torch.compiler.set_stance("force_eager"):
         for site in sites:
             attached.after(site.called, partial(watch.decided, site))
             attached.before(computing(site.stands[0].layer), partial(watch.read, site))
