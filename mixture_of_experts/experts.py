@@ -211,10 +211,13 @@ class StackedExperts(FixedShapes, RoutedExperts):
                 self.register_parameter(name, stack)
         self.reset_parameters()
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, decision: Decision | None = None, *, ffn: Callable[..., Tensor] = routed_ffn
+    ) -> Tensor:
+        """Map as `RoutedExperts` does; a wrapper may give another `ffn`, which computes tokens with a decision."""
         network = self._network()
         if isinstance(decision, Decision):
-            return routed_ffn(x, decision, network, training=self.training)
+            return ffn(x, decision, network, training=self.training)
         wanted = (*self.expert_dims, "s", self.dim)
         fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
         if decision is not None or not fits:

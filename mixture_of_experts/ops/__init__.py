@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -191,7 +191,14 @@ def _listening() -> Iterator[list[Explanation]]:
         _LISTENERS.explanations.pop()
 
 
-def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
+def routed_ffn(
+    x: Tensor,
+    decision: Decision,
+    network: Network,
+    *,
+    training: bool = False,
+    ways: Mapping[str, Any] | None = None,
+) -> Tensor:
     """Compute tokens by the experts of a decision; return each token's weighted sum of their outputs, `(t, o)`.
 
     Args:
@@ -199,24 +206,25 @@ def routed_ffn(x: Tensor, decision: Decision, network: Network, *, training: boo
         decision: the gates' decision on these tokens.
         network: the experts' weights.
         training: the experts' mode.
+        ways: other ways by the names of the usual ones, for another kind of network; the last one takes every call.
     """
-    dtype = x.dtype
+    dtype, ways = x.dtype, WAYS if ways is None else ways
     if x.device.type != network.w_out.device.type:  # torch lets the meta device mix with others
         raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
-    return WAYS[_choose(call)].run(call).to(dtype)
+    return ways[_choose(call, ways)].run(call).to(dtype)
 
 
-def _choose(call: Call) -> str:
+def _choose(call: Call, ways: Mapping[str, Any]) -> str:
     if (way := launching.asked_for()) != "auto":
-        reason = WAYS[way].why_not(call)
+        reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
         if reason is not None:
             raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
         return _tell(way, {})
     reasons = {}
-    for name, way in WAYS.items():
-        reason = (triton.why_not_by_default if name == "triton" else way.why_not)(call)
+    for name, way in ways.items():
+        reason = (triton.why_not_by_default if way is triton else way.why_not)(call)
         if reason is None:
             return _tell(name, reasons)
         reasons[name] = reason

@@ -29,7 +29,7 @@ AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torc
 def why_not(call: Call) -> str | None:
     """Why there is no operator for the operands of the call."""
     for weight in (*call.network.w_in, call.network.w_out):
-        if (reason := _why_no_operator(call.x, weight)) is not None:
+        if (reason := why_no_operator(call.x, weight)) is not None:
             return reason
     return None
 
@@ -119,12 +119,12 @@ def grouped_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | N
 
     Arguments and result are those of `plain.expert_product`.
     """
-    if num_tokens_per_expert is None or _why_no_operator(x, weight, num_tokens_per_expert) is not None:
+    if num_tokens_per_expert is None or why_no_operator(x, weight, num_tokens_per_expert) is not None:
         return plain.expert_product(x, weight, num_tokens_per_expert)
     return _Grouped.apply(x, weight, num_tokens_per_expert, False)
 
 
-def _why_no_operator(*operands: Tensor) -> str | None:
+def why_no_operator(*operands: Tensor) -> str | None:
     x, weight, *_ = operands
     if any(is_wrapped(operand) for operand in operands):
         return "grouped operators do not run under transforms of torch.func"

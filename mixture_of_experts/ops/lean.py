@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -151,14 +152,17 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call, products: type[SlotProducts] = BlockProducts) -> Tensor:
     """Compute a call; return `(t, o)`. `products` computes calls that prefer rows without gaps to slots."""
-    if few_tokens.serves(call):
-        return few_tokens.run(call)
+    return few_tokens.run(call) if few_tokens.serves(call) else run_rows(call, products)
+
+
+def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, on_rows: Any = rows) -> Tensor:
+    """`run` for any number of tokens. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     if not call.decision.prefers_rows():
         products = SlotProducts
     plan, table = products.arrange(call.decision)
     if plan.num_rows == 0:
         products = SlotProducts
-    return autograd.differentiable(LeanFFN(products, table), call.x, plan, call.network)
+    return autograd.differentiable(LeanFFN(products, table, on_rows), call.x, plan, call.network)
 
 
 class LeanFFN:
@@ -167,12 +171,12 @@ class LeanFFN:
     products: type[SlotProducts]
     table: Tensor | None
 
-    def __init__(self, products: type[SlotProducts], table: Tensor | None) -> None:
-        self.products, self.table = products, table
+    def __init__(self, products: type[SlotProducts], table: Tensor | None, on_rows: Any) -> None:
+        self.products, self.table, self.on_rows = products, table, on_rows
 
     def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
         products = self.products(plan, self.table)
-        pre, y = rows.forward(products, x, network, save)
+        pre, y = self.on_rows.forward(products, x, network, save)
         return collect(y, plan, products), [self.table, *map(products.pack, pre)] if save else []
 
     def backward(
@@ -182,7 +186,7 @@ class LeanFFN:
         products = self.products(plan, table)
         pre = [products.unpack(part) for part in packed if part is not None]
         scale, grad_scale = rows.scales(plan)
-        y, grads = rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
+        y, grads = self.on_rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
         grad_x = None if y is None else collect(y, plan, products)
         return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 

@@ -68,6 +68,10 @@ class Network:
         """The network with `function` applied to every weight and bias."""
         return self.with_tensors({name: function(tensor) for name, tensor in self.tensors().items()})
 
+    def merged(self) -> Network:
+        """A network of the same outputs whose weights are plain tensors: itself, unless a subclass stores others."""
+        return self
+
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gate and up (or the one tensor) as views of `pre`, the products with each weight of `w_in`."""
         if self.halves is None:

@@ -132,7 +132,8 @@ def gradients(x: Tensor, plan: Plan, network: Network, grad: Tensor) -> tuple[Te
     derivatives go through, for ways whose own gradients allow neither."""
 
     def function(x: Tensor, weight: Tensor, *weights: Tensor) -> Tensor:
-        return compute(x, plan._replace(weight=weight), network.with_tensors(dict(zip(tensors, weights, strict=True))))
+        named = dict(zip(tensors, weights, strict=True))
+        return compute(x, plan._replace(weight=weight), network.with_tensors(named).merged())
 
     tensors = network.tensors()
     return torch.func.vjp(function, x, plan.weight, *tensors.values())[1](grad)

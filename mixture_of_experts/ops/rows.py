@@ -56,6 +56,11 @@ def scales(plan: Plan) -> tuple[Tensor, Tensor]:
     return plan.row_weight().unsqueeze(-1), grad_scale
 
 
+def saved_widths(network: Network) -> list[int]:
+    """The widths of the tensors that `forward` returns for `backward`."""
+    return [w.shape[-1] for w in network.w_in]
+
+
 def forward(
     products: Products, x: Tensor, network: Network, save: bool, out: Sequence[Tensor] = ()
 ) -> tuple[list[Tensor], Tensor]:

@@ -118,9 +118,14 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
     children: Any = module._modules
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return children["module"]
-    if type(module).__module__.startswith("peft."):
-        return trained_copy(module) if "modules_to_save" in children else children.get("base_layer")
+    if ("modules_to_save" in children or "base_layer" in children) and from_peft(module):
+        return trained_copy(module) if "modules_to_save" in children else children["base_layer"]
     return next((child for name in WRAPPED if (child := children.get(name)) is not None), None)
+
+
+def from_peft(module: nn.Module) -> bool:
+    """Whether the module is a wrapper of PEFT, or of a subclass."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 
 def trained_copy(wrapper: Any) -> nn.Module:
@@ -132,7 +137,7 @@ def trained_copy(wrapper: Any) -> nn.Module:
 def parts_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
     """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
     children: Any = module._modules
-    if not type(module).__module__.startswith("peft.") or "modules_to_save" not in children:
+    if "modules_to_save" not in children or not from_peft(module):
         return [(child, True) for child in module.children()]
     computes = trained_copy(module)
     copies = (children["original_module"], *children["modules_to_save"].values())

@@ -18,6 +18,7 @@ from mixture_of_experts.huggingface.blocks.block_router import make_gate, router
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
+from mixture_of_experts.support.private_torch import from_peft
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
@@ -162,7 +163,7 @@ def read_block(block: nn.Module) -> ReadBlock:
             "GptOssMLP and MixtralSparseMoeBlock"
         )
     refuse_offloaded(block, f"a {name}")
-    if any(type(module).__module__.startswith("peft.") for module in block.modules()):
+    if any(from_peft(module) for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
     settings = BlockSettings(block, recipe)
     for attribute, reason in REFUSED.items():

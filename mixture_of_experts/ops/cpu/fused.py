@@ -10,6 +10,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +21,18 @@ from mixture_of_experts.dispatch.moving import sum_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.cpu.batches import Batch, Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
+from mixture_of_experts.ops.cpu.batches import Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
 from mixture_of_experts.ops.network import Call, Network
 
 
-def run(call: Call) -> Tensor:
-    """Compute a call; return `(t, o)`."""
+def run(call: Call, on_rows: Any = rows) -> Tensor:
+    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes)
-    return autograd.differentiable(ChunkedFFN(chunks), x, plan, network)
+    return autograd.differentiable(ChunkedFFN(chunks, on_rows), x, plan, network)
 
 
 def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[Chunk]]:
@@ -55,15 +56,16 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
 class ChunkedFFN:
     """Computes chunk by chunk (`autograd.ForwardBackward`)."""
 
-    def __init__(self, chunks: list[Chunk]) -> None:
-        self.chunks = chunks
+    def __init__(self, chunks: list[Chunk], on_rows: Any) -> None:
+        self.chunks, self.on_rows = chunks, on_rows
 
     def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
         y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
-        pre = [x.new_empty(plan.num_rows, w.shape[-1]) for w in network.w_in] if save else []
+        widths = self.on_rows.saved_widths(network) if save else []
+        pre = [x.new_empty(plan.num_rows, width) for width in widths]
         for chunk in self.chunks:
             products = ChunkProducts(chunk, plan, y)
-            rows.forward(products, x, network, save, [part[chunk.rows] for part in pre])
+            self.on_rows.forward(products, x, network, save, [part[chunk.rows] for part in pre])
         return _collect(y, plan), pre
 
     def backward(
@@ -80,7 +82,7 @@ class ChunkedFFN:
         for chunk in self.chunks:
             here, products = chunk.rows, ChunkProducts(chunk, plan, y)
             pre = [part[here] for part in saved if part is not None]
-            rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
+            self.on_rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
         grad_x = _collect(y, plan) if "x" in wanted else None
         return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
@@ -91,39 +93,49 @@ class ChunkProducts:
     token: Tensor
     empty: Tensor
     y: Tensor
-    batches: list[Batch]
-    start: int
+    batches: list[tuple[int, int, int]]
+    experts: list[slice]
 
     def __init__(self, chunk: Chunk, plan: Plan, y: Tensor) -> None:
         token = plan.token[chunk.rows]
         self.token, self.empty = token.clamp(max=plan.num_tokens - 1), (token == plan.num_tokens).nonzero().squeeze(-1)
-        self.y, self.batches, self.start = y[chunk.rows], chunk.batches, chunk.rows.start
+        self.y, first = y[chunk.rows], chunk.rows.start
+        self.experts = [batch.experts for batch in chunk.batches]
+        self.batches = [(batch.start - first, batch.number, batch.width) for batch in chunk.batches]
+
+    def parts(self, rows: Tensor) -> list[Tensor]:
+        """The rows `(number, width, p)` of each batch, in half the time of a slice and a view of each."""
+        (row, column), p, offset, view = rows.stride(), rows.shape[1], rows.storage_offset(), rows.as_strided
+        return [
+            view((number, width, p), (width * row, row, column), offset + start * row)
+            for start, number, width in self.batches
+        ]
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token).index_fill_(0, self.empty, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
-        for batch in self.batches:
-            torch.bmm(batch.of(x, self.start), weight[batch.experts], out=batch.of(out, self.start))
+        for experts, part, result in zip(self.experts, self.parts(x), self.parts(out), strict=True):
+            torch.bmm(part, weight[experts], out=result)
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
         self.by_weights(x, weight, self.y)
         for x, weight in others:
-            for batch in self.batches:
-                batch.of(self.y, self.start).baddbmm_(batch.of(x, self.start), weight[batch.experts])
+            for experts, part, result in zip(self.experts, self.parts(x), self.parts(self.y), strict=True):
+                result.baddbmm_(part, weight[experts])
         return self.y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        for batch in self.batches:
-            batch.of(rows, self.start).add_(bias[batch.experts].unsqueeze(1))
+        for experts, part in zip(self.experts, self.parts(rows), strict=True):
+            part.add_(bias[experts].unsqueeze(1))
 
     def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
-        for batch in self.batches:
-            torch.bmm(batch.of(x, self.start).mT, batch.of(y, self.start), out=out[batch.experts])
+        for experts, part, other in zip(self.experts, self.parts(x), self.parts(y), strict=True):
+            torch.bmm(part.mT, other, out=out[experts])
         return out
 
     def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
