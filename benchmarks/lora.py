@@ -1,0 +1,79 @@
+"""LoRA on stacked experts: inside the layer (`fast_lora`), as PEFT does it, and the frozen layer alone.
+
+    python -m benchmarks.lora
+
+Forward and backward of a layer with gradients of its inputs, in this process's own processor time on one thread. The
+contestants run interleaved; a figure is the median over the rounds of each round's own ratio to the frozen layer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Sequence
+from statistics import median
+from time import process_time
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+
+from mixture_of_experts import GatedExperts, MoE, TopKGating
+from mixture_of_experts.huggingface import fast_lora
+
+EXPERTS, K, RANK = 64, 8, 16
+TARGETS = ["experts.w1", "experts.w3", "experts.w2"]
+
+
+def contestants(dim: int, hidden: int, rank: int) -> dict[str, nn.Module]:
+    """The same layer three times; its adapters are not zero."""
+    torch.manual_seed(0)
+    frozen = MoE(dim, gate=TopKGating(dim, EXPERTS, K), experts=GatedExperts(dim, EXPERTS, hidden)).requires_grad_(
+        False
+    )
+    lora = LoraConfig(r=rank, target_parameters=TARGETS, init_lora_weights=False)
+    slow = inject_adapter_in_model(lora, copy.deepcopy(frozen))
+    return {"frozen": frozen, "inside": fast_lora(copy.deepcopy(slow)), "PEFT": slow}
+
+
+def seconds(layer: nn.Module, x: torch.Tensor) -> float:
+    """Of one step; the gradients of the one before are dropped first."""
+    x.grad = None
+    layer.zero_grad()
+    start = process_time()
+    layer(x)[0].square().mean().backward()
+    return process_time() - start
+
+
+def ratios(layers: dict[str, nn.Module], tokens: int, dim: int, rounds: int) -> dict[str, float]:
+    """The time of each but the frozen layer, over that of the frozen layer."""
+    x = torch.randn(1, tokens, dim, requires_grad=True)
+    outputs = [layers[name](x)[0] for name in ("inside", "PEFT")]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+    times = {name: [] for name in layers}
+    for _ in range(rounds + 1):
+        for name, layer in layers.items():
+            times[name].append(seconds(layer, x))
+    frozen = times.pop("frozen")[1:]
+    return {name: median(a / b for a, b in zip(its[1:], frozen, strict=True)) for name, its in times.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dim", type=int, default=256)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 128])
+    parser.add_argument("--rank", type=int, default=RANK)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 512, 4096])
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    print("| h | tokens | inside the layer | PEFT |\n|---|---|---|---|")
+    for hidden in options.hidden:
+        layers = contestants(options.dim, hidden, options.rank)
+        for tokens in options.tokens:
+            found = ratios(layers, tokens, options.dim, options.rounds)
+            print(f"| {hidden} | {tokens:,} | {found['inside']:.2f} | {found['PEFT']:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""LoRA of PEFT on stacked experts, computed inside the layer."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import nn
+
+from mixture_of_experts.experts import StackedExperts
+from mixture_of_experts.support.private_torch import wrapped_class
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def fast_lora(model: Model) -> Model:
+    """Compute LoRA on stacked experts inside the layer, instead of making `W + scaling B A` for all experts.
+
+    PEFT wraps a stacked weight (`target_parameters`) and, at each forward, makes the whole stack anew. After this call
+    `Experts` and `GatedExperts` multiply an expert's rows by its factors. Parameters, their names, saving, loading,
+    merging and the choice of adapters stay PEFT's own; outputs and gradients are equal up to rounding. No gradient of
+    a frozen stack is computed. These stay as PEFT does them: weights that are trained beside their adapters, biases,
+    slots without a decision, and everything that is not stacked experts of this package. For adapters that are added
+    to other weights later, call it again.
+
+    Args:
+        model: a model that PEFT has prepared, by `get_peft_model` or `inject_adapter_in_model`. It is changed in place,
+            on any device, also meta. Call it before the model is wrapped in `torch.compile`, DDP or FSDP2.
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: PEFT is not installed.
+        TypeError: it is no module.
+        ValueError: no weight of stacked experts of this package has adapters.
+
+    Example:
+        >>> import torch
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> from mixture_of_experts import GatedExperts, MoE
+        >>> moe = MoE(dim=16, num_experts=4, experts=GatedExperts(16, 4))
+        >>> lora = LoraConfig(r=2, target_parameters=["experts.w1", "experts.w3", "experts.w2"])
+        >>> moe = fast_lora(inject_adapter_in_model(lora, moe))
+        >>> moe(torch.randn(2, 10, 16))[0].shape
+        torch.Size([2, 10, 16])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a module that PEFT has prepared, got {type(model).__name__}")
+    try:
+        from peft.tuners.lora import layer
+    except ImportError as error:
+        raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
+    from mixture_of_experts.huggingface.lora.wrapper import WEIGHTS, ParamWrapper
+
+    found, others = [], set()
+    for name, module in model.named_modules():
+        if not isinstance(module, layer.ParamWrapper):
+            continue
+        experts, weight = module.get_base_layer(), module.parameter_name
+        if not isinstance(experts, StackedExperts):
+            others.add(f"{name}: {weight} of {type(experts).__name__}, which is not Experts or GatedExperts")
+        elif wrapped_class(experts).forward is not StackedExperts.forward:
+            others.add(f"{name}: {type(experts).__name__} has a forward of its own")
+        elif type(module) not in (layer.ParamWrapper, ParamWrapper):
+            others.add(f"{name}: {type(module).__name__} is another wrapper; call fast_lora before it is wrapped again")
+        elif weight not in WEIGHTS:
+            others.add(f"{name}: {weight} is none of {', '.join(WEIGHTS)}")
+        else:
+            found.append(module)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no stacked experts of this package with LoRA on {', '.join(WEIGHTS)}"
+            f"{': ' + '; '.join(sorted(others)) if others else ''}. Give PEFT's LoraConfig target_parameters, such as "
+            "['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model with it first"
+        )
+    for module in found:
+        module.__class__ = ParamWrapper
+    return model

@@ -1,0 +1,68 @@
+"""A network whose weights have low-rank parts, `w + scaling * down @ up` for each expert; only these are trained.
+
+Axes: e experts, p inner and q outer dimension of a weight, k rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.ops.network import W_IN, Network
+
+
+class LowRank(NamedTuple):
+    """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`, or None."""
+
+    weight: Tensor
+    down: Tensor | None
+    up: Tensor | None
+
+    @property
+    def transposed(self) -> LowRank:
+        if self.down is None or self.up is None:
+            return LowRank(self.weight.mT, None, None)
+        return LowRank(self.weight.mT, self.up.mT, self.down.mT)
+
+
+@dataclass(frozen=True)
+class AdaptedNetwork(Network):
+    """The weights of all experts, and the low-rank parts of some of them.
+
+    Attributes:
+        parts: for each such weight, by its name in `Network.tensors`, "down." and "up." with that name: `(e, p, k)` and
+            `(e, k, q)`.
+        scaling: factor of all products of down and up.
+    """
+
+    parts: Mapping[str, Any] = field(default_factory=dict)
+    scaling: float = 1.0
+
+    def tensors(self) -> dict[str, Tensor]:
+        return super().tensors() | {name: part for name, part in self.parts.items() if part is not None}
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> AdaptedNetwork:
+        stored = super().with_tensors(tensors)
+        parts = {name: tensors.get(name) for name in self.parts}
+        return AdaptedNetwork(**vars(stored), parts=parts, scaling=self.scaling)
+
+    def adapted(self) -> dict[str, LowRank]:
+        """Every weight with its part, by name; those of `w_in` come first."""
+        names, get = (*W_IN[: len(self.w_in)], "w_out"), self.parts.get
+        weights = (*self.w_in, self.w_out)
+        return {
+            name: LowRank(w, get(f"down.{name}"), get(f"up.{name}")) for name, w in zip(names, weights, strict=True)
+        }
+
+    def merged(self) -> Network:
+        """The network of the sums."""
+        tensors = super().tensors()
+        for name, (w, down, up) in self.adapted().items():
+            if down is not None and up is not None:
+                tensors[name] = torch.baddbmm(w, down, up, alpha=self.scaling)
+        fields = {name: getattr(self, name) for name in Network.__dataclass_fields__}
+        return Network(**fields).with_tensors(tensors)

@@ -1,0 +1,89 @@
+"""PEFT's wrapper of a stacked weight, which hands its factors to the experts instead of adding their product.
+
+Axes: e experts, p inner and q outer dimension of a weight, k rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners.lora import layer
+from torch import Tensor
+
+from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.huggingface.lora.network import AdaptedNetwork
+from mixture_of_experts.huggingface.lora.ways import WAYS
+from mixture_of_experts.ops import Network, routed_ffn
+
+WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class LowRankPart(NamedTuple):
+    """`scaling * down @ up`, which is added to a weight: down `(e, p, k)`, up `(e, k, q)`."""
+
+    down: Tensor
+    up: Tensor
+    scaling: float
+
+
+class AdaptedFFN:
+    """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
+
+    def __init__(self, parts: Mapping[str, LowRankPart]) -> None:
+        self.parts = dict(parts)
+
+    def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
+        scalings = {part.scaling for part in self.parts.values()}
+        alike = len(scalings) == 1
+        factors = {}
+        for name, (down, up, scaling) in self.parts.items():
+            factors |= {f"down.{name}": down if alike else down * scaling, f"up.{name}": up}
+        scaling = scalings.pop() if alike else 1.0
+        whole = AdaptedNetwork(**vars(network), parts=factors, scaling=scaling)
+        if any(stored.requires_grad for stored in network.tensors().values()):  # gradients of the sums are wanted
+            return routed_ffn(x, decision, whole.merged(), training=training)
+        return routed_ffn(x, decision, whole, training=training, ways=WAYS)
+
+
+class ParamWrapper(layer.ParamWrapper):
+    """PEFT's wrapper; PEFT knows it by this name. Whatever it cannot serve goes the way of PEFT."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        decides = isinstance(args[0] if args else kwargs.get("decision"), Decision)
+        served = (
+            decides and self.num_experts > 1 and self.parameter_name in WEIGHTS and self.get_param().dtype in DTYPES
+        )
+        if self.disable_adapters or self.merged or not active or not served or kwargs.get("adapter_names"):
+            return super().forward(x, *args, **kwargs)
+        self._check_forward_args(x, *args, **kwargs)
+        outer: AdaptedFFN | None = kwargs.pop("ffn", None)
+        parts = {} if outer is None else outer.parts
+        ffn = AdaptedFFN({**parts, WEIGHTS[self.parameter_name]: self.part(active)})
+        return self.base_layer(x, *args, ffn=ffn, **kwargs)
+
+    def part(self, adapters: list[str]) -> LowRankPart:
+        """What active adapters together add to the weight."""
+        first, *others = [self.part_of(name) for name in adapters]
+        if not others:
+            return first
+        downs, ups = zip(*[(down * scaling, up) for down, up, scaling in (first, *others)], strict=True)
+        return LowRankPart(torch.cat(downs, -1), torch.cat(ups, -2), 1.0)
+
+    def part_of(self, adapter: str) -> LowRankPart:
+        """What an adapter adds to the weight.
+
+        PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; which of them
+        the weight's inner dimension has depends on `is_transposed` of the experts.
+        """
+        a: Tensor = self.lora_A[adapter].weight  # type: ignore[assignment]
+        b: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
+        e, dtype = self.num_experts, self.get_param().dtype
+        a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
+        # a copy of two dimensions, the fastest of the kind
+        b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
+        down, up = (b, a) if self._did_swap_in_out_features else (a.mT, b.mT)
+        return LowRankPart(down.to(dtype), up.to(dtype), self.scaling[adapter])

@@ -1,0 +1,343 @@
+"""LoRA on stacked experts inside the layer: the numbers of PEFT, its files, and its choice of adapters."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.lora import layer as layer_of_peft
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    MoE,
+    TopKGating,
+    ops,
+)
+from mixture_of_experts.huggingface import fast_lora
+from mixture_of_experts.huggingface.lora import ways, wrapper
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
+DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
+ALL = ("w1", "w3", "w2")
+
+
+def targets() -> list[str]:
+    return [f"experts.{name}" for name in ALL]
+
+
+class Holder(nn.Module):
+    """A model with one layer, for what PEFT does to whole models."""
+
+    def __init__(self, moe: MoE) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, *args: Any) -> Any:
+        return self.moe(*args)
+
+
+def layer(experts: nn.Module | None = None, *, capacity: float | None = None, k: int = 2, **settings: Any) -> MoE:
+    """A layer in float64, with experts of odd sizes unless others are given."""
+    torch.manual_seed(0)
+    experts = GatedExperts(DIM, EXPERTS, HIDDEN) if experts is None else experts
+    gate = TopKGating(DIM, EXPERTS, k, capacity_factor_train=capacity, capacity_factor_eval=capacity, **settings)
+    return MoE(DIM, gate=gate, experts=experts).double()
+
+
+def prepared(moe: nn.Module, weights: tuple[str, ...] = ALL, **settings: Any) -> Any:
+    """The layer, to which PEFT has added adapters that are not zero."""
+    torch.manual_seed(1)
+    there = [f"experts.{name}" for name in weights if getattr(moe.experts, name, None) is not None]
+    config = LoraConfig(r=3, lora_alpha=5, target_parameters=there, init_lora_weights=False, **settings)
+    return inject_adapter_in_model(config, moe)
+
+
+def numbers(module: nn.Module, x: Tensor, *args: Any) -> dict[str, Tensor]:
+    """The output, and the gradients of the inputs and of everything that is trained."""
+    x = x.clone().requires_grad_()
+    out = module(x, *args)[0]
+    (out.square().sum() + out[..., 0].sum()).backward()
+    found = {"out": out.detach(), "x": x.grad}
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad is None) == (not parameter.requires_grad), name
+        if parameter.grad is not None:
+            found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+def assert_same(slow: nn.Module, fast: nn.Module, x: Tensor, *args: Any) -> None:
+    """Both compute the same, the second without making a stack."""
+    wanted, found = numbers(slow, x, *args), numbers(fast, x, *args)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], msg=lambda text, name=name: f"{name}: {text}")
+
+
+def both(moe: Any) -> tuple[Any, Any]:
+    return copy.deepcopy(moe), fast_lora(moe)
+
+
+LAYERS = {
+    "gated": lambda: layer(),
+    "one of each": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN), k=1),
+    "two matrices, biases": lambda: layer(Experts(DIM, EXPERTS, HIDDEN, bias=True)),
+    "gated, biases": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)),
+    "clamped": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, ops.ClampedSwiGLU())),
+    "unknown activation": lambda: layer(GatedExperts(DIM, EXPERTS, HIDDEN, nn.Mish)),
+    "capacity": lambda: layer(capacity=0.7),
+    "square": lambda: layer(GatedExperts(DIM, EXPERTS, DIM)),
+    "many experts, few tokens": lambda: MoE(DIM, gate=TopKGating(DIM, 40, 2), experts=Experts(DIM, 40, 7)).double(),
+    "expert choice": lambda: MoE(DIM, gate=ExpertChoiceGating(DIM, EXPERTS), experts=Experts(DIM, EXPERTS, 7)).double(),
+}
+
+
+@pytest.mark.parametrize("way", list(ways.WAYS))
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", list(LAYERS))
+def test_the_numbers_of_peft(name, transposed, way):
+    moe = LAYERS[name]()
+    if transposed:
+        moe.experts.is_transposed = True  # as in models of transformers: PEFT's A is then at the other side
+    slow, fast = both(prepared(moe))
+    x = torch.randn(2, TOKENS // 2, DIM, dtype=torch.float64)
+    if name == "unknown activation" and way in ("cpu", "lean"):
+        with ops.use(way), pytest.raises(ValueError, match="the activation Mish is none of"):
+            fast(x)
+        return
+    wanted = numbers(slow, x)
+    with ops.use(way):
+        found = numbers(fast, x)
+    assert found.keys() == wanted.keys()
+    for part in wanted:
+        torch.testing.assert_close(found[part], wanted[part], msg=lambda text, part=part: f"{part}: {text}")
+
+
+@pytest.mark.parametrize("weights", [("w1",), ("w3",), ("w2",), ("w1", "w2"), ("w1", "w3")])
+def test_some_of_the_weights(weights):
+    assert_same(*both(prepared(layer(), weights)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+
+
+def test_masked_skewed_and_no_tokens():
+    moe = layer()
+    moe.gate.w_gating.data[:, 0] *= 100  # half of all first choices
+    slow, fast = both(prepared(moe))
+    x, mask = torch.randn(2, TOKENS, DIM, dtype=torch.float64), torch.rand(2, TOKENS) < 0.6
+    assert_same(slow, fast, x, mask)
+    assert_same(slow, fast, x, torch.zeros_like(mask))
+    assert_same(slow, fast, x[:, :0])
+
+
+def test_one_expert_and_slots_go_the_way_of_peft():
+    moe = MoE(DIM, gate=TopKGating(DIM, 1, 1), experts=Experts(DIM, 1, 7)).double()
+    assert_same(*both(prepared(moe)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+    slow, fast = both(prepared(layer()))
+    slots = torch.randn(EXPERTS, 3, DIM, dtype=torch.float64)
+    torch.testing.assert_close(fast.experts(slots), slow.experts(slots))
+
+
+def test_no_stack_is_made(monkeypatch):
+    """Neither in the forward nor in the backward is there a tensor of a stack's size."""
+    fast = fast_lora(prepared(layer()))
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and not func.is_view:
+                largest = max(largest, out.numel())
+            return out
+
+    x = torch.randn(1, 4, DIM, dtype=torch.float64, requires_grad=True)
+    with Sizes():
+        fast(x)[0].square().sum().backward()
+    assert 0 < largest < fast.experts.get_base_layer().w1.numel()
+
+
+def test_two_adapters_scaling_disabled_merged_and_unmerged():
+    model = get_peft_model(
+        Holder(layer()), LoraConfig(r=3, lora_alpha=5, target_parameters=targets(), init_lora_weights=False)
+    )
+    config = LoraConfig(r=2, lora_alpha=7, use_rslora=True, target_parameters=targets(), init_lora_weights=False)
+    model = fast_lora(model)
+    model.add_adapter("other", config)  # to the same weights, after the call
+    slow = copy.deepcopy(model)
+    for module in slow.modules():
+        if isinstance(module, wrapper.ParamWrapper):
+            module.__class__ = layer_of_peft.ParamWrapper
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    outputs = []
+    for active in (["default"], ["other"], ["default", "other"]):
+        for one in (slow, model):
+            one.base_model.set_adapter(active)
+        assert_same(slow, model, x)
+        outputs.append(model(x)[0].detach())
+    for one in (slow, model):
+        for module in one.modules():
+            if isinstance(module, layer_of_peft.ParamWrapper):
+                module.set_scale("other", 0.3)
+    assert_same(slow, model, x)
+    assert all(not torch.allclose(outputs[i], outputs[i - 1]) for i in range(3))
+
+    with model.disable_adapter(), slow.disable_adapter():
+        plain = model(x)[0]
+        torch.testing.assert_close(plain, slow(x)[0])
+    unmerged = model(x)[0]
+    model.merge_adapter()
+    torch.testing.assert_close(model(x)[0], unmerged)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x)[0], unmerged)
+    assert_same(slow, model, x)
+    merged = model.merge_and_unload()
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    torch.testing.assert_close(merged(x)[0], unmerged)
+    assert not torch.allclose(plain, unmerged)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_adapters_load_into_stock_peft_and_back(tmp_path, transposed):
+    def base() -> Any:
+        torch.manual_seed(0)
+        moe = layer(GatedExperts(DIM, EXPERTS, DIM))  # square: a factor on the wrong side would fit
+        if transposed:
+            moe.experts.is_transposed = True
+        return Holder(moe)
+
+    torch.manual_seed(1)
+    fast = fast_lora(get_peft_model(base(), LoraConfig(r=2, target_parameters=targets(), init_lora_weights=False)))
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    wanted = fast(x)[0]
+    fast.save_pretrained(tmp_path / "ours")
+    stock = PeftModel.from_pretrained(base(), tmp_path / "ours")
+    torch.testing.assert_close(stock(x)[0], wanted)
+    torch.testing.assert_close(copy.deepcopy(stock).merge_and_unload()(x)[0], wanted)
+    stock.save_pretrained(tmp_path / "stock")
+    again = fast_lora(PeftModel.from_pretrained(base(), tmp_path / "stock"))
+    torch.testing.assert_close(again(x)[0], wanted)
+    assert stock.state_dict().keys() == again.state_dict().keys() == fast.state_dict().keys()
+
+
+def test_copies_and_pickles_stay_fast():
+    fast = fast_lora(prepared(layer()))
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    for again in (copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+        assert isinstance(again.experts, wrapper.ParamWrapper)
+        torch.testing.assert_close(again(x)[0], fast(x)[0])
+
+
+def test_a_stack_that_is_trained_beside_its_adapters_gets_its_gradient():
+    moe = prepared(layer())
+    moe.experts.get_base_layer().w2.requires_grad_()
+    assert_same(*both(moe), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+
+
+def test_factors_that_are_frozen_get_no_gradient():
+    moe = prepared(layer())
+    for name, parameter in moe.named_parameters():
+        parameter.requires_grad_("lora_A" in name)
+    assert_same(*both(moe), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+
+
+def test_inference_and_inputs_without_gradient():
+    slow, fast = both(prepared(layer()))
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast.eval()(x)[0], slow.eval()(x)[0])
+        torch.testing.assert_close(fast(x[:, :1])[0], slow(x[:, :1])[0])  # one token, as in decoding
+    fast(x)[0].sum().backward()
+    assert fast.experts.lora_A["default"].weight.grad is not None
+
+
+def test_second_derivatives_and_checkpoints():
+    slow, fast = both(prepared(layer()))
+    x = torch.randn(1, 6, DIM, dtype=torch.float64, requires_grad=True)
+
+    def penalty(moe: nn.Module) -> tuple[Tensor, ...]:
+        trained = [parameter for parameter in moe.parameters() if parameter.requires_grad]
+        first = torch.autograd.grad(moe(x)[0].square().sum(), [x, *trained], create_graph=True)
+        return torch.autograd.grad(sum(part.square().sum() for part in first), [x, *trained])
+
+    torch.testing.assert_close(penalty(fast), penalty(slow))
+    found = torch.autograd.grad(checkpoint(lambda x: fast(x)[0], x, use_reentrant=False).square().sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(slow(x)[0].square().sum(), x))
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bfloat16(autocast):
+    moe = layer().float()
+    slow, fast = both(prepared(moe if autocast else moe.bfloat16()))
+    x = torch.randn(2, TOKENS, DIM, dtype=torch.float32 if autocast else torch.bfloat16)
+    exact = numbers(copy.deepcopy(slow).double(), x.double())
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wanted, found = numbers(slow, x), numbers(fast, x)
+    for name in exact:  # as near to the exact numbers as PEFT's, of the same dtypes
+        assert found[name].dtype == wanted[name].dtype
+        error, its = ((part[name].double() - exact[name]).norm() for part in (found, wanted))
+        assert error <= 2 * its + 0.01 * exact[name].norm(), name
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "words"),
+    [
+        (3, TypeError, "model must be a module that PEFT has prepared, got int"),
+        (layer(), ValueError, "MoE has no stacked experts of this package with LoRA on w1, w3, w2. Give PEFT's"),
+        (
+            inject_adapter_in_model(LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(2, 2))),
+            ValueError,
+            "Sequential has no stacked experts",
+        ),
+    ],
+)
+def test_what_is_not_prepared_is_named(model, error, words):
+    with pytest.raises(error, match=words):
+        fast_lora(model)
+
+
+def test_experts_of_others_and_subclasses_are_named():
+    class Own(GatedExperts):
+        def forward(self, x, decision=None):
+            return super().forward(x, decision)
+
+    moe = prepared(layer(Own(DIM, EXPERTS, HIDDEN)), ("w1",))
+    with pytest.raises(ValueError, match="experts: Own has a forward of its own"):
+        fast_lora(moe)
+    of_bias = LoraConfig(r=1, target_parameters=["0.b1"])
+    alone = inject_adapter_in_model(of_bias, nn.Sequential(Experts(DIM, EXPERTS, bias=True)))
+    with pytest.raises(ValueError, match="0: b1 is none of w1, w3, w2"):
+        fast_lora(alone)
+
+
+def test_what_peft_refuses_it_refuses_alike():
+    model = fast_lora(get_peft_model(Holder(layer()), LoraConfig(r=2, target_parameters=targets())))
+    for refused in ({"lora_dropout": 0.1}, {"use_dora": True}):
+        with pytest.raises(ValueError, match=r"does not work with|unsupported"):
+            model.add_adapter(next(iter(refused)), LoraConfig(r=2, target_parameters=targets(), **refused))
+
+
+def test_on_meta():
+    with torch.device("meta"):
+        moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS), experts=GatedExperts(DIM, EXPERTS, HIDDEN))
+        fast = fast_lora(prepared(moe))
+        assert fast(torch.randn(2, 3, DIM))[0].shape == (2, 3, DIM)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
+def test_compiled_whole_and_cut():
+    """Dynamic shapes, one graph, forward and backward."""
+    slow, fast = both(prepared(layer()))
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True, dynamic=True)
+    for tokens in (TOKENS, 7):
+        x = torch.randn(2, tokens, DIM, dtype=torch.float64)
+        wanted, found = numbers(slow, x), numbers(compiled, x)
+        for name, part in found.items():
+            torch.testing.assert_close(part, wanted[name.removeprefix("_orig_mod.")])
