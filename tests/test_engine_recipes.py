@@ -32,6 +32,13 @@ def test_accelerate(workers: Workers, tmp_path: Path, layout: str):
     workers.run(recipes.check_accelerate, 2, tmp_path, layout)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "factor", "steps"), [("ScheduleGPipe", 1.0, 1), ("Schedule1F1B", 8.0, 1), ("Schedule1F1B", 1.0, 2)]
+)
+def test_pipeline(workers: Workers, schedule: str, factor: float, steps: int):
+    workers.run(recipes.check_pipeline, 2, schedule, factor, steps)
+
+
 def test_torchtitan(workers: Workers):
     pytest.importorskip("torchtitan", reason="docs/engines.md says how to install it")
     workers.run(recipes.check_torchtitan, 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from mixture_of_experts.parallel import expert_parameters, ignore_experts_in_ddp
 from support.parallel_checks import make_mesh, spread
-from support.parallel_layers import DIM, EXPERTS, LENGTH, make_model
+from support.parallel_layers import DIM, EXPERTS, LENGTH, make, make_model
 from support.parallel_training import make_optimizer
 
 PAGE = Path(__file__).parents[2] / "docs" / "engines.md"
@@ -172,6 +172,50 @@ def check_accelerate(folder: Path, layout: str) -> None:
     weights, expected = train_alone()
     torch.testing.assert_close(torch.tensor(norms).flatten(), torch.tensor(expected), rtol=0, atol=1e-9)
     check_equal(whole_weights(model), weights)
+
+
+# ---- pipelines ----
+
+PIECES = 4
+
+
+def stages(wrap: Callable[[nn.Module], nn.Module]) -> list[nn.Sequential]:
+    """Two, of two layers each between dense ones; the same on every rank."""
+    torch.manual_seed(5)
+    parts = [[module for layer in LAYERS for module in (nn.Linear(DIM, DIM), wrap(make(layer)))] for _ in range(2)]
+    return [nn.Sequential(*part) for part in parts]
+
+
+def gradients_alone(factor: float) -> list[Tensor]:
+    """Those of all stages in one process, which adds the auxiliary losses itself."""
+    whole = nn.Sequential(*stages(lambda moe: moe))
+    for x in batch().chunk(PIECES):
+        total = x.new_zeros(())
+        for module in (module for stage in whole for module in stage):
+            x = module(x)
+            if isinstance(x, tuple):
+                x, total = x[0], total + x[1]
+        ((loss_of(x) + total) * factor / PIECES).backward()
+    return [parameter.grad for parameter in whole.parameters()]
+
+
+def check_pipeline(schedule: str, factor: float, steps: int) -> None:
+    """Gradients after some steps of a schedule, of which several divide the loss themselves."""
+    from torch.distributed import pipelining
+
+    wrap, rank, options = recipe("pipeline")["AuxInBackward"], dist.get_rank(), {}
+    own_factor = factor
+    if steps > 1:
+        own_factor, options = factor / (steps * PIECES), {"scale_grads": False}
+    both = stages(lambda moe: wrap(moe, scale=own_factor))
+    stage = pipelining.PipelineStage(both[rank], rank, 2, torch.device("cpu"))
+    run = getattr(pipelining, schedule)(stage, PIECES, loss_fn=lambda out, _: own_factor * loss_of(out), **options)
+    for _ in range(steps):
+        run.step(*([batch()] if rank == 0 else []), **({"target": batch()} if rank == 1 else {}))
+    alone, before = gradients_alone(factor), sum(len([*part.parameters()]) for part in both[:rank])
+    own = [parameter.grad for parameter in both[rank].parameters()]
+    for gradient, expected in zip(own, alone[before : before + len(own)], strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
 # ---- torchtitan ----
