@@ -194,7 +194,7 @@ def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.Proce
 def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """x `(n, p)` times a weight `(q, p)` of int8, times the scale `(q,)` of each output, on a CPU in bfloat16. p must
     be a multiple of 16: for others this operator gives wrong numbers or ends the process (seen in torch 2.13)."""
-    return torch._weight_int8pack_mm(x, weight, scale)
+    return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
 
 
 def local_part(tensor: Any) -> Tensor:
