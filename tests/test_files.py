@@ -54,6 +54,7 @@ FILES = {
     "experiments/clustered_patches.py": "clustered_patches.json, a picture",
     "experiments/compare_seeds.py": "compare_seeds.json",
     "experiments/durability.py": "the results of its parts, JSON; checkpoints of the example",
+    "experiments/elastic.py": "logs of processes; a checkpoint of the example, read as weights",
     "experiments/prune_pretrained.py": "weights of trained layers, read as weights",
     "experiments/regime.py": "step times, JSON; a picture",
     "experiments/scaling.py": "step times, JSON",

@@ -14,7 +14,7 @@ from support.pretrained import SMOLLM2, folder_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2MoeForCausalLM
 
-from mixture_of_experts.huggingface import expert_scores, export, prune, upcycle
+from mixture_of_experts.huggingface import expert_scores, export, fast_lora, prune, upcycle
 
 LAYERS, EXPERTS, KEPT = [28, 29], 4, 3
 
@@ -56,7 +56,7 @@ def test_the_whole_life(tmp_path):
 
     experts = ["experts.w1", "experts.w3", "experts.w2"]
     lora = LoraConfig(r=8, target_parameters=experts, modules_to_save=["gate"], layers_to_transform=LAYERS)
-    adapted = get_peft_model(model, lora)
+    adapted = fast_lora(get_peft_model(model, lora))
     close(logits(adapted, held_out), dense)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for tokens in train + train[:2]:

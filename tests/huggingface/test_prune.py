@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,7 @@ def test_modes_frozen_weights_and_random_choice():
 def test_what_is_wrapped_around_a_layer_does_not_hide_it(what):
     moe, x = layer(TopKGating(D, E)), torch.randn(2, 9, D, dtype=torch.float64)
     wanted = expert_scores(moe, calibration=x)["gate"]
-    model: nn.Module = nn.Sequential(OutputOnly(moe))
+    model: Any = nn.Sequential(OutputOnly(moe))
     if what == "model":
         model = torch.compile(model, backend="eager")
     elif what == "layer":

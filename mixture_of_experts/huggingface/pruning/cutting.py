@@ -24,9 +24,8 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
-from mixture_of_experts.huggingface.replacement.adapters import has_peft
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_torch import is_wrapper_subclass, wrapped_class
+from mixture_of_experts.support.private_torch import from_peft, is_wrapper_subclass, wrapped_class
 from mixture_of_experts.whole_model.sites import Site, unwrapped
 
 GATES = (TopKGating, TopPGating, ReLUGating, NoisyTopKGating, Top2Gating, SparseMixerGating, ExpertChoiceGating)
@@ -53,7 +52,7 @@ def why_not_cut(site: Site) -> str | None:
     layer: Any = layers.pop()
     if site.level_one is not None or site.outer or not isinstance(layer, MoE):
         return f"it is a level of a {wrapped_class(layer).__name__}"
-    if has_peft(layer):
+    if any(map(from_peft, layer.modules())):
         return "its layer has adapters of PEFT: merge them first"
     return why_not_gate(site.gate) or why_not_experts(layer.experts)
 

@@ -127,11 +127,6 @@ def refuse_offloaded(module: nn.Module, name: str) -> None:
             )
 
 
-def has_peft(module: nn.Module) -> bool:
-    """Whether there are adapters of PEFT in a module, of its own classes or of classes made from them."""
-    return any(kind.__module__.startswith("peft.") for inner in module.modules() for kind in type(inner).__mro__)
-
-
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x @ weight if bias is None else x @ weight + bias
 

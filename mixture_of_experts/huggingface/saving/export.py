@@ -26,10 +26,11 @@ from mixture_of_experts.gating.steps import named
 from mixture_of_experts.huggingface.auxiliary_loss import ANNOUNCED
 from mixture_of_experts.huggingface.blocks.convert import closes_groups
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
-from mixture_of_experts.huggingface.replacement.adapters import has_peft, read_activation, refuse_offloaded
+from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_offloaded
 from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import from_peft
 
 
 class Target(NamedTuple):
@@ -145,7 +146,7 @@ def plan_export(model: Any) -> Export:
         raise ValueError(
             f"{type(model).__name__} has layers that were blocks: to_transformers makes a stock model of it"
         )
-    if has_peft(model):
+    if any(map(from_peft, model.modules())):
         raise ValueError(
             f"{type(model).__name__} has adapters of PEFT, which no class has: merge_and_unload() them first"
         )
