@@ -65,7 +65,7 @@ BLOCKS = [block for file in DOCUMENTS for block in blocks_of(file)]
 
 def why_not(block: Block) -> str | None:
     """Why a block cannot run on this machine."""
-    if "transformers" in block.code and find_spec("transformers") is None:
+    if ("transformers" in block.code or "from peft" in block.code) and find_spec("transformers") is None:
         return "the extra 'hf' is not installed"
     if block.mark == "cuda" and not torch.cuda.is_available():
         return "needs a CUDA device"
