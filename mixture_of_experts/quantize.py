@@ -17,7 +17,8 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.plain import bias_of_rows
-from mixture_of_experts.support.private_torch import int8_product
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import int8_product, wrapped_module
 from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange
 
@@ -37,7 +38,8 @@ def quantize_experts(model: Model) -> Model:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; experts are trainable, or on the meta device.
+        ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, or in
+            a wrapper, as PEFT's adapters are.
         TypeError: weights are no plain parameters, for example spread over processes.
 
     Example:
@@ -54,6 +56,12 @@ def quantize_experts(model: Model) -> Model:
         >>> bool((moe(x)[0] - before).norm() < 0.02 * before.norm())
         True
     """
+    for name, module in check_model("model", model).named_modules():
+        if isinstance(wrapped_module(module), StackedExperts):
+            raise ValueError(
+                f"{name} is a {type(module).__name__} around experts, which would compute without it: merge adapters, "
+                "or quantise before experts are wrapped"
+            )
     return exchange(model, StackedExperts, quantized, "stacked experts (Experts, GatedExperts)")
 
 

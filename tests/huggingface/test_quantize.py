@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
 from transformers import AutoModelForCausalLM
 
-from mixture_of_experts.huggingface import from_pretrained, upcycle
+from mixture_of_experts.huggingface import fast_lora, from_pretrained, upcycle
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
@@ -37,6 +37,21 @@ def test_a_folder_has_int8_where_the_model_has(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(**batch).logits.isfinite().all()
     with pytest.raises(ValueError, match="has experts in int8: load it by an Auto class"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_adapters_of_experts_are_merged_first(fast):
+    lora, (_, batch) = (
+        LoraConfig(target_parameters=["experts.w1", "experts.w2"], init_lora_weights=False),
+        two_lengths("left"),
+    )
+    tuned: Any = get_peft_model(model(), lora)
+    tuned = fast_lora(tuned) if fast else tuned
+    with pytest.raises(ValueError, match=r"around experts, .*: merge adapters, or quantise before experts are wrapped"):
+        quantize_experts(tuned)
+    wanted = tuned(**batch).logits
+    found = quantize_experts(tuned.merge_and_unload().requires_grad_(False))(**batch).logits
+    assert (found - wanted).norm() <= 0.03 * wanted.norm()
 
 
 def test_adapters_of_attention_train_through_them():
