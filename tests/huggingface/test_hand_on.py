@@ -23,6 +23,7 @@ from transformers import (
 
 from mixture_of_experts.huggingface import export, from_transformers, prune, to_transformers, upcycle
 from mixture_of_experts.huggingface.__main__ import main
+from mixture_of_experts.quantize import quantize_experts
 
 gguf = pytest.importorskip("gguf", reason="it asks for Python 3.11")
 pytestmark = [
@@ -171,10 +172,15 @@ def unequal() -> nn.Module:
     return model
 
 
+def in_int8() -> nn.Module:
+    return quantize_experts(upcycled("llama").requires_grad_(False))
+
+
 REFUSED: dict[str, Any] = {
     "adapters": (lambda: with_lora(upcycled("llama")), "PeftModel.* has adapters of PEFT, which no class has: merge_"),
     "adapters inside": (lambda: with_lora(upcycled("llama")).base_model.model, "LlamaForCausalLM has adapters of PEFT"),
     "unequal layers": (unequal, r"layers that differ \(num_experts: 3, 4\)"),
+    "int8": (in_int8, "experts that are QuantizedExperts"),
     "blocks": (
         lambda: stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),
         "to_transformers makes a stock",
@@ -194,3 +200,8 @@ def test_adapters_are_merged_before_experts_go(inside):
     adapted = with_lora(upcycled("llama"))
     with pytest.raises(TypeError, match="its layer has adapters of PEFT: merge them first"):
         prune(adapted.base_model.model if inside else adapted, KEPT, "random")
+
+
+def test_experts_go_before_int8_comes():
+    with pytest.raises(TypeError, match="its experts are QuantizedExperts"):
+        prune(in_int8(), KEPT, "random")

@@ -452,7 +452,7 @@ def test_errors_of_the_command(tmp_path: Path, capsys):
     (tmp_path / "ids.json").write_text('{"gate": [0, 1]}')
     (tmp_path / "broken.json").write_text("{")
     for source, by, more, says in (
-        ("dense", "random", ["--keep", "2"], "has no experts: there is nothing to prune"),
+        ("dense", "random", ["--keep", "2"], "has no experts of this package: there is nothing to prune"),
         ("in", "random", [], "keep"),
         ("in", "random", ["--keep", "1"], "cannot leave 1 of 4"),
         ("in", str(tmp_path / "ids.json"), [], "no gate of the model"),

@@ -165,7 +165,10 @@ def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
     config = read_config(source)
     layers = layers_with_experts(config)
     if not layers:
-        raise ValueError(f"{source} has no experts: there is nothing to {verb}")
+        raise ValueError(
+            f"{source} has no experts of this package: there is nothing to {verb}. A stock model gets them by "
+            "from_transformers or upcycle"
+        )
     config = copy.deepcopy(config)
     vars(config).pop("quantization_config", None)
     model, weights = empty_model(config), WeightFiles(source)
