@@ -186,12 +186,12 @@ def stages(wrap: Callable[[nn.Module], nn.Module]) -> list[nn.Sequential]:
     return [nn.Sequential(*part) for part in parts]
 
 
-def gradients_alone(factor: float) -> list[Tensor]:
+def gradients_alone(factor: float) -> list[Tensor | None]:
     """Those of all stages in one process, which adds the auxiliary losses itself."""
-    whole = nn.Sequential(*stages(lambda moe: moe))
+    whole = nn.Sequential(*(module for stage in stages(lambda moe: moe) for module in stage))
     for x in batch().chunk(PIECES):
         total = x.new_zeros(())
-        for module in (module for stage in whole for module in stage):
+        for module in whole:
             x = module(x)
             if isinstance(x, tuple):
                 x, total = x[0], total + x[1]
