@@ -61,6 +61,20 @@ def test_numbers_decide_as_operators_do(name, dtype):
     torch.testing.assert_close(*(vars(routing) for routing in both(gate, x)), equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("settings", [dict(score="sigmoid", eps=0.0), dict(expert_bias=True, weigh="softmax")], ids=str)
+def test_scores_of_the_chosen_that_round_to_zero(settings, dtype):
+    gate = gate_of(dtype, **settings)
+    with torch.no_grad():
+        gate.w_gating.fill_(0.0)[0] = torch.tensor([0.0, -800.0, -801.0, -803.0, -805.0, -807.0, -809.0])
+        if gate.expert_bias is None:
+            gate.w_gating[0, 0] = -900.0
+        else:
+            gate.expert_bias.fill_(0.0)[1:3] = 3.0
+    found, wanted = both(gate, torch.ones(1, 1, DIM, dtype=dtype))
+    torch.testing.assert_close(vars(found), vars(wanted), equal_nan=True)
+
+
 def test_they_step_aside():
     """With a reason, where they cannot serve."""
     gate, x = gate_of(), torch.randn(1, 1, DIM)

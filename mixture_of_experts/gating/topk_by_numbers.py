@@ -20,6 +20,7 @@ from mixture_of_experts.support.tracing import can_read, in_jit_trace
 
 TopKGating = Any  # which imports this
 MOST_EXPERTS = 64  # of more, operators are faster
+LEAST_TOTAL = 1e-9  # of weights that are normalised
 
 
 def why_not(gate: TopKGating, x: Tensor) -> str | None:
@@ -40,7 +41,10 @@ def why_not(gate: TopKGating, x: Tensor) -> str | None:
 
 
 def routing(gate: TopKGating, x: Tensor) -> Routing | None:
-    """The `Routing` of a token `(1, 1, d)`; None if a score is not finite."""
+    """The `Routing` of a token `(1, 1, d)`; None if a score is not finite, or weights that are to sum to 1 are 0 or so.
+
+    Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
+    """
     logits, k, e = gate.logits_of(x), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers, ranked = score.flatten().tolist(), (score if gate.expert_bias is None else score + gate.expert_bias)
@@ -57,6 +61,8 @@ def routing(gate: TopKGating, x: Tensor) -> Routing | None:
         probs = score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         share, log_total = share / (total + 1e-20), logits.logsumexp(dim=-1).item()
     if gate.normalize or gate.weigh == "softmax":
+        if sum(weight) < LEAST_TOTAL:
+            return None
         divisor = sum(weight) + gate.eps
         weight = [number / divisor for number in weight]
     if gate.scale != 1:
