@@ -279,6 +279,12 @@ class Doubled(nn.Module):
         self.two = MoE(D, gate=TopKGating(D, E), experts=self.one.experts)
 
 
+def tied() -> nn.Sequential:
+    both = nn.Sequential(MoE(D, gate=TopKGating(D, E)), MoE(D, gate=TopKGating(D, E)))
+    both[1].gate.w_gating = both[0].gate.w_gating
+    return both
+
+
 def shares() -> TopKGating:
     gate = TopKGating(D, E, expert_bias=True)
     gate.bias_rule = SignRule(shares=[1.0] * E)
@@ -297,6 +303,8 @@ REFUSED = {
         lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))),
         "of logits.0.bias, logits.0",
     ),
+    "linear": (lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Linear(D, E))), "its logits are a Linear"),
+    "tied": (tied, "another module has its w_gating too"),
     "shares": (lambda: MoE(D, gate=shares()), "a share for each expert"),
     "levels": (lambda: HeirarchicalMoE(D, (2, 4)), "it is a level of a HeirarchicalMoE"),
     "alone": (lambda: TopKGating(D, E), "it stands in no layer"),
@@ -314,6 +322,14 @@ def test_what_cannot_be_cut_is_refused_by_name(case):
     build, says = REFUSED[case]
     with pytest.raises(TypeError, match=f"prune cannot serve .*{says}"):
         prune(build(), 4, "random")
+
+
+def test_layers_inside_experts_keep_their_size():
+    inner = [MoE(D, gate=TopKGating(D, 4)) for _ in range(4)]
+    moe = layer(TopKGating(D, 4), ExpertList([OutputOnly(one) for one in inner]))
+    prune(moe, by={"gate": [0, 2, 3]})
+    assert [one.num_experts for one in (moe, moe.gate, *inner)] == [3, 3, 4, 4, 4, 4]
+    assert all(one.gate.num_experts == one.experts.num_experts == 4 for one in inner)
 
 
 def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():

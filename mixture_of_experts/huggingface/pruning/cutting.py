@@ -18,6 +18,7 @@ from mixture_of_experts.gating import (
     ExpertChoiceGating,
     NoisyTopKGating,
     ReLUGating,
+    RouterLogits,
     SparseMixerGating,
     Top2Gating,
     TopKGating,
@@ -69,6 +70,8 @@ def why_not_gate(gate: Any) -> str | None:
     tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
     if unknown := sorted(tensors.keys() - GATE_AXES.keys() - {*NO_AXIS}):
         return f"of {', '.join(unknown)} it is not known what belongs to which expert"
+    if (logits := getattr(gate, "logits", None)) is not None and wrapped_class(logits) is not RouterLogits:
+        return f"its logits are a {wrapped_class(logits).__name__}, of which the axis of experts is not known"
     return why_not_tensors(tensors.values())
 
 
@@ -91,10 +94,15 @@ def why_not_tensors(tensors: Any) -> str | None:
 
 def innermost(experts: nn.Module) -> Any:
     """The stacked experts, or the list of experts, inside others."""
-    experts = unwrapped(experts)
-    while isinstance(experts, AROUND):
-        experts = unwrapped(experts.experts)
-    return experts
+    return with_inner(experts)[-1]
+
+
+def with_inner(experts: nn.Module) -> list[Any]:
+    """The experts, and those inside of them down to the innermost."""
+    found: list[Any] = [unwrapped(experts)]
+    while isinstance(found[-1], AROUND):
+        found.append(unwrapped(found[-1].experts))
+    return found
 
 
 class PrunableLayer:
@@ -159,6 +167,6 @@ class PrunableLayer:
                 del stack[i]
         else:
             vars(stack)["expert_dims"] = (len(ids),)
-        for module in (self.moe, *self.moe.gate.modules(), *self.moe.experts.modules()):
+        for module in (self.moe, *self.moe.gate.modules(), *with_inner(self.moe.experts)):
             if vars(module).get("num_experts") == self.e:  # a size, which a module otherwise sets once
                 vars(module)["num_experts"] = len(ids)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
@@ -114,10 +115,14 @@ def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
     """The sites of gates that can be cut; TypeError if one of them cannot."""
     sites = serve(find_sites(model, "prune", gates), "prune", why_not_cut)
     stacks: dict[int, str] = {}
+    holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for layer in map(PrunableLayer, sites):
         other = stacks.setdefault(id(innermost(layer.moe.experts)), layer.name)
         if other != layer.name:
             raise TypeError(f"prune cannot serve {layer.name!r}: its experts are those of {other!r} too")
+        for module, name, _ in layer.tensors():
+            if holders[id(getattr(module, name))] > 1:
+                raise TypeError(f"prune cannot serve {layer.name!r}: another module has its {name} too: untie them")
     return sites
 
 
