@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.parallel.shared_batch import counts_of_part, part_of, whole_of
+from mixture_of_experts.parallel.shared_batch import check_choices, counts_of_part, part_of, sign_choices, whole_of
 from mixture_of_experts.support.failures import known_to_all, waited_in_vain
 from mixture_of_experts.support.private_torch import all_to_all, own
 
@@ -59,12 +59,14 @@ class Channel(NamedTuple):
     Attributes:
         debug: whether an error names the ranks that do not come to a transfer.
         shared_batch: 1-D, the ranks that bring the same tokens, of which each sends a part; None: all bring others.
+        batch: `(2,)` int64, in the exchange of such a part, what this rank tells of the batch (`sign_choices`).
     """
 
     group: dist.ProcessGroup
     debug: bool
     timeout: timedelta
     shared_batch: DeviceMesh | None = None
+    batch: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -187,8 +189,10 @@ def exchange_slots(
     if ranks == 1:
         return compute(x)
     if (shared := channel.shared_batch) is not None:
-        part, others = part_of(x, len(dims), shared), channel._replace(shared_batch=None)
-        result = exchange_slots(part, dims, compute, others, header._replace(size=part.shape[-2]), equal=False)
+        filled = x.detach().ne(0).any(dim=-1).sum(dim=-1).flatten()
+        signed = channel._replace(shared_batch=None, batch=sign_choices(filled, shared))
+        part = part_of(x, len(dims), shared)
+        result = exchange_slots(part, dims, compute, signed, header._replace(size=part.shape[-2]), equal=False)
         return whole_of(result, len(dims), x.shape[-2], shared)
     s, d = x.shape[-2:]
     sizes, returned = [s] * ranks, DTYPES[header.returned]
@@ -222,7 +226,8 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
         return compute(x, counts)
     if (shared := channel.shared_batch) is not None:
         part, own_counts = part_of(x, 0, shared), counts_of_part(counts, x.shape[0], shared)
-        result = exchange_rows(part, own_counts, compute, channel._replace(shared_batch=None), header)
+        signed = channel._replace(shared_batch=None, batch=sign_choices(counts, shared))
+        result = exchange_rows(part, own_counts, compute, signed, header)
         return whole_of(result, 0, x.shape[0], shared)
     told = exchange_sizes(header, counts, channel)
     num_rows = sum(told.send)
@@ -256,14 +261,15 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
 
     All ranks see all headers, so if they differ, every rank raises ValueError.
     """
-    ranks, width = channel.size, len(header)
+    ranks, width = channel.size, len(header) + 2
     sent = counts.view(ranks, -1)
-    own = torch.tensor(header, device=counts.device).expand(ranks, -1)
+    batch = sent.new_zeros(2) if channel.batch is None else channel.batch
+    own = torch.cat([torch.tensor(header, device=counts.device), batch]).expand(ranks, -1)
     told = channel.transfer(torch.cat([own, sent], dim=1), [1] * ranks, [1] * ranks)
     received = told[:, width:]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
     table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
-    headers = [CallHeader(*row[:width]) for row in table]
+    headers = [CallHeader(*row[: width - 2]) for row in table]
     for rank, other in enumerate(headers):
         if other.agreed != header.agreed:
             wrong = (
@@ -272,6 +278,7 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
                 "all with gradients or all without"
             )
             raise known_to_all(ValueError(wrong))
+    check_choices([row[width - 2 : width] for row in table])
     send, receive = ([row[column] for row in table] for column in (width, width + 1))
     returned = reduce(torch.promote_types, (DTYPES[other.returned] for other in headers))
     return ExchangeSizes([other.size for other in headers], send, receive, received, returned)

@@ -6,9 +6,12 @@ Axes: r rows sorted by expert, e experts, s slots of an expert.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from mixture_of_experts.support.failures import known_to_all
 
 
 def part_of(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
@@ -32,3 +35,19 @@ def counts_of_part(counts: Tensor, num_rows: int, mesh: DeviceMesh) -> Tensor:
     begin = min(mesh.get_local_rank() * longest, num_rows)
     ends = counts.cumsum(0).clamp(begin, min(begin + longest, num_rows))
     return ends.diff(prepend=ends.new_full((1,), begin))
+
+
+def sign_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Two integers that a rank tells of its batch: which ranks share it, and a sum that follows from the counts."""
+    first = dist.get_process_group_ranks(mesh.get_group())[0]
+    factors = torch.arange(1, len(counts) + 1, device=counts.device) ** 3 % 1000003
+    return torch.stack([counts.new_tensor(first + 1), (counts * factors).sum()])
+
+
+def check_choices(signed: list[list[int]]) -> None:
+    """Compare what the ranks told: those that share a batch must have chosen the same. 0 is no batch."""
+    chosen: dict[int, int] = {}
+    for batch, choices in signed:
+        if batch and chosen.setdefault(batch, choices) != choices:
+            wrong = "ranks that share a batch chose different experts for it: give them one seed, or one batch"
+            raise known_to_all(ValueError(f"expert parallelism: {wrong}"))

@@ -14,7 +14,7 @@ from mixture_of_experts.huggingface.distributed.plans import plan_experts
 @pytest.mark.slow
 def test_models_are_those_of_one_process(tmp_path: Path):
     """One start of two processes for all: torch keeps meshes of process groups that ended."""
-    engines.save_models(tmp_path, [engines.FIRST, *engines.OTHERS, *engines.STOCK])
+    engines.save_models(tmp_path, [engines.FIRST, *engines.OTHERS, *engines.STOCK, *engines.RANDOM])
     engines.build(engines.Cell(), num_experts=3).save_pretrained(tmp_path / "three")
     engines_trainers.build().save_pretrained(tmp_path / "trainers")
     workers = Workers()

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
+from mixture_of_experts import Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.parallel import SpreadExperts
@@ -81,6 +82,10 @@ CELLS: dict[str, Cell] = {
     "tied embeddings": Cell(build=dict(tie_word_embeddings=True)),
     "Phi-3": Cell(architecture="phi3"),
     "Qwen3": Cell(architecture="qwen3"),
+}
+RANDOM = {
+    "jitter": Cell(settings=dict(gate=partial(TopKGating, k=2, jitter=0.9))),
+    "random second choice": Cell(settings=dict(gate=partial(Top2Gating, second_threshold_train=0.9))),
 }
 #: what the tests run; the command runs all
 FIRST, OTHERS = (
@@ -194,6 +199,7 @@ def check_all(folder: Path) -> None:
     check_cells(folder, [*OTHERS, *STOCK], with_experts, ["AutoModel"])
     check_saving(folder, FIRST)
     check_refused(folder / "three")
+    check_seeds(folder)
     check_modes_differ(folder, STOCK[0])
 
 
@@ -232,6 +238,19 @@ def check_modes_differ(folder: Path, cell: str) -> None:
         model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
 
+def check_seeds(folder: Path) -> None:
+    """Ranks that share a batch must draw the same numbers for gates that choose at random."""
+    for name in RANDOM:
+        config = DistributedConfig(tp_size=2, ep_size=2)
+        model = from_pretrained(folder / name, distributed_config=config).train()
+        (batch,) = batches(1, "right")
+        torch.manual_seed(0)
+        model(**batch).loss.backward()
+        torch.manual_seed(dist.get_rank())
+        with pytest.raises(ValueError, match="ranks that share a batch chose different experts for it"):
+            model(**batch)
+
+
 def check_refused(folder: Path) -> None:
     """An expert count that `ep_size` does not divide is an error on every rank."""
     for loader in LOADERS.values():
@@ -242,7 +261,7 @@ def check_refused(folder: Path) -> None:
 def save_models(folder: Path, cells: list[str]) -> None:
     logging.disable_progress_bar()
     for name in cells:
-        build(CELLS[name]).save_pretrained(folder / name)
+        build({**CELLS, **RANDOM}[name]).save_pretrained(folder / name)
 
 
 def main() -> None:
