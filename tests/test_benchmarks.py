@@ -601,3 +601,21 @@ def test_shapes_fit_the_card(gigabytes: int) -> None:
         fitted = gpu.fitting(shape, gigabytes << 30)
         assert 3 * fitted.e * fitted.d * fitted.h * 2 * 16 <= gigabytes << 30
         assert gigabytes < 80 or fitted == shape
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_beside_dense_ones_and_mixtral(tmp_path: Path, capsys) -> None:
+    """On a small model: what computes as much computes the same, and every figure is printed."""
+    transformers = pytest.importorskip("transformers")
+    from benchmarks import pretrained
+
+    sizes = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path)
+    threads = torch.get_num_threads()
+    pretrained.main(["--folder", str(tmp_path), "--rounds", "1", "--layers", "1", "--threads", str(threads)])
+    printed = capsys.readouterr().out
+    for k in (1, 2):
+        for name in ("decode", "prefill", "step"):
+            assert f"{name}, top-{k}, float32: layer" in printed
+    assert printed.count("mixtral batched_mm") == 4
+    assert printed.count("dense ") == 8

@@ -26,10 +26,12 @@ def check_few(layer, x, mask=None, few=True, **tolerance):
             patch.setattr(decode, "MOST_TOKENS", decode.MOST_ROWS)
             for each in ROWS:
                 way = getattr(decode, each)
-                told = lambda call, each=each, way=way, taken=taken: taken.append(each) or way(call)  # noqa: E731
+                told = lambda call, each=each, way=way, taken=taken: taken.append((each, call)) or way(call)  # noqa: E731
                 patch.setattr(decode, each, told)
             out = run(layer, x, mask)
-        assert taken == ([] if not few else [name] if x.shape[:-1].numel() else ["expert_by_expert"])
+        assert len(taken) == few
+        for each, call in taken:
+            assert each == (name if len(call.x) and call.decision.kept.all() else "expert_by_expert")
         torch.testing.assert_close(out, planned, **tolerance)
     return planned
 

@@ -24,7 +24,9 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
     """
     with without_autocast(x.device):
-        return x @ weight if x.dtype == dtype == weight.dtype else _Logits.apply(x, weight, dtype)
+        if x.dtype == dtype == weight.dtype:
+            return x @ weight
+        return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:

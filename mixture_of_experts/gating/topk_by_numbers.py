@@ -35,7 +35,8 @@ def why_not(gate: TopKGating, x: Tensor) -> str | None:
         return "it is for one level, dropless, whose choices are not forced"
     if not topk_by_kernel.knows(gate) or gate.balance_over != "group" or gate.num_experts > MOST_EXPERTS:
         return "the gate has steps of its own, or too many experts"
-    if any(type(weight) not in (Tensor, nn.Parameter) for weight in gate.parameters()):
+    weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
+    if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
         return "its weights are not plain tensors"
     return None
 

@@ -35,10 +35,10 @@ def run(call: Call) -> Tensor:
 
 
 def has_few_tokens(call: Call) -> bool:
-    """Whether the rows of a call are so few that each is computed by itself."""
+    """Whether the rows of a call are so few that each is computed by itself; all of them are."""
     (_, h, o), weights = call.network.w_out.shape, (*call.network.w_in, call.network.w_out)
     few = 0 < call.x.shape[0] <= MOST_TOKENS and h * o >= LEAST
-    return few and all(weight.is_contiguous() for weight in weights)
+    return few and all(weight.is_contiguous() for weight in weights) and False not in call.decision.kept.tolist()
 
 
 def row_by_row(call: Call) -> Tensor:
@@ -54,9 +54,8 @@ def row_by_row(call: Call) -> Tensor:
     rows, into = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d), Bags.of(expert, network.w_in[0])
     hidden = network.hidden([product(rows, w, b, into) for w, b in zip(network.w_in, network.b_in, strict=True)])
     y = product(hidden, network.w_out, network.b_out, Bags.of(expert, network.w_out))
-    weight = decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32))
-    y = (y * weight.unsqueeze(-1)).masked_fill_(decision.kept.logical_not().unsqueeze(-1), 0)
-    return y.view(t, k, -1).sum(dim=1).to(x.dtype)
+    y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
+    return (y if k == 1 else y.view(t, k, -1).sum(dim=1)).to(x.dtype)
 
 
 class Bags(NamedTuple):
@@ -80,7 +79,8 @@ class Bags(NamedTuple):
         (_, p, q), r, device = weight.shape, expert.shape[0], expert.device
         parts = -(-torch.get_num_threads() // r)
         parts = parts if q % parts == 0 else 1
-        place = torch.arange(0, p * parts, parts, device=device).add(expert.view(r, 1, 1), alpha=p * parts)
+        place = torch.arange(0, p * parts, parts, device=device)
+        place = place.add(expert if r == 1 else expert.view(r, 1, 1), alpha=p * parts)
         if parts > 1:
             place = place + torch.arange(parts, device=device).unsqueeze(-1)
         return Bags(place.view(-1), torch.arange(0, r * parts * p, p, device=device), parts)
@@ -89,7 +89,8 @@ class Bags(NamedTuple):
         """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).reshape(-1)
-        return torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0].view(len(x), -1)
+        sums = torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0]
+        return sums if self.parts == 1 else sums.view(len(x), -1)
 
 
 def expert_by_expert(call: Call) -> Tensor:
