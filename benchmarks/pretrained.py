@@ -128,9 +128,8 @@ def report(kind: str, k: int, dtype: torch.dtype, seconds: dict[str, list[float]
     print(f"{name}: layer {unit * median(own):.1f} ms", flush=True)
     for other, taken in seconds.items():
         if other != "layer":
-            print(
-                f"    {other:20} {unit * median(taken):9.1f} ms   layer ÷ it {paired_ratio(own, taken):.2f}", flush=True
-            )
+            ratio = f"layer ÷ it {paired_ratio(own, taken):.2f}, of the least {min(own) / min(taken):.2f}"
+            print(f"    {other:20} {unit * median(taken):9.1f} ms   {ratio}", flush=True)
 
 
 def check(models: dict[str, Any], ids: Tensor) -> None:
