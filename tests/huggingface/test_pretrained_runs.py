@@ -14,6 +14,7 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
+from experiments import prune_pretrained as pruning
 from experiments import upcycle_pretrained as experiment
 from experiments.upcycle_pretrained import Run
 
@@ -68,3 +69,19 @@ def test_a_table_compares_at_equal_seconds(tmp_path):
     assert experiment.bits_after(of_dense, 30.0) == "under 1.4000"
     experiment.draw(found, tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_rule_prunes_what_was_trained(tmp_path, monkeypatch):
+    """Trained once, kept, and pruned by each rule: with all experts kept every rule has the trained model's bits."""
+    for module in (experiment, pruning):
+        monkeypatch.setattr(module, "CONTEXT", 16)
+    for name, value in dict(LAYERS=1, KEEP=(3,), CALIBRATION=1, DRAWS=1).items():
+        monkeypatch.setattr(pruning, name, value)
+    monkeypatch.setattr(pruning, "pretrained", ARCHITECTURES["llama"].build)
+    tokens = torch.randint(3, 64, (400,), dtype=torch.int32)
+    text = experiment.Text(tokens, torch.randint(3, 64, (4, 17)), 4.0, "random")
+    pruning.train(tmp_path / "weights.pt", text, 2)
+    rows = [line.split() for line in pruning.table(tmp_path / "weights.pt", text).splitlines()[2:4]]
+    assert [row[0] for row in rows] == ["8", "3"]
+    assert len(set(rows[0][1:])) == 1
+    assert len(rows[1]) == 5
