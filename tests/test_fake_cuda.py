@@ -355,6 +355,14 @@ def test_two_choices_are_few_launches(check: Checks):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize(("way", "more"), [("grouped", (10, 28)), ("lean", (21, 51))])
+def test_lora_is_few_launches_more(check: Checks, way: str, more: tuple[int, int]):
+    """Forward and backward, on three weights; a host sync would raise."""
+    assert check("launches_of_lora", way) == (way, *more)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
 def test_finer_experts_keep_the_same(check: Checks, way: str):
     """To 5 %: what is more are weights and tables of rows, not the router's scores."""

@@ -28,7 +28,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from mixture_of_experts.huggingface import aux_loss, export, upcycle
+from mixture_of_experts.huggingface import aux_loss, export, fast_lora, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
@@ -220,6 +220,17 @@ def test_peft(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < losses[0]
+    losses, grads = [], []
+    for _ in range(2):
+        losses.append(adapted(**batch, labels=batch["input_ids"]).loss)
+        losses[-1].backward()
+        grads.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
+        optimizer.zero_grad()
+        fast_lora(adapted)  # the second computes inside the layer
+    close(losses[1].detach(), losses[0].detach())
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item(), msg=name)
     with torch.no_grad():
         wanted = adapted.eval()(**batch).logits
         close(adapted.merge_and_unload()(**batch).logits, wanted)
