@@ -1,6 +1,7 @@
 """Does upcycling pay on a pretrained model? SmolLM2 reads on in Python's sources, dense and with experts.
 
     python -m tests.support.pretrained                                # fetches the model
+    export GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295
     python -m experiments.upcycle_pretrained                          # hours of one core; interrupted, it goes on
     python -m experiments.upcycle_pretrained --report                 # the table of what there is
     python -m experiments.upcycle_pretrained --report --picture docs/images/upcycle_pretrained.png
@@ -294,7 +295,10 @@ def bits_after(lines: list[dict[str, Any]], seconds: float) -> str:
 
 
 def draw(found: dict[Run, list[dict[str, Any]]], path: Path) -> None:
-    """Held-out bits over steps and over seconds, of the runs of the last eight layers at their best rates."""
+    """Held-out bits over steps and over seconds, of the runs of the last eight layers at their best rates.
+
+    What is worse than the model before training is out of sight.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -307,7 +311,8 @@ def draw(found: dict[Run, list[dict[str, Any]]], path: Path) -> None:
                 places, bits = [line[unit] for line in lines], [line["bits"] for line in lines]
                 axes.plot(places, bits, color=colours[run.variant], marker="o", markersize=3, label=label)
         axes.set(xlabel={"step": "steps of 512 tokens", "seconds": "seconds of one core"}[unit])
-    figure.axes[0].set(ylabel="held-out bits a byte")
+    before = [lines[0]["bits"] for run, lines in found.items() if run.variant == "dense"]
+    figure.axes[0].set(ylabel="held-out bits a byte", ylim=(None, max(before) + 0.002))
     figure.axes[1].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
