@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixture_of_experts import GatedExperts, HashGating, MoE, TopKGating, force_routing
+from mixture_of_experts import GatedExperts, HashGating, MoE, TopKGating, force_routing, ops
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import RouterLogits, topk_by_numbers
 from mixture_of_experts.replay import record_routing, replay_routing
@@ -89,6 +89,8 @@ def test_they_step_aside():
         reasons = []
         torch.vmap(lambda x: reasons.append(topk_by_numbers.why_not(gate, x)) or x)(x.unsqueeze(0))
         assert "transforms" in reasons[0]
+        with ops.use("plain"):
+            assert "asked for" in topk_by_numbers.why_not(gate, x)
         with force_routing(gate, "balanced"):
             assert "forced" in topk_by_numbers.why_not(gate, x)
     assert "without gradients" in topk_by_numbers.why_not(gate, x)

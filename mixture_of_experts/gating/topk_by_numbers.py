@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.kernels.launching import asked_for, has_kernels
 from mixture_of_experts.support.tracing import can_read, in_jit_trace
 
 TopKGating = Any  # which imports this
@@ -27,6 +28,8 @@ def why_not(gate: TopKGating, x: Tensor) -> str | None:
     """Why numbers cannot decide on x for this gate; None if they can. It is asked for calls with x alone."""
     if gate.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
+    if asked_for() == "plain" or has_kernels(x.device):
+        return "operators or kernels are asked for"
     if not can_read(x) or in_jit_trace():
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
     if x.shape != (1, 1, gate.dim) or not x.is_floating_point():
