@@ -1,4 +1,4 @@
-"""A GPT whose feed-forward networks are dropless mixtures of experts: all of it, in sixty lines to copy.
+"""A GPT whose feed-forward networks are dropless mixtures of experts: all of it, in seventy lines to copy.
 
     python examples/gpt.py                                  # two minutes on two CPU cores; on a GPU, if there is one
     python examples/gpt.py --steps 3000 --dim 256
@@ -25,11 +25,12 @@ def rotated(x):
 
 
 class Block(nn.Module):
-    def __init__(self, dim):
+    def __init__(self, dim, depth):
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(dim), nn.RMSNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.moe = recipes.mixtral(dim, num_experts=8, hidden_dim=2 * dim)  # two of eight SwiGLU experts a byte
+        # two of eight SwiGLU experts a byte; the balancing loss is scaled by the number of layers
+        self.moe = recipes.mixtral(dim, num_experts=8, hidden_dim=2 * dim, layers=depth)
 
     def forward(self, x):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, -1, 32)).permute(2, 0, 3, 1, 4)  # heads of 32 features
@@ -42,7 +43,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     def __init__(self, dim, depth):
         super().__init__()
-        self.embed, self.blocks = nn.Embedding(256, dim), nn.ModuleList(Block(dim) for _ in range(depth))
+        self.embed, self.blocks = nn.Embedding(256, dim), nn.ModuleList(Block(dim, depth) for _ in range(depth))
         self.head = nn.Sequential(nn.RMSNorm(dim), nn.Linear(dim, 256, bias=False))
 
     def forward(self, text):
