@@ -93,6 +93,12 @@ class QuantizedExperts(RoutedExperts):
     """
 
     act: nn.Module
+    dim: int
+    dim_out: int
+    hidden_dim: int
+    num_experts: int | tuple[int, ...]
+    expert_dims: tuple[int, ...]
+    dropout: float
     w2_scale: Tensor
 
     def __init__(self, experts: StackedExperts) -> None:

@@ -170,6 +170,7 @@ class LeanFFN:
 
     products: type[SlotProducts]
     table: Tensor | None
+    on_rows: Any
 
     def __init__(self, products: type[SlotProducts], table: Tensor | None, on_rows: Any) -> None:
         self.products, self.table, self.on_rows = products, table, on_rows

@@ -106,6 +106,8 @@ class Recording:
     """The choices that `record_routing` has stored and not yet moved to the records."""
 
     records: RoutingRecords
+    sites: list[ChoiceSite]
+    weights: bool
 
     def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
         self.sites, self.weights = sites, weights

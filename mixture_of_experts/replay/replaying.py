@@ -109,6 +109,7 @@ class Table:
     """
 
     lengths: list[int]
+    live: float
     length: Tensor
     values: Tensor
 

@@ -33,7 +33,7 @@ class AdaptedFFN:
     """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
 
     def __init__(self, parts: Mapping[str, LowRankPart]) -> None:
-        self.parts = dict(parts)
+        self.parts: dict[str, LowRankPart] = dict(parts)
 
     def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
         scalings = {part.scaling for part in self.parts.values()}

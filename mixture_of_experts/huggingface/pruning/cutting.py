@@ -108,6 +108,10 @@ def with_inner(experts: nn.Module) -> list[Any]:
 class PrunableLayer:
     """The layer of a site, whose experts can be fewer."""
 
+    name: str
+    gate: nn.Module
+    e: int
+
     def __init__(self, site: Site) -> None:
         assert site.stands[0].layer is not None
         self.name, self.gate, self.e = site.name, site.gate, site.num_experts

@@ -36,6 +36,8 @@ class CalibrationCall(ForwardCall):
 class Calibration(Watch):
     """Counts the tokens of each expert, and sums the sizes of what it adds to them, over forwards that end well."""
 
+    totals: dict[Site, Tensor]
+
     def __init__(self, sites: list[Site], by: str) -> None:
         super().__init__(owner=self)
         self.by = by

@@ -56,6 +56,9 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
 class ChunkedFFN:
     """Computes chunk by chunk (`autograd.ForwardBackward`)."""
 
+    chunks: list[Chunk]
+    on_rows: Any
+
     def __init__(self, chunks: list[Chunk], on_rows: Any) -> None:
         self.chunks, self.on_rows = chunks, on_rows
 
