@@ -331,12 +331,15 @@ class TokenChoiceGate(Gate):
                 if the gate has no such groups.
             side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `reads`.
         """
+        alone = importance is None and mask is None and length is None and not losses and not side
+        if alone and (routing := self._route_one_token(x)) is not None:
+            return routing
         tokens = self.read(x, importance, mask, length, side)
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         warn_of_decoding(self, tokens.num_tokens)
         choices = self._decided(tokens)
-        weight = self._with_given(tokens, choices.weight) if GIVEN_WEIGHTS in tokens.side else choices.weight
+        weight = self._with_given_weights(tokens, choices.weight) if GIVEN_WEIGHTS in tokens.side else choices.weight
         chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
         if choices.chosen is not None:
             chosen = choices.chosen if chosen is None else choices.chosen & chosen
@@ -352,7 +355,11 @@ class TokenChoiceGate(Gate):
             losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
         )
 
-    def _with_given(self, tokens: Tokens, weight: Tensor) -> Tensor:
+    def _route_one_token(self, x: Tensor) -> Routing | None:
+        """Return the `Routing` of a call with x alone, where the gate has a shorter way to it; else None."""
+        return None
+
+    def _with_given_weights(self, tokens: Tokens, weight: Tensor) -> Tensor:
         """The weights `(..., b, n, k)` with the values of the side input `given_weights`, except where that is NaN."""
         given = tokens.side[GIVEN_WEIGHTS]
         if given.shape != weight.shape or not given.is_floating_point():

@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -199,19 +199,8 @@ class TopKGating(TokenChoiceGate):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
-    def forward(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        length: Length | Tensor | None = None,
-        losses: Collection[str] = (),
-        **side: Tensor,
-    ) -> Routing:
-        alone = importance is None and mask is None and length is None and not losses and not side
-        if alone and topk_by_numbers.why_not(self, x) is None and (routing := topk_by_numbers.routing(self, x)):
-            return routing
-        return super().forward(x, importance, mask, length, losses, **side)
+    def _route_one_token(self, x: Tensor) -> Routing | None:
+        return topk_by_numbers.routing(self, x) if topk_by_numbers.why_not(self, x) is None else None
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
