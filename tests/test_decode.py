@@ -22,7 +22,7 @@ def check_few(layer, x, mask=None, few=True, **tolerance):
     for name, least in ROWS.items():
         taken = []
         with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-            patch.setattr(decode, "LEAST", least)
+            patch.setattr(decode, "LEAST_NUMEL", least)
             patch.setattr(decode, "MOST_TOKENS", decode.MOST_ROWS)
             for each in ROWS:
                 way = getattr(decode, each)
@@ -98,7 +98,7 @@ def test_few_rows_leave_out_what_is_not_kept(shape):
 def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
     """A weight is cut into parts if it can be, and weights in strides of their own are no list of rows."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(decode, "LEAST", 0)
+    monkeypatch.setattr(decode, "LEAST_NUMEL", 0)
     taken, way = [], decode.row_by_row
     monkeypatch.setattr(decode, "row_by_row", lambda call: taken.append(call) or way(call))
     expert, weight, x = torch.randint(4, (t, k)), torch.rand(t, k), torch.randn(t, 7)

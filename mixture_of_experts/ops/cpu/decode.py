@@ -4,8 +4,8 @@ Axes: t tokens, k choices, a assignments, r rows, e experts, p inner and q outer
 o dim of the outputs.
 
 The products of one token take less time than making the tables of a `Plan`, so there is no plan. Each row of a few
-tokens is computed by itself, and nothing is read. More tokens are computed expert by expert, by tables that are Python
-lists. It is for eval mode without gradients only: in training a recomputation must give the same bits as its forward.
+tokens is computed by itself. More tokens are computed expert by expert, by tables that are Python lists. It is for eval
+mode without gradients only: in training a recomputation must give the same bits as its forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mixture_of_experts.ops.network import Call
 
 MOST_ROWS = 32
 MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
-LEAST = 1 << 16  # numbers of a weight; of smaller ones a product is faster
+LEAST_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
 
 
 def serves(call: Call) -> bool:
@@ -35,14 +35,14 @@ def run(call: Call) -> Tensor:
 
 
 def has_few_tokens(call: Call) -> bool:
-    """Whether the rows of a call are so few that each is computed by itself; all of them are."""
+    """Whether a call has so few tokens that each row is computed by itself. All choices must be kept."""
     (_, h, o), weights = call.network.w_out.shape, (*call.network.w_in, call.network.w_out)
-    few = 0 < call.x.shape[0] <= MOST_TOKENS and h * o >= LEAST
+    few = 0 < call.x.shape[0] <= MOST_TOKENS and h * o >= LEAST_NUMEL
     return few and all(weight.is_contiguous() for weight in weights) and False not in call.decision.kept.tolist()
 
 
 def row_by_row(call: Call) -> Tensor:
-    """Compute a call, whose rows are the choices in their order; return `(t, o)`."""
+    """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     (t, d), k, expert = x.shape, decision.k, decision.expert
