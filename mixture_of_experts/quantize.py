@@ -66,6 +66,7 @@ def quantize_experts(model: Model) -> Model:
 
 
 def quantized(experts: StackedExperts, name: str) -> QuantizedExperts:
+    """The experts in int8, after a check that their weights are plain, frozen and in memory."""
     for key, weight in experts.named_parameters(recurse=False):
         if type(weight) is not nn.Parameter:
             raise TypeError(f"{name}.{key} is a {type(weight).__name__}: quantise before experts are spread")
@@ -99,14 +100,15 @@ class QuantizedExperts(RoutedExperts):
     num_experts: int | tuple[int, ...]
     expert_dims: tuple[int, ...]
     dropout: float
+    gated: bool
     w2_scale: Tensor
 
     def __init__(self, experts: StackedExperts) -> None:
         super().__init__()
         self.dim, self.dim_out, self.hidden_dim = experts.dim, experts.dim_out, experts.hidden_dim
         self.num_experts, self.expert_dims = experts.num_experts, experts.expert_dims
-        self.act, self.dropout, self.numbers = experts.act, experts.dropout, "13" if experts.gated else "1"
-        for number in (*self.numbers, "2"):
+        self.act, self.dropout, self.gated = experts.act, experts.dropout, experts.gated
+        for number in (1, 3, 2) if self.gated else (1, 2):
             for name, value in zip(("int8", "scale"), to_int8(getattr(experts, f"w{number}")), strict=True):
                 self.register_buffer(f"w{number}_{name}", value)
             bias = getattr(experts, f"b{number}")
@@ -147,7 +149,7 @@ class QuantizedExperts(RoutedExperts):
         """Outputs for x, in the dtype of the scales or of autocast, by `linear(x, weight, scale, bias)`."""
         last, kind = len(self.expert_dims) - 1, x.device.type
 
-        def layer(x: Tensor, number: str) -> Tensor:
+        def layer(x: Tensor, number: int) -> Tensor:
             parts = (self._buffers[name] for name in (f"w{number}_int8", f"w{number}_scale", f"b{number}"))
             return linear(x, *(part.flatten(0, last) if part is not None and last else part for part in parts))
 
@@ -156,9 +158,9 @@ class QuantizedExperts(RoutedExperts):
             dtype = torch.get_autocast_dtype(kind)
         with without_autocast(x.device):
             read = x.to(dtype)
-            hidden = hidden_layer(self.act, [layer(read, number) for number in self.numbers])
+            hidden = hidden_layer(self.act, [layer(read, number) for number in ((1, 3) if self.gated else (1,))])
             hidden = F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
-            return layer(hidden, "2").to(x.dtype)
+            return layer(hidden, 2).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
