@@ -31,7 +31,8 @@ class ExchangeRows(EPImplementation):
         self.experts = experts
         self.num_experts: int = self.num_local_experts * ep_mesh.size()  # type: ignore[assignment, operator]
         group = ep_mesh.get_group()
-        self.channel: Channel = Channel(group, False, default_timeout(group), tp_mesh if tp_mesh.size() > 1 else None)
+        shared_batch = tp_mesh if tp_mesh.size() > 1 else None
+        self.channel: Channel = Channel(group, debug=False, timeout=default_timeout(group), shared_batch=shared_batch)
         set_timeout(group, self.channel.timeout)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The style of `transformers` for experts that are spread over ranks, which knows layers of this package too.
 
 The import registers it under the name of the style of `transformers`, whose code looks for that name. Experts of other
-models go to the style of `transformers`, as before.
+models go to the style of `transformers`.
 """
 
 from __future__ import annotations

@@ -127,6 +127,7 @@ def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
 
 
 def refuse_meta(model: nn.Module) -> None:
+    """Raise ValueError if weights are not in memory."""
     refuse_offloaded(model, type(model).__name__)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(

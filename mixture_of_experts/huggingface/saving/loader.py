@@ -15,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts.huggingface.saving.configuration import NAME
-from mixture_of_experts.huggingface.saving.restore import finish, put_experts, quantise_as_saved
+from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts, quantise_as_saved
 
 
 @register_quantization_config(NAME)
@@ -42,7 +42,7 @@ class ExpertsLoader(HfQuantizer):
         quantise_as_saved(model, kwargs.get("checkpoint_files") or ())
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        finish(model)
+        finish_loading(model)
         for name in ("hf_quantizer", "quantization_method", "is_quantized"):
             vars(model).pop(name, None)
         for module in model.modules():

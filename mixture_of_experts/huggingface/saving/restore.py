@@ -74,8 +74,8 @@ def put_replaced(
     swap(model, find(model, places, adapters), build)
 
 
-def finish(model: nn.Module, missing: Collection[str] | None = None) -> None:
-    """What is left to do once a model's weights are loaded."""
+def finish_loading(model: nn.Module, missing: Collection[str] | None = None) -> None:
+    """Initialise what the checkpoint lacks, and let gates balance over the ranks that have other tokens."""
     initialise_missing(model, missing)
     share_batch(model)
 
