@@ -39,6 +39,7 @@ FILES = {
     "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines",
     "mixture_of_experts/huggingface/saving/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/saving/configuration.py": "config.json",
+    "mixture_of_experts/huggingface/pruning/folders.py": "safetensors of scores, JSON of ids",
     "mixture_of_experts/huggingface/saving/restore.py": "safetensors, the names in them",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
     "experiments/language_model/training.py": "checkpoint.pt",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE
-from mixture_of_experts.gating.levels import GIVEN, GIVEN_WEIGHTS
+from mixture_of_experts.gating.levels import GIVEN
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
     ChoiceSite,

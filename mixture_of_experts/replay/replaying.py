@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import reads_of
+from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE, expert_twice
-from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER, GIVEN_WEIGHTS
+from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.recording import sequences_of, why_no_weights
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (

@@ -24,8 +24,6 @@ from tqdm import tqdm
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
-from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
 from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
 from mixture_of_experts.huggingface.saving.export import below, plan_export
@@ -120,46 +118,6 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
         plan.config.save_pretrained(folder)
 
 
-def prune_folder(
-    source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
-) -> Chosen:
-    """Remove experts of a saved model with experts; return the ids that each layer keeps, by the name of its gate.
-
-    Args:
-        source: a folder that `save_pretrained` or `upcycle_folder` wrote.
-        target: a new folder.
-        by, keep: as in `prune`: "random", or scores or ids by names of gates. `expert_scores` reads a text, with the
-            model in memory.
-        max_shard_size: most bytes of a file of weights.
-
-    Raises:
-        ValueError, TypeError: as in `prune`; or the folder has no experts, or its files lack some of the weights.
-        FileNotFoundError: the source is no folder.
-        FileExistsError: the target exists.
-    """
-    with finished(target) as folder:
-        model, weights = empty_with_experts(source, "prune")
-        sites = prunable(model, list(by) if isinstance(by, Mapping) else None)
-        names = {module: name for name, module in model.named_modules()}
-        axes = {
-            weights.named(f"{names[module]}.{name}", model): (site.name, axis)
-            for site in sites
-            for module, name, axis in PrunableLayer(site).tensors()
-            if name not in module._non_persistent_buffers_set
-        }
-        kept = prune_sites(model, sites, keep, by)
-        writer = Shards(folder, max_shard_size)
-        for stored in tqdm(weights, desc="weights", unit="weight"):
-            gate, axis = axes.get(stored, (None, 0))
-            value = weights[stored]
-            writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))
-        writer.close()
-        copy_others(source, folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
-        return kept
-
-
 def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
     """The model with experts of a folder, without memory for its weights, and its files, which have them all."""
     config = read_config(source)
@@ -244,15 +202,6 @@ def check_weight_map(files: Any) -> dict[str, str]:
         if os.path.isabs(file) or ".." in re.split(r"[/\\]", file):
             raise ValueError(f"{file!r} of its weight_map is outside of the folder")
     return files
-
-
-def read_choice(path: Path) -> dict[str, Any]:
-    """Scores or ids by names of gates, from safetensors or JSON."""
-    if path.suffix == ".json":
-        with readable(path):
-            return dict(json.loads(path.read_text()))
-    with opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
 
 
 class WeightFiles(Mapping[str, Tensor]):

@@ -1,0 +1,71 @@
+"""Prunes saved models, weight by weight, so that the model need not fit into memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
+from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
+from mixture_of_experts.huggingface.saving.folders import (
+    Shards,
+    copy_others,
+    empty_with_experts,
+    finished,
+    opened,
+    readable,
+)
+
+
+def prune_folder(
+    source: Path, target: Path, *, by: Any, keep: int | None = None, max_shard_size: int = 5 * 10**9
+) -> Chosen:
+    """Remove experts of a saved model with experts; return the ids that each layer keeps, by the name of its gate.
+
+    Args:
+        source: a folder that `save_pretrained` or `upcycle_folder` wrote.
+        target: a new folder.
+        by, keep: as in `prune`: "random", or scores or ids by names of gates. `expert_scores` reads a text, with the
+            model in memory.
+        max_shard_size: most bytes of a file of weights.
+
+    Raises:
+        ValueError, TypeError: as in `prune`; or the folder has no experts, or its files lack some of the weights.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+    """
+    with finished(target) as folder:
+        model, weights = empty_with_experts(source, "prune")
+        sites = prunable(model, list(by) if isinstance(by, Mapping) else None)
+        names = {module: name for name, module in model.named_modules()}
+        axes = {
+            weights.named(f"{names[module]}.{name}", model): (site.name, axis)
+            for site in sites
+            for module, name, axis in PrunableLayer(site).tensors()
+            if name not in module._non_persistent_buffers_set
+        }
+        kept = prune_sites(model, sites, keep, by)
+        writer = Shards(folder, max_shard_size)
+        for stored in tqdm(weights, desc="weights", unit="weight"):
+            gate, axis = axes.get(stored, (None, 0))
+            value = weights[stored]
+            writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))
+        writer.close()
+        copy_others(source, folder)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        return kept
+
+
+def read_choice(path: Path) -> dict[str, Any]:
+    """Scores or ids by names of gates, from safetensors or JSON."""
+    if path.suffix == ".json":
+        with readable(path):
+            return dict(json.loads(path.read_text()))
+    with opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
