@@ -189,6 +189,8 @@ class Watch:
             resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
             if not calls or not (calls[-1].frame in (None, caller) or resumed):
                 return
+            if calls[-1].watch is not self:
+                return  # `within` made it the current one: this forward failed before it began
         call = end(key)
         if call is not None:
             self.ended(call, output)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.transformers_models import ARCHITECTURES
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import (
     AutoModelForCausalLM,
@@ -268,6 +268,25 @@ def test_groups_keep_equally_many():
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
     with pytest.raises(ValueError, match="keep from 3"):
         prune(layer(NoisyTopKGating(D, E, 2)), 2, "random")
+
+
+class Around(nn.Module):
+    """A model that takes x alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moe = layer(TopKGating(D, E, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x)[0]
+
+
+def test_a_batch_that_the_model_does_not_take():
+    """The error is the model's own, and no warning stands beside it: no forward began that could end."""
+    model = Around()
+    with pytest.raises(TypeError, match="unexpected keyword argument 'hidden'"):
+        prune(model, 2, calibration=[dict(hidden=torch.randn(1, 4, D))])
+    assert model.moe.num_experts == E
 
 
 class OwnGate(TopKGating):
