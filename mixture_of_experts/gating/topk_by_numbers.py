@@ -28,12 +28,12 @@ def why_not(gate: TopKGating, x: Tensor) -> str | None:
     """Why numbers cannot decide on x for this gate; None if they can. It is asked for calls with x alone."""
     if gate.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
+    if x.shape != (1, 1, gate.dim) or not x.is_floating_point():
+        return f"it takes one token, (1, 1, {gate.dim})"
     if asked_for() == "plain" or has_kernels(x.device):
         return "operators or kernels are asked for"
     if not can_read(x) or in_jit_trace():
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
-    if x.shape != (1, 1, gate.dim) or not x.is_floating_point():
-        return f"it takes one token, (1, 1, {gate.dim})"
     if gate.outer_expert_dims or gate.capacity_factor_eval is not None or gate.forced is not None:
         return "it is for one level, dropless, whose choices are not forced"
     if not topk_by_kernel.knows(gate) or gate.balance_over != "group" or gate.num_experts > MOST_EXPERTS:
