@@ -3,7 +3,7 @@
     python -m benchmarks.lora
     python -m benchmarks.lora --parts  # a step that trains all experts, 8 of them by hooks, or 8 by LoRA
 
-Forward and backward of a layer with gradients of its inputs, in this process's own processor time on one thread. The
+Forward and backward of a layer with gradients of its inputs, in processor time of one thread. The
 contestants run interleaved; a figure is the median over the rounds of each round's own ratio to the frozen layer.
 """
 
@@ -38,7 +38,7 @@ def contestants(dim: int, hidden: int, rank: int) -> dict[str, nn.Module]:
 
 
 def seconds(layer: nn.Module, x: torch.Tensor) -> float:
-    """Of one step; the gradients of the one before are dropped first."""
+    """The processor time of one step; the gradients of the step before are dropped first."""
     x.grad = None
     layer.zero_grad()
     start = process_time()

@@ -6,8 +6,8 @@
 
 The model is upcycled, top-2 and top-1 of 4. "dense" computes as much: twice as wide for top-2, the model itself for
 top-1. "mixtral" is the exported model, with the same weights, by each of its experts implementations. All compute the
-same logits, which is checked. They run interleaved; a figure is the median of the rounds' own ratios, or the ratio of
-the least times, which others on the same cores disturb less. On one thread the clock is this process's own. A step is
+same logits, which is checked. They run interleaved. Two figures are printed: the median of the rounds' own ratios, and
+the ratio of the least times, which other programs disturb less. On one thread the clock is processor time. A step is
 forward and backward of a batch in training, without an optimizer, whose time grows with parameters and not with
 computation.
 """
@@ -44,7 +44,7 @@ def load(folder: Path, layers: int | None) -> Any:
 
 
 def widened(model: Any, times: int) -> Any:
-    """A dense model that many times as wide, with equal outputs: its networks' hidden units stand there repeatedly."""
+    """A dense model with equal outputs, so many times as wide: it has each hidden unit so many times."""
     if times == 1:
         return model
     config = deepcopy(model.config)
@@ -66,7 +66,7 @@ def with_experts(model: Any, k: int) -> Any:
 
 
 def decode_step(model: Any, ids: Tensor) -> Step:
-    """Some tokens, one after the other."""
+    """A step that decodes some tokens, one after the other."""
     with torch.no_grad():
         cache = model(ids[:, :PROMPT], use_cache=True).cache
 
@@ -175,7 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def fits(kind: str, implementation: str) -> bool:
-    """`batched_mm` copies weights for every token."""
+    """Whether an implementation is measured: not `batched_mm` with many tokens, as it copies weights for each."""
     return implementation != "batched_mm" or kind == "decode"
 
 

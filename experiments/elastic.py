@@ -120,7 +120,7 @@ class Run:
         )
 
     def change(self, what: str) -> dict[str, Any]:
-        """Do what changes the number of ranks, and wait for a step by the new ones: what it cost."""
+        """Do what changes the number of ranks, and wait for a step by the new ones; return what it cost."""
         act, ranks = {"kill": (self.kill, 1), "join": (self.start, 2)}[what]
         begin = time.monotonic()
         act()

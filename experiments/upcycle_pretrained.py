@@ -4,7 +4,7 @@
     export GLIBC_TUNABLES=glibc.malloc.mmap_threshold=4294967295:glibc.malloc.trim_threshold=4294967295
     python -m experiments.upcycle_pretrained                          # hours of one core; interrupted, it goes on
     python -m experiments.upcycle_pretrained --report                 # the table of what there is
-    python -m experiments.upcycle_pretrained --report --picture docs/images/upcycle_pretrained.png
+    python -m experiments.upcycle_pretrained --report --picture docs/images/upcycle_pays.png
 
 A model that has read much goes on with text it has read little of, in steps of 4 windows of 128 tokens. Only the
 feed-forward networks of some last layers train, and their routers; the mixtures have 8 experts, of which a token uses

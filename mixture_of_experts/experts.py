@@ -157,7 +157,7 @@ def run_on_slots(
 
 
 def _check_dropout(name: str, value: Any) -> float:
-    """A share below 1. No dropout is the integer 0: a float would be an input of graphs with dynamic sizes."""
+    """Return the share, which is below 1; 0 as an integer, as a float would be an input of graphs of dynamic sizes."""
     return check_number(name, value, at_least=0.0, below=1.0) or 0
 
 

@@ -243,8 +243,8 @@ def add_below(module: nn.Module, path: str, child: nn.Module) -> None:
 def feed_forwards(model: nn.Module) -> list[MoEFeedForward]:
     """All `MoEFeedForward` modules of a model, wrapped or not, in the model's order.
 
-    Every forward asks, each token of decoding too. So modules that have no parts are passed over, which takes a third
-    of the time of `model.modules()`.
+    Every forward calls this, in decoding for each token. So it passes over modules that have no parts, which takes a
+    third of the time of `model.modules()`.
     """
     if torch.compiler.is_compiling():
         return [module for module in model.modules() if isinstance(module, MoEFeedForward)]

@@ -21,7 +21,7 @@ Row = tuple[RoutingRecords, int]  # the records of a generation, and the number 
 
 
 class ReplayRouting:
-    """Has a `GRPOTrainer` of TRL compute log-probabilities with the experts that its own generation chose.
+    """Makes a `GRPOTrainer` of TRL compute log-probabilities with the experts that its own generation chose.
 
     Write it before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
     trainer generates. They are replayed in every forward that computes log-probabilities of these completions: in
@@ -32,8 +32,8 @@ class ReplayRouting:
     Raises:
         ValueError: when the trainer is made: it generates in another way (vLLM, continuous batching, tools, a function
             of yours), or its model has no gate; in training: the generation has no cache, or a prompt has images.
-        TypeError: when the trainer is made: it is none that this class knows, or choices, or weights, of a gate cannot
-            be recorded.
+        TypeError: when the trainer is made: it lacks a method of TRL's that this class needs, or a gate has choices or
+            weights that cannot be recorded.
     """
 
     #: whether weights are recorded and replayed beside choices; set it in your class

@@ -58,8 +58,8 @@ class Channel(NamedTuple):
 
     Attributes:
         debug: whether an error names the ranks that do not come to a transfer.
-        shared_batch: 1-D, the ranks that bring the same tokens, of which each sends a part; None: all bring others.
-        batch: `(2,)` int64, in the exchange of such a part, what this rank tells of the batch (`sign_choices`).
+        shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
+        batch: `(2,)` int64, what this rank tells of a shared batch (`sign_choices`); None if it shares none.
     """
 
     group: dist.ProcessGroup

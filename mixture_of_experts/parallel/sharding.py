@@ -30,7 +30,7 @@ class ExpertSharding:
         timeout: how long a rank waits for the others.
         stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
             empty for a list of modules.
-        shared_batch: 1-D, the ranks that bring the same tokens, of which each sends a part; None: all bring others.
+        shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
     """
 
     mesh: DeviceMesh

@@ -45,7 +45,7 @@ def sign_choices(counts: Tensor, mesh: DeviceMesh) -> Tensor:
 
 
 def check_choices(signed: list[list[int]]) -> None:
-    """Compare what the ranks told: those that share a batch must have chosen the same. 0 is no batch."""
+    """Compare what the ranks told: those that share a batch must have chosen the same. A 0 stands for no batch."""
     chosen: dict[int, int] = {}
     for batch, choices in signed:
         if batch and chosen.setdefault(batch, choices) != choices:

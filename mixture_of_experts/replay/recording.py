@@ -268,8 +268,10 @@ def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
 
 
 def joined(name: str, before: list[Tensor], parts: list[Part], of_parts: list[Tensor]) -> list[Tensor]:
-    """The recorded sequences, with what new forwards add to them or continue them by: experts, or weights, `of_parts`
-    `(b, n, k)`."""
+    """The recorded sequences of a gate after new forwards, which begin sequences or continue some.
+
+    `of_parts`: the experts, or the weights, `(b, n, k)` of each forward.
+    """
     pieces = [[record] for record in before]
     for part, values in zip(parts, of_parts, strict=True):
         found = values.cpu()

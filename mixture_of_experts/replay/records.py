@@ -250,7 +250,9 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 def check_weights(experts: Mapping[str, list[Tensor]], weights: Mapping[str, list[Tensor]]) -> None:
     """Check that every choice has a weight."""
     if weights.keys() != experts.keys():
-        raise ValueError(f"weights are of gates {', '.join(weights)}, the choices of {', '.join(experts)}")
+        raise ValueError(
+            f"weights are of gates {', '.join(weights)}, the choices of {', '.join(experts)}: give both for each gate"
+        )
     for name, sequences in experts.items():
         wanted = [tuple(record.shape) for record in sequences]
         found = [tuple(weight.shape) for weight in weights[name] if weight.is_floating_point()]

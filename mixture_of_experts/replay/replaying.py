@@ -106,7 +106,7 @@ class Table:
 
     Args:
         records: the record `(s, k)` of each sequence: experts, or weights.
-        live: what stands for a choice, or a weight, of the gate's own.
+        live: the value that means "the gate's own" choice, or weight.
     """
 
     lengths: list[int]

@@ -124,7 +124,7 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
 
 
 def from_peft(module: nn.Module) -> bool:
-    """Whether the module is a wrapper of PEFT, or of a subclass."""
+    """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
 
 

@@ -19,8 +19,8 @@ def fast_lora(model: Model) -> Model:
     `Experts` and `GatedExperts` multiply an expert's rows by its factors. Parameters, their names, saving, loading,
     merging and the choice of adapters stay PEFT's own; outputs and gradients are equal up to rounding. No gradient of
     a frozen stack is computed. These stay as PEFT does them: weights that are trained beside their adapters, biases,
-    slots without a decision, and everything that is not stacked experts of this package. For adapters that are added
-    to other weights later, call it again.
+    slots without a decision, and everything that is not stacked experts of this package. If adapters are added to
+    other weights later, call `fast_lora` again.
 
     Args:
         model: a model that PEFT has prepared, by `get_peft_model` or `inject_adapter_in_model`. It is changed in place,
@@ -31,7 +31,7 @@ def fast_lora(model: Model) -> Model:
 
     Raises:
         ImportError: PEFT is not installed.
-        TypeError: it is no module.
+        TypeError: `model` is no module.
         ValueError: no weight of stacked experts of this package has adapters.
 
     Example:

@@ -59,7 +59,7 @@ class AdaptedNetwork(Network):
         }
 
     def merged(self) -> Network:
-        """The network of the sums."""
+        """The network whose weights are the sums."""
         tensors = super().tensors()
         for name, (w, down, up) in self.adapted().items():
             if down is not None and up is not None:

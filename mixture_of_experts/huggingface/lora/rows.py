@@ -2,8 +2,9 @@
 
 Axes: r rows, e experts, p inner and q outer dimension of a weight, k rank.
 
-The functions are those of `ops.rows`. The stored weights are constants: no gradient of theirs is computed. A product
-with a low-rank part goes through rows of width k, which alone are saved, and multiplied by the weights of rows.
+The functions are those of `ops.rows`. The stored weights are constants and get no gradient. A product with a
+low-rank part goes through rows of width k. These alone are saved, and these alone are multiplied by the weights of
+rows.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def backward(
     grads: dict[str, Tensor] = {}
 
     def of_parts(name: str, x: Tensor, y_grad: Tensor, grad_thin: Tensor | None) -> None:
-        """The gradients of down and up of a weight, by which x is multiplied."""
+        """Note the gradients of down and up of a weight, by which x is multiplied."""
         if grad_thin is not None and f"down.{name}" in wanted:
             grads[f"down.{name}"] = products.by_rows(x, grad_thin * factor, memory.get(f"down.{name}"))
         if grad_thin is not None and f"up.{name}" in wanted:

@@ -1,4 +1,4 @@
-"""The ways of `ops`, for adapted networks: each computes low-rank parts on rows, no sum of weights is ever made."""
+"""The ways of `ops` for adapted networks: each computes low-rank parts on rows, and none sums weights."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mixture_of_experts.ops.network import Call
 
 
 class Way(NamedTuple):
-    """Two functions of a call, as those of a module of `ops`."""
+    """A way to compute a call: the two functions that a module of `ops` has, too."""
 
     why_not: Callable[[Call], str | None]
     run: Callable[[Call], Tensor]

@@ -49,7 +49,7 @@ class AdaptedFFN:
 
 
 class ParamWrapper(layer.ParamWrapper):
-    """PEFT's wrapper; PEFT knows it by this name. Whatever it cannot serve goes the way of PEFT."""
+    """PEFT's wrapper with a fast forward; PEFT knows it by this name. What it cannot serve, it leaves to PEFT."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
