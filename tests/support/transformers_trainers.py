@@ -14,9 +14,11 @@ import importlib.util
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -301,33 +303,38 @@ def in_two_processes(names: list[str], folder: Path) -> dict[str, list[float]]:
 
 
 def run_two(module: str, folder: Path, arguments: Callable[[int], list[str]]) -> None:
-    """Run a module of `tests` in two processes, each with arguments by its rank, in the environment of torchrun."""
-    running, port = [], str(free_port())
+    """Run a module of `tests` in two processes, each with arguments by its rank, in the environment of torchrun.
+
+    They meet at a file: a port that is free at one moment may be taken at the next. If one fails or they take 500
+    seconds, the error has what both wrote, and where a process that still ran was.
+    """
+    running = []
     for rank in range(2):
         more = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0")
-        more |= dict(TORCHELASTIC_RUN_ID="two", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        more |= dict(TORCHELASTIC_RUN_ID="two", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         more |= dict(RENDEZVOUS=str(folder / "rendezvous"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
         with (folder / f"{rank}.txt").open("w") as errors:
             running.append(
                 subprocess.Popen(
-                    [sys.executable, "-m", module, *arguments(rank)],
+                    [sys.executable, "-X", "faulthandler", "-m", module, *arguments(rank)],
                     cwd=Path(__file__).parent.parent,
                     env={**os.environ, **more},
                     stdout=subprocess.DEVNULL,
                     stderr=errors,
                 )
             )
-    for rank, process in enumerate(running):
-        if process.wait(timeout=500):
-            raise RuntimeError((folder / f"{rank}.txt").read_text()[-4000:])
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
+    end = time.monotonic() + 500
+    while time.monotonic() < end and {process.poll() for process in running} in ({None}, {None, 0}):
+        time.sleep(0.05)
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)  # it writes its threads' stacks
+    codes = [process.wait(timeout=60) for process in running]
+    if any(codes):
+        parts = (
+            f"rank {i} ended with {code}:\n{(folder / f'{i}.txt').read_text()[-6000:]}" for i, code in enumerate(codes)
+        )
+        raise RuntimeError("\n\n".join(parts))
 
 
 def main() -> None:
