@@ -22,7 +22,9 @@ DIM, E = 4, 5
 Spoil = Callable[[list[Tensor]], Any]
 
 
-def few_choices(logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalized: bool, *numbers: float):
+def few_choices(
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, of_chosen: bool, normalized: bool, *numbers: float
+):
     """What the kernel computes, for logits `(b, n, e)`: choices, weights, probabilities, and `(b, 2)` what each group
     adds to the two losses."""
     scale, eps, of_balance, of_z = numbers
@@ -30,6 +32,8 @@ def few_choices(logits: Tensor, bias: Tensor | None, k: int, softmax: bool, norm
     expert = top_choices(score if bias is None else score + bias, k)
     weight, probs = score.gather(-1, expert), score / score.sum(-1, keepdim=True)
     weight = scale * (weight / (weight.sum(-1, keepdim=True) + eps) if normalized else weight)
+    if of_chosen:
+        weight = scale * logits.gather(-1, expert).softmax(-1)
     load = F.one_hot(expert, logits.shape[-1]).sum(dim=(1, 2))
     balance, z_loss = (load * probs.sum(dim=1)).sum(-1), logits.logsumexp(-1).square().sum(-1)
     return expert, weight, probs, torch.stack([of_balance * balance, of_z * z_loss], dim=-1)

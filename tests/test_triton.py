@@ -173,11 +173,12 @@ def test_wrong_queues_are_noticed(check: Checks, fault: str):
         ("softmax", 5, torch.float32),
         ("sigmoid, biased", 100, torch.bfloat16),
         pytest.param("of the chosen", 64, torch.float32, marks=slow),
+        ("of the unlikely", 6, torch.float32),
         pytest.param("one", 1, torch.float32, marks=slow),
         pytest.param("module", 257, torch.bfloat16, marks=slow),
         *(
             pytest.param(gate, experts, torch.float16, marks=exhaustive)
-            for gate in ("softmax", "sigmoid, biased", "of the chosen", "one", "module")
+            for gate in ("softmax", "sigmoid, biased", "of the chosen", "of the unlikely", "one", "module")
             for experts in (1, 2, 7, 128, 1000)
         ),
     ],

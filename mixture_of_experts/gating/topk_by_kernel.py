@@ -72,9 +72,9 @@ def _choose(gate: TopKGating, tokens: Tokens) -> Choices:
     return Choices(expert, weight, probs, {"balance": balance, "z": z_loss})
 
 
-def _settings(gate: TopKGating) -> tuple[int, bool, bool, float, float]:
-    """k, whether scores are a softmax, whether weights are normalised, their scale, and epsilon."""
-    return gate.k, gate.score == "softmax", gate.normalize is True or gate.weigh == "softmax", gate.scale, gate.eps
+def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
+    """k, whether scores are a softmax, whether weights are one of the chosen, are normalised, their scale, epsilon."""
+    return gate.k, gate.score == "softmax", gate.weigh == "softmax", gate.normalize is True, gate.scale, gate.eps
 
 
 def _is_right(gate: TopKGating, x: Tensor) -> bool:

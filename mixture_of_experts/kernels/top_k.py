@@ -28,6 +28,7 @@ def choose(
     balance_scale,
     z_scale,
     SOFTMAX: tl.constexpr,  # scores are a softmax, else sigmoids
+    OF_CHOSEN: tl.constexpr,  # weights are a softmax over the logits of the chosen, else their scores
     NORMALIZE: tl.constexpr,
     SCALE: tl.constexpr,
     EPS: tl.constexpr,
@@ -57,15 +58,19 @@ def choose(
         rank = tl.where(exists, tl.where(rank != rank, float("inf"), rank), -float("inf"))
         chosen = tl.zeros((BLOCK_E,), tl.int1)
         best = tl.zeros((WIDTH,), tl.int32)
-        weights = tl.zeros((WIDTH,), tl.float32)
+        weights = tl.full((WIDTH,), -float("inf") if OF_CHOSEN else 0.0, tl.float32)
+        value = logit if OF_CHOSEN else score
         for c in tl.static_range(CHOICES):
             rest = tl.where(chosen | (column >= num_experts), -float("inf"), rank)
             is_best = (rest == tl.max(rest, 0)) & exists & (chosen == 0)
             index = tl.min(tl.where(is_best, column, BLOCK_E), 0)
             chosen = chosen | (column == index)
             best = tl.where(choice == c, index, best)
-            weights = tl.where(choice == c, tl.sum(tl.where(column == index, score, 0.0), 0), weights)
-        if NORMALIZE:
+            weights = tl.where(choice == c, tl.sum(tl.where(column == index, value, 0.0), 0), weights)
+        if OF_CHOSEN:  # scores of unlikely experts, which the bias chooses, may round to 0
+            weights = tl.exp(weights - tl.max(weights, 0))
+            weights = weights / tl.sum(weights, 0)
+        elif NORMALIZE:
             weights = weights / (tl.sum(weights, 0) + EPS)
         place, stored = token * CHOICES + choice, choice < CHOICES
         tl.store(expert + place, best.to(tl.int64), mask=stored)
@@ -85,6 +90,7 @@ def few_choices(
     bias: Tensor | None,
     k: int,
     softmax: bool,
+    of_chosen: bool,
     normalize: bool,
     scale: float,
     eps: float,
@@ -96,7 +102,7 @@ def few_choices(
     Args:
         logits: `(b, n, e)` float32.
         bias: `(e,)` float32, or None.
-        k, softmax, normalize, scale, eps: settings of the gate.
+        k, softmax, of_chosen, normalize, scale, eps: settings of the gate.
         balance_scale, z_scale: what the terms are multiplied by.
     """
     b, n, e = logits.shape
@@ -116,6 +122,7 @@ def few_choices(
         balance_scale=balance_scale,
         z_scale=z_scale,
         SOFTMAX=softmax,
+        OF_CHOSEN=of_chosen,
         NORMALIZE=normalize,
         SCALE=scale,
         EPS=eps,

@@ -631,6 +631,7 @@ FEW_GATES = {
     "softmax": dict(k=3),
     "sigmoid, biased": dict(k=4, score="sigmoid", expert_bias=True, scale=2.5, eps=1e-3, bias=True),
     "of the chosen": dict(k=2, weigh="softmax", normalize=False, balance_over="batch"),
+    "of the unlikely": dict(k=2, weigh="softmax", expert_bias=True),
     "one": dict(k=1, capacity_factor_eval=1.0, min_expert_capacity=1),
     "module": dict(k=2, normalize=False, logits="module"),
 }
@@ -646,6 +647,9 @@ def check_few_choices(name: str, e: int, dtype: torch.dtype) -> None:
     gate = TopKGating(8, e, **options).to(dtype).eval()
     if gate.expert_bias is not None:
         gate.expert_bias.normal_(std=0.1)
+    if name == "of the unlikely":  # the bias chooses experts whose scores round to 0
+        gate.w_gating.mul_(100)
+        gate.expert_bias.mul_(100)
     calls, choose = [], top_k.launch
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(topk_by_kernel.CHECK, "verdicts", {})
@@ -871,7 +875,7 @@ def check_operators() -> None:
     line = decision.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])
     torch.library.opcheck(queueing.queue_in_line, (line, line > 0, order, 4, 2, True))
-    options = (3, False, True, 2.5, 1e-6, 0.5, 0.25)
+    options = (3, False, False, True, 2.5, 1e-6, 0.5, 0.25)
     torch.library.opcheck(top_k.few_choices, (torch.randn(2, 3, 5), torch.randn(5), *options))
     torch.use_deterministic_algorithms(True)
 

@@ -184,7 +184,7 @@ def launches_of(case: Case) -> list[tuple[Any, dict[str, Any]]]:
             run_operators(case, operators, row_plan)
             logits, settings = (
                 torch.empty(64, 1, 128, dtype=torch.float32),
-                (8, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
+                (8, not case.bias, not case.bias, True, 2.5, 1e-20, 1.0, 1.0),
             )
             top_k.few_choices._init_fn(logits, logits[0, 0] if case.bias else None, *settings)
             line = torch.empty(4, 256, dtype=torch.int64)
