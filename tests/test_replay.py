@@ -285,16 +285,33 @@ def test_weights_that_do_not_fit_are_refused():
             RoutingRecords(expert, weights=weights)
     with pytest.raises(ValueError, match="weights are of gates other, the choices of gate"):
         RoutingRecords(expert, weights={"other": [weight]})
+    with pytest.raises(ValueError, match=r"must be floating point \[\(1, 2\)\], as its choices are, got \[\]"):
+        RoutingRecords(expert, weights={"gate": weight.tolist()})
+    for wrong, said in (([weight], "weights must be a dict"), ({"gate": None}, r"weights\['gate'\] must be a list")):
+        with pytest.raises(TypeError, match=said):
+            RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
     with pytest.raises(ValueError, match=r"given_weights must be floating point of shape \(1, 1, 2\)"):
         moe.gate(torch.randn(1, 1, DIM), given_weights=torch.ones(1, 1, 2, dtype=torch.int64))
-    with (
-        pytest.raises(TypeError, match="in a layer of two levels only choices are recorded"),
-        record_routing(HeirarchicalMoE(DIM, (2, 3)), weights=True),
-    ):
-        pass
+    for gates in (None, ["gate_outer"], ["gate_inner"]):
+        with (
+            pytest.raises(TypeError, match="in a layer of two levels only choices are recorded"),
+            record_routing(HeirarchicalMoE(DIM, (2, 3)), weights=True, gates=gates),
+        ):
+            pass
     with pytest.raises(ValueError, match="weights must be True or False"), record_routing(moe, weights="yes"):  # type: ignore[arg-type]
         pass
+
+
+def test_arguments_of_another_kind_are_refused_before_a_forward():
+    moe = MoE(DIM, gate=TopKGating(DIM, 4))
+    for records in (None, {"gate": [torch.tensor([[0, 1]])]}):
+        with pytest.raises(TypeError, match="records must be RoutingRecords, as record_routing yields, got a"):
+            replay_routing(moe, records).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"seen must be a function \(args, kwargs\) .*, got 3"):
+        record_routing(moe, seen=3).__enter__()  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"gates of record_routing must be names or modules of gates, in a list, got 0"):
+        record_routing(moe, gates=0).__enter__()  # type: ignore[arg-type]
 
 
 def test_a_cache_of_ones_own_goes_on_and_is_cut():

@@ -246,7 +246,7 @@ def why_no_weights(site: Site) -> str | None:
     """Why the weights of a site can be neither recorded nor replayed; None if they can."""
     if site.external:
         return "its own code computes the weights: convert the block by from_transformers"
-    if site.outer or site.level_one is not None:
+    if site.is_level:
         return "in a layer of two levels only choices are recorded"
     return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
 

@@ -6,7 +6,7 @@ Axes: s tokens of a sequence, l gates, k choices of a token.
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from os import PathLike
 from typing import Any
@@ -55,11 +55,10 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         num_experts: Mapping[str, int | None] | None = None,
         weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        if not isinstance(experts, Mapping):
-            raise TypeError(f"experts must be a dict of records by gate, got a {type(experts).__name__}")
-        self._experts = {name: [integers(record) for record in sequences] for name, sequences in experts.items()}
+        of_gates = by_gate("experts", experts)
+        self._experts = {name: [integers(record) for record in sequences] for name, sequences in of_gates.items()}
         self._num_experts = dict(num_experts or {})
-        self._weights = None if weights is None else {name: list(sequences) for name, sequences in weights.items()}
+        self._weights = None if weights is None else by_gate("weights", weights)
         self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in self._experts.items()}
         if not numbers or len(set(numbers.values())) > 1:
@@ -247,6 +246,16 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         return iter(self.layers)
 
 
+def by_gate(name: str, given: Any) -> dict[str, list[Tensor]]:
+    """The tensors of each gate, one for each sequence; TypeError if they are given in another way."""
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
+    for gate, sequences in given.items():
+        if not isinstance(sequences, Iterable):
+            raise TypeError(f"{name}[{gate!r}] must be a list of tensors, one a sequence, got {sequences!r}")
+    return {gate: list(sequences) for gate, sequences in given.items()}
+
+
 def check_weights(experts: Mapping[str, list[Tensor]], weights: Mapping[str, list[Tensor]]) -> None:
     """Check that every choice has a weight."""
     if weights.keys() != experts.keys():
@@ -255,8 +264,9 @@ def check_weights(experts: Mapping[str, list[Tensor]], weights: Mapping[str, lis
         )
     for name, sequences in experts.items():
         wanted = [tuple(record.shape) for record in sequences]
-        found = [tuple(weight.shape) for weight in weights[name] if weight.is_floating_point()]
-        if found != wanted:
+        tensors = [weight for weight in weights[name] if isinstance(weight, Tensor)]
+        found = [tuple(weight.shape) for weight in tensors if weight.is_floating_point()]
+        if found != wanted or len(tensors) != len(weights[name]):
             raise ValueError(f"weights of {name!r} must be floating point {wanted}, as its choices are, got {found}")
 
 

@@ -90,6 +90,11 @@ def replay_routing(
         [[[3, 1, 0, 2]]]
     """
     check_choice("beyond", beyond, BEYOND)
+    if not isinstance(records, RoutingRecords):
+        raise TypeError(
+            f"records must be RoutingRecords, as record_routing yields, got a {type(records).__name__}: "
+            "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
+        )
     sites = choice_sites(model, "replay_routing", gates)
     if records.weights is not None:
         serve([one.site for one in sites], "replay_routing of weights", why_no_weights)

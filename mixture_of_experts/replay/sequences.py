@@ -225,4 +225,8 @@ def sequences_around(
     done: Callable[[list[Any]], None] | None = None,
 ) -> dict[nn.Module, Sequences]:
     """The `Sequences` of every model around gates."""
+    if seen is not None and not callable(seen):
+        raise TypeError(
+            f"seen must be a function (args, kwargs) that returns the number of tokens read before, got {seen!r}"
+        )
     return {around: Sequences(owner, around, seen, done) for around in {one.site.around: None for one in sites}}

@@ -71,6 +71,12 @@ class Site:
         return k if isinstance(k, int) else None
 
     @property
+    def is_level(self) -> bool:
+        """Whether it is level one or two of a layer."""
+        layers = (stand.layer for stand in self.stands)
+        return any(layer is not None and isinstance(unwrapped(layer), HeirarchicalMoE) for layer in layers)
+
+    @property
     def bias(self) -> Tensor | None:
         """The bias that chooses experts and that counts of choices move; None if there is none."""
         if self.block is not None:
@@ -135,10 +141,12 @@ def serve(
 
 def chosen(sites: list[Site], ability: str, gates: Gates) -> list[Site]:
     """The sites that `gates` names, in the model's order."""
+    if not isinstance(gates, str | nn.Module | Iterable):
+        raise TypeError(f"gates of {ability} must be names or modules of gates, in a list, got {gates!r}")
     wanted = [gates] if isinstance(gates, str | nn.Module) else list(gates)
     for one in wanted:
         if not any(is_named(site, one) for site in sites):
-            what = repr(one) if isinstance(one, str) else f"this {type(one).__name__}"
+            what = f"this {type(one).__name__}" if isinstance(one, nn.Module) else repr(one)
             names = ", ".join(repr(name) for site in sites for name in site.names)
             raise ValueError(f"gates of {ability} has {what}, which is no gate of the model: there are {names}")
     if not wanted:
