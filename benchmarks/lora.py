@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         whole = found["all experts"][0]
         print("| trained | time of a step | gradients and states |\n|---|---|---|")
         for name, (time, size) in found.items():
-            print(f"| {name} | {time / whole:.2f} | {size / 2**20:,.0f} MB |")
+            print(f"| {name} | {time / whole:.2f} | {size / 1e6:,.0f} MB |")
         return
     print("| h | tokens | inside the layer | PEFT |\n|---|---|---|---|")
     for hidden in options.hidden:

@@ -206,7 +206,7 @@ def many_steps(out: Path, settings: Settings) -> list[dict[str, Any]]:
         run(resumed / "log", [*options_of(settings, resumed), "--resume"])
         check_equal(straight, resumed)
         growth = memory_growth(log_of(straight / "log"))
-        found.append({"run": router, "steps": settings.steps, "MB per 1,000 steps": round(growth, 3)})
+        found.append({"run": router, "steps": settings.steps, "MiB per 1,000 steps": round(growth, 3)})
     return found
 
 
@@ -218,7 +218,7 @@ def run_once(out: Path, settings: Settings, ranks: int = 1) -> None:
 
 
 def memory_growth(log: Sequence[tuple[int, int]]) -> float:
-    """MB for every 1,000 steps, by least squares, after the first tenth, in which pools and caches fill."""
+    """MiB for every 1,000 steps, by least squares, after the first tenth, in which pools and caches fill."""
     later = log[len(log) // 10 :]
     return linear_regression(*zip(*later, strict=True)).slope * 1000 / 2**20
 

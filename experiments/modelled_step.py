@@ -102,7 +102,7 @@ def grouped(s: Shape) -> tuple[list[Kernel], int]:
         Kernel(0, 2 * a * d),  # gather again
         *3 * [Kernel(product, a * d + a * h + weight)],
     ]
-    return kernels, 112
+    return kernels, 110
 
 
 def _tiles(s: Shape) -> float:
