@@ -14,6 +14,7 @@ from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
+from mixture_of_experts.support.private_torch import unwrapped
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -150,6 +151,7 @@ def takes(module: nn.Module, keywords: list[str]) -> bool:
 
 def check_experts(experts: nn.Module, dim: int, num_experts: tuple[int, ...]) -> None:
     """Check that the experts have the layer's sizes, as far as they tell their own."""
+    experts = unwrapped(experts)  # PEFT's wrapper of a bias has num_experts=1
     got = getattr(experts, "num_experts", None)
     count = num_experts[0] if len(num_experts) == 1 else num_experts
     allowed = (None, count, num_experts)

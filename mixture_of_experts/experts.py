@@ -26,7 +26,7 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import own, wrapped_module
+from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import in_transform
 
@@ -109,9 +109,7 @@ def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
             f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
             f"{shape_of(out)}"
         )
-    while (inner := wrapped_module(experts)) is not None:
-        experts = inner
-    own_memory = type(experts).forward in (RoutedExperts.forward, StackedExperts.forward, ExpertList.forward)
+    own_memory = type(unwrapped(experts)).forward in (RoutedExperts.forward, StackedExperts.forward, ExpertList.forward)
     return out if own_memory else out.clone()
 
 

@@ -123,6 +123,13 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
     return next((child for name in WRAPPED if (child := children.get(name)) is not None), None)
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module without what is wrapped around it."""
+    while (inner := wrapped_module(module)) is not None:
+        module = inner
+    return module
+
+
 def from_peft(module: nn.Module) -> bool:
     """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)

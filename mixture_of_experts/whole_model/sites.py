@@ -18,7 +18,7 @@ from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.recipes import KEEPS
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import wrapped_class, wrapped_module
+from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.whole_model.block_settings import BlockSettings, find, num_logits, recipe_of
 from mixture_of_experts.whole_model.model_tokens import nearest_reader
 
@@ -191,13 +191,6 @@ def places(model: nn.Module) -> Iterator[Place]:
         for name, child in reversed(place.module._modules.items()):
             if child is not None and (module := unwrapped(child)) not in above:
                 todo.append(Place(f"{place.name}.{name}".lstrip("."), child, module, above))
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module without what is wrapped around it."""
-    while (inner := wrapped_module(module)) is not None:
-        module = inner
-    return module
 
 
 # Sites

@@ -126,6 +126,12 @@ def test_some_of_the_weights(weights):
     assert_same(*both(prepared(layer(), weights)), torch.randn(2, TOKENS, DIM, dtype=torch.float64))
 
 
+def test_adapters_of_biases_stay_as_peft_does_them():
+    slow, fast = both(prepared(layer(GatedExperts(DIM, EXPERTS, HIDDEN, bias=True)), (*ALL, "b1", "b2")))
+    assert slow.experts.num_experts == 1  # PEFT's own, of a matrix
+    assert_same(slow, fast, torch.randn(2, TOKENS, DIM, dtype=torch.float64))
+
+
 def test_masked_skewed_and_no_tokens():
     moe = layer()
     moe.gate.w_gating.data[:, 0] *= 100  # half of all first choices

@@ -26,8 +26,8 @@ from mixture_of_experts.gating import (
 )
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_torch import from_peft, is_wrapper_subclass, wrapped_class
-from mixture_of_experts.whole_model.sites import Site, unwrapped
+from mixture_of_experts.support.private_torch import from_peft, is_wrapper_subclass, unwrapped, wrapped_class
+from mixture_of_experts.whole_model.sites import Site
 
 GATES = (TopKGating, TopPGating, ReLUGating, NoisyTopKGating, Top2Gating, SparseMixerGating, ExpertChoiceGating)
 AROUND = (EnclosedExperts, NormedExperts, InputWeightedExperts)

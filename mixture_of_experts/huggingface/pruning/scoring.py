@@ -18,8 +18,9 @@ from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.support.private_torch import unwrapped
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, current, within
-from mixture_of_experts.whole_model.sites import Site, unwrapped
+from mixture_of_experts.whole_model.sites import Site
 
 MeasuredRule = Literal["reap", "frequency"]
 MEASURED = ("reap", "frequency")
