@@ -200,6 +200,23 @@ def test_another_choice_or_wrapper_is_refused():
         to_transformers(moe, make("Llama4TextMoe"))
 
 
+def test_what_is_no_layer_or_has_no_weights_is_refused():
+    block, model = make("MixtralSparseMoeBlock"), build("Mixtral")
+    before = {name: value.clone() for name, value in block.state_dict().items()}
+    moe = from_transformers(block)
+    for other in (nn.Linear(2, 2), model, from_transformers(model).model.layers[0].mlp):
+        with pytest.raises(TypeError, match=r"moe must be a MoE layer, got a .*: give its moe, or no block"):
+            to_transformers(other, block)
+    for wrong in (lambda: to_transformers(None), lambda: to_transformers(moe, 3), lambda: from_transformers(None)):  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=r"(moe|block) must be a model \(an nn.Module\), got"):
+            wrong()
+    with pytest.raises(ValueError, match="block has weights on the meta device: load them first"):
+        to_transformers(moe, make("MixtralSparseMoeBlock").to("meta"))
+    with pytest.raises(ValueError, match="moe has weights on the meta device: load them first"):
+        to_transformers(moe.to("meta"), block)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
 def test_a_mean_with_a_shared_expert_needs_one():
     """Cohere's blocks halve what experts return only beside a shared expert."""
     block, x = make("Cohere2MoeSparseMoeBlock"), torch.randn(2, 7, 16)

@@ -83,6 +83,13 @@ def test_tied_embeddings_dtype_and_mode():
     assert exported.config.tie_word_embeddings
 
 
+def test_weights_that_are_not_in_memory_are_refused():
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4)
+    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load them first, or change"):
+        export(model.to("meta"))
+
+
 @pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
 def test_other_heads(auto):
     dense, inputs = ARCHITECTURES["llama"].build(num_labels=3), ARCHITECTURES["llama"].inputs()

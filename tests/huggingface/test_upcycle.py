@@ -153,8 +153,10 @@ def test_models_that_are_not_of_one_base():
     for models, problem in [
         ([base, wider], r"models\[1\] has another network at model.layers.0.mlp .* must come from one base model"),
         ([other_act], r"models\[0\] has another network at model.layers.0.mlp than the model: .*GELU.*SiLU"),
-        ([base, shorter], r"layers: 'model.layers.1.mlp' is not there"),
-        ([swapped], "some are replaced already"),
+        ([base, shorter], r"models\[1\] lacks networks of the model: layers: 'model.layers.1.mlp' is not there"),
+        ([swapped], r"models\[0\] lacks .* some are replaced already"),
+        ([base, copy.deepcopy(base).to("meta")], r"models\[1\] has weights on the meta device: load them first"),
+        ([nn.DataParallel(base)], r"models\[0\] lacks .* DataParallel is a wrapper: change the model in it"),
         ([], "models must hold at least one model"),
         ([base, base, base], r"granularity=1 times 3 models must divide num_experts=8"),
     ]:

@@ -13,7 +13,7 @@ from support.transformers_data_parallel import build, gradients, labelled
 from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without_dropout
 
 from mixture_of_experts import TopKGating
-from mixture_of_experts.huggingface import aux_loss, upcycle
+from mixture_of_experts.huggingface import aux_loss, export, from_transformers, replace_ffn, to_transformers, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.whole_model.call_stack import STACKS
 
@@ -80,6 +80,28 @@ def test_two_processes_train_as_one(tmp_path: Path):
 
 
 # PEFT
+
+
+@pytest.mark.parametrize("change", [upcycle, replace_ffn, from_transformers, to_transformers, export])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"])).base_model,
+        lambda model: torch.compile(model, backend="eager"),
+        torch.nn.DataParallel,
+    ],
+    ids=["peft", "compile", "parallel"],
+)
+def test_a_wrapper_is_not_what_is_changed(change, wrap):
+    """Its loss would lack the auxiliary loss, and the model in it would not be saved with its experts."""
+    model = ARCHITECTURES["llama"].build()
+    if change is export:
+        upcycle(model, num_experts=4)
+    wrapped = wrap(model)
+    kinds = [type(module) for module in wrapped.modules()]
+    with pytest.raises(ValueError, match=r"is a wrapper: change the model in it|has adapters of PEFT"):
+        change(wrapped)
+    assert [type(module) for module in wrapped.modules()] == kinds
 
 
 def test_peft_brings_mask_and_loss():

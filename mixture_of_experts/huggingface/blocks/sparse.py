@@ -15,12 +15,13 @@ from mixture_of_experts.huggingface.auxiliary_loss import remove_hooks, take_ove
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.padding import is_masked
-from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
+from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.replace import join, replace
 from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.saving.configuration import forget
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import KEEPS
+from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
@@ -46,9 +47,10 @@ def from_transformers(
         balance_over: see `TopKGating`; the loss of `transformers` is over the batch.
 
     Raises:
+        TypeError: `block` is no module.
         ValueError: the block is not known; or it has jitter, which in `transformers` disturbs the experts' inputs too.
-            Or it has adapters of PEFT. Of a model: any of its blocks is so, or its weights are quantised; nothing is
-            changed then.
+            Or it is a wrapper or has adapters of PEFT. Of a model: any of its blocks is so, or its weights are
+            quantised; nothing is changed then.
 
     Example:
         >>> import torch
@@ -63,6 +65,7 @@ def from_transformers(
         'MoE'
     """
     settings = dict(loss_coef=loss_coef, z_loss_coef=z_loss_coef, balance_over=balance_over)
+    refuse_wrapped(check_model("block", block))
     if not isinstance(block, PreTrainedModel):
         return to_layer(block, **settings)
     put_layers(block, dict.fromkeys(find_blocks(block), settings))
@@ -80,10 +83,16 @@ def to_transformers(moe: Any, block: nn.Module | None = None) -> Any:
         block: a block with the layer's sizes and settings.
 
     Raises:
-        ValueError: the block is not known, or computes something else; or the model has other layers too. Nothing is
-            changed then.
+        TypeError: `moe` is no layer, or `block` no module.
+        ValueError: the block is not known, or computes something else; weights are on the meta device; or the model is
+            a wrapper, or has other layers too. Nothing is changed then.
     """
+    refuse_wrapped(check_model("moe", moe))
     if block is not None:
+        if not isinstance(moe, MoE):
+            raise TypeError(f"moe must be a MoE layer, got a {type(moe).__name__}: give its moe, or no block")
+        refuse_meta(moe, "moe")
+        refuse_meta(check_model("block", block), "block")
         return to_block(moe, block)
     if not isinstance(moe, PreTrainedModel):
         raise ValueError(f"without a block a model of transformers is changed, not a {type(moe).__name__}: give block=")

@@ -16,7 +16,7 @@ from mixture_of_experts.huggingface.auxiliary_loss import reports_routers, text_
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innermost, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
-from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
+from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
 from mixture_of_experts.huggingface.saving.configuration import forget, note
 from mixture_of_experts.huggingface.saving.layer_settings import describe
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
@@ -82,7 +82,7 @@ def prune(
     if calibration is not None and by not in MEASURED:
         raise ValueError(f"calibration goes with by={' or '.join(map(repr, MEASURED))}: leave it out")
     sites = prunable(model, gates)
-    refuse_meta(model)
+    refuse_meta(model, type(model).__name__)
     return prune_sites(model, sites, keep, by, calibration)
 
 
@@ -107,7 +107,7 @@ def expert_scores(
     """
     check_choice("by", by, MEASURED)
     sites = prunable(check_model("model", model), gates)
-    refuse_meta(model)
+    refuse_meta(model, type(model).__name__)
     return measure(model, sites, by, calibration)
 
 
@@ -124,16 +124,6 @@ def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
             if holders[id(getattr(module, name))] > 1:
                 raise TypeError(f"prune cannot serve {layer.name!r}: another module has its {name} too: untie them")
     return sites
-
-
-def refuse_meta(model: nn.Module) -> None:
-    """Raise ValueError if weights are not in memory."""
-    refuse_offloaded(model, type(model).__name__)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError(
-            f"{type(model).__name__} has weights on the meta device: load them first, or prune the folder by "
-            "python -m mixture_of_experts.huggingface prune"
-        )
 
 
 def prune_sites(model: nn.Module, sites: list[Site], keep: int | None, by: Any, calibration: Any = None) -> Chosen:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from mixture_of_experts.ops.activations import make_activation
+from mixture_of_experts.support.private_torch import from_peft, wrapped_module
 
 Halves = Literal["gate_up", "up_gate", "interleaved"]
 
@@ -125,6 +126,25 @@ def refuse_offloaded(module: nn.Module, name: str) -> None:
                 f"the weights of {name} are not in memory, because of the model's device_map: load the model without "
                 "it, or change its folder by python -m mixture_of_experts.huggingface"
             )
+
+
+def refuse_meta(module: nn.Module, name: str) -> None:
+    """Refuse weights that are not in memory."""
+    refuse_offloaded(module, name)
+    if any(parameter.is_meta for parameter in module.parameters()):
+        raise ValueError(
+            f"{name} has weights on the meta device: load them first, or change its folder by python -m "
+            "mixture_of_experts.huggingface"
+        )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Refuse a wrapper around a model, which is not what loads, saves and returns a loss."""
+    if wrapped_module(model) is not None or from_peft(model):
+        raise ValueError(
+            f"{type(model).__name__} is a wrapper: change the model in it (PEFT's get_base_model(), _orig_mod of "
+            "torch.compile, module of DDP), or change the model before you wrap it"
+        )
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -19,7 +19,15 @@ from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.auxiliary_loss import add_to_loss
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.padding import bring_mask, is_masked
-from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, close, part, random_tokens, read_dense
+from mixture_of_experts.huggingface.replacement.adapters import (
+    Adapter,
+    Dense,
+    close,
+    part,
+    random_tokens,
+    read_dense,
+    refuse_wrapped,
+)
 from mixture_of_experts.huggingface.replacement.search import Miss, is_routed, search
 from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
@@ -66,7 +74,8 @@ def replace_ffn(
     loss (`aux_loss`).
 
     Args:
-        model: a model of `transformers`; give the one that you train, so that its loss is found.
+        model: a model of `transformers`; give the one that you train, so that its loss is found, before it is wrapped
+            (PEFT, `torch.compile`, DDP).
         num_experts: e, number of experts.
         k: choices of a token, for the default gate.
         layers: which networks to replace, by default all: numbers of blocks, names (as returned), or a function of a
@@ -83,8 +92,9 @@ def replace_ffn(
         The paths of the new layers.
 
     Raises:
-        ValueError: no network, or none of `layers`, was found (the error says what there is); a network shares weights
-            with another one; `gate` returned one gate for two layers; or a size is not a whole number of at least 1.
+        ValueError: no network, or none of `layers`, was found (the error says what there is); the model is a wrapper; a
+            network shares weights with another one; `gate` returned one gate for two layers; or a size is not a whole
+            number of at least 1.
         TypeError: a network's linear layers are not plain ones; `gate` is no function of two sizes that returns a gate;
             or `layers` holds something else than numbers and names.
 
@@ -206,7 +216,7 @@ def upcycle(
 
 def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | None) -> list[NetworkSite]:
     """The networks of a model that have an adapter or are found by structure, if `layers` names them."""
-    check_model("model", model)
+    refuse_wrapped(check_model("model", model))
     adapters, layers = check_adapters(adapters), check_layers(layers)
     known, seconds = layers_of_torch(model)
     known |= {n: adapters[type(m).__name__] for n, m in model.named_modules() if type(m).__name__ in adapters}
@@ -537,7 +547,10 @@ def read_alike(
     places: list[NetworkSite], other: nn.Module, adapters: Mapping[str, Adapter] | None, i: int
 ) -> dict[str, Dense]:
     """The networks of another model at the same sites, by name, checked to be alike."""
-    found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
+    try:
+        found = {place.name: place for place in find(other, [place.target for place in places], adapters)}
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"models[{i}] lacks networks of the model: {error}") from error
     networks = {}
     for place in places:
         own, its = (read_dense(p.module, p.adapter) for p in (place, found[place.name]))
@@ -547,6 +560,8 @@ def read_alike(
                 f"models[{i}] has another network at {place.name} than the model: {its_shapes} and {its.activation}, "
                 f"not {shapes} and {own.activation}. All models must come from one base model"
             )
+        if its.w1.is_meta and not own.w1.is_meta:
+            raise ValueError(f"models[{i}] has weights on the meta device: load them first")
         of_activations = zip(own.activation.parameters(), its.activation.parameters(), strict=True)
         if not all(torch.equal(a, b) for a, b in of_activations):
             raise ValueError(

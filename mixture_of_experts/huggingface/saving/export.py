@@ -26,7 +26,7 @@ from mixture_of_experts.gating.steps import named
 from mixture_of_experts.huggingface.auxiliary_loss import ANNOUNCED
 from mixture_of_experts.huggingface.blocks.convert import closes_groups
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
-from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_offloaded
+from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_meta, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.support.checks import check_model
@@ -95,11 +95,11 @@ def export(model: nn.Module) -> Any:
         model: a model of `transformers` that `replace_ffn` or `upcycle` changed. It is not modified.
 
     Returns:
-        A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding,
-        except at padding, which gets no experts here.
+        A model with copies of the weights and the same dtype, device and mode. Its logits are equal up to rounding.
 
     Raises:
-        ValueError: the model has something that no such class has; the error says what.
+        ValueError: the model has something that no such class has; the error says what. Or it is a wrapper, or its
+            weights are not in memory.
 
     Example:
         >>> import torch
@@ -114,7 +114,7 @@ def export(model: nn.Module) -> Any:
         >>> torch.testing.assert_close(exported(tokens).logits, model(tokens).logits, atol=1e-5, rtol=1e-5)
     """
     plan, state = plan_export(check_model("model", model)), model.state_dict()
-    refuse_offloaded(model, f"some layers of {type(model).__name__}")
+    refuse_meta(model, type(model).__name__)
     exported = {name: value for name, value in state.items() if not any(below(path, name) for path in plan.layers)}
     for path, convert in plan.layers.items():
         weights = {name.removeprefix(f"{path}."): value for name, value in state.items() if below(path, name)}
@@ -150,6 +150,7 @@ def plan_export(model: Any) -> Export:
         raise ValueError(
             f"{type(model).__name__} has adapters of PEFT, which no class has: merge_and_unload() them first"
         )
+    refuse_wrapped(model)
     family, head = split_name(type(model).__name__)
     fits = [target for target in TARGETS if family in target.sources]
     if not fits:
