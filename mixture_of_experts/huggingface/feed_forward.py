@@ -108,6 +108,8 @@ class MoEFeedForward(Replaced):
         `(b, n, d)`, or flattened `(b n, d)`, to the same shape.
     """
 
+    record: Any = None  #: what is told of the layer in `config.json`, a `LayerRecord`
+
     def __init__(
         self, moe: MoE, dropout: nn.Module | None = None, *, masked: bool = True, stands_for: str = ""
     ) -> None:
@@ -198,6 +200,11 @@ class MoEFeedForward(Replaced):
                 "feed-forward network: call it once, on all tokens of the forward"
             )
         return mask
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self.record is not None:
+            self.record.belong_to(self)
 
     def extra_repr(self) -> str:
         return "" if self.masked else "masked=False"

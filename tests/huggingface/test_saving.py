@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from support.transformers_families import build as build_family
 from support.transformers_models import ARCHITECTURES, DIM
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
-from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating
+from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, force_routing
 from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TokenChoiceGate, TopPGating
-from mixture_of_experts.huggingface import from_pretrained, replace_ffn, upcycle
+from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.saving import layer_settings
 
@@ -116,6 +120,68 @@ def test_a_gate_of_ones_own(tmp_path):
         from_pretrained(tmp_path, gate=lambda d, e: None)
     same_weights(from_pretrained(tmp_path, gate=make), model)
     assert issubclass(OwnGate, TokenChoiceGate)
+
+
+CHANGES = {"moe.loss_coef": 0.5, "moe.loss_coefs": {"balance_batch": 0.25}, "moe.group_size": 6, "moe.gate.k": 1}
+CHANGES |= {"moe.gate.jitter": 0.125, "moe.experts.dropout": 0.25, "moe.gate.capacity_factor_train": 1.5}
+
+
+def made(kind: str) -> nn.Module:
+    model = build_family("mixtral") if kind == "block" else ARCHITECTURES["gpt2"].build()
+    if kind == "block":
+        return from_transformers(model)
+    replace_ffn(model, num_experts=4, gate=OwnGate if kind == "own gate" else None)
+    return model
+
+
+def file_of(model: nn.Module, folder: Path) -> str:
+    model.save_pretrained(folder)
+    return (folder / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["network", "own gate", "block"])
+def test_what_was_set_later_is_saved(kind, tmp_path):
+    """As often as it is saved and loaded; and a copy tells of its own layers."""
+    model = made(kind)
+    before = file_of(model, tmp_path / "before")
+    assert (
+        file_of(from_pretrained(tmp_path / "before", gate=OwnGate if kind == "own gate" else None), tmp_path) == before
+    )
+    changes = CHANGES | ({} if kind == "block" else {"dropout.p": 0.5})
+    layer = feed_forwards(model)[0]
+    twin, stored = copy.deepcopy(model), pickle.dumps(model)
+    for path, value in changes.items():
+        of, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(of), name, value)
+    after = file_of(model, tmp_path / "after")
+    assert after != before
+    assert file_of(copy.deepcopy(model), tmp_path) == after
+    assert file_of(twin, tmp_path) == file_of(pickle.loads(stored), tmp_path) == before
+    feed_forwards(twin)[0].moe.loss_coef = 0.75
+    assert file_of(twin, tmp_path) not in (before, after)
+    again = model
+    for number in range(2):
+        folder = tmp_path / str(number)
+        assert file_of(again, folder) == after
+        again = from_pretrained(folder, gate=OwnGate if kind == "own gate" else None)
+        for path, value in changes.items():
+            of, _, name = path.rpartition(".")
+            assert getattr(feed_forwards(again)[0].get_submodule(of), name) == value, path
+
+
+def test_a_function_that_was_set_later_is_named(tmp_path):
+    """In a warning when it is saved. What a run sets is not told."""
+    model = made("block")
+    feed_forwards(model)[0].moe.gate.score = torch.sigmoid
+    with pytest.warns(UserWarning, match=r"cannot tell moe.gate.score of model.layers.0.mlp, which was changed after"):
+        model.save_pretrained(tmp_path)
+    model = made("network")
+    before = file_of(model, tmp_path)
+    with force_routing(model, "balanced"):
+        assert file_of(model, tmp_path) == before
+    for layer in feed_forwards(model):
+        layer.moe = torch.compile(layer.moe, backend="eager")
+    assert file_of(model, tmp_path) == before
 
 
 @pytest.mark.parametrize(

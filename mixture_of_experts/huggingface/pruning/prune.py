@@ -18,7 +18,6 @@ from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innerm
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
 from mixture_of_experts.huggingface.saving.configuration import forget, note
-from mixture_of_experts.huggingface.saving.layer_settings import describe
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
@@ -220,7 +219,7 @@ def tell_configuration(model: nn.Module, old: int, changes: Mapping[str, int]) -
     layers = feed_forwards(model)
     if holder is None or not layers:
         return
-    note(holder, describe(holder))
+    note(holder)
     config = text_config(holder)
     if not reports_routers(config) and vars(config).get("num_experts") == old:  # as `announce` set it
         changes = {**changes, "num_experts": layers[0].moe.num_experts}

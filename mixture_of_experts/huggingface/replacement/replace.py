@@ -33,7 +33,7 @@ from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
 from mixture_of_experts.huggingface.saving.configuration import note
-from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, describe
+from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 
@@ -430,7 +430,7 @@ def join(model: nn.Module, names: Sequence[str]) -> None:
     them."""
     bring_mask(model, names)
     add_to_loss(model)
-    note(model, describe(model))
+    note(model)
 
 
 @torch.no_grad()

@@ -22,6 +22,8 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mixture_of_experts.huggingface.saving.layer_settings import Layers
+
 NAME = "mixture_of_experts"  # `model_type` and `quant_method`
 KEY = "mixture_of_experts"  # attribute of a model's configuration that has its layers with experts
 DENSE = "dense_config"
@@ -50,8 +52,14 @@ AutoConfig.register(NAME, ExpertsConfig)
 class SavesExperts:
     """A mixin for the class of a model's configuration: the file that it writes tells of the experts."""
 
+    def to_dict(self: Any) -> dict[str, Any]:
+        found = super().to_dict()  # type: ignore[misc]
+        return {**found, KEY: layers_with_experts(self)} if KEY in found else found
+
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         refuse_quantised(self)
+        if isinstance(held := vars(self).get(KEY), Layers):
+            held.warn_of_untold()
         dense = self.to_diff_dict() if use_diff else self.to_dict()
         dense["quantization_config"] = {"quant_method": NAME, "layers": layers_with_experts(self)}
         dense.pop(KEY, None)
@@ -83,7 +91,7 @@ def layers_with_experts(config: Any) -> list[dict[str, Any]]:
         read = getattr(config, "quantization_config", None)
         read = read if isinstance(read, dict) else vars(read) if read is not None else {}
         found = read.get("layers") if read.get("quant_method") == NAME else None
-    return found or []
+    return list(found or [])
 
 
 def refuse_quantised(config: Any) -> None:
@@ -97,8 +105,8 @@ def refuse_quantised(config: Any) -> None:
         )
 
 
-def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:
-    """Write the layers with experts into the model's configuration.
+def note(model: nn.Module) -> None:
+    """Tell the model's configuration of the layers with experts.
 
     The model gets a configuration of its own, because other models may share the old one. A model without a head keeps
     the old one: it may be part of a model with a head, which must know of the experts too.
@@ -112,7 +120,7 @@ def note(model: nn.Module, layers: list[dict[str, Any]]) -> None:
         copy.deepcopy(config, copies)
     own = copies[id(config)]
     own.__class__ = saves_experts(type(own))
-    setattr(own, KEY, layers)
+    setattr(own, KEY, Layers(model))
     for module in model.modules():
         held = vars(module).get("config")
         if held is not None and id(held) in copies:

@@ -1,18 +1,24 @@
 """Describes a model's layers with experts, so that they can be built before weights are loaded.
 
-The description is a list of entries: the names of some layers, and the settings that they share.
+The description is a list of entries: the names of some layers, and the settings that they share. It is read from the
+layers when it is asked for, so that it tells of settings that were changed since a layer was put in.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
 
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.support.private_torch import wrapped_class
+from mixture_of_experts.support.settings import CheckedModule
+from mixture_of_experts.whole_model.sites import unwrapped
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
@@ -21,54 +27,164 @@ CALLED = {"num_gates": "num_experts"}  # arguments that a gate stores under anot
 PARTS = {"bias": "b_gating", "expert_bias": "expert_bias"}  # arguments that are True if a gate has this part
 LEFT_OUT = ("self", "device", "dtype", "settings")  # arguments that a gate does not store under their name
 FIXED = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
+OF_RUN = ("process_group", "forced")  # settings of a gate that a run makes, and that no file tells
 PLAIN = (bool, int, float, str, type(None))
 
 
-def describe(model: nn.Module) -> list[dict[str, Any]]:
-    """The description of all layers with experts in a model; layers with equal settings share an entry."""
-    entries: list[dict[str, Any]] = []
-    for name, module in model.named_modules():
-        if isinstance(module, MoEFeedForward):
-            settings = describe_layer(module)
+class LayerRecord:
+    """What is told of a layer. A copy of it belongs to the copy of the layer, or tells how the layer was."""
+
+    def __init__(self, layer: MoEFeedForward) -> None:
+        self.built = {
+            path: value for path, value in settings_of(layer).items() if plain(value)
+        }  # which the loaded layer has by itself, if it is described
+        self.entry = describe_layer(layer)
+        self.layer: Callable[[], MoEFeedForward | None] = weakref.ref(layer)
+
+    def belong_to(self, layer: MoEFeedForward) -> None:
+        if self.layer() is None:
+            self.layer = weakref.ref(layer)
+
+    def read(self) -> dict[str, Any]:
+        """The entry of the layer as it is, or as it was when it was last read if it is gone."""
+        layer = self.layer()
+        if layer is not None:
+            entry, before = describe_layer(layer), self.entry.get("hidden_dim")
+            if "hidden_dim" in entry and entry["hidden_dim"] is None:  # of experts that stand in other layers
+                entry["hidden_dim"] = before
+            now = {path: value for path, value in settings_of(layer).items() if not path.startswith(told_by(entry))}
+            changed = {
+                path: value for path, value in now.items() if plain(value) and self.built.get(path, value) != value
+            }
+            self.entry = {**entry, "changed": changed} if changed else entry
+        return self.entry
+
+    def untold(self) -> list[str]:
+        """The settings that were changed since the layer was put in, to values that JSON does not know."""
+        now = {} if (layer := self.layer()) is None else settings_of(layer)
+        return [path for path in self.built if path in now and not plain(now[path])]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"built": self.built, "entry": self.read(), "layer": nobody}
+
+
+def nobody() -> None:
+    """Stands for a layer that is gone."""
+
+
+class Layers(Sequence[dict[str, Any]]):
+    """The description of all layers with experts in a model, read from them; those of equal settings share an entry."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+        for layer in layers.values():
+            if layer.record is None or layer.record.layer() is not layer:
+                layer.record = LayerRecord(layer)
+        self.records: dict[str, LayerRecord] = {name: layer.record for name, layer in layers.items()}
+
+    def entries(self) -> list[dict[str, Any]]:
+        entries: list[dict[str, Any]] = []
+        for name, record in self.records.items():
+            settings = record.read()
             same = next((entry for entry in entries if {**entry, "layers": None} == {**settings, "layers": None}), None)
             if same is None:
                 entries.append({"layers": [name], **settings})
             else:
                 same["layers"].append(name)
-    return entries
+        return entries
+
+    def warn_of_untold(self) -> None:
+        untold = [f"{path} of {name}" for name, record in self.records.items() for path in record.untold()]
+        if untold:
+            warnings.warn(
+                f"config.json cannot tell {', '.join(untold)}, which was changed after the layer was put in: set it "
+                "again after loading",
+                stacklevel=2,
+            )
+
+    def __getitem__(self, i: Any) -> Any:
+        return self.entries()[i]
+
+    def __len__(self) -> int:
+        return len(self.entries())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Layers | list) and self.entries() == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
-    moe = feed_forward.moe
+    moe: Any = unwrapped(feed_forward.moe)
+    gate: Any = unwrapped(moe.gate)
     coefs = {"loss_coef": moe.loss_coef, "z_loss_coef": moe.z_loss_coef, "loss_coefs": dict(moe.loss_coefs)}
     if isinstance(feed_forward, SparseFeedForward):  # the stock model of the configuration has the rest
-        return {"block": feed_forward.block, "balance_over": getattr(moe.gate, "balance_over", "batch"), **coefs}
-    experts: Any = moe.experts
-    shared: Any = moe.shared_expert
+        return {"block": feed_forward.block, "balance_over": getattr(gate, "balance_over", "batch"), **coefs}
+    shared: Any = None if moe.shared_expert is None else unwrapped(moe.shared_expert)
     return {
         "num_experts": moe.num_experts,
-        "hidden_dim": experts.hidden_dim,
+        "hidden_dim": getattr(unwrapped(moe.experts), "hidden_dim", None),
         "shared_expert": None if shared is None else shared.hidden_dim,
-        "gate": describe_gate(moe.gate),
-        "gate_class": type(moe.gate).__name__,
+        "gate": describe_gate(gate),
+        "gate_class": wrapped_class(gate).__name__,
         **coefs,
     }
 
 
 def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     """The class and the arguments of a gate, in types that JSON knows; None for a gate outside this package."""
-    if GATES.get(type(gate).__name__) is not type(gate):
+    kind = wrapped_class(gate)
+    if GATES.get(kind.__name__) is not kind:
         return None
     arguments = {}
-    for name in arguments_of(type(gate)):
-        kept_as = CALLED.get(name, name)
+    for name in arguments_of(kind):
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
-        elif name not in (*LEFT_OUT, *FIXED.get(type(gate).__name__, ())):
-            arguments[name] = getattr(gate, kept_as)
+        elif name not in (*LEFT_OUT, *FIXED.get(kind.__name__, ())):
+            arguments[name] = None if name in OF_RUN else getattr(gate, CALLED.get(name, name))
     arguments = {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}
-    plain = all(isinstance(item, PLAIN) for v in arguments.values() for item in (v if isinstance(v, list) else [v]))
-    return {"class": type(gate).__name__, "arguments": arguments} if plain else None
+    return {"class": kind.__name__, "arguments": arguments} if all(map(plain, arguments.values())) else None
+
+
+def plain(value: Any) -> bool:
+    """Whether JSON knows a value."""
+    return all(isinstance(item, PLAIN) for item in (value if isinstance(value, list | tuple) else [value]))
+
+
+def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
+    """The settings of a layer that can be set later, by path."""
+    found = {}
+    for path, module in parts(feed_forward):
+        names = {"p"} if isinstance(module, nn.Dropout) else set()
+        if isinstance(module, CheckedModule):
+            names |= {*module._settings, *(arguments_of(wrapped_class(module)) if path == "moe.gate" else ())}
+            names -= {*OF_RUN, *CALLED, *PARTS, *LEFT_OUT, *module.sizes}
+        for name in sorted(name for name in names if hasattr(module, name)):
+            found[f"{path}.{name}"] = getattr(module, name)
+    return found
+
+
+def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules within one, by the paths that they have without what is wrapped around them."""
+    for name, child in module.named_children():
+        below, child = f"{path}.{name}".removeprefix("."), unwrapped(child)
+        yield below, child
+        yield from parts(child, below)
+
+
+def told_by(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The paths of settings, or their beginnings, that an entry tells by itself."""
+    coefs = ("moe.loss_coef", "moe.z_loss_coef")
+    if "block" in entry:
+        return (*coefs, "moe.gate.balance_over")
+    return coefs if entry["gate"] is None else (*coefs, "moe.gate.")
+
+
+def set_changed(layer: MoEFeedForward, entry: dict[str, Any]) -> None:
+    """Set the settings that were changed since the layer was put in."""
+    for path, value in entry.get("changed", {}).items():
+        of, _, name = path.rpartition(".")
+        setattr(layer.get_submodule(of), name, value)
 
 
 def arguments_of(kind: type) -> list[str]:

@@ -15,7 +15,7 @@ from mixture_of_experts.huggingface.distributed.plans import plan_experts, share
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.replacement.replace import NetworkSite, find, gates_of_layers, make_moe, swap
-from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, gate_factory
+from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, gate_factory, set_changed
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
@@ -51,6 +51,8 @@ def put_experts(
         put_layers(model, blocks)
     if blocks != entries:
         put_replaced(model, entries, [place for place in entries if place not in blocks], gate, adapters)
+    for place, entry in entries.items():
+        set_changed(model.get_submodule(place), entry)  # type: ignore[arg-type]
     plan_experts(model)
 
 
