@@ -75,6 +75,9 @@ def add_to_loss(model: nn.Module) -> None:
 
 #: settings that `announce` adds to a configuration
 ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
+#: setting that `take_over` adds: the `router_aux_loss_coef` that a model's own routers had. Another one that a trainer
+#: sets is relative to it, or to 1 if it was 0; so the file of the model has both
+TAKEN_OVER = "router_aux_loss_coef_of_blocks"
 
 
 def announce(model: nn.Module) -> None:
@@ -116,6 +119,8 @@ def remove_hooks(model: nn.Module) -> None:
         for name in ANNOUNCED:
             if not hasattr(plain, name):
                 vars(config).pop(name, None)
+    elif config is not None:
+        vars(config).pop(TAKEN_OVER, None)
 
 
 def text_config(model: nn.Module) -> Any:
@@ -142,14 +147,18 @@ def no_router_logits(backbone: nn.Module, args: object, output: Any) -> None:
 
 def take_over(model: nn.Module) -> None:
     """Let the losses of a model's layers stand for its own, whose routers are gone."""
-    hook, config = (
-        next(hook for hook in model._forward_hooks.values() if isinstance(hook, AddAuxLoss)),
-        text_config(model),
-    )
-    if config is None or not reports_routers(config) or hook.coef is not None:
+    config = text_config(model)
+    if config is None or not reports_routers(config):
         return
-    hook.coef = getattr(config, "router_aux_loss_coef", None) or 0.0
-    model.register_forward_pre_hook(without_router_logits, with_kwargs=True)
+    if coef_of_blocks(config) is None:
+        setattr(config, TAKEN_OVER, getattr(config, "router_aux_loss_coef", None) or 0.0)
+    if without_router_logits not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(without_router_logits, with_kwargs=True)
+
+
+def coef_of_blocks(config: Any) -> float | None:
+    """The `router_aux_loss_coef` that the model's own routers had; None if they were not taken over."""
+    return getattr(config, TAKEN_OVER, None)
 
 
 def without_router_logits(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -165,10 +174,6 @@ def divides_by_batch(model: nn.Module) -> bool:
 class AddAuxLoss:
     """Forward hook of a model: adds the auxiliary loss to the loss that it returns in training. If the model is asked
     for router logits, its output gets the `aux_loss` too."""
-
-    #: `router_aux_loss_coef` of a model whose own routers were taken over; another one that a trainer sets is relative
-    #: to it, or to 1 if it was 0
-    coef: float | None = None
 
     def __call__(self, model: nn.Module, args: object, kwargs: Mapping[str, Any], output: Any) -> Any:
         call = call_stack.current(model)
@@ -194,17 +199,18 @@ class AddAuxLoss:
 
     def factor(self, config: Any) -> float:
         """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
-        if config is None or (reports_routers(config) and self.coef is None):
+        of_blocks = coef_of_blocks(config)
+        if config is None or (reports_routers(config) and of_blocks is None):
             return 1.0
         coef = getattr(config, "router_aux_loss_coef", 1.0) or 0.0
-        return 1.0 if coef == self.coef else coef / (self.coef or 1.0)
+        return 1.0 if coef == of_blocks else coef / (of_blocks or 1.0)
 
     def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
         """Set `output["aux_loss"]`, which a trainer multiplies by a coefficient. If the model's own routers have set
         it, add to it."""
         theirs = getattr(output, "aux_loss", None)
-        if self.coef is not None:
-            aux = aux / (self.coef or 1.0)
+        if (of_blocks := coef_of_blocks(config)) is not None:
+            aux = aux / (of_blocks or 1.0)
         elif reports_routers(config) and isinstance(theirs, Tensor):
             coef = getattr(config, "router_aux_loss_coef", 0.0)
             aux = theirs + aux.to(theirs.device) / coef if coef else theirs

@@ -26,6 +26,7 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
+from mixture_of_experts.huggingface.auxiliary_loss import TAKEN_OVER
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.stats import track_routing
@@ -126,6 +127,21 @@ def test_the_loss_is_ours():
     out = plain(**batch, output_router_logits=True)
     torch.testing.assert_close(out.aux_loss, aux_loss(plain))
     torch.testing.assert_close(out.loss, plain.eval()(**batch).loss + aux_loss(plain))
+
+
+@pytest.mark.parametrize("before", [0.25, 0.0])
+def test_the_factor_of_the_loss_is_saved(before, tmp_path):
+    """The file tells what a trainer set, and what the blocks had; a stock model again has nothing of it."""
+    model, batch = from_transformers(build("Mixtral", router_aux_loss_coef=before), loss_coef=0.5), batch_of(3)
+    model.config.router_aux_loss_coef = 0.5
+    for number in range(3):
+        task = model.eval()(**batch).loss
+        out = model.train()(**batch)
+        torch.testing.assert_close(out.loss, task + 0.5 / (before or 1.0) * aux_loss(model))
+        model.save_pretrained(tmp_path / str(number))
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
+    assert hasattr(model.config, TAKEN_OVER)
+    assert not hasattr(to_transformers(model).config, TAKEN_OVER)
 
 
 @pytest.mark.slow
