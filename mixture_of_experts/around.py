@@ -14,6 +14,7 @@ from mixture_of_experts.dispatch.decision import Decision, of_first_experts
 from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
 from mixture_of_experts.support.checks import check_number, check_size
+from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
 
 
 class EnclosedExperts(RoutedExperts):
@@ -189,7 +190,7 @@ class ExpertsBesideIdentity(RoutedExperts):
         e, row = self.num_computing, torch.arange(rows.shape[0], device=rows.device).unsqueeze(-1)
         stops = num_tokens_per_expert.cumsum(0)
         first, last = stops[e - 1], stops[e - 1 + self.num_identity]
-        out = self.experts.compute(rows, num_tokens_per_expert[:e])
+        out = _compute(self.experts, rows, num_tokens_per_expert[:e])
         self._check_widths(rows.shape[-1], out.shape[-1])
         out = torch.where(row < first, out, torch.where(row < last, rows, 0) if self.num_identity else 0)
         for i in range(self.num_constant):
@@ -214,9 +215,25 @@ def _share(decision: Decision, some: Tensor) -> Tensor:
 
 def _rows_tell(experts: nn.Module) -> bool:
     """Whether experts do no more than `compute` on rows, whose results are then weighted."""
+    experts = unwrapped(experts)
     if isinstance(experts, ExpertsBesideIdentity):
         return _rows_tell(experts.experts)
     return not isinstance(experts, (EnclosedExperts, InputWeightedExperts))
+
+
+def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+    """What experts compute for rows `(r, d)` sorted by expert. A wrapper of them is called with each row as a token:
+    only in its forward do adapters of PEFT change weights."""
+    if wrapped_module(experts) is None:
+        return experts.compute(rows, num_tokens_per_expert)  # type: ignore[operator]
+    row, e = torch.arange(rows.shape[0], device=rows.device), num_tokens_per_expert.shape[0]
+    dims: Any = getattr(unwrapped(experts), "num_experts", e)
+    dims = dims if isinstance(dims, tuple) else (dims,)
+    expert = torch.bucketize(row, num_tokens_per_expert.cumsum(0), right=True)
+    kept = expert < e
+    weight = kept.to(torch.promote_types(rows.dtype, torch.float32))
+    decision = Decision(expert.clamp(max=e - 1), weight, kept, k=1, num_tokens=rows.shape[0], num_experts=dims)
+    return experts(rows, decision)
 
 
 class InputWeightedExperts(RoutedExperts):
@@ -252,7 +269,7 @@ class InputWeightedExperts(RoutedExperts):
         return combine(out, plan._replace(weight=(plan.weight != 0).to(plan.weight.dtype)))
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        return self.experts.compute(rows, num_tokens_per_expert)
+        return _compute(self.experts, rows, num_tokens_per_expert)
 
 
 class NormedExperts(RoutedExperts):
@@ -287,7 +304,7 @@ class NormedExperts(RoutedExperts):
         self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        return self.norm(self.experts.compute(rows, num_tokens_per_expert))
+        return self.norm(_compute(self.experts, rows, num_tokens_per_expert))
 
 
 class Scale(nn.Module):

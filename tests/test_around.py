@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
 from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, RoutedExperts, TopKGating
 from mixture_of_experts.around import (
@@ -272,6 +273,34 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        lambda: Experts(D, E - 1, 5),
+        lambda: InputWeightedExperts(Experts(D, E - 1, 5)),
+        lambda: NormedExperts(Experts(D, E - 1, 5), nn.RMSNorm(D)),
+        lambda: EnclosedExperts(Experts(3, E - 1, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+    ],
+    ids=["plain", "input", "norm", "latent"],
+)
+def test_what_is_wrapped_around_the_inner_experts_changes_nothing(gate, inner):
+    torch.manual_seed(0)
+    moe, x = MoE(D, gate=GATES[gate](), experts=ExpertsBesideIdentity(inner(), num_identity=1)), torch.randn(2, 9, D)
+    holders = [module for module in moe.experts.modules() if hasattr(module, "experts")]
+    found = []
+    for wrap in (lambda module: module, checkpointed):
+        for holder in reversed(holders):
+            holder.experts = wrap(holder.experts)
+        out = moe(x)[0]
+        found.append([out, *torch.autograd.grad(out.square().sum(), list(moe.parameters()), allow_unused=True)])
+    torch.testing.assert_close(found[1], found[0])
+
+
+def checkpointed(module: nn.Module) -> nn.Module:
+    return checkpoint_wrapper(module, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+
+
 @pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
 def test_what_returns_the_token_needs_experts_of_its_width(kind):
     with pytest.raises(ValueError, match=rf"map width {D} to 3, but 2 of the added ones return the token.*num_zero"):
@@ -293,6 +322,8 @@ def test_refused():
         for experts in (inner, ExpertsBesideIdentity(inner, num_zero=1)):
             with pytest.raises(ValueError, match=r"put the norm inside, as in InputWeightedExperts\(NormedExperts\("):
                 NormedExperts(experts, nn.RMSNorm(D))
+            with pytest.raises(ValueError, match="put the norm inside"):
+                NormedExperts(checkpointed(experts), nn.RMSNorm(D))  # type: ignore[arg-type]
     with pytest.raises(
         TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
     ):

@@ -22,6 +22,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
+from mixture_of_experts.around import ExpertsBesideIdentity, InputWeightedExperts
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import ways, wrapper
 
@@ -347,3 +348,21 @@ def test_compiled_whole_and_cut():
         wanted, found = numbers(slow, x), numbers(compiled, x)
         for name, part in found.items():
             torch.testing.assert_close(part, wanted[name.removeprefix("_orig_mod.")])
+
+
+@pytest.mark.parametrize("gate", [TopKGating, ExpertChoiceGating])
+@pytest.mark.parametrize(
+    "around", [InputWeightedExperts, lambda experts: ExpertsBesideIdentity(InputWeightedExperts(experts), num_zero=1)]
+)
+def test_adapters_inside_experts_around_others(gate, around):
+    """The adapted weights are those of the merged model, where rows reach the inner experts."""
+    torch.manual_seed(0)
+    experts, x = around(GatedExperts(DIM, EXPERTS, HIDDEN)), torch.randn(2, 6, DIM, dtype=torch.float64)
+    moe = MoE(DIM, gate=gate(DIM, experts.num_experts), experts=experts).double()
+    path = next(name for name, module in moe.named_modules() if isinstance(module, GatedExperts))
+    before = moe(x)[0]
+    config = LoraConfig(r=3, target_parameters=[f"{path}.w1"], init_lora_weights=False)
+    adapted = get_peft_model(moe, config)  # type: ignore[arg-type]
+    found = adapted(x)[0]
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, adapted.merge_and_unload()(x)[0])

@@ -16,9 +16,8 @@ from torch import nn
 
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
-from mixture_of_experts.support.private_torch import wrapped_class
+from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.support.settings import CheckedModule
-from mixture_of_experts.whole_model.sites import unwrapped
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
