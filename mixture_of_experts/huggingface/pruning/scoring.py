@@ -18,7 +18,7 @@ from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.support.attached import Attached
-from mixture_of_experts.support.private_torch import unwrapped
+from mixture_of_experts.support.private_torch import uncompiled, unwrapped
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, current, within
 from mixture_of_experts.whole_model.sites import Site
 
@@ -80,7 +80,7 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
     """The scores `(e,)` float64 of each site's experts, by its name."""
     batches, watch = as_batches(calibration), Calibration(sites, by)
     modes = [(module, module.training) for module in model.modules()]
-    with Attached() as attached, torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with Attached() as attached, torch.no_grad(), uncompiled(model):
         for site in sites:
             attached.after(site.called, partial(watch.decided, site))
             attached.before(computing(site.stands[0].layer), partial(watch.read, site))
