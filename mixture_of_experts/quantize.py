@@ -1,45 +1,53 @@
-"""Frozen experts in int8, with one scale for each output channel: half of bfloat16's bytes, a quarter of float32's.
+"""Frozen experts in 8 bits a number: half of bfloat16's bytes, a quarter of float32's.
 
-Axes: e experts, t tokens, r rows (sorted by expert), p inner and q outer dimension of a weight, d model dim,
-o dim of the outputs.
+Axes: e experts, t tokens, k choices, r rows (sorted by expert, or a token's choices in order), p inner and q outer
+dimension of a weight, d model dim, o dim of the outputs.
+
+A weight `(p, q)` is first divided by the largest number of each output channel, its scale `(q,)`. Then it is packed as
+torch packs embedding tables of 8 bits, in `(p, q + 8)` bytes. Each of its p rows has q counts of steps, 0 to 255, then
+the size of a step and the smallest number, both in float32. The sum over rows of such a table, each times a number, is
+the product of one row of tokens, and torch's operator reads the bytes as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.ops.activations import hidden_layer
+from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import int8_product, wrapped_module
+from mixture_of_experts.support.private_torch import sum_of_packed_rows, unpacked_rows, wrapped_module
 from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FEW_ROWS = 16  # of an expert; for more a product of bfloat16 is faster
-MULTIPLE = 16  # of p; for others torch's operator reads beyond the weight
+EXTRA = 8  # bytes of a packed row behind its steps
+FEW_ROWS = 8  # of an expert; for more, a product with the unpacked weight is faster
+MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
 
 
 def quantize_experts(model: Model) -> Model:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
-    Their weights are rounded to int8 and cannot be trained. Gradients reach tokens, routers and all else. Quantise in
-    the dtype in which you compute: a later cast rounds the scales.
+    Their weights are rounded to 8 bits and cannot be trained. Gradients reach tokens, routers and all else, also LoRA
+    on these weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before.
 
     Args:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, or in
-            a wrapper, as PEFT's adapters are.
+            a wrapper that computes with their weights, as PEFT's without `fast_lora`.
         TypeError: weights are no plain parameters, for example spread over processes.
 
     Example:
@@ -57,36 +65,38 @@ def quantize_experts(model: Model) -> Model:
         True
     """
     for name, module in check_model("model", model).named_modules():
-        if isinstance(wrapped_module(module), StackedExperts):
+        if isinstance(wrapped_module(module), StackedExperts) and not getattr(module, "gives_parts", False):
             raise ValueError(
-                f"{name} is a {type(module).__name__} around experts, which would compute without it: merge adapters, "
-                "or quantise before experts are wrapped"
+                f"{name} is a {type(module).__name__} around experts, which would compute without it: call fast_lora() "
+                "of a model with adapters first, or merge them, or quantise before experts are wrapped"
             )
     return exchange(model, StackedExperts, quantized, "stacked experts (Experts, GatedExperts)")
 
 
 def quantized(experts: StackedExperts, name: str) -> QuantizedExperts:
-    """The experts in int8, after a check that their weights are plain, frozen and in memory."""
+    """The experts in 8 bits, after a check that their weights are plain, frozen and in memory."""
     for key, weight in experts.named_parameters(recurse=False):
         if type(weight) is not nn.Parameter:
             raise TypeError(f"{name}.{key} is a {type(weight).__name__}: quantise before experts are spread")
         if weight.requires_grad:
-            raise ValueError(f"{name}.{key} is trainable, and int8 is not: call requires_grad_(False) of the experts")
+            raise ValueError(f"{name}.{key} is trainable, 8 bits are not: call requires_grad_(False) of the experts")
         if weight.is_meta:
             raise ValueError(f"{name}.{key} is on the meta device, without numbers to round: load the weights first")
     return QuantizedExperts(experts)
 
 
 class QuantizedExperts(RoutedExperts):
-    """Frozen experts with weights in int8, which `quantize_experts` makes of `Experts` and `GatedExperts`.
+    """Frozen experts with weights in 8 bits, which `quantize_experts` makes of `Experts` and `GatedExperts`.
 
-    A weight is `int8 * scale`, rounded to nearest. The experts that have tokens are dequantised one after the other,
-    never the whole stack. On a CPU in bfloat16, few rows are multiplied with int8 directly. On a GPU every product
-    waits for the numbers of rows.
+    A number is divided by the scale of its output channel. It is then one of 256 that lie evenly between the smallest
+    and the largest of its row, of those that one input channel of an expert is multiplied by. The experts that have
+    tokens are unpacked one after the other, never the whole stack. On a CPU, few rows are multiplied with the bytes
+    directly. On a GPU every product waits for the numbers of rows.
 
     Attributes:
-        w1_int8, w3_int8, w2_int8: buffers `(*e, q, p)`, the transposed weights; w3 only if gated.
-        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`.
+        w1_packed, w3_packed, w2_packed: buffers `(*e, p, q + 8)` uint8, each row with its step and smallest number; w3
+            only if gated.
+        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
@@ -101,110 +111,161 @@ class QuantizedExperts(RoutedExperts):
     expert_dims: tuple[int, ...]
     dropout: float
     gated: bool
-    w2_scale: Tensor
+    is_transposed: bool
 
     def __init__(self, experts: StackedExperts) -> None:
         super().__init__()
         self.dim, self.dim_out, self.hidden_dim = experts.dim, experts.dim_out, experts.hidden_dim
         self.num_experts, self.expert_dims = experts.num_experts, experts.expert_dims
         self.act, self.dropout, self.gated = experts.act, experts.dropout, experts.gated
+        self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
-            for name, value in zip(("int8", "scale"), to_int8(getattr(experts, f"w{number}")), strict=True):
+            for name, value in zip(("packed", "scale"), pack(getattr(experts, f"w{number}")), strict=True):
                 self.register_buffer(f"w{number}_{name}", value)
             bias = getattr(experts, f"b{number}")
             self.register_buffer(f"b{number}", None if bias is None else bias.detach().clone())
         self.train(experts.training)
 
-    def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        decoding = not (self.training or torch.is_grad_enabled()) and x.shape[0] == 1 and can_read(x)
-        wanted = (*self.expert_dims, "s", self.dim)
-        if decision is None and (*x.shape[:-2], "s", x.shape[-1]) != wanted:
-            raise ValueError(f"they read slots of shape ({', '.join(map(str, wanted))}), got {tuple(x.shape)}")
-        if decision is None or decision.k is None or not decoding:
-            return super().forward(x, decision)
-        out = x.new_zeros(1, self.dim_out, dtype=torch.promote_types(x.dtype, torch.float32))
-        chosen = zip(decision.expert.tolist(), decision.weight.tolist(), decision.kept.tolist(), strict=True)
-        for expert, weight, kept in chosen:
-            if kept:
-                out.add_(self._of_expert(x, expert), alpha=weight)
-        return out.to(x.dtype)
+    def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
+        """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
+        if decision is None:
+            wanted = (*self.expert_dims, "s", self.dim)
+            if (*x.shape[:-2], "s", x.shape[-1]) != wanted:
+                raise ValueError(f"they read slots of shape ({', '.join(map(str, wanted))}), got {tuple(x.shape)}")
+            return super().forward(x)
+        if ffn is None and self.has_few(x, decision):
+            return self.row_by_row(x, decision)
+        plan = decision.without_gaps()
+        counts = plan.rows_per_expert
+        assert counts is not None
+        rows = dispatch(x, plan)
+        return combine(self.compute(rows, counts, {} if ffn is None else ffn.parts), plan)
 
-    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-            out = rows_by_int8(x, weight, scale, num_tokens_per_expert, False)
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
+        def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+            out = rows_by_packed(x, packed, scale, num_tokens_per_expert, False)
+            if name in parts:
+                down, up, scaling = parts[name]
+                thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert) * scaling
+                out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
             return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
 
-        return self._feed_forward(rows, linear)
-
-    def _of_expert(self, x: Tensor, expert: int) -> Tensor:
-        """Tokens `(t, d)`, all of them by one expert: `(t, o)`."""
-
-        def linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-            out = product(x, weight[expert], scale[expert])
-            return out if bias is None else out + bias[expert].to(x.dtype)
-
-        return self._feed_forward(x, linear)
-
-    def _feed_forward(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
-        """Outputs for x, in the dtype of the scales or of autocast, by `linear(x, weight, scale, bias)`."""
-        last, kind = len(self.expert_dims) - 1, x.device.type
-
-        def layer(x: Tensor, number: int) -> Tensor:
-            parts = (self._buffers[name] for name in (f"w{number}_int8", f"w{number}_scale", f"b{number}"))
-            return linear(x, *(part.flatten(0, last) if part is not None and last else part for part in parts))
-
-        dtype = self.w2_scale.dtype
+        parts, kind, dtype = parts or {}, rows.device.type, rows.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
+        with without_autocast(rows.device):
+            return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
+
+    def has_few(self, x: Tensor, decision: Decision) -> bool:
+        """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
+        inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
+        few = inference and DIRECT and 0 < x.shape[0] <= MOST_TOKENS and decision.expert.shape[0] <= MOST_ROWS
+        return few and can_read(x) and x.dtype != torch.float64 and False not in decision.kept.tolist()
+
+    def row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
+        """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. It adds in float32."""
+        (t, d), k, expert = x.shape, decision.k, decision.expert
+        assert k is not None
+
+        def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+            out = few_by_packed(x, packed, expert).mul_(scale.index_select(0, expert))
+            return out if bias is None else out.add_(bias.index_select(0, expert))
+
         with without_autocast(x.device):
-            read = x.to(dtype)
-            hidden = hidden_layer(self.act, [layer(read, number) for number in ((1, 3) if self.gated else (1,))])
-            hidden = F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
-            return layer(hidden, 2).to(x.dtype)
+            y = self._feed_forward(x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, d), linear)
+            return y.mul_(decision.weight.unsqueeze(-1)).view(t, k, -1).sum(dim=1).to(x.dtype)
+
+    def _feed_forward(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
+        """Outputs for x, by `linear(x, name, packed, scale, bias)`."""
+        last = len(self.expert_dims) - 1
+
+        def layer(x: Tensor, number: int, name: str) -> Tensor:
+            tensors = (self._buffers[key] for key in (f"w{number}_packed", f"w{number}_scale", f"b{number}"))
+            return linear(x, name, *(part.flatten(0, last) if part is not None and last else part for part in tensors))
+
+        into = [layer(x, number, f"w_in.{i}") for i, number in enumerate((1, 3) if self.gated else (1,))]
+        hidden = hidden_layer(self.act, into)
+        hidden = F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
+        return layer(hidden, 2, "w_out")
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
+        without memory for them."""
+        packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
+        return torch.full((), torch.nan, dtype=scale.dtype, device=scale.device).expand(
+            *packed.shape[:-1], scale.shape[-1]
+        )
 
     def extra_repr(self) -> str:
         return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
 
 
 @torch.no_grad()
-def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(*e, p, q)` as int8 `(*e, q, p)`, and the scale `(*e, q)` of each output channel, expert by expert. What
-    is rounded is divided by the scale in the dtype of the weight, so that rounding the scale costs nothing."""
-    found = []
-    for matrix in weight.flatten(0, -3):
-        wide = matrix.mT.to(torch.promote_types(weight.dtype, torch.float32))
-        scale = (wide.abs().amax(dim=-1) / 127).to(weight.dtype)
-        scale = torch.where(scale == 0, 1, scale)
-        found.append(((wide / scale.unsqueeze(-1)).round_().clamp_(-127, 127).to(torch.int8), scale))
-    small, scales = (torch.stack(parts) for parts in zip(*found, strict=True))
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights `(*e, p, q)` in bytes `(*e, p, q + 8)`, and the scale `(*e, q)` of each output channel."""
     dims, (p, q) = weight.shape[:-2], weight.shape[-2:]
-    return small.view(*dims, q, p), scales.view(*dims, q)
+    scale = weight.abs().amax(dim=-2).to(torch.bfloat16).to(weight.dtype)  # or a later cast would round it
+    packed = torch.empty(*dims, p, q + EXTRA, dtype=torch.uint8, device=weight.device)
+    for out, matrix, by in zip(packed.flatten(0, -3), weight.flatten(0, -3), scale.flatten(0, -2), strict=True):
+        wide = matrix.float() / torch.where(by == 0, 1, by).float()
+        low, high = wide.aminmax(dim=-1, keepdim=True)
+        step = (high - low) / 255
+        out[:, :q] = ((wide - low) / torch.where(step == 0, 1, step)).round_().clamp_(0, 255)
+        out[:, q:] = torch.cat([step, low], dim=-1).view(torch.uint8)
+    return packed, scale
 
 
-def product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x `(n, p)` times a weight `(q, p)` of int8, times the scale `(q,)` of each output: `(n, q)`."""
-    scale = scale.to(x.dtype)
-    if DIRECT and x.is_cpu and x.dtype == torch.bfloat16 and x.shape[0] <= FEW_ROWS and x.shape[1] % MULTIPLE == 0:
-        return int8_product(x, weight, scale)
-    return (x @ weight.to(x.dtype).mT).mul_(scale)
+def unpack(packed: Tensor) -> Tensor:
+    """The numbers `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
+    step, low = packed[..., -EXTRA:].contiguous().view(torch.float32).split(1, dim=-1)
+    return packed[..., :-EXTRA].float().mul_(step).add_(low)
 
 
-@torch.library.custom_op("mixture_of_experts::rows_by_int8", mutates_args=())
-def rows_by_int8(x: Tensor, weight: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-    """Rows `(r, p)` sorted by expert times the weights `(e, q, p)` of their experts: `(r, q)`. With `back` the gradient
-    of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for rows past the last expert's."""
-    out, start = x.new_zeros(x.shape[0], weight.shape[2 if back else 1]), 0
+def product(x: Tensor, packed: Tensor) -> Tensor:
+    """x `(r, p)` times one packed weight `(p, q + 8)`: `(r, q)`."""
+    direct = DIRECT and x.is_cpu and x.dtype != torch.float64
+    if direct and x.shape[0] <= FEW_ROWS:
+        return few_by_packed(x.float(), packed.unsqueeze(0), torch.zeros(x.shape[0], dtype=torch.int64)).to(x.dtype)
+    return x @ (unpacked_rows if direct else unpack)(packed).to(x.dtype)
+
+
+def few_by_packed(x: Tensor, packed: Tensor, expert: Tensor) -> Tensor:
+    """x `(r, p)` float32, each row times the packed weight `(e, p, q + 8)` of its own expert `(r,)`: `(r, q)`.
+
+    If there are more threads than rows, a product is the sum of parts of it.
+    """
+    (r, p), threads = x.shape, torch.get_num_threads()
+    parts = -(-threads // r) if threads > r else 1
+    parts = parts if p % parts == 0 else 1
+    place = torch.arange(p).add(expert.view(r, 1), alpha=p).view(-1)
+    start = torch.arange(0, r * p, p // parts)
+    sums = sum_of_packed_rows(packed.flatten(0, 1), place, start, x.reshape(-1))
+    return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
+
+
+@torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())
+def rows_by_packed(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
+    """Rows `(r, p)` sorted by expert times the weights of their experts, packed `(e, p, q + 8)` and with a scale
+    `(e, q)`: `(r, q)`. With `back` the gradient of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for
+    rows past the last expert's."""
+    out, start = x.new_zeros(x.shape[0], width(packed, back)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
-            rows, w, s = x[start : start + count], weight[expert], scale[expert]
-            out[start : start + count] = (rows * s.to(x.dtype)) @ w.to(x.dtype) if back else product(rows, w, s)
+            rows, weight, by = x[start : start + count], packed[expert], scale[expert].to(x.dtype)
+            done = (rows * by) @ unpack(weight).to(x.dtype).mT if back else product(rows, weight).mul_(by)
+            out[start : start + count] = done
             start += count
     return out
 
 
-@rows_by_int8.register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[2 if back else 1])
+def width(packed: Tensor, back: bool) -> int:
+    """The width of the rows that `rows_by_packed` returns."""
+    return packed.shape[1] if back else packed.shape[2] - EXTRA
+
+
+@rows_by_packed.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape[0], width(packed, back))
 
 
 def _save(ctx, inputs, output) -> None:
@@ -213,22 +274,23 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: Tensor):
-    return rows_by_int8(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
+    return rows_by_packed(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
 
 
-rows_by_int8.register_autograd(_backward, setup_context=_save)
+rows_by_packed.register_autograd(_backward, setup_context=_save)
 
 
 def is_direct() -> bool:
-    """Whether torch multiplies with int8 in one operator on a CPU, and rightly: compared with a product of float32."""
-    x = torch.arange(-48, 48, device="cpu").view(3, 32).to(torch.bfloat16)
-    weight = torch.arange(-128, 127, device="cpu")[:160].view(5, 32).to(torch.int8)
-    scale = torch.tensor([0.5, 1, 2, 4, 8], dtype=torch.bfloat16, device="cpu")
+    """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does."""
+    weight = torch.arange(-35, 35, device="cpu").view(2, 5, 7) / 4
+    x, expert = torch.arange(10, device="cpu").view(2, 5) - 4.5, torch.tensor([1, 0], device="cpu")
+    packed, _ = pack(weight)
     try:
-        found = int8_product(x, weight, scale).float()
+        found, whole = few_by_packed(x, packed, expert), unpacked_rows(packed[1])
     except (AttributeError, RuntimeError):
         return False
-    return torch.allclose(found, (x.float() @ weight.float().T) * scale.float(), rtol=0.01, atol=0.0)
+    wanted = torch.stack([row @ unpack(packed)[e] for row, e in zip(x, (1, 0), strict=True)])
+    return torch.allclose(found, wanted, rtol=1e-4) and torch.allclose(whole, unpack(packed[1]), rtol=1e-4, atol=1e-5)
 
 
 DIRECT = is_direct()

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
@@ -16,6 +15,7 @@ from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE
+from mixture_of_experts.quantize import EXTRA, QuantizedExperts
 from mixture_of_experts.support.private_torch import parts_of, unwrapped, wrapped_class
 from mixture_of_experts.whole_model.sites import Site, Stand, all_sites, places, serve
 
@@ -207,8 +207,9 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module itself, and its buffers of int8, which are quantised weights; by name."""
-    small = {name: buffer for name, buffer in module.named_buffers(recurse=False) if buffer.dtype == torch.int8}
+    """The parameters of a module itself, and its quantised weights without what is packed beside them; by name."""
+    packed = module.named_buffers(recurse=False) if isinstance(module, QuantizedExperts) else ()
+    small = {name: buffer[..., :-EXTRA] for name, buffer in packed if name.endswith("_packed")}
     return {**dict(module.named_parameters(recurse=False)), **small}
 
 

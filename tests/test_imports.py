@@ -23,9 +23,9 @@ ORDER = [
     "moe",
     "recipes",
     "whole_model",
-    "summary",
     "unstack",
     "quantize",
+    "summary",
     "",
     "mixture_of_experts",  # the one module of 0.2.3
     "stats",

@@ -15,6 +15,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+from mixture_of_experts import quantize
 from mixture_of_experts.support import private_torch
 
 #: importing the package must not load these: each takes a tenth of a second or more, or is an extra
@@ -54,11 +55,14 @@ def test_stand_ins():
         assert private_torch.is_fake(torch.ones(2))
 
 
-def test_products_with_int8():
-    """Where it is right, `mixture_of_experts.quantize` uses it."""
-    x, weight, scale = torch.randn(3, 48).bfloat16(), torch.randint(-127, 128, (5, 48), dtype=torch.int8), torch.rand(5)
-    found = private_torch.int8_product(x, weight, scale.bfloat16()).float()
-    torch.testing.assert_close(found, x.float() @ weight.mT.float() * scale.bfloat16(), atol=1.0, rtol=0.02)
+def test_packed_rows():
+    """Where they are right, `mixture_of_experts.quantize` uses them."""
+    packed = quantize.pack(torch.randn(1, 6, 5))[0][0]
+    torch.testing.assert_close(private_torch.unpacked_rows(packed), quantize.unpack(packed))
+    place, start, factor = torch.tensor([4, 0, 5]), torch.tensor([0, 2]), torch.tensor([2.0, -1.0, 0.5])
+    rows = quantize.unpack(packed)[place] * factor.unsqueeze(-1)
+    found = private_torch.sum_of_packed_rows(packed, place, start, factor)
+    torch.testing.assert_close(found, torch.stack([rows[:2].sum(0), rows[2]]))
 
 
 def test_dispatch_modes():

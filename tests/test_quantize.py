@@ -1,4 +1,4 @@
-"""Experts in int8: near the experts that they were made of, frozen, and as experts are in every other way."""
+"""Experts in 8 bits: near the experts that they were made of, frozen, and as experts are in every other way."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def frozen(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return layer
 
 
-def dequantised(experts: QuantizedExperts, number: str) -> Tensor:
-    weight, scale = getattr(experts, f"w{number}_int8"), getattr(experts, f"w{number}_scale")
-    return (weight * scale.unsqueeze(-1)).mT
+def unpacked(experts: QuantizedExperts, number: str) -> Tensor:
+    scale = getattr(experts, f"w{number}_scale")
+    return quantize.unpack(getattr(experts, f"w{number}_packed")) * scale.unsqueeze(-2)
 
 
 def rounded(layer: Any) -> Any:
-    """The layer with its weights as int8 stores them, in experts of the plain class."""
+    """The layer with its weights as 8 bits store them, in experts of the plain class."""
     small, layer = quantize_experts(copy.deepcopy(layer)), copy.deepcopy(layer)
     for number in "132" if small.experts.gated else "12":
-        getattr(layer.experts, f"w{number}").copy_(dequantised(small.experts, number))
+        getattr(layer.experts, f"w{number}").copy_(unpacked(small.experts, number))
     return layer
 
 
@@ -63,8 +63,11 @@ def test_it_computes_with_rounded_weights(name):
     layer, x = frozen(name, torch.float64), torch.randn(2, 9, DIM, dtype=torch.float64)
     small = quantize_experts(copy.deepcopy(layer))
     for number in "132" if small.experts.gated else "12":
-        weight, scale = getattr(layer.experts, f"w{number}"), getattr(small.experts, f"w{number}_scale")
-        assert ((dequantised(small.experts, number) - weight).abs() <= 0.501 * scale.unsqueeze(-2)).all()
+        scale = getattr(small.experts, f"w{number}_scale").unsqueeze(-2)
+        weight, found = getattr(layer.experts, f"w{number}") / scale, unpacked(small.experts, number) / scale
+        steps = (weight.amax(dim=-1, keepdim=True) - weight.amin(dim=-1, keepdim=True)) / 255
+        assert ((found - weight).abs() <= 0.501 * steps).all()
+        assert scale.equal(scale.to(torch.bfloat16).double())
     assert not list(small.experts.parameters())
     for found, wanted in zip(run(small, x), run(rounded(layer), x), strict=True):
         torch.testing.assert_close(found, wanted)
@@ -78,10 +81,10 @@ def test_it_computes_with_rounded_weights(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_one_token_and_few_rows_are_computed_as_many(name, dtype):
-    """Whether int8 is multiplied directly, in bfloat16, or not."""
+    """Whether the bytes are multiplied directly, row by row or expert by expert, or are unpacked first."""
     layer = frozen(name, dtype).eval()
     small, wanted = quantize_experts(copy.deepcopy(layer)), rounded(layer)
-    for tokens in (1, 2, 90):
+    for tokens in (1, 2, 9, 90):
         x = torch.randn(1, tokens, DIM, dtype=dtype)
         found, expected = small(x)[0], wanted(x)[0]
         assert (found - expected).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * expected.norm()
@@ -90,12 +93,11 @@ def test_one_token_and_few_rows_are_computed_as_many(name, dtype):
 
 
 def test_gradients_of_any_order():
-    counts, scale = torch.tensor([2, 0, 1]), torch.rand(3, 3, dtype=torch.float64)
-    weight = torch.randint(-127, 128, (3, 3, 2), dtype=torch.int8)
+    counts, (packed, scale) = torch.tensor([2, 0, 1]), quantize.pack(torch.randn(3, 2, 3))
     for back, width in ((False, 2), (True, 3)):
         x = torch.randn(4, width, dtype=torch.float64, requires_grad=True)  # the last row is nobody's
-        assert not quantize.rows_by_int8(x, weight, scale, counts, back)[3:].any()
-        function = lambda x: quantize.rows_by_int8(x, weight, scale, counts, back).square()  # noqa: B023, E731
+        assert not quantize.rows_by_packed(x, packed, scale, counts, back)[3:].any()
+        function = lambda x: quantize.rows_by_packed(x, packed, scale, counts, back).square()  # noqa: B023, E731
         torch.autograd.gradcheck(function, x)
         torch.autograd.gradgradcheck(function, x)
 
@@ -114,7 +116,8 @@ def test_copies_casts_states_checkpoints_and_autocast():
         assert all(one.equal(same) for one, same in zip(found, wanted, strict=True))
     for dtype in (torch.bfloat16, torch.float16):
         cast = copy.deepcopy(small).to(dtype)
-        assert cast.experts.w1_int8.dtype == torch.int8
+        assert cast.experts.w1_packed.equal(small.experts.w1_packed)
+        assert cast.experts.w1_scale.equal(small.experts.w1_scale)
         out = cast(x.to(dtype))[0]
         assert out.dtype == dtype
         torch.testing.assert_close(out.float(), wanted[0], atol=2e-2, rtol=2e-2)
@@ -137,9 +140,10 @@ class Checkpointed(nn.Module):
 def test_dead_channels_and_dropout():
     experts = Experts(DIM, 2, 48, dropout=0.5).requires_grad_(False)
     experts.w1[0, :, 3] = 0
+    experts.w2[0, 3] = 0
     layer = quantize_experts(MoE(DIM, 2, experts=experts))
-    assert layer.experts.w1_scale[0, 3] == 1
-    assert not dequantised(layer.experts, "1")[0, :, 3].any()
+    assert not unpacked(layer.experts, "1")[0, :, 3].any()
+    assert not unpacked(layer.experts, "2")[0, 3].any()
     x = torch.randn(1, 20, DIM)
     assert not layer(x)[0].equal(layer(x)[0])
     layer.eval()
@@ -153,7 +157,7 @@ def test_it_is_counted_as_it_was():
 
 
 def test_what_it_cannot_quantise():
-    with pytest.raises(ValueError, match=r"experts.w1 is trainable, and int8 is not: call requires_grad_\(False\)"):
+    with pytest.raises(ValueError, match=r"experts.w1 is trainable, 8 bits are not: call requires_grad_\(False\)"):
         quantize_experts(MoE(DIM, 4))
     with pytest.raises(ValueError, match=r"experts\.w1 is on the meta device"):
         quantize_experts(frozen("gated").to("meta"))
@@ -172,14 +176,34 @@ def test_what_it_cannot_quantise():
         quantize_experts(frozen("gated")).experts(torch.randn(2, DIM))
 
 
-def test_torchs_operator_is_checked(monkeypatch):
+@torch.no_grad()
+def test_torchs_operators_are_checked(monkeypatch):
+    """What is absent or computes something else is not called."""
     assert quantize.is_direct()
-    for wrong in (lambda x, w, s: (x @ w.to(x.dtype).mT) * s * 1.02, lambda *_: torch._no_such_operator):  # type: ignore[attr-defined]
-        monkeypatch.setattr(quantize, "int8_product", wrong)
-        assert not quantize.is_direct()
+    x, wrong = torch.randn(1, 9, DIM), lambda *_: torch._no_such_operator  # type: ignore[attr-defined]
+    wanted = quantize_experts(frozen("gated")).eval()(x)[0]
+    sums, whole = quantize.sum_of_packed_rows, quantize.unpacked_rows
+    for name, other in (
+        ("sum_of_packed_rows", lambda *given: sums(*given) * 1.02),
+        ("unpacked_rows", lambda packed: whole(packed) + 0.01),
+        ("sum_of_packed_rows", wrong),
+        ("unpacked_rows", wrong),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(quantize, name, other)
+            assert not quantize.is_direct()
     monkeypatch.setattr(quantize, "DIRECT", False)
-    with torch.no_grad():
-        assert quantize_experts(frozen("gated", torch.bfloat16))(torch.randn(1, 1, DIM).bfloat16())[0].isfinite().all()
+    monkeypatch.setattr(quantize, "sum_of_packed_rows", wrong)
+    monkeypatch.setattr(quantize, "unpacked_rows", wrong)
+    torch.testing.assert_close(quantize_experts(frozen("gated")).eval()(x)[0], wanted)
+
+
+def test_a_product_in_parts_for_more_threads(monkeypatch):
+    packed, x, expert = quantize.pack(torch.randn(3, 6, 5))[0], torch.randn(2, 6), torch.tensor([2, 0])
+    wanted = torch.stack([row @ quantize.unpack(packed[e]) for row, e in zip(x, expert.tolist(), strict=True)])
+    for threads in (1, 3, 4, 7, 64):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        torch.testing.assert_close(quantize.few_by_packed(x, packed, expert), wanted)
 
 
 @pytest.mark.slow

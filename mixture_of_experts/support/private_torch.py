@@ -222,10 +222,21 @@ def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.Proce
     return result.wait() if isinstance(result, AsyncCollectiveTensor) else result
 
 
-def int8_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
-    """x `(n, p)` times a weight `(q, p)` of int8, times the scale `(q,)` of each output, on a CPU in bfloat16. p must
-    be a multiple of 16: for others this operator gives wrong numbers or ends the process (seen in torch 2.13)."""
-    return torch._weight_int8pack_mm(x.contiguous(), weight, scale)
+def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Tensor) -> Tensor:
+    """Sums `(s, q)` of rows of a table of 8 bits `(n, q + 8)` on a CPU, each times a number, in float32.
+
+    Args:
+        place: `(m,)` int64, the rows in the order of the sums.
+        start: `(s,)` int64, where each sum begins in `place`.
+        factor: `(m,)` float32.
+    """
+    rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
+    return rows(packed, place, start, False, 0, False, factor, None, False)
+
+
+def unpacked_rows(packed: Tensor) -> Tensor:
+    """The numbers `(n, q)` of a table of 8 bits `(n, q + 8)` on a CPU, in float32."""
+    return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from mixture_of_experts import GatedExperts, quantize
 from mixture_of_experts.huggingface import fast_lora, from_pretrained, upcycle
+from mixture_of_experts.huggingface.lora import weights_shown
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
@@ -39,19 +42,98 @@ def test_a_folder_has_int8_where_the_model_has(tmp_path):
         from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("fast", [False, True])
-def test_adapters_of_experts_are_merged_first(fast):
-    lora, (_, batch) = (
-        LoraConfig(target_parameters=["experts.w1", "experts.w2"], init_lora_weights=False),
-        two_lengths("left"),
-    )
-    tuned: Any = get_peft_model(model(), lora)
-    tuned = fast_lora(tuned) if fast else tuned
-    with pytest.raises(ValueError, match=r"around experts, .*: merge adapters, or quantise before experts are wrapped"):
+LORA = LoraConfig(
+    r=3, target_modules=[], target_parameters=["experts.w1", "experts.w3", "experts.w2"], init_lora_weights=False
+)
+
+
+def with_rounded_weights(quantised: Any, plain: Any) -> Any:
+    """A model whose stacked experts have the numbers that experts in 8 bits stand for."""
+    for small, experts in zip(experts_of(quantised), experts_of(plain), strict=True):
+        for name in ("w1", "w3", "w2"):
+            packed, scale = getattr(small, f"{name}_packed"), getattr(small, f"{name}_scale")
+            getattr(experts, name).data.copy_(quantize.unpack(packed) * scale.unsqueeze(-2))
+    return plain
+
+
+def experts_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, QuantizedExperts | GatedExperts)]
+
+
+def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By name, of all that trains; the logits among them."""
+    model.zero_grad()
+    out = model(**batch, labels=batch["input_ids"])
+    out.loss.backward()
+    return {"logits": out.logits, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_adapters_beside_experts_in_8_bits(checkpointed):
+    """They are PEFT's own: outputs and gradients as on plain experts of the same numbers; two adapters, one, none."""
+    tuned: Any = get_peft_model(model().double(), LORA, autocast_adapter_dtype=False)
+    tuned.add_adapter("other", LORA)
+    small = quantize_experts(fast_lora(copy.deepcopy(tuned)))
+    plain, (_, batch) = with_rounded_weights(small, tuned), two_lengths("left")
+    if checkpointed:
+        small.gradient_checkpointing_enable()
+        small.enable_input_require_grads()
+    for each in (small, plain):
+        each.base_model.set_adapter(["default", "other"])
+        each.train()
+    found, wanted = gradients(small, batch), gradients(plain, batch)
+    assert sum(".lora_A." in name for name in found) == 2 * 2 * 3
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    for each in (small, plain):
+        each.set_adapter("other")
+    torch.testing.assert_close(gradients(small, batch)["logits"], gradients(plain, batch)["logits"])
+    with small.disable_adapter(), plain.disable_adapter():
+        torch.testing.assert_close(*(each(**batch).logits for each in (small, plain)))
+
+
+def test_adapters_come_to_a_folder_in_8_bits(tmp_path):
+    """A folder is loaded, adapters are put beside its experts or loaded, train, are saved and loaded elsewhere."""
+    plain, (_, batch) = model(), two_lengths("left")
+    tuned: Any = fast_lora(get_peft_model(copy.deepcopy(plain), LORA))
+    tuned.save_pretrained(tmp_path / "adapters")
+    wanted = quantize_experts(tuned).eval()(**batch).logits
+    quantize_experts(plain).save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with weights_shown(loaded):
+        again: Any = PeftModel.from_pretrained(loaded, str(tmp_path / "adapters"))
+    assert not any(isinstance(p, nn.Parameter) for e in experts_of(again) for p in e.parameters())
+    assert fast_lora(again).eval()(**batch).logits.equal(wanted)
+    with weights_shown(again):
+        again.add_adapter("new", LORA)
+    again.set_adapter("new")
+    names = [name for name, p in again.named_parameters() if p.requires_grad]
+    again(**batch, labels=batch["input_ids"]).loss.backward()
+    assert len(names) == 2 * 3 * 2
+    assert all(p.grad.any() for p in again.parameters() if p.requires_grad)
+    ids = again.generate(batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=3, do_sample=False)
+    assert ids.shape[1] == batch["input_ids"].shape[1] + 3
+
+
+def test_what_adapters_cannot_do_beside_8_bits():
+    tuned: Any = get_peft_model(model(), LORA)
+    with pytest.raises(ValueError, match=r"around experts, .*: call fast_lora\(\) of a model with adapters first"):
         quantize_experts(tuned)
-    wanted = tuned(**batch).logits
-    found = quantize_experts(tuned.merge_and_unload().requires_grad_(False))(**batch).logits
-    assert (found - wanted).norm() <= 0.03 * wanted.norm()
+    small = quantize_experts(fast_lora(tuned))
+    before = {name: value.clone() for name, value in small.state_dict().items()}
+    for refused in (small.merge_adapter, small.merge_and_unload):
+        with pytest.raises(ValueError, match="can be merged where w2 is in 8 bits: keep adapters beside it"):
+            refused()
+    experts = small.base_model.model.model.layers[0].mlp.moe.experts
+    with pytest.raises(ValueError, match="no adapters are computed for slots where"):
+        experts(torch.randn(4, 2, 32))
+    assert all(value.equal(before[name]) for name, value in small.state_dict().items())
+    assert isinstance(experts_of(small.unload())[0], QuantizedExperts)
+    with pytest.raises(ValueError, match="has no QuantizedExperts"), weights_shown(model()):
+        pass
+    with pytest.raises(ValueError, match="no `target_parameters` found"):
+        get_peft_model(quantize_experts(model()), LORA)
 
 
 def test_adapters_of_attention_train_through_them():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
 
 from mixture_of_experts.experts import StackedExperts
+from mixture_of_experts.quantize import QuantizedExperts
+from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import wrapped_class
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -57,9 +61,9 @@ def fast_lora(model: Model) -> Model:
         if not isinstance(module, layer.ParamWrapper):
             continue
         experts, weight = module.get_base_layer(), module.parameter_name
-        if not isinstance(experts, StackedExperts):
+        if not isinstance(experts, StackedExperts | QuantizedExperts):
             others.add(f"{name}: {weight} of {type(experts).__name__}, which is not Experts or GatedExperts")
-        elif wrapped_class(experts).forward is not StackedExperts.forward:
+        elif wrapped_class(experts).forward not in (StackedExperts.forward, QuantizedExperts.forward):
             others.add(f"{name}: {type(experts).__name__} has a forward of its own")
         elif type(module) not in (layer.ParamWrapper, ParamWrapper):
             others.add(f"{name}: {type(module).__name__} is another wrapper; call fast_lora before it is wrapped again")
@@ -76,3 +80,47 @@ def fast_lora(model: Model) -> Model:
     for module in found:
         module.__class__ = ParamWrapper
     return model
+
+
+@contextmanager
+def weights_shown(model: nn.Module) -> Iterator[None]:
+    """Within this context PEFT finds the weights of `QuantizedExperts`, to put LoRA beside them or to load it.
+
+    PEFT looks for parameters, and weights in 8 bits are none. Here they appear under their names, "w1", "w3" and "w2",
+    with their shapes, without numbers and without memory. Call `fast_lora` afterwards: only with it such experts
+    compute.
+
+    Args:
+        model: a model with `QuantizedExperts`, or one that PEFT has prepared, for another adapter.
+
+    Raises:
+        ValueError: the model has no `QuantizedExperts`.
+
+    Example:
+        >>> from peft import LoraConfig, inject_adapter_in_model
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.quantize import quantize_experts
+        >>> moe = MoE(dim=16, num_experts=4)
+        >>> moe.experts.requires_grad_(False)  # doctest: +ELLIPSIS
+        Experts(...
+        >>> _ = quantize_experts(moe)
+        >>> with weights_shown(moe):
+        ...     moe = inject_adapter_in_model(LoraConfig(r=2, target_parameters=["experts.w1", "experts.w2"]), moe)
+        >>> type(fast_lora(moe).experts.get_base_layer()).__name__
+        'QuantizedExperts'
+    """
+    found = [module for module in check_model("model", model).modules() if isinstance(module, QuantizedExperts)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no QuantizedExperts: PEFT finds the weights of other experts itself"
+        )
+    names = {experts: ["w1", "w3", "w2"] if experts.gated else ["w1", "w2"] for experts in found}
+    try:
+        for experts, weights in names.items():
+            for name in weights:
+                experts.register_parameter(name, nn.Parameter(experts.like(name), requires_grad=False))
+        yield
+    finally:
+        for experts, weights in names.items():
+            for name in weights:
+                experts._parameters.pop(name, None)

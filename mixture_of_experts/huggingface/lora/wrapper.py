@@ -16,6 +16,7 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.huggingface.lora.network import AdaptedNetwork
 from mixture_of_experts.huggingface.lora.ways import WAYS
 from mixture_of_experts.ops import Network, routed_ffn
+from mixture_of_experts.quantize import QuantizedExperts
 
 WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -49,7 +50,14 @@ class AdaptedFFN:
 
 
 class ParamWrapper(layer.ParamWrapper):
-    """PEFT's wrapper with a fast forward; PEFT knows it by this name. What it cannot serve, it leaves to PEFT."""
+    """PEFT's wrapper with a fast forward; PEFT knows it by this name. What it cannot serve, it leaves to PEFT, but of
+    quantised experts, which have no weight that PEFT could add to: there it refuses."""
+
+    gives_parts = True  # to experts that are asked for their outputs; `quantize_experts` reads it
+
+    def get_param(self) -> Tensor:
+        experts = self.get_base_layer()
+        return experts.like(self.parameter_name) if isinstance(experts, QuantizedExperts) else super().get_param()
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -58,12 +66,29 @@ class ParamWrapper(layer.ParamWrapper):
             decides and self.num_experts > 1 and self.parameter_name in WEIGHTS and self.get_param().dtype in DTYPES
         )
         if self.disable_adapters or self.merged or not active or not served or kwargs.get("adapter_names"):
+            if not (served or self.disable_adapters) and active:
+                self.check_not_quantized("are computed for slots")
             return super().forward(x, *args, **kwargs)
         self._check_forward_args(x, *args, **kwargs)
         outer: AdaptedFFN | None = kwargs.pop("ffn", None)
         parts = {} if outer is None else outer.parts
         ffn = AdaptedFFN({**parts, WEIGHTS[self.parameter_name]: self.part(active)})
         return self.base_layer(x, *args, ffn=ffn, **kwargs)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        self.check_not_quantized("can be merged")
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        self.check_not_quantized("can be taken out of it")
+        super().unmerge()
+
+    def check_not_quantized(self, what: str) -> None:
+        if isinstance(self.get_base_layer(), QuantizedExperts):
+            raise ValueError(
+                f"no adapters {what} where {self.parameter_name} is in 8 bits: keep adapters beside it, or merge them "
+                "before quantize_experts()"
+            )
 
     def part(self, adapters: list[str]) -> LowRankPart:
         """What active adapters together add to the weight."""

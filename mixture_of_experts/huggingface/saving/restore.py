@@ -19,7 +19,7 @@ from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, ga
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.quantize import QuantizedExperts
 
-INT8 = ".w2_int8"  # what every layer of quantised experts has
+PACKED = ".w2_packed"  # what every layer of quantised experts has
 
 
 def put_experts(
@@ -86,7 +86,7 @@ def quantise_as_saved(model: nn.Module, files: Collection[str]) -> None:
     """Put quantised experts where files of safetensors have such, before weights are loaded."""
     for file in (file for file in files if str(file).endswith(".safetensors")):
         with safe_open(file, "pt") as saved:
-            names = [name.removesuffix(INT8) for name in saved.keys() if name.endswith(INT8)]  # noqa: SIM118
+            names = [name.removesuffix(PACKED) for name in saved.keys() if name.endswith(PACKED)]  # noqa: SIM118
         for place in (find_place(model, name) for name in names):
             if place is not None:
                 (parent, _, child), experts = place.rpartition("."), model.get_submodule(place)
