@@ -133,8 +133,8 @@ class QuantizedExperts(RoutedExperts):
             if (*x.shape[:-2], "s", x.shape[-1]) != wanted:
                 raise ValueError(f"they read slots of shape ({', '.join(map(str, wanted))}), got {tuple(x.shape)}")
             return super().forward(x)
-        if ffn is None and self.has_few(x, decision):
-            return self.row_by_row(x, decision)
+        if ffn is None and self._has_few(x, decision):
+            return self._row_by_row(x, decision)
         plan = decision.without_gaps()
         counts = plan.rows_per_expert
         assert counts is not None
@@ -156,13 +156,13 @@ class QuantizedExperts(RoutedExperts):
         with without_autocast(rows.device):
             return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
 
-    def has_few(self, x: Tensor, decision: Decision) -> bool:
+    def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
         few = inference and DIRECT and 0 < x.shape[0] <= MOST_TOKENS and decision.expert.shape[0] <= MOST_ROWS
         return few and can_read(x) and x.dtype != torch.float64 and False not in decision.kept.tolist()
 
-    def row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
+    def _row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
         """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. It adds in float32."""
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None

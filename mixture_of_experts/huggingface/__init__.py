@@ -6,7 +6,7 @@ from mixture_of_experts.huggingface.blocks.sparse import from_transformers, to_t
 from mixture_of_experts.huggingface.callback import BalanceCallback, RoutingCallback, log_routing
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
 from mixture_of_experts.huggingface.grpo import ReplayRouting
-from mixture_of_experts.huggingface.lora import fast_lora
+from mixture_of_experts.huggingface.lora import fast_lora, weights_shown
 from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
@@ -33,4 +33,5 @@ __all__ = [
     "replace_ffn",
     "to_transformers",
     "upcycle",
+    "weights_shown",
 ]
