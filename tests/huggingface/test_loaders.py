@@ -25,6 +25,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5EncoderModel,
@@ -393,6 +394,25 @@ def test_auto_config_and_tokenizer(tmp_path):
     assert (type(config), config.model_type, config.hidden_size) == (type(model.config), "llama", DIM)
     assert AutoConfig.from_pretrained(tmp_path, hidden_size=48).hidden_size == 48
     assert AutoTokenizer.from_pretrained(tmp_path)("w5 w9").input_ids == [5, 9]
+
+
+def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):
+    """One that is made from them without the layers can."""
+    model = ARCHITECTURES["llama"].build()
+    replace_ffn(model, num_experts=4)
+    type(model)(model.config).save_pretrained(tmp_path / "named")
+    with pytest.raises(RuntimeError, match=r"mismatch|ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "named")
+
+    model.save_pretrained(tmp_path / "layers")
+    of_a_file = AutoConfig.from_pretrained(tmp_path / "layers")
+    for number, config in enumerate((model.config, of_a_file)):
+        settings = config.to_dict()
+        for name in ("mixture_of_experts", "quantization_config"):
+            settings.pop(name, None)
+        dense = LlamaForCausalLM(LlamaConfig.from_dict(settings)).eval()
+        dense.save_pretrained(tmp_path / f"dense {number}")
+        same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / f"dense {number}"), dense)
 
 
 def test_a_dense_model_that_is_not_known(tmp_path):
