@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating
+from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
 from mixture_of_experts.verify import assert_holds
 
 DIM, EXPERTS = 6, 4
@@ -362,15 +362,23 @@ def of_rank(rank: int) -> list[Tensor]:
 
 
 def check_update_over_group(rank: int) -> None:
-    """By default the bias moves by the loads of both ranks, and is the same on both."""
-    moe, alone = build(), build()
-    for part in of_rank(rank):
-        step(moe, part)
-    alone.gate.expert_counts.copy_(load(alone, *of_rank(0), *of_rank(1)))
-    moe.gate.update_bias(1e-2)
-    alone.gate.update_bias(1e-2, group=this_rank())
-    assert torch.equal(moe.gate.expert_bias, alone.gate.expert_bias)
-    assert not moe.gate.expert_counts.any()
+    """By default the bias moves by the loads of both ranks, and is the same on both; losses may be of fewer ranks."""
+    for group in (None, this_rank(), dist.group.WORLD):
+        moe, alone, balanced = build(), build(), build()
+        optimizer = torch.optim.SGD(balanced.parameters(), lr=0.0)
+        balance_experts(balanced, optimizer, rate=1e-2)
+        for each in (moe, balanced):
+            each.gate.process_group = group
+            for part in of_rank(rank):
+                step(each, part)
+        alone.gate.expert_counts.copy_(load(alone, *of_rank(0), *of_rank(1)))
+        moe.gate.update_bias(1e-2)
+        alone.gate.update_bias(1e-2, group=this_rank())
+        optimizer.step()
+        assert moe.gate.expert_bias.any()
+        for each in (moe, balanced):
+            assert torch.equal(each.gate.expert_bias, alone.gate.expert_bias)
+            assert not each.gate.expert_counts.any()
 
 
 def check_a_group_of_one_waits_for_nobody(rank: int) -> None:

@@ -45,7 +45,11 @@ def find_ranks(name: str, ranks: list[int]) -> Ranks:
 
 
 def ranks_of_batch(group: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
-    """The ranks over which counts are summed: `group`, by default all ranks; None if there is one process."""
+    """The ranks over which counts are summed: `group`, by default all ranks; None if there is one process.
+
+    A gate's own `process_group`, which may be some of the ranks that hold the gate, is not asked: what counts move must
+    stay the same on all of them.
+    """
     if group is None and dist.is_available() and dist.is_initialized():
         return dist.group.WORLD
     return group

@@ -463,8 +463,9 @@ class TopKGating(TokenChoiceGate):
 
         Call it once for each optimizer step (`optimizer.register_step_post_hook`). Loads are the choices of real
         tokens, before capacity, in the training forwards whose backward ran since the last call. They are summed over
-        the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. A rate
-        of 0 leaves the bias as it is.
+        the ranks of `group`, by default all ranks if `torch.distributed` is initialised; all of them must call. The
+        gate's `process_group` is for its losses alone: whatever it is, all ranks that hold this gate need the same
+        bias, so give them as `group` if some ranks hold other layers. A rate of 0 leaves the bias as it is.
         """
         check_number("rate", rate, at_least=0.0)
         check_process_group("group", group)

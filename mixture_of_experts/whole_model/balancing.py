@@ -60,8 +60,8 @@ def balance_experts(
             as `mixture_of_experts.gating.QuantileRule(bins=4000)` or a rule of your own.
         rate: size of a step: by default 1e-3 for the sign rules, and 1, the whole way, for "quantile". You may change
             `balancing.rate` later; 0 leaves the bias as it is (as DeepSeek-V3 does in the end).
-        group: the ranks that share a batch, over which counts are summed; by default all ranks if `torch.distributed`
-            is initialised. All of them must step.
+        group: the ranks that hold these gates, over which counts are summed; by default all ranks if
+            `torch.distributed` is initialised, whatever the gates' `process_group` is. All of them must step.
 
         gates: the gates to balance, by their names or as modules (gates, or layers around them); by default all that
             have an expert bias. `balancing.gates` names them.

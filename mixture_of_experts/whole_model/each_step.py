@@ -24,7 +24,7 @@ class EachStep:
 
     Args:
         optimizer: bare or wrapped by accelerate.
-        group: the ranks that share a batch; None: all, if there are several.
+        group: the ranks that hold the gates; None: all, if there are several.
     """
 
     group: dist.ProcessGroup | None

@@ -39,7 +39,8 @@ def control_sparsity(
         model: before DDP or `torch.compile` wrap it.
         optimizer: the optimizer whose steps count, bare or wrapped by accelerate.
         rate: the factor, above 1.
-        group: the ranks that share a batch; by default all ranks if `torch.distributed` is initialised.
+        group: the ranks that hold these gates, over which counts are summed; by default all ranks if
+            `torch.distributed` is initialised, whatever the gates' `process_group` is.
 
         gates: the gates to control, by their names or as modules (gates, or layers around them); by default every
             `ReLUGating`. `control.gates` names them.
