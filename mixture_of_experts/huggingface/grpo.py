@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
+from mixture_of_experts.support.private_torch import from_peft
 
 METHODS = (
     "_generate_single_turn",
@@ -27,11 +28,12 @@ class ReplayRouting:
     trainer generates. They are replayed in every forward that computes log-probabilities of these completions: in
     training, over all mini-batches and iterations, in the forward for old log-probabilities, and in evaluation. The
     last token of a completion was never read, so there the gates choose. A reference model of its own chooses for
-    itself; with PEFT the model is its own reference, and replays there too.
+    itself; with PEFT the model without its adapter is the reference: it takes the choices too, and weighs them itself.
 
     Raises:
         ValueError: when the trainer is made: it generates in another way (vLLM, continuous batching, tools, a function
-            of yours), or its model has no gate; in training: the generation has no cache, or a prompt has images.
+            of yours), or its model has no gate; in training: the generation has no cache, a prompt has images, or
+            log-probabilities with gradients are computed in chunks, or twice before a backward.
         TypeError: when the trainer is made: it lacks a method of TRL's that this class needs, or a gate has choices or
             weights that cannot be recorded.
     """
@@ -53,7 +55,7 @@ class ReplayRouting:
                 "take the engine's choices (RoutingRecords.from_requests) and enter replay_routing yourself"
             )
         self._rows: list[Row] = []  # of the sequences whose log-probabilities come next
-        self._until_backward = ExitStack()
+        self._until_backward: ExitStack | None = None  # the replay of a forward whose backward has not ended
         with self._recorded():
             pass  # raises if it cannot record
 
@@ -100,9 +102,14 @@ class ReplayRouting:
         if images := [name for name, value in kwargs.items() if isinstance(value, (Tensor, list))]:
             raise ValueError(f"ReplayRouting takes prompts of text alone, got {', '.join(images)}")
         size, found = batch_size or len(input_ids), []
+        if torch.is_grad_enabled():
+            self._refuse_second(len(input_ids), size)
+        of_reference = is_reference(model)
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
             records = records_of(self._rows[part], attention_mask[part])
+            if of_reference and records.weights is not None:
+                records = RoutingRecords(records, {name: records.num_experts(name) for name in records})
             with ExitStack() as replay:
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 arguments = (model, input_ids[part], attention_mask[part], logits_to_keep)
@@ -116,13 +123,37 @@ class ReplayRouting:
             None if losses[0] is None else torch.stack(losses).mean(),
         )
 
+    def _refuse_second(self, number: int, size: int) -> None:
+        """Refuse a second forward with gradients before a backward: which one that runs again would not be known."""
+        if size < number:
+            raise ValueError(
+                f"log-probabilities of {number} sequences with gradients are computed in chunks of {size}, but "
+                "ReplayRouting replays one forward until its backward: leave batch_size out there"
+            )
+        if self._until_backward is not None:
+            raise ValueError(
+                "log-probabilities with gradients are computed a second time before the backward of the first, until "
+                "which ReplayRouting replays: take both losses from one forward, and run it in training_step"
+            )
+
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """The trainer's; the replay lasts until the backward is over."""
         trainer: Any = super()
         try:
             return trainer.training_step(*args, **kwargs)
         finally:
-            self._until_backward.close()
+            if self._until_backward is not None:
+                self._until_backward.close()
+                self._until_backward = None
+
+
+def is_reference(model: torch.nn.Module) -> bool:
+    """Whether a model computes as its own reference: PEFT's adapters are off, or TRL's copy named "ref" is on."""
+    wrappers: list[Any] = [module for module in model.modules() if from_peft(module)]
+    return any(
+        getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
+        for each in wrappers
+    )
 
 
 def records_of(rows: list[Row], mask: Tensor) -> RoutingRecords:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from mixture_of_experts.huggingface import ReplayRouting, upcycle
+from mixture_of_experts.replay import RoutingRecords, replay_routing
 
 pytestmark = [
     # peft and trl use names that transformers deprecates
@@ -110,6 +113,84 @@ def test_adapters_a_reference_weights_and_chunks(tmp_path):
     lora = LoraConfig(target_modules=["q_proj"], r=2)
     found = train(tmp_path, ReplayRouting, weights=True, peft=lora, beta=0.1)
     assert max(sampled for sampled, _ in found) < 0.2
+
+
+class Logits:
+    """Stands for TRL's trainer: log-probabilities are logits, and a generation is one forward."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def _generate_single_turn(self, ids: Tensor) -> None:
+        self.model(ids)
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        return {}
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        ids = inputs["ids"]
+        return self._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 1)[0].sum()
+
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, ids: Tensor, mask: Tensor, keep: int, batch_size: int | None = None
+    ) -> tuple[Tensor, None, None]:
+        return model(ids, attention_mask=mask).logits, None, None
+
+    def training_step(self, loss: Any) -> None:
+        loss().backward()
+
+
+@contextmanager
+def use_adapter(model: Any, name: str) -> Iterator[None]:
+    before = model.active_adapter
+    model.set_adapter(name)
+    try:
+        yield
+    finally:
+        model.set_adapter(before)
+
+
+class Replayed(ReplayRouting, Logits):
+    replay_weights = True
+
+
+def test_the_reference_of_adapters_weighs_for_itself():
+    """By its own router, the choices of the generation; as a copy of a trained adapter does."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False)
+    model = get_peft_model(llama().eval(), config)
+    model.add_adapter("ref", config)
+    trainer, ids = Replayed(model), torch.randint(3, VOCABULARY, (3, 7))
+    trainer._generate_single_turn(ids)
+    ((records, _), *_), call = trainer._rows, (ids, torch.ones_like(ids), 1)
+    choices = RoutingRecords(records, {name: records.num_experts(name) for name in records})
+    with torch.no_grad():
+        assert torch.equal(trainer._get_per_token_logps_and_entropies(model, *call)[0], model(ids).logits)
+        for reference in (model.disable_adapter(), use_adapter(model, "ref")):
+            with reference:
+                found, _, _ = trainer._get_per_token_logps_and_entropies(model, *call, batch_size=2)
+                with replay_routing(model, choices):
+                    torch.testing.assert_close(found, model(ids).logits)
+                with replay_routing(model, records):
+                    assert not torch.allclose(found, model(ids).logits, atol=1e-2)
+
+
+def test_one_forward_until_its_backward():
+    model, ids = llama(), torch.randint(3, VOCABULARY, (3, 7))
+    trainer = Replayed(model)
+    with torch.no_grad():
+        trainer._generate_single_turn(ids)
+    inputs = {"ids": ids, "routing": trainer._rows}
+    with pytest.raises(ValueError, match=r"of 3 sequences with gradients are computed in chunks of 2.*batch_size out"):
+        trainer._get_per_token_logps_and_entropies(model, ids, torch.ones_like(ids), 1, batch_size=2)
+    hooks = [len(module._forward_pre_hooks) for module in model.modules()]
+    for _ in range(2):  # micro-batches, each with its backward
+        trainer.training_step(lambda: trainer._compute_loss(model, inputs))
+        with pytest.raises(ValueError, match="a second time before the backward"):
+            trainer.training_step(lambda: trainer._compute_loss(model, inputs) + trainer._compute_loss(model, inputs))
+    assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
 @pytest.mark.slow
