@@ -101,6 +101,7 @@ def restack(model: Model) -> Model:
     return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
 def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
     """Replace every module of a kind by `make(module, path)`. All are made before the first is replaced."""
     modules = check_model("model", model).named_modules()

@@ -240,6 +240,9 @@ WRONG = {
     "words": (dict(keep=4, calibration="a text"), TypeError, "calibration must be batches of tokens"),
     "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
     "no batch": (dict(keep=4, calibration=[3]), TypeError, "a batch of calibration is a tensor"),
+    "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), got \[1, 2\]"),
+    "a tokenizer's lists": (dict(keep=4, calibration={"x": [[1, 2]]}), TypeError, "a batch of calibration is a tensor"),
+    "an empty batch": (dict(keep=4, calibration=[{}]), TypeError, "a batch of calibration is a tensor"),
     "a text for nothing": (dict(keep=4, by="random", calibration=X), ValueError, "leave it out"),
     "too few": (
         dict(keep=1, by="random"),

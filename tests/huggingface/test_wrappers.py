@@ -13,9 +13,21 @@ from support.transformers_data_parallel import build, gradients, labelled
 from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without_dropout
 
 from mixture_of_experts import TopKGating
-from mixture_of_experts.huggingface import aux_loss, export, from_transformers, replace_ffn, to_transformers, upcycle
+from mixture_of_experts.huggingface import (
+    aux_loss,
+    export,
+    from_transformers,
+    prune,
+    replace_ffn,
+    to_transformers,
+    upcycle,
+)
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.quantize import quantize_experts
+from mixture_of_experts.unstack import restack, unstack
 from mixture_of_experts.whole_model.call_stack import STACKS
+
+from .test_blocks import build as build_stock
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 
@@ -102,6 +114,25 @@ def test_a_wrapper_is_not_what_is_changed(change, wrap):
     with pytest.raises(ValueError, match=r"is a wrapper: change the model in it|has adapters of PEFT"):
         change(wrapped)
     assert [type(module) for module in wrapped.modules()] == kinds
+
+
+def test_what_is_changed_in_inference_mode_can_be_trained():
+    model, inputs = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].inputs()
+    stock = build_stock("Mixtral")
+    changes = {
+        "upcycle": lambda: upcycle(model, num_experts=4),
+        "prune": lambda: prune(model, 3, calibration=[inputs]),
+        "unstack": lambda: unstack(model),
+        "restack": lambda: restack(model),
+        "quantize": lambda: quantize_experts(model.requires_grad_(False)),
+        "from": lambda: from_transformers(stock),
+        "to": lambda: to_transformers(stock),
+    }
+    for name, change in changes.items():
+        with torch.inference_mode():
+            change()
+        made = [tensor for one in (model, stock) for tensor in (*one.parameters(), *one.buffers())]
+        assert not any(tensor.is_inference() for tensor in made), name
 
 
 def test_peft_brings_mask_and_loss():

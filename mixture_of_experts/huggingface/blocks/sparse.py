@@ -130,6 +130,7 @@ def refuse(model: nn.Module, name: str, why: str) -> NoReturn:
     )
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
 def put_layers(model: nn.Module, settings: Mapping[str, Mapping[str, Any]]) -> None:
     """Put layers in the places of blocks, one after the other; `settings` has their coefficients, by path."""
     for name, given in settings.items():
@@ -165,6 +166,7 @@ def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 # Back
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
 def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """Put stock blocks in the places of a model's layers, and remove all that `from_transformers` added."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}

@@ -161,6 +161,7 @@ class PrunableLayer:
             if isinstance(holder, nn.Module) and isinstance(tensor, Tensor) and tensor.shape[axis] == self.e:
                 yield holder, leaf, axis
 
+    @torch.inference_mode(False)  # what is made in that mode cannot be trained
     @torch.no_grad()
     def cut(self, ids: list[int]) -> None:
         """Keep these experts alone, in place."""

@@ -112,12 +112,21 @@ def as_batches(calibration: Any) -> Iterable[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    if not isinstance(batch, Tensor | Mapping | tuple | list):
-        raise TypeError(f"a batch of calibration is a tensor, a dict or a tuple, got {type(batch).__name__}")
+    if not isinstance(batch, Tensor | Mapping | tuple | list) or is_plain(batch):
+        raise TypeError(
+            "a batch of calibration is a tensor, or a dict or tuple with tensors (a tokenizer returns them with "
+            f"return_tensors='pt'), got {batch!r:.99}"
+        )
     if isinstance(batch, Mapping):
         model(**batch)
     else:
         model(*([batch] if isinstance(batch, Tensor) else batch))
+
+
+def is_plain(batch: Any) -> bool:
+    """Whether there is nothing but numbers and words, and lists of them."""
+    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
+    return all(map(is_plain, parts)) if isinstance(parts, list | tuple) else isinstance(parts, int | float | str | None)
 
 
 def computing(layer: Any) -> nn.Module:

@@ -403,6 +403,7 @@ def make_moe(
         return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
 def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSite, Dense], MoE]) -> list[str]:
     """Build all layers, then put them into the model, so that an error changes nothing; return their paths."""
     built = []
