@@ -34,12 +34,22 @@ class ReplayRouting:
         ValueError: when the trainer is made: it generates in another way (vLLM, continuous batching, tools, a function
             of yours), or its model has no gate; in training: the generation has no cache, a prompt has images, or
             log-probabilities with gradients are computed in chunks, or twice before a backward.
-        TypeError: when the trainer is made: it lacks a method of TRL's that this class needs, or a gate has choices or
-            weights that cannot be recorded.
+        TypeError: when your class is made: it has this one after the trainer; when the trainer is made: it lacks a
+            method of TRL's that this class needs, or a gate has choices or weights that cannot be recorded.
     """
 
     #: whether weights are recorded and replayed beside choices; set it in your class
     replay_weights: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        after = cls.__mro__[cls.__mro__.index(ReplayRouting) + 1 :]
+        trainers = [kind for kind in cls.__mro__ if not issubclass(kind, ReplayRouting) and METHODS[0] in vars(kind)]
+        if trainers and not any(kind in after for kind in trainers):
+            raise TypeError(
+                f"{cls.__name__} has ReplayRouting after {trainers[0].__name__}, which would not call it: write class "
+                f"{cls.__name__}(ReplayRouting, {trainers[0].__name__})"
+            )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -193,6 +193,17 @@ def test_one_forward_until_its_backward():
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+def test_after_the_trainer_it_is_refused():
+    """There none of its methods would run, and the trainer would train with other experts."""
+    with pytest.raises(
+        TypeError, match=r"Own has ReplayRouting after Logits, .*: write class Own\(ReplayRouting, Logits"
+    ):
+        type("Own", (Logits, ReplayRouting), {})
+    with pytest.raises(TypeError, match=r"Own has ReplayRouting after Logits"):
+        type("Own", (Logits, type("Mine", (ReplayRouting,), {})), {})
+    type("Own", (type("Other", (), {"_generate_single_turn": None}), ReplayRouting, Logits), {})
+
+
 @pytest.mark.slow
 def test_other_generations_are_refused(tmp_path):
     from trl import GRPOTrainer
