@@ -109,6 +109,26 @@ def test_shards_and_heads(tmp_path):
     same_weights(from_pretrained(tmp_path / "base"), model.model)
 
 
+class Around(nn.Module):
+    """A module of one's own with two models."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = ARCHITECTURES["llama"].build(), ARCHITECTURES["llama"].build()
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_model_in_a_module_of_ones_own(with_config, tmp_path):
+    model, inputs = Around().eval(), ARCHITECTURES["llama"].inputs()
+    if with_config:
+        model.config = model.first.config
+    assert upcycle(model, num_experts=4, layers=["first.model.layers.1.mlp"]) == ["first.model.layers.1.mlp"]
+    for name, part in (("first", model.first), ("second", model.second)):
+        part.save_pretrained(tmp_path / name)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert torch.equal(again(**inputs).logits, part(**inputs).logits)
+
+
 def test_a_gate_of_ones_own(tmp_path):
     model = ARCHITECTURES["llama"].build()
     make = lambda d, e: OwnGate(d, e, 1)  # noqa: E731

@@ -19,9 +19,10 @@ from os import PathLike
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.saving.layer_settings import Layers
 
 NAME = "mixture_of_experts"  # `model_type` and `quant_method`
@@ -109,10 +110,15 @@ def note(model: nn.Module) -> None:
     """Tell the model's configuration of the layers with experts.
 
     The model gets a configuration of its own, because other models may share the old one. A model without a head keeps
-    the old one: it may be part of a model with a head, which must know of the experts too.
+    the old one: it may be part of a model with a head, which must know of the experts too. In a module that is no model
+    of `transformers` the models that have such layers are told.
     """
-    config: Any = getattr(model, "config", None)
-    if not isinstance(config, PreTrainedConfig):
+    if not isinstance(model, PreTrainedModel):
+        for inner in model.children():
+            note(inner)
+        return
+    config: Any = model.config
+    if not feed_forwards(model) or not isinstance(config, PreTrainedConfig):
         return
     copies: dict[int, Any] = {id(config): config}
     if getattr(model, "base_model", model) is not model:
