@@ -167,13 +167,16 @@ class QuantizedExperts(RoutedExperts):
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None
 
+        into = places(expert, d)
+
         def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-            out = few_by_packed(x, packed, expert).mul_(scale.index_select(0, expert))
+            out = few_by_packed(x, packed, into if name != "w_out" else places(expert, x.shape[1]))
+            out.mul_(scale.index_select(0, expert))
             return out if bias is None else out.add_(bias.index_select(0, expert))
 
         with without_autocast(x.device):
             y = self._feed_forward(x.float().unsqueeze(1).expand(t, k, d).reshape(t * k, d), linear)
-            return y.mul_(decision.weight.unsqueeze(-1)).view(t, k, -1).sum(dim=1).to(x.dtype)
+            return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
     def _feed_forward(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
         """Outputs for x, by `linear(x, name, packed, scale, bias)`."""
@@ -225,21 +228,24 @@ def product(x: Tensor, packed: Tensor) -> Tensor:
     """x `(r, p)` times one packed weight `(p, q + 8)`: `(r, q)`."""
     direct = DIRECT and x.is_cpu and x.dtype != torch.float64
     if direct and x.shape[0] <= FEW_ROWS:
-        return few_by_packed(x.float(), packed.unsqueeze(0), torch.zeros(x.shape[0], dtype=torch.int64)).to(x.dtype)
+        rows = places(torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1])
+        return few_by_packed(x.float(), packed.unsqueeze(0), rows).to(x.dtype)
     return x @ (unpacked_rows if direct else unpack)(packed).to(x.dtype)
 
 
-def few_by_packed(x: Tensor, packed: Tensor, expert: Tensor) -> Tensor:
-    """x `(r, p)` float32, each row times the packed weight `(e, p, q + 8)` of its own expert `(r,)`: `(r, q)`.
+def places(expert: Tensor, p: int) -> Tensor:
+    """For rows of these experts `(r,)`, where the rows of their packed weights lie among those of all: `(r, p)`."""
+    return torch.arange(p).add(expert.unsqueeze(1), alpha=p)
 
-    If there are more threads than rows, a product is the sum of parts of it.
-    """
+
+def few_by_packed(x: Tensor, packed: Tensor, places: Tensor) -> Tensor:
+    """x `(r, p)` float32, each row times the packed weight `(e, p, q + 8)` of its own expert, which `places` tell:
+    `(r, q)`. If there are more threads than rows, a product is the sum of parts of it."""
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
-    place = torch.arange(p).add(expert.view(r, 1), alpha=p).view(-1)
     start = torch.arange(0, r * p, p // parts)
-    sums = sum_of_packed_rows(packed.flatten(0, 1), place, start, x.reshape(-1))
+    sums = sum_of_packed_rows(packed.flatten(0, 1), places.view(-1), start, x.reshape(-1))
     return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
 
 
@@ -286,7 +292,7 @@ def is_direct() -> bool:
     x, expert = torch.arange(10, device="cpu").view(2, 5) - 4.5, torch.tensor([1, 0], device="cpu")
     packed, _ = pack(weight)
     try:
-        found, whole = few_by_packed(x, packed, expert), unpacked_rows(packed[1])
+        found, whole = few_by_packed(x, packed, places(expert, 5)), unpacked_rows(packed[1])
     except (AttributeError, RuntimeError):
         return False
     wanted = torch.stack([row @ unpack(packed)[e] for row, e in zip(x, (1, 0), strict=True)])
