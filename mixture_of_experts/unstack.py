@@ -71,7 +71,8 @@ def unstack(model: Model) -> Model:
         model: a model with `MoE` layers anywhere in it.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one.
+        ValueError: the model has no stacked experts, or is itself one; or experts alone are compiled or have adapters
+            of PEFT.
         TypeError: weights are no plain parameters, for example spread over processes.
 
     Example:
@@ -88,6 +89,7 @@ def unstack(model: Model) -> Model:
           (act): GELU(approximate='none')
         )
     """
+    refuse_held(model, StackedExperts)
     return exchange(model, StackedExperts, to_list, "stacked experts (Experts, GatedExperts)")
 
 
@@ -95,10 +97,22 @@ def restack(model: Model) -> Model:
     """Stack all experts that `unstack` made linear layers of; change the model and return it.
 
     Raises:
-        ValueError: the model has no experts that `unstack` made, or is itself one.
+        ValueError: the model has no experts that `unstack` made, or is itself one; or experts alone are compiled.
         TypeError: a layer is no plain `nn.Linear`: it was quantised, or has adapters that are not merged.
     """
+    refuse_held(model, UnstackedExperts)
     return exchange(model, UnstackedExperts, to_stack, "experts that unstack() made")
+
+
+def refuse_held(model: nn.Module, kind: type[nn.Module]) -> None:
+    """Refuse wrappers that would go on with the experts, or with their weights, that they were made for."""
+    for name, module in check_model("model", model).named_modules():
+        parts = module._modules
+        if isinstance(parts.get("_orig_mod", parts.get("base_layer")), kind):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, which keeps the experts that it was made for: merge adapters, "
+                "and compile experts afterwards"
+            )
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained

@@ -124,6 +124,16 @@ def test_what_is_refused():
     assert isinstance(model[0].experts, UnstackedExperts)
 
 
+def test_compiled_experts_are_refused():
+    """They would compute with the experts that were compiled, whatever those in their place learn."""
+    for change, made in ((unstack, MoE(D, E)), (restack, unstack(MoE(D, E)))):
+        made.experts = torch.compile(made.experts, backend="eager")
+        kinds = [type(module) for module in made.modules()]
+        with pytest.raises(ValueError, match="experts is a OptimizedModule, which keeps the experts"):
+            change(made)
+        assert [type(module) for module in made.modules()] == kinds
+
+
 def test_muon_of_each_expert():
     """Matrices that are views of a stack learn as linear layers do."""
     stacked, x = layer("gated"), torch.randn(2, 12, D)

@@ -25,6 +25,7 @@ from mixture_of_experts import (
 from mixture_of_experts.around import ExpertsBesideIdentity, InputWeightedExperts
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import ways, wrapper
+from mixture_of_experts.unstack import unstack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
@@ -321,6 +322,14 @@ def test_experts_of_others_and_subclasses_are_named():
     alone = inject_adapter_in_model(of_bias, nn.Sequential(Experts(DIM, EXPERTS, bias=True)))
     with pytest.raises(ValueError, match="0: b1 is none of w1, w3, w2"):
         fast_lora(alone)
+
+
+@pytest.mark.parametrize("change", [lambda moe: moe, fast_lora], ids=["peft", "fast"])
+def test_adapted_experts_are_not_unstacked(change):
+    moe = change(prepared(layer()))
+    with pytest.raises(ValueError, match=r"ParamWrapper, which keeps the experts .*: merge adapters"):
+        unstack(moe)
+    assert type(moe.experts.get_base_layer()) is GatedExperts
 
 
 def test_what_peft_refuses_it_refuses_alike():

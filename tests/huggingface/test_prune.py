@@ -57,6 +57,7 @@ from mixture_of_experts.huggingface import (
 )
 from mixture_of_experts.huggingface.__main__ import main
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.unstack import restack, unstack
 
 D, E = 6, 8
 
@@ -230,6 +231,14 @@ def test_others_are_compiled_while_it_measures():
 
     expert_scores(layer(TopKGating(D, E)), calibration=batches())
     assert ran == [*2 * ["MainThread"], "another"]
+
+
+def test_unstacked_experts_are_stacked_again_after():
+    moe, x = unstack(layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
+    prune(moe, by={"gate": [0, 3, 5]})
+    wanted = moe(x)[0]
+    torch.testing.assert_close(restack(moe)(x)[0], wanted)
+    assert (moe.experts.num_experts, moe.experts.expert_dims, moe.experts.w1.shape[0]) == (3, (3,), 3)
 
 
 X = torch.randn(2, 9, D)

@@ -27,6 +27,7 @@ from mixture_of_experts.gating import (
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_torch import from_peft, is_wrapper_subclass, unwrapped, wrapped_class
+from mixture_of_experts.unstack import UnstackedExperts
 from mixture_of_experts.whole_model.sites import Site
 
 GATES = (TopKGating, TopPGating, ReLUGating, NoisyTopKGating, Top2Gating, SparseMixerGating, ExpertChoiceGating)
@@ -175,8 +176,9 @@ class PrunableLayer:
         if isinstance(stack := innermost(self.moe.experts), ExpertList):
             for i in sorted({*range(self.e)} - {*ids}, reverse=True):
                 del stack[i]
-        else:
-            vars(stack)["expert_dims"] = (len(ids),)
+        stacked: Any = stack.__dict__["empty"] if isinstance(stack, UnstackedExperts) else stack
+        if not isinstance(stacked, ExpertList):
+            vars(stacked).update(expert_dims=(len(ids),), num_experts=len(ids))
         for module in (self.moe, *self.moe.gate.modules(), *with_inner(self.moe.experts)):
             if vars(module).get("num_experts") == self.e:  # a size, which a module otherwise sets once
                 vars(module)["num_experts"] = len(ids)
