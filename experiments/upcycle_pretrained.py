@@ -295,25 +295,30 @@ def bits_after(lines: list[dict[str, Any]], seconds: float) -> str:
 
 
 def draw(found: dict[Run, list[dict[str, Any]]], path: Path) -> None:
-    """Held-out bits over steps and over seconds, of the runs of the last eight layers at their best rates.
+    """Held-out bits over steps and over seconds, of the runs at their best rates; above the last layers, below all.
 
-    What is worse than the model before training is out of sight.
+    What ends worse than the model before training is not drawn.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 6.6), layout="constrained")
     colours = dict(zip(VARIANTS, ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73", "#56B4E9"), strict=True))
-    for axes, unit in zip(figure.subplots(1, 2, sharey=True), ("step", "seconds"), strict=True):
-        for run, lines in found.items():
-            best = best_rate(found, "dense" if run.variant == "dense" else "copies", run.layers, run.steps)
-            if run.layers == LAYERS[0] and run.rate == best:
-                label = VARIANTS[run.variant].label if run.seed == SEEDS[0] else None
-                places, bits = [line[unit] for line in lines], [line["bits"] for line in lines]
-                axes.plot(places, bits, color=colours[run.variant], marker="o", markersize=3, label=label)
-        axes.set(xlabel={"step": "steps of 512 tokens", "seconds": "seconds of one core"}[unit])
-    before = [lines[0]["bits"] for run, lines in found.items() if run.variant == "dense"]
-    figure.axes[0].set(ylabel="held-out bits a byte", ylim=(None, max(before) + 0.002))
-    figure.axes[1].legend(frameon=False, fontsize=8)
+    before = max(lines[0]["bits"] for run, lines in found.items() if run.variant == "dense")
+    for layers, row in zip(LAYERS, figure.subplots(len(LAYERS), 2, sharey="row"), strict=True):
+        for axes, unit in zip(row, ("step", "seconds"), strict=True):
+            for run, lines in found.items():
+                best = best_rate(found, "dense" if run.variant == "dense" else "copies", layers, run.steps)
+                if run.layers == layers and run.rate == best and lines[-1]["bits"] < before:
+                    label = VARIANTS[run.variant].label if run.seed == SEEDS[0] else None
+                    places, bits = [line[unit] for line in lines], [line["bits"] for line in lines]
+                    axes.plot(places, bits, color=colours[run.variant], marker="o", markersize=3, label=label)
+            axes.set(xlabel={"step": "steps of 512 tokens", "seconds": "seconds of one core"}[unit])
+        row[0].set(
+            ylabel="held-out bits a byte",
+            ylim=(None, before + 0.002),
+            title="all 30 layers" if layers == 30 else f"the last {layers} of 30 layers",
+        )
+        row[1].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
