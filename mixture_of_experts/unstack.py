@@ -73,7 +73,8 @@ def unstack(model: Model) -> Model:
     Raises:
         ValueError: the model has no stacked experts, or is itself one; or experts alone are compiled or have adapters
             of PEFT.
-        TypeError: weights are no plain parameters, for example spread over processes.
+        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
+            `forward` or `compute` of its own.
 
     Example:
         >>> import torch
@@ -119,7 +120,14 @@ def refuse_held(model: nn.Module, kind: type[nn.Module]) -> None:
 def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.Module], what: str) -> Model:
     """Replace every module of a kind by `make(module, path)`. All are made before the first is replaced."""
     modules = check_model("model", model).named_modules()
-    made = {module: make(module, name) for name, module in modules if isinstance(module, kind)}
+    found = {module: name for name, module in modules if isinstance(module, kind)}
+    for module, name in found.items():
+        own = [way for way in ("forward", "compute") if getattr(type(module), way) is not getattr(kind, way)]
+        if own:
+            raise TypeError(
+                f"{name} is a {type(module).__name__}, whose own {own[0]} would be lost: exchange it yourself"
+            )
+    made = {module: make(module, name) for module, name in found.items()}
     if not made:
         raise ValueError(f"{type(model).__name__} has no {what}")
     if model in made:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import FeedForward, UnstackedExperts, restack, unstack
 
 D, E, H = 16, 4, 24
@@ -117,6 +118,12 @@ def test_what_is_refused():
     with pytest.raises(TypeError, match=r"1.experts.w3 is a Spread: unstack before"):
         unstack(model)
     assert isinstance(model[0].experts, Experts)
+    own = type("Own", (Experts,), {"compute": lambda self, rows, num_tokens_per_expert: rows})
+    model = nn.ModuleList([layer("plain"), MoE(D, E, experts=own(D, E).requires_grad_(False))])
+    for change in (unstack, quantize_experts):
+        with pytest.raises(TypeError, match=r"1.experts is a Own, whose own compute would be lost"):
+            change(model)
+    assert type(model[0].experts) is Experts
     model = unstack(nn.ModuleList([layer("plain"), layer("gated")]))
     model[1].experts[2].w3 = Quantised(D, H, bias=False)
     with pytest.raises(TypeError, match=r"1.experts.2.w3 is a Quantised, no plain linear layer"):
