@@ -136,6 +136,19 @@ def test_what_adapters_cannot_do_beside_8_bits():
         get_peft_model(quantize_experts(model()), LORA)
 
 
+def test_weights_are_shown_within_the_outermost_context():
+    small = quantize_experts(model())
+    shown = lambda: [set(experts._parameters) for experts in experts_of(small)]  # noqa: E731
+    with weights_shown(small):
+        with weights_shown(small):
+            pass
+        assert shown() == [{"w1", "w3", "w2"}] * 2
+    assert shown() == [set()] * 2
+    with pytest.raises(ZeroDivisionError), weights_shown(small):
+        raise ZeroDivisionError
+    assert shown() == [set()] * 2
+
+
 def test_adapters_of_attention_train_through_them():
     """With activation checkpointing as without."""
     lora, (_, batch) = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), two_lengths("left")

@@ -114,7 +114,10 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(model).__name__} has no QuantizedExperts: PEFT finds the weights of other experts itself"
         )
-    names = {experts: ["w1", "w3", "w2"] if experts.gated else ["w1", "w2"] for experts in found}
+    names = {  # that no context around this one shows
+        experts: [n for n in ("w1", "w3", "w2") if hasattr(experts, f"{n}_packed") and not hasattr(experts, n)]
+        for experts in found
+    }
     try:
         for experts, weights in names.items():
             for name in weights:
