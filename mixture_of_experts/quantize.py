@@ -33,6 +33,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 EXTRA = 8  # bytes of a packed row behind its steps
 FEW_ROWS = 8  # of an expert; for more, a product with the unpacked weight is faster
+LARGEST = 65280  # number that bfloat16 and float16 hold
 MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
 
 
@@ -46,9 +47,10 @@ def quantize_experts(model: Model) -> Model:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
 
     Raises:
-        ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, or in
-            a wrapper that computes with their weights, as PEFT's without `fast_lora`.
-        TypeError: weights are no plain parameters, for example spread over processes.
+        ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
+            finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`.
+        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
+            `forward` or `compute` of its own.
 
     Example:
         >>> import torch
@@ -82,6 +84,8 @@ def quantized(experts: StackedExperts, name: str) -> QuantizedExperts:
             raise ValueError(f"{name}.{key} is trainable, 8 bits are not: call requires_grad_(False) of the experts")
         if weight.is_meta:
             raise ValueError(f"{name}.{key} is on the meta device, without numbers to round: load the weights first")
+        if not weight.abs().amax() <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{name}.{key} has numbers that are not finite, or too large for float32: mend them first")
     return QuantizedExperts(experts)
 
 
@@ -143,24 +147,28 @@ class QuantizedExperts(RoutedExperts):
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
         def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-            out = rows_by_packed(x, packed, scale, num_tokens_per_expert, False)
-            if name in parts:
-                down, up, scaling = parts[name]
-                thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert) * scaling
-                out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
+            with without_autocast(x.device):
+                out = _ByPacked.apply(x, packed, scale, num_tokens_per_expert, False)
+                if name in parts:
+                    down, up, scaling = parts[name]
+                    thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert) * scaling
+                    out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
             return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
 
         parts, kind, dtype = parts or {}, rows.device.type, rows.dtype
         if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
             dtype = torch.get_autocast_dtype(kind)
-        with without_autocast(rows.device):
-            return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
+        return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
 
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
-        few = inference and DIRECT and 0 < x.shape[0] <= MOST_TOKENS and decision.expert.shape[0] <= MOST_ROWS
-        return few and can_read(x) and x.dtype != torch.float64 and False not in decision.kept.tolist()
+        if not (inference and DIRECT and can_read(x)):  # a traced graph must not compare lengths
+            return False
+        # it computes in float32, where weights of an activation may have another dtype
+        fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
+        few = fits and 0 < x.shape[0] <= MOST_TOKENS and decision.expert.shape[0] <= MOST_ROWS
+        return few and False not in decision.kept.tolist()
 
     def _row_by_row(self, x: Tensor, decision: Decision) -> Tensor:
         """Compute a call of few tokens, whose rows are their choices in order; return `(t, o)`. It adds in float32."""
@@ -189,7 +197,7 @@ class QuantizedExperts(RoutedExperts):
         into = [layer(x, number, f"w_in.{i}") for i, number in enumerate((1, 3) if self.gated else (1,))]
         hidden = hidden_layer(self.act, into)
         hidden = F.dropout(hidden, self.dropout) if self.dropout and self.training else hidden
-        return layer(hidden, 2, "w_out")
+        return layer(hidden.to(into[0].dtype), 2, "w_out")  # in autocast an activation may return another dtype
 
     def like(self, name: str) -> Tensor:
         """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
@@ -207,7 +215,8 @@ class QuantizedExperts(RoutedExperts):
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weights `(*e, p, q)` in bytes `(*e, p, q + 8)`, and the scale `(*e, q)` of each output channel."""
     dims, (p, q) = weight.shape[:-2], weight.shape[-2:]
-    scale = weight.abs().amax(dim=-2).to(torch.bfloat16).to(weight.dtype)  # or a later cast would round it
+    scale = weight.abs().amax(dim=-2).to(torch.bfloat16)  # or a later cast would round it
+    scale = scale.clamp_(max=LARGEST).to(weight.dtype)
     packed = torch.empty(*dims, p, q + EXTRA, dtype=torch.uint8, device=weight.device)
     for out, matrix, by in zip(packed.flatten(0, -3), weight.flatten(0, -3), scale.flatten(0, -2), strict=True):
         wide = matrix.float() / torch.where(by == 0, 1, by).float()
@@ -220,22 +229,34 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(packed: Tensor) -> Tensor:
     """The numbers `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
-    step, low = packed[..., -EXTRA:].contiguous().view(torch.float32).split(1, dim=-1)
+    extra = packed[..., -EXTRA:].clone(memory_format=torch.contiguous_format)  # with strides of its own, for a view
+    step, low = extra.view(torch.float32).split(1, dim=-1)
     return packed[..., :-EXTRA].float().mul_(step).add_(low)
 
 
-def product(x: Tensor, packed: Tensor) -> Tensor:
-    """x `(r, p)` times one packed weight `(p, q + 8)`: `(r, q)`."""
+def product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """x `(r, p)` times one packed weight `(p, q + 8)` with its scale `(q,)`: `(r, q)`."""
     direct = DIRECT and x.is_cpu and x.dtype != torch.float64
     if direct and x.shape[0] <= FEW_ROWS:
-        rows = places(torch.zeros(x.shape[0], dtype=torch.int64), x.shape[1])
-        return few_by_packed(x.float(), packed.unsqueeze(0), rows).to(x.dtype)
-    return x @ (unpacked_rows if direct else unpack)(packed).to(x.dtype)
+        rows = places(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), x.shape[1])
+        return few_by_packed(x.float(), packed.unsqueeze(0), rows).mul_(scale).to(x.dtype)
+    weight = (unpacked_rows if direct else unpack)(packed)
+    if x.dtype == torch.float16:  # whose range products without scale would leave
+        return x @ weight.mul_(scale).to(x.dtype)
+    return (x @ weight.to(x.dtype)).mul_(scale)
+
+
+def product_back(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+    """The gradient of the rows of `product`, `(r, p)`, from x `(r, q)`, that of its results."""
+    weight = unpack(packed)
+    if x.dtype == torch.float16:
+        return x @ weight.mul_(scale).to(x.dtype).mT
+    return (x * scale.to(x.dtype)) @ weight.to(x.dtype).mT
 
 
 def places(expert: Tensor, p: int) -> Tensor:
     """For rows of these experts `(r,)`, where the rows of their packed weights lie among those of all: `(r, p)`."""
-    return torch.arange(p).add(expert.unsqueeze(1), alpha=p)
+    return torch.arange(p, device=expert.device).add(expert.unsqueeze(1), alpha=p)
 
 
 def few_by_packed(x: Tensor, packed: Tensor, places: Tensor) -> Tensor:
@@ -244,7 +265,7 @@ def few_by_packed(x: Tensor, packed: Tensor, places: Tensor) -> Tensor:
     (r, p), threads = x.shape, torch.get_num_threads()
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
-    start = torch.arange(0, r * p, p // parts)
+    start = torch.arange(0, r * p, p // parts, device=x.device)
     sums = sum_of_packed_rows(packed.flatten(0, 1), places.view(-1), start, x.reshape(-1))
     return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
 
@@ -257,9 +278,8 @@ def rows_by_packed(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expe
     out, start = x.new_zeros(x.shape[0], width(packed, back)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
-            rows, weight, by = x[start : start + count], packed[expert], scale[expert].to(x.dtype)
-            done = (rows * by) @ unpack(weight).to(x.dtype).mT if back else product(rows, weight).mul_(by)
-            out[start : start + count] = done
+            rows = x[start : start + count]
+            out[start : start + count] = (product_back if back else product)(rows, packed[expert], scale[expert])
             start += count
     return out
 
@@ -274,22 +294,30 @@ def _(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, b
     return x.new_empty(x.shape[0], width(packed, back))
 
 
-def _save(ctx, inputs, output) -> None:
-    _, *tensors, ctx.back = inputs
-    ctx.save_for_backward(*tensors)
+class _ByPacked(torch.autograd.Function):
+    """`rows_by_packed` with derivatives of any order, also in transforms of torch.func, which ask for such a class."""
 
+    generate_vmap_rule = True
 
-def _backward(ctx, grad: Tensor):
-    return rows_by_packed(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
+    @staticmethod
+    def forward(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
+        return rows_by_packed(x, packed, scale, num_tokens_per_expert, back)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, *tensors, ctx.back = inputs
+        ctx.save_for_backward(*tensors)
 
-rows_by_packed.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return _ByPacked.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
 
 
 def is_direct() -> bool:
     """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does."""
-    weight = torch.arange(-35, 35, device="cpu").view(2, 5, 7) / 4
-    x, expert = torch.arange(10, device="cpu").view(2, 5) - 4.5, torch.tensor([1, 0], device="cpu")
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are while this is imported
+    weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
+    expert = torch.tensor([1, 0], device="cpu")
     packed, _ = pack(weight)
     try:
         found, whole = few_by_packed(x, packed, places(expert, 5)), unpacked_rows(packed[1])

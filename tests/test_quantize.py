@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
+from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 from mixture_of_experts.summary import summary
@@ -96,10 +97,84 @@ def test_gradients_of_any_order():
     counts, (packed, scale) = torch.tensor([2, 0, 1]), quantize.pack(torch.randn(3, 2, 3))
     for back, width in ((False, 2), (True, 3)):
         x = torch.randn(4, width, dtype=torch.float64, requires_grad=True)  # the last row is nobody's
-        assert not quantize.rows_by_packed(x, packed, scale, counts, back)[3:].any()
-        function = lambda x: quantize.rows_by_packed(x, packed, scale, counts, back).square()  # noqa: B023, E731
+        function = lambda x: quantize._ByPacked.apply(x, packed, scale, counts, back).square()  # noqa: B023, E731
+        assert not function(x)[3:].any()
         torch.autograd.gradcheck(function, x)
         torch.autograd.gradgradcheck(function, x)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # torch's own, of vmap
+def test_transforms():
+    """Of torch.func."""
+    layer, x = frozen("gated", torch.float64), torch.randn(3, 1, 2, DIM, dtype=torch.float64)
+    small, wanted = quantize_experts(copy.deepcopy(layer)).eval(), rounded(layer).eval()
+    for transform in (torch.func.jacrev, torch.vmap, lambda of: torch.vmap(torch.func.grad(lambda x: of(x).sum()))):
+        one = x if transform is torch.vmap else x[0] if transform is torch.func.jacrev else x
+        found, expected = (transform(lambda x, each=each: each(x)[0])(one) for each in (small, wanted))
+        torch.testing.assert_close(found, expected)
+
+
+def test_float16_has_the_range_of_its_weights():
+    """Products without the channels' scale would leave it, and gradients times the scale alone vanish."""
+    layer = MoE(DIM, gate=TopKGating(DIM, 6), experts=Experts(DIM, 6, 48, activation=nn.ReLU))
+    layer.experts.requires_grad_(False).w1.mul_(0.02)
+    layer.eval().half()
+    small, wanted = quantize_experts(copy.deepcopy(layer)), rounded(layer)
+    for tokens in (3, 90):
+        x = (torch.randn(1, tokens, DIM) * 15000).half().requires_grad_()
+        found, expected = small(x)[0], wanted(x)[0]
+        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+        of = torch.full_like(found, 1e-4)
+        found, expected = (torch.autograd.grad(out, x, of)[0].float() for out in (found, expected))
+        assert (found - expected).norm() <= 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("largest", [65400.0, 1e-6])
+def test_scales_lie_in_the_range_of_float16(largest):
+    weight = torch.rand(1, 3, 5).index_fill_(1, torch.tensor(0), 1).mul_(largest).half()
+    packed, scale = quantize.pack(weight)
+    found = quantize.unpack(packed) * scale.unsqueeze(-2)
+    assert (found - weight).abs().max() <= 0.01 * largest
+
+
+def test_sizes_of_one():
+    for p, q in ((1, 3), (1, 1), (3, 1)):
+        weight = torch.randn(2, p, q)
+        packed, scale = quantize.pack(weight)
+        for expert in range(2):
+            found = quantize.unpack(packed[expert]) * scale[expert]
+            torch.testing.assert_close(found, weight[expert], atol=0.05, rtol=0.05)
+            assert found.equal(quantize.unpack(packed)[expert] * scale[expert])
+
+
+@torch.no_grad()
+def test_defaults_of_the_caller():
+    """Default dtype and device neither hide torch's operators, while this is imported, nor reach a call."""
+    small, x = quantize_experts(frozen("gated")).eval(), torch.randn(1, 9, DIM)
+    wanted = [small(x[:, :n])[0] for n in (1, 9)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            assert quantize.is_direct()
+            assert all(small(x[:, :n])[0].equal(out) for n, out in zip((1, 9), wanted, strict=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+@torch.no_grad()
+def test_an_activation_with_weights(dtype, autocast):
+    """It gets numbers of its own dtype, or computes in autocast, as in other experts."""
+    layer = MoE(DIM, gate=TopKGating(DIM, 6), experts=Experts(DIM, 6, 48, activation=nn.PReLU)).eval()
+    layer.experts.requires_grad_(False)
+    layer.to(dtype)
+    small, wanted = quantize_experts(copy.deepcopy(layer)), rounded(layer)
+    for tokens in (1, 30):
+        x = torch.randn(1, tokens, DIM, dtype=dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            found, expected = small(x)[0], wanted(x)[0]
+        assert (found - expected).norm() <= 0.02 * expected.norm()
 
 
 def test_copies_casts_states_checkpoints_and_autocast():
@@ -172,6 +247,11 @@ def test_what_it_cannot_quantise():
     with pytest.raises(ValueError, match=r"1.experts.w1 is trainable"):
         quantize_experts(two)
     assert isinstance(two[0].experts, GatedExperts)  # a refused call changes nothing
+    broken = frozen("gated")
+    for number in (torch.nan, -torch.inf):
+        broken.experts.w2[0, 1, 2] = number
+        with pytest.raises(ValueError, match=r"experts.w2 has numbers that are not finite"):
+            quantize_experts(broken)
     with pytest.raises(ValueError, match=r"read slots of shape \(6, s, 32\), got \(2, 32\)"):
         quantize_experts(frozen("gated")).experts(torch.randn(2, DIM))
 
@@ -215,3 +295,10 @@ def test_compiled():
         run(torch.compile(small, fullgraph=True, backend="aot_eager"), x), run(small, x), strict=True
     ):
         torch.testing.assert_close(found, wanted)
+    counter, small = torch._dynamo.testing.CompileCounter(), small.eval()
+    lengths = torch.compile(small.experts.forward, fullgraph=True, backend=counter, dynamic=True)
+    with torch.no_grad():
+        for tokens in (9, 3, 30):  # few tokens are no case of their own in a graph
+            decision = decision_on(torch.arange(2 * tokens).view(tokens, 2) % 6, torch.ones(tokens, 2), 6)
+            lengths(torch.randn(tokens, DIM), decision)
+    assert counter.frame_count == 1
