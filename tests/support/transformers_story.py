@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from mixture_of_experts import Choices, RoutedExperts, TokenChoiceGate
 from mixture_of_experts.huggingface import replace_ffn
 from mixture_of_experts.ops import grouped_product
-from support.transformers_trainers import one_of, run_two
+from support.transformers_trainers import leave, one_of, run_two
 
 VOCABULARY, DIM, NUM_EXPERTS, BATCH, STEPS = 50, 32, 4, 4, 60
 
@@ -127,6 +127,7 @@ def main(folder: Path) -> None:
         made, graphs = train(folder / "run")
         torch.save((made.model.state_dict(), targets(graphs)), folder / f"{os.environ['RANK']}.pt")
         made.save_model(str(folder / "model"))
+    leave()
 
 
 if __name__ == "__main__":
