@@ -13,9 +13,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from mixture_of_experts import GatedExperts, quantize
-from mixture_of_experts.huggingface import fast_lora, from_pretrained, upcycle
+from mixture_of_experts.huggingface import fast_lora, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.lora import weights_shown
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+
+from .test_blocks import MODELS, build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 
@@ -40,6 +42,15 @@ def test_a_folder_has_int8_where_the_model_has(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(**batch).logits.isfinite().all()
     with pytest.raises(ValueError, match="has experts in int8: load it by an Auto class"):
         from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "Mixtral" else pytest.mark.slow) for n in MODELS])
+def test_a_folder_of_blocks_in_8_bits(name, tmp_path):
+    """The files have the names of the class's checkpoints, which may be others than the model's."""
+    moe, tokens = from_transformers(build(name)).requires_grad_(False), torch.randint(3, 64, (2, 9))
+    quantize_experts(moe).save_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM, type(moe)):
+        assert load.from_pretrained(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
 
 LORA = LoraConfig(

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
@@ -84,9 +86,13 @@ def finish_loading(model: nn.Module, missing: Collection[str] | None = None) -> 
 
 def quantise_as_saved(model: nn.Module, files: Collection[str]) -> None:
     """Put quantised experts where files of safetensors have such, before weights are loaded."""
+    owner: Any = model
+    renamings = [one for one in get_model_conversion_mapping(owner) if isinstance(one, WeightRenaming)]
     for file in (file for file in files if str(file).endswith(".safetensors")):
         with safe_open(file, "pt") as saved:
             names = [name.removesuffix(PACKED) for name in saved.keys() if name.endswith(PACKED)]  # noqa: SIM118
+        for renaming in renamings:  # in files of some classes, as Mixtral's, a block has another name
+            names = [renaming.rename_source_key(name)[0] for name in names]
         for place in (find_place(model, name) for name in names):
             if place is not None:
                 (parent, _, child), experts = place.rpartition("."), model.get_submodule(place)
