@@ -301,10 +301,11 @@ def draw(found: dict[Run, list[dict[str, Any]]], path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 6.6), layout="constrained")
+    shown = [layers for layers in LAYERS if any(run.layers == layers for run in found)]
+    figure = Figure(figsize=(9, 3.3 * len(shown)), layout="constrained")
     colours = dict(zip(VARIANTS, ("#0072B2", "#D55E00", "#E69F00", "#CC79A7", "#009E73", "#56B4E9"), strict=True))
     before = max(lines[0]["bits"] for run, lines in found.items() if run.variant == "dense")
-    for layers, row in zip(LAYERS, figure.subplots(len(LAYERS), 2, sharey="row"), strict=True):
+    for layers, row in zip(shown, figure.subplots(len(shown), 2, sharey="row", squeeze=False), strict=True):
         for axes, unit in zip(row, ("step", "seconds"), strict=True):
             for run, lines in found.items():
                 best = best_rate(found, "dense" if run.variant == "dense" else "copies", layers, run.steps)
