@@ -34,10 +34,10 @@ class LayerRecord:
     """What is told of a layer. A copy of it belongs to the copy of the layer, or tells how the layer was."""
 
     def __init__(self, layer: MoEFeedForward) -> None:
-        self.built = {
-            path: value for path, value in settings_of(layer).items() if plain(value)
-        }  # which the loaded layer has by itself, if it is described
-        self.entry = describe_layer(layer)
+        settings = settings_of(layer).items()
+        #: what the loaded layer has by itself, if it is described
+        self.built: dict[str, Any] = {path: value for path, value in settings if plain(value)}
+        self.entry: dict[str, Any] = describe_layer(layer)
         self.layer: Callable[[], MoEFeedForward | None] = weakref.ref(layer)
 
     def belong_to(self, layer: MoEFeedForward) -> None:
@@ -109,8 +109,6 @@ class Layers(Sequence[dict[str, Any]]):
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layers | list) and self.entries() == list(other)
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 def describe_layer(feed_forward: MoEFeedForward) -> dict[str, Any]:
