@@ -17,11 +17,13 @@ from support.transformers_families import inputs, outputs
 from support.transformers_models import ARCHITECTURES, two_lengths
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV3ForCausalLM
+from transformers.core_model_loading import Concatenate, WeightConverter, WeightRenaming
 
 from mixture_of_experts.huggingface import (
     BalanceCallback,
     aux_loss,
     export,
+    from_pretrained,
     from_transformers,
     to_transformers,
     upcycle,
@@ -29,6 +31,7 @@ from mixture_of_experts.huggingface import (
 from mixture_of_experts.huggingface.auxiliary_loss import TAKEN_OVER
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
+from mixture_of_experts.huggingface.saving import names
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.support.attached import TABLES
 
@@ -243,8 +246,12 @@ def test_dense_layers_beside(tmp_path):
     assert state.keys() == model.state_dict().keys()
 
 
+INDEXER = dict(indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=8, indexer_budget=8, indexer_compress_ratio=4)
+MORE = {"qwen4_exp_text": dict(layer_types=["linear_attention", "indexed_attention"], **INDEXER)}
+
+
 def family(name: str) -> Any:
-    return build_family(name)
+    return build_family(name, **MORE.get(name, {}))
 
 
 @pytest.mark.parametrize(
@@ -254,12 +261,13 @@ def family(name: str) -> Any:
         (lambda: ARCHITECTURES["llama"].build(), "LlamaForCausalLM has no sparse block: upcycle and replace_ffn are"),
         (lambda: from_transformers(build("Mixtral")), "MixtralForCausalLM has no sparse block"),
         (lambda: family("jetmoe"), "JetMoeAttention at model.layers.0.self_attention is of no class that is known"),
+        (lambda: family("diffusion_gemma"), "DiffusionGemmaEncoderTextLayer at .* is a whole layer, which also holds"),
         (lambda: family("zaya"), "ZayaSparseMoeBlock reads the state of the router of the layer before"),
         (lambda: adapted(build("Mixtral"), "mlp.gate.weight"), "MixtralSparseMoeBlock has adapters of PEFT, which a"),
         (lambda: adapted(build("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has adapters of PEFT"),
         (lambda: quantised(build("Mixtral")), "MixtralForCausalLM is quantised: load it without quantization_config"),
     ],
-    ids=["jitter", "dense", "changed", "JetMoe", "Zaya", "router's adapter", "experts' adapter", "quantised"],
+    ids=["jitter", "dense", "changed", "JetMoe", "DiffusionGemma", "Zaya", "router's", "experts'", "quantised"],
 )
 def test_what_is_refused_is_not_changed(make, problem):
     model = make()
@@ -318,11 +326,50 @@ def test_what_cannot_go_back():
         to_transformers(layer.moe)
 
 
+@pytest.mark.parametrize("original", [True, False])
+def test_weights_that_the_class_renames(original, tmp_path):
+    """Mistral Large 4 renames `.gate.` to `.mlp.gate.` in all that it loads."""
+    model = from_transformers(family("mistral_large4_text"))
+    model.save_pretrained(tmp_path / "saved", save_original_format=original)
+    again = type(model).from_pretrained(tmp_path / "saved")
+    same_weights(again, model)
+    same_weights(from_pretrained(tmp_path / "saved"), model)
+    again.save_pretrained(tmp_path / "again")
+    same_weights(type(model).from_pretrained(tmp_path / "again"), model)
+
+
+def test_a_headless_model_gets_its_weights(tmp_path):
+    """Those of Mistral Large 4, whose layers are then renamed under another path."""
+    model = from_transformers(family("mistral_large4"))
+    model.save_pretrained(tmp_path / "saved")
+    base = type(model.base_model).from_pretrained(tmp_path / "saved")
+    same_weights(base, model.base_model)
+    base.save_pretrained(tmp_path / "base")
+    same_weights(type(model.base_model).from_pretrained(tmp_path / "base"), base)
+
+
+@pytest.mark.parametrize(
+    "conversion",
+    [
+        WeightRenaming(r"\.experts\.w1", ".experts.w3"),
+        WeightConverter([r"\.experts\.w1", r"\.experts\.w3"], r"\.experts\.gate_up", [Concatenate(dim=1)]),
+    ],
+    ids=["renames", "merges"],
+)
+def test_weights_that_would_become_others_are_refused(conversion, tmp_path, monkeypatch):
+    from_transformers(build("Mixtral")).save_pretrained(tmp_path)
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda *args, **settings: [conversion])
+    for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
+        with pytest.raises(ValueError, match=r"experts\.w[13], a weight of a layer with experts, as .*: load"):
+            load(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
         *("afmoe", "aria_text", "cohere2_moe", "deepseek_v4", "dots3_note", "ernie4_5_moe", "granitemoehybrid"),
+        *("glm4v_moe_text", "inkling2_text", "mistral_large4", "mistral_large4_text", "qwen4_exp_text"),
         *("inkling_text", "jamba", "llama4", "minimax_m2", "nemotron_h", "openai_privacy_filter", "phimoe"),
         *("qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"),
     ],

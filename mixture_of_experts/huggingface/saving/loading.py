@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Collection, Mapping
 from os import PathLike
 from typing import Any
@@ -15,6 +16,7 @@ from mixture_of_experts.huggingface.feed_forward import Replaced
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.saving.configuration import KEY, layers_with_experts
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
+from mixture_of_experts.huggingface.saving.names import LayerNames
 from mixture_of_experts.huggingface.saving.restore import PACKED, finish_loading, put_experts
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -107,8 +109,14 @@ def with_experts(
         put_experts(self, layers, gate, adapters)
         self.__class__ = plain  # before FSDP makes its own class of it
 
+    def load(model: Any, state_dict: Any, files: Any, load_config: Any, *others: Any) -> Any:
+        mapping = [*(load_config.weight_mapping or []), LayerNames(model)]
+        load_config = dataclasses.replace(load_config, weight_mapping=mapping)
+        return plain._load_pretrained_model(model, state_dict, files, load_config, *others)
+
     # with the module of `plain`, or transformers would take it for a user's code
-    return type(plain.__name__, (plain,), {"__init__": initialise, "__module__": plain.__module__})
+    own = {"__init__": initialise, "_load_pretrained_model": staticmethod(load), "__module__": plain.__module__}
+    return type(plain.__name__, (plain,), own)
 
 
 def refuse_mismatches(model: nn.Module, mismatched: Collection[Any], allowed: bool) -> None:
