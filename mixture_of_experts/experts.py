@@ -136,6 +136,22 @@ def reads_decisions(experts: nn.Module) -> bool:
     return experts.reads_decisions
 
 
+def check_slots(experts: Any, x: Tensor, decision: Any) -> None:
+    """Check that x are slots `(*e, s, d)` for experts that know their sizes, and that no decision came with them."""
+    wanted = (*experts.expert_dims, "s", experts.dim)
+    fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
+    if decision is not None or not fits:
+        rest = (
+            ""
+            if decision is None
+            else f" and {type(decision).__name__} (rows and num_tokens_per_expert go to `compute`)"
+        )
+        raise ValueError(
+            f"{type(experts).__name__} of {experts.num_experts} experts reads slots of shape "
+            f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
+        )
+
+
 def run_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
 ) -> Tensor:
@@ -216,18 +232,7 @@ class StackedExperts(FixedShapes, RoutedExperts):
         network = self._network()
         if isinstance(decision, Decision):
             return ffn(x, decision, network, training=self.training)
-        wanted = (*self.expert_dims, "s", self.dim)
-        fits = x.ndim == len(wanted) and (*x.shape[:-2], "s", x.shape[-1]) == wanted
-        if decision is not None or not fits:
-            rest = (
-                ""
-                if decision is None
-                else f" and {type(decision).__name__} (rows and num_tokens_per_expert go to `compute`)"
-            )
-            raise ValueError(
-                f"{type(self).__name__} of {self.num_experts} experts reads slots of shape "
-                f"({', '.join(map(str, wanted))}), got {tuple(x.shape)}{rest}"
-            )
+        check_slots(self, x, decision)
         out = feed_forward(*cast_operands(x.flatten(0, -3), network))
         return own(out, (*x.shape[:-1], out.shape[-1]))
 

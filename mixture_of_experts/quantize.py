@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
-from mixture_of_experts.experts import RoutedExperts, StackedExperts
+from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.plain import bias_of_rows
@@ -132,10 +132,8 @@ class QuantizedExperts(RoutedExperts):
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
-        if decision is None:
-            wanted = (*self.expert_dims, "s", self.dim)
-            if (*x.shape[:-2], "s", x.shape[-1]) != wanted:
-                raise ValueError(f"they read slots of shape ({', '.join(map(str, wanted))}), got {tuple(x.shape)}")
+        if not isinstance(decision, Decision):
+            check_slots(self, x, decision)
             return super().forward(x)
         if ffn is None and self._has_few(x, decision):
             return self._row_by_row(x, decision)

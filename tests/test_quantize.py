@@ -252,8 +252,11 @@ def test_what_it_cannot_quantise():
         broken.experts.w2[0, 1, 2] = number
         with pytest.raises(ValueError, match=r"experts.w2 has numbers that are not finite"):
             quantize_experts(broken)
-    with pytest.raises(ValueError, match=r"read slots of shape \(6, s, 32\), got \(2, 32\)"):
-        quantize_experts(frozen("gated")).experts(torch.randn(2, DIM))
+    for given in ((), (torch.tensor([1, 0]),)):
+        with pytest.raises(
+            ValueError, match=r"QuantizedExperts of 6 experts reads slots of shape \(6, s, 32\), got \(2, 32\)"
+        ):
+            quantize_experts(frozen("gated")).experts(torch.randn(2, DIM), *given)
 
 
 @torch.no_grad()
