@@ -97,8 +97,15 @@ LARGE = (
     Stage("dense", 1),
     Stage("moe32", 3 / 4),
     Stage("moe32", 1 / 2),
-    Stage("moe32", 3 / 8),
     Stage("dense", 1, rates=3),
+    Stage("moe32", 1 / 2, rates=3),
+    Stage("moe8", 1 / 2, rates=3),
+    Stage("moe8", 3 / 4),
+    *(
+        Stage(model, share, seeds=(seed,))
+        for seed in (1, 2)
+        for model, share in (("dense", 1), ("moe32", 3 / 4), ("moe8", 3 / 4), ("moe32", 1 / 2), ("moe8", 1 / 2))
+    ),
 )
 
 # By the active parameters, in millions.
