@@ -3,7 +3,7 @@
 import pytest
 from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
 
-collect_ignore = ["support"]  # helpers, which have no tests
+collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

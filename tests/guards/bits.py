@@ -1,0 +1,168 @@
+"""The bits of a layer's call: digests of all that it returns and leaves behind."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.support import configurations as matrix
+from tests.support import paths
+from tests.support.configurations import Bank, Configuration, Router
+from tests.support.matrix import independent
+
+from .sides import Sides
+
+Digests = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Situation:
+    """A configuration of the matrix, and what that leaves open."""
+
+    layer: Configuration
+    threads: int = 1
+    gradients: bool = True
+    reentrant: bool = False  # checkpointing of the layer, where there is one
+
+    def __str__(self) -> str:
+        return repr(self)
+
+
+NAMES = {kind.__name__: kind for kind in (Situation, Configuration, Router, Bank)}
+
+
+def digest(tensor: Tensor) -> str:
+    """Of dtype, shape and every bit."""
+    tensor = tensor.detach().cpu().contiguous()
+    content = tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + content).hexdigest()[:16]
+
+
+def digests(situation: str) -> Digests:
+    """What a call of the layer returns, its gradients, its buffers and the generator afterwards; or the type of an
+    error."""
+    case: Situation = eval(situation, dict(NAMES))
+    try:
+        layer, call = matrix.build(case.layer), matrix.call_of(case.layer)
+        with threads(case.threads), as_checkpointed(case):
+            found = run(case, layer, call)
+    except Exception as error:
+        return {"error": type(error).__name__}
+    found |= {f"buffer {name}": digest(buffer) for name, buffer in layer.named_buffers()}
+    return found | {"generator": digest(torch.default_generator.get_state())}
+
+
+def run(case: Situation, layer: nn.Module, call: matrix.Call) -> Digests:
+    if not case.gradients:
+        with torch.no_grad():
+            return of_results(matrix.run_layer(case.layer, layer, call))
+    return of_results(matrix.run_layer(case.layer, layer, call))
+
+
+def of_results(results: matrix.Results) -> Digests:
+    grads = {f"gradient of {name}": digest(grad) for name, grad in results.grads.items()}
+    return {"out": digest(results.out), "aux_loss": digest(results.aux_loss), **grads}
+
+
+@contextlib.contextmanager
+def as_checkpointed(case: Situation) -> Iterator[None]:
+    """Both kinds of checkpointing: the matrix has the one that is not reentrant."""
+
+    def reentrant(function: Any, *args: Any, use_reentrant: bool, **kwargs: Any) -> Any:
+        return checkpoint(lambda *tensors: function(*tensors, **kwargs), *args, use_reentrant=True)
+
+    before = matrix.checkpoint
+    matrix.checkpoint = reentrant if case.reentrant else before
+    try:
+        yield
+    finally:
+        matrix.checkpoint = before
+
+
+@contextlib.contextmanager
+def threads(number: int) -> Iterator[None]:
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(1)
+
+
+def digests_of_router(name: str, variant: str, training: bool, length: int) -> Digests:
+    """Those of a layer with a router by name, which the matrix has not all."""
+    layer, path = paths.layer_with_router(name), paths.Path("MoE", "Experts", "dropless", variant)
+    layer.train(training)
+    layer.group_size = 5 if variant == "grouped" else None
+    x, mask = path.inputs(2, length)
+    try:
+        results = paths.run(layer, x, mask)
+        found = {f"gradient of {n}": digest(grad) for n, grad in paths.gradients(layer, x, results).items()}
+    except Exception as error:
+        return {"error": type(error).__name__}
+    found |= {"out": digest(results[0]), "aux_loss": digest(results[1])}
+    found |= {f"buffer {n}": digest(buffer) for n, buffer in layer.named_buffers()}
+    return found | {"generator": digest(torch.default_generator.get_state())}
+
+
+# Drawing
+
+
+@st.composite
+def situations(draw: Any) -> Situation:
+    """Layers of the matrix, as small as there or so large that every way has something to choose."""
+    layer: Configuration = draw(matrix.configurations())
+    if draw(st.integers(0, 2)):
+        shape = (*layer.shape[:-1], draw(st.sampled_from([1, 2, 17, 64, 200, 5])))
+        dim, hidden = draw(st.sampled_from([(64, 96), (256, 320), (32, 200)]))
+        layer = replace(layer, dim=dim, bank=replace(layer.bank, hidden_dim=hidden), shape=shape)
+    reentrant = layer.checkpointing == "layer" and draw(st.booleans())
+    return Situation(layer, draw(st.sampled_from([1, 1, 2])), draw(st.integers(0, 3)) != 3, reentrant)
+
+
+def differences(before: Digests, now: Digests) -> list[str]:
+    return sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+
+
+def compare(both: Sides, examples: int) -> str | None:
+    """Ask both sides about so many situations, and about every router by name. Returns the smallest situation in which
+    they differ, or None."""
+    found: list[str] = []
+    outcomes: Counter[str] = Counter()
+
+    def ask(function: str, *arguments: Any) -> None:
+        before, now = both.ask(f"bits.{function}", *arguments)
+        outcomes[before.get("error", "computed")] += 1
+        if names := differences(before, now):
+            found[:] = [f"{', '.join(names)} differ in\n    {', '.join(map(str, arguments))}"]
+            raise AssertionError
+
+    @seed(0)
+    @settings(
+        max_examples=examples,
+        phases=[Phase.generate, Phase.shrink],
+        database=None,
+        deadline=None,
+        derandomize=False,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(situations())
+    def equal(situation: Situation) -> None:
+        ask("digests", repr(situation))
+
+    with contextlib.suppress(AssertionError), independent():
+        for arguments in itertools.product(paths.ROUTERS, paths.VARIANTS, (True, False), (1, 40)):
+            ask("digests_of_router", *arguments)
+        equal()
+    print("bits:", ", ".join(f"{number:,} {outcome}" for outcome, number in outcomes.most_common()), flush=True)
+    return found[0] if found else None

@@ -1,0 +1,69 @@
+"""The bits of layers over two ranks: experts spread over them, and sharded by FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from support import parallel_checks, parallel_layers
+from support.parallel_workers import Workers
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from .bits import Digests, digest
+
+RANKS = 2
+
+
+def expert_parallel(layer: str) -> nn.Module:
+    mesh = parallel_checks.make_mesh()
+    return parallel_checks.spread(parallel_layers.make(layer), mesh, replicated=parallel_layers.replicated(layer))
+
+
+def fsdp2(layer: str) -> nn.Module:
+    sharded: Any = fully_shard(parallel_layers.make(layer))
+    return sharded
+
+
+LAYOUTS: dict[str, Callable[[str], nn.Module]] = {"experts spread": expert_parallel, "FSDP2": fsdp2}
+
+
+def digests() -> dict[str, Digests]:
+    """By layer and layout, those of both ranks."""
+    workers, found = Workers(), {}
+    try:
+        for layer in parallel_layers.LAYERS:
+            for layout in LAYOUTS:
+                of_ranks = workers.outcomes(digests_of_rank, RANKS, layer, layout)
+                parts = {f"rank {rank}": part for rank, part in enumerate(of_ranks)}
+                found[f"{layer}, {layout}"] = {
+                    f"{name} of {rank}": value
+                    for rank, part in parts.items()
+                    for name, value in (part if isinstance(part, dict) else {"error": type(part).__name__}).items()
+                }
+    finally:
+        workers.stop()
+    return found
+
+
+def digests_of_rank(layer: str, layout: str) -> Digests:
+    """What a rank has after two training steps' forwards and backwards on its part of a masked batch."""
+    model = LAYOUTS[layout](layer)
+    x, mask = parallel_layers.batch(masked=True)
+    assert mask is not None
+    x, mask = (parallel_layers.own_part(part) for part in (x, mask))
+    torch.manual_seed(dist.get_rank())
+    found: Digests = {}
+    for step in range(2):
+        leaf = x.clone().requires_grad_()
+        out, aux_loss = model(leaf, mask)
+        (out.square().mean() if out.numel() else out.sum()).add(aux_loss).backward()
+        values = {"out": out, "aux_loss": aux_loss, "gradient of x": leaf.grad}
+        values |= {f"gradient of {name}": parameter.grad for name, parameter in model.named_parameters()}
+        values |= {f"buffer {name}": buffer for name, buffer in model.named_buffers()}
+        local = {n: v.to_local() if isinstance(v, DTensor) else v for n, v in values.items() if v is not None}
+        found |= {f"{name} of step {step}": digest(value) for name, value in local.items()}
+    return found

@@ -1,0 +1,273 @@
+"""What a layer found out in one call does not outlive a change: a layer that was called before the change computes what
+a fresh one computes after it, to the last bit, and says the same of how."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from mixture_of_experts import GatedExperts, MoE, TopKGating, ops, recipes
+from mixture_of_experts.gating import RouterLogits
+
+DIM, EXPERTS = 64, 8
+
+LAYERS: dict[str, Callable[[int], Any]] = {
+    "top2": lambda hidden: MoE(DIM, EXPERTS, hidden, second_policy_train="all", second_policy_eval="all"),
+    "topk": lambda hidden: MoE(DIM, gate=TopKGating(DIM, EXPERTS), experts=GatedExperts(DIM, EXPERTS, hidden)),
+    "deepseek": lambda hidden: recipes.deepseek_v3(DIM, EXPERTS, hidden, k=2, num_groups=4, top_groups=2),
+}
+
+
+class CallKind(NamedTuple):
+    shape: tuple[int, ...]
+    training: bool
+    hidden_dim: int
+
+
+CALLS = {
+    "training": CallKind((2, 24), True, 16),
+    "eval": CallKind((2, 24), False, 16),
+    "a token": CallKind((1, 1), False, 1024),  # so large that a decoded token has a way of its own
+}
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def another_weight(module: nn.Module, name: str) -> None:
+    old = getattr(module, name)
+    generator = torch.Generator().manual_seed(9)
+    setattr(module, name, nn.Parameter(torch.randn(old.shape, generator=generator, dtype=old.dtype)))
+
+
+def in_place(module: nn.Module, name: str) -> None:
+    getattr(module, name).data.mul_(1.5)
+
+
+def meta_and_back(layer: nn.Module) -> None:
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.to("meta").to_empty(device="cpu").load_state_dict({name: 1.5 * value for name, value in state.items()})
+
+
+def scaled_hook(factor: float) -> Callable[..., Any]:
+    return lambda module, args, out: factor * out
+
+
+def weighs_more(gate: nn.Module, args: Any, routing: Any) -> Any:
+    return replace(routing, weight=2 * routing.weight)
+
+
+class OtherGate(TopKGating):
+    """A subclass that chooses the worst."""
+
+    def own_choices(self, tokens: Any, ranked: Tensor) -> Tensor:
+        return super().own_choices(tokens, -ranked)
+
+
+def other_class(layer: Any) -> None:
+    layer.gate.__class__ = OtherGate
+
+
+#: by name: what is changed, and the layers on which it can be
+CHANGES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
+    "scale": (lambda layer: setattr(layer.gate, "scale", 3.0), ("topk", "deepseek")),
+    "normalize": (lambda layer: setattr(layer.gate, "normalize", False), ("topk", "deepseek")),
+    "eps": (lambda layer: setattr(layer.gate, "eps", 0.5), ("topk", "deepseek")),
+    "jitter": (lambda layer: setattr(layer.gate, "jitter", 0.5), ("topk", "deepseek")),
+    "score": (lambda layer: setattr(layer.gate, "score", "sqrt_softplus"), ("topk", "deepseek")),
+    "weigh": (lambda layer: setattr(layer.gate, "weigh", "softmax"), ("deepseek",)),
+    "select": (lambda layer: setattr(layer.gate, "select", lambda logits, score, bias: -logits), ("topk", "deepseek")),
+    "group score": (lambda layer: setattr(layer.gate, "group_score", "best"), ("deepseek",)),
+    "balance over": (lambda layer: setattr(layer.gate, "balance_over", "batch"), ("topk", "deepseek")),
+    "policy": (
+        lambda layer: (
+            setattr(layer.gate, "second_policy_train", "none"),
+            setattr(layer.gate, "second_policy_eval", "none"),
+        ),
+        ("top2",),
+    ),
+    "no capacity": (
+        lambda layer: [setattr(layer.gate, f"capacity_factor_{mode}", None) for mode in ("train", "eval")],
+        ("top2",),
+    ),
+    "capacity": (
+        lambda layer: [setattr(layer.gate, f"capacity_factor_{mode}", 0.4) for mode in ("train", "eval")],
+        tuple(LAYERS),
+    ),
+    "least capacity": (lambda layer: setattr(layer.gate, "min_expert_capacity", 1), ("top2",)),
+    "priority": (lambda layer: setattr(layer.gate, "priority", "token"), ("top2",)),
+    "forced": (lambda layer: setattr(layer.gate, "forced", "balanced"), tuple(LAYERS)),
+    "expert bias": (lambda layer: layer.gate.expert_bias.copy_(torch.linspace(-1, 1, EXPERTS)), ("deepseek",)),
+    "group size": (lambda layer: setattr(layer, "group_size", 6), ("top2",)),
+    "loss coefficient": (lambda layer: setattr(layer, "loss_coef", 0.7), tuple(LAYERS)),
+    "z coefficient": (lambda layer: setattr(layer, "z_loss_coef", 0.7), tuple(LAYERS)),
+    "named losses": (lambda layer: setattr(layer, "loss_coefs", {"balance_batch": 0.7}), tuple(LAYERS)),
+    "activation": (lambda layer: setattr(layer.experts, "act", nn.ReLU()), tuple(LAYERS)),
+    "unknown activation": (lambda layer: setattr(layer.experts, "act", nn.Tanh()), tuple(LAYERS)),
+    "activation's setting": (lambda layer: setattr(layer.experts.act, "approximate", "tanh"), ("top2",)),
+    "dropout": (lambda layer: setattr(layer.experts, "dropout", 0.5), tuple(LAYERS)),
+    "hook on the activation": (lambda layer: layer.experts.act.register_forward_hook(scaled_hook(2)), tuple(LAYERS)),
+    "hook on the experts": (lambda layer: layer.experts.register_forward_hook(scaled_hook(2)), tuple(LAYERS)),
+    "hook on the gate": (lambda layer: layer.gate.register_forward_hook(weighs_more), tuple(LAYERS)),
+    "hook before the gate": (
+        lambda layer: layer.gate.register_forward_pre_hook(lambda gate, args: (2 * args[0],)),
+        tuple(LAYERS),
+    ),
+    "hook on the shared expert": (
+        lambda layer: layer.shared_expert.register_forward_hook(scaled_hook(2)),
+        ("deepseek",),
+    ),
+    "parametrized experts": (
+        lambda layer: parametrize.register_parametrization(layer.experts, "w1", Doubled()),
+        tuple(LAYERS),
+    ),
+    "parametrized router": (
+        lambda layer: parametrize.register_parametrization(layer.gate, "w_gating", Doubled()),
+        tuple(LAYERS),
+    ),
+    "another weight": (lambda layer: another_weight(layer.experts, "w2"), tuple(LAYERS)),
+    "another router's weight": (lambda layer: another_weight(layer.gate, "w_gating"), tuple(LAYERS)),
+    "weights in place": (lambda layer: in_place(layer.experts, "w1"), tuple(LAYERS)),
+    "weights as a view": (
+        lambda layer: setattr(layer.experts.w1, "data", layer.experts.w1.data.mT.contiguous().mT * 2),
+        tuple(LAYERS),
+    ),
+    "router's weight in place": (lambda layer: in_place(layer.gate, "w_gating"), tuple(LAYERS)),
+    "another gate": (lambda layer: setattr(layer, "gate", TopKGating(DIM, EXPERTS, k=3)), tuple(LAYERS)),
+    "logits of a module": (
+        lambda layer: setattr(layer, "gate", TopKGating(DIM, EXPERTS, logits=RouterLogits(DIM, EXPERTS, softcap=2.0))),
+        tuple(LAYERS),
+    ),
+    "other experts": (lambda layer: setattr(layer, "experts", GatedExperts(DIM, EXPERTS, 64)), tuple(LAYERS)),
+    "a shared expert": (lambda layer: setattr(layer, "shared_expert", nn.Linear(DIM, DIM)), tuple(LAYERS)),
+    "a gate's class": (other_class, ("topk", "deepseek")),
+    "frozen experts": (lambda layer: layer.experts.requires_grad_(False), tuple(LAYERS)),
+    "frozen router": (lambda layer: layer.gate.requires_grad_(False), tuple(LAYERS)),
+    "loaded weights": (
+        lambda layer: layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()}),
+        tuple(LAYERS),
+    ),
+    "meta and back": (meta_and_back, tuple(LAYERS)),
+    "bfloat16": (lambda layer: layer.bfloat16(), tuple(LAYERS)),
+    "float64": (lambda layer: layer.double(), tuple(LAYERS)),
+    "router in float64": (lambda layer: layer.gate.double(), tuple(LAYERS)),
+    "mode of the experts": (lambda layer: layer.experts.train(not layer.experts.training), tuple(LAYERS)),
+    "mode of the gate": (lambda layer: layer.gate.train(not layer.gate.training), tuple(LAYERS)),
+}
+#: contexts of the second call
+AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    **{f"way {way}": lambda way=way: ops.use(way) for way in ("plain", "lean", "grouped", "cpu")},
+    "no gradients": torch.no_grad,
+    "inference mode": torch.inference_mode,
+}
+
+
+def results(layer: Any, kind: CallKind, x: Tensor) -> dict[str, Tensor]:
+    """Output, auxiliary loss and gradients of a call."""
+    torch.manual_seed(7)
+    x = x.clone().to(next(layer.experts.parameters()).dtype).requires_grad_(kind.training)
+    with contextlib.nullcontext() if kind.training else torch.no_grad():
+        out, aux_loss = layer(x)
+    found = {"out": out, "aux_loss": aux_loss}
+    if kind.training and out.requires_grad:
+        (out.square().sum() + aux_loss.to(out.dtype)).backward()
+        grads = {"x": x.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+        found |= {f"gradient of {name}": grad for name, grad in grads.items() if grad is not None}
+    found |= {f"buffer {name}": buffer for name, buffer in layer.named_buffers()}
+    local = {name: value.to_local() if isinstance(value, DTensor) else value for name, value in found.items()}
+    return {name: value.detach().clone() for name, value in local.items()}
+
+
+def build(name: str, kind: CallKind) -> Any:
+    torch.manual_seed(3)
+    return LAYERS[name](kind.hidden_dim).train(kind.training)
+
+
+def warmed_up(name: str, kind: CallKind, x: Tensor) -> Any:
+    """A layer after two calls, with its gradients and buffers as they were before."""
+    layer = build(name, kind)
+    state = copy.deepcopy(layer.state_dict())
+    for _ in range(2):
+        results(layer, kind, x)
+    layer.zero_grad(set_to_none=True)
+    layer.load_state_dict(state)
+    return layer
+
+
+def inputs(kind: CallKind) -> Tensor:
+    return torch.randn(*kind.shape, DIM, generator=torch.Generator().manual_seed(4))
+
+
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, equal_nan=True, msg=f"{name} is of another call")
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone, which FSDP2 needs."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@functools.cache
+def before_any_change(layer: str, kind: CallKind) -> dict[str, Tensor]:
+    return results(build(layer, kind), kind, inputs(kind))
+
+
+def check(change: Callable[[Any], Any], layer: str, kind: CallKind) -> bool:
+    """Hold the call after a change to that of a fresh layer; returns whether the change changes a bit."""
+    x = inputs(kind)
+    called, fresh = warmed_up(layer, kind, x), build(layer, kind)
+    before = before_any_change(layer, kind)
+    for each in (called, fresh):
+        torch.manual_seed(5)
+        with torch.no_grad():
+            change(each)
+    found, expected = results(called, kind, x), results(fresh, kind, x)
+    assert_equal(found, expected)
+    return found.keys() != before.keys() or any(not torch.equal(found[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_seen_by_the_next_call(change):
+    apply, layers = CHANGES[change]
+    seen = [check(apply, layer, kind) for layer in layers for kind in CALLS.values()]
+    assert any(seen)  # where no bit changes, nothing is shown of the change
+
+
+def test_fsdp2_is_seen_by_the_next_call(one_process):
+    for layer, kind in itertools.product(LAYERS, CALLS.values()):
+        check(fully_shard, layer, kind)
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_a_context_is_seen_by_the_next_call_and_its_end_by_the_one_after(around):
+    for layer, kind in itertools.product(LAYERS, CALLS.values()):
+        x = inputs(kind)
+        called, fresh, never = warmed_up(layer, kind, x), build(layer, kind), build(layer, kind)
+        with AROUND[around]():
+            found = results(called, kind, x)
+        with AROUND[around]():
+            assert_equal(found, results(fresh, kind, x))
+        called.load_state_dict(never.state_dict())
+        called.zero_grad(set_to_none=True)
+        assert_equal(results(called, kind, x), results(never, kind, x))

@@ -1,0 +1,24 @@
+"""What an earlier version wrote is read by this one, which computes the same with it: folders of models, state dicts,
+pickles, records, checkpoints, exported programs. `tests/support/written.py` says what there is, and wrote it."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from support.written import EXPECTED, ROOT, WRITTEN
+
+NEED = {"folders": ("transformers", "peft")}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.filterwarnings("ignore")  # torch's, of files that others wrote
+def test_what_was_written_is_read(name):
+    for package in NEED.get(name, ()):
+        if not find_spec(package):
+            pytest.skip(f"{package} is not there")
+    found, expected = WRITTEN[name].read(ROOT / name), torch.load(ROOT / name / EXPECTED, weights_only=True)
+    assert found.keys() == expected.keys()
+    for part, tensor in expected.items():
+        torch.testing.assert_close(
+            found[part], tensor, rtol=1e-4, atol=1e-5, msg=lambda text, part=part: f"{part}: {text}"
+        )
