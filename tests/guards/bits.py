@@ -122,12 +122,18 @@ def digests_of_router(name: str, variant: str, training: bool, length: int) -> D
 def situations(draw: Any) -> Situation:
     """Layers of the matrix, as small as there or so large that every way has something to choose."""
     layer: Configuration = draw(matrix.configurations())
-    if draw(st.integers(0, 2)):
+    gradients = draw(st.integers(0, 3)) != 3
+    kind = draw(st.sampled_from(["large", "small", "decoding"]))
+    if kind == "large":
         shape = (*layer.shape[:-1], draw(st.sampled_from([1, 2, 17, 64, 200, 5])))
         dim, hidden = draw(st.sampled_from([(64, 96), (256, 320), (32, 200)]))
         layer = replace(layer, dim=dim, bank=replace(layer.bank, hidden_dim=hidden), shape=shape)
+    elif kind == "decoding":  # few tokens in eval, whose experts are worth ways of their own
+        shape, gradients = draw(st.sampled_from([(1, 1), (2, 1), (1, 3), (9, 1), (1, 17)])), False
+        layer = replace(layer, dim=256, bank=replace(layer.bank, hidden_dim=320), shape=shape, training=False)
+        layer = replace(layer, way=draw(st.sampled_from(["auto", layer.way])), checkpointing=None)
     reentrant = layer.checkpointing == "layer" and draw(st.booleans())
-    return Situation(layer, draw(st.sampled_from([1, 1, 2])), draw(st.integers(0, 3)) != 3, reentrant)
+    return Situation(layer, draw(st.sampled_from([1, 1, 2])), gradients, reentrant)
 
 
 def differences(before: Digests, now: Digests) -> list[str]:
