@@ -23,7 +23,9 @@ from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
+from mixture_of_experts.ops.network import dtype_of_operands
 from mixture_of_experts.ops.plain import bias_of_rows
+from mixture_of_experts.support import private_torch
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import sum_of_packed_rows, unpacked_rows, wrapped_module
 from mixture_of_experts.support.tracing import can_read, without_autocast
@@ -153,9 +155,7 @@ class QuantizedExperts(RoutedExperts):
                     out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
             return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
 
-        parts, kind, dtype = parts or {}, rows.device.type, rows.dtype
-        if kind != "meta" and torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            dtype = torch.get_autocast_dtype(kind)
+        parts, dtype = parts or {}, dtype_of_operands(rows.device.type, rows.dtype)
         return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
 
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
@@ -238,18 +238,23 @@ def product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     if direct and x.shape[0] <= FEW_ROWS:
         rows = places(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), x.shape[1])
         return few_by_packed(x.float(), packed.unsqueeze(0), rows).mul_(scale).to(x.dtype)
-    weight = (unpacked_rows if direct else unpack)(packed)
+    weight, dtype, x = (unpacked_rows if direct else unpack)(packed), x.dtype, to_multiply(x)
     if x.dtype == torch.float16:  # whose range products without scale would leave
         return x @ weight.mul_(scale).to(x.dtype)
-    return (x @ weight.to(x.dtype)).mul_(scale)
+    return (x @ weight.to(x.dtype)).mul_(scale).to(dtype)
 
 
 def product_back(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """The gradient of the rows of `product`, `(r, p)`, from x `(r, q)`, that of its results."""
-    weight = unpack(packed)
+    weight, dtype, x = unpack(packed), x.dtype, to_multiply(x)
     if x.dtype == torch.float16:
         return x @ weight.mul_(scale).to(x.dtype).mT
-    return (x * scale.to(x.dtype)) @ weight.to(x.dtype).mT
+    return ((x * scale.to(x.dtype)) @ weight.to(x.dtype).mT).to(dtype)
+
+
+def to_multiply(x: Tensor) -> Tensor:
+    """x in a dtype in which its device has products."""
+    return x.float() if x.is_cpu and not private_torch.multiplies(x.dtype) else x
 
 
 def places(expert: Tensor, p: int) -> Tensor:

@@ -123,7 +123,7 @@ def test_float16_has_the_range_of_its_weights():
     for tokens in (3, 90):
         x = (torch.randn(1, tokens, DIM) * 15000).half().requires_grad_()
         found, expected = small(x)[0], wanted(x)[0]
-        torch.testing.assert_close(found, expected, atol=0.05, rtol=0.02)
+        torch.testing.assert_close(found, expected, atol=0.5, rtol=0.02)  # float16's step at outputs of 700
         of = torch.full_like(found, 1e-4)
         found, expected = (torch.autograd.grad(out, x, of)[0].float() for out in (found, expected))
         assert (found - expected).norm() <= 0.02 * expected.norm()

@@ -20,6 +20,7 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.network import Call
+from mixture_of_experts.ops.products import multiply
 from mixture_of_experts.support.tracing import capability, exporting, is_wrapped
 
 AMD = ("gfx942", "gfx950")
@@ -192,7 +193,8 @@ def rows_by_rows(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     start = 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
-            torch.mm(x[start : start + count].mT, y[start : start + count], out=out[expert])
+            rows = slice(start, start + count)
+            multiply(x[rows].mT, y[rows], out[expert])
             start += count
         else:
             out[expert] = 0
@@ -227,11 +229,11 @@ def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) ->
         if pairs and index + 1 < len(used) and used[index + 1][1] == count:
             other, stop, shape = used[index + 1][0], start + 2 * count, (2, count, -1)
             matrices = weight[expert : other + 1 : other - expert]
-            torch.bmm(x[start:stop].view(shape), matrices, out=out[start:stop].view(shape))
+            multiply(x[start:stop].view(shape), matrices, out[start:stop].view(shape))
             index += 2
         else:
             stop = start + count
-            torch.mm(x[start:stop], weight[expert], out=out[start:stop])
+            multiply(x[start:stop], weight[expert], out[start:stop])
             index += 1
         start = stop
     if start < x.shape[0]:

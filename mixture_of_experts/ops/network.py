@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, why_unknown
+from mixture_of_experts.support import private_torch
 
 Halves = Literal["concatenated", "interleaved"]
 W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
@@ -90,12 +91,18 @@ class Network:
         return why_unknown(self.activation)
 
 
+def dtype_of_operands(device: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which weights of a dtype are multiplied: autocast's if it is on (it does not cast for grouped
+    products), else their own. A CPU without products of autocast's dtype would only be slower in it."""
+    if device == "meta" or dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return dtype
+    narrow = torch.get_autocast_dtype(device)
+    return narrow if device != "cpu" or private_torch.multiplies(narrow) else dtype
+
+
 def cast_operands(x: Tensor, network: Network) -> tuple[Tensor, Network]:
-    """Tokens and weights in one dtype: that of autocast if it is on (it does not cast for grouped products), else that
-    of the weights."""
-    device, dtype = x.device.type, network.w_out.dtype
-    if device != "meta" and torch.is_autocast_enabled(device) and torch.float64 not in (x.dtype, dtype):
-        dtype = torch.get_autocast_dtype(device)
+    """Tokens and weights in one dtype."""
+    dtype = network.w_out.dtype if x.dtype == torch.float64 else dtype_of_operands(x.device.type, network.w_out.dtype)
     if all(tensor.dtype == dtype for tensor in network.tensors().values()):
         return x.to(dtype), network
     return x.to(dtype), network.map(lambda tensor: tensor.to(dtype))

@@ -7,6 +7,7 @@ version breaks.
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -237,6 +238,19 @@ def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Ten
 def unpacked_rows(packed: Tensor) -> Tensor:
     """The numbers `(n, q)` of a table of 8 bits `(n, q + 8)` on a CPU, in float32."""
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
+
+
+@constant_in_graphs
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether a CPU has products of this dtype, so that torch computes them as fast as those of float32. Of others than
+    x86 nothing is known, so they are taken to have all."""
+    if dtype not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
+        return True
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return False
+    if dtype == torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_amx_fp16_supported()
 
 
 def local_part(tensor: Any) -> Tensor:

@@ -18,6 +18,7 @@ from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
 from mixture_of_experts.ops.activations import KNOWN
 from mixture_of_experts.ops.cpu.fused import ChunkProducts
 from mixture_of_experts.ops.network import W_IN
+from mixture_of_experts.ops.products import multiply as product
 from mixture_of_experts.ops.rows import Products
 
 
@@ -133,12 +134,9 @@ def multiply(
     thin = x.new_empty(x.shape[0], w.down.shape[-1]) if thin is None else thin
     parts = zip(products.parts(x), products.parts(result), products.parts(thin), strict=True)
     for experts, (rows, here, narrow) in zip(products.experts, parts, strict=True):
-        if add:
-            here.baddbmm_(rows, w.weight[experts])
-        else:
-            torch.bmm(rows, w.weight[experts], out=here)
-        torch.bmm(rows, w.down[experts], out=narrow)
-        here.baddbmm_(narrow, w.up[experts], alpha=scaling)
+        product(rows, w.weight[experts], here, add=add)
+        product(rows, w.down[experts], narrow)
+        product(narrow, w.up[experts], here, add=True, alpha=scaling)
     return result, thin
 
 

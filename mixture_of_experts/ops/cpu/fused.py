@@ -23,6 +23,7 @@ from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.cpu.batches import Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
 from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.products import multiply
 
 
 def run(call: Call, on_rows: Any = rows) -> Tensor:
@@ -120,7 +121,7 @@ class ChunkProducts:
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for experts, part, result in zip(self.experts, self.parts(x), self.parts(out), strict=True):
-            torch.bmm(part, weight[experts], out=result)
+            multiply(part, weight[experts], result)
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
@@ -128,7 +129,7 @@ class ChunkProducts:
         self.by_weights(x, weight, self.y)
         for x, weight in others:
             for experts, part, result in zip(self.experts, self.parts(x), self.parts(self.y), strict=True):
-                result.baddbmm_(part, weight[experts])
+                multiply(part, weight[experts], result, add=True)
         return self.y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
@@ -138,7 +139,7 @@ class ChunkProducts:
     def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
         for experts, part, other in zip(self.experts, self.parts(x), self.parts(y), strict=True):
-            torch.bmm(part.mT, other, out=out[experts])
+            multiply(part.mT, other, out[experts])
         return out
 
     def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
