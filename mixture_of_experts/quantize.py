@@ -269,7 +269,7 @@ def few_by_packed(x: Tensor, packed: Tensor, places: Tensor) -> Tensor:
     parts = -(-threads // r) if threads > r else 1
     parts = parts if p % parts == 0 else 1
     start = torch.arange(0, r * p, p // parts, device=x.device)
-    sums = sum_of_packed_rows(packed.flatten(0, 1), places.view(-1), start, x.reshape(-1))
+    sums = sum_of_packed_rows(packed.flatten(0, 1), places.view(-1), start, x.contiguous().view(-1))
     return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
 
 

@@ -1,16 +1,18 @@
 """A few rows in inference are computed without a plan: what comes out is that of the plan."""
 
+import itertools
 import warnings
 from dataclasses import replace
 
 import pytest
 import torch
 from support.paths import DIM, NUM_EXPERTS, ROUTERS, run
-from torch import nn
+from torch import Tensor, nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, Top2Gating, TopKGating, ops
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.cpu import decode
+from mixture_of_experts.quantize import quantize_experts
 
 ROWS = {"row_by_row": 0, "expert_by_expert": 1 << 60}  # least numbers of a weight that each is taken from
 
@@ -231,3 +233,33 @@ def test_of_a_sequence_and_in_training_nothing_is_said():
         warnings.simplefilter("error")
         moe.eval()(torch.randn(1, 2, 8))
         HeirarchicalMoE(8, (2, 2), capacity_factor_eval=0.1, min_expert_capacity=1).eval()(torch.randn(1, 4, 8))
+
+
+def every_second(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def across(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+def one_token_of_features(x: Tensor) -> Tensor:
+    """As `features[:, :, -n:].transpose(1, 2)` of a convolution."""
+    return torch.cat([torch.zeros_like(x.mT), x.mT], dim=-1)[..., x.shape[1] :].transpose(1, 2)
+
+
+@pytest.mark.parametrize("strided", [every_second, across, one_token_of_features])
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("dim", [1, 64])
+def test_strides_of_the_inputs_change_nothing(dim, k, strided):
+    """Whichever operators compute: kept weights and those in 8 bits, few tokens in eval and many."""
+    for make, training in itertools.product((Experts, GatedExperts), (True, False)):
+        torch.manual_seed(0)
+        layer = MoE(dim, gate=TopKGating(dim, 4, k), experts=make(dim, 4, 1024)).train(training)
+        layer.experts.requires_grad_(False)
+        for experts in ("kept", "8 bits"):
+            layer = layer if experts == "kept" else quantize_experts(layer)
+            for length, dtype in itertools.product((1, 2, 3, 9), (torch.float32, torch.bfloat16)):
+                x = torch.randn(1, length, dim).to(dtype)
+                with torch.set_grad_enabled(training):
+                    assert torch.equal(layer.to(dtype)(strided(x))[0], layer(x)[0])

@@ -229,8 +229,9 @@ def sum_of_packed_rows(packed: Tensor, place: Tensor, start: Tensor, factor: Ten
     Args:
         place: `(m,)` int64, the rows in the order of the sums.
         start: `(s,)` int64, where each sum begins in `place`.
-        factor: `(m,)` float32.
+        factor: `(m,)` float32. The operator reads its memory as if it had no strides: one number after the other.
     """
+    assert factor.is_contiguous()
     rows = torch.ops.quantized.embedding_bag_byte_rowwise_offsets
     return rows(packed, place, start, False, 0, False, factor, None, False)
 

@@ -88,7 +88,7 @@ class Bags(NamedTuple):
     def sums(self, x: Tensor, weight: Tensor) -> Tensor:
         """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
-        scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).reshape(-1)
+        scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0]
         return sums if self.parts == 1 else sums.view(len(x), -1)
 
