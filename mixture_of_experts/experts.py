@@ -58,11 +58,13 @@ class RoutedExperts(nn.Module):
     """
 
     reads_decisions: ClassVar[bool] = True
+    makes_outputs: ClassVar[bool] = True  #: whether outputs never share memory with the tokens: true of this package's
     _version: int = 2  # torch writes it into state dicts; mixture-of-experts 0.2.3 wrote 1
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls.reads_decisions = binds_decision(cls.forward)
+        cls.makes_outputs = cls.forward.__module__.startswith("mixture_of_experts.")
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         """Map tokens `(t, d)` with a decision to tokens `(t, o)`; without one, slots `(*e, s, d)` to `(*e, s, o)`."""
@@ -98,19 +100,23 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
     if reads_decisions(experts):
         return check_tokens_returned(experts, experts(x, decision), x)
-    return run_on_slots(experts, x, decision, getattr(experts, "dim_out", None))
+    return run_on_slots(experts, x, decision, dim_out_of(experts))
+
+
+def dim_out_of(experts: nn.Module) -> int | None:
+    """The width of outputs that experts tell, behind wrappers too: some of PEFT's hand no attributes on."""
+    return getattr(unwrapped(experts), "dim_out", None)
 
 
 def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
     """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
-    wanted = (x.shape[0], getattr(experts, "dim_out", None) or x.shape[1])
+    wanted = (x.shape[0], dim_out_of(experts) or x.shape[1])
     if not isinstance(out, Tensor) or out.shape != wanted:
         raise ValueError(
             f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
             f"{shape_of(out)}"
         )
-    own_memory = type(unwrapped(experts)).forward in (RoutedExperts.forward, StackedExperts.forward, ExpertList.forward)
-    return out if own_memory else out.clone()
+    return out if getattr(unwrapped(experts), "makes_outputs", False) else out.clone()
 
 
 def binds_decision(forward: Callable) -> bool:

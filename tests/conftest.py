@@ -1,9 +1,18 @@
 """Options and fixtures of the whole suite; its marks are in pyproject.toml."""
 
 import pytest
+import torch.distributed as dist
 from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone, which FSDP2 needs."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
 
-from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, RoutedExperts, TopKGating
+from mixture_of_experts import (
+    ExpertChoiceGating,
+    Experts,
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    RoutedExperts,
+    TopKGating,
+)
 from mixture_of_experts.around import (
     EnclosedExperts,
     ExpertsBesideIdentity,
@@ -19,6 +27,7 @@ from mixture_of_experts.around import (
     Shift,
     TokenGated,
 )
+from mixture_of_experts.quantize import quantize_experts
 
 
 class Times(RoutedExperts):
@@ -330,3 +339,16 @@ def test_refused():
         ExpertsBesideIdentity(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"num_identity must be an integer of at least 0, got 1\.5"):
         ExpertsBesideIdentity(Experts(D, E), num_identity=1.5)
+
+
+@pytest.mark.parametrize("wrapped", [*WRAPPERS, "8 bits"])
+def test_tokens_are_not_copied(wrapped, monkeypatch):
+    """Experts of this package return new memory, so nothing is cloned for fear that an output is the input."""
+    if wrapped == "8 bits":
+        moe = quantize_experts(MoE(D, gate=GATES["dropless"](), experts=GatedExperts(D, 4, 12)).requires_grad_(False))
+    else:
+        moe = MoE(D, gate=GATES["dropless"](), experts=WRAPPERS[wrapped]())
+    copied, clone = [], torch.Tensor.clone
+    monkeypatch.setattr(torch.Tensor, "clone", lambda self, **given: copied.append(self.shape) or clone(self, **given))
+    moe(torch.randn(2, 9, D))
+    assert (18, D) not in copied

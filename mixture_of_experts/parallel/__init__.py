@@ -8,6 +8,7 @@ from mixture_of_experts.parallel.gradients import (
     replicated_parameters,
 )
 from mixture_of_experts.parallel.parallelize import parallelize_module
+from mixture_of_experts.parallel.routers import shard_routers
 from mixture_of_experts.parallel.spread_experts import SpreadExperts
 from mixture_of_experts.parallel.style import ExpertParallel
 from mixture_of_experts.support.failures import tell_failures
@@ -21,5 +22,6 @@ __all__ = [
     "ignore_experts_in_ddp",
     "parallelize_module",
     "replicated_parameters",
+    "shard_routers",
     "tell_failures",
 ]

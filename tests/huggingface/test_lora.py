@@ -375,3 +375,12 @@ def test_adapters_inside_experts_around_others(gate, around):
     found = adapted(x)[0]
     assert not torch.allclose(found, before)
     torch.testing.assert_close(found, adapted.merge_and_unload()(x)[0])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_outputs_of_another_width(fast):
+    """PEFT's wrapper hands no attributes on, so the width is asked of what it wraps."""
+    moe = prepared(layer(GatedExperts(DIM, EXPERTS, HIDDEN, dim_out=4)))
+    expected = numbers(moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
+    found = numbers(fast_lora(moe) if fast else moe, torch.randn(TOKENS, DIM, dtype=torch.float64))
+    assert found["out"].shape == expected["out"].shape == (TOKENS, 4)
