@@ -522,7 +522,7 @@ class TokenChoiceGate(Gate):
             choices = Choices(expert, weight, probs, losses, chosen, score, primary)
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
         chosen, uncounted = self._that_count(tokens, weight, chosen)
-        expert, weight = expert.flatten(-2), own(weight, (*expert.shape[:-2], expert.shape[-2] * self.k))
+        expert, weight = expert.flatten(-2), own(weight.contiguous(), (*expert.shape[:-2], expert.shape[-2] * self.k))
         optional = (chosen, primary, weighed, uncounted)
         chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
