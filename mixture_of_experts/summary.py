@@ -215,7 +215,8 @@ def own_weights(module: nn.Module) -> dict[str, Tensor]:
 
 def multiplied(module: nn.Module, used: Used) -> int:
     """The number of weights in the matrices of a linear layer, of experts or of a router; 0 for other modules."""
-    own, kind = list(own_weights(module).items()), type(module).__name__
+    made = {name: getattr(module, name) for name in getattr(module, "parametrizations", ())}  # of stored parameters
+    own, kind = list({**own_weights(module), **made}.items()), wrapped_class(module).__name__
     if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
         return getattr(module, "weight").numel()  # noqa: B009
     if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers

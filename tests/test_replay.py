@@ -708,3 +708,13 @@ def test_graphs_from_before_are_refused(part):
         model(x)
     assert_equal(found, records)
     torch.compiler.reset()
+
+
+@pytest.mark.parametrize(("gates", "sequences"), [(1, 3), (2, 1)])
+def test_arrays_are_counted_by_sequences_and_not_by_gates(gates, sequences):
+    chosen = [torch.randint(4, (5, 2), dtype=torch.int16) for _ in range(sequences)]
+    records = RoutingRecords({f"gate{i}": chosen for i in range(gates)})
+    for number in (*range(sequences), -1):
+        assert torch.equal(records.array(number)[:, 0], chosen[number])
+    with pytest.raises(IndexError, match=f"no sequence {sequences}: there are {sequences}"):
+        records.array(sequences)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts import (
@@ -224,3 +225,12 @@ def test_sparse_blocks_that_are_not_known_are_named():
         TypeError, match=r"'encoder.layers.0.ffn' \(NllbMoeSparseMLP\): what chooses its experts is not"
     ):
         summary(model)
+
+
+def test_parametrized_weights_are_multiplied():
+    """The stored parameter is another module's; what it makes is multiplied as before."""
+    moe = MoE(8, gate=TopKGating(8, 4), experts=GatedExperts(8, 4, 16))
+    plain = summary(moe)
+    for module, name in ((moe.experts, "w1"), (moe.experts, "w2"), (moe.gate, "w_gating")):
+        parametrize.register_parametrization(module, name, nn.Identity())
+    assert summary(moe) == plain

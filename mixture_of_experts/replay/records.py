@@ -147,8 +147,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     def array(self, sequence: int) -> Tensor:
         """The record of a sequence as serving engines lay it out, `(s, l, k)`. All gates must have the same s and k."""
-        if not -len(self) <= sequence < len(self):
-            raise IndexError(f"no sequence {sequence}: there are {len(self)}")
+        if not -self.num_sequences <= sequence < self.num_sequences:
+            raise IndexError(f"no sequence {sequence}: there are {self.num_sequences}")
         shapes = {name: tuple(records[sequence].shape) for name, records in self._all.items()}
         if len(set(shapes.values())) > 1:
             raise ValueError(f"gates differ in tokens or choices, so that no one array holds them: {shapes}")
