@@ -404,3 +404,18 @@ def test_unpacking_builds_the_dense_tensor_once(monkeypatch):
     assert combine is built[0]
     assert dispatch.equal((combine != 0).float())
     assert loss is routing.balance_loss
+
+
+def test_buffers_of_its_own_keep_their_dtype():
+    class Counting(TokenChoiceGate):
+        keep_dtype = ("mean", "missing")
+
+        def __init__(self):
+            super().__init__(8, 4, 2)
+            self.register_buffer("mean", torch.zeros(4, dtype=torch.float64))
+            self.register_buffer("missing", None)
+            self.register_buffer("other", torch.zeros(4))
+
+    gate = Counting().bfloat16()
+    assert (gate.mean.dtype, gate.other.dtype) == (torch.float64, torch.bfloat16)
+    assert gate.to("meta").mean.dtype == torch.float64

@@ -100,6 +100,8 @@ class Gate(FixedShapes):
     #: names of the losses that a forward may report unasked, beside "balance" and "z"; None: only a forward tells. Each
     #: class says it for itself, since a subclass may add losses
     reports: tuple[str, ...] | None = None
+    #: names of buffers whose dtype no cast of the module changes, such as a bias that moves by small steps
+    keep_dtype: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -123,6 +125,15 @@ class Gate(FixedShapes):
     @process_group.setter
     def process_group(self, group: dist.ProcessGroup | None) -> None:
         self._ranks = Ranks(check_process_group("process_group", group))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        before = {name: getattr(self, name) for name in self.keep_dtype}
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            cast = getattr(self, name)
+            if buffer is not None and cast.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(cast.device))
+        return self
 
     def read(
         self,

@@ -127,11 +127,7 @@ class TopKGating(TokenChoiceGate):
     group_score: GroupScore
     weigh: Weigh
     normalize: bool | Callable[[Tensor], Tensor]
-    keep_dtype: ClassVar[tuple[str, ...]] = (
-        "expert_bias",
-        "expert_counts",
-        "expert_histogram",
-    )  #: buffers that no cast changes
+    keep_dtype: ClassVar[tuple[str, ...]] = ("expert_bias", "expert_counts", "expert_histogram")
     eps: float = setting(check_number, at_least=0.0)
     scale: float = setting(check_number, above=0.0)
     jitter: float = setting(check_number, at_least=0.0, below=1.0)
@@ -491,16 +487,6 @@ class TopKGating(TokenChoiceGate):
         if name in STEPS or name == "normalize":
             self.__dict__.get("_modules", {}).pop(name, None)  # a module that was set before must go
         super().__setattr__(name, value)
-
-    def _apply(self, fn, recurse: bool = True):
-        """Keep the dtypes of bias and counts when the module is cast (`.bfloat16()`): the bias moves by small steps."""
-        before = {name: getattr(self, name) for name in self.keep_dtype}
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            cast = getattr(self, name)
-            if buffer is not None and cast.dtype != buffer.dtype:
-                setattr(self, name, buffer.to(cast.device))
-        return self
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr(), f"score={named(self.score)}"]
