@@ -349,6 +349,28 @@ def test_a_gate_of_nan_is_named(tmp_path: Path):
     json.dumps(stats.to_dict(), allow_nan=False)
 
 
+def test_what_came_before_nan_is_still_told(tmp_path: Path):
+    """A dead expert and a crowded one, in the steps that mean something."""
+    torch.manual_seed(0)
+    model = Stack(MoE(DIM, gate=TopKGating(DIM, 4, k=1, bias=True)))
+    (gate,) = (layer.gate for layer in model.layers.values())
+    with track_routing(model) as stats:
+        for step in range(6):
+            gate.b_gating.data.copy_(torch.tensor([3.0, 0.0, 0.0, -99.0] if step < 4 else [torch.nan] * 4))
+            model(torch.randn(2, 64, DIM))
+            stats.step()
+    (name,) = stats.layers
+    stats.report(tmp_path / "routing.html")
+    text = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).text
+    for said in (
+        f"{name} computed probabilities that are NaN, first in step 4",
+        f"{name}: 1 expert computed no token in any step: 3",
+        "times a balanced load in the last step before NaN",
+    ):
+        assert said in text
+    assert "times a balanced load in the last step before NaN" in stats.summary()
+
+
 def test_errors(tmp_path: Path):
     moe = MoE(DIM, 4)
     stats, path = tracked(moe, 1), tmp_path / "routing.html"

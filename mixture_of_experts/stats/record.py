@@ -172,19 +172,21 @@ def summary_cells(total: Record, steps: Sequence[Record]) -> tuple[str, ...]:
     )
 
 
-def warnings_of(total: Record, late: Record, steps: int, first_nan: int | None) -> list[str]:
+def warning_of_nan(layer: str, step: int) -> str:
+    """What is said of a gate whose probabilities were NaN, first in that step."""
+    return (
+        f"warning: {layer} computed probabilities that are NaN, first in step {step}: its weights or its inputs are "
+        "not finite. Go back to a checkpoint from before that step"
+    )
+
+
+def warnings_of(total: Record, late: Record, when: str) -> list[str]:
     """What a reader of a gate's records should look at.
 
     Args:
         total: all steps together.
-        late, steps: the last quarter of them, and its number of steps.
-        first_nan: the first step in which the gate's probabilities were NaN.
+        late, when: the last quarter of them, and how to call it.
     """
-    if first_nan is not None:
-        return [
-            f"warning: {total.layer} computed probabilities that are NaN, first in step {first_nan}: its weights or "
-            "its inputs are not finite. Go back to a checkpoint from before that step"
-        ]
     found = []
     if total.dropped - total.unavoidable > HIGH_DROPS:
         found.append(
@@ -197,7 +199,7 @@ def warnings_of(total: Record, late: Record, steps: int, first_nan: int | None) 
         expert = ".".join(str(int(i)) for i in (late.requested == most).nonzero()[0])
         found.append(
             f"warning: {total.layer}: expert {expert} was requested {most / mean:.1f} times a balanced load "
-            f"{in_the_last(steps)}: raise loss_coef, or balance by an expert bias"
+            f"{when}: raise loss_coef, or balance by an expert bias"
         )
     return found
 

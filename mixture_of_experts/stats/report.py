@@ -33,7 +33,7 @@ from mixture_of_experts.stats.fates import (
     texts_of,
     visible,
 )
-from mixture_of_experts.stats.record import Record, in_the_last, relative
+from mixture_of_experts.stats.record import Record, relative
 
 NOTES, NAMED = 12, 12  # most notes, and most experts that a note names
 
@@ -45,7 +45,9 @@ class History(NamedTuple):
     stretches: Sequence[Record]  # of one step or several each, oldest first
     end: int  # one more than the last step
     level_one: str | None
-    late: Record  # the last quarter of the steps
+    sound: Record  # the steps before those of NaN
+    late: Record  # the last quarter of these
+    when: str  # how that quarter is called
     warnings: Sequence[str]
 
 
@@ -133,11 +135,11 @@ def linked(i: int, layer: str, line: str) -> str:
 
 def idle(history: History) -> Iterator[str]:
     """Notes on experts that computed no token: in all steps, or in the last quarter of them."""
-    if math.isnan(history.total.entropy):  # its choices mean nothing
+    if math.isnan(history.sound.entropy):  # its choices mean nothing
         return
-    dead = history.total.load == 0
+    dead = history.sound.load == 0
     stopped = (history.late.load == 0) & ~dead
-    for experts, when in ((dead, "in any step"), (stopped, in_the_last(history.end - history.late.step))):
+    for experts, when in ((dead, "in any step"), (stopped, history.when)):
         names = [".".join(map(str, expert)) for expert in experts.nonzero().tolist()]
         if names:
             listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -23,7 +23,16 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.colours import need_matplotlib
 from mixture_of_experts.stats.external_routers import Reader, readers_of, why_no_routing
 from mixture_of_experts.stats.measures import SUMS, lost_tokens, measure
-from mixture_of_experts.stats.record import SUMMARY_HEADER, Record, summary_cells, summed_up, table, warnings_of
+from mixture_of_experts.stats.record import (
+    SUMMARY_HEADER,
+    Record,
+    in_the_last,
+    summary_cells,
+    summed_up,
+    table,
+    warning_of_nan,
+    warnings_of,
+)
 from mixture_of_experts.stats.report import History, page, texts_of_gates
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
@@ -169,7 +178,8 @@ class RoutingStats:
         """
         totals = [self.total(layer) for layer in self._recorded()]
         rows = [summary_cells(total, self.records(total.layer)) for total in totals]
-        return "\n".join([table([SUMMARY_HEADER, *rows]), *(line for total in totals for line in self._late(total)[1])])
+        warned = (line for total in totals for line in self._judged(total)[-1])
+        return "\n".join([table([SUMMARY_HEADER, *rows]), *warned])
 
     def to_dict(self) -> dict[str, Any]:
         """`{"total": {layer: record}, "steps": {layer: [record, ...]}}` in types that JSON knows; NaN is None."""
@@ -246,19 +256,24 @@ class RoutingStats:
         parts = [steps[i : i + size] for i in range(0, len(steps), size)]
         stretches = [tracker.record(part[0][0], torch.cat([rows for _, rows in part])) for part in parts]
         end, total = steps[-1][0] + 1 if steps else 0, self.total(layer)
-        return History(total, stretches, end, self.level_one(layer), *self._late(total))
+        return History(total, stretches, end, self.level_one(layer), *self._judged(total))
 
-    def _late(self, total: Record) -> tuple[Record, list[str]]:
-        """The last quarter of a gate's steps as one record, and the warnings of the gate."""
-        tracker = self._tracker(total.layer)
+    def _judged(self, total: Record) -> tuple[Record, Record, str, list[str]]:
+        """A gate's steps before its probabilities were NaN as one record, the last quarter of them as another, how that
+        is called, and the warnings of the gate."""
+        tracker, sound, end, found = self._tracker(total.layer), total, "", []
         steps = self._steps(tracker)
+        if math.isnan(total.entropy):
+            first = next(record.step for record in self.records(total.layer) if math.isnan(record.entropy))
+            steps, end = [step for step in steps if step[0] < first], " before NaN"
+            found = [warning_of_nan(total.layer, first)]
+            sound = tracker.record(-1, torch.cat([rows for _, rows in steps])) if steps else total
         if not steps:
-            return total, []
+            return total, total, "", found
         quarter = steps[-max(len(steps) // 4, 1) :]
         late = tracker.record(quarter[0][0], torch.cat([rows for _, rows in quarter]))
-        nan = (record.step for record in self.records(total.layer) if math.isnan(record.entropy))
-        first_nan = next(nan) if math.isnan(total.entropy) else None
-        return late, warnings_of(total, late, quarter[-1][0] + 1 - late.step, first_nan)
+        when = in_the_last(quarter[-1][0] + 1 - late.step) + end
+        return sound, late, when, [*found, *warnings_of(sound, late, when)]
 
     def _gate(self, layer: str) -> GateTracker:
         if layer not in self._gates:
