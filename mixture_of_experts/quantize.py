@@ -12,6 +12,7 @@ the product of one row of tokens, and torch's operator reads the bytes as they a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -161,7 +162,7 @@ class QuantizedExperts(RoutedExperts):
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
-        if not (inference and DIRECT and can_read(x)):  # a traced graph must not compare lengths
+        if not (inference and can_read(x) and is_direct()):  # a traced graph must not compare lengths
             return False
         # it computes in float32, where weights of an activation may have another dtype
         fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
@@ -234,7 +235,7 @@ def unpack(packed: Tensor) -> Tensor:
 
 def product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
     """x `(r, p)` times one packed weight `(p, q + 8)` with its scale `(q,)`: `(r, q)`."""
-    direct = DIRECT and x.is_cpu and x.dtype != torch.float64
+    direct = x.is_cpu and x.dtype != torch.float64 and is_direct()
     if direct and x.shape[0] <= FEW_ROWS:
         rows = places(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), x.shape[1])
         return few_by_packed(x.float(), packed.unsqueeze(0), rows).mul_(scale).to(x.dtype)
@@ -316,9 +317,11 @@ class _ByPacked(torch.autograd.Function):
         return _ByPacked.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
 
 
+@cache
 def is_direct() -> bool:
-    """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are while this is imported
+    """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does. It is found out at
+    the first question."""
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
     weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
     expert = torch.tensor([1, 0], device="cpu")
     packed, _ = pack(weight)
@@ -328,6 +331,3 @@ def is_direct() -> bool:
         return False
     wanted = torch.stack([row @ unpack(packed)[e] for row, e in zip(x, (1, 0), strict=True)])
     return torch.allclose(found, wanted, rtol=1e-4) and torch.allclose(whole, unpack(packed[1]), rtol=1e-4, atol=1e-5)
-
-
-DIRECT = is_direct()

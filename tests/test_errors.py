@@ -383,7 +383,7 @@ def test_an_argument_of_the_router(kind):
     assert list(inspect.signature(kind).parameters)[:3] == ["dim", "num_experts", "hidden_dim"]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore:The PyTorch API of nested")
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore:The PyTorch API of nested")
 @pytest.mark.parametrize("kind", [*LAYERS, TopKGating])
 def test_inputs_that_are_not_dense(kind):
     module = TopKGating(8, 4) if kind is TopKGating else layer(kind)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -155,7 +157,7 @@ def test_defaults_of_the_caller():
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"):
-            assert quantize.is_direct()
+            assert quantize.is_direct.__wrapped__()
             assert all(small(x[:, :n])[0].equal(out) for n, out in zip((1, 9), wanted, strict=True))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -274,8 +276,8 @@ def test_torchs_operators_are_checked(monkeypatch):
     ):
         with monkeypatch.context() as patch:
             patch.setattr(quantize, name, other)
-            assert not quantize.is_direct()
-    monkeypatch.setattr(quantize, "DIRECT", False)
+            assert not quantize.is_direct.__wrapped__()
+    monkeypatch.setattr(quantize, "is_direct", lambda: False)
     monkeypatch.setattr(quantize, "sum_of_packed_rows", wrong)
     monkeypatch.setattr(quantize, "unpacked_rows", wrong)
     torch.testing.assert_close(quantize_experts(frozen("gated")).eval()(x)[0], wanted)
@@ -305,3 +307,19 @@ def test_compiled():
             decision = decision_on(torch.arange(2 * tokens).view(tokens, 2) % 6, torch.ones(tokens, 2), 6)
             lengths(torch.randn(tokens, DIM), decision)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_the_import_computes_nothing():
+    """Nor does a call under fake tensors, which have no numbers."""
+    code = """
+import torch
+from torch._subclasses import FakeTensorMode
+with FakeTensorMode():
+    from mixture_of_experts import MoE
+    from mixture_of_experts import quantize
+    moe = MoE(8, 4)
+    moe.requires_grad_(False)
+assert quantize.is_direct.cache_info().currsize == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

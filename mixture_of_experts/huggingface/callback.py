@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import Trainer, TrainerCallback
 
 from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
+from mixture_of_experts.stats.tracking import NOTHING
 from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_experts, leave_counts_alone
 
 
@@ -41,8 +43,14 @@ class RoutingCallback(TrainerCallback):
         self.stats = self._hooks.enter_context(track_routing(model, keep=1024, when="training"))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stats is not None:
+        if self.stats is None:
+            return
+        if self.stats.any_hook_ran:
             self.stats.step()
+        else:  # no reason to end a training
+            warnings.warn(f"routing is not logged: {NOTHING}", stacklevel=2)
+            self.on_train_end(args, state, control)
+            self.stats = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if self.stats is None or logs is None or "loss" not in logs:  # an evaluation, or the end

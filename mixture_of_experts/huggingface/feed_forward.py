@@ -96,7 +96,7 @@ class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network: it maps tokens to tokens.
 
     The forward of the model around gives it the padding mask, and token ids for a gate that reads them, and takes its
-    auxiliary loss (`padding.py`, `losses.py`). Without such a forward it knows neither, and its loss is lost.
+    auxiliary loss (`padding.py`, `auxiliary_loss.py`). Without such a forward it knows neither, and its loss is lost.
 
     Args:
         moe: the layer.

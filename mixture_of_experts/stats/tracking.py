@@ -132,9 +132,14 @@ class RoutingStats:
         outer = self._gate(layer).outer
         return None if outer is None else outer.name
 
+    @property
+    def any_hook_ran(self) -> bool:
+        """Whether a hook ran or was traced, so that forwards are recorded."""
+        return any(tracker.losses for tracker in self._gates.values())
+
     def step(self) -> None:
         """End a step: all forwards since the last call, or since the beginning, are one step."""
-        if not any(tracker.losses for tracker in self._gates.values()):  # no hook ran or was traced
+        if not self.any_hook_ran:
             raise RuntimeError(NOTHING)
         self._marked = True
         for clock in self._clocks.values():

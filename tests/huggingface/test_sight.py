@@ -137,3 +137,22 @@ def test_the_trainer_logs_it(tmp_path, theirs):
     assert last.tokens == 2 * 2 * 8  # of one optimizer step: two micro-batches of two sequences
     assert last.forwards == 2
     assert not any("routing/balance" in logs for logs in reporter.logs if "eval_loss" in logs)
+
+
+def test_a_training_whose_routers_never_run_goes_on(tmp_path):
+    """It is told once, and trained to its end."""
+    made = trainer(build(), batch_of(16), tmp_path, max_steps=2, logging_steps=1)
+    callback = log_routing(made)
+    for module in made.model.modules():
+        module._forward_hooks.clear()
+    begin = callback.on_train_begin
+
+    def without_hooks(*args, **kwargs):
+        begin(*args, **kwargs)
+        callback._hooks.close()  # as where a graph was compiled before
+
+    callback.on_train_begin = without_hooks
+    with pytest.warns(UserWarning, match="routing is not logged: no forward of a gate was recorded") as told:
+        made.train()
+    assert len([each for each in told if "routing is not logged" in str(each.message)]) == 1
+    assert made.state.global_step == 2
