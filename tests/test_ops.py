@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, ops
+from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.ops import ClampedSwiGLU, grouped_product, moe_ffn
 
@@ -593,3 +594,43 @@ def test_tokens_are_floating_point(dtype):
     expert, weight = torch.zeros(4, 1, dtype=torch.int64), torch.ones(4, 1)
     with pytest.raises(TypeError, match="x must be floating point"):
         moe_ffn(x, expert, weight, torch.randn(E, D, 3), torch.randn(E, 3, D), activation=nn.SiLU())
+
+
+class Slots(nn.Module):
+    """Experts of one's own, all at once; it keeps the shapes that it was given."""
+
+    def __init__(self, num_experts=E):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_experts, D, D))
+        self.shapes = []
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        return torch.tanh(x @ self.weight)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 64])
+def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypatch):
+    torch.manual_seed(0)
+    moe, x = MoE(D, gate=TopKGating(D, E), experts=Slots()).double(), torch.randn(2, tokens, D, dtype=torch.float64)
+    found = {}
+    for readable in (True, False):
+        monkeypatch.setattr(experts_module, "can_read", lambda tensor, readable=readable: readable)
+        monkeypatch.setattr(experts_module, "MOSTLY_EMPTY", 1e9)
+        leaf = x.clone().requires_grad_()
+        out, aux_loss = moe(leaf)
+        found[readable] = (out, *torch.autograd.grad(out.square().sum() + aux_loss, [leaf, *moe.parameters()]))
+    torch.testing.assert_close(found[True], found[False])
+    fullest = int(moe.gate(x).queued.sum(0).max())
+    assert moe.experts.shapes == [(E, fullest, D), (E, 2 * tokens, D)]
+
+
+def test_slots_of_no_bound_are_warned_of(monkeypatch):
+    """Where counts cannot be read, as on a GPU: the warning names what to set, and with a capacity there is none."""
+    monkeypatch.setattr(experts_module, "can_read", lambda tensor: False)
+    moe, x = MoE(D, gate=TopKGating(D, 32), experts=Slots(32)), torch.randn(1, 1024, D)
+    with pytest.warns(UserWarning, match=r"get 32 x 1024 of them for 2048 choices.* set its capacity_factor_train"):
+        moe(x)
+    moe.gate.capacity_factor_train = 2.0
+    moe(x)
+    assert moe.experts.shapes == [(32, 1024, D), (32, 128, D)]
