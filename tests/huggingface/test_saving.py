@@ -52,6 +52,23 @@ def same_weights(found: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(found_state[name], value), name
 
 
+@pytest.mark.parametrize("cast", [False, True])
+def test_bfloat16_is_saved_to_the_bit(cast, tmp_path):
+    """But for the frequencies of a position embedding: a cast of the model rounds them, loading does not."""
+    dense = tmp_path / "dense"
+    ARCHITECTURES["llama"].build().save_pretrained(dense)
+    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.bfloat16).eval()
+    upcycle(model, num_experts=4, noise=0.1)
+    if cast:
+        model.bfloat16()
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
+    ids = torch.randint(64, (2, 9))
+    assert torch.equal(again(ids).logits, model(ids).logits) != cast
+    again.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq
+    assert torch.equal(again(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_round_trip(name, tmp_path):
     architecture = ARCHITECTURES[name]
