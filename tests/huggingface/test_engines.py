@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import pytest
 from support import engines, engines_trainers
 from support.parallel_workers import Workers
+from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from mixture_of_experts.huggingface.distributed.plans import plan_experts
+from mixture_of_experts.huggingface.distributed.style import STYLE, SpreadsExperts
 
 
 @pytest.mark.slow
@@ -29,7 +34,18 @@ def test_plans_know_of_layers_with_experts():
     plan_experts(model)
     attention = {f"model.layers.*.self_attn.{name}_proj" for name in "qkvo"}
     assert set(model.tp_plan) == {"model.embed_tokens", *attention, "lm_head"}
-    assert model.ep_plan == {"model.layers.*.mlp.moe.experts": "ep_dispatch_experts"}
+    ((rule, style),) = model.ep_plan.items()
+    assert rule == "model.layers.*.mlp.moe.experts"
+    assert str(style) == "mixture_of_experts"
+
+
+def test_the_name_of_the_style_is_its_own_and_found_where_transformers_tests_for_theirs():
+    for name in (STYLE, copy.deepcopy(STYLE), pickle.loads(pickle.dumps(STYLE))):
+        assert "ep_dispatch_experts" in [name]
+        assert name == "ep_dispatch_experts"
+        assert name not in ("colwise", None)
+        assert type(ALL_PARALLEL_STYLES[name]) is SpreadsExperts
+    assert type(ALL_PARALLEL_STYLES["ep_dispatch_experts"]) is EpDispatchExpertsParallel
 
 
 def test_plans_leave_no_rule_of_a_network_that_stands_beside_experts():

@@ -1,8 +1,4 @@
-"""The style of `transformers` for experts that are spread over ranks, which knows layers of this package too.
-
-The import registers it under the name of the style of `transformers`, whose code looks for that name. Experts of other
-models go to the style of `transformers`.
-"""
+"""A style of `transformers` for experts of this package that are spread over ranks. The import registers it."""
 
 from __future__ import annotations
 
@@ -13,22 +9,32 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EpDispatchExpertsParallel
 from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
-from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.parallel.style import check_divides, spread, stacked_names
 from mixture_of_experts.support.private_torch import default_timeout, set_timeout
 
-STYLE = "ep_dispatch_experts"
+NAME = "mixture_of_experts"
 
 
-class DispatchExperts(EpDispatchExpertsParallel):
+class StyleName(str):
+    """A name in plans and in the registry of styles. It equals that of the style of `transformers`, by which its code
+    tells in three places which experts get tokens of other ranks; but a table finds what stands under this name."""
+
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return other in (NAME, "ep_dispatch_experts")
+
+
+STYLE = StyleName(NAME)
+
+
+class SpreadsExperts(EpDispatchExpertsParallel):
     """Spreads experts over the ranks of `ep`, and lets ranks of one `tp` group, who share a batch, send a part each."""
 
     def install_forward(
         self, module: nn.Module, ep_mesh: DeviceMesh, *, tp_mesh: DeviceMesh, ep_implementation: str = "auto"
     ) -> nn.Module:
-        if not isinstance(module, RoutedExperts):
-            return super().install_forward(module, ep_mesh, tp_mesh=tp_mesh, ep_implementation=ep_implementation)
         count: Any = getattr(module, "num_experts", None)
         dims = count if isinstance(count, tuple) else (count,)
         check_divides(dims, ep_mesh)
@@ -43,4 +49,4 @@ class DispatchExperts(EpDispatchExpertsParallel):
         return module
 
 
-ALL_PARALLEL_STYLES.register(STYLE, DispatchExperts())  # pyright: ignore[reportArgumentType]
+ALL_PARALLEL_STYLES.register(STYLE, SpreadsExperts())  # pyright: ignore[reportArgumentType]
