@@ -140,7 +140,7 @@ def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.
 
 
 @torch.no_grad()
-def to_list(stacked: StackedExperts, name: str) -> UnstackedExperts:
+def to_list(stacked: StackedExperts, name: str = "") -> UnstackedExperts:
     matrices: dict[str, list[Tensor]] = {}  # by name, one for each expert; biases too
     for key, stack in stacked.named_parameters(recurse=False):
         if type(stack) is not nn.Parameter:

@@ -16,6 +16,7 @@ from mixture_of_experts import GatedExperts, quantize
 from mixture_of_experts.huggingface import fast_lora, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.lora import weights_shown
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.unstack import UnstackedExperts, restack, unstack
 
 from .test_blocks import MODELS, build
 
@@ -35,13 +36,40 @@ def test_a_folder_has_int8_where_the_model_has(tmp_path):
     quantize_experts(moe.model.layers[1])
     wanted = moe(**batch).logits
     moe.save_pretrained(tmp_path)
-    for load in (AutoModelForCausalLM, type(moe)):
-        loaded = load.from_pretrained(tmp_path)
+    for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
+        loaded = load(tmp_path)
         assert [isinstance(layer.mlp.moe.experts, QuantizedExperts) for layer in loaded.model.layers] == [False, True]
         assert loaded(**batch).logits.equal(wanted)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(**batch).logits.isfinite().all()
-    with pytest.raises(ValueError, match="has experts in int8: load it by an Auto class"):
-        from_pretrained(tmp_path)
+    loaded.save_pretrained(tmp_path / "again")
+    assert from_pretrained(tmp_path / "again")(**batch).logits.equal(wanted)
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, from_pretrained])
+def test_a_folder_has_linear_layers_where_the_model_has(load, tmp_path):
+    """Its experts were drawn anew: names of weights are others than those of stacks. One layer of two."""
+    moe, (_, batch) = model(), two_lengths("left")
+    moe.model.layers[0].mlp.moe.experts.dropout = 0.25
+    stacked = moe(**batch).logits
+    unstack(moe.model.layers[1])
+    moe.save_pretrained(tmp_path)
+    loaded = load(tmp_path)
+    assert [isinstance(layer.mlp.moe.experts, UnstackedExperts) for layer in loaded.model.layers] == [False, True]
+    assert loaded(**batch).logits.equal(moe(**batch).logits)
+    assert loaded.model.layers[0].mlp.moe.experts.dropout == 0.25
+    assert restack(loaded)(**batch).logits.equal(stacked)
+    loaded.save_pretrained(tmp_path / "stacked")
+    assert load(tmp_path / "stacked")(**batch).logits.equal(stacked)
+
+
+def test_a_folder_of_blocks_in_linear_layers_is_refused(tmp_path):
+    """A Mixtral's class makes stacks of its own of all `experts.*.w1`. Nothing is written."""
+    moe, tokens = unstack(from_transformers(build("Mixtral"))), torch.randint(3, 64, (2, 9))
+    with pytest.raises(ValueError, match=r"MixtralConfig: where layers were blocks.*: restack\(\) the model before"):
+        moe.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+    restack(moe).save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "Mixtral" else pytest.mark.slow) for n in MODELS])
@@ -49,8 +77,8 @@ def test_a_folder_of_blocks_in_8_bits(name, tmp_path):
     """The files have the names of the class's checkpoints, which may be others than the model's."""
     moe, tokens = from_transformers(build(name)).requires_grad_(False), torch.randint(3, 64, (2, 9))
     quantize_experts(moe).save_pretrained(tmp_path)
-    for load in (AutoModelForCausalLM, type(moe)):
-        assert load.from_pretrained(tmp_path)(tokens).logits.equal(moe(tokens).logits)
+    for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
+        assert load(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
 
 LORA = LoraConfig(

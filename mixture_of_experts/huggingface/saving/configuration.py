@@ -59,10 +59,16 @@ class SavesExperts:
 
     def to_json_file(self: Any, json_file_path: str | PathLike[str], use_diff: bool = True) -> None:
         refuse_quantised(self)
+        layers = layers_with_experts(self)
+        if any("block" in layer and "UnstackedExperts" in layer.get("forms", {}).values() for layer in layers):
+            raise ValueError(
+                f"{type(self).__name__}: where layers were blocks, a class may load linear layers of experts into "
+                "stacks of its own: restack() the model before it is saved"
+            )
         if isinstance(held := vars(self).get(KEY), Layers):
             held.warn_of_untold()
         dense = self.to_diff_dict() if use_diff else self.to_dict()
-        dense["quantization_config"] = {"quant_method": NAME, "layers": layers_with_experts(self)}
+        dense["quantization_config"] = {"quant_method": NAME, "layers": layers}
         dense.pop(KEY, None)
         whole = {"model_type": NAME, "architectures": self.architectures, DENSE: dense}
         with open(json_file_path, "w", encoding="utf-8") as file:

@@ -16,8 +16,10 @@ from torch import nn
 
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.support.settings import CheckedModule
+from mixture_of_experts.unstack import to_list
 
 GateFactory = Callable[[int, int], nn.Module]  # (dim, num_experts) -> gate
 
@@ -28,6 +30,8 @@ LEFT_OUT = ("self", "device", "dtype", "settings")  # arguments that a gate does
 FIXED = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to the class it derives from
 OF_RUN = ("process_group", "forced")  # settings of a gate that a run makes, and that no file tells
 PLAIN = (bool, int, float, str, type(None))
+#: what makes experts in other forms than stacks, from stacked ones, by the name of their class
+FORMS: dict[str, Callable[[Any], nn.Module]] = {"QuantizedExperts": QuantizedExperts, "UnstackedExperts": to_list}
 
 
 class LayerRecord:
@@ -55,7 +59,9 @@ class LayerRecord:
             changed = {
                 path: value for path, value in now.items() if plain(value) and self.built.get(path, value) != value
             }
-            self.entry = {**entry, "changed": changed} if changed else entry
+            forms = {path: name for path, part in parts(layer) if (name := wrapped_class(part).__name__) in FORMS}
+            more = {"changed": changed, "forms": forms}
+            self.entry = entry | {name: value for name, value in more.items() if value}
         return self.entry
 
     def untold(self) -> list[str]:

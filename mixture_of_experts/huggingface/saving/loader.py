@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts.huggingface.saving.configuration import NAME
 from mixture_of_experts.huggingface.saving.names import LayerNames
-from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts, quantise_as_saved
+from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts
 
 
 @register_quantization_config(NAME)
@@ -40,7 +40,6 @@ class ExpertsLoader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         put_experts(model, self.quantization_config.layers)
-        quantise_as_saved(model, kwargs.get("checkpoint_files") or ())
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         return [*super().update_weight_conversions(weight_conversions, model), LayerNames(model)]

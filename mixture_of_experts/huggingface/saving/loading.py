@@ -17,7 +17,7 @@ from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.saving.configuration import KEY, layers_with_experts
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.huggingface.saving.names import LayerNames
-from mixture_of_experts.huggingface.saving.restore import PACKED, finish_loading, put_experts
+from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts
 
 HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
@@ -81,8 +81,6 @@ def from_pretrained(
     model, info = loads.from_pretrained(
         path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **settings
     )
-    if any(name.endswith(PACKED) for name in info["unexpected_keys"]):
-        raise ValueError(f"{path} has experts in int8: load it by an Auto class, or by the model's own class")
     refuse_mismatches(model, info["mismatched_keys"], may_mismatch)
     finish_loading(model, info["missing_keys"])
     return (model, info) if wants_info else model

@@ -7,21 +7,22 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
-from mixture_of_experts.huggingface.replacement.replace import NetworkSite, find, gates_of_layers, make_moe, swap
-from mixture_of_experts.huggingface.saving.layer_settings import GateFactory, gate_factory, set_changed
+from mixture_of_experts.huggingface.replacement.replace import (
+    NetworkSite,
+    find,
+    gates_of_layers,
+    make_moe,
+    replace,
+    swap,
+)
+from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, gate_factory, set_changed
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.quantize import QuantizedExperts
-
-PACKED = ".w2_packed"  # what every layer of quantised experts has
 
 
 def put_experts(
@@ -54,7 +55,10 @@ def put_experts(
     if blocks != entries:
         put_replaced(model, entries, [place for place in entries if place not in blocks], gate, adapters)
     for place, entry in entries.items():
-        set_changed(model.get_submodule(place), entry)  # type: ignore[arg-type]
+        layer: Any = model.get_submodule(place)
+        for path, form in entry.get("forms", {}).items():
+            replace(layer, path, FORMS[form](layer.get_submodule(path)))
+        set_changed(layer, entry)
     plan_experts(model)
 
 
@@ -82,21 +86,6 @@ def finish_loading(model: nn.Module, missing: Collection[str] | None = None) -> 
     """Initialise what the checkpoint lacks, and let gates balance over the ranks that have other tokens."""
     initialise_missing(model, missing)
     share_batch(model)
-
-
-def quantise_as_saved(model: nn.Module, files: Collection[str]) -> None:
-    """Put quantised experts where files of safetensors have such, before weights are loaded."""
-    owner: Any = model
-    renamings = [one for one in get_model_conversion_mapping(owner) if isinstance(one, WeightRenaming)]
-    for file in (file for file in files if str(file).endswith(".safetensors")):
-        with safe_open(file, "pt") as saved:
-            names = [name.removesuffix(PACKED) for name in saved.keys() if name.endswith(PACKED)]  # noqa: SIM118
-        for renaming in renamings:  # in files of some classes, as Mixtral's, a block has another name
-            names = [renaming.rename_source_key(name)[0] for name in names]
-        for place in (find_place(model, name) for name in names):
-            if place is not None:
-                (parent, _, child), experts = place.rpartition("."), model.get_submodule(place)
-                setattr(model.get_submodule(parent), child, QuantizedExperts(experts))  # type: ignore[arg-type]
 
 
 def find_place(model: Any, name: str) -> str | None:
