@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sft-steps", type=int, default=60)
     parser.add_argument("--grpo-steps", type=int, default=150)
-    parser.add_argument("--coef", type=float, default=1.0, help="multiplies the layers' balancing losses; 0: none")
+    parser.add_argument("--coef", type=float, default=0.01, help="of the layers' balancing losses; 0: none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/finetune_trl"))
     args = parser.parse_args(argv)

@@ -20,8 +20,8 @@ from mixture_of_experts.whole_model import call_stack
 def aux_loss(model: nn.Module) -> Tensor:
     """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any mode.
 
-    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If a training forward gets
-    labels, `out.loss` holds it already.
+    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If a training forward with
+    gradients gets labels, `out.loss` holds it already.
 
     Args:
         model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
@@ -73,11 +73,11 @@ def add_to_loss(model: nn.Module) -> None:
         model.accepts_loss_kwargs = False  # pyright: ignore[reportArgumentType]
 
 
+#: setting with the coefficient that the first layer had when it came, or the blocks that became layers. Relative to it,
+#: or to 1 if there was none, `router_aux_loss_coef` is the factor of the loss, which a trainer may set: a file has both
+AT_FIRST = "router_aux_loss_coef_at_first"
 #: settings that `announce` adds to a configuration
-ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", "num_experts", "num_experts_per_tok")
-#: setting that `take_over` adds: the `router_aux_loss_coef` that a model's own routers had. Another one that a trainer
-#: sets is relative to it, or to 1 if it was 0; so the file of the model has both
-TAKEN_OVER = "router_aux_loss_coef_of_blocks"
+ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", AT_FIRST, "num_experts", "num_experts_per_tok")
 
 
 def announce(model: nn.Module) -> None:
@@ -89,9 +89,8 @@ def announce(model: nn.Module) -> None:
     config, backbone = text_config(model), getattr(model, "base_model", model)
     if config is None or reports_routers(config) or backbone is model:
         return
-    members = feed_forwards(model)
-    # the second value is a factor of the loss, as layers have coefficients already; trainers set 0.0 to switch it off
-    values = (True, 1.0, members[0].moe.num_experts, getattr(members[0].moe.gate, "k", 1))
+    moe = feed_forwards(model)[0].moe
+    values = (True, moe.loss_coef or 1.0, moe.loss_coef, moe.num_experts, getattr(moe.gate, "k", 1))
     for name, value in zip(ANNOUNCED, values, strict=True):
         if not hasattr(config, name):
             setattr(config, name, value)
@@ -119,8 +118,11 @@ def remove_hooks(model: nn.Module) -> None:
         for name in ANNOUNCED:
             if not hasattr(plain, name):
                 vars(config).pop(name, None)
-    elif config is not None:
-        vars(config).pop(TAKEN_OVER, None)
+    elif config is not None and AT_FIRST in vars(config):
+        if (first := vars(config).pop(AT_FIRST)) is None:
+            del config.router_aux_loss_coef
+        else:
+            config.router_aux_loss_coef = first
 
 
 def text_config(model: nn.Module) -> Any:
@@ -150,15 +152,17 @@ def take_over(model: nn.Module) -> None:
     config = text_config(model)
     if config is None or not reports_routers(config):
         return
-    if coef_of_blocks(config) is None:
-        setattr(config, TAKEN_OVER, getattr(config, "router_aux_loss_coef", None) or 0.0)
+    if unit_of(config) is None:
+        setattr(config, AT_FIRST, getattr(config, "router_aux_loss_coef", None))
+        config.router_aux_loss_coef = unit_of(config)
     if without_router_logits not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(without_router_logits, with_kwargs=True)
 
 
-def coef_of_blocks(config: Any) -> float | None:
-    """The `router_aux_loss_coef` that the model's own routers had; None if they were not taken over."""
-    return getattr(config, TAKEN_OVER, None)
+def unit_of(config: Any) -> float | None:
+    """The `router_aux_loss_coef` that is a factor of 1; None if layers and the setting have nothing to do with each
+    other."""
+    return (getattr(config, AT_FIRST) or 1.0) if hasattr(config, AT_FIRST) else None
 
 
 def without_router_logits(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -198,19 +202,16 @@ class AddAuxLoss:
         return output
 
     def factor(self, config: Any) -> float:
-        """The factor of the auxiliary loss: 1, or the `router_aux_loss_coef` that a trainer set."""
-        of_blocks = coef_of_blocks(config)
-        if config is None or (reports_routers(config) and of_blocks is None):
-            return 1.0
-        coef = getattr(config, "router_aux_loss_coef", 1.0) or 0.0
-        return 1.0 if coef == of_blocks else coef / (of_blocks or 1.0)
+        """The factor of the auxiliary loss: 1, or what follows from the `router_aux_loss_coef` that a trainer set."""
+        unit = unit_of(config)
+        return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
 
     def hand_up(self, aux: Tensor, config: Any, output: MutableMapping[str, Any]) -> None:
         """Set `output["aux_loss"]`, which a trainer multiplies by a coefficient. If the model's own routers have set
         it, add to it."""
         theirs = getattr(output, "aux_loss", None)
-        if (of_blocks := coef_of_blocks(config)) is not None:
-            aux = aux / (of_blocks or 1.0)
+        if (unit := unit_of(config)) is not None:
+            aux = aux / unit
         elif reports_routers(config) and isinstance(theirs, Tensor):
             coef = getattr(config, "router_aux_loss_coef", 0.0)
             aux = theirs + aux.to(theirs.device) / coef if coef else theirs

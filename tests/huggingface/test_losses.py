@@ -75,6 +75,33 @@ def test_evaluation_leaves_the_loss_alone():
         torch.testing.assert_close(model.train()(**batch).loss, task)
 
 
+@pytest.mark.parametrize("load", [False, True])
+def test_the_configuration_has_the_coefficient_of_the_layers(load, tmp_path):
+    """Not 1.0, which no layer has. One that is set holds in its place, also after loading; 0 switches the loss off."""
+    model, batch = build(), batch_of(3)
+    assert model.config.router_aux_loss_coef == COEFFICIENT
+    task, aux = task_and_aux(model, batch)
+    for coef in (COEFFICIENT, 0.01, 0.0):
+        model.config.router_aux_loss_coef = coef
+        if load:
+            model.save_pretrained(tmp_path / str(coef))
+            model = type(model).from_pretrained(tmp_path / str(coef)).train()
+        torch.testing.assert_close(model(**batch).loss, task + coef / COEFFICIENT * aux)
+        out = model(**batch, output_router_logits=True)
+        torch.testing.assert_close(out.aux_loss * COEFFICIENT, aux)
+
+
+def test_other_losses_without_a_balancing_loss():
+    """Their factor is 1, and 0 switches them off."""
+    model, batch = without_dropout(ARCHITECTURES["llama"].build()).train(), batch_of(3)
+    replace_ffn(model, num_experts=4, loss_coef=0.0, z_loss_coef=0.1)
+    task, aux = task_and_aux(model, batch)
+    assert aux > 0
+    torch.testing.assert_close(model(**batch).loss, task + aux)
+    model.config.router_aux_loss_coef = 0.0
+    torch.testing.assert_close(model(**batch).loss, task)
+
+
 def test_weighted_sums_of_losses():
     model, batches = build(), [batch_of(2), batch_of(3)]
     parts = [task_and_aux(model, batch) for batch in batches]

@@ -28,7 +28,7 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.auxiliary_loss import TAKEN_OVER
+from mixture_of_experts.huggingface.auxiliary_loss import AT_FIRST
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.saving import names
@@ -126,6 +126,8 @@ def test_the_loss_is_ours():
     silent = from_transformers(build("Mixtral", router_aux_loss_coef=0.0), loss_coef=0.5).train()
     out = silent(**batch)  # Phi 3.5 MoE is published so
     torch.testing.assert_close(out.loss, silent.eval()(**batch).loss + aux_loss(silent))
+    silent.config.router_aux_loss_coef = 0.0  # it is 1.0 before that, or nothing would switch the loss off
+    torch.testing.assert_close(silent.train()(**batch).loss, silent.eval()(**batch).loss)
     plain = from_transformers(build("DeepseekV3"), loss_coef=0.5).train()
     out = plain(**batch, output_router_logits=True)
     torch.testing.assert_close(out.aux_loss, aux_loss(plain))
@@ -143,8 +145,10 @@ def test_the_factor_of_the_loss_is_saved(before, tmp_path):
         torch.testing.assert_close(out.loss, task + 0.5 / (before or 1.0) * aux_loss(model))
         model.save_pretrained(tmp_path / str(number))
         model = AutoModelForCausalLM.from_pretrained(tmp_path / str(number))
-    assert hasattr(model.config, TAKEN_OVER)
-    assert not hasattr(to_transformers(model).config, TAKEN_OVER)
+    assert hasattr(model.config, AT_FIRST)
+    stock = to_transformers(model).config
+    assert not hasattr(stock, AT_FIRST)
+    assert stock.router_aux_loss_coef == before
 
 
 @pytest.mark.slow
