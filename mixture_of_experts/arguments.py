@@ -14,7 +14,7 @@ from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.private_torch import unwrapped
+from mixture_of_experts.support.private_torch import from_peft, unwrapped
 
 
 def as_experts(experts: Any) -> nn.Module | None:
@@ -135,7 +135,10 @@ def check_gate(
     for what, wanted in (("dim", dim), ("num_experts", num_experts), ("outer_expert_dims", outer)):
         got = getattr(gate, what, wanted)
         if got != wanted:
-            raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: give both the same")
+            remedy = (
+                "PEFT trains a router by modules_to_save=['gate'] alone" if from_peft(gate) else "give both the same"
+            )
+            raise ValueError(f"{name} has {what}={got}, the layer {what}={wanted}: {remedy}")
 
 
 def takes(module: nn.Module, keywords: list[str]) -> bool:

@@ -33,6 +33,7 @@ from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
+from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.base import losses_known
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
@@ -143,7 +144,7 @@ def nobody_reports(name: str, reported: Collection[str]) -> ValueError:
     """The error that `loss_coefs` names a loss that is not among those `reported`."""
     return ValueError(
         f"loss_coefs has {name!r}, which no gate reports: they report {sorted(reported)}. Gates of token choice report "
-        f"{list(BALANCE_LOSSES)}, the last two if they have num_groups"
+        f"{list(BALANCE_LOSSES)}; for {' and '.join(OF_EXPERT_GROUPS)} they need num_groups"
     )
 
 

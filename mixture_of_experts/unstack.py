@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.support.checks import check_model
 
@@ -129,7 +129,11 @@ def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.
             )
     made = {module: make(module, name) for module, name in found.items()}
     if not made:
-        raise ValueError(f"{type(model).__name__} has no {what}")
+        has = sorted({type(module).__name__ for module in model.modules() if isinstance(module, RoutedExperts)})
+        raise ValueError(
+            f"{type(model).__name__} has no {what}, but {', '.join(has) or 'no experts at all'}: unstack() and "
+            "quantize_experts() take stacks, restack() what unstack() made, and from 8 bits nothing goes back"
+        )
     if model in made:
         raise ValueError(f"{type(model).__name__} is nothing but {what}: give the layer or model around")
     for parent in list(model.modules()):

@@ -185,7 +185,8 @@ def test_two_levels_add_theirs_up():
 def test_what_no_gate_reports_is_named(gate):
     coefs = {"balance_device": 0.1}
     wrong = pytest.raises(
-        ValueError, match=r"'balance_device', which no gate reports.*the last two if they have num_groups"
+        ValueError,
+        match=r"'balance_device', which no gate reports.*; for balance_device and balance_comm.* need num_groups",
     )
     with wrong:
         MoE(6, gate=gate, loss_coefs=coefs)

@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, quantize
 from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.ops import ClampedSwiGLU
+from mixture_of_experts.parallel.style import stacked_names
 from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 from mixture_of_experts.summary import summary
+from mixture_of_experts.unstack import unstack
 
 DIM = 32
 LAYERS: dict[str, Any] = {
@@ -238,9 +240,22 @@ def test_what_it_cannot_quantise():
         quantize_experts(MoE(DIM, 4))
     with pytest.raises(ValueError, match=r"experts\.w1 is on the meta device"):
         quantize_experts(frozen("gated").to("meta"))
-    for model in (nn.Linear(2, 2), quantize_experts(frozen("gated"))):
-        with pytest.raises(ValueError, match=r"has no stacked experts \(Experts, GatedExperts\)"):
+    small, lists = quantize_experts(frozen("gated")), unstack(frozen("gated"))
+    for model, has in (
+        (nn.Linear(2, 2), "no experts at all"),
+        (small, "QuantizedExperts"),
+        (lists, "UnstackedExperts"),
+    ):
+        with pytest.raises(ValueError, match=rf"has no stacked experts \(Experts, GatedExperts\), but {has}: unstack"):
             quantize_experts(model)
+    with pytest.raises(
+        ValueError, match=r"has no stacked experts .* but QuantizedExperts: .* from 8 bits nothing goes"
+    ):
+        unstack(small)
+    with pytest.raises(
+        ValueError, match=r"QuantizedExperts has no parameter stacked .*8 bits have no parameters to spread"
+    ):
+        stacked_names(small.experts, (4,), ())
     with pytest.raises(ValueError, match="give the layer or model around"):
         quantize_experts(Experts(DIM, 4).requires_grad_(False))
     with pytest.raises(TypeError, match="model must be a model"):

@@ -25,7 +25,10 @@ from mixture_of_experts import (
 from mixture_of_experts.around import ExpertsBesideIdentity, InputWeightedExperts
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import ways, wrapper
+from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import unstack
+
+from .test_blocks import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
 DIM, HIDDEN, EXPERTS, TOKENS = 9, 13, 5, 22
@@ -322,6 +325,36 @@ def test_experts_of_others_and_subclasses_are_named():
     alone = inject_adapter_in_model(of_bias, nn.Sequential(Experts(DIM, EXPERTS, bias=True)))
     with pytest.raises(ValueError, match="0: b1 is none of w1, w3, w2"):
         fast_lora(alone)
+
+
+def test_what_was_asked_for_and_passed_over_is_named():
+    """By PEFT, which is content if it finds something: a name that is wrong, and weights that are no parameters."""
+    wrong = LoraConfig(r=2, target_parameters=["experts.w1", "experts.w4"])
+    with pytest.raises(ValueError, match=r"has no adapters for experts.w4 of target_parameters: .*look at the names"):
+        fast_lora(inject_adapter_in_model(wrong, layer()))
+    small = quantize_experts(Holder(layer()).requires_grad_(False))
+    with pytest.warns(RuntimeWarning, match="no parameter was matched"):  # PEFT adapts what it finds beside
+        alone = inject_adapter_in_model(
+            LoraConfig(r=2, target_modules=["0"], target_parameters=targets()),
+            nn.Sequential(nn.Linear(DIM, DIM), small),
+        )
+    with pytest.raises(
+        ValueError, match=r"has no adapters for experts.w1, experts.w2, experts.w3 of .*weights_shown\(mod"
+    ):
+        fast_lora(alone)
+
+
+def test_experts_of_transformers_are_made_ours_first():
+    model = get_peft_model(build("Qwen3Moe"), LoraConfig(target_modules=[], target_parameters=["experts.gate_up_proj"]))
+    with pytest.raises(ValueError, match=r"Qwen3MoeExperts, which is not .* gets such by from_transformers\(\) before"):
+        fast_lora(model)
+
+
+def test_the_router_has_no_low_rank_factors():
+    with pytest.raises(
+        ValueError, match=r"gate has num_experts=1, the layer num_experts=5: PEFT trains a router by mod"
+    ):
+        get_peft_model(Holder(layer()), LoraConfig(target_modules=[], target_parameters=["gate.w_gating"]))
 
 
 @pytest.mark.parametrize("change", [lambda moe: moe, fast_lora], ids=["peft", "fast"])

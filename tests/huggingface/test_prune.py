@@ -233,6 +233,12 @@ def test_others_are_compiled_while_it_measures():
     assert ran == [*2 * ["MainThread"], "another"]
 
 
+@pytest.mark.parametrize("by", ["reap", "frequency", "random"])
+def test_rules_are_compared_in_a_loop(by):
+    moe = layer(TopKGating(D, E))
+    assert len(prune(moe, 4, by, calibration=torch.randn(2, 9, D, dtype=torch.float64))["gate"]) == 4
+
+
 def test_unstacked_experts_are_stacked_again_after():
     moe, x = unstack(layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
     prune(moe, by={"gate": [0, 3, 5]})
@@ -252,7 +258,7 @@ WRONG = {
     "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), got \[1, 2\]"),
     "a tokenizer's lists": (dict(keep=4, calibration={"x": [[1, 2]]}), TypeError, "a batch of calibration is a tensor"),
     "an empty batch": (dict(keep=4, calibration=[{}]), TypeError, "a batch of calibration is a tensor"),
-    "a text for nothing": (dict(keep=4, by="random", calibration=X), ValueError, "leave it out"),
+    "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "leave it out"),
     "too few": (
         dict(keep=1, by="random"),
         ValueError,

@@ -36,7 +36,8 @@ def fast_lora(model: Model) -> Model:
     Raises:
         ImportError: PEFT is not installed.
         TypeError: `model` is no module.
-        ValueError: no weight of stacked experts of this package has adapters.
+        ValueError: no weight of stacked experts of this package has adapters, or PEFT passed over some of
+            `target_parameters`.
 
     Example:
         >>> import torch
@@ -56,11 +57,12 @@ def fast_lora(model: Model) -> Model:
         raise ImportError("LoRA on stacked experts needs PEFT: pip install 'peft>=0.21'") from error
     from mixture_of_experts.huggingface.lora.wrapper import WEIGHTS, ParamWrapper
 
-    found, others = [], set()
+    found, others, adapted = [], set(), []
     for name, module in model.named_modules():
         if not isinstance(module, layer.ParamWrapper):
             continue
         experts, weight = module.get_base_layer(), module.parameter_name
+        adapted.append(f".{name}.{weight}".replace(".base_layer", ""))
         if not isinstance(experts, StackedExperts | QuantizedExperts):
             others.add(f"{name}: {weight} of {type(experts).__name__}, which is not Experts or GatedExperts")
         elif wrapped_class(experts).forward not in (StackedExperts.forward, QuantizedExperts.forward):
@@ -71,11 +73,20 @@ def fast_lora(model: Model) -> Model:
             others.add(f"{name}: {weight} is none of {', '.join(WEIGHTS)}")
         else:
             found.append(module)
+    configs = getattr(model, "peft_config", {}).values()
+    asked = {target for config in configs for target in getattr(config, "target_parameters", None) or ()}
+    left = sorted(target for target in asked if not any(name.endswith(f".{target}") for name in adapted))
+    if left:
+        raise ValueError(
+            f"{type(model).__name__} has no adapters for {', '.join(left)} of target_parameters: PEFT passed over it. "
+            "If experts are in 8 bits, let it prepare the model within weights_shown(model); else look at the names"
+        )
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no stacked experts of this package with LoRA on {', '.join(WEIGHTS)}"
             f"{': ' + '; '.join(sorted(others)) if others else ''}. Give PEFT's LoraConfig target_parameters, such as "
-            "['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model with it first"
+            "['experts.w1', 'experts.w3', 'experts.w2'], and prepare the model with it first; a model of transformers "
+            "that has experts of its own gets such by from_transformers() before that"
         )
     for module in found:
         module.__class__ = ParamWrapper

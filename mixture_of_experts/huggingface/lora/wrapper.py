@@ -86,8 +86,8 @@ class ParamWrapper(layer.ParamWrapper):
     def check_not_quantized(self, what: str) -> None:
         if isinstance(self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"no adapters {what} where {self.parameter_name} is in 8 bits: keep adapters beside it, or merge them "
-                "before quantize_experts()"
+                f"no adapters {what} where {self.parameter_name} is in 8 bits: keep adapters beside it, or load them "
+                "into the model that is not quantised, and merge there"
             )
 
     def part(self, adapters: list[str]) -> LowRankPart:

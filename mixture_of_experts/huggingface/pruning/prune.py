@@ -50,8 +50,8 @@ def prune(
             that it computes (arXiv 2510.13999, equation 9). "frequency": of the most tokens. "random": any, by torch's
             generator. Or by names of gates: scores `(e,)`, floating, as `expert_scores` returns; or the ids to keep,
             without `keep`. Layers that it does not name stay as they are.
-        calibration: for "reap" and "frequency": batches of a text, tensors or dicts or tuples of what the model reads,
-            on its device. Padding does not count.
+        calibration: for "reap" and "frequency" ("random" needs none): batches of a text, tensors or dicts or tuples of
+            what the model reads, on its device. Padding does not count.
         gates: the gates whose layers are pruned, by their names or as modules; by default all.
 
     Raises:
@@ -78,8 +78,8 @@ def prune(
         gates = list(by)
     elif check_choice("by", by, RULES) and keep is None:
         raise ValueError(f"by={by!r} needs keep=, the number of experts that each layer keeps")
-    if calibration is not None and by not in MEASURED:
-        raise ValueError(f"calibration goes with by={' or '.join(map(repr, MEASURED))}: leave it out")
+    if calibration is not None and isinstance(by, Mapping):
+        raise ValueError("calibration goes with a rule, such as by='reap': leave it out")
     sites = prunable(model, gates)
     refuse_meta(model, type(model).__name__)
     return prune_sites(model, sites, keep, by, calibration)
