@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
 from mixture_of_experts.gating.bias_rules import RULES, RuleName
+from mixture_of_experts.unstack import unstack
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
 
@@ -163,6 +164,34 @@ def test_a_rate_can_be_changed():
     optimizer.step()
     assert not any(bias.any() for bias in biases(model))
     assert not any(gate.expert_counts.any() for gate in model.gates())
+
+
+def test_an_optimizer_of_tensors_that_are_gone_is_warned_of_once():
+    """It was made before `unstack`: it trains the stacks, which no layer has any more."""
+    moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
+    old = torch.optim.SGD(moe.parameters(), lr=0.1)
+    balance_experts(unstack(moe), old)
+    moe(torch.randn(2, 9, 8))[0].sum().backward()
+    with pytest.warns(UserWarning, match=r"no longer the model's, and not experts\.0\.w1\.weight: make it after"):
+        old.step()
+    old.step()  # warnings are errors
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_one_of_two_optimizers_is_no_old_one(first):
+    """Muon on views of the stacks, as docs/stacked_experts.md has it, and another one for the rest."""
+    moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
+    stacks = [p for name, p in moe.named_parameters() if name.startswith("experts.")]
+    views = {stack: [nn.Parameter(matrix.mT) for matrix in stack.data] for stack in stacks}
+    optimizers = torch.optim.SGD([view for of in views.values() for view in of]), torch.optim.SGD(moe.gate.parameters())
+    balance_experts(moe, optimizers[first])
+    moe(torch.randn(2, 9, 8))[0].sum().backward()
+    for stack, of in views.items():
+        for view, grad in zip(of, stack.grad, strict=True):
+            view.grad = grad.mT
+    for optimizer in optimizers:
+        optimizer.step()
+    assert moe.gate.expert_bias.any()
 
 
 def test_two_balancings_do_not_mix():

@@ -19,9 +19,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
 from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
+from mixture_of_experts.support.private_torch import lost_by_adapters
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.whole_model.sites import all_sites
 
 
 class LastCall(threading.local):
@@ -86,13 +88,14 @@ class ModelWatch(Watch):
     """
 
     warned: bool
+    adapted: bool  # whether the model has had a forward with adapters
 
     def __init__(self, reader: TokensReader | None, ids: TokensReader, last: LastCall) -> None:
         super().__init__()
         self.reader = reader
         self.ids = ids
         self.last = last
-        self.warned = False
+        self.warned = self.adapted = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "next_hook": RemovableHandle.next_id}
@@ -123,6 +126,9 @@ class ModelWatch(Watch):
         call.asked = bool(kwargs.get("output_router_logits"))
         call.declined = bool(kwargs.get("fused_lm_head")) and not call.asked
         call.keys = members
+        if not self.adapted and "peft_config" in vars(module):
+            self.adapted = True
+            warn_of_adapters(module)
         if around is None and module.training and call.with_gradients and not torch.compiler.is_compiling():
             self.warn_of_loss(module)
         if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
@@ -159,6 +165,19 @@ class ModelWatch(Watch):
             "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
             f"{type(model).__name__} returned no loss that holds it, or another loss was used, so experts will not "
             "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
+            stacklevel=2,
+        )
+
+
+def warn_of_adapters(model: nn.Module) -> None:
+    """Warn of adapters of PEFT without the routers of a model that no folder has either."""
+    routers = {site.name: weight for site in all_sites(model) for weight in site.gate.parameters()}
+    if getattr(model, "name_or_path", None) == "" and (lost := lost_by_adapters(model, routers)):
+        warnings.warn(
+            f"the routers in {', '.join(lost)} were drawn in memory, and the adapters of {type(model).__name__} do not "
+            "save them: a model that is made anew draws others. Save the model and load it (save_pretrained, "
+            "from_pretrained) before it gets adapters; or name the gates in LoraConfig(modules_to_save=['gate']), or "
+            "merge the adapters in the end and save the whole model",
             stacklevel=2,
         )
 

@@ -8,7 +8,7 @@ version breaks.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from types import MethodType
@@ -135,6 +135,13 @@ def unwrapped(module: nn.Module) -> nn.Module:
 def from_peft(module: nn.Module) -> bool:
     """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
     return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def lost_by_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors of a model that no file of its PEFT adapters will have; [] if it has none. Beside
+    their own weights these files have what `modules_to_save` names, whole."""
+    held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
+    return [n for n, t in tensors.items() if t not in held] if any(map(from_peft, model.modules())) else []
 
 
 def trained_copy(wrapper: Any) -> nn.Module:

@@ -127,7 +127,7 @@ class ExpertBalancing(EachStep):
                 reader.follow(reader.model, hooks)
             self._hooks = hooks.pop_all()
         leave_counts_alone(model)
-        self.start()
+        self.start(model, {site.name: site.bias for site in sites if site.bias is not None})
 
     @property
     def rate(self) -> float:

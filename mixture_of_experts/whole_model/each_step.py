@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mixture_of_experts.support.checks import check_process_group
+from mixture_of_experts.support.private_torch import lost_by_adapters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,9 +35,18 @@ class EachStep:
     def __init__(self, optimizer: Optimizer, group: dist.ProcessGroup | None) -> None:
         self.group = check_process_group("group", group)
         self._optimizer = bare(optimizer)
+        self._model: nn.Module | None = None
         self._hooks = ExitStack()
 
-    def start(self) -> None:
+    def start(self, model: nn.Module, moved: Mapping[str, Tensor]) -> None:
+        """Begin; `moved` is what moves, by the names of the gates."""
+        if lost := lost_by_adapters(model, moved):
+            warnings.warn(
+                f"the model has adapters, and their files lack what moves in {', '.join(lost)}: name the gate in "
+                "LoraConfig(modules_to_save=['gate']), or merge the adapters in the end and save the whole model",
+                stacklevel=4,
+            )
+        self._model = model
         self._hooks.callback(self._optimizer.register_step_post_hook(self._stepped).remove)
 
     def after_step(self, done: Tensor | int) -> None:
@@ -43,6 +55,9 @@ class EachStep:
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, args: object, kwargs: object) -> None:
+        if self._model is not None:  # the first step
+            warn_of_old(optimizer, self._model)
+            self._model = None
         skipped = getattr(optimizer, "found_inf", None)
         self.after_step(1 if skipped is None else skipped == 0)
 
@@ -70,6 +85,18 @@ def bare(optimizer: Optimizer) -> Optimizer:
             f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}: the model is first"
         )
     return optimizer
+
+
+def warn_of_old(optimizer: Optimizer, model: nn.Module) -> None:
+    """Warn if an optimizer steps without weights of a model that have gradients, but with others that have none."""
+    held = {weight for group in optimizer.param_groups for weight in group["params"]}
+    missed = [name for name, weight in model.named_parameters() if weight.grad is not None and weight not in held]
+    if missed and any(weight.grad is None for weight in held.difference(model.parameters())):
+        warnings.warn(
+            f"the optimizer trains tensors that are no longer the model's, and not {missed[0]}: make it "
+            "after all that changes the model, such as upcycle(), prune() or unstack()",
+            stacklevel=4,
+        )
 
 
 def as_factor(done: Tensor | int, like: Tensor) -> Tensor | int:

@@ -100,7 +100,7 @@ class SparsityControl(EachStep):
         self._routers: list[Any] = [site.gate for site in sites]
         self._out_of_reach = OutOfReach(self._routers)
         leave_counts_alone(model)
-        self.start()
+        self.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
 
     def after_step(self, done: Tensor | int) -> None:
         device = self._routers[0].l1_coef.device

@@ -21,6 +21,7 @@ from mixture_of_experts.replay import RoutingRecords, replay_routing
 pytestmark = [
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
     pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl"),
 ]
 

@@ -39,6 +39,7 @@ pytestmark = [
     pytest.mark.pretrained,
     # peft and trl use names that transformers deprecates
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
 ]
 
 TEXTS = [

@@ -29,7 +29,10 @@ from mixture_of_experts.whole_model.call_stack import STACKS
 
 from .test_blocks import build as build_stock
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
+    pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
+]
 
 
 @pytest.mark.slow

@@ -69,6 +69,7 @@ def from_transformers(
     if not isinstance(block, PreTrainedModel):
         return to_layer(block, **settings)
     put_layers(block, dict.fromkeys(find_blocks(block), settings))
+    block.name_or_path = block.config.name_or_path  # whose weights they are
     return block
 
 

@@ -126,6 +126,7 @@ def note(model: nn.Module) -> None:
     config: Any = model.config
     if not feed_forwards(model) or not isinstance(config, PreTrainedConfig):
         return
+    model.name_or_path = ""  # PEFT would write into adapters' files that they belong to that folder
     copies: dict[int, Any] = {id(config): config}
     if getattr(model, "base_model", model) is not model:
         copies.clear()

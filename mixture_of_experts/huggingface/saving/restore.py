@@ -82,8 +82,9 @@ def put_replaced(
     swap(model, find(model, places, adapters), build)
 
 
-def finish_loading(model: nn.Module, missing: Collection[str] | None = None) -> None:
+def finish_loading(model: Any, missing: Collection[str] | None = None) -> None:
     """Initialise what the checkpoint lacks, and let gates balance over the ranks that have other tokens."""
+    model.name_or_path = model.config.name_or_path
     initialise_missing(model, missing)
     share_batch(model)
 

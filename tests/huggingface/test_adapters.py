@@ -1,0 +1,229 @@
+"""What adapters do not hold: the routers of a mixture that was made in memory, and an expert bias that moves."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from mixture_of_experts import MoE, TopKGating, balance_experts, control_sparsity
+from mixture_of_experts.gating import ReLUGating
+from mixture_of_experts.huggingface import (
+    BalanceCallback,
+    fast_lora,
+    from_pretrained,
+    from_transformers,
+    prune,
+    replace_ffn,
+    upcycle,
+)
+
+from .test_blocks import build as build_stock
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
+DRAWN = r"the routers in model.layers.0.mlp.moe.gate, .* were drawn in memory, and the adapters of LlamaForCausalLM do"
+LOST = r"their files lack what moves in .*model.layers.0.mlp.*name the gate in LoraConfig\(modules_to_save"
+
+
+def batch_of(rows: int = 3) -> dict[str, Tensor]:
+    tokens = torch.randint(3, VOCABULARY, (rows, 8))
+    return {"input_ids": tokens, "labels": tokens}
+
+
+def lora(**settings: Any) -> LoraConfig:
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    return LoraConfig(r=2, target_modules=[], target_parameters=experts, init_lora_weights=False, **settings)
+
+
+def dense(folder: Path) -> str:
+    """The folder of a dense model."""
+    without_dropout(ARCHITECTURES["llama"].build()).save_pretrained(folder)
+    return str(folder)
+
+
+def upcycled(folder: str, **settings: Any) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    upcycle(model, num_experts=4, **settings)
+    return model
+
+
+def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        return model.eval()(batch["input_ids"]).logits
+
+
+def told(run: Any) -> list[str]:
+    """What is warned of."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        run()
+    return [str(one.message) for one in found if "adapters" in str(one.message)]
+
+
+def base_of(folder: Path) -> str:
+    return json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+# Routers
+
+
+def test_adapters_without_the_routers_of_a_model_made_in_memory(tmp_path):
+    """Made again it has other routers, so the adapters are those of nothing. All who use them are told, once."""
+    folder, batch = dense(tmp_path / "dense"), batch_of()
+    model = get_peft_model(upcycled(folder, noise=0.5), lora())
+    with pytest.warns(UserWarning, match=DRAWN):
+        wanted = logits(model, batch)
+    assert told(lambda: model.train()(**batch).loss.backward()) == []
+    model.save_pretrained(tmp_path / "adapter")
+    assert not base_of(tmp_path / "adapter")  # with the dense model's name AutoPeftModel would load that
+    again = PeftModel.from_pretrained(upcycled(folder), str(tmp_path / "adapter"))
+    with pytest.warns(UserWarning, match=DRAWN):
+        found = logits(again, batch)
+    assert (found - wanted).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, from_pretrained])
+def test_adapters_of_a_folder(load, tmp_path):
+    """The mixture is saved and loaded first: nobody is told anything, and everything is equal."""
+    batch = batch_of()
+    upcycled(dense(tmp_path / "dense"), noise=0.5).save_pretrained(tmp_path / "mixture")
+    model = get_peft_model(load(tmp_path / "mixture"), lora())
+    assert told(lambda: logits(model, batch)) == []
+    model.save_pretrained(tmp_path / "adapter")
+    assert base_of(tmp_path / "adapter") == str(tmp_path / "mixture")
+    for again in (
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
+        fast_lora(PeftModel.from_pretrained(load(tmp_path / "mixture"), str(tmp_path / "adapter"))),
+    ):
+        torch.testing.assert_close(logits(again, batch), logits(model, batch))
+
+
+def test_adapters_that_hold_the_routers(tmp_path):
+    """Experts are copies of the dense network, so the model may be made again."""
+    folder, batch = dense(tmp_path / "dense"), batch_of()
+    model = get_peft_model(upcycled(folder), lora(modules_to_save=["gate"]))
+    assert told(lambda: logits(model, batch)) == []
+    for gate in (part for name, part in model.named_parameters() if name.endswith("default.w_gating")):
+        nn.init.normal_(gate)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(upcycled(folder), str(tmp_path / "adapter"))
+    assert told(lambda: logits(again, batch)) == []
+    torch.testing.assert_close(logits(again, batch), logits(model, batch))
+
+
+def test_what_has_a_folder_and_what_has_none(tmp_path):
+    """Of routers that were in the files of a stock model nobody is told."""
+    upcycled(dense(tmp_path / "dense")).save_pretrained(tmp_path / "mixture")
+    build_stock("Mixtral").save_pretrained(tmp_path / "stock")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "mixture")
+    assert loaded.name_or_path == str(tmp_path / "mixture")
+    prune(loaded, 3, by="random")
+    replaced = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    replace_ffn(replaced, num_experts=4)
+    assert loaded.name_or_path == replaced.name_or_path == ""
+    stock = from_transformers(AutoModelForCausalLM.from_pretrained(tmp_path / "stock"))
+    assert stock.name_or_path == str(tmp_path / "stock")
+    model = get_peft_model(stock, lora())
+    assert told(lambda: logits(model, batch_of())) == []
+
+
+def trainer(model: Any, folder: Path, steps: int, **settings: Any) -> Trainer:
+    batch = batch_of(8)
+    data = [{name: value[i] for name, value in batch.items()} for i in range(8)]
+    plain = dict(max_steps=steps, per_device_train_batch_size=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    arguments: Any = TrainingArguments(str(folder), save_steps=1, learning_rate=0.0, **plain)
+    return Trainer(model, arguments, train_dataset=data, **settings)
+
+
+@pytest.mark.slow
+def test_a_run_that_resumes_with_other_routers_is_told(tmp_path):
+    folder = dense(tmp_path / "dense")
+    for steps, resumes in ((1, False), (2, True)):
+        model = get_peft_model(upcycled(folder), lora())
+        with pytest.warns(UserWarning, match=DRAWN):
+            trainer(model, tmp_path / "run", steps).train(resume_from_checkpoint=resumes)
+
+
+# Expert bias
+
+
+def biased(dim: int, num_experts: int) -> TopKGating:
+    return TopKGating(dim, num_experts, k=2, score="sigmoid", expert_bias=True)
+
+
+def mixtures(folder: Path) -> dict[str, Any]:
+    """Functions that load a model with an expert bias, from folders."""
+    upcycled(dense(folder / "dense"), gate=biased, noise=0.5).save_pretrained(folder / "ours")
+    build_stock("DeepseekV3").save_pretrained(folder / "stock")
+    return {name: lambda name=name: AutoModelForCausalLM.from_pretrained(folder / name) for name in ("ours", "stock")}
+
+
+def moved(model: Any, batch: dict[str, Tensor]) -> Any:
+    """The model after a step in which its bias moves far."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    with balance_experts(model, optimizer, rate=0.5):
+        model.train()(**batch).loss.backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("name", ["ours", "stock"])
+def test_adapters_lack_a_bias_that_moves(name, tmp_path):
+    load, batch = mixtures(tmp_path)[name], batch_of()
+    config = LoraConfig(r=2, target_modules=["o_proj"])
+    with pytest.warns(UserWarning, match=LOST):
+        model = moved(get_peft_model(load(), config), batch)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), str(tmp_path / "adapter"))
+    assert (logits(again, batch) - logits(model, batch)).abs().max() > 1e-3
+    merged = model.merge_and_unload()  # this holds it
+    merged.save_pretrained(tmp_path / "whole")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+    torch.testing.assert_close(logits(whole, batch), logits(merged, batch))
+
+
+@pytest.mark.parametrize("name", ["ours", "stock"])
+def test_adapters_that_hold_the_bias(name, tmp_path):
+    load, batch = mixtures(tmp_path)[name], batch_of()
+    config = LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["gate"])
+    before = logits(load(), batch)
+    model: Any = get_peft_model(load(), config)
+    assert told(lambda: moved(model, batch)) == []
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load(), str(tmp_path / "adapter"))
+    torch.testing.assert_close(logits(again, batch), logits(model, batch))
+    assert (logits(again, batch) - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_the_callback_tells_too(tmp_path):
+    load = mixtures(tmp_path)["ours"]
+    model = get_peft_model(load(), LoraConfig(r=2, target_modules=["o_proj"]))
+    with pytest.warns(UserWarning, match=LOST):
+        trainer(model, tmp_path / "run", 1, callbacks=[BalanceCallback()]).train()
+
+
+def test_adapters_lack_the_coefficient_of_relu_routers():
+    moe = MoE(8, gate=ReLUGating(8, 4, k=3, mean_choices=2), loss_coef=1.0)
+    holder: Any = nn.Sequential(nn.Linear(8, 8), moe)
+    model = get_peft_model(holder, LoraConfig(r=2, target_modules=["0"]))
+    with pytest.warns(UserWarning, match="their files lack what moves in .*1.gate: name the gate"):
+        control_sparsity(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1))
+
+
+@pytest.mark.slow
+def test_an_optimizer_that_was_made_before_the_layers_is_told_of_in_a_trainer(tmp_path):
+    model = ARCHITECTURES["llama"].build()
+    old = torch.optim.SGD(model.parameters(), lr=1e-3)
+    upcycle(model, num_experts=4, gate=biased)
+    made = trainer(model, tmp_path, 1, callbacks=[BalanceCallback()], optimizers=(old, None))
+    with pytest.warns(UserWarning, match=r"no longer the model's, and not model.layers.0.mlp.moe.*: make it after all"):
+        made.train()
