@@ -50,6 +50,7 @@ def balance_experts(
     choices of all real tokens, before capacity, in the training forwards whose backward ran since the last step. So all
     micro-batches count, and each once, also under activation checkpointing. A step that a gradient scaler skips moves
     nothing; its choices count in the next one. The bias is in the state dict; nothing else needs saving after a step.
+    It warns of adapters of PEFT whose files will lack the bias, and of an optimizer that was made before the layers.
 
     Args:
         model: before DDP or `torch.compile` wrap it; DDP then leaves each rank's counts alone.

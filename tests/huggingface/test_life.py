@@ -55,8 +55,11 @@ def test_the_whole_life(tmp_path):
     close(note("upcycled", model), dense)
 
     experts = ["experts.w1", "experts.w3", "experts.w2"]
-    lora = LoraConfig(r=8, target_parameters=experts, modules_to_save=["gate"], layers_to_transform=LAYERS)
+    lora = LoraConfig(r=8, target_modules=[], target_parameters=experts, modules_to_save=["gate"])
     adapted = fast_lora(get_peft_model(model, lora))
+    trained_names = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert all(".mlp.moe." in name for name in trained_names)  # PEFT's default adapts attention too
+    assert len(trained_names) == len(LAYERS) * (2 * len(experts) + 1)
     close(logits(adapted, held_out), dense)
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     for tokens in train + train[:2]:

@@ -38,8 +38,8 @@ def from_transformers(
 
     Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. As after
     `replace_ffn`, padding counts in nothing, the loss of a training forward with labels holds the auxiliary loss, and
-    it is saved and loaded with its layers. Its own auxiliary loss is never added. `to_transformers` makes it a stock
-    model again.
+    it is saved and loaded with its layers. Its own auxiliary loss is never added. Weights of layers are new tensors:
+    make the optimizer afterwards. `to_transformers` makes it a stock model again.
 
     Args:
         block: a block of a loaded model, such as `model.model.layers[0].mlp`, or a model.

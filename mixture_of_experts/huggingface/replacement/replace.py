@@ -71,7 +71,8 @@ def replace_ffn(
 
     The experts have the activation, biases, dropout, dtype and device of the networks. Norms, residual paths and return
     types of the model stay. Padding counts in nothing. The loss of a training forward with labels holds the auxiliary
-    loss (`aux_loss`).
+    loss (`aux_loss`). Weights of layers are new tensors: make the optimizer afterwards. Save the model and load it
+    before it gets adapters of PEFT, whose files do not hold routers.
 
     Args:
         model: a model of `transformers`; give the one that you train, so that its loss is found, before it is wrapped
@@ -142,7 +143,8 @@ def upcycle(
 
     Until it is trained, the model computes the same as before, up to rounding; `models`, `noise` and `redraw` change
     that. For this a gate's weights must add up to the same number for every token, and it must drop none in eval.
-    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train.
+    Frozen weights (`requires_grad=False`) are frozen in the experts too; routers train. The optimizer and adapters come
+    afterwards, as in `replace_ffn`.
 
     With `granularity=g` an expert is a slice of `h / g` hidden units (arXiv 2410.07524). Experts `g i` to `g i + g - 1`
     are the slices of copy i. They start with equal router weights, so that a token chooses them together. So
