@@ -126,7 +126,7 @@ class ModelWatch(Watch):
         call.asked = bool(kwargs.get("output_router_logits"))
         call.declined = bool(kwargs.get("fused_lm_head")) and not call.asked
         call.keys = members
-        if not self.adapted and "peft_config" in vars(module):
+        if not self.adapted and "peft_config" in vars(module) and not torch.compiler.is_compiling():
             self.adapted = True
             warn_of_adapters(module)
         if around is None and module.training and call.with_gradients and not torch.compiler.is_compiling():

@@ -12,7 +12,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, SchedulerType, Trainer, TrainingArguments
 
 from mixture_of_experts import MoE, TopKGating, balance_experts, control_sparsity
 from mixture_of_experts.gating import ReLUGating
@@ -52,6 +52,12 @@ def dense(folder: Path) -> str:
 def upcycled(folder: str, **settings: Any) -> Any:
     model = AutoModelForCausalLM.from_pretrained(folder)
     upcycle(model, num_experts=4, **settings)
+    return model
+
+
+def upcycled_in_memory() -> Any:
+    model = ARCHITECTURES["llama"].build()
+    upcycle(model, num_experts=4)
     return model
 
 
@@ -201,6 +207,37 @@ def test_adapters_that_hold_the_bias(name, tmp_path):
     again = PeftModel.from_pretrained(load(), str(tmp_path / "adapter"))
     torch.testing.assert_close(logits(again, batch), logits(model, batch))
     assert (logits(again, batch) - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_run_of_adapters_that_hold_the_bias_goes_on_where_it_was(tmp_path):
+    """Two steps at once, and two with a new start between them: biases, routers and factors are the same."""
+    load = mixtures(tmp_path)["ours"]
+
+    def after(name: str, steps: int, resumes: bool) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        model: Any = get_peft_model(load(), LoraConfig(r=2, target_modules=["o_proj"], modules_to_save=["gate"]))
+        made = trainer(model, tmp_path / name, steps, callbacks=[BalanceCallback(rate=0.5)])
+        made.args.learning_rate, made.args.lr_scheduler_type = 1e-2, SchedulerType.CONSTANT
+        made.train(resume_from_checkpoint=resumes)
+        return {key: value for key, value in model.state_dict().items() if ".original_module." not in key}
+
+    wanted = after("whole", 2, resumes=False)
+    after("parts", 1, resumes=False)
+    found = after("parts", 2, resumes=True)
+    assert any(key.endswith("expert_bias") and value.any() for key, value in wanted.items())
+    for key, value in wanted.items():
+        torch.testing.assert_close(found[key], value, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
+def test_a_compiled_model_with_adapters_stays_one_graph():
+    model: Any = fast_lora(get_peft_model(upcycled_in_memory(), lora()))
+    ids = batch_of()["input_ids"]
+    compiled: Any = torch.compile(model.base_model.model, backend="eager", fullgraph=True)
+    with torch.no_grad(), pytest.warns(UserWarning, match=DRAWN):  # by the forward that is not compiled
+        torch.testing.assert_close(compiled.eval()(ids).logits, logits(model, {"input_ids": ids}))
 
 
 @pytest.mark.slow
