@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from multiprocessing.reduction import ForkingPickler
@@ -67,3 +68,4 @@ def run_rank(rank: int, trial: Trial, wrap: Run, folder: str) -> None:
         )
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # threads of the group outlive it, and torch may abort where Python ends the process
