@@ -4,27 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mixture_of_experts.verify.properties import CASES, EVAL, SMALL, keeps
-from mixture_of_experts.verify.subject import OF_TOKENS, Case, DoesNotApplyError, Gap, Outcome, Trial, gap
+from mixture_of_experts.verify.subject import OF_TOKENS, Case, DoesNotApplyError, Gap, Outcome, Sample, Trial, gap
 
 POOL = 2048  # tokens among which an even load is looked for
+LONG = Case(2, 1500, 6)
+MOST_LOST = 0.2  # of choices: an expert of few ReLU units may be silent
 
 
-def at(outcome: Outcome, index: Tensor | slice) -> Outcome:
+def at(outcome: Outcome, index: Any) -> Outcome:
     """The same of some tokens or sequences."""
-    return outcome | {name: outcome[name][index] for name in OF_TOKENS}
+    return {name: tensor[index] if name in OF_TOKENS else tensor for name, tensor in outcome.items()}
 
 
 def real_positions(case: Case) -> Iterator[Tensor]:
-    """Masks `(b, m)` with n real tokens in each sequence: padding at the right, at the left, anywhere."""
+    """Masks with n real tokens in each of b sequences: padding at the right, at the left, anywhere, and a sequence of
+    padding alone."""
     b, n = case.sequences, case.tokens
     yield (torch.arange(n + 1) < n).expand(b, n + 1)
     yield (torch.arange(n + 3) >= 3).expand(b, n + 3)
     yield torch.rand(b, 2 * n + 8, generator=torch.Generator().manual_seed(case.seed)).argsort(dim=-1) < n
+    yield (torch.arange(b + 1) < b).unsqueeze(1).expand(b + 1, n)
 
 
 @keeps("padding changes no output, loss, count or gradient", "mask", cases=CASES, steady=True)
@@ -33,7 +38,7 @@ def padding(trial: Trial) -> Iterator[Gap]:
     alone = at(trial.step(sample), torch.ones(sample.x.shape[:2], dtype=torch.bool))
     for real in real_positions(trial.case):
         found = at(trial.step(sample.padded(real)), real)
-        yield gap(found, alone, how=f", padded by {real.shape[1] - trial.case.tokens}")
+        yield gap(found, alone, how=f", padded to {' x '.join(map(str, real.shape))}")
 
 
 @keeps("NaN in the padding reaches nothing", "mask", steady=True)
@@ -43,7 +48,7 @@ def nan_padding(trial: Trial) -> Iterator[Gap]:
         yield gap(at(found, real), at(wanted, real))
 
 
-@keeps("sequences in another order give the same", cases=CASES[2:], steady=True)
+@keeps("sequences in another order give the same", cases=(*CASES[2:], LONG), steady=True)
 def order(trial: Trial) -> Iterator[Gap]:
     sample, turned = trial.sample(), torch.arange(trial.case.sequences).roll(1)
     yield gap(trial.step(sample.at(turned)), at(trial.step(sample), turned))
@@ -52,20 +57,20 @@ def order(trial: Trial) -> Iterator[Gap]:
 @keeps("a sequence alone gets the output that it gets in a batch", cases=CASES[2:], steady=True)
 def batch(trial: Trial) -> Iterator[Gap]:
     sample = trial.sample()
-    together = trial.forward(sample)["output"]
+    together = trial.forward(sample)
     for i in range(trial.case.sequences):
-        one = slice(i, i + 1)
-        yield gap(trial.forward(sample.at(one)), {"output": together[one]})
+        yield gap(trial.forward(sample.at([i])), at(together, [i]), of="output")
 
 
 @keeps("later tokens change no output of earlier ones", cases=CASES)
 def causal(trial: Trial) -> Iterator[Gap]:
     sample, other, n = trial.sample(), trial.sample(1), trial.case.tokens
-    wanted = trial.forward(sample)["output"]
+    wanted = trial.forward(sample)
     for t in sorted({1, n // 2, n - 1}):
         for later in (other.x[:, t:], sample.x[:, t - 1 : t].expand(-1, n - t, -1)):
-            found = trial.forward(replace(sample, x=torch.cat([sample.x[:, :t], later], dim=1)))["output"]
-            yield gap({"output": found[:, :t]}, {"output": wanted[:, :t]}, how=f", tokens from {t} on are changed")
+            found = trial.forward(replace(sample, x=torch.cat([sample.x[:, :t], later], dim=1)))
+            earlier = (slice(None), slice(t))
+            yield gap(at(found, earlier), at(wanted, earlier), "output", f", tokens from {t} on are changed")
 
 
 @keeps("tokens one by one get the outputs that they get together", cases=CASES, modes=EVAL, steady=True)
@@ -78,14 +83,39 @@ def decoding(trial: Trial) -> Iterator[Gap]:
 @keeps("at an even load no choice is dropped", "router", cases=(Case(1, 96, 0),), steady=True, limit=0.0)
 def even_load(trial: Trial) -> Iterator[Gap]:
     pool = trial.subject.sample(Case(POOL, 1, trial.case.seed))
-    asked = trial.subject.chosen(trial.fresh(), pool.x)[:, 0].cpu()  # (POOL, e), of tokens without others
-    if asked.all(dim=-1).any():
-        raise DoesNotApplyError("a token alone is computed by every expert")
-    sample = pool.at(evenly(asked, trial.case.tokens))
+    sample = pool.at(evenly(asked_alone(trial, pool), trial.case.tokens))
     alone = trial.forward(sample)["output"][:, 0]
     together = trial.forward(replace(sample, x=sample.x.transpose(0, 1)))["output"][0]
     lost = (together - alone).abs().amax(dim=-1) > trial.subject.limit * alone.abs().max()
     yield Gap(lost.double().mean().item(), f"{lost.double().mean():.1%} of the tokens lose a choice")
+
+
+@keeps("each choice reaches its expert's weights", "router", cases=(Case(64, 1, 0),), steady=True, limit=MOST_LOST)
+def every_choice(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    asked = asked_alone(trial, sample).float()  # (t, e)
+    reached = torch.stack([weights_of(trial.step(sample.at([t]), of="output")) for t in range(len(asked))]).float()
+    # (w) how many tokens choose the expert of these weights, which no others reach
+    choosing = torch.where(reached.T @ (1 - asked) == 0, asked.sum(dim=0), torch.inf).amin(dim=-1)
+    own = choosing.isfinite() & reached.any(dim=0)
+    if not own.any():
+        raise DoesNotApplyError("no weights are one expert's alone")
+    lost = 1 - reached.sum(dim=0)[own].sum() / choosing[own].sum()
+    yield Gap(lost.item(), f"{lost:.1%} of the choices reach no weights of their own")
+
+
+def weights_of(outcome: Outcome) -> Tensor:
+    """`(w)` bool, which parameters have a gradient; of those with three axes or more, which parts along the first."""
+    grads = [tensor for name, tensor in outcome.items() if name.startswith("gradient")]
+    return torch.cat([(g if g.dim() > 2 else g[None, None]).flatten(1).any(dim=-1).cpu() for g in grads])
+
+
+def asked_alone(trial: Trial, sample: Sample) -> Tensor:
+    """`(b, e)` bool, the experts of each sequence's one token."""
+    asked = trial.subject.chosen(trial.fresh(), sample.x)[:, 0].cpu()
+    if asked.all(dim=-1).any():
+        raise DoesNotApplyError("a token alone is computed by every expert")
+    return asked
 
 
 def evenly(asked: Tensor, count: int) -> list[int]:
@@ -102,13 +132,14 @@ def evenly(asked: Tensor, count: int) -> list[int]:
 
 @keeps("a batch of no tokens gives finite numbers", cases=SMALL[:1])
 def no_tokens(trial: Trial) -> Iterator[Gap]:
-    for case in (Case(0, 3, 0), Case(2, 0, 0)):
-        yield finite(trial.step(trial.subject.sample(case)))
+    first, second = (trial.subject.sample(case) for case in (Case(0, 3, 0), Case(2, 0, 0)))
+    for sample in (first, second, second.padded(torch.zeros(2, 3, dtype=torch.bool))):
+        yield finite(trial.step(sample))
 
 
 @keeps("a single token gives finite numbers")
 def one_token(trial: Trial) -> Iterator[Gap]:
-    yield finite(trial.step(trial.sample().at((slice(0, 1), slice(0, 1)))))
+    yield finite(trial.step(trial.sample().at((slice(1), slice(1)))))
 
 
 @keeps("tokens that are all the same give finite numbers", cases=CASES)
@@ -117,7 +148,22 @@ def one_expert(trial: Trial) -> Iterator[Gap]:
     yield finite(trial.step(replace(sample, x=sample.x[:1, :1].expand_as(sample.x))))
 
 
-def finite(outcome: Outcome) -> Gap:
+@keeps("tokens of zeros, and 100 times as large, give finite numbers")
+def magnitude(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    for factor in (0, 100):
+        yield finite(trial.step(replace(sample, x=factor * sample.x)), how=f", of tokens times {factor}")
+
+
+@keeps("strided tokens and gradients give the same")
+def strides(trial: Trial) -> Iterator[Gap]:
+    sample = trial.sample()
+    strided = Sample(torch.stack([sample.x] * 2, dim=-1)[..., 0], sample.cotangent.mT.contiguous().mT)
+    for run in (trial.step, trial.forward):
+        yield gap(run(strided), run(sample))
+
+
+def finite(outcome: Outcome, how: str = "") -> Gap:
     """How many numbers of an outcome are not finite, and in which of its tensors."""
     wrong = {name: int((~tensor.isfinite()).sum()) for name, tensor in outcome.items()}
-    return Gap(sum(wrong.values()), f"not finite: {', '.join(name for name, count in wrong.items() if count)}")
+    return Gap(sum(wrong.values()), f"not finite: {', '.join(name for name, count in wrong.items() if count)}{how}")

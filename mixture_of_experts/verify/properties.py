@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from mixture_of_experts.verify.subject import MODES, Case, DoesNotApplyError, Gap, Subject, Trial
@@ -67,28 +68,28 @@ class Property:
 
     def find(self, subject: Subject) -> Finding:
         """Measure a module."""
-        limit = subject.limit if self.limit is None else self.limit
+        say, limit = partial(Finding, self.name, self.promise), subject.limit if self.limit is None else self.limit
         missing = [f"{what}=" for what in self.needs if subject.told.get(what) is None]
         modes = [training for training in self.modes if not (self.steady and subject.draws[training])]
         if missing:
-            return Finding(self.name, self.promise, "not asked", detail=f"tell {' and '.join(missing)}")
+            return say("not asked", detail=f"tell {' and '.join(missing)}")
         if not modes:
             reason = f"random numbers are drawn in {' and '.join(MODES[training] for training in self.modes)}"
-            return Finding(self.name, self.promise, "does not apply", detail=reason)
+            return say("does not apply", detail=reason)
         worst, trial = 0.0, None
         try:
             for trial in (Trial(subject, case, training) for case in self.cases for training in modes):
                 for gap in self.measure(trial):
                     if gap.rank > limit:
                         number = gap.number if gap.rank < float("inf") else None
-                        return Finding(self.name, self.promise, "fails", number, limit, f"{trial}: {gap.where}")
+                        return say("fails", number, limit, f"{trial}: {gap.where}")
                     worst = max(worst, gap.number)
         except DoesNotApplyError as reason:
-            return Finding(self.name, self.promise, "does not apply", detail=str(reason))
+            return say("does not apply", detail=str(reason))
         except Exception as error:
             detail = ": ".join([str(trial), type(error).__name__, *str(error).strip().splitlines()[:1]])
-            return Finding(self.name, self.promise, "fails", detail=detail)
-        return Finding(self.name, self.promise, "holds", worst, limit)
+            return say("fails", detail=detail)
+        return say("holds", worst, limit)
 
 
 def keeps(promise: str, *needs: str, **settings: Any) -> Callable[[Measure], Property]:

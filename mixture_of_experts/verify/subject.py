@@ -141,8 +141,8 @@ class Subject:
 
     def step(self, module: nn.Module, sample: Sample, run: Any = None, of: str = "all", scale: float = 1) -> Outcome:
         """A forward, and the backward of the output times the cotangent, plus the loss; or of "output" or "loss" alone.
-        Returns output, loss, counts, and the gradients of inputs and parameters, divided by `scale` again."""
-        x = sample.x.detach().clone().requires_grad_()
+        Returns output, loss, gradients of inputs and parameters, divided by `scale` again, and of "all" the counts."""
+        x = sample.x.detach().requires_grad_()  # strides stay
         torch.manual_seed(0)
         out, loss = self.call(module, replace(sample, x=x), run)
         total = (out * sample.cotangent).sum() * (of != "loss")  # a loss may reach its gradient through the output
@@ -153,13 +153,13 @@ class Subject:
         leaves = {INPUTS: x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
         for name, leaf in leaves.items():
             found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
-        counts = {"counts": self.counted(module)} if self.told.get("counts") is not None and of == "all" else {}
-        return {name: tensor.detach().clone() for name, tensor in found.items()} | counts
+        counts = self.counted(module) if of == "all" else {}
+        return {name: tensor.detach().clone() for name, tensor in (found | counts).items()}
 
-    def counted(self, module: nn.Module) -> Tensor:
-        """The counts of a module."""
-        tell = self.told["counts"]
-        return (module.get_buffer(tell) if isinstance(tell, str) else tell(module)).detach().clone()
+    def counted(self, module: nn.Module) -> Outcome:
+        """The counts of a module, if they are told."""
+        tell = self.told.get("counts")
+        return {} if tell is None else {"counts": module.get_buffer(tell) if isinstance(tell, str) else tell(module)}
 
     @torch.no_grad()
     def chosen(self, module: nn.Module, x: Tensor) -> Tensor:
@@ -210,13 +210,13 @@ class Trial(NamedTuple):
     def fresh(self) -> nn.Module:
         return self.subject.fresh(self.training)
 
-    def forward(self, sample: Sample, module: nn.Module | None = None) -> Outcome:
-        """A forward, of a fresh module unless one is given."""
-        return self.subject.forward(self.fresh() if module is None else module, sample)
+    def forward(self, sample: Sample | None = None, module: nn.Module | None = None) -> Outcome:
+        """A forward of its sample and a fresh module, unless others are given."""
+        return self.subject.forward(self.fresh() if module is None else module, sample or self.sample())
 
-    def step(self, sample: Sample, run: Run | None = None, module: nn.Module | None = None, **how: Any) -> Outcome:
-        """A step, of a fresh module unless one is given."""
-        return self.subject.step(self.fresh() if module is None else module, sample, run, **how)
+    def step(self, sample: Sample | None = None, module: nn.Module | None = None, **how: Any) -> Outcome:
+        """A step of its sample and a fresh module, unless others are given."""
+        return self.subject.step(self.fresh() if module is None else module, sample or self.sample(), **how)
 
 
 def counted_by_gates(module: nn.Module) -> Tensor:
@@ -261,6 +261,10 @@ def in_checkpoint(reentrant: bool) -> Run:
         return type(made[0])(*out) if hasattr(made[0], "_fields") else out
 
     return run
+
+
+#: both kinds, by what is said where one of them differs
+CHECKPOINTS = {f", use_reentrant={reentrant}": in_checkpoint(reentrant) for reentrant in (False, True)}
 
 
 def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:

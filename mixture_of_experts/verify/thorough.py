@@ -24,8 +24,8 @@ RANKS = 2
 @keeps("compiled it computes the same", cases=ONE, thorough=True)
 def compile(trial: Trial) -> Iterator[Gap]:
     torch.compiler.reset()
-    found = trial.step(trial.sample(), lambda function, x: torch.compile(function, backend="aot_eager")(x))
-    yield gap(found, trial.step(trial.sample()))
+    found = trial.step(run=lambda function, x: torch.compile(function, backend="aot_eager")(x))
+    yield gap(found, trial.step())
 
 
 @keeps("two ranks with DDP are one process", cases=ONE, modes=TRAINING, thorough=True)

@@ -1,6 +1,7 @@
 """A mixture layer that keeps every property of `mixture_of_experts.verify`, and layers with one fault each.
 
-Each fault is of a kind that was found in a library, and its list says which properties it breaks: these and no others.
+Each fault is of a kind that was found in a library or is easily written, and its list says which properties it breaks:
+these and no others.
 
 Axes: b sequences, n tokens of a sequence, t = b n tokens, d model dim, e experts, h hidden dim, k choices of a token.
 """
@@ -195,7 +196,7 @@ class TwiceTheGradient(Mixture):
 class KeepsLosses(Mixture):
     """A list of losses that somebody is to empty."""
 
-    breaks = ("loss_accumulation", "threads", "deepcopy", "save_load")
+    breaks = ("loss_accumulation", "bits", "threads", "deepcopy", "save_load", "inference_mode")
 
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
@@ -210,8 +211,8 @@ class OwnRandomNumbers(Mixture):
     """Noise by a counter of its own: a recomputation gets other noise."""
 
     breaks = (
-        *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "raised", "threads"),
-        "deepcopy",
+        *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "bits", "raised"),
+        *("threads", "deepcopy", "output_eval"),
     )
     calls = 0
 
@@ -294,7 +295,7 @@ class FailsOnNothing(Mixture):
 class FailsOnOneToken(Mixture):
     """A squeeze that takes away one axis too many."""
 
-    breaks = ("decoding", "one_token")
+    breaks = ("decoding", "every_choice", "one_token", "output_eval")
 
     class Experts(Bank):
         def combine(self, y: Tensor, weights: Tensor) -> Tensor:
@@ -304,7 +305,7 @@ class FailsOnOneToken(Mixture):
 class FailsOnOneExpert(Mixture):
     """Logits that all are the same have no deviation."""
 
-    breaks = ("one_token", "one_expert")
+    breaks = ("no_tokens", "one_token", "one_expert", "magnitude")
 
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
         together = probs.flatten()[::7]
@@ -383,6 +384,208 @@ class EightBits(Mixture):
             if y.dtype == torch.bfloat16:
                 y = y.to(torch.float8_e4m3fn).to(y.dtype)
             return super().combine(y, weights)
+
+
+class LossOfChoices(Mixture):
+    """The squares of the load: no gradient reaches the router."""
+
+    breaks = ("loss_accumulation",)
+
+    def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
+        return (chosen.sum(dim=0) / real.sum().clamp(min=1)).square().sum()
+
+
+class LastExpert(Mixture):
+    """`out[t] = expert(x)` in a loop over experts, where `+=` was meant."""
+
+    breaks = ("every_choice",)
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        later = (weights > 0).flip(-1).cumsum(dim=-1).flip(-1)
+        return weights * (later == 1)
+
+
+class LastChoice(Mixture):
+    """The same in a loop over choices."""
+
+    breaks = ("every_choice",)
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights * (weights < weights.amax(dim=-1, keepdim=True))
+
+
+class EveryFourthCall(Mixture):
+    """The output depends on how often the layer ran."""
+
+    breaks = ("bits",)
+    calls = 0
+
+    def finish(self, out: Tensor) -> Tensor:
+        self.calls += 1
+        return out * 2 if self.calls % 4 == 0 else out
+
+
+class SizesOfTheFirstCall(Mixture):
+    """A capacity that was right for the first batch."""
+
+    breaks = ("bits",)
+    capacity = 0
+
+    def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
+        self.capacity = self.capacity or len(chosen)
+        return chosen * (chosen.cumsum(dim=0) <= self.capacity)
+
+
+class SeedsTheGenerator(Mixture):
+    breaks = ("seeds",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return out
+
+
+class MeanOfNoTokens(Mixture):
+    """The mean of a wholly masked sequence is NaN."""
+
+    breaks = ("padding", "nan_padding", "no_tokens")
+
+    def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out, loss = super().forward(inputs, mask)
+        return out, loss if mask is None else loss * (mask.sum(dim=1) / mask.sum(dim=1)).mean()
+
+
+class OverflowingLogits(Mixture):
+    """A softmax that does not subtract the largest logit."""
+
+    breaks = ("magnitude",)
+
+    class Gate(Router):
+        def logits(self, x: Tensor) -> Tensor:
+            logits = super().logits(x)
+            return logits - logits.exp().sum(dim=-1, keepdim=True).log()
+
+
+class CosineRouter(Mixture):
+    """Tokens of zeros have no direction."""
+
+    breaks = ("padding", "nan_padding", "no_tokens", "magnitude")
+
+    class Gate(Router):
+        def logits(self, x: Tensor) -> Tensor:
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            return super().logits(x / x.norm(dim=-1, keepdim=True))
+
+
+class InferenceModeDiffers(Mixture):
+    breaks = ("inference_mode",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out * 2 if torch.is_inference_mode_enabled() else out
+
+
+class KeepsInferenceTensor(Mixture):
+    """A table that is made once: what inference mode made, gradients may not save."""
+
+    breaks = ("inference_mode",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        if not hasattr(self, "ones"):
+            self.ones = torch.ones(out.shape[-1])
+        return out * self.ones.to(out)
+
+
+class ScaledInEval(Mixture):
+    breaks = ("output_eval",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out if self.training else out / 2
+
+
+class MovesWhileChoosing(Mixture):
+    """A bias that a forward moves: too little for these tokens to choose otherwise, until there are more of them."""
+
+    breaks = ("counts_checkpointing", "bits")
+
+    class Gate(Router):
+        def __init__(self, dim: int, num_experts: int) -> None:
+            super().__init__(dim, num_experts)
+            self.register_buffer("bias", torch.zeros(num_experts))
+
+        def logits(self, x: Tensor) -> Tensor:
+            logits = super().logits(x)
+            if self.training and len(x):
+                load = F.one_hot(logits.argmax(dim=-1), len(self.bias)).sum(dim=0)
+                self.bias += 1e-6 * (load.double().mean() - load).sign().to(self.bias)
+            return logits + self.bias
+
+
+class MovesInEval(Mixture):
+    """A mean of the tokens that goes on in eval."""
+
+    breaks = ("counts_eval",)
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def finish(self, out: Tensor) -> Tensor:
+        if not self.training:
+            self.mean += out.detach().sum()
+        return out
+
+
+class OverwritesGradients(Mixture):
+    """A backward that sets a gradient where it should add one."""
+
+    breaks = ("loss_accumulation",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        if out.requires_grad:
+            out.register_hook(lambda grad: setattr(self.bank.w2, "grad", None))
+        return out
+
+
+class OldCopy(Mixture):
+    """What was packed without gradients stays when other weights are loaded."""
+
+    breaks = ("save_load",)
+
+    class Experts(Bank):
+        packed: Any = None
+
+        def combine(self, y: Tensor, weights: Tensor) -> Tensor:
+            if torch.is_grad_enabled():
+                return super().combine(y, weights)
+            self.packed = self.w2.norm() if self.packed is None else self.packed
+            return super().combine(y, weights) * self.packed / self.w2.norm()
+
+
+class FirstThousandTokens(Mixture):
+    """A kernel for as many tokens as fit."""
+
+    breaks = ("order",)
+
+    def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
+        return weights * (torch.arange(len(weights)) < 1024).unsqueeze(-1)
+
+
+class IgnoresStrides(Mixture):
+    """A kernel that takes memory as it lies."""
+
+    breaks = ("decoding", "strides")
+
+    def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
+        flat = inputs.as_strided(inputs.shape, torch.empty(inputs.shape, device="meta").stride())
+        return super().clean(flat, real)
+
+
+class WideOutput(Mixture):
+    """Weights in float32 make outputs in float32."""
+
+    breaks = ("bfloat16",)
+
+    def finish(self, out: Tensor) -> Tensor:
+        return out.to(torch.promote_types(out.dtype, torch.float32))
 
 
 FAULTS: list[Any] = [kind for kind in list(globals().values()) if isinstance(kind, type) and hasattr(kind, "breaks")]

@@ -27,11 +27,11 @@ from .configurations import Configuration
 THOROUGH = ("compile", "ddp", "fsdp2")
 DEFAULT = [name for name in PROPERTIES if name not in THOROUGH]
 STEADY = (
-    *("padding", "nan_padding", "order", "batch", "decoding", "even_load", "threads"),
+    *("padding", "nan_padding", "order", "batch", "decoding", "even_load", "every_choice", "threads"),
     *("bfloat16", "router_bfloat16", "router_autocast"),
 )
 IN_EVAL = ("decoding", "router_bfloat16", "router_autocast")
-OF_ONE_GATE = ("even_load", "bfloat16", "router_bfloat16", "router_autocast")
+OF_ONE_GATE = ("even_load", "every_choice", "bfloat16", "router_bfloat16", "router_autocast")
 
 
 def drawn(count: int, number: int = 0) -> list[Configuration]:
@@ -76,16 +76,19 @@ def documented(c: Configuration) -> dict[str, set[str]]:
     if c.group_size is not None:  # groups are cut from the whole batch
         for name in ("padding", "nan_padding", "order", "batch", "causal", "decoding", "loss_mean"):
             says[name] = {"holds", "fails"}
+    if "top2" in kinds:
+        says["output_eval"] = {"holds", "fails"}  # policies of training and eval
     if "sparse_mixer" in kinds:
         says["gradients"] = {"holds", "fails"}  # an estimator, in training
     says["even_load"] = says["even_load"] | {"does not apply"}  # there may be no such tokens
+    says["every_choice"] = {"holds", "does not apply"}  # a token may choose all experts
     for name in STEADY:
         if draws[False] and (name in IN_EVAL or draws[True]):
             says[name] = says[name] | {"does not apply"}
+    if draws[True] or draws[False]:
+        says["output_eval"] = says["output_eval"] | {"does not apply"}
     if draws[True]:
         says["loss_mean"] = says["loss_mean"] | {"does not apply"}
-    if not any("expert_bias" in router.arguments and router.arguments["expert_bias"] for router in c.routers):
-        says["counts_checkpointing"] = says["counts_eval"] = {"not asked"}
     if len(c.routers) == 2:
         says |= {name: {"not asked"} for name in OF_ONE_GATE}
     return says

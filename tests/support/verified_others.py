@@ -25,8 +25,7 @@ from .verified import DEFAULT
 
 DIM, EXPERTS = 16, 8
 SHOWN = (  # of the blocks of transformers, those that the first table has
-    *("MixtralSparseMoeBlock", "Qwen3MoeSparseMoeBlock", "DeepseekV3MoE", "GptOssMLP"),
-    *("Ernie4_5_MoeSparseMoeBlock", "DbrxFFN", "SwitchTransformersSparseMLP", "NllbMoeSparseMLP"),
+    *("MixtralSparseMoeBlock", "DeepseekV3MoE", "DbrxFFN", "SwitchTransformersSparseMLP", "NllbMoeSparseMLP"),
 )
 Layer = tuple[nn.Module, dict[str, Any]]
 
