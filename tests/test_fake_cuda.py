@@ -170,6 +170,11 @@ def test_a_prepared_layer_compiles_nothing_more(check: Checks, training: bool):
 
 
 @needs_triton
+def test_no_program_is_launched_that_nobody_checked(check: Checks):
+    check("check_programs_of_operands")
+
+
+@needs_triton
 @pytest.mark.slow
 @pytest.mark.parametrize("card", OF_FAMILIES)
 def test_kernels_compile_for_a_family(check: Checks, card: str):

@@ -242,6 +242,10 @@ def test_few_tokens(check: Checks, layer: str):
     check("check_few_tokens", layer)
 
 
+def test_operands_as_they_come(check: Checks):
+    check("check_operands_as_they_come")
+
+
 def test_no_tokens(check: Checks):
     check("check_nothing")
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from mixture_of_experts.kernels.pointwise import activate, gated, gated_grads, slope
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["num_tiles", "num_experts"])
 def find_tiles(
     counts,  # (e,) int64
     tiles,  # (tiles, 3) int32: out, of each its expert (-1: it is not needed), first row, and the row after its last
@@ -551,7 +551,7 @@ def sum_partial(partial, row, exists, blocks, BLOCK: tl.constexpr, BLOCKS: tl.co
     return tl.sum(acc, 1)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "blocks"])
 def sum_rows(
     rows,  # (r, d), or None
     row_of,  # (a,) int32 (int64 if CHOICES is 0): the rows of a token, one after the other

@@ -12,7 +12,12 @@ import triton
 import triton.language as tl
 
 
-@triton.jit(do_not_specialize=["num_assignments", "num_rows", "num_tokens", "num_groups", "num_queues", "num_slots"])
+@triton.jit(
+    do_not_specialize=[
+        *("num_assignments", "num_rows", "num_tokens", "num_groups"),
+        *("num_queues", "num_slots", "num_experts", "experts_of_router"),
+    ]
+)
 def find_rows(
     expert,  # (c,) int64: the expert of each choice of a gate
     position,  # (c,) int64: its position in its queue
@@ -80,7 +85,7 @@ def find_rows(
     tl.store(token + index, nobodys + (number // CHOICES).to(tl.int32), mask=past)
 
 
-@triton.jit(do_not_specialize=["num_assignments"])
+@triton.jit(do_not_specialize=["num_assignments", "num_experts"])
 def rank_rows(
     expert,  # (a,) int64: the expert of each assignment
     kept,  # (a,) bool: those that are computed

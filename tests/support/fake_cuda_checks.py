@@ -27,8 +27,10 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
+from mixture_of_experts.dispatch.decision import decision_on
 from mixture_of_experts.kernels import launching
 from mixture_of_experts.ops import grouped as grouped_way
+from mixture_of_experts.ops.network import Call
 from mixture_of_experts.stats import track_routing
 from support.fake_cuda import card
 from support.fake_cuda_counts import LAUNCHES, Ledger, count
@@ -317,6 +319,40 @@ def noted() -> Iterator[set[str]]:
         for where in LAUNCHES:
             patch.setattr(where, note)
         yield programs
+
+
+def check_programs_of_operands() -> None:
+    """Calls of one kind launch the programs that its self-check judges: wherever operands lie, whatever numbers row
+    weights are, and for any number of experts and blocks."""
+    from mixture_of_experts.ops.triton import self_check
+    from mixture_of_experts.ops.triton.form import Form
+
+    def programs(call: Call) -> set[str]:
+        with noted() as found:
+            self_check.by_kernels(call, kind)
+            self_check.same_plans(call.decision)
+        return found
+
+    def moved(tensor: Tensor) -> Tensor:
+        return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+    both = (False, False)
+    kind = self_check.Kind(0, torch.bfloat16, Form("gated", "silu"), both, both, (0, 0, 0), 2, False)
+    judged = self_check.make_call(kind, torch.device("cpu"), 512, 3, False)
+    wanted = programs(judged)
+    assert len(wanted) > 10
+    narrow = decision_on(torch.zeros(256, 2).long(), torch.ones(256, 2, dtype=torch.bfloat16), 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_check, "DIM", 1024)  # 16 blocks of hidden_grads
+        large = self_check.make_call(kind, torch.device("cpu"), 16 * 512, 16, False)
+    apart = judged.network.map(lambda w: torch.cat([w, w[..., :3]], dim=-1)[..., : w.shape[-1]])
+    for name, call in {
+        "not aligned": judged._replace(x=moved(judged.x), network=judged.network.map(moved)),
+        "rows not aligned": judged._replace(network=apart),
+        "row weights in bfloat16": judged._replace(decision=narrow),
+        "sizes that are multiples of 16": large,
+    }.items():
+        assert programs(call) == wanted, (name, programs(call) ^ wanted)
 
 
 def check_prepared(training: bool) -> None:

@@ -334,13 +334,7 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
         assert judge(0) is None
         assert judge(1) is None
         assert len(self_check.CHECK.verdicts) == 2
-        patch.setattr(self_check, "FAR", 1 << 13)
-        one, other = (
-            self_check.make_call(kind, device, *self_check.size_for(entries, entries[0]), far) for far in (False, True)
-        )
-        assert all(weight.stride(0) > 2000 for weight in (*other.network.w_in, other.network.w_out))
-        found = self_check.by_kernels(other, kind)
-        assert all(torch.equal(value, found[name]) for name, value in self_check.by_kernels(one, kind).items())
+        check_far(kind, patch)
         hardware = ("a vector", "a lost tile", "a stale buffer")
         for name, fault in (
             *((name, "slightly") for name in KERNELS),
@@ -377,6 +371,36 @@ def check_self_check(layout: str, activation: str, dtype: torch.dtype, choices: 
             with pytest.warns(UserWarning, match="off in this process") if seen else nullcontext():
                 found = self_check.judge(kind._replace(decoding=True), device, entries, entries[:1])
             assert (found is not None) == seen
+
+
+def check_far(kind: self_check.Kind, patch: pytest.MonkeyPatch) -> None:
+    """Weights, and gradients of them, beyond what int32 can index: kernels read and write there what they do elsewhere.
+    One that does not is seen. Their memory is given back."""
+    entries, device, launch, released = schedule.INTERPRETED, torch.device("cpu"), operators.launch, []
+    patch.setattr(self_check, "FAR", 1 << 16)
+    one, other = (
+        self_check.make_call(kind, device, *self_check.size_for(entries, entries[1]), far) for far in (False, True)
+    )
+    weights = (*other.network.w_in, other.network.w_out)
+    assert all((len(weight) - 1) * weight.stride(0) >= 1 << 16 for weight in weights)
+    assert len({weight.untyped_storage().data_ptr() for weight in weights}) == 1
+    found = self_check.by_kernels(other, kind)
+    assert all(torch.equal(value, found[name]) for name, value in self_check.by_kernels(one, kind).items())
+    assert self_check.writes_far(other, entries[1])
+
+    def wrong(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        launch(kernel, grid, **arguments)
+        if kernel.fn.__name__ == "weight_grads" and arguments["out"].stride(0) > 1 << 14:
+            arguments["out"][-1].zero_()
+
+    with pytest.MonkeyPatch.context() as planted:
+        planted.setattr(self_check, "TIMES", 1)
+        planted.setattr(self_check, "has_room", lambda device, dtype: True)
+        planted.setattr(torch.cuda, "empty_cache", lambda: released.append("memory"))
+        assert self_check.fault(kind, device, entries, entries[1]) is None
+        planted.setattr(operators, "launch", wrong)
+        assert "int32 cannot index" in str(self_check.fault(kind, device, entries, entries[1]))
+    assert released == ["memory"] * 2
 
 
 def check_lengths_of_the_self_check() -> None:
@@ -830,6 +854,30 @@ def check_few_tokens(name: str) -> None:
                     results += layer(x, mask=masked)
             for got, want in zip(found, wanted, strict=True):
                 torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def misaligned(tensor: Tensor) -> Tensor:
+    """A copy, one element behind the start of its memory."""
+    return tensor.new_empty(tensor.numel() + 1)[1:].view(tensor.shape).copy_(tensor)
+
+
+def check_operands_as_they_come() -> None:
+    """Operands that are not aligned, or whose rows are, and row weights in bfloat16 are computed as those in order."""
+    torch.manual_seed(0)
+    where, network = make_plan("top k", 24, 16, 4, 2), make_network("gated", "silu", 4, 16, 32, 16, bias=True)
+    where = where._replace(weight=where.weight.to(torch.bfloat16).float())
+    x, grad = torch.randn(24, 16), torch.randn(24, 16)
+    wanted = with_gradients(compute, x, where, network, grad)
+    narrow = with_gradients(compute, x, where._replace(weight=where.weight.to(torch.bfloat16)), network, grad)
+    rows_apart = network.map(lambda w: torch.cat([w, w[..., :3]], dim=-1)[..., : w.shape[-1]])
+    for found in (
+        with_gradients(compute, misaligned(x), where, network.map(misaligned), misaligned(grad)),
+        with_gradients(compute, x, where._replace(weight=misaligned(where.weight)), rows_apart, grad),
+        narrow,
+    ):
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name].to(value.dtype)), name
+    assert narrow["gradient 1"].dtype == torch.bfloat16
 
 
 def check_nothing() -> None:

@@ -21,6 +21,7 @@ from mixture_of_experts.kernels import ffn as kernels
 from mixture_of_experts.kernels.launching import launch
 from mixture_of_experts.ops.triton.form import Form
 from mixture_of_experts.ops.triton.schedule import Blocks, Schedule, WeightBlocks, entries_of, find_schedule
+from mixture_of_experts.support.private_torch import is_fake
 from mixture_of_experts.support.tracing import capability
 
 GROUP = 8  # tiles whose programs run together, so that they find the same weights in the cache
@@ -55,19 +56,27 @@ class Operands(NamedTuple):
     b_out: Tensor | None
 
     def in_order(self) -> Operands:
-        """Return the operands as kernels read them: biases and weights dense, two weights with equal strides."""
+        """Return the operands as the self-check has them: others would be read by programs that nobody has checked."""
         w_in = [dense(weight) for weight in self.w_in]
         if len({weight.stride() for weight in w_in}) > 1:  # kernels read two by one set of strides
             w_in = [weight.contiguous() for weight in w_in]
-        b_in, b_out = ([bias.contiguous() for bias in biases] for biases in (self.b_in, some(self.b_out)))
-        tables = [tensor.contiguous() for tensor in self[:6]]
+        b_in, b_out = ([aligned(bias) for bias in biases] for biases in (self.b_in, some(self.b_out)))
+        tables = [aligned(tensor) for tensor in (self.x, self.weight.to(torch.float32), *self[2:6])]
         weights = [w_in, dense(self.w_out), b_in, b_out[0] if b_out else None]
         return Operands._make([*tables, self.choices, *weights])
 
 
 def dense(weight: Tensor) -> Tensor:
-    """Return the weight, copied if neither its rows nor its columns are contiguous."""
-    return weight if 1 in weight.stride()[1:] else weight.contiguous()
+    """Return the weight, copied if neither its rows nor its columns are contiguous, or loads would not be aligned."""
+    inner, outer = sorted(weight.stride()[1:])
+    regular = inner == 1 and outer % 16 == weight.stride(0) % 16 == 0
+    return aligned(weight, contiguous=not regular)
+
+
+def aligned(tensor: Tensor, contiguous: bool = True) -> Tensor:
+    """Return the tensor, copied if it does not begin at a multiple of 16 bytes; made contiguous, unless told not to."""
+    tensor = tensor.contiguous() if contiguous else tensor
+    return tensor if is_fake(tensor) or tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 OPERANDS = (
@@ -156,11 +165,12 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
     """
     given, form, (need_x, need_in, need_out) = split(arguments)
     check_devices(given, grad, pre)
-    grads = empty_grads(given, need_x, need_in, need_out)
-    given, grad = given.in_order(), grad.contiguous()
+    dtype = given.weight.dtype
+    grads = empty_grads(given._replace(weight=given.weight.to(torch.float32)), need_x, need_in, need_out)
+    given, grad = given.in_order(), aligned(grad)
     rows, token = given.token.shape[0], given.token
     if rows == 0:
-        return [gradient.zero_() for gradient in grads.tensors()]
+        return [gradient.zero_() for gradient in grads._replace(weight=grads.weight.to(dtype)).tensors()]
     schedule, tiles = tile(given)
     hidden = given.x.new_empty(rows, given.w_out.shape[1]) if need_out else None
     grad_pre = torch.empty_like(pre)
@@ -179,7 +189,7 @@ def triton_ffn_backward(grad: Tensor, pre: Tensor, *arguments) -> list[Tensor]:
         grad_rows = given.x.new_empty(rows, given.x.shape[1])
         launch_row_grads(schedule.row_grads, tiles, grad_pre, given.w_in, grad_rows)
     launch_sum_rows(given, grad_rows, grads.x, partial=partial, grad_weight=grads.weight)
-    return grads.tensors()
+    return grads._replace(weight=grads.weight.to(dtype)).tensors()
 
 
 @triton_ffn_backward.register_fake

@@ -12,8 +12,9 @@ CUDA context, and a kernel that hangs hangs here: these a process cannot survive
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -111,21 +112,35 @@ def forget() -> None:
 
 def fault(kind: Kind, device: torch.device, entries: tuple[Schedule, ...], entry: Schedule) -> str | None:
     """What is wrong with the kernels for one entry of the schedule; None if nothing."""
-    rows, experts = size_for(entries, entry)
-    far = device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 8 * FAR * kind.dtype.itemsize
-    call = make_call(kind, device, rows, experts, far and entry is entries[-1])
+    far = entry is entries[-1] and has_room(device, kind.dtype)
+    try:
+        return fault_of(make_call(kind, device, *size_for(entries, entry), far), kind, entry, far)
+    finally:
+        if far:
+            torch.cuda.empty_cache()  # torch would keep gigabytes
+
+
+def has_room(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether there is room for weights and gradients beyond what int32 can index."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] > 4 * FAR * dtype.itemsize
+
+
+def fault_of(call: Call, kind: Kind, entry: Schedule, far: bool) -> str | None:
+    """What is wrong with the kernels on a call; None if nothing."""
     said = f"on {kind.form.layout} experts of {kind.form.activation} in {kind.dtype}, tiles of {entry.rows} rows,"
     try:
         found = by_kernels(call, kind)
         if not same_plans(call.decision):
             return f"{said} plans of few and of many assignments differ"
+        if far and not kind.decoding and not writes_far(call, entry):
+            return f"{said} gradients differ where int32 cannot index them"
     except torch.OutOfMemoryError:
         raise
     except Exception as reason:  # whatever a compiler or a driver raises
         return f"{said} they raise {type(reason).__name__}: {str(reason).splitlines()[0] if str(reason) else ''}"
     wanted = by_operators(call)
     for name, got in found.items():
-        error = error_of_rows(got, wanted[name.removesuffix(" in inference")])
+        error = error_of_rows(got, wanted[name.partition(", ")[0]])
         if not error < TOLERANCE[kind.dtype]:
             return f"{said} a row of {name} differs from the lean way's by {error:.1e} of its norm"
     del wanted
@@ -166,20 +181,18 @@ def make_call(kind: Kind, device: torch.device, rows: int, experts: int, far: bo
 
     def weight(drawn: Tensor, transposed: bool) -> Tensor:
         drawn = drawn.to(kind.dtype)
-        drawn = drawn.mT.contiguous().mT if transposed else drawn
-        if not far:
-            return drawn
-        apart = -(-FAR // (experts - 1) // 64) * 64
-        memory = torch.empty(apart * (experts - 1) + drawn[0].numel(), dtype=kind.dtype, device=device)
-        return memory.as_strided(drawn.shape, (apart, *drawn.stride()[1:])).copy_(drawn)
+        return drawn.mT.contiguous().mT if transposed else drawn
 
     d, h, o = (DIM + size for size in kind.sizes)
     fused = kind.form.layout in ("concatenated", "interleaved")
     width, number = (2 * h if fused else h), (2 if kind.form.layout == "gated" else 1)
     step = 2.0 ** -round(math.log2(d) / 2)
+    weights = [weight(draw(experts, d, width).round() * step, kind.transposed[0]) for _ in range(number)]
+    weights.append(weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]))
+    *w_in, w_out = apart(weights) if far else weights
     network = Network(
-        tuple(weight(draw(experts, d, width).round() * step, kind.transposed[0]) for _ in range(number)),
-        weight(draw(experts, h, o) / math.sqrt(h), kind.transposed[1]),
+        tuple(w_in),
+        w_out,
         activation_of(kind.form),
         tuple(draw(experts, width).round().to(kind.dtype) if kind.biases[0] else None for _ in range(number)),
         draw(experts, o).to(kind.dtype) if kind.biases[1] else None,
@@ -193,6 +206,18 @@ def make_call(kind: Kind, device: torch.device, rows: int, experts: int, far: bo
     expert[::17, 0] = -1
     weights = torch.rand(tokens, choices, generator=generator, device=device) + 0.5
     return Call(draw(tokens, d).round().to(kind.dtype), decision_on(expert, weights, experts), network, True)
+
+
+def apart(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies of tensors `(e, ., .)` in one memory, whose last matrices lie beyond what int32 can index."""
+    sizes = [tensor[0].numel() for tensor in tensors]
+    between = -(-FAR // (len(tensors[0]) - 1) // 64) * 64
+    memory = tensors[0].new_empty(between * (len(tensors[0]) - 1) + sum(sizes))
+    places = (
+        memory.as_strided(tensor.shape, (between, *tensor.stride()[1:]), sum(sizes[:index]))
+        for index, tensor in enumerate(tensors)
+    )
+    return [place.copy_(tensor) for place, tensor in zip(places, tensors, strict=True)]
 
 
 def activation_of(form: Form) -> ActivationLike:
@@ -219,28 +244,49 @@ def leaves_of(call: Call) -> tuple[Call, dict[str, Tensor]]:
     return Call(x, decision, network, True), {"x": x, "weights": weight, **network.tensors()}
 
 
-def with_gradients(out: Tensor, leaves: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The output, and the gradients of the leaves, by name. That of the output is of numbers of `dtype`."""
-    grad = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
-    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(dtype).to(out.dtype))
-    return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
+def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """A gradient of the output, of numbers of `dtype`."""
+    drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
+    return drawn.to(dtype).to(out.dtype)
 
 
 def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
-    """Outputs in inference by the kernels, and, if not in decoding, those of training, of other programs, with their
-    gradients."""
-    from mixture_of_experts.ops.triton.forward_backward import compute
+    """Outputs in inference by the kernels, and, if not in decoding, those of training with their gradients: all of
+    them, and those of the choices' weights alone. Each has programs of its own."""
+    from mixture_of_experts.ops.triton.forward_backward import TritonFFN
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
-    (x, decision, weights, _), leaves = leaves_of(call)
-    plan = plan_of(decision)
-    plan = plan if kind.choices else plan._replace(k=None)
-    with torch.no_grad():
-        found = {"the output in inference": compute(x, plan, weights)}
-    return found if kind.decoding else found | with_gradients(compute(x, plan, weights), leaves, x.dtype)
+    plan, ffn, names = plan_of(call.decision), TritonFFN(), list(call.network.tensors())
+    given = call.x, plan if kind.choices else plan._replace(k=None), call.network
+    found = {"the output, in inference": ffn.forward(*given, save=False)[0]}
+    if kind.decoding:
+        return found
+    found["the output"], saved = ffn.forward(*given, save=True)
+    grad = gradient_for(found["the output"], call.x.dtype)
+    grads: dict[str, Any] = {"weights, alone": ffn.backward(*given, saved, grad, ()).weight}
+    grads["x"], grads["weights"], network = ffn.backward(*given, saved, grad, {"x", *names})
+    return found | {f"the gradient of {name}": value for name, value in (grads | network).items()}
+
+
+def writes_far(call: Call, entry: Schedule) -> bool:
+    """Whether gradients of the input weights are the same where int32 cannot index them."""
+    from mixture_of_experts.ops.triton import operators
+    from mixture_of_experts.ops.triton.forward_backward import operands
+    from mixture_of_experts.ops.triton.row_plan import plan_of
+
+    given = operands(call.x, plan_of(call.decision), call.network)
+    tiles = operators.find_tiles(given.counts, given.token.shape[0], entry.rows)
+    near, generator = [torch.empty_like(weight) for weight in given.w_in], torch.Generator(call.x.device).manual_seed(2)
+    y = [call.x.new_empty(given.token.shape[0], out.shape[-1]).normal_(generator=generator) for out in near]
+    outs = near, apart(near)
+    for out in outs:
+        operators.launch_weight_grads(entry.weight_grads, tiles, given.token, given.x, y, out, of_inputs=True)
+    return all(torch.equal(one, other) for one, other in zip(*outs, strict=True))
 
 
 def by_operators(call: Call) -> dict[str, Tensor]:
     """The same by the lean way in float32."""
     wide, leaves = leaves_of(call._replace(x=call.x.float(), network=call.network.map(lambda weight: weight.float())))
-    return with_gradients(lean.run(wide), leaves, call.x.dtype)
+    out = lean.run(wide)
+    grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
+    return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
