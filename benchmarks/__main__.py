@@ -19,8 +19,6 @@ SUPPORT = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m benchmarks", description="Time and memory beside rivals and yardsticks.")
-    made.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: benchmarks/gpu.py, another field")
-    made.add_argument("--sweep", action="store_true", help="with --device cuda: also the Triton kernels' block sizes")
     made.add_argument("--quick", action="store_true", help="the headline cases only, ordinary pages, no extra rivals")
     made.add_argument("--figures-only", action="store_true", help="without the rivals that no figure reads")
     made.add_argument("--only", metavar="PATTERN", help="cases whose name contains PATTERN (or matches its wildcards)")
@@ -156,10 +154,6 @@ def child(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
-    if options.device == "cuda":
-        from benchmarks import gpu
-
-        return gpu.main(options)
     if options.clock == "cpu" and options.threads != 1:
         parser().error("--clock cpu counts threads that wait for each other: give it --threads 1")
     if options.processes < 1:

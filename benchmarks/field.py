@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import contest, yardsticks
+from benchmarks.card import Shape
 from benchmarks.cases import Case
 from benchmarks.contest import Contestant, MissingError, check, of_module, state
 from benchmarks.problem import Inputs, LoopMoE, Weights, expected_output
@@ -149,7 +150,7 @@ def mixtral_block(case: Case, backend: str) -> nn.Module:
     return MixtralSparseMoeBlock(MixtralConfig(**sizes, num_experts_per_tok=case.k, experts_implementation=backend))
 
 
-def qwen3_block(case: Case, backend: str) -> nn.Module:
+def qwen3_block(case: Case | Shape, backend: str) -> nn.Module:
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 

@@ -1,6 +1,6 @@
-"""The first hour on a card, by one command: what only a GPU can show, in pieces of ten minutes at most, and one report.
+"""The first hour on a card, by one command: what only a GPU can show, in pieces, and one report of what it decides.
 
-    python -m benchmarks.first_hour                       # into the folder first_hour/, report.md last
+    python -m benchmarks.first_hour                       # into the folder first_hour/, report.md anew after each piece
     python -m benchmarks.first_hour --only "cases/*"      # pieces whose name matches
     python -m benchmarks.first_hour --list
 
@@ -12,21 +12,26 @@ with the card's, and a folder with results of another card or torch is refused.
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import gpu, kept
-from benchmarks.pieces import ROOT, Device, pieces
+from benchmarks import decide, kept
+from benchmarks.card import Device
+from benchmarks.pieces import ROOT, pieces
+from mixture_of_experts.kernels.launching import family_of
 
-LIMIT = 600  # seconds of a piece
+LIMIT = 300  # seconds without a line of a piece
 
 
 def file_of(folder: Path, name: str, machine: dict[str, Any]) -> Path:
@@ -48,49 +53,64 @@ def run_all(folder: Path, only: str | None, device: Device, command: list[str], 
         if reason:
             bad.append(name)
             print(f"  {reason}: {path.with_suffix('.log')}", flush=True)
+        (folder / "report.md").write_text(report(folder, device))
     return bad
 
 
 def run_piece(command: list[str], path: Path, machine: dict[str, Any], limit: float) -> str | None:
     """Run a piece in its process, and again while it ends badly but writes; returns what ended it badly at last."""
-    stop = time.monotonic() + limit
     while True:
         before = kept.read(path, machine)
-        with path.with_suffix(".log").open("a") as log:
-            try:
-                options = {"cwd": ROOT, "stdout": log, "stderr": subprocess.STDOUT, "check": False}
-                ended = subprocess.run(command, timeout=stop - time.monotonic(), **options).returncode
-            except subprocess.TimeoutExpired:
-                kept.blame(path, machine)
-                return f"it took more than {limit:.0f} seconds"
+        ended = run_process(command, path, limit)
         if ended == 0:
             return None
-        kept.blame(path, machine)
-        if kept.read(path, machine).end == before.end or time.monotonic() > stop:
-            return f"it ended with {ended}"
+        kept.blame(path, machine, times=1 if ended is not None else kept.TRIES)
+        if kept.read(path, machine).end == before.end:
+            return f"it ended with {ended}" if ended is not None else f"it wrote nothing for {limit:.0f} seconds"
+
+
+def run_process(command: list[str], path: Path, limit: float) -> int | None:
+    """How a process ended; None if it wrote no line for so many seconds. All that it has started ends with it."""
+    log = path.with_suffix(".log")
+    with log.open("a") as file:
+        options = {"cwd": ROOT, "stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        process = subprocess.Popen(command, **options)  # type: ignore[call-overload]
+    written, since = 0, time.monotonic()
+    try:
+        while time.monotonic() < since + limit:
+            with suppress(subprocess.TimeoutExpired):
+                return process.wait(min(1.0, limit))
+            size = sum(each.stat().st_size for each in (log, path) if each.exists())
+            written, since = (size, time.monotonic()) if size != written else (written, since)
+        return None
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def report(folder: Path, device: Device) -> str:
-    """One page of all that is there."""
-    return "\n".join(lines(folder, device)) + "\n"
+    """One page of all that is there: decisions first."""
+    from mixture_of_experts.ops.triton.operators import entries_for
+
+    machine, entries = device.describe(), entries_for(torch.device(device.name), torch.bfloat16)
+    kepts = {name: kept.read(file_of(folder, name, machine), machine) for name in pieces(device)}
+    decisions = decide.lines({name: there.found for name, there in kepts.items()}, entries)
+    rest = (line for name, there in kepts.items() for line in lines(name, there, file_of(folder, name, machine)))
+    return "\n".join([f"# First hour on {machine['card']}", "", told(machine), *decisions, *rest]) + "\n"
 
 
-def lines(folder: Path, device: Device) -> Iterator[str]:
-    machine = device.describe()
-    yield f"# First hour on {machine['card']}\n"
-    yield ", ".join(f"{key} {value}" for key, value in machine.items())
-    for name in pieces(device):
-        path = file_of(folder, name, machine)
-        there, log = kept.read(path, machine), path.with_suffix(".log")
-        yield f"\n## {name}\n"
-        for key, value in there.found.items():
-            if key == "record" and "ended" not in value:
-                yield from gpu.lines(value)
-            else:
-                yield f"- {key}: {told(value)}"
-        if not there.whole:
-            said = log.read_text().strip().splitlines()[-5:] if log.exists() else []
-            yield "\n".join(["did not end" if log.exists() else "was not run", *said])
+def lines(name: str, there: kept.Kept, path: Path) -> Iterator[str]:
+    """What a piece has found but times, which the decisions and its file have; and the end of its log if it failed."""
+    yield f"\n## {name}\n"
+    yield from (
+        f"- {key}: {told(value)}" for key, value in there.found.items() if key != "record" and " tiles " not in key
+    )
+    log = path.with_suffix(".log")
+    if not there.whole:
+        yield "did not end" if log.exists() else "was not run"
+    if log.exists() and (not there.whole or "'ended'" in str(there.found)):
+        yield from (f"      {said}" for said in log.read_text().strip().splitlines()[-8:])
 
 
 def told(value: Any) -> str:
@@ -98,7 +118,7 @@ def told(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {told(part)}" for key, part in value.items()) or "none"
     if isinstance(value, list):
-        return "\n  " + "\n  ".join(map(str, value))
+        return "\n  " + "\n  ".join(map(str, value)) if value else "none"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -110,8 +130,8 @@ def main(arguments: list[str] | None = None, device: Device | None = None, comma
     made.add_argument("--piece", help=argparse.SUPPRESS)
     options = made.parse_args(arguments)
     if device is None:
-        if not torch.cuda.is_available():
-            print("there is no GPU here: torch.cuda.is_available() is False")
+        if not torch.cuda.is_available() or family_of(torch.cuda.get_device_capability()) is None:
+            print("there is no GPU here that the kernels are written for")
             return 2
         device = Device()
     folder = options.folder.resolve()
@@ -121,6 +141,8 @@ def main(arguments: list[str] | None = None, device: Device | None = None, comma
         machine = device.describe()
         kept.keep(pieces(device)[options.piece](device), file_of(folder, options.piece, machine), machine)
     else:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # as a lost connection does: the piece ends too
+            signal.signal(number, lambda *_: sys.exit(1))
         try:
             bad = run_all(folder, options.only, device, command or [sys.executable, "-m", "benchmarks.first_hour"])
         except kept.OtherMachineError as reason:

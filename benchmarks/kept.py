@@ -1,7 +1,7 @@
 """Results in a file, line by line: each is written as it comes, and survives whatever ends the process.
 
 The first line says on which machine it was written. A task is announced before it runs: one that crashed its process
-twice is not tried a third time, one that was interrupted is. Half a line at the end of a file is what a process that
+twice, or hung, is not tried again; one that was interrupted is. Half a line at the end of a file is what a process that
 was killed has left.
 """
 
@@ -64,13 +64,14 @@ def read(path: Path, machine: dict[str, Any]) -> Kept:
     return kept
 
 
-def blame(path: Path, machine: dict[str, Any]) -> None:
-    """Note that the task that has begun crashed its process, or hung."""
+def blame(path: Path, machine: dict[str, Any], times: int = 1) -> None:
+    """Note that the task that has begun crashed its process; so many times, as one that hangs is not tried again."""
     kept = read(path, machine)
     if kept.begun is not None:
         with path.open("a") as file:
             file.truncate(kept.end)
-            write(file, {"crashed": kept.begun})
+            for _ in range(times):
+                write(file, {"crashed": kept.begun})
 
 
 def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
@@ -88,7 +89,7 @@ def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
                     write(file, {"begun": name})
                     kept.found[name] = attempt(compute)
                 else:
-                    kept.found[name] = {"ended": "it crashed its process"}
+                    kept.found[name] = {"ended": "it crashed its process, or hung"}
                 write(file, {"name": name, "result": kept.found[name]})
             result = kept.found[name]
         write(file, {"whole": True})

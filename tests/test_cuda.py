@@ -82,19 +82,68 @@ def can(layer: nn.Module, x: Tensor, way: str) -> bool:
 @pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
 def test_ways(way: str, gate: str, experts: str, dtype: torch.dtype):
     """Outputs, losses and gradients are those of plain operators in the next wider dtype; nothing waits for the GPU."""
+    check_way(way, gate, experts, dtype, 100)
+
+
+@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+def test_queues_of_many_assignments(way: str):
+    """More than kernels compare with each other."""
+    check_way(way, "top 2, capacity", "gated", torch.bfloat16, 1500)
+
+
+def check_way(way: str, gate: str, experts: str, dtype: torch.dtype, length: int) -> None:
     layer = make(gate, experts, dtype)
-    x = torch.randn(2, 100, DIM, device="cuda", dtype=dtype, requires_grad=True)
+    x = torch.randn(2, length, DIM, device="cuda", dtype=dtype, requires_grad=True)
     if not can(layer, x, way):
         pytest.skip(f"{way} does not take {dtype} here")
     exact = make(gate, experts, torch.float64)
     exact.load_state_dict(layer.state_dict())
-    for mask in (None, torch.rand(2, 100, device="cuda") < 0.8):
+    for mask in (None, torch.rand(2, length, device="cuda") < 0.8):
         with no_sync():
             found = results(layer, x, mask, way)
         wanted = results(exact, x.double().detach().requires_grad_(), mask, "plain")
         for got, want in zip(found, wanted, strict=True):
             error = (got.double() - want).norm() / want.norm().clamp(min=1e-6)
             assert error < 3 * TOLERANCE[dtype], float(error)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "lean"])
+def test_another_card_than_the_current_one(way: str):
+    layer = make("top 3", "gated", torch.bfloat16)
+    x = torch.randn(2, 100, DIM, device="cuda", dtype=torch.bfloat16)
+    if not can(layer, x, way):
+        pytest.skip(f"{way} does not take this here")
+    with ops.use(way), torch.no_grad():
+        one, two = (layer.to(card)(x.to(card))[0].cpu() for card in ("cuda:0", "cuda:1"))
+    torch.testing.assert_close(one, two, rtol=3e-2, atol=3e-2)
+
+
+def test_training_by_every_way():
+    """A layer learns another network's outputs, from the same start: losses agree."""
+    found = {}
+    for way in ("plain", "auto", "triton", "grouped", "lean"):
+        torch.manual_seed(0)
+        layer = MoE(256, gate=TopKGating(256, 16, 2), experts=GatedExperts(256, 16, 256)).cuda()
+        teacher = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)).cuda()
+        optimizer, generator, losses = torch.optim.AdamW(layer.parameters(), 1e-3), torch.Generator("cuda"), []
+        with torch.autocast("cuda", torch.bfloat16):
+            if not can(layer, torch.randn(8, 128, 256, device="cuda"), way):
+                continue
+        for _ in range(200):
+            x = torch.randn(8, 128, 256, device="cuda", generator=generator)
+            with ops.use(way):
+                with torch.autocast("cuda", torch.bfloat16):
+                    out, aux_loss = layer(x)
+                loss = (out.float() - teacher(x).detach()).square().mean() + aux_loss
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        found[way] = float(losses[0]), float(torch.stack(losses[-10:]).mean())
+    for way, (first, last) in found.items():
+        assert last < first, way
+        assert abs(last - found["plain"][1]) < 0.05 * last, found
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])

@@ -194,49 +194,55 @@ def check_tiles(e: int, height: int) -> None:
 def check_first_hour() -> None:
     """The pieces of the first hour that run the kernels, on a CPU in the place of a card."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from benchmarks import gpu, kept, pieces
+    from benchmarks import blocks, card, decide, pieces
     from support import no_card
 
-    def run(tasks: kept.Tasks) -> dict[str, Any]:
-        found, result = {}, None
-        while (task := kept.following(tasks, result)) is not None:
-            result = found[task[0]] = task[1]()
-        return found
-
-    device, entry = no_card.NoCard(), schedule.INTERPRETED[0]
+    device, entries = no_card.NoCard(), schedule.INTERPRETED
     with pytest.MonkeyPatch.context() as patch:
         for module, name, value in (
-            *(
-                (self_check, "ROWS", 48),
-                (self_check, "DIM", 16),
-                (self_check, "ACTIVATIONS", {"silu": nn.SiLU, "gelu": nn.GELU}),
-            ),
-            *((pieces, "DTYPES", ("bfloat16",)), (pieces, "MEANS", (2, 4)), (gpu, "ROUNDS", 1), (gpu, "WARMUP", 0)),
+            (self_check, "ROWS", 48),
+            (self_check, "DIM", 16),
+            (pieces, "DTYPES", (torch.bfloat16,)),
+            (pieces, "MEANS", (4, 8)),
+            (pieces, "ASSIGNMENTS", (8,)),
+            (card, "ROUNDS", 1),
+            (card, "WARMUP", 1),
         ):
             patch.setattr(module, name, value)
-        patch.setattr(device, "shapes", lambda: [replace(gpu.SHAPES[0], t=8, d=16, h=16, e=2, k=1)])
-        found = run(pieces.check_kernels(device, "interleaved"))
-        assert set(found.values()) == {"right"}
-        assert len(found) == 12  # three activations, two sizes, two entries
+        patch.setattr(device, "shapes", lambda: [card.Shape(name, 40, 16, 16, 2, 1) for name in ("one", "two")])
+        found = no_card.results(pieces.check_kernels(device, pieces.default_kinds))
+        assert found == {"programs": [], **{name: "right" for name in found if name != "programs"}}
+        assert len(found) == 1 + 2 * len(entries)  # training and decoding of one choice
+        assert len(list(pieces.all_kinds("interleaved", device))) == 3 * 2  # activations, sizes
 
-        (lines,) = run(pieces.profile(device, 0)).values()
-        assert {"rows_by_weights", "hidden_grads", "weight_grads", "row_grads"} <= {
-            line.split(":")[0] for line in lines
+        half = entries[1].down._replace(n=32)
+        patch.setattr(
+            blocks, "candidates", lambda kernel, entry, *_: [getattr(entry, kernel), half][: 1 + (kernel == "down")]
+        )
+        patch.setattr(
+            device, "left_out", lambda kernel, grid, arguments: "no" if arguments.get("BLOCK_N") == 64 else None
+        )
+        found = {f"kernels/{i}": no_card.results(pieces.kernels(device, i)) for i in (0, 1)}
+        profile = "\n".join(found["kernels/0"]["each kernel of a training step"])
+        assert all(f"{name} " in profile for name in ("find_tiles", "sum_rows", "rank_rows"))
+        few, many = (found["kernels/0"][f"{rows} rows, tiles of 32"] for rows in (8, 20))
+        assert set(few) == {"up", "down"}  # the forward alone, where low tiles decode
+        assert set(many) == set(blocks.KERNELS)
+        assert [time for _, time in many["up"]] == ["no"]
+        assert [type(time) for _, time in many["down"]] == [str, float]
+        told = "\n".join(decide.lines(found, entries))
+        assert "- tiles of 32, down: (32, 16, 1, 1) ÷ (64, 16, 1, 1): which do not run" in told
+        assert "down=Blocks(n=32, c=16, warps=1, stages=1)" in told
+
+        found = no_card.results(pieces.small_kernels(device))
+        assert all(pair["kernels"] > 0 and pair["host of operators"] > 0 for pair in found.values()), found
+        assert {name.split(":")[0] for name in found} == {
+            "top_k.py",
+            "top_2.py",
+            "rank_rows",
+            "find_rows",
+            "queueing.py",
         }
-        assert all(" TFLOP/s, " in line for line in lines)
-        found = run(pieces.heights(device, 0))
-        assert len(found) == 4
-        assert sum("as they are" in name for name in found) == 2
-
-        blocks = [entry.down._replace(c=32), entry.down._replace(c=0)]
-        patch.setattr(gpu, "candidates", lambda given, height: [given._replace(c=one.c) for one in blocks])
-        patch.setattr(gpu, "compiles", lambda entry, step: True)
-        found = run(pieces.sweep(device, 0, entry.rows))
-        assert list(found)[-1] == f"tiles of {entry.rows}, best"
-        assert " ms with Schedule" in found[f"tiles of {entry.rows}, best"]
-        assert [found[name] for name in found if name.endswith(", 0, 1, 1)")] == [None] * 5
-        patch.undo()
-        assert not gpu.compiles(entry, lambda: (_ for _ in ()).throw(RuntimeError("no memory")))
 
 
 def check_heights() -> None:

@@ -1,6 +1,6 @@
 """Machine code of the Triton kernels for GPUs that are not here: what the operators launch, compiled ahead of time.
 
-    python tests/support/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 8 minutes a card
+    python tests/support/triton_machine_code.py [sm_80 ...]    # every entry of the schedule: about 12 minutes a card
 
 The operators run on fake CUDA tensors; what they would launch is written down and compiled, with the types, constants
 and divisibilities of that launch. Wanted of each: no register spills, shared memory within the card's limit,
@@ -150,6 +150,39 @@ def check_chosen(capability: tuple[int, int], wanted: dict[str, tuple[int, int, 
                 found[code.kernel] = code
     for kernel, (_, _, shape) in wanted.items():
         assert shape in found[kernel].tensor_cores, found[kernel]
+
+
+def check_candidates(capability: tuple[int, int], height: int, *only: str) -> dict[str, int]:
+    """What the first hour tries around an entry of the schedule: of each kernel (or of some) sizes of blocks, none of
+    which has a fault or takes more shared memory than was reckoned. Returns how many."""
+    import torch
+
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from benchmarks import blocks
+    from mixture_of_experts.kernels.launching import family_of
+    from mixture_of_experts.ops.triton import operators, row_plan, schedule
+    from support.fake_cuda_checks import on_gpu
+
+    case, found = Case(capability, mean_rows=MANY - 1), dict.fromkeys(blocks.KERNELS, 0)
+    (entry,) = (entry for entry in schedule.HALF[family_of(capability)] if entry.rows == height)
+    shared = 1024 * (CARDS | OTHERS)[capability].shared_of_one
+    for tried, changed in blocks.entries_around(entry, capability, shared):
+        launches = {}
+
+        def note(kernel: Any, grid: tuple[int, ...], launches=launches, changed=changed, **arguments: Any) -> None:
+            if (name := blocks.name_of(kernel, arguments)) in changed and name in (only or blocks.KERNELS):
+                described = {name: describe(value) for name, value in arguments.items()}
+                launches[name, str(described)] = (kernel, described)
+
+        with on_gpu(torch.bfloat16, capability), blocks.launching(note, tried):
+            run_operators(case, operators, row_plan)
+        for (name, _), (kernel, arguments) in launches.items():
+            code, sizes = compile_launch(kernel, arguments, capability), getattr(tried, name)
+            m, by_groups = getattr(sizes, "m", height), "m64" in str(code.tensor_cores) or capability[0] == 10
+            assert not code.faults(case), (name, sizes, code, code.faults(case))
+            assert code.shared <= -(-blocks.shared_bytes(sizes, m, by_groups) // 1024) + 1, (name, sizes, code)
+        found = {name: number + (name in changed) for name, number in found.items()}
+    return found
 
 
 def programs_over_lengths(number: int) -> dict[str, int]:
@@ -363,6 +396,8 @@ def main() -> int:
                 kind = "tf32" if case.tf32 else case.dtype
                 told = [word for word, said in (("transposed", case.transposed), ("uneven", not case.even)) if said]
                 print(name, kind, case.layout, *told, case.mean_rows, *code, *faults, flush=True)
+        for height in (16, 32, 64, 128):
+            print(name, "around tiles of", height, check_candidates(capability, height), flush=True)
     print(f"{failed} faults")
     return int(failed > 0)
 

@@ -1,0 +1,209 @@
+"""Sizes of blocks around those of the schedule, and the time of each kernel alone with them.
+
+`tests/support/triton_machine_code.py` compiles the sizes beforehand, for each card: none spills registers or wants more
+shared memory than there is.
+
+Axes: t tokens, k choices, e experts, d model dim, h hidden dim.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.card import Device, Shape
+from benchmarks.kept import told
+from mixture_of_experts.dispatch.decision import decision_on
+from mixture_of_experts.ops.network import Call, Network
+from mixture_of_experts.ops.triton import self_check
+from mixture_of_experts.ops.triton.schedule import Schedule, WeightBlocks
+
+KERNELS = Schedule._fields[2:]
+#: factors of n, c and warps, and stages more
+MOVES = (
+    *((1, 1, 1, 0), (2, 1, 1, 0), (0.5, 1, 1, 0), (1, 0.5, 1, 0), (1, 0.5, 1, 1), (1, 2, 1, 0), (1, 1, 1, 1)),
+    *((1, 1, 1, -1), (1, 1, 0.5, 0), (1, 1, 2, 0), (0.5, 1, 0.5, 0), (0.5, 1, 1, 1), (2, 0.5, 1, 0), (2, 1, 2, 0)),
+)
+
+
+class Launch(NamedTuple):
+    """A launch of a kernel; tensors may be no more than their dtypes."""
+
+    module: str
+    kernel: str
+    arguments: dict[str, Any]
+
+
+def candidates(kernel: str, entry: Schedule, capability: tuple[int, int], shared: int) -> list[Any]:
+    """The blocks that a kernel of the entry has, and those around them that fit a card, with `shared` bytes for a
+    program."""
+    own, found = getattr(entry, kernel), []
+    for n, c, warps, stages in MOVES:
+        sizes = {"c": int(own.c * c), "warps": int(own.warps * warps), "stages": own.stages + stages}
+        found.append(own._replace(n=int(own.n * n), **sizes))
+        if isinstance(own, WeightBlocks) and n != 1:
+            found.append(own._replace(m=int(own.m * n), **sizes))
+    fitting = (blocks for blocks in found if fits(kernel, blocks, entry.rows, capability, shared))
+    return list(dict.fromkeys([own, *fitting]))
+
+
+def fits(kernel: str, blocks: Any, height: int, capability: tuple[int, int], shared: int) -> bool:
+    """Whether registers and shared memory hold the blocks, and the kernels' self-check judges such programs."""
+    m, by_weights = getattr(blocks, "m", height), kernel == "weight_grads"
+    summed = self_check.ROWS * self_check.BUSIEST if by_weights else self_check.DIM
+    by_groups = capability[0] in (9, 10) and m >= 64  # of warps, whose sums take no registers for what is multiplied
+    most = 128 if by_weights or (by_groups and kernel in ("down", "row_grads")) else 64
+    return (
+        all(32 <= n <= 256 for n in ((m, blocks.n) if by_weights else (blocks.n,)))
+        and blocks.c in (32, 64)
+        and blocks.warps in (4, 8)
+        and blocks.stages >= 2
+        and summed >= (blocks.stages + 1) * blocks.c
+        and m * blocks.n <= most * 32 * blocks.warps
+        and shared_bytes(blocks, m, by_groups) <= shared
+    )
+
+
+def shared_bytes(blocks: Any, m: int, by_groups: bool) -> int:
+    """Of operands of two bytes; what warp groups multiply stays in use a turn longer."""
+    return (blocks.stages - (not by_groups)) * blocks.c * (m + blocks.n) * 2
+
+
+def entries_around(entry: Schedule, *card: Any) -> Iterator[tuple[Schedule, tuple[str, ...]]]:
+    """The entry, then entries with other blocks of some kernels, and which kernels these are."""
+    for blocks in itertools.zip_longest(*(candidates(kernel, entry, *card) for kernel in KERNELS)):
+        changed = {kernel: tried for kernel, tried in zip(KERNELS, blocks, strict=True) if tried is not None}
+        yield entry._replace(**changed), tuple(changed)
+
+
+# ---- launches ----
+
+
+def step_of(shape: Shape, mean_rows: int, device: Device, training: bool) -> Callable[[], Any]:
+    """The experts alone by the kernels, on tokens that choose evenly: a forward, in training with its backward."""
+    from mixture_of_experts.ops.triton.forward_backward import run
+
+    torch.manual_seed(0)
+    t, options = max(mean_rows * shape.e // shape.k, 1), {"device": device.name, "dtype": torch.bfloat16}
+    x = torch.randn(t, shape.d, **options)
+    sizes = [(shape.e, shape.d, shape.h)] * 2 + [(shape.e, shape.h, shape.d)]
+    w1, w3, w2 = (torch.randn(size, **options).mul_(size[1] ** -0.5).requires_grad_(training) for size in sizes)
+    expert = torch.rand(t, shape.e, device=device.name).topk(shape.k).indices
+    decision = decision_on(expert, torch.full(expert.shape, 1 / shape.k, device=device.name), shape.e)
+    call = Call(x.requires_grad_(training), decision, Network((w1, w3), w2, nn.SiLU(), (None, None)), training)
+    leaves = [x, w1, w3, w2]
+
+    def step() -> Any:
+        with torch.set_grad_enabled(training):
+            out = run(call)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if training else out
+
+    return step
+
+
+@contextmanager
+def launching(launch: Callable[..., None], entry: Schedule | None = None) -> Iterator[None]:
+    """Where kernels are launched so, every call with this entry of the schedule."""
+    from mixture_of_experts.ops.triton import operators
+
+    before = operators.schedule_for, operators.launch
+    operators.launch = launch
+    if entry is not None:
+        operators.schedule_for = lambda x, mean_rows: entry
+    try:
+        yield
+    finally:
+        operators.schedule_for, operators.launch = before
+
+
+def noted(step: Callable[[], Any], entry: Schedule | None = None) -> list[Launch]:
+    """The launches of a step; none starts."""
+    found = []
+
+    def note(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        types = {name: value.dtype if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        found.append(Launch(kernel.fn.__module__, kernel.fn.__name__, types))
+
+    with launching(note, entry):
+        step()
+    return found
+
+
+def kernel_seconds(
+    step: Callable[[], Any], device: Device, entry: Schedule, wanted: tuple[str, ...] | None = None
+) -> dict[str, float | str]:
+    """Seconds of the wanted kernels of a step with this entry of the schedule, or why one is left out."""
+    from mixture_of_experts.ops.triton import operators
+
+    launch, found = operators.launch, {}
+
+    def timed(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+        name, fault = name_of(kernel, arguments), None
+        if wanted is None or name in wanted:
+            fault = device.left_out(kernel, grid, arguments)
+            if fault is None and not isinstance(found.get(name), str):
+                found[name] = found.get(name, 0.0) + device.timed(partial(launch, kernel, grid, **arguments))[0]
+            else:
+                found[name] = fault or found[name]
+        if fault is None:
+            launch(kernel, grid, **arguments)
+
+    with launching(timed, entry):
+        step()
+    return found
+
+
+def name_of(kernel: Any, arguments: dict[str, Any]) -> str:
+    """The name of the kernel's blocks in the schedule, or else its own."""
+    name = kernel.fn.__name__
+    return name if name != "rows_by_weights" else "up" if arguments["token"] is not None else "down"
+
+
+# ---- compiling ----
+
+
+def compiler(capability: tuple[int, int]) -> Any:
+    """What stands for a card in Triton where nothing is launched."""
+    from triton.backends.compiler import GPUTarget
+
+    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
+    asked = {"get_current_device": lambda: 0, "get_current_stream": lambda _: 0, "get_current_target": lambda: target}
+    return SimpleNamespace(**asked)
+
+
+def compile_one(launch: Launch, capability: tuple[int, int]) -> str | None:
+    """Compile a launch's program into Triton's cache; no card is asked. Returns why it cannot be."""
+    from triton.runtime import driver
+    from triton.runtime.jit import MockTensor
+
+    driver.set_active(compiler(capability))
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    types = {name: MockTensor(v) if isinstance(v, torch.dtype) else v for name, v in launch.arguments.items()}
+    try:
+        kernel.warmup(grid=(1,), enable_fp_fusion=True, **types)
+    except Exception as reason:  # whatever a compiler raises
+        return f"{launch.kernel}: {told(reason)}"
+    return None
+
+
+def compile_all(launches: list[Launch], capability: tuple[int, int]) -> list[str]:
+    """Compile programs in as many processes as there are cores. Returns why some cannot be."""
+    distinct = list({str(launch): launch for launch in launches}.values())
+    workers = min(os.cpu_count() or 1, len(distinct), 32)
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = []
+        for launch, reason in zip(distinct, pool.map(compile_one, distinct, itertools.repeat(capability)), strict=True):
+            print(launch.kernel, flush=True)  # a line is a sign of life
+            found += [reason] if reason else []
+        return found
