@@ -58,15 +58,13 @@ def run_all(folder: Path, only: str | None, device: Device, command: list[str], 
 
 
 def run_piece(command: list[str], path: Path, machine: dict[str, Any], limit: float) -> str | None:
-    """Run a piece in its process, and again while it ends badly but writes; returns what ended it badly at last."""
-    while True:
-        before = kept.read(path, machine)
-        ended = run_process(command, path, limit)
-        if ended == 0:
-            return None
-        kept.blame(path, machine, times=1 if ended is not None else kept.TRIES)
-        if kept.read(path, machine).end == before.end:
-            return f"it ended with {ended}" if ended is not None else f"it wrote nothing for {limit:.0f} seconds"
+    """Run a piece in its process, and again after each task that ended it; returns what ended it where no task had
+    begun."""
+    while (code := run_process(command, path, limit)) != 0:
+        reason = f"nothing was written for {limit:.0f} seconds" if code is None else f"its process ended with {code}"
+        if not kept.blame(path, machine, reason):
+            return reason
+    return None
 
 
 def run_process(command: list[str], path: Path, limit: float) -> int | None:

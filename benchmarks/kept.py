@@ -1,15 +1,14 @@
 """Results in a file, line by line: each is written as it comes, and survives whatever ends the process.
 
-The first line says on which machine it was written. A task is announced before it runs: one that crashed its process
-twice, or hung, is not tried again; one that was interrupted is. Half a line at the end of a file is what a process that
-was killed has left.
+The first line says on which machine it was written. A task is announced before it runs: one that ended its process, or
+hung, is not tried again; one that was interrupted is. Half a line at the end of a file is what a process that was
+killed has left.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any, TextIO
 
 #: yields names of results and what computes them, and is sent each result
 Tasks = Generator[tuple[str, Callable[[], Any]], Any, None]
-TRIES = 2  # of a task that crashes its process
 
 
 class OtherMachineError(Exception):
@@ -31,14 +29,12 @@ class Kept:
     Attributes:
         found: the results by name.
         begun: the task that has begun and not ended.
-        crashed: how often each task crashed its process.
         whole: whether all tasks have ended.
         end: where the last whole line ends, in bytes.
     """
 
     found: dict[str, Any] = field(default_factory=dict)
     begun: str | None = None
-    crashed: Counter[str] = field(default_factory=Counter)
     whole: bool = False
     end: int = 0
 
@@ -57,21 +53,19 @@ def read(path: Path, machine: dict[str, Any]) -> Kept:
         kept.end += len(line)
         kept.whole |= "whole" in said
         kept.begun = said.get("begun")
-        if "crashed" in said:
-            kept.crashed[said["crashed"]] += 1
         if "name" in said:
             kept.found[said["name"]] = said["result"]
     return kept
 
 
-def blame(path: Path, machine: dict[str, Any], times: int = 1) -> None:
-    """Note that the task that has begun crashed its process; so many times, as one that hangs is not tried again."""
+def blame(path: Path, machine: dict[str, Any], reason: str) -> bool:
+    """Note what ended the task that has begun, and its process with it; False if none has."""
     kept = read(path, machine)
     if kept.begun is not None:
         with path.open("a") as file:
             file.truncate(kept.end)
-            for _ in range(times):
-                write(file, {"crashed": kept.begun})
+            write(file, {"name": kept.begun, "result": {"ended": reason}})
+    return kept.begun is not None
 
 
 def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
@@ -85,11 +79,8 @@ def keep(tasks: Tasks, path: Path, machine: dict[str, Any]) -> None:
         while (task := following(tasks, result)) is not None:
             name, compute = task
             if name not in kept.found:
-                if kept.crashed[name] < TRIES:
-                    write(file, {"begun": name})
-                    kept.found[name] = attempt(compute)
-                else:
-                    kept.found[name] = {"ended": "it crashed its process, or hung"}
+                write(file, {"begun": name})
+                kept.found[name] = attempt(compute)
                 write(file, {"name": name, "result": kept.found[name]})
             result = kept.found[name]
         write(file, {"whole": True})

@@ -569,10 +569,13 @@ def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys)
     told = first_hour.report(tmp_path, device)
     for said in ("- raises: ended ZeroDivisionError", "was not run"):
         assert said in told
-    for piece, task in (("checks/plain", "crash"), ("checks/gated", "hang")):
+    for piece, task, reason in (
+        ("checks/plain", "crash", "its process ended with 7"),
+        ("checks/gated", "hang", "nothing was written for 4 seconds"),
+    ):
         (said,) = (part for part in told.split("\n## ") if part.startswith(piece))
-        assert f"- one: 1\n- {task}: ended it crashed its process, or hung\n- after 1: 2\n- last: 1" in said
-        assert f"- {piece}, {task}: ended it crashed" in told  # among the faults, first of all
+        assert f"- one: 1\n- {task}: ended {reason}\n- after 1: 2\n- last: 1" in said
+        assert f"- {piece}, {task}: ended {reason}" in told  # among the faults, first of all
     assert "the driver is gone" in told
     assert is_gone(int((tmp_path / "child").read_text()))
     assert (tmp_path / "report.md").read_text() == told
@@ -641,18 +644,19 @@ def test_what_was_written_survives_ten_kills(tmp_path: Path) -> None:
     assert now.found == {"one": 1, **{f"after {2**i}": 2 ** (i + 1) for i in range(60)}, "last": 19}
 
 
-def test_what_is_interrupted_runs_again_and_what_crashes_twice_does_not(tmp_path: Path) -> None:
+def test_what_is_interrupted_runs_again_and_what_ends_its_process_does_not(tmp_path: Path) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
 
     machine = no_card.MACHINE
-    for crashes, wanted in ((False, 1), (True, {"ended": "it crashed its process, or hung"})):
+    for crashes, wanted in ((False, 1), (True, {"ended": "a reason"})):
         path = tmp_path / f"{crashes}.jsonl"
-        for _ in range(3):
-            with contextlib.suppress(KeyboardInterrupt):
-                kept.keep((task for task in [("one", interrupt)]), path, machine)
-            if crashes:
-                kept.blame(path, machine)
+        assert not kept.blame(path, machine, "a reason")
+        with contextlib.suppress(KeyboardInterrupt):
+            kept.keep((task for task in [("one", interrupt)]), path, machine)
+        if crashes:
+            assert kept.blame(path, machine, "a reason")
+            assert not kept.blame(path, machine, "another")
         kept.keep((task for task in [("one", lambda: 1)]), path, machine)
         assert kept.read(path, machine).found == {"one": wanted}
 
