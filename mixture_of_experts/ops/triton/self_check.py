@@ -234,16 +234,6 @@ def same_plans(decision: Decision) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def leaves_of(call: Call) -> tuple[Call, dict[str, Tensor]]:
-    """The call on tensors of its own that want gradients, and these by name."""
-    given = call.decision
-    x, weight = call.x.detach().requires_grad_(), given.weight.detach().requires_grad_()
-    network = call.network.map(lambda tensor: tensor.detach().requires_grad_())
-    k, expert = given.k or 1, torch.where(given.kept, given.expert, -1)
-    decision = decision_on(expert.view(-1, k), weight.view(-1, k), network.w_out.shape[0])
-    return Call(x, decision, network, True), {"x": x, "weights": weight, **network.tensors()}
-
-
 def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
     """A gradient of the output, of numbers of `dtype`."""
     drawn = torch.randn(out.shape, generator=torch.Generator(out.device).manual_seed(1), device=out.device)
@@ -286,7 +276,14 @@ def writes_far(call: Call, entry: Schedule) -> bool:
 
 def by_operators(call: Call) -> dict[str, Tensor]:
     """The same by the lean way in float32."""
-    wide, leaves = leaves_of(call._replace(x=call.x.float(), network=call.network.map(lambda weight: weight.float())))
-    out = lean.run(wide)
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().float().requires_grad_()
+
+    given, k = call.decision, call.decision.k or 1
+    x, weight, network = leaf(call.x), leaf(given.weight), call.network.map(leaf)
+    expert = torch.where(given.kept, given.expert, -1)
+    decision = decision_on(expert.view(-1, k), weight.view(-1, k), network.w_out.shape[0])
+    out, leaves = lean.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
