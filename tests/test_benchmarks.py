@@ -789,6 +789,7 @@ def test_faults_come_first() -> None:
     assert "1 of 2 checks of kernels are right." in told
     for said in ("- b: a row differs", "ScatterMoE is AssertionError: WRONG", "- checks/default, c: ended an error"):
         assert said in told
+    assert "`ffn.py`" not in decided(found)  # it was not timed
 
 
 @pytest.mark.parametrize("triton", [0.9, 1.4])
