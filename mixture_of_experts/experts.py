@@ -31,7 +31,6 @@ from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_mod
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import can_read, in_transform
 
-
 MOSTLY_EMPTY = 4  # slots for each choice from which on a call is warned of
 
 
@@ -166,7 +165,7 @@ def run_on_slots(
     compute: Callable[[Tensor], Tensor], x: Tensor, decision: Decision, dim_out: int | None = None
 ) -> Tensor:
     """Dispatch tokens to slots (an empty slot is zeros), compute them, and combine the results."""
-    plan = fewest_slots(decision) if decision.slots is None else decision.in_slots()
+    plan = fewest_slots(decision) if decision.routing is None else decision.in_slots()
     slots = dispatch(x, plan)
     slots = slots.view(*plan.num_experts, plan.num_rows // math.prod(plan.num_experts), slots.shape[-1])
     out = compute(slots)
@@ -183,16 +182,16 @@ def run_on_slots(
 def fewest_slots(decision: Decision) -> Plan:
     """The plan of a dropless call in slots. Each expert has as many as the fullest one needs, where numbers may be read
     without a wait; else as many as there are tokens, with a warning if most of them must stay empty."""
-    queue, queues = decision.queues()
-    needed, t = decision.rows_per_expert(queues), decision.num_tokens
+    queue, position, length = decision.queues()
+    needed, t = decision.rows_per_expert(length), decision.num_tokens
     if can_read(needed):
         width = max(int(needed.max()), min(t, 1))
-        return decision.with_rows(queue, queues, torch.full_like(needed, width), len(needed) * width)
+        return decision.with_rows(queue, position, length, torch.full_like(needed, width), len(needed) * width)
     if not torch.compiler.is_compiling() and len(needed) * t > MOSTLY_EMPTY * decision.weight.shape[0]:
         warnings.warn(
-            f"experts that read slots get {len(needed)} x {t} of them for {decision.weight.shape[0]} choices, since the "
-            "gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), or "
-            "derive the experts from RoutedExperts",
+            f"experts that read slots get {len(needed)} x {t} of them for {decision.weight.shape[0]} choices, since "
+            "the gate drops none: set its capacity_factor_train and capacity_factor_eval (2.0: twice an even share), "
+            "or derive the experts from RoutedExperts",
             stacklevel=2,
         )
     return decision.in_slots()

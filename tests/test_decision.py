@@ -9,9 +9,13 @@ import torch
 from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, Routing, Top2Gating, TopKGating
-from mixture_of_experts.dispatch.decision import Decision, Waiting, compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.dispatch.decision import Decision, compose, decision_of, decision_on, plan_slots_of
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.gating.levels import second_level
+
+pytest.importorskip("triton")
+
+from mixture_of_experts.ops.triton.row_plan import queued_choices
 
 B, N, D, E = 2, 6, 3, 4
 GATES = {
@@ -64,13 +68,13 @@ def check(decision: Decision, expert: list[int], token: list[int]) -> None:
     assert decision.num_tokens == B * N
     check_plan(decision, decision.in_slots(), expert, token)
     assert decision.in_slots().num_rows == decision.num_slots
-    queue, queues = decision.queues()
+    queue, position, length = decision.queues()
     without_gaps = decision.without_gaps()
     check_plan(decision, without_gaps, expert, token)
-    needed = decision.rows_per_expert(queues)
+    needed = decision.rows_per_expert(length)
     assert torch.equal(without_gaps.rows_per_expert, needed)
     padded = needed + torch.arange(len(needed)) % 3
-    with_rows = decision.with_rows(queue, queues, padded, int(padded.sum()) + 2)
+    with_rows = decision.with_rows(queue, position, length, padded, int(padded.sum()) + 2)
     check_plan(decision, with_rows, expert, token)
     assert [e for e, kept in zip(decision.expert.tolist(), decision.kept, strict=True) if kept] == [
         e for e, kept in zip(expert, decision.kept, strict=True) if kept
@@ -147,21 +151,21 @@ def test_append():
     assert append(torch.ones(2, 3, dtype=torch.int64), 7).tolist() == [[1, 1, 1], [1, 1, 1], [7, 7, 7]]
 
 
-def rows_of(waiting: Waiting, num_experts: int) -> list[int | None]:
-    """The row of each assignment, by a loop over what waits: behind the rows of the queues before its own."""
-    start, length = [0], waiting.length.tolist()
+def rows_of(decision: Decision, num_experts: int) -> list[int | None]:
+    """The row of each assignment, by a loop over the choices that queue: behind the rows of the queues before."""
+    expert_of, position_of, _, kept, lengths, slot, num_tokens, k, e = queued_choices(decision)
+    start, length = [0], lengths.tolist()
     for rows in length:
         start.append(start[-1] + rows)
-    groups, number = len(length) // num_experts, len(waiting.expert) // waiting.k
+    groups, number = len(length) // num_experts, len(expert_of) // k
     found: list[int | None] = []
-    for token in range(number) if waiting.slot is None else waiting.slot.tolist():
-        for choice in range(token * waiting.k, (token + 1) * waiting.k):
-            if token == number or not waiting.kept[choice]:
+    for token in range(number) if slot is None else slot.tolist():
+        for choice in range(token * k, (token + 1) * k):
+            if token == number or not kept[choice]:
                 found.append(None)
                 continue
-            router, group = divmod(token // waiting.num_tokens, groups)
-            expert = router * waiting.num_experts + int(waiting.expert[choice])
-            position = int(waiting.position[choice])
+            router, group = divmod(token // num_tokens, groups)
+            expert, position = router * e + int(expert_of[choice]), int(position_of[choice])
             assert position < length[expert * groups + group]
             found.append(start[expert * groups + group] + position)
     return found
@@ -169,16 +173,16 @@ def rows_of(waiting: Waiting, num_experts: int) -> list[int | None]:
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("name", ["top2", "dropless", "one choice"])
-def test_what_waits_has_the_rows_of_the_plan(name: str, masked: bool):
+def test_the_kernels_choices_have_the_rows_of_the_plan(name: str, masked: bool):
     decision = decision_of(routing_of(name, masked))
-    plan, waiting = decision.without_gaps(), decision.waiting()
-    assert rows_of(waiting, E) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
-    assert torch.equal(waiting.chosen, decision.kept if name == "dropless" else decision.chosen)
-    assert waiting.num_tokens == (B * N if name == "dropless" else N)
+    plan, (_, _, chosen, *_, num_tokens, _, _) = decision.without_gaps(), queued_choices(decision)
+    assert rows_of(decision, E) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
+    assert torch.equal(chosen, decision.kept if name == "dropless" else decision.chosen)
+    assert num_tokens == (B * N if name == "dropless" else N)
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])
-def test_what_waits_at_level_two_has_the_rows_of_the_plan(factor: float | None):
+def test_the_kernels_choices_at_level_two_have_the_rows_of_the_plan(factor: float | None):
     outer = routing_of("top2")
     inner = Top2Gating(D, 2, outer_expert_dims=(E,), second_policy_eval="all", capacity_factor_eval=factor)
     inner = inner.double().eval()
@@ -186,6 +190,6 @@ def test_what_waits_at_level_two_has_the_rows_of_the_plan(factor: float | None):
     slots = plan_slots_of(outer)
     told = inner(**second_level(normal(generator(2), B, N, D), outer, slots, None, {}))
     decision = compose(outer, slots, told)
-    plan, waiting = decision.without_gaps(), decision.waiting()
-    assert rows_of(waiting, E * 2) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
+    plan = decision.without_gaps()
+    assert rows_of(decision, E * 2) == [None if row == plan.num_rows else row for row in plan.row.tolist()]
     assert (plan.row == plan.num_rows).any()

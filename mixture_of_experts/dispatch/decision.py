@@ -11,122 +11,15 @@ that somebody else chose.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from mixture_of_experts.dispatch.plan import Plan, append, plan_rows
-from mixture_of_experts.dispatch.queues import Queues, queue_up
+from mixture_of_experts.dispatch.plan import Plan, append, tokens_of
+from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.support.private_torch import statically_known_true
 from mixture_of_experts.support.tracing import add_times, exporting, smallest
-
-
-class Waiting(NamedTuple):
-    """The choices of a gate in the queues of its experts.
-
-    Attributes:
-        expert, position: `(a,)` int64, the expert of each choice, and its position in the queue of its group.
-        chosen, kept: `(a,)` bool, the choices that queue, and those of them that are computed.
-        length: `(e b,)` int64, number of rows that each queue needs, by router, expert and group.
-        slot: as in `SlotsOfTwoLevels`; None for one level.
-        num_tokens, k, num_experts: tokens of a group, choices of a token, and experts of one router of the gate.
-    """
-
-    expert: Tensor
-    position: Tensor
-    chosen: Tensor
-    kept: Tensor
-    length: Tensor
-    slot: Tensor | None
-    num_tokens: int
-    k: int
-    num_experts: int
-
-
-@dataclass(frozen=True, eq=False)
-class SlotLayout:
-    """The slots of a call with limited capacity, and which assignment lies in which.
-
-    Every expert has one queue for each group; queue `expert * num_groups + group` has `capacity` slots.
-
-    Attributes:
-        routing: the routing of the gate.
-    """
-
-    routing: Routing
-
-    @property
-    def num_groups(self) -> int:
-        return self.routing.expert.shape[-2]
-
-    @property
-    def capacity(self) -> int:
-        return self.routing.slots
-
-    def cell(self) -> Tensor:
-        """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
-        return add_times(self.routing.group_queues().position.flatten(), self._queue(), self.capacity)
-
-    def queues(self) -> tuple[Tensor, Queues]:
-        """The queue `(a,)` of each assignment, and the `Queues`, cut off at capacity: positions `(a,)` and lengths
-        `(e b,)`."""
-        queues = self.routing.group_queues()
-        return self._queue(), Queues(queues.position.flatten(), self.length(queues))
-
-    def waiting(self) -> Waiting:
-        """The choices of the gate, as `Decision.waiting` gives them."""
-        gate, queues = self.routing, self.routing.group_queues()
-        assert gate.k is not None
-        return Waiting(
-            gate.expert.flatten(),
-            queues.position.flatten(),
-            gate.chosen.flatten(),
-            gate.kept.flatten(),
-            self.length(queues),
-            None,
-            gate.num_tokens,
-            gate.k,
-            gate.num_experts,
-        )
-
-    def length(self, queues: Queues) -> Tensor:
-        """`(e b,)` int64, the number of occupied slots of each queue."""
-        return self.routing.slots_held(queues).transpose(-2, -1).flatten()
-
-    def _queue(self) -> Tensor:
-        """The queue of each assignment of the gate, `(router * e + expert) * b + group`."""
-        *outer, b, a = self.routing.expert.shape
-        e, routers, device = self.routing.num_experts, math.prod(outer), self.routing.expert.device
-        first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
-        if outer:
-            first = add_times(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
-        return add_times(first, self.routing.expert.reshape(routers, b, a), b).flatten()
-
-
-@dataclass(frozen=True, eq=False)
-class SlotsOfTwoLevels(SlotLayout):
-    """The slots of level two, whose tokens are the slots of level one.
-
-    Attributes:
-        routing: the routing of level two.
-        slot: `(t k1,)`, the slot of each assignment of level one; the number of slots for an assignment without one.
-    """
-
-    slot: Tensor
-
-    def cell(self) -> Tensor:
-        return of_choices(super().cell(), self.routing, self.slot)
-
-    def queues(self) -> tuple[Tensor, Queues]:
-        cell, length = self.cell(), self.length(self.routing.group_queues())
-        queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
-        return queue, Queues(add_times(cell, queue, -self.capacity), length)
-
-    def waiting(self) -> Waiting:
-        return super().waiting()._replace(slot=self.slot)
 
 
 class Decision:
@@ -144,21 +37,12 @@ class Decision:
         num_tokens: t.
         num_experts: e, as a tuple (two numbers for two levels).
         dropless: whether experts compute every assignment that a gate made.
-        slots: the layout of slots with limited capacity; None if assignments queue at their experts in the order of
-            tokens.
+        routing: of the gate whose slots the assignments take, level two's of two levels; None if they queue at their
+            experts in the order of tokens.
+        slot: `(t k1,)` int64, of two levels: the slot of each choice of level one, which is a token of level two; the
+            number of slots for a choice without one. None for one level.
         most_rows: an upper bound on the rows without gaps; at most a.
     """
-
-    weight: Tensor
-    kept: Tensor
-    chosen: Tensor
-    k: int | None
-    token: Tensor | None
-    num_tokens: int
-    num_experts: tuple[int, ...]
-    slots: SlotLayout | None
-    dropless: bool
-    most_rows: int
 
     def __init__(
         self,
@@ -171,83 +55,102 @@ class Decision:
         token: Tensor | None = None,
         num_tokens: int,
         num_experts: tuple[int, ...],
-        slots: SlotLayout | None = None,
         dropless: bool = True,
+        routing: Routing | None = None,
+        slot: Tensor | None = None,
         most_rows: int | None = None,
     ) -> None:
         self._expert, self.weight, self.kept, self.chosen = expert, weight, kept, kept if chosen is None else chosen
         self.k, self.token, self.num_tokens, self.num_experts = k, token, num_tokens, num_experts
-        self.slots, self.dropless = slots, dropless
-        self.most_rows = weight.shape[0] if most_rows is None else most_rows
+        self.dropless, self.routing, self.slot = dropless, routing, slot
+        self.most_rows: int = weight.shape[0] if most_rows is None else most_rows
 
     @property
     def expert(self) -> Tensor:
         """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
-        if self._expert is not None:
-            return self._expert
-        assert self.slots is not None
-        queue, _ = self.slots.queues()
-        return queue // self.slots.num_groups
+        return self.queues()[0] // self.num_groups if self._expert is None else self._expert
+
+    @property
+    def num_groups(self) -> int:
+        """The queues of an expert: queue i b + g is that of expert i and group g."""
+        return 1 if self.routing is None else self.routing.expert.shape[-2]
+
+    @property
+    def capacity(self) -> int:
+        """The slots of a queue: as many as tokens if the assignments take none."""
+        return self.num_tokens if self.routing is None else self.routing.slots
 
     @property
     def num_slots(self) -> int:
         """The number of slots of all experts."""
-        of_expert = self.num_tokens if self.slots is None else self.slots.num_groups * self.slots.capacity
-        return math.prod(self.num_experts) * of_expert
+        return math.prod(self.num_experts) * self.num_groups * self.capacity
 
-    def queues(self) -> tuple[Tensor, Queues]:
-        """The queue `(a,)` that each assignment is in, and all queues: positions `(a,)` and lengths `(e b,)`."""
-        if self.slots is not None:
-            return self.slots.queues()
-        k = 1 if self.k is None else self.k  # in the order in which they are stored
-        return self.expert, queue_up(self.expert, self.kept, math.prod(self.num_experts), k, "token")
+    def queues(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The queue `(a,)` of each assignment and its position `(a,)` there, any number where it is not kept; and how
+        many rows each queue needs, `(e b,)`."""
+        if self.routing is None:
+            expert, k = self.expert, self.k or 1  # in the order in which they are stored
+            queues = queue_up(expert, self.kept, math.prod(self.num_experts), k, "token")
+            return expert, queues.position, queues.length
+        length = rows_of_queues(self.routing)
+        if self.slot is None:
+            return queue_of(self.routing), self.routing.slot.flatten(), length
+        cell = self._cell()
+        queue = (cell // self.capacity).clamp(0, length.shape[0] - 1)
+        return queue, add_times(cell, queue, -self.capacity), length
 
-    def waiting(self) -> Waiting:
-        """The choices that queue; for two levels those of level two. Without slots all tokens are one group."""
-        if self.slots is not None:
-            return self.slots.waiting()
-        (expert, queues), k = self.queues(), self.k
-        assert k is not None
-        queued = expert, queues.position, self.kept, self.kept, queues.length
-        return Waiting(*queued, slot=None, num_tokens=self.num_tokens, k=k, num_experts=math.prod(self.num_experts))
+    def _cell(self) -> Tensor:
+        """`(a,)` int64, the slot of each assignment among those of the call; any number where it is not kept."""
+        if self.routing is None:
+            queue, position, _ = self.queues()
+        else:
+            queue, position = queue_of(self.routing), self.routing.slot.flatten()
+        cell = add_times(position, queue, self.capacity)
+        return cell if self.slot is None or self.routing is None else of_choices(cell, self.routing, self.slot)
+
+    def rows_per_expert(self, length: Tensor) -> Tensor:
+        """`(e,)` int64, the rows that each expert needs, from those that its queues need, `(e b,)`."""
+        by_expert = length.view(math.prod(self.num_experts), -1)
+        return by_expert.flatten() if statically_known_true(by_expert.shape[1] == 1) else by_expert.sum(dim=-1)
 
     def in_slots(self) -> Plan:
         """The plan whose rows are all slots, `(e, b, c)`; some are empty."""
-        if self.slots is not None:
-            return self._plan(self.slots.cell(), self.num_slots, None)
-        queue, queues = self.queues()
-        return self._plan(add_times(queues.position, queue, self.num_tokens), self.num_slots, None)
-
-    def rows_per_expert(self, queues: Queues) -> Tensor:
-        """`(e,)` int64, the rows that each expert needs: the lengths of its queues in `queues()`, added up."""
-        by_expert = queues.length.view(math.prod(self.num_experts), -1)
-        return by_expert.flatten() if statically_known_true(by_expert.shape[1] == 1) else by_expert.sum(dim=-1)
+        return self._plan(self._cell(), self.num_slots, None)
 
     def without_gaps(self) -> Plan:
         """The plan whose rows lie sorted by expert, without empty rows between them."""
-        queue, queues = self.queues()
-        first = queues.length.cumsum(0) - queues.length
-        row = first.gather(0, queue) + queues.position
-        return self._plan(row, self.most_rows, self.rows_per_expert(queues))
+        queue, position, length = self.queues()
+        row = (length.cumsum(0) - length).gather(0, queue) + position
+        return self._plan(row, self.most_rows, self.rows_per_expert(length))
 
-    def with_rows(self, queue: Tensor, queues: Queues, rows_per_expert: Tensor, num_rows: int) -> Plan:
+    def with_rows(
+        self, queue: Tensor, position: Tensor, length: Tensor, rows_per_expert: Tensor, num_rows: int
+    ) -> Plan:
         """The plan that gives each expert a number of rows of the caller's choice; those it does not need are empty.
 
         Args:
-            queue, queues: what `queues` returned.
-            rows_per_expert: `(e,)` int64, at least `rows_per_expert(queues)`.
+            queue, position, length: what `queues` returned.
+            rows_per_expert: `(e,)` int64, at least `rows_per_expert(length)`.
             num_rows: all rows, at least the sum of `rows_per_expert`.
         """
         start = rows_per_expert.cumsum(0) - rows_per_expert
-        by_expert = queues.length.view(start.shape[0], -1)
+        by_expert = length.view(start.shape[0], -1)
         if not statically_known_true(by_expert.shape[1] == 1):
             start = (start.unsqueeze(-1) + by_expert.cumsum(dim=-1) - by_expert).flatten()
-        return self._plan(start.gather(0, queue) + queues.position, num_rows, rows_per_expert)
+        return self._plan(start.gather(0, queue) + position, num_rows, rows_per_expert)
 
     def _plan(self, row: Tensor, num_rows: int, rows_per_expert: Tensor | None) -> Plan:
+        """The plan in which kept assignments have these rows."""
         row = torch.where(self.kept, row, num_rows)
+        number = row.shape[0]
+        empty = row.new_full((num_rows + 1,), number)
+        assignment = empty.scatter(0, row, torch.arange(number, device=row.device))[:num_rows]  # the last is nobody's
+        if self.token is None:
+            token = tokens_of(assignment, self.k or 1)
+        else:
+            token = append(self.token, self.num_tokens)[assignment]
         sizes = (self.k, self.num_tokens, num_rows, self.num_experts)
-        return plan_rows(row, self.weight, self.token, rows_per_expert, *sizes)
+        return Plan(row, assignment, self.weight, token, rows_per_expert, *sizes)
 
     def prefers_rows(self) -> bool:
         """Whether rows without gaps are the better layout: dropless, or surely fewer than slots."""
@@ -284,28 +187,25 @@ def plan_slots_of(routing: Routing) -> Plan:
     return _decision_of(routing, True).in_slots()
 
 
-def _decision_of(routing: Routing, by_group: bool) -> Decision:
-    weight, kept, chosen = routing.weight, routing.kept, routing.chosen
+def _decision_of(routing: Routing, in_slots: bool) -> Decision:
+    weight, kept, chosen, token = routing.weight, routing.kept, routing.chosen, routing.token_index
     if routing.uncounted is not None:
         computed = routing.uncounted != 0
         weight, kept, chosen = weight + routing.uncounted, kept | computed, chosen | computed
+    if token is not None:  # from indices in groups to those in the call
+        token = (token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * routing.num_tokens).flatten()
     return Decision(
         routing.expert.flatten(),
         weight.flatten(),
         kept.flatten(),
         k=routing.k,
         chosen=chosen.flatten(),
-        token=None if routing.token_index is None else _in_call(routing.token_index, routing.num_tokens).flatten(),
+        token=token,
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),
-        slots=SlotLayout(routing) if by_group else None,
         dropless=routing.capacity is None,
+        routing=routing if in_slots else None,
     )
-
-
-def _in_call(token: Tensor, num_tokens: int) -> Tensor:
-    """Indices of tokens within the whole call, from indices `(b, a)` within groups."""
-    return token + torch.arange(token.shape[0], device=token.device).unsqueeze(-1) * num_tokens
 
 
 def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
@@ -328,8 +228,9 @@ def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:
         k=slots.k * inner.k,
         num_tokens=slots.num_tokens,
         num_experts=(outer.num_experts, inner.num_experts),
-        slots=SlotsOfTwoLevels(inner, slots.row),
         dropless=inner.capacity is None,
+        routing=inner,
+        slot=slots.row,
         # the choices of all slots (most of them may be empty), or of all tokens, whichever are fewer
         most_rows=smallest(math.prod(inner.expert.shape), weight.numel()),
     )
@@ -339,3 +240,18 @@ def of_choices(values: Tensor, inner: Routing, slot: Tensor) -> Tensor:
     """Values of the choices of level two for the assignments of the call, `(t k1 k2,)`, by the `slot` of each choice of
     level one; 0 where that has no slot."""
     return append(values.reshape(-1, inner.k or 1), 0)[slot].flatten()
+
+
+def queue_of(routing: Routing) -> Tensor:
+    """`(a,)` int64, the queue of each assignment of a gate: `(router e + expert) b + group`."""
+    *outer, b, a = routing.expert.shape
+    e, routers, device = routing.num_experts, math.prod(outer), routing.expert.device
+    first = torch.arange(b, device=device).view(-1, 1)  # queue of expert 0
+    if outer:
+        first = add_times(first, torch.arange(routers, device=device).view(-1, 1, 1), e * b)
+    return add_times(first, routing.expert.reshape(routers, b, a), b).flatten()
+
+
+def rows_of_queues(routing: Routing) -> Tensor:
+    """`(e b,)` int64, how many rows each queue of a gate needs: its occupied slots."""
+    return routing.slots_held(routing.group_queues()).transpose(-2, -1).flatten()

@@ -74,28 +74,6 @@ class Plan(NamedTuple):
         return plan._replace(token=tokens_of(plan.assignment, plan.k))
 
 
-def plan_rows(
-    row: Tensor,
-    weight: Tensor,
-    token: Tensor | None,
-    rows_per_expert: Tensor | None,
-    k: int | None,
-    num_tokens: int,
-    num_rows: int,
-    num_experts: tuple[int, ...],
-) -> Plan:
-    """Return a plan, from the row of each assignment: add the tables with an entry for each row.
-
-    `token` `(a,)` is that of each assignment in expert choice, None where `k` tells it; the rest is as in `Plan`.
-    """
-    num_assignments = row.shape[0]
-    index = torch.arange(num_assignments, device=row.device)
-    empty = row.new_full((num_rows + 1,), num_assignments)
-    assignment = empty.scatter(0, row, index)[:num_rows]  # those without a row all write to the last entry
-    token = tokens_of(assignment, k or 1) if token is None else append(token, num_tokens)[assignment]
-    return Plan(row, assignment, weight, token, rows_per_expert, k, num_tokens, num_rows, num_experts)
-
-
 def tokens_of(assignment: Tensor, k: int) -> Tensor:
     """The tokens of assignments, if every token has k of them."""
     return assignment if k == 1 else assignment // k

@@ -107,11 +107,11 @@ class BlockProducts(SlotProducts):
 
     @staticmethod
     def arrange(decision: Decision) -> tuple[Plan, Tensor | None]:
-        queue, queues = decision.queues()
-        needed = decision.rows_per_expert(queues)
+        queue, position, length = decision.queues()
+        needed = decision.rows_per_expert(length)
         size, number = plain.block_sizes(decision.most_rows, needed.shape[0])
         rows_per_expert, expert = whole_blocks(needed, size, number)
-        return decision.with_rows(queue, queues, rows_per_expert, number * size), expert
+        return decision.with_rows(queue, position, length, rows_per_expert, number * size), expert
 
     def __init__(self, plan: Plan, table: Tensor | None) -> None:
         assert table is not None

@@ -36,7 +36,7 @@ from mixture_of_experts import (
     ops,
 )
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of
+from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.gating import recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import second_level
@@ -49,7 +49,7 @@ from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton import operators, schedule, self_check, why_not
 from mixture_of_experts.ops.triton.form import Form, form_of
 from mixture_of_experts.ops.triton.forward_backward import compute, operands
-from mixture_of_experts.ops.triton.row_plan import plan_of, triton_few_plan, triton_plan
+from mixture_of_experts.ops.triton.row_plan import plan_of, queued_choices, triton_few_plan, triton_plan
 from mixture_of_experts.ops.triton.schedule import Blocks, WeightBlocks
 from support.triton_memory import watched
 
@@ -520,7 +520,7 @@ def check_plan(e: int, groups: int, routing: str) -> None:
         decided = replace(decided, chosen=torch.ones_like(decided.kept))
     decision = decision_of(decided)
     wanted, a = decision.without_gaps(), len(decision.weight)
-    rows = a if decision.slots is None else min(a, decision.num_slots)
+    rows = a if decision.routing is None else min(a, decision.num_slots)
     with watched(operators):
         found = plan_of(decision, few=0)
     assert found.without_tensors() == wanted._replace(num_rows=rows).without_tensors()
@@ -599,7 +599,7 @@ def check_plan_with_slots_of_nobody() -> None:
             assert torch.equal(found.token, wanted.token[: found.num_rows])
             assert torch.equal(found.row, wanted.row.where(decision.kept, found.num_rows))
         else:
-            assert decision.waiting().length.sum() > found.num_rows
+            assert rows_of_queues(decision.routing).sum() > found.num_rows
             assert int(found.rows_per_expert.sum()) == found.num_rows >= found.row.max()
 
 
@@ -924,7 +924,7 @@ def check_operators() -> None:
     torch.library.opcheck(operators.triton_ffn, (*arguments, *form, True))
     torch.library.opcheck(operators.triton_ffn_backward, (x, pre, *arguments, *form, True, True, False))
     decision = decision_of(TopKGating(16, 4, 2, capacity_factor_train=1.0)(torch.randn(2, 10, 16)))
-    torch.library.opcheck(triton_plan, (*decision.waiting(), 4, 2, 40))
+    torch.library.opcheck(triton_plan, (*queued_choices(decision), 4, 2, 40))
     torch.library.opcheck(triton_few_plan, (decision.expert, decision.kept, 4, 2))
     line = decision.expert.view(2, 20)
     order = torch.stack([torch.randperm(10), torch.randperm(10)])

@@ -46,11 +46,11 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
     """
     threads = torch.get_num_threads()
     most_rows = most_rows_of_chunk(row_bytes, threads)
-    queue, queues = decision.queues()
-    counts = decision.rows_per_expert(queues).tolist()
+    queue, position, length = decision.queues()
+    counts = decision.rows_per_expert(length).tolist()
     batches = batches_of(counts, row_work, threads, most_rows)
     given = rows_given(batches, len(counts))
-    plan = decision.with_rows(queue, queues, torch.tensor(given, device=queue.device), sum(given))
+    plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
     return plan, chunks_of(batches, most_rows)
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from mixture_of_experts.dispatch.decision import Decision
+from mixture_of_experts.dispatch.decision import Decision, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.kernels import tables
 from mixture_of_experts.ops.triton import operators
@@ -32,10 +32,26 @@ def plan_of(decision: Decision, few: int = FEW) -> Plan:
     if compares(decision, few):
         made = triton_few_plan(decision.expert, decision.kept, e, k)
     else:
-        made = triton_plan(*decision.waiting(), e, k, rows)
+        made = triton_plan(*queued_choices(decision), e, k, rows)
     row, assignment, token, rows_per_expert = made
     sizes = (k, decision.num_tokens, rows, decision.num_experts)
     return Plan(row, assignment, decision.weight, token, rows_per_expert, *sizes)
+
+
+def queued_choices(decision: Decision) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None, int, int, int]:
+    """The choices that queue, of two levels those of level two: their experts, positions, which of them queue and which
+    are kept `(a,)`; the rows that each queue needs `(e b,)`; `Decision.slot`; and tokens of a group, choices of a token
+    and experts of one router."""
+    routing, k = decision.routing, decision.k
+    assert k is not None
+    if routing is None:  # all tokens are one group
+        queue, position, length = decision.queues()
+        sizes = (decision.num_tokens, k, math.prod(decision.num_experts))
+        return queue, position, decision.kept, decision.kept, length, None, *sizes
+    assert routing.k is not None
+    flat = (values.flatten() for values in (routing.expert, routing.slot, routing.chosen, routing.kept))
+    sizes = (routing.num_tokens, routing.k, routing.num_experts)
+    return *flat, rows_of_queues(routing), decision.slot, *sizes  # type: ignore[return-value]
 
 
 @torch.library.custom_op("mixture_of_experts::triton_few_plan", mutates_args=())
@@ -91,7 +107,7 @@ def triton_plan(
     """`row` `(a,)`, `assignment` and `token` of each row, in int32, and the rows of each expert `(e,)`, as in a `Plan`.
 
     Args:
-        expert, ..., experts_of_router: a `Waiting`.
+        expert, ..., experts_of_router: `queued_choices`.
         num_experts, k, num_rows: e, the choices of a token, and r, at least the sum of `length` and at most a.
     """
     number = num_assignments(expert, slot, choices_of_gate)
