@@ -65,7 +65,7 @@ def more(module: Any, factor: float) -> None:
 
 def more_loss(layer: MoE, factor: float) -> None:
     def scaled(gate, args, routing):
-        return dataclasses.replace(routing, balance_loss=routing.balance_loss * factor)
+        return dataclasses.replace(routing, losses={**routing.losses, "balance": routing.balance_loss * factor})
 
     layer.gate.register_forward_hook(scaled)
 

@@ -31,7 +31,7 @@ class WholeForward(TopPGating):
         counted = True if tokens.full is None else tokens.full.unsqueeze(-1)
         balance = self.balance(expert, chosen & counted, (probs * counted).sum(dim=-2), tokens.length)
         z = z_loss(logits, tokens.full, self.process_group)
-        return self.route(tokens, probs, expert, weight, chosen=chosen, balance_loss=balance, z_loss=z)
+        return self.route(tokens, Choices(expert, weight, probs, {"balance": balance, "z": z}, chosen=chosen))
 
 
 class Careless(TokenChoiceGate):
@@ -62,9 +62,7 @@ class CarelessForward(Careless):
 
     def forward(self, x, importance=None, mask=None, length=None):
         tokens = self.read(x, importance, mask, length)
-        made = self.decide(tokens)
-        zero = made.probs.new_zeros(())
-        return self.route(tokens, made.probs, made.expert, made.weight, balance_loss=zero, z_loss=zero)
+        return self.route(tokens, self.decide(tokens))
 
 
 def of_probabilities(*rows: list[float], **settings) -> tuple[nn.Module, Tensor]:
@@ -322,8 +320,9 @@ def test_a_hook_may_add_a_loss():
 class AddsALoss(TopKGating):
     """Adds a loss neither in `decide` nor in `forward`."""
 
-    def route(self, *args, losses, **kwargs):
-        return super().route(*args, losses={**losses, "own": losses["z"].new_tensor(3.0)}, **kwargs)
+    def route(self, tokens, choices):
+        own = {"own": choices.losses["z"].new_tensor(3.0)}
+        return super().route(tokens, choices._replace(losses={**choices.losses, **own}))
 
 
 def test_a_subclass_may_report_more_than_its_base():

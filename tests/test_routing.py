@@ -15,39 +15,27 @@ def a_routing(**more) -> Routing:
     weight = torch.tensor([[[0.75, 0.25, 0.5, 0.0]]]).expand(3, 1, 4)
     given = dict(expert=expert, kept=weight != 0, weight=weight, probs=torch.ones(3, 1, 2, 2) / 2, num_tokens=2)
     given |= dict(num_experts=2, capacity=None, k=2, chosen=weight != 0)
-    return Routing(**{**given, "balance_loss": torch.tensor(1.0), "z_loss": torch.tensor(2.0), **more})
+    return Routing(**{**given, "losses": {"balance": torch.tensor(1.0), "z": torch.tensor(2.0)}, **more})
 
 
 def test_losses_have_names():
-    assert {name: loss.item() for name, loss in a_routing().losses.items()} == {"balance": 1.0, "z": 2.0}
-    own = a_routing(losses={"own": torch.tensor(3.0)})
-    assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "balance": 1.0, "z": 2.0}
-    none = a_routing(balance_loss=None, z_loss=None).losses
-    assert {name: loss.item() for name, loss in none.items()} == {"balance": 0.0, "z": 0.0}
+    own = a_routing(losses={"own": torch.tensor(3.0), "balance": torch.tensor(1.0)})
+    assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "balance": 1.0, "z": 0.0}
+    assert (own.balance_loss.item(), own.z_loss.item()) == (1.0, 0.0)
 
 
-def test_a_loss_stands_once():
-    """Given by name or as an argument, replaced in both ways; never two that differ."""
-    by_name = {"balance": torch.tensor(1.0), "z": torch.tensor(2.0), "own": torch.tensor(3.0)}
-    routing = a_routing(losses=by_name, balance_loss=None, z_loss=by_name["z"])
-    assert (routing.balance_loss, routing.z_loss) == (by_name["balance"], by_name["z"])
-    for name in ("balance", "z"):
-        with pytest.raises(ValueError, match=rf"{name}_loss and losses\['{name}'\] are two tensors: .*one of the two"):
-            a_routing(**{"balance_loss": None, "z_loss": None, f"{name}_loss": torch.tensor(1.5), "losses": by_name})
-    found = replace(routing, z_loss=torch.tensor(5.0), balance_loss=7)  # also a number
-    assert {name: loss.item() for name, loss in found.losses.items()} == {"balance": 7.0, "z": 5.0, "own": 3.0}
-    assert (found.balance_loss.item(), found.z_loss.item()) == (7.0, 5.0)
-    assert (routing.balance_loss.item(), routing.z_loss.item()) == (1.0, 2.0)  # the old one is as it was
-    found = replace(found, losses={**found.losses, "z": torch.tensor(6.0)})
-    assert (found.balance_loss.item(), found.z_loss.item()) == (7.0, 6.0)
-    found = replace(found, losses={"own": torch.tensor(4.0)})
-    assert {name: loss.item() for name, loss in found.losses.items()} == {"own": 4.0, "balance": 7.0, "z": 6.0}
-    with pytest.raises(ValueError, match="two tensors"):
-        replace(found, losses={"z": torch.tensor(1.0)}, z_loss=torch.tensor(2.0))
+def test_a_loss_is_replaced_by_name():
+    routing = a_routing()
+    found = replace(routing, losses={**routing.losses, "z": torch.tensor(6.0), "own": torch.tensor(4.0)})
+    assert {name: loss.item() for name, loss in found.losses.items()} == {"balance": 1.0, "z": 6.0, "own": 4.0}
+    assert found.z_loss.item() == 6.0
+    assert routing.z_loss.item() == 2.0  # the old one is as it was
+    assert replace(found, weight=found.weight * 2).losses is found.losses
 
 
 def test_a_routing_is_a_tree_of_its_tensors():
-    routing = a_routing(losses={"own": torch.tensor(3.0)})
+    losses = {"own": torch.tensor(3.0), "balance": torch.tensor(1.0), "z": torch.tensor(2.0)}
+    routing = a_routing(losses=losses)
     leaves, spec = pytree.tree_flatten(routing)
     assert sum(leaf is routing.z_loss for leaf in leaves) == 1
     half = pytree.tree_unflatten([leaf.half() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], spec)
@@ -64,7 +52,8 @@ def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
             self.gate = TopKGating(8, 4)
 
         def forward(self, x, importance=None, mask=None):
-            return replace(self.gate(x, importance, mask), z_loss=5, balance_loss=7)
+            losses = {"z": torch.tensor(5.0), "balance": torch.tensor(7.0)}
+            return replace(self.gate(x, importance, mask), losses=losses)
 
     moe = MoE(8, 4, gate=Wrapper(), loss_coef=0.5, z_loss_coef=0.25)
     run = torch.compile(moe, backend="eager", fullgraph=True) if compiled else moe

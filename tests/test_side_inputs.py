@@ -19,7 +19,7 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
-from mixture_of_experts.gating.given import LIVE, merge_given
+from mixture_of_experts.gating.given import LIVE, is_computed, merge
 
 DIM = 6
 
@@ -228,11 +228,13 @@ def test_of_two_choices_one_may_not_be_given():
     torch.testing.assert_close(routing.balance_loss, 4 / 2**2 * routing.probs[0, :, 2].sum())
 
 
-def test_of_its_own_choices_a_gate_makes_those_that_it_sends():
-    chosen, sent = torch.tensor([[True, True, False]]), torch.tensor([[True, False, True]])
-    merged = merge_given(None, torch.tensor([[0, 1, 2]]), chosen)
-    assert merged.chosen(sent).tolist() == [[True, False, False]]
-    assert merged.chosen() is chosen
+def test_given_choices_join_own_ones():
+    own, made = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[True, False, True, True]])
+    assert merge(None, own, made) == (own, made)
+    expert, chosen = merge(torch.tensor([[LIVE, LIVE, -1, -2 - 3]]), own, made)
+    assert expert.tolist() == [[0, 1, 0, 3]]
+    assert chosen.tolist() == [[True, False, False, True]]
+    assert is_computed(torch.tensor([LIVE, -1, 0, 5, -2, -7])).tolist() == [True, True, True, True, False, False]
 
 
 def test_given_experts_are_checked():

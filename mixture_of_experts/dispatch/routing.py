@@ -6,9 +6,8 @@ n tokens of a group, e experts, c capacity, k choices of a token, a assignments 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import InitVar, dataclass
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from mixture_of_experts.dispatch.queues import Queues, queue_up
 
 
 # compared and hashed by identity: tensors have no single answer to ==
-@dataclass(frozen=True, eq=False, init=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Routing:
     """What a gate decided: which token goes to which slot of which expert, with which weight.
 
@@ -25,9 +24,6 @@ class Routing:
     dense tensors of the papers and the balancing loss: `dispatch, combine, loss = routing`.
 
     An assignment is one choice of one token (in expert choice: one token of one expert).
-
-    A constructor gets the attributes below. It gets the two losses that every router has either by name in `losses` or
-    as `balance_loss=` and `z_loss=`; they are 0 by default. `dataclasses.replace` takes all of these too.
 
     Attributes:
         expert: `(..., b, a)` int64, expert of each assignment.
@@ -45,17 +41,14 @@ class Routing:
         token_index: `(..., b, a)` int64, token of each assignment in expert choice; None otherwise.
         limit: `(..., b)` int64, each group's own capacity where a mask makes it smaller; None otherwise.
         real: `(..., b, n)` bool, the tokens that are not masked; None if none is masked.
-        losses: every loss by name, 0-dim, without coefficients: "balance", "z", and a gate's own, such as the parts of
-            its balancing loss.
+        losses: every loss by name, 0-dim, without coefficients: "balance" and "z", which are 0 where a gate reports
+            none, and a gate's own, such as the parts of its balancing loss.
         primary: `(..., b, a)` bool, the assignments that count as first choices in a second level; None: the first
             assignment of each token.
         uncounted: `(..., b, a)`, without gradient: the weights of padding that is computed (`counted=`), 0 at real
             tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
             knows of them.
         weighed: `(..., b, a)` bool, the assignments that share their token's weight, computed or not; None if all do.
-
-    Raises:
-        ValueError: a loss is given both ways, as two tensors.
 
     Example:
         >>> import torch
@@ -75,50 +68,19 @@ class Routing:
     capacity: int | None
     k: int | None
     chosen: Tensor
-    queues: Queues | None
-    token_index: Tensor | None
-    limit: Tensor | None
-    real: Tensor | None
-    losses: dict[str, Tensor]
-    primary: Tensor | None
-    uncounted: Tensor | None
-    weighed: Tensor | None
-    #: the routing itself, which `dataclasses.replace` reads and hands to the constructor of the new one
-    _replaced: InitVar[Any] = property(lambda self: self)  # noqa: RUF009 (a property, read anew)
+    queues: Queues | None = None
+    token_index: Tensor | None = None
+    limit: Tensor | None = None
+    real: Tensor | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    primary: Tensor | None = None
+    uncounted: Tensor | None = None
+    weighed: Tensor | None = None
 
-    def __init__(
-        self,
-        *,
-        expert: Tensor,
-        kept: Tensor,
-        weight: Tensor,
-        probs: Tensor,
-        num_tokens: int,
-        num_experts: int,
-        capacity: int | None,
-        k: int | None,
-        chosen: Tensor,
-        balance_loss: Tensor | float | None = None,
-        z_loss: Tensor | float | None = None,
-        losses: Mapping[str, Tensor] | None = None,
-        queues: Queues | None = None,
-        token_index: Tensor | None = None,
-        limit: Tensor | None = None,
-        real: Tensor | None = None,
-        primary: Tensor | None = None,
-        uncounted: Tensor | None = None,
-        weighed: Tensor | None = None,
-        _replaced: Routing | None = None,
-    ) -> None:
-        before = {} if _replaced is None else _replaced.losses
-        given = {"balance": balance_loss, "z": z_loss}
-        values: dict[str, Any] = dict(expert=expert, kept=kept, weight=weight, probs=probs, num_tokens=num_tokens)
-        values |= dict(num_experts=num_experts, capacity=capacity, k=k, chosen=chosen, queues=queues)
-        values |= dict(token_index=token_index, limit=limit, real=real, primary=primary, uncounted=uncounted)
-        values |= dict(weighed=weighed)
-        values["losses"] = joined_losses({} if losses is None else losses, given, before, probs)
-        for name, value in values.items():
-            object.__setattr__(self, name, value)
+    def __post_init__(self) -> None:
+        if missing := [name for name in ("balance", "z") if name not in self.losses]:
+            zeros = {name: self.probs.new_zeros(()) for name in missing}
+            object.__setattr__(self, "losses", {**zeros, **self.losses})
 
     @property
     def balance_loss(self) -> Tensor:
@@ -198,30 +160,6 @@ class Routing:
     def dispatch_tensor(self) -> Tensor:
         """The papers' dispatch tensor `(..., b, n, e, c)`: 1 where the combine tensor is not 0."""
         return occupied(self.combine_tensor())
-
-
-def joined_losses(
-    losses: Mapping[str, Tensor],
-    given: Mapping[str, Tensor | float | None],
-    before: Mapping[str, Tensor],
-    probs: Tensor,
-) -> dict[str, Tensor]:
-    """All losses by name, from `losses` and those that are `given` by arguments of their own.
-
-    A loss that is None and not in `losses` is that of `before`, or else 0, in the dtype of `probs`. With the dict
-    `before` itself as `losses`, those given are put in the place of its own. Otherwise a loss in both, as two tensors,
-    is a ValueError.
-    """
-    joined = dict(losses)
-    for name, loss in given.items():
-        if loss is None:
-            if name not in joined:
-                joined[name] = before[name] if name in before else probs.new_zeros(())
-        elif name not in joined or joined[name] is loss or losses is before:
-            joined[name] = loss if isinstance(loss, Tensor) else probs.new_full((), loss)
-        else:
-            raise ValueError(f"{name}_loss and losses[{name!r}] are two tensors: give this loss in one of the two ways")
-    return joined
 
 
 def occupied(combine: Tensor) -> Tensor:

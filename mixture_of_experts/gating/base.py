@@ -23,19 +23,30 @@ from mixture_of_experts.dispatch.queues import (
     group_capacity,
     queue_up,
 )
-from mixture_of_experts.dispatch.routing import Routing, joined_losses
-from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES, OF_EXPERT_GROUPS, BalanceOver, Counted, load_of
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating.balance_losses import (
+    BALANCE_LOSSES,
+    BALANCE_OVER,
+    OF_EXPERT_GROUPS,
+    BalanceOver,
+    Counted,
+    load_of,
+)
 from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
 from mixture_of_experts.gating.given import (
+    COUNTED,
+    GIVEN,
+    GIVEN_WEIGHTS,
     LIVE,
     Forced,
-    MergedChoices,
+    both,
     check_forced,
     check_given,
     forced_experts,
-    merge_given,
+    is_computed,
+    merge,
 )
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
@@ -52,9 +63,6 @@ from mixture_of_experts.support.checks import (
 from mixture_of_experts.support.private_torch import own, statically_known_true
 from mixture_of_experts.support.settings import FixedShapes, setting
 
-COUNTED = "counted"  # the side input that says which tokens count, where all are computed
-GIVEN_WEIGHTS = "given_weights"  # the side input with the weights of a token's choices
-
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
 class Tokens:
@@ -66,7 +74,7 @@ class Tokens:
     active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
     length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
-    all_choose: bool = False  # whether tokens that are not full choose too: they are computed, but count nowhere
+    all_choose: bool = False  # whether padding chooses too: it is computed, but counts nowhere
 
     @property
     def num_tokens(self) -> int:
@@ -76,6 +84,12 @@ class Tokens:
     def choosing(self) -> Tensor | None:
         """`(..., b, n)` bool, the tokens that make all their choices, counted or not; None if all do."""
         return None if self.all_choose else self.full
+
+    def padding_is(self, value: Any, values: Tensor) -> Tensor:
+        """`values` `(..., b, n, k)`, but `value` for padding that chooses."""
+        if not self.all_choose or self.full is None:
+            return values
+        return torch.where(self.full.unsqueeze(-1), values, value)
 
 
 class Gate(FixedShapes):
@@ -159,15 +173,30 @@ class Gate(FixedShapes):
         if importance is not None:
             check_importance(importance, x.shape[:-1])
             full, active = importance == 1, importance > 0
-        if mask is not None:
+        counted = side.pop(COUNTED, None)
+        if counted is not None:
+            self._check_counted(counted, x, importance, mask)
+            full = active = mask = counted
+        elif mask is not None:
             check_mask(mask, x.shape[:-1])
             x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
-            full, active = (mask, mask) if full is None or active is None else (full & mask, active & mask)
+            full, active = both(full, mask), both(active, mask)
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
-        return Tokens(x, mask, full, active, x.shape[-2] if length is None else length, side)
+        known = x.shape[-2] if length is None else length
+        return Tokens(x, mask, full, active, known, side, all_choose=counted is not None)
+
+    def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
+        if importance is not None or mask is not None:
+            raise ValueError("counted goes with no mask and no importance: give the mask as counted, or as mask")
+        if (factor := getattr(self, "capacity_factor", None)) is not None:
+            raise ValueError(
+                f"counted needs a dropless gate, got a capacity factor of {factor}: give it as mask, so that padding "
+                "takes no slots"
+            )
+        check_mask(counted, x.shape[:-1], COUNTED)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits `(..., b, n, e)` of tokens x, in float32 (float64 for float64 weights), also under autocast."""
@@ -266,7 +295,7 @@ class TokenChoiceGate(Gate):
         """The mean number of choices of a token; None if scores decide how many of the k are made."""
         return self.k
 
-    def merge_given(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> MergedChoices:
+    def merge_given(self, tokens: Tokens, expert: Tensor, chosen: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Replace the gate's own choices by given ones, where the side input "given_experts" has some.
 
         `decide` of a gate that names "given_experts" in `reads` calls this. That input is `(..., b, n, k)` int64: an
@@ -276,41 +305,25 @@ class TokenChoiceGate(Gate):
             tokens: the argument of `decide`.
             expert: `(..., b, n, k)` int64, the gate's own choices.
             chosen: `(..., b, n, k)` bool, which of those the gate makes; None if all.
-        """
-        given = tokens.side.get("given_experts")
-        if given is not None and (given.shape != (*tokens.x.shape[:-1], self.k) or given.dtype != torch.int64):
-            wanted = (*tokens.x.shape[:-1], self.k)
-            raise ValueError(f"given_experts must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        if given is not None and tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
-            given = torch.where(tokens.full.unsqueeze(-1), given, LIVE)
-        if given is not None and self.forced is None:
-            check_given(given, self.num_experts, tokens.active)
-        return merge_given(given, expert, chosen)
 
-    def read(
-        self,
-        x: Tensor,
-        importance: Tensor | None = None,
-        mask: Tensor | None = None,
-        length: Length | Tensor | None = None,
-        side: Mapping[str, Tensor] | None = None,
-    ) -> Tokens:
-        """Check the arguments of `forward`, and return the `Tokens`."""
-        if not side or COUNTED not in side or COUNTED not in self.reads:
-            return super().read(x, importance, mask, length, side)
-        side = dict(side)
-        counted = side.pop(COUNTED)
-        if importance is not None or mask is not None:
-            raise ValueError("counted goes with no mask and no importance: give the mask as counted, or as mask")
-        if self.capacity_factor is not None:
-            raise ValueError(
-                f"counted needs a dropless gate, got a capacity factor of {self.capacity_factor}: give it as mask, so "
-                "that padding takes no slots"
-            )
-        tokens = super().read(x, length=length, side=side)
-        check_mask(counted, x.shape[:-1], COUNTED)
-        its_length = Length(counted.sum(dim=-1)) if length is None else tokens.length
-        return replace(tokens, real=counted, full=counted, active=counted, length=its_length, all_choose=True)
+        Returns:
+            Experts and `chosen` of all choices, for `Choices`. Chosen ones share the token's weight, though some of
+            them may be given as not computed.
+        """
+        return merge(self.given(tokens), expert, chosen)
+
+    def given(self, tokens: Tokens) -> Tensor | None:
+        """The given choices `(..., b, n, k)`, checked; None if there are none."""
+        given = tokens.side.get(GIVEN)
+        if given is None:
+            return None
+        wanted = (*tokens.x.shape[:-1], self.k)
+        if given.shape != wanted or given.dtype != torch.int64:
+            raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
+        given = tokens.padding_is(LIVE, given)  # nobody gave any for padding
+        if self.forced is None:
+            check_given(given, self.num_experts, tokens.active)
+        return given
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
@@ -348,40 +361,16 @@ class TokenChoiceGate(Gate):
         tokens = self.read(x, importance, mask, length, side)
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
-        warn_of_decoding(self, tokens.num_tokens)
+        if tokens.num_tokens == 1 and not self.training:
+            warn_of_decoding(self)
         choices = self._decided(tokens)
-        weight = self._with_given_weights(tokens, choices.weight) if GIVEN_WEIGHTS in tokens.side else choices.weight
-        chosen = None if choices.masked or tokens.all_choose else self.allowed(tokens)  # `route` then masks
-        if choices.chosen is not None:
-            chosen = choices.chosen if chosen is None else choices.chosen & chosen
-        return self.route(
-            replace(tokens, active=None) if choices.masked else tokens,
-            choices.probs,
-            choices.expert,
-            weight,
-            chosen=chosen,
-            score=choices.score,
-            primary=choices.primary,
-            weighed=choices.weighed,
-            losses={**choices.losses, **self.named_losses(losses, tokens, choices)} if losses else choices.losses,
-        )
+        if losses:
+            choices = choices._replace(losses={**choices.losses, **self.named_losses(losses, tokens, choices)})
+        return self.route(tokens, choices)
 
     def _route_one_token(self, x: Tensor) -> Routing | None:
         """Return the `Routing` of a call with x alone, where the gate has a shorter way to it; else None."""
         return None
-
-    def _with_given_weights(self, tokens: Tokens, weight: Tensor) -> Tensor:
-        """The weights `(..., b, n, k)` with the values of the side input `given_weights`, except where that is NaN."""
-        given = tokens.side[GIVEN_WEIGHTS]
-        if given.shape != weight.shape or not given.is_floating_point():
-            raise ValueError(
-                f"given_weights must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
-                f"{tuple(given.shape)}"
-            )
-        live = given.isnan()
-        if tokens.all_choose and tokens.full is not None:  # nobody gave any for padding
-            live = live | ~tokens.full.unsqueeze(-1)
-        return torch.where(live, weight, given.to(weight.dtype) + (weight - weight.detach()))
 
     def _decided(self, tokens: Tokens) -> Choices:
         """What `decide` returns; an error for anything else than `Choices`, or if it reads a side input that is left
@@ -404,31 +393,31 @@ class TokenChoiceGate(Gate):
             )
         return choices
 
+    def _force(self, how: Forced, tokens: Tokens) -> Tokens:
+        """The tokens with forced experts as given ones."""
+        if GIVEN in tokens.side:
+            raise ValueError(f"experts are given, and {how} ones forced: do one or the other")
+        x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
+        forced = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
+        return replace(tokens, side={**tokens.side, GIVEN: forced})
+
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         """The losses among `names` that the gate offers, by name: `BALANCE_LOSSES` of the choices that are made, and of
-        given ones that are weighed but not computed."""
+        given ones that are not computed."""
         groups, top_groups = getattr(self, "num_groups", None) or 0, getattr(self, "top_groups", None) or 0
         known = [name for name in names if name in BALANCE_LOSSES and (groups or name not in OF_EXPERT_GROUPS)]
         if not known:
             return {}
-        made = choices.chosen if choices.weighed is None else choices.weighed
-        chosen, probs = self.counted(tokens, made, choices.probs)
-        load, proxy = self.load(choices.expert, chosen), probs.sum(dim=-2)
+        chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
+        load, proxy = load_of(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
         counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
         return {name: BALANCE_LOSSES[name](counted) for name in known}
 
-    def _force(self, how: Forced, tokens: Tokens) -> Tokens:
-        """The tokens with forced experts as side input `given_experts`."""
-        if "given_experts" in tokens.side:
-            raise ValueError(f"experts are given, and {how} ones forced: do one or the other")
-        x, shape = tokens.x, (*tokens.x.shape[:-1], self.k)
-        given = forced_experts(how, shape, self.num_experts, x.device, self.allowed(tokens), self.process_group)
-        return replace(tokens, side={**tokens.side, "given_experts": given})
-
     def allowed(self, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none."""
-        if tokens.full is None or tokens.active is None:
+        """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
+        all make all."""
+        if tokens.choosing is None or tokens.full is None or tokens.active is None:
             return None
         rest = tokens.full.unsqueeze(-1).expand(*tokens.full.shape, self.k - 1)
         return torch.cat([tokens.active.unsqueeze(-1), rest], dim=-1)
@@ -443,14 +432,11 @@ class TokenChoiceGate(Gate):
         limit = group_capacity(tokens.length, *sizes) if isinstance(tokens.length, Length) else None
         return expert_capacity(tokens.num_tokens, *sizes), limit
 
-    def load(self, expert: Tensor, counted: Tensor | None) -> Tensor:
-        """`(..., b, e)` int64, how often each expert is among the choices `(..., b, n, k)` that are `counted`."""
-        return load_of(expert, counted, self.num_experts)
-
     def balance(
         self, expert: Tensor, counted: Tensor | None, proxy: Tensor, length: Length | int, k: float = 1
     ) -> Tensor:
-        """The balancing loss of GShard and Switch, 0-dim; 1.0 if choices and probabilities are uniform.
+        """The balancing loss of GShard and Switch over the tokens that `balance_over` says, 0-dim; 1.0 if choices and
+        probabilities are uniform.
 
         Args:
             expert: `(..., b, n, k)` int64, the choices.
@@ -458,12 +444,9 @@ class TokenChoiceGate(Gate):
             proxy, length, k: as in `losses.load_balance`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
-            return self.balance_of(self.load(expert, counted), proxy, length, k)
+            load = load_of(expert, counted, self.num_experts)
+            return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
-
-    def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The balancing loss of this gate, from each expert's number of choices, `load` `(..., b, e)`; 0-dim."""
-        return losses.load_balance(load, proxy, length, k, self.process_group)
 
     def balance_loss(
         self, tokens: Tokens, probs: Tensor, expert: Tensor, chosen: Tensor | None = None, k: float = 1
@@ -487,7 +470,7 @@ class TokenChoiceGate(Gate):
         if tokens.full is None:
             return chosen, probs
         full = tokens.full.unsqueeze(-1)
-        return full if chosen is None else chosen & full, torch.where(full, probs, 0.0)
+        return both(chosen, full), torch.where(full, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """The router z-loss of logits `(..., b, n, e)` over the tokens that count; 0-dim."""
@@ -497,21 +480,7 @@ class TokenChoiceGate(Gate):
         """The mean of `values` `(..., b, n)` over the tokens that count, on all ranks: a loss of your own, 0-dim."""
         return losses.token_mean(values, tokens.full, self.process_group)
 
-    def route(
-        self,
-        tokens: Tokens,
-        probs: Tensor,
-        expert: Tensor,
-        weight: Tensor,
-        *,
-        chosen: Tensor | None = None,
-        score: Tensor | None = None,
-        primary: Tensor | None = None,
-        weighed: Tensor | None = None,
-        balance_loss: Tensor | None = None,
-        z_loss: Tensor | None = None,
-        losses: Mapping[str, Tensor] | None = None,
-    ) -> Routing:
+    def route(self, tokens: Tokens, choices: Choices) -> Routing:
         """Give the choices their slots, and return the `Routing`. Tokens that may not choose have no choice in it.
 
         Shapes and dtypes are checked. For gates outside this package, on a CPU, values are checked too: every expert
@@ -519,22 +488,15 @@ class TokenChoiceGate(Gate):
 
         Args:
             tokens: the result of `read`.
-            probs: `(..., b, n, e)`, probabilities.
-            expert, weight: `(..., b, n, k)`, best choice first.
-            chosen: `(..., b, n, k)` bool, the choices that are made at all (importance, policy); None if all are.
-            score: `(..., b, n)`, the order of tokens with priority "score"; by default the top probability.
-            primary: `(..., b, n, k)` bool, the choices that a second level takes as first; by default choice 0.
-            weighed: `(..., b, n, k)` bool, the choices that share the token's weight, computed or not; None if all do.
-            losses: every loss by name, 0-dim; `balance_loss` and `z_loss` are short for "balance" and "z" in it.
+            choices: the result of `decide`.
         """
-        losses = joined_losses(losses or {}, {"balance": balance_loss, "z": z_loss}, {}, probs)
-        tracing, name = torch.compiler.is_compiling(), type(self).__name__
+        tracing, name, probs, score = torch.compiler.is_compiling(), type(self).__name__, choices.probs, choices.score
         if not tracing:
-            choices = Choices(expert, weight, probs, losses, chosen, score, primary)
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
-        chosen, uncounted = self._that_count(tokens, weight, chosen)
-        expert, weight = expert.flatten(-2), own(weight.contiguous(), (*expert.shape[:-2], expert.shape[-2] * self.k))
-        optional = (chosen, primary, weighed, uncounted)
+        chosen, weight, uncounted = self._restricted(tokens, choices)
+        flat = (*probs.shape[:-2], tokens.num_tokens * self.k)
+        expert, weight = choices.expert.flatten(-2), own(weight.contiguous(), flat)
+        optional = (chosen, choices.primary, choices.chosen, uncounted)
         chosen, primary, weighed, uncounted = (None if v is None else v.flatten(-2) for v in optional)
         # a choice of weight 0 is not computed: with a capacity it still holds a slot, dropless it does not queue
         kept = weight != 0 if chosen is None else chosen & (weight != 0)
@@ -565,22 +527,38 @@ class TokenChoiceGate(Gate):
             queues=queues,
             limit=limit,
             real=tokens.real,
-            losses=losses,
+            losses=choices.losses,
             primary=primary,
             weighed=weighed,
             uncounted=uncounted,
         )
 
-    def _that_count(self, tokens: Tokens, weight: Tensor, chosen: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The choices `(..., b, n, k)` that are `chosen` by tokens that may choose, None if all are; and the weights of
-        the others that are computed though they do not count, None if there are none."""
-        if tokens.active is None:
-            return chosen, None
-        active = tokens.active.unsqueeze(-1).expand_as(weight)
-        uncounted = None
-        if tokens.all_choose:
-            uncounted = torch.where(~active if chosen is None else chosen & ~active, weight.detach(), 0.0)
-        return active if chosen is None else chosen & active, uncounted
+    def _restricted(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """The choices that are chosen and computed, of tokens that count; None if all are. The weights. And, of padding
+        that chooses, the weights of its choices, without gradient; None if there is none. Each is `(..., b, n, k)`."""
+        chosen = both(choices.chosen, choices.sent)
+        if not choices.masked:
+            chosen = both(chosen, self.allowed(tokens))
+        if (given := tokens.side.get(GIVEN)) is not None:
+            chosen = both(chosen, is_computed(tokens.padding_is(LIVE, given)))
+        weight, uncounted = choices.weight, None
+        if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:
+            weight = self._with_given_weights(tokens, weights, weight)
+        if tokens.all_choose and tokens.full is not None:
+            real = tokens.full.unsqueeze(-1).expand_as(weight)
+            uncounted = torch.where(both(chosen, ~real), weight.detach(), 0.0)  # type: ignore[arg-type]
+            chosen = both(chosen, real)
+        return chosen, weight, uncounted
+
+    def _with_given_weights(self, tokens: Tokens, given: Tensor, weight: Tensor) -> Tensor:
+        """The weights `(..., b, n, k)` with the values of given ones, except where these are NaN."""
+        if given.shape != weight.shape or not given.is_floating_point():
+            raise ValueError(
+                f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
+                f"{tuple(given.shape)}"
+            )
+        given = tokens.padding_is(torch.nan, given)  # nobody gave any for padding
+        return torch.where(given.isnan(), weight, given.to(weight.dtype) + (weight - weight.detach()))
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]

@@ -23,13 +23,11 @@ class Choices(NamedTuple):
     probs: Tensor  #: (..., b, n, e) the router's probabilities (normalised scores)
     #: every loss by name, 0-dim: "balance" is what the layer's loss_coef weighs, "z" what its z_loss_coef weighs
     losses: dict[str, Tensor]
-    chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that are made at all; None if all are
+    chosen: Tensor | None = None  #: (..., b, n, k) bool, the choices that share the token's weight; None if all do
     score: Tensor | None = None  #: (..., b, n) the order of priority "score"; by default the top probability
     primary: Tensor | None = None  #: (..., b, n, k) bool, first choices for a second level; by default choice 0
-    masked: bool = False  #: whether `chosen` leaves out already what masks and importance do not allow
-    #: (..., b, n, k) bool, the choices that share the token's weight, computed or not: losses by name count these; by
-    #: default those that are made
-    weighed: Tensor | None = None
+    sent: Tensor | None = None  #: (..., b, n, k) bool, those of the chosen that go to their expert; None if all do
+    masked: bool = False  #: whether `sent` leaves out already what masks and importance do not allow
 
 
 def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num_experts: int) -> None:
@@ -40,6 +38,7 @@ def check_choices(gate: str, choices: Choices, shape: Sequence[int], k: int, num
         ("weight", of_choices, "floating point"),
         ("probs", of_experts, "floating point"),
         ("chosen", of_choices, "bool"),
+        ("sent", of_choices, "bool"),
         ("score", tuple(shape), "floating point"),
         ("primary", of_choices, "bool"),
     ):

@@ -8,16 +8,10 @@ from typing import Any
 import torch
 
 
-def warn_of_decoding(gate: Any, num_tokens: int) -> None:
-    """Warn if a gate in eval gets groups of one token, and its choices depend on other tokens (capacity) or on chance.
-
-    There is no warning in a traced graph or at a second level.
-
-    Args:
-        gate: a gate of token choice.
-        num_tokens: n, tokens of a group.
-    """
-    if gate.training or num_tokens != 1 or gate.outer_expert_dims or torch.compiler.is_compiling():
+def warn_of_decoding(gate: Any) -> None:
+    """Warn of a gate of token choice that in eval gets groups of one token, if its choices depend on other tokens
+    (capacity) or on chance. There is no warning in a traced graph or at a second level."""
+    if gate.outer_expert_dims or torch.compiler.is_compiling():
         return
     found = {}  # name: (its value, the value to set instead)
     if gate.capacity_factor_eval is not None:

@@ -103,7 +103,6 @@ class ExpertChoiceGating(Gate):
             kept=kept.flatten(-2),
             weight=weight.flatten(-2),
             probs=probs,
-            z_loss=token_mean(log_total.square(), tokens.real, self.process_group),
             num_tokens=n,
             num_experts=e,
             capacity=capacity,
@@ -113,6 +112,7 @@ class ExpertChoiceGating(Gate):
             token_index=token.flatten(-2),
             limit=limit,
             real=tokens.real,
+            losses={"z": token_mean(log_total.square(), tokens.real, self.process_group)},
         )
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

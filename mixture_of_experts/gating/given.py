@@ -13,7 +13,7 @@ Forced choices, for benchmarks, are given ones that follow from shapes alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -23,50 +23,38 @@ from torch.nn import functional
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import can_read
 
+# Side inputs by which others choose for a gate, or say who does
+GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
+OPEN = "open_experts"  # the experts among which a token chooses
+COUNTED = "counted"  # the tokens that count, where all are computed
 LIVE = -(1 << 15)  # the least of int16
 
 
-class MergedChoices(NamedTuple):
-    """The choices of all tokens, given ones and the gate's own."""
+def merge(given: Tensor | None, own: Tensor, made: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`.
 
-    expert: Tensor  #: (..., b, n, k) int64, from 0 to e - 1
-    weighed: Tensor | None  #: (..., b, n, k) bool, choices that share the token's weight; None: all
-    computed: Tensor | None  #: (..., b, n, k) bool, choices that are computed; None: all
-    live: Tensor | None = None  #: (..., b, n, k) bool, choices that are the gate's own; None: all
+    Args:
+        given: choices as they are written; None: the gate makes all.
+        own, made: its own experts, and which of them it chooses; None: all.
 
-    def column(self, i: int) -> MergedChoices:
-        """Choice i of every token, `(..., b, n, 1)`."""
-        return MergedChoices(*(None if part is None else part[..., i : i + 1] for part in self))  # type: ignore[arg-type]
-
-    def among(self, allowed: Tensor | None) -> Tensor | None:
-        """`(..., b, n, k)` bool, choices that are `allowed` and share the token's weight; None if all are."""
-        return allowed if self.weighed is None else self.weighed if allowed is None else allowed & self.weighed
-
-    def chosen(self, sent: Tensor | None = None) -> Tensor | None:
-        """`(..., b, n, k)` bool, choices that are made; of the gate's own only those `sent`. None if all are made."""
-        if self.computed is None or sent is None:
-            return self.computed if sent is None else sent
-        own = sent & self.computed
-        return own if self.live is None else torch.where(self.live, own, self.computed)
-
-    def without(self, closed: Tensor | None) -> MergedChoices:
-        """The same choices, without those of experts that are `closed` `(..., b, n, e)` to their token."""
-        if closed is None:
-            return self
-        is_open = ~closed.gather(-1, self.expert)
-        weighed, computed = (is_open if part is None else part & is_open for part in (self.weighed, self.computed))
-        return self._replace(weighed=weighed, computed=computed)
-
-
-def merge_given(given: Tensor | None, own: Tensor, chosen: Tensor | None = None) -> MergedChoices:
-    """Join choices `(..., b, n, k)`: the given ones, and the gate's `own` where those are `LIVE`. `chosen` says which
-    of its own the gate makes."""
+    Returns:
+        The experts, from 0 to e - 1; and which of them are chosen, None if all are.
+    """
     if given is None:
-        return MergedChoices(own, chosen, chosen)
-    live, not_computed = given == LIVE, torch.where(given < -1, -2 - given, 0)
-    expert = torch.where(live, own, torch.where(given < 0, not_computed, given))
-    own_chosen = live if chosen is None else live & chosen
-    return MergedChoices(expert, own_chosen | ~live & (given != -1), own_chosen | (given >= 0), live)
+        return own, made
+    live = given == LIVE
+    expert = torch.where(live, own, torch.where(given < 0, torch.where(given < -1, -2 - given, 0), given))
+    return expert, torch.where(live, True if made is None else made, given != -1)
+
+
+def is_computed(given: Tensor) -> Tensor:
+    """Whether a given choice, if it is chosen, is computed: not if it takes its share of the weight alone."""
+    return (given >= -1) | (given == LIVE)
+
+
+def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Where two conditions hold; None is a condition that holds everywhere."""
+    return first if second is None else second if first is None else first & second
 
 
 def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
 from mixture_of_experts.support.tracing import can_read
@@ -67,7 +68,7 @@ class HashGating(TopKGating):
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
             self._check_range(ids)
             return functional.embedding(ids.to(torch.int64), self.experts_of_id)
-        if "given_experts" in tokens.side:
+        if GIVEN in tokens.side:
             return super().own_choices(tokens, ranked)
         raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
 

@@ -17,11 +17,11 @@ from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.base import COUNTED, GIVEN_WEIGHTS
+from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS, OPEN
 from mixture_of_experts.support.private_torch import is_fake
 from mixture_of_experts.support.tracing import is_wrapped
 
-GIVEN, GIVEN_INNER, OPEN = "given_experts", "given_experts_inner", "open_experts"
+GIVEN_INNER = "given_experts_inner"
 
 
 def side_inputs_of_levels(outer: Sequence[str], inner: Sequence[str]) -> tuple[set[str], set[str]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mixture_of_experts import losses
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices, top_choices
+from mixture_of_experts.gating.given import GIVEN, both
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +41,7 @@ class NoisyTopKGating(TokenChoiceGate):
     """
 
     reports: tuple[str, ...] | None = ("importance", "load")
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
     w_gating: nn.Parameter
     w_noise: nn.Parameter
 
@@ -77,23 +78,23 @@ class NoisyTopKGating(TokenChoiceGate):
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
         best = top_choices(noisy, self.k + 1)
-        merged = self.merge_given(tokens, best[..., : self.k])
-        expert, allowed = merged.expert, merged.among(self.allowed(tokens))
+        expert, chosen = self.merge_given(tokens, best[..., : self.k])
+        allowed = both(chosen, self.allowed(tokens))
         top = noisy.gather(-1, expert)
         # orders tokens with priority "score": the first choice's weight, for k = 1 (where that is 1) its probability
         score = (noisy if self.k == 1 else top).detach().softmax(dim=-1).amax(dim=-1)
         if allowed is not None:
             top = torch.where(allowed | ~allowed.any(dim=-1, keepdim=True), top, -torch.inf)
         weight = top.softmax(dim=-1)
-        if merged.weighed is None:
+        if chosen is None:
             probs = torch.zeros_like(noisy).scatter(-1, expert, weight)
         else:  # a choice that is not made has some expert's id: send it to a column that is cut off
-            column = torch.where(merged.weighed, expert, self.num_experts)
+            column = torch.where(chosen, expert, self.num_experts)
             probs = F.pad(torch.zeros_like(noisy), (0, 1)).scatter(-1, column, weight)[..., :-1]
 
         parts = self._losses(tokens, probs, load_probability(clean, noisy, spread, best))
         found = {"balance": parts["importance"] + parts["load"], **parts, "z": self.z_loss(tokens, clean)}
-        return Choices(expert, weight, probs, found, chosen=merged.chosen(), weighed=merged.weighed, score=score)
+        return Choices(expert, weight, probs, found, chosen=chosen, score=score)
 
     def _losses(self, tokens: Tokens, probs: Tensor, load: Tensor) -> dict[str, Tensor]:
         """The squared coefficients of variation of importance and of load, each summed over the call."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixture_of_experts import losses
-from mixture_of_experts.gating.balance_losses import BalanceOver
+from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_bias import count_in_backward
@@ -122,7 +122,8 @@ class ReLUGating(TopKGating):
     ) -> Tensor:
         chosen, score = self.counted(tokens, score > 0, score)
         assert chosen is not None
-        norm = self.balance_of(chosen.sum(dim=-2), score.sum(dim=-2), tokens.length, self.mean_choices)
+        load, proxy = chosen.sum(dim=-2), score.sum(dim=-2)
+        norm = BALANCE_OVER[self.balance_over](load, proxy, tokens.length, self.mean_choices, self.process_group)
         return self.l1_coef.to(norm.dtype) * norm
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import MergedChoices
+from mixture_of_experts.gating.given import GIVEN, merge
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.settings import setting
 
@@ -49,7 +49,7 @@ class SparseMixerGating(TokenChoiceGate):
     """
 
     reports: tuple[str, ...] | None = ()
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN)
     w_gating: nn.Parameter
     tolerance: float = setting(check_number, at_least=0.0)
 
@@ -79,33 +79,24 @@ class SparseMixerGating(TokenChoiceGate):
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
         logits = self.product(tokens.x, self.w_gating)
-        merged, weights = self._choices(tokens, logits)
+        left, given, columns = logits, self.given(tokens), []
+        for i in range(self.k):
+            expert, chosen, weight = self._choose(logits, left, None if given is None else given[..., i : i + 1])
+            columns.append((expert, weight) if chosen is None else (expert, weight, chosen))
+            rest = left.scatter(-1, expert, -torch.inf)
+            left = rest if chosen is None else torch.where(chosen, rest, left)
+        expert, weight, *made = (torch.cat(parts, dim=-1) for parts in zip(*columns, strict=True))
+        chosen = made[0] if made else None
         probs = logits.softmax(dim=-1)
         losses = {
-            "balance": self.balance_loss(tokens, probs, merged.expert, merged.weighed, k=self.k),
+            "balance": self.balance_loss(tokens, probs, expert, chosen, k=self.k),
             "z": self.z_loss(tokens, logits),
         }
-        return Choices(merged.expert, weights, probs, losses, chosen=merged.chosen(), weighed=merged.weighed)
+        return Choices(expert, weight, probs, losses, chosen=chosen)
 
-    def _choices(self, tokens: Tokens, logits: Tensor) -> tuple[MergedChoices, Tensor]:
-        """The choices and their weights, both `(..., b, n, k)`."""
-        left, experts, weights = logits, [], []
-        given = None
-        if "given_experts" in tokens.side:
-            given = self.merge_given(
-                tokens, torch.zeros(*logits.shape[:-1], self.k, dtype=torch.int64, device=logits.device)
-            )
-        for i in range(self.k):
-            column = None if given is None else given.column(i)
-            expert, weight = self._choose(logits, left, column)
-            experts.append(expert)
-            weights.append(weight)
-            rest = left.scatter(-1, expert, -torch.inf)
-            left = rest if column is None or column.weighed is None else torch.where(column.weighed, rest, left)
-        return self.merge_given(tokens, torch.cat(experts, dim=-1)), torch.cat(weights, dim=-1)
-
-    def _choose(self, logits: Tensor, left: Tensor, given: MergedChoices | None) -> tuple[Tensor, Tensor]:
-        """One expert of each token and its weight, both `(..., b, n, 1)`; `left` is -inf for experts already chosen."""
+    def _choose(self, logits: Tensor, left: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor]:
+        """One expert of each token, whether it is chosen, None if all are, and its weight, all `(..., b, n, 1)`; `left`
+        is -inf for experts already chosen."""
         with torch.no_grad():
             best, likeliest = left.max(dim=-1, keepdim=True)
             far = (best - logits) / logits.abs().maximum(best) > 2 * self.tolerance
@@ -113,14 +104,14 @@ class SparseMixerGating(TokenChoiceGate):
         expert = likeliest
         if self.training:  # sampled by Gumbel noise
             expert = (near.detach() - torch.empty_like(near).exponential_().log()).argmax(dim=-1, keepdim=True)
-        if given is not None and given.live is not None:
-            expert = torch.where(given.live, expert, given.expert)
-            near = near.scatter(-1, expert, logits.gather(-1, expert))  # a given expert is always a candidate
+        expert, chosen = merge(given, expert)
+        if given is not None:  # a given expert is always a candidate
+            near = near.scatter(-1, expert, logits.gather(-1, expert))
         weight = near.softmax(dim=-1).gather(-1, expert)
         if not self.training:
-            return expert, weight
+            return expert, chosen, weight
         whole = (expert == likeliest) | (torch.rand_like(best) > 0.75)
-        return expert, weight - torch.where(whole, 0.0, weight.detach() * (2 / 3))
+        return expert, chosen, weight - torch.where(whole, 0.0, weight.detach() * (2 / 3))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, tolerance={self.tolerance}"

@@ -15,7 +15,7 @@ from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import LIVE
+from mixture_of_experts.gating.given import GIVEN, LIVE, both, is_computed
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.support.settings import setting
@@ -188,27 +188,26 @@ class Top2Gating(TokenChoiceGate):
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
         expert_2 = self._without_first(fixed, expert_1, tokens.choosing).argmax(dim=-1, keepdim=True)
-        merged = self.merge_given(tokens, torch.cat([expert_1, expert_2], dim=-1))
-        expert, weighed = merged.expert, merged.weighed
-        if weighed is not None:
+        expert, chosen = self.merge_given(tokens, torch.cat([expert_1, expert_2], dim=-1))
+        if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
 
         # losses before weights: the backward then adds the losses' gradient in place
-        parts = self._losses(tokens, probs, expert_1, expert_2, weighed)
+        parts = self._losses(tokens, probs, expert_1, expert_2, chosen)
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
-        if weighed is not None:
-            p_1, p_2 = torch.where(weighed[..., :1], p_1, 0.0), torch.where(weighed[..., 1:], p_2, 0.0)
+        if chosen is not None:
+            p_1, p_2 = torch.where(chosen[..., :1], p_1, 0.0), torch.where(chosen[..., 1:], p_2, 0.0)
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.choosing)
         if self.second_place_loss:
             parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
-        likely = weighed is None  # a given expert may have probability 0
+        likely = chosen is None  # a given expert may have probability 0
         log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
-        primary = weight > 0.5  # the choice with more than half of the weight; at an exact tie neither
-        if merged.live is not None:  # of given choices the one that stands first
-            primary = torch.where(merged.live, primary, torch.arange(2, device=weight.device) == 0)
-        chosen = merged.chosen(self._sent(weight))
-        return Choices(expert, weight, probs, parts, chosen=chosen, primary=primary, weighed=weighed)
+        primary, sent = weight > 0.5, self._sent(weight)  # more than half of the weight; at an exact tie neither
+        if (given := self.given(tokens)) is not None:  # they are sent, and the one that stands first is primary
+            primary = torch.where(given == LIVE, primary, torch.arange(2, device=weight.device) == 0)
+            sent = None if sent is None else sent | (given != LIVE)
+        return Choices(expert, weight, probs, parts, chosen=chosen, sent=sent, primary=primary)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.product(x, weight)
@@ -216,9 +215,9 @@ class Top2Gating(TokenChoiceGate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
-        if tokens.full is None or tokens.active is None:
+        if tokens.choosing is None or tokens.active is None:
             return None
-        return torch.stack([tokens.full, tokens.active], dim=-1)
+        return torch.stack([tokens.choosing, tokens.active], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, full: Tensor | None) -> Tensor:
         """The probabilities, with 0 at the first choice of tokens that make one."""
@@ -252,23 +251,21 @@ class Top2Gating(TokenChoiceGate):
         return other if sent is None else sent & other
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
-        """They count the choices after the policy; of given ones also those that only capacity left out. Of a second
-        choice under policy "random" nobody knows; it does not count."""
-        given, chosen = tokens.side.get("given_experts"), choices.chosen
-        if given is not None and chosen is not None:
-            left_out = (given < -1) & (given != LIVE)
+        """They count the choices that the policy sends; of given ones that are not computed too, but for second choices
+        under policy "random", of which nobody knows."""
+        sent, given = choices.sent, tokens.side.get(GIVEN)
+        if given is not None and sent is not None:
+            of_policy = self._sent(choices.weight)
             if self.second[0] == "random":
-                left_out = left_out & (torch.arange(2, device=given.device) == 0)
-            elif (sent := self._sent(choices.weight)) is not None:
-                left_out = left_out & sent
-            chosen = chosen | left_out
-        return super().named_losses(names, tokens, choices._replace(weighed=chosen))
+                of_policy = torch.arange(2, device=given.device) == 0
+            sent = sent if of_policy is None else sent & (is_computed(given) | of_policy)
+        return super().named_losses(names, tokens, choices._replace(chosen=both(choices.chosen, sent)))
 
     def _losses(
-        self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, weighed: Tensor | None
+        self, tokens: Tokens, probs: Tensor, expert_1: Tensor, expert_2: Tensor, chosen: Tensor | None
     ) -> dict[str, Tensor]:
         """The balancing loss over first choices; or that and half of the one over second choices, as two parts."""
-        first, second = (None, None) if weighed is None else (weighed[..., :1], weighed[..., 1:])
+        first, second = (None, None) if chosen is None else (chosen[..., :1], chosen[..., 1:])
         first_place = self.balance_loss(tokens, probs, expert_1, first)
         if not self.second_place_loss:
             return {"balance": first_place}

@@ -19,6 +19,7 @@ from torch import Tensor
 from mixture_of_experts import losses
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.given import GIVEN, both
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
@@ -44,7 +45,7 @@ def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
     not count."""
     own = type(gate).__module__ == "mixture_of_experts.gating.top2" and not gate.second_place_loss
     masked = tokens.full is not None, tokens.active is not None
-    there = "given_experts" not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0 and not tokens.all_choose
+    there = GIVEN not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0 and not tokens.all_choose
     return own and gate.num_experts <= MOST_EXPERTS and there and masked[0] == masked[1]
 
 
@@ -58,7 +59,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
         return Decided(*_TwoBest.apply(gate.product(x, weight), *settings))
 
     found = recomputed(decided, tokens.x, gate.w_gating)
-    balance = gate.balance_of(found.load, found.proxy, tokens.length)
+    balance = losses.load_balance(found.load, found.proxy, tokens.length, group=gate.process_group)
     z_loss = losses.mean(found.squares, math.prod(shape) if tokens.full is None else found.number, gate.process_group)
     all_made = policy == "all" and tokens.full is None and gate.num_experts > 1
     return Choices(
@@ -66,7 +67,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
         found.weight,
         found.probs,
         {"balance": balance, "z": z_loss},
-        chosen=None if all_made else found.chosen,
+        sent=None if all_made else found.chosen,
         primary=found.primary,
         masked=True,
     )
@@ -176,9 +177,8 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
         of_values = sum((value * value.detach().cos()).sum() for value in (found.weight, found.probs))
         total = of_values + groups * length * torch.stack([*found.losses.values()]).sum()
         (grad,) = torch.autograd.grad(total, [tokens.x])
-        flags = {"choices": found.chosen, "first choices": found.primary}
-        if not found.masked and (allowed := gate.allowed(tokens)) is not None:
-            flags["choices"] = allowed if found.chosen is None else allowed & found.chosen
+        sent = found.sent if found.masked else both(both(found.chosen, found.sent), gate.allowed(tokens))
+        flags = {"choices": sent, "first choices": found.primary}
         parts = {name: flag.float() for name, flag in flags.items() if flag is not None}
         parts |= {"experts": found.probs.gather(-1, found.expert), "weights": found.weight}
         return {**parts, "probabilities": found.probs, "gradients": grad, **found.losses}

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixture_of_experts import losses
-from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
@@ -31,6 +30,7 @@ from mixture_of_experts.gating.bias_rules import (
 )
 from mixture_of_experts.gating.choices import Choices, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
+from mixture_of_experts.gating.given import GIVEN, OPEN, both
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
@@ -117,7 +117,7 @@ class TopKGating(TokenChoiceGate):
     #: `given_experts` `(..., n, k)` int64: the experts of each token, -1 for none; the gate then only weighs them. An
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
-    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts", "open_experts")
+    reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN, OPEN)
     reports: tuple[str, ...] | None = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
@@ -212,23 +212,24 @@ class TopKGating(TokenChoiceGate):
             made = self.chosen(probs, own)
         else:
             own, made = self._among_ranked(tokens, ranked, probs)
-        merged = self.merge_given(tokens, own, made).without(closed)
-        expert, allowed = merged.expert, merged.among(self.allowed(tokens))
-        weighs = merged.weighed if tokens.all_choose else allowed
-        if merged.live is not None:
+        expert, chosen = self.merge_given(tokens, own, made)
+        if closed is not None:
+            chosen = both(chosen, ~closed.gather(-1, expert))
+        allowed = both(chosen, self.allowed(tokens))
+        if GIVEN in tokens.side:
             log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
 
         # the loss before the weights: the backward then adds the loss's gradient in place
-        balance = self.balance_of_scores(tokens, score, probs, expert, merged.weighed)
+        balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
 
-        weight = self._weigh(logits, score, expert, merged.weighed)
+        weight = self._weigh(logits, score, expert, chosen)
         prob = weight[..., :1]
-        if weighs is not None:
-            weight = torch.where(weighs, weight, 0.0)
-        weight = self._normalized(weight, weighs)
+        if allowed is not None:
+            weight = torch.where(allowed, weight, 0.0)
+        weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
-        weight = self._counted_in_backward(weight, logits, score, expert, allowed, tokens.full)
+        weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
         if log_total is None:  # it follows from the first choice
             z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
         else:
@@ -237,7 +238,7 @@ class TopKGating(TokenChoiceGate):
         if self.priority == "score":  # the best score among the experts that may be chosen, without the bias
             top = torch.where(ranked == -torch.inf, 0.0, score.detach()).amax(dim=-1)
         parts = {"balance": balance, "z": z_loss}
-        return Choices(expert, weight, probs, parts, chosen=merged.chosen(), weighed=merged.weighed, score=top)
+        return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
 
     def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
         """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
@@ -285,12 +286,12 @@ class TopKGating(TokenChoiceGate):
 
     def closed_experts(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, e)` bool, the experts that are closed to each token; None if all are open to all."""
-        is_open = tokens.side.get("open_experts")
+        is_open = tokens.side.get(OPEN)
         if is_open is None:
             return None
         wanted = (*tokens.x.shape[:-1], self.num_experts)
         if is_open.shape != wanted or is_open.dtype != torch.bool:
-            raise ValueError(f"open_experts must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
+            raise ValueError(f"{OPEN} must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
         return ~is_open
 
     def _scores_to_save(self, x: Tensor, closed: Tensor | None) -> Scored:
@@ -327,10 +328,6 @@ class TopKGating(TokenChoiceGate):
         log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, score, probs, log_total
-
-    def balance_of(self, load: Tensor, proxy: Tensor, length: Length | int, k: float = 1) -> Tensor:
-        """The balancing loss over the tokens that `balance_over` says; 0-dim."""
-        return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
 
     def _jittered(self, x: Tensor) -> Tensor:
         """In training multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""
@@ -370,14 +367,14 @@ class TopKGating(TokenChoiceGate):
         best = torch.zeros_like(totals, dtype=torch.bool).scatter(-1, top_choices(totals, top_groups), True)
         return best if named and not some_closed else best & (totals != -torch.inf)
 
-    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, weighed: Tensor | None) -> Tensor:
-        """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `weighed`."""
+    def _weigh(self, logits: Tensor, score: Tensor, expert: Tensor, chosen: Tensor | None) -> Tensor:
+        """`(..., b, n, k)`, weights of the choices before normalisation; a softmax is over those `chosen`."""
         if self.weigh == "score":
             return gather_chosen(score, expert)
         if self.weigh == "softmax":
             logits = gather_chosen(logits, expert)
-            if weighed is not None:  # a token without any keeps its logits, so that no weight is NaN
-                logits = torch.where(weighed | ~weighed.any(dim=-1, keepdim=True), logits, -torch.inf)
+            if chosen is not None:  # a token without any keeps its logits, so that no weight is NaN
+                logits = torch.where(chosen | ~chosen.any(dim=-1, keepdim=True), logits, -torch.inf)
             return logits.softmax(dim=-1)
         assert callable(self.weigh)
         return self.weigh(logits, score, expert)
@@ -426,32 +423,27 @@ class TopKGating(TokenChoiceGate):
 
     def _counted_in_backward(
         self,
+        tokens: Tokens,
         weight: Tensor,
         logits: Tensor,
         score: Tensor,
         expert: Tensor,
         allowed: Tensor | None,
-        full: Tensor | None,
     ) -> Tensor:
         """The weights `(..., b, n, k)`; in training their backward adds this forward to `bias_counts`."""
-        if not self.training or (counts := self.bias_counts) is None:
+        if not self.training or self.expert_bias is None or (counts := self.bias_counts) is None:
             return weight
         first = weight.detach()[..., :1]
         known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
-        counted = known if allowed is None else allowed & known
-        weight = count_in_backward(weight, self._count(logits, score, expert, counted, full), counts)
+        counted = tokens.padding_is(False, known if allowed is None else allowed & known).flatten(-3, -2)
+        full, scores = None if tokens.full is None else tokens.full.flatten(-2), None
+        if self._bias_rule.reads_scores:
+            scores = (logits if self.select == "logits" else score).flatten(-3, -2)
+        made = ForwardChoices(expert.flatten(-3, -2), counted, scores, full, self.expert_bias)
+        weight = count_in_backward(weight, self._bias_rule.count(made), counts)
         if torch.is_grad_enabled():
             self._steps_without_update.training_forward(next(self.parameters(), None))
         return weight
-
-    def _count(self, logits: Tensor, score: Tensor, expert: Tensor, counted: Tensor, full: Tensor | None) -> Tensor:
-        """What this forward adds to `bias_counts`."""
-        assert self.expert_bias is not None
-        counted = counted.flatten(-3, -2)
-        full, scores = None if full is None else full.flatten(-2), None
-        if self._bias_rule.reads_scores:
-            scores = (logits if self.select == "logits" else score).flatten(-3, -2)
-        return self._bias_rule.count(ForwardChoices(expert.flatten(-3, -2), counted, scores, full, self.expert_bias))
 
     @torch.no_grad()
     def update_bias(self, rate: float, group: dist.ProcessGroup | None = None) -> None:

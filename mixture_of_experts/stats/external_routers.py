@@ -55,8 +55,10 @@ class Reader(TokensOfCall):
             kept=kept,
             weight=torch.where(kept, weight.float().reshape(b, n * k), 0.0),
             probs=probs,
-            balance_loss=losses.load_balance(load, proxy, n if real is None else Length(real.sum(dim=-1)), k),
-            z_loss=losses.z_loss(logits, real),
+            losses={
+                "balance": losses.load_balance(load, proxy, n if real is None else Length(real.sum(dim=-1)), k),
+                "z": losses.z_loss(logits, real),
+            },
             num_tokens=n,
             num_experts=e,
             capacity=capacity,

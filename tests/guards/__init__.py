@@ -13,4 +13,4 @@ A difference ends the command with 1.
 """
 
 #: the commit before the core was rebuilt
-BASE = "eabca28"
+BASE = "f691066"

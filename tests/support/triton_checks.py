@@ -38,7 +38,7 @@ from mixture_of_experts import (
 from mixture_of_experts.dispatch import queues
 from mixture_of_experts.dispatch.decision import compose, decision_of, decision_on, plan_slots_of, rows_of_queues
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.gating import recomputing, top2_by_kernel, topk_by_kernel
+from mixture_of_experts.gating import Choices, recomputing, top2_by_kernel, topk_by_kernel
 from mixture_of_experts.gating.levels import second_level
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels import ffn as kernels
@@ -508,14 +508,8 @@ def check_plan(e: int, groups: int, routing: str) -> None:
     if "zeros" in routing:
         unused = torch.rand(decided.weight.shape) < 0.2
         weight = decided.weight.masked_fill(unused, 0)
-        decided = gate.route(
-            gate.read(x),
-            decided.probs,
-            decided.expert.view(groups, 90, k),
-            weight.view(groups, 90, k),
-            balance_loss=decided.balance_loss,
-            z_loss=decided.z_loss,
-        )
+        expert, weight = decided.expert.view(groups, 90, k), weight.view(groups, 90, k)
+        decided = gate.route(gate.read(x), Choices(expert, weight, decided.probs, decided.losses))
     if routing == "dropless, zeros":  # as a gate of one's own may say it
         decided = replace(decided, chosen=torch.ones_like(decided.kept))
     decision = decision_of(decided)
