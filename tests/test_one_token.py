@@ -20,6 +20,8 @@ GATES = {
     "sigmoid, biased": dict(k=3, score="sigmoid", expert_bias=True, scale=2.5, eps=0.5),
     "softmax of the chosen": dict(k=3, weigh="softmax", normalize=False),
     "softmax, biased": dict(expert_bias=True),
+    "over the batch": dict(k=3, balance_over="batch"),
+    "over the rank": dict(k=3, balance_over="rank", score="sigmoid"),
     "network": dict(logits=RouterLogits(DIM, E, norm_eps=1e-6, softcap=2.0)),
 }
 
@@ -33,11 +35,15 @@ def gate_of(dtype: torch.dtype = torch.float32, **settings) -> TopKGating:
     return gate
 
 
+def why_not(gate: TopKGating, x: torch.Tensor) -> str | None:
+    return topk_by_numbers.why_not(gate, gate.read(x))
+
+
 def both(gate, x, **arguments) -> tuple[Routing, Routing]:
     """By numbers, or whatever takes the call, and by operators."""
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         found = gate(x, **arguments)
-        patch.setattr(topk_by_numbers, "why_not", lambda gate, x: "operators are asked for")
+        patch.setattr(topk_by_numbers, "why_not", lambda *call: "operators are asked for")
         return found, gate(x, **arguments)
 
 
@@ -55,7 +61,7 @@ def test_numbers_decide_as_operators_do(name, dtype):
     for scale in (0.0, 1.0, 30.0):  # ties; and scores that round to 0 and 1
         x = scale * torch.randn(1, 1, DIM).to(dtype)
         with torch.no_grad():
-            assert topk_by_numbers.why_not(gate, x) is None
+            assert why_not(gate, x) is None
         check_equal(*both(gate, x))
     x[..., 0] = torch.nan
     torch.testing.assert_close(*(vars(routing) for routing in both(gate, x)), equal_nan=True)
@@ -79,21 +85,21 @@ def test_they_step_aside():
     """With a reason, where they cannot serve."""
     gate, x = gate_of(), torch.randn(1, 1, DIM)
     with torch.no_grad():
-        assert "eval" in topk_by_numbers.why_not(gate_of().train(), x)
-        assert "one token" in topk_by_numbers.why_not(gate, torch.randn(1, 2, DIM))
-        assert "one token" in topk_by_numbers.why_not(gate, torch.randn(2, 1, DIM))
-        assert "dropless" in topk_by_numbers.why_not(gate_of(capacity_factor_eval=1.0), x)
-        assert "steps" in topk_by_numbers.why_not(gate_of(select="logits"), x)
-        assert "steps" in topk_by_numbers.why_not(HashGating(DIM, E, num_ids=9).eval(), x)
-        assert "plain tensor" in topk_by_numbers.why_not(gate, x.to("meta"))
+        assert "eval" in why_not(gate_of().train(), x)
+        assert "one token" in why_not(gate, torch.randn(1, 2, DIM))
+        assert "one token" in why_not(gate, torch.randn(2, 1, DIM))
+        assert "dropless" in why_not(gate_of(capacity_factor_eval=1.0), x)
+        assert "scores" in why_not(gate_of(select="logits"), x)
+        assert "HashGating" in why_not(HashGating(DIM, E, num_ids=9).eval(), x)
+        assert "plain tensor" in why_not(gate, x.to("meta"))
         reasons = []
-        torch.vmap(lambda x: reasons.append(topk_by_numbers.why_not(gate, x)) or x)(x.unsqueeze(0))
+        torch.vmap(lambda x: reasons.append(why_not(gate, x)) or x)(x.unsqueeze(0))
         assert "transforms" in reasons[0]
         with ops.use("plain"):
-            assert "asked for" in topk_by_numbers.why_not(gate, x)
+            assert "asked for" in why_not(gate, x)
         with force_routing(gate, "balanced"):
-            assert "forced" in topk_by_numbers.why_not(gate, x)
-    assert "without gradients" in topk_by_numbers.why_not(gate, x)
+            assert ops.explain_call(MoE(DIM, gate=gate, experts=GatedExperts(DIM, E, 9)), x).gates[0].way == "operators"
+    assert "without gradients" in why_not(gate, x)
     assert gate(x).weight.requires_grad
 
 
@@ -129,7 +135,7 @@ def test_who_watches_sees_the_same():
         replayed, _ = layer(x.flatten(0, 1))
         torch.testing.assert_close(list(replayed), [out.squeeze(0) for out, _ in outs])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad(), track_routing(layer) as wanted:
-        patch.setattr(topk_by_numbers, "why_not", lambda gate, x: "operators are asked for")
+        patch.setattr(topk_by_numbers, "why_not", lambda *call: "operators are asked for")
         torch.testing.assert_close([layer(token) for token in x], outs)
     assert stats.summary() == wanted.summary()
 
@@ -149,7 +155,7 @@ def test_a_gate_of_ones_own_decides_itself():
     gate = gate_of()
     gate.logits, gate.w_gating = nn.Linear(DIM, E), None
     with torch.no_grad():
-        assert "steps" in topk_by_numbers.why_not(gate, x)
+        assert "Linear makes the logits" in why_not(gate, x)
 
 
 @pytest.mark.slow

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, ops
+from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, OutputOnly, TopKGating, ops
 from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.ops import ClampedSwiGLU, grouped_product, moe_ffn
+from mixture_of_experts.support.explaining import LISTENERS
 
 T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
 
@@ -175,7 +177,11 @@ def test_what_moe_ffn_refuses(changed, message):
 def test_explain():
     """The way that is taken, and why no faster one."""
     x = torch.randn(2, 5, D)
-    assert ops.explain_call(MoE(D, E), x) == ops.Explanation("cpu")
+    found = ops.explain_call(MoE(D, E), x)
+    assert (found.way, found.reasons) == ("cpu", {})
+    assert [gate.way for gate in found.gates] == ["operators"]
+    assert "NVIDIA" in found.gates[0].reasons["kernel"]
+    assert str(found).splitlines()[:2] == ["cpu", "gate: operators"]
     odd = ops.explain_call(MoE(D, E, activation=nn.Tanh), x)
     assert odd.way == "grouped"
     assert "Tanh" in odd.reasons["cpu"]
@@ -188,8 +194,22 @@ def test_explain():
         "triton": "kernels are for NVIDIA GPUs",
         "grouped": "there is no grouped product on meta",
     }
+    assert [gate.way for gate in meta.gates] == 2 * ["operators"]
     with ops.use("grouped"):
         assert ops.explain_call(MoE(D, E), x).way == "grouped"
+
+
+def test_explain_tells_of_the_gate():
+    """That of a gate behind a parametrization is the same; a subclass, and a second call, are told of too."""
+    token = torch.randn(1, 1, D)
+    layer = MoE(D, E, gate=TopKGating(D, E)).eval()
+    assert ops.explain_call(layer, token).gates == (ops.Explanation("numbers"),)
+    parametrize.register_parametrization(layer.gate, "w_gating", nn.Identity())
+    assert ops.explain_call(layer, token).gates == (ops.Explanation("numbers"),)
+    own = type("Own", (TopKGating,), {})(D, E)
+    assert "Own" in ops.explain_call(MoE(D, E, gate=own).eval(), token).gates[0].reasons["numbers"]
+    both = nn.Sequential(OutputOnly(layer), OutputOnly(layer))
+    assert len(ops.explain_call(both, token).gates) == 1
 
 
 def test_explain_changes_nothing():
@@ -201,7 +221,7 @@ def test_explain_changes_nothing():
     torch.testing.assert_close(layer(x), expected)
     with pytest.raises(TypeError):
         ops.explain_call(layer, x, importance=1)
-    assert not ops._LISTENERS.explanations
+    assert not LISTENERS.lists
 
 
 def test_preparing_a_layer_changes_nothing():

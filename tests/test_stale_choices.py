@@ -74,8 +74,8 @@ def weighs_more(gate: nn.Module, args: Any, routing: Any) -> Any:
 class OtherGate(TopKGating):
     """A subclass that chooses the worst."""
 
-    def own_choices(self, tokens: Any, ranked: Tensor) -> Tensor:
-        return super().own_choices(tokens, -ranked)
+    def own_choices(self, tokens: Any, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        return super().own_choices(tokens, -ranked, probs)
 
 
 def other_class(layer: Any) -> None:

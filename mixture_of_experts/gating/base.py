@@ -24,6 +24,7 @@ from mixture_of_experts.dispatch.queues import (
     queue_up,
 )
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating import by_operators
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
     BALANCE_OVER,
@@ -47,6 +48,7 @@ from mixture_of_experts.gating.given import (
     forced_experts,
     is_computed,
     merge,
+    with_given_weights,
 )
 from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
@@ -60,6 +62,7 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
+from mixture_of_experts.support.explaining import first_way
 from mixture_of_experts.support.private_torch import own, statically_known_true
 from mixture_of_experts.support.settings import FixedShapes, setting
 
@@ -70,26 +73,21 @@ class Tokens:
 
     x: Tensor  # (..., b, n, d); masked tokens are zeros
     real: Tensor | None  # (..., b, n) bool, tokens that are no padding; None if all are real
-    full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices and count in losses; None if all do
+    full: Tensor | None  # (..., b, n) bool, importance 1: they make k choices; None if all do
     active: Tensor | None  # (..., b, n) bool, importance above 0: they make at least one choice; None if all do
+    counted: Tensor | None  # (..., b, n) bool, those that count in losses: full ones that are real; None if all do
     length: Length | int  # (..., b) number of real tokens, for capacity and balance losses; n if all have that many
     side: Mapping[str, Tensor] = field(default_factory=dict)  # (..., b, n) or (..., b, n, anything), side inputs
-    all_choose: bool = False  # whether padding chooses too: it is computed, but counts nowhere
+    losses: Collection[str] = ()  # names of the losses that are asked for beside the gate's own
 
     @property
     def num_tokens(self) -> int:
         return self.x.shape[-2]
 
     @property
-    def choosing(self) -> Tensor | None:
-        """`(..., b, n)` bool, the tokens that make all their choices, counted or not; None if all do."""
-        return None if self.all_choose else self.full
-
-    def padding_is(self, value: Any, values: Tensor) -> Tensor:
-        """`values` `(..., b, n, k)`, but `value` for padding that chooses."""
-        if not self.all_choose or self.full is None:
-            return values
-        return torch.where(self.full.unsqueeze(-1), values, value)
+    def computed_padding(self) -> Tensor | None:
+        """`(..., b, n, 1)` bool, padding that makes its choices but counts nowhere; None if there is none."""
+        return None if self.counted is None or self.full is not None else ~self.counted.unsqueeze(-1)
 
 
 class Gate(FixedShapes):
@@ -156,6 +154,7 @@ class Gate(FixedShapes):
         mask: Tensor | None = None,
         length: Length | Tensor | None = None,
         side: Mapping[str, Tensor] | None = None,
+        losses: Collection[str] = (),
     ) -> Tokens:
         """Check the arguments of `TokenChoiceGate.forward`, and join mask and importance; return the `Tokens`."""
         outer, side = self.outer_expert_dims, dict(side or {})
@@ -174,19 +173,21 @@ class Gate(FixedShapes):
             check_importance(importance, x.shape[:-1])
             full, active = importance == 1, importance > 0
         counted = side.pop(COUNTED, None)
-        if counted is not None:
+        if counted is not None:  # padding is computed
             self._check_counted(counted, x, importance, mask)
-            full = active = mask = counted
-        elif mask is not None:
-            check_mask(mask, x.shape[:-1])
-            x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
-            full, active = both(full, mask), both(active, mask)
+            mask = counted
+        else:
+            if mask is not None:
+                check_mask(mask, x.shape[:-1])
+                x = torch.where(mask.unsqueeze(-1), x, 0)  # NaN of padding would reach the weights' gradient
+                full, active = both(full, mask), both(active, mask)
+            counted = full
         if length is None and mask is not None:
             length = mask.sum(dim=-1)
         if isinstance(length, Tensor):
             length = Length(check_lengths(length, x.shape[:-2]))
         known = x.shape[-2] if length is None else length
-        return Tokens(x, mask, full, active, known, side, all_choose=counted is not None)
+        return Tokens(x, mask, full, active, counted, known, side, losses)
 
     def _check_counted(self, counted: Tensor, x: Tensor, importance: Tensor | None, mask: Tensor | None) -> None:
         if importance is not None or mask is not None:
@@ -241,6 +242,9 @@ class TokenChoiceGate(Gate):
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
     reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED, GIVEN_WEIGHTS)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
+    #: the ways to a `Routing`, by name, the fastest first: modules with `routing(gate, tokens)` and `why_not(gate,
+    #: tokens)`, which returns why it does not serve the call, or None. The last one takes every call
+    ways: ClassVar[Mapping[str, Any]] = {"operators": by_operators}
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -320,15 +324,16 @@ class TokenChoiceGate(Gate):
         wanted = (*tokens.x.shape[:-1], self.k)
         if given.shape != wanted or given.dtype != torch.int64:
             raise ValueError(f"{GIVEN} must be int64 of shape {wanted}, got {given.dtype} {tuple(given.shape)}")
-        given = tokens.padding_is(LIVE, given)  # nobody gave any for padding
+        if (padding := tokens.computed_padding) is not None:  # nobody gave any for it
+            given = torch.where(padding, LIVE, given)
         if self.forced is None:
-            check_given(given, self.num_experts, tokens.active)
+            check_given(given, self.num_experts, tokens.counted if tokens.active is None else tokens.active)
         return given
 
     def decide(self, tokens: Tokens) -> Choices:
         """Return the choices of all tokens. A gate of your own writes this method.
 
-        Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.full`, as
+        Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
         `balance_loss`, `z_loss` and `token_mean` of this class do.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
@@ -355,43 +360,13 @@ class TokenChoiceGate(Gate):
                 if the gate has no such groups.
             side: tensors `(*outer, b, n)` or `(*outer, b, n, anything)`, by the names in `reads`.
         """
-        alone = importance is None and mask is None and length is None and not losses and not side
-        if alone and (routing := self._route_one_token(x)) is not None:
-            return routing
-        tokens = self.read(x, importance, mask, length, side)
+        tokens = self.read(x, importance, mask, length, side, losses)
         if self.forced is not None:
             tokens = self._force(self.forced, tokens)
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
-        choices = self._decided(tokens)
-        if losses:
-            choices = choices._replace(losses={**choices.losses, **self.named_losses(losses, tokens, choices)})
-        return self.route(tokens, choices)
-
-    def _route_one_token(self, x: Tensor) -> Routing | None:
-        """Return the `Routing` of a call with x alone, where the gate has a shorter way to it; else None."""
-        return None
-
-    def _decided(self, tokens: Tokens) -> Choices:
-        """What `decide` returns; an error for anything else than `Choices`, or if it reads a side input that is left
-        out."""
-        name = type(self).__name__
-        try:
-            choices = self.decide(tokens)
-        except KeyError as error:
-            missing = error.args[0] if error.args else None
-            if missing not in self.reads or missing in tokens.side:
-                raise
-            raise TypeError(
-                f"{name} reads the side input {missing!r}, which the call leaves out: call the layer as "
-                f"moe(x, {missing}=...), an entry for each token"
-            ) from None
-        if not isinstance(choices, Choices):
-            raise TypeError(
-                f"{name}.decide must return Choices(expert, weight, probs, losses), got a {type(choices).__name__}: "
-                "import Choices from mixture_of_experts"
-            )
-        return choices
+        way = first_way("gate", self.ways, self, tokens)
+        return self.ways[way].routing(self, tokens)
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
         """The tokens with forced experts as given ones."""
@@ -417,7 +392,7 @@ class TokenChoiceGate(Gate):
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, k)` bool: a token of importance 1 makes k choices, between 0 and 1 its top one, 0 none. None if
         all make all."""
-        if tokens.choosing is None or tokens.full is None or tokens.active is None:
+        if tokens.full is None or tokens.active is None:
             return None
         rest = tokens.full.unsqueeze(-1).expand(*tokens.full.shape, self.k - 1)
         return torch.cat([tokens.active.unsqueeze(-1), rest], dim=-1)
@@ -467,18 +442,18 @@ class TokenChoiceGate(Gate):
     def counted(self, tokens: Tokens, chosen: Tensor | None, probs: Tensor) -> tuple[Tensor | None, Tensor]:
         """The choices that count, `(..., b, n, k)` or `(..., b, n, 1)` bool, None if all do; and the probabilities, 0
         for tokens that do not count."""
-        if tokens.full is None:
+        if tokens.counted is None:
             return chosen, probs
-        full = tokens.full.unsqueeze(-1)
-        return both(chosen, full), torch.where(full, probs, 0.0)
+        counted = tokens.counted.unsqueeze(-1)
+        return both(chosen, counted), torch.where(counted, probs, 0.0)
 
     def z_loss(self, tokens: Tokens, logits: Tensor) -> Tensor:
         """The router z-loss of logits `(..., b, n, e)` over the tokens that count; 0-dim."""
-        return losses.z_loss(logits, tokens.full, self.process_group)
+        return losses.z_loss(logits, tokens.counted, self.process_group)
 
     def token_mean(self, tokens: Tokens, values: Tensor) -> Tensor:
         """The mean of `values` `(..., b, n)` over the tokens that count, on all ranks: a loss of your own, 0-dim."""
-        return losses.token_mean(values, tokens.full, self.process_group)
+        return losses.token_mean(values, tokens.counted, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
         """Give the choices their slots, and return the `Routing`. Tokens that may not choose have no choice in it.
@@ -490,6 +465,9 @@ class TokenChoiceGate(Gate):
             tokens: the result of `read`.
             choices: the result of `decide`.
         """
+        if tokens.losses:
+            named = self.named_losses(tokens.losses, tokens, choices)
+            choices = choices._replace(losses={**choices.losses, **named})
         tracing, name, probs, score = torch.compiler.is_compiling(), type(self).__name__, choices.probs, choices.score
         if not tracing:
             check_choices(name, choices, tokens.x.shape[:-1], self.k, self.num_experts)
@@ -539,26 +517,16 @@ class TokenChoiceGate(Gate):
         chosen = both(choices.chosen, choices.sent)
         if not choices.masked:
             chosen = both(chosen, self.allowed(tokens))
-        if (given := tokens.side.get(GIVEN)) is not None:
-            chosen = both(chosen, is_computed(tokens.padding_is(LIVE, given)))
-        weight, uncounted = choices.weight, None
+        weight, uncounted, padding = choices.weight, None, tokens.computed_padding
+        if (given := tokens.side.get(GIVEN)) is not None:  # nobody gave any for padding
+            computed = is_computed(given)
+            chosen = both(chosen, computed if padding is None else computed | padding)
         if (weights := tokens.side.get(GIVEN_WEIGHTS)) is not None:
-            weight = self._with_given_weights(tokens, weights, weight)
-        if tokens.all_choose and tokens.full is not None:
-            real = tokens.full.unsqueeze(-1).expand_as(weight)
-            uncounted = torch.where(both(chosen, ~real), weight.detach(), 0.0)  # type: ignore[arg-type]
-            chosen = both(chosen, real)
+            weight = with_given_weights(weights, weight, padding)
+        if padding is not None:
+            uncounted = torch.where(both(chosen, padding), weight.detach(), 0.0)  # type: ignore[arg-type]
+            chosen = both(chosen, ~padding.expand_as(weight))
         return chosen, weight, uncounted
-
-    def _with_given_weights(self, tokens: Tokens, given: Tensor, weight: Tensor) -> Tensor:
-        """The weights `(..., b, n, k)` with the values of given ones, except where these are NaN."""
-        if given.shape != weight.shape or not given.is_floating_point():
-            raise ValueError(
-                f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
-                f"{tuple(given.shape)}"
-            )
-        given = tokens.padding_is(torch.nan, given)  # nobody gave any for padding
-        return torch.where(given.isnan(), weight, given.to(weight.dtype) + (weight - weight.detach()))
 
     def extra_repr(self) -> str:
         parts = [f"{self.dim}, {self.num_experts}, k={self.k}"]

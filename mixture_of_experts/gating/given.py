@@ -52,6 +52,18 @@ def is_computed(given: Tensor) -> Tensor:
     return (given >= -1) | (given == LIVE)
 
 
+def with_given_weights(given: Tensor, weight: Tensor, padding: Tensor | None) -> Tensor:
+    """The weights `(..., b, n, k)` with the values of given ones, except where these are NaN, and at padding
+    `(..., b, n, 1)`, for which nobody gave any."""
+    if given.shape != weight.shape or not given.is_floating_point():
+        raise ValueError(
+            f"{GIVEN_WEIGHTS} must be floating point of shape {tuple(weight.shape)}, got {given.dtype} "
+            f"{tuple(given.shape)}"
+        )
+    own = given.isnan() if padding is None else given.isnan() | padding
+    return torch.where(own, weight, given.to(weight.dtype) + (weight - weight.detach()))
+
+
 def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
     """Where two conditions hold; None is a condition that holds everywhere."""
     return first if second is None else second if first is None else first & second

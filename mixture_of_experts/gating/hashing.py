@@ -61,15 +61,15 @@ class HashGating(TopKGating):
         if (table := self._buffers.get("experts_of_id")) is not None:  # not before it is made
             table.copy_(draw_experts(self.num_ids, table.shape[1], self.num_experts))
 
-    def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
-        """`(..., b, n, k)`, the experts of the tokens' ids."""
+    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts of the tokens' ids."""
         if (ids := tokens.side.get("token_ids")) is not None:
             if ids.is_floating_point() or ids.is_complex():
                 raise TypeError(f"token_ids must be integers, got {ids.dtype}")
             self._check_range(ids)
-            return functional.embedding(ids.to(torch.int64), self.experts_of_id)
+            return functional.embedding(ids.to(torch.int64), self.experts_of_id), None
         if GIVEN in tokens.side:
-            return super().own_choices(tokens, ranked)
+            return super().own_choices(tokens, ranked, probs)
         raise ValueError("HashGating reads token ids: call the layer as moe(x, token_ids=ids), ids (..., n) integers")
 
     def _check_range(self, ids: Tensor) -> None:

@@ -100,8 +100,8 @@ class NoisyTopKGating(TokenChoiceGate):
         """The squared coefficients of variation of importance and of load, each summed over the call."""
         parts = {}
         for name, value in (("importance", probs), ("load", load)):
-            if tokens.full is not None:
-                value = torch.where(tokens.full.unsqueeze(-1), value, 0.0)
+            if tokens.counted is not None:
+                value = torch.where(tokens.counted.unsqueeze(-1), value, 0.0)
             parts[name] = losses.squared_variation(value.sum(dim=(-3, -2)), self.process_group)
         return parts
 

@@ -106,16 +106,16 @@ class ReLUGating(TopKGating):
         if not self.training:
             return decided
         positive = decided.probs > 0
-        if tokens.full is not None:
-            positive = positive & tokens.full.unsqueeze(-1)
         number = ~decided.probs[..., 0].isnan()  # where one is NaN all are
-        number = number if tokens.full is None else number & tokens.full
+        if tokens.counted is not None:
+            positive, number = positive & tokens.counted.unsqueeze(-1), number & tokens.counted
         counts = torch.stack([positive.sum(), number.sum()])
         return decided._replace(weight=count_in_backward(decided.weight, counts, self.choice_counts))
 
-    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor:
-        """`(..., b, n, k)` bool, the choices whose logit is positive."""
-        return probs.detach().gather(-1, expert) > 0
+    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts of the largest logits; a choice is made if the logit is positive."""
+        expert, _ = super().own_choices(tokens, ranked, probs)
+        return expert, probs.detach().gather(-1, expert) > 0
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None

@@ -102,6 +102,7 @@ class Top2Gating(TokenChoiceGate):
 
     reports: tuple[str, ...] | None = ("first_place", "second_place")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
+    ways: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel, **TokenChoiceGate.ways}
     w_gating: nn.Parameter
     capacity_per_choice = False
     eps: float = setting(check_number, above=0.0)
@@ -178,16 +179,12 @@ class Top2Gating(TokenChoiceGate):
 
         A token of importance between 0 and 1 makes no first choice; its second choice is its top expert.
         """
-        return top2_by_kernel.choices(self, tokens) or self.decide_by_operators(tokens)
-
-    def decide_by_operators(self, tokens: Tokens) -> Choices:
-        """What `decide` returns, in torch's operators."""
         logits, probs = recomputed(self._scores, tokens.x, self.w_gating)
 
         # the second choice is among the experts that the first one leaves; without a first choice among all
         fixed = probs.detach()
         expert_1 = fixed.argmax(dim=-1, keepdim=True)
-        expert_2 = self._without_first(fixed, expert_1, tokens.choosing).argmax(dim=-1, keepdim=True)
+        expert_2 = self._without_first(fixed, expert_1, tokens.full).argmax(dim=-1, keepdim=True)
         expert, chosen = self.merge_given(tokens, torch.cat([expert_1, expert_2], dim=-1))
         if chosen is not None:
             expert_1, expert_2 = expert.split(1, dim=-1)
@@ -197,7 +194,7 @@ class Top2Gating(TokenChoiceGate):
         p_1, p_2 = gather_chosen(probs, expert).chunk(2, dim=-1)
         if chosen is not None:
             p_1, p_2 = torch.where(chosen[..., :1], p_1, 0.0), torch.where(chosen[..., 1:], p_2, 0.0)
-        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.choosing)
+        weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         if self.second_place_loss:
             parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
         likely = chosen is None  # a given expert may have probability 0
@@ -215,9 +212,9 @@ class Top2Gating(TokenChoiceGate):
 
     def allowed(self, tokens: Tokens) -> Tensor | None:
         """`(..., b, n, 2)` bool: a token of importance 1 makes both choices, between 0 and 1 the second, 0 none."""
-        if tokens.choosing is None or tokens.active is None:
+        if tokens.full is None or tokens.active is None:
             return None
-        return torch.stack([tokens.choosing, tokens.active], dim=-1)
+        return torch.stack([tokens.full, tokens.active], dim=-1)
 
     def _without_first(self, probs: Tensor, expert_1: Tensor, full: Tensor | None) -> Tensor:
         """The probabilities, with 0 at the first choice of tokens that make one."""
@@ -273,7 +270,8 @@ class Top2Gating(TokenChoiceGate):
         proxy = rest / (rest.sum(dim=-1, keepdim=True) + 1e-9)
         if tokens.real is not None:
             proxy = torch.where(tokens.real.unsqueeze(-1), proxy, 0.0)
-        active = None if tokens.active is None else tokens.active.unsqueeze(-1)
+        active = tokens.counted if tokens.active is None else tokens.active
+        active = None if active is None else active.unsqueeze(-1)
         if second is not None:
             active = second if active is None else second & active
         second_place = 0.5 * self.balance(expert_2, active, proxy.sum(dim=-2), tokens.length)

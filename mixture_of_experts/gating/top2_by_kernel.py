@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts import losses
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.given import GIVEN, both
 from mixture_of_experts.gating.recomputing import recomputed
-from mixture_of_experts.gating.topk_by_kernel import has_kernel
+from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
-from mixture_of_experts.support.private_torch import is_fake
+from mixture_of_experts.support.private_torch import is_fake, wrapped_class
 from mixture_of_experts.support.tracing import is_wrapped
 
 Top2Gating = Any  # which imports this
@@ -33,24 +34,26 @@ TOLERANCE = 1e-3
 CHECK = SelfCheck("the Triton kernels of Top2Gating")
 
 
-def choices(gate: Top2Gating, tokens: Tokens) -> Choices | None:
-    """Return the gate's choices; None if the kernels do not serve the call."""
-    if not (has_kernel(tokens.x, gate.w_gating) and _knows(gate, tokens)):
-        return None
-    return choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens) else None
+def why_not(gate: Top2Gating, tokens: Tokens) -> str | None:
+    """Why the kernels do not serve the call; None if they do."""
+    if not has_kernel(tokens.x, gate.w_gating):
+        return NO_KERNEL
+    if wrapped_class(gate).__module__ != "mixture_of_experts.gating.top2" or gate.num_experts > MOST_EXPERTS:
+        return f"they know Top2Gating of at most {MOST_EXPERTS} experts"
+    if gate.second_place_loss or GIVEN in tokens.side or tokens.counted is not tokens.full:
+        return "they know neither a loss of second choices nor given experts nor tokens that choose but do not count"
+    if math.prod(tokens.x.shape[:-1]) == 0:
+        return "there is no token"
+    return None if is_fake(tokens.x) else _why_wrong(gate, tokens)
 
 
-def _knows(gate: Top2Gating, tokens: Tokens) -> bool:
-    """Whether the kernels know the call: all but a loss of second choices, given experts, and tokens that choose but do
-    not count."""
-    own = type(gate).__module__ == "mixture_of_experts.gating.top2" and not gate.second_place_loss
-    masked = tokens.full is not None, tokens.active is not None
-    there = GIVEN not in tokens.side and math.prod(tokens.x.shape[:-1]) > 0 and not tokens.all_choose
-    return own and gate.num_experts <= MOST_EXPERTS and there and masked[0] == masked[1]
+def routing(gate: Top2Gating, tokens: Tokens) -> Routing:
+    """The `Routing` of a call, by the kernels."""
+    return gate.route(tokens, choose(gate, tokens))
 
 
 def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
-    """Return the gate's choices, by the kernels."""
+    """The gate's choices, by the kernels."""
     (policy, threshold), shape = gate.second, tokens.x.shape[:-1]
     uniform = torch.rand(shape, device=tokens.x.device, dtype=torch.float32) if policy == "random" else None
     settings = tokens.full, tokens.active, uniform, policy, threshold, gate.eps
@@ -156,11 +159,11 @@ def grads_by_operators(
     return probs * (grad + of_token.unsqueeze(-1))
 
 
-def _is_right(gate: Top2Gating, tokens: Tokens) -> bool:
-    """Whether the kernels do on this device what torch's operators do, on made-up tokens of such a gate."""
+def _why_wrong(gate: Top2Gating, tokens: Tokens) -> str | None:
+    """What the kernels compute on this device otherwise than torch's operators, on made-up tokens of such a gate."""
     device, masked = tokens.x.device, tokens.full is not None
     kind = device, gate.num_experts, gate.second[0], masked, gate.eps
-    return CHECK.why_wrong(device, kind, partial(_fault, gate, device, masked)) is None
+    return CHECK.why_wrong(device, kind, partial(_fault, gate, device, masked))
 
 
 def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
@@ -188,8 +191,8 @@ def _fault(gate: Top2Gating, device: torch.device, masked: bool) -> str | None:
     like.w_gating = torch.nn.Parameter(draw(dim, gate.num_experts))
     full, active = (draw(groups, length) < bound if masked else None for bound in (0.5, 1.0))
     active = active if full is None or active is None else full | active
-    tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, length)
-    found, wanted = results(choose), results(type(gate).decide_by_operators)
+    tokens = Tokens(draw(groups, length, dim).requires_grad_(), None, full, active, full, length)
+    found, wanted = results(choose), results(type(gate).decide)
     for name, want in wanted.items():
         differ = torch.isclose(found[name], want, rtol=TOLERANCE, atol=1e-5).logical_not().sum()
         if differ > (0 if name == "probabilities" else want.shape[-1] if want.ndim else 0):

@@ -64,11 +64,12 @@ class TopPGating(TopKGating):
     def expected_choices(self) -> None:
         return None
 
-    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor:
-        """`(..., b, n, k)` bool: a choice is made if those before it have not reached p."""
+    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The experts of the largest scores; a choice is made if those before it have not reached p."""
+        expert, _ = super().own_choices(tokens, ranked, probs)
         prob = probs.detach().gather(-1, expert)
         before = prob.unsqueeze(-2).expand(*prob.shape, self.k).tril(-1).sum(dim=-1)
-        return before < self.p
+        return expert, before < self.p
 
     def named_losses(self, names: Collection[str], tokens: Tokens, choices: Choices) -> dict[str, Tensor]:
         found = super().named_losses(names, tokens, choices)

@@ -5,7 +5,7 @@ Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a toke
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mixture_of_experts import losses
-from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel, topk_by_numbers
 from mixture_of_experts.gating.balance_losses import BALANCE_OVER, BalanceOver
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
@@ -118,6 +117,11 @@ class TopKGating(TokenChoiceGate):
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN, OPEN)
+    ways: ClassVar[Mapping[str, Any]] = {
+        "numbers": topk_by_numbers,
+        "kernel": topk_by_kernel,
+        **TokenChoiceGate.ways,
+    }
     reports: tuple[str, ...] | None = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None
@@ -195,29 +199,19 @@ class TopKGating(TokenChoiceGate):
             if start_at_zero is not None:
                 nn.init.zeros_(start_at_zero)
 
-    def _route_one_token(self, x: Tensor) -> Routing | None:
-        return topk_by_numbers.routing(self, x) if topk_by_numbers.why_not(self, x) is None else None
-
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest scores."""
-        return topk_by_kernel.choices(self, tokens) or self.decide_by_operators(tokens)
-
-    def decide_by_operators(self, tokens: Tokens) -> Choices:
-        """Decide by torch's operators, without the kernel for a few tokens."""
-        x, closed = self._jittered(tokens.x), self.closed_experts(tokens)
+        x = self._jittered(tokens.x) if self.training and self.jitter else tokens.x
+        closed = self.closed_experts(tokens.side[OPEN], x) if OPEN in tokens.side else None
         logits, score, probs, log_total = self._scores_to_save(x, closed)
         ranked = self._ranked(logits, score, closed)
-        if closed is None and not self._may_lack_experts:
-            own = self.own_choices(tokens, ranked)
-            made = self.chosen(probs, own)
-        else:
-            own, made = self._among_ranked(tokens, ranked, probs)
-        expert, chosen = self.merge_given(tokens, own, made)
+        expert, chosen = self._chosen_by(tokens, ranked, probs, closed is not None or self._may_lack_experts)
+        if GIVEN in tokens.side:
+            expert, chosen = self.merge_given(tokens, expert, chosen)
+            log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
         if closed is not None:
             chosen = both(chosen, ~closed.gather(-1, expert))
         allowed = both(chosen, self.allowed(tokens))
-        if GIVEN in tokens.side:
-            log_total = logits.logsumexp(dim=-1)  # a given expert may be unlikely
 
         # the loss before the weights: the backward then adds the loss's gradient in place
         balance = self.balance_of_scores(tokens, score, probs, expert, chosen)
@@ -226,12 +220,14 @@ class TopKGating(TokenChoiceGate):
         prob = weight[..., :1]
         if allowed is not None:
             weight = torch.where(allowed, weight, 0.0)
-        weight = self._normalized(weight, allowed)
+        if self.normalize:
+            weight = self._normalized(weight, allowed)
         if self.scale != 1:
             weight = weight * self.scale
-        weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
+        if self.training and self.expert_bias is not None:
+            weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
         if log_total is None:  # it follows from the first choice
-            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.full, self.process_group)
+            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.counted, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
@@ -240,18 +236,20 @@ class TopKGating(TokenChoiceGate):
         parts = {"balance": balance, "z": z_loss}
         return Choices(expert, weight, probs, parts, chosen=chosen, score=top)
 
-    def own_choices(self, tokens: Tokens, ranked: Tensor) -> Tensor:
-        """`(..., b, n, k)` int64, the tokens' own choices by biased scores `(..., b, n, e)`."""
-        return top_choices(ranked, self.k)
+    def _chosen_by(
+        self, tokens: Tokens, ranked: Tensor, probs: Tensor, some_lack: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The results of `own_choices`; if `some_lack` experts to choose, without choices of an expert of -inf."""
+        if not some_lack:
+            return self.own_choices(tokens, ranked, probs)
+        finite = ranked.clamp(min=torch.finfo(ranked.dtype).min)  # -inf marks chosen ones
+        expert, chosen = self.own_choices(tokens, finite, probs)
+        return expert, both(ranked.gather(-1, expert) != -torch.inf, chosen) if self.scores_choose else chosen
 
-    def _among_ranked(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The tokens' own choices `(..., b, n, k)`, and which of them a token makes: none of an expert of -inf."""
-        own = self.own_choices(tokens, ranked.clamp(min=torch.finfo(ranked.dtype).min))  # -inf marks chosen ones
-        made = self.chosen(probs, own)
-        if not self.scores_choose:
-            return own, made
-        there = ranked.gather(-1, own) != -torch.inf
-        return own, there if made is None else there & made
+    def own_choices(self, tokens: Tokens, ranked: Tensor, probs: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The tokens' own choices by biased scores `(..., b, n, e)`: their experts `(..., b, n, k)` int64, the best
+        first, and which of them a token makes, bool; None if all."""
+        return top_choices(ranked, self.k), None
 
     @property
     def _may_lack_experts(self) -> bool:
@@ -260,10 +258,6 @@ class TopKGating(TokenChoiceGate):
             return not isinstance(self.select, (AlwaysChosen, OpenGroups))
         of_module = self.select == "logits" and not isinstance(self.logits, (RouterLogits, type(None)))
         return of_module or (self.num_groups is not None and not isinstance(self.group_score, str))
-
-    def chosen(self, probs: Tensor, expert: Tensor) -> Tensor | None:
-        """`(..., b, n, k)` bool, which of its k best choices, `expert`, a token makes; None if all."""
-        return None
 
     def balance_of_scores(
         self, tokens: Tokens, score: Tensor, probs: Tensor, expert: Tensor, chosen: Tensor | None
@@ -284,12 +278,9 @@ class TopKGating(TokenChoiceGate):
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
-    def closed_experts(self, tokens: Tokens) -> Tensor | None:
-        """`(..., b, n, e)` bool, the experts that are closed to each token; None if all are open to all."""
-        is_open = tokens.side.get(OPEN)
-        if is_open is None:
-            return None
-        wanted = (*tokens.x.shape[:-1], self.num_experts)
+    def closed_experts(self, is_open: Tensor, x: Tensor) -> Tensor:
+        """`(..., b, n, e)` bool, the experts that are closed to each token of x, by the side input `open_experts`."""
+        wanted = (*x.shape[:-1], self.num_experts)
         if is_open.shape != wanted or is_open.dtype != torch.bool:
             raise ValueError(f"{OPEN} must be bool of shape {wanted}, got {is_open.dtype} {tuple(is_open.shape)}")
         return ~is_open
@@ -297,20 +288,19 @@ class TopKGating(TokenChoiceGate):
     def _scores_to_save(self, x: Tensor, closed: Tensor | None) -> Scored:
         """The results of `_scored` for tokens x, which a backward on a GPU may compute again."""
         if self.w_gating is not None:
-            return recomputed(self._scores, x, self.w_gating, self.b_gating, closed)
+
+            def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Scored:
+                return self._scored(self.product(x, weight, bias), closed)
+
+            return recomputed(scores, x, self.w_gating, self.b_gating)
         if isinstance(self.logits, RouterLogits):
             weights = dict(self.logits.named_parameters())
-            function = partial(self._module_scores, tuple(weights))
-            return recomputed(function, x, self.logits.weight, closed, *weights.values())
+            function = partial(self._module_scores, tuple(weights), closed)
+            return recomputed(function, x, self.logits.weight, *weights.values())
         return self._scored(self.logits_of(x), closed)  # not again: a user's module may draw random numbers
 
-    def _scores(self, x: Tensor, weight: Tensor, bias: Tensor | None, closed: Tensor | None) -> Scored:
-        """Logits, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the logits, None if it
-        follows from the first choice."""
-        return self._scored(self.product(x, weight, bias), closed)
-
     def _module_scores(
-        self, names: Sequence[str], x: Tensor, _: Tensor, closed: Tensor | None, *weights: Tensor
+        self, names: Sequence[str], closed: Tensor | None, x: Tensor, _: Tensor, *weights: Tensor
     ) -> Scored:
         """The results of `_scored`, by the module with the weights of the forward. When the backward computes them
         again, `functional_call` may have given the module its own weights back."""
@@ -322,6 +312,8 @@ class TopKGating(TokenChoiceGate):
             return self._scored(functional_call(module, given, x), closed)
 
     def _scored(self, logits: Tensor, closed: Tensor | None) -> Scored:
+        """Logits, scores and probabilities `(..., b, n, e)`, and the logsumexp `(..., b, n)` of the logits, None if it
+        follows from the first choice."""
         if closed is not None:  # finite, so that a token without an open expert gives no NaN
             logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
@@ -330,9 +322,7 @@ class TopKGating(TokenChoiceGate):
         return logits, score, probs, log_total
 
     def _jittered(self, x: Tensor) -> Tensor:
-        """In training multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""
-        if not (self.training and self.jitter):
-            return x
+        """Multiply x by U(1 - jitter, 1 + jitter), in float32 at least: bfloat16 has no 1.005."""
         dtype = torch.promote_types(x.dtype, torch.float32)
         return x * torch.empty_like(x, dtype=dtype).uniform_(1 - self.jitter, 1 + self.jitter)
 
@@ -380,8 +370,6 @@ class TopKGating(TokenChoiceGate):
         return self.weigh(logits, score, expert)
 
     def _normalized(self, weight: Tensor, allowed: Tensor | None) -> Tensor:
-        if not self.normalize:
-            return weight
         if callable(self.normalize):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
@@ -430,16 +418,19 @@ class TopKGating(TokenChoiceGate):
         expert: Tensor,
         allowed: Tensor | None,
     ) -> Tensor:
-        """The weights `(..., b, n, k)`; in training their backward adds this forward to `bias_counts`."""
-        if not self.training or self.expert_bias is None or (counts := self.bias_counts) is None:
-            return weight
+        """The weights `(..., b, n, k)`; their backward adds this forward to `bias_counts`."""
+        bias, counts = self.expert_bias, self.bias_counts
+        assert bias is not None
+        assert counts is not None
         first = weight.detach()[..., :1]
         known = (first == first).expand_as(weight)  # not NaN, which a gradient scaler skips; it ranks first
-        counted = tokens.padding_is(False, known if allowed is None else allowed & known).flatten(-3, -2)
-        full, scores = None if tokens.full is None else tokens.full.flatten(-2), None
+        if (padding := tokens.computed_padding) is not None:
+            known = known & ~padding
+        chosen = (known if allowed is None else allowed & known).flatten(-3, -2)
+        counted, scores = None if tokens.counted is None else tokens.counted.flatten(-2), None
         if self._bias_rule.reads_scores:
             scores = (logits if self.select == "logits" else score).flatten(-3, -2)
-        made = ForwardChoices(expert.flatten(-3, -2), counted, scores, full, self.expert_bias)
+        made = ForwardChoices(expert.flatten(-3, -2), chosen, scores, counted, bias)
         weight = count_in_backward(weight, self._bias_rule.count(made), counts)
         if torch.is_grad_enabled():
             self._steps_without_update.training_forward(next(self.parameters(), None))

@@ -14,33 +14,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
-from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass
+from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass, wrapped_class
 
 TopKGating = Any  # which imports this
 LONGEST = 8  # tokens of a group
 MOST_EXPERTS, MOST_CHOICES = 1024, 32
 TOLERANCE = 1e-3
+NO_KERNEL = "kernels of gates serve plain tensors on NVIDIA GPUs"
 
 CHECK = SelfCheck("the Triton kernels of gates")
 
 
-def choices(gate: TopKGating, tokens: Tokens) -> Choices | None:
-    """Return the gate's choices; None if the kernel does not serve the call."""
-    if not (_is_decoding(gate, tokens) and has_kernel(tokens.x, *gate.parameters()) and knows(gate)):
-        return None
-    return _choose(gate, tokens) if is_fake(tokens.x) or _is_right(gate, tokens.x) else None
-
-
-def _is_decoding(gate: TopKGating, tokens: Tokens) -> bool:
-    """Whether groups are short, in eval and without gradients, and all tokens count."""
+def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
+    """Why the kernel does not serve the call; None if it does."""
     if gate.training or torch.is_grad_enabled():
-        return False
-    simple = tokens.full is None and tokens.length == tokens.num_tokens and not tokens.side
-    return simple and not gate.outer_expert_dims and 0 < tokens.num_tokens <= LONGEST and tokens.x.shape[0] > 0
+        return "it is for eval mode without gradients"
+    if not has_kernel(tokens.x, *gate.parameters()):
+        return NO_KERNEL
+    if tokens.counted is not None or tokens.length != tokens.num_tokens or tokens.side:
+        return "it takes neither a mask nor importance nor side inputs"
+    if not 0 < tokens.num_tokens <= LONGEST or tokens.x.shape[0] == 0:
+        return f"it is for groups of at most {LONGEST} tokens"
+    return why_unknown(gate) or (None if is_fake(tokens.x) else _why_wrong(gate, tokens.x))
+
+
+def routing(gate: TopKGating, tokens: Tokens) -> Routing:
+    """The `Routing` of a call, by the kernel."""
+    return gate.route(tokens, choose(gate, tokens))
 
 
 def has_kernel(x: Tensor, *weights: Tensor) -> bool:
@@ -49,17 +54,26 @@ def has_kernel(x: Tensor, *weights: Tensor) -> bool:
     return has_kernels(x.device) and not any(t.dtype == torch.float64 or is_wrapper_subclass(t) for t in tensors)
 
 
-def knows(gate: TopKGating) -> bool:
-    """Whether the kernel is written for the gate's settings."""
-    own = type(gate).__module__ == "mixture_of_experts.gating.topk" and type(gate.logits) in (type(None), RouterLogits)
+def why_unknown(gate: TopKGating) -> str | None:
+    """Why neither kernel nor numbers know the gate's settings; None if they do."""
+    if wrapped_class(gate).__module__ != "mixture_of_experts.gating.topk":
+        return f"a {type(gate).__name__} may have steps of its own"
+    if type(gate.logits) not in (type(None), RouterLogits):
+        return f"a {type(gate.logits).__name__} makes the logits"
     weighs = gate.weigh == "score" or (gate.weigh == gate.score == "softmax" and gate.eps <= 1e-20)
-    steps = gate.score in ("softmax", "sigmoid") and gate.select == "score" and weighs
-    simple = gate.num_groups is None and gate.process_group is None and gate.priority != "score"
-    sizes = gate.num_experts <= MOST_EXPERTS and gate.k <= MOST_CHOICES
-    return own and steps and simple and sizes and isinstance(gate.normalize, bool)
+    if gate.score not in ("softmax", "sigmoid") or gate.select != "score" or not weighs:
+        return "it knows other scores and weights than the gate's"
+    if gate.num_groups is not None or gate.outer_expert_dims or not isinstance(gate.normalize, bool):
+        return "it knows no expert groups, no level two, and no normalisation by a function"
+    if gate.process_group is not None or gate.priority == "score":
+        return "it knows no ranks and no priority by score"
+    if gate.num_experts > MOST_EXPERTS or gate.k > MOST_CHOICES:
+        return f"it is for at most {MOST_EXPERTS} experts and {MOST_CHOICES} choices"
+    return None
 
 
-def _choose(gate: TopKGating, tokens: Tokens) -> Choices:
+def choose(gate: TopKGating, tokens: Tokens) -> Choices:
+    """The gate's choices, by the kernel."""
     from mixture_of_experts.kernels.top_k import few_choices  # it imports triton, which takes a second
 
     logits = gate.logits_of(tokens.x)
@@ -77,10 +91,10 @@ def _settings(gate: TopKGating) -> tuple[int, bool, bool, bool, float, float]:
     return gate.k, gate.score == "softmax", gate.weigh == "softmax", gate.normalize is True, gate.scale, gate.eps
 
 
-def _is_right(gate: TopKGating, x: Tensor) -> bool:
-    """Whether the kernel does on this device what torch's operators do, on made-up tokens of such a gate."""
+def _why_wrong(gate: TopKGating, x: Tensor) -> str | None:
+    """What the kernel computes on this device otherwise than torch's operators, on made-up tokens of such a gate."""
     kind = x.device, gate.num_experts, gate.expert_bias is None, *_settings(gate)
-    return CHECK.why_wrong(x.device, kind, partial(_fault, gate, x)) is None
+    return CHECK.why_wrong(x.device, kind, partial(_fault, gate, x))
 
 
 @torch.no_grad()
@@ -88,8 +102,8 @@ def _fault(gate: TopKGating, x: Tensor) -> str | None:
     """What differs; None if nothing. One token may choose other experts: its scores may be equal up to rounding."""
     generator = torch.Generator(x.device).manual_seed(0)
     made_up = torch.randn(16, 2, x.shape[-1], generator=generator, device=x.device).to(x.dtype)
-    tokens = Tokens(made_up, None, None, None, 2)
-    found, wanted = _choose(gate, tokens), gate.decide_by_operators(tokens)
+    tokens = Tokens(made_up, None, None, None, None, 2)
+    found, wanted = choose(gate, tokens), gate.decide(tokens)
     chosen = (wanted.probs.gather(-1, way.expert.clamp(0, gate.num_experts - 1)) for way in (found, wanted))
     for name, got, want, allowed in (
         ("weights", found.weight, wanted.weight, gate.k),

@@ -14,41 +14,48 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating import topk_by_kernel
+from mixture_of_experts.gating import by_operators, topk_by_kernel
+from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.kernels.launching import asked_for, has_kernels
-from mixture_of_experts.support.tracing import can_read, in_jit_trace
+from mixture_of_experts.support.tracing import can_read
 
 TopKGating = Any  # which imports this
 MOST_EXPERTS = 64  # of more, operators are faster
 LEAST_TOTAL = 1e-9  # of weights that are normalised
 
 
-def why_not(gate: TopKGating, x: Tensor) -> str | None:
-    """Why numbers cannot decide on x for this gate; None if they can. It is asked for calls with x alone."""
+def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
+    """Why numbers cannot decide on these tokens for this gate; None if they can."""
+    x = tokens.x
     if gate.training or torch.is_grad_enabled():
         return "it is for eval mode without gradients"
-    if x.shape != (1, 1, gate.dim) or not x.is_floating_point():
-        return f"it takes one token, (1, 1, {gate.dim})"
+    if not can_read(x) or torch.jit.is_tracing():
+        return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
+    if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses:
+        return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs and further losses"
     if asked_for() == "plain" or has_kernels(x.device):
         return "operators or kernels are asked for"
-    if not can_read(x) or in_jit_trace():
-        return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
-    if gate.outer_expert_dims or gate.capacity_factor_eval is not None or gate.forced is not None:
-        return "it is for one level, dropless, whose choices are not forced"
-    if not topk_by_kernel.knows(gate) or gate.balance_over != "group" or gate.num_experts > MOST_EXPERTS:
-        return "the gate has steps of its own, or too many experts"
+    if gate.capacity_factor_eval is not None or gate.num_experts > MOST_EXPERTS:
+        return f"it is for dropless gates of at most {MOST_EXPERTS} experts"
+    if (reason := topk_by_kernel.why_unknown(gate)) is not None:
+        return reason
     weights = gate.logits.parameters() if gate.w_gating is None else (gate.w_gating,)
     if any(type(weight) not in (Tensor, nn.Parameter) for weight in weights):
         return "its weights are not plain tensors"
     return None
 
 
-def routing(gate: TopKGating, x: Tensor) -> Routing | None:
-    """The `Routing` of a token `(1, 1, d)`; None if a score is not finite, or weights that are to sum to 1 are 0 or so.
+def routing(gate: TopKGating, tokens: Tokens) -> Routing:
+    """The `Routing` of a token `(1, 1, d)`; that of operators if a score is not finite, or weights that are to sum to 1
+    are 0 or so.
 
     Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
     """
+    return _routing(gate, tokens.x) or by_operators.routing(gate, tokens)
+
+
+def _routing(gate: TopKGating, x: Tensor) -> Routing | None:
     logits, k, e = gate.logits_of(x), gate.k, gate.num_experts
     score = SCORES[gate.score](logits)
     numbers, ranked = score.flatten().tolist(), (score if gate.expert_bias is None else score + gate.expert_bias)

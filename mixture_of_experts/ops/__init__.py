@@ -11,10 +11,9 @@ and is a branch inside others.)
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -36,6 +35,7 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
+from mixture_of_experts.support.explaining import Explanation, first_way, listening, tell
 
 __all__ = [
     "ClampedGLU",
@@ -56,33 +56,6 @@ __all__ = [
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
 check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
-
-
-class Listeners(threading.local):
-    """The lists, of each thread, to which the way of every call is added; the innermost comes last."""
-
-    def __init__(self) -> None:
-        self.explanations: list[list[Explanation]] = []
-
-
-_LISTENERS = Listeners()
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which way computed a call, and why no faster one did.
-
-    Attributes:
-        way: name of the way; "module" for experts that no way computes: modules on slots, a `compute` of your own, or
-            experts on other ranks.
-        reasons: for each faster way, why it was not taken.
-    """
-
-    way: str
-    reasons: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return "\n".join([self.way, *(f"  not {way}: {reason}" for way, reason in self.reasons.items())])
 
 
 @contextmanager
@@ -113,7 +86,7 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> It
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
-    """Call a layer without gradients; return which way computed its experts, and why no faster one did.
+    """Call a layer without gradients; return which way computed its experts and its gates, and why no faster one did.
 
     The call is a normal one in the layer's mode: hooks run, and buffers may change. The state of random generators is
     restored.
@@ -128,9 +101,9 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
         >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), _listening() as explanations:
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), listening() as told:
         layer(x, *args, **kwargs)
-    return explanations[0] if explanations else Explanation("module")
+    return _explained(told)
 
 
 def prepare(
@@ -168,7 +141,7 @@ def prepare(
         with (
             torch.random.fork_rng([weight.device] if weight.is_cuda else []),
             torch.set_grad_enabled(layer.training),
-            _listening() as explanations,
+            listening() as told,
         ):
             x = torch.randn(*shape, dim, device=weight.device, dtype=dtype, requires_grad=layer.training)
             made = torch.func.functional_call(layer, buffers, (x,))
@@ -176,19 +149,16 @@ def prepare(
                 total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
                 leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
                 torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-        found[shape] = explanations[0] if explanations else Explanation("module")
+        found[shape] = _explained(told)
     return found
 
 
-@contextmanager
-def _listening() -> Iterator[list[Explanation]]:
-    """The ways of the calls in this context, in a list."""
-    explanations: list[Explanation] = []
-    _LISTENERS.explanations.append(explanations)
-    try:
-        yield explanations
-    finally:
-        _LISTENERS.explanations.pop()
+def _explained(told: Sequence[tuple[str, Explanation]]) -> Explanation:
+    """The explanation of the first call of experts, and of the gates before it."""
+    parts = [part for part, _ in told]
+    first = parts.index("experts") if "experts" in parts else len(parts)
+    gates = tuple(found for part, found in told[:first] if part == "gate")
+    return replace(told[first][1] if first < len(parts) else Explanation("module"), gates=gates)
 
 
 def routed_ffn(
@@ -217,24 +187,12 @@ def routed_ffn(
 
 
 def _choose(call: Call, ways: Mapping[str, Any]) -> str:
-    if (way := launching.asked_for()) != "auto":
-        reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
-        if reason is not None:
-            raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
-        return _tell(way, {})
-    reasons = {}
-    for name, way in ways.items():
-        reason = (triton.why_not_by_default if way is triton else way.why_not)(call)
-        if reason is None:
-            return _tell(name, reasons)
-        reasons[name] = reason
-    raise AssertionError("the plain way takes every call")
-
-
-def _tell(way: str, reasons: dict[str, str]) -> str:
-    if _LISTENERS.explanations:
-        _LISTENERS.explanations[-1].append(Explanation(way, reasons))
-    return way
+    if (way := launching.asked_for()) == "auto":
+        return first_way("experts", ways, call)
+    reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
+    if reason is not None:
+        raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
+    return tell("experts", way, {})
 
 
 def moe_ffn(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import family_of
+from mixture_of_experts.kernels.launching import asked_for, family_of
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
@@ -28,8 +28,11 @@ WIDEST = 1 << 24  # up to this width, places in a tile of 128 rows fit into int3
 
 
 def why_not(call: Call) -> str | None:
-    """Why the kernels cannot compute a call on its device; None if they can."""
+    """Why the kernels do not compute a call, None if they do: they cannot, or nobody asks for them and another way may
+    be as good."""
     x, network = call.x, call.network
+    if asked_for() != "triton" and (reason := _why_not_unasked(call)) is not None:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if in_transform():
@@ -39,7 +42,7 @@ def why_not(call: Call) -> str | None:
     return _why_not_on(x.device) or _why_not_of(x.dtype, network) or _why_wrong(call)
 
 
-def why_not_by_default(call: Call) -> str | None:
+def _why_not_unasked(call: Call) -> str | None:
     """Why the kernels serve a call only if the user asks for them; None where no other way is known to be as good."""
     x = call.x
     if not x.is_cuda or torch.version.hip is not None:
@@ -49,7 +52,7 @@ def why_not_by_default(call: Call) -> str | None:
         return "on compute capability {}.{} they are not taken unless they are asked for".format(*capability(x.device))
     if x.dtype == torch.float32:
         return "float32 is computed by torch's products unless they are asked for"
-    return why_not(call)
+    return None
 
 
 def run(call: Call) -> Tensor:
