@@ -27,9 +27,9 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import own, unwrapped, wrapped_module
+from mixture_of_experts.support.private_torch import in_transform, own, unwrapped, wrapped_module
 from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.tracing import can_read, in_transform
+from mixture_of_experts.support.tracing import can_read
 
 MOSTLY_EMPTY = 4  # slots for each choice from which on a call is warned of
 

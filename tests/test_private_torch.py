@@ -39,14 +39,14 @@ def test_conditions_on_sizes():
     answers = []
 
     def double(x):
-        answers.append((private_torch.statically_known_true(x.shape[0] > 3), private_torch.exporting_flag()))
+        answers.append((private_torch.statically_known_true(x.shape[0] > 3), private_torch.exporting()))
         return x * 2
 
     torch.export.export(_Function(double), (torch.ones(4),))
     torch.export.export(_Function(double), (torch.ones(4),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     assert answers[0] == (True, True)
     assert answers[-1] == (False, True)
-    assert not private_torch.exporting_flag()
+    assert not private_torch.exporting()
 
 
 def test_stand_ins():
@@ -86,11 +86,11 @@ class _Function(nn.Module):
 
 
 def test_transforms():
-    assert not private_torch.functorch_active()
+    assert not private_torch.in_transform()
     seen = []
 
     def function(x):
-        seen.append(private_torch.functorch_active())
+        seen.append(private_torch.in_transform())
         return x.sum()
 
     torch.func.grad(function)(torch.ones(2))
@@ -107,13 +107,13 @@ def test_batched_gradients():
 
         @staticmethod
         def backward(ctx, grad):
-            seen.append(private_torch.is_legacy_batched(grad))
+            seen.append(private_torch.is_wrapped(grad))
             return grad
 
     x = torch.ones(2, requires_grad=True)
     torch.autograd.grad(Watched.apply(x), x, torch.eye(2), is_grads_batched=True)
     assert seen == [True]
-    assert not private_torch.is_legacy_batched(x)
+    assert not private_torch.is_wrapped(x)
 
 
 def test_constants_in_graphs():

@@ -18,8 +18,8 @@ from torch import Tensor
 from mixture_of_experts.dispatch.plan import Plan, append, tokens_of
 from mixture_of_experts.dispatch.queues import queue_up
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.support.private_torch import statically_known_true
-from mixture_of_experts.support.tracing import add_times, exporting, smallest
+from mixture_of_experts.support.private_torch import exporting, statically_known_true
+from mixture_of_experts.support.tracing import add_times, smallest
 
 
 class Decision:

@@ -16,8 +16,8 @@ from einops import rearrange
 from torch import Tensor
 
 from mixture_of_experts.kernels.launching import SelfCheck, has_kernels
-from mixture_of_experts.support.private_torch import is_fake, is_wrapper_subclass, statically_known_true
-from mixture_of_experts.support.tracing import exporting_to_onnx, is_wrapped, largest
+from mixture_of_experts.support.private_torch import is_fake, is_wrapped, is_wrapper_subclass, statically_known_true
+from mixture_of_experts.support.tracing import exporting_to_onnx, largest
 
 Priority = Literal["choice", "token", "score"]
 PRIORITIES: tuple[Priority, ...] = ("choice", "token", "score")

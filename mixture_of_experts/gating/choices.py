@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import stable_order
-from mixture_of_experts.support.tracing import can_read, is_wrapped
+from mixture_of_experts.support.private_torch import is_wrapped
+from mixture_of_experts.support.tracing import can_read
 
 
 class Choices(NamedTuple):

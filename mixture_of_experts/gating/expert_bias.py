@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mixture_of_experts.support.tracing import in_transform
+from mixture_of_experts.support.private_torch import in_transform
 
 
 @torch.library.custom_op("mixture_of_experts::move_counts", mutates_args={"counts", "total"})

@@ -18,8 +18,7 @@ from mixture_of_experts.dispatch.plan import Plan, append
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.given import COUNTED, GIVEN, GIVEN_WEIGHTS, OPEN
-from mixture_of_experts.support.private_torch import is_fake
-from mixture_of_experts.support.tracing import is_wrapped
+from mixture_of_experts.support.private_torch import is_fake, is_wrapped
 
 GIVEN_INNER = "given_experts_inner"
 

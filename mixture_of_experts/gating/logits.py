@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
-from mixture_of_experts.support.private_torch import is_wrapper_subclass
+from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
 from mixture_of_experts.support.settings import FixedShapes, setting
-from mixture_of_experts.support.tracing import is_wrapped, without_autocast
+from mixture_of_experts.support.tracing import without_autocast
 
 
 def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

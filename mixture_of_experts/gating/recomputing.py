@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts.support.tracing import exporting, in_transform
+from mixture_of_experts.support.private_torch import exporting, in_transform
 
 Results = TypeVar("Results")
 SMALL = 1 / 4  # a float32 result of at most this share of the tokens' bytes is saved

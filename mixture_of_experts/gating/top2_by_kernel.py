@@ -24,8 +24,7 @@ from mixture_of_experts.gating.given import GIVEN, both
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
-from mixture_of_experts.support.private_torch import is_fake, wrapped_class
-from mixture_of_experts.support.tracing import is_wrapped
+from mixture_of_experts.support.private_torch import is_fake, is_wrapped, wrapped_class
 
 Top2Gating = Any  # which imports this
 MOST_EXPERTS = 1024

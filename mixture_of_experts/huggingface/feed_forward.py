@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.tracing import in_checkpoint, in_transform
+from mixture_of_experts.support.private_torch import in_transform
+from mixture_of_experts.support.tracing import in_checkpoint
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import refuse_reentrant
 from mixture_of_experts.whole_model.call_stack import ForwardCall

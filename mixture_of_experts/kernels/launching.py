@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mixture_of_experts.support.private_torch import can_hook_saved_tensors, without_dispatch_modes
-from mixture_of_experts.support.tracing import capability, in_transform
+from mixture_of_experts.support.private_torch import can_hook_saved_tensors, in_transform, without_dispatch_modes
+from mixture_of_experts.support.tracing import capability
 
 VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
 

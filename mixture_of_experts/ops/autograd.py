@@ -17,7 +17,8 @@ from torch import Tensor
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import plain
 from mixture_of_experts.ops.network import Network
-from mixture_of_experts.support.tracing import is_wrapped, without_autocast
+from mixture_of_experts.support.private_torch import is_wrapped
+from mixture_of_experts.support.tracing import without_autocast
 
 Saved = Sequence[Tensor | None]
 

@@ -21,7 +21,8 @@ from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import lean, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.products import multiply
-from mixture_of_experts.support.tracing import capability, exporting, is_wrapped
+from mixture_of_experts.support.private_torch import exporting, is_wrapped
+from mixture_of_experts.support.tracing import capability
 
 AMD = ("gfx942", "gfx950")
 AMD_ASKED = os.environ.get("ROCM_ALLOW_GROUP_GEMM_CK") == "1"  # without it torch takes a loop on AMD's GPUs

@@ -23,7 +23,8 @@ from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, few_tokens, plain, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
 from mixture_of_experts.ops.network import Call, Network
-from mixture_of_experts.support.tracing import exporting, in_transform, largest
+from mixture_of_experts.support.private_torch import exporting, in_transform
+from mixture_of_experts.support.tracing import largest
 
 SUMMED = 8  # columns by which a bias's gradient is written as a product: grouped products want multiples of 8
 

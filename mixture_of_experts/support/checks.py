@@ -11,8 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mixture_of_experts.support.tracing import in_jit_trace
-
 Word = TypeVar("Word")
 
 
@@ -106,7 +104,7 @@ def check_tokens(name: str, x: Tensor, dim: int, min_ndim: int) -> None:
     if x.is_nested or x.layout is not torch.strided:
         remedy = "to_padded_tensor(0.0), and give mask=, True where a token is real" if x.is_nested else "to_dense()"
         raise TypeError(f"{name} must be a dense tensor, got one of layout {x.layout}: give {name}.{remedy}")
-    if in_jit_trace():
+    if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         raise RuntimeError(
             "torch.jit.trace would freeze the capacity and the length of the example: use torch.export.export, or "
             "torch.onnx.export with dynamo=True"

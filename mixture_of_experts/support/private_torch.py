@@ -34,19 +34,23 @@ def statically_known_true(condition: object) -> bool:
     return symbolic_shapes.statically_known_true(condition)  # type: ignore[arg-type]
 
 
-def exporting_flag() -> bool:
+def exporting() -> bool:
     """Whether `torch.export` traces. Not `torch.compiler.is_exporting()`: before 2.13 it is True in every graph."""
     return torch.compiler._is_exporting_flag  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def functorch_active() -> bool:
-    """Whether a transform of `torch.func` runs."""
-    return torch._C._are_functorch_transforms_active()
+def in_transform() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
+    be read."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def is_legacy_batched(tensor: Tensor) -> bool:
-    """Whether the tensor stands for many gradients at once, those of `is_grads_batched`."""
-    return torch._C._functorch.is_legacy_batchedtensor(tensor)  # pyright: ignore[reportAttributeAccessIssue]
+def is_wrapped(tensor: Tensor) -> bool:
+    """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
+    if torch.compiler.is_compiling():
+        return False
+    many = torch._C._functorch.is_legacy_batchedtensor  # pyright: ignore[reportAttributeAccessIssue]
+    return torch._C._are_functorch_transforms_active() or many(tensor)
 
 
 def constant_in_graphs(function: Function) -> Function:

@@ -11,30 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-from mixture_of_experts.support import private_torch
+from mixture_of_experts.support.private_torch import exporting, is_wrapped
 
 
 def smallest(first: int, second: int) -> int:
     """`min` that stays a formula when a length is dynamic under export or compile."""
-    if _are_integers(first, second):  # dynamo shows lengths as integers and traces `min`; exporters show symbols
+    if isinstance(first, int) and isinstance(second, int):  # dynamo shows lengths as integers; exporters show symbols
         return min(first, second)
     return torch.sym_min(first, second)  # pyright: ignore[reportReturnType]
 
 
 def largest(first: int, second: int) -> int:
     """`max` that stays a formula when a length is dynamic under export or compile."""
-    if _are_integers(first, second):
+    if isinstance(first, int) and isinstance(second, int):
         return max(first, second)
     return torch.sym_max(first, second)  # pyright: ignore[reportReturnType]
-
-
-def _are_integers(first: object, second: object) -> bool:
-    return isinstance(first, int) and isinstance(second, int)
-
-
-def exporting() -> bool:
-    """Whether `torch.export` traces."""
-    return private_torch.exporting_flag()
 
 
 def exporting_to_onnx() -> bool:
@@ -42,27 +33,9 @@ def exporting_to_onnx() -> bool:
     return exporting() and torch.onnx.is_in_onnx_export()
 
 
-def in_jit_trace() -> bool:
-    """Whether `torch.jit.trace` records, whose sizes are tensors."""
-    return not torch.compiler.is_compiling() and torch.jit.is_tracing()
-
-
 def add_times(values: Tensor, others: Tensor, times: int) -> Tensor:
     """`values + times * others` in one operator; in two where a graph is exported: ONNX takes no dynamic `alpha`."""
     return values + others * times if exporting() else torch.add(values, others, alpha=times)
-
-
-def in_transform() -> bool:
-    """Whether a transform of `torch.func` (vmap, grad, ...) runs outside of a traced graph. Its tensors' numbers cannot
-    be read."""
-    return not torch.compiler.is_compiling() and private_torch.functorch_active()
-
-
-def is_wrapped(tensor: Tensor) -> bool:
-    """Whether a tensor may stand for many at once: in a transform, or as a batch of gradients (`is_grads_batched`)."""
-    if torch.compiler.is_compiling():
-        return False
-    return in_transform() or private_torch.is_legacy_batched(tensor)
 
 
 def can_read(tensor: Tensor) -> bool:

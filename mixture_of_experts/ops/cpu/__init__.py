@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.ops.cpu import decode, fused
 from mixture_of_experts.ops.network import Call
-from mixture_of_experts.support.tracing import in_transform
+from mixture_of_experts.support.private_torch import in_transform
 
 
 def why_not(call: Call) -> str | None:

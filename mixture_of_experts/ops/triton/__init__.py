@@ -17,8 +17,8 @@ from mixture_of_experts.ops.activations import why_hooked
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import LOW, num_rows
-from mixture_of_experts.support.private_torch import is_fake, statically_known_true
-from mixture_of_experts.support.tracing import capability, exporting, in_transform
+from mixture_of_experts.support.private_torch import exporting, in_transform, is_fake, statically_known_true
+from mixture_of_experts.support.tracing import capability
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels
