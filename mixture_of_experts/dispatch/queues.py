@@ -142,36 +142,41 @@ def queue_up(
 def _by_operators(
     expert: Tensor, chosen: Tensor | None, order: Tensor | None, num_experts: int, k: int, in_order: bool
 ) -> Queues:
-    """Queues of assignments in the order in which they are stored, or with all first choices before all second ones."""
-    order = None if order is None else order.unsqueeze(-1).expand(*order.shape, k)
+    """Queues of assignments in the order in which they are stored, or with all first choices before all second ones.
 
-    def in_queue_order(values: Tensor) -> Tensor:
-        """Bring values from the order of tokens to the order in which the assignments queue."""
-        if in_order:
-            return values
-        values = rearrange(values, "... (n k) -> ... n k", k=k)
-        return rearrange(values if order is None else values.gather(-2, order), "... n k -> ... (k n)")
+    Assignments that do not queue stand in one queue more, behind the others.
+    """
+    queue = expert if chosen is None else torch.where(chosen, expert, num_experts)
+    if in_order:
+        return Queues(*_places(queue, num_experts))
+    queue = rearrange(queue, "... (n k) -> ... k n", k=k)
+    if order is None:
+        position, length = _places(queue.flatten(-2), num_experts)
+        return Queues(rearrange(position, "... (k n) -> ... (n k)", k=k), length)
+    order = order.unsqueeze(-2).expand_as(queue)
+    position, length = _places(queue.gather(-1, order).flatten(-2), num_experts)
+    position = torch.empty_like(order).scatter(-1, order, position.view_as(order))
+    return Queues(rearrange(position, "... k n -> ... (n k)"), length)
 
-    def in_token_order(values: Tensor) -> Tensor:
-        """Bring values from the order in which the assignments queue back to the order of tokens."""
-        if in_order:
-            return values
-        values = rearrange(values, "... (k n) -> ... n k", k=k)
-        return (values if order is None else torch.empty_like(values).scatter(-2, order, values)).flatten(-2)
 
-    if statically_known_true(expert.numel() * num_experts <= FEW) or exporting_to_onnx():
-        position, length = _count(
-            in_queue_order(expert), None if chosen is None else in_queue_order(chosen), num_experts
-        )
-        return Queues(in_token_order(position), length)
+def _places(queue: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """The place `(..., a)` of each assignment in its queue, 0 to e, and the lengths `(..., e)` of all but the last."""
+    if statically_known_true(queue.numel() * num_experts <= FEW) or exporting_to_onnx():
+        # counted in a table (..., a, e + 1): fewer operators than sorting, and ONNX has all of them
+        index = queue.unsqueeze(-1)
+        stands = index == torch.arange(num_experts + 1, device=queue.device)
+        place = stands.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1) - 1
+        return place, stands[..., :num_experts].sum(dim=-2)
     # a stable sort of int16 is several times faster than one of int64
     narrow = torch.int16 if num_experts < torch.iinfo(torch.int16).max else torch.int64
-    ids = torch.arange(num_experts + 1, device=expert.device, dtype=narrow)
-    key = expert.to(narrow)
-    if chosen is not None:
-        key = torch.where(chosen, key, ids[-1])  # behind every queue
-    place, start = _sort(in_queue_order(key), ids)
-    return Queues(in_token_order(place) - start.gather(-1, expert), start.diff(dim=-1))
+    ids = torch.arange(num_experts + 1, device=queue.device, dtype=narrow)
+    ordered, order = queue.to(narrow).sort(dim=-1, stable=True)
+    of_each = (*queue.shape[:-1], num_experts + 1)
+    # contiguous, as searchsorted wants it, under a transform too
+    ids = ordered.new_empty(of_each).copy_(ids) if is_wrapped(ordered) else ids.expand(of_each).contiguous()
+    index = torch.arange(queue.shape[-1], device=queue.device).expand_as(order)
+    place, start = torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
+    return place - start.gather(-1, queue), start.diff(dim=-1)
 
 
 def _kernels_serve(expert: Tensor, num_experts: int) -> bool:
@@ -206,29 +211,6 @@ def _fault(device: torch.device) -> str | None:
         if bool((differs if chosen is None else differs & chosen).any()) or not found.length.equal(wanted.length):
             return "their queues differ from those of torch's operators"
     return None
-
-
-def _sort(key: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the places of keys `(..., a)` in stable order, and the first place of each of `ids`, all possible keys."""
-    ordered, order = key.sort(dim=-1, stable=True)
-    of_each = (*key.shape[:-1], ids.shape[0])
-    # contiguous, as searchsorted wants it, under a transform too
-    ids = key.new_empty(of_each).copy_(ids) if is_wrapped(key) else ids.expand(of_each).contiguous()
-    index = torch.arange(key.shape[-1], device=key.device).expand_as(order)
-    return torch.empty_like(order).scatter(-1, order, index), torch.searchsorted(ordered, ids)
-
-
-def _count(expert: Tensor, chosen: Tensor | None, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Return how often each assignment's expert was chosen before it, `(..., a)`, and how often in all, `(..., e)`.
-
-    They are counted in a table `(..., a, e)`: fewer operators than sorting, and ONNX has all of them.
-    """
-    index = expert.unsqueeze(-1)
-    queues = index == torch.arange(num_experts, device=expert.device)
-    if chosen is not None:
-        queues = queues & chosen.unsqueeze(-1)
-    place = queues.cumsum(dim=-2, dtype=torch.int64).gather(-1, index).squeeze(-1)
-    return place - 1, queues.sum(dim=-2)
 
 
 def stable_order(values: Tensor, descending: bool = False) -> Tensor:
