@@ -207,7 +207,7 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
         row_bytes = (case.d + (2 if case.gated else 1) * case.h) * weight.element_size()
         where, chunks = plan_chunks(decision_of(routing), case.d * case.h, row_bytes)
         assert where.rows_per_expert is not None
-        batches = [batch for chunk in chunks for batch in chunk.batches]
+        batches = [batch for chunk in chunks for batch in chunk]
         unused = (where.rows_per_expert == 0).nonzero().flatten()
     table, weights = where.row.view(-1, case.k), where.weight.detach().view(-1, case.k)
     token, row_weight = where.token.clamp(max=where.num_tokens - 1), where.row_weight().unsqueeze(-1)

@@ -106,12 +106,11 @@ def test_chunks(counts, threads, row_work, most_rows):
         assert batch.width == max(counts[batch.experts])
         assert batch.number == 1 or batch.number * batch.width <= most_rows
     chunks = chunks_of(batches, most_rows)
-    assert [batch for chunk in chunks for batch in chunk.batches] == batches
+    assert [batch for chunk in chunks for batch in chunk] == batches
     stops = [0, *(batch.stop for batch in batches)]
     assert [batch.start for batch in batches] == stops[:-1]
     for chunk in chunks:
-        assert chunk.rows == slice(chunk.batches[0].start, chunk.batches[-1].stop)
-        assert len(chunk.batches) == 1 or chunk.num_rows <= most_rows
+        assert len(chunk) == 1 or chunk[-1].stop - chunk[0].start <= most_rows
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ at once, are computed by the definition, `plain.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,31 +37,22 @@ class Gradients(NamedTuple):
     network: dict[str, Tensor]
 
 
-class ForwardBackward(Protocol):
-    """A way's own computation of outputs and gradients; both methods get the same x, plan and network."""
-
-    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
-        """Return outputs `(t, o)` of tokens x `(t, d)`, and what `backward` needs; nothing unless `save`."""
-        ...
-
-    def backward(
-        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
-    ) -> Gradients:
-        """Return the gradients.
-
-        `saved` is what `forward` returned, `grad` `(t, o)` the gradient of the outputs. `wanted` has "x" and names of
-        `Network.tensors`; the gradient of the assignments' weights is always computed.
-        """
-        ...
+# A way's own computation of outputs and gradients. `forward(x, plan, network, save)` returns outputs `(t, o)` of tokens
+# x `(t, d)`, and what the backward needs; nothing unless `save`. `backward(x, plan, network, saved, grad, wanted)` gets
+# that and `grad` `(t, o)`, the gradient of the outputs; `wanted` has "x" and names of `Network.tensors`. The gradient
+# of the assignments' weights is always computed.
+Forward = Callable[[Tensor, Plan, Network, bool], tuple[Tensor, Saved]]
+Backward = Callable[[Tensor, Plan, Network, Saved, Tensor, Collection[str]], Gradients]
 
 
-def differentiable(computation: ForwardBackward, x: Tensor, plan: Plan, network: Network) -> Tensor:
-    """Outputs `(t, o)` of tokens x `(t, d)`, differentiable in x, `plan.weight` and all tensors of the network."""
+def differentiable(forward: Forward, backward: Backward, x: Tensor, plan: Plan, network: Network) -> Tensor:
+    """Outputs `(t, o)` of tokens x `(t, d)` by a way's own computation of outputs and gradients, differentiable in x,
+    `plan.weight` and all tensors of the network."""
     weights = network.tensors().values()
     with without_autocast(x.device):
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, plan.weight, *weights)):
-            return _RoutedFFN.apply(computation, plan, network, x, plan.weight, *weights)
-        return computation.forward(x, plan, network, save=False)[0]
+            return _RoutedFFN.apply(forward, backward, plan, network, x, plan.weight, *weights)
+        return forward(x, plan, network, False)[0]
 
 
 def tables_to_save(plan: Plan) -> dict[str, Tensor]:
@@ -72,13 +63,20 @@ def tables_to_save(plan: Plan) -> dict[str, Tensor]:
 class _RoutedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, computation: ForwardBackward, plan: Plan, network: Network, x: Tensor, weight: Tensor, *weights: Tensor
+        ctx,
+        forward: Forward,
+        backward: Backward,
+        plan: Plan,
+        network: Network,
+        x: Tensor,
+        weight: Tensor,
+        *weights: Tensor,
     ) -> Tensor:
         names = list(network.tensors())
         plan, network = plan._replace(weight=weight), network.with_tensors(dict(zip(names, weights, strict=True)))
-        out, saved = computation.forward(x, plan, network, save=True)
+        out, saved = forward(x, plan, network, True)
         tables = tables_to_save(plan)
-        ctx.computation, ctx.plan, ctx.network = computation, plan.without_tensors(), network.with_tensors({})
+        ctx.computed_backward, ctx.plan, ctx.network = backward, plan.without_tensors(), network.with_tensors({})
         ctx.tables, ctx.names = list(tables), names
         ctx.save_for_backward(x, *tables.values(), *weights, *saved)
         return out
@@ -90,10 +88,10 @@ class _RoutedFFN(torch.autograd.Function):
         plan: Plan = ctx.plan.from_saved({name: next(tensors) for name in ctx.tables})
         network: Network = ctx.network.with_tensors({name: next(tensors) for name in ctx.names})
         if torch.is_grad_enabled() or is_wrapped(grad):  # second derivatives, or many gradients at once
-            return None, None, None, *plain.gradients(x, plan, network, grad)
-        _, _, _, need_x, need_weight, *needs = ctx.needs_input_grad
+            return *4 * [None], *plain.gradients(x, plan, network, grad)
+        need_x, need_weight, *needs = ctx.needs_input_grad[4:]
         wanted = {name for name, needed in zip(["x", *ctx.names], [need_x, *needs], strict=True) if needed}
         with without_autocast(x.device):
-            grads = ctx.computation.backward(x, plan, network, list(tensors), grad, wanted)
+            grads = ctx.computed_backward(x, plan, network, list(tensors), grad, wanted)
         of_weights = [grads.network[name] if name in wanted else None for name in ctx.names]
-        return None, None, None, grads.x if need_x else None, grads.weight if need_weight else None, *of_weights
+        return *4 * [None], grads.x if need_x else None, grads.weight if need_weight else None, *of_weights

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -163,34 +164,37 @@ def run_rows(call: Call, products: type[SlotProducts] = BlockProducts, on_rows: 
     plan, table = products.arrange(call.decision)
     if plan.num_rows == 0:
         products = SlotProducts
-    return autograd.differentiable(LeanFFN(products, table, on_rows), call.x, plan, call.network)
+    ways = partial(forward, products, table, on_rows), partial(backward, products, on_rows)
+    return autograd.differentiable(*ways, call.x, plan, call.network)
 
 
-class LeanFFN:
-    """Computes in torch's operators, with one class of products (`autograd.ForwardBackward`)."""
+def forward(
+    kind: type[SlotProducts], table: Tensor | None, on_rows: Any, x: Tensor, plan: Plan, network: Network, save: bool
+) -> tuple[Tensor, Saved]:
+    """The `forward` of `autograd.differentiable`, by products of one kind."""
+    products = kind(plan, table)
+    pre, y = on_rows.forward(products, x, network, save)
+    return collect(y, plan, products), [table, *map(products.pack, pre)] if save else []
 
-    products: type[SlotProducts]
-    table: Tensor | None
-    on_rows: Any
 
-    def __init__(self, products: type[SlotProducts], table: Tensor | None, on_rows: Any) -> None:
-        self.products, self.table, self.on_rows = products, table, on_rows
-
-    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
-        products = self.products(plan, self.table)
-        pre, y = self.on_rows.forward(products, x, network, save)
-        return collect(y, plan, products), [self.table, *map(products.pack, pre)] if save else []
-
-    def backward(
-        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
-    ) -> Gradients:
-        table, *packed = saved
-        products = self.products(plan, table)
-        pre = [products.unpack(part) for part in packed if part is not None]
-        scale, grad_scale = rows.scales(plan)
-        y, grads = self.on_rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
-        grad_x = None if y is None else collect(y, plan, products)
-        return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+def backward(
+    kind: type[SlotProducts],
+    on_rows: Any,
+    x: Tensor,
+    plan: Plan,
+    network: Network,
+    saved: Saved,
+    grad: Tensor,
+    wanted: Collection[str],
+) -> Gradients:
+    """The `backward` of `autograd.differentiable`, by products of one kind."""
+    table, *packed = saved
+    products = kind(plan, table)
+    pre = [products.unpack(part) for part in packed if part is not None]
+    scale, grad_scale = rows.scales(plan)
+    y, grads = on_rows.backward(products, x, network, pre, grad, scale, grad_scale[:-1], wanted)
+    grad_x = None if y is None else collect(y, plan, products)
+    return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
 
 def collect(y: Tensor, plan: Plan, products: SlotProducts) -> Tensor:

@@ -1,4 +1,5 @@
-"""Batches: experts that a CPU computes as one product. Chunks: batches that use the same memory one after another.
+"""Batches: experts that a CPU computes as one product. Chunks: batches that are computed together; the next chunk uses
+the same memory.
 
 A batched product has one number of rows for all its experts, so experts with fewer rows are padded.
 """
@@ -36,17 +37,6 @@ class Batch(NamedTuple):
         return rows[self.start - start : self.stop - start].view(self.number, self.width, -1)
 
 
-class Chunk(NamedTuple):
-    """Consecutive batches that are computed together; the next chunk uses the same memory."""
-
-    batches: list[Batch]
-    rows: slice
-
-    @property
-    def num_rows(self) -> int:
-        return self.rows.stop - self.rows.start
-
-
 def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -> list[Batch]:
     """Put every expert that has rows into a batch.
 
@@ -78,21 +68,15 @@ def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -
     return batches
 
 
-def chunks_of(batches: list[Batch], most_rows: int) -> list[Chunk]:
-    """Put batches into chunks of at most `most_rows` rows; a larger batch is a chunk of its own."""
-    chunks: list[Chunk] = []
+def chunks_of(batches: list[Batch], most_rows: int) -> list[list[Batch]]:
+    """Put consecutive batches into chunks of at most `most_rows` rows; a larger batch is a chunk of its own."""
+    chunks: list[list[Batch]] = []
     for batch in batches:
-        if chunks and batch.stop - chunks[-1].rows.start <= most_rows:
-            last = chunks.pop()
-            chunks.append(Chunk([*last.batches, batch], slice(last.rows.start, batch.stop)))
+        if chunks and batch.stop - chunks[-1][0].start <= most_rows:
+            chunks[-1].append(batch)
         else:
-            chunks.append(Chunk([batch], slice(batch.start, batch.stop)))
+            chunks.append([batch])
     return chunks
-
-
-def most_rows_of_chunk(row_bytes: int, threads: int) -> int:
-    """The most rows of a chunk; `row_bytes` are the bytes of a row of tokens and of its pre-activations."""
-    return max(1, CHUNK * threads // row_bytes)
 
 
 def rows_given(batches: list[Batch], num_experts: int) -> list[int]:

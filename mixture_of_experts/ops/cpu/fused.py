@@ -10,6 +10,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mixture_of_experts.dispatch.moving import sum_rows
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import autograd, rows
 from mixture_of_experts.ops.autograd import Gradients, Saved
-from mixture_of_experts.ops.cpu.batches import Chunk, batches_of, chunks_of, most_rows_of_chunk, rows_given
+from mixture_of_experts.ops.cpu.batches import CHUNK, Batch, batches_of, chunks_of, rows_given
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
@@ -33,10 +34,11 @@ def run(call: Call, on_rows: Any = rows) -> Tensor:
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes)
-    return autograd.differentiable(ChunkedFFN(chunks, on_rows), x, plan, network)
+    ways = partial(forward, chunks, on_rows), partial(backward, chunks, on_rows)
+    return autograd.differentiable(*ways, x, plan, network)
 
 
-def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[Chunk]]:
+def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[list[Batch]]]:
     """The plan of a call, with rows of padding, and the chunks of these rows.
 
     Args:
@@ -45,7 +47,7 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
         row_bytes: bytes of a row of tokens and of its pre-activations.
     """
     threads = torch.get_num_threads()
-    most_rows = most_rows_of_chunk(row_bytes, threads)
+    most_rows = max(1, CHUNK * threads // row_bytes)
     queue, position, length = decision.queues()
     counts = decision.rows_per_expert(length).tolist()
     batches = batches_of(counts, row_work, threads, most_rows)
@@ -54,58 +56,70 @@ def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan
     return plan, chunks_of(batches, most_rows)
 
 
-class ChunkedFFN:
-    """Computes chunk by chunk (`autograd.ForwardBackward`)."""
+def forward(
+    chunks: list[list[Batch]], on_rows: Any, x: Tensor, plan: Plan, network: Network, save: bool
+) -> tuple[Tensor, Saved]:
+    """The `forward` of `autograd.differentiable`, chunk by chunk."""
+    pre = [x.new_empty(plan.num_rows, width) for width in (on_rows.saved_widths(network) if save else ())]
+    products = ChunkProducts(x, plan, network.w_out.shape[-1])
+    for chunk in chunks:
+        here = products.enter(chunk)
+        on_rows.forward(products, x, network, save, [part[here] for part in pre])
+    return products.collect(), pre
 
-    chunks: list[Chunk]
-    on_rows: Any
 
-    def __init__(self, chunks: list[Chunk], on_rows: Any) -> None:
-        self.chunks, self.on_rows = chunks, on_rows
-
-    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
-        y = _rows_and_zeros(x, plan, network.w_out.shape[-1])
-        widths = self.on_rows.saved_widths(network) if save else []
-        pre = [x.new_empty(plan.num_rows, width) for width in widths]
-        for chunk in self.chunks:
-            products = ChunkProducts(chunk, plan, y)
-            self.on_rows.forward(products, x, network, save, [part[chunk.rows] for part in pre])
-        return _collect(y, plan), pre
-
-    def backward(
-        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
-    ) -> Gradients:
-        grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
-        assert plan.rows_per_expert is not None
-        numbers = plan.rows_per_expert.tolist()
-        if unused := [expert for expert, number in enumerate(numbers) if not number]:
-            for gradient in grads.values():
-                gradient[unused] = 0
-        y, (scale, grad_scale) = _rows_and_zeros(x, plan, x.shape[-1]), rows.scales(plan)
-        grad = grad.contiguous()
-        for chunk in self.chunks:
-            here, products = chunk.rows, ChunkProducts(chunk, plan, y)
-            pre = [part[here] for part in saved if part is not None]
-            self.on_rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
-        grad_x = _collect(y, plan) if "x" in wanted else None
-        return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
+def backward(
+    chunks: list[list[Batch]],
+    on_rows: Any,
+    x: Tensor,
+    plan: Plan,
+    network: Network,
+    saved: Saved,
+    grad: Tensor,
+    wanted: Collection[str],
+) -> Gradients:
+    """The `backward` of `autograd.differentiable`, chunk by chunk."""
+    grads = {name: torch.empty_like(weight) for name, weight in network.tensors().items() if name in wanted}
+    assert plan.rows_per_expert is not None
+    if unused := [expert for expert, number in enumerate(plan.rows_per_expert.tolist()) if not number]:
+        for gradient in grads.values():
+            gradient[unused] = 0
+    products, (scale, grad_scale), grad = ChunkProducts(x, plan, x.shape[-1]), rows.scales(plan), grad.contiguous()
+    for chunk in chunks:
+        here = products.enter(chunk)
+        pre = [part[here] for part in saved if part is not None]
+        on_rows.backward(products, x, network, pre, grad, scale[here], grad_scale[here], wanted, grads)
+    grad_x = products.collect() if "x" in wanted else None
+    return Gradients(grad_x, grad_scale.index_select(0, plan.row).to(plan.weight.dtype), grads)
 
 
 class ChunkProducts:
-    """`rows.Products` of a chunk: one product for each batch. Totals are written to the chunk's rows of `y`."""
+    """`rows.Products` of one chunk after the other: a product for each batch. Totals lie in the rows of all chunks.
 
-    token: Tensor
-    empty: Tensor
-    y: Tensor
+    Attributes:
+        plan: where rows lie.
+        rows: memory for the totals `(r + 1, width)`; the last row is zeros, for assignments without a row.
+        tokens: `(r,)`, the token of each row, any token where it is empty.
+        empty: the rows that are empty.
+    """
+
+    experts: list[slice]  # of each batch of the chunk, and its first row there, number of experts and rows of each
     batches: list[tuple[int, int, int]]
-    experts: list[slice]
 
-    def __init__(self, chunk: Chunk, plan: Plan, y: Tensor) -> None:
-        token = plan.token[chunk.rows]
-        self.token, self.empty = token.clamp(max=plan.num_tokens - 1), (token == plan.num_tokens).nonzero().squeeze(-1)
-        self.y, first = y[chunk.rows], chunk.rows.start
-        self.experts = [batch.experts for batch in chunk.batches]
-        self.batches = [(batch.start - first, batch.number, batch.width) for batch in chunk.batches]
+    def __init__(self, x: Tensor, plan: Plan, width: int) -> None:
+        self.plan, self.rows = plan, x.new_empty(plan.num_rows + 1, width)
+        self.rows[-1:].zero_()
+        self.tokens = plan.token.clamp(max=plan.num_tokens - 1)
+        self.empty = plan.token == plan.num_tokens
+
+    def enter(self, chunk: list[Batch]) -> slice:
+        """Go on to a chunk; return its rows."""
+        here = slice(chunk[0].start, chunk[-1].stop)
+        self.token, self.y = self.tokens[here], self.rows[here]
+        self.padding = self.empty[here].nonzero().squeeze(-1)
+        self.experts = [batch.experts for batch in chunk]
+        self.batches = [(batch.start - here.start, batch.number, batch.width) for batch in chunk]
+        return here
 
     def parts(self, rows: Tensor) -> list[Tensor]:
         """The rows `(number, width, p)` of each batch, in half the time of a slice and a view of each."""
@@ -116,7 +130,7 @@ class ChunkProducts:
         ]
 
     def gather(self, x: Tensor) -> Tensor:
-        return x.index_select(0, self.token).index_fill_(0, self.empty, 0)
+        return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
@@ -147,19 +161,11 @@ class ChunkProducts:
         self.by_rows(scale.to(rows.dtype), rows, out.unsqueeze(1))
         return out
 
-
-def _rows_and_zeros(x: Tensor, plan: Plan, width: int) -> Tensor:
-    """Memory for rows `(r, width)` and one row of zeros behind them, for assignments without a row."""
-    rows = x.new_empty(plan.num_rows + 1, width)
-    rows[-1] = 0
-    return rows
-
-
-def _collect(rows: Tensor, plan: Plan) -> Tensor:
-    """Each token's weighted sum `(t, o)` of rows `(r + 1, o)`; the last row is zeros."""
-    weight = plan.weight.detach()  # otherwise `embedding_bag` prepares for a backward
-    if plan.k is None or rows.dtype != weight.dtype:  # `sum_rows` sums in float32
-        weight = plan.row_weight().detach() if plan.k is None else weight
-        return sum_rows(rows[:-1], weight, plan.token, plan.row, plan.k, plan.num_tokens)
-    shape = plan.num_tokens, plan.k
-    return F.embedding_bag(plan.row.view(shape), rows, per_sample_weights=weight.view(shape), mode="sum")
+    def collect(self) -> Tensor:
+        """Each token's weighted sum `(t, o)` of the totals."""
+        plan, weight = self.plan, self.plan.weight.detach()  # otherwise `embedding_bag` prepares for a backward
+        if plan.k is None or self.rows.dtype != weight.dtype:  # `sum_rows` sums in float32
+            weight = plan.row_weight().detach() if plan.k is None else weight
+            return sum_rows(self.rows[:-1], weight, plan.token, plan.row, plan.k, plan.num_tokens)
+        shape = plan.num_tokens, plan.k
+        return F.embedding_bag(plan.row.view(shape), self.rows, per_sample_weights=weight.view(shape), mode="sum")

@@ -22,7 +22,7 @@ def run(call: Call) -> Tensor:
 
 
 def compute(x: Tensor, plan: Plan, network: Network) -> Tensor:
-    return autograd.differentiable(TritonFFN(), x, plan, network)
+    return autograd.differentiable(forward, backward, x, plan, network)
 
 
 def operands(x: Tensor, plan: Plan, network: Network) -> Operands:
@@ -39,19 +39,17 @@ def known_form(network: Network) -> Form:
     return form
 
 
-class TritonFFN:
-    """Computes by the kernels (`autograd.ForwardBackward`)."""
+def forward(x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
+    """The `forward` of `autograd.differentiable`."""
+    out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), save)
+    return out, [pre]
 
-    def forward(self, x: Tensor, plan: Plan, network: Network, save: bool) -> tuple[Tensor, Saved]:
-        out, pre = triton_ffn(*operands(x, plan, network), *known_form(network), save)
-        return out, [pre]
 
-    def backward(
-        self, x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]
-    ) -> Gradients:
-        (pre,) = saved
-        need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
-        need_out = "w_out" in wanted or "b_out" in wanted
-        arguments = *operands(x, plan, network), *known_form(network), "x" in wanted, need_in, need_out
-        grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *arguments)
-        return Gradients(grad_x, grad_weight, dict(zip(network.tensors(), grads, strict=True)))
+def backward(x: Tensor, plan: Plan, network: Network, saved: Saved, grad: Tensor, wanted: Collection[str]) -> Gradients:
+    """The `backward` of `autograd.differentiable`."""
+    (pre,) = saved
+    need_in = any(name.startswith(("w_in", "b_in")) for name in wanted)
+    need_out = "w_out" in wanted or "b_out" in wanted
+    arguments = *operands(x, plan, network), *known_form(network), "x" in wanted, need_in, need_out
+    grad_x, grad_weight, *grads = triton_ffn_backward(grad, pre, *arguments)
+    return Gradients(grad_x, grad_weight, dict(zip(network.tensors(), grads, strict=True)))

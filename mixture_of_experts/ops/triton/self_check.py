@@ -243,18 +243,18 @@ def gradient_for(out: Tensor, dtype: torch.dtype) -> Tensor:
 def by_kernels(call: Call, kind: Kind) -> dict[str, Tensor]:
     """Outputs in inference by the kernels, and, if not in decoding, those of training with their gradients: all of
     them, and those of the choices' weights alone. Each has programs of its own."""
-    from mixture_of_experts.ops.triton.forward_backward import TritonFFN
+    from mixture_of_experts.ops.triton.forward_backward import backward, forward
     from mixture_of_experts.ops.triton.row_plan import plan_of
 
-    plan, ffn, names = plan_of(call.decision), TritonFFN(), list(call.network.tensors())
+    plan, names = plan_of(call.decision), list(call.network.tensors())
     given = call.x, plan if kind.choices else plan._replace(k=None), call.network
-    found = {"the output, in inference": ffn.forward(*given, save=False)[0]}
+    found = {"the output, in inference": forward(*given, save=False)[0]}
     if kind.decoding:
         return found
-    found["the output"], saved = ffn.forward(*given, save=True)
+    found["the output"], saved = forward(*given, save=True)
     grad = gradient_for(found["the output"], call.x.dtype)
-    grads: dict[str, Any] = {"weights, alone": ffn.backward(*given, saved, grad, ()).weight}
-    grads["x"], grads["weights"], network = ffn.backward(*given, saved, grad, {"x", *names})
+    grads: dict[str, Any] = {"weights, alone": backward(*given, saved, grad, ()).weight}
+    grads["x"], grads["weights"], network = backward(*given, saved, grad, {"x", *names})
     return found | {f"the gradient of {name}": value for name, value in (grads | network).items()}
 
 
