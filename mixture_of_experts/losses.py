@@ -135,36 +135,24 @@ def z_loss(logits: Tensor, counted: Tensor | None = None, group: dist.ProcessGro
     return token_mean(logits.logsumexp(dim=-1).square(), counted, group)
 
 
-def log_total_at(logits: Tensor, expert: Tensor, prob: Tensor) -> Tensor:
-    """`logsumexp(logits)` `(..., n)`, computed as logit - log p of one expert after a softmax.
+def log_total_at(logit: Tensor, prob: Tensor) -> Tensor:
+    """The logsumexp of a token's logits `(..., n)`, as logit - log p of one expert after a softmax.
 
     This needs no pass over all experts, and its backward needs no logits.
 
     Args:
-        logits: `(..., n, e)`.
-        expert: `(..., n, 1)` int64, an expert that is likely, such as the first choice.
-        prob: `(..., n, 1)` its probability.
+        logit, prob: `(..., n, 1)`, those of an expert that is likely, such as the first choice.
     """
-    if torch.is_grad_enabled():  # autograd of a `gather` would save the logits
-        line = torch.arange(math.prod(expert.shape), device=expert.device)
-        logit = logits.flatten(end_dim=-2)[line, expert.flatten()].view(expert.shape)
-    else:
-        logit = logits.gather(-1, expert)
     return (logit - prob.log()).squeeze(-1)
 
 
 def z_loss_at(
-    logits: Tensor,
-    expert: Tensor,
-    prob: Tensor,
-    counted: Tensor | None = None,
-    group: dist.ProcessGroup | None = None,
+    logit: Tensor, prob: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """`z_loss` by `log_total_at`, from one expert of each token; arguments as in both."""
     if counted is None and not torch.is_grad_enabled():  # fewer launches
-        total = F.mse_loss(logits.gather(-1, expert), prob.log(), reduction="sum")
-        return mean(total, math.prod(expert.shape), group)
-    return token_mean(log_total_at(logits, expert, prob).square(), counted, group)
+        return mean(F.mse_loss(logit, prob.log(), reduction="sum"), math.prod(logit.shape), group)
+    return token_mean(log_total_at(logit, prob).square(), counted, group)
 
 
 def token_mean(values: Tensor, counted: Tensor | None = None, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -197,8 +197,10 @@ class Top2Gating(TokenChoiceGate):
         weight = self._weights(p_1, p_2, expert_1 == expert_2, tokens.full)
         if self.second_place_loss:
             parts = {"balance": parts["first_place"] + parts["second_place"], **parts}
-        likely = chosen is None  # a given expert may have probability 0
-        log_total = losses.log_total_at(logits, expert_1, p_1) if likely else logits.logsumexp(dim=-1)
+        if chosen is None:
+            log_total = losses.log_total_at(gather_chosen(logits, expert_1), p_1)
+        else:  # a given expert may have probability 0
+            log_total = logits.logsumexp(dim=-1)
         parts["z"] = self.token_mean(tokens, log_total.square())
         primary, sent = weight > 0.5, self._sent(weight)  # more than half of the weight; at an exact tie neither
         if (given := self.given(tokens)) is not None:  # they are sent, and the one that stands first is primary

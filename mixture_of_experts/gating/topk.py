@@ -227,7 +227,8 @@ class TopKGating(TokenChoiceGate):
         if self.training and self.expert_bias is not None:
             weight = self._counted_in_backward(tokens, weight, logits, score, expert, allowed)
         if log_total is None:  # it follows from the first choice
-            z_loss = losses.z_loss_at(logits, expert[..., :1], prob, tokens.counted, self.process_group)
+            logit = gather_chosen(logits, expert[..., :1])
+            z_loss = losses.z_loss_at(logit, prob, tokens.counted, self.process_group)
         else:
             z_loss = self.token_mean(tokens, log_total.square())
         top = None
