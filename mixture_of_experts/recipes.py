@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +58,7 @@ class Recipe:
 
     Attributes:
         paper: number of its paper on arXiv.
+        says: what its layers do, the docstring of the function with its name.
         gate: arguments of the gate, as published. What a block of `transformers` holds itself takes precedence.
         router: the class of the gate.
         logits: arguments of `RouterLogits`, if the router is more than a matrix. A `multiplier` may be "1/sqrt(d)".
@@ -83,6 +84,7 @@ class Recipe:
     """
 
     paper: str = ""
+    says: str = ""
     gate: Mapping[str, Any] = field(default_factory=dict)
     router: type[nn.Module] = TopKGating
     logits: Mapping[str, Any] | None = None
@@ -147,6 +149,7 @@ COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
 MODELS: dict[str, Recipe] = {
     "gshard": Recipe(
         "2006.16668",
+        says="GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668).",
         router=Top2Gating,
         gate=dict(capacity_factor_train=2.0, capacity_factor_eval=None, second_policy_eval="all"),
         experts=dict(activation="relu", gated=False),
@@ -155,6 +158,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "switch": Recipe(
         "2101.03961",
+        says="Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv "
+        "2101.03961).",
         gate=dict(k=1, jitter=0.01, capacity_factor_train=1.25),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=1e-2),  # section 2.2
@@ -164,6 +169,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "shazeer": Recipe(
         "1701.06538",
+        says="Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses "
+        "(arXiv 1701.06538).",
         router=NoisyTopKGating,
         gate=dict(k=4),
         experts=dict(activation="relu", gated=False),
@@ -171,6 +178,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "expert_choice": Recipe(
         "2202.09368",
+        says="Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that "
+        "generate.",
         router=ExpertChoiceGating,
         gate=dict(capacity_factor=2.0),
         experts=dict(activation="relu", gated=False),
@@ -178,6 +187,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "mixtral": Recipe(
         "2401.04088",
+        says="Mixtral: two choices, softmax normalised (arXiv 2401.04088).",
         gate=dict(k=2, normalize=True, **BATCH),
         router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
         blocks=(
@@ -189,6 +199,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "olmoe": Recipe(
         "2409.02060",
+        says="OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060).",
         gate=dict(k=8, normalize=False, **BATCH),
         layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
         router_aux_loss_coef=(0.01, 16),
@@ -197,6 +208,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "qwen2": Recipe(
         "2407.10671",
+        says="Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671).",
         gate=dict(k=4, normalize=False, **BATCH),
         router_aux_loss_coef=(0.001, 24),
         shared=4.0,
@@ -206,12 +218,14 @@ MODELS: dict[str, Recipe] = {
     ),
     "qwen3": Recipe(
         "2505.09388",
+        says="Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388).",
         gate=dict(k=8, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
         published=Published("Qwen3-30B-A3B", 128, 3.3, 30.5),
     ),
     "qwen3_next": Recipe(
+        says="Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token.",
         gate=dict(k=10, normalize=True, **BATCH),
         router_aux_loss_coef=(0.001, 48),
         shared=1.0,
@@ -228,6 +242,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "deepseek_v2": Recipe(
         "2405.04434",
+        says="DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts (arXiv "
+        "2405.04434).",
         gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
         shared=2.0,
         # alpha 1 to 3, section 3.1.2
@@ -237,6 +253,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "deepseek_v3": Recipe(
         "2412.19437",
+        says="DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv "
+        "2412.19437).",
         gate=dict(k=8, normalize=True, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
         shared=1.0,
         layer=COMPLEMENTARY,
@@ -268,6 +286,8 @@ MODELS: dict[str, Recipe] = {
         blocks=("Glm5NextTextMoE", "HYV4MoE", "HYV4VLMoE"),
     ),
     "deepseek_v4": Recipe(
+        says="DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use "
+        "`HashGating`.",
         gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
         experts=dict(activation="silu", limit=10.0),
         shared=1.0,
@@ -277,6 +297,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "nemotron_h": Recipe(
         "2512.20848",
+        says="Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` "
+        "(arXiv 2512.20848).",
         gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
         experts=dict(activation="relu2", gated=False),
         shared=2.0,
@@ -286,6 +308,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "kimi_k2": Recipe(
         "2507.20534",
+        says="Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534).",
         gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
         shared=1.0,
         layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
@@ -293,6 +316,8 @@ MODELS: dict[str, Recipe] = {
     ),
     # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
     "kimi_k3": Recipe(
+        says="Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, "
+        "SiTU, and shared experts. Move the bias by `balance_experts(model, optimizer, 'quantile')`.",
         gate=dict(k=16, normalize=True, **SIGMOID),
         experts=dict(activation="situ"),
         latent=0.5,
@@ -307,6 +332,7 @@ MODELS: dict[str, Recipe] = {
         blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
     ),
     "minimax_m2": Recipe(
+        says="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
         gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
         router_aux_loss_coef=(0.001, 62),
         blocks=("MiniMaxM2SparseMoeBlock",),
@@ -333,6 +359,7 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",)
     ),
     "ernie4_5": Recipe(
+        says="Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts.",
         gate=dict(k=6, expert_bias=True, **BATCH),
         shared=2.0,
         router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
@@ -345,6 +372,7 @@ MODELS: dict[str, Recipe] = {
         blocks=("Mistral4MoE", "MistralLarge4TextMoE"),
     ),
     "granite4": Recipe(
+        says="Granite 4: 8 choices, softmax over the chosen.",
         gate=dict(k=8, weigh="softmax", **BATCH),
         router_aux_loss_coef=(0.001, 32),
         blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
@@ -359,6 +387,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "gpt_oss": Recipe(
         "2508.10925",
+        says="GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv "
+        "2508.10925).",
         gate=dict(k=4, weigh="softmax", bias=True, **BATCH),
         experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
         router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
@@ -376,6 +406,7 @@ MODELS: dict[str, Recipe] = {
         blocks=("Kolibri1SparseMoeBlock",),
     ),
     "llama4": Recipe(
+        says="Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert.",
         gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
         weigh_input=True,
         shared=1.0,
@@ -396,6 +427,8 @@ MODELS: dict[str, Recipe] = {
         blocks=("MuseSparkMoE",),
     ),
     "gemma4": Recipe(
+        says="Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are "
+        "left out.",
         gate=dict(k=8, **BATCH),
         logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
         scales="expert",
@@ -415,6 +448,7 @@ MODELS: dict[str, Recipe] = {
     ),
     "phi3_5": Recipe(
         "2409.12136",
+        says="Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136).",
         router=SparseMixerGating,
         gate=dict(k=2, tolerance=0.01),
         router_aux_loss_coef=(0.001, 32),
@@ -429,6 +463,8 @@ MODELS: dict[str, Recipe] = {
     ),
     "longcat_flash": Recipe(
         "2509.01322",
+        says="LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token (arXiv "
+        "2509.01322).",
         gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
         identity=0.5,
         layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
@@ -437,11 +473,19 @@ MODELS: dict[str, Recipe] = {
     ),
     "dynamic_moe": Recipe(
         "2403.07652",
+        says="MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652).",
         router=TopPGating,
         gate=dict(k=8, p=0.4),
         layer=dict(loss_coef=1e-2, loss_coefs=dict(entropy=1e-4)),  # section 4.1
     ),
-    "remoe": Recipe("2412.14711", router=ReLUGating, gate=dict(k=8, mean_choices=1), layer=dict(loss_coef=1.0)),
+    "remoe": Recipe(
+        "2412.14711",
+        says="ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average "
+        "(arXiv 2412.14711).",
+        router=ReLUGating,
+        gate=dict(k=8, mean_choices=1),
+        layer=dict(loss_coef=1.0),
+    ),
     "zaya": Recipe(gate=dict(k=1, normalize=False, expert_bias=True), zero=1, blocks=("ZayaSparseMoeBlock",)),
 }
 
@@ -638,11 +682,11 @@ def _coefficients(recipe: Recipe, gate: Any, layers: int | None, given: bool) ->
 
 def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, Any], factory: dict[str, Any]) -> Any:
     """The gate of a recipe, for `num_experts` experts; `changes` replace its settings."""
-    known = _arguments_of(recipe.router)
+    known = arguments_of(recipe.router)
     if known is not None and (unknown := sorted(changes.keys() - known)):
         raise TypeError(
             f"neither MoE nor the recipe's {recipe.router.__name__} has an argument {unknown[0]!r}: the gate has "
-            f"{', '.join(sorted(known - {'self', 'dim', 'num_experts', 'num_gates', 'settings', *factory}))}"
+            f"{', '.join(sorted({*known} - {'self', 'dim', 'num_experts', 'num_gates', 'settings', *factory}))}"
         )
     settings = {**recipe.gate, **changes, **factory}
     if recipe.logits is not None:
@@ -655,17 +699,17 @@ def make_gate(recipe: Recipe, dim: int, num_experts: int, changes: Mapping[str, 
     return recipe.router(dim, num_experts, **settings)
 
 
-def _arguments_of(router: type) -> set[str] | None:
+def arguments_of(router: type) -> list[str] | None:
     """The names of a gate's arguments, with those that it passes on to its base; None if they are not known."""
-    names: set[str] = set()
+    names: dict[str, None] = {}
     for cls in router.__mro__:
         found = inspect.signature(cls.__init__).parameters
-        names |= set(found)
+        names |= dict.fromkeys(found)
         if cls is nn.Module:
             return None
         if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in found.values()):
             break
-    return names
+    return list(names)
 
 
 def make_activation_of(recipe: Recipe) -> nn.Module:
@@ -677,134 +721,44 @@ def make_activation_of(recipe: Recipe) -> nn.Module:
     return activation if limit is None else ClampedGLU(activation, limit, after=recipe.experts.get("after", False))
 
 
-def gshard(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668)."""
-    return build(MODELS["gshard"], dim, num_experts, hidden_dim, **changes)
+class RecipeFunction(Protocol):
+    """Returns a layer that is made as one of `MODELS` says, by `build`, whose other arguments it takes too."""
+
+    def __call__(self, dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE: ...
 
 
-def switch(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv 2101.03961)."""
-    return build(MODELS["switch"], dim, num_experts, hidden_dim, **changes)
+def _function(name: str) -> RecipeFunction:
+    """The function of a recipe, with its docstring."""
+
+    def make(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
+        return build(MODELS[name], dim, num_experts, hidden_dim, **changes)
+
+    make.__name__, make.__qualname__, make.__doc__ = name, name, MODELS[name].says
+    return make
 
 
-def shazeer(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses (arXiv
-    1701.06538).
-    """
-    return build(MODELS["shazeer"], dim, num_experts, hidden_dim, **changes)
-
-
-def expert_choice(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that generate."""
-    return build(MODELS["expert_choice"], dim, num_experts, hidden_dim, **changes)
-
-
-def mixtral(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Mixtral: two choices, softmax normalised (arXiv 2401.04088)."""
-    return build(MODELS["mixtral"], dim, num_experts, hidden_dim, **changes)
-
-
-def olmoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060)."""
-    return build(MODELS["olmoe"], dim, num_experts, hidden_dim, **changes)
-
-
-def qwen2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671)."""
-    return build(MODELS["qwen2"], dim, num_experts, hidden_dim, **changes)
-
-
-def qwen3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388)."""
-    return build(MODELS["qwen3"], dim, num_experts, hidden_dim, **changes)
-
-
-def qwen3_next(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token."""
-    return build(MODELS["qwen3_next"], dim, num_experts, hidden_dim, **changes)
-
-
-def deepseek_v2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts (arXiv 2405.04434)."""
-    return build(MODELS["deepseek_v2"], dim, num_experts, hidden_dim, **changes)
-
-
-def deepseek_v3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv 2412.19437)."""
-    return build(MODELS["deepseek_v3"], dim, num_experts, hidden_dim, **changes)
-
-
-def deepseek_v4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use `HashGating`."""
-    return build(MODELS["deepseek_v4"], dim, num_experts, hidden_dim, **changes)
-
-
-def kimi_k2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534)."""
-    return build(MODELS["kimi_k2"], dim, num_experts, hidden_dim, **changes)
-
-
-def kimi_k3(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, SiTU, and shared
-    experts. Move the bias by `balance_experts(model, optimizer, "quantile")`.
-    """
-    return build(MODELS["kimi_k3"], dim, num_experts, hidden_dim, **changes)
-
-
-def nemotron_h(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` (arXiv
-    2512.20848).
-    """
-    return build(MODELS["nemotron_h"], dim, num_experts, hidden_dim, **changes)
-
-
-def minimax_m2(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """MiniMax-M2: 8 choices, sigmoid normalised, an expert bias."""
-    return build(MODELS["minimax_m2"], dim, num_experts, hidden_dim, **changes)
-
-
-def gpt_oss(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv 2508.10925)."""
-    return build(MODELS["gpt_oss"], dim, num_experts, hidden_dim, **changes)
-
-
-def granite4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Granite 4: 8 choices, softmax over the chosen."""
-    return build(MODELS["granite4"], dim, num_experts, hidden_dim, **changes)
-
-
-def ernie4_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts."""
-    return build(MODELS["ernie4_5"], dim, num_experts, hidden_dim, **changes)
-
-
-def llama4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert."""
-    return build(MODELS["llama4"], dim, num_experts, hidden_dim, **changes)
-
-
-def gemma4(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are left out."""
-    return build(MODELS["gemma4"], dim, num_experts, hidden_dim, **changes)
-
-
-def longcat_flash(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token (arXiv 2509.01322)."""
-    return build(MODELS["longcat_flash"], dim, num_experts, hidden_dim, **changes)
-
-
-def phi3_5(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136)."""
-    return build(MODELS["phi3_5"], dim, num_experts, hidden_dim, **changes)
-
-
-def dynamic_moe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652)."""
-    return build(MODELS["dynamic_moe"], dim, num_experts, hidden_dim, **changes)
-
-
-def remoe(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-    """ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average (arXiv
-    2412.14711).
-    """
-    return build(MODELS["remoe"], dim, num_experts, hidden_dim, **changes)
+gshard: RecipeFunction = _function("gshard")
+switch: RecipeFunction = _function("switch")
+shazeer: RecipeFunction = _function("shazeer")
+expert_choice: RecipeFunction = _function("expert_choice")
+mixtral: RecipeFunction = _function("mixtral")
+olmoe: RecipeFunction = _function("olmoe")
+qwen2: RecipeFunction = _function("qwen2")
+qwen3: RecipeFunction = _function("qwen3")
+qwen3_next: RecipeFunction = _function("qwen3_next")
+deepseek_v2: RecipeFunction = _function("deepseek_v2")
+deepseek_v3: RecipeFunction = _function("deepseek_v3")
+deepseek_v4: RecipeFunction = _function("deepseek_v4")
+kimi_k2: RecipeFunction = _function("kimi_k2")
+kimi_k3: RecipeFunction = _function("kimi_k3")
+nemotron_h: RecipeFunction = _function("nemotron_h")
+minimax_m2: RecipeFunction = _function("minimax_m2")
+gpt_oss: RecipeFunction = _function("gpt_oss")
+granite4: RecipeFunction = _function("granite4")
+ernie4_5: RecipeFunction = _function("ernie4_5")
+llama4: RecipeFunction = _function("llama4")
+gemma4: RecipeFunction = _function("gemma4")
+longcat_flash: RecipeFunction = _function("longcat_flash")
+phi3_5: RecipeFunction = _function("phi3_5")
+dynamic_moe: RecipeFunction = _function("dynamic_moe")
+remoe: RecipeFunction = _function("remoe")

@@ -6,7 +6,6 @@ layers when it is asked for, so that it tells of settings that were changed sinc
 
 from __future__ import annotations
 
-import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from torch import nn
 from mixture_of_experts import gating
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.quantize import QuantizedExperts
+from mixture_of_experts.recipes import arguments_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.support.settings import CheckedModule
 from mixture_of_experts.unstack import to_list
@@ -140,7 +140,7 @@ def describe_gate(gate: nn.Module) -> dict[str, Any] | None:
     if GATES.get(kind.__name__) is not kind:
         return None
     arguments = {}
-    for name in arguments_of(kind):
+    for name in arguments_of(kind) or ():
         if name in PARTS:
             arguments[name] = getattr(gate, PARTS[name]) is not None
         elif name not in (*LEFT_OUT, *FIXED.get(kind.__name__, ())):
@@ -160,7 +160,9 @@ def settings_of(feed_forward: MoEFeedForward) -> dict[str, Any]:
     for path, module in parts(feed_forward):
         names = {"p"} if isinstance(module, nn.Dropout) else set()
         if isinstance(module, CheckedModule):
-            names |= {*module._settings, *(arguments_of(wrapped_class(module)) if path == "moe.gate" else ())}
+            names |= module._settings.keys()
+            if path == "moe.gate":
+                names.update(arguments_of(wrapped_class(module)) or ())
             names -= {*OF_RUN, *CALLED, *PARTS, *LEFT_OUT, *module.sizes}
         for name in sorted(name for name in names if hasattr(module, name)):
             found[f"{path}.{name}"] = getattr(module, name)
@@ -188,17 +190,6 @@ def set_changed(layer: MoEFeedForward, entry: dict[str, Any]) -> None:
     for path, value in entry.get("changed", {}).items():
         of, _, name = path.rpartition(".")
         setattr(layer.get_submodule(of), name, value)
-
-
-def arguments_of(kind: type) -> list[str]:
-    """The names of a gate class's arguments, with those that it passes on as settings."""
-    names: dict[str, None] = {}
-    for cls in kind.__mro__:
-        found = inspect.signature(cls.__init__).parameters
-        names |= dict.fromkeys(found)
-        if "settings" not in found:
-            break
-    return list(names)
 
 
 def gate_factory(description: dict[str, Any]) -> GateFactory:
