@@ -507,12 +507,13 @@ OF_LAYER = ("loss_coef", "z_loss_coef", "loss_coefs", "group_size", "shared_expe
 
 
 class SharedExpert(nn.Module):
-    """A feed-forward network for every token, without biases: `(act(x gate) * (x up)) down`, or `act(x up) down`.
+    """A feed-forward network for every token: `(act(x gate) * (x up)) down`, or `act(x up) down`.
 
     Args:
         dim, hidden_dim: d and h.
         activation: a class, a module or a function; for a gated network also a function of `(x gate, x up)`.
         gated: whether the network has a gate projection.
+        bias: whether its linear layers have biases.
 
     Example:
         >>> import torch
@@ -526,12 +527,19 @@ class SharedExpert(nn.Module):
     act: nn.Module
 
     def __init__(
-        self, dim: int, hidden_dim: int, activation: Any = nn.SiLU, gated: bool = True, **factory: Any
+        self,
+        dim: int,
+        hidden_dim: int,
+        activation: Any = nn.SiLU,
+        gated: bool = True,
+        bias: bool = False,
+        **factory: Any,
     ) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(dim, hidden_dim, bias=False, **factory) if gated else None
-        self.up_proj = nn.Linear(dim, hidden_dim, bias=False, **factory)
-        self.down_proj = nn.Linear(hidden_dim, dim, bias=False, **factory)
+        self.hidden_dim = hidden_dim
+        self.gate_proj = nn.Linear(dim, hidden_dim, bias, **factory) if gated else None
+        self.up_proj = nn.Linear(dim, hidden_dim, bias, **factory)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias, **factory)
         self.act = make_activation(activation)
 
     def forward(self, x: Tensor) -> Tensor:

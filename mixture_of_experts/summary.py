@@ -219,7 +219,7 @@ def multiplied(module: nn.Module, used: Used) -> int:
     own, kind = list({**own_weights(module), **made}.items()), wrapped_class(module).__name__
     if isinstance(module, nn.Linear) or kind == "Conv1D":  # of transformers
         return getattr(module, "weight").numel()  # noqa: B009
-    if isinstance(module, StackedExperts | Gate | RouterLogits) or kind == "SharedNetwork":  # which needs transformers
+    if isinstance(module, StackedExperts | Gate | RouterLogits):
         return sum(parameter.numel() for name, parameter in own if name.startswith("w"))
     if module in used.external:
         return sum(p.numel() for name, p in own if p.ndim >= 2 and not name.endswith("bias"))

@@ -183,28 +183,31 @@ def test_a_shared_expert_takes_the_first_units(name, granularity, tmp_path):
 
 
 def test_a_new_shared_expert():
-    """Its own width, drawn as experts are; every token passes it."""
+    """Its own width, drawn as linear layers are; every token passes it."""
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, hidden_dim=16, shared_expert=64)
     moe = feed_forwards(model)[0].moe
-    assert moe.shared_expert.w1.shape == (DIM, 64)
-    assert moe.shared_expert.w1.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
-    assert moe.shared_expert.w2.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    assert moe.shared_expert.gate_proj.weight.shape == (64, DIM)
+    assert moe.shared_expert.gate_proj.weight.std().item() == pytest.approx((3 * DIM) ** -0.5, rel=0.1)
+    assert moe.shared_expert.down_proj.weight.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
     x = torch.randn(2, 5, DIM)
     with_shared = moe(x)[0]
     shared, moe.shared_expert = moe.shared_expert, None
-    h = nn.functional.silu(x @ shared.w1) * (x @ shared.w3)
-    torch.testing.assert_close(with_shared, moe(x)[0] + h @ shared.w2)
+    h = nn.functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
+    torch.testing.assert_close(with_shared, moe(x)[0] + shared.down_proj(h))
 
 
 def test_missing_shared_experts_are_drawn(tmp_path):
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, shared_expert=64)
-    state = {name: value for name, value in model.state_dict().items() if not name.endswith("shared_expert.w2")}
+    state = {
+        name: value for name, value in model.state_dict().items() if not name.endswith("shared_expert.down_proj.weight")
+    }
     model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.warns(UserWarning, match="initialised: model.layers.0.mlp.moe.shared_expert.w2"):
+    with pytest.warns(UserWarning, match="initialised: model.layers.0.mlp.moe.shared_expert.down_proj.weight"):
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert feed_forwards(loaded)[0].moe.shared_expert.w2.std().item() == pytest.approx(64**-0.5, rel=0.1)
+    drawn = feed_forwards(loaded)[0].moe.shared_expert.down_proj.weight
+    assert drawn.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

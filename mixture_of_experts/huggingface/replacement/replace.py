@@ -5,6 +5,7 @@ Axes: d model dim, h hidden dim, e experts, g slices of a network.
 
 from __future__ import annotations
 
+import copy
 import numbers
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -29,12 +30,12 @@ from mixture_of_experts.huggingface.replacement.adapters import (
     refuse_wrapped,
 )
 from mixture_of_experts.huggingface.replacement.search import Miss, is_routed, search
-from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
 from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
@@ -203,7 +204,7 @@ def upcycle(
         share_routers(moe.gate, g)
         total = sum_of_weights(moe, g)
         if shared is not None:
-            moe.shared_expert.fill(cut(dense, 0, shared))
+            fill_shared(moe.shared_expert, cut(dense, 0, shared))
         copied = [dense] if others is None else [networks[place.name] for networks in others]
         fill(moe.experts, [cut(network, shared or 0, network.hidden_dim) for network in copied], g, total)
         vary(moe.experts, noise, redraw)
@@ -387,22 +388,30 @@ def make_moe(
 ) -> MoE:
     """A layer with the network's device and dtype, and experts of its kind; their weights are `drawn` or left empty."""
     kind = Experts if dense.w3 is None else GatedExperts
-    device, dtype = dense.w1.device, dense.w1.dtype
+    device, dtype, shared_expert = dense.w1.device, dense.w1.dtype, None
     with device if drawn else torch.device("meta"):
-        settings: Any = dict(activation=dense.activation, bias=True, dtype=dtype)
-        experts: Any = kind(dense.dim, num_experts, hidden_dim, **settings)
+        experts: Any = kind(dense.dim, num_experts, hidden_dim, dense.activation, bias=True, dtype=dtype)
         experts.is_transposed = True  # weights are (e, in, out): PEFT reads this for LoRA
-        dense_part = (
-            None if shared is None else SharedNetwork(dense.dim, shared, gated=dense.w3 is not None, **settings)
-        )
-    for module in (experts, *([] if dense_part is None else [dense_part])):
-        for name in {name for name, _ in module.named_parameters(recurse=False)} - set(dense.weights()):
-            module.register_parameter(name, None)  # the network has no such bias
-        if not drawn:
+        if shared is not None:
+            activation = copy.deepcopy(dense.activation)  # with a dropout of its own
+            gated, bias = dense.w3 is not None, dense.b1 is not None
+            shared_expert = SharedExpert(dense.dim, shared, activation, gated, bias, dtype=dtype)
+    for name in {name for name, _ in experts.named_parameters(recurse=False)} - set(dense.weights()):
+        experts.register_parameter(name, None)  # the network has no such bias
+    if not drawn:
+        for module in (experts, *linears_of_shared(shared_expert).values()):
             module.to_empty(device=device, recurse=False)  # not of the activation, which is the network's
     with device:
         gate = make_gate(dense.dim, num_experts)
-        return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=dense_part, **coefs)
+        return MoE(dense.dim, num_experts, gate=gate, experts=experts, shared_expert=shared_expert, **coefs)
+
+
+def linears_of_shared(shared_expert: nn.Module | None) -> dict[str, nn.Module]:
+    """The linear layers of a shared expert, by their number in experts."""
+    if not isinstance(shared_expert, SharedExpert):
+        return {}
+    gate = None if shared_expert.gate_proj is None else "gate_proj"
+    return linears(shared_expert, Adapter("up_proj", "down_proj", gate))
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
@@ -482,7 +491,7 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     for place in places:
-        for linear in linears(place).values():
+        for linear in linears(place.module, place.adapter).values():
             for parameter in linear.parameters(recurse=False):
                 if len(owners[id(parameter)]) > 1:
                     raise ValueError(
@@ -491,12 +500,11 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
                     )
 
 
-def linears(place: NetworkSite) -> dict[str, nn.Module]:
+def linears(module: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """The linear layers of a network, by their number in experts: "1", "2", "3"."""
-    adapter = place.adapter
     paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
     paths |= {} if adapter.gate is None else {"3": adapter.up}
-    return {number: part(place.module, path) for number, path in paths.items()}
+    return {number: part(module, path) for number, path in paths.items()}
 
 
 class One(nn.Module):
@@ -539,6 +547,16 @@ def fill(experts: Any, networks: Sequence[Dense], g: int, total: float) -> None:
                 copies[:, i] = torch.stack(value.chunk(g, dim=dim)) * (g / total if name == "w2" else 1)
 
 
+@torch.no_grad()
+def fill_shared(shared_expert: nn.Module, network: Dense) -> None:
+    """Copy a network to a shared expert, without its last bias, which the experts have."""
+    values = {**network.weights(), "b2": None}
+    for number, layer in linears_of_shared(shared_expert).items():
+        for name, weight in layer.named_parameters():
+            value = values.get(f"{name[0]}{number}")
+            weight.copy_(torch.zeros_like(weight) if value is None else value.t())
+
+
 def cut(network: Dense, start: int, stop: int) -> Dense:
     """The network with some of its hidden units only."""
     of_columns = {name: getattr(network, name) for name in ("w1", "w3", "b1", "b3")}
@@ -577,11 +595,12 @@ def read_alike(
 
 def freeze(moe: MoE, place: NetworkSite) -> None:
     """Freeze the experts' weights that are frozen in the network at `place`."""
-    layers = linears(place)
-    for part_of in (moe.experts, moe.shared_expert):
-        for name, parameter in () if part_of is None else part_of.named_parameters(recurse=False):
-            source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
-            parameter.requires_grad_(source.requires_grad)
+    layers = linears(place.module, place.adapter)
+    for name, parameter in moe.experts.named_parameters(recurse=False):
+        source = getattr(layers[name[1]], "weight" if name[0] == "w" else "bias")
+        parameter.requires_grad_(source.requires_grad)
+    for number, layer in linears_of_shared(moe.shared_expert).items():
+        layer.requires_grad_(getattr(layers[number], "weight").requires_grad)  # noqa: B009
 
 
 @torch.no_grad()

@@ -27,8 +27,8 @@ from mixture_of_experts.huggingface.auxiliary_loss import ANNOUNCED
 from mixture_of_experts.huggingface.blocks.convert import closes_groups
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_meta, refuse_wrapped
-from mixture_of_experts.huggingface.replacement.shared import SharedNetwork
 from mixture_of_experts.huggingface.saving.configuration import KEY
+from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import from_peft
 
@@ -198,7 +198,7 @@ def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
             yield f"the activation {experts.act} of experts"
         if moe.group_size is not None and not dropless(gate):
             yield f"group_size={moe.group_size}"
-        if shared is not None and not (target.shared and type(shared) is SharedNetwork):
+        if shared is not None and not (target.shared and type(shared) is SharedExpert):
             yield "a shared expert"
         width = getattr(shared, "hidden_dim", None)
         settings = {"num_experts": moe.num_experts, "hidden_dim": experts.hidden_dim, "shared_expert": width}
@@ -298,12 +298,11 @@ def converter(layer: Any, target: Target) -> Callable[[Mapping[str, Tensor]], di
             "experts.down_proj": (w2 * scale if scale != 1 else w2).mT,
         }
         if target.shared:
-            empty = {"w1": w1.new_zeros(d, 1), "w3": w1.new_zeros(d, 1), "w2": w1.new_zeros(1, d)}
-            shared = {name: weights.get(f"moe.shared_expert.{name}", empty[name]) for name in empty}
-            block["shared_expert.gate_proj.weight"] = shared["w1"].T
-            block["shared_expert.up_proj.weight"] = shared["w3"].T
-            block["shared_expert.down_proj.weight"] = 2 * shared["w2"].T  # the sigmoid of its gate is 1/2
-            block["shared_expert_gate.weight"] = w1.new_zeros(1, d)
+            empty = {"gate_proj": w1.new_zeros(1, d), "up_proj": w1.new_zeros(1, d), "down_proj": w1.new_zeros(d, 1)}
+            for name, zeros in empty.items():
+                value = weights.get(f"moe.shared_expert.{name}.weight", zeros)
+                block[f"shared_expert.{name}.weight"] = 2 * value if name == "down_proj" else value
+            block["shared_expert_gate.weight"] = w1.new_zeros(1, d)  # its sigmoid is 1/2
         return block
 
     return convert
