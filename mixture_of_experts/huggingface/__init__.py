@@ -11,8 +11,7 @@ from mixture_of_experts.huggingface.pruning.prune import expert_scores, prune
 from mixture_of_experts.huggingface.replacement.adapters import Adapter
 from mixture_of_experts.huggingface.replacement.replace import replace_ffn, upcycle
 from mixture_of_experts.huggingface.saving.export import export
-from mixture_of_experts.huggingface.saving.loader import ExpertsLoader
-from mixture_of_experts.huggingface.saving.loading import from_pretrained
+from mixture_of_experts.huggingface.saving.loader import ExpertsLoader, from_pretrained
 
 __all__ = [
     "Adapter",

@@ -31,7 +31,7 @@ from mixture_of_experts.huggingface import (
 from mixture_of_experts.huggingface.auxiliary_loss import AT_FIRST
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
-from mixture_of_experts.huggingface.saving import names
+from mixture_of_experts.huggingface.saving import loader
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.support.attached import TABLES
 
@@ -352,19 +352,20 @@ def test_a_headless_model_gets_its_weights(tmp_path):
     same_weights(type(model.base_model).from_pretrained(tmp_path / "base"), base)
 
 
-@pytest.mark.parametrize(
-    "conversion",
-    [
-        WeightRenaming(r"\.experts\.w1", ".experts.w3"),
-        WeightConverter([r"\.experts\.w1", r"\.experts\.w3"], r"\.experts\.gate_up", [Concatenate(dim=1)]),
-    ],
-    ids=["renames", "merges"],
-)
-def test_weights_that_would_become_others_are_refused(conversion, tmp_path, monkeypatch):
-    from_transformers(build("Mixtral")).save_pretrained(tmp_path)
-    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda *args, **settings: [conversion])
+def test_weights_that_would_become_others(tmp_path, monkeypatch):
+    """By a renaming they do not, and a class that would merge them into others is refused."""
+    model = from_transformers(build("Mixtral"))
+    model.save_pretrained(tmp_path)
+    conversions: list[Any] = [WeightRenaming(r"\.experts\.w1", ".experts.w3")]
+    convert = loader.ExpertsLoader.update_weight_conversions
+    monkeypatch.setattr(
+        loader.ExpertsLoader, "update_weight_conversions", lambda self, _, model: convert(self, conversions, model)
+    )
     for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
-        with pytest.raises(ValueError, match=r"experts\.w[13], a weight of a layer with experts, as .*: load"):
+        same_weights(load(tmp_path), model)
+    conversions.append(WeightConverter([r"\.w1", r"\.w3"], r"\.gate_up", [Concatenate(dim=1)]))
+    for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
+        with pytest.raises(ValueError, match=r"merges .*experts\.w[13], a weight of a layer with experts, with other"):
             load(tmp_path)
 
 

@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig
-from transformers.core_model_loading import revert_weight_conversion
 
+from mixture_of_experts.huggingface.private_transformers import as_saved
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
 from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
 from mixture_of_experts.huggingface.saving.export import below, plan_export
-from mixture_of_experts.huggingface.saving.loading import find_class
+from mixture_of_experts.huggingface.saving.loader import saved_class
+from mixture_of_experts.huggingface.saving.names import in_files
 from mixture_of_experts.huggingface.saving.restore import put_experts
 
 INDEX = "model.safetensors.index.json"
@@ -73,7 +74,7 @@ def upcycle_folder(
             upcycle(model, layers=[name], **settings)
             written.update(read.values())
             made = {key: value for key, value in model.state_dict().items() if below(name, key)}
-            for key, value in revert_weight_conversion(model, made).items():
+            for key, value in as_saved(model, made).items():
                 writer.add(weights.without_head(key, model), value)
             model.get_submodule(place.name).to("meta")
         for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
@@ -108,7 +109,7 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
             keys = [key for key in model.state_dict() if below(path, key)]
             read = {key.removeprefix(f"{path}."): weights[weights.named(key, model)] for key in keys}
             block = {f"{path}.{name}": value for name, value in convert(read).items()}
-            for name, value in revert_weight_conversion(made, block).items():
+            for name, value in as_saved(made, block).items():
                 writer.add(name, value)
         for stored in tqdm([n for n in weights if not any(below(path, n) for path in plan.layers)], desc="others"):
             writer.add(stored, weights[stored])
@@ -169,7 +170,7 @@ def empty_model(config: Any) -> Any:
             '["LlamaForCausalLM"]'
         )
     with torch.device("meta"):
-        model: Any = find_class(config, None)(config)
+        model: Any = saved_class(config)(config)
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
@@ -236,8 +237,7 @@ class WeightFiles(Mapping[str, Tensor]):
 
     def named(self, name: str, model: Any) -> str:
         """The name of a model's weight in the files, which differs from the model's own name for some classes."""
-        renamed = next(iter(revert_weight_conversion(model, {name: model.get_parameter_or_buffer(name)})))
-        for stored in (name, renamed, self.without_head(name, model), self.without_head(renamed, model)):
+        for stored in in_files(model, {name: model.get_parameter_or_buffer(name)}):
             if stored in self.files:
                 return stored
         raise ValueError(

@@ -1,57 +1,82 @@
-"""Lets `from_pretrained` of `transformers` itself load a model with experts.
+"""Loads saved models with experts, by `from_pretrained` of `transformers` itself.
 
-It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised.
-The marks of that interface are removed from the model afterwards, because trainers refuse quantised models.
+It uses the interface for quantised models, which may change a model before weights are loaded. Nothing is quantised,
+unless another quantiser is given, which then changes what is no expert.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from os import PathLike
 from typing import Any
 
-from torch import nn
-from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.auto import AutoHfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mixture_of_experts.huggingface.saving.configuration import NAME
-from mixture_of_experts.huggingface.saving.names import LayerNames
+from mixture_of_experts.huggingface.private_transformers import say_in_refusal
+from mixture_of_experts.huggingface.replacement.adapters import Adapter
+from mixture_of_experts.huggingface.saving.configuration import KEY, NAME, layers_with_experts
+from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
+from mixture_of_experts.huggingface.saving.names import keep_names
 from mixture_of_experts.huggingface.saving.restore import finish_loading, put_experts
+
+HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+NOT_IN_CONFIG = ("dtype", "torch_dtype", "quantization_config")  # a configuration would keep them as settings
 
 
 @register_quantization_config(NAME)
 class ExpertsLoaderConfig(QuantizationConfigMixin):
-    """The description of layers with experts from a configuration file."""
+    """The description of layers with experts from a configuration file, and what `from_pretrained` was given."""
 
-    def __init__(self, layers: list[dict[str, Any]], quant_method: str = NAME, **others: Any) -> None:
+    def __init__(
+        self,
+        layers: list[dict[str, Any]],
+        gate: GateFactory | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        other: Any = None,
+        quant_method: str = NAME,
+        **others: Any,
+    ) -> None:
         self.quant_method: Any = quant_method
-        self.layers = layers
+        self.layers, self.gate, self.adapters = layers, gate, adapters
+        self.other = other  # the configuration of another quantiser
 
 
-# transformers refuses another quantization_config by the name of this class: let it say what does take one
-ExpertsLoaderConfig.__name__ += " (for another one call from_pretrained of mixture_of_experts.huggingface)"
+say_in_refusal(ExpertsLoaderConfig, "for another one call from_pretrained of mixture_of_experts.huggingface")
 
 
-@register_quantizer(NAME)
-class ExpertsLoader(HfQuantizer):
-    """Puts layers with experts into a model that has no weights yet."""
+class PutsExperts(HfQuantizer):
+    """Puts layers with experts into a model that has no weights yet, before another quantiser changes it."""
 
-    quantization_config: Any
+    experts: Any  # the `ExpertsLoaderConfig`
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        put_experts(model, self.quantization_config.layers)
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):  # whose configuration may be a copy
+                vars(module.config).pop("quantization_config", None)
+        put_experts(model, self.experts.layers, self.experts.gate, self.experts.adapters)
+        super().preprocess_model(model, *args, **kwargs)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        return [*super().update_weight_conversions(weight_conversions, model), LayerNames(model)]
+        return keep_names(model, super().update_weight_conversions(weight_conversions, model))
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
         finish_loading(model)
-        for name in ("hf_quantizer", "quantization_method", "is_quantized"):
-            vars(model).pop(name, None)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                for name in ("quantization_config", "_is_quantized"):
-                    vars(module.config).pop(name, None)
+        super().postprocess_model(model, **kwargs)
+
+
+class NoQuantizer(HfQuantizer):
+    """Leaves no mark of a quantiser on a model: trainers refuse quantised ones."""
+
+    def preprocess_model(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        del model.hf_quantizer
 
     def is_serializable(self) -> bool:
         return True
@@ -59,3 +84,77 @@ class ExpertsLoader(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+@register_quantizer(NAME)
+class ExpertsLoader(PutsExperts, NoQuantizer):
+    """Loads a model with experts; with another quantiser, as that one does."""
+
+    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
+        made: Any = object.__new__(cls)
+        if quantization_config.other is not None:
+            made = AutoHfQuantizer.from_config(quantization_config.other, pre_quantized=False)
+            made.__class__ = type(type(made).__name__, (PutsExperts, type(made)), {})
+        made.experts = quantization_config
+        return made
+
+
+def from_pretrained(
+    path: str | PathLike[str],
+    model_class: Any = None,
+    *,
+    gate: GateFactory | None = None,
+    adapters: Mapping[str, Adapter] | None = None,
+    **settings: Any,
+) -> Any:
+    """Load a model that `replace_ffn` or `upcycle` changed and `save_pretrained` wrote.
+
+    Auto classes and the model's own class load it too, once this package is imported. This function also takes a gate
+    of your own, adapters, and a quantiser of `transformers` for all that is no expert.
+
+    Args:
+        path: the folder, or a name on the hub.
+        model_class: a class of `transformers` or one of its `AutoModel...`; by default the class that was saved.
+        gate: the function that was given to `replace_ffn`. It is needed only for gates that are not of this package;
+            `config.json` describes the others.
+        adapters: those that were given to `replace_ffn`.
+        settings: arguments of the class's own `from_pretrained`, and settings of the configuration (`num_labels=3`).
+
+    Raises:
+        ValueError: the configuration has no experts, or does not describe their gate.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import GPT2Config, GPT2LMHeadModel
+        >>> from mixture_of_experts.huggingface import from_pretrained, replace_ffn
+        >>> model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+        >>> names = replace_ffn(model, num_experts=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     again = from_pretrained(folder)
+        >>> type(again).__name__, bool((again.transformer.h[1].mlp.moe.experts.w1
+        ...     == model.transformer.h[1].mlp.moe.experts.w1).all())
+        ('GPT2LMHeadModel', True)
+    """
+    config = settings.pop("config", None)
+    if config is None:
+        kept = {name: settings.pop(name) for name in (*HUB, *NOT_IN_CONFIG) if name in settings}
+        hub = {name: value for name, value in kept.items() if name in HUB}
+        read: Any = AutoConfig.from_pretrained(path, return_unused_kwargs=True, **hub, **settings)
+        config, settings = read[0], {**read[1], **kept}
+    config = copy.deepcopy(config)
+    layers = layers_with_experts(config)
+    if not layers:
+        raise ValueError(f"{path} has no experts: its configuration has no {KEY!r}. Load it by its own class")
+    told = dict(gate=gate, adapters=adapters, other=settings.pop("quantization_config", None))
+    config.quantization_config = {"quant_method": NAME, "layers": layers, **told}
+    return (model_class or saved_class(config)).from_pretrained(path, config=config, **settings)
+
+
+def saved_class(config: Any) -> Any:
+    """The class of `transformers` of the model that was saved with a configuration."""
+    names = getattr(config, "architectures", None) or ["?"]
+    found = getattr(transformers, names[0], None)
+    if found is None:
+        raise ValueError(f"transformers has no class {names[0]!r}: pass model_class")
+    return found

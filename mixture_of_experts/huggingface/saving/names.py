@@ -1,51 +1,49 @@
-"""Keeps the names of the weights of layers where a model's class renames the weights of its checkpoints."""
+"""Names of weights in files. A model's class may rename the weights of its checkpoints; those of layers keep theirs."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter, WeightRenaming, apply_renamings
-from transformers.core_model_loading import rename_source_key as name_when_loaded
+import torch
+from torch import Tensor
 
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.private_transformers import Rename, as_saved, merges
+
+MARK = "\0"  # of a name that no renaming of transformers knows
 
 
-class LayerNames(WeightRenaming):
-    """The last renaming while a model is loaded: gives the weights of its layers their own names back.
+def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
+    """What is done with names and weights while a model is loaded, so that weights of its layers keep their names.
 
-    Names in a file are those of the class's checkpoints. Renamings there and back need not undo each other for
-    weights of ours: `.gate.` may become `.mlp.gate.`, whatever stands before it. It is not used to save the model.
+    Renamings there and back need not undo each other for weights of ours: `.gate.` may become `.mlp.gate.`, whatever
+    stands before it. So the first renaming puts a mark in the place of each name, and the last one puts the name back.
 
     Raises:
         ValueError: a weight of a layer is loaded as a part of another weight of the model.
     """
+    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoEFeedForward))
+    weights = [name for name in model.state_dict() if name.startswith(layers)]
+    for name in weights:
+        if any(merges(conversion, name) for conversion in conversions):
+            raise ValueError(
+                f"transformers merges {name}, a weight of a layer with experts, with other weights of a "
+                f"{type(model).__name__}: load the stock model, and change it after that"
+            )
+    numbers = in_files(model, {name: torch.tensor(number) for number, name in enumerate(weights)})
+    marks = {file: f"{MARK}{int(number)}" for file, number in numbers.items()}
 
-    __slots__ = ("own",)
+    def put_back(name: str) -> str:
+        _, mark, number = name.partition(MARK)
+        return weights[int(number)] if mark else name
 
-    def __init__(self, model: Any) -> None:
-        super().__init__([], [])
-        layers = [name for name, module in model.named_modules() if isinstance(module, MoEFeedForward)]
-        names: set[str] = set(model.state_dict())
-        prefix = f"{model.base_model_prefix}."
-        saving = [one for one in get_model_conversion_mapping(model, add_legacy=False) if type(one) is not PrefixChange]
-        saving = [one for one in (one.reverse_transform() for one in saving[::-1]) if isinstance(one, WeightRenaming)]
-        loading = get_model_conversion_mapping(model)
-        renamings = [one for one in loading if isinstance(one, WeightRenaming)]
-        converters = [one for one in loading if isinstance(one, WeightConverter)]
-        self.own: dict[str, str] = {}
-        for name in (name for name in names if any(name.startswith(f"{layer}.") for layer in layers)):
-            stored = apply_renamings(name, saving)
-            heads = [start + file.removeprefix(prefix) for file in (stored, name) for start in ("", prefix)]
-            for file in (stored, name, *heads):  # with `save_original_format=False`; of models with and without a head
-                loaded, merged = name_when_loaded(file, renamings, converters)
-                if not merged and (loaded == name or loaded not in names) and self.own.get(loaded, name) == name:
-                    self.own[loaded] = name
-                elif file == stored:
-                    raise ValueError(
-                        f"transformers loads {file}, a weight of a layer with experts, as {loaded}, another weight of "
-                        f"a {type(model).__name__}: load the stock model, and change it after that"
-                    )
+    return [Rename(lambda name: marks.get(name, name)), *conversions, Rename(put_back)]
 
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        return self.own.get(source_key, source_key), None
+
+def in_files(model: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model by all names that they may have in files: their own, and those by which its class saves them,
+    with a head and without."""
+    prefix = f"{model.base_model_prefix}."
+    own = {start + name.removeprefix(prefix): weight for name, weight in weights.items() for start in ("", prefix)}
+    return {**own, **as_saved(model, own)}

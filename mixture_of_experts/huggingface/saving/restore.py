@@ -11,7 +11,8 @@ from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards
+from mixture_of_experts.huggingface.private_transformers import was_loaded
 from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
 from mixture_of_experts.huggingface.replacement.replace import (
     NetworkSite,
@@ -82,10 +83,10 @@ def put_replaced(
     swap(model, find(model, places, adapters), build)
 
 
-def finish_loading(model: Any, missing: Collection[str] | None = None) -> None:
+def finish_loading(model: Any) -> None:
     """Initialise what the checkpoint lacks, and let gates balance over the ranks that have other tokens."""
     model.name_or_path = model.config.name_or_path
-    initialise_missing(model, missing)
+    initialise_missing(model)
     share_batch(model)
 
 
@@ -107,22 +108,18 @@ def find_place(model: Any, name: str) -> str | None:
 
 
 @torch.no_grad()
-def initialise_missing(model: nn.Module, missing: Collection[str] | None = None) -> None:
-    """Initialise what a checkpoint did not have, and warn of it: transformers leaves that memory uninitialised.
-
-    Args:
-        missing: names of parameters and buffers; by default those that transformers has not marked as loaded, and
-            that no `device_map` left on disk.
-    """
+def initialise_missing(model: nn.Module) -> None:
+    """Initialise what a checkpoint did not have and no `device_map` left on disk, and warn of it: transformers leaves
+    that memory uninitialised."""
     names, anew = {module: name for name, module in model.named_modules()}, []
+    for module in names:
+        if isinstance(module, Replaced) and "weight" in module._buffers:
+            module.weight.zero_()  # after a dense checkpoint it may be memory as it was found
     for feed_forward in feed_forwards(model):
         for module in feed_forward.moe.modules():
             own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-            if missing is None:
-                gone = {name for name, value in own.items() if not getattr(value, "_is_hf_initialized", False)}
-                gone -= {*module._non_persistent_buffers_set, *(name for name in own if own[name].is_meta)}
-            else:
-                gone = {name for name in own if f"{names[module]}.{name}" in missing}
+            gone = {name for name, value in own.items() if not (was_loaded(value) or value.is_meta)}
+            gone -= module._non_persistent_buffers_set
             if not gone:
                 continue
             reset = getattr(module, "reset_parameters", None)
