@@ -6,7 +6,7 @@ Axes: e experts, p inner and q outer dimension of a weight, k rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,15 +18,20 @@ from mixture_of_experts.ops.network import W_IN, Network
 class LowRank(NamedTuple):
     """A weight `(e, p, q)` and its low-rank part, down `(e, p, k)` and up `(e, k, q)`, or None."""
 
+    name: str  # in `Network.tensors`
     weight: Tensor
     down: Tensor | None
     up: Tensor | None
 
     @property
-    def transposed(self) -> LowRank:
+    def shape(self) -> torch.Size:
+        return self.weight.shape
+
+    @property
+    def mT(self) -> LowRank:  # noqa: N802  (as of a tensor)
         if self.down is None or self.up is None:
-            return LowRank(self.weight.mT, None, None)
-        return LowRank(self.weight.mT, self.up.mT, self.down.mT)
+            return self._replace(weight=self.weight.mT)
+        return LowRank(self.name, self.weight.mT, self.up.mT, self.down.mT)
 
 
 @dataclass(frozen=True)
@@ -50,18 +55,20 @@ class AdaptedNetwork(Network):
         parts = {name: tensors.get(name) for name in self.parts}
         return AdaptedNetwork(**vars(stored), parts=parts, scaling=self.scaling)
 
-    def adapted(self) -> dict[str, LowRank]:
-        """Every weight with its part, by name; those of `w_in` come first."""
-        names, get = (*W_IN[: len(self.w_in)], "w_out"), self.parts.get
-        weights = (*self.w_in, self.w_out)
-        return {
-            name: LowRank(w, get(f"down.{name}"), get(f"up.{name}")) for name, w in zip(names, weights, strict=True)
-        }
+    def adapted(self) -> list[LowRank]:
+        """Every weight with its part; those of `w_in` come first."""
+        named = zip((*W_IN[: len(self.w_in)], "w_out"), (*self.w_in, self.w_out), strict=True)
+        return [LowRank(name, w, self.parts.get(f"down.{name}"), self.parts.get(f"up.{name}")) for name, w in named]
+
+    def spelled(self) -> Any:
+        """The network with `LowRank` in the places of its weights."""
+        *w_in, w_out = self.adapted()
+        return replace(self, w_in=tuple(w_in), w_out=w_out)  # type: ignore[arg-type]
 
     def merged(self) -> Network:
         """The network whose weights are the sums."""
         tensors = super().tensors()
-        for name, (w, down, up) in self.adapted().items():
+        for name, w, down, up in self.adapted():
             if down is not None and up is not None:
                 tensors[name] = torch.baddbmm(w, down, up, alpha=self.scaling)
         fields = {name: getattr(self, name) for name in Network.__dataclass_fields__}

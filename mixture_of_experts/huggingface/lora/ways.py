@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -24,7 +23,8 @@ class Way(NamedTuple):
 
 def why_not_grouped(call: Call) -> str | None:
     """Why there is no grouped operator for a weight or a part of one."""
-    weights = [part for weight in adapted(call).adapted().values() for part in weight if part is not None]
+    parts = [part for _, *weights in adapted(call).adapted() for part in weights]
+    weights = [part for part in parts if part is not None]
     return next((reason for weight in weights if (reason := grouped.why_no_operator(call.x, weight))), None)
 
 
@@ -47,9 +47,7 @@ def run_operators(call: Call, product: plain.Product = plain.expert_product) -> 
         thin = product(x, w.down, num_tokens_per_expert) * network.scaling
         return out + product(thin, w.up, num_tokens_per_expert)
 
-    *w_in, w_out = network.adapted().values()
-    spelled: Any = replace(network, w_in=tuple(w_in), w_out=w_out)
-    return plain.compute(call.x, plain.plan_of(call.decision), spelled, multiply)
+    return plain.compute(call.x, plain.plan_of(call.decision), network.spelled(), multiply)
 
 
 def adapted(call: Call) -> AdaptedNetwork:
