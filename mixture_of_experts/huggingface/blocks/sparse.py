@@ -22,7 +22,7 @@ from mixture_of_experts.huggingface.saving.configuration import forget
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import KEEPS
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
+from mixture_of_experts.whole_model.block_settings import BlockSettings, find, recipe_of
 
 SETTINGS = ("balance_over", "loss_coef", "z_loss_coef", "loss_coefs")
 
@@ -113,7 +113,7 @@ def find_blocks(model: PreTrainedModel) -> list[str]:
         elif recipe_of(module) is not None:
             if hasattr(module, "self_attn"):  # Gemma 4
                 refuse(model, name, "is a whole layer, which also holds router and experts")
-            read_block(module).layer()
+            read_block(module)
             found.append(name)
         elif is_routed(module) and name:
             refuse(model, name, "is of no class that is known")
@@ -149,14 +149,8 @@ def router_path(block: nn.Module) -> str:
     """The path of the module that holds the router's matrix; "" if there is none."""
     router = BlockSettings(block, recipe_of(block)).router  # pyright: ignore[reportArgumentType]
     (name,) = (name for name, child in block.named_children() if child is router)
-    paths = [path for path in KEEPS["weight"] if isinstance(of_path(router, path), Tensor)]
+    paths = [path for path in KEEPS["weight"] if isinstance(find(router, path), Tensor)]
     return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
-
-
-def of_path(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
 
 
 def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
