@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
+from support import foreign_checkpoint
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,16 +28,16 @@ class FeedForward(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, reentrant: bool | None = None) -> None:
+    def __init__(self, reentrant: Any = None) -> None:
         super().__init__()
         two_levels = HeirarchicalMoE(DIM, (2, 2), hidden_dim=16, second_policy_train="all")
         self.blocks = nn.ModuleList([FeedForward(), FeedForward(), FeedForward(two_levels)])
         self.reentrant = reentrant
 
     def forward(self, x: Tensor) -> Tensor:
+        run = self.reentrant if callable(self.reentrant) else partial(checkpoint, use_reentrant=self.reentrant)
         for block in self.blocks:
-            y = block(x) if self.reentrant is None else checkpoint(block, x, use_reentrant=self.reentrant)
-            x = x + y
+            x = x + (block(x) if self.reentrant is None else run(block, x))
         return x
 
 
@@ -97,10 +101,47 @@ def test_reentrant_checkpointing_is_refused(x):
     assert aux.take() > 0
 
 
-def test_calls_that_cannot_be_told_apart_are_refused(x):
+def test_checkpointing_of_another_implementation_is_refused(x):
+    """In the backward that runs a layer again, as its loss would get no gradient. What ran without gradients and never
+    again is fine."""
+    model = Model(foreign_checkpoint.checkpoint)
+    x.requires_grad_()
+    with collect_aux(model) as aux:
+        loss = model(x).sum() + aux.take()
+        with pytest.raises(RuntimeError, match=r"a .*MoE runs under reentrant .* use_reentrant=False"):
+            loss.backward()
+        model.reentrant = False
+        loss = model(x).sum() + aux.take()
+        model.reentrant = None
+        with torch.no_grad():
+            model(x)
+        loss.backward()
+
+
+def test_a_model_in_a_checkpoint_of_another_implementation_counts_once(x):
+    """Its first run, which has no gradients."""
     model = Model()
-    with collect_aux(model), pytest.raises(RuntimeError, match="give collect_aux the module that calls"):
-        checkpoint(model, x, use_reentrant=False)
+    with collect_aux(model) as aux:
+        foreign_checkpoint.checkpoint(model, x.requires_grad_()).sum().backward()
+        found = aux.take()
+    torch.testing.assert_close(found, by_hand(model, x)[1].detach())
+
+
+def test_a_model_that_runs_in_a_checkpoint_counts_once(x):
+    """Its recomputation is no other forward."""
+    model = Model()
+    with collect_aux(model) as aux:
+        out = checkpoint(model, x, use_reentrant=False)
+        loss = aux.take()
+        found = gradients(model, out.square().mean() + loss)
+        with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
+            aux.take()
+    expected_out, expected = by_hand(model, x)
+    torch.testing.assert_close(found, gradients(model, expected_out.square().mean() + expected))
+
+
+def test_calls_beside_the_model_are_refused(x):
+    model = Model()
     with collect_aux(model), pytest.raises(RuntimeError, match="not within a forward of the module"):
         model.blocks[0](x)
 

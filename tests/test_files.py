@@ -40,7 +40,6 @@ FILES = {
     "mixture_of_experts/huggingface/saving/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/saving/configuration.py": "config.json",
     "mixture_of_experts/huggingface/pruning/folders.py": "safetensors of scores, JSON of ids",
-    "mixture_of_experts/huggingface/saving/restore.py": "safetensors, the names in them",
     "examples/checkpoints.py": "folders of torch.distributed.checkpoint, and extra.pt",
     "experiments/language_model/training.py": "checkpoint.pt",
     "mixture_of_experts/verify/states.py": "a state dict in memory, read as weights",

@@ -6,10 +6,13 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support import foreign_checkpoint
 from support.strategies import RecordDraws
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,7 +37,7 @@ DIM = 8
 class Stack(nn.Module):
     """Residual layers, each optionally under activation checkpointing; returns a loss."""
 
-    def __init__(self, *layers: nn.Module, reentrant: bool | None = None):
+    def __init__(self, *layers: nn.Module, reentrant: Any = None):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.scale = nn.Parameter(torch.ones(()))
@@ -46,7 +49,9 @@ class Stack(nn.Module):
             if self.reentrant is None:
                 out, aux_loss = layer(x, mask)
             else:
-                out, aux_loss = checkpoint(layer, x, mask, use_reentrant=self.reentrant)
+                own = callable(self.reentrant)
+                run = self.reentrant if own else partial(checkpoint, use_reentrant=self.reentrant)
+                out, aux_loss = run(layer, x, mask)
             x, total = x + out, total + aux_loss
         return x.square().mean() + total
 
@@ -317,7 +322,7 @@ def train(model: nn.Module, steps: int = 2) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def make_stack(reentrant: bool | None = None) -> Stack:
+def make_stack(reentrant: Any = None) -> Stack:
     two_levels = hierarchy()  # seeds what follows, too
     gate = TopKGating(DIM, 4, k=2, capacity_factor_train=0.7, min_expert_capacity=1)
     return Stack(two_levels, MoE(DIM, gate=gate), reentrant=reentrant)
@@ -397,15 +402,24 @@ def test_compiled_before_is_an_error():
     assert stats.last("gate").tokens == 5
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoint_around_the_tracked_module_is_an_error(reentrant: bool):
-    model = make_stack()
+CHECKPOINTS = {
+    "torch": partial(checkpoint, use_reentrant=False),
+    "reentrant": partial(checkpoint, use_reentrant=True),
+    "another": foreign_checkpoint.checkpoint,  # as DeepSpeed's
+}
+
+
+@pytest.mark.parametrize("how", CHECKPOINTS)
+@pytest.mark.parametrize("around", ["model", "layer"])
+def test_a_recomputation_does_not_count(how: str, around: str):
+    """Of the tracked model, or within it."""
+    model = make_stack(reentrant=CHECKPOINTS[how] if around == "layer" else None)
     x = torch.randn(1, 4, DIM, requires_grad=True)
-    with track_routing(model), pytest.raises(RuntimeError, match=r"runs inside torch\.utils\.checkpoint"):
-        checkpoint(model, x, use_reentrant=reentrant)
-    with track_routing(model.eval()) as stats:  # without a backward there is no recomputation either
-        checkpoint(model, x, use_reentrant=False)
-    assert stats.last("layers.1.gate").forwards == 1
+    with track_routing(model) as stats:
+        for _ in range(2):
+            out = model(x) if around == "layer" else CHECKPOINTS[how](model, x)
+            out.sum().backward()
+    assert [record.forwards for record in stats.records("layers.1.gate")] == [1, 1]
 
 
 def test_a_failed_forward_does_not_open_the_door_to_recomputations():

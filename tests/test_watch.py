@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 from mixture_of_experts import MoE, TopKGating, balance_experts, collect_aux, force_routing
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 from mixture_of_experts.stats import RoutingStats, track_routing
+from mixture_of_experts.whole_model.auxiliary import Collecting
 from mixture_of_experts.whole_model.call_stack import STACKS
 
 DIM = 8
@@ -108,13 +109,18 @@ def test_a_forward_within_a_forward_is_one_of_its_own():
     assert [record.tokens for record in stats.records("second.gate")] == [3, 5]
 
 
-def test_a_call_that_is_refused_leaves_the_one_around_it():
+def test_a_call_that_is_refused_leaves_the_one_around_it(monkeypatch):
     """The inner forward is refused before it begins, and caught."""
-    model, x = Model(), torch.randn(1, 3, DIM)
+    model, x, begins = Model(), torch.randn(1, 3, DIM), Collecting.begins
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("refused")
 
     def refused() -> None:
-        with pytest.raises(RuntimeError, match=r"runs inside torch\.utils\.checkpoint"):
-            torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+        monkeypatch.setattr(Collecting, "begins", refuse)
+        with pytest.raises(RuntimeError, match="refused"):
+            model(x)
+        monkeypatch.setattr(Collecting, "begins", begins)
 
     with collect_aux(model) as aux, between(model, refused):
         model(x)

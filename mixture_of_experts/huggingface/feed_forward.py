@@ -38,6 +38,9 @@ class ModelCall(ForwardCall):
         self.tokens = TokensAround() if tokens is None else tokens
         self.around = around
         self.with_gradients = torch.is_grad_enabled()
+        self.training = False  # whether the model trains
+        self.config: Any = None  # the part of the model's configuration that tells of routers
+        self.share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
         self.asked = False  # whether the caller asks for the auxiliary loss
         self.declined = False  # whether the caller computes its own loss and wants none of these
@@ -97,7 +100,7 @@ class MoEFeedForward(Replaced):
     """A `MoE` layer that replaces a feed-forward network: it maps tokens to tokens.
 
     The forward of the model around gives it the padding mask, and token ids for a gate that reads them, and takes its
-    auxiliary loss (`padding.py`, `auxiliary_loss.py`). Without such a forward it knows neither, and its loss is lost.
+    auxiliary loss (`model_watch.py`). Without such a forward it knows neither, and its loss is lost.
 
     Args:
         moe: the layer.
@@ -147,7 +150,7 @@ class MoEFeedForward(Replaced):
         if not (self.moe.loss_coef or self.moe.z_loss_coef or self.moe.loss_coefs):
             return
         if call.with_gradients or not call.keys:  # without gradients nothing can be lost
-            refuse_reentrant(self.moe)
+            refuse_reentrant(self.moe, call.remembered)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
             out.register_hook(call.reached.at_output)
             aux_loss.register_hook(call.reached.at_loss)

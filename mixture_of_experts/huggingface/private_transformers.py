@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 # Names of weights
 
@@ -35,6 +36,24 @@ def merges(conversion: Any, name: str) -> bool:
 def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a model by the names, and in the forms, in which its class saves them."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
+
+
+# Training
+
+
+def checkpointing_of(module: nn.Module) -> Any:
+    """The function that runs a layer under the model's own activation checkpointing; None if there is none."""
+    return vars(module).get("_gradient_checkpointing_func")
+
+
+def set_checkpointing(module: nn.Module, function: Any) -> None:
+    module._gradient_checkpointing_func = function  # pyright: ignore[reportArgumentType]
+
+
+def predicts_next(model: nn.Module) -> bool:
+    """Whether position i predicts label i + 1, by the rule of the `Trainer`."""
+    is_causal = LOSS_MAPPING.get(getattr(model, "loss_type", "")) is ForCausalLMLoss
+    return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
 # Loading

@@ -36,8 +36,7 @@ from mixture_of_experts.stats.record import (
 from mixture_of_experts.stats.report import History, page, texts_of_gates
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
-from mixture_of_experts.support.private_torch import constant_in_graphs
-from mixture_of_experts.support.tracing import in_checkpoint
+from mixture_of_experts.support.private_torch import constant_in_graphs, number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
@@ -343,12 +342,9 @@ class Forwards(Watch):
         super().__init__()
         self.stats = stats
 
-    def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall:
-        if not torch.compiler.is_compiling() and module.training and in_checkpoint():
-            raise RuntimeError(
-                f"the tracked {type(module).__name__} itself runs inside torch.utils.checkpoint, where a recomputation "
-                "looks like any other forward: give track_routing the module that calls the checkpoint"
-            )
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
+        if not torch.compiler.is_compiling() and number_of_backward() != -1:
+            return None  # a recomputation
         self.stats._was_called = True
         call = TrackedCall()
         if self.stats._counts(module):

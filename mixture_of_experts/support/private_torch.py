@@ -200,6 +200,15 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             own |= before
 
 
+def set_hooks(module: nn.Module, name: str, before: Callable[..., Any], after: Callable[..., Any]) -> None:
+    """Set a forward pre-hook `(module, args, kwargs)`, and a forward hook that is called after an error too, under a
+    name of their own. Torch numbers hooks in each process anew: a new one would replace one that came with a pickled
+    module under the same number."""
+    hooks: Any = module
+    hooks._forward_pre_hooks[name], hooks._forward_hooks[name] = before, after
+    hooks._forward_pre_hooks_with_kwargs[name] = hooks._forward_hooks_always_called[name] = True
+
+
 def has_hooks(module: object) -> bool:
     """Whether the module has hooks on its forward or backward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -15,6 +15,11 @@ from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
+REENTRANT = (
+    "a {} runs under reentrant activation checkpointing, where its auxiliary loss would get no gradient: pass "
+    "use_reentrant=False"
+)
+
 
 @contextmanager
 def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[AuxLosses]:
@@ -36,8 +41,8 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
     Raises:
         ValueError: the model has no gate.
         TypeError: a gate is in no such layer: a router of `transformers`, or a gate that stands alone.
-        RuntimeError: in a forward whose losses would be wrong: a layer runs under reentrant checkpointing; `model`
-            itself runs inside `torch.utils.checkpoint`; a layer is called, but not through `model`.
+        RuntimeError: in a forward whose losses would be wrong: a layer is called, but not through `model`; a layer runs
+            under reentrant checkpointing (of another implementation than torch's: in its backward).
 
     Example:
         >>> import torch
@@ -80,6 +85,14 @@ class AuxCall(ForwardCall):
         self.losses: list[Tensor] = []
 
 
+def total_of(losses: list[Tensor]) -> Tensor:
+    """The sum of losses, on the device of the first one."""
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss.to(total.device)
+    return total
+
+
 class AuxLosses:
     """The losses that `collect_aux` collected."""
 
@@ -100,9 +113,7 @@ class AuxLosses:
                 "in its thread, then take() once. If it was compiled and called before, its graph has no hooks: enter "
                 "collect_aux before the first compiled call"
             )
-        total = losses[0]
-        for loss in losses[1:]:
-            total = total + loss.to(total.device)
+        total = total_of(losses)
         self._training.clear()
         self._evaluation = []
         return total
@@ -114,13 +125,9 @@ class Collecting(Watch):
     def __init__(self, aux: AuxLosses) -> None:
         super().__init__(owner=aux)
         self.aux = aux
+        self.without_gradients: set[nn.Module] = set()  # layers that last ran so, in a forward with gradients
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:
-        if not torch.compiler.is_compiling() and module.training and in_checkpoint():
-            raise RuntimeError(
-                f"the {type(module).__name__} given to collect_aux itself runs inside torch.utils.checkpoint, where a "
-                "recomputation looks like any other forward: give collect_aux the module that calls the checkpoint"
-            )
         return AuxCall(module.training and torch.is_grad_enabled(), call_stack.current(self))
 
     def ended(self, call: AuxCall, output: object) -> None:
@@ -135,8 +142,12 @@ class Collecting(Watch):
         """Forward hook of a layer."""
         call = call_stack.current(self)
         if call is None:
-            if torch.compiler.is_compiling() or call_stack.current(self.aux) is None:
-                return  # a compiled recomputation; another thread, or a recomputation in a backward
+            if torch.compiler.is_compiling():
+                return  # a recomputation
+            if call_stack.current(self.aux) is None:  # another thread, or a recomputation in a backward
+                if layer in self.without_gradients and torch.is_grad_enabled():
+                    raise RuntimeError(REENTRANT.format(type(layer).__name__))
+                return
             if not layer.training or not torch.is_grad_enabled():
                 return  # a forward that does not train
             raise RuntimeError(
@@ -149,15 +160,19 @@ class Collecting(Watch):
                 f"{type(output).__name__}: let a module around the layer, not a subclass, drop the loss"
             )
         refuse_reentrant(layer)
+        if not torch.compiler.is_compiling():
+            hidden = call.training and not torch.is_grad_enabled()
+            (self.without_gradients.add if hidden else self.without_gradients.discard)(layer)
         call.losses.append(output[1])
 
 
-def refuse_reentrant(layer: nn.Module) -> None:
-    """Refuse reentrant checkpointing: gradients are off in its first run, so the loss would have none."""
+def refuse_reentrant(layer: nn.Module, checkpointed: bool = False) -> None:
+    """Refuse reentrant checkpointing: gradients are off in its first run, so the loss would have none.
+
+    Args:
+        checkpointed: whether the layer is known to run under activation checkpointing, of whatever implementation.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not layer.training:
         return
-    if in_checkpoint():
-        raise RuntimeError(
-            f"a {type(layer).__name__} runs under reentrant activation checkpointing, where its auxiliary loss would "
-            "get no gradient: pass use_reentrant=False"
-        )
+    if checkpointed or in_checkpoint():
+        raise RuntimeError(REENTRANT.format(type(layer).__name__))

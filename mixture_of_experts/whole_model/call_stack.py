@@ -28,6 +28,7 @@ class ForwardCall:
     in which somebody collects or records, while no forward is under way."""
 
     keys: Sequence[Hashable] = ()  # `current` finds the call by any of them
+    given: tuple[Any, Any] | None = None  # arguments that the forward gets in the place of the caller's
     watch: Watch | None = None  # what is told of the call's end
     frame: FrameType | None = None  # the frame in which it runs; None in a traced graph
     backward: int | None = None  # the number of the backward in which it runs; None in a traced graph
@@ -151,8 +152,8 @@ class Watch:
         """The call of a forward that begins; None to leave it alone."""
         raise NotImplementedError
 
-    def ended(self, call: Any, output: Any) -> None:
-        """The forward of a call ended well and returned `output`."""
+    def ended(self, call: Any, output: Any) -> Any:
+        """The forward of a call ended well and returned `output`; what this returns, but None, takes its place."""
 
     def lost(self, call: Any) -> None:
         """The forward of a call raised, or was interrupted."""
@@ -168,29 +169,30 @@ class Watch:
         hooks.before(module, self.begin, prepend=first)
         hooks.after(module, self.end, always_call=True)
 
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         if kwargs is None:
-            return  # the hook is being set or taken off
+            return None  # the hook is being set or taken off
         if self.owner is not None and current(self.owner) is None:
-            return  # in another thread, or in a backward
+            return None  # in another thread, or in a backward
         call = self.begins(module, args, kwargs)
-        if call is not None:
-            call.watch = self
-            begin(call, self.key(module), *call.keys)
+        if call is None:
+            return None
+        call.watch = self
+        begin(call, self.key(module), *call.keys)
+        return call.given
 
-    def end(self, module: nn.Module, args: object, output: Any) -> None:
+    def end(self, module: nn.Module, args: object, output: Any) -> Any:
         key = self.key(module)
         calls = STACKS.calls.get(key)
         if not calls:
-            return
+            return None
         if not torch.compiler.is_compiling():
             forget_interrupted(calls)  # after an error this hook runs outside of the call's frame
             caller = sys._getframe(1)
             resumed = caller.f_code.co_name.startswith("torch_dynamo_resume")  # after a break of a compiled graph
             if not calls or not (calls[-1].frame in (None, caller) or resumed):
-                return
+                return None
             if calls[-1].watch is not self:
-                return  # `within` made it the current one: this forward failed before it began
+                return None  # `within` made it the current one: this forward failed before it began
         call = end(key)
-        if call is not None:
-            self.ended(call, output)
+        return None if call is None else self.ended(call, output)

@@ -38,8 +38,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixture_of_experts import NoisyTopKGating, Top2Gating, TopKGating
 from mixture_of_experts.huggingface import export, from_pretrained, from_transformers, replace_ffn, upcycle
-from mixture_of_experts.huggingface.auxiliary_loss import ANNOUNCED
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
+from mixture_of_experts.huggingface.router_config import ANNOUNCED
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, build, trainer

@@ -196,13 +196,15 @@ def test_accumulation_is_the_whole_batch_at_once(tmp_path, name, checkpointing):
     same(found, whole)
 
 
-def test_accumulation_weights_by_labels(tmp_path):
-    """Micro-batches of unequal numbers of labels: each auxiliary loss counts by its share of them."""
-    model, rows = build(), batch_of(4)
+@pytest.mark.parametrize(("name", "first"), [("llama", 1), ("t5", 0)])
+def test_accumulation_weights_by_labels(tmp_path, name, first):
+    """Micro-batches of unequal numbers of labels: each loss counts by its share of them, also of models whose own loss
+    is a mean over the micro-batch."""
+    model, rows = build(name), batch_of(4)
     rows["labels"] = rows["labels"].clone()
     rows["labels"][:3, 5:] = -100
     micro = [{name: value[i : i + 1] for name, value in rows.items()} for i in range(4)]
-    labels = torch.tensor([(part["labels"][:, 1:] != -100).sum() for part in micro])
+    labels = torch.tensor([(part["labels"][:, first:] != -100).sum() for part in micro])
     total = torch.zeros(())
     for part, share in zip(micro, labels / labels.sum(), strict=True):
         total = total + share * model(**part).loss
@@ -210,6 +212,22 @@ def test_accumulation_weights_by_labels(tmp_path):
     model.zero_grad()
     found = trained_gradients(model, rows, tmp_path, gradient_accumulation_steps=4, per_device_train_batch_size=1)
     same(found, expected)
+
+
+def test_a_micro_batch_without_labels_adds_nothing():
+    model, batch = build(), batch_of(2)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss = model(**batch, num_items_in_batch=torch.tensor(9)).loss
+    assert loss == 0
+    assert all(not grad.any() for grad in gradients(model, loss).values())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5"])
+def test_a_share_of_a_batch_in_evaluation(name):
+    """The loss of a micro-batch is its part of the sum, without the auxiliary loss."""
+    model, batch = build(name).eval(), batch_of(2)
+    number = (batch["labels"][:, 1 if name == "llama" else 0 :] != -100).sum()
+    torch.testing.assert_close(model(**batch, num_items_in_batch=4 * number).loss, model(**batch).loss / 4)
 
 
 def test_label_smoothing_warns(tmp_path):

@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from support import foreign_checkpoint
 from support.transformers_models import ARCHITECTURES, CAUSAL, LONG, ONE_PLACE, VOCABULARY, two_lengths, without_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 from transformers import StaticCache
 
-from mixture_of_experts import Top2Gating
+from mixture_of_experts import Top2Gating, TopKGating
 from mixture_of_experts.huggingface import aux_loss, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
+from mixture_of_experts.stats import track_routing
 from mixture_of_experts.whole_model.call_stack import STACKS
 
 pytestmark = pytest.mark.slow
@@ -214,16 +216,27 @@ def test_checkpointing_with_two_forwards_before_one_backward(name):
     torch.testing.assert_close(two_forwards(model, batches), expected)
 
 
-def test_reentrant_checkpointing():
-    """Is exact without an auxiliary loss, and refused with one."""
+@pytest.mark.parametrize("foreign", [False, True])
+def test_reentrant_checkpointing(foreign):
+    """Is exact without an auxiliary loss, and refused with one; also another implementation's, as DeepSpeed's."""
     model = ARCHITECTURES["llama"].build().train()
-    replace_ffn(model, num_experts=4, gate=ONE_PLACE, loss_coef=0.0)
+    gate = lambda d, e: TopKGating(d, e, k=1, capacity_factor_train=0.5, min_expert_capacity=1, expert_bias=True)  # noqa: E731
+    replace_ffn(model, num_experts=4, gate=gate, loss_coef=0.0)
     model.model.embed_tokens.requires_grad_()
     batches = [two_lengths("right")[1], two_lengths("right")[1]]
     batches[1]["attention_mask"] = batches[1]["attention_mask"].flip(0)
     expected = two_forwards(model, batches)
     model.activation_checkpointing_enable({"use_reentrant": True})
-    torch.testing.assert_close(two_forwards(model, batches), expected)
+    if foreign:
+        for layer in model.model.layers:
+            layer._gradient_checkpointing_func = foreign_checkpoint.checkpoint
+    for module in feed_forwards(model):
+        module.moe.gate.expert_counts.zero_()
+    with track_routing(model) as stats:
+        torch.testing.assert_close(two_forwards(model, batches), expected)
+    for name, module in zip(stats.layers, feed_forwards(model), strict=True):
+        assert [record.forwards for record in stats.records(name)] == [1, 1]
+        assert module.moe.gate.expert_counts.sum() == stats.total(name).requested.sum()
     for module in feed_forwards(model):
         module.moe.loss_coef = 0.01
     with pytest.raises(RuntimeError, match="use_reentrant=False"):
@@ -263,8 +276,16 @@ def test_hooks_of_another_process_replace_none_of_a_pickled_model(monkeypatch):
     pickled = pickle.dumps(build("opt"))
     monkeypatch.setattr(RemovableHandle, "next_id", 0)  # as where no hook was made yet
     model = pickle.loads(pickled)
-    numbers = {key for module in model.modules() for key in (*module._forward_hooks, *module._forward_pre_hooks)}
-    assert model.register_forward_hook(lambda module, args, output: None).id > max(numbers)
+    before = {module: (*module._forward_hooks, *module._forward_pre_hooks) for module in model.modules()}
+    assert RemovableHandle.next_id == 0
+    assert any(before.values())
+    for module, keys in before.items():
+        for number in range(3):
+            RemovableHandle.next_id = number
+            module.register_forward_hook(lambda module, args, output: None)
+            module.register_forward_pre_hook(lambda module, args: None)
+        assert {*keys} < {*module._forward_hooks, *module._forward_pre_hooks}
+        assert len(module._forward_hooks) == 3 + len(keys) // 2
 
 
 def test_no_mask_outlives_its_forward():

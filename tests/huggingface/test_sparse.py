@@ -28,9 +28,9 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.auxiliary_loss import AT_FIRST
 from mixture_of_experts.huggingface.blocks.convert import joined, read_block
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
+from mixture_of_experts.huggingface.router_config import AT_FIRST
 from mixture_of_experts.huggingface.saving import loader
 from mixture_of_experts.stats import track_routing
 from mixture_of_experts.support.attached import TABLES

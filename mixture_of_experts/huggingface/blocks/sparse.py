@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
-from mixture_of_experts.huggingface.auxiliary_loss import remove_hooks, take_over
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
-from mixture_of_experts.huggingface.padding import is_masked
+from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.replace import join, replace
 from mixture_of_experts.huggingface.replacement.search import is_routed
+from mixture_of_experts.huggingface.router_config import give_back, take_over
 from mixture_of_experts.huggingface.saving.configuration import forget
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import KEEPS
@@ -181,7 +181,8 @@ def to_stock(model: PreTrainedModel) -> PreTrainedModel:
             if "config" in vars(module):
                 module.config = configs.get(id(module.config), module.config)
         put_everywhere(model, layer, block.train(layer.training))
-    remove_hooks(model)
+    remove_watches(model)
+    give_back(model)
     for config in configs.values():
         forget(config)
     return model

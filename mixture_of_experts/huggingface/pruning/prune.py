@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixture_of_experts.huggingface.auxiliary_loss import reports_routers, text_config
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innermost, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
+from mixture_of_experts.huggingface.router_config import reports_routers, text_config
 from mixture_of_experts.huggingface.saving.configuration import forget, note
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of

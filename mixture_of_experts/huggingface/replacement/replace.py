@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.huggingface.auxiliary_loss import add_to_loss
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
-from mixture_of_experts.huggingface.padding import bring_mask, is_masked
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
+from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
 from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
@@ -32,6 +31,7 @@ from mixture_of_experts.huggingface.replacement.adapters import (
 from mixture_of_experts.huggingface.replacement.search import Miss, is_routed, search
 from mixture_of_experts.huggingface.replacement.torch_layers import layers_of_torch, leave_fused_path
 from mixture_of_experts.huggingface.replacement.totals import sum_of_weights
+from mixture_of_experts.huggingface.router_config import announce
 from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.huggingface.saving.layer_settings import GateFactory
 from mixture_of_experts.moe import MoE
@@ -440,8 +440,8 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
 def join(model: nn.Module, names: Sequence[str]) -> None:
     """Make layers a part of the model around: it brings their masks, adds their losses, and its configuration tells of
     them."""
-    bring_mask(model, names)
-    add_to_loss(model)
+    watch_model(model, names)
+    announce(model, feed_forwards(model)[0].moe)
     note(model)
 
 

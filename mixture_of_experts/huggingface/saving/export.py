@@ -23,10 +23,10 @@ from transformers.activations import ACT2FN
 from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.gating.steps import named
-from mixture_of_experts.huggingface.auxiliary_loss import ANNOUNCED
 from mixture_of_experts.huggingface.blocks.convert import closes_groups
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
 from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_meta, refuse_wrapped
+from mixture_of_experts.huggingface.router_config import ANNOUNCED
 from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model

@@ -1,0 +1,306 @@
+"""Brings mask and token ids from a model's arguments to its feed-forward networks, and their losses to its loss.
+
+A watch keeps a `ModelCall` under way during a forward. It is set on the model that was changed, and on the nearest
+models around its networks (for example an encoder and a decoder). Activation checkpointing runs layers again after the
+forward: the function that it runs is wrapped, so that it has the call of that forward.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.huggingface.feed_forward import ModelCall, feed_forwards
+from mixture_of_experts.huggingface.private_transformers import checkpointing_of, predicts_next, set_checkpointing
+from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, LayerReader
+from mixture_of_experts.huggingface.router_config import factor_of, reports_routers, text_config, unit_of
+from mixture_of_experts.support.attached import TABLES
+from mixture_of_experts.support.checks import check_model
+from mixture_of_experts.support.private_torch import lost_by_adapters, set_hooks
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.auxiliary import total_of
+from mixture_of_experts.whole_model.call_stack import Watch
+from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, model_around
+from mixture_of_experts.whole_model.sites import all_sites
+
+NAME = "mixture_of_experts"  # of the hooks
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """The sum, 0-dim and differentiable, of the auxiliary losses of a model's last forward in this thread, in any mode.
+
+    Inside a forward it is the sum so far. Add it to a loss that you compute yourself. If a training forward with
+    gradients gets labels, `out.loss` holds it already.
+
+    Args:
+        model: a model that `replace_ffn` or `upcycle` changed, wrapped or not.
+
+    Raises:
+        RuntimeError: there was no forward.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from mixture_of_experts.huggingface import aux_loss, replace_ffn
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48,
+        ...     num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2))
+        >>> replace_ffn(model, num_experts=4)
+        ['model.layers.0.mlp', 'model.layers.1.mlp']
+        >>> logits = model(torch.randint(64, (2, 10))).logits
+        >>> loss = logits.logsumexp(-1).mean() + aux_loss(model)
+    """
+    members = feed_forwards(check_model("model", model))
+    call = call_stack.current(members[0]) if members else None
+    calls = [call] if call is not None else [last.box[0] for last in last_calls(model)]
+    losses = [loss for call in calls for loss in call.losses]
+    if not losses:
+        raise RuntimeError(
+            f"{type(model).__name__} has no auxiliary loss: call it first, in this thread, and replace_ffn or upcycle "
+            "before that"
+        )
+    return total_of(losses)
+
+
+class LastCall(threading.local):
+    """The last outermost call that ended, separately for each thread. A copy of a model starts without one."""
+
+    box: list[ModelCall]
+
+    def __init__(self) -> None:
+        self.box = [ModelCall()]  # a list, as torch.compile cannot set an attribute here
+
+    def __reduce__(self) -> tuple[type[LastCall], tuple[()]]:
+        return LastCall, ()
+
+
+def watch_model(model: nn.Module, names: Sequence[str]) -> None:
+    """Set watches on a model, which returns the losses, and on the models around the named modules."""
+    last = last_calls(model)[0] if last_calls(model) else LastCall()
+    for around in {model: True, **{reader_around(model, name): True for name in names}}:
+        if watch_of(around) is None:
+            watch = ModelWatch(around, last)
+            set_hooks(around, NAME, watch.begin, watch.end)
+    for around in {reader_around(model, name): True for name in names}:
+        watch_of(around).reads = True
+    watch_of(model).adds = True
+
+
+def remove_watches(model: nn.Module) -> None:
+    for module in model.modules():
+        for table in TABLES:
+            getattr(module, table).pop(NAME, None)
+        if isinstance(checkpoint := checkpointing_of(module), CheckpointWithCall):
+            set_checkpointing(module, checkpoint.checkpoint)
+
+
+def watch_of(module: nn.Module) -> Any:
+    """The watch on a module; None if it has none."""
+    return getattr(module._forward_pre_hooks.get(NAME), "__self__", None)  # pyright: ignore[reportArgumentType]
+
+
+def last_calls(model: nn.Module) -> list[LastCall]:
+    """The `LastCall` of each changed model in `model`, which may be one itself."""
+    watches = [watch for module in model.modules() if (watch := watch_of(module)) is not None]
+    return list({id(watch.last): watch.last for watch in watches}.values())
+
+
+def is_masked(model: nn.Module, name: str) -> bool:
+    """Whether the mask of the model around a module is one of the module's tokens. For a model of sound it is not."""
+    return getattr(reader_around(model, name), "main_input_name", "input_ids") in ("input_ids", "inputs_embeds")
+
+
+def reader_around(model: nn.Module, name: str) -> nn.Module:
+    """The module around a network whose arguments tell its padding: a layer of torch, or a model."""
+    above = model.get_submodule(name.rpartition(".")[0])
+    return above if isinstance(above, KINDS) else model_around(model, name)
+
+
+class ModelWatch(Watch):
+    """Tells the feed-forward networks of a model of the tokens of each forward, and keeps its losses. It is a part of
+    the model, and of its copies.
+
+    Args:
+        around: the module.
+        last: where the call of an outermost forward stays.
+    """
+
+    reads: bool  # whether it reads the tokens; otherwise a model around does
+    adds: bool  # whether it adds the losses to that of the model
+    warned: bool
+    adapted: bool  # whether the model has had a forward with adapters
+
+    def __init__(self, around: nn.Module, last: LastCall) -> None:
+        super().__init__()
+        self.reader = LayerReader(around) if isinstance(around, KINDS) else TokensReader(around)
+        self.last = last
+        self.reads = self.adds = self.warned = self.adapted = False
+
+    def key(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCall:
+        members = feed_forwards(module)
+        around = call_stack.current(members[0]) if members else None
+        call = ModelCall(self.tokens(args, kwargs, around), around)
+        call.keys, call.training = members, module.training and call.with_gradients
+        if self.adds:
+            call.given = args, self.arguments(call, module, kwargs)
+        if not torch.compiler.is_compiling():
+            self.warn(call, module)
+        if module.training and any(getattr(part, "gradient_checkpointing", False) for part in module.modules()):
+            keep_for_checkpointing(module)
+        return call
+
+    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], around: ModelCall | None) -> TokensAround:
+        """The tokens of a forward. What this module does not tell, a model around may tell of as many tokens."""
+        outer = TokensAround() if around is None else around.tokens
+        if not self.reads:
+            own = self.reader.given(args, kwargs).get("input_ids")
+            return outer if outer.ids is not None else outer._replace(ids=own)
+        tokens = self.reader(args, kwargs)
+        alike = outer.ids is not None and outer.ids.shape == tokens.shape
+        return tokens._replace(ids=outer.ids) if tokens.ids is None and alike else tokens
+
+    def arguments(self, call: ModelCall, model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments that a model gets in the place of those that a trainer gave it; the call notes what they ask.
+
+        With gradient accumulation the `Trainer` gives each micro-batch the number of labels in the whole batch, and
+        takes the loss for its share of the batch's. The losses of some models are means over a micro-batch all the
+        same, and so is the auxiliary loss. So the model gets the number of its own labels, and its loss is multiplied
+        by their share.
+        """
+        given, config = dict(kwargs), text_config(model)
+        call.config, fused = config, bool(kwargs.get("fused_lm_head"))
+        # trainers of TRL call so; they ask for router logits unless their `router_aux_loss_coef` is 0
+        call.asked = bool(kwargs.get("output_router_logits"))
+        call.declined = fused and not call.asked
+        if unit_of(config) is not None:  # there are no routers that could return logits
+            given.pop("output_router_logits", None)
+            if fused or reports_routers(config):
+                given["output_router_logits"] = False
+        whole, labels = kwargs.get("num_items_in_batch"), kwargs.get("labels")
+        if whole is not None and labels is not None:
+            if kwargs.get("shift_labels") is not None:
+                labels = kwargs["shift_labels"]
+            elif predicts_next(model):
+                labels = labels[..., 1:]
+            number = labels.ne(-100).sum()
+            call.share, given["num_items_in_batch"] = number / whole, number.clamp(min=1)
+        return given
+
+    def ended(self, call: ModelCall, output: Any) -> Any:
+        changed = self.with_losses(call, output) if self.adds else None
+        around, call.around = call.around, None
+        if around is None:
+            if call.backward in (None, -1):  # not a recomputation in a backward
+                self.last.box[0] = call
+        elif not call.added and call.with_gradients == around.with_gradients:
+            around.losses.extend(call.losses)
+        return changed
+
+    def with_losses(self, call: ModelCall, output: Any) -> Any:
+        """The output with the auxiliary loss in the loss that it has in training. If the model was asked for router
+        logits, the output gets the `aux_loss` too. None if nothing changes."""
+        aux = total_of(call.losses) if call.losses else None
+        if aux is not None and call.asked and isinstance(output, MutableMapping):
+            output["aux_loss"] = self.handed_up(aux, call.config, getattr(output, "aux_loss", None))
+        loss = output.get("loss") if isinstance(output, MutableMapping) else output
+        loss = loss[0] if isinstance(loss, tuple) else loss
+        if not isinstance(loss, Tensor) or loss.ndim or (call.share is None and not (call.training and call.losses)):
+            return None
+        if aux is not None and call.training:
+            call.added = True
+            loss = loss + factor_of(call.config) * aux.to(loss.device)
+        loss = loss if call.share is None else loss * call.share
+        if isinstance(output, tuple):
+            return (loss, *output[1:])
+        if not isinstance(output, MutableMapping):
+            return loss
+        output["loss"] = loss
+        return output
+
+    def handed_up(self, aux: Tensor, config: Any, theirs: Any) -> Tensor:
+        """The `aux_loss` of an output, which a trainer multiplies by a coefficient. If the model's own routers have set
+        it, it has both."""
+        if (unit := unit_of(config)) is not None:
+            return aux / unit
+        if not (reports_routers(config) and isinstance(theirs, Tensor)):
+            return aux
+        coef = getattr(config, "router_aux_loss_coef", 0.0)
+        return theirs + aux.to(theirs.device) / coef if coef else theirs
+
+    def warn(self, call: ModelCall, model: nn.Module) -> None:
+        """Warn, once each, of adapters without routers, and if the last backward reached the outputs of networks, but
+        not their auxiliary losses."""
+        if not self.adapted and "peft_config" in vars(model):
+            self.adapted = True
+            warn_of_adapters(model)
+        last = self.last.box[0]
+        if call.around is not None or not call.training or self.warned or last.declined:
+            return
+        config = text_config(model)
+        switched_off = config is not None and getattr(config, "router_aux_loss_coef", 1.0) == 0
+        if last.reached.output and not last.reached.loss and not switched_off:
+            self.warned = True
+            warnings.warn(
+                "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "
+                f"{type(model).__name__} returned no loss that holds it, or another loss was used, so experts will not "
+                "stay balanced. With label smoothing or a loss of your own add aux_loss(model) to it",
+                stacklevel=2,
+            )
+
+
+def warn_of_adapters(model: nn.Module) -> None:
+    """Warn of adapters of PEFT without the routers of a model that no folder has either."""
+    routers = {site.name: weight for site in all_sites(model) for weight in site.gate.parameters()}
+    if getattr(model, "name_or_path", None) == "" and (lost := lost_by_adapters(model, routers)):
+        warnings.warn(
+            f"the routers in {', '.join(lost)} were drawn in memory, and the adapters of {type(model).__name__} do not "
+            "save them: a model that is made anew draws others. Save the model and load it (save_pretrained, "
+            "from_pretrained) before it gets adapters; or name the gates in LoraConfig(modules_to_save=['gate']), or "
+            "merge the adapters in the end and save the whole model",
+            stacklevel=2,
+        )
+
+
+@torch.compiler.disable
+def keep_for_checkpointing(model: nn.Module) -> None:
+    """Wrap the model's own checkpointing, so that layers that run again have their call."""
+    for module in model.modules():
+        checkpoint = checkpointing_of(module)
+        if checkpoint is not None and not isinstance(checkpoint, CheckpointWithCall) and feed_forwards(module):
+            set_checkpointing(module, CheckpointWithCall(checkpoint, module))
+
+
+class CheckpointWithCall:
+    """Wraps the checkpointing function of one layer: what it runs, also again, has the calls that are under way now.
+
+    A compiled model has a graph break here, because a graph cannot hold the calls.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any], layer: nn.Module) -> None:
+        self.checkpoint = checkpoint
+        self.layer = layer
+
+    @torch.compiler.disable
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        networks = feed_forwards(self.layer)
+        calls = [(module, copy(call_stack.current(module) or ModelCall())) for module in networks]
+        for _, call in calls:
+            call.remembered = True
+
+        def run_with_calls(*args: Any, **kwargs: Any) -> Any:
+            with call_stack.within(calls):
+                try:
+                    return run(*args, **kwargs)
+                finally:
+                    for _, call in calls:  # recomputations need the tokens alone
+                        call.again, call.around, call.losses = True, None, []
+
+        return self.checkpoint(run_with_calls, *args, **kwargs)

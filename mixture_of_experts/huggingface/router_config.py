@@ -1,0 +1,74 @@
+"""What the configuration of a changed model says of routers, to trainers that ask models with routers for a loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+#: setting with the coefficient that the first layer had when it came, or the blocks that became layers. Relative to it,
+#: or to 1 if there was none, `router_aux_loss_coef` is the factor of the loss, which a trainer may set: a file has both
+AT_FIRST = "router_aux_loss_coef_at_first"
+#: settings that `announce` adds to a configuration
+ANNOUNCED = ("output_router_logits", "router_aux_loss_coef", AT_FIRST, "num_experts", "num_experts_per_tok")
+
+
+def announce(model: nn.Module, moe: Any) -> None:
+    """Make the trainers of TRL ask a model with layers such as `moe` for the auxiliary loss, which its watch gives them
+    as `out.aux_loss`.
+
+    They compute losses from log-probabilities and ignore the model's own loss. They ask a model for the auxiliary loss
+    if its configuration says that it has routers.
+    """
+    config = text_config(model)
+    if config is None or reports_routers(config) or getattr(model, "base_model", model) is model:
+        return
+    values = (True, moe.loss_coef or 1.0, moe.loss_coef, moe.num_experts, getattr(moe.gate, "k", 1))
+    for name, value in zip(ANNOUNCED, values, strict=True):
+        if not hasattr(config, name):
+            setattr(config, name, value)
+
+
+def take_over(model: nn.Module) -> None:
+    """Let the losses of a model's layers stand for its own, whose routers are gone."""
+    config = text_config(model)
+    if config is not None and reports_routers(config) and unit_of(config) is None:
+        setattr(config, AT_FIRST, getattr(config, "router_aux_loss_coef", None))
+        config.router_aux_loss_coef = unit_of(config)
+
+
+def give_back(model: nn.Module) -> None:
+    """Undo `announce` and `take_over`."""
+    config = text_config(model)
+    if config is None or AT_FIRST not in vars(config):
+        return
+    first, plain = vars(config).pop(AT_FIRST), type(config)()
+    for name in ANNOUNCED:
+        if not hasattr(plain, name):
+            vars(config).pop(name, None)
+    if reports_routers(config):
+        vars(config).pop("router_aux_loss_coef", None)
+        vars(config).update({} if first is None else {"router_aux_loss_coef": first})
+
+
+def text_config(model: nn.Module) -> Any:
+    """The part of a model's configuration in which routers are; None if it has no configuration."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else None
+
+
+def reports_routers(config: Any) -> bool:
+    """Whether models of this configuration have routers of their own."""
+    return hasattr(type(config), "output_router_logits")
+
+
+def factor_of(config: Any) -> float:
+    """The factor of the auxiliary loss: 1, or what follows from the `router_aux_loss_coef` that a trainer set."""
+    unit = unit_of(config)
+    return 1.0 if unit is None else (config.router_aux_loss_coef or 0.0) / unit
+
+
+def unit_of(config: Any) -> float | None:
+    """The `router_aux_loss_coef` that is a factor of 1; None if layers and the setting have nothing to do with each
+    other."""
+    return (getattr(config, AT_FIRST) or 1.0) if hasattr(config, AT_FIRST) else None
