@@ -108,22 +108,34 @@ def test_other_heads(auto):
             {},
             "no class of transformers is a GPT2LMHeadModel with experts; there are classes for Llama, Mistral",
         ),
-        ("llama_bias", {}, "in Mixtral: biases of experts; Qwen2Moe: biases of experts"),
-        ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: a Top2Gating"),
-        ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "a NoisyTopKGating"),
-        ("llama", dict(gate=gate(score="sigmoid")), "score='sigmoid'"),
-        ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select=AlwaysChosen\(1\)"),
-        ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: weigh='softmax'"),
-        ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: weigh=LearnedScale"),
-        ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize=NormalizeBy\(p=2"),
-        ("llama", dict(gate=gate(eps=1.0)), "Mixtral: eps=1.0; Qwen2Moe: eps=1.0$"),
-        ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits=RouterLogits"),
-        ("llama", dict(gate=gate(bias=True)), "a bias of the router"),
-        ("llama", dict(gate=gate(expert_bias=True)), "an expert bias"),
-        ("llama", dict(gate=gate(num_groups=2, top_groups=1)), "num_groups=2"),
-        ("llama", dict(gate=gate(capacity_factor_eval=1.0)), "capacity_factor_eval=1.0, which drops tokens"),
+        ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
+        (
+            "llama",
+            dict(gate=lambda d, e: Top2Gating(d, e)),
+            "Mixtral: the gate is Top2Gating, the block's TopK.*; Q",
+        ),
+        ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
+        ("llama", dict(gate=gate(score="sigmoid")), "the gate has score 'sigmoid'"),
+        ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
+        ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
+        (
+            "llama",
+            dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))),
+            "Qwen2Moe: the gate has weigh Lear",
+        ),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize NormalizeBy\(p=2"),
+        (
+            "llama",
+            dict(gate=gate(eps=1.0)),
+            "Mixtral: the gate has eps 1.0, .*; Qwen2Moe: the gate has eps 1.0",
+        ),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits RouterLogits"),
+        ("llama", dict(gate=gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
+        ("llama", dict(gate=gate(expert_bias=True)), r"gate\.expert_bias has shape"),
+        ("llama", dict(gate=gate(num_groups=2, top_groups=1)), "num_groups 2, the block's None"),
+        ("llama", dict(gate=gate(capacity_factor_eval=1.0)), "capacity_factor_eval 1.0, the block's None"),
         ("mistral", dict(layers=[0]), r"Mixtral: layers without experts \(1\); Qwen2Moe: sliding attention"),
-        ("qwen3", dict(shared_expert=8), "Qwen3Moe: a shared expert$"),
+        ("qwen3", dict(shared_expert=8), r"Qwen3Moe: shared_expert\.gate_proj\.weight has shape .*, the block's None"),
     ],
 )
 def test_what_has_no_counterpart_is_named(name, settings, problem):
@@ -137,7 +149,7 @@ def test_layers_that_differ():
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, layers=[0])
     replace_ffn(model, num_experts=2, layers=[1])
-    with pytest.raises(ValueError, match=r"layers that differ \(num_experts: 2, 4\)"):
+    with pytest.raises(ValueError, match=r"w1 has shape \(2, 32, 48\), the block's \(4, 32, 48\)"):
         export(model)
 
 

@@ -64,20 +64,25 @@ def to_block(moe: MoE, block: nn.Module) -> nn.Module:
 
 def check_alike(moe: MoE, block: nn.Module) -> None:
     """Raise ValueError if a layer computes something else than a block."""
+    if differ := differences(moe, block):
+        raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {'; '.join(differ)}")
+
+
+def differences(moe: MoE, block: nn.Module) -> list[str]:
+    """In what a layer computes something else than a block, in words."""
     wanted = read_block(block).layer
     left_out = without_effect(moe.gate) | without_effect(wanted.gate)
+    left_out = left_out if type(moe.gate) is type(wanted.gate) else {*COMPARED}
     ours, theirs = told(moe, left_out), told(wanted, left_out)
     differ = [what for what in {**ours, **theirs} if ours.get(what) != theirs.get(what)]
-    if differ:
-        said = "; ".join(f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ)
-        raise ValueError(f"the layer does not compute what a {type(block).__name__} does: {said}")
+    return [f"{what} {ours.get(what)}, the block's {theirs.get(what)}" for what in differ]
 
 
 def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
     """What a layer computes, in words, but settings of its gate that are left out."""
     gate, parts = moe.gate, list(layers(moe.experts))
     settings = {name: getattr(gate, name, None) for name in COMPARED if name not in left_out}
-    settings["num_groups"] = settings["num_groups"] if closes_groups(gate) else None
+    settings |= {} if closes_groups(gate) or "num_groups" in left_out else {"num_groups": None}
     weights = {name: tensor for name, tensor in (*moe.named_parameters(), *moe.named_buffers()) if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,

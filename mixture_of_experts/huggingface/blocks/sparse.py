@@ -204,12 +204,14 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
     return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
 
 
+@torch.inference_mode(False)  # what is made in that mode cannot be trained
 def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
     frozen if that is."""
     own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
     device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
-    like = {id(weight): own[name] for name, weights in sources(block).items() for weight in weights}
+    views = ((name, piece) for name, pieces in read_block(block).views().items() for _, piece in pieces)
+    like = {id(piece if piece._base is None else piece._base): own[name] for name, piece in views}
     for module in block.modules():
         for name, weight in [*module._parameters.items(), *module._buffers.items()]:
             if weight is None:
@@ -221,15 +223,3 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
                 value = nn.Parameter(value, requires_grad=weight.requires_grad and (ours is None or ours.requires_grad))
             setattr(module, name, value)
     return block
-
-
-def sources(block: nn.Module) -> dict[str, list[Tensor]]:
-    """The block's own tensors of which each of our weights consists, by our names."""
-    given: list[Tensor] = []
-
-    def number(tensor: Tensor) -> Tensor:
-        given.append(tensor)
-        return torch.tensor(float(len(given) - 1)).expand(tensor.shape)
-
-    views = read_block(block).views(number)
-    return {name: [given[int(piece.flatten()[0])] for _, piece in pieces] for name, pieces in views.items()}

@@ -1,7 +1,7 @@
 """Exports a model with experts as the model of `transformers` that computes the same.
 
 `plan_export` decides everything without reading weights, so the model may also be one whose weights are in files.
-Weights are then converted layer by layer.
+Weights are then converted layer by layer: each layer becomes one with the form of a sparse block, which takes them.
 
 Axes: e experts, d model dim, h hidden dim.
 """
@@ -10,27 +10,28 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
-from transformers.activations import ACT2FN
 
+from mixture_of_experts.around import TokenGated
 from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
-from mixture_of_experts.gating.steps import named
-from mixture_of_experts.huggingface.blocks.convert import closes_groups
+from mixture_of_experts.huggingface.blocks.convert import differences, to_block
+from mixture_of_experts.huggingface.blocks.sparse import in_memory
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
-from mixture_of_experts.huggingface.replacement.adapters import read_activation, refuse_meta, refuse_wrapped
+from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_wrapped
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
 from mixture_of_experts.huggingface.saving.configuration import KEY
+from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import from_peft
+
+Layers = Mapping[str, MoEFeedForward]
 
 
 class Target(NamedTuple):
@@ -39,22 +40,14 @@ class Target(NamedTuple):
     prefix: str  # prefix of its classes
     sources: tuple[str, ...]  # prefixes of the dense families that differ only in experts
     all_layers: bool = False  # whether every layer has experts
-    always_normalised: bool = False
-    shared: bool = False
+    shared: bool = False  # whether each layer has a shared expert
     sliding: bool = False  # whether it has the sliding attention of its sources
     hidden: str = "moe_intermediate_size"
     settings: tuple[tuple[str, Any], ...] = ()  # further settings of its configuration
 
 
 TARGETS = (
-    Target(
-        "Mixtral",
-        ("Llama", "Mistral"),
-        all_layers=True,
-        always_normalised=True,
-        sliding=True,
-        hidden="intermediate_size",
-    ),
+    Target("Mixtral", ("Llama", "Mistral"), all_layers=True, sliding=True, hidden="intermediate_size"),
     Target("Qwen3Moe", ("Qwen3",)),
     Target("Qwen2Moe", ("Qwen2",), shared=True, settings=(("qkv_bias", True),)),
     Target("Qwen2Moe", ("Llama", "Mistral"), shared=True, settings=(("qkv_bias", False),)),
@@ -72,15 +65,18 @@ NOT_COMPARED |= {
 }
 
 
-@dataclass(frozen=True)
-class Export:
-    """The class and configuration of an exported model, and how its weights are made."""
+class Export(NamedTuple):
+    """The exported model without memory for its weights, and the layers that become blocks, by path."""
 
-    config: PreTrainedConfig
-    model_class: Any
-    layers: dict[
-        str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-    ]  # by path: weights below it to weights below it
+    stock: Any
+    layers: Layers
+    target: Target
+
+    def block(self, path: str) -> dict[str, Tensor]:
+        """The weights of the block that computes what a layer does, by their names in the exported model."""
+        block, like = self.stock.get_submodule(path), as_block(self.layers[path].moe, self.target.shared)
+        to_block(like, in_memory(block, like))
+        return {f"{path}.{name}": value for name, value in block.state_dict().items()}
 
 
 def export(model: nn.Module) -> Any:
@@ -116,13 +112,13 @@ def export(model: nn.Module) -> Any:
     plan, state = plan_export(check_model("model", model)), model.state_dict()
     refuse_meta(model, type(model).__name__)
     exported = {name: value for name, value in state.items() if not any(below(path, name) for path in plan.layers)}
-    for path, convert in plan.layers.items():
-        weights = {name.removeprefix(f"{path}."): value for name, value in state.items() if below(path, name)}
-        exported |= {f"{path}.{name}": value for name, value in convert(weights).items()}
+    for path in plan.layers:
+        exported |= plan.block(path)
     exported = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in exported.items()}
-    made, info = plan.model_class.from_pretrained(
-        None, config=plan.config, state_dict=exported, dtype=next(iter(state.values())).dtype, output_loading_info=True
-    )
+    made, info = type(plan.stock).from_pretrained(
+        None, config=plan.stock.config, state_dict=exported, dtype=next(iter(state.values())).dtype,
+        output_loading_info=True,
+    )  # fmt: skip
     tied = set(getattr(made, "all_tied_weights_keys", None) or {})
     differ = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]} - tied)
     if differ:
@@ -139,36 +135,28 @@ def below(path: str, name: str) -> bool:
 
 def plan_export(model: Any) -> Export:
     """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    name = type(model).__name__
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layers with experts: there is nothing to export")
+        raise ValueError(f"{name} has no layers with experts: there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
-        raise ValueError(
-            f"{type(model).__name__} has layers that were blocks: to_transformers makes a stock model of it"
-        )
+        raise ValueError(f"{name} has layers that were blocks: to_transformers makes a stock model of it")
     if any(map(from_peft, model.modules())):
-        raise ValueError(
-            f"{type(model).__name__} has adapters of PEFT, which no class has: merge_and_unload() them first"
-        )
+        raise ValueError(f"{name} has adapters of PEFT, which no class has: merge_and_unload() them first")
     refuse_wrapped(model)
-    family, head = split_name(type(model).__name__)
+    family, head = split_name(name)
     fits = [target for target in TARGETS if family in target.sources]
     if not fits:
         known = ", ".join(sorted({source for target in TARGETS for source in target.sources}))
-        raise ValueError(
-            f"no class of transformers is a {type(model).__name__} with experts; there are classes for {known}"
-        )
-    problems = {target: list(dict.fromkeys(find_problems(model, target, layers))) for target in fits}
-    target = next((target for target in fits if not problems[target]), None)
-    model_class = None if target is None else getattr(transformers, f"{target.prefix}{head}", None)
-    if target is not None and model_class is None:
-        raise ValueError(f"transformers has no class {target.prefix}{head}")
-    if target is None:
-        said = "; ".join(f"{target.prefix}: {', '.join(problems[target])}" for target in fits)
-        raise ValueError(f"{type(model).__name__} has what has no counterpart in {said}")
-    return Export(
-        target_config(model, target, layers), model_class, {n: converter(m, target) for n, m in layers.items()}
-    )
+        raise ValueError(f"no class of transformers is a {name} with experts; there are classes for {known}")
+    said = []
+    for target in fits:
+        stock = stock_model(model, target, head, layers)
+        problems = dict.fromkeys(find_problems(model, target, layers, stock))
+        if not problems:
+            return Export(stock, layers, target)
+        said.append(f"{target.prefix}: {', '.join(problems)}")
+    raise ValueError(f"{name} has what has no counterpart in {'; '.join(said)}")
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -177,37 +165,14 @@ def split_name(name: str) -> tuple[str, str]:
     return (name, "") if found is None else (found[1], found[2])
 
 
-def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
+def find_problems(model: Any, target: Target, layers: Layers, stock: Any) -> Iterator[str]:
     """What the model has and the target has not, in words; equal layers give the same words."""
     config = model.config
     dense = [i for i in range(config.num_hidden_layers) if i not in map(layer_number, layers)]
     if target.all_layers and dense:
         yield f"layers without experts ({', '.join(map(str, dense))})"
-    act = repr(read_activation(ACT2FN[config.hidden_act]))
-    kinds = set()
-    for layer in layers.values():
-        moe = layer.moe
-        gate, experts, shared = moe.gate, moe.experts, moe.shared_expert
-        yield from gate_problems(gate, target)
-        if type(experts) is not GatedExperts:
-            yield f"experts that are {type(experts).__name__}"
-            continue
-        if experts.b1 is not None:
-            yield "biases of experts"
-        if repr(experts.act) != act:
-            yield f"the activation {experts.act} of experts"
-        if moe.group_size is not None and not dropless(gate):
-            yield f"group_size={moe.group_size}"
-        if shared is not None and not (target.shared and type(shared) is SharedExpert):
-            yield "a shared expert"
-        width = getattr(shared, "hidden_dim", None)
-        settings = {"num_experts": moe.num_experts, "hidden_dim": experts.hidden_dim, "shared_expert": width}
-        settings |= {"k": getattr(gate, "k", None), "normalize": bool(getattr(gate, "normalize", None))}
-        kinds.add(tuple(settings.items()))
-    for column in zip(*kinds, strict=True):
-        name, values = column[0][0], {value for _, value in column}
-        if len(values) > 1:
-            yield f"layers that differ ({name}: {', '.join(sorted(map(str, values)))})"
+    for path, layer in layers.items():
+        yield from differences(as_block(layer.moe, target.shared), stock.get_submodule(path))
     if getattr(config, "mlp_bias", False) and dense:
         yield "mlp_bias in layers without experts"
     kept, defaults = carried(config, target), type(config)().to_dict()
@@ -219,38 +184,6 @@ def find_problems(model: Any, target: Target, layers: dict[str, Any]) -> Any:
             yield f"{name}={getattr(config, name)!r} of the configuration"
 
 
-def gate_problems(gate: Any, target: Target) -> Any:
-    if type(gate) is not TopKGating:
-        yield f"a {type(gate).__name__}"
-        return
-    allowed = {
-        "score": ("softmax",),
-        "select": ("score", "logits"),  # a softmax keeps the order
-        "weigh": ("score", "softmax") if gate.normalize is True else ("score",),
-        "normalize": (True, False),
-        "logits": (None,),
-    }
-    for name, values in allowed.items():
-        if (value := getattr(gate, name)) not in values:
-            yield f"{name}={named(value)}"
-    if gate.normalize is True and gate.eps > 1e-9:
-        yield f"eps={gate.eps}"
-    if target.always_normalised and not gate.normalize:
-        yield "weights that are not normalised"
-    if gate.b_gating is not None:
-        yield "a bias of the router"
-    if gate.expert_bias is not None:
-        yield "an expert bias"
-    if closes_groups(gate):
-        yield f"num_groups={gate.num_groups}"
-    if not dropless(gate):
-        yield f"capacity_factor_eval={gate.capacity_factor_eval}, which drops tokens"
-
-
-def dropless(gate: Any) -> bool:
-    return getattr(gate, "capacity_factor_eval", 0.0) is None
-
-
 def layer_number(path: str) -> int:
     found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
     return -1 if found is None else int(found[1])
@@ -259,50 +192,56 @@ def layer_number(path: str) -> int:
 def carried(config: Any, target: Target) -> dict[str, Any]:
     """The settings of a dense configuration that the target's configuration has too, and the notes in it: what neither
     class knows."""
-    own, theirs = (kind().to_dict().keys() for kind in (type(config), target_class(target)))
+    own, theirs = (kind().to_dict().keys() for kind in (type(config), getattr(transformers, f"{target.prefix}Config")))
     settings = {name: value for name, value in config.to_dict().items() if name not in NOT_COMPARED}
     return {n: value for n, value in settings.items() if n == "head_dim" or (n in own) == (n in theirs)}
 
 
-def target_class(target: Target) -> Any:
-    return getattr(transformers, f"{target.prefix}Config")
-
-
-def target_config(model: Any, target: Target, layers: dict[str, Any]) -> PreTrainedConfig:
-    moe = next(iter(layers.values())).moe
-    settings = carried(model.config, target)
-    settings |= dict(target.settings) | {target.hidden: moe.experts.hidden_dim}
-    settings |= {"num_experts_per_tok": moe.gate.k, "num_experts": moe.num_experts}
-    if not target.always_normalised:
-        settings["norm_topk_prob"] = bool(moe.gate.normalize)
+def stock_model(model: Any, target: Target, head: str, layers: Layers) -> Any:
+    """A model of the target without memory for its weights, with the sizes of the model and of its first layer."""
+    moe: Any = next(iter(layers.values())).moe
+    settings = carried(model.config, target) | dict(target.settings)
+    settings |= {target.hidden: getattr(moe.experts, "hidden_dim", 1), "num_experts": moe.num_experts}
+    settings |= {"num_experts_per_tok": getattr(moe.gate, "k", 1)}
+    settings["norm_topk_prob"] = bool(getattr(moe.gate, "normalize", True))
     if not target.all_layers:
         sparse = set(map(layer_number, layers))
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]
         settings |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None}
-    if target.shared:  # without a shared expert it is one without effect
-        settings["shared_expert_intermediate_size"] = 1 if moe.shared_expert is None else moe.shared_expert.hidden_dim
-    config = target_class(target)(**settings)
+    if target.shared:
+        settings["shared_expert_intermediate_size"] = getattr(moe.shared_expert, "hidden_dim", 1)
+    config = getattr(transformers, f"{target.prefix}Config")(**settings)
     config.dtype = model.config.dtype
-    return config
+    model_class: Any = getattr(transformers, f"{target.prefix}{head}", None)
+    if model_class is None:
+        raise ValueError(f"transformers has no class {target.prefix}{head}")
+    with torch.device("meta"):
+        return model_class(config)
 
 
-def converter(layer: Any, target: Target) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function from the weights of a layer with experts, by name, to those of a sparse block."""
-    scale, d = layer.moe.gate.scale, layer.moe.dim
-
-    def convert(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        w1, w2, w3 = (weights[f"moe.experts.{name}"] for name in ("w1", "w2", "w3"))  # (e, d, h), (e, h, d), (e, d, h)
-        block = {
-            "gate.weight": weights["moe.gate.w_gating"].T,
-            "experts.gate_up_proj": torch.cat([w1, w3], dim=-1).mT,
-            "experts.down_proj": (w2 * scale if scale != 1 else w2).mT,
-        }
-        if target.shared:
-            empty = {"gate_proj": w1.new_zeros(1, d), "up_proj": w1.new_zeros(1, d), "down_proj": w1.new_zeros(d, 1)}
-            for name, zeros in empty.items():
-                value = weights.get(f"moe.shared_expert.{name}.weight", zeros)
-                block[f"shared_expert.{name}.weight"] = 2 * value if name == "down_proj" else value
-            block["shared_expert_gate.weight"] = w1.new_zeros(1, d)  # its sigmoid is 1/2
-        return block
-
-    return convert
+@torch.no_grad()
+def as_block(moe: Any, shared_expert: bool) -> MoE:
+    """A layer with the form of a block, with a shared expert or without, that computes the same in eval. It shares
+    weights with `moe`."""
+    like = copy.copy(moe)
+    like._modules = dict(moe._modules)
+    if type(moe.gate) is TopKGating:
+        gate = like.gate = copy.copy(moe.gate)
+        gate.capacity_factor_train, gate.scale = None, 1.0
+        gate.select = "score" if gate.select == "logits" and gate.score == "softmax" else gate.select  # in that order
+        gate.weigh = "score" if gate.weigh == "softmax" and gate.normalize is True else gate.weigh
+        gate.eps = 1e-20 if gate.eps <= 1e-9 else gate.eps
+        if type(moe.experts) is GatedExperts and moe.gate.scale != 1:
+            like.experts = copy.copy(moe.experts)
+            like.experts._parameters = {**moe.experts._parameters, "w2": nn.Parameter(moe.experts.w2 * moe.gate.scale)}
+    if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
+        w = next(moe.experts.parameters())
+        with torch.device("meta"):
+            parts = SharedExpert(moe.dim, 1, dtype=w.dtype), nn.Linear(moe.dim, 1, bias=False, dtype=w.dtype)
+        shared, gate = (part.to_empty(device=w.device).requires_grad_(False) for part in parts)
+        for weight in (*shared.parameters(), *gate.parameters()):
+            weight.zero_()
+        shared: Any = shared if moe.shared_expert is None else copy.deepcopy(moe.shared_expert)
+        shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
+        like.shared_expert = TokenGated(shared, gate)
+    return like

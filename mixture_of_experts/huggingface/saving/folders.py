@@ -102,21 +102,21 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     with finished(target) as folder:
         model, weights = empty_with_experts(source, "export")
         plan = plan_export(model)
-        with torch.device("meta"):
-            made = plan.model_class(plan.config)
         writer = Shards(folder, max_shard_size)
-        for path, convert in tqdm(plan.layers.items(), desc="layers", unit="layer"):
-            keys = [key for key in model.state_dict() if below(path, key)]
+        for path, layer in tqdm(plan.layers.items(), desc="layers", unit="layer"):
+            keys = [f"{path}.{key}" for key in layer.state_dict()]
             read = {key.removeprefix(f"{path}."): weights[weights.named(key, model)] for key in keys}
-            block = {f"{path}.{name}": value for name, value in convert(read).items()}
-            for name, value in as_saved(made, block).items():
+            layer.load_state_dict(read, assign=True)
+            for name, value in as_saved(plan.stock, plan.block(path)).items():
                 writer.add(name, value)
+            for module in (layer, plan.stock.get_submodule(path)):
+                module.to("meta")
         for stored in tqdm([n for n in weights if not any(below(path, n) for path in plan.layers)], desc="others"):
             writer.add(stored, weights[stored])
         writer.close()
-        plan.config.architectures = [plan.model_class.__name__]
+        plan.stock.config.architectures = [type(plan.stock).__name__]
         copy_others(source, folder)
-        plan.config.save_pretrained(folder)
+        plan.stock.config.save_pretrained(folder)
 
 
 def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
