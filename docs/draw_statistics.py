@@ -4,7 +4,8 @@
 
 `report.png` is a browser's picture of the report:
 
-    chromium --headless --hide-scrollbars --window-size=820,2680 --screenshot=docs/images/report.png routing.html
+    chromium --headless --hide-scrollbars --force-device-scale-factor=0.75 --window-size=1240,2620 \\
+        --screenshot=docs/images/report.png routing.html
 
 Needs matplotlib and tqdm (the extra `examples`). The text is the one it learns from, Python's own library.
 """
@@ -23,8 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import trange
 
-from mixture_of_experts.plot import plot_load, plot_routing
-from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
+from mixture_of_experts.stats import RoutingStats, plot_routing, routing_of, track_routing
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -68,8 +68,10 @@ def train(settings: Settings) -> tuple[Trainee, RoutingStats]:
 def draw_layers(stats: RoutingStats) -> Figure:
     """What the routers ask for over what the experts compute."""
     figure, (above, below) = plt.subplots(2, 1, figsize=(7.5, 5.4), layout="constrained")
-    plot_load(stats, requested=True, ax=above)
-    plot_load(stats, ax=below)
+    stats.plot(requested=True, ax=above)
+    stats.plot(ax=below)
+    above.set_title("Requested of the experts, before capacity")
+    below.set_title("Load of the experts")
     return figure
 
 
@@ -77,7 +79,8 @@ def draw_training(stats: RoutingStats) -> Figure:
     """The first and the last layer over training."""
     figure, axes = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, layout="constrained")
     for layer, ax in zip((stats.layers[0], stats.layers[-1]), axes, strict=True):
-        plot_load(stats, layer, requested=True, ax=ax)
+        stats.plot(layer, requested=True, ax=ax)
+        ax.set_title(f"{layer}: requested of the experts")
     axes[0].set_xlabel("")
     return figure
 
@@ -101,7 +104,7 @@ def main() -> None:
     figures = {
         "load_layers": draw_layers(stats),
         "load_training": draw_training(stats),
-        "routed_text": plot_routing(text, routing["blocks.1.ffn.gate"], width=66).figure,
+        "routed_text": plot_routing(text, routing["blocks.1.ffn.gate"], width=66),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

@@ -21,8 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import mixture_of_experts.huggingface
-from mixture_of_experts.plot import plot_routing
-from mixture_of_experts.stats import routing_of, track_routing
+from mixture_of_experts.stats import plot_routing, routing_of, track_routing
 
 CONTEXT, BATCH, PROMPT = 128, 4, "def fibonacci(n):"
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shown = tokenizer(last.read_text()[: args.characters], return_tensors="pt")["input_ids"]
     tokens, routing = [tokenizer.decode(token) for token in shown[0]], routing_of(model, shown)
     stats.report(args.out / "routing.html", tokens=tokens, routing=routing, name=f"{args.model}, upcycled")
-    figure = plot_routing(tokens, list(routing.values())[-1]).figure
+    figure = plot_routing(tokens, list(routing.values())[-1])
     figure.savefig(args.out / "routing.png", dpi=110, bbox_inches="tight")
     print(f"wrote {args.out / 'routing.html'} and routing.png: which expert computes which token")
 

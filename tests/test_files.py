@@ -36,7 +36,7 @@ from experiments.language_model.settings import Settings  # noqa: E402
 #: of every source that reads or writes files: what these are
 FILES = {
     "mixture_of_experts/replay/records.py": "records of choices, read as weights",
-    "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines",
+    "mixture_of_experts/stats/tracking.py": "records of routing, JSON lines; a page of them",
     "mixture_of_experts/huggingface/saving/folders.py": "safetensors and their index, JSON",
     "mixture_of_experts/huggingface/saving/configuration.py": "config.json",
     "mixture_of_experts/huggingface/pruning/folders.py": "safetensors of scores, JSON of ids",
@@ -44,8 +44,7 @@ FILES = {
     "experiments/language_model/training.py": "checkpoint.pt",
     "mixture_of_experts/verify/states.py": "a state dict in memory, read as weights",
     "mixture_of_experts/verify/thorough.py": "what each rank found, in a temporary folder, read as weights",
-    "mixture_of_experts/stats/charts.py": "pictures within a page, no file",
-    "mixture_of_experts/stats/report.py": "a page of what was recorded",
+    "mixture_of_experts/stats/report.py": "the template of a page; pictures within it",
     "experiments/language_model/report.py": "result.json, a picture",
     "experiments/compare_routers.py": "compare_routers.json",
     "experiments/language_model/corpus.py": "text",
@@ -121,7 +120,7 @@ def test_records_of_statistics_are_json(tmp_path: Path):
         moe(torch.randn(2, 16, 8))
     tracker.to_jsonl(tmp_path / "records.jsonl")
     (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
-    assert record == json.loads(json.dumps(tracker.to_dict()))["steps"][record["layer"]][0]
+    assert record == json.loads(json.dumps(tracker.last("gate").to_dict()))
 
 
 # ---- files that are damaged, foreign, or made to do harm ----

@@ -30,7 +30,6 @@ ORDER = [
     "mixture_of_experts",  # the one module of 0.2.3
     "stats",
     "parallel",
-    "plot",
     "replay",
     "huggingface",
     "verify",
@@ -129,7 +128,7 @@ def test_the_root_is_small_and_the_house_is_low():
         ("experts", "from .parallel import ExpertParallel", "experts imports parallel"),
         ("gating.topk", "from ..stats.records import Record", "gating.topk imports stats.records"),
         ("", "from mixture_of_experts import parallel", "the root imports parallel"),
-        ("stats", "from mixture_of_experts.plot import plot_load", "stats imports plot"),
+        ("stats", "from mixture_of_experts.replay import record_routing", "stats imports replay"),
         ("newroom", "", "newroom has no place in the order"),
     ],
 )

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
-from mixture_of_experts.plot import lay_out, plot_load, plot_routing
-from mixture_of_experts.stats import RoutingStats, track_routing
-from mixture_of_experts.stats.colours import OTHERS, PALETTE, load_colours
-from mixture_of_experts.stats.fates import Fate, fates_of, visible
+from mixture_of_experts.stats import RoutingStats, plot_routing, track_routing
+from mixture_of_experts.stats.drawing import load_colours
+from mixture_of_experts.stats.texts import NOBODY, OTHERS, PALETTE, ShownToken, shown_text, visible
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
 
 DIM = 4
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -72,19 +72,20 @@ def labels(ticks) -> list[str]:
     return [tick.get_text() for tick in ticks]
 
 
-def drawn(ax: Axes) -> None:
+def drawn(figure: Figure) -> Axes:
     """Lay the figure out and draw it: what is wrong with a text or a size shows then."""
-    ax.figure.canvas.draw()
+    figure.canvas.draw()
+    return figure.axes[0]
 
 
 def test_gates_over_experts(stats: RoutingStats):
-    ax = plot_load(stats)
-    drawn(ax)
+    ax = drawn(stats.plot())
     (row,) = meshes(ax)
     assert row.get_array().flatten().tolist() == [3.0, 1.0, 0.25, 0.25]  # the last two clipped
     assert labels(ax.texts) == ["3.00", "1.00", "×", "×"]
+    assert [text.get_position() for text in ax.texts] == [(0.5, 0), (1.5, 0), (2.5, 0), (3.5, 0)]
     assert labels(ax.get_yticklabels()) == ["gate"]
-    assert ax.get_title() == "Load of the experts"
+    assert labels(ax.get_xticklabels()) == ["0", "1", "2", "3"]
     white = to_rgb(row.cmap(row.norm(1.0)))
     assert min(white) > 0.95  # balanced is white
     assert row.norm(0.5) + row.norm(2.0) == pytest.approx(1)  # half and double are equally far from it
@@ -93,14 +94,13 @@ def test_gates_over_experts(stats: RoutingStats):
 
 
 def test_one_gate_over_steps(stats: RoutingStats):
-    ax = plot_load(stats, "gate")
-    drawn(ax)
+    ax = drawn(stats.plot("gate"))
     (mesh,) = meshes(ax)
     expected = [[4.0, 2.0], [0.25, 2.0], [0.25, 0.25], [0.25, 0.25]]
     assert torch.tensor(mesh.get_array().data).view(4, 2).tolist() == expected
     assert ax.get_xlabel() == "step"
     assert ax.get_xlim() == (-0.5, 1.5)
-    assert "gate" in ax.get_title()
+    assert ax.get_ylim() == (3.5, -0.5)
 
 
 def test_long_training_is_shown_in_stretches():
@@ -108,38 +108,38 @@ def test_long_training_is_shown_in_stretches():
     with track_routing(moe) as stats:
         for step in range(250):
             moe(5 * torch.eye(4)[[step % 2, step % 2]].unsqueeze(0))
-    (mesh,) = meshes(plot_load(stats, "gate"))
+    (mesh,) = meshes(drawn(stats.plot("gate")))
     values = torch.tensor(mesh.get_array().data).view(4, -1)
     assert values.shape == (4, 120)
     assert values[0].mean() == pytest.approx(2.0, abs=0.1)
     assert mesh.get_coordinates()[0, -1, 0] == 249.5
 
 
-def test_hierarchy_stands_over_its_experts():
+def test_gates_fill_the_width():
     """An expert of level one is as wide as the experts behind it; an axes that is given is drawn in."""
     torch.manual_seed(0)
     model = Chain(HeirarchicalMoE(DIM, (2, 3)), MoE(DIM, 4))
     with track_routing(model) as stats:
         model(torch.randn(2, 16, DIM))
     given = plt.figure().subplots()
-    ax = plot_load(stats, requested=True, ax=given)
-    assert ax is given
+    assert stats.plot(requested=True, ax=given) is given.figure
+    ax = drawn(given.figure)
     assert labels(ax.get_yticklabels()) == ["layers.0.gate_outer", "layers.0.gate_inner", "layers.1"]
     widths = [mesh.get_coordinates()[0, :, 0].tolist() for mesh in meshes(ax)]
-    assert widths == [[-0.5, 2.5, 5.5], [-0.5, 0.5, 1.5, 2.5, 3.5, 4.5, 5.5], [-0.5, 0.5, 1.5, 2.5, 3.5]]
-    inner = stats.total("layers.0.gate_inner").relative_requested.flatten().clamp(0.25, 4)
-    assert meshes(ax)[1].get_array().flatten().tolist() == pytest.approx(inner.tolist())
-    ax = plot_load(stats, "layers.0.gate_inner")
-    drawn(ax)
-    assert [line.get_ydata()[0] for line in ax.lines] == [2.5]  # between the two outer experts
+    assert widths == [[0, 3, 6], [0, 1, 2, 3, 4, 5, 6], [0, 1.5, 3, 4.5, 6]]
+    for layer, mesh in zip(stats.layers, meshes(ax), strict=True):
+        load = stats.total(layer).relative_requested.flatten().clamp(0.25, 4)
+        assert mesh.get_array().flatten().tolist() == pytest.approx(load.tolist())
+    ax = drawn(stats.plot("layers.0.gate_inner"))
+    (lines,) = [found for found in ax.collections if not hasattr(found, "get_coordinates")]
+    assert [segment[:, 1].tolist() for segment in lines.get_segments()] == [[2.5, 2.5]]  # between the two outer experts
 
 
 def test_many_experts_have_no_numbers():
     moe = MoE(DIM, gate=TopKGating(DIM, 64))
     with track_routing(moe) as stats:
         moe(torch.randn(1, 3, DIM))
-    ax = plot_load(stats)
-    drawn(ax)
+    ax = drawn(stats.plot())
     assert set(labels(ax.texts)) == {"×"}
     assert len(ax.texts) == len(stats.total("gate").dead)
 
@@ -151,35 +151,50 @@ def text_routing():
     return gate(x, mask=torch.tensor([[True, True, True, False]]))
 
 
-def test_fates():
-    fates = fates_of(text_routing(), 0)
-    assert fates == [Fate("first", 0), Fate("other", 2), Fate("unseen", 0), Fate("padding", 0)]
+def test_what_becomes_of_a_token():
+    shown, legend = shown_text(["ab", "\n", "x", "pad"], "it", text_routing())
+    assert [(token.colour, token.mark) for token in shown] == [
+        (PALETTE[0], ""),
+        (PALETTE[2], "underline"),
+        (NOBODY, "line-through"),
+        (None, ""),
+    ]
+    assert [token.told for token in shown] == [
+        "token 0: ab\nexpert 0  0.731\nexpert 1  0.269",
+        "token 1: ↵\nexpert 2  0.269\nexpert 0  no room",
+        "token 2: x\nexpert 1  no room\nexpert 0  no room",
+        "token 3: pad",
+    ]
+    assert [(token.text.strip(), token.colour, token.mark) for token in legend] == [
+        ("expert 0: 33%", PALETTE[0], ""),
+        ("expert 2: 33%", PALETTE[2], ""),
+        ("first choice full: 33%", NOBODY, "underline"),
+        ("no expert: 33%", NOBODY, "line-through"),
+    ]
+
+
+def drawn_text(figure: Figure) -> list[tuple[str, float, float]]:
+    """Every sign and its place."""
+    return [(text.get_text(), *text.get_position()) for text in drawn(figure).texts]
 
 
 def test_text():
-    ax = plot_routing(["ab", "\n", "x", "pad"], text_routing(), width=10)
-    drawn(ax)
-    assert labels(ax.texts) == ["a", "b", "↵", "x"]  # no padding
-    colours = [to_hex(patch.get_facecolor()).upper() for patch in ax.patches]
-    assert colours == [PALETTE[0], PALETTE[2], "#FFFFFF"]
-    places = [(text.get_position()[0], int(text.get_position()[1])) for text in ax.texts]
-    assert places == [(0.5, 0), (1.5, 0), (2.5, 0), (0.5, 1)]  # a line end ends the line
-    legend = labels(ax.get_legend().get_texts())
-    assert legend == [
-        "expert 0: 33%",
-        "expert 1: 0%",
-        "expert 2: 33%",
-        "first full: 33%",
-        "no expert: 33%",
-    ]
+    figure = plot_routing(["ab", "\n", "x", "pad"], text_routing(), width=10)
+    signs = [(sign, x, int(y)) for sign, x, y in drawn_text(figure)]
+    assert signs[:4] == [("a", 0.5, 0), ("b", 1.5, 0), ("↵", 2.5, 0), ("x", 0.5, 1)]  # a line end ends it; no padding
+    assert "".join(sign for sign, _, _ in signs[4:]).split("  ")[0] == " expert 0: 33%"
+    colours = [to_hex(patch.get_facecolor()).upper() for patch in figure.axes[0].patches]
+    assert colours == [PALETTE[0], PALETTE[2], "#FFFFFF", PALETTE[0], PALETTE[2], "#FFFFFF", "#FFFFFF"]
+    lines = [lines.get_segments()[0][0].tolist() for lines in figure.axes[0].collections]
+    assert lines[:2] == [pytest.approx([2.1, 0.86]), pytest.approx([0.1, 1.5])]  # under the second, through the third
 
 
 def test_expert_choice_has_no_first_choice():
     gate = ExpertChoiceGating(DIM, 2, capacity_factor=0.5)
     routing = gate(torch.randn(1, 8, DIM))
-    fates = fates_of(routing, 0)
+    shown, _ = shown_text("abcdefgh", "it", routing)
     seen = set(routing.token[0].tolist())
-    assert [fate.kind for fate in fates] == ["first" if token in seen else "unseen" for token in range(8)]
+    assert [token.mark for token in shown] == ["" if token in seen else "line-through" for token in range(8)]
     drawn(plot_routing("abcdefgh", routing))
 
 
@@ -187,27 +202,25 @@ def test_more_experts_than_colours():
     """The busiest experts have colours, in the order of their numbers; the others share grey."""
     gate = identity_gate(12, k=1)
     experts = [*range(11, 2, -1)] * 2 + [0]
-    ax = plot_routing(b"x" * 19, gate(5 * torch.eye(12)[experts].unsqueeze(0)))
-    drawn(ax)
-    legend = labels(ax.get_legend().get_texts())
-    assert [entry.split(":")[0] for entry in legend] == [*(f"expert {i}" for i in range(3, 11)), "others"]
-    assert legend[-1] == "others: 16%"
-    colours = [to_hex(patch.get_facecolor()) for patch in ax.patches]
-    assert colours[0] == colours[-1] == OTHERS  # expert 11 stands behind as many of lower number
-    assert len(set(colours)) == 9
+    shown, legend = shown_text(b"x" * 19, "it", gate(5 * torch.eye(12)[experts].unsqueeze(0)))
+    names = [token.text.split(":")[0].strip() for token in legend]
+    assert names == [*(f"expert {i}" for i in range(3, 11)), "other experts"]
+    assert legend[-1].text == " other experts: 16% "
+    assert shown[0].colour == shown[-1].colour == OTHERS  # expert 11 stands behind as many of lower number
+    assert len({token.colour for token in shown}) == 9
 
 
 def test_signs():
     assert [visible(text) for text in ("a", "\n", "\t", "\0", "", "$x$")] == ["a", "↵", "→", "·", "·", "$x$"]
-    ax = plot_routing(b"\xff\x00\n$", identity_gate(2, k=1)(torch.randn(1, 4, 2)))
-    drawn(ax)
-    assert labels(ax.texts) == ["ÿ", "·", "↵", "$"]
+    figure = plot_routing(b"\xff\x00\n$", identity_gate(2, k=1)(torch.randn(1, 4, 2)))
+    assert [sign for sign, _, _ in drawn_text(figure)][:4] == ["ÿ", "·", "↵", "$"]
 
 
 def test_lines_are_at_most_as_wide_as_asked():
-    spans, lines = lay_out(["abc", "de", "fghijklm", "n"], [False, False, False, True], 6)
-    assert [(span.x, span.y) for span in spans] == [(0, 0), (3, 0), (0, 1), (0, 2)]
-    assert lines == 3
+    texts = ["abc", "de", "fghijklm", "n"]
+    signs = drawn_text(plot_routing(texts, identity_gate(2, k=1)(torch.randn(1, 4, 2)), width=6))
+    first = {sign: (x - 0.5, int(y)) for sign, x, y in signs[: sum(map(len, texts))]}
+    assert [first[text[0]] for text in texts] == [(0, 0), (3, 0), (0, 1), (0, 2)]
 
 
 def contrast(one: str, other: str) -> float:
@@ -223,9 +236,10 @@ def contrast(one: str, other: str) -> float:
 
 def test_letters_are_readable_on_every_colour():
     routing = identity_gate(9, k=1)(5 * torch.eye(9).unsqueeze(0))
-    ax = plot_routing("abcdefghi", routing)
-    for text, patch in zip(ax.texts, ax.patches, strict=True):
-        assert contrast(text.get_color(), to_hex(patch.get_facecolor())) >= 3.8
+    shown, _ = shown_text("abcdefghi", "it", routing)
+    assert len({token.colour for token in shown}) == 9
+    for token in (*shown, ShownToken("", NOBODY), ShownToken("", NOBODY, "line-through")):
+        assert contrast(token.ink, token.colour) >= 3.8
 
 
 # Machado, Oliveira and Fernandes 2009: what the colour-blind see, in linear RGB
@@ -259,34 +273,27 @@ def test_colours_are_told_apart(blindness: str):
         assert (one - other).norm() > 10
 
 
-def test_of_two_groups_one_is_named():
-    routing = identity_gate(4, k=1)(torch.eye(4).expand(2, 4, 4))
-    for group in (None, 2, -1):
-        with pytest.raises(ValueError, match=rf"2 groups of 4 tokens, and group={group} .* group=0 to 1"):
-            plot_routing("text", routing, group=group)
-    assert plot_routing("text", routing, group=1).figure is not plot_routing("text", routing, group=0).figure
-
-
 def test_names_are_no_formulas():
     """A gate's name may have a $, which Matplotlib would read as the beginning of a formula."""
     model = nn.Sequential()
     model.add_module("$x_1^$", MoE(DIM, 4))
     with track_routing(model) as stats:
         model(torch.randn(1, 8, DIM))
-    for ax in (plot_load(stats), plot_load(stats, "$x_1^$.gate")):
-        ax.figure.canvas.draw()
-    assert plot_load(stats).get_yticklabels()[0].get_text() == "$x_1^$"
+    drawn(stats.plot("$x_1^$.gate"))
+    assert labels(drawn(stats.plot()).get_yticklabels()) == ["$x_1^$"]
 
 
 def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     routing = identity_gate(2, k=1)(torch.randn(1, 4, 2))
     with pytest.raises(ValueError, match="there are 3 tokens, but the routing has 4"):
         plot_routing("abc", routing)
+    with pytest.raises(ValueError, match="there are 4 tokens, but the routing has 8: give the model one sequence"):
+        plot_routing("abcd", identity_gate(2, k=1)(torch.randn(2, 4, 2)))
     gate = TopKGating(DIM, 2, outer_expert_dims=(3,))
-    with pytest.raises(ValueError, match="one level of routing"):
+    with pytest.raises(ValueError, match="a router for each outer expert"):
         plot_routing("abcd", gate(torch.randn(3, 1, 4, DIM)))
     with pytest.raises(KeyError, match="no gate 'gat'"):
-        plot_load(stats, "gat")
+        stats.plot("gat")
 
     def no_matplotlib(name: str, *args: object, **kwargs: object):
         if name.startswith("matplotlib"):
@@ -295,7 +302,7 @@ def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
 
     real_import = builtins.__import__
     monkeypatch.setattr(builtins, "__import__", no_matplotlib)
-    for draw in (lambda: plot_load(stats), lambda: plot_load(stats, "gate"), lambda: plot_routing("abcd", routing)):
+    for draw in (stats.plot, lambda: stats.plot("gate"), lambda: plot_routing("abcd", routing)):
         with pytest.raises(ImportError, match="extra 'plot'"):
             draw()
 

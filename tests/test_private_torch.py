@@ -22,7 +22,7 @@ from mixture_of_experts.support import private_torch
 HEAVY = (
     *("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor"),
     *("transformers", "matplotlib", "numpy.testing", "mixture_of_experts.parallel", "mixture_of_experts.huggingface"),
-    *("mixture_of_experts.stats", "mixture_of_experts.plot"),
+    "mixture_of_experts.stats",
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.stats import Record, track_routing
+from mixture_of_experts.stats.record import STATISTICS, measure
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 8
@@ -92,6 +92,15 @@ def make_layers() -> dict[str, nn.Module]:
     }
 
 
+def test_a_statistic_is_told_everywhere():
+    """Its attribute in `Record` is enough for summing it up and for showing it; the page of statistics explains it."""
+    gate = TopKGating(DIM, 4, capacity_factor_train=1.0)
+    assert measure(gate(torch.randn(1, 6, DIM)), None).keys() == STATISTICS.keys()
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    assert [name for name in STATISTICS if f"`{name}`" not in page] == []
+    assert [name for name in STATISTICS if f"\n        {name}: " not in str(Record.__doc__)] == []
+
+
 def track_once(model: nn.Module, *args: Tensor) -> dict[str, Record]:
     with track_routing(model) as stats:
         model(*args)
@@ -102,15 +111,11 @@ def assert_same(left: Record, right: Record, **tolerance: float) -> None:
     a, b = left.to_dict(), right.to_dict()
     losses = [record.pop("losses") for record in (a, b)]
     assert losses[0] == pytest.approx(losses[1], **tolerance)
-    outer = [record.pop("outer", []) for record in (a, b)]
-    assert len(outer[0]) == len(outer[1])
     assert {k: v for k, v in a.items() if not isinstance(v, float)} == {
         k: v for k, v in b.items() if not isinstance(v, float)
     }
     for name in (name for name, value in a.items() if isinstance(value, float)):
         assert a[name] == pytest.approx(b[name], **tolerance)
-    for one, other in zip(left.outer, right.outer, strict=True):
-        assert_same(one, other, **tolerance)
 
 
 def test_by_hand():
@@ -199,34 +204,33 @@ def hierarchy(**more: object) -> HeirarchicalMoE:
 @pytest.mark.parametrize("group_size", [None, 6])
 @pytest.mark.parametrize("masked", [False, True])
 def test_hierarchy(group_size: int | None, masked: bool):
-    """The second level's load is that of the layer's experts; lost tokens are those whose output is exactly 0."""
+    """The second level's load is that of the layer's experts; its tokens are the choices that level one hands on."""
     layer = hierarchy(group_size=group_size)
     x = torch.randn(2, 12, DIM)
     real = torch.rand(2, 12) < 0.8 if masked else torch.ones(2, 12, dtype=torch.bool)
-    slots: list[Tensor] = []
+    told: list[tuple[Tensor, Tensor]] = []
     handle = layer.gate_inner.register_forward_hook(
-        lambda gate, args, kwargs, routing: slots.append(kwargs["importance"] > 0), with_kwargs=True
+        lambda gate, args, kwargs, routing: told.append((kwargs["importance"] > 0, routing.kept)), with_kwargs=True
     )
-    out = []
     with track_routing(layer) as stats:
-        out.append(layer(x, real if masked else None)[0])
+        layer(x, real if masked else None)
     handle.remove()
+    ((slots, kept),) = told
     outer, inner = stats.last("gate_outer"), stats.last("gate_inner")
     assert outer.tokens == int(real.sum())
-    assert inner.lost_in_layer == int(((out[0] == 0).all(dim=-1) & real).sum()) > 0
     assert inner.load.shape == (3, 4)
     # every choice that level one kept is a token of level two, and its experts are that outer expert's
-    assert [part.tokens for part in inner.outer] == outer.load.tolist() == slots[0].sum(dim=(1, 2)).tolist()
+    handed_on = slots.sum(dim=(1, 2))
+    assert handed_on.tolist() == outer.load.tolist()
     assert inner.tokens == int(outer.load.sum())
-    assert [part.load.tolist() for part in inner.outer] == inner.load.tolist()
-    assert [part.layer for part in inner.outer] == ["gate_inner[0]", "gate_inner[1]", "gate_inner[2]"]
-    for name in ("unseen", "entropy", "confidence"):
-        mean = sum(getattr(part, name) * part.tokens for part in inner.outer) / inner.tokens
-        assert getattr(inner, name) == pytest.approx(mean)
-    assert all(0 < part.confidence <= 1 and part.entropy <= math.log(4) for part in inner.outer)
+    assert inner.load.sum(dim=1).tolist() == kept.sum(dim=(1, 2)).tolist()
+    assert (inner.requested.sum(dim=1) >= handed_on).all()
+    lost = slots & ~kept.unflatten(-1, (-1, 2)).any(dim=-1)
+    assert inner.unseen == pytest.approx(int(lost.sum()) / inner.tokens)
+    assert 0 < inner.confidence <= 1
+    assert inner.entropy <= math.log(4)
     assert 0 < inner.dropped < 1 or masked
-    assert inner.worst_imbalance == max(part.worst_imbalance for part in inner.outer)
-    assert min(part.imbalance for part in inner.outer) <= inner.imbalance <= inner.worst_imbalance
+    assert 1 <= inner.imbalance <= inner.worst_imbalance
 
 
 def test_hierarchy_counts_the_rows_of_its_experts():
@@ -267,7 +271,6 @@ def test_nothing_to_count_is_zero(name: str, case: str):
         assert record.unavoidable == record.imbalance == record.worst_imbalance == 0
         assert not record.load.any()
         assert not record.relative_load.any()
-        assert record.lost_in_layer in (None, 0)
         json.dumps(record.to_dict(), allow_nan=False)
 
 
@@ -339,10 +342,8 @@ def plain_records() -> dict[str, list[Record]]:
     return recorded_in_training(make_stack())
 
 
-def assert_all_same(left: dict[str, list[Record]], right: dict[str, list[Record]], compiled: bool = False) -> None:
+def assert_all_same(left: dict[str, list[Record]], right: dict[str, list[Record]]) -> None:
     assert left.keys() == right.keys()
-    if compiled:  # what needs both levels at once is not recorded in a graph
-        left = {layer: [replace(record, lost_in_layer=None) for record in records] for layer, records in left.items()}
     for layer in left:
         assert len(left[layer]) == len(right[layer]) == 2
         for one, other in zip(left[layer], right[layer], strict=True):
@@ -368,7 +369,7 @@ def test_compiled_model(reentrant: bool | None, plain_records: dict[str, list[Re
     with track_routing(compiled) as stats:
         train(compiled)
     records = {layer: stats.records(layer) for layer in stats.layers}
-    assert_all_same(plain_records, records, compiled=True)
+    assert_all_same(plain_records, records)
     if reentrant is None:
         train(compiled)
         assert {layer: len(stats.records(layer)) for layer in stats.layers} == dict.fromkeys(stats.layers, 2)
@@ -393,7 +394,7 @@ def test_compiled_before_is_an_error():
     compiled(torch.randn(1, 5, DIM))
     with track_routing(compiled) as stats:
         compiled(torch.randn(1, 5, DIM))
-        for read in (stats.step, stats.summary, stats.scalars, stats.to_dict, lambda: stats.last("gate")):
+        for read in (stats.step, stats.summary, stats.scalars, lambda: stats.last("gate")):
             with pytest.raises(RuntimeError, match=r"torch\.compiler\.reset"):
                 read()
     torch.compiler.reset()
@@ -679,13 +680,10 @@ def test_json_lines(stats, tmp_path: Path):
     lines = [json.loads(line) for line in (tmp_path / "routing.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert [line["layer"] for line in lines[:3]] == list(stats.layers)
-    everything = json.loads(json.dumps(stats.to_dict(), allow_nan=False))
-    assert lines[1] == everything["steps"]["layers.0.gate_inner"][0]
-    assert len(lines[1]["outer"]) == 3
-    assert "outer" not in lines[2]
-    total = everything["total"]["layers.1.gate"]
-    assert total["load"] == stats.total("layers.1.gate").load.tolist()
-    assert total["tokens"] == 3 * 20
+    record = stats.records("layers.0.gate_inner")[0]
+    assert lines[1] == json.loads(json.dumps(record.to_dict(), allow_nan=False))
+    assert lines[1]["load"] == record.load.tolist()
+    assert sum(line["tokens"] for line in lines if line["layer"] == "layers.1.gate") == 3 * 20
 
 
 def test_scalars_are_those_of_the_last_step(stats):
@@ -764,7 +762,7 @@ def test_a_gate_that_did_not_run():
     model = Skips()
     with track_routing(model) as stats:
         model(torch.randn(1, 4, DIM))
-    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"-----------"]
+    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"------------"]
     assert stats.records("unused.gate") == []
     assert not any(name.startswith("unused") for name in stats.scalars())
     with pytest.raises(RuntimeError, match=r"no forward of 'unused.gate' was recorded"):

@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback
 
 from mixture_of_experts.gating.bias_rules import BiasRule, RuleName
 from mixture_of_experts.stats import Record, RoutingStats, track_routing
-from mixture_of_experts.stats.tracking import NOTHING
 from mixture_of_experts.whole_model.balancing import ExpertBalancing, balance_experts, leave_counts_alone
 
 
@@ -45,10 +44,10 @@ class RoutingCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stats is None:
             return
-        if self.stats.any_hook_ran:
+        try:
             self.stats.step()
-        else:  # no reason to end a training
-            warnings.warn(f"routing is not logged: {NOTHING}", stacklevel=2)
+        except RuntimeError as error:  # no reason to end a training
+            warnings.warn(f"routing is not logged: {error}", stacklevel=2)
             self.on_train_end(args, state, control)
             self.stats = None
 
@@ -76,7 +75,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
         layers: whether every layer is logged by itself too.
 
     Returns:
-        The callback. You can read and draw (`mixture_of_experts.plot`) its `stats`, also after the training.
+        The callback. You can read and draw its `stats`, also after the training.
     """
     callback = RoutingCallback(layers)
     trainer.callback_handler.callbacks.insert(0, callback)  # before the callbacks that report

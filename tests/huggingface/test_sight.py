@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 
 from mixture_of_experts import MoE
 from mixture_of_experts.huggingface import from_transformers, log_routing, replace_ffn
-from mixture_of_experts.plot import plot_load
 from mixture_of_experts.stats import routing_of, track_routing
 
 from .test_blocks import MODELS
@@ -49,8 +48,8 @@ def test_their_routers_are_read_as_ours(name):
             assert getattr(found, measure) == pytest.approx(getattr(expected, measure), abs=1e-5), measure
         assert found.losses == pytest.approx(dict(expected.losses), rel=1e-4)
     assert f"{stats.layers[0]} " in stats.summary()
-    plot_load(stats)
-    plot_load(stats, stats.layers[0])
+    stats.plot()
+    stats.plot(stats.layers[0])
     told = routing_of(model, **batch)
     assert tuple(told) == stats.layers
     for layer in stats.layers:

@@ -1,0 +1,170 @@
+"""Draws what the gates of a model do, by Matplotlib, the extra `plot`; it is imported only where something is drawn.
+
+Loads run from purple (too little) over white (balanced) to orange (too much). Colour-blind readers can tell all colours
+apart, also in print.
+
+Axes: e experts, outer-major on a second level; s stretches of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.stats.texts import LINE_END, ShownToken, shown_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+TICKS: dict[float, str] = {1 / 4: "¼ or less", 1 / 2: "½", 1: "balanced", 2: "2×", 4: "4× or more"}
+LEAST, MOST = min(TICKS), max(TICKS)  # relative loads at the ends of the colours
+STRIKE = "#b00020"
+NUMBER_WIDTH = 24  # points that a number in a cell takes
+MARGIN = 0.1  # inches
+CHARACTER, LINE = 0.1, 0.25  # inches of a character and of a line of text
+
+
+def new_axes(width: float, height: float, left: float = 0, below: float = 0, right: float = 0) -> Axes:
+    """Axes of a new figure, of so many inches and with such margins; ImportError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures need matplotlib: pip install matplotlib, or install mixture_of_experts with its extra 'plot'"
+        ) from error
+    whole = left + width + right + MARGIN, below + height + MARGIN
+    return Figure(figsize=whole).add_axes((left / whole[0], below / whole[1], width / whole[0], height / whole[1]))
+
+
+def figure_of(ax: Axes) -> Figure:
+    figure: Any = ax.get_figure(root=True)
+    return figure
+
+
+def load_colours() -> dict[str, Any]:
+    """The colours of loads: white is balanced, half and double are equally far from it."""
+    from matplotlib.colors import LogNorm
+
+    return {"cmap": "PuOr_r", "norm": LogNorm(LEAST, MOST)}
+
+
+def with_scale(ax: Axes) -> Figure:
+    """The figure of axes, with the colours of loads beside them."""
+    from matplotlib.cm import ScalarMappable
+
+    bar = figure_of(ax).colorbar(ScalarMappable(**load_colours()), ax=ax, pad=0.02, aspect=15)
+    bar.set_ticks(list(TICKS), labels=list(TICKS.values()), minor=False)
+    bar.minorticks_off()
+    return figure_of(ax)
+
+
+def draw_gates(ax: Axes, loads: Mapping[str, Tensor]) -> Figure:
+    """Draw a row for each gate, in which its experts fill the width, from their relative loads `(e,)`.
+
+    Cells have numbers if there is room; a cross marks an expert without a token.
+    """
+    most = max(map(len, loads.values()))
+    for y, load in enumerate(loads.values()):
+        width = 72 * ax.get_window_extent().width / figure_of(ax).dpi / len(load)  # points of a cell
+        edges, cells = torch.linspace(0, most, len(load) + 1), load.clamp(LEAST, MOST).unsqueeze(0)
+        style = {"edgecolor": "white", "linewidth": min(width / 8, 1.5), **load_colours()}
+        ax.pcolormesh(edges.numpy(), [y - 0.5, y + 0.5], cells.numpy(), **style)
+        for left, value in zip(edges.tolist(), load.tolist(), strict=False):
+            text, size = (f"{value:.2f}", 8) if value else ("×", min(width, 14))
+            if width > NUMBER_WIDTH or not value:
+                colour = "black" if 0.4 < value < 2.5 else "white"
+                middle = left + most / len(load) / 2
+                ax.text(middle, y, text, size=size, color=colour, ha="center", va="center")
+    ax.set(ylim=(len(loads) - 0.5, -0.5), xlabel="expert")
+    ticks = range(0, most, max(most // 16, 1))
+    ax.set_xticks([tick + 0.5 for tick in ticks], map(str, ticks))
+    ax.set_yticks(range(len(loads)), [layer.removesuffix(".gate") for layer in loads], parse_math=False)
+    return with_scale(ax)
+
+
+def draw_steps(ax: Axes, edges: Sequence[float], loads: Tensor, inner: int) -> Figure:
+    """Draw one gate over its steps: relative loads `(e, s)` between the edges of the stretches; a line stands between
+    every `inner` experts."""
+    y = [expert - 0.5 for expert in range(len(loads) + 1)]
+    ax.pcolormesh(edges, y, loads.clamp(LEAST, MOST).numpy(), rasterized=True, **load_colours())
+    ax.set(ylim=(y[-1], y[0]), xlabel="step", ylabel="expert")
+    ax.hlines(y[inner:-1:inner], edges[0], edges[-1], color="black", linewidth=0.8)
+    ax.locator_params(integer=True, min_n_ticks=1, nbins=10)
+    return with_scale(ax)
+
+
+def draw_lines(ax: Axes, lines: Sequence[tuple[Sequence[float], Sequence[float]]]) -> Figure:
+    """Draw lines of values over steps; their colours go from dark to light."""
+    import matplotlib as mpl
+
+    for number, (steps, values) in enumerate(lines):
+        colour = mpl.colormaps["viridis"](0.85 * number / len(lines))
+        ax.plot(steps, values, color=colour, marker="." if len(values) == 1 else "")
+    ax.set_xlabel("step")
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+    return figure_of(ax)
+
+
+def plot_routing(
+    tokens: str | bytes | Sequence[str], routing: Routing, *, width: int = 80, ax: Axes | None = None
+) -> Figure:
+    """Draw a text in which every token has the colour of its expert.
+
+    The expert of a token is the one of largest weight among those that compute it. A token is underlined if its first
+    choice was full and another expert computes it. A token that no expert computes is struck through on white. If there
+    are more experts than colours, those with the fewest tokens share grey.
+
+    Args:
+        tokens: the texts of the tokens. In a string every character is a token, in bytes every byte.
+        routing: the routing of one gate on one sequence, `routing = gate(x)`.
+        width: characters of a line.
+        ax: axes to draw in; by default those of a new figure.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: tokens and routing do not fit.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import Top2Gating
+        >>> from mixture_of_experts.stats import plot_routing
+        >>> gate = Top2Gating(dim=8, num_gates=4)
+        >>> routing = gate(torch.randn(1, 5, 8))
+        >>> plot_routing("hello", routing).savefig("hello.png")  # doctest: +SKIP
+    """
+    shown, legend = shown_text(tokens, "the routing", routing)
+    placed, x, y = [], 0, 0
+    for token in (*shown, ShownToken(LINE_END, None), *legend):
+        if x and x + len(token.text) > width:
+            x, y = 0, y + 1
+        placed.append((token, x, y))
+        x, y = (0, y + 1) if token.ends_line else (x + len(token.text), y)
+    ax = new_axes(width * CHARACTER, (y + 1) * LINE) if ax is None else ax
+    size = min(72 * ax.get_window_extent().width / figure_of(ax).dpi / width / 0.62, 12)  # of a monospaced font
+    for token, left, top in placed:
+        if token.colour is not None:
+            draw_token(ax, token, left, top, size)
+    ax.set(xlim=(0, width), ylim=(y + 1, 0))
+    ax.axis("off")
+    return figure_of(ax)
+
+
+def draw_token(ax: Axes, token: ShownToken, left: int, top: int, size: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    length = len(token.text)
+    style: dict[str, Any] = {"family": "monospace", "ha": "center", "va": "center_baseline", "parse_math": False}
+    ax.add_patch(Rectangle((left, top), length, 0.94, facecolor=token.colour, edgecolor="white", linewidth=0.5))
+    for x, sign in enumerate(token.text, left):
+        ax.text(x + 0.5, top + 0.5, sign, size=size, color=token.ink, **style)
+    if token.mark:
+        height, colour = (0.86, token.ink) if token.mark == "underline" else (0.5, STRIKE)
+        ax.hlines(top + height, left + 0.1, left + length - 0.1, color=colour, linewidth=1.2)

@@ -1,0 +1,133 @@
+"""Reads what the gates of a model decide in a forward, and routers of MoE models in `transformers` as if they were
+gates. Nothing of that package is imported.
+
+Most of those routers return `(logits, weights, experts)` of flattened tokens. If one returns less, its choices are
+computed again from its logits, by the recipe of its block in `recipes.MODELS`. The arguments of the model around tell
+which tokens are padding, and where sequences end.
+
+Axes: b sequences, n tokens of a sequence, e experts, k choices of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from mixture_of_experts import losses
+from mixture_of_experts.dispatch.queues import Length, queue_up
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.gating.steps import SCORES
+from mixture_of_experts.support.attached import Attached
+from mixture_of_experts.whole_model.block_settings import read_output
+from mixture_of_experts.whole_model.model_tokens import TokensOfCall
+from mixture_of_experts.whole_model.sites import Site, find_sites, is_router, serve
+
+
+class Reader(TokensOfCall):
+    """Reads the outputs of the routers in one model."""
+
+    def routing(self, site: Site, output: Any) -> Routing:
+        """What a router returned, as a `Routing`."""
+        block, tokens = site.block, self.tokens()
+        logits, weight, expert = read_output(site.gate, output, block)
+        (*shape, e), k = logits.shape, expert.shape[-1]
+        b, n = shape if len(shape) == 2 else (1, *shape)  # some routers return (b, n, e)
+        if tokens.shape is not None and math.prod(tokens.shape) == b * n:
+            b, n = tokens.shape
+        real = tokens.mask if tokens.mask is not None and tokens.mask.shape == (b, n) else None
+        logits, expert, weight = logits.float().view(b, n, e), expert.reshape(b, n, k).long(), weight.float()
+        unknown = "sigmoid" if hasattr(site.gate, "e_score_correction_bias") else "softmax"
+        probs = SCORES[unknown if block is None else block.score](logits)
+        probs = probs / probs.sum(dim=-1, keepdim=True)
+        chosen = expert < e  # larger ids are experts of other ranks
+        proxy, length = probs, n
+        if real is not None:
+            chosen, length = chosen & real.unsqueeze(-1), Length(real.sum(dim=-1))
+            proxy = torch.where(real.unsqueeze(-1), probs, 0.0)
+        expert = torch.where(chosen, expert, 0)
+        balance_loss = losses.load_balance_of(expert, chosen, proxy.sum(dim=-2), length, k)
+        kept, chosen, expert = chosen.flatten(-2), chosen.flatten(-2), expert.flatten(-2)
+        capacity, queues = None if block is None else block.capacity, None
+        if capacity is not None:
+            queues = queue_up(expert, chosen, e, k)
+            kept = chosen & (queues.position < capacity)
+        return Routing(
+            expert=expert,
+            kept=kept,
+            weight=torch.where(kept, weight.reshape(b, n * k), 0.0),
+            probs=probs,
+            losses={"balance": balance_loss, "z": losses.z_loss(logits, real)},
+            num_tokens=n,
+            num_experts=e,
+            capacity=capacity,
+            k=k,
+            chosen=chosen,
+            queues=queues,
+            real=real,
+        )
+
+
+def follow_gates(sites: Sequence[Site], tell: Callable[..., None], hooks: Attached) -> None:
+    """Have hooks call `tell(site, gate, routing, importance)` after each forward of a gate."""
+    readers = {site.around: Reader(site.around) for site in sites if site.external}
+    for site in sites:
+
+        def hook(gate: nn.Module, args: Any, kwargs: Any, output: Any = None, site: Site = site) -> None:
+            if output is None:
+                return  # the hook is being set or taken off
+            importance = None if site.external else kwargs.get("importance", args[1] if len(args) > 1 else None)
+            routing = readers[site.around].routing(site, output) if site.external else output
+            if not isinstance(routing, Routing):
+                raise TypeError(f"{site.name!r} must return a Routing to be read, got {type(routing).__name__}")
+            tell(site, gate, routing, importance)
+
+        hooks.after(site.called, hook, with_kwargs=True)
+    for reader in readers.values():  # routers in the same model share one
+        reader.follow(reader.model, hooks)
+
+
+def why_no_routing(site: Site) -> str | None:
+    """Why nobody can read what a site routes; None if it can be read."""
+    known = not site.external or site.block is not None or is_router(site.gate)
+    return None if known else "it is no router that is known, so what it returns cannot be read"
+
+
+@torch.no_grad()
+def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
+    """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
+
+    Args:
+        model: a model with gates, as for `track_routing`; not a compiled one, whose graph has no hooks.
+        args, kwargs: arguments of the model.
+
+    Returns:
+        The `Routing` of each gate, by its path in the model. A gate that ran more than once has that of its last call.
+        A router of transformers has one made from what it returned.
+
+    Raises:
+        ValueError: the model has no gate.
+        RuntimeError: no gate ran.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> from mixture_of_experts.stats import routing_of
+        >>> routing = routing_of(MoE(dim=8, num_experts=4), torch.randn(1, 5, 8))
+        >>> routing["gate"].probs.shape
+        torch.Size([1, 5, 4])
+    """
+    sites = serve(find_sites(model, "routing_of"), "routing_of", why_no_routing)
+    found: dict[str, Routing] = {}
+    with Attached() as hooks:
+        follow_gates(sites, lambda site, gate, routing, importance: found.update({site.name: routing}), hooks)
+        model(*args, **kwargs)
+    if not found:
+        raise RuntimeError(
+            f"no gate of the {type(model).__name__} ran: give routing_of the model's own arguments, and call it before "
+            "the model is compiled"
+        )
+    return {site.name: found[site.name] for site in sites if site.name in found}

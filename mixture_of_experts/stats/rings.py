@@ -1,0 +1,157 @@
+"""The last forwards of each gate, a row of numbers for each, in a ring on the gate's device.
+
+A forward hook on each gate reduces its `Routing` to one short row, and writes it in place into a ring of the last rows.
+So memory is bounded, `torch.compile` can trace the hook, and there is no host sync until something is read. Activation
+checkpointing runs forwards again in a backward; they are not recorded, because no forward of the tracked model is under
+way then. The state of one forward lies in a `TrackedCall`, so threads do not mix.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.stats.notes import Step
+from mixture_of_experts.stats.record import Record, numbers_of, sizes_of, statistics_of
+from mixture_of_experts.support.private_torch import constant_in_graphs, number_of_backward
+from mixture_of_experts.whole_model import call_stack
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
+from mixture_of_experts.whole_model.sites import Site
+
+WRITING = threading.Lock()
+MOST_LOSSES = 12  # columns of a row for losses, the z-loss among them
+HEAD = 2 + MOST_LOSSES  # columns of a row before those of the statistics
+LOST = -1.0  # in a row, instead of the number of its forward: nothing was written yet, or the forward raised
+
+
+class TrackedCall(ForwardCall):
+    """A forward, under way, of the tracked model."""
+
+    def __init__(self) -> None:
+        self.clocks: dict[GateRing, Tensor] = {}  # as they were at its beginning
+
+
+class Forwards(Watch):
+    """Numbers the forwards of the tracked model. What one of them wrote before it raised does not count.
+
+    Args:
+        when: which forwards are recorded.
+    """
+
+    def __init__(self, when: str) -> None:
+        super().__init__()
+        self.when = when
+        self.rings: list[GateRing] = []
+        self.was_called = False
+        self.thread = threading.get_ident()  # of the context
+
+    def stop(self) -> None:
+        """Stop recording. A compiled graph keeps its hooks, but it is guarded by `when`, and so traced again."""
+        self.when = "never"
+
+    def count(self, module: nn.Module) -> bool:
+        """Whether forwards in the current mode of `module` are recorded."""
+        return self.when == "always" or self.when == ("training" if module.training else "eval")
+
+    def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
+        if not torch.compiler.is_compiling() and number_of_backward() != -1:
+            return None  # a recomputation
+        self.was_called = True
+        call = TrackedCall()
+        if self.count(module):
+            with exclusively():
+                for ring in self.rings:
+                    ring.clock[1].add_(1)
+                    call.clocks[ring] = ring.clock.clone()
+        return call
+
+    @torch.no_grad()
+    def lost(self, call: TrackedCall) -> None:
+        with exclusively():
+            for ring, clock in call.clocks.items():
+                numbers = ring.rows[:, 1]
+                numbers.masked_fill_(numbers == clock[1], LOST)
+
+
+def exclusively() -> AbstractContextManager[Any]:
+    """A lock, so that one thread writes at a time. In a traced graph there is none."""
+    return nullcontext() if torch.compiler.is_compiling() else WRITING
+
+
+class GateRing:
+    """The last rows of one gate. A row has the numbers of the step and of the forward, the losses, and the statistics'
+    numbers. It is float32, which counts up to 16 million choices of one forward exactly."""
+
+    def __init__(self, site: Site, forwards: Forwards, keep: int) -> None:
+        self.site, self.forwards, self.keep = site, forwards, keep
+        self.name = site.name  # `torch.compile` reads it
+        self.shape = (*site.outer, site.num_experts)  # of the load
+        self.losses: tuple[str, ...] = ()
+        # a traced graph cannot store names, but it calls a constant function, which no method is
+        self.learn_names = constant_in_graphs(lambda losses: self._learn_names(losses))
+        with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
+            # one row more than `keep`: the oldest shows whether the step after it is complete
+            rows = torch.full((keep + 1, HEAD + sum(sizes_of(self.shape))), LOST, dtype=torch.float32)
+            clock = torch.tensor([0, -1], dtype=torch.float32)  # the numbers of the step and of the forward
+            self.rows, self.clock = rows.to(site.device), clock.to(site.device)
+            self.written = torch.zeros(1, dtype=torch.int64, device=site.device)
+        forwards.rings.append(self)
+
+    def _learn_names(self, losses: tuple[str, ...]) -> None:
+        if len(losses) > MOST_LOSSES:
+            raise ValueError(f"{self.name!r} has {len(losses)} losses, at most {MOST_LOSSES} can be recorded")
+        self.losses = losses
+
+    def write(self, gate: nn.Module, routing: Routing, importance: Tensor | None) -> None:
+        """Add the row of a forward. `torch.compile` traces this method, so it only changes tensors, in place."""
+        self.learn_names(tuple(routing.losses))
+        if not self.forwards.count(gate):
+            return
+        call, compiling = call_stack.current(self.forwards), torch.compiler.is_compiling()
+        if call is None:
+            if not self.forwards.was_called and (compiling or threading.get_ident() == self.forwards.thread):
+                raise RuntimeError(
+                    f"{self.name!r} ran, but not within a forward of the module given to track_routing: give it "
+                    "the module that you call"
+                )
+            return  # a recomputation in backward, or a forward that another thread had begun before
+        # a graph cannot read the tensors of `call`, which was made outside of it
+        clock = self.clock if compiling else call.clocks.get(self, self.clock)
+        with torch.no_grad():
+            losses = [value.float().reshape(1) for value in routing.losses.values()]
+            rest, numbers = self.rows.new_zeros(MOST_LOSSES - len(losses)), numbers_of(routing, importance)
+            row = torch.cat([clock, *losses, rest, numbers])
+            with exclusively():
+                self.rows.index_copy_(0, self.written % (self.keep + 1), row.unsqueeze(0))
+                self.written.add_(1)
+
+    def steps(self, by_steps: bool) -> list[Step]:
+        """The number and the rows `(forwards, width)`, float64 on the CPU, of every remembered step, or else of every
+        forward, oldest first."""
+        call_stack.current(self.forwards)  # finds a forward of this thread that was interrupted
+        rows = self.rows.cpu().to(torch.float64)
+        rows = rows[rows[:, 1] != LOST]
+        numbers = rows[:, 0 if by_steps else 1]
+        rows = rows[numbers.argsort(stable=True)]  # rows of threads lie in any order
+        numbers, sizes = numbers.unique(return_counts=True)
+        steps = list(zip(map(int, numbers.tolist()), rows.split(sizes.tolist()), strict=True))
+        # once rows are overwritten, the oldest step may be incomplete
+        return steps[1:] if len(steps) > 1 and int(self.written) > self.keep else steps
+
+    def record(self, steps: Sequence[Step]) -> Record:
+        """One record of some steps, under the number of the first."""
+        rows = torch.cat([self.rows[:0].cpu().to(torch.float64), *(rows for _, rows in steps)])
+        losses = rows[:, 2:HEAD].sum(dim=0) / max(len(rows), 1)
+        return Record(
+            layer=self.name,
+            step=steps[0][0] if steps else -1,
+            forwards=len(rows),
+            losses=dict(zip(self.losses, losses.tolist(), strict=False)),
+            **statistics_of(rows[:, HEAD:], self.shape),
+        )
