@@ -201,7 +201,7 @@ def test_an_expert_given_twice_is_refused(gate):
     given[0, 1, 0] = -1
     moe(x, given_experts=given)
     records = RoutingRecords({"gate": [torch.tensor([[0, 1, 2], [2, 1, 1]])]})
-    wanted = "'gate' takes an expert once for a token, in the records one has expert 1 twice"
+    wanted = "'gate': in the records, given_experts has expert 1 twice for a token"
     with pytest.raises(ValueError, match=wanted), replay_routing(moe, records):
         pass
 
@@ -217,7 +217,7 @@ def test_the_second_of_two_levels_may_have_an_expert_for_both_choices_of_the_fir
     inner[0, 2] = 1
     records, wanted = (
         RoutingRecords({"gate_outer": [outer], "gate_inner": [inner]}),
-        "'gate_inner' .* has expert 1 twice",
+        "'gate_inner': .* has expert 1 twice",
     )
     with pytest.raises(ValueError, match=wanted), replay_routing(moe, records):
         pass

@@ -280,14 +280,15 @@ def test_weights_are_selected_saved_and_left_out_beyond_the_end(tmp_path):
 
 def test_weights_that_do_not_fit_are_refused():
     expert, weight = {"gate": [torch.tensor([[0, 1]])]}, torch.rand(1, 2)
-    for weights in ({"gate": [weight[:, :1]]}, {"gate": [weight.long()]}, {"gate": []}):
-        with pytest.raises(ValueError, match=r"weights of 'gate' must be floating point \[\(1, 2\)\]"):
+    others = ({"gate": [weight[:, :1]]}, {"gate": [weight.long()]}, {"gate": []}, {"other": [weight]})
+    for weights in others:
+        with pytest.raises(ValueError, match=r"weights must be floating point .*'gate': .*1, 2.*, as the choices"):
             RoutingRecords(expert, weights=weights)
-    with pytest.raises(ValueError, match="weights are of gates other, the choices of gate"):
-        RoutingRecords(expert, weights={"other": [weight]})
-    with pytest.raises(ValueError, match=r"must be floating point \[\(1, 2\)\], as its choices are, got \[\]"):
-        RoutingRecords(expert, weights={"gate": weight.tolist()})
-    for wrong, said in (([weight], "weights must be a dict"), ({"gate": None}, r"weights\['gate'\] must be a list")):
+    for wrong, said in (
+        ([weight], "weights must be a dict"),
+        ({"gate": None}, r"weights\['gate'\] must be a list of tensors"),
+        ({"gate": weight.tolist()}, r"weights\['gate'\] must be a list of tensors"),
+    ):
         with pytest.raises(TypeError, match=said):
             RoutingRecords(expert, weights=wrong)  # type: ignore[arg-type]
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
@@ -390,7 +391,7 @@ def records_of(*shapes: tuple[int, int], largest: int = 0) -> RoutingRecords:
     [
         (records_of((4, 2), (4, 2)), r"the model has 1 gates \(gate\), the records 2 \(0, 1\)"),
         (records_of((4, 3)), r"'gate' \(the records' '0'\) makes 2 choices for a token, the records have 3"),
-        (records_of((4, 2), largest=4), "'gate' .* has experts 0 to 3, the records hold 3 to 4"),
+        (records_of((4, 2), largest=4), "'gate' .*in the records, given_experts has 4: give an expert, 0 to 3"),
         (RoutingRecords({"gate": [torch.zeros(4, 2, dtype=torch.int64)]}, {"gate": 8}), "of 8"),
         (records_of((3, 2)), r"sequence 0 has 4 real tokens at 'gate', its record has 3: beyond="),
         (records_of((5, 2)), r"has 4 real tokens at 'gate', its record has 5: records.select\(sequences, tokens\)"),
@@ -454,6 +455,7 @@ def test_other_threads_go_their_own_ways():
 # ---- files, and what engines return ----
 
 
+WIDEST = (1 << 63) - 1
 WIDE = {"uint16": (1 << 16) - 1, "uint32": (1 << 32) - 1, "uint64": (1 << 64) - 1, "int64": 1 << 32}
 
 
@@ -468,15 +470,18 @@ def test_integers_of_every_width(dtype):
     for given in (records, own):
         with replay_routing(moe, given):
             moe(torch.randn(1, 2, DIM))
-    if dtype != "uint16":
-        with pytest.raises(ValueError, match=r"request 0 has experts 1 to \d{10,}: give ids of experts from 0"):
-            RoutingRecords.from_requests([np.array([[[WIDE[dtype], 1]]], dtype=make)])
+    wide = RoutingRecords.from_requests([np.array([[[WIDE[dtype], 1]]], dtype=make)])
+    with (
+        pytest.raises(ValueError, match=rf"given_experts has {min(WIDE[dtype], WIDEST)}: give an expert, 0 to 3"),
+        replay_routing(moe, wide),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("dtype", ["complex64", "bool", "float32"])
 def test_records_of_no_integers(dtype):
     array = torch.ones(1, 1, 2).to(getattr(torch, dtype))
-    with pytest.raises(ValueError, match=rf"request 0 must be integers \(tokens, layers, k\), got torch.{dtype}"):
+    with pytest.raises(ValueError, match=rf"request 0 must be integers \(tokens, layers, k\), got .*torch.{dtype}"):
         RoutingRecords.from_requests([array])
     with pytest.raises(ValueError, match=rf"a record of 'gate' must be integers \(tokens, k\), got torch.{dtype}"):
         RoutingRecords({"gate": [array[0]]})
@@ -499,7 +504,7 @@ def test_requests_and_records_of_other_kinds():
     with pytest.raises(TypeError, match="experts must be a dict of records by gate, got a list"):
         RoutingRecords([torch.zeros(1, 2, dtype=torch.int64)])
     with pytest.raises(IndexError, match="no sequence 5: there are 1"):
-        RoutingRecords.from_requests([good]).array(5)
+        RoutingRecords.from_requests([good]).select([5])
 
 
 def test_a_file(tmp_path):
@@ -518,8 +523,11 @@ def test_a_file(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is not whole, or no file of RoutingRecords.save"):
             RoutingRecords.load(tmp_path / name)
     torch.save({"weight": torch.zeros(2)}, tmp_path / "weights")
-    with pytest.raises(ValueError, match=r"weights is no file of RoutingRecords.save: its format is None, wanted"):
+    with pytest.raises(ValueError, match=r"weights is .* no file of RoutingRecords.save: it has no 'format'"):
         RoutingRecords.load(tmp_path / "weights")
+    torch.save({"format": "other"}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other is .* no file of RoutingRecords.save: its format is 'other', wanted"):
+        RoutingRecords.load(tmp_path / "other")
     contents = torch.load(tmp_path / "records.pt", weights_only=True)
     assert contents["format"] == "mixture_of_experts.routing/1"  # files outlive the places of modules
     contents["layers"]["gate_outer"]["lengths"][0] = 1
@@ -530,11 +538,13 @@ def test_a_file(tmp_path):
         contents = torch.load(tmp_path / "records.pt", weights_only=True)
         del contents["layers"]["gate_outer"][part]
         torch.save(contents, tmp_path / "part")
-        with pytest.raises(ValueError, match=rf"part is not whole: it has no '{part}'\. Save the records again"):
+        with pytest.raises(ValueError, match=rf"part is not whole, or .*: it has no '{part}'"):
             RoutingRecords.load(tmp_path / "part")
     contents["layers"]["gate_outer"]["num_experts"] = "4"
     torch.save(contents, tmp_path / "part")
-    with pytest.raises(ValueError, match=r"part is not whole: num_experts\['gate_outer'\] must be an integer .* '4'"):
+    with pytest.raises(
+        ValueError, match=r"part is not whole, or .*num_experts\['gate_outer'\] must be an integer .* '4'"
+    ):
         RoutingRecords.load(tmp_path / "part")
     torch.save(moe, tmp_path / "module")  # which weights_only does not build
     with pytest.raises(ValueError, match="is not whole, or no file"):
@@ -549,7 +559,9 @@ def test_arrays_of_engines():
     x = torch.randn(2, 4, DIM)
     with record_routing(model) as records:
         out = model(x)
-    arrays = [records.array(0).numpy(), records.array(1).numpy()]  # int16 (s, l, k)
+    arrays = [
+        torch.stack(of_gates, dim=1).numpy() for of_gates in zip(*records.values(), strict=True)
+    ]  # int16 (s, l, k)
     with replay_routing(model, RoutingRecords.from_requests([(a[:2], a[2:]) for a in arrays])):
         torch.testing.assert_close(model(x), out)
     dense = [torch.tensor(a)[:, [0, 0, 1]].int() for a in arrays]
@@ -564,8 +576,8 @@ def test_arrays_of_engines():
         torch.testing.assert_close(model(x), out)
     for wrong, message in {
         (): "there is no request",
-        ("####",): "request 0 is no base64",
-        (base64.b64encode(b"1234").decode(),): "request 0 has 4 bytes, no multiple of 3 layers of 2 int32",
+        ("####",): "request 0 must be integers .* a str: .*base64",
+        (base64.b64encode(b"1234").decode(),): r"request 0 must be integers .* a str: .*\[-1, 3, 2\]",
         (((1, 2),),): "request 0 must be integers",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -590,8 +602,6 @@ def test_records_are_checked():
             RoutingRecords(wrong)
     records = RoutingRecords({"a": [one], "b": [two]})
     assert records.select([0, 0], tokens=[1, 2]).lengths("a") == [1, 2]
-    with pytest.raises(ValueError, match="no one array"):
-        records.array(0)
     with pytest.raises(IndexError, match="no sequence 1: there are 1"):
         records.select([1])
     with pytest.raises(ValueError, match="sequence 0 has 3 tokens at 'a', not 4"):
@@ -708,13 +718,3 @@ def test_graphs_from_before_are_refused(part):
         model(x)
     assert_equal(found, records)
     torch.compiler.reset()
-
-
-@pytest.mark.parametrize(("gates", "sequences"), [(1, 3), (2, 1)])
-def test_arrays_are_counted_by_sequences_and_not_by_gates(gates, sequences):
-    chosen = [torch.randint(4, (5, 2), dtype=torch.int16) for _ in range(sequences)]
-    records = RoutingRecords({f"gate{i}": chosen for i in range(gates)})
-    for number in (*range(sequences), -1):
-        assert torch.equal(records.array(number)[:, 0], chosen[number])
-    with pytest.raises(IndexError, match=f"no sequence {sequences}: there are {sequences}"):
-        records.array(sequences)

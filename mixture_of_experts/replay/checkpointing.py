@@ -2,29 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy
 
-Policy = Callable[..., CheckpointPolicy | bool]
-
 #: operators that make choices of numbers
-CHOOSE: set[Any] = {
-    torch.ops.aten.argmax.default,
-    torch.ops.aten.argmin.default,
-    torch.ops.aten.max.dim,
-    torch.ops.aten.multinomial.default,
-    torch.ops.aten.sort.default,
-    torch.ops.aten.sort.stable,
-    torch.ops.aten.topk.default,
-    *(
-        getattr(getattr(torch.ops.aten, name), kind)
-        for name in ("lt", "le", "gt", "ge", "eq", "ne")
-        for kind in ("Tensor", "Scalar")
-    ),
+CHOOSE = {
+    f"aten.{name}"
+    for name in ("argmax", "argmin", "max", "multinomial", "sort", "topk", "lt", "le", "gt", "ge", "eq", "ne")
 }
 
 
@@ -57,5 +43,6 @@ def save_choices(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Chec
         context_fn=contexts))`.
     """
     first = args[0] if args else None
-    chooses = operator in CHOOSE and isinstance(first, Tensor) and first.is_floating_point()
+    name, _, _ = str(operator).rpartition(".")  # without the overload
+    chooses = name in CHOOSE and isinstance(first, Tensor) and first.is_floating_point()
     return CheckpointPolicy.MUST_SAVE if chooses else CheckpointPolicy.PREFER_RECOMPUTE

@@ -5,7 +5,6 @@ Axes: b sequences, n tokens of a forward, k choices of a token; of level two als
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,20 +19,13 @@ from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.gating.levels import GIVEN
+from mixture_of_experts.replay.hooks import ChoiceHooks
 from mixture_of_experts.replay.records import RoutingRecords
-from mixture_of_experts.replay.sequences import (
-    ChoiceSite,
-    Seen,
-    Sequences,
-    SequencesCall,
-    choice_sites,
-    sequences_around,
-)
-from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.replay.sequences import ChoiceSite, Seen, Sequences, SequencesCall, choice_sites
+from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_flag
 from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.sites import Gates, Site, serve
 
 
@@ -87,7 +79,7 @@ def record_routing(
         serve([one.site for one in sites], "record_routing(weights=True)", why_no_weights)
     recording = Recording(sites, weights)
     with Attached() as hooks:
-        recording.start(model, hooks, seen)
+        recording.start(hooks, seen)
         with call_stack.within([(recording, call_stack.ForwardCall())]):
             yield recording.records
 
@@ -96,65 +88,33 @@ class Part(NamedTuple):
     """The choices of a gate in one forward."""
 
     name: str
-    expert: Tensor  # (b, n, k)
-    weight: Tensor | None  # (b, n, k)
+    values: tuple[Tensor, ...]  # (b, n, k) each: the choices, and the weights if they are recorded
     mask: Tensor | None  # (b, n)
-    seen: Tensor | int
-    continues: bool
+    call: SequencesCall
 
 
-class Recording:
+class Recording(ChoiceHooks):
     """The choices that `record_routing` has stored and not yet moved to the records."""
 
-    records: RoutingRecords
-    sites: list[ChoiceSite]
-    weights: bool
+    outermost = False
 
     def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
         self.sites, self.weights = sites, weights
-        self.parts: dict[str, list[Part]] = {site.name: [] for site in sites}
-        self.records = RoutingRecords(
-            {site.name: [] for site in sites},
-            {site.name: site.num_experts for site in sites},
-            {site.name: [] for site in sites} if weights else None,
-        )
+        self.calls: list[SequencesCall] = []  # with what they chose
+        none: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+        numbers = {site.name: site.num_experts for site in sites}
+        self.records = RoutingRecords(none, numbers, none if weights else None)
         self.records._unread = self.hand_over
 
-    def start(self, model: nn.Module, hooks: Attached, seen: Seen | None) -> None:
-        whole = Whole(self)
-        around = sequences_around(self, self.sites, seen, whole.take)
-        for site in self.sites:
-            sequences = around[site.site.around]
-            if site.external:
-                begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
-                BlockWatch(begin, chosen).follow(site.called, hooks, first=False)
-                continue
-            hooks.before(site.called, partial(self.before_layer, site, sequences))
-            hooks.after(site.site.called, partial(self.after_gate, site, sequences), with_kwargs=True)
-        for module, sequences in around.items():
-            sequences.follow(module, hooks)
-        if model not in around:
-            whole.follow(model, hooks)
+    def before_layer(self, site: ChoiceSite, call: SequencesCall | None, args: Any, kwargs: Any) -> None:
+        if call is not None:
+            call.layer, call.sizes[site.name] = site.layer, site.tokens(args, kwargs)[1:]
 
-    def before_layer(
-        self,
-        site: ChoiceSite,
-        sequences: Sequences,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        if (call := sequences.call(site)) is not None and kwargs is not None:
-            call.layer, call.sizes[site.name] = site.layer, site.sizes(args, kwargs)
+    def follow_layer(self, site: ChoiceSite, sequences: Sequences, hooks: Attached) -> None:
+        hooks.after(site.site.called, partial(self.after_gate, site, sequences), with_kwargs=True)
 
     def after_gate(
-        self,
-        site: ChoiceSite,
-        sequences: Sequences,
-        gate: nn.Module,
-        args: object,
-        kwargs: dict[str, Any],
-        routing: Routing | None = None,
+        self, site: ChoiceSite, sequences: Sequences, gate: nn.Module, args: Any, kwargs: Any, routing: Any = None
     ) -> None:
         call = sequences.call(site)
         if call is None or routing is None or call.layer != site.layer:
@@ -169,77 +129,32 @@ class Recording:
         if site.site.level_one is not None:
             expert = of_level_two(expert, call.outer)
         call.outer = routing
-        shape = (math.prod(shape[:-1]), shape[-1])
-        weight = routing.weight.reshape(*shape, site.k) if self.weights else None
-        mask = None if mask is None else mask.reshape(shape)
-        self.note(site, call, expert.reshape(*shape, site.choices), mask, weight)
+        weight = (routing.weight.detach().reshape(*shape, site.k),) if self.weights else ()
+        self.note(site, call, expert.reshape(*shape, site.choices), mask, *weight)
 
-    def begin_block(self, site: ChoiceSite, sequences: Sequences, args: object) -> Choosing | None:
-        refuse_one_graph(site)
-        return None if sequences.call(site) is None else Choosing(site)
+    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, args: object) -> Choosing | None:
+        return None if call is None else Choosing(site)
 
-    def chosen(self, site: ChoiceSite, sequences: Sequences, mode: Choosing, output: object) -> None:
-        if (call := sequences.call(site)) is None:
-            return
-        expert = refuse_other_ways(site, mode)
-        expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
-        self.note(site, call, expert, call.tokens.mask)
+    def end_block(self, site: ChoiceSite, call: SequencesCall | None, expert: Tensor, output: object) -> None:
+        if call is not None:
+            expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
+            self.note(site, call, expert, call.tokens.mask)
 
-    def note(
-        self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None, weight: Tensor | None = None
-    ) -> None:
+    def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None, *weight: Tensor) -> None:
         call.once(site.name)
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        weight = None if weight is None else weight.detach()
-        call.parts.append(Part(site.name, expert.detach().to(small), weight, mask, call.seen, call.continues))
-
-    def keep(self, parts: list[Part]) -> None:
-        """Store the choices of a forward that ended well."""
-        for part in parts:
-            self.parts[part.name].append(part)
+        if not call.parts:
+            self.calls.append(call)
+        call.parts.append(Part(site.name, (expert.detach().to(small), *weight), mask, call))
 
     def hand_over(self, records: RoutingRecords) -> None:
-        """Move the stored choices from the device to the records."""
-        for name, parts in self.parts.items():
-            if parts:
-                if records._weights is not None:
-                    weights = [part.weight for part in parts if part.weight is not None]
-                    records._weights[name] = joined(name, records._weights[name], parts, weights)
-                records._experts[name] = joined(name, records._experts[name], parts, [part.expert for part in parts])
-                parts.clear()
-
-
-class WholeCall(ForwardCall):
-    """A forward, under way, of a model that has models around gates in it."""
-
-    def __init__(self, around: WholeCall | None) -> None:
-        self.around = around
-        self.parts: list[Part] = []
-
-
-class Whole(Watch):
-    """Hands what was recorded to the recording, when the forward of the whole model has ended well."""
-
-    def __init__(self, recording: Recording) -> None:
-        super().__init__(owner=recording)
-        self.recording = recording
-
-    def begins(self, module: nn.Module, args: object, kwargs: object) -> WholeCall:
-        return WholeCall(call_stack.current(self))
-
-    def take(self, parts: list[Part]) -> None:
-        """Take the parts of a model in it."""
-        call = call_stack.current(self)
-        if call is None:  # that model was called itself
-            self.recording.keep(parts)
-        else:
-            call.parts.extend(parts)
-
-    def ended(self, call: WholeCall, output: object) -> None:
-        if call.around is None:
-            self.recording.keep(call.parts)
-        else:
-            call.around.parts.extend(call.parts)
+        """Move the stored choices of forwards that ended well from the device to the records."""
+        parts = [part for call in self.calls if call.ended for part in call.parts]
+        self.calls = [call for call in self.calls if not call.ended]
+        for place, kept in enumerate(records._kept):
+            for name, sequences in kept.items():
+                if of_gate := [part for part in parts if part.name == name]:
+                    kept[name] = joined(name, sequences, of_gate, place)
 
 
 def why_no_weights(site: Site) -> str | None:
@@ -267,21 +182,19 @@ def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
 
 
-def joined(name: str, before: list[Tensor], parts: list[Part], of_parts: list[Tensor]) -> list[Tensor]:
-    """The recorded sequences of a gate after new forwards, which begin sequences or continue some.
-
-    `of_parts`: the experts, or the weights, `(b, n, k)` of each forward.
-    """
+def joined(name: str, before: list[Tensor], parts: list[Part], place: int) -> list[Tensor]:
+    """The recorded sequences of a gate after new forwards, which begin sequences or continue some: the choices, or the
+    weights, by their place in the values of each part."""
     pieces = [[record] for record in before]
-    for part, values in zip(parts, of_parts, strict=True):
-        found = values.cpu()
+    for part in parts:
+        found = part.values[place].cpu()
         rows = list(found) if part.mask is None else [*map(Tensor.__getitem__, found, part.mask.cpu())]
-        if not part.continues:
+        if not part.call.continues:
             pieces += [[row.clone()] for row in rows]
             continue
         if len(rows) > len(pieces):
             raise RuntimeError(f"{name!r}: a forward continues {len(rows)} sequences, {len(pieces)} were recorded")
-        seen = part.seen.tolist() if isinstance(part.seen, Tensor) else [part.seen] * len(rows)
+        seen = part.call.read_before(len(rows))
         for piece, row, read in zip(pieces[len(pieces) - len(rows) :], rows, seen, strict=True):
             have = sum(map(len, piece))
             if have < read:

@@ -55,46 +55,41 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         num_experts: Mapping[str, int | None] | None = None,
         weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        of_gates = by_gate("experts", experts)
-        self._experts = {name: [integers(record) for record in sequences] for name, sequences in of_gates.items()}
+        of_gates = tensors_of("experts", experts)
         self._num_experts = dict(num_experts or {})
-        self._weights = None if weights is None else by_gate("weights", weights)
+        self._kept = (of_gates,) if weights is None else (of_gates, tensors_of("weights", weights))
         self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
-        numbers = {name: len(sequences) for name, sequences in self._experts.items()}
+        numbers = {name: len(sequences) for name, sequences in of_gates.items()}
         if not numbers or len(set(numbers.values())) > 1:
             raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
-        for name, sequences in self._experts.items():
+        for name, sequences in of_gates.items():
             for record in sequences:
-                if not isinstance(record, Tensor) or record.ndim != 2 or not is_integer(record):
-                    got = f"{record.dtype} {tuple(record.shape)}" if isinstance(record, Tensor) else repr(record)
+                if record.ndim != 2 or not is_integer(record):
+                    got = f"{record.dtype} {tuple(record.shape)}"
                     raise ValueError(f"a record of {name!r} must be integers (tokens, k), got {got}")
             if len({record.shape[1] for record in sequences}) > 1:
                 raise ValueError(f"records of {name!r} have different numbers of choices")
-        for name, number in self._num_experts.items():
-            check_optional_size(f"num_experts[{name!r}]", number)
-        if self._weights is not None:
-            check_weights(self._experts, self._weights)
+            check_optional_size(f"num_experts[{name!r}]", self._num_experts.get(name))
+        for of_weights in self._kept[1:]:
+            floating = {name: [w.shape for w in of if w.is_floating_point()] for name, of in of_weights.items()}
+            wanted = {name: [record.shape for record in of] for name, of in of_gates.items()}
+            if floating != wanted:
+                raise ValueError(f"weights must be floating point {wanted}, as the choices are, got {floating}")
 
     @property
     def layers(self) -> tuple[str, ...]:
         """The gates, in the model's order."""
-        return tuple(self._all)
+        return tuple(self._read()[0])
 
     def num_experts(self, layer: str) -> int | None:
         """The number of experts of a gate; None if it is not known."""
         return self._num_experts.get(layer)
 
-    def k(self, layer: str) -> int | None:
-        """Choices of a token at a gate; None if there is no sequence."""
-        return next((record.shape[1] for record in self[layer]), None)
-
     @property
     def weights(self) -> dict[str, list[Tensor]] | None:
         """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
         if choices alone were recorded."""
-        if self._unread is not None:
-            self._unread(self)
-        return self._weights
+        return self._read()[1] if len(self._kept) > 1 else None
 
     def lengths(self, layer: str) -> list[int]:
         """The number of recorded tokens of each sequence at a gate."""
@@ -103,22 +98,30 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     @property
     def num_sequences(self) -> int:
         """The number of sequences, which is the same at every gate."""
-        return len(next(iter(self._all.values())))
+        return len(next(iter(self.values())))
 
     def __len__(self) -> int:
-        return len(self._all)
+        return len(self.layers)
 
-    def __eq__(self, other: object) -> bool:
-        return self is other  # tensors have no single answer to ==
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layers)
 
-    def __hash__(self) -> int:
-        return id(self)
+    __eq__, __hash__ = object.__eq__, object.__hash__  # pyright: ignore[reportAssignmentType]  # tensors have no single ==
 
     def __getitem__(self, layer: str) -> list[Tensor]:
         """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
-        if layer not in self._all:
-            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self._all))}")
-        return self._all[layer]
+        if layer not in self.layers:
+            raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self.layers))}")
+        return self._kept[0][layer]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
+
+    def _read(self) -> tuple[dict[str, list[Tensor]], ...]:
+        """The choices of all gates, and the weights if there are any, after what a recording still holds was moved."""
+        if self._unread is not None:
+            self._unread(self)
+        return self._kept
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
         """The records of some sequences, in the order that you give, for another batch.
@@ -131,28 +134,18 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         wrong = [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]
         if wrong:
             raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
-        lengths = [None] * len(numbers) if tokens is None else list(tokens)
-        if len(lengths) != len(numbers):
-            raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(lengths)}")
-        of_gate = list(zip(numbers, lengths, strict=True))
-        for name, records in self._all.items():
-            for number, length in of_gate:
-                if length is not None and not 0 <= length <= len(records[number]):
-                    raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {length}")
-        experts, weights = (
-            None if found is None else {name: [of[i][:length] for i, length in of_gate] for name, of in found.items()}
-            for found in (self._experts, self._weights)
+        cuts = [None] * len(numbers) if tokens is None else list(tokens)
+        if len(cuts) != len(numbers):
+            raise ValueError(f"tokens must have a number for each of {len(numbers)} sequences, got {len(cuts)}")
+        of_gate = list(zip(numbers, cuts, strict=True))
+        for name, records in self.items():
+            for number, cut in of_gate:
+                if cut is not None and not 0 <= cut <= len(records[number]):
+                    raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {cut}")
+        experts, *weights = (
+            {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()} for kept in self._read()
         )
-        return RoutingRecords(experts or {}, self._num_experts, weights)
-
-    def array(self, sequence: int) -> Tensor:
-        """The record of a sequence as serving engines lay it out, `(s, l, k)`. All gates must have the same s and k."""
-        if not -self.num_sequences <= sequence < self.num_sequences:
-            raise IndexError(f"no sequence {sequence}: there are {self.num_sequences}")
-        shapes = {name: tuple(records[sequence].shape) for name, records in self._all.items()}
-        if len(set(shapes.values())) > 1:
-            raise ValueError(f"gates differ in tokens or choices, so that no one array holds them: {shapes}")
-        return torch.stack([records[sequence] for records in self._all.values()], dim=1)
+        return RoutingRecords(experts, self._num_experts, *weights)
 
     @classmethod
     def from_requests(
@@ -193,15 +186,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a file that `load` reads."""
-        layers = {
-            name: {
-                "num_experts": self.num_experts(name),
-                "lengths": torch.tensor(self.lengths(name), dtype=torch.int64),
-                "experts": torch.cat(records) if records else torch.zeros(0, 0, dtype=torch.int16),
-                **({} if self._weights is None or not records else {"weights": torch.cat(self._weights[name])}),
-            }
-            for name, records in self._all.items()
-        }
+        layers: dict[str, dict[str, Any]] = {}
+        for name in self:
+            layers[name] = {"num_experts": self.num_experts(name), "lengths": torch.tensor(self.lengths(name)).long()}
+            for part, kept in zip(("experts", "weights"), self._read(), strict=False):
+                layers[name][part] = torch.cat(kept[name] or [torch.zeros(0, 0, dtype=torch.int16)])
         torch.save({"format": FORMAT, "layers": layers}, path)
 
     @classmethod
@@ -213,61 +202,37 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """
         try:
             found = torch.load(path, weights_only=True, map_location="cpu")
+            if found["format"] != FORMAT:
+                raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
+            layers = found["layers"]
+            first, lengths = (
+                next(iter(layers.values())),
+                {name: part["lengths"].tolist() for name, part in layers.items()},
+            )
+            experts, *weights = (
+                {name: part[kind].split(lengths[name]) for name, part in layers.items()}
+                for kind in ("experts", "weights")
+                if kind == "experts" or kind in first
+            )
+            return cls(experts, {name: part["num_experts"] for name, part in layers.items()}, *weights)
         except (FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
-            raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {error}") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT:
-            has = found.get("format") if isinstance(found, dict) else type(found).__name__
-            raise ValueError(f"{path} is no file of RoutingRecords.save: its format is {has!r}, wanted {FORMAT!r}")
-        try:
-            layers = found["layers"]
-            experts = {name: list(part["experts"].split(part["lengths"].tolist())) for name, part in layers.items()}
-            weights = {
-                name: part["weights"].split(part["lengths"].tolist())
-                for name, part in layers.items()
-                if "weights" in part
-            }
-            return cls(experts, {name: part["num_experts"] for name, part in layers.items()}, weights or None)
-        except (KeyError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-            said = f"it has no {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is not whole: {said}. Save the records again") from error
-
-    @property
-    def _all(self) -> dict[str, list[Tensor]]:
-        if self._unread is not None:
-            self._unread(self)
-        return self._experts
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is not whole, or no file of RoutingRecords.save: {what}") from error
 
 
-def by_gate(name: str, given: Any) -> dict[str, list[Tensor]]:
+def tensors_of(name: str, given: Any) -> dict[str, list[Tensor]]:
     """The tensors of each gate, one for each sequence; TypeError if they are given in another way."""
     if not isinstance(given, Mapping):
         raise TypeError(f"{name} must be a dict of records by gate, got a {type(given).__name__}")
+    found = {}
     for gate, sequences in given.items():
-        if not isinstance(sequences, Iterable):
+        found[gate] = list(sequences) if isinstance(sequences, Iterable) else [sequences]
+        if not all(isinstance(record, Tensor) for record in found[gate]):
             raise TypeError(f"{name}[{gate!r}] must be a list of tensors, one a sequence, got {sequences!r}")
-    return {gate: list(sequences) for gate, sequences in given.items()}
-
-
-def check_weights(experts: Mapping[str, list[Tensor]], weights: Mapping[str, list[Tensor]]) -> None:
-    """Check that every choice has a weight."""
-    if weights.keys() != experts.keys():
-        raise ValueError(
-            f"weights are of gates {', '.join(weights)}, the choices of {', '.join(experts)}: give both for each gate"
-        )
-    for name, sequences in experts.items():
-        wanted = [tuple(record.shape) for record in sequences]
-        tensors = [weight for weight in weights[name] if isinstance(weight, Tensor)]
-        found = [tuple(weight.shape) for weight in tensors if weight.is_floating_point()]
-        if found != wanted or len(tensors) != len(weights[name]):
-            raise ValueError(f"weights of {name!r} must be floating point {wanted}, as its choices are, got {found}")
+        found[gate] = [integers(record) for record in found[gate]]
+    return found
 
 
 def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:
@@ -279,50 +244,34 @@ def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Te
                 f"parts of request {number} must agree in layers and k, got {[(*p.shape,) for p in parts]}"
             )
         return torch.cat(parts)
-    array = from_base64(request, number, shape) if isinstance(request, str) else as_tensor(request, number)
-    if array.ndim != 3 or not is_integer(array):
-        got = f"{array.dtype} {tuple(array.shape)}"
-        raise ValueError(f"request {number} must be integers (tokens, layers, k), got {got}")
-    array = integers(array.cpu()).to(torch.int64)
-    if array.numel() and not LIVE <= int(array.min()) <= int(array.max()) < 1 << 31:
-        raise ValueError(
-            f"request {number} has experts {int(array.min())} to {int(array.max())}: give ids of experts from 0, and "
-            "-1 for none"
-        )
-    array = array.to(torch.int32)
+    try:
+        array = from_base64(request, shape) if isinstance(request, str) else torch.as_tensor(request)
+        if array.ndim != 3 or not is_integer(array):
+            raise ValueError(f"{array.dtype} {tuple(array.shape)}")
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = f"a {type(request).__name__}: {error}"
+        raise ValueError(f"request {number} must be integers (tokens, layers, k), got {got}") from error
+    wide = integers(array.cpu()).to(torch.int64)
+    array = wide.to(torch.int32)
+    array = array if array.equal(wide) else wide  # a replay tells what is no expert
     return torch.where((array == -1).all(dim=-1, keepdim=True), LIVE, array)
 
 
-def as_tensor(request: Any, number: int) -> Tensor:
-    try:
-        return request if isinstance(request, Tensor) else torch.tensor(request)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"request {number} must be integers (tokens, layers, k), got a {type(request).__name__}: {error}"
-        ) from error
+def from_base64(text: str, shape: tuple[int, int] | None) -> Tensor:
+    """The choices `(s, l, k)` of a string, base64 of int32."""
+    if shape is None:
+        raise ValueError("a base64 string does not tell its shape: give shape=(layers, k)")
+    raw = bytearray(base64.b64decode(text, validate=True))
+    return (torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)).view(-1, *shape)
 
 
 def is_integer(array: Tensor) -> bool:
     return not (array.is_floating_point() or array.is_complex() or array.dtype == torch.bool)
 
 
-def integers(array: Any) -> Any:
+def integers(array: Tensor) -> Tensor:
     """An array of a dtype in which torch computes: it does little with unsigned integers of two bytes and more."""
-    if isinstance(array, Tensor) and array.dtype in (torch.uint16, torch.uint32, torch.uint64):
+    if array.dtype in (torch.uint16, torch.uint32, torch.uint64):
         wide = array.to(torch.int64)
         return wide.where(wide >= 0, torch.iinfo(torch.int64).max)  # above the most of int64
     return array
-
-
-def from_base64(text: str, number: int, shape: tuple[int, int] | None) -> Tensor:
-    """The choices `(s, l, k)` of a string, base64 of int32."""
-    if shape is None:
-        raise ValueError("a base64 string does not tell its shape: give shape=(layers, k)")
-    try:
-        raw = bytearray(base64.b64decode(text, validate=True))
-    except ValueError as error:
-        raise ValueError(f"request {number} is no base64: {error}") from error
-    if len(raw) % (4 * shape[0] * shape[1]):
-        raise ValueError(f"request {number} has {len(raw)} bytes, no multiple of {shape[0]} layers of {shape[1]} int32")
-    values = torch.frombuffer(raw, dtype=torch.int32) if raw else torch.zeros(0, dtype=torch.int32)
-    return values.view(-1, *shape)

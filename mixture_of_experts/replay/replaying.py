@@ -5,7 +5,6 @@ Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,12 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
-from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import GIVEN_WEIGHTS
-from mixture_of_experts.gating.given import LIVE, expert_twice
+from mixture_of_experts.gating.given import LIVE, check_given
 from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
+from mixture_of_experts.replay.hooks import ChoiceHooks
 from mixture_of_experts.replay.recording import sequences_of, why_no_weights
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
@@ -28,9 +28,8 @@ from mixture_of_experts.replay.sequences import (
     SequencesCall,
     choice_sites,
     runs_again,
-    sequences_around,
 )
-from mixture_of_experts.replay.topk_calls import BlockWatch, Choosing, refuse_one_graph, refuse_other_ways
+from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
@@ -111,38 +110,29 @@ class Table:
 
     Args:
         records: the record `(s, k)` of each sequence: experts, or weights.
-        live: the value that means "the gate's own" choice, or weight.
+        k: number of choices of a token.
+        live: the value that means "the gate's own" choice, or weight; it stands behind the end of each record.
     """
 
-    lengths: list[int]
-    live: float
-    length: Tensor
-    values: Tensor
-
-    def __init__(self, records: list[Tensor], k: int, live: float = LIVE) -> None:
-        self.lengths, self.live = [len(record) for record in records], live
-        self.length = torch.tensor(self.lengths, dtype=torch.int64)
-        dtype = torch.int64 if live == LIVE else records[0].dtype if records else torch.float32
-        self.values = torch.full((len(records), max([1, *self.lengths]), k), live, dtype=dtype)
-        for row, record in zip(self.values, records, strict=True):
-            row[: len(record)] = record
+    def __init__(self, records: list[Tensor], k: int, live: float) -> None:
+        self.lengths = [len(record) for record in records]
+        longer = torch.full((max([0, *self.lengths]) + 1, k), live)
+        self.values = pad_sequence([*records, longer], batch_first=True, padding_value=live)[:-1]
 
     def at(self, index: Tensor) -> Tensor:
-        """`(b, n, k)`, the values of tokens `index` `(b, n)`; `live` beyond the end of a record."""
+        """`(b, n, k)`, the values of tokens `index` `(b, n)`."""
         if self.values.device != index.device:
-            self.values, self.length = self.values.to(index.device), self.length.to(index.device)
-        inside = index.clamp(0, self.values.shape[1] - 1).unsqueeze(-1).expand(-1, -1, self.values.shape[-1])
-        return self.values.gather(1, inside).where((index < self.length.unsqueeze(-1)).unsqueeze(-1), self.live)
+            self.values = self.values.to(index.device)
+        inside = index.clamp(0, self.values.shape[1] - 1).unsqueeze(-1)
+        return self.values.gather(1, inside.expand(-1, -1, self.values.shape[-1]))
 
 
-class Replay:
+class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    sites: list[ChoiceSite]
-    tables: dict[str, tuple[Table, ...]]
-    closed: bool
+    outermost = True  # so that a recording at the same time sees what is replayed
 
-    def __init__(self, sites: list[ChoiceSite], tables: dict[str, tuple[Table, ...]], beyond: Beyond) -> None:
+    def __init__(self, sites: list[ChoiceSite], tables: dict[str, list[Table]], beyond: Beyond) -> None:
         self.sites, self.tables, self.beyond = sites, tables, beyond
         self.closed = False
         self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
@@ -151,60 +141,28 @@ class Replay:
     def close(self) -> None:
         self.closed = True
 
-    def start(self, hooks: Attached, seen: Seen | None) -> None:
-        around = sequences_around(self, self.sites, seen)
-        for site in self.sites:
-            sequences = around[site.site.around]
-            if site.external:
-                begin, chosen = partial(self.begin_block, site, sequences), partial(self.chosen, site, sequences)
-                # first, so that a recording at the same time sees what is replayed
-                BlockWatch(begin, chosen).follow(site.called, hooks)
-                continue
-            hooks.before(site.called, partial(self.before_layer, site, sequences))
-            hooks.after(site.called, partial(self.after_layer, site, sequences))
-        for module, sequences in around.items():
-            sequences.follow(module, hooks)
-
     # gates of this package
 
-    def before_layer(
-        self,
-        site: ChoiceSite,
-        sequences: Sequences,
-        layer: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any] | None = None,
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        call = sequences.call(site)
-        if kwargs is None or (call is None and not runs_again()):
+    def before_layer(self, site: ChoiceSite, call: SequencesCall | None, args: Any, kwargs: Any) -> Any:
+        if call is None and not runs_again():
             return None
-        shape, mask = site.sizes(args, kwargs)
-        b, n = math.prod(shape[:-1]), shape[-1]
-        x = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-        given = self.given(site, call, (b, n), None if mask is None else mask.reshape(b, n), x.device)
+        x, sizes, mask = site.tokens(args, kwargs)
+        given = self.given(site, call, sizes, mask, x.device)
         name, rest = (GIVEN, (site.k,)) if site.site.level_one is None else (GIVEN_INNER, (-1, site.k))
         if name in kwargs:
             raise ValueError(f"{site.name!r} is given {name} by its caller: replay them, or give them, not both")
         of_name = zip((name, GIVEN_WEIGHTS), given, strict=False)
-        return args, {**kwargs, **{name: values.view(*shape, *rest) for name, values in of_name}}
+        return args, {**kwargs, **{name: values.view(*x.shape[:-1], *rest) for name, values in of_name}}
 
-    def after_layer(self, site: ChoiceSite, sequences: Sequences, layer: nn.Module, args: object, out: Any) -> None:
-        self.refuse_late_backward(site, sequences, out.weight if isinstance(out, Routing) else out[0])
+    def follow_layer(self, site: ChoiceSite, sequences: Sequences, hooks: Attached) -> None:
+        hooks.after(site.called, lambda layer, args, out: self.ended(site, sequences.call(site), out))
 
     # blocks of transformers
 
-    def begin_block(self, site: ChoiceSite, sequences: Sequences, args: Any) -> Choosing | None:
-        call = sequences.call(site)
-        refuse_one_graph(site)
-        if call is not None:
-            return Choosing(site, self.of_block(site, call, args))
-        if not runs_again():
-            return None
-        self.waiting.discard(site.name)
-        return Choosing(site, self.to_run_again[site.name])
-
-    def of_block(self, site: ChoiceSite, call: SequencesCall, args: Any) -> Tensor:
-        """The choices `(b n, k)` for the tokens of a block; stored if a backward will run the block again."""
+    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, args: Any) -> Choosing | None:
+        if call is None:
+            self.waiting.discard(site.name)
+            return Choosing(site, self.to_run_again[site.name]) if runs_again() else None
         hidden = args[0] if args else None
         b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
         sequences_of(site, call, b * n)
@@ -220,12 +178,10 @@ class Replay:
                 )
             self.to_run_again[site.name] = given
             self.waiting.add(site.name)
-        return given
+        return Choosing(site, given)
 
-    def chosen(self, site: ChoiceSite, sequences: Sequences, mode: Choosing, output: Any) -> None:
-        refuse_other_ways(site, mode)
-        outputs = output if isinstance(output, tuple) else (output,)
-        self.refuse_late_backward(site, sequences, next(part for part in outputs if isinstance(part, Tensor)))
+    def end_block(self, site: ChoiceSite, call: SequencesCall | None, expert: Tensor, output: Any) -> None:
+        self.ended(site, call, output)
 
     # both
 
@@ -264,8 +220,7 @@ class Replay:
         if known:
             return
         real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
-        seen = call.seen.tolist() if isinstance(call.seen, Tensor) else [call.seen] * shape[0]
-        for i, (length, new, read) in enumerate(zip(table.lengths, real, seen, strict=True)):
+        for i, (length, new, read) in enumerate(zip(table.lengths, real, call.read_before(shape[0]), strict=True)):
             short = new + read < length and not call.cached
             if short or (new + read > length and self.beyond == "error"):
                 remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
@@ -274,11 +229,13 @@ class Replay:
                 )
         call.checked.append((mask, table.lengths))
 
-    def refuse_late_backward(self, site: ChoiceSite, sequences: Sequences, out: Tensor) -> None:
+    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: Any) -> None:
         """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
-        if torch.compiler.is_compiling() or not out.requires_grad or runs_again():
+        if torch.compiler.is_compiling() or call is None or not in_checkpoint():
             return
-        if sequences.call(site) is not None and in_checkpoint():
+        parts = output if isinstance(output, tuple) else (getattr(output, "weight", output),)
+        out = next(part for part in parts if isinstance(part, Tensor))
+        if out.requires_grad:
             out.register_hook(partial(self.refuse_if_closed, site.name))
 
     def refuse_if_closed(self, name: str, grad: Tensor) -> None:
@@ -289,42 +246,38 @@ class Replay:
             )
 
 
-def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, tuple[Table, ...]]:
+def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, list[Table]]:
     """The records of each gate, choices and if there are any weights, by its name, after a check that they fit."""
-    layers = records.layers
+    layers, names = records.layers, [site.name for site in sites]
     if len(layers) != len(sites):
         raise ValueError(
-            f"the model has {len(sites)} gates ({', '.join(site.name for site in sites)}), the records {len(layers)} "
-            f"({', '.join(layers)})"
+            f"the model has {len(sites)} gates ({', '.join(names)}), the records {len(layers)} ({', '.join(layers)})"
         )
-    by_name = set(layers) == {site.name for site in sites}
     tables = {}
-    for place, site in enumerate(sites):
-        layer = site.name if by_name else layers[place]
+    for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
         check_records(site, layer, records)
-        tables[site.name] = (Table(records[layer], site.choices),)
+        tables[site.name] = [Table([record.long() for record in records[layer]], site.choices, LIVE)]
         if (weights := records.weights) is not None:
-            tables[site.name] += (Table(weights[layer], site.choices, torch.nan),)
+            tables[site.name].append(Table(weights[layer], site.choices, torch.nan))
     return tables
 
 
 def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
-    k, e, found = records.k(layer), records.num_experts(layer), records[layer]
+    e, found = records.num_experts(layer), records[layer]
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
     if not site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
         )
-    if k not in (None, site.choices):
-        raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {k}")
+    if found and found[0].shape[1] != site.choices:
+        raise ValueError(f"{of} makes {site.choices} choices for a token, the records have {found[0].shape[1]}")
     if e not in (None, site.num_experts):
         raise ValueError(f"{of} has {site.num_experts} experts, the records are of {e}")
     for record in found:
-        largest, least = (int(record.max()), int(record.min())) if record.numel() else (0, 0)
-        if largest >= site.num_experts or not (least == LIVE or least >= -1 - site.num_experts):
-            raise ValueError(f"{of} has experts 0 to {site.num_experts - 1}, the records hold {least} to {largest}")
-        if (twice := expert_twice(record.unflatten(-1, (-1, site.k)))) is not None:
-            raise ValueError(f"{of} takes an expert once for a token, in the records one has expert {twice} twice")
+        try:
+            check_given(record.long().unflatten(-1, (-1, site.k)), site.num_experts)
+        except ValueError as error:
+            raise ValueError(f"{of}: in the records, {error}") from error
         if site.external and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")

@@ -5,6 +5,7 @@ Axes: b sequences, n tokens of a forward, k choices of a token.
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -46,12 +47,13 @@ class ChoiceSite(NamedTuple):
         outer = self.site.level_one
         return self.k if outer is None or outer.k is None else self.k * outer.k
 
-    def sizes(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[int, ...], Tensor | None]:
-        """The shape `(..., n)` and the mask of the tokens in a call of the layer or gate."""
+    def tokens(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, tuple[int, int], Tensor | None]:
+        """The inputs `(..., n, d)` of a layer or gate, the sizes `(b, n)` of their tokens, and their mask `(b, n)`."""
         names = BARE if self.called is self.site.called else LAYER
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        mask = given.get("mask")
-        return tuple(given[names[0]].shape[:-1]), given.get(COUNTED) if mask is None else mask
+        x, mask = given[names[0]], given.get("mask")
+        sizes, mask = (math.prod(x.shape[:-2]), x.shape[-2]), given.get(COUNTED) if mask is None else mask
+        return x, sizes, None if mask is None else mask.reshape(sizes)
 
 
 def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[ChoiceSite]:
@@ -77,8 +79,8 @@ def chosen_by_ids(site: Site) -> bool:
 
 def called_of(site: Site, stand: Stand) -> nn.Module:
     """The module whose arguments tell of the tokens of a gate."""
-    whole = stand.layer is not None and (not site.external or site.block is not None)
-    return site.called if stand.layer is None or not whole else stand.layer
+    unknown = site.external and site.block is None
+    return site.called if stand.layer is None or unknown else stand.layer
 
 
 def why_no_choices(site: Site) -> str | None:
@@ -102,18 +104,14 @@ class SequencesCall(ForwardCall):
         tokens: the model's tokens.
         seen: number of real tokens of each sequence in its cache, `(b,)` or one number for all.
         cached: whether it has a cache.
-        around: the call of the same model within which it runs.
+        cache: that of transformers, if it has one.
     """
 
-    def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool, around: SequencesCall | None) -> None:
-        self.tokens = tokens
-        self.seen = seen
-        self.cached = cached
-        self.around = around
-        self.cache: Any = None  # that of transformers
+    def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool, cache: Any) -> None:
+        self.tokens, self.seen, self.cached, self.cache = tokens, seen, cached, cache
         self.parts: list[Any] = []  # what was recorded of it
-        self.within: list[Any] = []  # what was recorded of calls within it, which come after it
-        self.sizes: dict[str, tuple[tuple[int, ...], Tensor | None]] = {}  # of calls of layers, by gate
+        self.ended = False
+        self.sizes: dict[str, tuple[tuple[int, int], Tensor | None]] = {}  # of tokens of layers, and masks, by gate
         self.gates: set[str] = set()  # gates that ran
         self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
         self.outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
@@ -122,6 +120,10 @@ class SequencesCall(ForwardCall):
     @property
     def continues(self) -> bool:
         return isinstance(self.seen, Tensor) or self.seen > 0
+
+    def read_before(self, sequences: int) -> list[int]:
+        """The number of real tokens of each sequence in the cache."""
+        return self.seen.tolist() if isinstance(self.seen, Tensor) else [self.seen] * sequences
 
     def once(self, name: str) -> None:
         """Refuse a second run of a gate in this forward."""
@@ -137,28 +139,20 @@ class Sequences(Watch):
         owner: whose forwards they are, in its thread.
         model: the model.
         seen: see `record_routing`.
-        done: gets what was recorded of a forward that ended well.
     """
 
-    read: TokensReader
-    seen: Seen | None
-    done: Callable[[list[Any]], None] | None
-
-    def __init__(
-        self, owner: object, model: nn.Module, seen: Seen | None, done: Callable[[list[Any]], None] | None
-    ) -> None:
+    def __init__(self, owner: object, model: nn.Module, seen: Seen | None) -> None:
         super().__init__(owner)
-        self.read = TokensReader(model)
-        self.seen, self.done = seen, done
+        self.read, self.seen = TokensReader(model), seen
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
-        tokens, cache = self.read(args, kwargs), self.cache(args, kwargs)
+        tokens = self.read(args, kwargs)
+        if self.seen is not None:
+            return SequencesCall(tokens, self.seen(args, kwargs), True, None)
+        cache = self.read.cache(args, kwargs)
         self.refuse_beams(cache)
-        seen, cached = self.read.seen(args, kwargs) if self.seen is None else (self.seen(args, kwargs), True)
-        call = SequencesCall(tokens, seen, cached, call_stack.current(self))
-        call.cache = cache
-        return call
+        return SequencesCall(tokens, *self.read.seen(args, kwargs), cache)
 
     def ended(self, call: SequencesCall, output: object) -> None:
         missing = sorted(call.sizes.keys() - call.gates)
@@ -171,15 +165,7 @@ class Sequences(Watch):
             )
         keys = keys_of(call.cache)
         self.left = None if keys is None else (weakref.ref(call.cache), weakref.ref(keys), keys.shape)
-        parts = [*call.parts, *call.within]
-        if call.around is not None:
-            call.around.within.extend(parts)
-        elif self.done is not None:
-            self.done(parts)
-
-    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The cache of transformers that a forward is given, if any."""
-        return None if self.seen is not None else self.read.cache(args, kwargs)
+        call.ended, call.outer, call.cache = True, None, None
 
     def refuse_beams(self, cache: Any) -> None:
         """Refuse a cache whose sequences were exchanged since the last forward: others would go on with their records.
@@ -216,17 +202,3 @@ def keys_of(cache: Any) -> Tensor | None:
 def runs_again() -> bool:
     """Whether a backward runs a part of a forward again."""
     return number_of_backward() != -1
-
-
-def sequences_around(
-    owner: object,
-    sites: list[ChoiceSite],
-    seen: Seen | None,
-    done: Callable[[list[Any]], None] | None = None,
-) -> dict[nn.Module, Sequences]:
-    """The `Sequences` of every model around gates."""
-    if seen is not None and not callable(seen):
-        raise TypeError(
-            f"seen must be a function (args, kwargs) that returns the number of tokens read before, got {seen!r}"
-        )
-    return {around: Sequences(owner, around, seen, done) for around in {one.site.around: None for one in sites}}
