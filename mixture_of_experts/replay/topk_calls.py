@@ -28,7 +28,7 @@ class Choosing(TorchFunctionMode, ForwardCall):
 
     def __init__(self, site: ChoiceSite, given: Tensor | None = None) -> None:
         super().__init__()
-        self.site, self.given = site, given
+        self.site, self.prescribed = site, given
         self.expert: Tensor | None = None
         self.over = False  # whether the forward has ended; another mode may still stand on this one
         block: Any = site.site.block
@@ -44,7 +44,7 @@ class Choosing(TorchFunctionMode, ForwardCall):
     def topk(
         self, input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **kwargs: Any
     ) -> Any:
-        size, given, last = input.shape[-1], self.given, dim in (-1, input.ndim - 1)
+        size, given, last = input.shape[-1], self.prescribed, dim in (-1, input.ndim - 1)
         if last and given is not None and (size, k) == self.groups and input.numel() == len(given) * size:
             input = input.masked_fill(self.groups_of(given, size).view_as(input), torch.inf)
         found = torch.topk(input, k, dim, largest, sorted, **kwargs)
