@@ -5,7 +5,7 @@ Axes: t tokens of a call, k choices, r rows sorted by expert, e experts, d model
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,36 @@ from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
 
 
-class EnclosedExperts(RoutedExperts):
+class ExpertsAround(RoutedExperts):
+    """Base of experts that wrap other experts, which `with_inner` lists.
+
+    Args:
+        experts: the experts inside.
+    """
+
+    #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
+    #: they return; or the experts themselves, to which it adds others
+    works_on: ClassVar[Literal["tokens", "inputs", "outputs", "experts"]]
+
+    experts: Any
+    num_experts: Any
+    dim_out: int | None
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
+
+
+def with_inner(experts: nn.Module) -> list[Any]:
+    """The experts, then those inside them, from the outermost to the innermost; of each what PEFT or FSDP2 wraps."""
+    found: list[Any] = [unwrapped(experts)]
+    while isinstance(found[-1], ExpertsAround):
+        found.append(unwrapped(found[-1].experts))
+    return found
+
+
+class EnclosedExperts(ExpertsAround):
     """Experts between two modules: `after(experts(before(x)) + beside(x))`.
 
     This makes latent experts, which compute in a narrower space that all of them share (arXiv 2601.18089).
@@ -38,11 +67,10 @@ class EnclosedExperts(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
+    works_on = "tokens"
     before: nn.Module | None
     after: nn.Module | None
     beside: nn.Module | None
-    num_experts: Any
-    dim_out: int | None
 
     def __init__(
         self,
@@ -53,11 +81,9 @@ class EnclosedExperts(RoutedExperts):
         beside: nn.Module | None = None,
         dim_out: int | None = None,
     ) -> None:
-        super().__init__()
-        self.experts = experts
+        super().__init__(experts)
         self.before, self.after, self.beside = before, after, beside
-        self.num_experts = getattr(experts, "num_experts", None)
-        told = getattr(experts, "dim_out", None) if after is None else getattr(after, "out_features", None)
+        told = self.dim_out if after is None else getattr(after, "out_features", None)
         self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
@@ -79,7 +105,7 @@ def routed_tokens(decision: Decision) -> Tensor:
     return counts.scatter_add(0, decision.token, decision.chosen.to(torch.int64)) > 0
 
 
-class ExpertsBesideIdentity(RoutedExperts):
+class ExpertsBesideIdentity(ExpertsAround):
     """Adds experts that cost next to nothing to experts that compute.
 
     An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322), or a mix of the token and a
@@ -110,12 +136,11 @@ class ExpertsBesideIdentity(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
+    works_on = "experts"
     num_identity: int
     num_zero: int
     num_constant: int
     num_computing: int
-    num_experts: int
-    dim_out: int | None
     constants: nn.Parameter | None
     w_constant: nn.Parameter | None
 
@@ -129,7 +154,7 @@ class ExpertsBesideIdentity(RoutedExperts):
         device: Any = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(experts)
         if not isinstance(experts, RoutedExperts) or not isinstance(getattr(experts, "num_experts", None), int):
             raise TypeError(
                 f"experts must be one row of RoutedExperts such as Experts(...), got {type(experts).__name__}: the "
@@ -139,11 +164,9 @@ class ExpertsBesideIdentity(RoutedExperts):
         for name, number in numbers.items():
             if check_number(name, number, at_least=0) != int(number):
                 raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
-        self.experts = experts
         self.num_identity, self.num_zero, self.num_constant = int(num_identity), int(num_zero), int(num_constant)
-        self.num_computing = int(getattr(experts, "num_experts"))  # noqa: B009
+        self.num_computing = self.num_experts
         self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
-        self.dim_out = getattr(experts, "dim_out", None)
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
         self.constants = self.w_constant = None
         if self.num_constant:
@@ -215,10 +238,7 @@ def _share(decision: Decision, some: Tensor) -> Tensor:
 
 def _rows_tell(experts: nn.Module) -> bool:
     """Whether experts do no more than `compute` on rows, whose results are then weighted."""
-    experts = unwrapped(experts)
-    if isinstance(experts, ExpertsBesideIdentity):
-        return _rows_tell(experts.experts)
-    return not isinstance(experts, (EnclosedExperts, InputWeightedExperts))
+    return not any(getattr(each, "works_on", None) in ("tokens", "inputs") for each in with_inner(experts))
 
 
 def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -236,7 +256,7 @@ def _compute(experts: nn.Module, rows: Tensor, num_tokens_per_expert: Tensor) ->
     return experts(rows, decision)
 
 
-class InputWeightedExperts(RoutedExperts):
+class InputWeightedExperts(ExpertsAround):
     """Multiplies what experts read by the weights of their assignments, instead of what they return (Llama 4).
 
     Args:
@@ -251,13 +271,7 @@ class InputWeightedExperts(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
-    num_experts: Any
-    dim_out: int | None
-
-    def __init__(self, experts: RoutedExperts) -> None:
-        super().__init__()
-        self.experts = experts
-        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
+    works_on = "inputs"
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
@@ -272,7 +286,7 @@ class InputWeightedExperts(RoutedExperts):
         return _compute(self.experts, rows, num_tokens_per_expert)
 
 
-class NormedExperts(RoutedExperts):
+class NormedExperts(ExpertsAround):
     """Puts a norm on what experts return, before the weights of the assignments multiply it.
 
     Args:
@@ -288,20 +302,17 @@ class NormedExperts(RoutedExperts):
         torch.Size([2, 10, 16])
     """
 
-    experts: RoutedExperts
+    works_on = "outputs"
     norm: nn.Module
-    num_experts: Any
-    dim_out: int | None
 
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:
-        super().__init__()
+        super().__init__(experts)
         if not _rows_tell(experts):
             raise ValueError(
                 f"a norm stands on the rows that experts compute, which {type(experts).__name__} weigh or go on with: "
                 "put the norm inside, as in InputWeightedExperts(NormedExperts(experts, norm))"
             )
-        self.experts, self.norm = experts, norm
-        self.num_experts, self.dim_out = getattr(experts, "num_experts", None), getattr(experts, "dim_out", None)
+        self.norm = norm
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
         return self.norm(_compute(self.experts, rows, num_tokens_per_expert))

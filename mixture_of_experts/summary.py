@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.around import ExpertsAround
 from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
@@ -198,7 +198,7 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
             continue
         seen.add((layer, module))
         yield module, part * routed
-        if isinstance(module, EnclosedExperts | ExpertsBesideIdentity | InputWeightedExperts | NormedExperts):
+        if isinstance(module, ExpertsAround):
             below = {module.experts: routed}  # every token passes what is beside the experts inside
         else:
             layer, part, below = module if module in shares else layer, part * routed, shares.get(module, {})

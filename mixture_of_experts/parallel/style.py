@@ -14,7 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from mixture_of_experts.around import EnclosedExperts
 from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
@@ -187,8 +186,8 @@ def check_divides(dims: Sequence[int], mesh: DeviceMesh) -> None:
 def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
     """The path and the module of the experts to spread: inside latent experts the inner ones, of narrow tokens."""
     path, experts = "experts", layer.get_submodule("experts")
-    while isinstance(experts, EnclosedExperts):
-        path, experts = f"{path}.experts", experts.experts
+    while getattr(experts, "works_on", None) == "tokens":
+        path, experts = f"{path}.experts", experts.get_submodule("experts")
     return path, experts
 
 

@@ -8,12 +8,13 @@ Axes: d model dim, h hidden dim, e experts.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.around import with_inner
 from mixture_of_experts.huggingface.blocks.block_layer import BlockLayer, Pieces
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
@@ -80,7 +81,7 @@ def differences(moe: MoE, block: nn.Module) -> list[str]:
 
 def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
     """What a layer computes, in words, but settings of its gate that are left out."""
-    gate, parts = moe.gate, list(layers(moe.experts))
+    gate, parts = moe.gate, with_inner(moe.experts)
     settings = {name: getattr(gate, name, None) for name in COMPARED if name not in left_out}
     settings |= {} if closes_groups(gate) or "num_groups" in left_out else {"num_groups": None}
     weights = {name: tensor for name, tensor in (*moe.named_parameters(), *moe.named_buffers()) if name != COUNTS}
@@ -104,13 +105,6 @@ def without_effect(gate: Any) -> set[str]:
     found |= set() if getattr(gate, "normalize", False) else {"eps"}
     dropless = getattr(gate, "capacity_factor_train", 0.0) is None and gate.capacity_factor_eval is None
     return found | ({"min_expert_capacity"} if dropless else set())
-
-
-def layers(experts: nn.Module) -> Iterator[nn.Module]:
-    """The experts, then those inside them, from the outermost to the innermost."""
-    yield experts
-    if isinstance(inner := getattr(experts, "experts", None), nn.Module):
-        yield from layers(inner)
 
 
 def joined(pieces: Pieces, like: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mixture_of_experts.around import EnclosedExperts, InputWeightedExperts, NormedExperts
+from mixture_of_experts.around import with_inner
 from mixture_of_experts.experts import ExpertList, Experts, GatedExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
@@ -31,7 +31,6 @@ from mixture_of_experts.unstack import UnstackedExperts
 from mixture_of_experts.whole_model.sites import Site
 
 GATES = (TopKGating, TopPGating, ReLUGating, NoisyTopKGating, Top2Gating, SparseMixerGating, ExpertChoiceGating)
-AROUND = (EnclosedExperts, NormedExperts, InputWeightedExperts)
 #: the axis of the experts in the tensors of a gate, and those of its tensors that have none
 GATE_AXES = {"w_gating": -1, "w_noise": -1, "b_gating": -1, "expert_bias": -1, "expert_counts": -1}
 GATE_AXES |= {"expert_histogram": -2, "logits.weight": -1, "logits.bias": -1, "weigh.scale": -1}
@@ -77,7 +76,9 @@ def why_not_gate(gate: Any) -> str | None:
 
 
 def why_not_experts(experts: nn.Module) -> str | None:
-    stack = innermost(experts)
+    *around, stack = with_inner(experts)
+    if more := [type(each).__name__ for each in around if each.works_on == "experts"]:
+        return f"its experts are {more[0]}"
     if isinstance(stack, ExpertList):
         return why_not_tensors(stack.parameters())
     if wrapped_class(stack) not in (Experts, GatedExperts):
@@ -91,19 +92,6 @@ def why_not_experts(experts: nn.Module) -> str | None:
 def why_not_tensors(tensors: Any) -> str | None:
     wraps = any(is_wrapper_subclass(tensor) for tensor in tensors)
     return "its weights are sharded or quantised: prune before that" if wraps else None
-
-
-def innermost(experts: nn.Module) -> Any:
-    """The stacked experts, or the list of experts, inside others."""
-    return with_inner(experts)[-1]
-
-
-def with_inner(experts: nn.Module) -> list[Any]:
-    """The experts, and those inside of them down to the innermost."""
-    found: list[Any] = [unwrapped(experts)]
-    while isinstance(found[-1], AROUND):
-        found.append(unwrapped(found[-1].experts))
-    return found
 
 
 class PrunableLayer:
@@ -153,7 +141,7 @@ class PrunableLayer:
 
     def tensors(self) -> Iterator[tuple[nn.Module, str, int]]:
         """Each tensor with an axis of experts: its module, its name there, and the axis."""
-        stack = innermost(self.moe.experts)
+        stack = with_inner(self.moe.experts)[-1]
         places = [(self.gate, *item) for item in GATE_AXES.items()] + [(stack, name, 0) for name in STACKS]
         for module, name, axis in places:
             path, _, leaf = name.rpartition(".")
@@ -173,7 +161,7 @@ class PrunableLayer:
                 module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
             else:
                 module._buffers[name] = new
-        if isinstance(stack := innermost(self.moe.experts), ExpertList):
+        if isinstance(stack := with_inner(self.moe.experts)[-1], ExpertList):
             for i in sorted({*range(self.e)} - {*ids}, reverse=True):
                 del stack[i]
         stacked: Any = stack.__dict__["empty"] if isinstance(stack, UnstackedExperts) else stack

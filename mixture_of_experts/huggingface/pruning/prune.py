@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from mixture_of_experts.around import with_inner
 from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
-from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, innermost, why_not_cut
+from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
 from mixture_of_experts.huggingface.router_config import reports_routers, text_config
@@ -116,7 +117,7 @@ def prunable(model: nn.Module, gates: Gates | None) -> list[Site]:
     stacks: dict[int, str] = {}
     holders = Counter(id(weight) for module in model.modules() for weight in module.parameters(recurse=False))
     for layer in map(PrunableLayer, sites):
-        other = stacks.setdefault(id(innermost(layer.moe.experts)), layer.name)
+        other = stacks.setdefault(id(with_inner(layer.moe.experts)[-1]), layer.name)
         if other != layer.name:
             raise TypeError(f"prune cannot serve {layer.name!r}: its experts are those of {other!r} too")
         for module, name, _ in layer.tensors():

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.around import EnclosedExperts, InputWeightedExperts
+from mixture_of_experts.around import with_inner
 from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
@@ -68,7 +68,7 @@ class Calibration(Watch):
         numbers = torch.stack([counts, torch.zeros_like(counts)]).double()
         if self.by == "reap":
             rows, weight = dispatch(x, plan), plan.row_weight()
-            if isinstance(experts, InputWeightedExperts):
+            if getattr(experts, "works_on", None) == "inputs":
                 rows, weight = (rows * weight.unsqueeze(-1)).to(x.dtype), torch.ones_like(weight)
             expert = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
             norm = torch.linalg.vector_norm(experts.compute(rows, counts)[: len(expert)].double(), dim=-1)
@@ -132,5 +132,4 @@ def is_plain(batch: Any) -> bool:
 def computing(layer: Any) -> nn.Module:
     """The experts of a layer that compute rows of tokens, inside modules around them."""
     holder: Any = unwrapped(layer)
-    experts = unwrapped(holder.experts)
-    return computing(experts) if isinstance(experts, EnclosedExperts) else experts
+    return next(e for e in with_inner(holder.experts) if getattr(e, "works_on", None) != "tokens")
