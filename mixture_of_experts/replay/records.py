@@ -57,7 +57,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     ) -> None:
         of_gates = tensors_of("experts", experts)
         self._num_experts = dict(num_experts or {})
-        self._kept = (of_gates,) if weights is None else (of_gates, tensors_of("weights", weights))
+        self._experts, self._weights = of_gates, None if weights is None else tensors_of("weights", weights)
         self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in of_gates.items()}
         if not numbers or len(set(numbers.values())) > 1:
@@ -112,10 +112,14 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         """The choices `(s, k)` of the real tokens of each sequence at a gate, on the CPU."""
         if layer not in self.layers:
             raise KeyError(f"no gate {layer!r}: there are {', '.join(map(repr, self.layers))}")
-        return self._kept[0][layer]
+        return self._experts[layer]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
+
+    @property
+    def _kept(self) -> tuple[dict[str, list[Tensor]], ...]:
+        return (self._experts,) if self._weights is None else (self._experts, self._weights)
 
     def _read(self) -> tuple[dict[str, list[Tensor]], ...]:
         """The choices of all gates, and the weights if there are any, after what a recording still holds was moved."""
