@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision, of_first_experts
 from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
+from mixture_of_experts.kernels.row_blocks import module_in_blocks, refuse
 from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
 
@@ -87,12 +88,12 @@ class EnclosedExperts(ExpertsAround):
         self.dim_out = told if dim_out is None else check_size("dim_out", dim_out)
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
-        inner = x if self.before is None else self.before(x)
+        inner = x if self.before is None else module_in_blocks(self.before, x)
         out = self.experts(inner) if decision is None else run_experts(self.experts, inner, decision)
         if self.beside is not None:
-            out = out + self.beside(x)
+            out = out + module_in_blocks(self.beside, x)
         if self.after is not None:
-            out = self.after(out)
+            out = module_in_blocks(self.after, out)
         return out if decision is None else torch.where(routed_tokens(decision).unsqueeze(-1), out, 0)
 
 
@@ -276,6 +277,7 @@ class InputWeightedExperts(ExpertsAround):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
             return super().forward(x, decision)
+        refuse(f"{type(self).__name__} compute rows by themselves")
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
         rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)

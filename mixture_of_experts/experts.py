@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.dispatch.plan import Plan
+from mixture_of_experts.kernels.row_blocks import refuse
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
 from mixture_of_experts.ops.grouped import grouped_product
@@ -75,6 +76,7 @@ class RoutedExperts(nn.Module):
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return own(out, (*x.shape[:-1], out.shape[-1]))
+        refuse(f"{type(self).__name__} compute rows by themselves")
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
         rows = dispatch(x, plan)
@@ -103,6 +105,7 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
     if reads_decisions(experts):
         return check_tokens_returned(experts, experts(x, decision), x)
+    refuse(f"{type(experts).__name__} compute slots")
     return run_on_slots(experts, x, decision, dim_out_of(experts))
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.kernels.row_blocks import module_in_blocks
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens
 from mixture_of_experts.support.private_torch import own
 
@@ -92,6 +93,6 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
     out = own(out, (*x.shape[:-1], out.shape[-1])).to(x.dtype)
     if shared_expert is None:
         return out
-    shared = check_result("shared_expert", shared_expert(x), out.shape)
+    shared = check_result("shared_expert", module_in_blocks(shared_expert, x), out.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)

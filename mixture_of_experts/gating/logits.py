@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.kernels.row_blocks import in_blocks, refuse
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
 from mixture_of_experts.support.settings import FixedShapes, setting
@@ -23,15 +24,21 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
     """
-    with without_autocast(x.device):
+
+    def product(x: Tensor, weight: Tensor) -> Tensor:
         if x.dtype == dtype == weight.dtype:
             return x @ weight
         return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
+
+    with without_autocast(x.device):
+        return in_blocks(product, x, weight, dtype)
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if not isinstance(module, RouterLogits):
+        refuse(f"the logits come from a {type(module).__name__}")
     with without_autocast(x.device):
         logits = module(x if weight is None or isinstance(module, RouterLogits) else x.to(weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):

@@ -12,12 +12,14 @@ Axes: b groups, n tokens of a group, e experts, g expert groups, k choices of a 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mixture_of_experts.kernels.row_blocks import elementwise
 from mixture_of_experts.support.checks import check_number, check_size
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"] | Callable[[Tensor], Tensor]
@@ -36,8 +38,8 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=-1),
-    "sigmoid": torch.sigmoid,
-    "sqrt_softplus": sqrt_softplus,
+    "sigmoid": partial(elementwise, torch.sigmoid),
+    "sqrt_softplus": partial(elementwise, sqrt_softplus),
 }
 SELECTS = ("score", "logits")
 GROUP_SCORES: dict[str, Callable[[Tensor], Tensor]] = {

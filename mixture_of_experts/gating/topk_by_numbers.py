@@ -18,6 +18,7 @@ from mixture_of_experts.gating import by_operators, topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.kernels.launching import asked_for, has_kernels
+from mixture_of_experts.kernels.row_blocks import WAY
 from mixture_of_experts.support.tracing import can_read
 
 TopKGating = Any  # which imports this
@@ -34,7 +35,7 @@ def why_not(gate: TopKGating, tokens: Tokens) -> str | None:
         return "numbers are read, which takes a plain tensor on a CPU, outside of graphs and transforms"
     if x.shape != (1, 1, gate.dim) or tokens.counted is not None or tokens.side or tokens.losses:
         return f"it takes one token, (1, 1, {gate.dim}), without mask, side inputs and further losses"
-    if asked_for() == "plain" or has_kernels(x.device):
+    if asked_for() in ("plain", WAY) or has_kernels(x.device):
         return "operators or kernels are asked for"
     if gate.capacity_factor_eval is not None or gate.num_experts > MOST_EXPERTS:
         return f"it is for dropless gates of at most {MOST_EXPERTS} experts"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision, decision_on
-from mixture_of_experts.kernels import launching
+from mixture_of_experts.kernels import launching, row_blocks
 from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -31,6 +31,7 @@ from mixture_of_experts.ops.activations import (
     known_module,
     takes_two,
 )
+from mixture_of_experts.ops.cpu import batch_invariant
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, Halves, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
@@ -55,17 +56,20 @@ __all__ = [
 
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
+WAYS |= {row_blocks.WAY: batch_invariant}
 check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
 
 
 @contextmanager
-def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain"]) -> Iterator[None]:
+def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain", "batch_invariant"]) -> Iterator[None]:
     """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
 
-    "auto" takes the fastest way for each call. The context holds for all threads of the process (a backward on a GPU
-    has its own). If several are open, the last one entered holds. Activation checkpointing must recompute in the same
-    context, so keep the backward inside. The environment variable `MIXTURE_OF_EXPERTS_KERNELS` sets a way for the whole
-    process. Experts that no way computes are unchanged.
+    "auto" takes the fastest way for each call. "batch_invariant" gives each token of a dropless layer, on a CPU, the
+    same bits alone and in any batch, router and shared expert included; what cannot keep that raises. The context holds
+    for all threads of the process (a backward on a GPU has its own). If several are open, the last one entered holds.
+    Activation checkpointing must recompute in the same context, so keep the backward inside. The environment variable
+    `MIXTURE_OF_EXPERTS_KERNELS` sets a way for the whole process. With another name than these two, experts that no way
+    computes are unchanged.
 
     Raises:
         ValueError: the name is unknown; or, at a call, this way cannot compute it: the error says why.

@@ -258,6 +258,36 @@ class KnownClamped(NamedTuple):
         grad_pre[1].copy_(grad_up)
 
 
+class InSteps(NamedTuple):
+    """A known activation of a few rows `(r, h)` at a time."""
+
+    activation: Any
+    rows: int
+
+
+class KnownInSteps(NamedTuple):
+    """What writes `InSteps`, with the methods of `Known`."""
+
+    known: Any
+    rows: int
+    kernel = None
+
+    def forward(self, pre: Sequence[Tensor], out: Tensor) -> None:
+        self._each("forward", pre, out)
+
+    def recompute(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor], out: Tensor) -> None:
+        self._each("recompute", pre, grad, grad_pre, out)
+
+    def backward(self, pre: Sequence[Tensor], grad: Tensor, grad_pre: Sequence[Tensor]) -> None:
+        self._each("backward", pre, grad, grad_pre)
+
+    def _each(self, method: str, *tensors: Any) -> None:
+        for start in range(0, len(tensors[0][0]), self.rows):
+            here = slice(start, start + self.rows)
+            some = [each[here] if isinstance(each, Tensor) else [part[here] for part in each] for each in tensors]
+            getattr(self.known, method)(*some)
+
+
 def _gelu(act: nn.GELU) -> Known:
     approximate = act.approximate
     return Known(
@@ -283,13 +313,14 @@ _SQUARED_RELU = Known(
     "relu_squared",
 )
 _IDENTITY = Known(lambda h, out: out.copy_(h), lambda grad, h, out: out.copy_(grad), "identity")
-KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped]] = {
+KNOWN: dict[type[Any], Callable[[Any], Known | KnownClamped | KnownInSteps]] = {
     nn.GELU: _gelu,
     nn.SiLU: lambda _: _SILU,
     nn.ReLU: lambda _: _RELU,
     SquaredReLU: lambda _: _SQUARED_RELU,
     nn.Identity: lambda _: _IDENTITY,
     ClampedSwiGLU: KnownClamped,
+    InSteps: lambda act: KnownInSteps(KNOWN[type(act.activation)](act.activation), act.rows),
 }
 FUNCTIONS: dict[Callable[..., Any], nn.Module] = {
     F.gelu: nn.GELU(),
@@ -308,7 +339,8 @@ def why_unknown(activation: ActivationLike) -> str | None:
     """Why a way cannot compute the activation itself, but must call the module; None if it can."""
     if type(activation) not in KNOWN:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
-        return f"the activation {name} is none of {', '.join(kind.__name__ for kind in KNOWN)}"
+        modules = [kind.__name__ for kind in KNOWN if issubclass(kind, nn.Module)]
+        return f"the activation {name} is none of {', '.join(modules)}"
     return why_hooked(activation)
 
 

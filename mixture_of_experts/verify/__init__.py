@@ -64,7 +64,8 @@ def verify(
         >>> report.findings["causal"].verdict, report.failed
         ('holds', [])
     """
-    names = {each.name for each in _ALL if thorough or not each.thorough} if properties is None else set(properties)
+    usual = {each.name for each in _ALL if not each.by_name and (thorough or not each.thorough)}
+    names = usual if properties is None else set(properties)
     if unknown := names - set(PROPERTIES):
         raise ValueError(f"no property is named {sorted(unknown)}: there are {sorted(PROPERTIES)}")
     start = time.perf_counter()

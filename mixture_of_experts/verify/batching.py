@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,6 +79,31 @@ def decoding(trial: Trial) -> Iterator[Gap]:
     sample, n = trial.sample(), trial.case.tokens
     one_by_one = [trial.forward(sample.at((slice(None), slice(t, t + 1))))["output"] for t in range(n)]
     yield gap({"output": torch.cat(one_by_one, dim=1)}, trial.forward(sample), of="output")
+
+
+@keeps("a token's bits are the same alone and in any batch", cases=CASES, steady=True, limit=0.0, by_name=True)
+def invariance(trial: Trial) -> Iterator[Gap]:
+    """Of outputs, and of the gradients of inputs by outputs alone; and of outputs without gradients."""
+    sample, (b, n) = trial.sample(), (trial.case.sequences, trial.case.tokens)
+    alone = replace(sample, x=sample.x.flatten(0, 1)[None], cotangent=sample.cotangent.flatten(0, 1)[None])
+    others = [(slice(None), torch.arange(b * n).flip(0))]  # all tokens in one sequence, backwards
+    for size in {1, 2, 3, 5, n - 1} & {*range(1, n + 1)}:
+        others += [(slice(None), slice(start, start + size)) for start in (0, n // 2, b * n - size)]
+    padded = list(real_positions(trial.case)) if trial.subject.told.get("mask") is not None else []
+    for run in (trial.forward, partial(trial.step, of="output")):
+        together = run(sample)
+        flat = {name: tensor.flatten(0, 1)[None] for name, tensor in together.items() if name in OF_TOKENS}
+        for here in others:
+            yield bits(run(alone.at(here)), at(flat, here), f", of tokens {here[1]}")
+        for real in padded:
+            found = at(run(sample.padded(real)), real)
+            yield bits(found, {name: tensor[0] for name, tensor in flat.items()}, ", padded")
+
+
+def bits(found: Outcome, wanted: Outcome, how: str) -> Gap:
+    """How many numbers of the tokens' outputs and gradients are not the same."""
+    differ = {name: int((found[name] != wanted[name]).sum()) for name in wanted}
+    return Gap(sum(differ.values()), f"other bits of {', '.join(name for name, count in differ.items() if count)}{how}")
 
 
 @keeps("at an even load no choice is dropped", "router", cases=(Case(1, 96, 0),), steady=True, limit=0.0)

@@ -51,6 +51,7 @@ class Property:
         steady: whether it is measured only in modes in which the module draws no random numbers.
         limit: the largest gap that keeps the promise; None: that of rounding.
         thorough: whether it is measured only if asked for.
+        by_name: whether it is measured only if it is named.
     """
 
     measure: Measure
@@ -61,6 +62,7 @@ class Property:
     steady: bool = False
     limit: float | None = None
     thorough: bool = False
+    by_name: bool = False
 
     @property
     def name(self) -> str:

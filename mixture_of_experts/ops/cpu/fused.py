@@ -27,29 +27,31 @@ from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.products import multiply
 
 
-def run(call: Call, on_rows: Any = rows) -> Tensor:
-    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions."""
+def run(call: Call, on_rows: Any = rows, block: int = 1) -> Tensor:
+    """Compute a call; return `(t, o)`. `on_rows` computes the rows: `ops.rows`, or a module of the same functions. An
+    expert has a multiple of `block` rows."""
     x, network = call.x, call.network
     h, o = network.w_out.shape[-2:]
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
-    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes)
+    plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, block)
     ways = partial(forward, chunks, on_rows), partial(backward, chunks, on_rows)
     return autograd.differentiable(*ways, x, plan, network)
 
 
-def plan_chunks(decision: Decision, row_work: int, row_bytes: int) -> tuple[Plan, list[list[Batch]]]:
+def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int) -> tuple[Plan, list[list[Batch]]]:
     """The plan of a call, with rows of padding, and the chunks of these rows.
 
     Args:
         decision: the gates' decision.
         row_work: multiplications of one row by one weight.
         row_bytes: bytes of a row of tokens and of its pre-activations.
+        block: the number of rows of which those of an expert are a multiple.
     """
     threads = torch.get_num_threads()
     most_rows = max(1, CHUNK * threads // row_bytes)
     queue, position, length = decision.queues()
-    counts = decision.rows_per_expert(length).tolist()
+    counts = [-(-count // block) * block for count in decision.rows_per_expert(length).tolist()]
     batches = batches_of(counts, row_work, threads, most_rows)
     given = rows_given(batches, len(counts))
     plan = decision.with_rows(queue, position, length, torch.tensor(given, device=queue.device), sum(given))
