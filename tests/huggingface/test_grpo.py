@@ -15,7 +15,7 @@ from support.transformers_trainers import dataset, settings, texts, tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixture_of_experts.huggingface import ReplayRouting, upcycle
+from mixture_of_experts.huggingface import ReplayRouting, fast_lora, upcycle
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 
 pytestmark = [
@@ -89,6 +89,8 @@ def train(
     torch.manual_seed(1)
     given = dict(args=config, train_dataset=data, processing_class=tokenizer(), peft_config=peft, rollout_func=rollout)
     trainer: Any = Trainer(llama(), reward, **given)
+    if peft is not None:
+        fast_lora(trainer.model)
     trainer.train()
     return found
 
@@ -112,7 +114,8 @@ def test_adapters_a_reference_weights_and_chunks(tmp_path):
     """The adapter's model is its own reference, which is computed in two chunks of the generation."""
     from peft import LoraConfig
 
-    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    lora = LoraConfig(target_modules=["q_proj"], target_parameters=experts, r=2)
     found = train(tmp_path, ReplayRouting, weights=True, peft=lora, beta=0.1)
     assert max(sampled for sampled, _ in found) < 0.2
 
