@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -95,7 +94,7 @@ class ReplayRouting:
         self._rows = [(records, number) for number in range(len(prompt_ids))]
         return generated
 
-    def _roll_out(self, rollout: Callable[..., Any], prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    def _roll_out(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """What a rollout function returns, without the choices, which are kept for the log-probabilities."""
         output = dict(rollout(prompts, trainer))
         if "prompt_ids" not in output or "completion_ids" not in output:
@@ -107,9 +106,7 @@ class ReplayRouting:
                 "of what RoutingRecords.from_requests takes, or RoutingRecords"
             )
         records = given if isinstance(given, RoutingRecords) else RoutingRecords.from_requests(given)
-        numbers = [
-            len(ids) + len(more) for ids, more in zip(output["prompt_ids"], output["completion_ids"], strict=True)
-        ]
+        numbers = [len(a) + len(b) for a, b in zip(output["prompt_ids"], output["completion_ids"], strict=True)]
         lengths = records.lengths(records.layers[0])
         if len(lengths) != len(numbers) or any(n - m not in (0, 1) for n, m in zip(numbers, lengths, strict=True)):
             raise ValueError(

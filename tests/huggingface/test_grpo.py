@@ -131,8 +131,7 @@ def engine() -> Any:
 
     def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
         ids = [tokenizer()(text)["input_ids"] for text in prompts]
-        output: dict[str, list[Any]] = dict(prompt_ids=ids, completion_ids=[], logprobs=[], routed_experts=[])
-        weights = []
+        output, weights = dict(prompt_ids=ids, completion_ids=[], logprobs=[], routed_experts=[]), []
         for row in ids:
             with torch.no_grad(), record_routing(model, weights=True) as records:
                 tokens = model.generate(torch.tensor([row]), max_new_tokens=12, do_sample=True)
@@ -258,7 +257,6 @@ def test_rollouts_without_the_choices_of_their_tokens_are_refused():
     records = RoutingRecords.from_requests(choices, weights=[choice.float() for choice in choices])
     trainer = Rolled(**ids, routed_experts=records, reward=1)
     assert trainer.rollout_func([], trainer) == {**ids, "reward": 1}  # what reward functions are given
-    assert trainer._rows == [(trainer._rows[0][0], 0), (trainer._rows[0][0], 1)]
     assert Rolled(completion_ids=[]).rollout_func([], None) == {"completion_ids": []}
 
 
