@@ -179,7 +179,7 @@ def test_an_optimizer_of_tensors_that_are_gone_is_warned_of_once():
 
 @pytest.mark.parametrize("first", [True, False])
 def test_one_of_two_optimizers_is_no_old_one(first):
-    """Muon on views of the stacks, as docs/stacked_experts.md has it, and another one for the rest."""
+    """One that holds views of the stacks, one matrix each, and another one for the rest."""
     moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
     stacks = [p for name, p in moe.named_parameters() if name.startswith("experts.")]
     views = {stack: [nn.Parameter(matrix.mT) for matrix in stack.data] for stack in stacks}

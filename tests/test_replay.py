@@ -590,6 +590,29 @@ def test_arrays_of_engines():
         RoutingRecords.from_requests(strings)
 
 
+def test_weights_of_engines():
+    """In parts, and of another router; where the engine recorded no choice, the gate weighs as well."""
+    torch.manual_seed(0)
+    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 4, DIM)
+    with record_routing(moe, weights=True) as records:
+        out, _ = moe(x)
+    experts, weights = ([of.unsqueeze(1).numpy() for of in kept["gate"]] for kept in (records, records.weights))
+    nn.init.normal_(moe.gate.w_gating)
+    free, _ = moe(x)
+    experts[1][3], weights[1][3] = -1, 0.0
+    experts, weights = ([first, (second[:3], second[3:])] for first, second in (experts, weights))
+    with replay_routing(moe, RoutingRecords.from_requests(experts, weights=weights)):
+        found, _ = moe(x)
+    torch.testing.assert_close(found.view(8, DIM), torch.cat([out.view(8, DIM)[:7], free.view(8, DIM)[7:]]))
+    assert not torch.allclose(free[0], out[0], atol=1e-2)
+    with pytest.raises(ValueError, match=r"shapes \[\(4, 1, 2\), \(4, 1, 2\)\] of the choices, got \[\(4, 1, 2\)\]"):
+        RoutingRecords.from_requests(experts, weights=weights[:1])
+    with pytest.raises(
+        ValueError, match=r"request 0 must be floating point \(tokens, layers, k\), got .*: torch.int16"
+    ):
+        RoutingRecords.from_requests(experts, weights=experts)
+
+
 def test_records_are_checked():
     one, two = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.int64)
     for wrong, message in [

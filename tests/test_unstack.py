@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from experiments.muon import Muon
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.quantize import quantize_experts
@@ -141,31 +142,29 @@ def test_compiled_experts_are_refused():
         assert [type(module) for module in made.modules()] == kinds
 
 
-def test_muon_of_each_expert():
-    """Matrices that are views of a stack learn as linear layers do."""
-    stacked, x = layer("gated"), torch.randn(2, 12, D)
-    lists = unstack(copy.deepcopy(stacked))
-    stacks = [p for name, p in stacked.experts.named_parameters() if name.startswith("w")]
-    views = {stack: [nn.Parameter(matrix.mT) for matrix in stack.data] for stack in stacks}
-    ours = torch.optim.Muon([view for of in views.values() for view in of], lr=0.1)
+@pytest.mark.parametrize(
+    ("shape", "fused"), [((3, 16, 24), None), ((2, 2, 15, 7), None), ((7, 9), None), ((3, 26, 9), 1), ((3, 5, 8), 2)]
+)
+def test_muon_of_stacks(shape, fused, monkeypatch):
+    """The recipe of docs/stacked_experts.md does to each matrix what torch's Muon does, in float64."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.double)  # in which torch's would iterate
 
-    def give_gradients(*_):
-        for stack, of in views.items():
-            for view, grad in zip(of, stack.grad, strict=True):
-                view.grad = grad.mT
+    def matrices(x):
+        halves = [x] if fused is None else x.chunk(2, fused)
+        return [matrix for half in halves for matrix in half.reshape(-1, *half.shape[-2:])]
 
-    ours.register_step_pre_hook(give_gradients)
-    theirs = torch.optim.Muon([p for p in lists.experts.parameters() if p.ndim == 2], lr=0.1)
-    before = stacked.experts.w1.clone()
-    for _ in range(3):
-        for moe, optimizer in ((stacked, ours), (lists, theirs)):
-            moe.zero_grad()
-            moe(x)[0].square().sum().backward()
-            optimizer.step()
-    assert (stacked.experts.w1 - before).abs().max() > 0.05
-    torch.testing.assert_close(
-        restack(lists).experts.w1, stacked.experts.w1, atol=2e-2, rtol=0
-    )  # it computes in bfloat16
+    stack = nn.Parameter(torch.randn(shape, dtype=torch.float64))
+    alone = [nn.Parameter(matrix.clone()) for matrix in matrices(stack.data)]
+    ours = Muon([stack], lr=0.1, fused=fused)
+    theirs = torch.optim.Muon(alone, lr=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(3):
+        stack.grad = torch.randn_like(stack)
+        stack.grad[0] *= step > 0  # an expert without tokens yet
+        for matrix, grad in zip(alone, matrices(stack.grad), strict=True):
+            matrix.grad = grad
+        ours.step()
+        theirs.step()
+    torch.testing.assert_close(torch.stack(matrices(stack.data)), torch.stack(list(alone)), atol=1e-10, rtol=0)
 
 
 def test_torchao():

@@ -1,8 +1,9 @@
-"""Routing replay for TRL's `GRPOTrainer`: it trains with the experts that its generation chose. TRL is not imported."""
+"""Routing replay for TRL's `GRPOTrainer`: it trains with the experts that a generation chose. TRL is not imported."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,23 +18,26 @@ METHODS = (
     "_compute_loss",
     "_get_per_token_logps_and_entropies",
 )
-REPLACED_BY = ("use_vllm", "use_transformers_continuous_batching", "rollout_func", "tools")
+ENGINES = ("use_vllm", "use_transformers_continuous_batching")
 Row = tuple[RoutingRecords, int]  # the records of a generation, and the number of a sequence in them
 
 
 class ReplayRouting:
-    """Makes a `GRPOTrainer` of TRL compute log-probabilities with the experts that its own generation chose.
+    """Makes a `GRPOTrainer` of TRL compute log-probabilities with the experts that a generation chose.
 
     Write it before the trainer: `class Trainer(ReplayRouting, GRPOTrainer): ...`. Choices are recorded while the
-    trainer generates. They are replayed in every forward that computes log-probabilities of these completions: in
+    trainer generates; or the trainer's `rollout_func` returns those of an engine: beside TRL's own fields,
+    "routed_experts" is a list of what `RoutingRecords.from_requests` takes, or `RoutingRecords`, of prompt and
+    completion. They are replayed in every forward that computes log-probabilities of these completions: in
     training, over all mini-batches and iterations, in the forward for old log-probabilities, and in evaluation. The
     last token of a completion was never read, so there the gates choose. A reference model of its own chooses for
     itself; with PEFT the model without its adapter is the reference: it takes the choices too, and weighs them itself.
 
     Raises:
-        ValueError: when the trainer is made: it generates in another way (vLLM, continuous batching, tools, a function
-            of yours), or its model has no gate; in training: the generation has no cache, a prompt has images, or
-            log-probabilities with gradients are computed in chunks, or twice before a backward.
+        ValueError: when the trainer is made: it generates in another way (vLLM and continuous batching without
+            `rollout_func`, tools), or its model has no gate; in training: the generation has no cache, `rollout_func`
+            returns no choices, or not of these tokens, a prompt has images, or log-probabilities with gradients are
+            computed in chunks, or twice before a backward.
         TypeError: when your class is made: it has this one after the trainer; when the trainer is made: it lacks a
             method of TRL's that this class needs, or a gate has choices or weights that cannot be recorded.
     """
@@ -59,15 +63,20 @@ class ReplayRouting:
                 f"{type(self).__name__} has no {missing[0]} after ReplayRouting: write class "
                 "Trainer(ReplayRouting, GRPOTrainer), with a TRL that has this method, as 1.16 has"
             )
-        if other := [name for name in REPLACED_BY if getattr(self, name, None)]:
+        rollout: Any = getattr(self, "rollout_func", None)
+        replaced_by = ("tools",) if rollout else ("tools", *ENGINES)
+        if other := [name for name in replaced_by if getattr(self, name, None)]:
             raise ValueError(
-                f"ReplayRouting records the trainer's own generation, which {other[0]} replaces: leave that out, or "
-                "take the engine's choices (RoutingRecords.from_requests) and enter replay_routing yourself"
+                f"ReplayRouting records the trainer's own generation, which {other[0]} replaces, and TRL does not hand "
+                "on an engine's choices: leave that out, and give a rollout_func that asks your engine, and returns "
+                'its choices as "routed_experts" beside the ids'
             )
         self._rows: list[Row] = []  # of the sequences whose log-probabilities come next
         self._until_backward: ExitStack | None = None  # the replay of a forward whose backward has not ended
         with self._recorded():
             pass  # raises if it cannot record
+        if rollout:
+            self.rollout_func = partial(self._roll_out, rollout)
 
     def _recorded(self) -> Any:
         model: Any = getattr(self, "model")  # noqa: B009  # the trainer's
@@ -84,6 +93,34 @@ class ReplayRouting:
             )
         self._rows = [(records, number) for number in range(len(prompt_ids))]
         return generated
+
+    def _roll_out(self, rollout: Any, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """What a rollout function returns, without the choices, which are kept for the log-probabilities."""
+        output = dict(rollout(prompts, trainer))
+        if "prompt_ids" not in output or "completion_ids" not in output:
+            return output  # the trainer says what is missing
+        given = output.pop("routed_experts", None)
+        if given is None:
+            raise ValueError(
+                'rollout_func returned no "routed_experts": start the engine so that it returns them, and add a list '
+                "of what RoutingRecords.from_requests takes, or RoutingRecords"
+            )
+        records = given if isinstance(given, RoutingRecords) else RoutingRecords.from_requests(given)
+        numbers = [len(a) + len(b) for a, b in zip(output["prompt_ids"], output["completion_ids"], strict=True)]
+        lengths = records.lengths(records.layers[0])
+        if len(lengths) != len(numbers) or any(n - m not in (0, 1) for n, m in zip(numbers, lengths, strict=True)):
+            raise ValueError(
+                f"prompts and completions have {numbers} tokens, their routed_experts {lengths}: give the choices of "
+                "prompt and completion, of all tokens or all but the last, which no engine reads"
+            )
+        if self.replay_weights and records.weights is None:
+            raise ValueError(
+                "replay_weights is True, but routed_experts has choices alone: give RoutingRecords.from_requests(..., "
+                "weights=...), or set it to False"
+            )
+        records = records if self.replay_weights else choices_alone(records)
+        self._rows = [(records, number) for number in range(len(numbers))]
+        return output
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         trainer: Any = super()
@@ -118,8 +155,7 @@ class ReplayRouting:
         for start in range(0, len(input_ids), size):
             part = slice(start, start + size)
             records = records_of(self._rows[part], attention_mask[part])
-            if of_reference and records.weights is not None:
-                records = RoutingRecords(records, {name: records.num_experts(name) for name in records})
+            records = choices_alone(records) if of_reference else records
             with ExitStack() as replay:
                 replay.enter_context(replay_routing(model, records, beyond="choose"))
                 arguments = (model, input_ids[part], attention_mask[part], logits_to_keep)
@@ -164,6 +200,10 @@ def is_reference(model: torch.nn.Module) -> bool:
         getattr(each, "disable_adapters", False) is True or "ref" in getattr(each, "active_adapters", ())
         for each in wrappers
     )
+
+
+def choices_alone(records: RoutingRecords) -> RoutingRecords:
+    return RoutingRecords(records, {name: records.num_experts(name) for name in records})
 
 
 def records_of(rows: list[Row], mask: Tensor) -> RoutingRecords:

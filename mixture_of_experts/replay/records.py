@@ -153,7 +153,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
 
     @classmethod
     def from_requests(
-        cls, requests: Sequence[Any], *, shape: tuple[int, int] | None = None, layers: Sequence[int] | None = None
+        cls,
+        requests: Sequence[Any],
+        *,
+        shape: tuple[int, int] | None = None,
+        layers: Sequence[int] | None = None,
+        weights: Sequence[Any] | None = None,
     ) -> RoutingRecords:
         """Make records from what a serving engine returns for each request.
 
@@ -169,6 +174,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             shape: `(l, k)`, which strings do not tell.
             layers: which of the l layers have gates, in the model's order, if the engine returns dense layers too; by
                 default all.
+            weights: for each request the weights `(s, l, k)` of these choices, floating point, as experts' outputs are
+                multiplied by them; in parts if the request is. Where the gate chooses, it also weighs.
+
+        Raises:
+            ValueError: an array is of another kind; or requests, parts or weights differ in shape.
 
         Example:
             >>> prompt = [[[0, 1], [2, 3]], [[1, 0], [3, 2]]]  # two tokens, two layers, two choices
@@ -186,7 +196,18 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         chosen = list(of_all) if layers is None else list(layers)
         if wrong := [layer for layer in chosen if not isinstance(layer, Integral) or layer not in of_all]:
             raise ValueError(f"layers has {wrong[0]!r}, the requests have 0 to {len(of_all) - 1}")
-        return cls({str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)})
+
+        def of_gates(arrays: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+            return {str(i): [array[:, layer] for array in arrays] for i, layer in enumerate(chosen)}
+
+        if weights is None:
+            return cls(of_gates(arrays))
+        weighed = [read_request(request, number, None, floating=True) for number, request in enumerate(weights)]
+        if [weight.shape for weight in weighed] != [array.shape for array in arrays]:
+            wanted, got = ([tuple(array.shape) for array in of] for of in (arrays, weighed))
+            raise ValueError(f"weights must have the shapes {wanted} of the choices, got {got}")
+        live = [weight.masked_fill(array == LIVE, torch.nan) for array, weight in zip(arrays, weighed, strict=True)]
+        return cls(of_gates(arrays), None, of_gates(live))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write a file that `load` reads."""
@@ -239,10 +260,11 @@ def tensors_of(name: str, given: Any) -> dict[str, list[Tensor]]:
     return found
 
 
-def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Tensor:
-    """The choices `(s, l, k)` of a request."""
+def read_request(request: Any, number: int, shape: tuple[int, int] | None, floating: bool = False) -> Tensor:
+    """The choices `(s, l, k)` of a request, or their weights, float32."""
+    kind = "floating point" if floating else "integers"
     if isinstance(request, tuple):
-        parts = [read_request(part, number, shape) for part in request]
+        parts = [read_request(part, number, shape, floating) for part in request]
         if len({part.shape[1:] for part in parts}) != 1:
             raise ValueError(
                 f"parts of request {number} must agree in layers and k, got {[(*p.shape,) for p in parts]}"
@@ -250,11 +272,13 @@ def read_request(request: Any, number: int, shape: tuple[int, int] | None) -> Te
         return torch.cat(parts)
     try:
         array = from_base64(request, shape) if isinstance(request, str) else torch.as_tensor(request)
-        if array.ndim != 3 or not is_integer(array):
+        if array.ndim != 3 or not (array.is_floating_point() if floating else is_integer(array)):
             raise ValueError(f"{array.dtype} {tuple(array.shape)}")
     except (TypeError, ValueError, RuntimeError) as error:
         got = f"a {type(request).__name__}: {error}"
-        raise ValueError(f"request {number} must be integers (tokens, layers, k), got {got}") from error
+        raise ValueError(f"request {number} must be {kind} (tokens, layers, k), got {got}") from error
+    if floating:
+        return array.cpu().float()
     wide = integers(array.cpu()).to(torch.int64)
     array = wide.to(torch.int32)
     array = array if array.equal(wide) else wide  # a replay tells what is no expert

@@ -15,8 +15,8 @@ from support.transformers_trainers import dataset, settings, texts, tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mixture_of_experts.huggingface import ReplayRouting, upcycle
-from mixture_of_experts.replay import RoutingRecords, replay_routing
+from mixture_of_experts.huggingface import ReplayRouting, fast_lora, upcycle
+from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
 
 pytestmark = [
     # peft and trl use names that transformers deprecates
@@ -72,7 +72,9 @@ def measured() -> Any:
     return Measured
 
 
-def train(folder: Path, *mixins: type, weights: bool = False, peft: Any = None, **more: Any) -> list[list[float]]:
+def train(
+    folder: Path, *mixins: type, weights: bool = False, peft: Any = None, rollout: Any = None, **more: Any
+) -> list[list[float]]:
     from trl import GRPOConfig
 
     found: list[list[float]] = []
@@ -85,9 +87,10 @@ def train(folder: Path, *mixins: type, weights: bool = False, peft: Any = None, 
         return [float(len(completion)) for completion in completions]
 
     torch.manual_seed(1)
-    trainer: Any = Trainer(
-        llama(), reward, args=config, train_dataset=data, processing_class=tokenizer(), peft_config=peft
-    )
+    given = dict(args=config, train_dataset=data, processing_class=tokenizer(), peft_config=peft, rollout_func=rollout)
+    trainer: Any = Trainer(llama(), reward, **given)
+    if peft is not None:
+        fast_lora(trainer.model)
     trainer.train()
     return found
 
@@ -111,9 +114,50 @@ def test_adapters_a_reference_weights_and_chunks(tmp_path):
     """The adapter's model is its own reference, which is computed in two chunks of the generation."""
     from peft import LoraConfig
 
-    lora = LoraConfig(target_modules=["q_proj"], r=2)
+    experts = ["experts.w1", "experts.w3", "experts.w2"]
+    lora = LoraConfig(target_modules=["q_proj"], target_parameters=experts, r=2)
     found = train(tmp_path, ReplayRouting, weights=True, peft=lora, beta=0.1)
     assert max(sampled for sampled, _ in found) < 0.2
+
+
+def engine() -> Any:
+    """Stands for vLLM: a rollout function that generates with a model of its own, whose routers are others."""
+    from trl.trainer.utils import pad
+
+    model = llama().eval()
+    for name, weight in model.named_parameters():
+        if name.endswith("w_gating"):
+            torch.nn.init.normal_(weight, std=0.25)
+
+    def roll_out(prompts: list[str], trainer: Any) -> dict[str, Any]:
+        ids = [tokenizer()(text)["input_ids"] for text in prompts]
+        output, weights = dict(prompt_ids=ids, completion_ids=[], logprobs=[], routed_experts=[]), []
+        for row in ids:
+            with torch.no_grad(), record_routing(model, weights=True) as records:
+                tokens = model.generate(torch.tensor([row]), max_new_tokens=12, do_sample=True)
+                logps = model(tokens).logits[0].log_softmax(-1)[len(row) - 1 : -1]
+            arrays = [torch.stack([of[0] for of in kept.values()], 1) for kept in (records, records.weights)]
+            output["completion_ids"].append(tokens[0, len(row) :].tolist())
+            output["logprobs"].append(logps.gather(-1, tokens[0, len(row) :, None]).squeeze(-1).tolist())
+            output["routed_experts"].append(arrays[0].numpy())  # int16 (s, l, k), of all tokens but the last
+            weights.append(arrays[1].numpy())
+        if trainer.replay_weights:
+            output["routed_experts"] = RoutingRecords.from_requests(output["routed_experts"], weights=weights)
+        trainer.sampled = pad([torch.tensor(logps) for logps in output["logprobs"]], 0.0, "right")
+        return output
+
+    return roll_out
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*'rollout_func', which is an experimental feature:UserWarning")
+def test_it_trains_with_the_experts_that_an_engine_chose(tmp_path):
+    """The engine is the model but for its routers: with its choices and weights log-probabilities are its own."""
+    free = train(tmp_path, rollout=engine(), bf16=False)
+    choices = train(tmp_path, ReplayRouting, rollout=engine(), bf16=False)
+    whole = train(tmp_path, ReplayRouting, rollout=engine(), bf16=False, weights=True)
+    print("as it is", *free, "choices", *choices, "weights too", *whole, sep="\n")
+    assert whole[0][0] < 1e-4 < 0.1 < choices[0][0] < free[0][0]
 
 
 class Logits:
@@ -194,6 +238,28 @@ def test_one_forward_until_its_backward():
     assert [len(module._forward_pre_hooks) for module in model.modules()] == hooks
 
 
+def test_rollouts_without_the_choices_of_their_tokens_are_refused():
+    class Rolled(Replayed):
+        def __init__(self, **output: Any) -> None:
+            self.rollout_func = lambda prompts, trainer: output
+            super().__init__(llama())
+
+    ids: Any = dict(prompt_ids=[[5, 6], [7]], completion_ids=[[8, 9], [10, 11]], logprobs=None)
+    choices = [torch.arange(2).expand(length, 4, 2) for length in (3, 2)]
+    for given, message in {
+        None: 'returned no "routed_experts": start the engine',
+        (choices[0], choices[0][:1]): r"have \[4, 3\] tokens, their routed_experts \[3, 1\]",
+        (choices[0],): r"have \[4, 3\] tokens, their routed_experts \[3\]",
+        tuple(choices): r"replay_weights is True, but routed_experts has choices alone: .*weights=",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            Rolled(**ids, routed_experts=given).rollout_func([], None)
+    records = RoutingRecords.from_requests(choices, weights=[choice.float() for choice in choices])
+    trainer = Rolled(**ids, routed_experts=records, reward=1)
+    assert trainer.rollout_func([], trainer) == {**ids, "reward": 1}  # what reward functions are given
+    assert Rolled(completion_ids=[]).rollout_func([], None) == {"completion_ids": []}
+
+
 def test_after_the_trainer_it_is_refused():
     """There none of its methods would run, and the trainer would train with other experts."""
     with pytest.raises(
@@ -210,8 +276,6 @@ def test_other_generations_are_refused(tmp_path):
     from trl import GRPOTrainer
 
     class Other(ReplayRouting, GRPOTrainer):
-        rollout_func = None
-
         def __init__(self, **attributes: Any) -> None:
             self.__dict__.update(attributes)
             super().__init__()
@@ -220,8 +284,11 @@ def test_other_generations_are_refused(tmp_path):
         type("Alone", (ReplayRouting,), {})()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GRPOTrainer, "__init__", lambda self: None)
-        with pytest.raises(ValueError, match="the trainer's own generation, which use_vllm replaces"):
+        with pytest.raises(ValueError, match=r"own generation, which use_vllm replaces, .* give a rollout_func that"):
             Other(use_vllm=True)
+        with pytest.raises(ValueError, match="own generation, which tools replaces"):
+            Other(tools=[print], rollout_func=print)
+        Other(use_vllm=True, rollout_func=print, model=llama())  # the function asks the engine, TRL gives it weights
         with pytest.raises(ValueError, match="has no gate"):
             Other(model=torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"8 prompts were recorded as .* sequences: generate with a cache"):
