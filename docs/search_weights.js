@@ -13,7 +13,7 @@ var Scorer = {
 };
 
 const EXPLAIN = ["concepts", "troubleshooting", "glossary", "training", "getting_started", "in_your_model", "arguments"];
-const LIST = ["experiments", "results", "performance", "benchmarks", "trust", "versions", "releasing", "coming_from"];
+const LIST = ["experiments", "performance", "benchmarks", "trust", "versions", "releasing", "coming_from"];
 
 function weight(docname) {
   if (EXPLAIN.includes(docname)) return 3;
