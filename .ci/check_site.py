@@ -18,7 +18,7 @@ ASKED_FOR = {
 }
 
 FIRST = {"mask": "concepts", "decode": "concepts"}  # by an entry of the index, which comes before words of a text
-HISTORY = ("changelog", "contributing", "families")  # not searched
+HISTORY = ("changelog", "contributing")  # not searched
 
 PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats", "verify")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]

@@ -83,7 +83,7 @@ LOOKED_FOR = {
     "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
     "stacked_experts": {"Quantisation": ["quantization", "int8"]},
 }
-NOT_SEARCHED = ("changelog", "contributing", "families")
+NOT_SEARCHED = ("changelog", "contributing")
 
 
 def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:
