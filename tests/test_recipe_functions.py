@@ -86,9 +86,7 @@ def test_the_page_begins_with_the_table():
 # the second table of the page: a property, and whether a recipe has it
 PROPERTIES = {
     "sigmoid scores": lambda model: model.gate.get("score") == "sigmoid",
-    "expert groups": lambda model: "num_groups" in model.gate,
     "balanced by an expert bias": lambda model: "expert_bias" in model.gate,
-    "balanced by a loss over the batch": lambda model: model.gate.get("balance_over") == "batch",
     "a shared expert": lambda model: model.shared > 0,
     "under 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
     "over 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
