@@ -15,10 +15,23 @@ ASKED_FOR = {
     "TRL": "transformers",
     "collapse": "troubleshooting",
     "jitter": "glossary",
+    "QLoRA": "published_mixtures",
+    "vLLM": "published_mixtures",
+    "serve": "published_mixtures",
+    "tie": "concepts",
+    "top_k": "glossary",
+    "DeepSpeed": "coming_from",
 }
 
-FIRST = {"mask": "concepts", "decode": "concepts"}  # by an entry of the index, which comes before words of a text
-HISTORY = ("changelog", "contributing", "families")  # not searched
+FIRST = {
+    "mask": "concepts",
+    "decode": "concepts",
+    "tie": "concepts",
+    "serve": "published_mixtures",
+    "qlora": "published_mixtures",
+    "mixed precision": "ddp_fsdp2",
+}  # by an entry of the index, which comes before words of a text
+HISTORY = ("changelog", "contributing")  # not searched
 
 PARTS = ("gating", "huggingface", "ops", "parallel", "replay", "stats", "verify")
 PUBLIC = ["mixture_of_experts", *(f"mixture_of_experts.{part}" for part in PARTS)]

@@ -1,4 +1,4 @@
-"""The picture of `docs/performance.md`, from the table of `docs/results.md`: `python -m benchmarks.documented`.
+"""The picture of `docs/performance.md`, from the table of `benchmarks/measured.md`: `python -m benchmarks.documented`.
 
 Picture and table are one measurement.
 """
@@ -14,7 +14,8 @@ from typing import Any
 from benchmarks.cases import choose
 from benchmarks.report import FLOORS, draw
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+MEASURED = Path(__file__).with_name("measured.md")
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "images" / "benchmarks.png"
 ROW = re.compile(r"^\| (\S+/\S+) \| (.+?) ÷ (.+?) \| (\(?)([\d.]+)\)?(?:, [\d.–]+)? \|", re.MULTILINE)
 MACHINE = re.compile(
     r"^> (?P<processor>.+), (?P<cores>\d+) cores, (?P<memory_gib>[\d.]+) GiB; torch (?P<torch>\S+), "
@@ -66,6 +67,5 @@ def reached(ratios: Iterable[Ratio], known: dict[str, float]) -> Iterator[tuple[
 
 
 if __name__ == "__main__":
-    picture = DOCS / "images" / "benchmarks.png"
-    draw(result_of((DOCS / "results.md").read_text(encoding="utf-8")), str(picture))
-    print(f"wrote {picture}")
+    draw(result_of(MEASURED.read_text(encoding="utf-8")), str(PICTURE))
+    print(f"wrote {PICTURE}")

@@ -7,6 +7,7 @@ from the docstrings.
 from __future__ import annotations
 
 import re
+from importlib.metadata import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,10 +46,13 @@ html_search_scorer = str(Path(__file__).with_name("search_weights.js"))
 templates_path = ["_templates"]
 html_sidebars = {"**": ["all_pages.html"]}
 html_show_sourcelink = False
+urls = dict(line.split(", ", 1) for line in metadata("mixture_of_experts").get_all("Project-URL") or [])
+html_context = {"repository": urls.get("Repository")}  # without one the header leads to how to take part
 html_theme_options = {
     "navbar_center": [],
-    "navbar_end": ["theme-switcher"],
+    "navbar_end": ["version_and_install.html", "theme-switcher"],
     "navbar_persistent": ["search-field"],
+    "search_bar_text": "Search",
     "secondary_sidebar_items": ["page-toc"],
     "show_toc_level": 2,
     "navigation_with_keys": False,
@@ -71,19 +75,32 @@ INCLUDED = {
 # What readers look for, and the section that tells of it under another title
 LOOKED_FOR = {
     "concepts": {
-        "Routing": ["router", "gate", "top-k"],
+        "Routing": ["router", "gate", "top-k", "top_k"],
         "Capacity": ["slot", "drop"],
         "Dropless": ["decode", "generate", "inference", "KV cache"],
         "Padding": ["mask", "pad"],
         "Losses": ["auxiliary loss", "aux_loss", "balancing loss", "z-loss"],
+        "Exactly what is computed": ["tie", "rounding", "precision"],
     },
     "recipes": {"Recipes": ["Mixtral", "DeepSeek", "Qwen", "OLMoE", "GPT-OSS", "Llama 4", "Kimi", "Switch", "Gemma"]},
+    "published_mixtures": {
+        "From beginning to end": ["QLoRA", "fine-tune", "merge"],
+        "Serve it": ["serve", "vLLM", "SGLang", "inference engine"],
+        "What fits into which card": ["GPU memory", "out of memory"],
+    },
+    "ddp_fsdp2": {"FSDP2": ["mixed precision", "bf16", "ZeRO"], "DDP": ["data parallel"]},
+    "coming_from": {
+        "DeepSpeed": ["DeepSpeed"],
+        "Megatron": ["Megatron"],
+        "Tutel": ["Tutel"],
+        "fairscale": ["fairscale"],
+    },
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
     "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
     "stacked_experts": {"Quantisation": ["quantization", "int8"]},
 }
-NOT_SEARCHED = ("changelog", "contributing", "families")
+NOT_SEARCHED = ("changelog", "contributing")
 
 
 def lead_to_included(app: Sphinx, page: str, source: list[str]) -> None:

@@ -16,7 +16,7 @@ def one_process(tmp_path):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-table", action="store_true", help="write docs/compatibility.md from what the tests show")
+    parser.addoption("--write-table", action="store_true", help="write tests/compat/table.md from what the tests show")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -137,7 +137,7 @@ def test_the_picture_of_the_documents_is_their_table(tmp_path: Path) -> None:
 
 def test_the_table_of_the_documents_is_read_whole() -> None:
     """Every case of it is one of ours, and the layer's mark stands where the table says."""
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    page = documented.MEASURED.read_text(encoding="utf-8")
     points = {record["case"]["name"]: record["contestants"] for record in documented.result_of(page)["records"]}
     found = re.findall(r"^\| (\S+) \| layer ÷ (?:products|by hand) \| ([\d.]+)", page, re.MULTILINE)
     assert len(found) > 15

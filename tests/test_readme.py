@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from support import compat_table
 from torch.optim.swa_utils import AveragedModel
 
 import mixture_of_experts
@@ -29,6 +30,8 @@ LARGE = 12 * 2**30  # bytes of memory a machine should have to run a block marke
 
 # an optional mark, `<!-- test: cuda -->` or `<!-- test: large -->`, then the block
 BLOCK = re.compile(r"(?:^<!-- test: (?P<mark>\w+) -->\n)?^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+# behind a block: what it prints, or lines of that
+OUTPUT = re.compile(r"(?P<prose>[^`]*It prints(?:(?!```).)*?)^```text\n(?P<lines>.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Block(NamedTuple):
@@ -38,6 +41,7 @@ class Block(NamedTuple):
     line: int  # of its first line of code
     mark: str | None
     code: str
+    prints: tuple[str, ...]  # lines that the page says it prints
 
     def run(self) -> dict[str, Any]:
         """Run it alone, as a reader who copies it would; tracebacks show the document's own lines. What it defined."""
@@ -56,7 +60,9 @@ def blocks_of(file: Path) -> list[Block]:
     found = []
     for match in BLOCK.finditer(text):
         line = text.count("\n", 0, match.start("code")) + 1
-        found.append(Block(file, line, match["mark"], match["code"]))
+        output = OUTPUT.match(text, match.end())
+        prints = tuple(output["lines"].splitlines()) if output else ()
+        found.append(Block(file, line, match["mark"], match["code"], prints))
     return found
 
 
@@ -79,13 +85,23 @@ def why_not(block: Block) -> str | None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's, of stacks
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
-def test_python_block_runs(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_python_block_runs(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     assert block.mark in (None, "cuda", "large")
     if reason := why_not(block):
         pytest.skip(reason)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     block.run()
+    printed = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert [line for line in block.prints if line.rstrip() not in printed] == [], "\n".join(printed)
+
+
+def test_every_output_is_compared():
+    """A page that says what a block prints says it in a block of text, which the test above compares."""
+    told = sum(len(re.findall("(?<!`)It prints", prose(file))) for file in DOCUMENTS)
+    assert len([block for block in BLOCKS if block.prints]) == told > 2
 
 
 def in_your_model() -> list[Block]:
@@ -168,6 +184,15 @@ def test_table_of_arguments_matches_the_signature():
     two_levels = set(inspect.signature(HeirarchicalMoE).parameters)
     assert two_levels - set(parameters) == {"gate_outer", "gate_inner", "capacity_factor_second_level"}
     assert set(parameters) - two_levels == {"gate"}
+
+
+def test_page_of_compatibility_names_every_exception():
+    """The table that the tests write has a reason for each; the page has them all."""
+    cells = compat_table.read(compat_table.DOCUMENT.read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    reasons = set(cells.values()) - {compat_table.YES}
+    assert [reason for reason in reasons if reason not in page] == []
+    assert len(reasons) > 3
 
 
 def prose(file: Path) -> str:

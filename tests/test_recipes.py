@@ -39,16 +39,14 @@ RECIPES = {
     "ReMoE": (8, 16, None),
     "GPT-OSS": (4, 32, 1.0),
     "Chen 2022": (1, 8, None),
-    "Llama 4": (1, 16, None),
-    "Gated shared expert": (4, 60, None),
+    "llama4": (1, 16, None),
+    "qwen2": (4, 60, None),
 }
 # the functions of those that the page builds under a heading
 FUNCTIONS = {
     "DeepSeek-V3": recipes.deepseek_v3,
     "ReMoE": recipes.remoe,
     "GPT-OSS": recipes.gpt_oss,
-    "Llama 4": recipes.llama4,
-    "Gated shared expert": recipes.qwen2,
 }
 
 

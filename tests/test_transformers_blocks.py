@@ -10,10 +10,12 @@ from types import ModuleType
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.recipes import recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating
+from mixture_of_experts.dispatch import combine, dispatch
 
 pytest.importorskip("transformers", reason="the extra 'hf' is not installed")
 
@@ -23,6 +25,45 @@ Weights = Callable[[nn.Module, Read], dict[str, Tensor]]  # their weights by our
 TOLERANCE = 1e-5
 SEEDS = range(3)
 DTYPES = (torch.float32, torch.float64)
+
+
+# ---- parts by hand ----
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(dim, hidden_dim, bias=False), nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Llama4Experts(GatedExperts):
+    def forward(self, x, decision):
+        rows = decision.without_gaps()  # the plan: one row for each choice, sorted by expert
+        scaled = dispatch(x, rows) * rows.row_weight().unsqueeze(-1)
+        result = self.compute(scaled.to(x.dtype), rows.rows_per_expert)
+        return combine(result, rows._replace(weight=(rows.weight != 0).to(rows.weight.dtype)))
+
+
+def llama4_moe(dim, num_experts, hidden_dim, k=1):
+    gate = TopKGating(dim, num_experts, k=k, score="sigmoid", normalize=False, balance_over="batch")
+    experts = Llama4Experts(dim, num_experts, hidden_dim)
+    return MoE(dim, gate=gate, experts=experts, shared_expert=SwiGLU(dim, hidden_dim))
+
+
+class GatedSharedExpert(nn.Module):
+    def __init__(self, dim, hidden_dim):
+        super().__init__()
+        self.gate_proj, self.up_proj = nn.Linear(dim, hidden_dim, bias=False), nn.Linear(dim, hidden_dim, bias=False)
+        self.down_proj = nn.Linear(hidden_dim, dim, bias=False)
+        self.shared_gate = nn.Linear(dim, 1, bias=False)
+
+    def forward(self, x):
+        out = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return torch.sigmoid(self.shared_gate(x)) * out
 
 
 def modeling(name: str) -> ModuleType:
@@ -207,7 +248,7 @@ def test_deepseek_v3(sizes, seed, dtype):
         top_groups=top_groups,
         expert_bias=True,
     )
-    shared = recipe("Llama 4")["SwiGLU"](dim, 2 * hidden)
+    shared = SwiGLU(dim, 2 * hidden)
     ours = MoE(dim, gate=gate, experts=GatedExperts(dim, num_experts, hidden), shared_expert=shared)
     buffers = {"gate.expert_bias": bias, "gate.expert_counts": torch.zeros(num_experts, dtype=torch.int64)}
     compare(block, ours, deepseek_block, dtype, buffers)
@@ -228,7 +269,7 @@ def test_qwen2_moe(sizes, seed, dtype):
     )
     block = modeling("qwen2_moe").Qwen2MoeSparseMoeBlock(config)
     gate = TopKGating(dim, num_experts, k=k, normalize=False)
-    shared = recipe("Gated shared expert")["GatedSharedExpert"](dim, 3 * hidden)
+    shared = GatedSharedExpert(dim, 3 * hidden)
     ours = MoE(dim, gate=gate, experts=GatedExperts(dim, num_experts, hidden), shared_expert=shared)
     compare(block, ours, qwen2_block, dtype)
 
@@ -266,7 +307,7 @@ def test_llama4(sizes, seed, dtype):
         num_experts_per_tok=k,
     )
     block = modeling("llama4").Llama4TextMoe(config)
-    compare(block, recipe("Llama 4")["llama4_moe"](dim, num_experts, hidden, k), llama4_block, dtype)
+    compare(block, llama4_moe(dim, num_experts, hidden, k), llama4_block, dtype)
 
 
 def test_a_wrong_router_is_found():

@@ -21,7 +21,8 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
         model: a model with layers of this package anywhere in it.
         options: of `fully_shard`, such as `mesh`; not `mp_policy`.
 
-    Example:
+    Example::
+
         shard_routers(model, mesh=mesh)
         for layer in model.layers:
             fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))

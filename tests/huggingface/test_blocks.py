@@ -125,7 +125,7 @@ def test_the_table_names_the_blocks_there_are():
 
 def test_the_page_shows_the_exceptions():
     """`python tests/support/transformers_blocks.py` prints what belongs there."""
-    page = (Path(__file__).resolve().parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    page = (Path(__file__).resolve().parents[2] / "docs" / "published_mixtures.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (\w+) \| (\w+ \| \w+ \| \w+ \| no) \|", page, re.MULTILINE))
     assert rows == {name: "no | no | no | no" if name in LEFT_OUT else "yes | yes | yes | no" for name in rows}
     assert set(LEFT_OUT) < set(rows) < set(BLOCKS)

@@ -1,4 +1,4 @@
-"""The table of docs/compatibility.md, which the tests in `compat` write and are held to.
+"""The table of tests/compat/table.md, which the tests in `compat` write and are held to.
 
 A test marked `feature("...")` with a parameter `path` or `router` stands for one cell of the table. When it passes, the
 cell must say so; when it has shown a limitation (fixture `limit`), the cell must give that reason. With `--write-table`
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "compatibility.md"
+DOCUMENT = Path(__file__).resolve().parents[1] / "compat" / "table.md"
 TABLES = ("layers", "routers")
 YES, UNKNOWN = "yes", "not run"
 COLUMNS = "All are: "  # the line above a table begins so

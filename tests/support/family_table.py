@@ -1,6 +1,6 @@
 """Which families of `transformers` upcycle: each is built tiny, upcycled, trained, saved, loaded and compared.
 
-    python -m tests.support.family_table [--results FILE] [--write docs/families.md] [family ...]
+    python -m tests.support.family_table [--results FILE] [--write FILE] [family ...]
 
 With `--results` families that are in the file are not run again. All of them take about half an hour of one core.
 """
@@ -208,7 +208,7 @@ HEAD = [
     "refused, the model is not changed.",
     "",
     "```bash",
-    "python -m tests.support.family_table --write docs/families.md",
+    "python -m tests.support.family_table --write FILE",
     "```",
     "",
 ]

@@ -1,6 +1,6 @@
 """Every sparse block of the installed `transformers`, made small.
 
-`python tests/support/transformers_blocks.py` prints for docs/transformers.md what can be done with each block.
+`python tests/support/transformers_blocks.py` prints for docs/published_mixtures.md what can be done with each block.
 
 A block is a module that makes experts in its constructor, found in the text of every model's file: what a later version
 adds is found too.

@@ -32,9 +32,9 @@ def from_transformers(
 ) -> Any:
     """Return a `MoE` that computes what a sparse block of `transformers` does; or change all blocks of a model so.
 
-    `recipes.MODELS` lists the known blocks; docs/transformers.md has their table, and what is left out. If a layer
-    itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input and
-    the addition of both networks.
+    `recipes.MODELS` lists the known blocks; docs/published_mixtures.md has their table, and what is left out. If a
+    layer itself holds router and experts (Gemma 4), the `MoE` computes what lies between the layer's feed-forward input
+    and the addition of both networks.
 
     Of a whole model every sparse block becomes a layer, one after the other, in place; the model is returned. As after
     `replace_ffn`, padding counts in nothing, the loss of a training forward with labels holds the auxiliary loss, and
