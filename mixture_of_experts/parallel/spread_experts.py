@@ -35,7 +35,6 @@ from mixture_of_experts.parallel.exchange import (
 from mixture_of_experts.parallel.local_view import LocalView, local_view, make_view
 from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.support.checks import shape_of
-from mixture_of_experts.support.failures import telling_ranks
 
 SAVED_ELSEWHERE = (
     "{name} is what one of {ranks} ranks saved of its experts, but here they are spread over {here}: write checkpoints "
@@ -55,12 +54,6 @@ class SpreadExperts(RoutedExperts):
         All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
         slots. This does not depend on the batch, which differs between ranks.
         """
-        if torch.compiler.is_compiling():
-            return self._exchange(x, decision)
-        with telling_ranks(self.expert_parallel.mesh.get_group()):
-            return self._exchange(x, decision)
-
-    def _exchange(self, x: Tensor, decision: Decision | None) -> Tensor:
         if decision is None:
             return self._exchange_slots(x)
         local: Any = self.local_class

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -215,26 +214,6 @@ def has_hooks(module: object) -> bool:
     return any(getattr(module, kind, None) for kind in kinds)
 
 
-def default_timeout(group: dist.ProcessGroup) -> timedelta:
-    """The timeout given to `init_process_group`, which groups made by a mesh do not have themselves."""
-    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
-    return backend.options._timeout
-
-
-def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set how long the ranks of a process group wait for each other. torch 2.15 has a public function for it."""
-    public = getattr(dist.distributed_c10d, "set_timeout", None)
-    if public is not None:
-        public(timeout, group)
-    else:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def store_of_job() -> dist.Store:
-    """The store through which the processes of the default process group found each other."""
-    return dist.distributed_c10d._get_default_store()
-
-
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
     """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can hold."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
@@ -272,11 +251,6 @@ def multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cpu._is_amx_fp16_supported()
-
-
-def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; both share memory."""
-    return tensor._local_tensor
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:
