@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.losses import global_sum, world_size
 from mixture_of_experts.support.checks import check_process_group
-from mixture_of_experts.support.private_torch import lost_by_adapters
+from mixture_of_experts.support.private_peft import lost_by_adapters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
