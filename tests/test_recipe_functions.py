@@ -13,6 +13,7 @@ from torch import nn
 
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
 from mixture_of_experts.recipes import MODELS, Recipe
+from tests.write import SOURCE, with_functions
 
 PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODELS), 'transformers' in sys.modules)"
 
@@ -21,6 +22,11 @@ def test_the_page_has_the_tables_of_the_recipes():
     text = PAGE.read_text(encoding="utf-8")
     assert with_tables(text) == text, "`python -m tests.write` writes them"
     assert text.index("| model |") < 900
+
+
+def test_every_recipe_that_says_what_it_does_has_a_function():
+    source = SOURCE.read_text(encoding="utf-8")
+    assert with_functions(source) == source, "`python -m tests.write` writes them"
 
 
 def test_published_sizes_are_possible():
@@ -125,7 +131,7 @@ def test_coefficients_are_those_of_the_table_of_conversions(name):
 PUBLISHED = {"mixtral": 0.02, "gpt_oss": 0.9, "dbrx": 0.05}
 
 
-@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.router_aux_loss_coef])
+@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if m.router_aux_loss_coef and m.blocks])
 def test_coefficients_are_those_that_are_published(name):
     """Of the model's class of configuration in transformers, by the first of its blocks, but for those above."""
     transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from mixture_of_experts.recipes import MODELS, Recipe
 
 from .recipes import DOCS
 
-PAGE = DOCS / "recipes.md"
+PAGE, CONCEPTS = DOCS / "recipes.md", DOCS / "concepts.md"
 FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
 
 
@@ -20,6 +20,24 @@ def with_tables(text: str) -> str:
         table = re.compile(rf"(\n\| {header} \|.*\n\|[-|]+\|\n)(?:\|.*\n)*")
         text, found = table.subn(lambda old, lines=lines: old[1] + "\n".join([*lines, ""]), text)
         assert found == 1, header
+    return text
+
+
+def with_recipes_of_routers(text: str) -> str:
+    """The page of concepts with the last column of its table of routers written anew: the recipes with each."""
+    used: dict[tuple[str, bool], list[str]] = {}
+    for name in FUNCTIONS:
+        model = MODELS[name]
+        used.setdefault((model.router.__name__, "expert_bias" in model.gate), []).append(f"`{name}`")
+
+    def written(row: re.Match[str]) -> str:
+        names = used.pop((row["router"], "expert bias" in row["variant"]), ["none"])
+        return f"{row['before']}{', '.join(names)} |"
+
+    begin, end = text.index("## Routing\n"), text.index("\n## ", text.index("## Routing\n"))
+    row = re.compile(r"^(?P<before>\| `(?P<router>\w+)`(?P<variant>.*?) \| .* \| )[^|]* \|$", re.MULTILINE)
+    text = text[:begin] + row.sub(written, text[begin:end]) + text[end:]
+    assert not used, f"the table of routers in docs/concepts.md has no row for {list(used)}"
     return text
 
 
