@@ -24,7 +24,7 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
     """
     changes: list[tuple[dict[str, Any], str, Any, Any]] = []
     for path, module in experts.named_modules():
-        for table, part_of in ((module._parameters, own_shard), (module._buffers, own_rows)):
+        for table, part_of in ((module._parameters, shard_here), (module._buffers, rows_here)):
             for name, whole in table.items():
                 if whole is not None and f"{path}.{name}".lstrip(".") in sharding.stacked:
                     changes.append((table, name, whole, part_of(whole, sharding)))
@@ -45,11 +45,11 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
             experts.__class__ = spread
 
 
-def own_shard(parameter: Tensor, sharding: ExpertSharding) -> Tensor:
+def shard_here(parameter: Tensor, sharding: ExpertSharding) -> Tensor:
     return scale_gradient(parameter.to_local() if isinstance(parameter, DTensor) else parameter, sharding.factor)
 
 
-def own_rows(buffer: Tensor, sharding: ExpertSharding) -> Tensor:
+def rows_here(buffer: Tensor, sharding: ExpertSharding) -> Tensor:
     """This rank's part of a buffer with an entry for each expert, which itself is whole on every rank."""
     each = sharding.local_dims[0]
     return buffer.narrow(0, sharding.mesh.get_local_rank() * each, each)
