@@ -13,8 +13,10 @@ import nox
 PYTHONS = ["3.10", "3.11", "3.12", "3.13", "3.14"]
 NEWEST = PYTHONS[-2]  # of those that all extras have wheels for
 DECLARED = Path("pyproject.toml").read_text(encoding="utf-8")
+OTHERS = ["torch", "transformers", "accelerate", "peft", "trl"]
+CONTRACTS = [str(file) for file in sorted(Path("tests").rglob("test_private_*.py"))]
 
-nox.options.sessions = ["torch", "transformers", "wheel"]
+nox.options.sessions = ["torch", "transformers", "contracts", "wheel"]
 nox.options.error_on_missing_interpreters = False
 
 
@@ -38,6 +40,13 @@ def transformers(session: nox.Session, version: str) -> None:
     """Models of transformers."""
     install(session, requirement("transformers", version), ".[test]")
     session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *(session.posargs or ["tests/huggingface"]))
+
+
+@nox.session(python=NEWEST)
+def contracts(session: nox.Session) -> None:
+    """What this package relies on beyond the documentation of other libraries, on the newest release of each."""
+    install(session, "--upgrade", *OTHERS, "pytest", ".")
+    session.run("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", *CONTRACTS)
 
 
 @nox.session(python=PYTHONS)

@@ -320,9 +320,8 @@ def wait_for_the_others(processes: list[Any], victims: list[Any]) -> dict[str, A
             raise SystemExit(f"a rank went on for {LEFT_ALONE} s after another one was killed") from None
         errors = said(process)
         if process not in victims:
-            told = next((line for line in errors.splitlines() if "Another rank has raised" in line), "")
-            names = {f"rank {processes.index(victim)} told nothing" for victim in victims} | {"rank 0 unless torchrun"}
-            if not code or not any(name in told for name in names):
+            told = next((line for line in reversed(errors.splitlines()) if "Error: " in line), "")
+            if not code or not told:
                 raise SystemExit(f"a rank ended with {code} after another one was killed: {errors[-2000:]}")
     return {"alone": round(time.monotonic() - begin, 1), "told": told} if len(processes) > 1 else {}
 

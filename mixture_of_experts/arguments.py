@@ -14,7 +14,8 @@ from mixture_of_experts.experts import ExpertList, StackedExperts
 from mixture_of_experts.gating.top2 import Top2Settings
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_size
-from mixture_of_experts.support.private_torch import from_peft, unwrapped
+from mixture_of_experts.support.private_peft import from_peft
+from mixture_of_experts.support.private_torch import unwrapped
 
 
 def as_experts(experts: Any) -> nn.Module | None:

@@ -16,7 +16,8 @@ from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE
 from mixture_of_experts.quantize import EXTRA, QuantizedExperts
-from mixture_of_experts.support.private_torch import parts_of, unwrapped, wrapped_class
+from mixture_of_experts.support.private_peft import parts_of
+from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.whole_model.sites import Site, Stand, all_sites, places, serve
 
 Shares = dict[nn.Module, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +22,6 @@ from mixture_of_experts.stats import track_routing
 
 E, K, D, M = 8, 3, 4, 2  # experts, choices, devices (expert groups), devices of a token
 DEVICES = [range(2 * i, 2 * i + 2) for i in range(D)]
-ONE_GROUP = ["balance_group", "balance_score", "balance_device", "balance_communication"]
 
 GATES = {
     "softmax": dict(normalize=False),
@@ -37,25 +37,50 @@ def make_gate(name: str, **more) -> TopKGating:
     return gate
 
 
-def of_tokens(name: str, scores: list[Tensor], experts: list[list[int]], length: float, k: float = K) -> Any:
-    """The loss of one unit: scores `(e,)` and chosen experts of each token that counts, and the divisor of means."""
-    if name == "balance_score":
-        experts = [sorted(range(E), key=lambda i, s=s: (-s[i].item(), i))[:k] for s in scores]  # equation 18
+# The slow losses of a unit: scores `(e,)` and chosen experts of its tokens that count, and the divisor of means
+
+
+def f_and_p(scores: list[Tensor], experts: list[list[int]], length: float) -> tuple[list[float], list[Any]]:
     normalized = [s / s.sum() for s in scores]  # equation 19; the scores of a softmax are
     p = [sum(s[i] for s in normalized) / length for i in range(E)]
-    f = [E / (k * length) * sum(i in chosen for chosen in experts) for i in range(E)]
-    if name == "balance_device":  # equations 26 to 28 of DeepSeek-V2
-        return sum(sum(f[i] for i in device) / len(device) * sum(p[i] for i in device) for device in DEVICES)
-    if name == "balance_communication":  # equations 29 to 31
-        sent = [sum(any(i in device for i in chosen) for chosen in experts) for device in DEVICES]
-        return sum(D / (M * length) * n * sum(p[i] for i in device) for n, device in zip(sent, DEVICES, strict=True))
-    return sum(f[i] * p[i] for i in range(E))
+    return [E / (K * length) * sum(i in chosen for chosen in experts) for i in range(E)], p
+
+
+def of_experts(*tokens: Any) -> Any:
+    return sum(f * p for f, p in zip(*f_and_p(*tokens), strict=True))
+
+
+def of_scores(scores: list[Tensor], experts: object, length: float) -> Any:
+    best = [sorted(range(E), key=lambda i, s=s: (-s[i].item(), i))[:K] for s in scores]  # equation 18
+    return of_experts(scores, best, length)
+
+
+def of_devices(*tokens: Any) -> Any:
+    f, p = f_and_p(*tokens)  # equations 26 to 28 of DeepSeek-V2
+    return sum(sum(f[i] for i in device) / len(device) * sum(p[i] for i in device) for device in DEVICES)
+
+
+def of_communication(scores: list[Tensor], experts: list[list[int]], length: float) -> Any:
+    _, p = f_and_p(scores, experts, length)  # equations 29 to 31
+    sent = [sum(any(i in device for i in chosen) for chosen in experts) for device in DEVICES]
+    return sum(D / (M * length) * n * sum(p[i] for i in device) for n, device in zip(sent, DEVICES, strict=True))
+
+
+#: of each loss the slow one of a unit, and whether a unit is a group or all tokens
+SLOW: dict[str, tuple[Callable[..., Any], str]] = {
+    "balance_group": (of_experts, "group"),
+    "balance_rank": (of_experts, "all"),
+    "balance_batch": (of_experts, "all"),
+    "balance_score": (of_scores, "group"),
+    "balance_device": (of_devices, "group"),
+    "balance_communication": (of_communication, "group"),
+}
 
 
 def slow(name: str, gate: TopKGating, x: Tensor, counted: Tensor, length: Tensor) -> Tensor:
     """Of tokens `(*outer, b, n, d)`, those `counted`, in groups of so many real ones."""
     expert = gate(x).expert.unflatten(-1, (-1, K))  # who is chosen is tested elsewhere
-    units = []
+    (of_unit, unit), units = SLOW[name], []
     for outer in [()] if not gate.outer_expert_dims else [(i,) for i in range(gate.outer_expert_dims[0])]:
         scores = x[outer] @ gate.w_gating[outer]
         scores = scores.softmax(-1) if gate.score == "softmax" else scores.sigmoid()
@@ -63,12 +88,12 @@ def slow(name: str, gate: TopKGating, x: Tensor, counted: Tensor, length: Tensor
             ([g[t] for t in range(len(g)) if c[t]], [e[t].tolist() for t in range(len(g)) if c[t]], float(n))
             for g, e, c, n in zip(scores, expert[outer], counted[outer], length[outer], strict=True)
         ]
-        if name in ONE_GROUP:
+        if unit == "group":
             units += of_groups
         else:
             s, e, n = zip(*of_groups, strict=True)
             units.append((list(chain(*s)), list(chain(*e)), sum(n)))
-    found = [of_tokens(name, *unit) for unit in units if unit[2] > 0]
+    found = [of_unit(*tokens) for tokens in units if tokens[2] > 0]
     return sum(found, x.new_zeros(())) / len(found)
 
 

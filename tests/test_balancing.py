@@ -13,11 +13,21 @@ import torch
 import torch.distributed as dist
 from support.parallel_workers import Workers, this_rank
 from torch import Tensor, nn
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
+from mixture_of_experts import (
+    GatedExperts,
+    HeirarchicalMoE,
+    MoE,
+    ReLUGating,
+    TopKGating,
+    balance_experts,
+    control_sparsity,
+)
 from mixture_of_experts.gating.bias_rules import RULES, RuleName
+from mixture_of_experts.gating.relu import START
 from mixture_of_experts.unstack import unstack
 
 DIM, EXPERTS, RATE = 6, 4, 1e-2
@@ -349,6 +359,7 @@ def run_two() -> None:
     """Every micro-batch synchronised, so that DDP copies buffers before each: the counts of both ranks stay."""
     for rule, rate in (("sign", RATE), ("quantile", 1.0)):
         check_two(rule, rate)
+    check_sparsity_of_two()
 
 
 def check_two(rule: RuleName, rate: float) -> None:
@@ -366,12 +377,36 @@ def check_two(rule: RuleName, rate: float) -> None:
                 parallel(tokens(10 * step + 2 * micro + rank, sequences=2 + rank)).backward()
                 for other in range(2):
                     alone(tokens(10 * step + 2 * micro + other, sequences=2 + other)).backward()
-            optimizers[0].step()
+            with CommDebugMode() as collectives:
+                optimizers[0].step()
+            assert collectives.get_total_counts() == 1  # for all gates
             for gate in alone.gates():
                 gate.update_bias(rate, one)
         for found, expected in zip(biases(model), biases(alone), strict=True):
             assert torch.equal(found, expected)
             assert found.any()
+
+
+def check_sparsity_of_two() -> None:
+    """Rank 0 makes more choices than the mean, rank 1 fewer: the coefficient is that of one process with all tokens."""
+    rank, ends = dist.get_rank(), []
+    for group, parts in ((None, [rank]), (this_rank(), [0, 1])):
+        torch.manual_seed(0)
+        layers = [MoE(DIM, gate=ReLUGating(DIM, EXPERTS, 4, mean_choices=2.5, bias=True)) for _ in range(2)]
+        model = nn.ModuleList(layers)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        control_sparsity(model, optimizer, group=group)
+        for part in parts:
+            for layer in layers:
+                nn.init.constant_(layer.gate.b_gating, 9.0 if part == 0 else -9.0)
+                layer(tokens(part, sequences=2 + part))[0].sum().backward()
+        with CommDebugMode() as collectives:
+            optimizer.step()
+        assert collectives.get_total_counts() == (group is None)
+        ends.append([layer.gate.l1_coef for layer in layers])
+        assert not any(layer.gate.choice_counts.any() for layer in layers)
+    assert ends[0] == ends[1]
+    assert (ends[0][0] < START).item()
 
 
 @pytest.mark.slow

@@ -310,57 +310,67 @@ def seconds(message: str) -> float:
     return float(re.search(r"after ([\d.]+) s", message)[1])  # type: ignore[index]
 
 
+REMEDY = "torch.distributed.elastic.multiprocessing.errors"
+
+
 @pytest.mark.parametrize("where", ["forward", "backward"])
 def test_one_rank_raises(workers: Workers, tmp_path: Path, where: str):
     first, odd, *others = workers.outcomes(faults.raising, 4, tmp_path / "ended", where, timeout=LIMIT)
     assert "ZeroDivisionError" in odd
-    assert "tokens could not be exchanged" in first
+    assert "tokens could not be exchanged, on rank 0 of 4: " in first
     assert seconds(first) < LIMIT + 2
     for message in (first, *others):
-        assert "Another rank has raised" in message
-        assert "rank 1 raised ZeroDivisionError: the experts of rank 1 broke" in message, message
+        assert REMEDY in message, message
 
 
-@pytest.mark.parametrize(
-    ("what", "named"),
-    [
-        ("data", r"rank 1 raised OSError: the file of rank 1 is gone$"),
-        ("width", r"rank 1 raised ValueError: .*\b7\b"),
-        ("killed", r"ranks? (\d, )*1(, \d)* told nothing"),
-    ],
-)
-def test_others_say_which_rank_failed_and_why(workers: Workers, tmp_path: Path, what: str, named: str):
-    """Whatever it is and wherever, also with other ranks that are slow."""
-    outcomes = workers.outcomes(faults.failing, 4, tmp_path / "ended", what, timeout=LIMIT)
+@pytest.mark.parametrize("how", ["left", "killed"])
+def test_one_rank_ends(workers: Workers, how: str):
+    outcomes = workers.outcomes(faults.ending, 4, how, timeout=LIMIT)
+    assert how in str(outcomes[1]) or "died" in str(outcomes[1])
     for message in (outcomes[0], *outcomes[2:]):
         assert "RuntimeError" in message
-        assert re.search(named, message), message
-        assert seconds(message) < 30
-
-
-def test_one_rank_leaves(workers: Workers):
-    outcomes = workers.outcomes(faults.ending, 4, timeout=LIMIT)
-    assert outcomes[1] == "left"
-    for message in (outcomes[0], *outcomes[2:]):
-        assert "RuntimeError" in message
-        assert re.search(r"Another rank has raised, is stuck.*: ranks? (\d, )*1(, \d)* told nothing", message), message
+        assert REMEDY in message, message
         assert seconds(message) < LIMIT + 2
 
 
 @pytest.mark.parametrize(("where", "data_parallel"), [("before", 1), ("experts", 1), ("experts", 2)])
 def test_one_rank_is_stuck(workers: Workers, tmp_path: Path, where: str, data_parallel: int):
-    """Also in the groups of a mesh of two dimensions, which are made with half an hour."""
-    waiting = workers.outcomes(faults.stuck, 4, tmp_path / "ended", where, False, data_parallel, timeout=LIMIT)[0]
+    """Also in the groups of a mesh of two dimensions, whose timeouts stay as they were made."""
+    waiting = workers.outcomes(faults.stuck, 4, tmp_path / "ended", where, data_parallel, timeout=LIMIT)[0]
     assert "Timed out waiting" in waiting
-    assert re.search(r"ranks? (\d, )*1(, \d)* told nothing: .* is stuck", waiting), waiting
+    assert "flight recorder" in waiting
     assert seconds(waiting) < LIMIT + 2
 
 
-def test_debug_names_the_rank_that_is_stuck(workers: Workers, tmp_path: Path):
-    first = workers.outcomes(faults.stuck, 4, tmp_path / "ended", "before", True, timeout=LIMIT)[0]
-    assert "not all 4 ranks came to a layer" in first
-    assert "Ranks 1 failed to pass" in first
-    assert seconds(first) < LIMIT + 2
+FAILING = """
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.elastic.multiprocessing.errors import record
+import torch
+from mixture_of_experts import MoE
+from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+
+@record
+def main():
+    dist.init_process_group("gloo")
+    moe = parallelize_module(MoE(8, 4), init_device_mesh("cpu", (2,)), ExpertParallel())
+    if dist.get_rank() == 1:
+        raise OSError("the file is gone")
+    moe(torch.ones(1, 2, 8))
+
+main()
+"""
+
+
+def test_torchrun_names_the_rank_that_failed(tmp_path: Path):
+    """What the error of a rank that waited in vain says."""
+    program = tmp_path / "program.py"
+    program.write_text(FAILING)
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(program)]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, check=False)
+    cause = done.stderr.partition("Root Cause")[2]
+    assert re.search(r"rank +: 1 ", cause), done.stderr
+    assert "OSError: the file is gone" in cause
 
 
 @pytest.mark.parametrize(

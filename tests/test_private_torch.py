@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from datetime import timedelta
 from functools import partial
 
 import pytest
@@ -12,8 +11,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, distribute_tensor
 
 from mixture_of_experts import quantize
 from mixture_of_experts.support import private_torch
@@ -229,23 +226,6 @@ def test_backwards_have_numbers():
     seen.append(private_torch.number_of_backward())
     assert seen[0] == seen[-1] == -1
     assert len(set(seen)) == 3
-
-
-def test_timeouts_of_process_groups(tmp_path):
-    store, half_an_hour = dist.FileStore(str(tmp_path / "store"), 1), timedelta(minutes=30)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=store, timeout=timedelta(seconds=70))
-    try:
-        group = dist.new_group([0], timeout=half_an_hour)
-        assert private_torch.default_timeout(group) == timedelta(seconds=70)
-        private_torch.set_timeout(group, timedelta(seconds=5))
-        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=5)  # type: ignore[union-attr]
-        private_torch.store_of_job().set("key", "value")
-        assert private_torch.store_of_job().check(["key"])
-        mesh = init_device_mesh("cpu", (1,))
-        whole = torch.arange(3.0)
-        assert torch.equal(private_torch.local_part(distribute_tensor(whole, mesh, [Replicate()])), whole)
-    finally:
-        dist.destroy_process_group()
 
 
 def test_what_ddp_is_to_ignore(tmp_path):

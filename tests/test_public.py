@@ -1,7 +1,7 @@
 """The public surface stays as it was: every name that the reference shows, its import path, signature and defaults, and
 the attributes of public classes.
 
-A change on purpose writes the snapshot anew, `python -m tests.support.public_surface`, in the commit that says why.
+A change on purpose writes the snapshot anew, `python -m tests.write`, in the commit that says why.
 """
 
 import pytest
@@ -17,9 +17,7 @@ def test_the_public_surface_is_the_snapshot():
     found = surface()
     changes = [f"- {line}" for line in wanted if line not in set(found)]
     changes += [f"+ {line}" for line in found if line not in set(wanted)]
-    assert not changes, "\n".join(
-        ["on purpose? `python -m tests.support.public_surface` writes the snapshot", *changes]
-    )
+    assert not changes, "\n".join(["on purpose? `python -m tests.write` writes the snapshot", *changes])
     assert found == wanted
 
 

@@ -8,97 +8,25 @@ import sys
 
 import pytest
 import torch
-from support.recipes import RECIPES as PAGE
+from support.recipe_tables import FUNCTIONS, PAGE, with_tables
 from torch import nn
 
-from mixture_of_experts import ExpertChoiceGating, MoE, ReLUGating, Top2Gating, TopKGating, TopPGating, recipes
+from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
 from mixture_of_experts.recipes import MODELS, Recipe
+from tests.write import SOURCE, with_functions
 
-FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
 PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODELS), 'transformers' in sys.modules)"
 
 
-def rows() -> list[str]:
-    """The table of docs/recipes.md, of the recipes that have a function."""
-    return [row(name, MODELS[name]) for name in FUNCTIONS]
-
-
-def row(name: str, model: Recipe) -> str:
-    """What a recipe sets, in words of its own."""
-    settings = {key: value for key, value in model.gate.items() if key not in ("balance_over", "k")}
-    gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-    gate = f"`{gate}`" if gate else ""
-    logits = "" if model.logits is None else "logits: " + ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
-    scales = "" if model.scales is None else f"learned scales: {model.scales}"
-    parts = [model.experts.get("activation", "silu")]
-    parts += [] if model.experts.get("gated", True) else ["not gated"]
-    parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
-    parts += ["biases"] if model.experts.get("bias") else []
-    parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
-    parts += ["weights on what they read"] if model.weigh_input else []
-    parts += [f"{model.identity:g} as many return the token"] if model.identity else []
-    parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
-    kind = "" if model.router is TopKGating else f"`{model.router.__name__}`"
-    says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
-    says = f"[{says}](https://arxiv.org/abs/{model.paper})" if model.paper else says
-    sizes = (
-        ""
-        if model.published is None
-        else f"{model.published.name}: {billions(model.published.active)} of {billions(model.published.total)}"
-    )
-    cells = [f"{says} `{name}`", choices(model), sizes, " ".join(filter(None, (kind, gate, logits, scales)))]
-    cells.append(", ".join(parts))
-    return f"| {' | '.join(cells)} | {losses(model)} |"
-
-
-def choices(model: Recipe) -> str:
-    """How many experts a token chooses, of how many."""
-    k = str(model.gate.get("k", {Top2Gating: 2}.get(model.router, "")))
-    k = f"at most {k}" if model.router in (TopPGating, ReLUGating) else k or "experts choose"
-    return f"{k} of {model.published.experts:,}" if model.published else k
-
-
-def billions(number: float | None) -> str:
-    return "?" if number is None else f"{number:,g}"
-
-
-def losses(model: Recipe) -> str:
-    """The coefficients of a recipe."""
-    coefs = {**model.layer, **model.layer.get("loss_coefs", {})}
-    coefs.pop("loss_coefs", None)
-    if model.router_aux_loss_coef is not None:
-        coefs["loss_coef"] = "{:g} k / {}".format(*model.router_aux_loss_coef)
-    coefs.setdefault("loss_coef", "0.01, the package's own")
-    batch = ", over the batch" if model.gate.get("balance_over") == "batch" else ""
-    text = [
-        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in coefs.items() if value
-    ]
-    return ", ".join(text) + batch
-
-
-def test_the_page_begins_with_the_table():
-    """If not: put what this prints there."""
+def test_the_page_has_the_tables_of_the_recipes():
     text = PAGE.read_text(encoding="utf-8")
-    assert "\n".join(rows()) + "\n\n" in text, "\n".join(rows())
+    assert with_tables(text) == text, "`python -m tests.write` writes them"
     assert text.index("| model |") < 900
 
 
-# the second table of the page: a property, and whether a recipe has it
-PROPERTIES = {
-    "sigmoid scores": lambda model: model.gate.get("score") == "sigmoid",
-    "balanced by an expert bias": lambda model: "expert_bias" in model.gate,
-    "a shared expert": lambda model: model.shared > 0,
-    "under 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
-    "over 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
-}
-
-
-def test_the_page_finds_recipes_by_their_properties():
-    lines = []
-    for says, has in PROPERTIES.items():
-        names = [f"`{name}`" for name in FUNCTIONS if has(MODELS[name])]
-        lines.append(f"| {says} | {', '.join(names)} |")
-    assert "\n".join(lines) + "\n\n" in PAGE.read_text(encoding="utf-8"), "\n".join(lines)
+def test_every_recipe_that_says_what_it_does_has_a_function():
+    source = SOURCE.read_text(encoding="utf-8")
+    assert with_functions(source) == source, "`python -m tests.write` writes them"
 
 
 def test_published_sizes_are_possible():
@@ -203,7 +131,7 @@ def test_coefficients_are_those_of_the_table_of_conversions(name):
 PUBLISHED = {"mixtral": 0.02, "gpt_oss": 0.9, "dbrx": 0.05}
 
 
-@pytest.mark.parametrize("name", [name for name, model in MODELS.items() if model.router_aux_loss_coef])
+@pytest.mark.parametrize("name", [n for n, m in MODELS.items() if m.router_aux_loss_coef and m.blocks])
 def test_coefficients_are_those_that_are_published(name):
     """Of the model's class of configuration in transformers, by the first of its blocks, but for those above."""
     transformers = pytest.importorskip("transformers")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 import re
 
 import pytest
 import torch
+from support.recipe_tables import CONCEPTS, with_recipes_of_routers
 from support.recipes import DOCS, recipe
 from torch import Tensor, nn
 
@@ -64,15 +64,8 @@ def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
 
 
 def test_the_cheat_sheet_names_who_uses_a_router():
-    functions = {
-        name: each for name, each in recipes.MODELS.items() if inspect.isfunction(getattr(recipes, name, None))
-    }
-    used: dict[tuple[str, bool], set[str]] = {}
-    for name, model in functions.items():
-        used.setdefault((model.router.__name__, "expert_bias" in model.gate), set()).add(name)
-    found = {router: set(re.findall(r"`(\w+)`", cells[-1])) for router, cells in cheat_sheet().items()}
-    assert found.pop(("HashGating", False)) == set()
-    assert found == used
+    text = CONCEPTS.read_text(encoding="utf-8")
+    assert with_recipes_of_routers(text) == text, "`python -m tests.write` writes it"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

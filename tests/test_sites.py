@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,7 @@ from mixture_of_experts import (
 )
 from mixture_of_experts.replay import record_routing, replay_routing
 from mixture_of_experts.stats import track_routing
+from mixture_of_experts.support import private_torch
 from mixture_of_experts.whole_model.sites import find_sites
 
 DIM = 8
@@ -46,6 +49,39 @@ def model(*gates: nn.Module) -> nn.Sequential:
 
 def names(module: nn.Module) -> list[tuple[str, ...]]:
     return [site.names for site in find_sites(module, "this")]
+
+
+class Holding(nn.Module):
+    """A wrapper of one's own, which hands no attribute on."""
+
+    def __init__(self, gate: nn.Module) -> None:
+        super().__init__()
+        self.held_gate = gate
+
+    def forward(self, *args, **kwargs):
+        return self.held_gate(*args, **kwargs)
+
+
+def test_a_wrapper_is_one_entry(monkeypatch: pytest.MonkeyPatch):
+    """With its name in `WRAPPED` all see through it: losses on request, side inputs, replay, bias and statistics."""
+    monkeypatch.setattr(private_torch, "WRAPPED", (*private_torch.WRAPPED, "held_gate"))
+    moe = MoE(DIM, gate=TopKGating(DIM, 4, expert_bias=True), loss_coefs={"balance_batch": 0.1})
+    x = torch.randn(2, 9, DIM)
+    plain = copy.deepcopy(moe)
+    moe.gate = Holding(moe.gate)
+    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
+    with record_routing(moe, weights=True) as records, track_routing(moe) as stats, balance_experts(moe, optimizer):
+        out, aux_loss = moe(x)
+        assert torch.equal(out, plain(x)[0])
+        assert torch.equal(aux_loss, plain(x)[1])
+        (out.sum() + aux_loss).backward()
+        optimizer.step()
+    assert moe.gate.held_gate.expert_bias.any()
+    assert stats.last("gate").tokens == 18
+    given = torch.stack([choices.view(9, 2) for choices in records["gate"]]).to(torch.int64)
+    with replay_routing(moe, records):
+        assert torch.equal(moe(x)[0], out)
+    assert torch.equal(moe(x, given_experts=given)[0], out)
 
 
 def test_layers_levels_and_gates_alone():

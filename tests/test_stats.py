@@ -762,7 +762,8 @@ def test_a_gate_that_did_not_run():
     model = Skips()
     with track_routing(model) as stats:
         model(torch.randn(1, 4, DIM))
-    assert stats.summary().splitlines()[-1].split() == ["unused.gate", "4", "0", *"------------"]
+    *known, rest = stats.summary().splitlines()[-1].split(maxsplit=3)
+    assert (known, {*rest.split()}) == (["unused.gate", "4", "0"], {"-"})
     assert stats.records("unused.gate") == []
     assert not any(name.startswith("unused") for name in stats.scalars())
     with pytest.raises(RuntimeError, match=r"no forward of 'unused.gate' was recorded"):

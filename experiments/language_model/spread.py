@@ -20,7 +20,6 @@ from mixture_of_experts.parallel import (
     clip_grad_norm_,
     parallelize_module,
     replicated_parameters,
-    tell_failures,
 )
 
 from .corpus import Corpus
@@ -75,8 +74,7 @@ class SpreadTraining(Training):
         torch.manual_seed(settings.seed + dist.get_rank())  # routers that draw numbers draw others on every rank
 
     def run(self, stop_at: int | None = None) -> None:
-        with tell_failures():  # the errors of the other ranks name the one that failed
-            super().run(stop_at)
+        super().run(stop_at)
         for trainee in self.trainees:
             for line in loads_of_ranks(trainee.history.loads, dist.get_world_size()):
                 self.say(f"{trainee.name}: {line}")

@@ -63,7 +63,7 @@ from mixture_of_experts.support.checks import (
     check_tokens,
 )
 from mixture_of_experts.support.explaining import first_way
-from mixture_of_experts.support.private_torch import own, statically_known_true
+from mixture_of_experts.support.private_torch import own, statically_known_true, unwrapped
 from mixture_of_experts.support.settings import FixedShapes, setting
 
 
@@ -543,7 +543,7 @@ class TokenChoiceGate(Gate):
 
 def reads_of(gate: nn.Module) -> tuple[str, ...]:
     """The names of the side inputs that a gate, wrapped or not, reads."""
-    return tuple(getattr(gate, "reads", ()))
+    return tuple(getattr(unwrapped(gate), "reads", ()))
 
 
 def losses_known(gate: nn.Module) -> set[str] | None:
@@ -557,4 +557,4 @@ def losses_known(gate: nn.Module) -> set[str] | None:
 
 def offers_of(gate: nn.Module) -> tuple[str, ...]:
     """The names of the losses that a gate, wrapped or not, computes on request."""
-    return tuple(getattr(gate, "offers", ()))
+    return tuple(getattr(unwrapped(gate), "offers", ()))

@@ -136,12 +136,12 @@ class ReLUGating(TopKGating):
         """
         check_number("rate", rate, above=1.0)
         check_process_group("group", group)
-        self.scale_l1(rate, self.excess(group))
+        self.scale_l1(rate, self.excess(losses.global_sum(self.choice_counts, ranks_of_batch(group))))
         self.choice_counts.zero_()
 
-    def excess(self, group: dist.ProcessGroup | None = None) -> Tensor:
-        """The counted choices minus `mean_choices` for each counted token, 0-dim float64; `group` as in `update_l1`."""
-        choices, tokens = losses.global_sum(self.choice_counts, ranks_of_batch(group)).to(torch.float64)
+    def excess(self, counts: Tensor) -> Tensor:
+        """Of counts `(2,)` the choices minus `mean_choices` for each token, 0-dim float64."""
+        choices, tokens = counts.to(torch.float64)
         return choices - self.mean_choices * tokens
 
     def scale_l1(self, rate: float, excess: Tensor) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
-from mixture_of_experts.support.private_torch import from_peft
+from mixture_of_experts.support.private_peft import from_peft
 
 METHODS = (
     "_generate_single_turn",

@@ -22,7 +22,8 @@ from mixture_of_experts.huggingface.replacement.torch_layers import KINDS, Layer
 from mixture_of_experts.huggingface.router_config import factor_of, reports_routers, text_config, unit_of
 from mixture_of_experts.support.attached import TABLES
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import lost_by_adapters, set_hooks
+from mixture_of_experts.support.private_peft import lost_by_adapters
+from mixture_of_experts.support.private_torch import set_hooks
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.auxiliary import total_of
 from mixture_of_experts.whole_model.call_stack import Watch

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.integrations.moe import _default_apply_gate
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 # Names of weights
 
@@ -38,6 +40,25 @@ def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
 
 
+def forget_conversions(model: nn.Module) -> None:
+    """Make a model that was given a state dict save its weights under the names of its class's checkpoints."""
+    vars(model).pop("_weight_conversions", None)
+
+
+# Experts
+
+
+def applies_gate(experts: Any, gate_up: Tensor) -> Tensor:
+    """The gating of a class of experts, of gate and up `(t, 2 h)` as its weights lie."""
+    return experts._apply_gate(gate_up)
+
+
+def splits_halves(experts: Any) -> bool:
+    """Whether a class of experts left its gating to the interface, which splits gate and up into halves whatever
+    `is_concatenated` says."""
+    return type(experts)._apply_gate is _default_apply_gate
+
+
 # Training
 
 
@@ -56,12 +77,32 @@ def predicts_next(model: nn.Module) -> bool:
     return is_causal and not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
 
 
+def capture_alike(model: nn.Module, other: nn.Module) -> None:
+    """Set the hooks by which models return what their parts told where `other` has them. A model sets them once: blocks
+    that it gets later bring their own."""
+    for name, module in other.named_modules():
+        if getattr(module, "_output_capturing_hooks_installed", False):
+            inner: Any = model.get_submodule(name)
+            maybe_install_capturing_hooks(inner)
+
+
 # Loading
 
 
 def was_loaded(tensor: Tensor) -> bool:
     """Whether a checkpoint had a parameter or buffer of a model that is being loaded."""
     return getattr(tensor, "_is_hf_initialized", False)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """Whether a `device_map` keeps the weights of a module on disk, or in another memory."""
+    return hasattr(module, "_hf_hook") and any(weight.is_meta for weight in module.parameters(recurse=False))
+
+
+def mesh_of_data(model: Any) -> Any:
+    """The mesh ("dp_replicate", "fsdp") of the ranks that have other tokens; None without a `distributed_config`."""
+    meshes = getattr(model, "_mesh_manager", None)
+    return None if meshes is None else meshes.get_mesh(("dp_replicate", "fsdp"))
 
 
 def say_in_refusal(quantization_config: type, says: str) -> None:

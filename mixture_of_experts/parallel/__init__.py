@@ -11,7 +11,6 @@ from mixture_of_experts.parallel.parallelize import parallelize_module
 from mixture_of_experts.parallel.routers import shard_routers
 from mixture_of_experts.parallel.spread_experts import SpreadExperts
 from mixture_of_experts.parallel.style import ExpertParallel
-from mixture_of_experts.support.failures import tell_failures
 
 __all__ = [
     "ExpertParallel",
@@ -23,5 +22,4 @@ __all__ = [
     "parallelize_module",
     "replicated_parameters",
     "shard_routers",
-    "tell_failures",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mixture_of_experts.support.failures import known_to_all, waited_in_vain
+from mixture_of_experts.support.failures import waited_in_vain
 
 MOST = 3  # differences that an error names
 
@@ -29,14 +29,14 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
     if mesh.size() > 1:
         descriptions = gather_from_ranks((description, str(problem or "")), mesh.get_group())
     if problem is not None:
-        raise known_to_all(problem)
+        raise problem
     for rank, (other, message) in enumerate(descriptions):
         if message:
-            raise known_to_all(ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}"))
+            raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
         if differing := differences(descriptions[0][0], other):
             shown = [f"{key}: {first} on rank 0, {its} on rank {rank}" for key, first, its in differing[:MOST]]
             more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
-            raise known_to_all(ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}"))
+            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}")
 
 
 def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

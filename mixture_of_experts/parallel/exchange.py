@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from datetime import timedelta
 from functools import reduce
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts.parallel.shared_batch import check_choices, counts_of_part, part_of, sign_choices, whole_of
-from mixture_of_experts.support.failures import known_to_all, waited_in_vain
+from mixture_of_experts.support.failures import waited_in_vain
 from mixture_of_experts.support.private_torch import all_to_all, own
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -57,14 +56,13 @@ class Channel(NamedTuple):
     """The connection of the ranks of a group.
 
     Attributes:
-        debug: whether an error names the ranks that do not come to a transfer.
+        debug: whether sizes that are promised to be equal are compared.
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
         batch: `(2,)` int64, what this rank tells of a shared batch (`sign_choices`); None if it shares none.
     """
 
     group: dist.ProcessGroup
     debug: bool
-    timeout: timedelta
     shared_batch: DeviceMesh | None = None
     batch: Tensor | None = None
 
@@ -76,23 +74,10 @@ class Channel(NamedTuple):
         """Send each rank a block of the rows x `(sum(send), ...)`; return the blocks that the ranks sent, in order."""
         if torch.compiler.is_compiling():
             return all_to_all(x.contiguous(), receive, send, self.group)
-        if self.debug:
-            self.wait_for_all_ranks()
         try:
             return all_to_all(x.contiguous(), receive, send, self.group)
         except RuntimeError as error:
-            raise waited_in_vain(
-                "expert parallelism: tokens could not be exchanged", error, self.group, self.timeout
-            ) from error
-
-    def wait_for_all_ranks(self, *_: object) -> None:
-        """Wait for all ranks; the error names those that do not come (gloo only). It is also a forward pre-hook."""
-        if dist.get_backend(self.group) == "gloo":
-            try:
-                dist.monitored_barrier(self.group, self.timeout, wait_all_ranks=True)
-            except RuntimeError as error:
-                what = f"expert parallelism: not all {self.size} ranks came to a layer"
-                raise waited_in_vain(what, error, self.group, self.timeout) from error
+            raise waited_in_vain("expert parallelism: tokens could not be exchanged", error, self.group) from error
 
     def move(self, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """`transfer` with a gradient, which travels back to where the rows came from."""
@@ -200,8 +185,7 @@ def exchange_slots(
         told = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
         sizes, returned = told.sizes, told.returned
         if equal and len(set(sizes)) > 1:
-            wrong = f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches"
-            raise known_to_all(ValueError(wrong))
+            raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
     local_dims = (dims[0] // ranks, *dims[1:])
     send = [math.prod(local_dims) * s] * ranks
     receive = [math.prod(local_dims) * size for size in sizes]
@@ -272,12 +256,11 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
     headers = [CallHeader(*row[: width - 2]) for row in table]
     for rank, other in enumerate(headers):
         if other.agreed != header.agreed:
-            wrong = (
+            raise ValueError(
                 f"expert parallelism: rank {rank} sends {other.describe()}, rank {channel.group.rank()} "
                 f"{header.describe()}: all ranks must call the layer in the same mode, dtype and model dimension, and "
                 "all with gradients or all without"
             )
-            raise known_to_all(ValueError(wrong))
     check_choices([row[width - 2 : width] for row in table])
     send, receive = ([row[column] for row in table] for column in (width, width + 1))
     returned = reduce(torch.promote_types, (DTYPES[other.returned] for other in headers))

@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from mixture_of_experts.parallel.spread_experts import SpreadExperts
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.support.failures import telling_ranks
-from mixture_of_experts.support.private_torch import ignore_in_ddp, local_part
+from mixture_of_experts.support.private_torch import ignore_in_ddp
 from mixture_of_experts.whole_model.balancing import names_of_counts
 
 Parameters = nn.Module | Iterable[Tensor]
@@ -51,6 +50,7 @@ def ignore_experts_in_ddp(model: nn.Module) -> nn.Module:
     return model
 
 
+@torch.no_grad()
 def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | DeviceMesh, op: str = "mean") -> None:
     """Replace gradients by their mean, or their sum, over the ranks of a group.
 
@@ -67,11 +67,6 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     if group.size() == 1:
         return
-    with telling_ranks(group):
-        _average_gradients(parameters, group, op)
-
-
-def _average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup, op: str) -> None:
     for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
         parts = [_local(p) if p.grad is None else _local(p.grad) for p in bucket]
         values = [torch.zeros_like(part) if p.grad is None else part for p, part in zip(bucket, parts, strict=True)]
@@ -107,8 +102,7 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     every = _as_list(parameters)
-    with telling_ranks(None):
-        totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
+    totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
     totals = [total.to(totals[0].device) for total in totals]
     total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
     if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -172,12 +166,12 @@ def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor; both share memory."""
+    """This rank's part of a tensor; without autograd both share memory."""
     if not isinstance(tensor, DTensor):
         return tensor
     if any(isinstance(placement, Partial) for placement in tensor.placements):
         raise ValueError(f"a gradient with placements {tensor.placements} is no finished sum: reduce it first")
-    return local_part(tensor)
+    return tensor.to_local()
 
 
 def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:

@@ -41,9 +41,6 @@ def parallelize_module(
     if not isinstance(parallelize_plan, dict):
         return tensor_parallel.parallelize_module(module, device_mesh, parallelize_plan, src_data_rank=src_data_rank)
     check_mesh(device_mesh)
-    for style in parallelize_plan.values():
-        if isinstance(style, ExpertParallel):
-            style.set_timeout(device_mesh)
     check_ranks_agree(lambda: describe_plan(module, device_mesh, parallelize_plan), device_mesh)
     for key, style in parallelize_plan.items():
         for submodule in matching_submodules(module, key).values():

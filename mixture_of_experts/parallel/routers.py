@@ -21,12 +21,16 @@ def shard_routers(model: nn.Module, **options: Any) -> None:
         model: a model with layers of this package anywhere in it.
         options: of `fully_shard`, such as `mesh`; not `mp_policy`.
 
-    Example::
-
-        shard_routers(model, mesh=mesh)
-        for layer in model.layers:
-            fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
-        fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    Example:
+        >>> import torch
+        >>> from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        >>> from mixture_of_experts.parallel import shard_routers
+        >>> def shard(model, mesh):
+        ...     shard_routers(model, mesh=mesh)
+        ...     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+        ...     for layer in model.layers:
+        ...         fully_shard(layer, mesh=mesh, mp_policy=half)
+        ...     fully_shard(model, mesh=mesh, mp_policy=half)
     """
     for module in list(model.modules()):
         if isinstance(module, Gate):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Literal
 
 from torch.distributed.device_mesh import DeviceMesh
@@ -26,8 +25,7 @@ class ExpertSharding:
         dims: `*e`, number of experts of all ranks.
         gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
         static_shapes: whether all ranks always have equally many slots.
-        debug: whether every call checks what is otherwise trusted.
-        timeout: how long a rank waits for the others.
+        debug: whether every call checks that promise.
         stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
             empty for a list of modules.
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
@@ -38,7 +36,6 @@ class ExpertSharding:
     gradient: Gradient
     static_shapes: bool
     debug: bool
-    timeout: timedelta
     stacked: frozenset[str] = frozenset()
     shared_batch: DeviceMesh | None = None
 
@@ -64,7 +61,7 @@ class ExpertSharding:
 
     @property
     def channel(self) -> Channel:
-        return Channel(self.mesh.get_group(), self.debug, self.timeout, self.shared_batch)
+        return Channel(self.mesh.get_group(), self.debug, self.shared_batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
         return self  # a copied layer lies on the same ranks

@@ -11,8 +11,6 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from mixture_of_experts.support.failures import known_to_all
-
 
 def part_of(x: Tensor, dim: int, mesh: DeviceMesh) -> Tensor:
     """This rank's part of x, which is the same on all ranks; in the backward every rank gets the gradient of all."""
@@ -49,5 +47,7 @@ def check_choices(signed: list[list[int]]) -> None:
     chosen: dict[int, int] = {}
     for batch, choices in signed:
         if batch and chosen.setdefault(batch, choices) != choices:
-            wrong = "ranks that share a batch chose different experts for it: give them one seed, or one batch"
-            raise known_to_all(ValueError(f"expert parallelism: {wrong}"))
+            raise ValueError(
+                "expert parallelism: ranks that share a batch chose different experts for it: give them one seed, or "
+                "one batch"
+            )

@@ -1,7 +1,7 @@
 """Experts that are spread over ranks: a class made from the experts' own class, with the same two contracts.
 
 An `ExpertSharding` says which experts are here. In a forward tokens travel to their experts' ranks (`exchange.py`).
-There the experts' own, unchanged code computes them, on a view of the module that holds only this rank's experts.
+There the experts' own, unchanged code computes them, as if the module held only this rank's experts.
 
 Axes: e experts of all ranks (`*e`, one or two dimensions; the first is divided), l experts of one rank, s slots of an
 expert, r rows.
@@ -32,10 +32,9 @@ from mixture_of_experts.parallel.exchange import (
     scale_gradient,
     with_backward_to,
 )
-from mixture_of_experts.parallel.local_view import LocalView, local_view, make_view
+from mixture_of_experts.parallel.on_this_rank import on_this_rank
 from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.support.checks import shape_of
-from mixture_of_experts.support.failures import telling_ranks
 
 SAVED_ELSEWHERE = (
     "{name} is what one of {ranks} ranks saved of its experts, but here they are spread over {here}: write checkpoints "
@@ -55,12 +54,6 @@ class SpreadExperts(RoutedExperts):
         All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
         slots. This does not depend on the batch, which differs between ranks.
         """
-        if torch.compiler.is_compiling():
-            return self._exchange(x, decision)
-        with telling_ranks(self.expert_parallel.mesh.get_group()):
-            return self._exchange(x, decision)
-
-    def _exchange(self, x: Tensor, decision: Decision | None) -> Tensor:
         if decision is None:
             return self._exchange_slots(x)
         local: Any = self.local_class
@@ -117,18 +110,16 @@ class SpreadExperts(RoutedExperts):
     def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
         """Compute slots `(*l, s, d)` or rows by this rank's experts. Hooks on the experts run around the whole forward,
         not here."""
-        view = self._local_view()
-        local: Any = view.module
-        out = local.forward(x) if counts is None else local.compute(x, counts)
-        if not torch.compiler.is_compiling():
-            view.keep_changes()
+        out = self._run_own_code(*((x,) if counts is None else (x, counts)))
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {shape_of(out)}")
         return out
 
-    def _local_view(self) -> LocalView:
-        return local_view(self, self.expert_parallel)
+    def _run_own_code(self, *given: Tensor) -> Any:
+        local: Any = self.local_class
+        with on_this_rank(self, self.expert_parallel, local):
+            return local.forward(self, *given) if len(given) == 1 else local.compute(self, *given)
 
     def own_parameter_names(self) -> set[str]:
         """Names of the parameters of which every rank has its own part."""
@@ -209,9 +200,11 @@ class SpreadList(SpreadExperts):
         # if this rank's modules are all frozen or constant, other ranks still wait for its backward
         return with_backward_to(result, x)
 
-    def _local_view(self) -> LocalView:
+    def _run_own_code(self, *given: Tensor) -> Any:
+        view: Any = object.__new__(self.local_class)
         own = {str(i): module for i, module in enumerate(self._modules.values())}
-        return make_view(self, self.local_class, {"_modules": own})
+        view.__dict__.update({**self.__dict__, "_modules": own})
+        return view.forward(*given) if len(given) == 1 else view.compute(*given)
 
     def own_parameter_names(self) -> set[str]:
         return {name for name, _ in self.named_parameters()}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from mixture_of_experts.parallel.agreement import check_ranks_agree
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
 from mixture_of_experts.parallel.spread_experts import SpreadExperts, parallel_class
 from mixture_of_experts.support.checks import check_choice
-from mixture_of_experts.support.private_torch import default_timeout, set_timeout
 
 
 class ExpertParallel(ParallelStyle):
@@ -42,11 +40,7 @@ class ExpertParallel(ParallelStyle):
             default gates without a group get that of the mesh. Beside data parallelism give the group of both.
         replicated: names of the experts' parameters and buffers that only look like stacks over experts, such as a bias
             `(d,)` that all experts share if d = e.
-        debug: whether every call makes checks that cost a collective or a wait: of sizes under `static_shapes`, and on
-            gloo of missing ranks.
-        timeout: how long a rank waits for the others in the mesh's group and in `batch_group`; by default as long as in
-            the default group, whose timeout `init_process_group` sets and which is never changed here. (Groups of a
-            mesh of several dimensions otherwise have 30 minutes.)
+        debug: whether every call checks that `static_shapes` holds, which costs a collective and a host sync.
 
     Raises:
         ValueError: the mesh is not 1-D, it does not divide the experts, or the ranks' layers differ. It is raised on
@@ -71,7 +65,6 @@ class ExpertParallel(ParallelStyle):
         batch_group: dist.ProcessGroup | DeviceMesh | None = None,
         replicated: Collection[str] = (),
         debug: bool = False,
-        timeout: timedelta | None = None,
     ) -> None:
         super().__init__()
         self.gradient: Gradient = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
@@ -79,9 +72,6 @@ class ExpertParallel(ParallelStyle):
         self.batch_group = as_process_group("batch_group", batch_group)
         self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)
         self.debug = debug
-        if timeout is not None and not isinstance(timeout, timedelta):
-            raise TypeError(f"timeout must be a datetime.timedelta, got {timeout!r}: write timedelta(seconds=...)")
-        self.timeout = timeout
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
@@ -92,23 +82,13 @@ class ExpertParallel(ParallelStyle):
             check_expert_list(experts, math.prod(dims) // mesh.size())
         else:
             stacked = stacked_names(experts, dims, self.replicated)
-        timeout = self.timeout or default_timeout(mesh.get_group())
-        return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, self.debug, timeout, stacked)
-
-    def set_timeout(self, mesh: DeviceMesh) -> None:
-        """Set the timeout of all groups in which a rank waits, but the default one; call it before any collective."""
-        group = mesh.get_group()
-        for waiting in {group, self.batch_group or group} - {dist.group.WORLD}:
-            set_timeout(waiting, self.timeout or default_timeout(group))
+        return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, self.debug, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""
         check_mesh(device_mesh)
-        self.set_timeout(device_mesh)
         check_ranks_agree(lambda: describe_layer(module, self.sharding(module, device_mesh)), device_mesh)
         sharding = self.sharding(module, device_mesh)
-        if self.debug and sharding.ranks > 1:
-            module.register_forward_pre_hook(sharding.channel.wait_for_all_ranks)
         self._prepare_gates(module, device_mesh.get_group())
 
         path, experts = spread_part(module)

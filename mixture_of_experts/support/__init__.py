@@ -1,1 +1,1 @@
-"""What every layer of the package may use: checks, settings, tracing, private names of torch, failing ranks."""
+"""What every layer of the package may use: checks, settings, tracing, private names of torch and PEFT."""

@@ -8,9 +8,8 @@ version breaks.
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from datetime import timedelta
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -18,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn, overrides
 from torch.utils import _python_dispatch
+
+from mixture_of_experts.support import private_peft
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -124,8 +125,8 @@ def wrapped_module(module: nn.Module) -> nn.Module | None:
     children: Any = module._modules
     if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
         return children["module"]
-    if ("modules_to_save" in children or "base_layer" in children) and from_peft(module):
-        return trained_copy(module) if "modules_to_save" in children else children["base_layer"]
+    if (inner := private_peft.wrapped_module(module)) is not None:
+        return inner
     return next((child for name in WRAPPED if (child := children.get(name)) is not None), None)
 
 
@@ -134,34 +135,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while (inner := wrapped_module(module)) is not None:
         module = inner
     return module
-
-
-def from_peft(module: nn.Module) -> bool:
-    """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
-    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
-
-
-def lost_by_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
-    """The names of those tensors of a model that no file of its PEFT adapters will have; [] if it has none. Beside
-    their own weights these files have what `modules_to_save` names, whole."""
-    held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
-    return [n for n, t in tensors.items() if t not in held] if any(map(from_peft, model.modules())) else []
-
-
-def trained_copy(wrapper: Any) -> nn.Module:
-    """What computes in PEFT's wrapper of a module that is saved: the copy of the active adapter, or the original."""
-    active, copies = wrapper.active_adapters, wrapper.modules_to_save
-    return wrapper.original_module if wrapper.disable_adapters or active[0] not in copies else copies[active[0]]
-
-
-def parts_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
-    """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
-    children: Any = module._modules
-    if "modules_to_save" not in children or not from_peft(module):
-        return [(child, True) for child in module.children()]
-    computes = trained_copy(module)
-    copies = (children["original_module"], *children["modules_to_save"].values())
-    return [(copy, copy is computes) for copy in copies]
 
 
 def wrapped_class(module: nn.Module) -> type[nn.Module]:
@@ -215,26 +188,6 @@ def has_hooks(module: object) -> bool:
     return any(getattr(module, kind, None) for kind in kinds)
 
 
-def default_timeout(group: dist.ProcessGroup) -> timedelta:
-    """The timeout given to `init_process_group`, which groups made by a mesh do not have themselves."""
-    backend = dist.group.WORLD._get_backend(group._device_types[0])  # type: ignore[union-attr]
-    return backend.options._timeout
-
-
-def set_timeout(group: dist.ProcessGroup, timeout: timedelta) -> None:
-    """Set how long the ranks of a process group wait for each other. torch 2.15 has a public function for it."""
-    public = getattr(dist.distributed_c10d, "set_timeout", None)
-    if public is not None:
-        public(timeout, group)
-    else:
-        dist.distributed_c10d._set_pg_timeout(timeout, group)
-
-
-def store_of_job() -> dist.Store:
-    """The store through which the processes of the default process group found each other."""
-    return dist.distributed_c10d._get_default_store()
-
-
 def all_to_all(x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup) -> Tensor:
     """Exchange rows between the ranks of a process group: differentiable, as an operator that graphs can hold."""
     from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_to_all_single
@@ -272,11 +225,6 @@ def multiplies(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.cpu._is_amx_fp16_supported()
-
-
-def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; both share memory."""
-    return tensor._local_tensor
 
 
 def ignore_in_ddp(model: nn.Module, names: Iterable[str]) -> None:

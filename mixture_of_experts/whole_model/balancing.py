@@ -19,9 +19,7 @@ from torch.optim import Optimizer
 
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, RuleName, check_rule, check_scores, step_of
 from mixture_of_experts.gating.expert_bias import count_in_backward
-from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.losses import global_sum
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import ignore_in_ddp
@@ -139,13 +137,11 @@ class ExpertBalancing(EachStep):
         self._rate = check_number("rate", value, at_least=0.0)
 
     def after_step(self, done: Tensor | int) -> None:
-        group = ranks_of_batch(self.group)
-        for bias in self._biases:
-            if (counts := bias.counts) is None:
-                continue
+        counted = [(bias, counts) for bias in self._biases if (counts := bias.counts) is not None]
+        totals = self.over_ranks([counts for _, counts in counted])
+        for (bias, counts), total in zip(counted, totals, strict=True):
             factor = as_factor(done, counts)
-            total = global_sum(counts, group) * factor
-            bias.move(step_of(self.rule, total, bias.value, bias.k, self.rate, bias.always))
+            bias.move(step_of(self.rule, total * factor, bias.value, bias.k, self.rate, bias.always))
             counts.mul_(1 - factor)
 
 

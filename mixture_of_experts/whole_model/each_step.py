@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,8 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mixture_of_experts.gating.ranks import ranks_of_batch
+from mixture_of_experts.losses import global_sum, world_size
 from mixture_of_experts.support.checks import check_process_group
-from mixture_of_experts.support.private_torch import lost_by_adapters
+from mixture_of_experts.support.private_peft import lost_by_adapters
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,6 +54,15 @@ class EachStep:
     def after_step(self, done: Tensor | int) -> None:
         """Move what is to move. `done` is 1, or 0 after a step that a fused optimizer skipped inside."""
         raise NotImplementedError
+
+    def over_ranks(self, counts: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The counts of all gates, summed over the ranks in one collective."""
+        group = ranks_of_batch(self.group)
+        if not counts or world_size(group) == 1:
+            return counts
+        total = global_sum(torch.cat([part.flatten().to(counts[0].device) for part in counts]), group)
+        parts = zip(total.split([part.numel() for part in counts]), counts, strict=True)
+        return [part.view_as(own).to(own) for part, own in parts]
 
     @torch.no_grad()
     def _stepped(self, optimizer: Optimizer, args: object, kwargs: object) -> None:

@@ -104,7 +104,9 @@ class SparsityControl(EachStep):
 
     def after_step(self, done: Tensor | int) -> None:
         device = self._routers[0].l1_coef.device
-        excess = torch.stack([gate.excess(self.group).to(device) for gate in self._routers]).sum()
+        totals = self.over_ranks([gate.choice_counts for gate in self._routers])
+        excess = [gate.excess(total).to(device) for gate, total in zip(self._routers, totals, strict=True)]
+        excess = torch.stack(excess).sum()
         excess = excess * as_factor(done, excess)
         for gate in self._routers:
             gate.scale_l1(self.rate, excess)

@@ -116,10 +116,8 @@ def refusal(c: Configuration) -> str | None:
     """
     for router, e in zip(c.routers, c.sizes, strict=True):
         k = router.arguments.get("k")
-        if router.kind == "noisy" and k >= e:
-            return rf"k must be below num_experts={e}, got {k}"
-        if router.kind in ("topk", "hash", "top_p", "sparse_mixer") and k > e:
-            return rf"k must be at most num_experts={e}, got {k}"
+        if k is not None and (error := make.KINDS[router.kind].refused(k, e)) is not None:
+            return error
         groups = router.arguments.get("num_groups")
         if groups is not None and e % groups:
             return rf"num_groups={groups} must divide num_experts={e}"
@@ -135,13 +133,12 @@ def refusal(c: Configuration) -> str | None:
 
 
 GIVEN, GIVEN_INNER, LIVE = "given_experts", "given_experts_inner", -(1 << 15)
-GIVEN_TO = ("topk", "hash", "top_p", "noisy", "sparse_mixer", "top2")  # kinds that let others choose
 
 
 def reads(c: Configuration, level: int) -> set[str]:
     """The side inputs that a level's gate reads, by the layer's names."""
     kind = c.routers[level].kind
-    given = {GIVEN_INNER if level else GIVEN} if kind in GIVEN_TO else set()
+    given = {GIVEN_INNER if level else GIVEN} if make.KINDS[kind].given else set()
     return {"router_input", *given, *(["token_ids"] if kind == "hash" else [])}
 
 
@@ -481,16 +478,14 @@ def is_tie(c: Configuration, call: Call) -> bool:
 # Drawing
 
 
-ROUTERS = ("topk", "top2", "noisy", "expert_choice", "sparse_mixer", "hash", "top_p", "own")
-
-
 @st.composite
 def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
     """Any configuration that is run in one of these ways."""
     run, dtype = draw(st.sampled_from(runs)), draw(st.sampled_from([*DTYPES, "float64", "float64"]))
     if draw(st.integers(0, 3)) == 3:
         rough = () if dtype in ("float32", "float64") else ("relu",)
-        known = {name: model for name, model in recipes.MODELS.items() if model.router in make.KINDS.values()}
+        routers_known = [kind.make for kind in make.KINDS.values()]
+        known = {name: model for name, model in recipes.MODELS.items() if model.router in routers_known}
         plain = {name: model for name, model in known.items() if not model.latent}  # that has a test of its own
         names = [name for name, model in plain.items() if model.experts.get("activation") not in rough]
         recipe = draw(st.sampled_from(sorted(names)))
@@ -500,8 +495,10 @@ def configurations(draw, runs: tuple[str, ...] = ("eager",)) -> Configuration:
         recipe, shared, dim = None, draw(st.booleans()), draw(make.dims)
         levels = draw(st.sampled_from([1, 1, 2]))
         sizes = tuple(draw(st.sampled_from([4, 3, 2, 5, 6, 1] if levels == 1 else [3, 2, 4, 1])) for _ in range(levels))
-        kinds = ROUTERS if levels == 1 or draw(st.integers(0, 9)) == 9 else [k for k in ROUTERS if k != "expert_choice"]
-        routers = tuple(draw(make.matrix_routers(draw(st.sampled_from(kinds)), e)) for e in sizes)
+        kinds = list(make.KINDS)
+        if levels == 2 and draw(st.integers(0, 9)) < 9:
+            kinds.remove("expert_choice")
+        routers = tuple(draw(make.KINDS[draw(st.sampled_from(kinds))].drawn(e)) for e in sizes)
         bank = draw(make.matrix_banks(smooth=dtype not in ("float32", "float64")))
     side = draw(side_inputs(routers))
     checkpointing = draw(st.sampled_from([None, None, "layer", "experts"])) if run != "exported" else None
@@ -547,7 +544,7 @@ def side_inputs(draw, routers: tuple[Router, ...]) -> tuple[str, ...]:
         names.append("router_input")
     # those that the others make of given choices is theirs to say, and tests/test_replay.py holds them to it
     for name, router in zip((GIVEN, GIVEN_INNER), routers, strict=False):
-        likely = {"topk": 5, "hash": 5, "own": 40, "expert_choice": 40}.get(router.kind)
+        likely = make.KINDS[router.kind].rarely
         if likely and "scales" not in router.arguments and draw(st.integers(1, likely)) == likely:
             names.append(name)
     if draw(st.integers(0, 9)) < 9 if "hash" in kinds else draw(st.integers(0, 40)) == 40:

@@ -286,8 +286,11 @@ def check_meta_start() -> None:
 
 
 def check_group_of_gates() -> None:
-    """Gates get the batch's group, or the mesh's if they have none; one they have stays."""
+    """Gates get the batch's group, or the mesh's if they have none; one they have stays. Groups keep their timeouts."""
     mesh = make_mesh(data_parallel=2)
+    groups = [dist.group.WORLD, mesh["ep"].get_group(), mesh["dp"].get_group()]
+    before = [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+    assert before[0] != before[1]
     for moe, options, expected in (
         (make("two levels"), {}, mesh["ep"].get_group()),
         (make("two levels"), {"batch_group": dist.group.WORLD}, dist.group.WORLD),
@@ -298,6 +301,7 @@ def check_group_of_gates() -> None:
     moe = MoE(DIM, gate=TopKGating(DIM, EXPERTS, process_group=dist.group.WORLD), experts=Experts(DIM, EXPERTS))
     parallelize_module(moe, mesh["ep"], ExpertParallel())
     assert moe.gate.process_group is dist.group.WORLD
+    assert [group._get_backend(torch.device("cpu")).options._timeout for group in groups] == before
 
 
 def check_copies_and_pickles() -> None:

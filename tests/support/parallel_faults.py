@@ -5,24 +5,27 @@ from __future__ import annotations
 import os
 import signal
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from mixture_of_experts import Experts, MoE, TopKGating
-from mixture_of_experts.parallel import (
-    ExpertParallel,
-    average_gradients,
-    parallelize_module,
-    replicated_parameters,
-    tell_failures,
-)
-from support.parallel_checks import make_mesh, spread
+from mixture_of_experts.parallel import ExpertParallel, parallelize_module
+from support.parallel_checks import spread
 from support.parallel_layers import DIM, EXPERTS, HIDDEN, batch, make, own_part
+
+
+def make_mesh(data_parallel: int = 1) -> DeviceMesh:
+    """All ranks in a mesh ("dp", "ep"), of groups with the default group's timeout, made as a user makes them."""
+    ranks = torch.arange(dist.get_world_size()).view(data_parallel, -1)
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout  # type: ignore[union-attr]
+    made = [dist.new_subgroups_by_enumeration(of.tolist(), timeout=timeout)[0] for of in (ranks.T, ranks)]
+    groups = [group for group in made if isinstance(group, dist.ProcessGroup)]
+    return DeviceMesh.from_group(groups, "cpu", ranks, mesh_dim_names=("dp", "ep"))
 
 
 def odd_one() -> bool:
@@ -82,58 +85,26 @@ def raising(marker: Path, where: str) -> str:
     moe = spread(MoE(DIM, EXPERTS, experts=Breaking(where)), make_mesh())
 
     def call() -> None:
-        with nullcontext() if where == "forward" else tell_failures():  # the layer knows of what its experts do
-            out, aux_loss = moe(tokens())
-            (out.sum() + aux_loss).backward()
+        out, aux_loss = moe(tokens())
+        (out.sum() + aux_loss).backward()
 
     result = told(call)
     live_on(marker) if odd_one() else ended(marker)
     return result
 
 
-def failing(marker: Path, what: str) -> str:
-    """In the second step something happens to one rank that its layers do not see."""
-    moe = spread(make("top2"), make_mesh())
-
-    def steps() -> None:
-        with tell_failures():
-            for step in range(2):
-                x = tokens()
-                if odd_one() and step == 1:
-                    x = ODD[what](x)
-                out, aux_loss = moe(x)
-                (out.sum() + aux_loss).backward()
-                average_gradients(replicated_parameters(moe).values(), dist.group.WORLD)
-
-    result = told(steps)
-    live_on(marker) if odd_one() else ended(marker)
-    return result
-
-
-def no_data(x: Tensor) -> Tensor:
-    raise OSError("the file of rank 1 is gone")
-
-
-def killed(x: Tensor) -> Tensor:
-    os.kill(os.getpid(), signal.SIGKILL)
-    return x
-
-
-ODD = {"data": no_data, "width": lambda x: x[..., 1:], "killed": killed}
-
-
-def ending() -> str:
-    """One rank does not come at all, and its process group ends."""
+def ending(how: str) -> str:
+    """One rank does not come at all: its process group ends, or its process."""
     moe = spread(make("top2"), make_mesh())
     if not odd_one():
         return told(lambda: moe(tokens()))
-    dist.destroy_process_group()
+    os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else dist.destroy_process_group()
     return "left"
 
 
-def stuck(marker: Path, where: str, debug: bool, data_parallel: int = 1) -> str:
+def stuck(marker: Path, where: str, data_parallel: int) -> str:
     """One rank does not come in time, before the layer or in its experts."""
-    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh(data_parallel), debug=debug)
+    moe = spread(MoE(DIM, EXPERTS, HIDDEN), make_mesh(data_parallel))
     if odd_one() and where == "experts":
         moe.experts.act = Waiting(marker)  # not before: ranks compare their layers when they are set up
     if odd_one() and where == "before":

@@ -1,8 +1,8 @@
 """The public surface: what the pages of `docs/api` show, as one line for each name.
 
 A line has the import path, the signature with its defaults, and, for a class, a line more for each of its documented
-attributes, properties and methods. `python -m tests.support.public_surface` writes the snapshot that
-`tests/test_public.py` compares with: run it in the commit that changes the surface on purpose.
+attributes, properties and methods. `python -m tests.write` writes the snapshot that `tests/test_public.py` compares
+with: run it in the commit that changes the surface on purpose.
 """
 
 from __future__ import annotations
@@ -140,7 +140,3 @@ def surface() -> list[str]:
         for path, value in public_names().items()
         for line in lines_of(path, value, inner.get(path.rpartition(".")[-1], ()))
     ]
-
-
-if __name__ == "__main__":
-    SNAPSHOT.write_text("\n".join(surface()) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ that gradients of both can be taken with respect to one list of tensors.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,6 +104,31 @@ class RecordDraws(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
+class Kind:
+    """All that these tests know of a kind of router: a new one is an entry of `KINDS`.
+
+    Attributes:
+        make: the gate, from `(dim, num_experts, **arguments)`.
+        drawn: routers for so many experts, now and then one that is not possible.
+        slow: the slow counterpart, from the gate, all arguments, and what every router of token choice takes.
+        defaults: the package's arguments.
+        draws: what it draws at random with such arguments in a mode, "train" or "eval".
+        refused: the error for such a k and number of experts, or None.
+        given: whether others may choose instead of it.
+        rarely: one in so many cases lets others choose, whether it takes that or not; None: never.
+    """
+
+    make: Any
+    drawn: Callable[[int], st.SearchStrategy[Router]]
+    slow: Callable[[Any, dict, dict], Any]
+    defaults: dict
+    draws: Callable[[dict, str], str | None] = lambda given, mode: None
+    refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
+    given: bool = True
+    rarely: int | None = None
+
+
+@dataclass(frozen=True)
 class Router:
     """A router: its kind, the package's arguments (without sizes), and how strongly the weights prefer expert 0."""
 
@@ -110,65 +136,33 @@ class Router:
     arguments: dict
     spread: float = 1.0
 
+    @property
+    def all_arguments(self) -> dict:
+        return {**KINDS[self.kind].defaults, **self.arguments}
+
     def build(self, dim: int, num_experts: int, seed: int, outer: tuple[int, ...] = ()) -> nn.Module:
-        given, extra = dict(self.arguments), {} if self.kind == "expert_choice" else {"outer_expert_dims": outer}
+        given = dict(self.arguments)
+        if "capacity_factor" not in KINDS[self.kind].defaults:
+            given["outer_expert_dims"] = outer
         if (logits := given.pop("logits", None)) is not None:
             given["logits"] = RouterLogits(dim, num_experts, outer_expert_dims=outer, **logits)
         if (scales := given.pop("scales", None)) is not None:
             given["weigh"] = LearnedScale(num_experts if scales == "expert" else 1)
         torch.default_generator.manual_seed(seed)  # of which a hash layer draws
-        gate = KINDS[self.kind](dim, num_experts, **given, **extra)
+        gate = KINDS[self.kind].make(dim, num_experts, **given)
         return draw_parameters(gate.double(), seed, self.spread)
 
     def reference(self, gate: nn.Module):
         """The slow router on this gate's parameters, in its mode."""
-        mode = "train" if gate.training else "eval"
-        given = {**DEFAULTS[self.kind], **self.arguments}
-        if self.kind == "expert_choice":
-            return reference.ExpertChoice(gate.w_gating, given["capacity_factor"])
-        if self.kind == "own":
-            given.setdefault("k", 4)
-        common = {
-            "capacity_factor": given[f"capacity_factor_{mode}"],
-            "min_expert_capacity": given["min_expert_capacity"],
-            "priority": given["priority"],
-        }
-        if self.kind == "top2":
-            return reference.Top2(
-                gate.w_gating,
-                policy=given[f"second_policy_{mode}"],
-                threshold=given[f"second_threshold_{mode}"],
-                eps=given["eps"],
-                second_place_loss=given["second_place_loss"],
-                **common,
-            )
-        if self.kind == "noisy":
-            return reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common)
-        if self.kind in ("own", "top_p"):
-            return reference.TopP(gate.w_gating, k=given["k"], p=given["p"], **common)
-        if self.kind == "sparse_mixer":
-            return reference.SparseMixer(gate.w_gating, k=given["k"], tolerance=given["tolerance"], **common)
-        names = ("k", "score", "normalize", "scale", "num_groups", "top_groups", "balance_over")
-        names += ("select", "weigh", "group_score", "eps")
-        bias = None if gate.expert_bias is None else gate.expert_bias.double()
-        weights = {"w_gating": gate.w_gating, "b_gating": gate.b_gating}
-        if (logits := gate.logits) is not None:
-            weights = {"w_gating": logits.weight, "b_gating": logits.bias, "norm_weight": logits.norm_weight}
-            weights.update({name: getattr(logits, name) for name in ("norm_eps", "multiplier", "softcap")})
-        return reference.TopK(
-            expert_bias=bias,
-            scales=gate.weigh.scale if isinstance(gate.weigh, LearnedScale) else None,
-            experts_of_id=getattr(gate, "experts_of_id", None),
-            **weights,
-            **{name: given[name] for name in names},
-            **common,
-        )
+        mode, given = "train" if gate.training else "eval", self.all_arguments
+        common = {name: given[name] for name in ("min_expert_capacity", "priority") if name in given}
+        if f"capacity_factor_{mode}" in given:
+            common["capacity_factor"] = given[f"capacity_factor_{mode}"]
+        return KINDS[self.kind].slow(gate, {**given, "mode": mode}, common)
 
     def dropless(self, training: bool) -> bool:
         """Whether it has no capacity in this mode."""
-        mode = "train" if training else "eval"
-        given = {**DEFAULTS[self.kind], **self.arguments}
-        return self.kind != "expert_choice" and given[f"capacity_factor_{mode}"] is None
+        return self.all_arguments.get(f"capacity_factor_{'train' if training else 'eval'}", 1.0) is None
 
     def without_underflow(self) -> Router:
         """The same with scores that float32 tells from 0."""
@@ -176,14 +170,7 @@ class Router:
 
     def draws(self, training: bool) -> str | None:
         """What this router draws at random in this mode."""
-        given = {**DEFAULTS[self.kind], **self.arguments}
-        if self.kind == "top2" and given[f"second_policy_{'train' if training else 'eval'}"] == "random":
-            return "uniforms"
-        if self.kind in ("topk", "hash") and training and given["jitter"]:
-            return "jitter"
-        if self.kind == "sparse_mixer" and training:
-            return "sampling"
-        return "noise" if self.kind == "noisy" and training else None
+        return KINDS[self.kind].draws(self.all_arguments, "train" if training else "eval")
 
 
 def draw_parameters(module: Any, seed: int, spread: float) -> Any:
@@ -196,61 +183,6 @@ def draw_parameters(module: Any, seed: int, spread: float) -> Any:
             module.expert_bias.copy_(0.3 * normal(gen, *module.expert_bias.shape))
     return module
 
-
-NUM_IDS = 7  # of a hash layer
-KINDS: dict[str, Any] = {
-    "top2": Top2Gating,
-    "topk": TopKGating,
-    "noisy": NoisyTopKGating,
-    "expert_choice": ExpertChoiceGating,
-    "sparse_mixer": SparseMixerGating,
-    "hash": lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
-    "top_p": TopPGating,
-    "own": recipe("A router of your own")["SureGating"],
-}
-DEFAULTS = {
-    "top2": {
-        "eps": 1e-9,
-        "second_policy_train": "random",
-        "second_policy_eval": "random",
-        "second_threshold_train": 0.2,
-        "second_threshold_eval": 0.2,
-        "capacity_factor_train": 1.25,
-        "capacity_factor_eval": 2.0,
-        "min_expert_capacity": 4,
-        "second_place_loss": False,
-        "priority": "choice",
-    },
-    "topk": {
-        "k": 2,
-        "score": "softmax",
-        "normalize": None,
-        "scale": 1.0,
-        "jitter": 0.0,
-        "capacity_factor_train": None,
-        "capacity_factor_eval": None,
-        "min_expert_capacity": 4,
-        "priority": "choice",
-        "num_groups": None,
-        "top_groups": None,
-        "balance_over": "group",
-        "select": "score",
-        "weigh": "score",
-        "group_score": "two_best",
-        "eps": 1e-20,
-    },
-    "noisy": {
-        "k": 2,
-        "capacity_factor_train": None,
-        "capacity_factor_eval": None,
-        "min_expert_capacity": 4,
-        "priority": "choice",
-    },
-    "expert_choice": {"capacity_factor": 2.0},
-}
-DEFAULTS["hash"] = DEFAULTS["topk"]
-DEFAULTS["top_p"] = DEFAULTS["own"] = {**DEFAULTS["noisy"], "k": 4, "p": 0.5}
-DEFAULTS["sparse_mixer"] = {**DEFAULTS["noisy"], "tolerance": 0.01}
 
 # 0 makes every score equal; 1000 makes probabilities of exactly 0, so choices of weight 0
 spreads = st.sampled_from([1.0, 0.3, 3.0, 2.0, 0.0, 1000.0])
@@ -366,29 +298,139 @@ def own_routers(draw, num_experts: int) -> Router:
 
 
 @st.composite
-def matrix_routers(draw, kind: str, num_experts: int) -> Router:
-    """Any router, now and then one that is not possible with so many experts."""
-    if kind == "topk":
-        router = draw(st.one_of(topk_routers(num_experts), stepped_routers(num_experts)))
-        odd = [{}, {}, {}, {}, {}, {"k": num_experts + 1, "num_groups": None, "top_groups": None}]
-        odd += [{"num_groups": 4, "top_groups": 1, "k": 2}]
-        return replace(router, arguments={**router.arguments, **draw(st.sampled_from(odd))})
-    if kind == "hash":
-        router = draw(topk_routers(num_experts))
-        return replace(router, kind="hash")
-    if kind == "noisy" and num_experts > 1:
-        return draw(noisy_routers(num_experts))
-    others = {"top2": top2_routers(), "expert_choice": expert_choice_routers(), "own": own_routers(num_experts)}
-    others["top_p"] = own_routers(num_experts).map(lambda router: replace(router, kind="top_p"))
-    others |= {"noisy": st.just(Router("noisy", {"k": 1})), "sparse_mixer": sparse_mixer_routers()}
-    return draw(others[kind])
+def any_topk_routers(draw, num_experts: int) -> Router:
+    router = draw(st.one_of(topk_routers(num_experts), stepped_routers(num_experts)))
+    odd = [{}, {}, {}, {}, {}, {"k": num_experts + 1, "num_groups": None, "top_groups": None}]
+    odd += [{"num_groups": 4, "top_groups": 1, "k": 2}]
+    return replace(router, arguments={**router.arguments, **draw(st.sampled_from(odd))})
+
+
+def of_kind(kind: str, drawn: st.SearchStrategy[Router]) -> st.SearchStrategy[Router]:
+    return drawn.map(lambda router: replace(router, kind=kind))
+
+
+# Their slow counterparts
+
+
+def slow_top2(gate: Any, given: dict, common: dict) -> Any:
+    names = ("eps", "second_place_loss")
+    of_mode = {name: given[f"second_{name}_{given['mode']}"] for name in ("policy", "threshold")}
+    return reference.Top2(gate.w_gating, **of_mode, **{name: given[name] for name in names}, **common)
+
+
+def slow_topk(gate: Any, given: dict, common: dict) -> Any:
+    names = ("k", "score", "normalize", "scale", "num_groups", "top_groups", "balance_over")
+    names += ("select", "weigh", "group_score", "eps")
+    weights = {"w_gating": gate.w_gating, "b_gating": gate.b_gating}
+    if (logits := gate.logits) is not None:
+        weights = {"w_gating": logits.weight, "b_gating": logits.bias, "norm_weight": logits.norm_weight}
+        weights.update({name: getattr(logits, name) for name in ("norm_eps", "multiplier", "softcap")})
+    return reference.TopK(
+        expert_bias=None if gate.expert_bias is None else gate.expert_bias.double(),
+        scales=gate.weigh.scale if isinstance(gate.weigh, LearnedScale) else None,
+        experts_of_id=getattr(gate, "experts_of_id", None),
+        **weights,
+        **{name: given[name] for name in names},
+        **common,
+    )
+
+
+def slow_top_p(gate: Any, given: dict, common: dict) -> Any:
+    return reference.TopP(gate.w_gating, k=given["k"], p=given["p"], **common)
+
+
+def jitter(given: dict, mode: str) -> str | None:
+    return "jitter" if mode == "train" and given["jitter"] else None
+
+
+CAPACITY = dict(capacity_factor_train=None, capacity_factor_eval=None, min_expert_capacity=4, priority="choice")
+TOPK = {
+    **CAPACITY,
+    "k": 2,
+    "score": "softmax",
+    "normalize": None,
+    "scale": 1.0,
+    "jitter": 0.0,
+    "num_groups": None,
+    "top_groups": None,
+    "balance_over": "group",
+    "select": "score",
+    "weigh": "score",
+    "group_score": "two_best",
+    "eps": 1e-20,
+}
+NUM_IDS = 7  # of a hash layer
+
+KINDS: dict[str, Kind] = {
+    "topk": Kind(TopKGating, any_topk_routers, slow_topk, TOPK, draws=jitter, rarely=5),
+    "top2": Kind(
+        Top2Gating,
+        lambda e: top2_routers(),
+        slow_top2,
+        {
+            **CAPACITY,
+            "eps": 1e-9,
+            "second_policy_train": "random",
+            "second_policy_eval": "random",
+            "second_threshold_train": 0.2,
+            "second_threshold_eval": 0.2,
+            "capacity_factor_train": 1.25,
+            "capacity_factor_eval": 2.0,
+            "second_place_loss": False,
+        },
+        draws=lambda given, mode: "uniforms" if given[f"second_policy_{mode}"] == "random" else None,
+    ),
+    "noisy": Kind(
+        NoisyTopKGating,
+        lambda e: noisy_routers(e) if e > 1 else st.just(Router("noisy", {"k": 1})),
+        lambda gate, given, common: reference.NoisyTopK(gate.w_gating, w_noise=gate.w_noise, k=given["k"], **common),
+        {**CAPACITY, "k": 2},
+        draws=lambda given, mode: "noise" if mode == "train" else None,
+        refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
+    ),
+    "expert_choice": Kind(
+        ExpertChoiceGating,
+        lambda e: expert_choice_routers(),
+        lambda gate, given, common: reference.ExpertChoice(gate.w_gating, given["capacity_factor"]),
+        {"capacity_factor": 2.0},
+        given=False,
+        rarely=40,
+    ),
+    "sparse_mixer": Kind(
+        SparseMixerGating,
+        lambda e: sparse_mixer_routers(),
+        lambda gate, given, common: reference.SparseMixer(
+            gate.w_gating, k=given["k"], tolerance=given["tolerance"], **common
+        ),
+        {**CAPACITY, "k": 2, "tolerance": 0.01},
+        draws=lambda given, mode: "sampling" if mode == "train" else None,
+    ),
+    "hash": Kind(
+        lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
+        lambda e: of_kind("hash", topk_routers(e)),
+        slow_topk,
+        TOPK,
+        draws=jitter,
+        rarely=5,
+    ),
+    "top_p": Kind(TopPGating, lambda e: of_kind("top_p", own_routers(e)), slow_top_p, {**CAPACITY, "k": 4, "p": 0.5}),
+    "own": Kind(
+        recipe("A router of your own")["SureGating"],
+        lambda e: own_routers(e),
+        slow_top_p,
+        {**CAPACITY, "k": 4, "p": 0.5},
+        refused=lambda k, e: None,
+        given=False,
+        rarely=40,
+    ),
+}
 
 
 @st.composite
 def recipe_parts(draw, name: str) -> tuple[Router, Bank, int, bool]:
     """Router and experts of a record for a few experts, how many those are, and whether one is shared."""
     model, e = recipes.MODELS[name], draw(st.sampled_from([4, 6, 8]))
-    kind = next(kind for kind, router in KINDS.items() if router is model.router)
+    kind = next(name for name, kind in KINDS.items() if kind.make is model.router)
     given = dict(model.gate)
     if "k" in given:
         given["k"] = min(given["k"], draw(st.sampled_from([2, 3, 1])))

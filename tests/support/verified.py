@@ -25,7 +25,8 @@ from . import configurations as matrix
 from .configurations import Configuration
 
 THOROUGH = ("compile", "ddp", "fsdp2")
-DEFAULT = [name for name in PROPERTIES if name not in THOROUGH]
+BY_NAME = ("invariance",)
+DEFAULT = [name for name in PROPERTIES if name not in (*THOROUGH, *BY_NAME)]
 STEADY = (
     *("padding", "nan_padding", "order", "batch", "decoding", "even_load", "every_choice", "threads"),
     *("bfloat16", "router_bfloat16", "router_autocast"),

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from mixture_of_experts.huggingface.private_transformers import applies_gate, splits_halves
 from mixture_of_experts.huggingface.replacement.adapters import OF_TORCH
 from mixture_of_experts.ops import ClampedSwiGLU, moe_ffn
 
@@ -75,10 +76,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
 def read_gating(experts: Any) -> Gating:
     """The gating of a class of experts; an activation that `ops` knows, if there is one."""
     gate_up = "concatenated" if experts.is_concatenated else "interleaved"
-    apply_gate = type(experts)._apply_gate
     if not experts.has_gate:
         return Gating(known(experts.act_fn), None)
-    if apply_gate is _default_apply_gate:  # it splits into halves and ignores the flag
+    if splits_halves(experts):
         return Gating(known(experts.act_fn), "concatenated")
     if type(experts).__name__ == "GptOssExperts":
         return Gating(ClampedSwiGLU(experts.alpha, experts.limit), "interleaved")
@@ -101,8 +101,8 @@ class OwnGating(nn.Module):
 
     def forward(self, gate: Tensor, up: Tensor) -> Tensor:
         if self.gate_up == "concatenated":
-            return self.experts._apply_gate(torch.cat([gate, up], dim=-1))
-        return self.experts._apply_gate(torch.stack([gate, up], dim=-1).flatten(-2))
+            return applies_gate(self.experts, torch.cat([gate, up], dim=-1))
+        return applies_gate(self.experts, torch.stack([gate, up], dim=-1).flatten(-2))
 
 
 def known(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -19,7 +19,7 @@ from mixture_of_experts.huggingface.blocks.block_layer import BlockLayer, Pieces
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
-from mixture_of_experts.support.private_torch import from_peft
+from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 COUNTS = "gate.expert_counts"  # which no block has

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
+from mixture_of_experts.huggingface.private_transformers import capture_alike
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
 from mixture_of_experts.huggingface.replacement.replace import join, replace
 from mixture_of_experts.huggingface.replacement.search import is_routed
@@ -197,10 +197,7 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
     forget(config)
     with torch.device("meta"):
         stock: Any = type(model)(config)
-    for name, module in model.named_modules():
-        if getattr(module, "_output_capturing_hooks_installed", False):  # once, so that later blocks bring their own
-            inner: Any = stock.get_submodule(name)
-            maybe_install_capturing_hooks(inner)
+    capture_alike(stock, model)
     return stock, {id(copies[id(one)]): one for one in held if id(one) in copies}
 
 

@@ -14,6 +14,7 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.huggingface.distributed.style import STYLE
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
+from mixture_of_experts.huggingface.private_transformers import mesh_of_data
 from mixture_of_experts.parallel.style import spread_part
 
 
@@ -24,18 +25,13 @@ def plan_experts(model: Any) -> None:
     network beside layers with experts is then whole on every rank under tensor parallelism.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
-    for plan in ("_tp_plan", "_ep_plan"):
-        rules = getattr(model, plan, None) or {}
-        for block in dict.fromkeys(block_around(name) for name in layers):
-            start, left = generic(block), parts_left(model.get_submodule(block))
-            rules = {
-                rule: style
-                for rule, style in rules.items()
-                if not rule.startswith(f"{start}.") or rule.removeprefix(f"{start}.") in left
-            }
-        setattr(model, plan, rules)
+    for block in dict.fromkeys(block_around(name) for name in layers):
+        start, left = f"{generic(block)}.", parts_left(model.get_submodule(block))
+        for plan in (model.tp_plan, model.ep_plan):
+            for rule in [rule for rule in plan if rule.startswith(start) and rule.removeprefix(start) not in left]:
+                del plan[rule]
     for name, layer in layers.items():
-        model._ep_plan[generic(f"{name}.moe.{spread_part(layer.moe)[0]}")] = STYLE
+        model.ep_plan[generic(f"{name}.moe.{spread_part(layer.moe)[0]}")] = STYLE
 
 
 def block_around(name: str) -> str:
@@ -57,10 +53,9 @@ def share_batch(model: Any) -> None:
 
     Ranks of tensor parallelism have the same tokens: they count once.
     """
-    meshes = getattr(model, "_mesh_manager", None)
-    if meshes is None or model.config.distributed_config.dp_size == 1:
+    mesh = mesh_of_data(model)
+    if mesh is None or model.config.distributed_config.dp_size == 1:
         return
-    mesh = meshes.get_mesh(("dp_replicate", "fsdp"))
     group = (mesh["fsdp"] if mesh["dp_replicate"].size() == 1 else mesh._flatten()).get_group()
     for layer in feed_forwards(model):
         for module in layer.moe.modules():

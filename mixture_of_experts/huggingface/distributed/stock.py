@@ -14,8 +14,6 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from mixture_of_experts.parallel.exchange import DTYPES, ROWS, CallHeader, Channel, exchange_rows
-from mixture_of_experts.support.failures import telling_ranks
-from mixture_of_experts.support.private_torch import default_timeout, set_timeout
 
 NAME = "mixture_of_experts"
 
@@ -23,26 +21,20 @@ NAME = "mixture_of_experts"
 class ExchangeRows(EPImplementation):
     """Sends each row to the rank of its expert, and weighs the results where the tokens are.
 
-    If the ranks' calls differ, every rank raises an error that names both; if a rank fails, the others name it.
+    If the ranks' calls differ, every rank raises an error that names both.
     """
 
     def __init__(self, experts: nn.Module, ep_mesh: DeviceMesh, tp_mesh: DeviceMesh) -> None:
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts = experts
         self.num_experts: int = self.num_local_experts * ep_mesh.size()  # type: ignore[assignment, operator]
-        group = ep_mesh.get_group()
         shared_batch = tp_mesh if tp_mesh.size() > 1 else None
-        self.channel: Channel = Channel(group, debug=False, timeout=default_timeout(group), shared_batch=shared_batch)
-        set_timeout(group, self.channel.timeout)
+        self.channel: Channel = Channel(ep_mesh.get_group(), debug=False, shared_batch=shared_batch)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """Map tokens `(t, d)` with choices and weights `(t, k)` to tokens `(t, d)`; ids from e on are left out."""
-        with telling_ranks(self.channel.group):
-            return self.exchange(hidden_states, top_k_index, top_k_weights)
-
-    def exchange(self, x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        e, (t, k) = self.num_experts, expert.shape
-        expert = expert.flatten().clamp(max=e)
+        x, weight, e, (t, k) = hidden_states, top_k_weights, self.num_experts, top_k_index.shape
+        expert = top_k_index.flatten().clamp(max=e)
         order = expert.argsort(stable=True)
         counts = torch.zeros(e + 1, dtype=torch.int64, device=x.device).scatter_add_(0, expert, torch.ones_like(expert))
         out = exchange_rows(x[order // k], counts[:e], self.compute, self.channel, self.header(x))

@@ -11,7 +11,6 @@ from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
 from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.parallel.style import check_divides, spread, stacked_names
-from mixture_of_experts.support.private_torch import default_timeout, set_timeout
 
 NAME = "mixture_of_experts"
 
@@ -38,11 +37,9 @@ class SpreadsExperts(EpDispatchExpertsParallel):
         count: Any = getattr(module, "num_experts", None)
         dims = count if isinstance(count, tuple) else (count,)
         check_divides(dims, ep_mesh)
-        timeout = default_timeout(ep_mesh.get_group())
-        set_timeout(ep_mesh.get_group(), timeout)
         # the sum of the ranks' losses: transformers divides by the number of batches
         sharding = ExpertSharding(
-            ep_mesh, dims, "sum", static_shapes=False, debug=False, timeout=timeout,
+            ep_mesh, dims, "sum", static_shapes=False, debug=False,
             stacked=stacked_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,
         )  # fmt: skip
         spread(module, sharding, src_data_rank=None)

@@ -17,6 +17,7 @@ from mixture_of_experts.huggingface.lora.network import AdaptedNetwork
 from mixture_of_experts.huggingface.lora.ways import WAYS
 from mixture_of_experts.ops import Network, routed_ffn
 from mixture_of_experts.quantize import QuantizedExperts
+from mixture_of_experts.support.private_peft import goes_down_by_b
 
 WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.tensors`
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -110,5 +111,5 @@ class ParamWrapper(layer.ParamWrapper):
         a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
         # a copy of two dimensions, the fastest of the kind
         b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
-        down, up = (b, a) if self._did_swap_in_out_features else (a.mT, b.mT)
+        down, up = (b, a) if goes_down_by_b(self) else (a.mT, b.mT)
         return LowRankPart(down.to(dtype), up.to(dtype), self.scaling[adapter])

@@ -26,7 +26,8 @@ from mixture_of_experts.gating import (
 )
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
 from mixture_of_experts.moe import MoE
-from mixture_of_experts.support.private_torch import from_peft, is_wrapper_subclass, unwrapped, wrapped_class
+from mixture_of_experts.support.private_peft import from_peft
+from mixture_of_experts.support.private_torch import is_wrapper_subclass, unwrapped, wrapped_class
 from mixture_of_experts.unstack import UnstackedExperts
 from mixture_of_experts.whole_model.sites import Site
 

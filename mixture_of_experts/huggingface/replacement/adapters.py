@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from mixture_of_experts.huggingface.private_transformers import is_elsewhere
 from mixture_of_experts.ops.activations import make_activation
-from mixture_of_experts.support.private_torch import from_peft, wrapped_module
+from mixture_of_experts.support.private_peft import from_peft
+from mixture_of_experts.support.private_torch import wrapped_module
 
 Halves = Literal["gate_up", "up_gate", "interleaved"]
 
@@ -121,7 +123,7 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
 def refuse_offloaded(module: nn.Module, name: str) -> None:
     """Refuse weights that a `device_map` left on disk or in another memory: the modules hold none of them."""
     for inner in module.modules():
-        if hasattr(inner, "_hf_hook") and any(weight.is_meta for weight in inner.parameters(recurse=False)):
+        if is_elsewhere(inner):
             raise ValueError(
                 f"the weights of {name} are not in memory, because of the model's device_map: load the model without "
                 "it, or change its folder by python -m mixture_of_experts.huggingface"

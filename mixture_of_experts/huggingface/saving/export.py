@@ -23,13 +23,14 @@ from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.blocks.convert import differences, to_block
 from mixture_of_experts.huggingface.blocks.sparse import in_memory
 from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.private_transformers import forget_conversions
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_wrapped
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
 from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import from_peft
+from mixture_of_experts.support.private_peft import from_peft
 
 Layers = Mapping[str, MoEFeedForward]
 
@@ -123,7 +124,7 @@ def export(model: nn.Module) -> Any:
     differ = sorted({*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]} - tied)
     if differ:
         raise ValueError(f"{type(model).__name__} has weights that {type(made).__name__} has not, or not so: {differ}")
-    vars(made).pop("_weight_conversions", None)  # it is saved under the names of its class's checkpoints
+    forget_conversions(made)
     if hasattr(model, "generation_config"):
         made.generation_config = copy.deepcopy(model.generation_config)
     return made.to(next(model.parameters()).device).train(model.training)

@@ -1,0 +1,52 @@
+"""What this package uses of PEFT's wrappers and does not find in its documentation. PEFT is not imported.
+
+`tests/huggingface/test_private_peft.py` shows what of it a new version breaks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def from_peft(module: nn.Module) -> bool:
+    """Whether the module is a wrapper of PEFT: of one of its classes, or of a class that inherits from one."""
+    return any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
+
+
+def wrapped_module(module: nn.Module) -> nn.Module | None:
+    """The module that computes inside a wrapper of PEFT; None if the module is no wrapper."""
+    children: Any = module._modules
+    if not ("modules_to_save" in children or "base_layer" in children) or not from_peft(module):
+        return None
+    return trained_copy(module) if "modules_to_save" in children else children["base_layer"]
+
+
+def trained_copy(wrapper: Any) -> nn.Module:
+    """What computes in the wrapper of a module that is saved: the copy of the active adapter, or the original."""
+    active = None if wrapper.disable_adapters else next(iter(wrapper.active_adapters), None)  # it may have no copy here
+    return dict(wrapper.modules_to_save.items()).get(active, wrapper.original_module)
+
+
+def parts_of(module: nn.Module) -> list[tuple[nn.Module, bool]]:
+    """The modules directly in a module, and whether they compute: of PEFT's copies of a saved module only one does."""
+    children: Any = module._modules
+    if "modules_to_save" not in children or not from_peft(module):
+        return [(child, True) for child in module.children()]
+    computes = trained_copy(module)
+    copies = (children["original_module"], *children["modules_to_save"].values())
+    return [(copy, copy is computes) for copy in copies]
+
+
+def lost_by_adapters(model: nn.Module, tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors of a model that no file of its adapters will have; [] if it has none. Beside their own
+    weights these files have what `modules_to_save` names, whole."""
+    held = {t for name, t in (*model.named_parameters(), *model.named_buffers()) if ".modules_to_save." in name}
+    return [n for n, t in tensors.items() if t not in held] if any(map(from_peft, model.modules())) else []
+
+
+def goes_down_by_b(wrapper: Any) -> bool:
+    """Whether tokens meet B of a stacked weight first and A then; else A first."""
+    return wrapper._did_swap_in_out_features

@@ -1,0 +1,205 @@
+"""What this package relies on in transformers and accelerate beyond their documentation: each test says one thing."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from safetensors.torch import save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    FineGrainedFP8Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.distributed.expert_parallel import EpDispatchExpertsParallel, EPImplementation
+from transformers.distributed.mixin import DistributedMixin
+from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES, replace_layer_number_by_wildcard
+from transformers.distributed.utils import TransformersDeviceMesh
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixture_of_experts.huggingface import private_transformers as private
+
+SIZES: dict[str, Any] = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+)
+PROJECTION = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def mixtral() -> Any:
+    return MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SIZES))
+
+
+def experts_of(model: Any) -> Any:
+    return model.model.layers[0].mlp.experts
+
+
+class Config(QuantizationConfigMixin):
+    """Of a quantiser that quantises nothing."""
+
+    def __init__(self, quant_method: str = "looks") -> None:
+        self.quant_method: Any = quant_method
+
+
+class Looks(HfQuantizer):
+    """Renames weights while a model is loaded, and looks which were loaded."""
+
+    loaded: dict[str, bool]
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        rename = private.Rename(lambda name: name.replace("there.", "model."))
+        return [rename, *super().update_weight_conversions(weight_conversions, model)]
+
+    def postprocess_model(self, model: Any, **kwargs: Any) -> None:
+        Looks.loaded = {name: private.was_loaded(weight) for name, weight in model.named_parameters()}
+        super().postprocess_model(model, **kwargs)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def looks(monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "looks", Config)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "looks", Looks)
+    return Config()
+
+
+def test_renamings_and_marks_of_a_load(tmp_path: Path, looks: Config):
+    """Every name goes through the conversions of a quantiser; a weight that the file had is marked at the end."""
+    model = LlamaForCausalLM(LlamaConfig(**SIZES))
+    state = {name.replace("model.", "there."): weight for name, weight in model.state_dict().items()}
+    state.pop("there.norm.weight")
+    model.save_pretrained(tmp_path)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    again = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=looks)
+    assert [name for name, loaded in Looks.loaded.items() if not loaded] == ["model.norm.weight"]
+    assert torch.equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+
+
+def test_a_refusal_names_the_class_of_the_file():
+    class OfFile(Config): ...
+
+    private.say_in_refusal(OfFile, "call ours")
+    with pytest.raises(ValueError, match=r"OfFile \(call ours\)"):
+        auto.AutoHfQuantizer.merge_quantization_configs(OfFile(), FineGrainedFP8Config())
+
+
+def test_weights_that_are_merged_and_saved_under_other_names(tmp_path):
+    """Mixtral's files have one weight for each expert and projection."""
+    model = mixtral()
+    model.save_pretrained(tmp_path)
+    saved = private.as_saved(model, {PROJECTION: experts_of(model).gate_up_proj})
+    assert sorted(saved) == sorted(
+        f"model.layers.0.block_sparse_moe.experts.{e}.{name}.weight" for e in range(4) for name in ("w1", "w3")
+    )
+    loaded = MixtralForCausalLM.from_pretrained(tmp_path)
+    conversions = vars(loaded)["_weight_conversions"]
+    first = next(iter(saved))
+    assert any(private.merges(conversion, first) for conversion in conversions)
+    assert not any(private.merges(conversion, "lm_head.weight") for conversion in conversions)
+    private.forget_conversions(loaded)
+    private.forget_conversions(loaded)  # twice changes nothing
+    assert "_weight_conversions" not in vars(loaded)
+
+
+def test_the_gating_of_experts():
+    """The interface's own splits into halves; GPT-OSS has one of its own."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    experts, x = experts_of(mixtral()), torch.randn(3, 48)
+    gate, up = x.chunk(2, dim=-1)
+    assert private.splits_halves(experts)
+    assert torch.equal(private.applies_gate(experts, x), experts.act_fn(gate) * up)
+    assert not private.splits_halves(GptOssExperts.__new__(GptOssExperts))
+    assert callable(getattr(ALL_EXPERTS_FUNCTIONS, "register", None))
+
+
+def test_checkpointing_lies_on_each_layer():
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).train()
+    (layer,) = model.model.layers
+    assert private.checkpointing_of(layer) is None
+    model.activation_checkpointing_enable()
+    found, calls = private.checkpointing_of(layer), []
+    assert found is not None
+    assert layer.gradient_checkpointing
+
+    def counts(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        return found(*args, **kwargs)
+
+    private.set_checkpointing(layer, counts)
+    model(torch.arange(5)[None]).logits.sum().backward()
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "predicts"),
+    [
+        (LlamaForCausalLM, LlamaConfig(**SIZES), True),
+        (BertForMaskedLM, BertConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2), False),
+        (T5ForConditionalGeneration, T5Config(vocab_size=32, d_model=16, d_ff=16, num_layers=1, num_heads=2), False),
+    ],
+)
+def test_which_models_predict_the_next_token(kind: Any, config: Any, predicts: bool):
+    with torch.device("meta"):
+        assert private.predicts_next(kind(config)) == predicts
+
+
+def test_hooks_that_return_router_logits():
+    """They are set at the first forward, and then on the model of which they are a part."""
+    model, other = mixtral(), mixtral()
+    tokens = torch.arange(4)[None]
+    model(tokens, output_router_logits=True)
+    private.capture_alike(other, model)
+    hooked = [name for name, part in other.named_modules() if getattr(part, "_output_capturing_hooks_installed", False)]
+    assert hooked
+    assert len(other(tokens, output_router_logits=True).router_logits) == 1
+
+
+def test_weights_that_accelerate_keeps_elsewhere():
+    module = nn.Linear(2, 2)
+    assert not private.is_elsewhere(module.to("meta"))
+    weights = {"weight": torch.zeros(2, 2), "bias": torch.zeros(2)}
+    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu", offload=True, weights_map=weights))
+    assert private.is_elsewhere(module)
+
+
+def test_names_of_distribution():
+    """Models keep their meshes in this attribute; the plans are dicts of their own, which may be changed."""
+    model, other = mixtral(), mixtral()
+    assert private.mesh_of_data(model) is None
+    assert hasattr(DistributedMixin, "_mesh_manager")
+    assert list(inspect.signature(TransformersDeviceMesh.get_mesh).parameters) == ["self", "dims"]
+    for plan in (model.tp_plan, model.ep_plan):
+        plan["here"] = "there"
+    assert "here" in model.tp_plan
+    assert "here" in model.ep_plan
+    assert "here" not in {**other.tp_plan, **other.ep_plan}
+    assert replace_layer_number_by_wildcard("model.layers.3.mlp") == "model.layers.*.mlp"
+    arguments = inspect.signature(EpDispatchExpertsParallel.install_forward).parameters
+    assert list(arguments)[:4] == ["self", "module", "ep_mesh", "tp_mesh"]
+    assert list(inspect.signature(EPImplementation.__init__).parameters) == ["self", "experts", "ep_mesh", "tp_mesh"]
+    assert "ep_dispatch_experts" in ALL_PARALLEL_STYLES

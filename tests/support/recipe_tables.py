@@ -1,0 +1,115 @@
+"""The tables of docs/recipes.md, made from `recipes.MODELS`."""
+
+from __future__ import annotations
+
+import inspect
+import re
+
+from mixture_of_experts import ReLUGating, Top2Gating, TopKGating, TopPGating, recipes
+from mixture_of_experts.recipes import MODELS, Recipe
+
+from .recipes import DOCS
+
+PAGE, CONCEPTS = DOCS / "recipes.md", DOCS / "concepts.md"
+FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
+
+
+def with_tables(text: str) -> str:
+    """The page with both tables written anew, below their headers."""
+    for header, lines in (("model", all_recipes()), ("recipes with", recipes_with_properties())):
+        table = re.compile(rf"(\n\| {header} \|.*\n\|[-|]+\|\n)(?:\|.*\n)*")
+        text, found = table.subn(lambda old, lines=lines: old[1] + "\n".join([*lines, ""]), text)
+        assert found == 1, header
+    return text
+
+
+def with_recipes_of_routers(text: str) -> str:
+    """The page of concepts with the last column of its table of routers written anew: the recipes with each."""
+    used: dict[tuple[str, bool], list[str]] = {}
+    for name in FUNCTIONS:
+        model = MODELS[name]
+        used.setdefault((model.router.__name__, "expert_bias" in model.gate), []).append(f"`{name}`")
+
+    def written(row: re.Match[str]) -> str:
+        names = used.pop((row["router"], "expert bias" in row["variant"]), ["none"])
+        return f"{row['before']}{', '.join(names)} |"
+
+    begin, end = text.index("## Routing\n"), text.index("\n## ", text.index("## Routing\n"))
+    row = re.compile(r"^(?P<before>\| `(?P<router>\w+)`(?P<variant>.*?) \| .* \| )[^|]* \|$", re.MULTILINE)
+    text = text[:begin] + row.sub(written, text[begin:end]) + text[end:]
+    assert not used, f"the table of routers in docs/concepts.md has no row for {list(used)}"
+    return text
+
+
+def all_recipes() -> list[str]:
+    return [row(name, MODELS[name]) for name in FUNCTIONS]
+
+
+def row(name: str, model: Recipe) -> str:
+    """What a recipe sets, in words of its own."""
+    settings = {key: value for key, value in model.gate.items() if key not in ("balance_over", "k")}
+    gate = ", ".join(f"{key}={value!r}" for key, value in settings.items())
+    gate = f"`{gate}`" if gate else ""
+    logits = "" if model.logits is None else "logits: " + ", ".join(f"{k}={v!r}" for k, v in model.logits.items())
+    scales = "" if model.scales is None else f"learned scales: {model.scales}"
+    parts = [model.experts.get("activation", "silu")]
+    parts += [] if model.experts.get("gated", True) else ["not gated"]
+    parts += [f"limit {model.experts['limit']:g}"] if "limit" in model.experts else []
+    parts += ["biases"] if model.experts.get("bias") else []
+    parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
+    parts += ["weights on what they read"] if model.weigh_input else []
+    parts += [f"{model.identity:g} as many return the token"] if model.identity else []
+    parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
+    kind = "" if model.router is TopKGating else f"`{model.router.__name__}`"
+    says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called
+    says = f"[{says}](https://arxiv.org/abs/{model.paper})" if model.paper else says
+    sizes = (
+        ""
+        if model.published is None
+        else f"{model.published.name}: {billions(model.published.active)} of {billions(model.published.total)}"
+    )
+    cells = [f"{says} `{name}`", choices(model), sizes, " ".join(filter(None, (kind, gate, logits, scales)))]
+    cells.append(", ".join(parts))
+    return f"| {' | '.join(cells)} | {losses(model)} |"
+
+
+def choices(model: Recipe) -> str:
+    """How many experts a token chooses, of how many."""
+    k = str(model.gate.get("k", {Top2Gating: 2}.get(model.router, "")))
+    k = f"at most {k}" if model.router in (TopPGating, ReLUGating) else k or "experts choose"
+    return f"{k} of {model.published.experts:,}" if model.published else k
+
+
+def billions(number: float | None) -> str:
+    return "?" if number is None else f"{number:,g}"
+
+
+def losses(model: Recipe) -> str:
+    """The coefficients of a recipe."""
+    coefs = {**model.layer, **model.layer.get("loss_coefs", {})}
+    coefs.pop("loss_coefs", None)
+    if model.router_aux_loss_coef is not None:
+        coefs["loss_coef"] = "{:g} k / {}".format(*model.router_aux_loss_coef)
+    coefs.setdefault("loss_coef", "0.01, the package's own")
+    batch = ", over the batch" if model.gate.get("balance_over") == "batch" else ""
+    text = [
+        f"{name} {value if isinstance(value, str) else format(value, 'g')}" for name, value in coefs.items() if value
+    ]
+    return ", ".join(text) + batch
+
+
+#: of the second table: a property, and whether a recipe has it
+PROPERTIES = {
+    "sigmoid scores": lambda model: model.gate.get("score") == "sigmoid",
+    "balanced by an expert bias": lambda model: "expert_bias" in model.gate,
+    "a shared expert": lambda model: model.shared > 0,
+    "under 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
+    "over 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
+}
+
+
+def recipes_with_properties() -> list[str]:
+    return [
+        f"| {says} | {', '.join(f'`{name}`' for name in FUNCTIONS if has(MODELS[name]))} |"
+        for says, has in PROPERTIES.items()
+    ]
