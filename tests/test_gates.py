@@ -274,7 +274,7 @@ def test_choices_that_do_not_fit(made, message):
 
 @pytest.mark.parametrize("made", [{"expert": torch.zeros(1, 4, 2)}, {"chosen": torch.ones(1, 4, 2)}])
 def test_choices_of_another_dtype(made):
-    with pytest.raises(TypeError, match=r"Given gave \w+ of dtype torch.float32, wanted (int64|bool)"):
+    with pytest.raises(TypeError, match=r"Given gave \w+ .*float32, wanted (int64|bool)"):
         Given(**made)(torch.randn(1, 4, DIM))
 
 
