@@ -35,19 +35,6 @@ def exact(score: Tensor, bias: Tensor, k: int) -> Tensor:
     return quantile - quantile.mean()
 
 
-def test_a_toy():
-    """Two experts and four tokens, which all choose the first.
-
-    The first has r = -0.6, -0.5, -0.3, -0.2 (its rival's score less its own), the second 0 of every token. With -0.5
-    and 0 as biases each would have half of the tokens; less their mean that is -0.25 and 0.25.
-    """
-    score = torch.tensor([[0.7, 0.1], [0.7, 0.2], [0.7, 0.4], [0.7, 0.5]])
-    moved = new_bias(histogram(score, torch.zeros(2), k=1), torch.zeros(2), k=1)
-    torch.testing.assert_close(moved, torch.tensor([-0.25, 0.25]), atol=2e-3, rtol=0)
-    first, _, third, fourth = (score + moved).argmax(dim=-1).tolist()  # the second token lies on the edge
-    assert [first, third, fourth] == [0, 1, 1]
-
-
 # Cases that others published, with their numbers
 
 
@@ -241,20 +228,6 @@ def test_compiled_it_counts_the_same_once(checkpointed):
     assert wanted.sum() == 18 * 4
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
-def test_function_transforms_count():
-    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6)
-    moe.gate.bias_rule = "quantile"
-    moe(x)[0].sum().backward()
-    wanted = moe.gate.expert_histogram.clone()
-
-    def loss(parameters: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
-
-    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(moe.named_parameters()), x.unsqueeze(1))
-    assert torch.equal(moe.gate.expert_histogram, 2 * wanted)
-
-
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -274,14 +247,14 @@ def test_what_it_does_not_fit(settings, why):
     kind = settings.get("kind")
     of = gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
     name = type(of).__name__
-    with pytest.raises(ValueError, match=rf"QuantileRule\(bins=1000\) does not fit {name}: {why}.*rule='sign'"):
+    with pytest.raises(ValueError, match=rf"does not fit {name}: {why}.*rule='sign'"):
         of.bias_rule = "quantile"
     with pytest.raises(ValueError, match=rf"does not fit {name}"):
         balance_experts(of, torch.optim.SGD(of.parameters(), lr=0.1), "quantile")
     assert of.bias_rule.bins == 0
     with pytest.raises(RuntimeError, match="expert_bias=True"):
         TopKGating(6, 4).bias_rule = "sign"
-    with pytest.raises(ValueError, match="bias_rule must be one of 'sign', 'centred_sign', 'quantile', got 'mean'"):
+    with pytest.raises(ValueError, match=r"bias_rule must be one of 'sign', .*'mean'"):
         of.bias_rule = "mean"
 
 
@@ -291,7 +264,7 @@ def test_shares():
     assert rule.step(torch.tensor([4, 5, 1, 2]), torch.zeros(4), 1, 0.5).tolist() == [0.0, -0.5, 0.5, 0.0]
     assert rule.step(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), 1, 0.5).tolist() == [[0.0] * 4] * 2
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
-    with pytest.raises(ValueError, match="shares must be a number for each of the 3 experts, got 4"):
+    with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     with pytest.raises(ValueError, match=r"shares must be .* got 0"):
         SignRule(shares=[1, 0])
@@ -321,20 +294,6 @@ def test_shares_step_by_the_sign_of_the_exact_difference():
         exact = [total * share - int(one) * sum(shares) for share, one in zip(shares, load, strict=True)]
         wanted = [float((number > 0) - (number < 0)) for number in exact]
         assert SignRule(shares=shares).step(load, torch.zeros(e), 1, 1.0).tolist() == wanted
-
-
-def test_shares_without_a_common_denominator_are_near():
-    """Also shares whose ratio no 32 bits can hold, and such as are set later."""
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(50, generator=generator, dtype=torch.float64).tolist()
-    parts = in_integers(shares)
-    assert sum(parts) < 1 << 31
-    for share, part in zip(shares, parts, strict=True):
-        assert part / sum(parts) == pytest.approx(share / sum(shares), rel=1e-6)
-    assert in_integers([1e-30, 1.0]) == (1, 1 << 30)
-    rule = SignRule(shares=[1, 1])
-    rule.shares = [1, 3]
-    assert rule.step(torch.tensor([1, 3]), torch.zeros(2), 1, 1.0).tolist() == [0.0, 0.0]
 
 
 # Experts that every token takes, and tokens of NaN
