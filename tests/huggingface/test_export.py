@@ -86,7 +86,7 @@ def test_tied_embeddings_dtype_and_mode():
 def test_weights_that_are_not_in_memory_are_refused():
     model = ARCHITECTURES["llama"].build()
     upcycle(model, num_experts=4)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load them first, or change"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load"):
         export(model.to("meta"))
 
 
@@ -149,13 +149,13 @@ def test_layers_that_differ():
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, layers=[0])
     replace_ffn(model, num_experts=2, layers=[1])
-    with pytest.raises(ValueError, match=r"w1 has shape \(2, 32, 48\), the block's \(4, 32, 48\)"):
+    with pytest.raises(ValueError, match=r"w1 .*\(2, 32, 48\).*\(4, 32, 48\)"):
         export(model)
 
 
 def test_settings_and_activations():
     model = ARCHITECTURES["llama"].build()
-    with pytest.raises(ValueError, match="has no layers with experts: there is nothing to export"):
+    with pytest.raises(ValueError, match="has no layers with experts"):
         export(model)
     upcycle(model, num_experts=4)
     feed_forwards(model)[1].moe.experts.act = nn.GELU()

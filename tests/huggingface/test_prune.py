@@ -296,13 +296,13 @@ def test_groups_keep_equally_many():
     def build() -> MoE:
         return layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
 
-    with pytest.raises(ValueError, match=r"equally many experts of each of its groups, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"equally many .* groups, got \[3, 1\]"):
         prune(build(), by={"gate": [0, 1, 2, 7]})
-    with pytest.raises(ValueError, match="it has num_groups=2 and top_groups=1, and keeps equally many of each group"):
+    with pytest.raises(ValueError, match=r"num_groups=2 .*equally many of each group"):
         prune(build(), 5, "random")
-    with pytest.raises(ValueError, match="of which those open to a token hold at least 2"):
+    with pytest.raises(ValueError, match="open to a token hold at least 2"):
         prune(build(), 2, "random")
-    with pytest.raises(ValueError, match="scored by its two best experts, so it keeps two"):
+    with pytest.raises(ValueError, match="two best experts, so it keeps two"):
         prune(layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
@@ -396,7 +396,7 @@ def test_layers_inside_experts_keep_their_size():
 def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
     config = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     stock = MixtralForCausalLM(MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4))
-    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\): it is no gate of this package"):
+    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\)"):
         prune(stock, 2, "random")
     with pytest.raises(ValueError, match="weights on the meta device: load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
@@ -461,7 +461,7 @@ def test_layers_that_were_blocks_keep_equally_many():
     model = from_transformers(STOCK["qwen3"]())
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"one number of experts for all: keep equally many in each, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"equally many in each, got \[2, 3\]"):
         prune(model, by={first: [0, 1], second: [0, 1, 2]})
     with pytest.raises(ValueError, match=r"got \[2, 8\]"):
         prune(model, 2, "random", gates=[first])
@@ -482,7 +482,7 @@ def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert [f.moe.num_experts for f in feed_forwards(loaded)] == [len(kept) for kept in ids.values()]
     if unequal:
-        with pytest.raises(ValueError, match=r"w1 has shape \(4, 32, 48\), the block\'s \(3, 32, 48\)"):
+        with pytest.raises(ValueError, match=r"w1 .*\(4, 32, 48\).*\(3, 32, 48\)"):
             export(loaded)
     else:
         torch.testing.assert_close(export(loaded)(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
