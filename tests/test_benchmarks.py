@@ -1,6 +1,5 @@
 """The benchmark harness: it runs, compares before it times, and counts exactly. No time is asserted."""
 
-import contextlib
 import importlib.util
 import json
 import re
@@ -22,7 +21,6 @@ from benchmarks import (  # noqa: E402
     blocks,
     card,
     counts,
-    decide,
     documented,
     field,
     first_hour,
@@ -386,23 +384,6 @@ def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys)
     assert not capsys.readouterr().out
 
 
-def test_what_is_interrupted_runs_again_and_what_ends_its_process_does_not(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    machine = no_card.MACHINE
-    for crashes, wanted in ((False, 1), (True, {"ended": "a reason"})):
-        path = tmp_path / f"{crashes}.jsonl"
-        assert not kept.blame(path, machine, "a reason")
-        with contextlib.suppress(KeyboardInterrupt):
-            kept.keep((task for task in [("one", interrupt)]), path, machine)
-        if crashes:
-            assert kept.blame(path, machine, "a reason")
-            assert not kept.blame(path, machine, "another")
-        kept.keep((task for task in [("one", lambda: 1)]), path, machine)
-        assert kept.read(path, machine).found == {"one": wanted}
-
-
 def test_results_of_another_card_are_refused(tmp_path: Path, capsys) -> None:
     path = tmp_path / "no-card.tests.jsonl"
     kept.keep((task for task in [("one", lambda: 1)]), path, no_card.MACHINE | {"card": "another"})
@@ -458,34 +439,6 @@ def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
         assert "no GPU" in capsys.readouterr().out
 
 
-#: of each family what a reading of its machine code says is to be tried first
-FIRST = {
-    (9, 0): {"weight_grads": (128, 256, 64, 8, 3), "hidden_grads": (128, 64, 8, 3), "down": (128, 64, 8, 3)},
-    (10, 0): {"weight_grads": (128, 256, 64, 8, 3), "down": (256, 64, 8, 3), "row_grads": (256, 64, 8, 3)},
-    (8, 0): {"up": (128, 32, 8, 4), "weight_grads": (128, 256, 32, 8, 4)},
-    (8, 6): {"hidden_grads": (128, 64, 8, 3), "down": (128, 32, 8, 4)},
-}
-
-
-@pytest.mark.parametrize("capability", schedule.HALF)
-def test_what_is_tried_around_the_schedule(capability: tuple[int, int]) -> None:
-    """About ten sizes of blocks of each kernel, its own first; all of a kind that the self-check judges."""
-    shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
-    for entry in schedule.HALF[capability]:
-        for kernel in blocks.KERNELS:
-            tried = blocks.candidates(kernel, entry, capability, shared)
-            assert tried[0] == getattr(entry, kernel)
-            assert 8 <= len(set(tried)) == len(tried) <= 13
-            assert all(one.c in (32, 64) for one in tried)  # a kind says sizes modulo 64
-            assert FIRST.get(capability, {}).get(kernel, tried[0]) in tried or entry.rows < 128
-        entries = list(blocks.entries_around(entry, capability, shared))
-        assert entries[0] == (entry, blocks.KERNELS)
-        for kernel in blocks.KERNELS:
-            tried = [getattr(one, kernel) for one, changed in entries if kernel in changed]
-            assert tried == blocks.candidates(kernel, entry, capability, shared)
-    assert not blocks.fits("down", schedule.HALF[9, 0][-1].down, 128, (9, 0), 99 << 10)
-
-
 @pytest.mark.slow
 def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches on real tensors find all programs in Triton's cache; others they would not find."""
@@ -507,58 +460,6 @@ def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeyp
         with blocks.launching(launch, tried):
             step()
         assert (set(tmp_path.rglob("*.cubin")) > programs) == more
-
-
-# ---- what the results of a first hour decide: times are made up ----
-
-
-def times(shape: str, mode: str, **ways: float) -> dict:
-    """A record of a case."""
-    names = {"auto": "layer", **{way: f"layer, {way}" for way in gpu.WAYS}, "liger": "Liger", "sonic": "SonicMoE"}
-    rows = {names[way]: {"median_s": 1e-3 * ms, "host_s": 1e-3, "error": None} for way, ms in ways.items()}
-    missing = {"ScatterMoE": "AssertionError: WRONG: its relative error is 2.0e-01"}
-    return {"record": {"shape": {"name": shape}, "mode": mode, "contestants": rows, "missing": missing}}
-
-
-def decided(found: dict, capability: tuple[int, int] = (9, 0)) -> str:
-    return "\n".join(decide.lines(json.loads(json.dumps(found)), schedule.HALF[capability]))
-
-
-@pytest.mark.parametrize("triton", [0.9, 1.4])
-def test_who_wins_and_what_is_taken_by_default(triton: float) -> None:
-    """Over five shapes; of a card on which the grouped product is the default."""
-    shapes = [shape.name for shape in card.SHAPES]
-    found = {f"cases/{s}/train": times(s, "train", auto=1.0, triton=triton, grouped=1.0, sonic=0.8) for s in shapes}
-    found |= {f"cases/{s}/decode": times(s, "decode", auto=1.0, triton=1.0, grouped=3.0, liger=2.0) for s in shapes}
-    told = decided(found)
-    ours = f"1.25 (1, 1) | {triton / 0.8:.2f} ({triton}, 1) | 1.25 (1, 1) |  |"
-    assert f"| mixtral/train | {ours}  |  | 1.00 (0.8, 1) |  |  | SonicMoE |" in told
-    assert "| mixtral/decode | 1.00 (1, 1) | 1.00 (1, 1) | 3.00 (3, 1) |  |  |  |  | 2.00 (2, 1) |  | layer |" in told
-    assert "- ScatterMoE was missing: AssertionError: WRONG" in told
-    assert "- decode: what is taken by default stays" in told
-    assert ("- train: **take layer, triton by default**" in told) == (triton < 1)
-    assert ("`ffn.py` **goes but for inference**" in told) == (triton > 1)
-    assert ("`ffn.py` stays" in told) == (triton < 1)
-
-
-def test_what_loses_goes() -> None:
-    """On the card, or on the host alone; gates come first. `FEW` is where plans without queues stop winning."""
-
-    def pair(card: float, host: float) -> dict[str, float]:
-        times = {"kernels": 1e-5 * card, "operators": 1e-5, "host of kernels": 1e-4 * host}
-        return {**times, "host of operators": 1e-4}
-
-    found: dict = {"top_k.py: 1 tokens": pair(1.2, 1.1), "top_k.py: 8 tokens": pair(1.0, 1.0)}
-    found |= {"top_2.py: 8192 tokens": pair(1.1, 0.3), "queueing.py: 64 assignments": pair(0.5, 0.4)}
-    found |= {f"rank_rows: {number} assignments": pair(number / 3000, 1) for number in (1024, 2048, 4096)}
-    found |= {"find_rows: 64 assignments": {"ended": "an error"}}
-    high = {kernel: [[getattr(schedule.HALF[9, 0][-1], kernel), 1e-3]] for kernel in blocks.KERNELS}
-    told = decided({"small kernels": found, "kernels/qwen3": {"256 rows, tiles of 128": high}})
-    lines = told.split("## What loses")[1].splitlines()
-    assert lines[2].startswith("- `top_k.py` **goes**. Its time ÷ that without it: 1 tokens 1.20, host 1.10")
-    assert lines[3].startswith("- `top_2.py` **goes, unless launches matter**")
-    assert lines[4].startswith("- `queueing.py` stays")
-    assert "- `FEW`: plans without queues win for up to 2048 assignments" in told
 
 
 @pytest.mark.slow

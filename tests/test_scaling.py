@@ -14,7 +14,6 @@ from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
 from experiments.scaling_plan import MODELS, Plan, Run, Stage
 from experiments.sizes import SIZES, SMALL
-from experiments.text import load_text
 from experiments.upcycling import upcycle
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -193,13 +192,3 @@ def test_a_model_of_a_large_layer_is_bound_by_products_and_of_a_small_one_by_lau
 
 
 # ---- sizes and text ----
-
-
-@pytest.mark.slow
-def test_no_long_run_of_the_larger_sizes_reads_a_byte_twice() -> None:
-    size, base = SIZES["0.3m"], scaling.base_settings("0.3m")
-    text = load_text((), size.packages)
-    assert size.steps * base.batch_size * (base.context + 1) < text.train.numel()
-    assert text.sources[0].startswith("python 3.")
-    assert [source.split()[0] for source in text.sources[1:]] == list(size.packages)
-    assert load_text((), size.packages[1:2]).digest == load_text((), size.packages[1:2]).digest

@@ -19,7 +19,6 @@ from experiments.language_model.model import ByteLM, count_parameters
 from experiments.language_model.routers import ROUTERS
 from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
-from mixture_of_experts import MoE
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
@@ -76,25 +75,17 @@ def make_model(router: str) -> ByteLM:
     return model
 
 
-def logits_before_and_after(model: ByteLM, position: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits of a text, of the same text with other bytes after `position`, and the share of choices computed."""
+def logits_before_and_after(model: ByteLM, position: int) -> list[torch.Tensor]:
+    """Logits of a text, and of the same text with other bytes after `position`."""
     torch.manual_seed(0)
     text = torch.randint(256, (3, 32)).repeat_interleave(2, dim=1)[:, :32]  # repeats: experts overflow
     changed = text.clone()
     changed[:, position + 1 :] = torch.randint(256, (3, 31 - position))
-    kept = []
-    hooks = [
-        module.gate.register_forward_hook(lambda gate, args, routing: kept.append(routing.kept.double().mean()))
-        for module in model.modules()
-        if isinstance(module, MoE)
-    ]
     logits = []
     for version in (text, changed):
         torch.manual_seed(1)  # routers that draw numbers draw the same ones for both
         logits.append(model(version)[0])
-    for hook in hooks:
-        hook.remove()
-    return logits[0], logits[1], torch.stack(kept).min()
+    return logits
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -102,28 +93,9 @@ def logits_before_and_after(model: ByteLM, position: int) -> tuple[torch.Tensor,
 def test_no_logit_depends_on_a_later_byte(router: str, training: bool) -> None:
     model = make_model(router).train(training)
     for position in (0, 7, 20, 30):
-        before, after, _ = logits_before_and_after(model, position)
+        before, after = logits_before_and_after(model, position)
         torch.testing.assert_close(before[:, : position + 1], after[:, : position + 1], rtol=0, atol=1e-10)
         assert not torch.allclose(before[:, position + 1 :], after[:, position + 1 :])
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_causality_holds_where_choices_are_dropped_and_the_test_would_see_a_leak(training: bool) -> None:
-    def make(priority: str) -> ByteLM:
-        torch.manual_seed(0)
-        tight = {"capacity_factor_train": 1.0, "capacity_factor_eval": 1.0, "min_expert_capacity": 1}
-        policy = {"second_policy_train": "all", "second_policy_eval": "all"}
-        shape = {"dim": 16, "layers": 2, "heads": 2, "context": 32}
-        model = ByteLM(lambda: MoE(16, 4, 16, priority=priority, **tight, **policy), **shape).double()
-        torch.nn.init.normal_(model.to_logits.weight)
-        return model.train(training)
-
-    before, after, computed = logits_before_and_after(make("token"), 15)
-    assert computed < 0.8
-    torch.testing.assert_close(before[:, :16], after[:, :16], rtol=0, atol=1e-10)
-    before, after, computed = logits_before_and_after(make("choice"), 15)
-    assert computed < 0.8
-    assert (before[:, :16] - after[:, :16]).abs().max() > 1e-3
 
 
 # ---- the two models ----
