@@ -339,14 +339,6 @@ def test_coefficients_of_shazeer(batch):
     torch.testing.assert_close(moe(x)[1], 0.1 * routing.losses["importance"] + 0.1 * routing.losses["load"])
 
 
-def test_coefficient_of_the_z_loss(batch):
-    """ST-MoE, equation 5: mean over tokens of (log Σ exp logits)²."""
-    x, weights = batch
-    gate = with_weights(TopKGating(6, 8), weights)
-    moe = MoE(6, gate=gate, experts=Experts(6, 8, 4), loss_coef=0.0, z_loss_coef=1e-3)
-    torch.testing.assert_close(moe(x)[1], 1e-3 * (x @ weights).exp().sum(dim=-1).log().square().mean())
-
-
 # Capacity
 
 

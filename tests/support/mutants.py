@@ -60,7 +60,7 @@ ORACLE = (
     "replay recipes few_choices sparse_mixer balancing decode"
 )
 SLOWER = (
-    "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or any_two or trainer or "
+    "compiled or skewed or forward_mode or one_rule or capacity_factors or threads or trainer or "
     "few_rows or few_tokens or it_balances or once_for_each_step or sparsity_is or a_share_of or ids_that_cost"
 )
 OPTIONS = ["-x", "-q", "-s", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
