@@ -116,8 +116,6 @@ def test_numpy_scalars_are_numbers():
     [
         (lambda: TopKGating(8, 4, bias="none"), "bias must be True or False, got 'none'"),
         (lambda: TopKGating(8, 4, expert_bias=1), "expert_bias must be True or False, got 1"),
-        (lambda: TopKGating(8, 4, normalize=0.5), "normalize must be True or False, got 0.5"),
-        (lambda: Experts(8, 4, bias=None), "bias must be True or False, got None"),
         (lambda: MoE(8, 4, second_place_loss=0.5), "second_place_loss must be True or False, got 0.5"),
         (lambda: Top2Gating(8, 0), "num_gates must be an integer of at least 1, got 0"),
         (
@@ -186,15 +184,10 @@ def test_a_gate_is_made_as_it_is_asked_for(kind):
     ("build", "name", "value", "message"),
     [
         (lambda: MoE(8, 4), "loss_coef", -1.0, "loss_coef.*-1.0"),
-        (lambda: MoE(8, 4), "z_loss_coef", "1", "z_loss_coef.*'1'"),
-        (lambda: MoE(8, 4), "group_size", 0, "group_size.*0"),
         (lambda: Top2Gating(8, 4), "priority", "tokne", "'choice', 'token', 'score'.*'tokne'"),
-        (lambda: Top2Gating(8, 4), "second_policy_eval", "never", "'never'"),
-        (lambda: Top2Gating(8, 4), "second_threshold_train", -0.5, "second_threshold_train.*-0.5"),
         (lambda: Top2Gating(8, 4), "eps", 0.0, "eps.*0.0"),
         (lambda: TopKGating(8, 4), "score", "tanh", "'softmax', 'sigmoid'.*'tanh'"),
         (lambda: TopKGating(8, 4), "jitter", -0.1, "jitter.*-0.1"),
-        (lambda: TopKGating(8, 4), "min_expert_capacity", 0, "min_expert_capacity.*0"),
         (lambda: TopKGating(8, 4), "balance_over", "all", "'group', 'rank', 'batch'.*'all'"),
     ],
 )

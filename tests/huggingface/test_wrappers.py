@@ -1,12 +1,12 @@
-"""Swapped models under `torch.compile`, DDP and PEFT: masks, losses and weights stay right."""
+"""Swapped models under `torch.compile` and PEFT: masks, losses and weights stay right."""
 
 from __future__ import annotations
 
 import peft
 import pytest
 import torch
-from support.transformers_data_parallel import build, gradients, labelled
-from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without_dropout
+from support.transformers_models import ARCHITECTURES, DIM, ONE_PLACE, two_lengths, without_dropout
+from torch import Tensor, nn
 
 from mixture_of_experts.huggingface import (
     aux_loss,
@@ -27,6 +27,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
     pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
 ]
+
+
+def build(name: str) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build()).train()
+    replace_ffn(model, num_experts=4, gate=ONE_PLACE, loss_coef=0.5)
+    return model
+
+
+def labelled() -> dict[str, Tensor]:
+    _, batch = two_lengths("right")
+    return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
