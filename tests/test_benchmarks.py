@@ -118,6 +118,22 @@ def test_the_table_of_the_documents_is_read_whole() -> None:
         assert points[name]["layer"]["median_s"] == float(ratio), name
 
 
+@pytest.mark.parametrize("name", ["whole batch", "whole batch in new memory"])
+@pytest.mark.parametrize(
+    "changed", [{}, {"factor": None, "gated": True}, {"factor": None, "gated": True, "n": 5}], ids=str
+)
+def test_the_layer_by_hand_is_the_layer(name: str, changed: dict, monkeypatch) -> None:
+    """Output and all gradients: with dropped choices, with experts that differ in their rows, with unused ones."""
+    monkeypatch.setattr(batches, "PADDING", 1 << 9)
+    contestants = entered("toy/train", "layer", name, skew=1.0, **changed)
+    assert max(field.check_all(contestants).values()) < 1e-6
+    layer, by_hand = contestants["layer"], contestants[name]
+    layer.step()
+    by_hand.step()
+    for one, other in zip((*layer.inputs, *layer.parameters), (*by_hand.inputs, *by_hand.parameters), strict=True):
+        torch.testing.assert_close(other.grad, one.grad)
+
+
 @pytest.mark.parametrize("name", sorted(TOYS))
 def test_the_layer_computes_what_the_plain_loop_computes(name: str) -> None:
     contestants = entered(name, "layer", "loop")

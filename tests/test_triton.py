@@ -12,6 +12,8 @@ import pytest
 import torch
 from support import triton_interpreter
 
+from mixture_of_experts.ops.triton import schedule
+
 pytestmark = pytest.mark.skipif(triton_interpreter.why_not() is not None, reason=str(triton_interpreter.why_not()))
 
 slow, exhaustive = pytest.mark.slow, pytest.mark.exhaustive
@@ -112,6 +114,12 @@ def test_pieces_of_the_first_hour(check: Checks):
 
 def test_heights_of_tiles(check: Checks):
     check("check_heights")
+
+
+def test_tiles_have_the_height_of_the_least_estimated_time():
+    """Small experts would leave high tiles empty."""
+    heights = [schedule.find_schedule(schedule.HALF[9, 0], rows).rows for rows in (1, 16, 64, 512)]
+    assert heights == [16, 32, 128, 128]
 
 
 def test_no_more_tiles_than_there_can_be(check: Checks):
