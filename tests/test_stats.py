@@ -22,7 +22,6 @@ from mixture_of_experts import (
     MoE,
     NoisyTopKGating,
     Routing,
-    Top2Gating,
     TopKGating,
 )
 from mixture_of_experts.stats import Record, track_routing
@@ -259,23 +258,6 @@ def test_gate_of_ones_own():
     assert record.load.tolist() == [0, 8, 0]
     assert (record.dead, record.unseen) == ([0, 2], 0.2)
     assert record.losses == {"balance": 3.0, "z": 0.0}  # a gate that names no parts
-
-
-def test_bare_gates_and_names():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router = Top2Gating(DIM, 4)
-            self.ffn = MoE(DIM, 4)
-            self.two_level = hierarchy()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.router(x)
-            return self.two_level(self.ffn(x)[0])[0]
-
-    names = ("router", "ffn.gate", "two_level.gate_outer", "two_level.gate_inner")
-    assert tuple(track_once(Model(), torch.randn(1, 6, DIM))) == names
-    assert tuple(track_once(Top2Gating(DIM, 4), torch.randn(1, 6, DIM))) == ("gate",)
 
 
 # Recorded once

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, force_routing
-from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TokenChoiceGate, TopPGating
+from mixture_of_experts.gating import ReLUGating, SparseMixerGating, TopPGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards
 from mixture_of_experts.huggingface.saving import layer_settings
@@ -114,19 +114,6 @@ def test_a_model_in_a_module_of_ones_own(with_config, tmp_path):
         part.save_pretrained(tmp_path / name)
         again = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         assert torch.equal(again(**inputs).logits, part(**inputs).logits)
-
-
-def test_a_gate_of_ones_own(tmp_path):
-    model = ARCHITECTURES["llama"].build()
-    make = lambda d, e: OwnGate(d, e, 1)  # noqa: E731
-    replace_ffn(model, num_experts=4, gate=make)
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"a OwnGate, which config.json cannot describe: pass gate="):
-        from_pretrained(tmp_path)
-    with pytest.raises(TypeError, match=r"gate must be a function .* but it returned None"):
-        from_pretrained(tmp_path, gate=lambda d, e: None)
-    same_weights(from_pretrained(tmp_path, gate=make), model)
-    assert issubclass(OwnGate, TokenChoiceGate)
 
 
 CHANGES = {"moe.loss_coef": 0.5, "moe.loss_coefs": {"balance_batch": 0.25}, "moe.group_size": 6, "moe.gate.k": 1}
