@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import Experts, HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
-from mixture_of_experts.around import ExpertsBesideIdentity
+from mixture_of_experts import HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
 from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
 from mixture_of_experts.gating.bias_rules import in_integers
 from mixture_of_experts.gating.steps import AlwaysChosen
@@ -314,24 +313,6 @@ def test_experts_that_every_token_takes_are_not_balanced(rule):
     assert not of.expert_counts.any()
 
 
-def test_a_layer_with_experts_that_every_token_takes_is_balanced():
-    """As a converted Inkling layer: by the mean over all experts the bias would drift upwards without an end."""
-    torch.manual_seed(0)
-    of = TopKGating(16, 10, k=4, score="sigmoid", select=AlwaysChosen(2), expert_bias=True)
-    moe = MoE(16, gate=of, experts=Experts(16, 10, 4), loss_coef=0.0)
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-    balance_experts(moe, optimizer, rate=0.01)
-    x = torch.randn(4, 96, 16)
-    for _ in range(150):
-        moe(x)[0].sum().backward()
-        optimizer.step()
-    load = of(x).queued.sum(0)
-    assert load[8:].tolist() == [384, 384]
-    torch.testing.assert_close(load[:8].double(), torch.full((8,), 96.0, dtype=torch.float64), atol=8, rtol=0)
-    assert of.expert_bias.abs().max() < 1
-    assert not of.expert_bias[8:].any()
-
-
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("name", ["sign", "centred_sign", "quantile"])
 def test_tokens_of_nan_are_counted_nowhere(name, score):
@@ -353,21 +334,6 @@ def test_one_score_of_nan_is_a_token_of_nan(full):
     score = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.1, 0.9], [0.1, torch.nan, 0.8]])
     counts = histogram(score, torch.zeros(3), k=1, full=full)
     assert torch.equal(counts, histogram(score[:1] if full is not None else score[:2], torch.zeros(3), k=1))
-
-
-def test_ids_that_cost_nothing_are_balanced_on_their_own_account():
-    """A seventh of all choices is asked of two identity experts, and comes to them."""
-    torch.manual_seed(0)
-    experts = ExpertsBesideIdentity(Experts(8, 4, 8), num_identity=2)
-    moe = MoE(8, gate=TopKGating(8, 6, k=2, expert_bias=True), experts=experts, loss_coef=0.0)
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-    balance_experts(moe, optimizer, SignRule(shares=[3, 3, 3, 3, 1, 1]), rate=0.01)
-    x = torch.randn(4, 128, 8)
-    for _ in range(100):
-        moe(x)[0].sum().backward()
-        optimizer.step()
-    load = moe.gate(x).queued.sum(0) / (4 * 128 * 2)
-    torch.testing.assert_close(load, torch.tensor([3, 3, 3, 3, 1, 1]) / 14, atol=0.03, rtol=0)
 
 
 class LoadRule(BiasRule):
