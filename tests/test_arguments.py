@@ -118,10 +118,7 @@ def test_numpy_scalars_are_numbers():
         (lambda: TopKGating(8, 4, expert_bias=1), "expert_bias must be True or False, got 1"),
         (lambda: MoE(8, 4, second_place_loss=0.5), "second_place_loss must be True or False, got 0.5"),
         (lambda: Top2Gating(8, 0), "num_gates must be an integer of at least 1, got 0"),
-        (
-            lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0)),
-            "outer_expert_dims must be an integer.*, got 0",
-        ),
+        (lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0)), "outer_expert_dims must be an integer.*, got 0"),
     ],
 )
 def test_bad_value(build, message):

@@ -237,10 +237,7 @@ class Given(TokenChoiceGate):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (
-            {"expert": torch.zeros(1, 4, 3, dtype=torch.int64)},
-            r"expert of shape \(1, 4, 3\), wanted \(1, 4, 2\): .*k=2",
-        ),
+        ({"expert": torch.zeros(1, 4, 3, dtype=torch.int64)}, r"expert .*\(1, 4, 3\), wanted \(1, 4, 2\): .*k=2"),
         ({"expert": torch.zeros(1, 5, 2, dtype=torch.int64)}, r"expert of shape \(1, 5, 2\), wanted \(1, 4, 2\)"),
         ({"weight": torch.ones(1, 4, 1)}, r"weight of shape \(1, 4, 1\), wanted \(1, 4, 2\)"),
         ({"probs": torch.ones(1, 4, 2)}, r"probs of shape \(1, 4, 2\), wanted \(1, 4, 3\): groups, tokens, experts"),

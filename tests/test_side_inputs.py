@@ -119,10 +119,7 @@ def test_names_and_shapes_are_checked():
         moe(x, token_ids=torch.zeros(2, 5))
     with pytest.raises(TypeError, match="reads no side input 'token_ids'"):
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
-    with pytest.raises(
-        TypeError,
-        match="TopKGating reads no side input 'maks': it reads router_input",
-    ):
+    with pytest.raises(TypeError, match="TopKGating reads no side input 'maks': it reads router_input"):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="ExpertChoiceGating reads no side input 'losses': it reads router_input"):
         ExpertChoiceGating(DIM, 4)(x, losses=("balance_group",))

@@ -103,32 +103,16 @@ def test_other_heads(auto):
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        (
-            "gpt2",
-            {},
-            "no class of transformers is a GPT2LMHeadModel with experts; there are classes for Llama, Mistral",
-        ),
+        ("gpt2", {}, "is a GPT2LMHeadModel with experts; there are classes for Llama"),
         ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
-        (
-            "llama",
-            dict(gate=lambda d, e: Top2Gating(d, e)),
-            "Mixtral: the gate is Top2Gating, the block's TopK.*; Q",
-        ),
+        ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
         ("llama", dict(gate=gate(score="sigmoid")), "the gate has score 'sigmoid'"),
         ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
         ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
-        (
-            "llama",
-            dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))),
-            "Qwen2Moe: the gate has weigh Lear",
-        ),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: the gate has weigh Lear"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize NormalizeBy\(p=2"),
-        (
-            "llama",
-            dict(gate=gate(eps=1.0)),
-            "Mixtral: the gate has eps 1.0, .*; Qwen2Moe: the gate has eps 1.0",
-        ),
+        ("llama", dict(gate=gate(eps=1.0)), "Mixtral: the gate has eps 1.0, .*; Qwen2Moe"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits RouterLogits"),
         ("llama", dict(gate=gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
         ("llama", dict(gate=gate(expert_bias=True)), r"gate\.expert_bias has shape"),

@@ -99,15 +99,9 @@ ONE_GATE = TopKGating(DIM, 4, 2)
     [
         (dict(gate=lambda d, e: None), r"gate must be a function .* but it returned None: let it return a gate"),
         (dict(gate=lambda d, e: TopKGating), r"gate must be a function .* but it returned <class .*TopKGating"),
-        (
-            dict(gate=ONE_GATE),
-            r"gate must be a function \(dim, num_experts\).* got TopKGating\(32, .* gate=lambda",
-        ),
+        (dict(gate=ONE_GATE), r"gate must be a function .* got TopKGating\(32, .* gate=lambda"),
         (dict(gate="topk"), r"gate must be a function .* got 'topk': write it as gate=lambda d, e"),
-        (
-            dict(gate=lambda d, e: ONE_GATE),
-            r"gate must .* a TopKGating that the model or another layer has: make",
-        ),
+        (dict(gate=lambda d, e: ONE_GATE), r"gate must .* a TopKGating that .*has: make"),
         (dict(layers=True), "layers must be numbers of blocks .* got True: for all layers leave it out"),
         (dict(layers=1.0), "layers must be .* got 1.0: for all"),
         (dict(layers=nn.GELU), r"layers must be .* got <class .*GELU'>: for all"),
