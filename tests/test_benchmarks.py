@@ -1,32 +1,26 @@
 """The benchmark harness: it runs, compares before it times, and counts exactly. No time is asserted."""
 
-import contextlib
 import importlib.util
 import json
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from support import no_card  # noqa: E402
 
-from benchmarks import __main__ as command  # noqa: E402
 from benchmarks import (  # noqa: E402
     blocks,
     card,
     counts,
-    decide,
     documented,
     field,
     first_hour,
@@ -34,7 +28,6 @@ from benchmarks import (  # noqa: E402
     kept,
     problem,
     report,
-    run,
     timing,
 )
 from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
@@ -43,7 +36,6 @@ from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
 from benchmarks.problem import load_of  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
 from experiments import cpu_constants  # noqa: E402
-from mixture_of_experts import ops  # noqa: E402
 from mixture_of_experts.ops import few_tokens  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
 from mixture_of_experts.ops.triton import schedule  # noqa: E402
@@ -90,25 +82,6 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     assert row in report.markdown(result["records"])
 
 
-def test_rounds_of_several_processes_count_together() -> None:
-    """The ratio is that of all rounds, the range that of every process alone, to the same reference."""
-
-    def record(**seconds: float) -> dict:
-        rows = {name: {"seconds": [s] * 15, "faults": 7, "peak_bytes": 100} for name, s in seconds.items()}
-        rows["reference" + AGAIN] = rows["reference"]
-        return {"case": {"name": "toy/train"}, "half": "ordinary", "rounds": 15, "contestants": rows, "figures": []}
-
-    records = [record(layer=1.0, reference=1.0, only_here=1.0), record(layer=3.0, reference=2.0)]
-    case = replace(TOYS["toy/train"], figures=(Figure("layer", ("reference",), target=1.3),))
-    whole = run.pooled([*records, records[1]], [case])
-    assert whole["contestants"].keys() == {"layer", "reference", "reference" + AGAIN}
-    assert whole["contestants"]["layer"]["seconds"] == [1.0] * 15 + [3.0] * 30
-    assert (whole["rounds"], whole["processes"], whole["contestants"]["layer"]["faults"]) == (45, 3, 7)
-    (figure,) = whole["figures"]
-    assert (figure["value"], figure["range"], figure["valid"], figure["met"]) == (1.5, [1.0, 1.5], True, False)
-    assert "| 1.50, 1.00–1.50 |" in report.markdown([whole])
-
-
 PAGE = """
 > A processor, 2 cores, 8.0 GiB; torch 2.13.0, 2 threads, AVX2
 
@@ -145,21 +118,6 @@ def test_the_table_of_the_documents_is_read_whole() -> None:
         assert points[name]["layer"]["median_s"] == float(ratio), name
 
 
-def test_a_run_in_parts_is_one_result(tmp_path: Path) -> None:
-    """A later run replaces its own cases and leaves the others, unless they are of another machine."""
-
-    def result(processor: str, *names: str) -> dict:
-        records = [{"case": {"name": name}, "half": "ordinary", "by": processor} for name in names]
-        return {"machine": {"processor": processor, "date": ""}, "records": records, "counts": []}
-
-    path = tmp_path / "result.json"
-    assert command.joined(result("a", "one"), path) == result("a", "one")
-    path.write_text(json.dumps(result("a", "one", "two")))
-    both = command.joined(result("a", "two", "three"), path)
-    assert [record["case"]["name"] for record in both["records"]] == ["one", "two", "three"]
-    assert command.joined(result("b", "two"), path) == result("b", "two")
-
-
 @pytest.mark.parametrize("name", ["whole batch", "whole batch in new memory"])
 @pytest.mark.parametrize(
     "changed", [{}, {"factor": None, "gated": True}, {"factor": None, "gated": True, "n": 5}], ids=str
@@ -186,13 +144,6 @@ def test_the_layer_computes_what_the_plain_loop_computes(name: str) -> None:
         contestant.release()
 
 
-@pytest.mark.parametrize("changed", [{"skew": 1.0, "policy": "none"}, {"k": 3}, {"dtype": "bfloat16"}, {"factor": 0.5}])
-def test_variants_agree_with_the_plain_loop(changed: dict) -> None:
-    contestants = entered("toy/train", "layer", **changed)
-    contestants["layer"].tolerance = 3e-2 if "dtype" in changed else 1e-4
-    assert field.check_all(contestants).keys() == {"layer"}
-
-
 def test_a_rival_that_computes_something_else_is_refused() -> None:
     contestants = entered("toy/train", "layer", "loop")
     right = contestants["loop"].output
@@ -209,15 +160,6 @@ def test_missing_rivals_say_how_to_get_them() -> None:
         field.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
 
 
-def test_the_wrong_version_of_the_published_package_is_refused(monkeypatch, tmp_path: Path) -> None:
-    info = tmp_path / "mixture_of_experts-0.2.2.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: mixture-of-experts\nVersion: 0.2.2\n")
-    monkeypatch.setenv(PUBLISHED, str(tmp_path))
-    with pytest.raises(MissingError, match=r"0\.2\.2"):
-        field.BUILDERS["0.2.3"](TOYS["toy/train"], None, None)
-
-
 def test_every_case_has_known_contestants_and_a_name_of_its_own() -> None:
     cases = every_case()
     assert max(Counter(case.name for case in cases).values()) == 1
@@ -227,18 +169,6 @@ def test_every_case_has_known_contestants_and_a_name_of_its_own() -> None:
     assert all(case.group and "/" not in case.title for case in choose(None, quick=False))
     assert choose(None, quick=True)
     assert [case.name for case in choose("train/4x1024-d512*", quick=False)] == ["train/4x1024-d512-e16"]
-
-
-def test_rounds_are_interleaved_and_references_run_twice() -> None:
-    calls: list[str] = []
-    case = TOYS["toy/train"]
-    contestants = {name: Contestant(name, lambda name=name: calls.append(name), case) for name in "abc"}
-    samples = timing.rounds_of(contestants, twice=["a", "absent"], rounds=4, warmup=1)
-    assert {name: len(s.seconds) for name, s in samples.items()} == {"a": 4, "b": 4, "c": 4, "a" + AGAIN: 4}
-    rounds = [calls[i : i + 4] for i in range(0, len(calls), 4)]
-    assert len(rounds) == 5
-    assert all(sorted(turn) == ["a", "a", "b", "c"] for turn in rounds)
-    assert len({tuple(turn) for turn in rounds}) > 1, "the order changes from round to round"
 
 
 def samples_of(**seconds: list[float]) -> dict[str, Samples]:
@@ -263,46 +193,12 @@ def test_a_figure_counts_only_where_the_reference_agrees_with_itself() -> None:
     assert timing.time_figure(figure, samples_of(layer=layer), "ordinary") is None
 
 
-def test_fastest_of_several_references() -> None:
-    figure = Figure("layer", ("a", "b", "absent"))
-    both = samples_of(layer=[3.0] * 15, a=[2.0] * 15, a_again=[2.0] * 15, b=[1.0] * 15, b_again=[1.0] * 15)
-    row = timing.time_figure(figure, both, "ordinary")
-    assert (row["reference"], row["value"]) == ("b", pytest.approx(3.0))
-
-
 def test_flops_of_products_forward_and_backward() -> None:
     products = entered("toy/train", "products")["products"]
     case = TOYS["toy/train"]
     rows = 2 * slots(64, 1.25, 8) * 8
     assert products.case.rows == rows
     assert counts.flops(products) == 3 * 2 * (2 * rows * case.d * case.h)
-
-
-def test_flops_of_products_that_add_in_place() -> None:
-    total, a, b = torch.zeros(3, 4, 6), torch.zeros(3, 4, 5), torch.zeros(3, 5, 6)
-    contestant = Contestant("adds", lambda: (total.baddbmm_(a, b), None)[1], TOYS["toy/train"])
-    assert counts.flops(contestant) == 2 * 3 * 4 * 5 * 6
-
-
-def test_flops_of_grouped_products_are_those_of_the_rows() -> None:
-    x, w = torch.randn(12, 8, requires_grad=True), torch.randn(3, 8, 4, requires_grad=True)
-    ends = torch.tensor([4, 8, 12], dtype=torch.int32)
-
-    def step() -> None:
-        out = F.grouped_mm(x, w, offs=ends)
-        out.backward(torch.ones(12, 4))
-
-    assert counts.flops(Contestant("grouped", step, TOYS["toy/train"], parameters=[x, w])) == 3 * 2 * 12 * 8 * 4
-
-
-def test_opaque_operators_are_reported_not_counted_as_nothing() -> None:
-    @torch.library.custom_op("benchmarks_test::hidden_product", mutates_args=())
-    def hidden_product(x: torch.Tensor) -> torch.Tensor:
-        return x @ x
-
-    step = lambda: hidden_product(torch.eye(3))  # noqa: E731
-    with pytest.raises(RuntimeError, match="hidden_product"):
-        counts.flops(Contestant("hidden", step, TOYS["toy/train"]))
 
 
 def test_bytes_kept_count_each_storage_once_without_parameters_and_input() -> None:
@@ -313,15 +209,6 @@ def test_bytes_kept_count_each_storage_once_without_parameters_and_input() -> No
         (hidden * hidden.T.T).sum().backward()  # keeps hidden twice: counted once
 
     assert counts.kept_bytes(Contestant("twice", step, TOYS["toy/train"], inputs=[x], parameters=[w])) == 16 * 4 * 4
-
-
-def test_peak_leaves_out_what_ends_as_a_gradient() -> None:
-    a, b, c = 1, 2, 3
-    events = [(a, 100), (b, 50), (a, -100), (a, 70), (c, 20), (b, -50), (9, -1000), (c, -20)]
-    events = [counts.Event(address, size) for address, size in events]
-    assert counts.peak_of(events, lasting=set()) == 150  # 100 + 50; what was there before (9) does not count
-    assert counts.peak_of(events, lasting={a}) == 150  # the first buffer at `a` was no gradient
-    assert counts.peak_of(events[1:], lasting={a}) == 70  # 50 + 20
 
 
 def test_peak_of_a_known_step() -> None:
@@ -347,21 +234,6 @@ def test_loads_are_what_the_cases_say() -> None:
     assert filled == pytest.approx(0.65, abs=0.02)
 
 
-def test_more_experts_than_dimensions_stay_balanced() -> None:
-    case = Case("wide", "forward", 1, 8192, 64, 8, 128, factor=None)
-    load = load_of(case, problem.weights(case), problem.inputs(case))
-    assert load["first choices of the busiest expert ÷ mean"] < 2
-
-
-def test_the_halves_differ_in_huge_pages_whatever_the_caller_has(monkeypatch) -> None:
-    options = command.parser().parse_args(["--published", "here"])
-    monkeypatch.setenv(command.HUGE_PAGES, "1")
-    assert command.HUGE_PAGES not in command.environment("ordinary", options)
-    monkeypatch.delenv(command.HUGE_PAGES)
-    assert command.environment("huge", options)[command.HUGE_PAGES] == "1"
-    assert command.environment("huge", options)[PUBLISHED] == str(Path("here").resolve())
-
-
 def test_counts_of_a_toy() -> None:
     rows = {(row["what"], row["note"]): row for row in counts.against_rivals(TOYS["toy/train"])}
     assert rows["FLOPs", "layer ÷ router + products"]["value"] <= 1.0
@@ -370,11 +242,6 @@ def test_counts_of_a_toy() -> None:
         "FLOPs": True,
         "bytes kept for backward": True,
     }
-
-
-@pytest.mark.parametrize(("limit", "met"), [(1.49, False), (1.5, True), (None, None)])
-def test_a_count_is_held_to_its_limit(limit: float | None, met: bool | None) -> None:
-    assert counts.row("FLOPs", "case", 3, 2, "FLOP", limit, "layer ÷ rival")["met"] is met
 
 
 def test_other_constants_of_the_batches_are_timed_and_put_back(capsys) -> None:
@@ -441,47 +308,6 @@ def test_what_is_checked_is_what_is_timed(monkeypatch: pytest.MonkeyPatch):
         assert not gpu.run(shape, mode, no_card.NoCard())["missing"]
 
 
-def test_a_rival_that_rounds_its_router_is_compared_where_choices_are_clear() -> None:
-    """A router in bfloat16 takes other experts where two are close: right all the same."""
-    shape = replace(card.SHAPES[0], t=512, d=64, h=16)
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        logits = (x @ layer.gate.w_gating).flatten(0, 1).float()
-        weight, expert = logits.softmax(-1).topk(shape.k)
-        weights = layer.experts.w1, layer.experts.w2, layer.experts.w3
-        weight = weight / weight.sum(-1, keepdim=True)
-        out = ops.moe_ffn(x.flatten(0, 1), expert, weight, *weights, activation=torch.nn.SiLU())
-        return out.view_as(x)
-
-    layer = gpu.make_layer(shape, "cpu", torch.bfloat16)
-    _, x = gpu.tokens_of(layer, shape, "train", no_card.NoCard())
-    clear = (gpu.gaps(layer, x, shape) > gpu.GAP).unsqueeze(1)
-    errors = []
-    for tokens in (clear, torch.ones_like(clear)):
-        wanted = gpu.expected(layer, shape, x, tokens, "train")
-        errors.append(gpu.check(gpu.Contestant(forward, []), x, wanted, tokens, "train"))
-    assert errors[0] < gpu.TOLERANCE < errors[1]
-
-
-@pytest.mark.parametrize("experts", [16, 512])
-def test_the_tokens_that_decode_choose_clearly(experts: int) -> None:
-    shape = replace(card.SHAPES[4], d=64, h=16, e=experts)
-    layer = gpu.make_layer(shape, "cpu", torch.bfloat16)
-    x, checked = gpu.tokens_of(layer, shape, "decode", no_card.NoCard())
-    assert x is checked
-    assert x.shape == (gpu.DECODED, 1, 64)
-    assert (gpu.gaps(layer, x, shape) > gpu.GAP).all()
-
-
-def test_what_raises_in_a_timed_round_ends_alone(few_rounds) -> None:
-    def raises() -> torch.Tensor:
-        raise AssertionError("a rival's")
-
-    ended, timed = no_card.NoCard().seconds(raises, lambda: torch.ones(1))
-    assert ended == {"ended": "AssertionError: a rival's"}
-    assert isinstance(timed, tuple)
-
-
 def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cold, and for at least as long as the host takes: what is between the two events never waits for the host."""
     said: list[str] = []
@@ -505,16 +331,6 @@ def test_the_card_sleeps_until_a_step_is_queued(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(f"sleep {cycles / 2.8e9 >= 1e-2}"))
     assert device.card_seconds(lambda: said.append("step"), host=1e-2) == 2e-3
     assert said == ["cold", "sleep True", "event", "step", "event", "wait"]
-
-
-@pytest.mark.parametrize("gigabytes", [24, 48, 80])
-def test_shapes_fit_the_card(gigabytes: int) -> None:
-    """Fewer experts of the same size, with as many rows each."""
-    for shape in card.SHAPES:
-        fitted = card.fitting(shape, gigabytes << 30)
-        assert 3 * fitted.e * fitted.d * fitted.h * 2 * 16 <= gigabytes << 30
-        assert gigabytes < 80 or shape.name == "deepseek-v3" or fitted == shape
-        assert gigabytes < 48 or (fitted.d, fitted.h, fitted.mean_rows) == (shape.d, shape.h, shape.mean_rows)
 
 
 # ---- the first hour on a card, with a CPU in the card's place ----
@@ -584,83 +400,6 @@ def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys)
     assert not capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_lost_connection_ends_the_hour_with_its_piece(tmp_path: Path) -> None:
-    (tmp_path / "piece.py").write_text(CHILD.replace("{}", "False"))
-    script = (
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from support import no_card\nfrom benchmarks import first_hour\n"
-        f"arguments = ['--folder', {str(tmp_path)!r}, '--only', 'checks/gated']\n"
-        f"first_hour.main(arguments, no_card.NoCard(), [sys.executable, {str(tmp_path / 'piece.py')!r}])"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script])
-    while not (tmp_path / "child").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(30) == 1
-    time.sleep(0.2)
-    assert is_gone(int((tmp_path / "child").read_text()))
-
-
-@pytest.mark.slow
-def test_failing_tests_tell_why(tmp_path: Path) -> None:
-    child = tmp_path / "child.py"
-    child.write_text(
-        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from support import no_card\nfrom benchmarks import first_hour\n"
-        "no_card.NoCard.tests = lambda self: ['tests/nothing_of_this_name.py']\n"
-        "first_hour.main(device=no_card.NoCard())"
-    )
-    device = no_card.NoCard()
-    assert first_hour.run_all(tmp_path, "tests", device, [sys.executable, str(child)]) == []
-    told = first_hour.report(tmp_path, device)
-    assert "- tests, tests: ended CalledProcessError: " in told
-    assert "returned non-zero exit status 4" in told
-    assert "file or directory not found: tests/nothing_of_this_name.py" in told
-
-
-@pytest.mark.slow
-def test_what_was_written_survives_ten_kills(tmp_path: Path) -> None:
-    child, path = tmp_path / "child.py", tmp_path / "no-card.small.kernels.jsonl"
-    child.write_text(CHILD.replace("{}", "False"))
-    command = [sys.executable, str(child), "--piece", "small kernels", "--folder", str(tmp_path)]
-    found: dict = {}
-    for turn in range(10):
-        process = subprocess.Popen(command)
-        while len(kept.read(path, no_card.MACHINE).found) < len(found) + 3:
-            time.sleep(0.002 * turn)
-        process.kill()
-        process.wait()
-        if turn % 2:  # as if it was killed within a line
-            path.write_bytes(path.read_bytes() + b'{"name": "after')
-        now = kept.read(path, no_card.MACHINE)
-        assert found.items() <= now.found.items()
-        assert not now.whole
-        found = now.found
-    subprocess.run(command, check=True)
-    now = kept.read(path, no_card.MACHINE)
-    assert now.whole
-    assert found.items() <= now.found.items()
-    assert now.found == {"one": 1, **{f"after {2**i}": 2 ** (i + 1) for i in range(60)}, "last": 19}
-
-
-def test_what_is_interrupted_runs_again_and_what_ends_its_process_does_not(tmp_path: Path) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
-    machine = no_card.MACHINE
-    for crashes, wanted in ((False, 1), (True, {"ended": "a reason"})):
-        path = tmp_path / f"{crashes}.jsonl"
-        assert not kept.blame(path, machine, "a reason")
-        with contextlib.suppress(KeyboardInterrupt):
-            kept.keep((task for task in [("one", interrupt)]), path, machine)
-        if crashes:
-            assert kept.blame(path, machine, "a reason")
-            assert not kept.blame(path, machine, "another")
-        kept.keep((task for task in [("one", lambda: 1)]), path, machine)
-        assert kept.read(path, machine).found == {"one": wanted}
-
-
 def test_results_of_another_card_are_refused(tmp_path: Path, capsys) -> None:
     path = tmp_path / "no-card.tests.jsonl"
     kept.keep((task for task in [("one", lambda: 1)]), path, no_card.MACHINE | {"card": "another"})
@@ -716,34 +455,6 @@ def test_the_first_hour_lists_its_pieces_and_wants_a_card(capsys) -> None:
         assert "no GPU" in capsys.readouterr().out
 
 
-#: of each family what a reading of its machine code says is to be tried first
-FIRST = {
-    (9, 0): {"weight_grads": (128, 256, 64, 8, 3), "hidden_grads": (128, 64, 8, 3), "down": (128, 64, 8, 3)},
-    (10, 0): {"weight_grads": (128, 256, 64, 8, 3), "down": (256, 64, 8, 3), "row_grads": (256, 64, 8, 3)},
-    (8, 0): {"up": (128, 32, 8, 4), "weight_grads": (128, 256, 32, 8, 4)},
-    (8, 6): {"hidden_grads": (128, 64, 8, 3), "down": (128, 32, 8, 4)},
-}
-
-
-@pytest.mark.parametrize("capability", schedule.HALF)
-def test_what_is_tried_around_the_schedule(capability: tuple[int, int]) -> None:
-    """About ten sizes of blocks of each kernel, its own first; all of a kind that the self-check judges."""
-    shared = {(8, 0): 163, (9, 0): 227, (10, 0): 227}.get(capability, 99) << 10
-    for entry in schedule.HALF[capability]:
-        for kernel in blocks.KERNELS:
-            tried = blocks.candidates(kernel, entry, capability, shared)
-            assert tried[0] == getattr(entry, kernel)
-            assert 8 <= len(set(tried)) == len(tried) <= 13
-            assert all(one.c in (32, 64) for one in tried)  # a kind says sizes modulo 64
-            assert FIRST.get(capability, {}).get(kernel, tried[0]) in tried or entry.rows < 128
-        entries = list(blocks.entries_around(entry, capability, shared))
-        assert entries[0] == (entry, blocks.KERNELS)
-        for kernel in blocks.KERNELS:
-            tried = [getattr(one, kernel) for one, changed in entries if kernel in changed]
-            assert tried == blocks.candidates(kernel, entry, capability, shared)
-    assert not blocks.fits("down", schedule.HALF[9, 0][-1].down, 128, (9, 0), 99 << 10)
-
-
 @pytest.mark.slow
 def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Launches on real tensors find all programs in Triton's cache; others they would not find."""
@@ -765,110 +476,6 @@ def test_what_is_compiled_beforehand_is_what_is_launched(tmp_path: Path, monkeyp
         with blocks.launching(launch, tried):
             step()
         assert (set(tmp_path.rglob("*.cubin")) > programs) == more
-
-
-# ---- what the results of a first hour decide: times are made up ----
-
-
-def times(shape: str, mode: str, **ways: float) -> dict:
-    """A record of a case."""
-    names = {"auto": "layer", **{way: f"layer, {way}" for way in gpu.WAYS}, "liger": "Liger", "sonic": "SonicMoE"}
-    rows = {names[way]: {"median_s": 1e-3 * ms, "host_s": 1e-3, "error": None} for way, ms in ways.items()}
-    missing = {"ScatterMoE": "AssertionError: WRONG: its relative error is 2.0e-01"}
-    return {"record": {"shape": {"name": shape}, "mode": mode, "contestants": rows, "missing": missing}}
-
-
-def decided(found: dict, capability: tuple[int, int] = (9, 0)) -> str:
-    return "\n".join(decide.lines(json.loads(json.dumps(found)), schedule.HALF[capability]))
-
-
-def test_faults_come_first() -> None:
-    found = {"checks/default": {"programs": [], "a": "right", "b": "a row differs", "c": {"ended": "an error"}}}
-    found["cases/qwen3/train"] = times("qwen3", "train", auto=1.0)
-    told = decided(found).split("## Who wins")[0]
-    assert "1 of 2 checks of kernels are right." in told
-    for said in ("- b: a row differs", "ScatterMoE is AssertionError: WRONG", "- checks/default, c: ended an error"):
-        assert said in told
-    assert "`ffn.py`" not in decided(found)  # it was not timed
-
-
-@pytest.mark.parametrize("triton", [0.9, 1.4])
-def test_who_wins_and_what_is_taken_by_default(triton: float) -> None:
-    """Over five shapes; of a card on which the grouped product is the default."""
-    shapes = [shape.name for shape in card.SHAPES]
-    found = {f"cases/{s}/train": times(s, "train", auto=1.0, triton=triton, grouped=1.0, sonic=0.8) for s in shapes}
-    found |= {f"cases/{s}/decode": times(s, "decode", auto=1.0, triton=1.0, grouped=3.0, liger=2.0) for s in shapes}
-    told = decided(found)
-    ours = f"1.25 (1, 1) | {triton / 0.8:.2f} ({triton}, 1) | 1.25 (1, 1) |  |"
-    assert f"| mixtral/train | {ours}  |  | 1.00 (0.8, 1) |  |  | SonicMoE |" in told
-    assert "| mixtral/decode | 1.00 (1, 1) | 1.00 (1, 1) | 3.00 (3, 1) |  |  |  |  | 2.00 (2, 1) |  | layer |" in told
-    assert "- ScatterMoE was missing: AssertionError: WRONG" in told
-    assert "- decode: what is taken by default stays" in told
-    assert ("- train: **take layer, triton by default**" in told) == (triton < 1)
-    assert ("`ffn.py` **goes but for inference**" in told) == (triton > 1)
-    assert ("`ffn.py` stays" in told) == (triton < 1)
-
-
-def test_up_to_which_load_the_kernels_decode() -> None:
-    """The bound is that of the worst shape."""
-    found = {}
-    for shape, wins_to in (("qwen3", 64), ("mixtral", 8)):
-        found[f"decoding/{shape}"] = {
-            f"{tokens} tokens, {way}": {"graph": time, "host": 1e-3, "rows": tokens / 4}
-            for tokens in (1, 8, 64, 256)
-            for way, time in (("auto", 1e-4), ("grouped", 1e-4), ("triton", 5e-5 if tokens <= wins_to else 2e-4))
-        }
-    told = decided(found)
-    assert "- mixtral: 1 tokens, triton 0.50, 8 tokens, triton 0.50, 64 tokens, triton 2.00" in told
-    assert "for experts of up to 2 rows" in told
-
-
-def test_blocks_and_costs_follow_from_times() -> None:
-    """One choice for both shapes, of loads that a height serves; sizes that do not run everywhere are not chosen."""
-    entries = schedule.HALF[9, 0]
-    found, true = {}, {16: 4.2, 32: 2.3, 64: 1.05, 128: 1.0}  # tiles of 64 rows cost less than is thought
-    for shape, scale in (("qwen3", 1e-6), ("mixtral", 3e-5)):
-        piece = found.setdefault(f"kernels/{shape}", {})
-        for rows, entry in ((rows, entry) for rows in (1, 16, 64, 128, 512) for entry in entries):
-            row = piece[f"{rows} rows, tiles of {entry.rows}"] = {}
-            for kernel in blocks.KERNELS:
-                own = getattr(entry, kernel)
-                time = scale * true[entry.rows] * schedule.rows_computed(rows, entry.rows)
-                tried = row[kernel] = [[own, time]]
-                if (kernel, entry.rows) == ("down", 128):  # the faster of two where it is the best height, or where not
-                    tried += [[own._replace(stages=4), time * (0.8 if rows > 16 else 3.0)]]
-                    tried += [[own._replace(stages=2), time * (0.9 if rows > 16 else 0.1)]]
-                if (kernel, entry.rows) == ("up", 128):
-                    tried += [[own._replace(n=64), 0.98 * time]]  # too close
-                    tried += [[own._replace(c=32), 0.5 * time if shape == "qwen3" else "it spills registers"]]
-    told = decided(found)
-    high = next(line for line in told.splitlines() if line.startswith("Schedule(rows=128"))
-    assert f"down={entries[-1].down._replace(stages=4)}" in high
-    assert f"up={entries[-1].up}" in high
-    assert "- tiles of 128, down: (256, 64, 8, 4) ÷ (256, 64, 8, 3): qwen3 " in told
-    rows = dict(re.findall(r"^\| (\d+) \| (\d+, \d+) \|", told, re.MULTILINE))
-    assert rows == {"1": "16, 16", "16": "32, 64", "64": "128, 64", "128": "128, 64", "512": "128, 128"}
-    assert "- `LOW`: tiles have up to 32 rows for experts of up to 1 rows" in told
-
-
-def test_what_loses_goes() -> None:
-    """On the card, or on the host alone; gates come first. `FEW` is where plans without queues stop winning."""
-
-    def pair(card: float, host: float) -> dict[str, float]:
-        times = {"kernels": 1e-5 * card, "operators": 1e-5, "host of kernels": 1e-4 * host}
-        return {**times, "host of operators": 1e-4}
-
-    found: dict = {"top_k.py: 1 tokens": pair(1.2, 1.1), "top_k.py: 8 tokens": pair(1.0, 1.0)}
-    found |= {"top_2.py: 8192 tokens": pair(1.1, 0.3), "queueing.py: 64 assignments": pair(0.5, 0.4)}
-    found |= {f"rank_rows: {number} assignments": pair(number / 3000, 1) for number in (1024, 2048, 4096)}
-    found |= {"find_rows: 64 assignments": {"ended": "an error"}}
-    high = {kernel: [[getattr(schedule.HALF[9, 0][-1], kernel), 1e-3]] for kernel in blocks.KERNELS}
-    told = decided({"small kernels": found, "kernels/qwen3": {"256 rows, tiles of 128": high}})
-    lines = told.split("## What loses")[1].splitlines()
-    assert lines[2].startswith("- `top_k.py` **goes**. Its time ÷ that without it: 1 tokens 1.20, host 1.10")
-    assert lines[3].startswith("- `top_2.py` **goes, unless launches matter**")
-    assert lines[4].startswith("- `queueing.py` stays")
-    assert "- `FEW`: plans without queues win for up to 2048 assignments" in told
 
 
 @pytest.mark.slow

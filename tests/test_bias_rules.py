@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import Experts, HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
-from mixture_of_experts.around import ExpertsBesideIdentity
+from mixture_of_experts import HashGating, MoE, ReLUGating, TopKGating, TopPGating, balance_experts
 from mixture_of_experts.gating import BiasRule, ForwardChoices, QuantileRule, SignRule
 from mixture_of_experts.gating.bias_rules import in_integers
 from mixture_of_experts.gating.steps import AlwaysChosen
@@ -33,19 +32,6 @@ def exact(score: Tensor, bias: Tensor, k: int) -> Tensor:
     wanted = -(-len(score) * k // score.shape[1])  # rounded up
     quantile = required[wanted - 1]
     return quantile - quantile.mean()
-
-
-def test_a_toy():
-    """Two experts and four tokens, which all choose the first.
-
-    The first has r = -0.6, -0.5, -0.3, -0.2 (its rival's score less its own), the second 0 of every token. With -0.5
-    and 0 as biases each would have half of the tokens; less their mean that is -0.25 and 0.25.
-    """
-    score = torch.tensor([[0.7, 0.1], [0.7, 0.2], [0.7, 0.4], [0.7, 0.5]])
-    moved = new_bias(histogram(score, torch.zeros(2), k=1), torch.zeros(2), k=1)
-    torch.testing.assert_close(moved, torch.tensor([-0.25, 0.25]), atol=2e-3, rtol=0)
-    first, _, third, fourth = (score + moved).argmax(dim=-1).tolist()  # the second token lies on the edge
-    assert [first, third, fourth] == [0, 1, 1]
 
 
 # Cases that others published, with their numbers
@@ -241,20 +227,6 @@ def test_compiled_it_counts_the_same_once(checkpointed):
     assert wanted.sum() == 18 * 4
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
-def test_function_transforms_count():
-    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6)
-    moe.gate.bias_rule = "quantile"
-    moe(x)[0].sum().backward()
-    wanted = moe.gate.expert_histogram.clone()
-
-    def loss(parameters: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
-
-    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(moe.named_parameters()), x.unsqueeze(1))
-    assert torch.equal(moe.gate.expert_histogram, 2 * wanted)
-
-
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -263,10 +235,7 @@ def test_function_transforms_count():
         ({"kind": partial(TopPGating, k=3)}, "tokens make fewer than k choices there"),
         ({"kind": partial(ReLUGating, k=3, mean_choices=2)}, "tokens make fewer than k choices there"),
         ({"kind": partial(HashGating, num_ids=9)}, "a token's id chooses its experts there"),
-        (
-            {"select": lambda logits, score, bias: score + bias},
-            "experts are chosen by a function of their scores there",
-        ),
+        ({"select": lambda logits, score, bias: score + bias}, "experts are chosen by a function"),
     ],
     ids=["all", "groups", "top-p", "relu", "hash", "function"],
 )
@@ -274,14 +243,14 @@ def test_what_it_does_not_fit(settings, why):
     kind = settings.get("kind")
     of = gate(**settings) if kind is None else kind(6, 4, expert_bias=True)
     name = type(of).__name__
-    with pytest.raises(ValueError, match=rf"QuantileRule\(bins=1000\) does not fit {name}: {why}.*rule='sign'"):
+    with pytest.raises(ValueError, match=rf"does not fit {name}: {why}.*rule='sign'"):
         of.bias_rule = "quantile"
     with pytest.raises(ValueError, match=rf"does not fit {name}"):
         balance_experts(of, torch.optim.SGD(of.parameters(), lr=0.1), "quantile")
     assert of.bias_rule.bins == 0
     with pytest.raises(RuntimeError, match="expert_bias=True"):
         TopKGating(6, 4).bias_rule = "sign"
-    with pytest.raises(ValueError, match="bias_rule must be one of 'sign', 'centred_sign', 'quantile', got 'mean'"):
+    with pytest.raises(ValueError, match=r"bias_rule must be one of 'sign', .*'mean'"):
         of.bias_rule = "mean"
 
 
@@ -291,7 +260,7 @@ def test_shares():
     assert rule.step(torch.tensor([4, 5, 1, 2]), torch.zeros(4), 1, 0.5).tolist() == [0.0, -0.5, 0.5, 0.0]
     assert rule.step(torch.zeros(2, 4, dtype=torch.int64), torch.zeros(2, 4), 1, 0.5).tolist() == [[0.0] * 4] * 2
     assert repr(rule) == "SignRule(centred=False, shares=(2, 2, 1, 1))"
-    with pytest.raises(ValueError, match="shares must be a number for each of the 3 experts, got 4"):
+    with pytest.raises(ValueError, match=r"shares must be .* the 3 experts, got 4"):
         rule.step(torch.tensor([1, 2, 3]), torch.zeros(3), 1, 0.5)
     with pytest.raises(ValueError, match=r"shares must be .* got 0"):
         SignRule(shares=[1, 0])
@@ -323,20 +292,6 @@ def test_shares_step_by_the_sign_of_the_exact_difference():
         assert SignRule(shares=shares).step(load, torch.zeros(e), 1, 1.0).tolist() == wanted
 
 
-def test_shares_without_a_common_denominator_are_near():
-    """Also shares whose ratio no 32 bits can hold, and such as are set later."""
-    generator = torch.Generator().manual_seed(0)
-    shares = torch.rand(50, generator=generator, dtype=torch.float64).tolist()
-    parts = in_integers(shares)
-    assert sum(parts) < 1 << 31
-    for share, part in zip(shares, parts, strict=True):
-        assert part / sum(parts) == pytest.approx(share / sum(shares), rel=1e-6)
-    assert in_integers([1e-30, 1.0]) == (1, 1 << 30)
-    rule = SignRule(shares=[1, 1])
-    rule.shares = [1, 3]
-    assert rule.step(torch.tensor([1, 3]), torch.zeros(2), 1, 1.0).tolist() == [0.0, 0.0]
-
-
 # Experts that every token takes, and tokens of NaN
 
 
@@ -353,24 +308,6 @@ def test_experts_that_every_token_takes_are_not_balanced(rule):
     assert torch.equal(of.expert_bias, wanted)
     assert alone.any()
     assert not of.expert_counts.any()
-
-
-def test_a_layer_with_experts_that_every_token_takes_is_balanced():
-    """As a converted Inkling layer: by the mean over all experts the bias would drift upwards without an end."""
-    torch.manual_seed(0)
-    of = TopKGating(16, 10, k=4, score="sigmoid", select=AlwaysChosen(2), expert_bias=True)
-    moe = MoE(16, gate=of, experts=Experts(16, 10, 4), loss_coef=0.0)
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-    balance_experts(moe, optimizer, rate=0.01)
-    x = torch.randn(4, 96, 16)
-    for _ in range(150):
-        moe(x)[0].sum().backward()
-        optimizer.step()
-    load = of(x).queued.sum(0)
-    assert load[8:].tolist() == [384, 384]
-    torch.testing.assert_close(load[:8].double(), torch.full((8,), 96.0, dtype=torch.float64), atol=8, rtol=0)
-    assert of.expert_bias.abs().max() < 1
-    assert not of.expert_bias[8:].any()
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
@@ -394,21 +331,6 @@ def test_one_score_of_nan_is_a_token_of_nan(full):
     score = torch.tensor([[0.1, 0.5, 0.3], [0.2, 0.1, 0.9], [0.1, torch.nan, 0.8]])
     counts = histogram(score, torch.zeros(3), k=1, full=full)
     assert torch.equal(counts, histogram(score[:1] if full is not None else score[:2], torch.zeros(3), k=1))
-
-
-def test_ids_that_cost_nothing_are_balanced_on_their_own_account():
-    """A seventh of all choices is asked of two identity experts, and comes to them."""
-    torch.manual_seed(0)
-    experts = ExpertsBesideIdentity(Experts(8, 4, 8), num_identity=2)
-    moe = MoE(8, gate=TopKGating(8, 6, k=2, expert_bias=True), experts=experts, loss_coef=0.0)
-    optimizer = torch.optim.SGD(moe.parameters(), lr=0.0)
-    balance_experts(moe, optimizer, SignRule(shares=[3, 3, 3, 3, 1, 1]), rate=0.01)
-    x = torch.randn(4, 128, 8)
-    for _ in range(100):
-        moe(x)[0].sum().backward()
-        optimizer.step()
-    load = moe.gate(x).queued.sum(0) / (4 * 128 * 2)
-    torch.testing.assert_close(load, torch.tensor([3, 3, 3, 3, 1, 1]) / 14, atol=0.03, rtol=0)
 
 
 class LoadRule(BiasRule):

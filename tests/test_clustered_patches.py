@@ -24,19 +24,6 @@ def test_samples_have_the_four_patches_of_their_cluster() -> None:
     assert set(samples.cluster.tolist()) == {0, 1, 2, 3}
 
 
-def test_the_router_begins_with_noise_alone() -> None:
-    torch.manual_seed(0)
-    gate = patches.NoisyPatchGate()
-    routing = gate(torch.randn(1, 4000, 200))
-    assert routing.capacity is None
-    load = torch.bincount(routing.expert.flatten(), minlength=patches.EXPERTS)
-    assert load.min() > 400
-    assert 0 < routing.weight.min() < routing.weight.max() < 1
-    routing.weight.sum().backward()
-    assert gate.weight.grad is not None
-    assert gate.weight.grad.abs().sum() > 0
-
-
 @pytest.mark.slow
 def test_the_command_and_what_it_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Small as it is: nonlinear experts find the clusters, linear ones do not, and one linear network is worst."""

@@ -158,7 +158,7 @@ def test_compiled_and_exported():
 
 def test_where_it_does_not_fit_it_is_refused():
     x = tokens()
-    with pytest.raises(ValueError, match=r"counted needs a dropless gate, got a capacity factor of 1\.25: give it as"):
+    with pytest.raises(ValueError, match=r"counted needs a dropless gate, got .*1\.25"):
         MoE(DIM)(x, counted=MASK)
     moe = MoE(DIM, gate=TopKGating(DIM, 4))
     with pytest.raises(ValueError, match=r"counted goes with no mask and no importance"):

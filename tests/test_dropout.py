@@ -13,11 +13,11 @@ from mixture_of_experts import Experts, GatedExperts, MoE, TopKGating, ops
 from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.unstack import restack, unstack
 
-D, E, H = 8, 4, 16
+D, E, H = SIZES = 8, 4, 16
 KINDS: dict[str, Any] = {
-    "plain": lambda **more: Experts(D, E, H, bias=True, **more),
-    "gated": lambda **more: GatedExperts(D, E, H, **more),
-    "of both": lambda **more: GatedExperts(D, E, H, activation=ClampedSwiGLU, **more),
+    "plain": lambda *sizes, **more: Experts(*(sizes or SIZES), bias=True, **more),
+    "gated": lambda *sizes, **more: GatedExperts(*(sizes or SIZES), **more),
+    "of both": lambda *sizes, **more: GatedExperts(*(sizes or SIZES), activation=ClampedSwiGLU, **more),
 }
 FACTORS: dict[str, Any] = {"slots": dict(capacity_factor_train=1.0, capacity_factor_eval=1.0), "rows": {}}
 
@@ -73,14 +73,14 @@ def test_every_way_drops_or_says_why_not(kind, factors):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_numbers_that_stayed(kind):
-    experts = KINDS[kind](dropout=0.4).double()
+    experts = KINDS[kind](3, 2, 5, dropout=0.4).double()
 
     def function(x: Tensor, *weights: Tensor) -> Tensor:
         torch.manual_seed(3)
         return torch.func.functional_call(experts, dict(zip(names, weights, strict=True)), (x,))
 
     names, weights = zip(*experts.named_parameters(), strict=True)
-    x = torch.randn(E, 3, D, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, 3, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(function, (x, *weights))
 
 
@@ -119,9 +119,7 @@ def test_compiled_in_one_graph(factors):
 
 def test_the_share_is_checked_whenever_it_is_set():
     for wrong in (1.0, -0.1, "0.1"):
-        with pytest.raises(
-            ValueError, match=f"dropout must be a finite number of at least 0.0 and below 1.0, got {wrong!r}"
-        ):
+        with pytest.raises(ValueError, match=f"dropout must be .*below 1.0, got {wrong!r}"):
             Experts(D, E, dropout=wrong)  # type: ignore[arg-type]
     experts = GatedExperts(D, E)
     assert "dropout" not in repr(experts)

@@ -12,13 +12,6 @@ import torch
 
 from experiments import durability
 
-LOG = [(step, 400 * 2**20 + 3000 * step) for step in range(1, 1001)]
-
-
-def test_growth_is_that_after_the_beginning():
-    early = [(step, 2**20 * step) for step in range(1, 100)]
-    assert durability.memory_growth([*early, *LOG[100:]]) == pytest.approx(3000 * 1000 / 2**20, rel=0.01)
-
 
 def test_states_that_differ_in_one_bit():
     state = {"w": torch.ones(3), "n": [1, (2.0, "x")]}

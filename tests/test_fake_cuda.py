@@ -208,14 +208,8 @@ def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
         check("check_forced", way, "gated with biases", capacity, dtype)
 
 
-@pytest.mark.parametrize(
-    "way",
-    [
-        "grouped",
-        pytest.param("lean", marks=pytest.mark.slow),
-        pytest.param("triton", marks=[needs_triton, pytest.mark.slow]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
 def test_one_graph(check: Checks, way: str):
     check("check_compiled", way, "many experts", None, "bf16")
 

@@ -98,21 +98,6 @@ def test_two_levels(factor):
     assert out.any()
 
 
-@pytest.mark.parametrize("how", FORCED)
-def test_no_tokens(how):
-    gate = TopKGating(DIM, 4)
-    with force_routing(gate, how):
-        assert gate(torch.randn(2, 0, DIM)).expert.shape == (2, 0)
-
-
-@pytest.mark.parametrize("how", FORCED)
-def test_of_one_expert_every_token_makes_one_choice(how):
-    moe = MoE(DIM, 1, priority="token", capacity_factor_train=None)
-    with force_routing(moe, how):
-        routing = moe.gate(torch.randn(1, 6, DIM))
-    assert routing.token[routing.kept].tolist() == list(range(6))
-
-
 def test_recomputed_choices_are_the_same():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM, requires_grad=True)
     with force_routing(moe, "random"):
@@ -160,7 +145,7 @@ def test_what_is_refused():
     gate, x = TopKGating(DIM, 4), torch.randn(1, 3, DIM)
     both = nn.ModuleList([gate, OwnGate()])
     with (
-        pytest.raises(TypeError, match=r"'1' \(OwnGate\): it does not read given_experts, .*name it in `reads`"),
+        pytest.raises(TypeError, match=r"'1' \(OwnGate\): .*given_experts, .*`reads`"),
         force_routing(both),
     ):
         pass
@@ -177,7 +162,7 @@ def test_what_is_refused():
     assert gate.forced is None
     with (
         force_routing(gate),
-        pytest.raises(ValueError, match="experts are given, and balanced ones forced: do one or the other"),
+        pytest.raises(ValueError, match="experts are given, and balanced ones forced"),
     ):
         gate(x, given_experts=torch.zeros(1, 3, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="forced must be one of"):

@@ -11,7 +11,7 @@ from support import reference
 from support import strategies as make
 from torch import Tensor, nn
 
-from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE
+from mixture_of_experts import HeirarchicalMoE, MoE
 
 LEVEL = st.sampled_from([3, 2, 4, 1])  # experts of one level of two
 
@@ -220,19 +220,6 @@ def test_token_priority_is_causal(kind, data):
 
 @each_layer()
 @given(data=st.data())
-@settings(max_examples=10)
-def test_dropless_layers_do_not_depend_on_length(kind, data):
-    """A prefix gives the prefix of the outputs."""
-    setup = data.draw(quiet_layers(kind, dropless=True))
-    layer = setup.layer.eval()
-    n = data.draw(make.lengths)
-    m = data.draw(st.sampled_from([n // 2, n, 0]))
-    x = make.normal(make.generator(data.draw(make.seeds)), 2, n, setup.dim)
-    make.assert_same(layer(x)[0][:, :m], layer(x[:, :m])[0], "out")
-
-
-@each_layer()
-@given(data=st.data())
 @settings(max_examples=8)
 def test_a_nan_stays_in_its_token_when_dropless(kind, data):
     setup = data.draw(quiet_layers(kind, dropless=True))
@@ -290,15 +277,6 @@ def test_router_learns_from_the_task_alone(kind, name):
     for path, parameter in layer.named_parameters():
         if path.endswith("w_gating"):
             assert parameter.grad.abs().max() > 1e-6, path
-
-
-def test_noisy_router_of_one_choice_learns_from_its_losses_only():
-    """The documented exception: at k = 1 the weight is the constant 1."""
-    gate = make.Router("noisy", {"k": 1}).build(3, 4, 5)
-    layer = MoE(3, 4, gate=gate, experts=make.Bank("ffn").build(3, 4, 6), loss_coef=0.0).train()
-    out, _ = layer(make.normal(make.generator(2), 2, 9, 3))
-    out.square().sum().backward()
-    assert gate.w_gating.grad is None or gate.w_gating.grad.count_nonzero() == 0
 
 
 EXTREMES = {
@@ -364,12 +342,3 @@ def test_a_tie_of_level_one_has_no_first_choice_at_level_two():
     layer(torch.ones(1, 2, 2))
     assert seen[0].balance_loss == 0
     assert seen[0].kept.sum() == 4  # two tokens at each of two outer experts
-
-
-def test_two_levels_refuse_expert_choice():
-    """A slot has no list of choices that a second level could follow."""
-    gate = ExpertChoiceGating(3, 4)
-    with pytest.raises(ValueError, match=r"[Ee]xpert.?[Cc]hoice|token.choice"):
-        HeirarchicalMoE(3, (4, 4), gate_outer=gate)
-    with pytest.raises(ValueError, match="importance"):
-        gate(torch.randn(1, 5, 3), importance=torch.ones(1, 5))

@@ -103,7 +103,7 @@ def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
 
     gate = Heedless(D, 2, outer_expert_dims=(EXPERTS,))
     moe, x = HeirarchicalMoE(D, (EXPERTS, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(B, N, D)
-    with pytest.raises(ValueError, match=r"a Heedless, chose experts for \d+ slots of level one that no token"):
+    with pytest.raises(ValueError, match=r"a Heedless, chose experts for \d+ slots"):
         moe(x)
     gate.heedless = False
     assert moe(x)[0].isfinite().all()

@@ -380,7 +380,7 @@ def test_experts_that_return_too_few_rows():
         def compute(self, rows, counts):
             return rows[1:]
 
-    with pytest.raises(ValueError, match=r"Short.compute must return a row for each of 18 rows, got \(17, 6\)"):
+    with pytest.raises(ValueError, match=r"Short.compute must return .*18 rows, got \(17, 6\)"):
         MoE(D, E, gate=TopKGating(D, E, 2), experts=Short())(torch.randn(1, 9, D))
 
 
@@ -408,6 +408,7 @@ class OfTwo(nn.Module):
         return F.silu(gate) * up.sin()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_an_activation_of_two_of_ones_own():
     """A class and a function, eager and compiled."""
@@ -569,15 +570,6 @@ def test_experts_that_return_another_width_say_so(kind):
     assert layer(torch.randn(2, 6, D))[0].shape == (2, 6, 5)
 
 
-def test_rows_that_do_not_fit_are_named():
-    class Short(RoutedExperts):
-        def compute(self, rows, num_tokens_per_expert):
-            return rows[1:]
-
-    with pytest.raises(ValueError, match=r"Short.compute must return a row for each of 6 rows, got \(5, 8\)"):
-        Short()(torch.randn(2, 3, 8))
-
-
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_experts_that_return_what_they_are_given_leave_the_inputs_alone(compiled):
     class Same(RoutedExperts):
@@ -649,7 +641,7 @@ def test_slots_of_no_bound_are_warned_of(monkeypatch):
     """Where counts cannot be read, as on a GPU: the warning names what to set, and with a capacity there is none."""
     monkeypatch.setattr(experts_module, "can_read", lambda tensor: False)
     moe, x = MoE(D, gate=TopKGating(D, 32), experts=Slots(32)), torch.randn(1, 1024, D)
-    with pytest.warns(UserWarning, match=r"get 32 x 1024 of them for 2048 choices.* set its capacity_factor_train"):
+    with pytest.warns(UserWarning, match=r"32 x 1024 .*2048 choices.* set its capacity_factor_train"):
         moe(x)
     moe.gate.capacity_factor_train = 2.0
     moe(x)

@@ -23,6 +23,7 @@ HEAVY = (
 )
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy():
     code = "import torch, sys; before = set(sys.modules); import mixture_of_experts; print(*set(sys.modules) - before)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()

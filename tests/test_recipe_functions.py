@@ -37,6 +37,7 @@ def test_published_sizes_are_possible():
             assert model.gate.get("k", 0) < model.published.experts, name
 
 
+@pytest.mark.slow
 def test_the_table_is_read_without_transformers():
     done = subprocess.run([sys.executable, "-c", PRINTED], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(len(MODELS)), "False"]
@@ -184,7 +185,7 @@ def test_as_few_experts_as_choices_are_asked_for(name):
 @pytest.mark.parametrize("name", ["dynamic_moe", "remoe"])
 def test_a_bound_of_choices_may_be_all_experts(name):
     assert FUNCTIONS[name](16, 8, 12).gate.k == 8
-    with pytest.raises(ValueError, match="num_experts=4 must be more than the published model's k=8"):
+    with pytest.raises(ValueError, match=r"num_experts=4 must be more .*k=8"):
         FUNCTIONS[name](16, 4, 12)
 
 
@@ -195,7 +196,7 @@ def test_a_coefficient_for_the_layers_of_ones_own_model():
     assert recipes.mixtral(16, 8, layers=12, k=3).loss_coef == pytest.approx(0.02 * 3 / 12)
     assert recipes.switch(16, 8, layers=12).loss_coef == 0.01  # of each layer
     assert recipes.mixtral(16, 8, loss_coef=0.5).loss_coef == 0.5
-    with pytest.raises(ValueError, match="loss_coef is that of each layer, so layers=12 would do nothing"):
+    with pytest.raises(ValueError, match="layers=12 would do nothing"):
         recipes.mixtral(16, 8, layers=12, loss_coef=0.5)
     with pytest.raises(ValueError, match="layers must be"):
         recipes.mixtral(16, 8, layers=0)
@@ -218,25 +219,23 @@ def test_arguments_of_the_layer_pass_through():
     assert moe.loss_coef == pytest.approx(0.02 * 3 / 32)
     assert moe.experts[0] is experts[0]
     assert recipes.longcat_flash(16, 32, experts=[nn.Identity()] * 32).gate.num_experts == 32
-    with pytest.raises(ValueError, match="gate is given, so k=2 would do nothing: set it on the given gate"):
+    with pytest.raises(ValueError, match="k=2 would do nothing: set it on the given gate"):
         recipes.mixtral(16, 8, gate=gate, k=2)
     with pytest.raises(ValueError, match="experts is given, so latent_dim=4 would do nothing"):
         recipes.mixtral(16, 8, experts=experts, latent_dim=4)
     for unused in (dict(hidden_dim=12), dict(activation=nn.ReLU())):
-        with pytest.raises(ValueError, match=f"experts is given, so {next(iter(unused))}=.* would do nothing"):
+        with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* would do nothing"):
             recipes.mixtral(16, 8, experts=experts, **unused)
-        with pytest.raises(ValueError, match=f"experts is given, so {next(iter(unused))}=.* would do nothing"):
+        with pytest.raises(ValueError, match=f"{next(iter(unused))}=.* would do nothing"):
             recipes.qwen2(16, 8, experts=experts, shared_expert=shared, **unused)
     moe = recipes.qwen2(16, 8, 12, experts=experts, activation=nn.ReLU)  # of the shared expert
     assert isinstance(moe.shared_expert.module.act, nn.ReLU)
     assert recipes.mixtral(16, 8, experts=experts, gate=ExpertChoiceGating(16, 8)).loss_coef == 0.02 / 32
-    with pytest.raises(
-        TypeError, match=r"neither MoE nor .* TopKGating has an argument 'top_k': .* balance_over, .* k, "
-    ):
+    with pytest.raises(TypeError, match=r"TopKGating has an argument 'top_k': .* balance_over, .* k, "):
         recipes.mixtral(16, 8, top_k=4)
     with pytest.raises(TypeError, match=r"Top2Gating has an argument 'k': .* second_policy_train"):
         recipes.gshard(16, 8, k=2)
-    with pytest.raises(TypeError, match=r"recipe must be a Recipe, such as recipes.MODELS\['mixtral'\], got 'mixtral'"):
+    with pytest.raises(TypeError, match=r"recipe must be a Recipe, .*got 'mixtral'"):
         recipes.build("mixtral", 16, 8)
 
 

@@ -1,5 +1,7 @@
-"""The slow reference is itself held to every recorded case of the original TensorFlow code, gradients included, and
-both it and the package to cases that a person can work out."""
+"""The package and the slow reference, by cases that a person can work out.
+
+What TensorFlow recorded is in test_golden.py; that both compute the same, on every path, in test_matrix.py.
+"""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,134 +9,12 @@ from typing import Any
 import pytest
 import torch
 from support import reference
-from support.golden import Case, check, names
 from support.strategies import Router
 from torch import Tensor, nn
 
 from mixture_of_experts import HeirarchicalMoE, Routing
 
-
-def leaf(values):
-    return values.clone().requires_grad_()
-
-
-def gate_for(case, w_gating, **settings):
-    """The reference router of a case."""
-    if case.name.startswith(("topn", "switch")):
-        return reference.TopK(w_gating, k=case.k, **settings)
-    second_place_loss = case.hyper["moe_use_second_place_loss"]
-    return reference.Top2(
-        w_gating, policy=case.policy, threshold=case.threshold, second_place_loss=second_place_loss, **settings
-    )
-
-
-@pytest.mark.parametrize("name", names("top", "switch"))
-def test_gate(name):
-    case = Case(name)
-    x, w_gating = leaf(case["inputs"]), leaf(case["w_gate"])
-    c = case.meta["expert_capacity"]
-    factor = case.factor_for(c) / (case.k if name.startswith(("topn", "switch")) else 1)
-    gate = gate_for(case, w_gating, capacity_factor=factor, min_expert_capacity=1)
-    decision = gate.decide(reference.make_groups(x, case.get("importance"), uniforms=case.get("u0")))
-    combine = reference.dense(decision, case["combine"].shape[:-1], c)
-    assert torch.equal(combine != 0, case["dispatch"] != 0)
-    check(combine, case["combine"], "combine")
-    if name.startswith("topn3"):  # its loss counts first choices only
-        return
-    loss = decision.balance_loss + (case.hyper["moe_z_loss"] or 0) * decision.z_loss
-    check(loss, case["loss"], "loss")
-    ((combine * case["cotangent"]).sum() + loss).backward()
-    check(x.grad, case["grad_inputs"], "gradient", "inputs")
-    check(w_gating.grad, case["grad_w_gate"], "gradient", "w_gating")
-
-
-@pytest.mark.parametrize("name", names("top2"))
-def test_capacity_rule(name):
-    case = Case(name)
-    factor = case.meta["capacity_factor_used_to_derive_it"]
-    if factor is not None:  # two cases were given their capacity
-        *_, n, e, c = case["combine"].shape
-        assert reference.capacity(n, 1, factor, e, case.hyper["moe_min_expert_capacity"]) == c
-
-
-def layer_settings(case):
-    hyper = case.hyper
-    return {
-        "capacity_factor": hyper[f"moe_capacity_factor_{case.mode}"],
-        "min_expert_capacity": hyper["moe_min_expert_capacity"],
-    }
-
-
-@pytest.mark.parametrize("name", names("v1"))
-def test_one_level_layer(name):
-    case = Case(name)
-    keys = ["w_gate", "wi_0", "wi_1", "wo"] if name == "v1_geglu" else ["w_gate", "wi", "wo"]
-    weights = {key: leaf(case[key]) for key in keys}
-    x = leaf(case["inputs"])
-    if name == "v1_geglu":
-        gelu = torch.nn.GELU(approximate="tanh")
-        experts = reference.gated_feed_forward(weights["wi_0"], weights["wi_1"], weights["wo"], gelu)
-    else:
-        experts = reference.feed_forward(weights["wi"], weights["wo"], torch.relu)
-    result = reference.moe(
-        x,
-        gate_for(case, weights["w_gate"], **layer_settings(case)),
-        experts,
-        group_size=case.hyper["moe_group_size"],
-        loss_coef=case.hyper["moe_loss_coef"],
-    )
-    combine = reference.dense(result.decisions[0], case["gate_combine"].shape[1:-1], case.meta["gate_capacity"])
-    assert torch.equal(combine != 0, case["gate_dispatch"][0] != 0)
-    check(combine, case["gate_combine"][0], "combine")
-    check(result.decisions[0].balance_loss, case["gate_loss"], "loss")
-    check(result.aux_loss, case["loss"], "loss")
-    check(result.out, case["output"], "output")
-    ((result.out * case["cotangent"]).sum() + result.aux_loss).backward()
-    check(x.grad, case["grad_inputs"], "gradient", "inputs")
-    for key, weight in weights.items():
-        check(weight.grad, case[f"grad_{key}"], "gradient", key)
-
-
-@pytest.mark.parametrize("name", names("v2"))
-def test_two_level_layer(name):
-    case = Case(name)
-    x = leaf(case["inputs"])
-    outer, inner = leaf(case["w_gate_outer"]), leaf(case["w_gate_inner"])
-    w1, w2 = leaf(case.expert_first("wi")), leaf(case.expert_first("wo"))
-    settings = layer_settings(case)
-    second = {**settings, "capacity_factor": case.hyper["moe_capacity_factor_second_level"]}
-    result = reference.hierarchical_moe(
-        x,
-        gate_for(case, outer, **settings),
-        gate_for(case, inner, **second),
-        reference.feed_forward(w1, w2, torch.relu),
-        group_size=case.hyper["moe_group_size"],
-        draws={"uniforms": case["u0"][0]} if "u0" in case else None,
-        inner_draws={"uniforms": case["u1"]} if "u1" in case else None,
-    )
-    first, second = result.decisions
-    for level, decision, shape in (
-        ("outer", first, case["outer_combine"].shape[1:]),
-        ("inner", second, case["inner_combine"].shape),
-    ):
-        combine = reference.dense(decision, shape[:-1], case.meta[f"{level}_capacity"]).reshape(
-            case[f"{level}_combine"].shape
-        )
-        assert torch.equal(combine != 0, case[f"{level}_dispatch"] != 0)
-        check(combine, case[f"{level}_combine"], "combine")
-        check(decision.balance_loss, case[f"{level}_loss"], "loss")
-    check(result.aux_loss, case["loss"], "loss")
-    check(result.out, case["output"], "output")
-    ((result.out * case["cotangent"]).sum() + result.aux_loss).backward()
-    check(x.grad, case["grad_inputs"], "gradient", "inputs")
-    check(outer.grad, case["grad_w_gate_outer"], "gradient", "w_gate_outer")
-    check(inner.grad, case["grad_w_gate_inner"], "gradient", "w_gate_inner")
-    check(w1.grad, case.expert_first("grad_wi"), "gradient", "wi")
-    check(w2.grad, case.expert_first("grad_wo"), "gradient", "wo")
-
-
-# What was not recorded is held to cases that a person can work out, and so is the package. Token t has the
-# probabilities of row t.
+# Token t has the probabilities of row t.
 
 
 @dataclass

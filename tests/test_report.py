@@ -6,11 +6,8 @@ import base64
 import json
 import math
 import re
-import shutil
-import subprocess
 from collections.abc import Callable
 from datetime import date
-from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating, TopPGating
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, TopKGating
 from mixture_of_experts.dispatch.decision import compose, plan_slots_of
 from mixture_of_experts.stats import RoutingStats, routing_of, track_routing
 from mixture_of_experts.stats.report import picture
@@ -28,9 +25,6 @@ from mixture_of_experts.stats.texts import NOBODY, visible
 
 DIM = 8
 HOSTILE = ["</script><script>alert(1)</script>", "<b>", '"', "&amp;", "\n", "\u202e", "$data", "'><img src=x>"]
-BROWSER = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
-)
 VOID = {"meta", "img", "br", "wbr"}
 
 
@@ -201,15 +195,6 @@ def test_it_has_a_name_a_date_and_curves(tmp_path: Path):
     assert not {"loss", "loss/balance", "dropped"} & names
 
 
-def test_a_note_leads_to_its_gate(tmp_path: Path):
-    model = Fixed()
-    with track_routing(model) as stats:
-        model([0, 1, 2])
-    page = report(stats, tmp_path)
-    assert [link["href"] for link in page.all("a")] == ["#gate-0"]  # the note about expert 3
-    assert len(page.all("figure", id="gate-0")) == 1
-
-
 def test_a_text_has_every_choice(tmp_path: Path):
     torch.manual_seed(0)
     model = some_gates()
@@ -239,25 +224,6 @@ def test_a_text_has_every_choice(tmp_path: Path):
             assert (f"background:{NOBODY}" in token.style) == (not of_token)
         shares = [int(label.split(": ")[1].strip()[:-1]) for label in page.legends[gate] if "first choice" not in label]
         assert sum(shares) == pytest.approx(100, abs=len(shares))
-
-
-def test_a_text_has_no_choice_that_a_token_does_not_make(tmp_path: Path):
-    """The page says "no room" of choices that are not computed."""
-    model = MoE(DIM, gate=TopPGating(DIM, 8, k=3, p=0.3))
-    stats, routing = tracked(model, 1), routing_of(model, torch.randn(1, 24, DIM))
-    (text,) = report(stats, tmp_path, tokens="x" * 24, routing=routing).texts.values()
-    assert sum(len(token.told) - 1 for token in text) == int(routing["gate"].chosen.sum()) < 3 * 24
-
-
-def test_padding_and_groups(tmp_path: Path):
-    """A sequence that the layer splits into groups is one text."""
-    moe = MoE(DIM, 4, group_size=6)
-    stats = tracked(moe, 1)
-    mask = torch.arange(12).unsqueeze(0) < 10
-    routing = routing_of(moe, torch.randn(1, 12, DIM), mask=mask)
-    assert routing["gate"].probs.shape == (2, 6, 4)
-    (text,) = report(stats, tmp_path, tokens="x" * 12, routing=routing).texts.values()
-    assert ["background:None" in token.style for token in text] == [False] * 10 + [True] * 2  # no colour
 
 
 class Fixed(nn.Module):
@@ -302,24 +268,14 @@ def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
     for share, told in ((0.93, True), (0.25, True), (0.1, False), (0.0, False)):
         stats = crowded(share)
         load = float((stats.records("gate")[-1].requested.max() * 8 / 800).item())
-        text, note = report(stats, tmp_path).text, f"gate: expert 3 was requested {load:.1f} times"
+        note = f"gate: expert 3 was requested {load:.1f} times a balanced load in the last 2 steps: raise loss_coef"
         assert (load > 2.2) == told
-        for words in (text, stats.summary()):
-            assert (f"{note} a balanced load in the last 2 steps: raise loss_coef" in words) == told
-        assert ("in late steps none is requested over twice a balanced load" in text) != told
+        assert (note in stats.summary()) == told
+        if share in (0.93, 0.1):
+            text = report(stats, tmp_path).text
+            assert (note in text) == told
+            assert ("in late steps none is requested over twice a balanced load" in text) != told
     assert "warning" not in crowded(0.0, steps=1, tokens=8).summary()
-
-
-def test_few_choices_are_uneven_by_chance():
-    """Of 64 experts at random, 64 tokens ask one three times or more."""
-    torch.manual_seed(0)
-    model = MoE(64, gate=TopKGating(64, 64, k=1))
-    with torch.no_grad():
-        model.gate.w_gating.copy_(torch.eye(64))
-    with track_routing(model) as stats:
-        model(torch.eye(64)[torch.randint(64, (1, 64))])
-    assert stats.last("gate").relative_requested.max() >= 3
-    assert "warning" not in stats.summary()
 
 
 def test_a_gate_of_nan_is_named(tmp_path: Path):
@@ -379,7 +335,7 @@ def test_errors(tmp_path: Path):
         stats.report(path, tokens="hello")
     with pytest.raises(ValueError, match="tokens and routing belong together"):
         stats.report(path, routing=routing)
-    with pytest.raises(ValueError, match="there are 4 tokens, but the routing of 'gate' has 5"):
+    with pytest.raises(ValueError, match=r"4 tokens, but .*'gate' has 5"):
         stats.report(path, tokens="four", routing=routing)
     with pytest.raises(ValueError, match="has no gate"):
         routing_of(nn.Linear(DIM, DIM), torch.randn(1, DIM))
@@ -390,57 +346,3 @@ def test_errors(tmp_path: Path):
     with pytest.raises(RuntimeError, match="no forward of a gate was recorded"), track_routing(moe) as stats:
         stats.report(path)
     assert not path.exists()  # a bad call writes nothing
-
-
-LOOK = """
-const point = (page, element) => {
-  const box = element.getBoundingClientRect(), x = box.left + box.width / 2, y = box.top + box.height / 2
-  element.dispatchEvent(new page.PointerEvent("pointermove", { clientX: x, clientY: y, bubbles: true }))
-  const tip = page.document.getElementById("tip"), at = tip.getBoundingClientRect()
-  const wide = page.document.documentElement.clientWidth
-  return tip.hidden ? null : { text: tip.textContent, inside: at.left >= 0 && at.right <= wide }
-}
-addEventListener("load", () => {
-  const seen = [...document.querySelectorAll("iframe")].map(frame => {
-    const page = frame.contentWindow, body = page.document, details = [...body.querySelectorAll("details")]
-    const result = { width: page.innerWidth, needs: body.documentElement.scrollWidth, ran: !!page.ran }
-    result.open = details.map(each => each.open)
-    details.at(-1).open = true
-    const last = each => [...each.querySelectorAll("[data-told]")].at(-1)
-    result.tokens = [details[0], details.at(-1)].map(each => point(page, last(each)))
-    result.none = point(page, body.querySelector("h1"))
-    result.pictures = [...body.images].every(image => image.loading === "lazy" || image.naturalWidth > 0)
-    return result
-  })
-  document.getElementById("seen").textContent = JSON.stringify(seen)
-})
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not BROWSER, reason="no Chromium on the path")
-def test_in_a_browser(tmp_path: Path):
-    """At the width of a desk and of a phone: no sideways scrolling, and the pointer finds what lies under it."""
-    torch.manual_seed(0)
-    model, tokens = some_gates(), [*HOSTILE, "<script>ran = 1</script>", "last"]
-    stats = tracked(model, 90)
-    routing = routing_of(model, torch.randn(1, len(tokens), DIM))
-    stats.report(tmp_path / "routing.html", tokens=tokens, routing=routing)
-    html = escape((tmp_path / "routing.html").read_text(encoding="utf-8"))
-    frames = "".join(f'<iframe width={w} height=900 style="border:0" srcdoc="{html}"></iframe>' for w in (1280, 390))
-    test = tmp_path / "test.html"
-    test.write_text(f"<!doctype html><meta charset=utf-8><pre id=seen></pre>{frames}<script>{LOOK}</script>", "utf-8")
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    done = subprocess.run([*command, "--dump-dom", test.as_uri()], capture_output=True, text=True, timeout=120)
-    seen = json.loads(re.search(r'<pre id="seen">(.*?)</pre>', done.stdout)[1])
-    assert [result["width"] for result in seen] == [1280, 390]
-    told = Page((tmp_path / "routing.html").read_text(encoding="utf-8")).texts
-    for result in seen:
-        assert result["needs"] <= result["width"]
-        assert not result["ran"]
-        assert result["pictures"]
-        assert result["none"] is None
-        assert result["open"] == [True, False, False, False, False]
-        for gate, token in zip((stats.layers[0], stats.layers[-1]), result["tokens"], strict=True):
-            assert token == {"text": "\n".join(told[gate][-1].told), "inside": True}
-            assert token["text"].startswith(f"token {len(tokens) - 1}: last")

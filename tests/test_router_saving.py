@@ -119,6 +119,7 @@ def test_transforms_and_batches_of_gradients(recomputing):
     torch.testing.assert_close(many, torch.stack([wanted, 2 * wanted]))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_gate_recomputes_too(dtype, monkeypatch):

@@ -113,18 +113,13 @@ def test_an_empty_slot_makes_no_choice():
 
 def test_names_and_shapes_are_checked():
     moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
-    with pytest.raises(
-        TypeError, match="reads no side input 'ids': it reads counted, features, given_weights, router_input, token_ids"
-    ):
+    with pytest.raises(TypeError, match=r"no side input 'ids': it reads counted, features, .*token_ids"):
         moe(x, ids=torch.zeros(2, 6))
-    with pytest.raises(ValueError, match=r"token_ids must have shape \(2, 6, ...\), an entry a token, got \(2, 5\)"):
+    with pytest.raises(ValueError, match=r"token_ids must have shape \(2, 6, ...\), .*got \(2, 5\)"):
         moe(x, token_ids=torch.zeros(2, 5))
     with pytest.raises(TypeError, match="reads no side input 'token_ids'"):
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
-    with pytest.raises(
-        TypeError,
-        match="TopKGating reads no side input 'maks': it reads router_input, counted, given_weights, given",
-    ):
+    with pytest.raises(TypeError, match="TopKGating reads no side input 'maks': it reads router_input"):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
     with pytest.raises(TypeError, match="ExpertChoiceGating reads no side input 'losses': it reads router_input"):
         ExpertChoiceGating(DIM, 4)(x, losses=("balance_group",))
@@ -153,7 +148,7 @@ def test_a_gate_reads_another_tensor_than_its_experts(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-@pytest.mark.parametrize("kind", ["compiled", "checkpointed"])
+@pytest.mark.parametrize("kind", [pytest.param("compiled", marks=pytest.mark.slow), "checkpointed"])
 def test_paths(kind):
     moe = MoE(DIM, gate=IdGate(3))
     x, ids = torch.randn(2, 6, DIM, requires_grad=True), torch.arange(12).view(2, 6)
@@ -239,7 +234,7 @@ def test_given_choices_join_own_ones():
 
 def test_given_experts_are_checked():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(2, 6, DIM)
-    with pytest.raises(ValueError, match=r"given_experts must be int64 of shape \(2, 6, 2\), got .* \(2, 6, 3\)"):
+    with pytest.raises(ValueError, match=r"given_experts must be int64 .*\(2, 6, 2\), got .* \(2, 6, 3\)"):
         moe(x, given_experts=torch.zeros(2, 6, 3, dtype=torch.int64))
 
 
@@ -291,10 +286,11 @@ def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
     torch.testing.assert_close(routing.balance_loss, 4 / 3**3 * (load * routing.probs.sum(dim=(0, 1))).sum())
     given = torch.tensor([[[2, 0, -1], [2, 0, -1], [2, 0, -1]]])
     assert gate(x, given_experts=given, open_experts=is_open).chosen.view(3, 3).sum(-1).tolist() == [1, 1, 2]
-    with pytest.raises(ValueError, match=r"open_experts must be bool of shape \(1, 3, 4\), got torch.bool \(1, 3, 3\)"):
+    with pytest.raises(ValueError, match=r"open_experts must be bool .*\(1, 3, 4\), got .*\(1, 3, 3\)"):
         gate(x, open_experts=is_open[..., :3])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_open_experts_compiled():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=3)), torch.randn(1, 3, DIM)

@@ -173,9 +173,9 @@ def test_what_cannot_be_forced_is_named_and_nothing_is_changed():
     assert gates[0].moe.gate.forced is None
     with force_routing(gates, gates=["0.moe.gate"]):
         assert gates[0].moe.gate.forced == "balanced"
-    with pytest.raises(ValueError, match=r"has 'gate', which is no gate of the model: there are '0\.moe\.gate', "):
+    with pytest.raises(ValueError, match=r"has 'gate', .*there are '0\.moe\.gate', "):
         force_routing(gates, gates=["gate"]).__enter__()
-    with pytest.raises(ValueError, match=r"has this Linear, which is no gate of the model"):
+    with pytest.raises(ValueError, match=r"has this Linear, which is no gate"):
         force_routing(gates, gates=[nn.Linear(1, 1)]).__enter__()
     with pytest.raises(ValueError, match=r"gates of force_routing is empty"):
         force_routing(gates, gates=[]).__enter__()
@@ -216,9 +216,9 @@ def test_some_gates_are_balanced_and_controlled():
     assert other.expert_bias.any()
     assert not biased.expert_bias.any()
     assert not optimizer._optimizer_step_post_hooks
-    with pytest.raises(TypeError, match=r"cannot serve '1\.moe\.gate' \(TopKGating\): it has no expert bias"):
+    with pytest.raises(TypeError, match=r"'1\.moe\.gate' \(TopKGating\): it has no expert bias"):
         balance_experts(whole, optimizer, gates=["0.moe.gate", "1.moe.gate"])
-    with pytest.raises(TypeError, match=r"control_sparsity cannot serve '0\.moe\.gate' .*: it is no ReLUGating"):
+    with pytest.raises(TypeError, match=r"'0\.moe\.gate' .*: it is no ReLUGating"):
         control_sparsity(whole, optimizer, gates=[biased])
     assert not optimizer._optimizer_step_post_hooks
 

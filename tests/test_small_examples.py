@@ -41,6 +41,7 @@ def test_a_vision_transformer_of_expert_choice(capsys: pytest.CaptureFixture[str
     assert seen[8] > seen[1] + 10  # more of its pixels are on
 
 
+@pytest.mark.slow
 def test_a_gpt_learns_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
     """It begins at 8 bits a byte, which are 5.5 nats; the text that it writes begins as the library's does."""
     gpt.main(["--steps", "50", "--dim", "32", "--depth", "1", "--context", "32", "--batch", "4", "--rate", "0.02"])

@@ -193,9 +193,14 @@ def results(layer: Any, kind: CallKind, x: Tensor) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in local.items()}
 
 
-def build(name: str, kind: CallKind) -> Any:
+@functools.cache
+def built(name: str, kind: CallKind) -> Any:
     torch.manual_seed(3)
     return LAYERS[name](kind.hidden_dim).train(kind.training)
+
+
+def build(name: str, kind: CallKind) -> Any:
+    return copy.deepcopy(built(name, kind))
 
 
 def warmed_up(name: str, kind: CallKind, x: Tensor) -> Any:

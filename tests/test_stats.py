@@ -14,17 +14,14 @@ import torch
 from support import foreign_checkpoint
 from support.strategies import RecordDraws
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import (
     ExpertChoiceGating,
-    Experts,
     HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
     Routing,
-    Top2Gating,
     TopKGating,
 )
 from mixture_of_experts.stats import Record, track_routing
@@ -233,32 +230,6 @@ def test_hierarchy(group_size: int | None, masked: bool):
     assert 1 <= inner.imbalance <= inner.worst_imbalance
 
 
-def test_hierarchy_counts_the_rows_of_its_experts():
-    """With experts that add up the rows they get, the recorded load is what arrives."""
-
-    class Counting(Experts):
-        def forward(self, x: Tensor) -> Tensor:  # no decision: it is given slots
-            arrived.append((x != 0).any(dim=-1).sum(dim=-1))
-            return super().forward(x)
-
-    arrived: list[Tensor] = []
-    layer = hierarchy(experts=Counting(DIM, (3, 4)))
-    assert track_once(layer, torch.randn(2, 12, DIM))["gate_inner"].load.tolist() == arrived[0].tolist()
-
-
-@pytest.mark.parametrize("name", [*(n for n in make_layers() if n != "noisy"), "hierarchy"])
-def test_padding_is_in_no_statistic(name: str):
-    layer = hierarchy() if name == "hierarchy" else make_layers()[name]
-    x = torch.randn(2, 9, DIM)
-    padded = torch.full((2, 14, DIM), math.nan)
-    padded[:, 3:12] = x
-    mask = torch.zeros(2, 14, dtype=torch.bool)
-    mask[:, 3:12] = True
-    plain, masked = track_once(layer, x), track_once(layer, padded, mask)
-    for gate in plain:
-        assert_same(plain[gate], masked[gate], rel=1e-5)
-
-
 @pytest.mark.parametrize("name", [*make_layers(), "hierarchy"])
 @pytest.mark.parametrize("case", ["empty", "masked"])
 def test_nothing_to_count_is_zero(name: str, case: str):
@@ -287,23 +258,6 @@ def test_gate_of_ones_own():
     assert record.load.tolist() == [0, 8, 0]
     assert (record.dead, record.unseen) == ([0, 2], 0.2)
     assert record.losses == {"balance": 3.0, "z": 0.0}  # a gate that names no parts
-
-
-def test_bare_gates_and_names():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.router = Top2Gating(DIM, 4)
-            self.ffn = MoE(DIM, 4)
-            self.two_level = hierarchy()
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.router(x)
-            return self.two_level(self.ffn(x)[0])[0]
-
-    names = ("router", "ffn.gate", "two_level.gate_outer", "two_level.gate_inner")
-    assert tuple(track_once(Model(), torch.randn(1, 6, DIM))) == names
-    assert tuple(track_once(Top2Gating(DIM, 4), torch.randn(1, 6, DIM))) == ("gate",)
 
 
 # Recorded once
@@ -350,14 +304,6 @@ def assert_all_same(left: dict[str, list[Record]], right: dict[str, list[Record]
             assert_same(one, other, rel=1e-5)
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_records_once(reentrant: bool, plain_records: dict[str, list[Record]]):
-    model, runs = make_stack(reentrant), []
-    model.layers[0].gate_outer.register_forward_hook(lambda *_: runs.append(None))
-    assert_all_same(plain_records, recorded_in_training(model))
-    assert len(runs) == 4  # it did run again in backward
-
-
 @pytest.mark.slow
 @dynamo
 @pytest.mark.parametrize("reentrant", [None, True, False])
@@ -373,15 +319,6 @@ def test_compiled_model(reentrant: bool | None, plain_records: dict[str, list[Re
     if reentrant is None:
         train(compiled)
         assert {layer: len(stats.records(layer)) for layer in stats.layers} == dict.fromkeys(stats.layers, 2)
-
-
-@pytest.mark.slow
-@dynamo
-def test_compiled_layer_under_an_eager_checkpoint(plain_records: dict[str, list[Record]]):
-    torch.compiler.reset()
-    model = make_stack(reentrant=False)
-    model.layers[1].compile(backend="aot_eager", fullgraph=True)
-    assert_all_same(plain_records, recorded_in_training(model))
 
 
 @pytest.mark.slow
@@ -421,25 +358,6 @@ def test_a_recomputation_does_not_count(how: str, around: str):
             out = model(x) if around == "layer" else CHECKPOINTS[how](model, x)
             out.sum().backward()
     assert [record.forwards for record in stats.records("layers.1.gate")] == [1, 1]
-
-
-def test_a_failed_forward_does_not_open_the_door_to_recomputations():
-    class Fails(nn.Module):
-        def forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-            if self.training and fail:
-                raise ArithmeticError
-            return x, x.new_zeros(())
-
-    fail = False
-    model = Stack(MoE(DIM, 4), Fails(), reentrant=False)
-    with track_routing(model) as stats:
-        loss = model(torch.randn(1, 6, DIM))
-        fail = True
-        with pytest.raises(ArithmeticError):
-            model(torch.randn(1, 6, DIM))
-        fail = False
-        loss.backward()
-    assert [record.forwards for record in stats.records("layers.0.gate")] == [1]  # what raised does not count
 
 
 # Nothing left behind, nothing disturbed
@@ -489,39 +407,6 @@ def test_results_and_random_numbers_are_the_same():
         outcomes.append((len(draws.values), torch.rand(()), *gradients))
     for one, other in zip(*outcomes, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
-
-
-class NoSync(TorchDispatchMode):
-    """Refuses what would wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        assert func.overloadpacket not in (
-            torch.ops.aten._local_scalar_dense,
-            torch.ops.aten.nonzero,
-            torch.ops.aten.equal,
-            torch.ops.aten.masked_select,
-        ), f"{func} waits for the device"
-        return func(*args, **(kwargs or {}))
-
-
-def test_no_host_sync_until_something_is_read():
-    class Gates(nn.Module):
-        def __init__(self):
-            super().__init__()
-            kinds = (Top2Gating(DIM, 4), TopKGating(DIM, 4), NoisyTopKGating(DIM, 4), ExpertChoiceGating(DIM, 4))
-            self.gates = nn.ModuleList(kinds)
-
-        def forward(self, x: Tensor, mask: Tensor) -> None:
-            for gate in self.gates:
-                gate(x, mask=mask)
-
-    model = Gates()
-    with track_routing(model) as stats:
-        with NoSync():
-            model(torch.randn(2, 6, DIM), torch.ones(2, 6, dtype=torch.bool))
-            stats.step()
-        with pytest.raises(AssertionError, match="waits"), NoSync():
-            stats.scalars()
 
 
 def test_only_the_last_forwards_are_kept():
@@ -612,12 +497,6 @@ def stats():
     with track_routing(model) as stats:
         train(model, steps=3)
     return stats
-
-
-def test_a_gate_that_is_not_there(stats):
-    for read in (stats.last, stats.records, stats.total, stats.level_one):
-        with pytest.raises(KeyError, match=r"no gate 'gate': there are 'layers\.0\.gate_outer', "):
-            read("gate")
 
 
 def test_summary(stats):
@@ -714,22 +593,6 @@ def test_wandb_lines(stats):
     assert logged == [(stats.scalars(), 7)]
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of tensorboard's own imports
-def test_tensorboard_lines(stats, tmp_path: Path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import (  # pyright: ignore[reportMissingImports]
-        EventAccumulator,
-    )
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(tmp_path) as writer:
-        exec(logger_lines("add_scalar"), {"writer": writer, "stats": stats, "step": 7})
-    events = EventAccumulator(str(tmp_path)).Reload()
-    (event,) = events.Scalars("layers.1.gate/dropped")
-    assert (event.step, event.value) == (7, pytest.approx(stats.last("layers.1.gate").dropped))
-
-
 # Errors
 
 
@@ -737,7 +600,7 @@ def test_errors():
     moe = MoE(DIM, 4)
     with pytest.raises(ValueError, match="Linear has no gate"), track_routing(nn.Linear(2, 2)):
         pass
-    with pytest.raises(ValueError, match="keep must be an integer of at least 1, got 0"), track_routing(moe, keep=0):
+    with pytest.raises(ValueError, match=r"keep must be .*at least 1, got 0"), track_routing(moe, keep=0):
         pass
     with pytest.raises(ValueError, match="when must be one of 'always'"), track_routing(moe, when="train"):
         pass

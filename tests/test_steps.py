@@ -103,7 +103,7 @@ def test_learned_scales_begin_at_one_and_of_no_weight_make_none():
 def test_more_choices_than_experts():
     gate = TopKGating(2, 3)
     gate.k = 4
-    with pytest.raises(ValueError, match="k must be at most the number of experts, 3, got 4: it takes each once"):
+    with pytest.raises(ValueError, match=r"k must be at most .*3, got 4"):
         gate(torch.ones(1, 1, 2))
 
 
@@ -306,11 +306,9 @@ def test_router_logits_are_checked(arguments, message):
 
 
 def test_a_module_of_logits_that_does_not_fit():
-    with pytest.raises(TypeError, match=r"logits must be a module .*, got the class Linear: make an instance"):
+    with pytest.raises(TypeError, match=r"logits must be .*the class Linear: make an instance"):
         TopKGating(4, 4, logits=nn.Linear)
-    with pytest.raises(
-        ValueError, match=r"logits must return \(1, 2, 4\), one for each token and expert, got \(1, 2, 3"
-    ):
+    with pytest.raises(ValueError, match=r"logits must return \(1, 2, 4\), .*got \(1, 2, 3"):
         TopKGating(4, 4, logits=nn.Linear(4, 3))(torch.randn(1, 2, 4))
 
 

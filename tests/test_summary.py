@@ -202,7 +202,7 @@ def test_a_gate_that_does_not_say():
 
     moe = MoE(D, E, hidden_dim=H)
     moe._modules["gate"] = Gate()
-    with pytest.raises(ValueError, match="the Gate of the layer does not say how many experts a token chooses"):
+    with pytest.raises(ValueError, match="the Gate of the layer does not say how many"):
         summary(moe)
 
 
@@ -221,9 +221,7 @@ def test_sparse_blocks_that_are_not_known_are_named():
     )  # fmt: skip
     with torch.device("meta"):
         model = transformers.NllbMoeModel(config)
-    with pytest.raises(
-        TypeError, match=r"'encoder.layers.0.ffn' \(NllbMoeSparseMLP\): what chooses its experts is not"
-    ):
+    with pytest.raises(TypeError, match=r"'encoder.layers.0.ffn' \(NllbMoeSparseMLP\)"):
         summary(model)
 
 

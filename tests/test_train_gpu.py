@@ -30,8 +30,3 @@ def test_both_models_have_as_many_active_parameters() -> None:
     active = sum(weight.numel() for weight in mixture.experts.parameters()) * 4 // 8
     assert weights == active
     assert dense(torch.ones(1, 2, 64))[0].shape == mixture(torch.ones(1, 2, 64))[0].shape
-
-
-def test_it_is_short() -> None:
-    code = [line for line in (EXAMPLES / "train_gpu.py").read_text(encoding="utf-8").splitlines() if line.strip()]
-    assert len(code) < 100

@@ -250,9 +250,7 @@ def test_a_mean_that_cannot_be_reached_is_told_once():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [step() for _ in range(3)] == [200.0, 400.0, 800.0]
-    with pytest.warns(
-        UserWarning, match=r"mean_choices=1.5 is out of reach: l1_coef .* its maximum, 1000, .* bias=True"
-    ):
+    with pytest.warns(UserWarning, match=r"mean_choices=1.5 is out of reach: .* 1000, .* bias=True"):
         assert step() == 1000.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -274,9 +272,9 @@ def test_a_coefficient_that_shrank_for_long_grows_again():
 def test_errors():
     with pytest.raises(ValueError, match="mean_choices must be at most k=2, got 3"):
         ReLUGating(DIM, E, k=2, mean_choices=3)
-    with pytest.raises(ValueError, match=r"p must be a finite number above 0.0 and below 1.0, got 1.5"):
+    with pytest.raises(ValueError, match=r"p must be .*below 1.0, got 1.5"):
         TopPGating(DIM, E, k=2, p=1.5)
-    with pytest.raises(ValueError, match=r"rate must be a finite number above 1.0, got 1"):
+    with pytest.raises(ValueError, match=r"rate must be .*above 1.0, got 1"):
         loud().gate.update_l1(1)
     with pytest.raises(TypeError, match=r"^group must be a torch.distributed.ProcessGroup"):
         loud().gate.update_l1(group="world")
@@ -287,9 +285,7 @@ def test_errors():
     with pytest.raises(ValueError, match="no gate of MoE has an expert bias"):
         balance_experts(loud(), optimizer)
     for start in (control_sparsity, balance_experts):
-        with pytest.raises(
-            TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got MoE: the model is first"
-        ):
+        with pytest.raises(TypeError, match=r"optimizer must be .*got MoE: the model is first"):
             start(optimizer, moe)  # type: ignore[arg-type]
 
 

@@ -78,23 +78,6 @@ def test_what_did_not_end_well_does_not_count(error):
     assert not STACKS.calls
 
 
-@pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])
-def test_nothing_is_left_of_a_single_forward_that_did_not_end_well(error):
-    model, x = Model(), torch.randn(1, 3, DIM)
-    with track_routing(model) as stats, record_routing(model) as records, collect_aux(model) as aux:
-        with between(model, fail(error)), pytest.raises(error):
-            model(x)
-        assert records.lengths("first.gate") == []
-        with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
-            aux.take()
-        assert stats.records("first.gate") == []
-    assert stats.latest() == []
-    assert not STACKS.calls
-    given = [torch.tensor([[0, 1]] * 3)]
-    with replay_routing(model, RoutingRecords({"first.gate": given, "second.gate": given})):
-        model(x)
-
-
 def test_a_forward_within_a_forward_is_one_of_its_own():
     model, x, inner, found = Model(), torch.randn(1, 3, DIM), torch.randn(1, 5, DIM), []
 
@@ -192,12 +175,6 @@ def test_hooks_that_are_just_set_or_taken_off():
         thread.start()
         thread.join()
     assert not failures
-
-
-def test_misuse_is_an_error_in_the_thread_of_the_context():
-    model = Model()
-    with track_routing(model), pytest.raises(RuntimeError, match="not within a forward of the module given"):
-        model.first(torch.randn(1, 3, DIM))
 
 
 # Copies

@@ -61,8 +61,14 @@ def perturbed(layer):
     return layer.double()
 
 
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize(
+    ("gate", "experts"),
+    [  # a column and a row of all pairs
+        pytest.param(gate, experts, marks=[pytest.mark.slow] * (gate != "dropless" and experts != "gated, biases"))
+        for gate in GATES
+        for experts in EXPERTS
+    ],
+)
 @pytest.mark.parametrize("way", WAYS)
 def test_way(way, gate, experts, monkeypatch):
     """Masked and not, padded to batches or not, in one chunk or many, down to no token at all."""

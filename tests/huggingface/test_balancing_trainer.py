@@ -214,15 +214,13 @@ def test_quantiles_do_not_fit_their_groups():
     model = build_sparse("DeepseekV3")
     assert any(getattr(module, "num_group", 1) > 1 for module in model.modules())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with pytest.raises(ValueError, match="does not fit DeepseekV3MoE: experts are chosen in 4 groups there"):
+    with pytest.raises(ValueError, match=r"DeepseekV3MoE: .* in 4 groups"):
         balance_experts(model, optimizer, "quantile")
     assert not any(module._forward_hooks for module in model.modules())
     for module in one_group(model).modules():  # a recipe is known by the name of the block's class
         if type(module).__name__ == "DeepseekV3MoE":
             module.__class__ = type("OwnMoE", (type(module),), {})
-    with pytest.raises(
-        ValueError, match=r"reads scores, and those of OwnMoE, which has .*e_score_correction_bias, are"
-    ):
+    with pytest.raises(ValueError, match=r"those of OwnMoE, which has .*e_score_correction_bias"):
         balance_experts(model, optimizer, "quantile")
 
 

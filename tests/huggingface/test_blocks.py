@@ -205,14 +205,14 @@ def test_what_is_no_layer_or_has_no_weights_is_refused():
     before = {name: value.clone() for name, value in block.state_dict().items()}
     moe = from_transformers(block)
     for other in (nn.Linear(2, 2), model, from_transformers(model).model.layers[0].mlp):
-        with pytest.raises(TypeError, match=r"moe must be a MoE layer, got a .*: give its moe, or no block"):
+        with pytest.raises(TypeError, match=r"moe must be a MoE .*: give its moe"):
             to_transformers(other, block)
     for wrong in (lambda: to_transformers(None), lambda: to_transformers(moe, 3), lambda: from_transformers(None)):  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"(moe|block) must be a model \(an nn.Module\), got"):
             wrong()
-    with pytest.raises(ValueError, match="block has weights on the meta device: load them first"):
+    with pytest.raises(ValueError, match="block has weights on the meta device: load"):
         to_transformers(moe, make("MixtralSparseMoeBlock").to("meta"))
-    with pytest.raises(ValueError, match="moe has weights on the meta device: load them first"):
+    with pytest.raises(ValueError, match="moe has weights on the meta device: load"):
         to_transformers(moe.to("meta"), block)
     assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
 
@@ -282,5 +282,5 @@ def test_layers_that_compute_something_else_are_refused():
     block.jitter_noise = 0.1
     with pytest.raises(ValueError, match=r"jitter_noise=0\.1"):
         from_transformers(block)
-    with pytest.raises(ValueError, match=r"a Linear is not known: .* such as DeepseekV3MoE, GptOssMLP"):
+    with pytest.raises(ValueError, match=r"a Linear is not known: .* such as DeepseekV3MoE"):
         from_transformers(nn.Linear(2, 2))

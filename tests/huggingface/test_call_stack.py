@@ -59,43 +59,6 @@ def train_sparse(name: str = "llama", **settings) -> nn.Module:
 # Threads
 
 
-@pytest.mark.parametrize("name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "bert"))])
-def test_masks_of_two_threads_do_not_mix(name):
-    model, given = build(name).eval(), batches()
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
-    expected = [model(**batch).logits for batch in inputs]
-
-    def work(number: int) -> None:
-        for _ in range(FORWARDS):
-            torch.testing.assert_close(model(**inputs[number]).logits, expected[number], atol=1e-5, rtol=1e-5)
-
-    in_threads(work)
-
-
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
-def test_losses_of_two_threads_do_not_mix(checkpointing):
-    """The loss, its auxiliary part and the gradient; with checkpointing, what runs again has its own mask."""
-    model, given = build("llama").train(), batches()
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.loss_coef = 0.5
-    parameters = list(model.parameters())
-    expected = []
-    for batch in given:
-        loss = model(**batch).loss
-        expected.append((loss, aux_loss(model), torch.autograd.grad(loss, parameters, allow_unused=True)))
-    if checkpointing:
-        model.activation_checkpointing_enable()
-
-    def work(number: int) -> None:
-        for _ in range(FORWARDS // 2):
-            loss = model(**given[number]).loss
-            found = (loss, aux_loss(model), torch.autograd.grad(loss, parameters, allow_unused=True))
-            torch.testing.assert_close(found, expected[number], atol=1e-5, rtol=1e-5)
-
-    in_threads(work)
-
-
 def test_each_thread_collects_its_own():
     model, given = train_sparse(), batches()
     expected = []
@@ -110,17 +73,6 @@ def test_each_thread_collects_its_own():
                 torch.testing.assert_close(aux.take(), expected[number], atol=1e-6, rtol=1e-5)
 
     in_threads(work)
-
-
-def test_a_thread_has_no_auxiliary_loss_of_another():
-    model = train_sparse()
-    model(**batches(1)[0])
-
-    def work(_: int) -> None:
-        with pytest.raises(RuntimeError, match="call it first, in this thread"):
-            aux_loss(model)
-
-    in_threads(work, 1)
 
 
 @pytest.mark.slow
@@ -144,31 +96,6 @@ def test_statistics_count_every_thread_once(theirs):
         assert [record.forwards for record in found.records(layer)] == [1] * 5 * THREADS
         seen = sorted(tuple(record.load.tolist()) for record in found.records(layer))
         assert seen == sorted(5 * [tuple(record.load.tolist()) for record in expected.records(layer)])
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False])
-def test_compiled_graphs_read_the_call_of_their_own_thread(whole):
-    """The model in one graph, or each of its networks."""
-    torch.compiler.reset()
-    model, given = build("llama").eval(), batches(2)
-    given[1] = {key: value[:, :9] for key, value in given[1].items()}
-    inputs = [{key: value for key, value in batch.items() if key != "labels"} for batch in given]
-    expected = [model(**batch).logits for batch in inputs]
-    for module in [model] if whole else [layer.mlp for layer in model.model.layers]:
-        module.compile(fullgraph=True, backend="eager")
-    for batch in inputs:
-        model(**batch, use_cache=False)
-
-    def work(number: int) -> None:
-        for _ in range(5):
-            found = model(**inputs[number], use_cache=False).logits
-            torch.testing.assert_close(found, expected[number], atol=1e-5, rtol=1e-5)
-        assert not STACKS.calls
-
-    in_threads(work, 2)
-    torch.compiler.reset()
 
 
 # Calls within calls, interrupted ones, and those that raise

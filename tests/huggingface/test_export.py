@@ -86,7 +86,7 @@ def test_tied_embeddings_dtype_and_mode():
 def test_weights_that_are_not_in_memory_are_refused():
     model = ARCHITECTURES["llama"].build()
     upcycle(model, num_experts=4)
-    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load them first, or change"):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has weights on the meta device: load"):
         export(model.to("meta"))
 
 
@@ -103,32 +103,16 @@ def test_other_heads(auto):
 @pytest.mark.parametrize(
     ("name", "settings", "problem"),
     [
-        (
-            "gpt2",
-            {},
-            "no class of transformers is a GPT2LMHeadModel with experts; there are classes for Llama, Mistral",
-        ),
+        ("gpt2", {}, "is a GPT2LMHeadModel with experts; there are classes for Llama"),
         ("llama_bias", {}, "in Mixtral: experts.b1 has shape .*; Qwen2Moe: experts.b1 has shape"),
-        (
-            "llama",
-            dict(gate=lambda d, e: Top2Gating(d, e)),
-            "Mixtral: the gate is Top2Gating, the block's TopK.*; Q",
-        ),
+        ("llama", dict(gate=lambda d, e: Top2Gating(d, e)), "Mixtral: the gate is Top2Gating, .*; Q"),
         ("llama", dict(gate=lambda d, e: NoisyTopKGating(d, e)), "the gate is NoisyTopKGating"),
         ("llama", dict(gate=gate(score="sigmoid")), "the gate has score 'sigmoid'"),
         ("llama", dict(gate=gate(select=AlwaysChosen(1))), r"select AlwaysChosen\(1\)"),
         ("llama", dict(gate=gate(weigh="softmax", normalize=False)), "Qwen2Moe: the gate has weigh 'softmax'"),
-        (
-            "llama",
-            dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))),
-            "Qwen2Moe: the gate has weigh Lear",
-        ),
+        ("llama", dict(gate=lambda d, e: TopKGating(d, e, weigh=LearnedScale(e))), "Qwen2Moe: the gate has weigh Lear"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, normalize=NormalizeBy(2.0))), r"normalize NormalizeBy\(p=2"),
-        (
-            "llama",
-            dict(gate=gate(eps=1.0)),
-            "Mixtral: the gate has eps 1.0, .*; Qwen2Moe: the gate has eps 1.0",
-        ),
+        ("llama", dict(gate=gate(eps=1.0)), "Mixtral: the gate has eps 1.0, .*; Qwen2Moe"),
         ("llama", dict(gate=lambda d, e: TopKGating(d, e, logits=RouterLogits(d, e))), "logits RouterLogits"),
         ("llama", dict(gate=gate(bias=True)), r"gate\.b_gating has shape \(4,\)"),
         ("llama", dict(gate=gate(expert_bias=True)), r"gate\.expert_bias has shape"),
@@ -149,13 +133,13 @@ def test_layers_that_differ():
     model = ARCHITECTURES["llama"].build()
     replace_ffn(model, num_experts=4, layers=[0])
     replace_ffn(model, num_experts=2, layers=[1])
-    with pytest.raises(ValueError, match=r"w1 has shape \(2, 32, 48\), the block's \(4, 32, 48\)"):
+    with pytest.raises(ValueError, match=r"w1 .*\(2, 32, 48\).*\(4, 32, 48\)"):
         export(model)
 
 
 def test_settings_and_activations():
     model = ARCHITECTURES["llama"].build()
-    with pytest.raises(ValueError, match="has no layers with experts: there is nothing to export"):
+    with pytest.raises(ValueError, match="has no layers with experts"):
         export(model)
     upcycle(model, num_experts=4)
     feed_forwards(model)[1].moe.experts.act = nn.GELU()

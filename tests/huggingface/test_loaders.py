@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,12 +21,10 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTextEncoding,
-    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5EncoderModel,
-    WhisperForConditionalGeneration,
 )
 from transformers.models.auto import modeling_auto
 from transformers.quantizers.auto import register_quantizer
@@ -42,7 +37,6 @@ from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
 
 from .test_blocks import build as build_sparse
-from .test_losses import batch_of, build, trainer
 from .test_saving import GATES, OwnGate, same_weights
 
 pytestmark = pytest.mark.slow
@@ -73,10 +67,15 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
     replace_ffn(model, num_experts=4, layers=[1], hidden_dim=16)
     replace_ffn(model, num_experts=3, k=1, layers=[0], loss_coef=0.5)
     model.save_pretrained(tmp_path)
-    again = type(model).from_pretrained(tmp_path)
-    same_weights(again, model)
-    assert torch.equal(again(**inputs).logits, model(**inputs).logits)
-    assert [repr(module) for module in feed_forwards(again)] == [repr(module) for module in feed_forwards(model)]
+    ours = from_pretrained(tmp_path)
+    ours.save_pretrained(tmp_path / "again")  # and once more
+    again = type(model).from_pretrained(tmp_path / "again")
+    for one in (ours, again):
+        assert type(one) is type(model)
+        same_weights(one, model)
+        assert torch.equal(one(**inputs).logits, model(**inputs).logits)
+        for found, expected in zip(feed_forwards(one), feed_forwards(model), strict=True):
+            assert (repr(found), found.moe.loss_coef) == (repr(expected), expected.moe.loss_coef)
     dense = ARCHITECTURES[name].build()
     dense.save_pretrained(tmp_path / "dense")
     dense = type(dense).from_pretrained(tmp_path / "dense")
@@ -85,15 +84,13 @@ def test_the_class_itself_and_all_auto_classes(name, tmp_path):
 
     classes = auto_classes(model)
     assert len(classes) > 1
-    expected = [module.state_dict() for module in feed_forwards(model)]
+    states = [module.state_dict() for module in feed_forwards(model)]
     for auto in classes:
         loaded = auto.from_pretrained(tmp_path)
         networks = feed_forwards(loaded)
         assert networks
         assert len(networks) == len(loaded.config.mixture_of_experts[0]["layers"]) * 2
-        found = [
-            next(i for i, state in enumerate(expected) if equal(module.state_dict(), state)) for module in networks
-        ]
+        found = [next(i for i, state in enumerate(states) if equal(module.state_dict(), state)) for module in networks]
         assert found == list(range(found[0], found[0] + len(found)))  # a part of the model has a part of them
         assert not any(parameter.is_meta for parameter in loaded.parameters())
         if type(loaded) is type(model):
@@ -136,15 +133,6 @@ def test_models_that_share_a_configuration(tmp_path):
     assert dense.config is config
     assert all(vars(module).get("config") in (None, small.config) for module in small.modules())
     assert all(vars(module).get("config") is not config for module in small.modules())
-
-
-def test_widths_that_differ(tmp_path):
-    model = ARCHITECTURES["whisper"].build(encoder_ffn_dim=64, decoder_ffn_dim=40)
-    upcycle(model, num_experts=2)
-    model.save_pretrained(tmp_path)
-    for loaded in (from_pretrained(tmp_path), WhisperForConditionalGeneration.from_pretrained(tmp_path)):
-        same_weights(loaded, model)
-        assert [module.moe.experts.hidden_dim for module in feed_forwards(loaded)] == [64, 64, 40, 40]
 
 
 def test_gates_that_differ_by_layer(tmp_path):
@@ -253,7 +241,7 @@ def test_layers_on_disk_are_not_changed(change, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", **place)
     inputs = ARCHITECTURES["llama"].inputs()
     before = model(**inputs).logits
-    with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP are not in memory, .*device_map: load the model with"):
+    with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP are not in memory, .*device_map"):
         change(model, num_experts=4)
     assert not feed_forwards(model)
     assert torch.equal(model(**inputs).logits, before)
@@ -298,9 +286,7 @@ def test_another_quantiser(tmp_path):
     upcycle(model, num_experts=4)
     model.save_pretrained(tmp_path)
     for load in (AutoModelForCausalLM, LlamaForCausalLM):
-        with pytest.raises(
-            ValueError, match=r"for another one call from_pretrained of mixture_of_experts\.huggingface"
-        ):
+        with pytest.raises(ValueError, match=r"call from_pretrained of mixture_of_experts\.huggingface"):
             load.from_pretrained(tmp_path, quantization_config=HalvesConfig())
     loaded = from_pretrained(tmp_path, quantization_config=HalvesConfig())
     mine, its = model.model.layers[1], loaded.model.layers[1]
@@ -318,26 +304,11 @@ def test_experts_that_are_missing_are_drawn(tmp_path):
     state = {name: value for name, value in model.state_dict().items() if not name.endswith(gone)}
     model.save_pretrained(tmp_path, state_dict=dict(state))
     for load in (AutoModelForCausalLM.from_pretrained, LlamaForCausalLM.from_pretrained, from_pretrained):
-        with pytest.warns(UserWarning, match=r"initialised: model.layers.0.mlp.moe.experts.w3, model.layers.1"):
+        with pytest.warns(UserWarning, match=r"initialised: .*0.mlp.moe.experts.w3, model.layers.1"):
             again = load(tmp_path)
         for name, value in again.state_dict().items():
             assert torch.equal(value, model.state_dict()[name]) == (name in state), name
         assert feed_forwards(again)[0].moe.experts.w3.std().item() == pytest.approx(DIM**-0.5, rel=0.1)
-
-
-def test_the_trainer_takes_what_was_loaded(tmp_path):
-    """As it takes the model that was saved: the same steps, the same weights."""
-    rows, ends = batch_of(16), []
-    for loaded in (False, True):
-        torch.manual_seed(1)
-        model = build()
-        if loaded:
-            model.save_pretrained(tmp_path / "model")
-            model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-        made = trainer(model, rows, tmp_path / "run", max_steps=3, per_device_train_batch_size=2)
-        made.train()
-        ends.append(model)
-    same_weights(ends[1], ends[0])
 
 
 def test_folders_of_earlier_versions():
@@ -359,41 +330,12 @@ def test_an_earlier_folder_saved_anew(tmp_path):
     same_weights(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
-def test_copies_and_pickles_of_the_configuration(tmp_path):
-    model = ARCHITECTURES["llama"].build()
-    replace_ffn(model, num_experts=4)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    for config in (
-        copy.deepcopy(model.config),
-        pickle.loads(pickle.dumps(model.config)),
-        copy.deepcopy(model).config,
-        torch.load(file, weights_only=False).config,
-    ):
-        assert type(config) is type(model.config)
-        assert config.to_dict() == model.config.to_dict()
-    assert type(model.config).__name__ == "LlamaConfig"
-    assert model.config.to_dict()["model_type"] == model.config.model_type == "llama"  # PEFT and others read it
-
-
 def tokenizer() -> PreTrainedTokenizerFast:
     tokenizers = pytest.importorskip("tokenizers")
     words = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=split, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-
-
-def test_auto_config_and_tokenizer(tmp_path):
-    model = ARCHITECTURES["llama"].build()
-    replace_ffn(model, num_experts=4)
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert (type(config), config.model_type, config.hidden_size) == (type(model.config), "llama", DIM)
-    assert AutoConfig.from_pretrained(tmp_path, hidden_size=48).hidden_size == 48
-    assert AutoTokenizer.from_pretrained(tmp_path)("w5 w9").input_ids == [5, 9]
 
 
 def test_a_dense_model_of_settings_that_name_experts_cannot_be_loaded(tmp_path):

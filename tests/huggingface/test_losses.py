@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from support.transformers_models import ARCHITECTURES, VOCABULARY, without_dropout
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
@@ -184,8 +183,9 @@ def trained_gradients(model: nn.Module, rows: dict[str, Tensor], tmp_path: Path,
     return next(found for found in made.found if found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "t5"])
-@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_accumulation_is_the_whole_batch_at_once(tmp_path, name, checkpointing):
     model, rows = build(name), batch_of(8)
     whole = gradients(model, model(**rows).loss)
@@ -230,6 +230,7 @@ def test_a_share_of_a_batch_in_evaluation(name):
     torch.testing.assert_close(model(**batch, num_items_in_batch=4 * number).loss, model(**batch).loss / 4)
 
 
+@pytest.mark.slow
 def test_label_smoothing_warns(tmp_path):
     model, rows = build(), batch_of(4)
     with pytest.warns(UserWarning, match=r"returned no loss .* aux_loss\(model\)"):
@@ -248,27 +249,6 @@ def test_label_smoothing_warns(tmp_path):
         warnings.simplefilter("error", UserWarning)
         made.train()
     del model.zero_grad
-
-
-def test_a_loss_of_ones_own_is_not_warned_of():
-    model, batch = build(), batch_of(2)
-    for _ in range(3):
-        sum(task_and_aux(model, batch)).backward()
-    with torch.no_grad():  # sampling in training mode has no loss
-        model(batch["input_ids"])
-        model(batch["input_ids"])
-
-
-def test_accelerate():
-    model, rows = build(), batch_of(4)
-    whole = gradients(model, model(**rows).loss)
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    optimizer.zero_grad()
-    for i in (0, 2):
-        with accelerator.accumulate(prepared):
-            accelerator.backward(prepared(**{name: value[i : i + 2] for name, value in rows.items()}).loss)
-    same(gradients(model), whole)
 
 
 def test_balance_over_the_batch_is_exact_too():

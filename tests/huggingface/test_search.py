@@ -236,28 +236,28 @@ LOST = {
     "units together": (
         lambda m, x: m.c(m.act(m.a(x))),
         dict(a=up(), act=nn.Sequential(nn.ReLU(), nn.Softmax(-1)), c=down()),
-        "act computes the units of its hidden layer together",
+        "act computes the units .* together",
     ),
     "norm": (
         lambda m, x: m.c(m.sub(m.act(m.a(x)))),
         dict(a=up(), act=nn.ReLU(), sub=nn.LayerNorm(H), c=down()),
-        "no activation is known that computes its hidden layer",
+        "no activation is known",
     ),
     "used elsewhere": (lambda m, x: m.c(m.act(m.a(x))) + m.a(x)[..., :D], PAIR, "a is called twice"),
     "read elsewhere": (
         lambda m, x: (lambda h: m.c(m.act(h)) + h[..., :D])(m.a(x)),
         PAIR,
-        "what is between its linear layers is used elsewhere too",
+        "between its linear layers is used elsewhere",
     ),
     "another's activation": (
         lambda m, x: m.c(m.act(m.a(x))) + m.act(x),
         PAIR,
-        "act is the activation of something else too",
+        "act is the activation of something else",
     ),
     "another's dropout": (
         lambda m, x: m.c(m.drop(m.act(m.a(x)))) + m.drop(x),
         dict(PAIR, drop=nn.Dropout(0.5)),
-        "drop is the dropout of something else too",
+        "drop is the dropout of something else",
     ),
     "dropout first": (
         lambda m, x: m.c(m.act(m.drop(m.a(x)))),

@@ -245,7 +245,7 @@ def test_dense_layers_beside(tmp_path):
     model.save_pretrained(tmp_path)
     assert torch.equal(DeepseekV3ForCausalLM.from_pretrained(tmp_path)(**batch).logits, model(**batch).logits)
     state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has layers of replace_ffn or upcycle: only what"):
+    with pytest.raises(ValueError, match="DeepseekV3ForCausalLM has layers of replace_ffn or upcycle"):
         to_transformers(model)
     assert state.keys() == model.state_dict().keys()
 
@@ -310,18 +310,18 @@ def test_weights_on_disk_cannot_go_back(tmp_path):
     from_transformers(build("Mixtral")).save_pretrained(tmp_path / "saved")
     place = dict(device_map=ON_DISK, offload_folder=tmp_path / "disk")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **place)
-    with pytest.raises(ValueError, match=r"weights of model\.layers\.1\.mlp are not in memory"):
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp are not in memory"):
         to_transformers(model)
     assert [type(layer.mlp) for layer in model.model.layers] == [SparseFeedForward] * 2
 
 
 def test_what_cannot_go_back():
     model = from_transformers(build("Mixtral"))
-    with pytest.raises(ValueError, match="has layers that were blocks: to_transformers makes a stock model of it"):
+    with pytest.raises(ValueError, match="layers that were blocks: to_transformers"):
         export(model)
     layer = feed_forwards(model)[1]
     layer.moe.gate.scale = 2.0
-    with pytest.raises(ValueError, match=r"the gate has scale 2.0, the block's 1.0"):
+    with pytest.raises(ValueError, match=r"scale 2.0, the block's 1.0"):
         to_transformers(model)
     assert len(feed_forwards(model)) == 2
     with pytest.raises(ValueError, match="MixtralForCausalLM has no layer that was a block"):
@@ -365,7 +365,7 @@ def test_weights_that_would_become_others(tmp_path, monkeypatch):
         same_weights(load(tmp_path), model)
     conversions.append(WeightConverter([r"\.w1", r"\.w3"], r"\.gate_up", [Concatenate(dim=1)]))
     for load in (AutoModelForCausalLM.from_pretrained, from_pretrained):
-        with pytest.raises(ValueError, match=r"merges .*experts\.w[13], a weight of a layer with experts, with other"):
+        with pytest.raises(ValueError, match=r"merges .*experts\.w[13]"):
             load(tmp_path)
 
 

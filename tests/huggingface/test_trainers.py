@@ -19,7 +19,6 @@ from support.transformers_trainers import (
     grpo,
     in_two_processes,
     kto,
-    label_smoothing,
     rows,
     sft,
 )
@@ -68,13 +67,6 @@ def test_two_processes(tmp_path: Path):
     names = [name for name, (_, package) in CASES.items() if package is None or importlib.util.find_spec(package)]
     for name, found in in_two_processes(names, tmp_path).items():
         assert found == pytest.approx([expected(name)] * 3, abs=1e-3), name
-
-
-def test_label_smoothing_is_warned_of(tmp_path: Path):
-    model = build()
-    label_smoothing(model, 1, False, tmp_path)
-    with pytest.warns(UserWarning, match=r"a gradient reached the outputs .* add aux_loss\(model\)"):
-        model(**{name: value[None] for name, value in rows(False)[0].items()})
 
 
 def test_trl_switches_it_off(tmp_path: Path):

@@ -10,7 +10,7 @@ import torch
 from support.transformers_models import ARCHITECTURES, DIM, HIDDEN
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import ApertusConfig, ApertusForCausalLM, AutoModelForCausalLM
+from transformers import ApertusConfig, ApertusForCausalLM
 
 from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import Adapter, from_pretrained, replace_ffn, upcycle
@@ -137,7 +137,7 @@ def test_models_whose_activations_have_other_parameters():
     model = apertus()
     other = copy.deepcopy(model)
     nn.init.constant_(other.model.layers[1].mlp.act_fn.alpha_n, 5.0)
-    with pytest.raises(ValueError, match=r"models\[1\] has other parameters .* at model.layers.1.mlp.* share"):
+    with pytest.raises(ValueError, match=r"models\[1\] has other parameters .*1.mlp.* share"):
         upcycle(model, models=[model, other])
     assert not feed_forwards(model)
 
@@ -195,19 +195,6 @@ def test_a_new_shared_expert():
     shared, moe.shared_expert = moe.shared_expert, None
     h = nn.functional.silu(shared.gate_proj(x)) * shared.up_proj(x)
     torch.testing.assert_close(with_shared, moe(x)[0] + shared.down_proj(h))
-
-
-def test_missing_shared_experts_are_drawn(tmp_path):
-    model = ARCHITECTURES["llama"].build()
-    replace_ffn(model, num_experts=4, shared_expert=64)
-    state = {
-        name: value for name, value in model.state_dict().items() if not name.endswith("shared_expert.down_proj.weight")
-    }
-    model.save_pretrained(tmp_path, state_dict=state)
-    with pytest.warns(UserWarning, match="initialised: model.layers.0.mlp.moe.shared_expert.down_proj.weight"):
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    drawn = feed_forwards(loaded)[0].moe.shared_expert.down_proj.weight
-    assert drawn.std().item() == pytest.approx((3 * 64) ** -0.5, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,13 @@
-"""Swapped models under `torch.compile`, DDP and PEFT: masks, losses and weights stay right."""
+"""Swapped models under `torch.compile` and PEFT: masks, losses and weights stay right."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-from pathlib import Path
 
 import peft
 import pytest
 import torch
-from support.transformers_data_parallel import build, gradients, labelled
-from support.transformers_models import ARCHITECTURES, DIM, two_lengths, without_dropout
+from support.transformers_models import ARCHITECTURES, DIM, ONE_PLACE, two_lengths, without_dropout
+from torch import Tensor, nn
 
-from mixture_of_experts import TopKGating
 from mixture_of_experts.huggingface import (
     aux_loss,
     export,
@@ -22,7 +17,6 @@ from mixture_of_experts.huggingface import (
     to_transformers,
     upcycle,
 )
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.unstack import restack, unstack
 from mixture_of_experts.whole_model.call_stack import STACKS
@@ -33,6 +27,23 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),  # in PEFT
     pytest.mark.filterwarnings("ignore:the routers in .* were drawn in memory:UserWarning"),  # see test_adapters.py
 ]
+
+
+def build(name: str) -> nn.Module:
+    model = without_dropout(ARCHITECTURES[name].build()).train()
+    replace_ffn(model, num_experts=4, gate=ONE_PLACE, loss_coef=0.5)
+    return model
+
+
+def labelled() -> dict[str, Tensor]:
+    _, batch = two_lengths("right")
+    return {**batch, "labels": torch.where(batch["attention_mask"].bool(), batch["input_ids"], -100)}
+
+
+def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow
@@ -81,19 +92,6 @@ def test_compile_with_checkpointing():
 # DDP
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path: Path):
-    """Each has one of two sequences: the mean of their losses is that of both, as their routers count by sequence."""
-    run = [sys.executable, "-W", "error", "-m", "support.transformers_data_parallel", str(tmp_path)]
-    subprocess.run(run, cwd=Path(__file__).parent.parent, check=True, timeout=300)
-    torch.manual_seed(0)
-    model, batch = build("llama"), labelled()
-    parts = [{name: value[i : i + 1] for name, value in batch.items()} for i in range(2)]
-    expected = gradients(model, sum(model(**part).loss for part in parts) / 2)
-    for rank in range(2):
-        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-6, rtol=1e-5)
-
-
 # PEFT
 
 
@@ -114,7 +112,7 @@ def test_a_wrapper_is_not_what_is_changed(change, wrap):
         upcycle(model, num_experts=4)
     wrapped = wrap(model)
     kinds = [type(module) for module in wrapped.modules()]
-    with pytest.raises(ValueError, match=r"is a wrapper: change the model in it|has adapters of PEFT"):
+    with pytest.raises(ValueError, match=r"is a wrapper: change|has adapters of PEFT"):
         change(wrapped)
     assert [type(module) for module in wrapped.modules()] == kinds
 
@@ -185,14 +183,3 @@ def test_lora_on_attention_and_experts(square):
     torch.testing.assert_close(merged(**inputs).logits, unmerged, atol=1e-5, rtol=1e-5)
     assert merged.train()(**batch).loss > 0
     assert aux_loss(merged) > 0
-
-
-def test_a_gate_that_learns_without_gradients():
-    """The expert bias of DeepSeek-V3 counts what it is given, padding left out, once under checkpointing."""
-    model, batch = build("llama", lambda d, e: TopKGating(d, e, expert_bias=True)), labelled()
-    model.activation_checkpointing_enable()
-    model(**batch).loss.backward()
-    for module in feed_forwards(model):
-        assert module.moe.gate.expert_counts.sum() == 2 * batch["attention_mask"].sum()
-        module.moe.gate.update_bias(1e-3)
-        assert module.moe.gate.expert_bias.abs().max() > 0

@@ -1,4 +1,4 @@
-"""Loading of the recorded cases, and what both golden tests compare with them."""
+"""Loading of the recorded cases, and comparing with them."""
 
 from __future__ import annotations
 
