@@ -45,6 +45,6 @@ def test_lists_are_shuffled_and_split_with_tensors():
     assert [part["routing"] for part in split_tensor_dict(batch, 2)] == [[0, 1], [2, 3]]
 
 
-@pytest.mark.parametrize("name", grpo.REPLACED_BY)
+@pytest.mark.parametrize("name", [*grpo.ENGINES, "rollout_func", "tools"])
 def test_attributes_that_tell_of_another_generation(name: str):
     assert f"self.{name} = " in inspect.getsource(trl.GRPOTrainer.__init__)
