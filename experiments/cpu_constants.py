@@ -2,6 +2,7 @@
 
 python -m experiments.cpu_constants              # CHUNK, PADDING and FREE_ROWS, on one thread by processor time
 python -m experiments.cpu_constants --threads 2  # and SHARING, by the clock on the wall: on a quiet machine
+python -m experiments.cpu_constants --rows       # one row: a sum of bags, or a product, and what `decode.PRODUCTS` says
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 """
@@ -18,7 +19,8 @@ import torch
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, MoE, TopKGating
-from mixture_of_experts.ops.cpu import batches
+from mixture_of_experts.ops.cpu import batches, decode
+from mixture_of_experts.ops.grouped import product_by_expert
 
 Shape = tuple[int, int, int, int, int, bool]  # tokens, dim, experts, hidden dim, k (0: top-2 with capacity), gated
 SHAPES: dict[str, Shape] = {
@@ -65,6 +67,43 @@ def seconds(layer: nn.Module, x: torch.Tensor, changed: dict[str, int], now: Cal
             setattr(batches, name, value)
 
 
+ONE_ROW = ((512, 2048), (2048, 512), (768, 2048))
+COLD = 256 << 20  # bytes of weights, more than the caches hold
+
+
+def one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]:
+    """Median microseconds of a row times a weight `(p, q)`, as a sum of bags and as a product."""
+    weights = torch.randn(COLD // (p * q * dtype.itemsize), p, q).to(dtype)
+    x, expert, decision = torch.randn(1, p).to(dtype), torch.zeros(1, dtype=torch.int64), random.Random(0)
+    ways: dict[str, Callable[[int], object]] = {
+        "sum": lambda i: decode.Bags.of(expert + i, weights).sums(x, weights),
+        "product": lambda i: product_by_expert(x, weights, [(i, 1)]),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name in decision.sample(sorted(ways), len(ways)):
+            i = decision.randrange(len(weights))
+            start = time.perf_counter()
+            ways[name](i)
+            times[name].append((time.perf_counter() - start) * 1e6)
+    return {name: median(spent) for name, spent in times.items()}
+
+
+@torch.no_grad()
+def rows(rounds: int) -> None:
+    capability = torch.backends.cpu.get_cpu_capability()
+    for dtype in (torch.float32, torch.bfloat16):
+        faster = "product" if (capability, dtype) in decode.PRODUCTS else "sum"
+        for p, q in ONE_ROW:
+            found = one_row(dtype, p, q, rounds)
+            agrees = min(found, key=found.__getitem__) == faster
+            told = ", ".join(f"{name} {spent:.0f} us" for name, spent in found.items())
+            print(
+                f"{capability}, {dtype}, {p} x {q}: {told}; taken: {faster}{'' if agrees else ', the slower'}",
+                flush=True,
+            )
+
+
 def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPES) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="interleaved rounds (default 15)")
@@ -72,8 +111,12 @@ def main(arguments: list[str] | None = None, shapes: Mapping[str, Shape] = SHAPE
     parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     known = [*VALUES, *FOR_THREADS]
     parser.add_argument("--constants", nargs="+", default=known, choices=known, help="which (default all)")
+    parser.add_argument("--rows", action="store_true", help="time one row alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.rows:
+        rows(options.rounds * 20)
+        return
     now, tried = (time.process_time, VALUES) if options.threads == 1 else (time.perf_counter, VALUES | FOR_THREADS)
     variants: dict[str, dict[str, int]] = {"as it is": {}, "again": {}}
     for name in options.constants:

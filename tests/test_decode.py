@@ -60,6 +60,22 @@ def test_few_rows(experts, name, dtype):
             check_few(layer, x, masked, few=name != "ExpertChoice")
 
 
+@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_is_a_product_where_that_is_faster(monkeypatch, capability, dtype):
+    """By the table of CPUs and dtypes; both compute the same, whatever this CPU is."""
+    layer = MoE(256, gate=TopKGating(256, 4), experts=Experts(256, 4, 256)).to(dtype).eval()
+    x, taken = torch.randn(1, 1, 256, dtype=dtype), []
+    expected = run(layer, x)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name in ROWS:
+        way = getattr(decode, name)
+        monkeypatch.setattr(decode, name, lambda call, name=name, way=way: taken.append(name) or way(call))
+    with torch.no_grad():
+        torch.testing.assert_close(run(layer, x), expected)
+    assert taken == ["expert_by_expert" if (capability, dtype) in decode.PRODUCTS else "row_by_row"]
+
+
 @pytest.mark.parametrize("shape", [(1, 1), (2, 3)])
 def test_few_rows_are_summed_in_float32(shape):
     """Whatever the experts' dtype is, under autocast, and where a router of one's own has weights of low precision."""

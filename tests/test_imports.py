@@ -1,11 +1,16 @@
 """Imports run one way: read from the code of the whole package, also within functions and for types only."""
 
 import ast
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
+
+from mixture_of_experts import GatedExperts, MoE, TopKGating
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mixture_of_experts"
 
@@ -152,3 +157,25 @@ def test_no_two_classes_share_a_name():
                 owners.setdefault(node.name, []).append(module)
     assert len(owners) > 50
     assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no qualified names before Python 3.11")
+def test_the_path_that_contributing_tells_is_that_of_a_forward():
+    """Each function of its table is entered, in that order."""
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `([\w/]+\.py)` `([\w.]+)` \|", text, re.MULTILINE)
+    layer = MoE(16, gate=TopKGating(16, 4), experts=GatedExperts(16, 4))
+    x, entered = torch.randn(2, 256, 16, requires_grad=True), []
+
+    def watch(frame, event, argument):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            entered.append((path.relative_to(PACKAGE).as_posix(), frame.f_code.co_qualname))
+
+    sys.setprofile(watch)
+    try:
+        layer(x)
+    finally:
+        sys.setprofile(None)
+    assert len(told) > 10
+    assert [each for each in dict.fromkeys(entered) if each in told] == told

@@ -22,6 +22,10 @@ from mixture_of_experts.ops.network import Call
 MOST_ROWS = 32
 MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
 LEAST_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
+#: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
+#: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
+#: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209. `python -m experiments.cpu_constants --rows` measures
+PRODUCTS = {("DEFAULT", torch.float32), ("AVX2", torch.float32)}
 
 
 def serves(call: Call) -> bool:
@@ -38,6 +42,7 @@ def has_few_tokens(call: Call) -> bool:
     """Whether a call has so few tokens that each row is computed by itself. All choices must be kept."""
     (_, h, o), weights = call.network.w_out.shape, (*call.network.w_in, call.network.w_out)
     few = 0 < call.x.shape[0] <= MOST_TOKENS and h * o >= LEAST_NUMEL
+    few = few and (torch.backends.cpu.get_cpu_capability(), call.x.dtype) not in PRODUCTS
     return few and all(weight.is_contiguous() for weight in weights) and False not in call.decision.kept.tolist()
 
 
