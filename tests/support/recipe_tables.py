@@ -100,17 +100,9 @@ def losses(model: Recipe) -> str:
 
 #: of the second table: a property, and whether a recipe has it
 PROPERTIES = {
-    "one choice a token": lambda model: model.gate.get("k") == 1,
-    "8 choices or more": lambda model: model.gate.get("k", 0) >= 8,
-    "a capacity in training": lambda model: "capacity_factor_train" in model.gate,
     "sigmoid scores": lambda model: model.gate.get("score") == "sigmoid",
-    "expert groups": lambda model: "num_groups" in model.gate,
     "balanced by an expert bias": lambda model: "expert_bias" in model.gate,
-    "balanced by a loss over the batch": lambda model: model.gate.get("balance_over") == "batch",
-    "a z-loss": lambda model: "z_loss_coef" in model.layer,
     "a shared expert": lambda model: model.shared > 0,
-    "experts that are not gated": lambda model: not model.experts.get("gated", True),
-    "latent experts, or experts that return the token": lambda model: bool(model.latent or model.identity),
     "under 60 billion parameters": lambda model: model.published is not None and model.published.total < 60,
     "over 200 billion parameters": lambda model: model.published is not None and model.published.total > 200,
 }
