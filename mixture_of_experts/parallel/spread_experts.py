@@ -42,7 +42,7 @@ SAVED_ELSEWHERE = (
 )
 
 
-class SpreadExperts(RoutedExperts):
+class SpreadExperts(nn.Module):
     """The base that `parallel_class` puts before a class of experts, to spread them over ranks."""
 
     expert_parallel: ExpertSharding
@@ -256,7 +256,8 @@ def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
         members["num_experts"] = property(lambda self: math.prod(self.expert_parallel.dims))
     if hasattr(cls, "reset_parameters"):
         members["reset_parameters"] = reset_parameters
-    return type(f"Parallel{cls.__name__}", (kind, cls), members)  # type: ignore[return-value]
+    bases = (kind, cls) if issubclass(cls, RoutedExperts) else (kind, cls, RoutedExperts)
+    return type(f"Parallel{cls.__name__}", bases, members)  # type: ignore[return-value]
 
 
 def reset_parameters(experts: SpreadExperts) -> None:

@@ -39,6 +39,7 @@ from support.parallel_layers import (
     LENGTH,
     SIZES,
     Model,
+    OwnExperts,
     batch,
     make,
     own_part,
@@ -561,12 +562,31 @@ def check_benchmark() -> None:
     assert 0.5 < ratios["dropless"] < 1.5
 
 
+class CountingExperts(OwnExperts):
+    """They assign a buffer anew, and have a method of a name that routed experts have too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("load", torch.zeros(EXPERTS))
+
+    def compute(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.load = self.load + len(x)
+        return self.compute(x)
+
+
 def check_compiles() -> None:
-    """With static shapes a layer is one graph, whose numbers are the same."""
-    moe = spread(make("top2"), make_mesh(), static_shapes=True)
+    """With static shapes a layer is one graph, whose numbers are the same; what a forward sets stays there too."""
     x = torch.randn(2, LENGTH, DIM)
-    compiled = torch.compile(moe, backend="eager", fullgraph=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
-        torch.testing.assert_close(compiled(x)[0], moe(x)[0], **CLOSE)
-    torch._dynamo.reset()
+    for made, names in ((make("top2"), ()), (top2(experts=CountingExperts()), replicated("own experts"))):
+        moe = spread(made, make_mesh(), static_shapes=True, replicated=names)
+        compiled = torch.compile(moe, backend="eager", fullgraph=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
+            torch.testing.assert_close(compiled(x)[0], moe(x)[0], **CLOSE)
+        torch._dynamo.reset()
+    here = moe.experts.expert_parallel.experts
+    assert moe.experts.load.unique().tolist() == [0, 2 * len(here)]
+    assert moe.experts.load[here.start : here.stop].all()
