@@ -55,6 +55,7 @@ FILES = {
     "experiments/durability.py": "the results of its parts, JSON; checkpoints of the example",
     "experiments/elastic.py": "logs of processes; a checkpoint of the example, read as weights",
     "experiments/prune_pretrained.py": "weights of trained layers, read as weights",
+    "experiments/muon.py": "a page of the docs, read as text",
     "experiments/regime.py": "step times, JSON; a picture",
     "experiments/scaling.py": "step times, JSON",
     "experiments/scaling_picture.py": "a picture",

@@ -16,13 +16,15 @@ from mixture_of_experts.ops.network import Call
 
 def why_not(call: Call) -> str | None:
     """Why the bits of a token depend on the other tokens of a call, or are not known not to; None if they do not."""
+    if (reason := cpu.why_not(call)) is not None:
+        return reason
     if call.decision.k is None:
         return "experts choose tokens, so a token's experts depend on the other tokens"
     if not call.decision.dropless:
         return "a limited capacity drops a token's choice because of other tokens: set the capacity factors to None"
     if call.decision.slot is not None:
         return "of two levels the first may drop tokens: take one level"
-    return cpu.why_not(call)
+    return None
 
 
 def run(call: Call) -> Tensor:

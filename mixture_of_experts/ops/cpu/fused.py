@@ -39,7 +39,7 @@ def run(call: Call, on_rows: Any = rows, block: int = 1) -> Tensor:
     return autograd.differentiable(*ways, x, plan, network)
 
 
-def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int) -> tuple[Plan, list[list[Batch]]]:
+def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 1) -> tuple[Plan, list[list[Batch]]]:
     """The plan of a call, with rows of padding, and the chunks of these rows.
 
     Args:
