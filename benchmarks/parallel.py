@@ -31,7 +31,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from benchmarks import timing
 from mixture_of_experts import Experts, MoE, TopKGating
-from mixture_of_experts.parallel import ExpertParallel, SpreadExperts, parallelize_module
+from mixture_of_experts.parallel import ExpertParallel, ExpertParallelExperts, parallelize_module
 from mixture_of_experts.parallel.exchange import Channel
 
 MODES = {"dropless": None, "capacity 1.0": 1.0, "capacity 1.25": 1.25}
@@ -58,7 +58,7 @@ class Meter:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        transfer, compute = Channel.transfer, SpreadExperts._compute
+        transfer, compute = Channel.transfer, ExpertParallelExperts._compute
 
         def metered_transfer(channel: Channel, x: Tensor, send: list[int], receive: list[int]) -> Tensor:
             start = time.perf_counter()
@@ -72,7 +72,7 @@ class Meter:
                 self.step.sizes_sent += leaving
             return result
 
-        def metered_compute(experts: SpreadExperts, x: Tensor, counts: Tensor | None = None) -> Tensor:
+        def metered_compute(experts: ExpertParallelExperts, x: Tensor, counts: Tensor | None = None) -> Tensor:
             x.register_hook(self._end)
             self._begin()
             result = compute(experts, x, counts)
@@ -81,9 +81,9 @@ class Meter:
             return result
 
         Channel.transfer = metered_transfer  # type: ignore[method-assign]
-        SpreadExperts._compute = metered_compute  # type: ignore[method-assign]
+        ExpertParallelExperts._compute = metered_compute  # type: ignore[method-assign]
         yield
-        Channel.transfer, SpreadExperts._compute = transfer, compute  # type: ignore[method-assign]
+        Channel.transfer, ExpertParallelExperts._compute = transfer, compute  # type: ignore[method-assign]
 
     def _begin(self, *_: object) -> None:
         self._began = time.perf_counter()

@@ -47,7 +47,7 @@ def with_inner(experts: nn.Module) -> list[Any]:
     return found
 
 
-class EnclosedExperts(ExpertsAround):
+class LatentExperts(ExpertsAround):
     """Experts between two modules: `after(experts(before(x)) + beside(x))`.
 
     This makes latent experts, which compute in a narrower space that all of them share (arXiv 2601.18089).
@@ -62,7 +62,7 @@ class EnclosedExperts(ExpertsAround):
         >>> import torch
         >>> from torch import nn
         >>> from mixture_of_experts import Experts, MoE, TopKGating
-        >>> latent = EnclosedExperts(Experts(4, 8), before=nn.Linear(16, 4), after=nn.Linear(4, 16))
+        >>> latent = LatentExperts(Experts(4, 8), before=nn.Linear(16, 4), after=nn.Linear(4, 16))
         >>> moe = MoE(dim=16, gate=TopKGating(16, 8), experts=latent)
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])
@@ -106,7 +106,7 @@ def routed_tokens(decision: Decision) -> Tensor:
     return counts.scatter_add(0, decision.token, decision.chosen.to(torch.int64)) > 0
 
 
-class ExpertsBesideIdentity(ExpertsAround):
+class ZeroComputationExperts(ExpertsAround):
     """Adds experts that cost next to nothing to experts that compute.
 
     An added expert returns the token itself or zero (LongCat-Flash, arXiv 2509.01322), or a mix of the token and a
@@ -131,7 +131,7 @@ class ExpertsBesideIdentity(ExpertsAround):
     Example:
         >>> import torch
         >>> from mixture_of_experts import Experts, MoE, TopKGating
-        >>> experts = ExpertsBesideIdentity(Experts(dim=16, num_experts=4), num_identity=2)
+        >>> experts = ZeroComputationExperts(Experts(dim=16, num_experts=4), num_identity=2)
         >>> moe = MoE(dim=16, gate=TopKGating(16, 6, k=2), experts=experts)
         >>> moe(torch.randn(2, 10, 16))[0].shape
         torch.Size([2, 10, 16])

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, TokenGated
+from mixture_of_experts.around import InputWeightedExperts, LatentExperts, TokenGated, ZeroComputationExperts
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
@@ -655,11 +655,11 @@ def _make_experts(
     if recipe.weigh_input:
         experts = InputWeightedExperts(experts)
     if any(spare):
-        experts = ExpertsBesideIdentity(experts, num_identity=spare[0], num_zero=spare[1])
+        experts = ZeroComputationExperts(experts, num_identity=spare[0], num_zero=spare[1])
     if latent_dim is not None:
         narrow, wide = nn.Linear(d, width, bias=False, **factory), nn.Linear(width, d, bias=False, **factory)
         after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if recipe.latent else wide
-        experts = EnclosedExperts(experts, before=narrow, after=after)
+        experts = LatentExperts(experts, before=narrow, after=after)
     return experts
 
 

@@ -19,13 +19,13 @@ from mixture_of_experts import (
     TopKGating,
 )
 from mixture_of_experts.around import (
-    EnclosedExperts,
-    ExpertsBesideIdentity,
     InputWeightedExperts,
+    LatentExperts,
     NormedExperts,
     Scale,
     Shift,
     TokenGated,
+    ZeroComputationExperts,
 )
 from mixture_of_experts.quantize import quantize_experts
 
@@ -59,14 +59,14 @@ def test_between_two_modules_and_beside_a_third():
     assert shift.bias.item() == 0
     shift.bias.data.fill_(-0.5)
     moe = layer(
-        EnclosedExperts(Times(2), before=Scale(2.0), beside=nn.Identity(), after=shift), [0.0, 9.0], score="sigmoid"
+        LatentExperts(Times(2), before=Scale(2.0), beside=nn.Identity(), after=shift), [0.0, 9.0], score="sigmoid"
     )
     assert moe(ONE)[0].item() == pytest.approx(5 * torch.tensor(9.0).sigmoid().item() + 1 - 0.5, abs=1e-5)
 
 
 def test_identity_and_nothing_are_ids_behind_the_experts():
     """Ids 0, 1 compute, 2 is the token itself, 3 nothing; a choice of weight 1 each."""
-    experts = ExpertsBesideIdentity(Times(2), num_identity=1, num_zero=1)
+    experts = ZeroComputationExperts(Times(2), num_identity=1, num_zero=1)
     assert experts.num_experts == 4
     for chosen, expected in ((0, 2.0), (1, 3.0), (2, 1.0), (3, 0.0)):
         logits = [0.0] * 4
@@ -94,7 +94,7 @@ def test_a_gate_of_each_token():
 
 def test_a_constant_expert_mixes_the_token_with_a_vector():
     """Id 2 makes of the token 1 a fifth of it and four fifths of 5: 4.2."""
-    experts = ExpertsBesideIdentity(Experts(1, 2), num_constant=1)
+    experts = ZeroComputationExperts(Experts(1, 2), num_constant=1)
     experts.constants.data.fill_(5.0)
     experts.w_constant.data.copy_(torch.tensor([[[0.0, 3.0]]]).log1p())
     moe = layer(experts, [0.0, 0.0, 9.0], score=lambda logits: (logits > 1).to(logits.dtype), normalize=False)
@@ -106,9 +106,9 @@ def test_a_constant_expert_mixes_the_token_with_a_vector():
 
 D, E = 6, 4
 WRAPPERS = {
-    "latent": lambda: EnclosedExperts(Experts(3, E, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
-    "identity": lambda: ExpertsBesideIdentity(Experts(D, E - 2, 5), num_identity=1, num_zero=1),
-    "constant": lambda: ExpertsBesideIdentity(Experts(D, E - 2, 5), num_identity=1, num_constant=1),
+    "latent": lambda: LatentExperts(Experts(3, E, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+    "identity": lambda: ZeroComputationExperts(Experts(D, E - 2, 5), num_identity=1, num_zero=1),
+    "constant": lambda: ZeroComputationExperts(Experts(D, E - 2, 5), num_identity=1, num_constant=1),
     "input": lambda: InputWeightedExperts(Experts(D, E, 5)),
     "norm": lambda: NormedExperts(Experts(D, E, 5), nn.RMSNorm(D)),
 }
@@ -127,13 +127,13 @@ def dense(moe: Any, x: Tensor) -> Tensor:
     def each(inner: Any, x: Tensor) -> Tensor:
         return inner(x.flatten(0, 1).expand(inner.num_experts, -1, -1)).view(inner.num_experts, *x.shape[:2], -1)
 
-    if isinstance(experts, EnclosedExperts):
+    if isinstance(experts, LatentExperts):
         assert experts.before is not None
         assert experts.after is not None
         mixed = torch.einsum("bne,ebnd->bnd", weight, each(experts.experts, experts.before(x)))
         routed = (weight != 0).any(-1) | moe.gate(x).chosen.view(*x.shape[:2], -1).any(-1) if moe.gate.k else None
         return torch.where(routed.unsqueeze(-1), experts.after(mixed), 0)
-    if isinstance(experts, ExpertsBesideIdentity):
+    if isinstance(experts, ZeroComputationExperts):
         mixed = torch.einsum("bne,ebnd->bnd", weight[..., : E - 2], each(experts.experts, x))
         last = weight[..., E - 1, None]
         if experts.num_constant:
@@ -187,7 +187,7 @@ def test_compiled_in_one_graph(wrapper):
 
 def test_two_levels():
     """A flat row of wrapped experts is no grid; experts in a latent space may be one."""
-    latent = EnclosedExperts(Experts(3, (2, 2), 5), before=nn.Linear(D, 3), after=nn.Linear(3, D))
+    latent = LatentExperts(Experts(3, (2, 2), 5), before=nn.Linear(D, 3), after=nn.Linear(3, D))
     out, _ = HeirarchicalMoE(D, (2, 2), experts=latent)(torch.randn(2, 9, D))
     assert out.shape == (2, 9, D)
 
@@ -202,10 +202,10 @@ def test_outputs_have_the_width_of_the_experts_inside(wrapped):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: EnclosedExperts(Experts(D, E + 1, 5), after=nn.Linear(D, 3)),
-        lambda: EnclosedExperts(Experts(D, E + 1, 5, dim_out=3)),
-        lambda: EnclosedExperts(Experts(D, E + 1, 5), after=nn.Sequential(nn.Linear(D, 3)), dim_out=3),
-        lambda: ExpertsBesideIdentity(Experts(D, E, 5, dim_out=3), num_zero=1),
+        lambda: LatentExperts(Experts(D, E + 1, 5), after=nn.Linear(D, 3)),
+        lambda: LatentExperts(Experts(D, E + 1, 5, dim_out=3)),
+        lambda: LatentExperts(Experts(D, E + 1, 5), after=nn.Sequential(nn.Linear(D, 3)), dim_out=3),
+        lambda: ZeroComputationExperts(Experts(D, E, 5, dim_out=3), num_zero=1),
     ],
     ids=["after", "none after", "told", "zero"],
 )
@@ -222,8 +222,8 @@ def test_outputs_of_another_width(build, gate):
         lambda: Experts(D, E - 3, 5),
         lambda: InputWeightedExperts(Experts(D, E - 2, 5)),
         lambda: InputWeightedExperts(NormedExperts(Experts(D, E - 2, 5), nn.RMSNorm(D))),
-        lambda: EnclosedExperts(Experts(3, E - 2, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
-        lambda: ExpertsBesideIdentity(InputWeightedExperts(Experts(D, E - 3, 5)), num_identity=1),
+        lambda: LatentExperts(Experts(3, E - 2, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+        lambda: ZeroComputationExperts(InputWeightedExperts(Experts(D, E - 3, 5)), num_identity=1),
     ],
     ids=["plain", "input", "norm", "latent", "nested"],
 )
@@ -232,7 +232,7 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
     """Under expert choice too: an inner module weighs inputs, or goes on with the sum of a token."""
     torch.manual_seed(0)
     made: Any = inner()
-    experts = ExpertsBesideIdentity(made, num_identity=1, num_zero=1, num_constant=E - 2 - made.num_experts)
+    experts = ZeroComputationExperts(made, num_identity=1, num_zero=1, num_constant=E - 2 - made.num_experts)
     moe, x = MoE(D, gate=GATES[gate](), experts=experts).double(), torch.randn(2, 9, D, dtype=torch.float64)
     x.requires_grad_()
     mask = torch.arange(9) < torch.tensor([[9], [5]]) if masked else None
@@ -252,7 +252,7 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
             return of_one(experts.experts, i, weight * token, torch.ones_like(weight))
         if isinstance(experts, NormedExperts):
             return weight * experts.norm(of_one(experts.experts, i, token, torch.ones_like(weight)))
-        if isinstance(experts, ExpertsBesideIdentity):
+        if isinstance(experts, ZeroComputationExperts):
             if i < experts.num_computing:
                 return of_one(experts.experts, i, token, weight)
             if i < experts.num_computing + experts.num_identity:
@@ -261,7 +261,7 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
             return torch.zeros_like(token) if zero else weight * experts.constant(0, token.unsqueeze(0)).squeeze(0)
         return weight * (experts.act(token @ experts.w1[i]) @ experts.w2[i])
 
-    if isinstance(made, EnclosedExperts):
+    if isinstance(made, LatentExperts):
         assert made.before is not None
         assert made.after is not None
         computing = weight[..., : E - 2]
@@ -289,13 +289,13 @@ def test_what_stands_beside_identities_does_as_it_does_alone(gate, inner, masked
         lambda: Experts(D, E - 1, 5),
         lambda: InputWeightedExperts(Experts(D, E - 1, 5)),
         lambda: NormedExperts(Experts(D, E - 1, 5), nn.RMSNorm(D)),
-        lambda: EnclosedExperts(Experts(3, E - 1, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+        lambda: LatentExperts(Experts(3, E - 1, 5), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
     ],
     ids=["plain", "input", "norm", "latent"],
 )
 def test_what_is_wrapped_around_the_inner_experts_changes_nothing(gate, inner):
     torch.manual_seed(0)
-    moe, x = MoE(D, gate=GATES[gate](), experts=ExpertsBesideIdentity(inner(), num_identity=1)), torch.randn(2, 9, D)
+    moe, x = MoE(D, gate=GATES[gate](), experts=ZeroComputationExperts(inner(), num_identity=1)), torch.randn(2, 9, D)
     holders = [module for module in moe.experts.modules() if hasattr(module, "experts")]
     found = []
     for wrap in (lambda module: module, checkpointed):
@@ -313,30 +313,30 @@ def checkpointed(module: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("kind", ["num_identity", "num_constant"])
 def test_what_returns_the_token_needs_experts_of_its_width(kind):
     with pytest.raises(ValueError, match=rf"width {D} to 3, but 2 .*num_zero"):
-        ExpertsBesideIdentity(Experts(D, E, 5, dim_out=3), **{kind: 2})
-    narrower = ExpertsBesideIdentity(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
+        ZeroComputationExperts(Experts(D, E, 5, dim_out=3), **{kind: 2})
+    narrower = ZeroComputationExperts(NormedExperts(Experts(D, E, 5, dim_out=3), nn.RMSNorm(3)), num_identity=1)
     for gate in (TopKGating(D, E + 1), ExpertChoiceGating(D, E + 1)):
         with pytest.raises(ValueError, match=f"width {D} to 3, but 1 "):
             MoE(D, gate=gate, experts=narrower)(torch.randn(2, 9, D))
 
 
 def test_a_constant_expert_in_another_dtype_than_its_token():
-    moe = MoE(D, gate=TopKGating(D, E), experts=ExpertsBesideIdentity(Experts(D, E - 1, 5), num_constant=1))
+    moe = MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, E - 1, 5), num_constant=1))
     out, _ = moe.bfloat16()(torch.randn(2, 9, D))
     assert out.dtype == torch.float32
 
 
 def test_refused():
-    for inner in (InputWeightedExperts(Experts(D, E)), EnclosedExperts(Experts(D, E), beside=nn.Identity())):
-        for experts in (inner, ExpertsBesideIdentity(inner, num_zero=1)):
+    for inner in (InputWeightedExperts(Experts(D, E)), LatentExperts(Experts(D, E), beside=nn.Identity())):
+        for experts in (inner, ZeroComputationExperts(inner, num_zero=1)):
             with pytest.raises(ValueError, match=r"put the norm inside, as in InputWeightedExperts\(NormedExperts\("):
                 NormedExperts(experts, nn.RMSNorm(D))
             with pytest.raises(ValueError, match="put the norm inside"):
                 NormedExperts(checkpointed(experts), nn.RMSNorm(D))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"experts must be one row of RoutedExperts .* got Linear"):
-        ExpertsBesideIdentity(nn.Linear(2, 2))
+        ZeroComputationExperts(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"num_identity must be an integer .*got 1\.5"):
-        ExpertsBesideIdentity(Experts(D, E), num_identity=1.5)
+        ZeroComputationExperts(Experts(D, E), num_identity=1.5)
 
 
 @pytest.mark.parametrize("wrapped", [*WRAPPERS, "8 bits"])

@@ -9,7 +9,7 @@ from support import strategies as make
 from torch import nn
 
 from mixture_of_experts import Experts, GatedExperts, HeirarchicalMoE, MoE, ops, recipes
-from mixture_of_experts.around import EnclosedExperts, InputWeightedExperts
+from mixture_of_experts.around import InputWeightedExperts, LatentExperts
 from mixture_of_experts.gating import (
     ExpertChoiceGating,
     NoisyTopKGating,
@@ -31,7 +31,7 @@ KEEP = {
     "latent": lambda: MoE(
         48,
         gate=TopKGating(48, 8),
-        experts=EnclosedExperts(Experts(16, 8, 32), before=nn.Linear(48, 16), after=nn.Linear(16, 48)),
+        experts=LatentExperts(Experts(16, 8, 32), before=nn.Linear(48, 16), after=nn.Linear(16, 48)),
     ),
     "shared": lambda: MoE(
         32, gate=TopKGating(32, 8), shared_expert=nn.Sequential(nn.Linear(32, 24), nn.SiLU(), nn.Linear(24, 32))

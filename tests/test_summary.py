@@ -21,7 +21,7 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, NormedExperts
+from mixture_of_experts.around import LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.summary import Cost, summary
 from mixture_of_experts.unstack import unstack
@@ -44,13 +44,13 @@ class OwnExperts(RoutedExperts):
 def latent() -> MoE:
     """Experts in a space of 4, within two matrices that every token passes."""
     ways = {"before": nn.Linear(D, 4, bias=False), "after": nn.Linear(4, D, bias=False)}
-    return MoE(D, gate=TopKGating(D, E, K), experts=EnclosedExperts(Experts(4, E, H), **ways))
+    return MoE(D, gate=TopKGating(D, E, K), experts=LatentExperts(Experts(4, E, H), **ways))
 
 
 def beside_identity() -> MoE:
     """Experts with a norm that they share, beside two that return the token."""
     normed = NormedExperts(Experts(D, E - 2, H), nn.LayerNorm(D, bias=False))
-    return MoE(D, gate=TopKGating(D, E, K), experts=ExpertsBesideIdentity(normed, num_identity=2))
+    return MoE(D, gate=TopKGating(D, E, K), experts=ZeroComputationExperts(normed, num_identity=2))
 
 
 def cost(every: int, routed: int, k: float, matrices: int | None = None, number: int = E) -> Cost:

@@ -63,8 +63,8 @@ class SignRule(BiasRule):
         centred: whether the mean of the bias is subtracted after each step, so that the bias cannot drift as a whole.
             The same experts are chosen, up to rounding.
         shares: e numbers above 0, the proportion in which experts are to be chosen; None: equally. So experts that
-            compute and experts that cost nothing (`ExpertsBesideIdentity`) can be balanced separately. Balance is exact
-            for integers, and for fractions that have a common denominator.
+            compute and experts that cost nothing (`ZeroComputationExperts`) can be balanced separately. Balance is
+            exact for integers, and for fractions that have a common denominator.
 
     Example:
         >>> import torch

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from mixture_of_experts.parallel.spread_experts import SpreadExperts
+from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.private_torch import ignore_in_ddp
 from mixture_of_experts.whole_model.balancing import names_of_counts
@@ -28,7 +28,7 @@ def expert_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters, by name, of which every rank has its own part. DDP must ignore them."""
     own = set()
     for prefix, module in model.named_modules():
-        if isinstance(module, SpreadExperts):
+        if isinstance(module, ExpertParallelExperts):
             module.mark_parameters()
             own |= {f"{prefix}.{name}".lstrip(".") for name in module.own_parameter_names()}
     return {name: parameter for name, parameter in model.named_parameters() if name in own}

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from mixture_of_experts.parallel.agreement import check_ranks_agree
-from mixture_of_experts.parallel.spread_experts import SpreadExperts, SpreadList
+from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts, SpreadList
 from mixture_of_experts.parallel.style import ExpertParallel, check_mesh, describe_layer
 
 
@@ -95,7 +95,7 @@ def save_whole(module: nn.Module) -> None:
     """Make `save_pretrained` of all models in a module write the experts of all ranks."""
     for model in module.modules():
         save = getattr(type(model), "save_pretrained", None)
-        if save is not None and any(isinstance(part, SpreadExperts) for part in model.modules()):
+        if save is not None and any(isinstance(part, ExpertParallelExperts) for part in model.modules()):
             model.save_pretrained = MethodType(save_pretrained_whole, model)  # type: ignore[assignment]
 
 

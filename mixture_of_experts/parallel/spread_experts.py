@@ -42,7 +42,7 @@ SAVED_ELSEWHERE = (
 )
 
 
-class SpreadExperts(nn.Module):
+class ExpertParallelExperts(nn.Module):
     """The base that `parallel_class` puts before a class of experts, to spread them over ranks."""
 
     expert_parallel: ExpertSharding
@@ -132,18 +132,18 @@ class SpreadExperts(nn.Module):
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) on every rank"
         )
 
-    def __copy__(self) -> SpreadExperts:
+    def __copy__(self) -> ExpertParallelExperts:
         twin, state = self._empty_twin()
         twin.__setstate__({**state})
         return twin
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SpreadExperts:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertParallelExperts:
         twin, state = self._empty_twin()
         memo[id(self)] = twin
         twin.__setstate__(copy.deepcopy(state, memo))
         return twin
 
-    def _empty_twin(self) -> tuple[SpreadExperts, dict[str, Any]]:
+    def _empty_twin(self) -> tuple[ExpertParallelExperts, dict[str, Any]]:
         """An empty object of this class, and the state of a copy, as `copy` gets them from `__reduce_ex__`."""
         make, arguments, state, *_ = tuple(super().__reduce_ex__(4))
         return make(*arguments), state  # type: ignore[operator]
@@ -182,7 +182,7 @@ def ranks_of_part(saved: Tensor, parameter: DTensor) -> int:
     return whole[0] // part[0] if stack else 0
 
 
-class SpreadList(SpreadExperts):
+class SpreadList(ExpertParallelExperts):
     """The base that `parallel_class` puts before a list of experts. A rank keeps its own modules, under the keys of the
     whole list."""
 
@@ -250,7 +250,7 @@ class SpreadList(SpreadExperts):
 @cache
 def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of `cls` whose experts are spread over ranks."""
-    kind = SpreadList if issubclass(cls, ExpertList) else SpreadExperts
+    kind = SpreadList if issubclass(cls, ExpertList) else ExpertParallelExperts
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
     if kind is SpreadList:
         members["num_experts"] = property(lambda self: math.prod(self.expert_parallel.dims))
@@ -260,7 +260,7 @@ def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
     return type(f"Parallel{cls.__name__}", bases, members)  # type: ignore[return-value]
 
 
-def reset_parameters(experts: SpreadExperts) -> None:
+def reset_parameters(experts: ExpertParallelExperts) -> None:
     """Draw the weights; every rank draws other numbers, even with equal seeds."""
     reset: Any = experts.local_class.reset_parameters  # type: ignore[attr-defined]
     parameter = next(experts.parameters())

@@ -18,7 +18,7 @@ from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
-from mixture_of_experts.parallel.spread_experts import SpreadExperts, parallel_class
+from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts, parallel_class
 from mixture_of_experts.support.checks import check_choice
 
 
@@ -29,7 +29,7 @@ class ExpertParallel(ParallelStyle):
     the state dict stay. Each rank keeps its own modules of an `ExpertList`, so its state dict has a part of the keys.
     Everything else in the layer stays whole on every rank: gates, shared experts, the modules around latent experts. It
     takes the values of the rank `src_data_rank`, by default the first; if that is None, it keeps its own. For latent
-    experts (`EnclosedExperts`) tokens travel in the narrow width.
+    experts (`LatentExperts`) tokens travel in the narrow width.
 
     Args:
         gradient: every rank calls backward on its own loss; an expert's gradient is that of the "mean" of these losses,
@@ -144,7 +144,7 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
             "the layer itself"
         )
     path, experts = spread_part(module)
-    if isinstance(experts, SpreadExperts):
+    if isinstance(experts, ExpertParallelExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
     dims = module.num_experts if isinstance(module.num_experts, tuple) else (module.num_experts,)
     check_divides(dims, mesh)
@@ -238,7 +238,7 @@ def spread(experts: nn.Module, sharding: ExpertSharding, src_data_rank: int | No
         shard(experts, sharded_parameters(experts, sharding), sharding.mesh, src_data_rank)
     experts.__dict__["expert_parallel"] = sharding
     experts.__class__ = parallel_class(type(experts))  # type: ignore[assignment]
-    assert isinstance(experts, SpreadExperts)
+    assert isinstance(experts, ExpertParallelExperts)
     experts.mark_parameters()
 
 

@@ -22,7 +22,7 @@ from mixture_of_experts import (
     TopKGating,
     ops,
 )
-from mixture_of_experts.around import ExpertsBesideIdentity, InputWeightedExperts
+from mixture_of_experts.around import InputWeightedExperts, ZeroComputationExperts
 from mixture_of_experts.huggingface import fast_lora
 from mixture_of_experts.huggingface.lora import ways, wrapper
 from mixture_of_experts.quantize import quantize_experts
@@ -394,7 +394,7 @@ def test_compiled_whole_and_cut():
 
 @pytest.mark.parametrize("gate", [TopKGating, ExpertChoiceGating])
 @pytest.mark.parametrize(
-    "around", [InputWeightedExperts, lambda experts: ExpertsBesideIdentity(InputWeightedExperts(experts), num_zero=1)]
+    "around", [InputWeightedExperts, lambda experts: ZeroComputationExperts(InputWeightedExperts(experts), num_zero=1)]
 )
 def test_adapters_inside_experts_around_others(gate, around):
     """The adapted weights are those of the merged model, where rows reach the inner experts."""

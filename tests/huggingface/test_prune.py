@@ -43,7 +43,7 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SignRule, SparseMixerGating
 from mixture_of_experts.gating.steps import AlwaysChosen, LearnedScale
 from mixture_of_experts.huggingface import (
@@ -106,7 +106,7 @@ KINDS = {
     "a list": lambda e: (TopKGating(D, e), ExpertList(nn.Linear(D, D) for _ in range(e))),
     "latent": lambda e: (
         TopKGating(D, e),
-        EnclosedExperts(Experts(3, e), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
+        LatentExperts(Experts(3, e), before=nn.Linear(D, 3), after=nn.Linear(3, D)),
     ),
     "norms": lambda e: (TopKGating(D, e), NormedExperts(GatedExperts(D, e, 5), nn.RMSNorm(D))),
     "on inputs": lambda e: (TopKGating(D, e), InputWeightedExperts(GatedExperts(D, e, 5))),
@@ -358,8 +358,8 @@ REFUSED = {
     "alone": (lambda: TopKGating(D, E), "it stands in no layer"),
     "slots": (lambda: MoE(D, num_experts=E, experts=nn.Identity()), "its experts are Identity"),
     "identities": (
-        lambda: MoE(D, gate=TopKGating(D, E), experts=ExpertsBesideIdentity(Experts(D, 7), num_identity=1)),
-        "its experts are ExpertsBesideIdentity",
+        lambda: MoE(D, gate=TopKGating(D, E), experts=ZeroComputationExperts(Experts(D, 7), num_identity=1)),
+        "its experts are ZeroComputationExperts",
     ),
     "shared": (Doubled, "its experts are those of 'one.gate' too"),
 }

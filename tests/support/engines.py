@@ -26,7 +26,7 @@ from transformers.utils import logging
 from mixture_of_experts import Top2Gating, TopKGating
 from mixture_of_experts.huggingface import from_pretrained, from_transformers, replace_ffn, upcycle
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.parallel import SpreadExperts
+from mixture_of_experts.parallel import ExpertParallelExperts
 from support.parallel_workers import Workers
 from support.transformers_models import ARCHITECTURES, LLAMA, ONE_PLACE, causal, two_lengths
 
@@ -154,7 +154,7 @@ def compare(folder: Path, cell: Cell, sizes: Sizes, loader: str) -> Differences:
     model, alone = load(folder, distributed_config=config).train(), load(folder).train()
     assert isinstance(model, FSDPModule) == (config.dp_size > 1)
     for layer in feed_forwards(model):
-        assert isinstance(layer.moe.experts, SpreadExperts) == (config.ep_size > 1)
+        assert isinstance(layer.moe.experts, ExpertParallelExperts) == (config.ep_size > 1)
     if cell.few:
         choose_few(model)
         choose_few(alone)

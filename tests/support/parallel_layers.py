@@ -23,7 +23,7 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.around import EnclosedExperts
+from mixture_of_experts.around import LatentExperts
 from mixture_of_experts.gating import BALANCE_LOSSES
 
 DIM, EXPERTS, HIDDEN, LENGTH = 8, 8, 12, 7
@@ -47,10 +47,10 @@ class OwnExperts(nn.Module):
         return self.inner(x * self.shared_scale) + x.square().mean(-1, keepdim=True) * self.offset
 
 
-def latent() -> EnclosedExperts:
+def latent() -> LatentExperts:
     """Experts of width 3 between layers that all ranks have."""
     experts = GatedExperts(3, EXPERTS, HIDDEN)
-    return EnclosedExperts(experts, before=nn.Linear(DIM, 3), beside=nn.Linear(DIM, 3), after=nn.Linear(3, DIM))
+    return LatentExperts(experts, before=nn.Linear(DIM, 3), beside=nn.Linear(DIM, 3), after=nn.Linear(3, DIM))
 
 
 def small_network() -> nn.Module:

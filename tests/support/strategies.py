@@ -34,7 +34,7 @@ from mixture_of_experts import (
     ops,
     recipes,
 )
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating
 from mixture_of_experts.gating.steps import LearnedScale
 
@@ -643,12 +643,12 @@ class Bank:
             elif self.kind == "identity":
                 spare = num_experts - number if isinstance(num_experts, int) else 0
                 zero = min(self.zero, spare)
-                experts = ExpertsBesideIdentity(experts, num_identity=spare - zero, num_zero=zero)
+                experts = ZeroComputationExperts(experts, num_identity=spare - zero, num_zero=zero)
             elif self.kind == "normed":
                 experts = NormedExperts(experts, nn.RMSNorm(dim, eps=0.5))
             elif self.kind == "enclosed":
                 outer = nn.Linear(dim, width, bias=self.bias), nn.Linear(width, dim, bias=False)
-                experts = EnclosedExperts(experts, before=outer[0], after=outer[1])
+                experts = LatentExperts(experts, before=outer[0], after=outer[1])
         return draw_parameters(experts.double(), seed, 0.7)
 
     def reference(self, experts: Any, num_inner: int | None = None) -> Any:

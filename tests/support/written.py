@@ -29,7 +29,7 @@ from mixture_of_experts import (
     TopKGating,
     recipes,
 )
-from mixture_of_experts.around import EnclosedExperts, ExpertsBesideIdentity, InputWeightedExperts, NormedExperts
+from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing
@@ -70,9 +70,9 @@ LAYERS: dict[str, Callable[[], Any]] = {
     "gated": lambda: with_experts(GatedExperts(DIM, EXPERTS, 12, bias=True)),
     "list": lambda: with_experts(ExpertList([nn.Linear(DIM, DIM) for _ in range(EXPERTS)])),
     "enclosed": lambda: with_experts(
-        EnclosedExperts(GatedExperts(5, EXPERTS, 12), before=nn.Linear(DIM, 5), after=nn.Linear(5, DIM))
+        LatentExperts(GatedExperts(5, EXPERTS, 12), before=nn.Linear(DIM, 5), after=nn.Linear(5, DIM))
     ),
-    "beside identity": lambda: with_experts(ExpertsBesideIdentity(GatedExperts(DIM, EXPERTS - 1, 12), num_identity=1)),
+    "beside identity": lambda: with_experts(ZeroComputationExperts(GatedExperts(DIM, EXPERTS - 1, 12), num_identity=1)),
     "normed": lambda: with_experts(NormedExperts(GatedExperts(DIM, EXPERTS, 12), nn.RMSNorm(DIM, eps=1e-6))),
     "weighted inputs": lambda: with_experts(InputWeightedExperts(GatedExperts(DIM, EXPERTS, 12))),
     "8 bits": lambda: quantize_experts(MoE(DIM, gate=TopKGating(DIM, EXPERTS)).requires_grad_(False)),

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.around import (
-    EnclosedExperts,
-    ExpertsBesideIdentity,
     InputWeightedExperts,
+    LatentExperts,
     NormedExperts,
     Scale,
     Shift,
     TokenGated,
+    ZeroComputationExperts,
 )
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
@@ -111,17 +111,17 @@ class BlockLayer:
             experts = InputWeightedExperts(experts)
         num_identity = getattr(self.experts, "zero_expert_num", 0)
         if num_identity or self.recipe.zero:
-            experts = ExpertsBesideIdentity(experts, num_identity=num_identity, num_zero=self.recipe.zero)
+            experts = ZeroComputationExperts(experts, num_identity=num_identity, num_zero=self.recipe.zero)
         parts: dict[str, Any] = {"before": self.in_turn("before", "before_norm"), "after": self.in_turn("after")}
         shared, last = self.shared_expert(), self.attribute("last")
         if last is not None:
             parts, shared = {**parts, "beside": shared, "after": last}, None
         if any(part is not None for part in parts.values()):
-            experts = EnclosedExperts(experts, **parts)
+            experts = LatentExperts(experts, **parts)
         if isinstance(vector := self.attribute("shift"), nn.Parameter):  # is added to what the experts return
             shift = Shift(len(vector))
             shift.bias = vector
-            experts = EnclosedExperts(experts, after=shift)
+            experts = LatentExperts(experts, after=shift)
         return experts, shared
 
     def shared_expert(self) -> nn.Module | None:
