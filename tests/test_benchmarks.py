@@ -26,14 +26,12 @@ from benchmarks import (  # noqa: E402
     first_hour,
     gpu,
     kept,
-    problem,
     report,
     timing,
 )
-from benchmarks.cases import Case, Figure, choose, every_case, slots  # noqa: E402
+from benchmarks.cases import Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
-from benchmarks.problem import load_of  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
 from experiments import cpu_constants  # noqa: E402
 from mixture_of_experts.ops import few_tokens  # noqa: E402
@@ -80,32 +78,6 @@ def test_the_command_measures_saves_and_draws(tmp_path: Path) -> None:
     value, (low, high) = record["figures"][0]["value"], record["figures"][0]["range"]
     row = f"| toy/train | layer ÷ products | ({value:.2f}), {low:.2f}–{high:.2f} |  |  |"
     assert row in report.markdown(result["records"])
-
-
-PAGE = """
-> A processor, 2 cores, 8.0 GiB; torch 2.13.0, 2 threads, AVX2
-
-| train/4x1024-d512-e16 | layer ÷ products | 1.50, 1.00–1.75 | 0.98 | 1.02 | 1.00 |
-| train/4x1024-d512-e16 | layer ÷ 0.2.3 | 0.50 | 0.68 | 0.69 | 0.65 |
-| train/4x1024-d512-e16 | layer ÷ 0.2.3, peak memory | 0.07 | 0.08 |  | 0.15 |
-| choose/k1-4x1024-d256-e64 | layer ÷ products | (1.05) | 0.98 |  |  |
-| decode/mixtral-d512-h1024-e64 | layer ÷ by hand | 1.20 | 1.26 |  | 1.20 |
-| decode/mixtral-d512-h1024-e64 | layer ÷ fastest of (mixtral eager, mixtral grouped_mm) | 0.75 | 0.74 |  |  |
-| hierarchical/construct | layer ÷ 0.2.3 | 0.99 | 1.00 |  | 1.00 |
-"""
-
-
-def test_the_picture_of_the_documents_is_their_table(tmp_path: Path) -> None:
-    """Times over the floor's follow from the ratios that count; what has no floor is not drawn."""
-    result = documented.result_of(PAGE)
-    drawn = {record["case"]["name"]: report.points(record) for record in result["records"] if report.drawable(record)}
-    assert drawn == {
-        "train/4x1024-d512-e16": {"layer": 1.5, "0.2.3": 3.0},
-        "decode/mixtral-d512-h1024-e64": {"layer": 1.2, "fastest": pytest.approx(1.6)},
-    }
-    assert report.heading(result["machine"]) == PAGE.splitlines()[1][2:]
-    with pytest.raises(ValueError, match="on which machine"):
-        documented.result_of(PAGE.replace("> ", ""))
 
 
 def test_the_table_of_the_documents_is_read_whole() -> None:
@@ -220,18 +192,6 @@ def test_peak_of_a_known_step() -> None:
 
     peak = counts.peak_bytes(Contestant("known", step, TOYS["toy/train"], parameters=[w]))
     assert peak == 2 * 256 * 64 * 4  # product and exponential, then exponential and the product's gradient
-
-
-def test_loads_are_what_the_cases_say() -> None:
-    case = Case("load", "forward", 4, 512, 64, 8, 16, factor=2.0)
-    zipf = replace(case, skew=1.0)
-    busiest = "first choices of the busiest expert ÷ mean"
-    assert load_of(case, problem.weights(case), problem.inputs(case))[busiest] < 1.3
-    expected = 16 / sum(1 / i for i in range(1, 17))
-    assert load_of(zipf, problem.weights(zipf), problem.inputs(zipf))[busiest] == pytest.approx(expected, rel=0.1)
-    partly = replace(case, fill=0.65, policy="threshold")
-    filled = load_of(partly, problem.weights(partly), problem.inputs(partly))["slots filled"]
-    assert filled == pytest.approx(0.65, abs=0.02)
 
 
 def test_counts_of_a_toy() -> None:
@@ -398,15 +358,6 @@ def test_pieces_of_the_first_hour_go_on_where_they_ended(tmp_path: Path, capsys)
     capsys.readouterr()
     assert first_hour.run_all(tmp_path, "tests", device, ["false"]) == []  # it is there
     assert not capsys.readouterr().out
-
-
-def test_results_of_another_card_are_refused(tmp_path: Path, capsys) -> None:
-    path = tmp_path / "no-card.tests.jsonl"
-    kept.keep((task for task in [("one", lambda: 1)]), path, no_card.MACHINE | {"card": "another"})
-    with pytest.raises(kept.OtherMachineError, match="another"):
-        kept.read(path, no_card.MACHINE)
-    assert first_hour.main(["--folder", str(tmp_path)], no_card.NoCard()) == 2
-    assert "use another folder" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -227,6 +227,20 @@ def test_compiled_it_counts_the_same_once(checkpointed):
     assert wanted.sum() == 18 * 4
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
+def test_function_transforms_count():
+    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6)
+    moe.gate.bias_rule = "quantile"
+    moe(x)[0].sum().backward()
+    wanted = moe.gate.expert_histogram.clone()
+
+    def loss(parameters: dict, x: Tensor) -> Tensor:
+        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
+
+    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(moe.named_parameters()), x.unsqueeze(1))
+    assert torch.equal(moe.gate.expert_histogram, 2 * wanted)
+
+
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
@@ -290,6 +304,20 @@ def test_shares_step_by_the_sign_of_the_exact_difference():
         exact = [total * share - int(one) * sum(shares) for share, one in zip(shares, load, strict=True)]
         wanted = [float((number > 0) - (number < 0)) for number in exact]
         assert SignRule(shares=shares).step(load, torch.zeros(e), 1, 1.0).tolist() == wanted
+
+
+def test_shares_without_a_common_denominator_are_near():
+    """Also shares whose ratio no 32 bits can hold, and such as are set later."""
+    generator = torch.Generator().manual_seed(0)
+    shares = torch.rand(50, generator=generator, dtype=torch.float64).tolist()
+    parts = in_integers(shares)
+    assert sum(parts) < 1 << 31
+    for share, part in zip(shares, parts, strict=True):
+        assert part / sum(parts) == pytest.approx(share / sum(shares), rel=1e-6)
+    assert in_integers([1e-30, 1.0]) == (1, 1 << 30)
+    rule = SignRule(shares=[1, 1])
+    rule.shares = [1, 3]
+    assert rule.step(torch.tensor([1, 3]), torch.zeros(2), 1, 1.0).tolist() == [0.0, 0.0]
 
 
 # Experts that every token takes, and tokens of NaN

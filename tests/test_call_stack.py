@@ -69,7 +69,7 @@ def in_threads(work: Callable[[int], None], threads: int) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("compiled", [None, "model", pytest.param("layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [None, "model", "layers"])
 def test_each_thread_has_its_own(compiled):
     """A graph of the model serves all threads and masks; those of layers, whose hooks are outside, may be two."""
     torch.compiler.reset()

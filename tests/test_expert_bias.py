@@ -232,6 +232,17 @@ def test_state_dict_round_trip(dtype, tmp_path):
         assert_same_buffers(moe, original)
 
 
+def test_another_default_dtype():
+    """A model that is built in bfloat16 outright."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        moe = build()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert moe.gate.w_gating.dtype == torch.bfloat16
+    assert moe.gate.expert_bias.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_module_counts_and_moves_in_float32(dtype):
     moe, x = build().to(dtype), tokens().to(dtype)

@@ -98,6 +98,21 @@ def test_two_levels(factor):
     assert out.any()
 
 
+@pytest.mark.parametrize("how", FORCED)
+def test_no_tokens(how):
+    gate = TopKGating(DIM, 4)
+    with force_routing(gate, how):
+        assert gate(torch.randn(2, 0, DIM)).expert.shape == (2, 0)
+
+
+@pytest.mark.parametrize("how", FORCED)
+def test_of_one_expert_every_token_makes_one_choice(how):
+    moe = MoE(DIM, 1, priority="token", capacity_factor_train=None)
+    with force_routing(moe, how):
+        routing = moe.gate(torch.randn(1, 6, DIM))
+    assert routing.token[routing.kept].tolist() == list(range(6))
+
+
 def test_recomputed_choices_are_the_same():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM, requires_grad=True)
     with force_routing(moe, "random"):

@@ -1,5 +1,6 @@
 """What both layers guarantee, over many random configurations (float64); tests/test_matrix.py has the reference."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -281,6 +282,7 @@ def test_router_learns_from_the_task_alone(kind, name):
 
 EXTREMES = {
     "saturated": lambda x: x * 1e4,
+    "saturated down": lambda x: -x.abs() * 1e4,
     "equal tokens": torch.zeros_like,
     "all masked": lambda x: x * torch.nan,
     "no tokens": lambda x: x[:, :0],
@@ -291,9 +293,9 @@ EXTREMES = {
 @pytest.mark.parametrize("extreme", EXTREMES)
 @pytest.mark.parametrize(("kind", "name"), COMBINATIONS)
 def test_no_nan(kind, name, extreme):
-    for training in (True, False):
-        layer = build_layer(kind, name, z_loss_coef=0.1, shared_expert=shared(3, 8)).train(training)
-        x = EXTREMES[extreme](make.normal(make.generator(2), 2, 5, 3)).requires_grad_()
+    for training, dtype in itertools.product((True, False), (torch.float32, torch.float64)):
+        layer = build_layer(kind, name, z_loss_coef=0.1, shared_expert=shared(3, 8)).to(dtype).train(training)
+        x = EXTREMES[extreme](make.normal(make.generator(2), 2, 5, 3).to(dtype)).requires_grad_()
         mask = torch.zeros(x.shape[:-1], dtype=torch.bool) if extreme == "all masked" else None
         out, aux_loss = layer(x, mask=mask)
         loss = (out * make.normal(make.generator(1), *out.shape)).sum() + aux_loss

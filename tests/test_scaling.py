@@ -1,9 +1,8 @@
-"""The scaling experiment: equal active parameters, a plan that tunes every model, records that are never repeated."""
+"""The scaling experiment: equal active parameters, no record twice, and tables that are those of the records."""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,8 +11,8 @@ from experiments import modelled_step, regime, scaling, step_times
 from experiments.language_model.model import count_parameters
 from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
-from experiments.scaling_plan import MODELS, Plan, Run, Stage
-from experiments.sizes import SIZES, SMALL
+from experiments.scaling_plan import MODELS, Run, Stage
+from experiments.sizes import SIZES
 from experiments.upcycling import upcycle
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
@@ -33,27 +32,6 @@ def test_models_have_equal_active_parameters_and_the_wide_one_those_of_32_expert
     wide, mixture = parameters["wide"][0], parameters["moe32"][0]
     assert abs(wide - mixture) < 0.001 * mixture
     assert wide > 9 * max(active)
-
-
-# ---- the plan ----
-
-
-def optimum(best: float, runs: list[Run]) -> dict[Run, Any]:
-    """Records of runs that are the worse the farther their rate is from the best."""
-    return {run: {"held_out": [[run.steps, 2 + abs(run.learning_rate - best) - run.steps / 1e6]]} for run in runs}
-
-
-def test_upcycling_waits_for_a_dense_run_of_its_seed_at_the_best_rate() -> None:
-    plan = Plan(SMALL, 100, 0.01, ["upcycled"])
-    finished: dict[Run, Any] = {}
-    while new := [run for run in plan.runs(finished) if run not in finished]:
-        for run in new:
-            assert run.model == "dense" or run.start in finished
-        finished |= optimum(0.02, new)
-    upcycled = {run for run in finished if run.model == "upcycled"}
-    assert {run.start for run in upcycled} == {Run("dense", seed, 0.02, 50) for seed in (0, 1, 2)}
-    assert {(run.seed, run.steps) for run in upcycled} == {(seed, steps) for seed in (0, 1, 2) for steps in (24, 48)}
-    assert len({str(run) for run in finished}) == len(finished)
 
 
 # ---- upcycling ----
@@ -189,6 +167,3 @@ def test_a_model_of_a_large_layer_is_bound_by_products_and_of_a_small_one_by_lau
     least = 1000 * flops / (0.65 * card.peak)
     assert least < modelled_step.milliseconds(*modelled_step.dense(large), card) < 1.1 * least
     assert "DeepSeek-V3" in modelled_step.table()
-
-
-# ---- sizes and text ----

@@ -11,6 +11,8 @@ from torch import nn
 from mixture_of_experts import ExpertChoiceGating, MoE, Top2Gating, TopKGating
 from mixture_of_experts.verify import PROPERTIES, assert_holds, verify
 from mixture_of_experts.verify.__main__ import main
+from mixture_of_experts.verify.batching import evenly
+from mixture_of_experts.verify.subject import DoesNotApplyError
 from tests.support.planted import FAULTS, TOLD, Mixture, make
 from tests.support.verified import DEFAULT, THOROUGH, drawn, some, wrong
 
@@ -176,6 +178,13 @@ def test_thorough():
     assert_holds(a_layer(), *THOROUGH)
     torch.manual_seed(0)
     assert verify(SkipsExperts(), properties=["causal", "ddp"]).failed == ["ddp"]
+
+
+def test_a_load_that_cannot_be_even_is_none():
+    """Tokens that ask for the first expert alone, and such that ask for one each."""
+    assert evenly(torch.eye(2, dtype=torch.bool).repeat(2, 1), 4) == [0, 1]
+    with pytest.raises(DoesNotApplyError, match="no even load"):
+        evenly(torch.tensor([[True, False]] * 4), 4)
 
 
 def test_promises_are_sentences():

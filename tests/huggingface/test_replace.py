@@ -151,6 +151,16 @@ def test_a_gate_that_an_earlier_call_put_in_is_refused():
     assert len(feed_forwards(model)) == 1
 
 
+def test_print_shows_what_was_replaced():
+    """The layer, the linear layer that it stands for, and whether it has a mask: Whisper's encoder hears all frames."""
+    shown = {name: ARCHITECTURES[name].build() for name in ("llama", "whisper")}
+    for model in shown.values():
+        replace_ffn(model, num_experts=4)
+    assert repr(shown["llama"].model.layers[1].mlp).startswith("MoEFeedForward(\n  (moe): MoE(")
+    assert repr(shown["llama"].model.layers[1].mlp.gate_proj) == "Replaced(by experts)"
+    assert ["masked=False" in repr(part) for part in shown["whisper"].model.children()] == [True, False]
+
+
 def test_nothing_found_says_what_was_seen():
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     with pytest.raises(ValueError, match=r"no feed-forward .* modules are Linear, ReLU, Sequential"):
