@@ -1,4 +1,4 @@
-"""Experts in int8 in a model of transformers: folders, adapters, checkpointing."""
+"""Experts in 8 and 4 bits in a model of transformers: folders, adapters, checkpointing."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from support.transformers_models import ARCHITECTURES, two_lengths, without_drop
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mixture_of_experts import GatedExperts, quantize
+from mixture_of_experts import GatedExperts
 from mixture_of_experts.huggingface import fast_lora, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.lora import weights_shown
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.quantize import QuantizedExperts, quantize_experts, unpack
 from mixture_of_experts.unstack import UnstackedExperts, restack, unstack
 
 from .test_blocks import MODELS, build
@@ -90,11 +90,13 @@ LORA = LoraConfig(
 
 
 def with_rounded_weights(quantised: Any, plain: Any) -> Any:
-    """A model whose stacked experts have the numbers that experts in 8 bits stand for."""
+    """A model whose stacked experts have the numbers that quantised experts stand for."""
     for small, experts in zip(experts_of(quantised), experts_of(plain), strict=True):
         for name in ("w1", "w3", "w2"):
-            packed, scale = getattr(small, f"{name}_packed"), getattr(small, f"{name}_scale")
-            getattr(experts, name).data.copy_(quantize.unpack(packed) * scale.unsqueeze(-2))
+            packed, groups, scale = (small._buffers.get(f"{name}_{part}") for part in ("packed", "groups", "scale"))
+            for i, weight in enumerate(getattr(experts, name).data):
+                for inputs, part in unpack(packed[i], groups if groups is None else groups[i], scale[i]):
+                    weight[inputs] = part * scale[i]
     return plain
 
 
