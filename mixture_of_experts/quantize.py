@@ -172,11 +172,12 @@ class QuantizedExperts(RoutedExperts):
         packed, groups = self.get_buffer("w1_packed"), self.get_buffer("w1_groups")
         return {"bits": 4, "group": self.dim // groups.shape[-3], "block": 2 * packed.shape[-1]}
 
-    def rearrange(self) -> None:
-        """Pack numbers of 4 bits as this machine's operator reads them; they may come from another one."""
+    def rearrange(self, block: int | None = None) -> None:
+        """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
+        they may come from another machine."""
         for name, value in self._buffers.items() if self.bits == 4 else ():
-            if name.endswith("_packed") and value is not None and value.is_cpu:
-                self._buffers[name] = bits4.rearranged(value, bits4.block_of_cpu())
+            if name.endswith("_packed") and value is not None and (block or value.is_cpu):
+                self._buffers[name] = bits4.rearranged(value, block or bits4.block_of_cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name, value in self._buffers.items() if self.bits == 4 else ():
@@ -271,17 +272,19 @@ def pack(weight: Tensor, bits: int = 8, group: int = 64, block: int | None = Non
     low, high = weight.amin(dim=-2), weight.amax(dim=-2)
     scale = torch.maximum(high, -low).to(torch.bfloat16)  # or a later cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    form = bits8.pack if bits == 8 else partial(bits4.pack, group=group, block=block or bits4.block_of_cpu())
-    stored = []
-    for matrix, by in zip(weight.flatten(0, -3), scale.flatten(0, -2), strict=True):
-        by = torch.where(by == 0, 1, by).float()
-        parts = [form(matrix[inputs].float() / by) for inputs in in_parts(p, q)]
-        stored.append({name: torch.cat([part[name] for part in parts], dim=AXES[name]) for name in parts[0]})
-        if weight.is_meta:  # the others are like the first
-            stored *= math.prod(dims)
-            break
-    whole = {name: torch.stack([one[name] for one in stored]) for name in stored[0]}
-    return {**{name: value.view(*dims, *value.shape[1:]) for name, value in whole.items()}, "scale": scale}
+    form: Any = bits8 if bits == 8 else bits4
+    settings = {} if bits == 8 else {"group": group, "block": block or bits4.block_of_cpu()}
+    sizes = form.sizes(p, q, **settings)
+    whole = {name: weight.new_empty(math.prod(dims), *size, dtype=torch.uint8) for name, size in sizes.items()}
+    for i, matrix in enumerate(() if weight.is_meta else weight.flatten(0, -3)):
+        by = scale.flatten(0, -2)[i].float()
+        by = torch.where(by == 0, 1, by)
+        for inputs in in_parts(p, q):
+            for name, part in form.pack(matrix[inputs].float() / by, **settings).items():
+                length = part.shape[AXES[name]]
+                start = inputs.start * length // (inputs.stop - inputs.start)
+                whole[name][i].narrow(AXES[name], start, length).copy_(part)
+    return {**{name: value.view(*dims, *sizes[name]) for name, value in whole.items()}, "scale": scale}
 
 
 def in_parts(p: int, q: int) -> Iterator[slice]:

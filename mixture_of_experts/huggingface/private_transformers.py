@@ -9,8 +9,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    revert_weight_conversion,
+)
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_utils import LoadStateDictConfig
 
 # Names of weights
 
@@ -36,6 +43,17 @@ def merges(conversion: Any, name: str) -> bool:
 def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights of a model by the names, and in the forms, in which its class saves them."""
     return revert_weight_conversion(model, dict(weights))  # pyright: ignore[reportArgumentType]
+
+
+def load_some(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Load some weights of a stock model, whose others stay as they are, by the names and in the forms of its class's
+    checkpoints."""
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(weight_mapping=mapping)
+    found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
+    vars(model).pop("_weight_conversions", None)  # of these weights alone
+    if found.unexpected_keys or found.conversion_errors:
+        raise ValueError(f"{type(model).__name__} has no place for {found.unexpected_keys or found.conversion_errors}")
 
 
 # Training

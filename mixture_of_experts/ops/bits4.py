@@ -25,6 +25,12 @@ FEW_ROWS = 32  # of an expert; for more, a product with the unpacked weight is a
 PLAIN, WIDEST = 2, 64  # outputs of a block; there are as many outputs as fill the widest, the last ones of zeros
 
 
+def sizes(p: int, q: int, group: int, block: int) -> dict[str, tuple[int, ...]]:
+    """Of what `pack` returns."""
+    q += -q % WIDEST
+    return {"packed": (q // block, p, block // 2), "groups": (p // group, q, 4)}
+
+
 def pack(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
     """Numbers `(p, q)`, in float32, as nibbles `(q / b, p, b / 2)`, and step and zero of each group `(p / g, q, 4)`,
     both as bytes, so that no cast of a model changes them."""
@@ -75,8 +81,10 @@ def rearranged(packed: Tensor, block: int) -> Tensor:
         return packed
     *dims, blocks, p, half = packed.shape
     levels = packed.new_empty(p, blocks * 2 * half)
-    done = [in_blocks(levels_of(matrix, levels), block) for matrix in packed.flatten(0, -4)]
-    return torch.stack(done).view(*dims, *done[0].shape)
+    out = packed.new_empty(*dims, blocks * 2 * half // block, p, block // 2)
+    for matrix, other in zip(packed.flatten(0, -4), out.flatten(0, -4), strict=True):
+        other.copy_(in_blocks(levels_of(matrix, levels), block))
+    return out
 
 
 def unpack(packed: Tensor, groups: Tensor) -> Tensor:

@@ -21,6 +21,11 @@ EXTRA = 8  # bytes of a packed row behind its steps
 FEW_ROWS = 8  # of an expert; for more, a product with the unpacked weight is faster
 
 
+def sizes(p: int, q: int) -> dict[str, tuple[int, ...]]:
+    """Of what `pack` returns."""
+    return {"packed": (p, q + EXTRA)}
+
+
 def pack(weight: Tensor) -> dict[str, Tensor]:
     """Numbers `(p, q)`, in float32, in bytes `(p, q + 8)`."""
     low, high = weight.aminmax(dim=-1, keepdim=True)
