@@ -76,11 +76,8 @@ def quantize_experts(
         >>> bool((moe(x)[0] - before).norm() < 0.02 * before.norm())
         True
     """
-    for argument, value, allowed in (
-        ("bits", bits, (8, 4)),
-        ("group", group, bits4.GROUPS),
-        ("fallback", fallback, (8, None)),
-    ):
+    given = {"bits": (bits, (8, 4)), "group": (group, bits4.GROUPS), "fallback": (fallback, (8, None))}
+    for argument, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     for name, module in check_model("model", model).named_modules():
@@ -338,10 +335,8 @@ def to_multiply(x: Tensor) -> Tensor:
 def few(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None) -> Tensor:
     """x `(r, p)` times one packed weight, or each row times that of its own expert among all, by torch's operator, in
     float32: `(r, q)`."""
-    if groups is None:
-        return bits8.few(x, packed, expert).mul_(scale if expert is None else scale.index_select(0, expert))
-    out = bits4.few(x, packed, groups, expert)[:, : scale.shape[-1]]
-    return out * (scale if expert is None else scale.index_select(0, expert))
+    out = bits8.few(x, packed, expert) if groups is None else bits4.few(x, packed, groups, expert)
+    return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())
@@ -354,10 +349,8 @@ def rows_by_packed(
     out, start = x.new_zeros(x.shape[0], width(packed, scale, back)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
-            rows, own = x[start : start + count], None if groups is None else groups[expert]
-            stored = (packed[expert], own, scale[expert])
-            out[start : start + count] = (product_back if back else product)(rows, *stored)
-            start += count
+            own, rows = None if groups is None else groups[expert], slice(start, start := start + count)
+            out[rows] = (product_back if back else product)(x[rows], packed[expert], own, scale[expert])
     return out
 
 
@@ -367,9 +360,7 @@ def width(packed: Tensor, scale: Tensor, back: bool) -> int:
 
 
 @rows_by_packed.register_fake
-def _(
-    x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, back: bool
-) -> Tensor:
+def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
     return x.new_empty(x.shape[0], width(packed, scale, back))
 
 
@@ -379,9 +370,7 @@ class _ByPacked(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, back: bool
-    ) -> Tensor:
+    def forward(x, packed, groups, scale, num_tokens_per_expert, back) -> Tensor:
         return rows_by_packed(x, packed, groups, scale, num_tokens_per_expert, back)
 
     @staticmethod

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from mixture_of_experts.huggingface.pruning.folders import prune_folder, read_choice
-from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
-from mixture_of_experts.huggingface.saving.quantizing import quantize_folder
 from mixture_of_experts.ops.bits4 import GROUPS
 
 DTYPES = ("float32", "bfloat16", "float16")
