@@ -181,6 +181,18 @@ def test_products_by_expert(counts, bits, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_weights_are_packed_in_parts(bits, monkeypatch):
+    weight = torch.randn(2, 640, 70)
+    whole = quantize.pack(weight, bits, 128)
+    monkeypatch.setattr(quantize, "UNPACKED", 256 * 70)
+    assert len([*quantize.in_parts(640, 70)]) == 3
+    assert all(part.equal(whole[name]) for name, part in quantize.pack(weight, bits, 128).items())
+    assert {name: part.shape for name, part in quantize.pack(weight.to("meta"), bits, 128).items()} == {
+        name: part.shape for name, part in whole.items()
+    }
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_gradients_of_any_order(bits):
     counts, stored = torch.tensor([2, 0, 1]), quantize.pack(torch.randn(3, 32, 3), bits, 32)
     stored = [stored.get(name) for name in ("packed", "groups", "scale")]

@@ -156,13 +156,13 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
 
 def named(path: str, module: nn.Module) -> dict[str, Tensor]:
     """The state of a module by the names in the model around it."""
-    return {f"{path}.{key}": value for key, value in module.state_dict().items()}
+    return {f"{path}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
 
 
 def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> set[str]:
     """Fill a layer from the files of the block that it stands for; return the names of its weights there."""
     block, own = stock.get_submodule(path), named(path, stock.get_submodule(path))
-    for name, tensor in own.items():  # which is loaded in its own dtype
+    for name, tensor in own.items():  # which is loaded in the dtype of its file
         tensor.data = tensor.data.to(weights[weights.named(name, stock)].dtype)
     names = in_files(stock, own).keys() & weights.keys()
     load_some(stock, {name: weights[name] for name in names})
