@@ -98,7 +98,7 @@ LOOKED_FOR = {
     "training": {"Switches of a router": ["freeze", "temperature"]},
     "troubleshooting": {"Troubleshooting": ["NaN", "slow", "dead experts"]},
     "many_gpus": {"Many GPUs, many machines": ["expert parallelism", "FSDP", "DDP", "distributed"]},
-    "stacked_experts": {"Quantisation": ["quantization", "int8"]},
+    "stacked_experts": {"Quantisation": ["quantization", "int8", "int4"]},
 }
 NOT_SEARCHED = ("changelog", "contributing")
 

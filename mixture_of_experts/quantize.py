@@ -1,19 +1,18 @@
-"""Frozen experts in 8 bits a number: half of bfloat16's bytes, a quarter of float32's.
+"""Frozen experts in 8 or 4 bits a number: a half or two sevenths of bfloat16's bytes.
 
 Axes: e experts, t tokens, k choices, r rows (sorted by expert, or a token's choices in order), p inner and q outer
 dimension of a weight, d model dim, o dim of the outputs.
 
-A weight `(p, q)` is first divided by the largest number of each output channel, its scale `(q,)`. Then it is packed as
-torch packs embedding tables of 8 bits, in `(p, q + 8)` bytes. Each of its p rows has q counts of steps, 0 to 255, then
-the size of a step and the smallest number, both in float32. The sum over rows of such a table, each times a number, is
-the product of one row of tokens, and torch's operator reads the bytes as they are.
+A weight `(p, q)` is first divided by the largest number of each output channel, its scale `(q,)`. How the rest is
+stored, `ops/bits8.py` and `ops/bits4.py` say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any, TypeVar
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -22,36 +21,44 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
+from mixture_of_experts.ops import bits4, bits8
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import dtype_of_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support import private_torch
 from mixture_of_experts.support.checks import check_model
-from mixture_of_experts.support.private_torch import sum_of_packed_rows, unpacked_rows, wrapped_module
+from mixture_of_experts.support.private_torch import wrapped_module
 from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange
 
 Model = TypeVar("Model", bound=nn.Module)
 
-EXTRA = 8  # bytes of a packed row behind its steps
-FEW_ROWS = 8  # of an expert; for more, a product with the unpacked weight is faster
 LARGEST = 65280  # number that bfloat16 and float16 hold
 MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
+UNPACKED = 1 << 21  # most numbers of a weight that are unpacked at a time
+AXES = {"packed": -2, "groups": -3}  # of a weight's inputs, in what is stored of it
 
 
-def quantize_experts(model: Model) -> Model:
+def quantize_experts(
+    model: Model, bits: Literal[8, 4] = 8, *, group: int = 64, fallback: Literal[8] | None = None
+) -> Model:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
-    Their weights are rounded to 8 bits and cannot be trained. Gradients reach tokens, routers and all else, also LoRA
-    on these weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before.
+    Their weights are rounded and cannot be trained. Gradients reach tokens, routers and all else, also LoRA on these
+    weights, if PEFT and `mixture_of_experts.huggingface.fast_lora` prepared the model before.
 
     Args:
         model: a model with `MoE` layers anywhere in it, whose experts are frozen.
+        bits: of a number. Each is rounded to the nearest of 256 or 16 levels; 4 bits err 12 times as much.
+        group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
+            divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
+        fallback: bits of experts whose sizes `group` does not divide; None refuses them.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
-            finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`.
+            finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`; `group` does not
+            divide their sizes; or an argument is none of those above.
         TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
             `forward` or `compute` of its own.
 
@@ -63,51 +70,69 @@ def quantize_experts(model: Model) -> Model:
         >>> _ = moe.experts.requires_grad_(False)
         >>> quantize_experts(moe).experts
         QuantizedExperts(
-          16, 4, hidden_dim=64
+          16, 4, hidden_dim=64, bits=8
           (act): GELU(approximate='none')
         )
         >>> bool((moe(x)[0] - before).norm() < 0.02 * before.norm())
         True
     """
+    given = {"bits": (bits, (8, 4)), "group": (group, bits4.GROUPS), "fallback": (fallback, (8, None))}
+    for argument, (value, allowed) in given.items():
+        if value not in allowed:
+            raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
     for name, module in check_model("model", model).named_modules():
         if isinstance(wrapped_module(module), StackedExperts) and not getattr(module, "gives_parts", False):
             raise ValueError(
                 f"{name} is a {type(module).__name__} around experts, which would compute without it: call fast_lora() "
                 "of a model with adapters first, or merge them, or quantise before experts are wrapped"
             )
-    return exchange(model, StackedExperts, quantized, "stacked experts (Experts, GatedExperts)")
+    make = partial(quantized, bits=bits, group=group, fallback=fallback)
+    return exchange(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)")
 
 
-def quantized(experts: StackedExperts, name: str) -> QuantizedExperts:
-    """The experts in 8 bits, after a check that their weights are plain, frozen and in memory."""
+def quantized(experts: StackedExperts, name: str, bits: int, group: int, fallback: int | None) -> QuantizedExperts:
+    """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
     for key, weight in experts.named_parameters(recurse=False):
         if type(weight) is not nn.Parameter:
             raise TypeError(f"{name}.{key} is a {type(weight).__name__}: quantise before experts are spread")
         if weight.requires_grad:
-            raise ValueError(f"{name}.{key} is trainable, 8 bits are not: call requires_grad_(False) of the experts")
+            raise ValueError(
+                f"{name}.{key} is trainable, {bits} bits are not: call requires_grad_(False) of the experts"
+            )
         if weight.is_meta:
             raise ValueError(f"{name}.{key} is on the meta device, without numbers to round: load the weights first")
-        if not weight.abs().amax() <= torch.finfo(torch.float32).max:
+        if not max(map(abs, weight.aminmax())) <= torch.finfo(torch.float32).max:
             raise ValueError(f"{name}.{key} has numbers that are not finite, or too large for float32: mend them first")
-    return QuantizedExperts(experts)
+    uneven = [f"{key}={size}" for key in ("dim", "hidden_dim") if (size := getattr(experts, key)) % group]
+    if bits == 4 and uneven and fallback is None:
+        raise ValueError(
+            f"{name} has {' and '.join(uneven)}, in 4 bits a multiple of group={group}: give a smaller group, one of "
+            f"{', '.join(map(str, bits4.GROUPS))}, or fallback=8"
+        )
+    return QuantizedExperts(experts, 8 if uneven else bits, group)
 
 
 class QuantizedExperts(RoutedExperts):
-    """Frozen experts with weights in 8 bits, which `quantize_experts` makes of `Experts` and `GatedExperts`.
+    """Frozen experts with weights in 8 or 4 bits, which `quantize_experts` makes of `Experts` and `GatedExperts`.
 
-    A number is divided by the scale of its output channel. It is then one of 256 that lie evenly between the smallest
-    and the largest of its row, of those that one input channel of an expert is multiplied by. The experts that have
-    tokens are unpacked one after the other, never the whole stack. On a CPU, few rows are multiplied with the bytes
-    directly. On a GPU every product waits for the numbers of rows.
+    A number is divided by the scale of its output channel. In 8 bits it is then one of 256 that lie evenly between the
+    smallest and the largest of its row, of those that one input channel of an expert is multiplied by. In 4 bits it is
+    one of 16 that lie evenly among those of its group, neighbouring inputs of one output. The experts that have tokens
+    are unpacked one after the other, in parts, never the whole stack. On a CPU, few rows are multiplied with the bytes
+    directly; in 4 bits they are rounded to bfloat16 for that. On a GPU every product waits for the numbers of rows.
 
     Attributes:
-        w1_packed, w3_packed, w2_packed: buffers `(*e, p, q + 8)` uint8, each row with its step and smallest number; w3
-            only if gated.
+        w1_packed, w3_packed, w2_packed: uint8 buffers; w3 only if gated. In 8 bits `(*e, p, q + 8)`, each row with its
+            step and smallest number. In 4 bits `(*e, q / b, p, b / 2)`, two numbers a byte, in blocks of b outputs.
+        w1_groups, w3_groups, w2_groups: in 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
+            of each group, in bfloat16.
         w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
         experts: the experts whose settings and weights it takes.
+        bits, group: as in `quantize_experts`.
+        block: b; by default that of this machine's operator, which has to read the bytes as they are.
     """
 
     act: nn.Module
@@ -120,18 +145,43 @@ class QuantizedExperts(RoutedExperts):
     gated: bool
     is_transposed: bool
 
-    def __init__(self, experts: StackedExperts) -> None:
+    def __init__(self, experts: StackedExperts, bits: int = 8, group: int = 64, block: int | None = None) -> None:
         super().__init__()
         self.dim, self.dim_out, self.hidden_dim = experts.dim, experts.dim_out, experts.hidden_dim
         self.num_experts, self.expert_dims = experts.num_experts, experts.expert_dims
         self.act, self.dropout, self.gated = experts.act, experts.dropout, experts.gated
         self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
-            for name, value in zip(("packed", "scale"), pack(getattr(experts, f"w{number}")), strict=True):
+            for name, value in pack(getattr(experts, f"w{number}"), bits, group, block).items():
                 self.register_buffer(f"w{number}_{name}", value)
             bias = getattr(experts, f"b{number}")
             self.register_buffer(f"b{number}", None if bias is None else bias.detach().clone())
         self.train(experts.training)
+
+    @property
+    def bits(self) -> int:
+        return 4 if "w1_groups" in self._buffers else 8
+
+    def settings(self) -> dict[str, int]:
+        """The arguments that make such experts, beside experts."""
+        if self.bits == 8:
+            return {}
+        packed, groups = self.get_buffer("w1_packed"), self.get_buffer("w1_groups")
+        return {"bits": 4, "group": self.dim // groups.shape[-3], "block": 2 * packed.shape[-1]}
+
+    def rearrange(self, block: int | None = None) -> None:
+        """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
+        they may come from another machine."""
+        for name, value in self._buffers.items() if self.bits == 4 else ():
+            if name.endswith("_packed") and value is not None and (block or value.is_cpu):
+                self._buffers[name] = bits4.rearranged(value, block or bits4.block_of_cpu())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, value in self._buffers.items() if self.bits == 4 else ():
+            given = state_dict.get(prefix + name)
+            if name.endswith("_packed") and given is not None and value is not None and given.ndim == value.ndim:
+                state_dict[prefix + name] = bits4.rearranged(given, 2 * value.shape[-1])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
@@ -147,9 +197,9 @@ class QuantizedExperts(RoutedExperts):
         return combine(self.compute(rows, counts, {} if ffn is None else ffn.parts), plan)
 
     def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
-        def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        def linear(x: Tensor, name: str, stored: list[Any], bias: Tensor | None) -> Tensor:
             with without_autocast(x.device):
-                out = _ByPacked.apply(x, packed, scale, num_tokens_per_expert, False)
+                out = _ByPacked.apply(x, *stored, num_tokens_per_expert, False)
                 if name in parts:
                     down, up, scaling = parts[name]
                     thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert) * scaling
@@ -162,7 +212,10 @@ class QuantizedExperts(RoutedExperts):
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
-        if not (inference and can_read(x) and is_direct()):  # a traced graph must not compare lengths
+        form = bits8 if self.bits == 8 else bits4
+        if not (
+            inference and can_read(x) and form.is_direct(self.get_buffer("w1_packed"))
+        ):  # a traced graph must not compare lengths
             return False
         # it computes in float32, where weights of an activation may have another dtype
         fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
@@ -174,11 +227,9 @@ class QuantizedExperts(RoutedExperts):
         (t, d), k, expert = x.shape, decision.k, decision.expert
         assert k is not None
 
-        into = places(expert, d)
-
-        def linear(x: Tensor, name: str, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-            out = few_by_packed(x, packed, into if name != "w_out" else places(expert, x.shape[1]))
-            out.mul_(scale.index_select(0, expert))
+        def linear(x: Tensor, name: str, stored: list[Any], bias: Tensor | None) -> Tensor:
+            packed, groups, scale = stored
+            out = few(x, packed, groups, scale, expert)
             return out if bias is None else out.add_(bias.index_select(0, expert))
 
         with without_autocast(x.device):
@@ -186,12 +237,14 @@ class QuantizedExperts(RoutedExperts):
             return torch.bmm(decision.weight.to(y.dtype).view(t, 1, k), y.view(t, k, -1)).squeeze(1).to(x.dtype)
 
     def _feed_forward(self, x: Tensor, linear: Callable[..., Tensor]) -> Tensor:
-        """Outputs for x, by `linear(x, name, packed, scale, bias)`."""
+        """Outputs for x, by `linear(x, name, (packed, groups, scale), bias)`."""
         last = len(self.expert_dims) - 1
 
         def layer(x: Tensor, number: int, name: str) -> Tensor:
-            tensors = (self._buffers[key] for key in (f"w{number}_packed", f"w{number}_scale", f"b{number}"))
-            return linear(x, name, *(part.flatten(0, last) if part is not None and last else part for part in tensors))
+            keys = (*(f"w{number}_{part}" for part in ("packed", "groups", "scale")), f"b{number}")
+            tensors = (self._buffers.get(key) for key in keys)
+            *stored, bias = (part.flatten(0, last) if part is not None and last else part for part in tensors)
+            return linear(x, name, stored, bias)
 
         into = [layer(x, number, f"w_in.{i}") for i, number in enumerate((1, 3) if self.gated else (1,))]
         hidden = hidden_layer(self.act, into)
@@ -202,55 +255,76 @@ class QuantizedExperts(RoutedExperts):
         """A tensor of the shape `(*e, p, q)`, dtype and device of a weight, "w1", "w3" or "w2", without its numbers and
         without memory for them."""
         packed, scale = self.get_buffer(f"{name}_packed"), self.get_buffer(f"{name}_scale")
-        return torch.full((), torch.nan, dtype=scale.dtype, device=scale.device).expand(
-            *packed.shape[:-1], scale.shape[-1]
-        )
+        nothing = torch.full((), torch.nan, dtype=scale.dtype, device=scale.device)
+        return nothing.expand(*self.expert_dims, packed.shape[-2], scale.shape[-1])
 
     def extra_repr(self) -> str:
-        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}"
+        return f"{self.dim}, {self.num_experts}, hidden_dim={self.hidden_dim}, bits={self.bits}"
 
 
 @torch.no_grad()
-def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights `(*e, p, q)` in bytes `(*e, p, q + 8)`, and the scale `(*e, q)` of each output channel."""
-    dims, (p, q) = weight.shape[:-2], weight.shape[-2:]
-    scale = weight.abs().amax(dim=-2).to(torch.bfloat16)  # or a later cast would round it
+def pack(weight: Tensor, bits: int = 8, group: int = 64, block: int | None = None) -> dict[str, Tensor]:
+    """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs."""
+    *dims, p, q = weight.shape
+    low, high = weight.amin(dim=-2), weight.amax(dim=-2)
+    scale = torch.maximum(high, -low).to(torch.bfloat16)  # or a later cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    packed = torch.empty(*dims, p, q + EXTRA, dtype=torch.uint8, device=weight.device)
-    for out, matrix, by in zip(packed.flatten(0, -3), weight.flatten(0, -3), scale.flatten(0, -2), strict=True):
-        wide = matrix.float() / torch.where(by == 0, 1, by).float()
-        low, high = wide.aminmax(dim=-1, keepdim=True)
-        step = (high - low) / 255
-        out[:, :q] = ((wide - low) / torch.where(step == 0, 1, step)).round_().clamp_(0, 255)
-        out[:, q:] = torch.cat([step, low], dim=-1).view(torch.uint8)
-    return packed, scale
+    form: Any = bits8 if bits == 8 else bits4
+    settings = {} if bits == 8 else {"group": group, "block": block or bits4.block_of_cpu()}
+    sizes = form.sizes(p, q, **settings)
+    whole = {name: weight.new_empty(math.prod(dims), *size, dtype=torch.uint8) for name, size in sizes.items()}
+    for i, matrix in enumerate(() if weight.is_meta else weight.flatten(0, -3)):
+        by = scale.flatten(0, -2)[i].float()
+        by = torch.where(by == 0, 1, by)
+        for inputs in in_parts(p, q):
+            for name, part in form.pack(matrix[inputs].float() / by, **settings).items():
+                length = part.shape[AXES[name]]
+                start = inputs.start * length // (inputs.stop - inputs.start)
+                whole[name][i].narrow(AXES[name], start, length).copy_(part)
+    return {**{name: value.view(*dims, *sizes[name]) for name, value in whole.items()}, "scale": scale}
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The numbers `(..., p, q)` in float32 that are packed in `(..., p, q + 8)`."""
-    extra = packed[..., -EXTRA:].clone(memory_format=torch.contiguous_format)  # with strides of its own, for a view
-    step, low = extra.view(torch.float32).split(1, dim=-1)
-    return packed[..., :-EXTRA].float().mul_(step).add_(low)
+def in_parts(p: int, q: int) -> Iterator[slice]:
+    """The inputs of a weight `(p, q)`, in parts that end where groups end."""
+    most = max(bits4.GROUPS)
+    size = most * max(1, UNPACKED // q // most)
+    return (slice(start, min(start + size, p)) for start in range(0, p, size))
 
 
-def product(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
-    """x `(r, p)` times one packed weight `(p, q + 8)` with its scale `(q,)`: `(r, q)`."""
-    direct = x.is_cpu and x.dtype != torch.float64 and is_direct()
-    if direct and x.shape[0] <= FEW_ROWS:
-        rows = places(torch.zeros(x.shape[0], dtype=torch.int64, device=x.device), x.shape[1])
-        return few_by_packed(x.float(), packed.unsqueeze(0), rows).mul_(scale).to(x.dtype)
-    weight, dtype, x = (unpacked_rows if direct else unpack)(packed), x.dtype, to_multiply(x)
-    if x.dtype == torch.float16:  # whose range products without scale would leave
-        return x @ weight.mul_(scale).to(x.dtype)
-    return (x @ weight.to(x.dtype)).mul_(scale).to(dtype)
+def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The numbers of one weight `(p, q)` without its scale, in float32, in parts: some inputs, and their numbers."""
+    p, q = packed.shape[-2], scale.shape[-1]
+    for inputs in in_parts(p, q):
+        some = packed.narrow(-2, inputs.start, inputs.stop - inputs.start)
+        if groups is None:
+            yield inputs, bits8.unpack(some)
+        else:
+            group = p // groups.shape[0]
+            yield inputs, bits4.unpack(some, groups[inputs.start // group : inputs.stop // group])[:, :q]
 
 
-def product_back(x: Tensor, packed: Tensor, scale: Tensor) -> Tensor:
+def product(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor) -> Tensor:
+    """x `(r, p)` times one packed weight with its scale `(q,)`: `(r, q)`."""
+    form = bits8 if groups is None else bits4
+    if x.dtype != torch.float64 and x.shape[0] <= form.FEW_ROWS and form.is_direct(packed):
+        return few(x, packed, groups, scale).to(x.dtype)
+    rows, dtype = to_multiply(x), torch.float64 if x.dtype == torch.float64 else torch.float32
+    out, scaled = x.new_zeros(x.shape[0], scale.shape[0], dtype=dtype), rows.dtype == torch.float16
+    for inputs, weight in unpack(packed, groups, scale):
+        weight = weight.mul_(scale) if scaled else weight  # products without it would leave the range of float16
+        out += rows[:, inputs] @ weight.to(rows.dtype)
+    return (out if scaled else out.mul_(scale)).to(x.dtype)
+
+
+def product_back(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor) -> Tensor:
     """The gradient of the rows of `product`, `(r, p)`, from x `(r, q)`, that of its results."""
-    weight, dtype, x = unpack(packed), x.dtype, to_multiply(x)
-    if x.dtype == torch.float16:
-        return x @ weight.mul_(scale).to(x.dtype).mT
-    return ((x * scale.to(x.dtype)) @ weight.to(x.dtype).mT).to(dtype)
+    rows, out = to_multiply(x), x.new_empty(x.shape[0], packed.shape[-2])
+    scaled = rows.dtype == torch.float16
+    rows = rows if scaled else rows * scale.to(rows.dtype)
+    for inputs, weight in unpack(packed, groups, scale):
+        weight = weight.mul_(scale) if scaled else weight
+        out[:, inputs] = rows @ weight.to(rows.dtype).mT
+    return out
 
 
 def to_multiply(x: Tensor) -> Tensor:
@@ -258,44 +332,36 @@ def to_multiply(x: Tensor) -> Tensor:
     return x.float() if x.is_cpu and not private_torch.multiplies(x.dtype) else x
 
 
-def places(expert: Tensor, p: int) -> Tensor:
-    """For rows of these experts `(r,)`, where the rows of their packed weights lie among those of all: `(r, p)`."""
-    return torch.arange(p, device=expert.device).add(expert.unsqueeze(1), alpha=p)
-
-
-def few_by_packed(x: Tensor, packed: Tensor, places: Tensor) -> Tensor:
-    """x `(r, p)` float32, each row times the packed weight `(e, p, q + 8)` of its own expert, which `places` tell:
-    `(r, q)`. If there are more threads than rows, a product is the sum of parts of it."""
-    (r, p), threads = x.shape, torch.get_num_threads()
-    parts = -(-threads // r) if threads > r else 1
-    parts = parts if p % parts == 0 else 1
-    start = torch.arange(0, r * p, p // parts, device=x.device)
-    sums = sum_of_packed_rows(packed.flatten(0, 1), places.view(-1), start, x.contiguous().view(-1))
-    return sums if parts == 1 else sums.view(r, parts, -1).sum(dim=1)
+def few(x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, expert: Tensor | None = None) -> Tensor:
+    """x `(r, p)` times one packed weight, or each row times that of its own expert among all, by torch's operator, in
+    float32: `(r, q)`."""
+    out = bits8.few(x, packed, expert) if groups is None else bits4.few(x, packed, groups, expert)
+    return out[:, : scale.shape[-1]] * (scale if expert is None else scale.index_select(0, expert))
 
 
 @torch.library.custom_op("mixture_of_experts::rows_by_packed", mutates_args=())
-def rows_by_packed(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-    """Rows `(r, p)` sorted by expert times the weights of their experts, packed `(e, p, q + 8)` and with a scale
-    `(e, q)`: `(r, q)`. With `back` the gradient of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for
-    rows past the last expert's."""
-    out, start = x.new_zeros(x.shape[0], width(packed, back)), 0
+def rows_by_packed(
+    x: Tensor, packed: Tensor, groups: Tensor | None, scale: Tensor, num_tokens_per_expert: Tensor, back: bool
+) -> Tensor:
+    """Rows `(r, p)` sorted by expert times the packed weights of their experts, with a scale `(e, q)`: `(r, q)`. With
+    `back` the gradient of those, from that of the products: rows `(r, q)` to `(r, p)`. 0 for rows past the last
+    expert's."""
+    out, start = x.new_zeros(x.shape[0], width(packed, scale, back)), 0
     for expert, count in enumerate(num_tokens_per_expert.tolist()):
         if count:
-            rows = x[start : start + count]
-            out[start : start + count] = (product_back if back else product)(rows, packed[expert], scale[expert])
-            start += count
+            own, rows = None if groups is None else groups[expert], slice(start, start := start + count)
+            out[rows] = (product_back if back else product)(x[rows], packed[expert], own, scale[expert])
     return out
 
 
-def width(packed: Tensor, back: bool) -> int:
+def width(packed: Tensor, scale: Tensor, back: bool) -> int:
     """The width of the rows that `rows_by_packed` returns."""
-    return packed.shape[1] if back else packed.shape[2] - EXTRA
+    return packed.shape[-2] if back else scale.shape[-1]
 
 
 @rows_by_packed.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-    return x.new_empty(x.shape[0], width(packed, back))
+def _(x: Tensor, packed: Tensor, groups: Any, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
+    return x.new_empty(x.shape[0], width(packed, scale, back))
 
 
 class _ByPacked(torch.autograd.Function):
@@ -304,8 +370,8 @@ class _ByPacked(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, packed: Tensor, scale: Tensor, num_tokens_per_expert: Tensor, back: bool) -> Tensor:
-        return rows_by_packed(x, packed, scale, num_tokens_per_expert, back)
+    def forward(x, packed, groups, scale, num_tokens_per_expert, back) -> Tensor:
+        return rows_by_packed(x, packed, groups, scale, num_tokens_per_expert, back)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
@@ -314,20 +380,4 @@ class _ByPacked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return _ByPacked.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None
-
-
-@cache
-def is_direct() -> bool:
-    """Whether torch has the operators for packed rows on a CPU, and they compute what `unpack` does. It is found out at
-    the first question."""
-    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
-    weight, x = torch.arange(-35, 35, **here).view(2, 5, 7) / 4, torch.arange(10, **here).view(2, 5) - 4.5
-    expert = torch.tensor([1, 0], device="cpu")
-    packed, _ = pack(weight)
-    try:
-        found, whole = few_by_packed(x, packed, places(expert, 5)), unpacked_rows(packed[1])
-    except (AttributeError, RuntimeError):
-        return False
-    wanted = torch.stack([row @ unpack(packed)[e] for row, e in zip(x, (1, 0), strict=True)])
-    return torch.allclose(found, wanted, rtol=1e-4) and torch.allclose(whole, unpack(packed[1]), rtol=1e-4, atol=1e-5)
+        return _ByPacked.apply(grad, *ctx.saved_tensors, not ctx.back), None, None, None, None, None

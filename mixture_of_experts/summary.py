@@ -15,7 +15,7 @@ from mixture_of_experts.experts import RoutedExperts, StackedExperts
 from mixture_of_experts.gating import RouterLogits
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.moe import HeirarchicalMoE
-from mixture_of_experts.quantize import EXTRA, QuantizedExperts
+from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_peft import parts_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
 from mixture_of_experts.whole_model.sites import Site, Stand, all_sites, places, serve
@@ -208,10 +208,12 @@ def with_parts(model: nn.Module, shares: Shares) -> Iterator[tuple[nn.Module, fl
 
 
 def own_weights(module: nn.Module) -> dict[str, Tensor]:
-    """The parameters of a module itself, and its quantised weights without what is packed beside them; by name."""
-    packed = module.named_buffers(recurse=False) if isinstance(module, QuantizedExperts) else ()
-    small = {name: buffer[..., :-EXTRA] for name, buffer in packed if name.endswith("_packed")}
-    return {**dict(module.named_parameters(recurse=False)), **small}
+    """The parameters of a module itself, and in the places of quantised weights tensors of their sizes; by name."""
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False))
+    if isinstance(module, QuantizedExperts):
+        names = [name.removesuffix("_packed") for name in module._buffers if name.endswith("_packed")]
+        own |= {name: module.like(name) for name in names}
+    return own
 
 
 def multiplied(module: nn.Module, used: Used) -> int:

@@ -132,7 +132,7 @@ def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.
         has = sorted({type(module).__name__ for module in model.modules() if isinstance(module, RoutedExperts)})
         raise ValueError(
             f"{type(model).__name__} has no {what}, but {', '.join(has) or 'no experts at all'}: unstack() and "
-            "quantize_experts() take stacks, restack() what unstack() made, and from 8 bits nothing goes back"
+            "quantize_experts() take stacks, restack() what unstack() made, and from few bits nothing goes back"
         )
     if model in made:
         raise ValueError(f"{type(model).__name__} is nothing but {what}: give the layer or model around")

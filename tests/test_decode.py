@@ -1,5 +1,6 @@
 """A few rows in inference are computed without a plan: what comes out is that of the plan."""
 
+import copy
 import itertools
 import warnings
 from dataclasses import replace
@@ -268,13 +269,13 @@ def one_token_of_features(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("dim", [1, 64])
 def test_strides_of_the_inputs_change_nothing(dim, k, strided):
-    """Whichever operators compute: kept weights and those in 8 bits, few tokens in eval and many."""
+    """Whichever operators compute: kept weights and those in 8 and 4 bits, few tokens in eval and many."""
     for make, training in itertools.product((Experts, GatedExperts), (True, False)):
         torch.manual_seed(0)
-        layer = MoE(dim, gate=TopKGating(dim, 4, k), experts=make(dim, 4, 1024)).train(training)
-        layer.experts.requires_grad_(False)
-        for experts in ("kept", "8 bits"):
-            layer = layer if experts == "kept" else quantize_experts(layer)
+        kept = MoE(dim, gate=TopKGating(dim, 4, k), experts=make(dim, 4, 1024)).train(training)
+        kept.experts.requires_grad_(False)
+        for bits in (16, 8, 4) if dim == 64 else (16, 8):
+            layer = copy.deepcopy(kept) if bits == 16 else quantize_experts(copy.deepcopy(kept), bits)
             for length, dtype in itertools.product((1, 2, 3, 9), (torch.float32, torch.bfloat16)):
                 x = torch.randn(1, length, dim).to(dtype)
                 with torch.set_grad_enabled(training):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from mixture_of_experts import quantize
+from mixture_of_experts.ops import bits4, bits8
 from mixture_of_experts.support import private_torch
 
 #: importing the package must not load these: each takes a tenth of a second or more, or is an extra
@@ -54,13 +54,25 @@ def test_stand_ins():
 
 
 def test_packed_rows():
-    """Where they are right, `mixture_of_experts.quantize` uses them."""
-    packed = quantize.pack(torch.randn(1, 6, 5))[0][0]
-    torch.testing.assert_close(private_torch.unpacked_rows(packed), quantize.unpack(packed))
+    """Where they are right, `mixture_of_experts.ops.bits8` uses them."""
+    packed = bits8.pack(torch.randn(6, 5))["packed"]
+    numbers = bits8.unpack(packed.unsqueeze(0)).squeeze(0)
+    torch.testing.assert_close(private_torch.unpacked_rows(packed), numbers)
     place, start, factor = torch.tensor([4, 0, 5]), torch.tensor([0, 2]), torch.tensor([2.0, -1.0, 0.5])
-    rows = quantize.unpack(packed)[place] * factor.unsqueeze(-1)
+    rows = numbers[place] * factor.unsqueeze(-1)
     found = private_torch.sum_of_packed_rows(packed, place, start, factor)
     torch.testing.assert_close(found, torch.stack([rows[:2].sum(0), rows[2]]))
+
+
+@pytest.mark.parametrize("group", bits4.GROUPS)
+def test_products_of_int4(group):
+    """Where they are right, `mixture_of_experts.ops.bits4` uses them."""
+    levels, x = torch.randint(16, (48, 512), dtype=torch.int32), torch.randn(3, 512).bfloat16()
+    numbers = torch.randn(512 // group, 48, 2).bfloat16()
+    step, zero = numbers.float().repeat_interleave(group, dim=0).unbind(-1)
+    found = private_torch.product_of_int4(x, private_torch.int4_packed(levels), group, numbers)
+    wanted = x.float() @ ((levels.mT - 8) * step + zero)
+    assert (found - wanted).norm() <= 5e-3 * wanted.norm()
 
 
 def test_dispatch_modes():

@@ -1,4 +1,4 @@
-"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `prune` and `export`: change saved models."""
+"""`python -m mixture_of_experts.huggingface upcycle IN OUT`, `prune`, `quantize`, `export`: change saved models."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from mixture_of_experts.huggingface.pruning.folders import prune_folder, read_choice
-from mixture_of_experts.huggingface.saving.folders import export_folder, upcycle_folder
+from mixture_of_experts.huggingface.saving.folders import export_folder, quantize_folder, upcycle_folder
 from mixture_of_experts.huggingface.saving.layer_settings import GATES, GateFactory
+from mixture_of_experts.ops.bits4 import GROUPS
 
 DTYPES = ("float32", "bfloat16", "float16")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -50,18 +51,27 @@ def read(arguments: Sequence[str] | None) -> argparse.Namespace:
     for name, does in (
         ("upcycle", "replace the feed-forward networks of a saved model by experts that are copies of them"),
         ("prune", "remove experts of a saved model with experts"),
+        ("quantize", "round the experts of a saved model, also of a stock model with experts, to 8 or 4 bits"),
         ("export", "write a saved model with experts as Mixtral, Qwen2-MoE or Qwen3-MoE of transformers"),
     ):
         shows_defaults = argparse.ArgumentDefaultsHelpFormatter
         command = commands.add_parser(name, help=does, description=does, formatter_class=shows_defaults)
         command.add_argument("source", type=Path, metavar="IN", help="folder with config.json and safetensors")
         command.add_argument("target", type=Path, metavar="OUT", help="new folder")
-        command.add_argument("--max-shard-size", type=size, default="5GB", help="most bytes of a file of weights")
+        most = "1GB" if name == "quantize" else "5GB"
+        command.add_argument("--max-shard-size", type=size, default=most, help="most bytes of a file of weights")
         if name == "upcycle":
             add_settings(command.add_argument)
         if name == "prune":
             command.add_argument("--by", required=True, help=BY)
             command.add_argument("--keep", type=int, help="experts that each layer keeps, without ids")
+        if name == "quantize":
+            command.add_argument("--bits", type=int, default=8, choices=(8, 4), help="of a number")
+            command.add_argument(
+                "--group", type=int, default=64, choices=GROUPS, help="inputs with a step of their own"
+            )
+            unfit = "bits of experts whose sizes --group does not divide"
+            command.add_argument("--fallback", type=int, choices=(8,), default=argparse.SUPPRESS, help=unfit)
     return parser.parse_args(arguments)
 
 
@@ -83,7 +93,8 @@ def add_settings(add: Any) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; after an error, printed to standard error, it is 1."""
     settings = vars(read(arguments))
-    run = {"upcycle": upcycle_folder, "prune": prune_folder, "export": export_folder}[settings.pop("command")]
+    commands = {"upcycle": upcycle_folder, "prune": prune_folder, "quantize": quantize_folder, "export": export_folder}
+    run = commands[settings.pop("command")]
     if "dtype" in settings:
         settings["dtype"] = getattr(torch, settings["dtype"])
     try:

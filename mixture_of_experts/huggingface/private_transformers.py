@@ -9,9 +9,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import WeightConverter, WeightRenaming, revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    revert_weight_conversion,
+)
 from transformers.integrations.moe import _default_apply_gate
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.utils.output_capturing import maybe_install_capturing_hooks
 
 # Names of weights
@@ -43,6 +50,17 @@ def as_saved(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tenso
 def forget_conversions(model: nn.Module) -> None:
     """Make a model that was given a state dict save its weights under the names of its class's checkpoints."""
     vars(model).pop("_weight_conversions", None)
+
+
+def load_some(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Load some weights of a stock model, whose others stay as they are, by the names and in the forms of its class's
+    checkpoints."""
+    mapping: Any = get_model_conversion_mapping(model)
+    settings = LoadStateDictConfig(weight_mapping=mapping)
+    found, _ = convert_and_load_state_dict_in_model(model, dict(weights), settings)
+    forget_conversions(model)  # of these weights alone
+    if found.unexpected_keys or found.conversion_errors:
+        raise ValueError(f"{type(model).__name__} has no place for {found.unexpected_keys or found.conversion_errors}")
 
 
 # Experts

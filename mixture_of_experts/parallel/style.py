@@ -224,7 +224,7 @@ def stacked_names(experts: nn.Module, dims: tuple[int, ...], replicated: Collect
         shapes = ", ".join(f"{name} {tuple(parameter.shape)}" for name, parameter in parameters.items())
         raise ValueError(
             f"{type(experts).__name__} has no parameter stacked over {dims} experts, only {shapes or 'none at all'}: "
-            "the first dimensions of an expert parameter must be the experts'. Experts in 8 bits have no parameters "
+            "the first dimensions of an expert parameter must be the experts'. Experts in few bits have no parameters "
             "to spread: take the model that is not quantised"
         )
     return frozenset(names)

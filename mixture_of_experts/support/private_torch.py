@@ -214,6 +214,23 @@ def unpacked_rows(packed: Tensor) -> Tensor:
     return torch.ops.quantized.embedding_bag_byte_unpack(packed)
 
 
+def int4_packed(levels: Tensor) -> Tensor:
+    """Levels `(q, p)` int32 from 0 to 15 as bytes `(q, p / 2)`, in an order that depends on the CPU."""
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.contiguous(), 1)
+
+
+def product_of_int4(x: Tensor, packed: Tensor, group: int, numbers: Tensor) -> Tensor:
+    """x `(r, p)` times `(level - 8) * step + zero` `(p, q)` on a CPU, in bfloat16: `(r, q)`.
+
+    Args:
+        packed: what `int4_packed` returns, in any shape.
+        group: neighbouring inputs that have step and zero in common.
+        numbers: step and zero `(p / group, q, 2)`.
+    """
+    packed = packed.view(numbers.shape[1], -1)
+    return torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, numbers)
+
+
 @constant_in_graphs
 def multiplies(dtype: torch.dtype) -> bool:
     """Whether a CPU has products of this dtype, so that torch computes them as fast as those of float32. Of others than

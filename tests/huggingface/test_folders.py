@@ -243,7 +243,7 @@ def test_a_name_on_the_hub_is_not_looked_up(command, tmp_path, capsys, monkeypat
 
 def test_an_interrupted_run_cleans_up(tmp_path, monkeypatch):
     saved("llama", tmp_path / "in")
-    monkeypatch.setattr(folders, "copy_others", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(folders, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         main(["upcycle", str(tmp_path / "in"), str(tmp_path / "out")])
     assert os.listdir(tmp_path) == ["in"]

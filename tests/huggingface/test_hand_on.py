@@ -180,7 +180,7 @@ REFUSED: dict[str, Any] = {
     "adapters": (lambda: with_lora(upcycled("llama")), "PeftModel.* has adapters of PEFT, which no class has: merge_"),
     "adapters inside": (lambda: with_lora(upcycled("llama")).base_model.model, "LlamaForCausalLM has adapters of PEFT"),
     "unequal layers": (unequal, r"layers that differ \(num_experts: 3, 4\)"),
-    "int8": (in_int8, "experts that are QuantizedExperts"),
+    "int8": (in_int8, "the experts are QuantizedExperts"),
     "blocks": (
         lambda: stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),
         "to_transformers makes a stock",

@@ -1,8 +1,9 @@
-"""Experts in int8 in a model of transformers: folders, adapters, checkpointing."""
+"""Experts in 8 and 4 bits in a model of transformers: folders, adapters, checkpointing."""
 
 from __future__ import annotations
 
 import copy
+import json
 from typing import Any
 
 import pytest
@@ -12,10 +13,11 @@ from support.transformers_models import ARCHITECTURES, two_lengths, without_drop
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from mixture_of_experts import GatedExperts, quantize
+from mixture_of_experts import GatedExperts
 from mixture_of_experts.huggingface import fast_lora, from_pretrained, from_transformers, upcycle
 from mixture_of_experts.huggingface.lora import weights_shown
-from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
+from mixture_of_experts.ops import bits4
+from mixture_of_experts.quantize import QuantizedExperts, quantize_experts, unpack
 from mixture_of_experts.unstack import UnstackedExperts, restack, unstack
 
 from .test_blocks import MODELS, build
@@ -26,17 +28,25 @@ pytestmark = [
 ]
 
 
+BITS = (8, 4)
+
+
 def model() -> Any:
     torch.manual_seed(0)
-    model = without_dropout(ARCHITECTURES["llama"].build()).eval()
+    model = without_dropout(ARCHITECTURES["llama"].build(intermediate_size=64)).eval()
     upcycle(model, num_experts=4, noise=0.5)
     return model.requires_grad_(False)
 
 
-def test_a_folder_has_int8_where_the_model_has(tmp_path):
+def quantised(model: Any, bits: Any) -> Any:
+    return quantize_experts(model, bits, group=32)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_folder_has_few_bits_where_the_model_has(tmp_path, bits):
     """One layer of two."""
     moe, (_, batch) = model(), two_lengths("left")
-    quantize_experts(moe.model.layers[1])
+    quantised(moe.model.layers[1], bits)
     wanted = moe(**batch).logits
     moe.save_pretrained(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
@@ -46,6 +56,26 @@ def test_a_folder_has_int8_where_the_model_has(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)(**batch).logits.isfinite().all()
     loaded.save_pretrained(tmp_path / "again")
     assert from_pretrained(tmp_path / "again")(**batch).logits.equal(wanted)
+
+
+@pytest.mark.parametrize("block", [2, 32, 64])
+def test_a_folder_in_4_bits_moves_between_machines(block, tmp_path, monkeypatch):
+    """It tells how it is arranged, and is rearranged for the machine that loads it."""
+    moe, (_, batch) = model(), two_lengths("left")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(bits4, "block_of_cpu", lambda: block)
+        copy.deepcopy(quantised(moe, 4)).save_pretrained(tmp_path)
+    for experts in experts_of(moe):
+        experts.rearrange()
+    layers = json.loads((tmp_path / "config.json").read_text())["dense_config"]["quantization_config"]["layers"]
+    form = {"class": "QuantizedExperts", "bits": 4, "group": 32, "block": block}
+    assert [entry["forms"] for entry in layers] == [{"moe.experts": form}]
+    loaded = from_pretrained(tmp_path)
+    for found, wanted in zip(experts_of(loaded), experts_of(moe), strict=True):
+        assert found.settings() == {**wanted.settings(), "block": bits4.block_of_cpu()}
+    assert loaded(**batch).logits.equal(moe(**batch).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert from_pretrained(tmp_path / "again")(**batch).logits.equal(moe(**batch).logits)
 
 
 @pytest.mark.parametrize("load", [AutoModelForCausalLM.from_pretrained, from_pretrained])
@@ -75,11 +105,12 @@ def test_a_folder_of_blocks_in_linear_layers_is_refused(tmp_path):
     assert from_pretrained(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == "Mixtral" else pytest.mark.slow) for n in MODELS])
-def test_a_folder_of_blocks_in_8_bits(name, tmp_path):
+def test_a_folder_of_blocks_in_few_bits(name, bits, tmp_path):
     """The files have the names of the class's checkpoints, which may be others than the model's."""
-    moe, tokens = from_transformers(build(name)).requires_grad_(False), torch.randint(3, 64, (2, 9))
-    quantize_experts(moe).save_pretrained(tmp_path)
+    moe, tokens = from_transformers(build(name, hidden=32)).requires_grad_(False), torch.randint(3, 64, (2, 9))
+    quantised(moe, bits).save_pretrained(tmp_path)
     for load in (AutoModelForCausalLM.from_pretrained, type(moe).from_pretrained, from_pretrained):
         assert load(tmp_path)(tokens).logits.equal(moe(tokens).logits)
 
@@ -90,11 +121,13 @@ LORA = LoraConfig(
 
 
 def with_rounded_weights(quantised: Any, plain: Any) -> Any:
-    """A model whose stacked experts have the numbers that experts in 8 bits stand for."""
+    """A model whose stacked experts have the numbers that quantised experts stand for."""
     for small, experts in zip(experts_of(quantised), experts_of(plain), strict=True):
         for name in ("w1", "w3", "w2"):
-            packed, scale = getattr(small, f"{name}_packed"), getattr(small, f"{name}_scale")
-            getattr(experts, name).data.copy_(quantize.unpack(packed) * scale.unsqueeze(-2))
+            packed, groups, scale = (small._buffers.get(f"{name}_{part}") for part in ("packed", "groups", "scale"))
+            for i, weight in enumerate(getattr(experts, name).data):
+                for inputs, part in unpack(packed[i], groups if groups is None else groups[i], scale[i]):
+                    weight[inputs] = part * scale[i]
     return plain
 
 
@@ -110,12 +143,13 @@ def gradients(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {"logits": out.logits, **{name: p.grad for name, p in model.named_parameters() if p.requires_grad}}
 
 
+@pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_adapters_beside_experts_in_8_bits(checkpointed):
+def test_adapters_beside_experts_in_few_bits(checkpointed, bits):
     """They are PEFT's own: outputs and gradients as on plain experts of the same numbers; two adapters, one, none."""
     tuned: Any = get_peft_model(model().double(), LORA, autocast_adapter_dtype=False)
     tuned.add_adapter("other", LORA)
-    small = quantize_experts(fast_lora(copy.deepcopy(tuned)))
+    small = quantised(fast_lora(copy.deepcopy(tuned)), bits)
     plain, (_, batch) = with_rounded_weights(small, tuned), two_lengths("left")
     if checkpointed:
         small.gradient_checkpointing_enable()
@@ -135,13 +169,14 @@ def test_adapters_beside_experts_in_8_bits(checkpointed):
         torch.testing.assert_close(*(each(**batch).logits for each in (small, plain)))
 
 
-def test_adapters_come_to_a_folder_in_8_bits(tmp_path):
+@pytest.mark.parametrize("bits", BITS)
+def test_adapters_come_to_a_folder_in_few_bits(tmp_path, bits):
     """A folder is loaded, adapters are put beside its experts or loaded, train, are saved and loaded elsewhere."""
     plain, (_, batch) = model(), two_lengths("left")
     tuned: Any = fast_lora(get_peft_model(copy.deepcopy(plain), LORA))
     tuned.save_pretrained(tmp_path / "adapters")
-    wanted = quantize_experts(tuned).eval()(**batch).logits
-    quantize_experts(plain).save_pretrained(tmp_path / "model")
+    wanted = quantised(tuned, bits).eval()(**batch).logits
+    quantised(plain, bits).save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     with weights_shown(loaded):
         again: Any = PeftModel.from_pretrained(loaded, str(tmp_path / "adapters"))
@@ -158,14 +193,17 @@ def test_adapters_come_to_a_folder_in_8_bits(tmp_path):
     assert ids.shape[1] == batch["input_ids"].shape[1] + 3
 
 
-def test_what_adapters_cannot_do_beside_8_bits():
+@pytest.mark.parametrize("bits", BITS)
+def test_what_adapters_cannot_do_beside_few_bits(bits):
     tuned: Any = get_peft_model(model(), LORA)
     with pytest.raises(ValueError, match=r"around experts, .*: call fast_lora\(\) of a model with adapters first"):
-        quantize_experts(tuned)
-    small = quantize_experts(fast_lora(tuned))
+        quantised(tuned, bits)
+    small = quantised(fast_lora(tuned), bits)
     before = {name: value.clone() for name, value in small.state_dict().items()}
     for refused in (small.merge_adapter, small.merge_and_unload):
-        with pytest.raises(ValueError, match=r"can be merged where w2 is in 8 bits: .* load them into the model that"):
+        with pytest.raises(
+            ValueError, match=rf"can be merged where w2 is in {bits} bits: .* load them into the model that"
+        ):
             refused()
     experts = small.base_model.model.model.layers[0].mlp.moe.experts
     with pytest.raises(ValueError, match="no adapters are computed for slots where"):
@@ -175,11 +213,12 @@ def test_what_adapters_cannot_do_beside_8_bits():
     with pytest.raises(ValueError, match="has no QuantizedExperts"), weights_shown(model()):
         pass
     with pytest.raises(ValueError, match="no `target_parameters` found"):
-        get_peft_model(quantize_experts(model()), LORA)
+        get_peft_model(quantised(model(), bits), LORA)
 
 
-def test_weights_are_shown_within_the_outermost_context():
-    small = quantize_experts(model())
+@pytest.mark.parametrize("bits", BITS)
+def test_weights_are_shown_within_the_outermost_context(bits):
+    small = quantised(model(), bits)
     shown = lambda: [set(experts._parameters) for experts in experts_of(small)]  # noqa: E731
     with weights_shown(small):
         with weights_shown(small):
@@ -191,10 +230,11 @@ def test_weights_are_shown_within_the_outermost_context():
     assert shown() == [set()] * 2
 
 
-def test_adapters_of_attention_train_through_them():
+@pytest.mark.parametrize("bits", BITS)
+def test_adapters_of_attention_train_through_them(bits):
     """With activation checkpointing as without."""
     lora, (_, batch) = LoraConfig(target_modules=["q_proj"], init_lora_weights=False), two_lengths("left")
-    tuned: Any = get_peft_model(quantize_experts(model()), lora).train()
+    tuned: Any = get_peft_model(quantised(model(), bits), lora).train()
     other = copy.deepcopy(tuned)
     other.gradient_checkpointing_enable()
     other.enable_input_require_grads()

@@ -79,7 +79,7 @@ def fast_lora(model: Model) -> Model:
     if left:
         raise ValueError(
             f"{type(model).__name__} has no adapters for {', '.join(left)} of target_parameters: PEFT passed over it. "
-            "If experts are in 8 bits, let it prepare the model within weights_shown(model); else look at the names"
+            "If experts are quantised, let it prepare the model within weights_shown(model); else look at the names"
         )
     if not found:
         raise ValueError(
@@ -97,7 +97,7 @@ def fast_lora(model: Model) -> Model:
 def weights_shown(model: nn.Module) -> Iterator[None]:
     """Within this context PEFT finds the weights of `QuantizedExperts`, to put LoRA beside them or to load it.
 
-    PEFT looks for parameters, and weights in 8 bits are none. Here they appear under their names, "w1", "w3" and "w2",
+    PEFT looks for parameters, and quantised weights are none. Here they appear under their names, "w1", "w3" and "w2",
     with their shapes, without numbers and without memory. Call `fast_lora` afterwards: only with it such experts
     compute.
 

@@ -85,10 +85,10 @@ class ParamWrapper(layer.ParamWrapper):
         super().unmerge()
 
     def check_not_quantized(self, what: str) -> None:
-        if isinstance(self.get_base_layer(), QuantizedExperts):
+        if isinstance(experts := self.get_base_layer(), QuantizedExperts):
             raise ValueError(
-                f"no adapters {what} where {self.parameter_name} is in 8 bits: keep adapters beside it, or load them "
-                "into the model that is not quantised, and merge there"
+                f"no adapters {what} where {self.parameter_name} is in {experts.bits} bits: keep adapters beside it, "
+                "or load them into the model that is not quantised, and merge there"
             )
 
     def part(self, adapters: list[str]) -> LowRankPart:

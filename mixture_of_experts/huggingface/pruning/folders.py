@@ -14,8 +14,8 @@ from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer
 from mixture_of_experts.huggingface.pruning.prune import Chosen, prunable, prune_sites
 from mixture_of_experts.huggingface.saving.folders import (
     Shards,
-    copy_others,
     empty_with_experts,
+    finish,
     finished,
     opened,
     readable,
@@ -55,10 +55,7 @@ def prune_folder(
             gate, axis = axes.get(stored, (None, 0))
             value = weights[stored]
             writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))
-        writer.close()
-        copy_others(source, folder)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        finish(model, weights, weights, writer, source)
         return kept
 
 

@@ -236,7 +236,7 @@ def as_block(moe: Any, shared_expert: bool) -> MoE:
             like.experts = copy.copy(moe.experts)
             like.experts._parameters = {**moe.experts._parameters, "w2": nn.Parameter(moe.experts.w2 * moe.gate.scale)}
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
-        w = next(moe.experts.parameters())
+        w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
         with torch.device("meta"):
             parts = SharedExpert(moe.dim, 1, dtype=w.dtype), nn.Linear(moe.dim, 1, bias=False, dtype=w.dtype)
         shared, gate = (part.to_empty(device=w.device).requires_grad_(False) for part in parts)

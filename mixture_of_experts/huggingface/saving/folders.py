@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from mixture_of_experts.huggingface.private_transformers import as_saved
+from mixture_of_experts.huggingface.blocks.convert import to_layer
+from mixture_of_experts.huggingface.blocks.sparse import from_transformers
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
-from mixture_of_experts.huggingface.saving.configuration import layers_with_experts
+from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts
 from mixture_of_experts.huggingface.saving.export import below, plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
 from mixture_of_experts.huggingface.saving.restore import put_experts
+from mixture_of_experts.ops.bits4 import PLAIN
+from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".index.json")
@@ -77,13 +82,7 @@ def upcycle_folder(
             for key, value in as_saved(model, made).items():
                 writer.add(weights.without_head(key, model), value)
             model.get_submodule(place.name).to("meta")
-        for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
-            writer.add(stored, weights[stored])
-        writer.close()
-        config = model.config
-        config.architectures = [type(model).__name__]
-        copy_others(source, folder)
-        config.save_pretrained(folder)
+        finish(model, weights, written, writer, source)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -102,21 +101,77 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     with finished(target) as folder:
         model, weights = empty_with_experts(source, "export")
         plan = plan_export(model)
-        writer = Shards(folder, max_shard_size)
+        writer, written = Shards(folder, max_shard_size), set()
         for path, layer in tqdm(plan.layers.items(), desc="layers", unit="layer"):
-            keys = [f"{path}.{key}" for key in layer.state_dict()]
-            read = {key.removeprefix(f"{path}."): weights[weights.named(key, model)] for key in keys}
-            layer.load_state_dict(read, assign=True)
+            written |= weights.fill(layer, path, model)
             for name, value in as_saved(plan.stock, plan.block(path)).items():
                 writer.add(name, value)
             for module in (layer, plan.stock.get_submodule(path)):
                 module.to("meta")
-        for stored in tqdm([n for n in weights if not any(below(path, n) for path in plan.layers)], desc="others"):
-            writer.add(stored, weights[stored])
-        writer.close()
-        plan.stock.config.architectures = [type(plan.stock).__name__]
-        copy_others(source, folder)
-        plan.stock.config.save_pretrained(folder)
+        finish(plan.stock, weights, written, writer, source)
+
+
+def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
+    """Quantise the experts of a saved model; write the folder that `save_pretrained` would write.
+
+    A layer is in memory two or three times, and a file of the new folder twice. Nibbles are plain, as
+    `ops/bits4.py` says, whatever machine writes them.
+
+    Args:
+        source: a folder that `save_pretrained` or another command wrote; or one of a stock model, whose sparse blocks
+            become layers as by `from_transformers`.
+        target: a new folder.
+        max_shard_size: most bytes of a file of weights.
+        settings: arguments of `quantize_experts`.
+
+    Raises:
+        ValueError, TypeError: as in `quantize_experts` and `from_transformers`; or the model is quantised already, or
+            the files lack some of its weights.
+        FileNotFoundError: the source is no folder.
+        FileExistsError: the target exists.
+    """
+    with finished(target) as folder:
+        config = read_config(source)
+        method = (getattr(config, "quantization_config", None) or {}).get("quant_method", NAME)
+        if method != NAME:
+            raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
+        if layers_with_experts(config):
+            stock, (model, weights) = None, empty_with_experts(source, "quantize")
+        else:
+            stock, weights, model = empty_model(config), WeightFiles(source), from_transformers(empty_model(config))
+            weights.check_whole(stock)
+        writer, written = Shards(folder, max_shard_size), set()
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+        for path, layer in tqdm(layers.items(), desc="layers", unit="layer"):
+            written |= weights.fill(layer, path, model) if stock is None else fill_by_block(layer, path, stock, weights)
+            quantize_experts(layer.requires_grad_(False), **settings)
+            for module in layer.modules():
+                if isinstance(module, QuantizedExperts):
+                    module.rearrange(PLAIN)
+            for key, value in as_saved(model, named(path, layer)).items():
+                writer.add(weights.without_head(key, model), value)
+            layer.to("meta")
+        finish(model, weights, written, writer, source)
+
+
+def named(path: str, module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module by the names in the model around it."""
+    return {f"{path}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
+
+
+def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> set[str]:
+    """Fill a layer from the files of the block that it stands for; return the names of its weights there."""
+    block, own = stock.get_submodule(path), named(path, stock.get_submodule(path))
+    for name, tensor in own.items():  # which is loaded in the dtype of its file
+        tensor.data = tensor.data.to(weights[weights.named(name, stock)].dtype)
+    names = in_files(stock, own).keys() & weights.keys()
+    load_some(stock, {name: weights[name] for name in names})
+    layer.moe.load_state_dict(to_layer(block, "batch").state_dict(), assign=True)
+    block.to("meta")
+    for name, rest in layer.named_buffers():
+        if rest.is_meta:  # of `Replaced`
+            layer.get_submodule(name.rpartition(".")[0]).weight = torch.zeros_like(rest, device="cpu")
+    return {*names}
 
 
 def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
@@ -174,11 +229,16 @@ def empty_model(config: Any) -> Any:
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
-def copy_others(source: Path, target: Path) -> None:
-    """Copy all other files: tokenizer, generation settings, ..."""
+def finish(model: Any, weights: WeightFiles, written: Collection[str], writer: Shards, source: Path) -> None:
+    """Write the other weights, the model's configuration, and copies of the other files: tokenizer and so on."""
+    for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
+        writer.add(stored, weights[stored])
+    writer.close()
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
-            shutil.copy2(file, target / file.name)
+            shutil.copy2(file, writer.folder / file.name)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(writer.folder)
 
 
 @contextmanager
@@ -243,6 +303,12 @@ class WeightFiles(Mapping[str, Tensor]):
         raise ValueError(
             f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
         )
+
+    def fill(self, layer: nn.Module, path: str, model: Any) -> set[str]:
+        """Fill a layer of a model, at a path; return the names of its weights in the files."""
+        names = {key: self.named(f"{path}.{key}", model) for key in layer.state_dict()}
+        layer.load_state_dict({key: self[stored] for key, stored in names.items()}, assign=True)
+        return {*names.values()}
 
     def check_whole(self, model: Any) -> None:
         """Raise ValueError if a weight of the model is in none of the files, and tied to none that is."""

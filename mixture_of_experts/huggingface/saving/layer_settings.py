@@ -31,7 +31,7 @@ FIXED = {"ReLUGating": ("score", "normalize")}  # arguments that a gate gives to
 OF_RUN = ("process_group", "forced")  # settings of a gate that a run makes, and that no file tells
 PLAIN = (bool, int, float, str, type(None))
 #: what makes experts in other forms than stacks, from stacked ones, by the name of their class
-FORMS: dict[str, Callable[[Any], nn.Module]] = {"QuantizedExperts": QuantizedExperts, "UnstackedExperts": to_list}
+FORMS: dict[str, Callable[..., nn.Module]] = {"QuantizedExperts": QuantizedExperts, "UnstackedExperts": to_list}
 
 
 class LayerRecord:
@@ -59,7 +59,7 @@ class LayerRecord:
             changed = {
                 path: value for path, value in now.items() if plain(value) and self.built.get(path, value) != value
             }
-            forms = {path: name for path, part in parts(layer) if (name := wrapped_class(part).__name__) in FORMS}
+            forms = {path: form_of(part) for path, part in parts(layer) if wrapped_class(part).__name__ in FORMS}
             more = {"changed": changed, "forms": forms}
             self.entry = entry | {name: value for name, value in more.items() if value}
         return self.entry
@@ -175,6 +175,12 @@ def parts(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         below, child = f"{path}.{name}".removeprefix("."), unwrapped(child)
         yield below, child
         yield from parts(child, below)
+
+
+def form_of(experts: nn.Module) -> str | dict[str, Any]:
+    """What makes experts in another form than stacks, in types that JSON knows; of no arguments the class alone."""
+    name, arguments = wrapped_class(experts).__name__, getattr(experts, "settings", dict)()
+    return {"class": name, **arguments} if arguments else name
 
 
 def told_by(entry: dict[str, Any]) -> tuple[str, ...]:

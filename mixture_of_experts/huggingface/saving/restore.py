@@ -24,6 +24,7 @@ from mixture_of_experts.huggingface.replacement.replace import (
 )
 from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, gate_factory, set_changed
 from mixture_of_experts.moe import MoE
+from mixture_of_experts.quantize import QuantizedExperts
 
 
 def put_experts(
@@ -58,7 +59,9 @@ def put_experts(
     for place, entry in entries.items():
         layer: Any = model.get_submodule(place)
         for path, form in entry.get("forms", {}).items():
-            replace(layer, path, FORMS[form](layer.get_submodule(path)))
+            arguments = {"class": form} if isinstance(form, str) else dict(form)
+            make = FORMS[arguments.pop("class")]
+            replace(layer, path, make(layer.get_submodule(path), **arguments))
         set_changed(layer, entry)
     plan_experts(model)
 
@@ -84,9 +87,13 @@ def put_replaced(
 
 
 def finish_loading(model: Any) -> None:
-    """Initialise what the checkpoint lacks, and let gates balance over the ranks that have other tokens."""
+    """Initialise what the checkpoint lacks, arrange quantised weights for this machine, and let gates balance over the
+    ranks that have other tokens."""
     model.name_or_path = model.config.name_or_path
     initialise_missing(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedExperts):
+            module.rearrange()
     share_batch(model)
 
 

@@ -1,0 +1,128 @@
+"""Weights in 4 bits and two numbers of 16 bits for each group of inputs: two sevenths of bfloat16's bytes.
+
+Axes: e experts, r rows, p inner and q outer dimension of a weight, g inputs of a group, b outputs of a block.
+
+A number is `(level - 8) * step + zero`, of a level from 0 to 15 in four bits (a nibble). A group is g neighbouring
+inputs of one output; step and zero are its own, in bfloat16. Two nibbles are a byte, in *blocks* of b outputs
+`(q / b, p, b / 2)`: the lower nibble of byte j is that of output j, the upper one that of output `j + b / 2`. Each CPU
+has the b that its operator reads, 64 with AVX-512 and 32 with AVX2. `PLAIN` is for files: it is no CPU's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixture_of_experts.support.private_torch import int4_packed, product_of_int4
+
+GROUPS = (32, 64, 128, 256)  # sizes that the operator knows
+FEW_ROWS = 32  # of an expert; for more, a product with the unpacked weight is as fast
+PLAIN, WIDEST = 2, 64  # outputs of a block; there are as many outputs as fill the widest, the last ones of zeros
+
+
+def sizes(p: int, q: int, group: int, block: int) -> dict[str, tuple[int, ...]]:
+    """Of what `pack` returns."""
+    q += -q % WIDEST
+    return {"packed": (q // block, p, block // 2), "groups": (p // group, q, 4)}
+
+
+def pack(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
+    """Numbers `(p, q)`, in float32, as nibbles `(q / b, p, b / 2)`, and step and zero of each group `(p / g, q, 4)`,
+    both as bytes, so that no cast of a model changes them."""
+    weight = F.pad(weight, (0, -weight.shape[1] % WIDEST))
+    levels, step, zero = nearest(weight.unflatten(0, (-1, group)))
+    groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
+    return {"packed": in_blocks(levels.to(torch.uint8).view(weight.shape), block), "groups": groups}
+
+
+def nearest(weight: Tensor) -> Iterator[Tensor]:
+    """The levels of numbers `(p / g, g, q)`, and step and zero of each group `(p / g, 1, q)`.
+
+    The levels lie evenly from the smallest number to the largest, or around 0, with the number that is farthest from it
+    at level 0. The group takes what errs less.
+    """
+    low, high = weight.aminmax(dim=1, keepdim=True)
+    even, farthest = (high - low) / 15, torch.where(high > -low, high, low)
+    *between, error = rounded(weight, even, low + 8 * even)
+    *around, other = rounded(weight, farthest / -8, torch.zeros_like(low))
+    return (torch.where(other < error, new, old) for new, old in zip(around, between, strict=True))
+
+
+def rounded(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
+    """Levels of numbers, step and zero as they are stored, and the sum of squared errors of each group."""
+    step, zero = step.bfloat16().float(), zero.bfloat16().float()
+    step = torch.where(step == 0, 1, step)
+    levels = ((weight - zero) / step).round_().clamp_(-8, 7)
+    error = torch.addcmul(zero, levels, step).sub_(weight).square_().sum(dim=1, keepdim=True)
+    return levels.add_(8), step, zero, error
+
+
+def in_blocks(levels: Tensor, block: int) -> Tensor:
+    """Levels `(p, q)` as nibbles `(q / b, p, b / 2)`."""
+    lower, upper = levels.unflatten(1, (-1, 2, block // 2)).transpose(0, 1).unbind(2)
+    return (lower | (upper << 4)).contiguous()
+
+
+def levels_of(packed: Tensor, out: Tensor) -> Tensor:
+    """Write the levels to `out` `(p, q)`, of any dtype, and return it."""
+    for i, levels in enumerate((packed & 15, packed >> 4)):
+        out.view(-1, packed.shape[0], 2, packed.shape[2])[:, :, i].copy_(levels.transpose(0, 1))
+    return out
+
+
+def rearranged(packed: Tensor, block: int) -> Tensor:
+    """Nibbles `(..., q / b, p, b / 2)` of one b as those of another."""
+    if 2 * packed.shape[-1] == block:
+        return packed
+    *dims, blocks, p, half = packed.shape
+    levels = packed.new_empty(p, blocks * 2 * half)
+    out = packed.new_empty(*dims, blocks * 2 * half // block, p, block // 2)
+    for matrix, other in zip(packed.flatten(0, -4), out.flatten(0, -4), strict=True):
+        other.copy_(in_blocks(levels_of(matrix, levels), block))
+    return out
+
+
+def unpack(packed: Tensor, groups: Tensor) -> Tensor:
+    """The numbers `(p, q)` in float32."""
+    step, zero = groups.view(torch.bfloat16).float().unbind(-1)
+    (count, q), p = step.shape, packed.shape[1]
+    weight = levels_of(packed, torch.empty(p, q, device=packed.device, dtype=torch.float32)).view(count, -1, q)
+    return weight.mul_(step.unsqueeze(1)).add_((zero - 8 * step).unsqueeze(1)).view(p, q)
+
+
+def few(x: Tensor, packed: Tensor, groups: Tensor, expert: Tensor | None = None) -> Tensor:
+    """x `(r, p)` times one packed weight, or each row times that of its own expert among all: `(r, q)` in float32. The
+    operator rounds both to bfloat16, which is a fortieth of the error of 4 bits."""
+    if expert is None:
+        group = x.shape[1] // groups.shape[0]
+        return product_of_int4(x.bfloat16().contiguous(), packed, group, groups.view(torch.bfloat16)).float()
+    rows = zip(x.split(1), expert.tolist(), strict=True)
+    return torch.cat([few(row, packed[e], groups[e]) for row, e in rows])
+
+
+def is_direct(packed: Tensor) -> bool:
+    """Whether an operator of torch multiplies with these nibbles as they are."""
+    return packed.is_cpu and PLAIN != block_of_cpu() == 2 * packed.shape[-1]
+
+
+@cache
+def block_of_cpu() -> int:
+    """The b of this CPU's operator, if it computes what `unpack` does; else `PLAIN`. It is found out at the first
+    question."""
+    here: Any = {"dtype": torch.float32, "device": "cpu"}  # whatever the caller's defaults are
+    weight, x = torch.arange(64 * 64, **here).mul_(0.7).sin_().view(64, 64), torch.eye(3, 64, **here)
+    for block in (64, 32):
+        packed, groups = pack(weight, 64, block).values()
+        levels = levels_of(packed, torch.empty(64, 64, dtype=torch.int32, device="cpu"))
+        try:
+            if int4_packed(levels.mT).view(-1).equal(packed.view(-1)):
+                found = few(x, packed, groups)
+                return block if torch.allclose(found, unpack(packed, groups)[:3], rtol=1e-2, atol=1e-2) else PLAIN
+        except (AttributeError, RuntimeError):
+            break
+    return PLAIN
