@@ -151,7 +151,8 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="it tells the peak of a process")
 def test_memory(tmp_path):
-    """A model ten times as large as the memory that is used is quantised; it is loaded in half of its size."""
+    """A model ten times as large as the memory that is used is quantised. It is loaded without its weights in 16 bits:
+    into memory of its 4 bits, beside as many pages of files, which the system may drop."""
     size = write_stock(tmp_path / "in", layers=80)
     command = [sys.executable, "-c", MEASURE]
     peaks = []
@@ -160,4 +161,4 @@ def test_memory(tmp_path):
         peaks.append(float(done.stdout.split()[-1]))
     assert size > 1000
     assert peaks[0] < size / 10, peaks
-    assert peaks[1] < size / 2 + 100, peaks
+    assert peaks[1] < 0.7 * size, peaks
