@@ -177,17 +177,8 @@ def of_first_experts(decision: Decision, num_experts: int) -> Decision:
     return Decision(expert, weight, kept, k=k, token=token, num_tokens=num_tokens, num_experts=(num_experts,))
 
 
-def decision_of(routing: Routing) -> Decision:
-    """The decision of one gate."""
-    return _decision_of(routing, routing.capacity is not None)
-
-
-def plan_slots_of(routing: Routing) -> Plan:
-    """The plan of one gate in slots `(..., e, b, c)`; c is n for a dropless gate."""
-    return _decision_of(routing, True).in_slots()
-
-
-def _decision_of(routing: Routing, in_slots: bool) -> Decision:
+def decision_of(routing: Routing, *, in_slots: bool = False) -> Decision:
+    """The decision of one gate; a limited capacity has slots, and so has a dropless gate if they are asked for."""
     weight, kept, chosen, token = routing.weight, routing.kept, routing.chosen, routing.token_index
     if routing.uncounted is not None:
         computed = routing.uncounted != 0
@@ -204,8 +195,13 @@ def _decision_of(routing: Routing, in_slots: bool) -> Decision:
         num_tokens=math.prod(routing.expert.shape[:-1]) * routing.num_tokens,
         num_experts=(routing.num_experts,),
         dropless=routing.capacity is None,
-        routing=routing if in_slots else None,
+        routing=routing if in_slots or routing.capacity is not None else None,
     )
+
+
+def plan_slots_of(routing: Routing) -> Plan:
+    """The plan of one gate in slots `(..., e, b, c)`; c is n for a dropless gate."""
+    return decision_of(routing, in_slots=True).in_slots()
 
 
 def compose(outer: Routing, slots: Plan, inner: Routing) -> Decision:

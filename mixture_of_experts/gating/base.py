@@ -33,7 +33,7 @@ from mixture_of_experts.gating.balance_losses import (
     Counted,
     load_of,
 )
-from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
+from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
 from mixture_of_experts.gating.given import (
@@ -250,6 +250,8 @@ class TokenChoiceGate(Gate):
     capacity_per_choice = True
     capacity_factor_train: CapacityFactor = CapacityFactor()
     capacity_factor_eval: CapacityFactor = CapacityFactor()
+    _capacity_factor_train: tuple[int, int] | None
+    _capacity_factor_eval: tuple[int, int] | None
     min_expert_capacity: int = setting(check_size)
     priority: Priority = setting(check_choice, allowed=PRIORITIES)
     #: "balanced" or "random": experts are forced, see `force_routing`; None: the gate chooses
@@ -399,7 +401,7 @@ class TokenChoiceGate(Gate):
 
     def capacity(self, tokens: Tokens) -> tuple[int | None, Tensor | None]:
         """Slots of an expert, None if dropless; and each group's own limit `(..., b)`, None if none is masked."""
-        factor = factor_ratio(self, "capacity_factor_train" if self.training else "capacity_factor_eval")
+        factor = self._capacity_factor_train if self.training else self._capacity_factor_eval  # ratios
         if factor is None:
             return None, None
         choices = self.k if self.capacity_per_choice else 1

@@ -25,7 +25,7 @@ class CapacityFactor:
     def __get__(self, gate: Any, owner: type | None = None) -> Any:
         if gate is None:
             return self
-        ratio = factor_ratio(gate, self.name)
+        ratio = getattr(gate, f"_{self.name}")
         return None if ratio is None else ratio[0] / ratio[1]
 
     def __set__(self, gate: Any, value: float | None) -> None:
@@ -37,8 +37,3 @@ class CapacityFactor:
         except ValueError as error:
             hint = "use None to drop no token (dropless)" if self.dropless else "experts take a fixed number of tokens"
             raise ValueError(f"{error}; {hint}") from None
-
-
-def factor_ratio(gate: Any, name: str) -> tuple[int, int] | None:
-    """The capacity factor `name` of a gate as a ratio of two integers; None if it is dropless."""
-    return getattr(gate, f"_{name}")

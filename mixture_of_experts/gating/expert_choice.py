@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.queues import Length, Queues, expert_capacity, group_capacity, stable_order
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
-from mixture_of_experts.gating.capacity_factor import CapacityFactor, factor_ratio
+from mixture_of_experts.gating.capacity_factor import CapacityFactor
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
 from mixture_of_experts.support.tracing import smallest
@@ -43,6 +43,7 @@ class ExpertChoiceGating(Gate):
     w_gating: nn.Parameter
 
     capacity_factor: CapacityFactor = CapacityFactor(dropless=False)
+    _capacity_factor: tuple[int, int]
 
     def __init__(
         self,
@@ -123,7 +124,7 @@ class ExpertChoiceGating(Gate):
     def _capacity(self, n: int, length: Length | int) -> tuple[int, Tensor | None]:
         """The number of tokens that an expert takes, `min(n, max(1, int(n * factor / e)))`; and, under a mask, that of
         each group."""
-        factor = factor_ratio(self, "capacity_factor")
+        factor = self._capacity_factor  # a ratio
         assert factor is not None
         sizes = (factor, self.num_experts, 1)
         capacity = smallest(n, expert_capacity(n, *sizes))

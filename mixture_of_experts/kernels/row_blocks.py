@@ -97,7 +97,7 @@ def has_equal_bits(x: Tensor, weight: Tensor, whole: Tensor, size: int) -> bool:
 def in_blocks(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`product(x, weight)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`; if the same bits are asked for,
     with zeros for the tokens that a block and the columns that a vector lacks."""
-    if not wanted():
+    if asked_for() != WAY:
         return product(x, weight)
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % COLUMNS))
