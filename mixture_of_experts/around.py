@@ -17,6 +17,8 @@ from mixture_of_experts.kernels.row_blocks import module_in_blocks, refuse
 from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
 
+WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
+
 
 class ExpertsAround(RoutedExperts):
     """Base of experts that wrap other experts, which `with_inner` lists.
@@ -27,7 +29,7 @@ class ExpertsAround(RoutedExperts):
 
     #: what the wrapper works on: the tokens before and after all experts; the rows that experts read, or those that
     #: they return; or the experts themselves, to which it adds others
-    works_on: ClassVar[Literal["tokens", "inputs", "outputs", "experts"]]
+    works_on: ClassVar[WorksOn]
 
     experts: Any
     num_experts: Any
@@ -68,10 +70,11 @@ class LatentExperts(ExpertsAround):
         torch.Size([2, 10, 16])
     """
 
-    works_on = "tokens"
+    works_on: ClassVar[WorksOn] = "tokens"
     before: nn.Module | None
     after: nn.Module | None
     beside: nn.Module | None
+    dim_out: int | None
 
     def __init__(
         self,
@@ -137,11 +140,12 @@ class ZeroComputationExperts(ExpertsAround):
         torch.Size([2, 10, 16])
     """
 
-    works_on = "experts"
+    works_on: ClassVar[WorksOn] = "experts"
     num_identity: int
     num_zero: int
     num_constant: int
     num_computing: int
+    num_experts: Any
     constants: nn.Parameter | None
     w_constant: nn.Parameter | None
 
@@ -272,7 +276,7 @@ class InputWeightedExperts(ExpertsAround):
         torch.Size([2, 10, 16])
     """
 
-    works_on = "inputs"
+    works_on: ClassVar[WorksOn] = "inputs"
 
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
@@ -304,7 +308,7 @@ class NormedExperts(ExpertsAround):
         torch.Size([2, 10, 16])
     """
 
-    works_on = "outputs"
+    works_on: ClassVar[WorksOn] = "outputs"
     norm: nn.Module
 
     def __init__(self, experts: RoutedExperts, norm: nn.Module) -> None:

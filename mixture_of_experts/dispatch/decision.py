@@ -44,6 +44,17 @@ class Decision:
         most_rows: an upper bound on the rows without gaps; at most a.
     """
 
+    weight: Tensor
+    kept: Tensor
+    chosen: Tensor
+    k: int | None
+    token: Tensor | None
+    num_tokens: int
+    num_experts: tuple[int, ...]
+    dropless: bool
+    routing: Routing | None
+    slot: Tensor | None
+
     def __init__(
         self,
         expert: Tensor | None,
@@ -60,7 +71,8 @@ class Decision:
         slot: Tensor | None = None,
         most_rows: int | None = None,
     ) -> None:
-        self._expert, self.weight, self.kept, self.chosen = expert, weight, kept, kept if chosen is None else chosen
+        self._expert: Tensor | None = expert
+        self.weight, self.kept, self.chosen = weight, kept, kept if chosen is None else chosen
         self.k, self.token, self.num_tokens, self.num_experts = k, token, num_tokens, num_experts
         self.dropless, self.routing, self.slot = dropless, routing, slot
         self.most_rows: int = weight.shape[0] if most_rows is None else most_rows

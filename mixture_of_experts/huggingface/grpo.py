@@ -76,7 +76,7 @@ class ReplayRouting:
         with self._recorded():
             pass  # raises if it cannot record
         if rollout:
-            self.rollout_func = partial(self._roll_out, rollout)
+            self.rollout_func: Any = partial(self._roll_out, rollout)
 
     def _recorded(self) -> Any:
         model: Any = getattr(self, "model")  # noqa: B009  # the trainer's

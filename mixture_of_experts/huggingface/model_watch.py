@@ -131,6 +131,7 @@ class ModelWatch(Watch):
         last: where the call of an outermost forward stays.
     """
 
+    reader: LayerReader | TokensReader
     reads: bool  # whether it reads the tokens; otherwise a model around does
     adds: bool  # whether it adds the losses to that of the model
     warned: bool

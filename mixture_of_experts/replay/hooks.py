@@ -61,6 +61,10 @@ class ChoiceHooks:
 class BlockWatch(Watch):
     """Has a mode watch each forward of a block of transformers."""
 
+    choices: ChoiceHooks
+    site: ChoiceSite
+    sequences: Sequences
+
     def __init__(self, choices: ChoiceHooks, site: ChoiceSite, sequences: Sequences) -> None:
         super().__init__()
         self.choices, self.site, self.sequences = choices, site, sequences

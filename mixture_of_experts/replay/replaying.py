@@ -5,7 +5,7 @@ Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -114,6 +114,9 @@ class Table:
         live: the value that means "the gate's own" choice, or weight; it stands behind the end of each record.
     """
 
+    lengths: list[int]
+    values: Tensor
+
     def __init__(self, records: list[Tensor], k: int, live: float) -> None:
         self.lengths = [len(record) for record in records]
         longer = torch.full((max([0, *self.lengths]) + 1, k), live)
@@ -130,6 +133,10 @@ class Table:
 class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
+    sites: Sequence[ChoiceSite]
+    tables: dict[str, list[Table]]
+    beyond: Beyond
+    closed: bool
     outermost = True  # so that a recording at the same time sees what is replayed
 
     def __init__(self, sites: list[ChoiceSite], tables: dict[str, list[Table]], beyond: Beyond) -> None:

@@ -107,6 +107,11 @@ class SequencesCall(ForwardCall):
         cache: that of transformers, if it has one.
     """
 
+    tokens: TokensAround
+    seen: Tensor | int
+    cached: bool
+    cache: Any
+
     def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool, cache: Any) -> None:
         self.tokens, self.seen, self.cached, self.cache = tokens, seen, cached, cache
         self.parts: list[Any] = []  # what was recorded of it
@@ -140,6 +145,9 @@ class Sequences(Watch):
         model: the model.
         seen: see `record_routing`.
     """
+
+    read: TokensReader
+    seen: Seen | None
 
     def __init__(self, owner: object, model: nn.Module, seen: Seen | None) -> None:
         super().__init__(owner)

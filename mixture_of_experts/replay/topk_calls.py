@@ -26,6 +26,10 @@ class Choosing(TorchFunctionMode, ForwardCall):
         given: `(t, k)` int64, the choices that the block is to make; None: it chooses, and `expert` holds its choices.
     """
 
+    site: ChoiceSite
+    prescribed: Tensor | None
+    groups: Any
+
     def __init__(self, site: ChoiceSite, given: Tensor | None = None) -> None:
         super().__init__()
         self.site, self.prescribed = site, given

@@ -44,6 +44,10 @@ class Forwards(Watch):
         when: which forwards are recorded.
     """
 
+    when: str
+    was_called: bool
+    thread: int
+
     def __init__(self, when: str) -> None:
         super().__init__()
         self.when = when
@@ -87,6 +91,16 @@ def exclusively() -> AbstractContextManager[Any]:
 class GateRing:
     """The last rows of one gate. A row has the numbers of the step and of the forward, the losses, and the statistics'
     numbers. It is float32, which counts up to 16 million choices of one forward exactly."""
+
+    site: Site
+    forwards: Forwards
+    keep: int
+    name: str
+    shape: tuple[int, ...]
+    learn_names: Any
+    rows: Tensor
+    clock: Tensor
+    written: Tensor
 
     def __init__(self, site: Site, forwards: Forwards, keep: int) -> None:
         self.site, self.forwards, self.keep = site, forwards, keep

@@ -6,6 +6,8 @@ import pytest
 import torch
 from support.paths import PATHS, ROUTERS, Path, assert_all_close, gradients, layer_with_router, run, some_first
 
+from mixture_of_experts.support.private_torch import multiplies
+
 pytestmark = pytest.mark.slow
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
@@ -105,7 +107,8 @@ def test_autocast(path):
         actual = {"out": out, **gradients(layer, x, (out, aux_loss))}
         assert {tensor.dtype for tensor in actual.values()} == {torch.float32}
         assert_near(actual, {name: expected[name] for name in actual}, error)
-        assert relative_error(out, expected["out"]) > 1e-6  # the experts' products did run in the low precision
+        if multiplies(dtype):  # the experts' products did run in the low precision
+            assert relative_error(out, expected["out"]) > 1e-6
         assert torch.equal(aux_loss, expected["aux_loss"])  # and the router did not
 
 

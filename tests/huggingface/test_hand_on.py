@@ -179,7 +179,7 @@ def in_int8() -> nn.Module:
 REFUSED: dict[str, Any] = {
     "adapters": (lambda: with_lora(upcycled("llama")), "PeftModel.* has adapters of PEFT, which no class has: merge_"),
     "adapters inside": (lambda: with_lora(upcycled("llama")).base_model.model, "LlamaForCausalLM has adapters of PEFT"),
-    "unequal layers": (unequal, r"layers that differ \(num_experts: 3, 4\)"),
+    "unequal layers": (unequal, r"gate.w_gating has shape \(32, 4\), the block's \(32, 3\)"),
     "int8": (in_int8, "the experts are QuantizedExperts"),
     "blocks": (
         lambda: stock(Qwen3MoeForCausalLM, Qwen3MoeConfig, num_experts=EXPERTS),

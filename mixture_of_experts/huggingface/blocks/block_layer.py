@@ -43,8 +43,10 @@ class BlockLayer:
             are. Other weights are on the meta device.
     """
 
+    settings: BlockSettings
     block: Any
     recipe: Recipe
+    stack: Any
     layer: MoE
 
     def __init__(self, settings: BlockSettings, balance_over: Any = "batch", **coefs: Any) -> None:

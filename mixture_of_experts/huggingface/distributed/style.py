@@ -19,7 +19,8 @@ class StyleName(str):
     """A name in plans and in the registry of styles. It equals that of the style of `transformers`, by which its code
     tells in three places which experts get tokens of other ranks; but a table finds what stands under this name."""
 
-    __hash__ = str.__hash__
+    def __hash__(self) -> int:
+        return str.__hash__(self)
 
     def __eq__(self, other: object) -> bool:
         return other in (NAME, "ep_dispatch_experts")

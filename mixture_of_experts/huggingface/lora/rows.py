@@ -9,7 +9,7 @@ times down. These are saved beside the pre-activations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -64,6 +64,13 @@ class AdaptedProducts:
     Args:
         memory: for the rows times each down.
     """
+
+    products: rows.Products
+    scaling: float
+    memory: Iterator[Tensor]
+    gather: Any
+    add_bias: Any
+    sums: Any
 
     def __init__(self, products: rows.Products, scaling: float, memory: Sequence[Tensor] = ()) -> None:
         self.products, self.scaling, self.memory = products, scaling, iter(memory)

@@ -31,8 +31,9 @@ def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
                 f"transformers merges {name}, a weight of a layer with experts, with other weights of a "
                 f"{type(model).__name__}: load the stock model, and change it after that"
             )
-    numbers = in_files(model, {name: torch.tensor(number) for number, name in enumerate(weights)})
-    marks = {file: f"{MARK}{int(number)}" for file, number in numbers.items()}
+    # of three axes, as what saves them may join weights along any
+    numbers = in_files(model, {name: torch.full((1, 1, 1), number) for number, name in enumerate(weights)})
+    marks = {file: f"{MARK}{number.item()}" for file, number in numbers.items()}
 
     def put_back(name: str) -> str:
         _, mark, number = name.partition(MARK)

@@ -105,6 +105,13 @@ class ChunkProducts:
         empty: the rows that are empty.
     """
 
+    plan: Plan
+    rows: Tensor
+    tokens: Tensor
+    empty: Tensor
+    token: Tensor  # of the chunk, as are the others that follow
+    y: Tensor
+    padding: Tensor
     experts: list[slice]  # of each batch of the chunk, and its first row there, number of experts and rows of each
     batches: list[tuple[int, int, int]]
 
