@@ -102,7 +102,7 @@ def test_it_trains_with_the_experts_that_it_sampled_with(tmp_path):
     log-probabilities are those of the first step, to the bit; after it routers differ, choices do not."""
     more: Any = dict(num_iterations=2, learning_rate=1e-3)
     (*first, third, last), free = train(tmp_path, ReplayRouting, **more), train(tmp_path, **more)
-    # differences to what was sampled and to the old ones: the table of docs/replay.md
+    # differences to what was sampled and to the old ones: the figures of docs/replay.md
     print("replayed", *first, third, last, "as it is", *free, sep="\n")
     assert [old for _, old in first] == [0.0, 0.0]
     assert max(sampled for sampled, _ in first) < 0.05 < 0.3 < max(sampled for sampled, _ in free[:2])
