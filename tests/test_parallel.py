@@ -260,6 +260,10 @@ def test_benchmark_counts_the_least(workers: Workers):
     workers.run(checks.check_benchmark, 2)
 
 
+def test_a_call_is_not_seen_on_the_layer(workers: Workers):
+    workers.run(checks.check_a_call_is_not_seen, 2)
+
+
 def test_compiles_without_a_break(workers: Workers):
     workers.run(checks.check_compiles, 2)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,12 +16,54 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 
 
 @contextmanager
-def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type[nn.Module]) -> Iterator[None]:
-    """A context in which a module is of its own class, holds this rank's part of each stack, and tells the number of
-    its experts. What its forward sets on it stays.
+def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type[nn.Module]) -> Iterator[nn.Module]:
+    """A context with a stand-in for a module: it is of the module's own class, holds this rank's part of each stack,
+    and tells the number of its experts. What a forward sets on it is set on the module at the end.
 
-    `torch.func.functional_call` would swap the tensors alone, and call hooks, which run around the whole forward.
+    Other threads may read the module, which stays as it is meanwhile. A graph cannot hold another object, so it is
+    traced on the module itself. `torch.func.functional_call` would exchange the tensors alone, and call hooks, which
+    run around the whole forward.
     """
+    if torch.compiler.is_compiling():
+        with exchanged(experts, sharding, local_class):
+            yield experts
+        return
+    stand_ins: dict[nn.Module, nn.Module] = {}
+    stand_in = stand_in_of(experts, stand_ins)
+    with exchanged(stand_in, sharding, local_class):
+        yield stand_in
+    for module, its in stand_ins.items():
+        keep_changes(module, its, stand_ins)
+
+
+def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module with the attributes and tensors of another, in tables of its own; it is noted in `made`."""
+    if module not in made:
+        made[module] = its = object.__new__(type(module))
+        its.__dict__.update(module.__dict__, _parameters={**module._parameters}, _buffers={**module._buffers})
+        children = {name: None if part is None else stand_in_of(part, made) for name, part in module._modules.items()}
+        its.__dict__["_modules"] = children
+    return made[module]
+
+
+def keep_changes(module: nn.Module, its: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Set on a module what was set on its stand-in."""
+    originals = {stand_in: original for original, stand_in in made.items()}
+    children = {name: originals.get(part, part) for name, part in its._modules.items() if part is not None}
+    tables = {"_parameters": its._parameters, "_buffers": its._buffers, "_modules": children}
+    for table, now in tables.items():
+        before = module.__dict__[table]
+        before.update({name: value for name, value in now.items() if before.get(name, module) is not value})
+    for name, value in its.__dict__.items():
+        if name not in tables and module.__dict__.get(name, module) is not value:
+            module.__dict__[name] = value
+    for name in module.__dict__.keys() - its.__dict__.keys():
+        del module.__dict__[name]
+
+
+@contextmanager
+def exchanged(experts: nn.Module, sharding: ExpertSharding, local_class: type[nn.Module]) -> Iterator[None]:
+    """A context in which a module itself is of its own class, and holds and tells this rank's part."""
     changes: list[tuple[dict[str, Any], str, Any, Any]] = []
     for path, module in experts.named_modules():
         for table, part_of in ((module._parameters, shard_here), (module._buffers, rows_here)):

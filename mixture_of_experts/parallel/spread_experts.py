@@ -118,8 +118,8 @@ class ExpertParallelExperts(nn.Module):
 
     def _run_own_code(self, *given: Tensor) -> Any:
         local: Any = self.local_class
-        with on_this_rank(self, self.expert_parallel, local):
-            return local.forward(self, *given) if len(given) == 1 else local.compute(self, *given)
+        with on_this_rank(self, self.expert_parallel, local) as here:
+            return local.forward(here, *given) if len(given) == 1 else local.compute(here, *given)
 
     def own_parameter_names(self) -> set[str]:
         """Names of the parameters of which every rank has its own part."""

@@ -9,7 +9,7 @@ import sys
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -575,6 +575,34 @@ class CountingExperts(OwnExperts):
     def forward(self, x: Tensor) -> Tensor:
         self.load = self.load + len(x)
         return self.compute(x)
+
+
+class LookingExperts(OwnExperts):
+    """They note what another thread would see of the layer while their forward runs, and what they are themselves."""
+
+    layers: ClassVar[list[Any]] = []
+    seen: ClassVar[list[Any]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        for experts in (self.layers[0].experts, self):
+            self.seen.append((type(experts).__name__, experts.num_experts, len(experts.inner.w1)))
+        self.last = len(x)
+        return super().forward(x)
+
+
+def check_a_call_is_not_seen() -> None:
+    """A stand-in holds this rank's experts: the layer itself stays spread, and gets what the forward set."""
+    moe = spread(top2(experts=LookingExperts()), make_mesh(), replicated=replicated("own experts"))
+    LookingExperts.layers, LookingExperts.seen = [moe], []
+    moe(torch.randn(2, LENGTH, DIM))
+    here = len(moe.experts.expert_parallel.experts)
+    assert LookingExperts.seen == [
+        ("ParallelLookingExperts", EXPERTS, EXPERTS),
+        ("LookingExperts", here, here),
+    ]
+    assert moe.experts.last == here
+    assert type(moe.experts).__name__ == "ParallelLookingExperts"
+    assert moe.experts.num_experts == len(moe.experts.inner.w1) == EXPERTS
 
 
 def check_compiles() -> None:
