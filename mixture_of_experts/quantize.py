@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
+from mixture_of_experts.kernels.row_blocks import refuse
 from mixture_of_experts.ops import bits4, bits8
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
@@ -185,6 +186,7 @@ class QuantizedExperts(RoutedExperts):
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
+        refuse(f"experts in {self.bits} bits compute rows by themselves")
         if not isinstance(decision, Decision):
             check_slots(self, x, decision)
             return super().forward(x)

@@ -20,6 +20,7 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.kernels import row_blocks
+from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.verify import verify
 
 DROPLESS = dict(capacity_factor_train=None, capacity_factor_eval=None)
@@ -125,6 +126,7 @@ REFUSED = {
     ),
     "InputWeightedExperts": lambda: MoE(32, gate=TopKGating(32, 4), experts=InputWeightedExperts(Experts(32, 4))),
     "ModuleList|ExpertList": lambda: MoE(32, gate=TopKGating(32, 4), experts=[nn.Linear(32, 32) for _ in range(4)]),
+    "8 bits": lambda: quantize_experts(MoE(64, gate=TopKGating(64, 4)).requires_grad_(False)),
     "logits": lambda: MoE(32, gate=TopKGating(32, 4, logits=nn.Linear(32, 4))),
 }
 
@@ -133,7 +135,7 @@ REFUSED = {
 def test_what_does_not_keep_them_is_refused(why):
     layer = REFUSED[why]()
     with ops.use("batch_invariant"), pytest.raises(ValueError, match=rf"batch_invariant.*({why})"):
-        layer(torch.randn(1, 3, 32))
+        layer(torch.randn(1, 3, layer.dim))
 
 
 def test_a_block_that_threads_would_share_is_refused():

@@ -264,6 +264,10 @@ def test_a_call_is_not_seen_on_the_layer(workers: Workers):
     workers.run(checks.check_a_call_is_not_seen, 2)
 
 
+def test_the_same_bits_in_any_batch_are_refused(workers: Workers):
+    workers.run(checks.check_the_same_bits_are_refused, 2)
+
+
 def test_compiles_without_a_break(workers: Workers):
     workers.run(checks.check_compiles, 2)
 

@@ -1,10 +1,10 @@
 """The same bits in any batch: products on a CPU whose rows do not depend on the rows beside them.
 
-Libraries choose how they sum by the number of rows: one row alone rounds otherwise than the same row among others. So a
-row always stands in a block of as many rows that a product of several blocks has the bits of each. Torch's functions of
-single numbers, such as `sigmoid`, round the last few numbers of a part otherwise than those in vectors, and threads
-share a tensor of `GRAIN` numbers or more. So these functions get whole vectors, and fewer numbers than that. `ops.use`
-asks for it by the name of `WAY`.
+Libraries choose how to sum by the number of rows: a row alone rounds differently from the same row among others. So
+rows stand in blocks, of a size for which a product of many blocks has the same bits as a product of each. Torch
+computes functions of single numbers, such as `sigmoid`, in vectors, and rounds the numbers that fill no vector
+differently. If a tensor has `GRAIN` numbers or more, threads share it, and each part can end in such numbers. So these
+functions get whole vectors, and fewer numbers than `GRAIN`. `ops.use` asks for all of this by the name `WAY`.
 
 Axes: t tokens, p inner and q outer dimension of a weight, r rows.
 """
@@ -49,8 +49,8 @@ def block_of(weights: Iterable[Tensor], width: int) -> int:
 
 
 def rows_at_once(block: int, width: int) -> int:
-    """A multiple of `block`: so many rows `(r, width)` may a function of single numbers get. ValueError if a block is
-    too large for that."""
+    """The most rows `(r, width)` that a function of single numbers may get at a time, a multiple of `block`. ValueError
+    if one block is too many."""
     if torch.get_num_threads() == 1:
         return block << 40
     if block * width >= GRAIN:
@@ -63,8 +63,9 @@ def rows_at_once(block: int, width: int) -> int:
 
 @cache
 def size_of_block(dtype: torch.dtype, threads: int, p: int, q: int) -> int:
-    """The least number of rows in `SIZES` with which products of random numbers had equal bits, in blocks of one up to
-    many, at any place, of one matrix and of several. This samples, it does not prove. RuntimeError if there is none."""
+    """The least number of rows in `SIZES` for which products of random numbers have equal bits: of one block and of
+    several, at different places, by one matrix and by two. This samples, it does not prove. RuntimeError if there is
+    none."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -87,9 +88,9 @@ def has_equal_bits(x: Tensor, weight: Tensor, whole: Tensor, size: int) -> bool:
     for number in (size, 3 * size, MOST_ROWS // 2):
         for start in (0, 1, 3, MOST_ROWS - number):
             here = slice(start, start + number)
-            rows, wanted = x[:, here].clone(), whole[:, here]
+            rows, expected = x[:, here].clone(), whole[:, here]
             several, alone = torch.bmm(rows, weight), torch.mm(rows[0], weight[0])
-            if not (torch.equal(several, wanted) and torch.equal(alone, wanted[0])):
+            if not (torch.equal(several, expected) and torch.equal(alone, expected[0])):
                 return False
     return True
 

@@ -259,14 +259,14 @@ class KnownClamped(NamedTuple):
 
 
 class InSteps(NamedTuple):
-    """A known activation of a few rows `(r, h)` at a time."""
+    """An activation that is computed on at most `rows` rows `(r, h)` at a time."""
 
     activation: Any
     rows: int
 
 
 class KnownInSteps(NamedTuple):
-    """What writes `InSteps`, with the methods of `Known`."""
+    """Writes an `InSteps`, by the methods of `Known`, each on some rows after the other."""
 
     known: Any
     rows: int

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, ReLUGating, Routing, TopKGating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, ReLUGating, Routing, TopKGating, ops
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.parallel import (
     ExpertParallel,
@@ -588,6 +588,11 @@ class LookingExperts(OwnExperts):
             self.seen.append((type(experts).__name__, experts.num_experts, len(experts.inner.w1)))
         self.last = len(x)
         return super().forward(x)
+
+
+def check_the_same_bits_are_refused() -> None:
+    with ops.use("batch_invariant"), pytest.raises(ValueError, match=r"batch_invariant.*spread over ranks"):
+        spread(make("top-k, dropless"), make_mesh())(torch.randn(2, LENGTH, DIM))
 
 
 def check_a_call_is_not_seen() -> None:
