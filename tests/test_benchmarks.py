@@ -33,7 +33,7 @@ from benchmarks.cases import Figure, choose, every_case, slots  # noqa: E402
 from benchmarks.contest import Contestant, MissingError  # noqa: E402
 from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
 from benchmarks.timing import AGAIN, Samples  # noqa: E402
-from experiments import cpu_constants  # noqa: E402
+from experiments import batch_invariant, cpu_constants  # noqa: E402
 from mixture_of_experts.ops import few_tokens  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
 from mixture_of_experts.ops.triton import schedule  # noqa: E402
@@ -445,3 +445,14 @@ def test_a_pretrained_model_beside_dense_ones_and_mixtral(tmp_path: Path, capsys
             assert f"{name}, top-{k}, float32: layer" in printed
     assert printed.count("mixtral batched_mm") == 4
     assert printed.count("dense ") == 8
+
+
+def test_the_cost_of_the_same_bits_is_printed(capsys):
+    threads = torch.get_num_threads()
+    try:
+        batch_invariant.main(["--rounds", "1"], dim=32, hidden_dim=64)
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 * len(batch_invariant.CASES)
+    assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
