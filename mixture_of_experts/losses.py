@@ -57,6 +57,13 @@ def mean(total: Tensor, count: Tensor | int, group: dist.ProcessGroup | None = N
     return (total if alone else total * world_size(group)) / count
 
 
+def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
+    """`(..., e)` int64, how often each expert is among the choices `(..., n, k)` that are `counted`."""
+    ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
+    zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
+    return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
+
+
 def load_balance(
     load: Tensor, proxy: Tensor, length: Length | int, k: float = 1, group: dist.ProcessGroup | None = None
 ) -> Tensor:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating.choices import top_choices
-from mixture_of_experts.losses import load_balance, load_balance_over_batch
+from mixture_of_experts.losses import load_balance, load_balance_over_batch, load_of
 
 BalanceOver = Literal["group", "rank", "batch"]
 
@@ -113,13 +113,6 @@ def over_communication(counted: Counted) -> Tensor:
 def of_expert_groups(values: Tensor, num_groups: int) -> Tensor:
     """Sum values of experts `(..., e)` to values of expert groups `(..., g)`."""
     return values.unflatten(-1, (num_groups, -1)).sum(dim=-1)
-
-
-def load_of(expert: Tensor, counted: Tensor | None, num_experts: int) -> Tensor:
-    """`(..., e)` int64, how often each expert is among the choices `(..., n, k)` that are `counted`."""
-    ones = torch.ones_like(expert) if counted is None else counted.to(torch.int64).expand_as(expert)
-    zeros = torch.zeros(*expert.shape[:-2], num_experts, dtype=torch.int64, device=expert.device)
-    return zeros.scatter_add(-1, expert.flatten(-2), ones.flatten(-2))
 
 
 #: the losses by name

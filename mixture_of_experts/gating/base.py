@@ -24,17 +24,15 @@ from mixture_of_experts.dispatch.queues import (
     queue_up,
 )
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating import by_operators
 from mixture_of_experts.gating.balance_losses import (
     BALANCE_LOSSES,
     BALANCE_OVER,
     OF_EXPERT_GROUPS,
     BalanceOver,
     Counted,
-    load_of,
 )
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
-from mixture_of_experts.gating.choices import Choices, check_choices, check_experts_of_tokens
+from mixture_of_experts.gating.choices import Choices, both, check_choices, check_experts_of_tokens
 from mixture_of_experts.gating.decoding import warn_of_decoding
 from mixture_of_experts.gating.given import (
     COUNTED,
@@ -42,7 +40,6 @@ from mixture_of_experts.gating.given import (
     GIVEN_WEIGHTS,
     LIVE,
     Forced,
-    both,
     check_forced,
     check_given,
     forced_experts,
@@ -242,9 +239,9 @@ class TokenChoiceGate(Gate):
     #: `given_weights` `(..., n, k)`: the weights of the choices, whose gradient goes to the gate's own; NaN: its own
     reads: ClassVar[tuple[str, ...]] = (*Gate.reads, COUNTED, GIVEN_WEIGHTS)
     offers: ClassVar[tuple[str, ...]] = tuple(BALANCE_LOSSES)
-    #: the ways to a `Routing`, by name, the fastest first: modules with `routing(gate, tokens)` and `why_not(gate,
-    #: tokens)`, which returns why it does not serve the call, or None. The last one takes every call
-    ways: ClassVar[Mapping[str, Any]] = {"operators": by_operators}
+    #: short ways to a `Routing`, by name, the fastest first: modules with `routing(gate, tokens)` and `why_not(gate,
+    #: tokens)`, which returns why it does not serve the call, or None. Where none serves, `decide` does
+    ways: ClassVar[Mapping[str, Any]] = {}
     balance_over: BalanceOver = "group"  #: the tokens over which `decide`'s balancing loss takes means
     #: whether the capacity factor counts slots for each choice (True) or for each token (Top2)
     capacity_per_choice = True
@@ -368,7 +365,28 @@ class TokenChoiceGate(Gate):
         if tokens.num_tokens == 1 and not self.training:
             warn_of_decoding(self)
         way = first_way("gate", self.ways, self, tokens)
-        return self.ways[way].routing(self, tokens)
+        return self.ways[way].routing(self, tokens) if way in self.ways else self.decide_and_route(tokens)
+
+    def decide_and_route(self, tokens: Tokens) -> Routing:
+        """Return the `Routing` of what `decide` returns; an error for anything else than `Choices`, or if it reads a
+        side input that is left out."""
+        name = type(self).__name__
+        try:
+            choices = self.decide(tokens)
+        except KeyError as error:
+            missing = error.args[0] if error.args else None
+            if missing not in self.reads or missing in tokens.side:
+                raise
+            raise TypeError(
+                f"{name} reads the side input {missing!r}, which the call leaves out: call the layer as "
+                f"moe(x, {missing}=...), an entry for each token"
+            ) from None
+        if not isinstance(choices, Choices):
+            raise TypeError(
+                f"{name}.decide must return Choices(expert, weight, probs, losses), got a {type(choices).__name__}: "
+                "import Choices from mixture_of_experts"
+            )
+        return self.route(tokens, choices)
 
     def _force(self, how: Forced, tokens: Tokens) -> Tokens:
         """The tokens with forced experts as given ones."""
@@ -386,7 +404,7 @@ class TokenChoiceGate(Gate):
         if not known:
             return {}
         chosen, probs = self.counted(tokens, choices.chosen, choices.probs)
-        load, proxy = load_of(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
+        load, proxy = losses.load_of(choices.expert, chosen, self.num_experts), probs.sum(dim=-2)
         k, group = self.choices_at_balance, self.process_group
         counted = Counted(choices.expert, chosen, probs, load, proxy, tokens.length, k, groups, top_groups, group)
         return {name: BALANCE_LOSSES[name](counted) for name in known}
@@ -421,7 +439,7 @@ class TokenChoiceGate(Gate):
             proxy, length, k: as in `losses.load_balance`.
         """
         if torch.is_grad_enabled() or self.training or self.balance_over != "group":
-            load = load_of(expert, counted, self.num_experts)
+            load = losses.load_of(expert, counted, self.num_experts)
             return BALANCE_OVER[self.balance_over](load, proxy, length, k, self.process_group)
         return losses.load_balance_of(expert, counted, proxy, length, k, self.process_group)  # no table of loads
 

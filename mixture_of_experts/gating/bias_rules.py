@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mixture_of_experts.gating.balance_losses import load_of
 from mixture_of_experts.gating.expert_bias import towards_mean
+from mixture_of_experts.losses import load_of
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 
 

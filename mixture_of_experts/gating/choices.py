@@ -80,6 +80,11 @@ def check_experts_of_tokens(gate: str, expert: Tensor, computed: Tensor, k: int,
         )
 
 
+def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
+    """Where two conditions hold; None is a condition that holds everywhere."""
+    return first if second is None else second if first is None else first & second
+
+
 def top_choices(score: Tensor, k: int) -> Tensor:
     """Indices `(..., k)` of the k largest scores, best first; on a tie the lowest index first.
 

@@ -64,11 +64,6 @@ def with_given_weights(given: Tensor, weight: Tensor, padding: Tensor | None) ->
     return torch.where(own, weight, given.to(weight.dtype) + (weight - weight.detach()))
 
 
-def both(first: Tensor | None, second: Tensor | None) -> Tensor | None:
-    """Where two conditions hold; None is a condition that holds everywhere."""
-    return first if second is None else second if first is None else first & second
-
-
 def check_given(given: Tensor, num_experts: int, active: Tensor | None = None) -> None:
     """Check that given choices `(..., k)` are such numbers, and that no token that is `active` `(...)` has an expert
     twice. It reads values, so it does nothing on a GPU and in a graph."""

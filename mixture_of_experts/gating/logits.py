@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.kernels.row_blocks import in_blocks, refuse
+from mixture_of_experts.kernels.row_blocks import in_blocks, refuse, wanted
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
 from mixture_of_experts.support.settings import FixedShapes, setting
@@ -24,14 +24,10 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
     It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
     """
-
-    def product(x: Tensor, weight: Tensor) -> Tensor:
-        if x.dtype == dtype == weight.dtype:
-            return x @ weight
-        return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
-
     with without_autocast(x.device):
-        return in_blocks(product, x, weight, dtype)
+        if wanted():
+            return in_blocks(_differentiable, x, weight, dtype)
+        return _differentiable(x, weight, dtype)
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
@@ -188,6 +184,12 @@ def _narrow_grads(
         sums = _wide_product(x.mT, wide)
         grad_weight = (sums[..., :e] + sums[..., e:]).to(weight.dtype)
     return grad_x, grad_weight
+
+
+def _differentiable(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype == dtype == weight.dtype:
+        return x @ weight
+    return _Logits.apply(x, weight, dtype) if torch.is_grad_enabled() else _product(x, weight, dtype)
 
 
 def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:

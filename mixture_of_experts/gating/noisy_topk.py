@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
-from mixture_of_experts.gating.choices import Choices, top_choices
-from mixture_of_experts.gating.given import GIVEN, both
+from mixture_of_experts.gating.choices import Choices, both, top_choices
+from mixture_of_experts.gating.given import GIVEN
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -25,7 +25,7 @@ def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor, *oth
     On a GPU, if the results are large, the backward computes them again instead of saving them; this takes one more
     pass over the tokens. On a CPU recomputing is slow and memory is cheap, so results are saved.
     """
-    if not (torch.is_grad_enabled() and _are_large(x, weight) and _can_recompute(x)):
+    if not (_on_gpu(x) and torch.is_grad_enabled() and _are_large(x, weight)) or exporting() or in_transform():
         return function(x, weight, *others)
     return checkpoint(function, x, weight, *others, use_reentrant=False, preserve_rng_state=False)  # type: ignore
 
@@ -33,11 +33,6 @@ def recomputed(function: Callable[..., Results], x: Tensor, weight: Tensor, *oth
 def _are_large(x: Tensor, weight: Tensor) -> bool:
     dim, experts = weight.shape[-2:]
     return dim * experts >= LEAST and 4 * experts > SMALL * x.element_size() * dim
-
-
-def _can_recompute(x: Tensor) -> bool:
-    """Whether results can be recomputed: only on a GPU, not in transforms of torch.func, not in an export."""
-    return _on_gpu(x) and not (exporting() or in_transform())
 
 
 def _on_gpu(x: Tensor) -> bool:

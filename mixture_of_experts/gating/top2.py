@@ -14,8 +14,8 @@ from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
-from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import GIVEN, LIVE, both, is_computed
+from mixture_of_experts.gating.choices import Choices, both
+from mixture_of_experts.gating.given import GIVEN, LIVE, is_computed
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.support.settings import setting
@@ -102,7 +102,7 @@ class Top2Gating(TokenChoiceGate):
 
     reports: tuple[str, ...] | None = ("first_place", "second_place")
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, "given_experts")
-    ways: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel, **TokenChoiceGate.ways}
+    ways: ClassVar[Mapping[str, Any]] = {"kernel": top2_by_kernel}
     w_gating: nn.Parameter
     capacity_per_choice = False
     eps: float = setting(check_number, above=0.0)

@@ -19,8 +19,8 @@ from torch import Tensor
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
-from mixture_of_experts.gating.choices import Choices
-from mixture_of_experts.gating.given import GIVEN, both
+from mixture_of_experts.gating.choices import Choices, both
+from mixture_of_experts.gating.given import GIVEN
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck

@@ -27,9 +27,9 @@ from mixture_of_experts.gating.bias_rules import (
     check_scores,
     step_of,
 )
-from mixture_of_experts.gating.choices import Choices, top_choices
+from mixture_of_experts.gating.choices import Choices, both, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
-from mixture_of_experts.gating.given import GIVEN, OPEN, both
+from mixture_of_experts.gating.given import GIVEN, OPEN
 from mixture_of_experts.gating.logits import RouterLogits, module_logits
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
@@ -117,11 +117,7 @@ class TopKGating(TokenChoiceGate):
     #: expert twice is an error, which on a GPU, whose numbers are not read, nobody tells.
     #: `open_experts` `(..., n, e)` bool: the experts that a token may choose, at least one, as if there were no others
     reads: ClassVar[tuple[str, ...]] = (*TokenChoiceGate.reads, GIVEN, OPEN)
-    ways: ClassVar[Mapping[str, Any]] = {
-        "numbers": topk_by_numbers,
-        "kernel": topk_by_kernel,
-        **TokenChoiceGate.ways,
-    }
+    ways: ClassVar[Mapping[str, Any]] = {"numbers": topk_by_numbers, "kernel": topk_by_kernel}
     reports: tuple[str, ...] | None = ()
     expert_bias: Tensor | None
     expert_counts: Tensor | None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating import by_operators, topk_by_kernel
+from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.kernels.launching import asked_for, has_kernels
@@ -53,7 +53,7 @@ def routing(gate: TopKGating, tokens: Tokens) -> Routing:
 
     Scores may round to 0 where a softmax over the logits of the chosen, which are unlikely by their bias, does not.
     """
-    return _routing(gate, tokens.x) or by_operators.routing(gate, tokens)
+    return _routing(gate, tokens.x) or gate.decide_and_route(tokens)
 
 
 def _routing(gate: TopKGating, x: Tensor) -> Routing | None:

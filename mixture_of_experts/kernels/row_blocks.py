@@ -95,15 +95,13 @@ def has_equal_bits(x: Tensor, weight: Tensor, whole: Tensor, size: int) -> bool:
     return True
 
 
-def in_blocks(product: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`product(x, weight)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`; if the same bits are asked for,
-    with zeros for the tokens that a block and the columns that a vector lacks."""
-    if asked_for() != WAY:
-        return product(x, weight)
+def in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """`product(x, weight, dtype)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`; with zeros for tokens
+    that a block lacks, and for columns that a vector lacks."""
     t, q = x.shape[-2], weight.shape[-1]
     weight = F.pad(weight, (0, -q % COLUMNS))
     x = F.pad(x, (0, 0, 0, -t % size_of_block(dtype, torch.get_num_threads(), *weight.shape[-2:])))
-    return product(x, weight)[..., :t, :q].contiguous()
+    return product(x, weight, dtype)[..., :t, :q].contiguous()
 
 
 def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:

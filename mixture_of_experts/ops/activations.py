@@ -336,16 +336,11 @@ def known_module(activation: ActivationLike) -> Any:
 
 
 def why_unknown(activation: ActivationLike) -> str | None:
-    """Why a way cannot compute the activation itself, but must call the module; None if it can."""
+    """Why a way cannot compute the activation itself, but must call the module or function; None if it can."""
     if type(activation) not in KNOWN:
         name = type(activation).__name__ if isinstance(activation, nn.Module) else repr(activation)
         modules = [kind.__name__ for kind in KNOWN if issubclass(kind, nn.Module)]
         return f"the activation {name} is none of {', '.join(modules)}"
-    return why_hooked(activation)
-
-
-def why_hooked(activation: ActivationLike) -> str | None:
-    """Why a known activation must be called all the same: it has hooks. None if it has none."""
     if has_hooks(activation):
         return "there are hooks on the activation, which has to be called for them"
     return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating.balance_losses import load_of
+from mixture_of_experts.losses import load_of
 
 
 class Statistic(NamedTuple):

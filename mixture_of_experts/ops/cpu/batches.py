@@ -21,16 +21,10 @@ class Batch(NamedTuple):
     """Neighbouring experts computed as one product, each with as many rows as the fullest of them."""
 
     experts: slice
+    number: int  # of experts
     width: int  # rows of each expert
     start: int  # the first row
-
-    @property
-    def number(self) -> int:
-        return self.experts.stop - self.experts.start
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.number * self.width
+    stop: int
 
     def of(self, rows: Tensor, start: int = 0) -> Tensor:
         """The batch's part `(number, width, p)` of rows, the first of which has the number `start`."""
@@ -62,8 +56,9 @@ def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -
             stop -= (stop - start) % threads
             width = max(counts[start:stop])
         if filled:
-            batches.append(Batch(slice(start, stop), width, row))
-            row = batches[-1].stop
+            last = row + (stop - start) * width
+            batches.append(Batch(slice(start, stop), stop - start, width, row, last))
+            row = last
         start = stop
     return batches
 

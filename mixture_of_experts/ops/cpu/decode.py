@@ -19,18 +19,13 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import product_by_expert
 from mixture_of_experts.ops.network import Call
 
-MOST_ROWS = 32
+MOST_ROWS = 32  # of a call
 MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
 LEAST_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
 #: CPUs and dtypes for which a product of one row is faster than a sum. Microseconds of sum and product for weights of
 #: 512 x 2048 and 2048 x 512 outside of the caches, one thread: AVX2 (Zen 3) 300 and 180, 330 and 315; AVX-512 (EPYC)
 #: 137 and 193, 189 and 225; in bfloat16 98 and 272, 91 and 209. `python -m experiments.cpu_constants --rows` measures
 PRODUCTS = {("DEFAULT", torch.float32), ("AVX2", torch.float32)}
-
-
-def serves(call: Call) -> bool:
-    """Whether a call is one of token choice with few assignments, in eval and without gradients."""
-    return call.is_inference() and call.decision.weight.numel() <= MOST_ROWS
 
 
 def run(call: Call) -> Tensor:

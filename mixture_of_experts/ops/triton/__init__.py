@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mixture_of_experts.kernels.launching import asked_for, family_of
 from mixture_of_experts.ops import few_tokens
-from mixture_of_experts.ops.activations import why_hooked
+from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import LOW, num_rows
@@ -117,7 +117,7 @@ def _why_not_of(dtype: torch.dtype, network: Network) -> str | None:
             return f"kernels want sizes that are multiples of {MULTIPLE}, not {tuple(sizes)}"
         if max(sizes) > WIDEST or max(math.prod(sizes), _span(sizes, strides)) >= 1 << 31:
             return f"an expert's matrix {tuple(sizes)} is too large: kernels index it by int32"
-    return why_hooked(network.activation)
+    return why_unknown(network.activation)
 
 
 def _span(sizes: Sequence[int], strides: Sequence[int]) -> int:
