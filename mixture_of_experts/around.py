@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision, of_first_experts
 from mixture_of_experts.dispatch.moving import add_rows, combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, run_experts
-from mixture_of_experts.kernels.row_blocks import module_in_blocks, refuse
 from mixture_of_experts.support.checks import check_number, check_size
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_module
+from mixture_of_experts.support.same_bits import module_in_blocks, refuse_same_bits
 
 WorksOn = Literal["tokens", "inputs", "outputs", "experts"]
 
@@ -281,7 +281,7 @@ class InputWeightedExperts(ExpertsAround):
     def forward(self, x: Tensor, decision: Decision | None = None) -> Tensor:
         if decision is None:
             return super().forward(x, decision)
-        refuse(f"{type(self).__name__} compute rows by themselves")
+        refuse_same_bits(f"{type(self).__name__} compute rows by themselves")
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
         rows = dispatch(x, plan) * plan.row_weight().unsqueeze(-1)

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.kernels.row_blocks import refuse
 from mixture_of_experts.ops import routed_ffn
 from mixture_of_experts.ops.activations import ActivationLike, make_activation, takes_two
 from mixture_of_experts.ops.grouped import grouped_product
@@ -29,6 +28,7 @@ from mixture_of_experts.ops.network import Network, cast_operands
 from mixture_of_experts.ops.plain import feed_forward
 from mixture_of_experts.support.checks import check_dtype, check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import in_transform, own, unwrapped, wrapped_module
+from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import can_read
 
@@ -76,7 +76,7 @@ class RoutedExperts(nn.Module):
             num_tokens_per_expert = torch.full((math.prod(x.shape[:-2]),), x.shape[-2], device=x.device)
             out = self._compute_rows(x.flatten(0, -2), num_tokens_per_expert)
             return own(out, (*x.shape[:-1], out.shape[-1]))
-        refuse(f"{type(self).__name__} compute rows by themselves")
+        refuse_same_bits(f"{type(self).__name__} compute rows by themselves")
         plan = decision.without_gaps()
         assert plan.rows_per_expert is not None
         rows = dispatch(x, plan)
@@ -105,7 +105,7 @@ def run_experts(experts: nn.Module, x: Tensor, decision: Decision) -> Tensor:
     """Map the tokens `(t, d)` of a call to tokens `(t, o)`, by experts of either contract."""
     if reads_decisions(experts):
         return check_tokens_returned(experts, experts(x, decision), x)
-    refuse(f"{type(experts).__name__} compute slots")
+    refuse_same_bits(f"{type(experts).__name__} compute slots")
     return run_on_slots(experts, x, decision, dim_out_of(experts))
 
 
@@ -207,7 +207,10 @@ def _check_dropout(name: str, value: Any) -> float:
 
 
 class StackedExperts(FixedShapes, RoutedExperts):
-    """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts."""
+    """Base of experts with stacked weights: initialisation, checks of shapes, and both contracts.
+
+    Tokens with a decision go to `ops.routed_ffn`, which moves and computes them by the fastest way.
+    """
 
     dim: int
     dim_out: int

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import RoutedExperts, StackedExperts, check_slots
-from mixture_of_experts.kernels.row_blocks import refuse
 from mixture_of_experts.ops import bits4, bits8
 from mixture_of_experts.ops.activations import hidden_layer
 from mixture_of_experts.ops.grouped import grouped_product
@@ -30,6 +29,7 @@ from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support import private_torch
 from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import wrapped_module
+from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange
 
@@ -186,7 +186,7 @@ class QuantizedExperts(RoutedExperts):
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
-        refuse(f"experts in {self.bits} bits compute rows by themselves")
+        refuse_same_bits(f"experts in {self.bits} bits compute rows by themselves")
         if not isinstance(decision, Decision):
             check_slots(self, x, decision)
             return super().forward(x)

@@ -19,8 +19,8 @@ from mixture_of_experts.gating import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.kernels import row_blocks
 from mixture_of_experts.quantize import quantize_experts
+from mixture_of_experts.support import same_bits
 from mixture_of_experts.verify import verify
 
 DROPLESS = dict(capacity_factor_train=None, capacity_factor_eval=None)
@@ -64,7 +64,7 @@ def test_the_bits_of_a_token_are_the_same(name):
     layer = KEEP[name]()
     with ops.use("batch_invariant"):
         assert verdict(layer) == "holds"
-    if row_blocks.size_of_block(torch.float32, torch.get_num_threads(), 32, 32) > 1:
+    if same_bits.size_of_block(torch.float32, torch.get_num_threads(), 32, 32) > 1:
         assert verdict(layer) == "fails"
 
 
@@ -143,13 +143,13 @@ def test_a_block_that_threads_would_share_is_refused():
     try:
         torch.set_num_threads(2)
         with pytest.raises(ValueError, match="width of 1001 needs blocks of 64 rows"):
-            row_blocks.rows_at_once(64, 1001)
-        assert row_blocks.rows_at_once(4, 1536) == 20
+            same_bits.rows_at_once(64, 1001)
+        assert same_bits.rows_at_once(4, 1536) == 20
     finally:
         torch.set_num_threads(before)
 
 
 def test_a_cpu_without_such_blocks_is_told(monkeypatch):
-    monkeypatch.setattr(row_blocks, "has_equal_bits", lambda *_: False)
+    monkeypatch.setattr(same_bits, "has_equal_bits", lambda *_: False)
     with pytest.raises(RuntimeError, match=r"17 x 23.*another number of threads"):
-        row_blocks.size_of_block(torch.float32, 1, 17, 23)
+        same_bits.size_of_block(torch.float32, 1, 17, 23)

@@ -16,7 +16,7 @@ from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMo
 from mixture_of_experts import experts as experts_module
 from mixture_of_experts.experts import RoutedExperts
 from mixture_of_experts.ops import ClampedSwiGLU, grouped_product, moe_ffn
-from mixture_of_experts.support.explaining import LISTENERS
+from mixture_of_experts.support.ways import LISTENERS
 
 T, D, H, OUT, E, K = 11, 6, 10, 5, 4, 2
 

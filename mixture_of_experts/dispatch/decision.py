@@ -80,10 +80,10 @@ class Decision:
     @property
     def expert(self) -> Tensor:
         """`(a,)` int64, expert of each assignment, outer-major for two levels; any number where it is not kept."""
-        return self.queues()[0] // self.num_groups if self._expert is None else self._expert
+        return self.queues()[0] // self.queues_per_expert if self._expert is None else self._expert
 
     @property
-    def num_groups(self) -> int:
+    def queues_per_expert(self) -> int:
         """The queues of an expert: queue i b + g is that of expert i and group g."""
         return 1 if self.routing is None else self.routing.expert.shape[-2]
 
@@ -95,7 +95,7 @@ class Decision:
     @property
     def num_slots(self) -> int:
         """The number of slots of all experts."""
-        return math.prod(self.num_experts) * self.num_groups * self.capacity
+        return math.prod(self.num_experts) * self.queues_per_expert * self.capacity
 
     def queues(self) -> tuple[Tensor, Tensor, Tensor]:
         """The queue `(a,)` of each assignment and its position `(a,)` there, any number where it is not kept; and how
@@ -126,11 +126,11 @@ class Decision:
         return by_expert.flatten() if statically_known_true(by_expert.shape[1] == 1) else by_expert.sum(dim=-1)
 
     def in_slots(self) -> Plan:
-        """The plan whose rows are all slots, `(e, b, c)`; some are empty."""
+        """The plan whose rows are all slots, `(e, b, c)`; some are empty. Experts that read slots take it."""
         return self._plan(self._cell(), self.num_slots, None)
 
     def without_gaps(self) -> Plan:
-        """The plan whose rows lie sorted by expert, without empty rows between them."""
+        """The plan whose rows lie sorted by expert, without empty rows between them, for grouped products."""
         queue, position, length = self.queues()
         row = (length.cumsum(0) - length).gather(0, queue) + position
         return self._plan(row, self.most_rows, self.rows_per_expert(length))
@@ -138,7 +138,8 @@ class Decision:
     def with_rows(
         self, queue: Tensor, position: Tensor, length: Tensor, rows_per_expert: Tensor, num_rows: int
     ) -> Plan:
-        """The plan that gives each expert a number of rows of the caller's choice; those it does not need are empty.
+        """The plan that gives each expert a number of rows of the caller's choice, for batched products; some of them
+        are empty.
 
         Args:
             queue, position, length: what `queues` returned.

@@ -12,9 +12,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.kernels.row_blocks import module_in_blocks
 from mixture_of_experts.support.checks import check_mask, check_result, check_tokens
 from mixture_of_experts.support.private_torch import own
+from mixture_of_experts.support.same_bits import module_in_blocks
 
 SHORTEST = 16  # groups are refused if they are so many times shorter than was asked for
 

@@ -3,7 +3,7 @@
 Axes: t tokens of the whole call, k choices, a assignments (t k for token choice), r rows, d model dim.
 
 Both directions, forward and backward, are gathers by the tables of a `Plan`. No two writes meet, so every run gives the
-same bits.
+same bits. On a CPU, plain feed-forward experts move tokens chunk by chunk by themselves (`ops/cpu`).
 """
 
 from __future__ import annotations

@@ -59,9 +59,9 @@ from mixture_of_experts.support.checks import (
     check_sizes,
     check_tokens,
 )
-from mixture_of_experts.support.explaining import first_way
 from mixture_of_experts.support.private_torch import own, statically_known_true, unwrapped
 from mixture_of_experts.support.settings import FixedShapes, setting
+from mixture_of_experts.support.ways import first_way
 
 
 @dataclass(frozen=True)  # before torch 2.12 torch.compile cannot trace a property of a named tuple
@@ -333,7 +333,9 @@ class TokenChoiceGate(Gate):
         """Return the choices of all tokens. A gate of your own writes this method.
 
         Choices that a token may not make are dropped afterwards. A loss counts only the tokens of `tokens.counted`, as
-        `balance_loss`, `z_loss` and `token_mean` of this class do.
+        `balance_loss`, `z_loss` and `token_mean` of this class do. Losses are returned whatever their coefficient in
+        the layer is: statistics show them. Side inputs that it reads are named in `reads`, losses beside "balance" and
+        "z" in `reports`. A gate that others may choose for calls `merge_given`.
         """
         raise NotImplementedError(f"{type(self).__name__} must write decide(tokens) and return Choices")
 
@@ -476,7 +478,8 @@ class TokenChoiceGate(Gate):
         return losses.token_mean(values, tokens.counted, self.process_group)
 
     def route(self, tokens: Tokens, choices: Choices) -> Routing:
-        """Give the choices their slots, and return the `Routing`. Tokens that may not choose have no choice in it.
+        """Return the `Routing` of choices: with slots, if the capacity is limited. Tokens that may not choose have no
+        choice in it.
 
         Shapes and dtypes are checked. For gates outside this package, on a CPU, values are checked too: every expert
         must exist, and no token may take one twice.

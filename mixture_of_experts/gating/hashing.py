@@ -81,7 +81,7 @@ class HashGating(TopKGating):
             )
 
     @property
-    def _first_is_likeliest(self) -> bool:
+    def first_is_likeliest(self) -> bool:
         return False
 
     def extra_repr(self) -> str:

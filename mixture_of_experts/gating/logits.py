@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixture_of_experts.kernels.row_blocks import in_blocks, refuse, wanted
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
+from mixture_of_experts.support.same_bits import product_in_blocks, refuse_same_bits, same_bits_wanted
 from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
 
@@ -25,8 +25,8 @@ def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
     """
     with without_autocast(x.device):
-        if wanted():
-            return in_blocks(_differentiable, x, weight, dtype)
+        if same_bits_wanted():
+            return product_in_blocks(_differentiable, x, weight, dtype)
         return _differentiable(x, weight, dtype)
 
 
@@ -34,7 +34,7 @@ def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
     """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
-        refuse(f"the logits come from a {type(module).__name__}")
+        refuse_same_bits(f"the logits come from a {type(module).__name__}")
     with without_autocast(x.device):
         logits = module(x if weight is None or isinstance(module, RouterLogits) else x.to(weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.kernels.row_blocks import elementwise
 from mixture_of_experts.support.checks import check_number, check_size
+from mixture_of_experts.support.same_bits import elementwise
 
 Score = Literal["softmax", "sigmoid", "sqrt_softplus"] | Callable[[Tensor], Tensor]
 Select = Literal["score", "logits"] | Callable[[Tensor, Tensor, Tensor | None], Tensor]

@@ -1,4 +1,4 @@
-"""Top-k gating in three steps: logits of every expert, the choice of k experts, and the weights of the choices.
+"""Top-k gating: logits and scores of every expert, the choice of k experts, and the weights of the choices.
 
 Axes: b groups, n tokens of a group, d model dim, e experts, k choices of a token; outer experts stand before: `...`.
 """
@@ -270,8 +270,9 @@ class TopKGating(TokenChoiceGate):
         return module_logits(self.logits, x, self.num_experts)
 
     @property
-    def _first_is_likeliest(self) -> bool:
-        """Whether scores are a softmax and a token's first choice is always its likeliest expert."""
+    def first_is_likeliest(self) -> bool:
+        """Whether scores are a softmax and a token's first choice is always its likeliest expert; the z-loss then
+        follows from that choice. A subclass that chooses by something else returns False."""
         by_score = self.score == "softmax" and self.select == self.weigh == "score"
         return by_score and self.expert_bias is None and self.num_groups is None
 
@@ -314,7 +315,7 @@ class TopKGating(TokenChoiceGate):
         if closed is not None:  # finite, so that a token without an open expert gives no NaN
             logits = logits.masked_fill(closed, torch.finfo(logits.dtype).min)
         score = SCORES[self.score](logits) if isinstance(self.score, str) else self.score(logits)
-        log_total = None if self._first_is_likeliest else logits.logsumexp(dim=-1)
+        log_total = None if self.first_is_likeliest else logits.logsumexp(dim=-1)
         probs = score if self.score == "softmax" else score / (score.sum(dim=-1, keepdim=True) + 1e-20)
         return logits, score, probs, log_total
 
@@ -371,7 +372,7 @@ class TopKGating(TokenChoiceGate):
             return self.normalize(weight)
         total = weight.sum(dim=-1, keepdim=True)
         # the k largest numbers of a softmax are not all 0
-        needless = self._first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
+        needless = self.first_is_likeliest and allowed is None and self.eps <= NO_EPSILON
         return weight / (total if needless else total + self.eps)
 
     # The expert bias

@@ -17,9 +17,10 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating import topk_by_kernel
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.steps import SCORES
-from mixture_of_experts.kernels.launching import asked_for, has_kernels
-from mixture_of_experts.kernels.row_blocks import WAY
+from mixture_of_experts.kernels.launching import has_kernels
+from mixture_of_experts.support.same_bits import WAY
 from mixture_of_experts.support.tracing import can_read
+from mixture_of_experts.support.ways import asked_for
 
 TopKGating = Any  # which imports this
 MOST_EXPERTS = 64  # of more, operators are faster

@@ -1,16 +1,11 @@
-"""What all kernels of Triton share: which way the user asks for, how kernels start, and their self-checks.
-
-The way that the user asks for is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
-later.
-"""
+"""What all kernels of Triton share: where they may start, how they do, and their self-checks."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,33 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mixture_of_experts.support.private_torch import can_hook_saved_tensors, in_transform, without_dispatch_modes
 from mixture_of_experts.support.tracing import capability
-
-VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
-
-# read once: a compiled graph can be guarded by a variable, but not by the environment
-FROM_START: str = os.environ.get(VARIABLE) or "auto"
-_asked_for = FROM_START
-_uses: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
-_CHANGING = threading.Lock()
+from mixture_of_experts.support.ways import asked_for
 
 NO_MEMORY = "there is no memory to check them"
 _CHECKS: list[SelfCheck] = []  # all there are
-
-
-def asked_for() -> str:
-    """The name of the way that the user asks for, or "auto"."""
-    return _asked_for
-
-
-def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
-    """Note contexts of `use` that open and close. Each takes out its own entry: those of several threads may end in any
-    order."""
-    global _asked_for
-    with _CHANGING:
-        _uses.update(opened)
-        for context in closed:
-            del _uses[context]
-        _asked_for = next(reversed(_uses.values()), FROM_START)
 
 
 def family_of(card: tuple[int, int]) -> tuple[int, int] | None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision, decision_on
-from mixture_of_experts.kernels import launching, row_blocks
+from mixture_of_experts.kernels.launching import forget_lack_of_memory
 from mixture_of_experts.ops import batched, cpu, grouped, plain, triton
 from mixture_of_experts.ops.activations import (
     ActivationLike,
@@ -36,7 +36,17 @@ from mixture_of_experts.ops.grouped import grouped_product
 from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
-from mixture_of_experts.support.explaining import Explanation, first_way, listening, tell
+from mixture_of_experts.support.same_bits import WAY
+from mixture_of_experts.support.ways import (
+    FROM_START,
+    VARIABLE,
+    Explanation,
+    ask_for,
+    asked_for,
+    first_way,
+    listening,
+    tell,
+)
 
 __all__ = [
     "ClampedGLU",
@@ -56,8 +66,8 @@ __all__ = [
 
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
 WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
-WAYS |= {row_blocks.WAY: batch_invariant}
-check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
+WAYS |= {WAY: batch_invariant}
+check_choice(VARIABLE, FROM_START, ("auto", *WAYS))
 
 
 @contextmanager
@@ -82,11 +92,11 @@ def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "ba
     """
     check_choice("way", way, ("auto", *WAYS))
     context = object()
-    launching.ask_for({context: way}, ())
+    ask_for({context: way}, ())
     try:
         yield
     finally:
-        launching.ask_for({}, [context])
+        ask_for({}, [context])
 
 
 def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Explanation:
@@ -138,7 +148,7 @@ def prepare(
     dim, weight = check_size("layer.dim", getattr(layer, "dim", None)), next(layer.parameters())
     dtype = next(getattr(layer, "experts", layer).parameters(), weight).dtype  # a router may have another
     shapes = itertools.product(check_sizes("sequences", sequences), check_sizes("tokens", tokens))
-    launching.forget_lack_of_memory()
+    forget_lack_of_memory()
     buffers = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     found = {}
     for shape in shapes:
@@ -191,7 +201,7 @@ def routed_ffn(
 
 
 def _choose(call: Call, ways: Mapping[str, Any]) -> str:
-    if (way := launching.asked_for()) == "auto":
+    if (way := asked_for()) == "auto":
         return first_way("experts", ways, call)
     reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
     if reason is not None:

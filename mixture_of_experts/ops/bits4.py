@@ -37,7 +37,7 @@ def pack(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
     weight = F.pad(weight, (0, -weight.shape[1] % WIDEST))
     levels, step, zero = nearest(weight.unflatten(0, (-1, group)))
     groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
-    return {"packed": in_blocks(levels.to(torch.uint8).view(weight.shape), block), "groups": groups}
+    return {"packed": nibbles_of(levels.to(torch.uint8).view(weight.shape), block), "groups": groups}
 
 
 def nearest(weight: Tensor) -> Iterator[Tensor]:
@@ -62,7 +62,7 @@ def rounded(weight: Tensor, step: Tensor, zero: Tensor) -> tuple[Tensor, ...]:
     return levels.add_(8), step, zero, error
 
 
-def in_blocks(levels: Tensor, block: int) -> Tensor:
+def nibbles_of(levels: Tensor, block: int) -> Tensor:
     """Levels `(p, q)` as nibbles `(q / b, p, b / 2)`."""
     lower, upper = levels.unflatten(1, (-1, 2, block // 2)).transpose(0, 1).unbind(2)
     return (lower | (upper << 4)).contiguous()
@@ -83,7 +83,7 @@ def rearranged(packed: Tensor, block: int) -> Tensor:
     levels = packed.new_empty(p, blocks * 2 * half)
     out = packed.new_empty(*dims, blocks * 2 * half // block, p, block // 2)
     for matrix, other in zip(packed.flatten(0, -4), out.flatten(0, -4), strict=True):
-        other.copy_(in_blocks(levels_of(matrix, levels), block))
+        other.copy_(nibbles_of(levels_of(matrix, levels), block))
     return out
 
 

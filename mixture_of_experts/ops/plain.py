@@ -83,7 +83,7 @@ def block_sizes(rows: int, experts: int) -> tuple[int, int]:
     return size, smallest(rows, rows // size + experts)
 
 
-def in_blocks(num_tokens_per_expert: Tensor, rows: int) -> RowBlocks:
+def row_blocks_of(num_tokens_per_expert: Tensor, rows: int) -> RowBlocks:
     """Lay `rows` rows out in blocks, without a host sync: no shape depends on how many tokens an expert has."""
     size, num_blocks = block_sizes(rows, num_tokens_per_expert.shape[0])
     blocks = (num_tokens_per_expert + size - 1) // size  # (e,), blocks of each expert
@@ -115,7 +115,7 @@ def expert_product(x: Tensor, weight: Tensor, num_tokens_per_expert: Tensor | No
     """
     if num_tokens_per_expert is None:
         return torch.matmul(x, weight)
-    blocks = in_blocks(num_tokens_per_expert, x.shape[0])
+    blocks = row_blocks_of(num_tokens_per_expert, x.shape[0])
     rows = _take(append(x, 0), blocks.row.flatten()).unflatten(0, blocks.row.shape)
     out = torch.bmm(rows, _take(weight, blocks.expert))
     return _take(append(out.flatten(0, 1), 0), blocks.place)

@@ -22,7 +22,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.moving import combine, dispatch
 from mixture_of_experts.experts import ExpertList, RoutedExperts, StackedExperts
-from mixture_of_experts.kernels.row_blocks import refuse
 from mixture_of_experts.parallel.exchange import (
     DTYPES,
     ROWS,
@@ -36,6 +35,7 @@ from mixture_of_experts.parallel.exchange import (
 from mixture_of_experts.parallel.on_this_rank import on_this_rank
 from mixture_of_experts.parallel.sharding import ExpertSharding
 from mixture_of_experts.support.checks import shape_of
+from mixture_of_experts.support.same_bits import refuse_same_bits
 
 SAVED_ELSEWHERE = (
     "{name} is what one of {ranks} ranks saved of its experts, but here they are spread over {here}: write checkpoints "
@@ -55,7 +55,7 @@ class ExpertParallelExperts(nn.Module):
         All ranks of the mesh must call it together. Rows travel if the call is dropless and the experts take rows, else
         slots. This does not depend on the batch, which differs between ranks.
         """
-        refuse("experts that are spread over ranks compute the rows of several batches together")
+        refuse_same_bits("experts that are spread over ranks compute the rows of several batches together")
         if decision is None:
             return self._exchange_slots(x)
         local: Any = self.local_class

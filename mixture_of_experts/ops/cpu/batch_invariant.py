@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from mixture_of_experts.kernels.row_blocks import block_of, rows_at_once
 from mixture_of_experts.ops import cpu
 from mixture_of_experts.ops.activations import InSteps
 from mixture_of_experts.ops.cpu import fused
 from mixture_of_experts.ops.network import Call
+from mixture_of_experts.support.same_bits import block_of, rows_at_once
 
 
 def why_not(call: Call) -> str | None:

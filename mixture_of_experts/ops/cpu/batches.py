@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
-
 # `python -m experiments.cpu_constants` times steps with other values of these
 PADDING = 1 << 18  # so many multiplications of padding take as long as one more product
 SHARING = 32  # factor of PADDING with several threads, which share one expert's product badly
@@ -25,10 +23,6 @@ class Batch(NamedTuple):
     width: int  # rows of each expert
     start: int  # the first row
     stop: int
-
-    def of(self, rows: Tensor, start: int = 0) -> Tensor:
-        """The batch's part `(number, width, p)` of rows, the first of which has the number `start`."""
-        return rows[self.start - start : self.stop - start].view(self.number, self.width, -1)
 
 
 def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -> list[Batch]:

@@ -35,8 +35,8 @@ def run(call: Call, on_rows: Any = rows, block: int = 1) -> Tensor:
     dim = max(x.shape[-1], o)
     row_bytes = (dim + sum(w.shape[-1] for w in network.w_in)) * x.element_size()
     plan, chunks = plan_chunks(call.decision, max(1, dim * h), row_bytes, block)
-    ways = partial(forward, chunks, on_rows), partial(backward, chunks, on_rows)
-    return autograd.differentiable(*ways, x, plan, network)
+    pair = partial(forward, chunks, on_rows), partial(backward, chunks, on_rows)
+    return autograd.differentiable(*pair, x, plan, network)
 
 
 def plan_chunks(decision: Decision, row_work: int, row_bytes: int, block: int = 1) -> tuple[Plan, list[list[Batch]]]:

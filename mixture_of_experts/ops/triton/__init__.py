@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mixture_of_experts.kernels.launching import asked_for, family_of
+from mixture_of_experts.kernels.launching import family_of
 from mixture_of_experts.ops import few_tokens
 from mixture_of_experts.ops.activations import why_unknown
 from mixture_of_experts.ops.network import Call, Network
@@ -19,6 +19,7 @@ from mixture_of_experts.ops.triton.form import form_of
 from mixture_of_experts.ops.triton.schedule import LOW, num_rows
 from mixture_of_experts.support.private_torch import exporting, in_transform, is_fake, statically_known_true
 from mixture_of_experts.support.tracing import capability
+from mixture_of_experts.support.ways import asked_for
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 BY_DEFAULT = ((8, 0), (8, 6), (12, 0))  # families on which torch's grouped product is a loop of many kernels

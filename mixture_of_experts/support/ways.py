@@ -1,12 +1,41 @@
-"""Takes the first of several ways that can compute a call, and tells whoever listens which one, and why no faster."""
+"""Ways to compute a call: the one that the user asks for, or the first that serves it; and who is told which.
+
+The way that the user asks for is state of the process. `MIXTURE_OF_EXPERTS_KERNELS` sets it at the start, `ops.use`
+later.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+
+VARIABLE = "MIXTURE_OF_EXPERTS_KERNELS"
+
+# read once: a compiled graph can be guarded by a variable, but not by the environment
+FROM_START: str = os.environ.get(VARIABLE) or "auto"
+_asked_for = FROM_START
+_uses: dict[object, str] = {}  # the open contexts of `use`, of all threads; the last one holds
+_CHANGING = threading.Lock()
+
+
+def asked_for() -> str:
+    """The name of the way that the user asks for, or "auto"."""
+    return _asked_for
+
+
+def ask_for(opened: Mapping[object, str], closed: Sequence[object]) -> None:
+    """Note contexts of `use` that open and close. Each takes out its own entry: those of several threads may end in any
+    order."""
+    global _asked_for
+    with _CHANGING:
+        _uses.update(opened)
+        for context in closed:
+            del _uses[context]
+        _asked_for = next(reversed(_uses.values()), FROM_START)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixture_of_experts.kernels.launching import asked_for
+from mixture_of_experts.support.ways import asked_for
 
 WAY = "batch_invariant"
 SIZES = (1, 2, 4, 8, 16, 32, 64)  # of a block, tried in this order
@@ -29,14 +29,14 @@ VECTOR = 64  # numbers, a multiple of those in the vectors of every dtype
 GRAIN = 32768  # numbers of a tensor from which on torch's threads share it
 
 
-def wanted() -> bool:
+def same_bits_wanted() -> bool:
     """Whether the same bits in any batch are asked for."""
     return asked_for() == WAY
 
 
-def refuse(what: str) -> None:
+def refuse_same_bits(what: str) -> None:
     """Raise ValueError if the same bits are asked for, of products that are not made in blocks."""
-    if wanted():
+    if same_bits_wanted():
         raise ValueError(f"{WAY!r} was asked for, and {what}: ask for 'auto'")
 
 
@@ -95,7 +95,7 @@ def has_equal_bits(x: Tensor, weight: Tensor, whole: Tensor, size: int) -> bool:
     return True
 
 
-def in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def product_in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """`product(x, weight, dtype)` `(..., t, q)`, a product in `dtype` of tokens `(..., t, p)`; with zeros for tokens
     that a block lacks, and for columns that a vector lacks."""
     t, q = x.shape[-2], weight.shape[-1]
@@ -107,7 +107,7 @@ def in_blocks(product: Callable[..., Tensor], x: Tensor, weight: Tensor, dtype: 
 def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, of a module that maps tokens `(..., p)` to `(..., q)` each by itself; in blocks if they are asked
     for."""
-    if not wanted():
+    if not same_bits_wanted():
         return module(x)
     weights = [weight for weight in module.parameters() if weight.ndim == 2]
     block = max([block_of(weights, width) for weight in weights for width in weight.shape], default=VECTOR)
@@ -120,7 +120,7 @@ def module_in_blocks(module: nn.Module, x: Tensor) -> Tensor:
 
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function(x)`, of every number by itself; of whole vectors if the same bits are asked for."""
-    if not wanted():
+    if not same_bits_wanted():
         return function(x)
     padded = F.pad(x.flatten(), (0, -x.numel() % VECTOR))
     return torch.cat([function(part) for part in padded.split(GRAIN // 2)])[: x.numel()].view(x.shape)
