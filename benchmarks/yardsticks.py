@@ -183,18 +183,23 @@ class Where(NamedTuple):
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor, add: bool = False) -> Tensor:
         for batch in self.batches:
-            rows, results, matrices = batch.of(x), batch.of(out), weight[batch.experts]
+            rows, results, matrices = part_of(x, batch), part_of(out, batch), weight[batch.experts]
             results.baddbmm_(rows, matrices) if add else torch.bmm(rows, matrices, out=results)
         return out
 
     def by_rows(self, x: Tensor, y: Tensor, like: Tensor) -> Tensor:
         out = torch.empty_like(like)
         for batch in self.batches:
-            torch.bmm(batch.of(x).mT, batch.of(y), out=out[batch.experts])
+            torch.bmm(part_of(x, batch).mT, part_of(y, batch), out=out[batch.experts])
         return out.index_fill_(0, self.unused, 0)
 
     def collect(self, rows: Tensor) -> Tensor:
         return F.embedding_bag(self.table, rows, per_sample_weights=self.choice_weight, mode="sum")
+
+
+def part_of(rows: Tensor, batch: Batch) -> Tensor:
+    """A batch's part `(number, width, p)` of all rows."""
+    return rows[batch.start : batch.stop].view(batch.number, batch.width, -1)
 
 
 @torch.no_grad()
@@ -202,7 +207,8 @@ def where_of(case: Case, routing: Routing, weight: Tensor) -> Where:
     """With capacity all slots, as one batch; dropless the layer's batches of experts, whose weight is `weight`."""
     if case.capacity is not None:
         where = plan_slots_of(routing)
-        batches, unused = [Batch(slice(0, case.e), case.rows_per_expert, 0)], where.row.new_empty(0)
+        rows, unused = case.rows_per_expert, where.row.new_empty(0)
+        batches = [Batch(slice(0, case.e), case.e, rows, 0, case.e * rows)]
     else:
         row_bytes = (case.d + (2 if case.gated else 1) * case.h) * weight.element_size()
         where, chunks = plan_chunks(decision_of(routing), case.d * case.h, row_bytes)

@@ -1,4 +1,4 @@
-"""Bases of gates: they check arguments, multiply in float32, give slots to choices, and make the `Routing`.
+"""Bases of gates: they check arguments, give slots to choices, and make the `Routing`.
 
 Axes: b groups (outer experts stand before it: `...`), n tokens of a group, d model dim, e experts, k choices.
 """
@@ -47,7 +47,6 @@ from mixture_of_experts.gating.given import (
     merge,
     with_given_weights,
 )
-from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.support.checks import (
     check_choice,
@@ -88,7 +87,7 @@ class Tokens:
 
 
 class Gate(FixedShapes):
-    """Base of every gate: its sizes, the check of its arguments, and the router's product.
+    """Base of every gate: its sizes, and the check of its arguments.
 
     Args:
         dim: d, model dimension.
@@ -195,15 +194,6 @@ class Gate(FixedShapes):
                 "takes no slots"
             )
         check_mask(counted, x.shape[:-1], COUNTED)
-
-    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits `(..., b, n, e)` of tokens x, in float32 (float64 for float64 weights), also under autocast."""
-        dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        # (..., b n, d) x (..., d, e): one product for each outer expert
-        logits = router_logits(x.flatten(-3, -2), weight, dtype)
-        if bias is not None:
-            logits = logits + bias.to(dtype).unsqueeze(-2)
-        return logits.view(*x.shape[:-1], weight.shape[-1])
 
 
 class TokenChoiceSettings(TypedDict, total=False):

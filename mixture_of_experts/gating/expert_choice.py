@@ -12,6 +12,7 @@ from mixture_of_experts.dispatch.queues import Length, Queues, expert_capacity, 
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Gate
 from mixture_of_experts.gating.capacity_factor import CapacityFactor
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed, without_whole
 from mixture_of_experts.losses import token_mean
 from mixture_of_experts.support.tracing import smallest
@@ -118,7 +119,7 @@ class ExpertChoiceGating(Gate):
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities `(b, n, e)`, and the logsumexp `(b, n)` of the logits."""
-        logits = self.product(x, weight)
+        logits = router_logits(x, weight)
         return logits.softmax(dim=-1), logits.logsumexp(dim=-1)
 
     def _capacity(self, n: int, length: Length | int) -> tuple[int, Tensor | None]:

@@ -19,15 +19,21 @@ from mixture_of_experts.support.settings import FixedShapes, setting
 from mixture_of_experts.support.tracing import without_autocast
 
 
-def router_logits(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x weight` in `dtype`, of x `(..., t, d)` and weight `(..., d, e)`.
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Logits `(..., b, n, e)` of tokens x `(..., b, n, d)` by a matrix `(..., d, e)` and a bias `(..., e)`, in float32
+    (float64 for a float64 matrix), also under autocast.
 
-    It saves x in its own dtype for the backward. Autograd alone would save a copy in `dtype`, twice as large.
+    It saves x in its own dtype for the backward. Autograd alone would save a copy in float32, twice as large.
     """
+    dtype, rows = torch.float64 if weight.dtype == torch.float64 else torch.float32, x.flatten(-3, -2)
     with without_autocast(x.device):
         if same_bits_wanted():
-            return product_in_blocks(_differentiable, x, weight, dtype)
-        return _differentiable(x, weight, dtype)
+            logits = product_in_blocks(_differentiable, rows, weight, dtype)
+        else:
+            logits = _differentiable(rows, weight, dtype)  # one product for each outer expert
+    if bias is not None:
+        logits = logits + bias.to(dtype).unsqueeze(-2)
+    return logits.view(*x.shape[:-1], weight.shape[-1])
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
@@ -112,15 +118,12 @@ class RouterLogits(FixedShapes):
             nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         if self.norm_eps is not None and self.norm_weight is not None:
+            dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
             x = x.to(dtype)
             x = x * (x.square().mean(dim=-1, keepdim=True) + self.norm_eps).rsqrt()
             x = x * self.norm_weight.to(dtype)[..., None, None, :]
-        logits = router_logits(x.flatten(-3, -2), self.weight, dtype)
-        if self.bias is not None:
-            logits = logits + self.bias.to(dtype).unsqueeze(-2)
-        logits = logits.view(*x.shape[:-1], self.num_experts)
+        logits = router_logits(x, self.weight, self.bias)
         if self.multiplier != 1:
             logits = logits * self.multiplier
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

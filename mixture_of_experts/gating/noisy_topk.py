@@ -12,6 +12,7 @@ from mixture_of_experts import losses
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices, both, top_choices
 from mixture_of_experts.gating.given import GIVEN
+from mixture_of_experts.gating.logits import router_logits
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -73,8 +74,8 @@ class NoisyTopKGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose the experts of each token's k largest noisy scores."""
-        clean = self.product(tokens.x, self.w_gating)
-        spread = F.softplus(self.product(tokens.x, self.w_noise))
+        clean = router_logits(tokens.x, self.w_gating)
+        spread = F.softplus(router_logits(tokens.x, self.w_noise))
         noisy = clean + torch.randn_like(clean) * spread if self.training else clean
 
         best = top_choices(noisy, self.k + 1)

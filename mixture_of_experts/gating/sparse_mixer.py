@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts.gating.base import TokenChoiceGate, TokenChoiceSettings, Tokens
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.given import GIVEN, merge
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.settings import setting
 
@@ -78,7 +79,7 @@ class SparseMixerGating(TokenChoiceGate):
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose k experts for each token, one after the other."""
-        logits = self.product(tokens.x, self.w_gating)
+        logits = router_logits(tokens.x, self.w_gating)
         left, given, columns = logits, self.given(tokens), []
         for i in range(self.k):
             expert, chosen, weight = self._choose(logits, left, None if given is None else given[..., i : i + 1])

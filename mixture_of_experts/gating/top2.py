@@ -16,6 +16,7 @@ from mixture_of_experts.gating import top2_by_kernel
 from mixture_of_experts.gating.base import TokenChoiceGate, Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.given import GIVEN, LIVE, is_computed
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.support.checks import check_choice, check_flag, check_number, check_size
 from mixture_of_experts.support.settings import setting
@@ -209,7 +210,7 @@ class Top2Gating(TokenChoiceGate):
         return Choices(expert, weight, probs, parts, chosen=chosen, sent=sent, primary=primary)
 
     def _scores(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.product(x, weight)
+        logits = router_logits(x, weight)
         return logits, logits.softmax(dim=-1)
 
     def allowed(self, tokens: Tokens) -> Tensor | None:

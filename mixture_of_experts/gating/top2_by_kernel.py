@@ -21,6 +21,7 @@ from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices, both
 from mixture_of_experts.gating.given import GIVEN
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.recomputing import recomputed
 from mixture_of_experts.gating.topk_by_kernel import NO_KERNEL, has_kernel
 from mixture_of_experts.kernels.launching import SelfCheck
@@ -58,7 +59,7 @@ def choose(gate: Top2Gating, tokens: Tokens) -> Choices:
     settings = tokens.full, tokens.active, uniform, policy, threshold, gate.eps
 
     def decided(x: Tensor, weight: Tensor) -> Decided:
-        return Decided(*_TwoBest.apply(gate.product(x, weight), *settings))
+        return Decided(*_TwoBest.apply(router_logits(x, weight), *settings))
 
     found = recomputed(decided, tokens.x, gate.w_gating)
     balance = losses.load_balance(found.load, found.proxy, tokens.length, group=gate.process_group)

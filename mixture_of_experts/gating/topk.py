@@ -30,7 +30,7 @@ from mixture_of_experts.gating.bias_rules import (
 from mixture_of_experts.gating.choices import Choices, both, top_choices
 from mixture_of_experts.gating.expert_bias import StepsWithoutUpdate, count_in_backward
 from mixture_of_experts.gating.given import GIVEN, OPEN
-from mixture_of_experts.gating.logits import RouterLogits, module_logits
+from mixture_of_experts.gating.logits import RouterLogits, module_logits, router_logits
 from mixture_of_experts.gating.ranks import ranks_of_batch
 from mixture_of_experts.gating.recomputing import gather_chosen, recomputed
 from mixture_of_experts.gating.steps import (
@@ -265,7 +265,7 @@ class TopKGating(TokenChoiceGate):
     def logits_of(self, x: Tensor) -> Tensor:
         """Logits `(..., b, n, e)` of tokens `(..., b, n, d)`, by the matrix or the module."""
         if self.w_gating is not None:
-            return self.product(x, self.w_gating, self.b_gating)
+            return router_logits(x, self.w_gating, self.b_gating)
         assert self.logits is not None
         return module_logits(self.logits, x, self.num_experts)
 
@@ -288,7 +288,7 @@ class TopKGating(TokenChoiceGate):
         if self.w_gating is not None:
 
             def scores(x: Tensor, weight: Tensor, bias: Tensor | None) -> Scored:
-                return self._scored(self.product(x, weight, bias), closed)
+                return self._scored(router_logits(x, weight, bias), closed)
 
             return recomputed(scores, x, self.w_gating, self.b_gating)
         if isinstance(self.logits, RouterLogits):
