@@ -5,7 +5,7 @@ Axes: b sequences, n tokens of a forward, k choices of a token; of level two als
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -97,6 +97,7 @@ class Recording(ChoiceHooks):
     """The choices that `record_routing` has stored and not yet moved to the records."""
 
     outermost = False
+    sites: Sequence[ChoiceSite]
     weights: bool
     records: RoutingRecords
 

@@ -5,7 +5,7 @@ Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -133,6 +133,7 @@ class Table:
 class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
+    sites: Sequence[ChoiceSite]
     tables: dict[str, list[Table]]
     beyond: Beyond
     closed: bool

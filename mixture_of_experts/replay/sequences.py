@@ -142,7 +142,8 @@ class Sequences(Watch):
     seen: Seen | None
 
     def __init__(self, owner: Hashable, model: nn.Module, seen: Seen | None) -> None:
-        self.owner, self.read, self.seen = owner, TokensReader(model), seen
+        super().__init__(owner)
+        self.read, self.seen = TokensReader(model), seen
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:

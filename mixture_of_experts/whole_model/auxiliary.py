@@ -124,7 +124,8 @@ class Collecting(Watch):
     """Collects losses of layers in forwards of the model, for `aux`."""
 
     def __init__(self, aux: AuxLosses) -> None:
-        self.aux = self.owner = aux
+        super().__init__(owner=aux)
+        self.aux = aux
         self.without_gradients: set[nn.Module] = set()  # layers that last ran so, in a forward with gradients
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> AuxCall:

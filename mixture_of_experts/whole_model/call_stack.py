@@ -145,6 +145,9 @@ class Watch:
 
     owner: Hashable | None = None
 
+    def __init__(self, owner: Hashable | None = None) -> None:
+        self.owner = owner
+
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ForwardCall | None:
         """The call of a forward that begins; None to leave it alone."""
         raise NotImplementedError

@@ -40,7 +40,7 @@ class Calibration(Watch):
     totals: dict[Site, Tensor]
 
     def __init__(self, sites: list[Site], by: str) -> None:
-        self.owner = self
+        super().__init__(owner=self)
         self.by = by
         self.totals = {site: torch.zeros(2, site.num_experts, dtype=torch.float64) for site in sites}
 
