@@ -255,7 +255,7 @@ class BlockBias:
 
     def check_scores(self) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""
-        kind, block = type(self.site.stands[0].layer).__name__, self.site.block
+        kind, block = type(self.site.locations[0].layer).__name__, self.site.block
         if block is None:
             raise ValueError(
                 f"{self.rule!r} reads scores, and those of {self.site.name!r} in {kind} are not known: balance it by "
