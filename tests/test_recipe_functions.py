@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from torch import nn
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
 from mixture_of_experts.gating import router_logits
 from mixture_of_experts.recipes import MODELS, Recipe
-from tests.write import SOURCE, with_functions
+from tests.support import recipe_tables, strategies
+from tests.write import EXPORTS, SOURCE, with_functions, with_routers
 
 PRINTED = "import sys; import mixture_of_experts.recipes as r; print(len(r.MODELS), 'transformers' in sys.modules)"
 
@@ -28,6 +30,20 @@ def test_the_page_has_the_tables_of_the_recipes():
 def test_every_recipe_that_says_what_it_does_has_a_function():
     source = SOURCE.read_text(encoding="utf-8")
     assert with_functions(source) == source, "`python -m tests.write` writes them"
+
+
+def test_a_router_is_exported_and_has_a_row(monkeypatch: pytest.MonkeyPatch):
+    source, page = EXPORTS.read_text(encoding="utf-8"), recipe_tables.CONCEPTS.read_text(encoding="utf-8")
+    assert with_routers(source) == source, "`python -m tests.write` writes it"
+    new = type("NewGating", (), {"__module__": "mixture_of_experts.gating.new"})
+    row = "`NewGating` | a token | by default | yes | loss"
+    kind = replace(strategies.KINDS["noisy"], make=new, row=row)
+    monkeypatch.setitem(strategies.KINDS, "new", kind)
+    lines = with_routers(source).splitlines()
+    place = lines.index("from mixture_of_experts.gating.new import NewGating")
+    assert lines[place + 1] == "from mixture_of_experts.gating.noisy_topk import NoisyTopKGating"
+    assert lines[lines.index('    "NewGating",') + 1] == '    "NoisyTopKGating",'
+    assert set(recipe_tables.with_routers(page).splitlines()) - set(page.splitlines()) == {f"| {row} | none |"}
 
 
 def test_published_sizes_are_possible():

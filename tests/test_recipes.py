@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from support.recipe_tables import CONCEPTS, with_recipes_of_routers
+from support.recipe_tables import CONCEPTS, with_routers
 from support.recipes import DOCS, recipe
 from torch import Tensor, nn
 
@@ -61,7 +61,7 @@ def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
 
 def test_the_cheat_sheet_names_who_uses_a_router():
     text = CONCEPTS.read_text(encoding="utf-8")
-    assert with_recipes_of_routers(text) == text, "`python -m tests.write` writes it"
+    assert with_routers(text) == text, "`python -m tests.write` writes it"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

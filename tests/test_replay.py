@@ -7,6 +7,7 @@ import contextlib
 import copy
 import threading
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -346,7 +347,8 @@ def test_a_mask_of_one_kind_of_layer_tells_both_what_is_read_and_what_was():
     """A model of sliding windows alone, one step behind two cached tokens, of which one is padding in sequence 0."""
     mask = torch.tensor([[0, 1, 1], [1, 1, 0]])
     given = {"input_ids": torch.zeros(2, 1, dtype=torch.int64), "attention_mask": {"sliding_attention": mask}}
-    assert seen_tokens(given, 2).tolist() == [1, 2]
+    given["past_key_values"] = SimpleNamespace(get_seq_length=lambda: 2)
+    assert seen_tokens(given).tolist() == [1, 2]
     assert read_tokens(given).mask.tolist() == [[True], [False]]
 
 

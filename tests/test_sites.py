@@ -221,23 +221,3 @@ def test_some_gates_are_balanced_and_controlled():
     with pytest.raises(TypeError, match=r"'0\.moe\.gate' .*: it is no ReLUGating"):
         control_sparsity(whole, optimizer, gates=[biased])
     assert not optimizer._optimizer_step_post_hooks
-
-
-class OwnRouter(nn.Module):
-    """A router of no known block, with a bias that chooses."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("e_score_correction_bias", torch.zeros(4))
-
-
-def test_a_bias_of_ones_own_block():
-    block = nn.ModuleDict({"gate": OwnRouter(), "moe": MoE(DIM, gate=TopKGating(DIM, 4, expert_bias=True))})
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.0)
-    (router, gate) = find_sites(block, "this")
-    assert (router.name, router.external, router.num_experts, gate.name) == ("gate", True, 4, "moe.gate")
-    with pytest.raises(TypeError, match=r"'gate' \(OwnRouter\): .* no experts stand beside it\. For the"):
-        balance_experts(block, optimizer)
-    assert gate.gate.balanced_by is None
-    with pytest.raises(TypeError, match=r"'gate' \(OwnRouter\): it is no router that is known"), track_routing(block):
-        pass

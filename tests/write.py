@@ -1,4 +1,5 @@
-"""Writes what is made from the code: functions of recipes.py, tables of docs/recipes.md, lines of the public surface.
+"""Writes what is made from the code: functions of recipes.py, exports of routers, tables of the pages of recipes and
+concepts, lines of the public surface.
 
     python -m tests.write
 
@@ -9,13 +10,16 @@ them: `pytest tests/compat -m "" -k NAME --write-table`.
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
-from importlib import import_module
 from pathlib import Path
 
-from mixture_of_experts import recipes
+from mixture_of_experts import gating, recipes
+from tests.support import public_surface, recipe_tables
+from tests.support.strategies import KINDS
 
 SOURCE = Path(recipes.__file__)
+EXPORTS = Path(gating.__file__)
 
 
 def with_functions(source: str) -> str:
@@ -26,15 +30,27 @@ def with_functions(source: str) -> str:
     return source
 
 
-def main() -> None:
-    SOURCE.write_text(with_functions(SOURCE.read_text(encoding="utf-8")), encoding="utf-8")
-    del sys.modules[recipes.__name__]
-    import_module(recipes.__name__)  # as it is now
-    from tests.support import public_surface, recipe_tables
+def with_routers(source: str) -> str:
+    """The code of gating/__init__.py with an export of each router of `KINDS` that this package has."""
+    routers = [kind.make for kind in KINDS.values() if isinstance(kind.make, type)]
+    routers = [each for each in routers if each.__module__.startswith(gating.__name__)]
+    routers = [each for each in routers if f'"{each.__name__}"' not in source]
+    imports = [f"from {each.__module__} import {each.__name__}\n" for each in routers]
+    for first, new in (("from ", imports), ('    "', [f'    "{each.__name__}",\n' for each in routers])):
+        old = [line for line in source.splitlines(keepends=True) if line.startswith(first)]
+        source = source.replace("".join(old), "".join(sorted([*old, *new])))
+    return source
 
+
+def write_code() -> None:
+    for file, written in {SOURCE: with_functions, EXPORTS: with_routers}.items():
+        file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def write_pages() -> None:
     pages = {
         recipe_tables.PAGE: recipe_tables.with_tables,
-        recipe_tables.CONCEPTS: recipe_tables.with_recipes_of_routers,
+        recipe_tables.CONCEPTS: recipe_tables.with_routers,
     }
     for page, written in pages.items():
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -42,4 +58,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["pages"]:
+        write_pages()
+    else:
+        write_code()
+        subprocess.run([sys.executable, "-m", "tests.write", "pages"], check=True)  # reads the code that was written

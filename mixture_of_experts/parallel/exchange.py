@@ -56,13 +56,11 @@ class Channel(NamedTuple):
     """The connection of the ranks of a group.
 
     Attributes:
-        debug: whether sizes that are promised to be equal are compared.
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
         batch: `(2,)` int64, what this rank tells of a shared batch (`sign_choices`); None if it shares none.
     """
 
     group: dist.ProcessGroup
-    debug: bool
     shared_batch: DeviceMesh | None = None
     batch: Tensor | None = None
 
@@ -181,11 +179,9 @@ def exchange_slots(
         return whole_of(result, len(dims), x.shape[-2], shared)
     s, d = x.shape[-2:]
     sizes, returned = [s] * ranks, DTYPES[header.returned]
-    if not equal or channel.debug:
+    if not equal:
         exchanged = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
         sizes, returned = exchanged.sizes, exchanged.returned
-        if equal and len(set(sizes)) > 1:
-            raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
     local_dims = (dims[0] // ranks, *dims[1:])
     send = [math.prod(local_dims) * s] * ranks
     receive = [math.prod(local_dims) * size for size in sizes]

@@ -25,7 +25,6 @@ class ExpertSharding:
         dims: `*e`, number of experts of all ranks.
         gradient: whether an expert's gradient is that of the "mean" or of the "sum" of the ranks' losses.
         static_shapes: whether all ranks always have equally many slots.
-        debug: whether every call checks that promise.
         stacked: names of the parameters that are sharded, and of the buffers of which experts see their rank's part;
             empty for a list of modules.
         shared_batch: 1-D, ranks that bring the same tokens, of which each sends a part; None: no ranks share tokens.
@@ -35,7 +34,6 @@ class ExpertSharding:
     dims: tuple[int, ...]
     gradient: Gradient
     static_shapes: bool
-    debug: bool
     stacked: frozenset[str] = frozenset()
     shared_batch: DeviceMesh | None = None
 
@@ -61,7 +59,7 @@ class ExpertSharding:
 
     @property
     def channel(self) -> Channel:
-        return Channel(self.mesh.get_group(), self.debug, self.shared_batch)
+        return Channel(self.mesh.get_group(), self.shared_batch)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertSharding:
         return self  # a copied layer lies on the same ranks

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from mixture_of_experts.experts import ExpertList, StackedExperts
+from mixture_of_experts.experts import ExpertList
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree
@@ -40,7 +40,6 @@ class ExpertParallel(ParallelStyle):
             default gates without a group get that of the mesh. Beside data parallelism give the group of both.
         replicated: names of the experts' parameters and buffers that only look like stacks over experts, such as a bias
             `(d,)` that all experts share if d = e.
-        debug: whether every call checks that `static_shapes` holds, which costs a collective and a host sync.
 
     Raises:
         ValueError: the mesh is not 1-D, it does not divide the experts, or the ranks' layers differ. It is raised on
@@ -64,14 +63,12 @@ class ExpertParallel(ParallelStyle):
         static_shapes: bool = False,
         batch_group: dist.ProcessGroup | DeviceMesh | None = None,
         replicated: Collection[str] = (),
-        debug: bool = False,
     ) -> None:
         super().__init__()
         self.gradient: Gradient = check_choice("gradient", gradient, ("mean", "sum"))  # type: ignore[assignment]
         self.static_shapes = static_shapes
         self.batch_group = as_process_group("batch_group", batch_group)
         self.replicated = frozenset([replicated] if isinstance(replicated, str) else replicated)
-        self.debug = debug
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
@@ -82,7 +79,7 @@ class ExpertParallel(ParallelStyle):
             check_expert_list(experts, math.prod(dims) // mesh.size())
         else:
             stacked = stacked_names(experts, dims, self.replicated)
-        return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, self.debug, stacked)
+        return ExpertSharding(mesh, dims, self.gradient, self.static_shapes, stacked)
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         """Spread one layer; called by `parallelize_module`."""
@@ -116,7 +113,7 @@ class ExpertParallel(ParallelStyle):
                 tensor.detach().copy_(value)
 
     def __repr__(self) -> str:
-        return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes}, debug={self.debug})"
+        return f"ExpertParallel(gradient={self.gradient!r}, static_shapes={self.static_shapes})"
 
 
 def as_process_group(name: str, group: object) -> dist.ProcessGroup | None:
@@ -172,34 +169,15 @@ def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
 
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
-    """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and the settings of modules."""
+    """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and what modules print."""
     description: dict[str, Any] = {"number of experts": sharding.dims}
     for name, tensor in named_tensors(module):
         description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
     path, _ = spread_part(module)
     description.update((f"{path}.{name}, stacked", True) for name in sorted(sharding.stacked))
     for name, part in module.named_modules():
-        if name:
-            description[name] = without_places(f"{type(part).__name__}({part.extra_repr()})")
-        if isinstance(part, MoE | HeirarchicalMoE | Gate | StackedExperts):
-            description.update((f"{name}.{key}".lstrip("."), value) for key, value in plain_settings(part).items())
-    options = {"gradient": sharding.gradient, "static_shapes": sharding.static_shapes, "debug": sharding.debug}
-    return {**description, "class": type(module).__name__, **options}
-
-
-def plain_settings(module: nn.Module) -> dict[str, Any]:
-    """The public attributes of a module that are numbers, strings, bools, None, or lists and dicts of these."""
-    names = {name.removeprefix("_") for name in vars(module).keys() - vars(nn.Module()).keys()}
-    values = {name: getattr(module, name, module) for name in sorted(names)}
-    return {name: value for name, value in values.items() if is_plain(value)}
-
-
-def is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | list):
-        return all(map(is_plain, value))
-    if isinstance(value, dict):
-        return all(map(is_plain, value.values()))
-    return isinstance(value, bool | int | float | str | None)
+        description[name or "the layer"] = without_places(f"{type(part).__name__}({part.extra_repr()})")
+    return {**description, "gradient": sharding.gradient, "static_shapes": sharding.static_shapes}
 
 
 def without_places(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -58,16 +59,13 @@ class ChoiceHooks:
         return None if kwargs is None else self.before_layer(site, sequences.call(site), args, kwargs)
 
 
+@dataclass(eq=False)
 class BlockWatch(Watch):
     """Has a mode watch each forward of a block of transformers."""
 
     choices: ChoiceHooks
     site: ChoiceSite
     sequences: Sequences
-
-    def __init__(self, choices: ChoiceHooks, site: ChoiceSite, sequences: Sequences) -> None:
-        super().__init__()
-        self.choices, self.site, self.sequences = choices, site, sequences
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> Choosing | None:
         call, site = self.sequences.call(self.site), self.site

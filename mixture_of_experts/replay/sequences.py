@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from mixture_of_experts.gating.base import COUNTED
 from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
-from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader
+from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader, cache_of, read_tokens, seen_tokens
 from mixture_of_experts.whole_model.sites import Gates, Location, Site, find_sites, places, serve
 
 Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
@@ -97,30 +98,21 @@ def why_no_choices(site: Site) -> str | None:
 # Calls
 
 
+@dataclass(eq=False)
 class SequencesCall(ForwardCall):
-    """A forward, under way, of a model around gates.
-
-    Args:
-        tokens: the model's tokens.
-        seen: number of real tokens of each sequence in its cache, `(b,)` or one number for all.
-        cached: whether it has a cache.
-        cache: that of transformers, if it has one.
-    """
+    """A forward, under way, of a model around gates."""
 
     tokens: TokensAround
-    seen: Tensor | int
-    cached: bool
-    cache: Any
-
-    def __init__(self, tokens: TokensAround, seen: Tensor | int, cached: bool, cache: Any) -> None:
-        self.tokens, self.seen, self.cached, self.cache = tokens, seen, cached, cache
-        self.parts: list[Any] = []  # what was recorded of it
-        self.ended = False
-        self.sizes: dict[str, tuple[tuple[int, int], Tensor | None]] = {}  # of tokens of layers, and masks, by gate
-        self.gates: set[str] = set()  # gates that ran
-        self.checked: list[tuple[Tensor | None, list[int]]] = []  # masks that fit the numbers of recorded tokens
-        self.outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
-        self.layer = ""  # path of the layer that runs
+    seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
+    cached: bool  # whether it has a cache
+    cache: Any  # that of transformers, if it has one
+    parts: list[Any] = field(default_factory=list)  # what was recorded of it
+    ended: bool = False
+    sizes: dict[str, Any] = field(default_factory=dict)  # of tokens of layers, and their masks, by gate
+    gates: set[str] = field(default_factory=set)  # gates that ran
+    checked: list[Any] = field(default_factory=list)  # masks, with numbers of recorded tokens that they fit
+    outer: Any = None  # routing of the gate that ran last; before a gate of level two, level one's
+    layer: str = ""  # path of the layer that runs
 
     @property
     def continues(self) -> bool:
@@ -149,18 +141,18 @@ class Sequences(Watch):
     read: TokensReader
     seen: Seen | None
 
-    def __init__(self, owner: object, model: nn.Module, seen: Seen | None) -> None:
+    def __init__(self, owner: Hashable, model: nn.Module, seen: Seen | None) -> None:
         super().__init__(owner)
         self.read, self.seen = TokensReader(model), seen
         self.left: tuple[Any, Any, Any] | None = None  # weak references to the last cache and keys in it; their shape
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> SequencesCall:
-        tokens = self.read(args, kwargs)
+        given = self.read.given(args, kwargs)
         if self.seen is not None:
-            return SequencesCall(tokens, self.seen(args, kwargs), True, None)
-        cache = self.read.cache(args, kwargs)
+            return SequencesCall(read_tokens(given), self.seen(args, kwargs), True, None)
+        cache = cache_of(given)
         self.refuse_beams(cache)
-        return SequencesCall(tokens, *self.read.seen(args, kwargs), cache)
+        return SequencesCall(read_tokens(given), seen_tokens(given), cache is not None, cache)
 
     def ended(self, call: SequencesCall, output: object) -> None:
         missing = sorted(call.sizes.keys() - call.gates)

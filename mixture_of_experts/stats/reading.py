@@ -24,7 +24,7 @@ from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.whole_model.block_settings import read_output
 from mixture_of_experts.whole_model.model_tokens import TokensOfCall
-from mixture_of_experts.whole_model.sites import Site, find_sites, is_router, serve
+from mixture_of_experts.whole_model.sites import Site, find_sites
 
 
 class Reader(TokensOfCall):
@@ -90,12 +90,6 @@ def follow_gates(sites: Sequence[Site], tell: Callable[..., None], hooks: Attach
         reader.follow(reader.model, hooks)
 
 
-def why_no_routing(site: Site) -> str | None:
-    """Why nobody can read what a site routes; None if it can be read."""
-    known = not site.external or site.block is not None or is_router(site.gate)
-    return None if known else "it is no router that is known, so what it returns cannot be read"
-
-
 @torch.no_grad()
 def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing]:
     """Run one forward of a model without gradients, in its current mode, and return what each gate decided.
@@ -120,7 +114,7 @@ def routing_of(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Routing
         >>> routing["gate"].probs.shape
         torch.Size([1, 5, 4])
     """
-    sites = serve(find_sites(model, "routing_of"), "routing_of", why_no_routing)
+    sites = find_sites(model, "routing_of")
     found: dict[str, Routing] = {}
     with Attached() as hooks:
         follow_gates(sites, lambda site, gate, routing, importance: found.update({site.name: routing}), hooks)

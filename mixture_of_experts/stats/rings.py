@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ HEAD = 2 + MOST_LOSSES  # columns of a row before those of the statistics
 LOST = -1.0  # in a row, instead of the number of its forward: nothing was written yet, or the forward raised
 
 
+@dataclass(eq=False)
 class TrackedCall(ForwardCall):
     """A forward, under way, of the tracked model."""
 
-    def __init__(self) -> None:
-        self.clocks: dict[GateRing, Tensor] = {}  # as they were at its beginning
+    clocks: dict[GateRing, Tensor] = field(default_factory=dict)  # as they were at its beginning
 
 
 class Forwards(Watch):
@@ -49,7 +50,6 @@ class Forwards(Watch):
     thread: int
 
     def __init__(self, when: str) -> None:
-        super().__init__()
         self.when = when
         self.rings: list[GateRing] = []
         self.was_called = False

@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from mixture_of_experts.dispatch.routing import Routing
 from mixture_of_experts.stats.drawing import draw_gates, draw_steps, new_axes
 from mixture_of_experts.stats.notes import Note, Step, notes_of
-from mixture_of_experts.stats.reading import follow_gates, why_no_routing
+from mixture_of_experts.stats.reading import follow_gates
 from mixture_of_experts.stats.record import Record, cells_of
 from mixture_of_experts.stats.report import GateHistory, page
 from mixture_of_experts.stats.rings import Forwards, GateRing
 from mixture_of_experts.stats.texts import shown_text
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice, check_size
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.sites import Gates, Site, find_sites
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -64,7 +64,7 @@ def track_routing(
 
     Raises:
         ValueError: the model has no gate, or an argument is not allowed.
-        TypeError: nobody can read what a router returns.
+        TypeError: in a forward: nobody can read what a router returns.
         RuntimeError: in a forward: the model itself runs inside `torch.utils.checkpoint`, or only a part of it is
             called (in both cases track the module around it); on reading: nothing was recorded.
 
@@ -79,7 +79,7 @@ def track_routing(
         >>> stats.last("gate").tokens
         32
     """
-    sites = serve(find_sites(model, "track_routing", gates), "track_routing", why_no_routing)
+    sites = find_sites(model, "track_routing", gates)
     stats = RoutingStats(sites, keep, when)
     with Attached() as hooks:
         hooks.callback(stats._forwards.stop)

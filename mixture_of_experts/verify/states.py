@@ -60,7 +60,7 @@ def bits(trial: Trial) -> Iterator[Gap]:
 
 @keeps("a forward seeds no random numbers anew", cases=ONE)
 def seeds(trial: Trial) -> Iterator[Gap]:
-    trial.subject.forward(trial.fresh(), trial.sample(), SEED)
+    trial.forward(seed=SEED)
     yield Gap(float(torch.initial_seed() != SEED), "the seed of what is drawn after it")
 
 

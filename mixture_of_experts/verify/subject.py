@@ -132,30 +132,6 @@ class Subject:
             loss = getattr(returned, loss) if isinstance(loss, str) else returned[loss]
         return out.reshape(sample.x.shape), loss.sum() if isinstance(loss, Tensor) else None
 
-    def forward(self, module: nn.Module, sample: Sample, seed: int = 0) -> Outcome:
-        """A forward alone: output and loss; in eval without gradients."""
-        torch.manual_seed(seed)
-        with torch.set_grad_enabled(module.training):
-            out, loss = self.call(module, sample)
-        return {"output": out.detach()} | ({} if loss is None else {"loss": loss.detach()})
-
-    def step(self, module: nn.Module, sample: Sample, run: Any = None, of: str = "all", scale: float = 1) -> Outcome:
-        """A forward, and the backward of the output times the cotangent, plus the loss; or of "output" or "loss" alone.
-        Returns output, loss, gradients of inputs and parameters, divided by `scale` again, and of "all" the counts."""
-        x = sample.x.detach().requires_grad_()  # strides stay
-        torch.manual_seed(0)
-        out, loss = self.call(module, replace(sample, x=x), run)
-        total = (out * sample.cotangent).sum() * (of != "loss")  # a loss may reach its gradient through the output
-        found = {"output": out} | ({} if loss is None else {"loss": loss})
-        total = total if loss is None or of == "output" else total + loss
-        if total.requires_grad:
-            (total * scale).backward()
-        leaves = {INPUTS: x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
-        for name, leaf in leaves.items():
-            found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
-        counts = self.counted(module) if of == "all" else {}
-        return {name: tensor.detach().clone() for name, tensor in (found | counts).items()}
-
     def counted(self, module: nn.Module) -> Outcome:
         """The counts of a module, if they are told."""
         tell = self.told.get("counts")
@@ -175,21 +151,22 @@ class Subject:
         for size in sorted({size for parameter in self.module.parameters() for size in parameter.shape if size > 1}):
             self.dim = size
             with suppress(Exception):
-                self.forward(self.fresh(False), self.sample(Case(2, 3, 0)))
+                Trial(self, Case(2, 3, 0), training=False).forward()
                 found.append(size)
         if len(found) != 1:
             raise ValueError(f"tokens of {type(self.module).__name__} could be {found} wide: give dim=")
         return found[0]
 
     def _draws(self, training: bool) -> bool:
-        samples = [self.sample(Case(4, 48, 0)), self.sample(Case(3, 32, 5, True))]  # alike: many may be near a tie
-        runs = [[self.forward(self.fresh(training), sample, seed) for sample in samples] for seed in range(3)]
-        return any(gap(found, wanted).rank > 1e-5 for run in runs for found, wanted in zip(run, runs[0], strict=True))
+        trials = [Trial(self, case, training) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # many near a tie
+        gaps = (gap(trial.forward(seed=seed), trial.forward()) for trial in trials for seed in (1, 2))
+        return any(each.rank > 1e-5 for each in gaps)
 
     def _rounding(self) -> float:
         """The second difference of the output along the inputs: large only of a module that computes in bfloat16."""
-        sample, module = self.sample(Case(2, 16, 0)), self.fresh(False)
-        a, b, c = (self.forward(module, replace(sample, x=sample.x * by))["output"] for by in (0.9999, 1, 1.0001))
+        trial = Trial(self, Case(2, 16, 0), training=False)
+        sample, module = trial.sample(), trial.fresh()
+        a, b, c = (trial.forward(replace(sample, x=sample.x * by), module)["output"] for by in (0.9999, 1, 1.0001))
         return gap({"output": (a + c) / 2}, {"output": b}).rank
 
 
@@ -210,13 +187,39 @@ class Trial(NamedTuple):
     def fresh(self) -> nn.Module:
         return self.subject.fresh(self.training)
 
-    def forward(self, sample: Sample | None = None, module: nn.Module | None = None) -> Outcome:
-        """A forward of its sample and a fresh module, unless others are given."""
-        return self.subject.forward(self.fresh() if module is None else module, sample or self.sample())
+    def forward(self, sample: Sample | None = None, module: nn.Module | None = None, seed: int = 0) -> Outcome:
+        """A forward alone, of its sample and a fresh module unless others are given: output and loss; in eval without
+        gradients."""
+        module, sample = self.fresh() if module is None else module, sample or self.sample()
+        torch.manual_seed(seed)
+        with torch.set_grad_enabled(module.training):
+            out, loss = self.subject.call(module, sample)
+        return {"output": out.detach()} | ({} if loss is None else {"loss": loss.detach()})
 
-    def step(self, sample: Sample | None = None, module: nn.Module | None = None, **how: Any) -> Outcome:
-        """A step of its sample and a fresh module, unless others are given."""
-        return self.subject.step(self.fresh() if module is None else module, sample or self.sample(), **how)
+    def step(
+        self,
+        sample: Sample | None = None,
+        module: nn.Module | None = None,
+        run: Run | None = None,
+        of: str = "all",
+        scale: float = 1,
+    ) -> Outcome:
+        """A forward, and the backward of the output times the cotangent, plus the loss; or of "output" or "loss" alone.
+        Returns output, loss, gradients of inputs and parameters, divided by `scale` again, and of "all" the counts."""
+        module, sample = self.fresh() if module is None else module, sample or self.sample()
+        x = sample.x.detach().requires_grad_()  # strides stay
+        torch.manual_seed(0)
+        out, loss = self.subject.call(module, replace(sample, x=x), run)
+        total = (out * sample.cotangent).sum() * (of != "loss")  # a loss may reach its gradient through the output
+        found = {"output": out} | ({} if loss is None else {"loss": loss})
+        total = total if loss is None or of == "output" else total + loss
+        if total.requires_grad:
+            (total * scale).backward()
+        leaves = {INPUTS: x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
+        for name, leaf in leaves.items():
+            found[f"gradient of {name}"] = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad / scale
+        counts = self.subject.counted(module) if of == "all" else {}
+        return {name: tensor.detach().clone() for name, tensor in (found | counts).items()}
 
 
 def counted_by_gates(module: nn.Module) -> Tensor:

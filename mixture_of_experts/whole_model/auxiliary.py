@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -76,13 +77,13 @@ def why_not_collected(site: Site) -> str | None:
     return "it stands in no MoE layer, so its caller has its losses" if alone else None
 
 
+@dataclass(eq=False)
 class AuxCall(ForwardCall):
     """A forward, under way, of the model that was given to `collect_aux`."""
 
-    def __init__(self, training: bool, around: AuxCall | None) -> None:
-        self.training = training
-        self.around = around  # the forward of the same model within which this one runs
-        self.losses: list[Tensor] = []
+    training: bool
+    around: AuxCall | None  # the forward of the same model within which this one runs
+    losses: list[Tensor] = field(default_factory=list)
 
 
 def total_of(losses: list[Tensor]) -> Tensor:

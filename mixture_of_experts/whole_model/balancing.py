@@ -1,8 +1,7 @@
 """Moves the expert bias of every gate in a model, once for each step of an optimizer.
 
 A rule (`gating/bias_rules.py`) says what is counted, and how the counts move the bias. Gates of this package count by
-themselves. In blocks of `transformers` hooks count what the router returns or the experts are given. Nothing of
-`transformers` is imported.
+themselves. In blocks of `transformers` hooks count what the router returns. Nothing of `transformers` is imported.
 
 Axes: t tokens, k choices of a token, e experts.
 """
@@ -69,7 +68,7 @@ def balance_experts(
         An object whose `close()` ends the balancing, as does the end of a `with` block around it.
 
     Raises:
-        TypeError: a gate of `gates` has no expert bias, or no experts stand beside the bias.
+        TypeError: a gate of `gates` has no expert bias.
         ValueError: no gate has an expert bias; an argument is not allowed; or "quantile" does not fit a gate, which
             chooses experts in groups, by a function or by token ids, whose tokens make fewer than k choices, or whose
             scores are not known.
@@ -114,10 +113,8 @@ class ExpertBalancing(EachStep):
         self.gates = tuple(site.name for site in sites)
         with Attached() as hooks:  # removed again if anything below raises
             readers = {site.around: TokensOfCall(site.around) for site in sites if site.external}
-            tensors = (*model.named_parameters(), *model.named_buffers())
-            names: dict[Any, str] = {tensor: name for name, tensor in tensors}
             self._biases: list[GateBias | BlockBias] = [
-                BlockBias(site, names.get(site.bias, site.name), rule, readers[site.around], hooks)
+                BlockBias(site, rule, readers[site.around], hooks)
                 if site.external
                 else GateBias(site.gate, rule, hooks)
                 for site in sites
@@ -155,15 +152,7 @@ def sites_with_bias(model: nn.Module, gates: Gates | None) -> list[Site]:
             f"no gate of {type(model).__name__} has an expert bias: build its gates with TopKGating(..., "
             "expert_bias=True)"
         )
-    return serve(sites, "balance_experts", why_not_balanced)
-
-
-def why_not_balanced(site: Site) -> str | None:
-    """Why a site cannot be balanced; None if it can."""
-    if site.bias is None:
-        return "it has no expert bias"
-    beside = not site.external or site.block is not None or all(one.experts is not None for one in site.locations)
-    return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
+    return serve(sites, "balance_experts", lambda site: "it has no expert bias" if site.bias is None else None)
 
 
 class GateBias:
@@ -230,11 +219,8 @@ def names_of_counts(model: nn.Module) -> set[str]:
 
 
 class BlockBias:
-    """The bias of a block of `transformers`, which a hook counts for until `hooks` are closed.
-
-    The hook runs after the router, whose recipe says what it returns; without a recipe, before the block's experts.
-    Of several for one block all count, and the last moves the bias.
-    """
+    """The bias of a block of `transformers`, which a hook on its router counts for until `hooks` are closed. Of several
+    for one block all count, and the last moves the bias."""
 
     site: Site
     rule: BiasRule
@@ -244,27 +230,21 @@ class BlockBias:
     always: int = 0  # a block's bias has no number for them
 
     total: Tensor
-    hooked: list[nn.Module]
 
-    def __init__(self, site: Site, name: str, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
+    def __init__(self, site: Site, rule: BiasRule, reader: TokensOfCall, hooks: Attached) -> None:
         self.site, self.rule, self.reader, self.k = site, rule, reader, site.k or 0
         bias = self.bias
         if rule.reads_scores:
-            self.select = self.check_scores(name)
+            self.select = self.check_scores()
         shape = (bias.numel(), rule.bins) if rule.bins else (bias.numel(),)
         kind = torch.int32 if rule.bins else torch.int64
         self.total = torch.zeros(shape, dtype=kind, device=bias.device)
         if bias.dtype.itemsize < 4:
             warnings.warn(
-                f"{name} is {bias.dtype}, in which small steps of a bias are lost: keep it in float32", stacklevel=5
+                f"the expert bias of {site.name!r} is {bias.dtype}, in which small steps are lost: keep it in float32",
+                stacklevel=5,
             )
-        if site.block is not None:
-            self.hooked = [site.called]
-            hooks.after(site.called, self.after_router)
-            return
-        self.hooked = [experts for location in site.locations if (experts := location.experts) is not None]
-        for experts in dict.fromkeys(self.hooked):
-            hooks.before(experts, self.before_experts)
+        hooks.after(site.called, self.after_router)
 
     @property
     def bias(self) -> Tensor:
@@ -273,12 +253,12 @@ class BlockBias:
         assert bias is not None
         return bias
 
-    def check_scores(self, name: str) -> Any:
+    def check_scores(self) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""
         kind, block = type(self.site.locations[0].layer).__name__, self.site.block
         if block is None:
             raise ValueError(
-                f"{self.rule!r} reads scores, and those of {kind}, which has {name}, are not known: balance it by "
+                f"{self.rule!r} reads scores, and those of {self.site.name!r} in {kind} are not known: balance it by "
                 "rule='sign', or convert the block with from_transformers"
             )
         settings = block.gate()
@@ -300,8 +280,7 @@ class BlockBias:
     @property
     def moves(self) -> bool:
         """Whether this is the last that counts for its block."""
-        module = self.hooked[0]
-        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        hooks = self.site.called._forward_hooks.values()
         counting = [owner for hook in hooks if isinstance(owner := getattr(hook, "__self__", None), BlockBias)]
         return counting[-1] is self
 
@@ -309,26 +288,13 @@ class BlockBias:
         if self.moves:
             self.bias.add_(step.view_as(self.bias).to(self.bias.dtype))
 
-    def before_experts(self, experts: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """Forward pre-hook of experts, whose arguments are hidden `(t, d)`, expert and weight `(t, k)`. The choices
-        are counted when the gradient of the weights is computed."""
-        if kwargs is None or not experts.training or not torch.is_grad_enabled():
-            return None
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        weight = self.counting(given["top_k_weights"], given["top_k_index"], None)
-        if len(args) > 2:
-            return (*args[:2], weight, *args[3:]), kwargs
-        return args, {**kwargs, "top_k_weights": weight}
-
     def after_router(self, router: nn.Module, args: object, output: Any) -> Any:
         """Forward hook of a router. The choices are counted when the gradient of its weights is computed."""
         if not router.training or not torch.is_grad_enabled():
             return None
         block, score = self.site.block, None
-        assert block is not None
         logits, _, expert = read_output(router, output, block)
-        if self.rule.reads_scores:
+        if self.rule.reads_scores and block is not None:
             logits = logits.float().reshape(-1, logits.shape[-1])
             score = logits if self.select == "logits" else SCORES[block.score](logits)
         place = places_of(block)["weights"]

@@ -138,12 +138,12 @@ class Watch:
     its hooks does the same in its graph. A call ends well, `ended`, or it does not, `lost`: the forward raised, or was
     interrupted. What is only to count when the forward ended well waits in the call, or is taken back by `lost`.
 
-    Args:
+    Attributes:
         owner: forwards count only in a thread in which a call of `owner` is under way, and in no backward; None: all
             count.
     """
 
-    owner: Hashable | None
+    owner: Hashable | None = None
 
     def __init__(self, owner: Hashable | None = None) -> None:
         self.owner = owner

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -69,22 +70,12 @@ class TokensReader:
         given.update({name: kwargs[name] for name in self.names if name in kwargs})
         return given
 
-    def seen(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor | int, bool]:
-        """The real tokens of each sequence in the cache, `(b,)` or one number for all; and whether there is a cache."""
-        given, cache = self.given(args, kwargs), self.cache(args, kwargs)
-        return (0, False) if cache is None else (seen_tokens(given, int(cache.get_seq_length())), True)
 
-    def cache(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The cache among the arguments; None if there is none."""
-        given = self.given(args, kwargs)
-        return given.get("cache", given.get("past_key_values"))
-
-
+@dataclass(eq=False)
 class TokensCall(ForwardCall):
     """A forward, under way, of a model around routers or experts."""
 
-    def __init__(self, tokens: TokensAround) -> None:
-        self.tokens = tokens
+    tokens: TokensAround
 
 
 class TokensOfCall(Watch):
@@ -94,7 +85,6 @@ class TokensOfCall(Watch):
     read: TokensReader
 
     def __init__(self, model: nn.Module) -> None:
-        super().__init__()
         self.model, self.read = model, TokensReader(model)
 
     def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokensCall:
@@ -125,9 +115,20 @@ def read_tokens(given: Mapping[str, Any]) -> TokensAround:
     return around._replace(unknown=f"the attention mask has shape {tuple(mask.shape)}, for ({b}, {n}) tokens")
 
 
-def seen_tokens(given: Mapping[str, Any], cached: int) -> Tensor | int:
-    """The number of real tokens among `cached` ones, `(b,)` or one number for all sequences."""
-    mask = mask_of(given)
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache among a model's arguments; None if there is none."""
+    return given.get("cache", given.get("past_key_values"))
+
+
+def cached_tokens(given: Mapping[str, Any]) -> int:
+    """The number of tokens in the cache, padding among them."""
+    cache = cache_of(given)
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def seen_tokens(given: Mapping[str, Any]) -> Tensor | int:
+    """The number of real tokens in the cache, `(b,)` or one number for all sequences."""
+    mask, cached = mask_of(given), cached_tokens(given)
     if mask is None or not cached:
         return cached
     if mask.ndim == 2:
@@ -156,7 +157,6 @@ def attends_to_itself(mask: Tensor, given: Mapping[str, Any]) -> Tensor | None:
     n = mask.shape[-2]
     if n == 1:
         return None
-    cache = given.get("cache", given.get("past_key_values"))
-    seen = 0 if cache is None else int(cache.get_seq_length())
+    seen = cached_tokens(given)
     own = mask[..., seen : seen + n] if mask.ndim == 3 else mask[:, 0, :, seen : seen + n]
     return attends(own.diagonal(dim1=-2, dim2=-1))

@@ -24,8 +24,6 @@ from mixture_of_experts.whole_model.model_tokens import nearest_reader
 
 Gates = Iterable["str | nn.Module"]  # names of sites; gates or layers
 ROUTER = re.compile(r"Top[kK]Router$")
-#: names of the bias that moves in blocks of no recipe
-BIASES = ("e_score_correction_bias", "expert_bias")
 
 
 class Location(NamedTuple):
@@ -49,7 +47,6 @@ class Site:
     level_one: Site | None = None  #: for level two: the site of level one
     external: bool = False  #: whether it is no gate of this package: a router of transformers, or another one
     block: BlockSettings | None = field(default=None, repr=False)  #: of a known block of transformers
-    holder: nn.Module | None = field(default=None, repr=False)  #: of no known block: the module that holds a bias
 
     @property
     def name(self) -> str:
@@ -82,7 +79,7 @@ class Site:
         if self.block is not None:
             return self.block.expert_bias
         if self.external:
-            return None if self.holder is None else bias_of(self.holder)
+            return find(self.gate, *KEEPS["expert_bias"])
         counts = getattr(self.gate, "expert_counts", None) is not None
         return getattr(self.gate, "expert_bias", None) if counts else None
 
@@ -214,8 +211,8 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     elif isinstance(module, Gate):
         location = Location(place.name or "gate")
         yield Site(module, place.called, module.num_experts, place.around, (location,), outer=module.outer_expert_dims)
-    elif is_router(module) or holds_bias(module, found.values()):
-        yield site_of_unknown(place)
+    elif is_router(module):
+        yield site_of_router(place)
 
 
 def site_of_gate(place: Place, attribute: str, num_experts: int) -> Site:
@@ -234,28 +231,22 @@ def site_of_block(place: Place, block: BlockSettings) -> Site:
     return Site(unwrapped(called), called, num_logits(block), place.around, (location,), external=True, block=block)
 
 
-def site_of_unknown(place: Place) -> Site:
-    """The site of a router in a block of no recipe: one that is known by its name, or stands by a bias."""
-    near = (place.module, *reversed(place.above[-2:]))
-    block = next((module for module in near if isinstance(find(module, "experts"), nn.Module)), None)
-    called, name, bias = place.called, place.name or "gate", bias_of(place.module)
-    if bias is not None and not is_router(place.module) and block is not None:
-        router = find(block, *KEEPS["router"])
-        called = router if isinstance(router, nn.Module) else called
-    num_experts = getattr(called, "num_experts", None)
-    if not isinstance(num_experts, int):
-        num_experts = 0 if bias is None else bias.numel()
-    location = Location(name, block, find(block, "experts"))
-    holder = None if bias is None else place.module
-    return Site(unwrapped(called), called, num_experts, place.around, (location,), external=True, holder=holder)
+def site_of_router(place: Place) -> Site:
+    """The site of a router in a block of no recipe, which is known by its name."""
+    above = reversed(place.above[-2:])
+    block = next((module for module in above if isinstance(find(module, "experts"), nn.Module)), None)
+    location, num_experts = (
+        Location(place.name or "gate", block, find(block, "experts")),
+        find(place.module, "num_experts"),
+    )
+    return Site(place.module, place.called, num_experts, place.around, (location,), external=True)
 
 
 def joined(one: Site, other: Site) -> Site:
     """One site of a gate that stands in several places."""
     called = one.called if one.called is other.called else one.gate
     locations = [each for each in dict.fromkeys((*one.locations, *other.locations)) if each.layer is not None]
-    holder = one.holder if other.holder is None else other.holder
-    return replace(other, called=called, locations=tuple(locations) or one.locations, around=one.around, holder=holder)
+    return replace(other, called=called, locations=tuple(locations) or one.locations, around=one.around)
 
 
 def is_router(module: nn.Module) -> bool:
@@ -263,15 +254,3 @@ def is_router(module: nn.Module) -> bool:
     kind = wrapped_class(module)
     sized = isinstance(getattr(module, "top_k", None), int) and isinstance(getattr(module, "num_experts", None), int)
     return kind.__module__.startswith("transformers.") and ROUTER.search(kind.__name__) is not None and sized
-
-
-def bias_of(module: nn.Module) -> Tensor | None:
-    """The bias for choosing experts that a module holds; None if it holds none."""
-    biases = (getattr(module, name, None) for name in BIASES)
-    return next((bias for bias in biases if isinstance(bias, Tensor)), None)
-
-
-def holds_bias(module: nn.Module, found: Iterable[Site]) -> bool:
-    """Whether a module holds a bias for choosing experts that is none of the sites found."""
-    bias = bias_of(module)
-    return bias is not None and all(bias is not site.bias for site in found)

@@ -18,6 +18,8 @@ from mixture_of_experts.whole_model.balancing import leave_counts_alone
 from mixture_of_experts.whole_model.each_step import EachStep, as_factor
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
+LOOK = 100  # steps between two looks at numbers of the device
+
 
 def control_sparsity(
     model: nn.Module,
@@ -33,7 +35,7 @@ def control_sparsity(
     the tokens of all layers make more than `mean_choices` choices on average, and shrinks by it if fewer. Every gate
     counts against its own `mean_choices`. The choices of a step that a fused optimizer skips for a gradient scaler
     count in the next step. The coefficient stays between 1e-12 and 1000; if tokens still make too many choices at 1000,
-    a warning says once what may be the reason.
+    a warning says what may be the reason. Every hundredth step looks, and so waits for the device.
 
     Args:
         model: before DDP or `torch.compile` wrap it.
@@ -98,7 +100,7 @@ class SparsityControl(EachStep):
         serve(sites, "control_sparsity", why_not_controlled)
         self.gates = tuple(site.name for site in sites)
         self._routers: list[Any] = [site.gate for site in sites]
-        self._out_of_reach = OutOfReach(self._routers)
+        self._steps = 0
         leave_counts_alone(model)
         self.start(model, {site.name: site.gate.get_buffer("l1_coef") for site in sites})
 
@@ -111,46 +113,24 @@ class SparsityControl(EachStep):
         for gate in self._routers:
             gate.scale_l1(self.rate, excess)
             gate.choice_counts.mul_(1 - as_factor(done, gate.choice_counts))
-        self._out_of_reach.look(self._routers[0].l1_coef, excess)
+        self._steps += 1
+        if self._steps % LOOK == 0:
+            warn_if_out_of_reach(self._routers, excess)
 
 
 def why_not_controlled(site: Site) -> str | None:
     return None if isinstance(site.gate, ReLUGating) else "it is no ReLUGating"
 
 
-class OutOfReach:
-    """Warns once if the coefficient is at its maximum and tokens still make too many choices.
-
-    It waits for no device: the numbers of a step are copied to the host, and looked at in a later step.
-    """
-
-    means: list[float]
-    warned: bool
-
-    def __init__(self, gates: Sequence[ReLUGating]) -> None:
-        self.means = sorted({gate.mean_choices for gate in gates})
-        self.copy: Tensor | None = None
-        self.copied: torch.Event | None = None
-        self.warned = False
-
-    def look(self, coef: Tensor, excess: Tensor) -> None:
-        """Note the coefficient and the choices above the mean after a step; warn if an earlier step was too much."""
-        if self.warned or is_fake(excess):
-            return
-        if self.copy is None:
-            self.copy = ((coef >= MOST) & (excess > 0)).to("cpu", non_blocking=True)
-            if excess.device.type != "cpu":
-                self.copied = torch.Event(excess.device)
-                self.copied.record()
-                return
-        if self.copied is not None and not self.copied.query():
-            return
-        self.warned, self.copy = bool(self.copy), None
-        if self.warned:
-            warnings.warn(
-                f"mean_choices={', '.join(map(str, self.means))} is out of reach: l1_coef has come to its maximum, "
-                f"{MOST:g}, and tokens still make more choices on average. Does the loss have aux_loss, with "
-                "loss_coef=1? Does the router train? Are logits positive for half of the experts whatever the weights "
-                "are, as of tokens with mean 0 (give the gate bias=True)? Else set a larger mean_choices",
-                stacklevel=2,
-            )
+def warn_if_out_of_reach(gates: Sequence[ReLUGating], excess: Tensor) -> None:
+    """Warn if the coefficient is at its maximum and tokens still make too many choices."""
+    if is_fake(excess) or not bool((gates[0].l1_coef >= MOST) & (excess > 0)):
+        return
+    means = sorted({gate.mean_choices for gate in gates})
+    warnings.warn(
+        f"mean_choices={', '.join(map(str, means))} is out of reach: l1_coef has come to its maximum, {MOST:g}, and "
+        "tokens still make more choices on average. Does the loss have aux_loss, with loss_coef=1? Does the router "
+        "train? Are logits positive for half of the experts whatever the weights are, as of tokens with mean 0 (give "
+        "the gate bias=True)? Else set a larger mean_choices",
+        stacklevel=2,
+    )

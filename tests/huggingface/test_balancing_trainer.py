@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from mixture_of_experts import TopKGating, balance_experts
 from mixture_of_experts.huggingface import BalanceCallback, replace_ffn
 from mixture_of_experts.huggingface.feed_forward import feed_forwards
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
-from mixture_of_experts.whole_model.sites import BIASES
 
 from .test_blocks import build as build_sparse
 from .test_losses import batch_of, trainer
@@ -22,6 +22,7 @@ from .test_losses import batch_of, trainer
 pytestmark = pytest.mark.slow
 
 RATE = 1e-2
+BIASES = ("e_score_correction_bias", "expert_bias")
 SMALL = dict(
     vocab_size=64,
     hidden_size=32,
@@ -220,13 +221,29 @@ def test_quantiles_do_not_fit_their_groups():
     for module in one_group(model).modules():  # a recipe is known by the name of the block's class
         if type(module).__name__ == "DeepseekV3MoE":
             module.__class__ = type("OwnMoE", (type(module),), {})
-    with pytest.raises(ValueError, match=r"those of OwnMoE, which has .*e_score_correction_bias"):
+    with pytest.raises(ValueError, match=r"those of '.*\.mlp\.gate' in OwnMoE are not known"):
         balance_experts(model, optimizer, "quantile")
+
+
+def test_a_router_of_no_recipe_is_known_by_its_name():
+    wanted, (_, batch) = build_sparse("DeepseekV3").train(), two_lengths("right")
+    model = copy.deepcopy(wanted)
+    for module in model.modules():
+        if type(module).__name__ == "DeepseekV3MoE":
+            module.__class__ = type("OwnMoE", (type(module),), {})
+    for each in (model, wanted):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.0)
+        balance_experts(each, optimizer, rate=RATE)
+        each(**batch).logits.sum().backward()
+        optimizer.step()
+    for found, right in zip(biases(model).values(), biases(wanted).values(), strict=True):
+        torch.testing.assert_close(found, right)
+        assert found.any()
 
 
 def test_a_bias_in_low_precision_is_warned_of():
     model = build_sparse("DeepseekV3").bfloat16()
-    with pytest.warns(UserWarning, match="e_score_correction_bias is torch.bfloat16"):
+    with pytest.warns(UserWarning, match="the expert bias of '.*gate' is torch.bfloat16"):
         balance_experts(model, torch.optim.SGD(model.parameters(), lr=0.1))
 
 

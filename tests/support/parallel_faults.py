@@ -130,11 +130,14 @@ def topk(**settings: Any) -> MoE:
 
 
 class Tempered(TopKGating):
-    """A gate of one's own, with a setting that it does not show."""
+    """A gate of one's own, with a setting that it shows."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__(DIM, EXPERTS)
         self.temperature = temperature
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, temperature={self.temperature}"
 
 
 def different_layers(difference: str) -> str:
@@ -184,12 +187,6 @@ def different_calls(difference: str) -> str:
         return told(lambda: moe(x))
     finally:
         torch.set_grad_enabled(True)
-
-
-def unequal_under_static_shapes() -> str:
-    """`static_shapes` is a promise; `debug` looks whether it is kept."""
-    moe = spread(make("top2"), make_mesh(), static_shapes=True, debug=True)
-    return told(lambda: moe(tokens()))
 
 
 def one_cannot_be_set_up(problem: str) -> str:

@@ -340,7 +340,7 @@ def check_refusals_change_nothing() -> None:
         replicated = ["gain"] if "gain" in message else []
         model.layers[1].ffn = layer
         with pytest.raises(ValueError, match=message):
-            parallelize_module(model, mesh, {KEY: ExpertParallel(replicated=replicated, debug=True)})
+            parallelize_module(model, mesh, {KEY: ExpertParallel(replicated=replicated)})
         model.layers[1].ffn = make("top2")
         assert (repr(model), list(model.state_dict())) == before
         assert model.layers[0].ffn.gate.process_group is None

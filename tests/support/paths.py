@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -11,19 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from mixture_of_experts import (
-    ExpertChoiceGating,
     ExpertList,
     Experts,
     GatedExperts,
     HeirarchicalMoE,
     MoE,
-    NoisyTopKGating,
     ReLUGating,
     Top2Gating,
     TopKGating,
-    TopPGating,
 )
 from mixture_of_experts.gating import QuantileRule, RouterLogits
+
+from .strategies import KINDS
 
 LAYERS = ("MoE", "HeirarchicalMoE")
 EXPERTS = ("Experts", "GatedExperts", "ExpertList", "custom")
@@ -178,10 +178,8 @@ ROUTERS = {
         select=by_margin,
         normalize=by_norm,
     ),
-    "TopP": lambda: TopPGating(DIM, NUM_EXPERTS, k=2, p=0.6),
     "ReLU": lambda: ReLUGating(DIM, NUM_EXPERTS, k=2, mean_choices=1),
-    "NoisyTopK": lambda: NoisyTopKGating(DIM, NUM_EXPERTS, k=2),
-    "ExpertChoice": lambda: ExpertChoiceGating(DIM, NUM_EXPERTS, capacity_factor=1.5),
+    **{name: partial(make, DIM, NUM_EXPERTS) for kind in KINDS.values() for name, make in kind.shown.items()},
 }
 
 

@@ -9,6 +9,7 @@ from mixture_of_experts import ReLUGating, Top2Gating, TopKGating, TopPGating, r
 from mixture_of_experts.recipes import MODELS, Recipe
 
 from .recipes import DOCS
+from .strategies import KINDS
 
 PAGE, CONCEPTS = DOCS / "recipes.md", DOCS / "concepts.md"
 FUNCTIONS = {name: getattr(recipes, name) for name in MODELS if inspect.isfunction(getattr(recipes, name, None))}
@@ -23,8 +24,20 @@ def with_tables(text: str) -> str:
     return text
 
 
+def with_routers(text: str) -> str:
+    """The page of concepts with the rows that routers have in `KINDS`, and the recipes with each in the last column."""
+    head = "\n| router | who chooses |"
+    table = text[text.index(head) :].partition("\n\n")[0]
+    lines = table.splitlines()
+    for kind in KINDS.values():
+        if kind.row:
+            start, line = f"| {kind.row.partition(' |')[0]} |", f"| {kind.row} | none |"
+            lines = [line if old.startswith(start) else old for old in lines]
+            lines += [line] * (line not in lines)
+    return with_recipes_of_routers(text.replace(table, "\n".join(lines)))
+
+
 def with_recipes_of_routers(text: str) -> str:
-    """The page of concepts with the last column of its table of routers written anew: the recipes with each."""
     used: dict[tuple[str, bool], list[str]] = {}
     for name in FUNCTIONS:
         model = MODELS[name]

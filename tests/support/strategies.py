@@ -8,9 +8,9 @@ that gradients of both can be taken with respect to one list of tensors.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ class RecordDraws(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class Kind:
-    """All that these tests know of a kind of router: a new one is an entry of `KINDS`.
+    """All that the tests know of a kind of router: a new one is an entry of `KINDS`.
 
     Attributes:
         make: the gate, from `(dim, num_experts, **arguments)`.
@@ -116,6 +116,9 @@ class Kind:
         refused: the error for such a k and number of experts, or None.
         given: whether others may choose instead of it.
         rarely: one in so many cases lets others choose, whether it takes that or not; None: never.
+        shown: gates from `(dim, num_experts)`, by their names in `ROUTERS` of paths.py: compiling, dtypes,
+            checkpointing and others are tried on them.
+        row: its row in the table of routers in docs/concepts.md, without recipes.
     """
 
     make: Any
@@ -126,6 +129,8 @@ class Kind:
     refused: Callable[[int, int], str | None] = lambda k, e: f"at most num_experts={e}, got {k}" if k > e else None
     given: bool = True
     rarely: int | None = None
+    shown: Mapping[str, Callable[[int, int], nn.Module]] = field(default_factory=dict)
+    row: str = ""
 
 
 @dataclass(frozen=True)
@@ -360,6 +365,7 @@ TOPK = {
     "eps": 1e-20,
 }
 NUM_IDS = 7  # of a hash layer
+BY_DEFAULT = 'by default | dropless, or with `priority="token"`'  # of a row
 
 KINDS: dict[str, Kind] = {
     "topk": Kind(TopKGating, any_topk_routers, slow_topk, TOPK, draws=jitter, rarely=5),
@@ -387,6 +393,8 @@ KINDS: dict[str, Kind] = {
         {**CAPACITY, "k": 2},
         draws=lambda given, mode: "noise" if mode == "train" else None,
         refused=lambda k, e: rf"k must be below num_experts={e}, got {k}" if k >= e else None,
+        shown={"NoisyTopK": lambda d, e: NoisyTopKGating(d, e, k=2)},
+        row=f"`NoisyTopKGating` | a token, k experts, by noisy scores | {BY_DEFAULT} | two losses",
     ),
     "expert_choice": Kind(
         ExpertChoiceGating,
@@ -395,6 +403,8 @@ KINDS: dict[str, Kind] = {
         {"capacity_factor": 2.0},
         given=False,
         rarely=40,
+        shown={"ExpertChoice": lambda d, e: ExpertChoiceGating(d, e, capacity_factor=1.5)},
+        row="`ExpertChoiceGating` | an expert, its top tokens | a token may get none | **no** | construction",
     ),
     "sparse_mixer": Kind(
         SparseMixerGating,
@@ -404,6 +414,7 @@ KINDS: dict[str, Kind] = {
         ),
         {**CAPACITY, "k": 2, "tolerance": 0.01},
         draws=lambda given, mode: "sampling" if mode == "train" else None,
+        row=f"`SparseMixerGating` | a token, k experts, drawn in training | {BY_DEFAULT} | loss",
     ),
     "hash": Kind(
         lambda *sizes, **settings: HashGating(*sizes, num_ids=NUM_IDS, **settings),
@@ -412,8 +423,16 @@ KINDS: dict[str, Kind] = {
         TOPK,
         draws=jitter,
         rarely=5,
+        row=f"`HashGating` | a token's id, k experts | {BY_DEFAULT} | its table",
     ),
-    "top_p": Kind(TopPGating, lambda e: of_kind("top_p", own_routers(e)), slow_top_p, {**CAPACITY, "k": 4, "p": 0.5}),
+    "top_p": Kind(
+        TopPGating,
+        lambda e: of_kind("top_p", own_routers(e)),
+        slow_top_p,
+        {**CAPACITY, "k": 4, "p": 0.5},
+        shown={"TopP": lambda d, e: TopPGating(d, e, k=2, p=0.6)},
+        row=f"`TopPGating` | a token, as many experts as reach a probability, at most k | {BY_DEFAULT} | loss",
+    ),
     "own": Kind(
         recipe("A router of your own")["SureGating"],
         lambda e: own_routers(e),

@@ -40,7 +40,7 @@ class SpreadsExperts(EpDispatchExpertsParallel):
         check_divides(dims, ep_mesh)
         # the sum of the ranks' losses: transformers divides by the number of batches
         sharding = ExpertSharding(
-            ep_mesh, dims, "sum", static_shapes=False, debug=False,
+            ep_mesh, dims, "sum", static_shapes=False,
             stacked=stacked_names(module, dims, ()), shared_batch=tp_mesh if tp_mesh.size() > 1 else None,
         )  # fmt: skip
         spread(module, sharding, src_data_rank=None)
