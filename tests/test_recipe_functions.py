@@ -13,7 +13,6 @@ from support.recipe_tables import FUNCTIONS, PAGE, with_tables
 from torch import nn
 
 from mixture_of_experts import ExpertChoiceGating, MoE, TopKGating, recipes
-from mixture_of_experts.gating import router_logits
 from mixture_of_experts.recipes import MODELS, Recipe
 from tests.support import recipe_tables, strategies
 from tests.write import EXPORTS, SOURCE, with_functions, with_routers
@@ -140,7 +139,7 @@ def test_coefficients_are_those_of_the_table_of_conversions(name):
     coef, layers = MODELS[name].router_aux_loss_coef or (0.0, 0)
     x = torch.randn(2, 20, 16)
     gate, routing = moe.gate, moe.gate(x)
-    logits = router_logits(x, gate.w_gating, gate.b_gating).flatten(0, 1)
+    logits = gate.product(x, gate.w_gating, gate.b_gating).flatten(0, 1)
     theirs = mixtral.load_balancing_loss_func((logits,) * 3, 32, gate.k)
     torch.testing.assert_close(layers * moe.loss_coef * routing.balance_loss, coef * theirs)
 

@@ -6,7 +6,7 @@ from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, Quant
 from mixture_of_experts.gating.choices import Choices
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.hashing import HashGating
-from mixture_of_experts.gating.logits import RouterLogits, router_logits
+from mixture_of_experts.gating.logits import RouterLogits
 from mixture_of_experts.gating.noisy_topk import NoisyTopKGating
 from mixture_of_experts.gating.relu import ReLUGating
 from mixture_of_experts.gating.sparse_mixer import SparseMixerGating
@@ -35,5 +35,4 @@ __all__ = [
     "TopPGating",
     "offers_of",
     "reads_of",
-    "router_logits",
 ]

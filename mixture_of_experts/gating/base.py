@@ -47,6 +47,7 @@ from mixture_of_experts.gating.given import (
     merge,
     with_given_weights,
 )
+from mixture_of_experts.gating.logits import router_logits
 from mixture_of_experts.gating.ranks import Ranks
 from mixture_of_experts.support.checks import (
     check_choice,
@@ -194,6 +195,11 @@ class Gate(FixedShapes):
                 "takes no slots"
             )
         check_mask(counted, x.shape[:-1], COUNTED)
+
+    def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits `(..., b, n, e)` of tokens x by a matrix, in float32 (float64 for float64 weights), also under
+        autocast: `logits.router_logits`, for a gate of your own."""
+        return router_logits(x, weight, bias)
 
 
 class TokenChoiceSettings(TypedDict, total=False):
