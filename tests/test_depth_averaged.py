@@ -271,17 +271,17 @@ def test_one_graph_and_an_exported_program():
 
 
 def test_bfloat16_and_autocast():
-    """A state has the dtype of the gate's weights, also under autocast."""
+    """A state is float32, also under autocast; the results are those of the same numbers in float64."""
     torch.manual_seed(0)
     gate, x = DepthAveragedGating(DIM, E, state_dim=R), torch.randn(2, 9, DIM)
     with torch.autocast("cpu", torch.bfloat16):
         routing = gate(x)
     assert routing.state is not None
     torch.testing.assert_close(routing.state, gate(x).state, atol=0, rtol=0)
-    low = MoE(DIM, gate=gate, num_experts=E).to(torch.bfloat16)
-    out, _, state = low(x.to(torch.bfloat16), router_state=None)
-    assert (out.dtype, state.dtype, low.gate(x.to(torch.bfloat16)).probs.dtype) == (
-        torch.bfloat16,
-        torch.bfloat16,
-        torch.float32,
-    )
+    second = DepthAveragedGating(DIM, E, state_dim=R, first=False)
+    low, x = nn.ModuleList([gate, second]).to(torch.bfloat16), x.to(torch.bfloat16)
+    found = low[1](x, router_state=low[0](x).state)
+    assert found.state.dtype == found.probs.dtype == torch.float32
+    wanted = low.double()[1](x.double(), router_state=low[0](x.double()).state)
+    torch.testing.assert_close(found.state.double(), wanted.state, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.probs.double(), wanted.probs, atol=1e-6, rtol=1e-5)

@@ -13,6 +13,7 @@ from torch import nn
 
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.logits import in_dtype
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_flag, check_size, shape_of
 from mixture_of_experts.support.tracing import without_autocast
@@ -38,7 +39,8 @@ class DepthAveragedGating(TopKGating):
 
     Shape:
         x `(b, n, d)`, and `router_state` `(b, n, r)` unless it is the first, to a `Routing` with `state` `(b, n, r) =
-        down(x) + state_scale * router_state`. `down` is a linear layer from d to r, `state_scale` is `(r,)`.
+        down(x) + state_scale * router_state`, in float32 (float64 for float64 weights). `down` is a linear layer from
+        d to r, `state_scale` is `(r,)`.
 
     Raises:
         TypeError, ValueError: no state, or one of another shape; or a state for the first layer.
@@ -100,13 +102,14 @@ class DepthAveragedGating(TopKGating):
 
     def decide(self, tokens: Tokens) -> Choices:
         """Choose by the state, and hand it on."""
+        dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
         with without_autocast(tokens.x.device):
-            state = self.down(tokens.x.to(self.down.weight.dtype))
+            state = in_dtype(self.down, tokens.x, dtype)
             if self.state_scale is not None:
                 before = tokens.side[STATE]
                 if before.shape != state.shape:
                     raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {shape_of(before)}")
-                state = state + before * self.state_scale
+                state = state + before * self.state_scale.to(dtype)
             elif STATE in tokens.side:
                 raise ValueError(
                     f"{STATE} is given to the first layer, which has none before: make it with first=False"

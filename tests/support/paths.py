@@ -23,7 +23,7 @@ from mixture_of_experts import (
     TopKGating,
     TopPGating,
 )
-from mixture_of_experts.gating import QuantileRule, RouterLogits
+from mixture_of_experts.gating import DepthAveragedGating, QuantileRule, RouterLogits
 
 LAYERS = ("MoE", "HeirarchicalMoE")
 EXPERTS = ("Experts", "GatedExperts", "ExpertList", "custom")
@@ -181,6 +181,7 @@ ROUTERS = {
     "TopP": lambda: TopPGating(DIM, NUM_EXPERTS, k=2, p=0.6),
     "ReLU": lambda: ReLUGating(DIM, NUM_EXPERTS, k=2, mean_choices=1),
     "NoisyTopK": lambda: NoisyTopKGating(DIM, NUM_EXPERTS, k=2),
+    "DepthAveraged": lambda: DepthAveragedGating(DIM, NUM_EXPERTS, k=2, state_dim=6),
     "ExpertChoice": lambda: ExpertChoiceGating(DIM, NUM_EXPERTS, capacity_factor=1.5),
 }
 
