@@ -28,13 +28,14 @@ from mixture_of_experts.arguments import (
     resolve_num_experts,
 )
 from mixture_of_experts.dispatch.decision import compose, decision_of, plan_slots_of
-from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared
+from mixture_of_experts.dispatch.groups import group_side_inputs, mask_and_group, ungroup_and_add_shared, ungroup_state
 from mixture_of_experts.dispatch.queues import Priority
 from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.base import losses_known
+from mixture_of_experts.gating.depth_averaged import STATE
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.ops.activations import ActivationLike
@@ -182,7 +183,9 @@ class MoE(Layer):
         Inputs `(..., n, d)` and a mask `(..., n)` bool. Returns `out`, of the inputs' shape and dtype, and a 0-dim
         `aux_loss = loss_coef * balance_loss + z_loss_coef * z_loss`, plus the losses of `loss_coefs`.
         Side inputs `(..., n)` or `(..., n, anything)` have an entry for each token and are given by keyword, under a
-        name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs.
+        name that the gate reads: `router_input` `(..., n, d)` is what a gate reads instead of the inputs. One that is
+        None is left out. A call with `router_state`, None in the first layer, returns the state of its router third,
+        `(..., n, anything)`: `out, aux_loss, state = moe(x, router_state=state)`; see `gating.DepthAveragedGating`.
 
     Raises:
         ValueError, TypeError: a wrong argument, before anything is changed; the error says what is allowed.
@@ -246,12 +249,13 @@ class MoE(Layer):
         elif name == "experts":
             check_experts(part, self.dim, (self.num_experts,))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
-        side = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
-        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **side))
+        read = group_side_inputs(side, reads_of(self.gate), mask, inputs.shape[:-1], groups) if side else {}
+        routing = check_routing("gate", self.gate(groups, mask=group_mask, **self.requested_losses(self.gate), **read))
         out = run_experts(self.experts, groups.flatten(0, 1), decision_of(routing))
-        return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
+        results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([routing])
+        return (*results, ungroup_state(routing.state, x)) if STATE in side else results
 
 
 class HeirarchicalMoE(Layer):
@@ -358,13 +362,13 @@ class HeirarchicalMoE(Layer):
         elif name == "experts":
             check_experts(part, self.dim, (outer, inner))
 
-    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, inputs: Tensor, mask: Tensor | None = None, **side: Tensor) -> tuple[Tensor, ...]:
         x, groups, group_mask = mask_and_group(inputs, mask, self.dim, self.group_size)
         side_outer, side_inner = {}, {}
         if side:
             reads = side_inputs_of_levels(reads_of(self.gate_outer), reads_of(self.gate_inner))
-            side = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
-            side_outer, side_inner = ({name: side[name] for name in side if name in its} for its in reads)
+            read = group_side_inputs(side, {*reads[0], *reads[1]}, mask, inputs.shape[:-1], groups)
+            side_outer, side_inner = ({name: read[name] for name in read if name in its} for its in reads)
         side_outer |= self.requested_losses(self.gate_outer)
         outer = check_routing("gate_outer", self.gate_outer(groups, mask=group_mask, **side_outer))
         slots = plan_slots_of(outer)
@@ -372,7 +376,8 @@ class HeirarchicalMoE(Layer):
         inner = check_routing("gate_inner", self.gate_inner(**level_two, **self.requested_losses(self.gate_inner)))
         check_slots_have_tokens(self.gate_inner, inner, slots)
         out = run_experts(self.experts, groups.flatten(0, 1), compose(outer, slots, inner))
-        return ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
+        results = ungroup_and_add_shared(out, x, mask, self.shared_expert), self.aux_loss([outer, inner])
+        return (*results, ungroup_state(outer.state, x)) if STATE in side else results
 
 
 HierarchicalMoE = HeirarchicalMoE

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mixture_of_experts.around import InputWeightedExperts, LatentExperts, TokenGated, ZeroComputationExperts
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
+    DepthAveragedGating,
     ExpertChoiceGating,
     NoisyTopKGating,
     ReLUGating,
@@ -486,7 +487,17 @@ MODELS: dict[str, Recipe] = {
         gate=dict(k=8, mean_choices=1),
         layer=dict(loss_coef=1.0),
     ),
-    "zaya": Recipe(gate=dict(k=1, normalize=False, expert_bias=True), zero=1, blocks=("ZayaSparseMoeBlock",)),
+    "zaya": Recipe(
+        "2605.05365",
+        says="ZAYA1: one choice by a network on a state that passes from layer to layer, an expert bias, and an added "
+        "expert that returns zero (arXiv 2605.05365). All layers but the first are made with `first=False`.",
+        router=DepthAveragedGating,
+        gate=dict(k=1, normalize=False, expert_bias=True),
+        zero=1,  # in the published weights
+        layer=dict(loss_coef=0.0),  # the bias alone balances, section II-A
+        blocks=("ZayaSparseMoeBlock",),
+        published=Published("ZAYA1-8B", 16, 0.76, 8.4),
+    ),
 }
 
 #: the recipe of each class of a block
@@ -770,3 +781,4 @@ phi3_5: RecipeFunction = _function("phi3_5")
 longcat_flash: RecipeFunction = _function("longcat_flash")
 dynamic_moe: RecipeFunction = _function("dynamic_moe")
 remoe: RecipeFunction = _function("remoe")
+zaya: RecipeFunction = _function("zaya")

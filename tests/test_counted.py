@@ -75,7 +75,7 @@ def test_padding_never_trains_a_router(name):
 
 @pytest.mark.parametrize("name", DROPLESS)
 def test_its_routing_is_that_under_a_mask(name):
-    """But for ids and probabilities at padding, which nothing reads, and the field `uncounted`."""
+    """But for ids, probabilities and states at padding, which nothing reads, and the field `uncounted`."""
     gate, x = layer(name).gate.eval(), tokens()
     torch.manual_seed(0)
     wanted = gate(x, mask=MASK)
@@ -86,7 +86,7 @@ def test_its_routing_is_that_under_a_mask(name):
     assert not found.uncounted.unflatten(-1, (-1, gate.k))[MASK].any()
     for field in fields(wanted):
         one, other = getattr(found, field.name), getattr(wanted, field.name)
-        if field.name in ("expert", "probs", "primary", "weighed") and isinstance(other, Tensor):
+        if field.name in ("expert", "probs", "primary", "weighed", "state") and isinstance(other, Tensor):
             one, other = (part.reshape(*MASK.shape, -1)[MASK] for part in (one, other))
         if isinstance(other, Tensor) and field.name != "uncounted":
             close(one, other)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,12 +44,12 @@ def mask_and_group(
 
 
 def group_side_inputs(
-    side: Mapping[str, Tensor], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
+    side: Mapping[str, Tensor | None], reads: Collection[str], mask: Tensor | None, shape: Sequence[int], groups: Tensor
 ) -> dict[str, Tensor]:
     """Split side inputs into groups, as the inputs; entries of masked tokens are 0.
 
     Args:
-        side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token.
+        side: tensors `(..., n)` or `(..., n, anything)` by name, an entry for each token; None is left out.
         reads: the names that the gates read.
         mask: `(..., n)` or None.
         shape: `(..., n)` of the inputs.
@@ -59,6 +60,8 @@ def group_side_inputs(
         if name not in reads:
             known = f"it reads {', '.join(sorted(reads))}" if reads else "it reads none"
             raise TypeError(f"the gate reads no side input {name!r}: {known}. Masks are `mask=`")
+        if value is None:
+            continue
         if not isinstance(value, Tensor) or value.shape[: len(shape)] != tuple(shape):
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"{name} must have shape ({', '.join(map(str, shape))}, ...), an entry a token, got {got}")
@@ -96,3 +99,8 @@ def ungroup_and_add_shared(out: Tensor, x: Tensor, mask: Tensor | None, shared_e
     shared = check_result("shared_expert", module_in_blocks(shared_expert, x), out.shape)
     out = (out + shared).to(x.dtype)
     return out if mask is None else torch.where(mask.unsqueeze(-1), out, 0)
+
+
+def ungroup_state(state: Any, x: Tensor) -> Any:
+    """A router's state `(b, n, ...)` with the leading dimensions of the inputs x, `(..., n, ...)`; None of none."""
+    return None if state is None else state.reshape(*x.shape[:-1], *state.shape[2:])

@@ -49,6 +49,7 @@ class Routing:
             tokens; None if there is none. These assignments are not `kept`: experts compute them, and nothing else
             knows of them.
         weighed: `(..., b, a)` bool, the assignments that share their token's weight, computed or not; None if all do.
+        state: `(..., b, n, anything)`, what the router hands to that of the next layer; None for most routers.
 
     Example:
         >>> import torch
@@ -76,6 +77,7 @@ class Routing:
     primary: Tensor | None = None
     uncounted: Tensor | None = None
     weighed: Tensor | None = None
+    state: Tensor | None = None
 
     def __post_init__(self) -> None:
         if missing := [name for name in ("balance", "z") if name not in self.losses]:

@@ -4,6 +4,7 @@ from mixture_of_experts.gating.balance_losses import BALANCE_LOSSES
 from mixture_of_experts.gating.base import Gate, TokenChoiceGate, Tokens, offers_of, reads_of
 from mixture_of_experts.gating.bias_rules import BiasRule, ForwardChoices, QuantileRule, SignRule
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.depth_averaged import DepthAveragedGating
 from mixture_of_experts.gating.expert_choice import ExpertChoiceGating
 from mixture_of_experts.gating.hashing import HashGating
 from mixture_of_experts.gating.logits import RouterLogits
@@ -18,6 +19,7 @@ __all__ = [
     "BALANCE_LOSSES",
     "BiasRule",
     "Choices",
+    "DepthAveragedGating",
     "ExpertChoiceGating",
     "ForwardChoices",
     "Gate",

@@ -528,6 +528,7 @@ class TokenChoiceGate(Gate):
             primary=primary,
             weighed=weighed,
             uncounted=uncounted,
+            state=choices.state,
         )
 
     def _restricted(self, tokens: Tokens, choices: Choices) -> tuple[Tensor | None, Tensor, Tensor | None]:

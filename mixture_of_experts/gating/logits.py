@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from mixture_of_experts.support.checks import check_flag, check_number, check_size, check_sizes, shape_of
 from mixture_of_experts.support.private_torch import is_wrapped, is_wrapper_subclass
@@ -37,16 +38,28 @@ def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def module_logits(module: nn.Module, x: Tensor, num_experts: int) -> Tensor:
-    """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast."""
+    """Logits of tokens `(..., b, n, d)` by a module, in float32 (float64 stays), also under autocast. A module computes
+    in the wider dtype of tokens and weights."""
     weight = next((p for p in module.parameters() if p.is_floating_point()), None)
     if not isinstance(module, RouterLogits):
         refuse_same_bits(f"the logits come from a {type(module).__name__}")
     with without_autocast(x.device):
-        logits = module(x if weight is None or isinstance(module, RouterLogits) else x.to(weight.dtype))
+        if weight is None or isinstance(module, RouterLogits):
+            logits = module(x)
+        else:
+            logits = in_dtype(module, x, torch.promote_types(x.dtype, weight.dtype))
     if not isinstance(logits, Tensor) or logits.shape != (*x.shape[:-1], num_experts):
         wanted = (*x.shape[:-1], num_experts)
         raise ValueError(f"logits must return {wanted}, one for each token and expert, got {shape_of(logits)}")
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def in_dtype(module: nn.Module, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a module computes of x in `dtype`, whatever its weights are stored in."""
+    weights = {name: weight for name, weight in module.named_parameters() if weight.is_floating_point()}
+    if next(iter(weights.values())).dtype == dtype:
+        return module(x.to(dtype))
+    return functional_call(module, {name: weight.to(dtype) for name, weight in weights.items()}, (x.to(dtype),))
 
 
 class RouterLogits(FixedShapes):

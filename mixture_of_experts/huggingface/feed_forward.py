@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
+from mixture_of_experts.gating.depth_averaged import STATE
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_torch import in_transform
 from mixture_of_experts.support.tracing import in_checkpoint
@@ -109,7 +110,8 @@ class MoEFeedForward(Replaced):
         stands_for: path, below this module, of the linear layer for which a `Replaced` stands; "": the module itself.
 
     Shape:
-        `(b, n, d)`, or flattened `(b n, d)`, to the same shape.
+        `(b, n, d)`, or flattened `(b n, d)`, to the same shape; if the caller gives side inputs, to (tokens, state of
+        the router).
     """
 
     record: Any = None  #: what is told of the layer in `config.json`, a `LayerRecord`
@@ -125,7 +127,7 @@ class MoEFeedForward(Replaced):
             del self.weight
             add_below(self, stands_for, Replaced())
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, **given: Tensor | None) -> Any:
         call = call_stack.current(self) or ModelCall()
         mask, shape = self._mask(call, x), call.tokens.shape
         tokens = x
@@ -138,11 +140,12 @@ class MoEFeedForward(Replaced):
         side = self._side(call, tokens)
         if mask is not None or tokens is not x or side:
             self._refuse_forgetting(call)
-        out, aux_loss = self.moe(tokens, **self._told(mask), **side)
+        out, aux_loss, *state = self.moe(tokens, **self._told(mask), **side, **given)
         if not call.again:
             self._give(call, out, aux_loss)
         out = out.view(x.shape)
-        return out if self.dropout is None else self.dropout(out)
+        out = out if self.dropout is None else self.dropout(out)
+        return (out, *state) if given else out
 
     def _give(self, call: ModelCall, out: Tensor, aux_loss: Tensor) -> None:
         """Give the auxiliary loss to the call, and set the hooks that note whether gradients reach it."""
@@ -222,14 +225,19 @@ class SparseFeedForward(MoEFeedForward):
         others: as in `MoEFeedForward`.
 
     Shape:
-        As in `MoEFeedForward`; if the block returned router scores beside tokens, (tokens, None).
+        As in `MoEFeedForward`; if the block returned router scores beside tokens, (tokens, None); if its router has a
+        state, which it took beside tokens, (tokens, state).
     """
 
     def __init__(self, moe: MoE, block: str, **others: Any) -> None:
         super().__init__(moe, **others)
         self.block = block
 
-    def forward(self, x: Tensor, input_ids: Tensor | None = None) -> Any:
+    def forward(
+        self, x: Tensor, prev_router_hidden_states: Tensor | None = None, input_ids: Tensor | None = None
+    ) -> Any:
+        if STATE in reads_of(self.moe.gate):
+            return super().forward(x, **{STATE: prev_router_hidden_states})
         out = super().forward(x)  # a gate that reads token ids gets those of the model around
         return (out, None) if self.block in PAIRS else out
 

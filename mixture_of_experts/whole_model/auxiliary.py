@@ -155,7 +155,7 @@ class Collecting(Watch):
                 f"a {type(layer).__name__} ran, but not within a forward of the module given to collect_aux: give "
                 "collect_aux the module that you call"
             )
-        if not (isinstance(output, tuple) and len(output) == 2):
+        if not (isinstance(output, tuple) and len(output) > 1):
             raise TypeError(
                 f"{type(layer).__name__} must return (output, auxiliary loss) to be collected, got "
                 f"{type(output).__name__}: let a module around the layer, not a subclass, drop the loss"

@@ -43,14 +43,13 @@ class BlockSettings:
 
     module: Any
     recipe: Recipe
-    network: list[str]
+    network: bool
     weight: Any
 
     def __init__(self, module: Any, recipe: Recipe) -> None:
         self.module, self.recipe = module, recipe
         self.router: Any = find(module, *KEEPS["router"])
-        network = [name for name in ("down_proj", "router_mlp") if hasattr(self.router, name)]
-        self.network = network if len(network) == 2 else []  # of a router of two layers, not one matrix
+        self.network = hasattr(self.router, "router_mlp")  # of a state, instead of one matrix
         self.weight = None if self.network else self.attribute("weight")
 
     def attribute(self, part: str) -> Any:

@@ -147,17 +147,6 @@ def test_a_block_left_out_for_a_fault_has_it_still():
 
 
 @pytest.mark.parametrize(
-    ("name", "layer", "message"),
-    [
-        ("ZayaSparseMoeBlock", 1, "reads the state of the router of the layer before, which no gate gets"),
-    ],
-)
-def test_layers_that_read_more_than_tokens_are_refused(name, layer, message):
-    with pytest.raises(ValueError, match=message):
-        from_transformers(make(name, layer))
-
-
-@pytest.mark.parametrize(
     "name", ["AXK1MoE", "GptOssMLP", "JetMoeMoE", "Llama4TextMoe", "LongcatFlashMoE", "MuseSparkMoE"]
 )
 def test_padding_of_a_block_costs_nothing_and_is_zero(name):

@@ -266,12 +266,11 @@ def family(name: str) -> Any:
         (lambda: from_transformers(build("Mixtral")), "MixtralForCausalLM has no sparse block"),
         (lambda: family("jetmoe"), "JetMoeAttention at model.layers.0.self_attention is of no class that is known"),
         (lambda: family("diffusion_gemma"), "DiffusionGemmaEncoderTextLayer at .* is a whole layer, which also holds"),
-        (lambda: family("zaya"), "ZayaSparseMoeBlock reads the state of the router of the layer before"),
         (lambda: adapted(build("Mixtral"), "mlp.gate.weight"), "MixtralSparseMoeBlock has adapters of PEFT, which a"),
         (lambda: adapted(build("Mixtral"), "experts.down_proj"), "MixtralSparseMoeBlock has adapters of PEFT"),
         (lambda: quantised(build("Mixtral")), "MixtralForCausalLM is quantised: load it without quantization_config"),
     ],
-    ids=["jitter", "dense", "changed", "JetMoe", "DiffusionGemma", "Zaya", "router's", "experts'", "quantised"],
+    ids=["jitter", "dense", "changed", "JetMoe", "DiffusionGemma", "router's", "experts'", "quantised"],
 )
 def test_what_is_refused_is_not_changed(make, problem):
     model = make()
@@ -376,11 +375,11 @@ def test_weights_that_would_become_others(tmp_path, monkeypatch):
         *("afmoe", "aria_text", "cohere2_moe", "deepseek_v4", "dots3_note", "ernie4_5_moe", "granitemoehybrid"),
         *("glm4v_moe_text", "inkling2_text", "mistral_large4", "mistral_large4_text", "qwen4_exp_text"),
         *("inkling_text", "jamba", "llama4", "minimax_m2", "nemotron_h", "openai_privacy_filter", "phimoe"),
-        *("qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe"),
+        *("qwen2_moe", "qwen3_5_moe", "qwen3_vl_moe", "zaya"),
     ],
 )
 def test_other_families(name, tmp_path):
-    """Blocks that return pairs, are called with token ids, average, or stand beside other networks."""
+    """Blocks that return pairs, are called with token ids or a state, average, or stand beside other networks."""
     model = family(name).eval()
     given, stock = inputs(model), copy.deepcopy(model.state_dict())
     before = outputs(model, given)

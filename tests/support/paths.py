@@ -21,7 +21,7 @@ from mixture_of_experts import (
     Top2Gating,
     TopKGating,
 )
-from mixture_of_experts.gating import QuantileRule, RouterLogits
+from mixture_of_experts.gating import DepthAveragedGating, QuantileRule, RouterLogits
 
 from .strategies import KINDS
 
@@ -179,6 +179,7 @@ ROUTERS = {
         normalize=by_norm,
     ),
     "ReLU": lambda: ReLUGating(DIM, NUM_EXPERTS, k=2, mean_choices=1),
+    "DepthAveraged": lambda: DepthAveragedGating(DIM, NUM_EXPERTS, k=2, state_dim=6),
     **{name: partial(make, DIM, NUM_EXPERTS) for kind in KINDS.values() for name, make in kind.shown.items()},
 }
 

@@ -72,6 +72,7 @@ def row(name: str, model: Recipe) -> str:
     parts += [f"in {model.latent:g} d, a norm behind"] if model.latent else []
     parts += ["weights on what they read"] if model.weigh_input else []
     parts += [f"{model.identity:g} as many return the token"] if model.identity else []
+    parts += [f"{model.zero} more returns zero"] if model.zero else []
     parts += [f"shared: {model.shared:g} h" + (", gated" if model.shared_gate else "")] if model.shared else []
     kind = "" if model.router is TopKGating else f"`{model.router.__name__}`"
     says = inspect.getdoc(FUNCTIONS[name]).partition(":")[0]  # what the model is called

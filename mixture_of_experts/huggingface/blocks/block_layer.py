@@ -68,10 +68,11 @@ class BlockLayer:
         if self.recipe.logits is not None:
             settings["logits"] = RouterLogits(block.dim, e, **block.logits())
         if block.network:
-            settings["logits"] = nn.Sequential(*(getattr(block.router, name) for name in block.network))
+            settings |= dict(state_dim=block.router.router_hidden_size, first=not block.router.use_eda)
+            settings["logits"] = block.router.router_mlp
         if self.recipe.scales is not None:
             settings["weigh"] = LearnedScale(e if self.recipe.scales == "expert" else 1)
-        if kind is TopKGating:
+        if issubclass(kind, TopKGating):
             settings["balance_over"] = balance_over
         if block.experts_of_id is not None:
             kind, settings["num_ids"] = HashGating, len(block.experts_of_id)
@@ -156,6 +157,10 @@ class BlockLayer:
             found["w_gating" if self.recipe.logits is None else "logits.weight"] = of(block.weight).T
         if self.recipe.logits is not None and "norm_eps" in self.recipe.logits:
             found["logits.norm_weight"] = of(block.attribute("norm_weight"))
+        if block.network:
+            found |= {f"down.{name}": of(tensor) for name, tensor in block.router.down_proj.named_parameters()}
+            if block.router.use_eda:
+                found["state_scale"] = of(block.router.router_states_scale)
         if block.bias is not None:
             found["b_gating"] = of(block.bias)
         if block.experts_of_id is not None:

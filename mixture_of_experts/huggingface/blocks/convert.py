@@ -130,8 +130,6 @@ def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> B
     if any(from_peft(module) for module in block.modules()):
         raise ValueError(f"a {name} has adapters of PEFT, which a layer would lose: merge them first")
     settings = BlockSettings(block, recipe)
-    if getattr(settings.router, "use_eda", False):
-        raise ValueError(f"{name} reads the state of the router of the layer before, which no gate gets")
     for attribute in KEEPS["jitter"]:
         for holder in (block, settings.router):
             if getattr(holder, attribute, None):

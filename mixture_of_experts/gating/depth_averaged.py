@@ -1,0 +1,120 @@
+"""Routers with a state that passes from layer to layer: exponential depth averaging.
+
+Axes: b groups, n tokens of a group, d model dim, r width of the state, e experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from mixture_of_experts.gating.base import Tokens
+from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.logits import in_dtype
+from mixture_of_experts.gating.topk import TopKGating
+from mixture_of_experts.support.checks import check_flag, check_size, shape_of
+from mixture_of_experts.support.tracing import without_autocast
+
+STATE = "router_state"  # the side input
+
+
+class DepthAveragedGating(TopKGating):
+    """Chooses by a network on a state, to which the state of the router of the layer before is added.
+
+    The router of ZAYA1 and ZONOS2 (arXiv 2605.05365, section II-A, equations 1 to 3; first in arXiv 2511.17127). A
+    call with `router_state`, None in the first layer, returns the state for the layer after it::
+
+        out, aux_loss, state = moe(x, router_state=state)
+
+    Args:
+        dim, num_experts, k: d, e, and the number of experts of a token.
+        state_dim: r.
+        first: whether the layer is the first one, which gets no state. All others need one.
+        logits: a module that maps states `(..., b, n, r)` to logits `(..., b, n, e)`; by default a norm and three
+            linear layers with GELU between them, as in ZAYA1.
+        settings: further arguments of `TopKGating`, without `outer_expert_dims`.
+
+    Shape:
+        x `(b, n, d)`, and `router_state` `(b, n, r)` unless it is the first, to a `Routing` with `state` `(b, n, r) =
+        down(x) + state_scale * router_state`, in float32 (float64 for float64 weights). `down` is a linear layer from
+        d to r, `state_scale` is `(r,)`.
+
+    Raises:
+        TypeError, ValueError: no state, or one of another shape; or a state for the first layer.
+
+    Example:
+        >>> import torch
+        >>> from mixture_of_experts import MoE
+        >>> layers = [MoE(dim=8, gate=DepthAveragedGating(8, 4, state_dim=6, first=i == 0)) for i in range(3)]
+        >>> x, state = torch.randn(2, 16, 8), None
+        >>> for moe in layers:
+        ...     out, aux_loss, state = moe(x, router_state=state)
+        ...     x = x + out
+        >>> state.shape
+        torch.Size([2, 16, 6])
+    """
+
+    state_dim: int
+    first: bool
+    state_scale: nn.Parameter | None
+
+    reports: tuple[str, ...] | None = ()
+    reads: ClassVar[tuple[str, ...]] = (*TopKGating.reads, STATE)
+    sizes: ClassVar[tuple[str, ...]] = (*TopKGating.sizes, "state_dim", "first")
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        k: int = 1,
+        *,
+        state_dim: int = 256,
+        first: bool = True,
+        logits: nn.Module | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **settings: Any,
+    ) -> None:
+        factory: Any = dict(device=device, dtype=dtype)
+        r = check_size("state_dim", state_dim)
+        if logits is None:
+            logits = nn.Sequential(
+                nn.RMSNorm(r, eps=1e-5, **factory),
+                *(nn.Linear(r, r, **factory), nn.GELU()),
+                *(nn.Linear(r, r, **factory), nn.GELU()),
+                nn.Linear(r, num_experts, bias=False, **factory),
+            )
+        super().__init__(dim, num_experts, k, logits=logits, **factory, **settings)
+        if self.outer_expert_dims:
+            raise ValueError(f"{type(self).__name__} is one router: it takes no outer_expert_dims, and no second level")
+        self.state_dim, self.first = r, check_flag("first", first)
+        self.down = nn.Linear(dim, r, **factory)
+        self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
+
+    def reset_parameters(self) -> None:
+        """Set the scale to 1, biases and counts to 0. The modules `down` and `logits` draw their own weights."""
+        super().reset_parameters()
+        if (scale := self._parameters.get("state_scale")) is not None:
+            nn.init.ones_(scale)
+
+    def decide(self, tokens: Tokens) -> Choices:
+        """Choose by the state, and hand it on."""
+        dtype = torch.float64 if self.down.weight.dtype == torch.float64 else torch.float32
+        with without_autocast(tokens.x.device):
+            state = in_dtype(self.down, tokens.x, dtype)
+            if self.state_scale is not None:
+                before = tokens.side[STATE]
+                if before.shape != state.shape:
+                    raise ValueError(f"{STATE} must have shape {tuple(state.shape)}, got {shape_of(before)}")
+                state = state + before * self.state_scale.to(dtype)
+            elif STATE in tokens.side:
+                raise ValueError(
+                    f"{STATE} is given to the first layer, which has none before: make it with first=False"
+                )
+        return super().decide(replace(tokens, x=state))._replace(state=state)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, state_dim={self.state_dim}, first={self.first}"
