@@ -2,19 +2,25 @@
 
     python -m tests.support.pretrained    # fetches the model
     python -m experiments.quantized_experts    # a quarter of an hour of one core, 9 GB
+    python -m experiments.quantized_experts --calibrated    # numbers of 4 bits by GPTQ; ten minutes
     python -m experiments.quantized_experts --fits    # how large published models are
 
 The experts and routers of the last eight layers first train a little, on Python text. Then the model is cast, and its
 experts are quantised. Times are seconds that the process computes, on one thread, in turns. Perplexity is that of
 held-out text; the second table has it after LoRA of rank 8 beside the experts of all layers has trained a little. The
 last row of a dtype has experts that compute nothing: no experts can be faster.
+
+GPTQ is the recipe of docs/stacked_experts.md. It sees text that the model also trains on, never the held-out one.
 """
 
 import argparse
 import copy
+import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,9 +36,15 @@ from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 from tests.support.pretrained import SMOLLM2, fetch
 
 from .language_model.corpus import Batches
+from .scaling import RECORDS
 from .upcycle_pretrained import BATCH, CONTEXT, Text, load
 
+page, recipe = Path(__file__).parents[1] / "docs" / "stacked_experts.md", {}
+exec(re.search(r"^```python\n([^`]*?^def gptq.*?)^moe = ", page.read_text(encoding="utf-8"), re.M | re.S)[1], recipe)
+gptq, moments = recipe["gptq"], recipe["moments"]
+
 TURNS, STEPS, TRAINED, LORA = 3, 12, 8, 8
+CALIBRATION = 16  # batches of 1,024 tokens
 WEIGHTS = ["experts.w1", "experts.w3", "experts.w2"]
 KINDS: dict[str, dict[str, Any]] = {
     "8 bits": dict(bits=8),
@@ -75,12 +87,21 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", action="store_true", help="print how large published models are, and train nothing")
-    if parser.parse_args(argv).fits:
+    parser.add_argument(
+        "--calibrated", action="store_true", help="compare GPTQ with the nearest numbers, without times"
+    )
+    parser.add_argument("--trained", type=Path, help="file that keeps the trained model, or has it already")
+    parser.add_argument("--records", type=Path, default=RECORDS / "quantized_experts.jsonl", help="of --calibrated")
+    args = parser.parse_args(argv)
+    if args.fits:
         print_sizes()
         return 0
     torch.set_num_threads(1)
     text = load()
-    windows, trained = text.windows[:16].long(), upcycled(text)
+    windows, trained = text.windows[:16].long(), upcycled(text, args.trained)
+    if args.calibrated:
+        calibrated(trained.bfloat16(), text, windows, args.records)
+        return 0
     print(
         "| dtype | experts | experts, MB | perplexity | error of logits | decoding, ms a token | 512 tokens, s |\n"
         + "|---" * 7
@@ -146,15 +167,43 @@ def shared_with(model: nn.Module) -> Any:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
 
 
-def upcycled(text: Text) -> Any:
-    """The model in float32, frozen."""
+def calibrated(model: Any, text: Text, windows: Tensor, path: Path) -> None:
+    """Perplexity with the nearest numbers of 4 bits and with those of GPTQ; a line of the records for each."""
+    batches = Batches(text.train, CONTEXT, 8, seed=1)
+    rounding = gptq(moments(model, (batches.next()[:, :-1] for _ in range(CALIBRATION))))
+    loss, wanted = measure(model, windows)
+    print(
+        f"as they are: {loss.exp():.3f}\n\n| group | numbers | perplexity | more | error of logits |\n"
+        + "|---" * 5
+        + "|"
+    )
+    for group in (64, 32):
+        for name, choose in (("nearest", None), ("GPTQ", rounding)):
+            small = copy.deepcopy(model, shared_with(model))
+            found, logits = measure(quantize_experts(small, 4, group=group, rounding=choose), windows)
+            more, error = (found - loss).exp() - 1, (logits - wanted).norm() / wanted.norm()
+            print(f"| {group} | {name} | {found.exp():.3f} | {more:.2%} | {error:.4f} |", flush=True)
+            line = dict(group=group, numbers=name, calibration=CALIBRATION * 8 * CONTEXT, text=text.sources)
+            line |= {"perplexity": round(found.exp().item(), 4), "more": round(more.item(), 5)}
+            line |= {"error": round(error.item(), 5), "as they are": round(loss.exp().item(), 4)}
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def upcycled(text: Text, kept: Path | None = None) -> Any:
+    """The model in float32, frozen; also in a file that has or gets it."""
+    if kept is not None and kept.exists():
+        return torch.load(kept, weights_only=False)
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM.from_pretrained(fetch(SMOLLM2), dtype=torch.float32).requires_grad_(False)
     upcycle(model, num_experts=4, noise=0.1, loss_coef=0.0)
     for layer in model.model.layers[-8:]:
         layer.mlp.requires_grad_(True)
     train(model, text, TRAINED, 3e-4, BATCH)
-    return model.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    if kept is not None:
+        torch.save(model, kept)
+    return model
 
 
 def adapted(model: Any, text: Text, windows: Tensor) -> Tensor:
