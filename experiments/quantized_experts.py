@@ -40,7 +40,8 @@ from .scaling import RECORDS
 from .upcycle_pretrained import BATCH, CONTEXT, Text, load
 
 page, recipe = Path(__file__).parents[1] / "docs" / "stacked_experts.md", {}
-exec(re.search(r"^```python\n([^`]*?^def gptq.*?)^moe = ", page.read_text(encoding="utf-8"), re.M | re.S)[1], recipe)
+(code,) = re.findall(r"^```python\n([^`]*?^def gptq.*?)^moe = ", page.read_text(encoding="utf-8"), re.M | re.S)
+exec(code, recipe)
 gptq, moments = recipe["gptq"], recipe["moments"]
 
 TURNS, STEPS, TRAINED, LORA = 3, 12, 8, 8
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--calibrated", action="store_true", help="compare GPTQ with the nearest numbers, without times"
     )
-    parser.add_argument("--trained", type=Path, help="file that keeps the trained model, or has it already")
+    parser.add_argument("--trained", type=Path, help="file that keeps the trained weights, or has them already")
     parser.add_argument("--records", type=Path, default=RECORDS / "quantized_experts.jsonl", help="of --calibrated")
     args = parser.parse_args(argv)
     if args.fits:
@@ -191,19 +192,19 @@ def calibrated(model: Any, text: Text, windows: Tensor, path: Path) -> None:
 
 
 def upcycled(text: Text, kept: Path | None = None) -> Any:
-    """The model in float32, frozen; also in a file that has or gets it."""
-    if kept is not None and kept.exists():
-        return torch.load(kept, weights_only=False)
+    """The model in float32, frozen; a file has its weights or gets them."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM.from_pretrained(fetch(SMOLLM2), dtype=torch.float32).requires_grad_(False)
     upcycle(model, num_experts=4, noise=0.1, loss_coef=0.0)
+    if kept is not None and kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model.eval().requires_grad_(False)
     for layer in model.model.layers[-8:]:
         layer.mlp.requires_grad_(True)
     train(model, text, TRAINED, 3e-4, BATCH)
-    model.eval().requires_grad_(False)
     if kept is not None:
-        torch.save(model, kept)
-    return model
+        torch.save(model.state_dict(), kept)
+    return model.eval().requires_grad_(False)
 
 
 def adapted(model: Any, text: Text, windows: Tensor) -> Tensor:
