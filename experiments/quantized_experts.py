@@ -45,7 +45,7 @@ exec(code, recipe)
 gptq, moments = recipe["gptq"], recipe["moments"]
 
 TURNS, STEPS, TRAINED, LORA = 3, 12, 8, 8
-CALIBRATION = 16  # batches of 1,024 tokens
+SHOWN, CALIBRATION = 16, 16  # windows whose perplexity is told, batches of 1,024 tokens
 WEIGHTS = ["experts.w1", "experts.w3", "experts.w2"]
 KINDS: dict[str, dict[str, Any]] = {
     "8 bits": dict(bits=8),
@@ -99,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     torch.set_num_threads(1)
     text = load()
-    windows, trained = text.windows[:16].long(), upcycled(text, args.trained)
+    windows, trained = text.windows[:SHOWN].long(), upcycled(text, args.trained)
     if args.calibrated:
-        calibrated(trained.bfloat16(), text, windows, args.records)
+        calibrated(trained.bfloat16(), text, args.records)
         return 0
     print(
         "| dtype | experts | experts, MB | perplexity | error of logits | decoding, ms a token | 512 tokens, s |\n"
@@ -122,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoding, reading = in_turns(timed, windows, decode), in_turns(timed, windows, read)
         wanted = found["as they are"][1]
         for name, model in models.items():
-            loss, logits = found[name]
+            losses, logits = found[name]
             error = (logits - wanted).norm() / wanted.norm()
             print(
-                f"| {str(dtype)[6:]} | {name} | {megabytes(model):.0f} | {loss.exp():.3f} | {error:.4f} "
+                f"| {str(dtype)[6:]} | {name} | {megabytes(model):.0f} | {losses.mean().exp():.3f} | {error:.4f} "
                 f"| {1000 * decoding[name]:.1f} | {reading[name]:.2f} |",
                 flush=True,
             )
@@ -168,27 +168,26 @@ def shared_with(model: nn.Module) -> Any:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
 
 
-def calibrated(model: Any, text: Text, windows: Tensor, path: Path) -> None:
-    """Perplexity with the nearest numbers of 4 bits and with those of GPTQ; a line of the records for each."""
-    batches = Batches(text.train, CONTEXT, 8, seed=1)
+def calibrated(model: Any, text: Text, path: Path) -> None:
+    """Perplexity with the nearest numbers of 4 bits and with those of GPTQ; a line of the records for each. What it has
+    more than before is of all held-out windows, with its standard error, as that of many others would be."""
+    batches, windows = Batches(text.train, CONTEXT, 8, seed=1), text.windows.long()
     rounding = gptq(moments(model, (batches.next()[:, :-1] for _ in range(CALIBRATION))))
-    loss, wanted = measure(model, windows)
-    print(
-        f"as they are: {loss.exp():.3f}\n\n| group | numbers | perplexity | more | error of logits |\n"
-        + "|---" * 5
-        + "|"
-    )
+    before, wanted = measure(model, windows)
+    print(f"as they are: {before[:SHOWN].mean().exp():.3f}\n", flush=True)
+    print("| group | numbers | perplexity | more | error of logits |\n" + "|---" * 5 + "|", flush=True)
     for group in (64, 32):
         for name, choose in (("nearest", None), ("GPTQ", rounding)):
             small = copy.deepcopy(model, shared_with(model))
-            found, logits = measure(quantize_experts(small, 4, group=group, rounding=choose), windows)
-            more, error = (found - loss).exp() - 1, (logits - wanted).norm() / wanted.norm()
-            print(f"| {group} | {name} | {found.exp():.3f} | {more:.2%} | {error:.4f} |", flush=True)
-            line = dict(group=group, numbers=name, calibration=CALIBRATION * 8 * CONTEXT, text=text.sources)
-            line |= {"perplexity": round(found.exp().item(), 4), "more": round(more.item(), 5)}
-            line |= {"error": round(error.item(), 5), "as they are": round(loss.exp().item(), 4)}
+            losses, logits = measure(quantize_experts(small, 4, group=group, rounding=choose), windows)
+            change, error = losses - before, ((logits - wanted).norm() / wanted.norm()).item()
+            perplexity, more = losses[:SHOWN].mean().exp().item(), change.mean().expm1().item()
+            by = change.std().item() / len(change) ** 0.5
+            print(f"| {group} | {name} | {perplexity:.3f} | {more:.2%} ± {by:.2%} | {error:.4f} |", flush=True)
+            line = dict(group=group, numbers=name, calibration=CALIBRATION * 8 * CONTEXT if choose else 0)
+            line |= dict(perplexity=round(perplexity, 4), more=round(more, 5), by=round(by, 5), error=round(error, 5))
             with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(json.dumps(line | {"text": text.sources}) + "\n")
 
 
 def upcycled(text: Text, kept: Path | None = None) -> Any:
@@ -217,7 +216,7 @@ def adapted(model: Any, text: Text, windows: Tensor) -> Tensor:
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_("lora_" in name)
     train(tuned, text, LORA, 1e-3, BATCH // 2)
-    return measure(tuned.eval(), windows)[0]
+    return measure(tuned.eval(), windows)[0].mean()
 
 
 def train(model: Any, text: Text, steps: int, rate: float, batch: int) -> None:
@@ -244,14 +243,14 @@ def megabytes(model: Any) -> float:
 
 @torch.no_grad()
 def measure(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of a token, and logits of the first window."""
+    """The mean loss of a token in each window, and logits of the first one."""
     losses, first = [], None
     for window in windows.split(1):
         logits = model(window[:, :-1]).logits[0].float()
         losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]))
         first = logits if first is None else first
     assert first is not None
-    return torch.stack(losses).mean(), first
+    return torch.stack(losses), first
 
 
 @torch.no_grad()

@@ -163,8 +163,8 @@ class QuantizedExperts(RoutedExperts):
             step and smallest number. In 4 bits `(*e, q / b, p, b / 2)`, two numbers a byte, in blocks of b outputs.
         w1_groups, w3_groups, w2_groups: in 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
             of each group, in bfloat16.
-        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding; 1
-            where `rounding` chose.
+        w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding.
+            They are 1 where `rounding` chose.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
