@@ -2,19 +2,25 @@
 
     python -m tests.support.pretrained    # fetches the model
     python -m experiments.quantized_experts    # a quarter of an hour of one core, 9 GB
+    python -m experiments.quantized_experts --calibrated    # numbers of 4 bits by GPTQ; ten minutes
     python -m experiments.quantized_experts --fits    # how large published models are
 
 The experts and routers of the last eight layers first train a little, on Python text. Then the model is cast, and its
 experts are quantised. Times are seconds that the process computes, on one thread, in turns. Perplexity is that of
 held-out text; the second table has it after LoRA of rank 8 beside the experts of all layers has trained a little. The
 last row of a dtype has experts that compute nothing: no experts can be faster.
+
+GPTQ is the recipe of docs/stacked_experts.md. It sees text that the model also trains on, never the held-out one.
 """
 
 import argparse
 import copy
+import json
+import re
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -30,9 +36,16 @@ from mixture_of_experts.quantize import QuantizedExperts, quantize_experts
 from tests.support.pretrained import SMOLLM2, fetch
 
 from .language_model.corpus import Batches
+from .scaling import RECORDS
 from .upcycle_pretrained import BATCH, CONTEXT, Text, load
 
+page, recipe = Path(__file__).parents[1] / "docs" / "stacked_experts.md", {}
+(code,) = re.findall(r"^```python\n([^`]*?^def gptq.*?)^moe = ", page.read_text(encoding="utf-8"), re.M | re.S)
+exec(code, recipe)
+gptq, moments = recipe["gptq"], recipe["moments"]
+
 TURNS, STEPS, TRAINED, LORA = 3, 12, 8, 8
+SHOWN, CALIBRATION = 16, 16  # windows whose perplexity is told, batches of 1,024 tokens
 WEIGHTS = ["experts.w1", "experts.w3", "experts.w2"]
 KINDS: dict[str, dict[str, Any]] = {
     "8 bits": dict(bits=8),
@@ -75,12 +88,21 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", action="store_true", help="print how large published models are, and train nothing")
-    if parser.parse_args(argv).fits:
+    parser.add_argument(
+        "--calibrated", action="store_true", help="compare GPTQ with the nearest numbers, without times"
+    )
+    parser.add_argument("--trained", type=Path, help="file that keeps the trained weights, or has them already")
+    parser.add_argument("--records", type=Path, default=RECORDS / "quantized_experts.jsonl", help="of --calibrated")
+    args = parser.parse_args(argv)
+    if args.fits:
         print_sizes()
         return 0
     torch.set_num_threads(1)
     text = load()
-    windows, trained = text.windows[:16].long(), upcycled(text)
+    windows, trained = text.windows[:SHOWN].long(), upcycled(text, args.trained)
+    if args.calibrated:
+        calibrated(trained.bfloat16(), text, args.records)
+        return 0
     print(
         "| dtype | experts | experts, MB | perplexity | error of logits | decoding, ms a token | 512 tokens, s |\n"
         + "|---" * 7
@@ -100,10 +122,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         decoding, reading = in_turns(timed, windows, decode), in_turns(timed, windows, read)
         wanted = found["as they are"][1]
         for name, model in models.items():
-            loss, logits = found[name]
+            losses, logits = found[name]
             error = (logits - wanted).norm() / wanted.norm()
             print(
-                f"| {str(dtype)[6:]} | {name} | {megabytes(model):.0f} | {loss.exp():.3f} | {error:.4f} "
+                f"| {str(dtype)[6:]} | {name} | {megabytes(model):.0f} | {losses.mean().exp():.3f} | {error:.4f} "
                 f"| {1000 * decoding[name]:.1f} | {reading[name]:.2f} |",
                 flush=True,
             )
@@ -146,14 +168,41 @@ def shared_with(model: nn.Module) -> Any:
     return {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
 
 
-def upcycled(text: Text) -> Any:
-    """The model in float32, frozen."""
+def calibrated(model: Any, text: Text, path: Path) -> None:
+    """Perplexity with the nearest numbers of 4 bits and with those of GPTQ; a line of the records for each. What it has
+    more than before is of all held-out windows, with its standard error, as that of many others would be."""
+    batches, windows = Batches(text.train, CONTEXT, 8, seed=1), text.windows.long()
+    rounding = gptq(moments(model, (batches.next()[:, :-1] for _ in range(CALIBRATION))))
+    before, wanted = measure(model, windows)
+    print(f"as they are: {before[:SHOWN].mean().exp():.3f}\n", flush=True)
+    print("| group | numbers | perplexity | more | error of logits |\n" + "|---" * 5 + "|", flush=True)
+    for group in (64, 32):
+        for name, choose in (("nearest", None), ("GPTQ", rounding)):
+            small = copy.deepcopy(model, shared_with(model))
+            losses, logits = measure(quantize_experts(small, 4, group=group, rounding=choose), windows)
+            change, error = losses - before, ((logits - wanted).norm() / wanted.norm()).item()
+            perplexity, more = losses[:SHOWN].mean().exp().item(), change.mean().expm1().item()
+            by = change.std().item() / len(change) ** 0.5
+            print(f"| {group} | {name} | {perplexity:.3f} | {more:.2%} ± {by:.2%} | {error:.4f} |", flush=True)
+            line = dict(group=group, numbers=name, calibration=CALIBRATION * 8 * CONTEXT if choose else 0)
+            line |= dict(perplexity=round(perplexity, 4), more=round(more, 5), by=round(by, 5), error=round(error, 5))
+            with open(path, "a") as file:
+                file.write(json.dumps(line | {"text": text.sources}) + "\n")
+
+
+def upcycled(text: Text, kept: Path | None = None) -> Any:
+    """The model in float32, frozen; a file has its weights or gets them."""
     torch.manual_seed(0)
     model: Any = LlamaForCausalLM.from_pretrained(fetch(SMOLLM2), dtype=torch.float32).requires_grad_(False)
     upcycle(model, num_experts=4, noise=0.1, loss_coef=0.0)
+    if kept is not None and kept.exists():
+        model.load_state_dict(torch.load(kept, weights_only=True))
+        return model.eval().requires_grad_(False)
     for layer in model.model.layers[-8:]:
         layer.mlp.requires_grad_(True)
     train(model, text, TRAINED, 3e-4, BATCH)
+    if kept is not None:
+        torch.save(model.state_dict(), kept)
     return model.eval().requires_grad_(False)
 
 
@@ -167,7 +216,7 @@ def adapted(model: Any, text: Text, windows: Tensor) -> Tensor:
     for name, parameter in tuned.named_parameters():
         parameter.requires_grad_("lora_" in name)
     train(tuned, text, LORA, 1e-3, BATCH // 2)
-    return measure(tuned.eval(), windows)[0]
+    return measure(tuned.eval(), windows)[0].mean()
 
 
 def train(model: Any, text: Text, steps: int, rate: float, batch: int) -> None:
@@ -194,14 +243,14 @@ def megabytes(model: Any) -> float:
 
 @torch.no_grad()
 def measure(model: Any, windows: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean loss of a token, and logits of the first window."""
+    """The mean loss of a token in each window, and logits of the first one."""
     losses, first = [], None
     for window in windows.split(1):
         logits = model(window[:, :-1]).logits[0].float()
         losses.append(torch.nn.functional.cross_entropy(logits, window[0, 1:]))
         first = logits if first is None else first
     assert first is not None
-    return torch.stack(losses).mean(), first
+    return torch.stack(losses), first
 
 
 @torch.no_grad()

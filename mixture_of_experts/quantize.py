@@ -34,6 +34,8 @@ from mixture_of_experts.support.tracing import can_read, without_autocast
 from mixture_of_experts.unstack import exchange
 
 Model = TypeVar("Model", bound=nn.Module)
+Chosen = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of 4 bits
+Rounding = Callable[[str, int, Tensor], Chosen | None]  # of a stack's name, an expert's index and weight
 
 LARGEST = 65280  # number that bfloat16 and float16 hold
 MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
@@ -42,7 +44,12 @@ AXES = {"packed": -2, "groups": -3}  # of a weight's inputs, in what is stored o
 
 
 def quantize_experts(
-    model: Model, bits: Literal[8, 4] = 8, *, group: int = 64, fallback: Literal[8] | None = None
+    model: Model,
+    bits: Literal[8, 4] = 8,
+    *,
+    group: int = 64,
+    fallback: Literal[8] | None = None,
+    rounding: Rounding | None = None,
 ) -> Model:
     """Replace all stacked experts of a model by `QuantizedExperts`; change the model and return it.
 
@@ -55,13 +62,18 @@ def quantize_experts(
         group: with 4 bits, how many inputs of an output share a step and a zero point: 32, 64, 128 or 256, which must
             divide the sizes of the experts. Fewer err less, and take more memory: 32 take 5 bits a number, 64 4.5.
         fallback: bits of experts whose sizes `group` does not divide; None refuses them.
+        rounding: with 4 bits, a function that chooses the numbers of each matrix: `levels, step, zero = rounding(name,
+            expert, weight)`. It gets the name of the stack among the model's parameters, the index of the expert, and a
+            copy of its weight in float32, the inputs in groups: `(n, group, outputs)`. A number becomes
+            `(level - 8) * step + zero`. Levels `(n, group, outputs)` are whole, from 0 to 15; step and zero
+            `(n, 1, outputs)` are stored in bfloat16. For a matrix for which it returns None, the nearest are taken.
 
     Raises:
         ValueError: the model has no stacked experts, or is itself one; experts are trainable, on the meta device, not
             finite, or in a wrapper that computes with their weights, as PEFT's without `fast_lora`; `group` does not
-            divide their sizes; or an argument is none of those above.
-        TypeError: weights are no plain parameters, for example spread over processes; or a class of experts has a
-            `forward` or `compute` of its own.
+            divide their sizes; an argument is none of those above; or `rounding` returns other shapes or numbers.
+        TypeError: weights are no plain parameters, for example spread over processes; a class of experts has a
+            `forward` or `compute` of its own; or `rounding` returns neither three tensors nor None.
 
     Example:
         >>> import torch
@@ -81,17 +93,21 @@ def quantize_experts(
     for argument, (value, allowed) in given.items():
         if value not in allowed:
             raise ValueError(f"{argument} must be one of {', '.join(map(str, allowed))}, got {value!r}")
+    if rounding is not None and not (bits == 4 and callable(rounding)):
+        raise ValueError(f"rounding must be a function, with bits=4, got {rounding!r} with bits={bits}")
     for name, module in check_model("model", model).named_modules():
         if isinstance(wrapped_module(module), StackedExperts) and not getattr(module, "gives_parts", False):
             raise ValueError(
                 f"{name} is a {type(module).__name__} around experts, which would compute without it: call fast_lora() "
                 "of a model with adapters first, or merge them, or quantise before experts are wrapped"
             )
-    make = partial(quantized, bits=bits, group=group, fallback=fallback)
+    make = partial(quantized, bits=bits, group=group, fallback=fallback, rounding=rounding)
     return exchange(model, StackedExperts, make, "stacked experts (Experts, GatedExperts)")
 
 
-def quantized(experts: StackedExperts, name: str, bits: int, group: int, fallback: int | None) -> QuantizedExperts:
+def quantized(
+    experts: StackedExperts, name: str, bits: int, group: int, fallback: int | None, rounding: Rounding | None
+) -> QuantizedExperts:
     """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
     for key, weight in experts.named_parameters(recurse=False):
         if type(weight) is not nn.Parameter:
@@ -110,7 +126,27 @@ def quantized(experts: StackedExperts, name: str, bits: int, group: int, fallbac
             f"{name} has {' and '.join(uneven)}, in 4 bits a multiple of group={group}: give a smaller group, one of "
             f"{', '.join(map(str, bits4.GROUPS))}, or fallback=8"
         )
-    return QuantizedExperts(experts, 8 if uneven else bits, group)
+    own = None if rounding is None or uneven else partial(chosen, rounding, name)
+    return QuantizedExperts(experts, 8 if uneven else bits, group, rounding=own)
+
+
+def chosen(rounding: Rounding, stack: str, key: str, expert: int, weight: Tensor) -> Chosen | None:
+    """What a function of the user's returns for a matrix, after a check that it can be stored."""
+    found, of = rounding(f"{stack}.{key}", expert, weight), f"rounding of {stack}.{key}, expert {expert},"
+    if found is None:
+        return None
+    if not (isinstance(found, tuple) and [isinstance(part, Tensor) for part in found] == [True] * 3):
+        raise TypeError(f"{of} must return levels, step and zero, or None for the nearest numbers, got {found!r}")
+    n, group, q = weight.shape
+    for name, part, size in zip(("levels", "step", "zero"), found, (group, 1, 1), strict=True):
+        if part.shape != (n, size, q):
+            raise ValueError(f"{of} must return {name} of shape {(n, size, q)}, got {tuple(part.shape)}")
+        low, high = part.min().item(), part.max().item()
+        if name == "levels" and not (0 <= low <= high <= 15 and part.equal(part.round())):
+            raise ValueError(f"{of} must return whole levels from 0 to 15, got {low} to {high}: round and clamp them")
+        if not part.bfloat16().isfinite().all():
+            raise ValueError(f"{of} must return {name} finite in bfloat16, got {low} to {high}")
+    return found
 
 
 class QuantizedExperts(RoutedExperts):
@@ -128,12 +164,14 @@ class QuantizedExperts(RoutedExperts):
         w1_groups, w3_groups, w2_groups: in 4 bits, uint8 buffers `(*e, p / group, q, 4)`: the step and the zero point
             of each group, in bfloat16.
         w1_scale, w3_scale, w2_scale: buffers `(*e, q)`, of numbers that every dtype of 16 bits holds without rounding.
+            They are 1 where `rounding` chose.
         b1, b3, b2: biases `(*e, q)` as buffers, or None.
 
     Args:
         experts: the experts whose settings and weights it takes.
         bits, group: as in `quantize_experts`.
         block: b; by default that of this machine's operator, which has to read the bytes as they are.
+        rounding: as in `quantize_experts`; the name is "w1", "w3" or "w2".
     """
 
     act: nn.Module
@@ -146,15 +184,24 @@ class QuantizedExperts(RoutedExperts):
     gated: bool
     is_transposed: bool
 
-    def __init__(self, experts: StackedExperts, bits: int = 8, group: int = 64, block: int | None = None) -> None:
+    def __init__(
+        self,
+        experts: StackedExperts,
+        bits: int = 8,
+        group: int = 64,
+        block: int | None = None,
+        rounding: Rounding | None = None,
+    ) -> None:
         super().__init__()
         self.dim, self.dim_out, self.hidden_dim = experts.dim, experts.dim_out, experts.hidden_dim
         self.num_experts, self.expert_dims = experts.num_experts, experts.expert_dims
         self.act, self.dropout, self.gated = experts.act, experts.dropout, experts.gated
         self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
-            for name, value in pack(getattr(experts, f"w{number}"), bits, group, block).items():
-                self.register_buffer(f"w{number}_{name}", value)
+            key = f"w{number}"
+            choose = None if rounding is None else partial(rounding, key)
+            for name, value in pack(getattr(experts, key), bits, group, block, choose).items():
+                self.register_buffer(f"{key}_{name}", value)
             bias = getattr(experts, f"b{number}")
             self.register_buffer(f"b{number}", None if bias is None else bias.detach().clone())
         self.train(experts.training)
@@ -265,8 +312,15 @@ class QuantizedExperts(RoutedExperts):
 
 
 @torch.no_grad()
-def pack(weight: Tensor, bits: int = 8, group: int = 64, block: int | None = None) -> dict[str, Tensor]:
-    """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs."""
+def pack(
+    weight: Tensor,
+    bits: int = 8,
+    group: int = 64,
+    block: int | None = None,
+    choose: Callable[[int, Tensor], Chosen | None] | None = None,
+) -> dict[str, Tensor]:
+    """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
+    which is 1 where `choose` gave the numbers of a matrix."""
     *dims, p, q = weight.shape
     low, high = weight.amin(dim=-2), weight.amax(dim=-2)
     scale = torch.maximum(high, -low).to(torch.bfloat16)  # or a later cast would round it
@@ -276,10 +330,16 @@ def pack(weight: Tensor, bits: int = 8, group: int = 64, block: int | None = Non
     sizes = form.sizes(p, q, **settings)
     whole = {name: weight.new_empty(math.prod(dims), *size, dtype=torch.uint8) for name, size in sizes.items()}
     for i, matrix in enumerate(() if weight.is_meta else weight.flatten(0, -3)):
-        by = scale.flatten(0, -2)[i].float()
-        by = torch.where(by == 0, 1, by)
-        for inputs in in_parts(p, q):
-            for name, part in form.pack(matrix[inputs].float() / by, **settings).items():
+        own = scale.flatten(0, -2)[i]
+        given = choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group)))
+        if given:
+            own.fill_(1)
+            parts = [(slice(0, p), bits4.stored(*given, settings["block"]))]
+        else:
+            by = torch.where(own == 0, 1, own.float())
+            parts = ((part, form.pack(matrix[part].float() / by, **settings)) for part in in_parts(p, q))
+        for inputs, stored in parts:
+            for name, part in stored.items():
                 length = part.shape[AXES[name]]
                 start = inputs.start * length // (inputs.stop - inputs.start)
                 whole[name][i].narrow(AXES[name], start, length).copy_(part)

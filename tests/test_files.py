@@ -57,6 +57,7 @@ FILES = {
     "experiments/prune_pretrained.py": "weights of trained layers, read as weights",
     "experiments/muon.py": "a page of the docs, read as text",
     "experiments/regime.py": "step times, JSON; a picture",
+    "experiments/quantized_experts.py": "the page with a recipe; weights; records, JSON lines",
     "experiments/scaling.py": "step times, JSON",
     "experiments/scaling_picture.py": "a picture",
     "experiments/scaling_runs.py": "records of runs, JSON lines",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -408,6 +409,81 @@ def test_what_4_bits_cannot_quantise():
     quantize_experts(model, 4, group=32, fallback=8)
     assert [layer.experts.bits for layer in model] == [4, 8]
     assert str(model[0].experts).startswith("QuantizedExperts(\n  32, 6, hidden_dim=64, bits=4")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["gated", "two levels", "bias, odd sizes"])
+def test_a_function_chooses_the_numbers(name, dtype):
+    """What it returns is what is stored, to the bit; where it returns None, experts are those without a function."""
+    model, seen, wanted = nn.ModuleList([frozen(name, dtype, 4)]), {}, {}
+
+    def choose(stack, expert, weight):
+        seen[stack, expert] = weight.clone()
+        weight.zero_()  # a copy
+        if expert == 2:
+            return None
+        n, _, q = weight.shape
+        levels, step, zero = torch.randint(16, weight.shape), torch.randn(n, 1, q) * 3e4, torch.randn(n, 1, q)
+        wanted[stack, expert] = ((levels - 8) * step.bfloat16().double() + zero.bfloat16().double()).flatten(0, 1)
+        return levels, step, zero
+
+    before, nearest = copy.deepcopy(model[0].experts), quantised(frozen(name, dtype, 4), 4).experts
+    experts = quantize_experts(model, 4, group=GROUP, rounding=choose)[0].experts
+    for number in "132" if experts.gated else "12":
+        found, plain, stack = (
+            weight.view(6, -1, weight.shape[-1])
+            for weight in (unpacked(experts, number), unpacked(nearest, number), getattr(before, f"w{number}"))
+        )
+        for i in range(6):
+            given = seen.pop((f"0.experts.w{number}", i))
+            assert given.shape[1] == GROUP
+            assert given.flatten(0, 1).equal(stack[i].float())
+            assert found[i].equal(plain[i] if i == 2 else wanted[f"0.experts.w{number}", i])
+    assert not seen
+    kept = quantize_experts(frozen(name, dtype, 4), 4, group=GROUP, rounding=lambda *_: None).experts
+    assert all(value.equal(buffer) for value, buffer in zip(kept.buffers(), nearest.buffers(), strict=True))
+
+
+def test_a_function_is_not_asked_for_experts_in_8_bits():
+    model, seen = nn.ModuleList([frozen("bias, odd sizes"), frozen("gated")]), []
+    quantize_experts(model, 4, group=GROUP, fallback=8, rounding=lambda *given: seen.append(given[0]))
+    assert [layer.experts.bits for layer in model] == [8, 4]
+    assert sorted({*seen}) == ["1.experts.w1", "1.experts.w2", "1.experts.w3"]
+
+
+def test_what_a_function_must_return():
+    """A wrong answer for the last of all matrices changes nothing."""
+    model = nn.ModuleList([frozen("gated"), frozen("gated")])
+    before = copy.deepcopy(model.state_dict())
+
+    def choose(stack, expert, weight, answer=None):
+        weight.zero_()
+        return answer if (stack, expert) == ("1.experts.w2", 5) else None
+
+    levels, step = torch.full((2, GROUP, DIM), 15.0), torch.ones(2, 1, DIM)
+    of = r"rounding of 1\.experts\.w2, expert 5, must return "
+    for answer, kind, error in (
+        (levels, TypeError, "levels, step and zero, or None for the nearest numbers, got tensor"),
+        ((levels, step), TypeError, "levels, step and zero"),
+        ((levels, step, 0.0), TypeError, "levels, step and zero"),
+        ((levels, step[:1], step), ValueError, r"step of shape \(2, 1, 32\), got \(1, 1, 32\)"),
+        ((levels.flatten(0, 1), step, step), ValueError, r"levels of shape \(2, 32, 32\), got \(64, 32\)"),
+        ((levels + 1, step, step), ValueError, "whole levels from 0 to 15, got 16.0 to 16.0: round and clamp them"),
+        ((levels - 16, step, step), ValueError, "whole levels from 0 to 15, got -1.0 to -1.0"),
+        ((levels / 2, step, step), ValueError, "whole levels from 0 to 15, got 7.5 to 7.5"),
+        ((levels / 0, step, step), ValueError, "whole levels from 0 to 15, got inf to inf"),
+        ((levels * torch.nan, step, step), ValueError, "whole levels from 0 to 15, got nan to nan"),
+        ((levels, step * torch.nan, step), ValueError, "step finite in bfloat16, got nan to nan"),
+        ((levels, step, step.double() * 1e39), ValueError, r"zero finite in bfloat16, got 1e\+39 to 1e\+39"),
+    ):
+        with pytest.raises(kind, match=of + error):
+            quantize_experts(model, 4, group=GROUP, rounding=partial(choose, answer=answer))
+        assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+    for bits, given in ((8, choose), (4, "gptq")):
+        with pytest.raises(ValueError, match=f"rounding must be a function, with bits=4, got .* with bits={bits}"):
+            quantize_experts(model, bits, group=GROUP, rounding=given)
+    assert not any(isinstance(layer.experts, QuantizedExperts) for layer in model)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.written import EXPECTED, ROOT, WRITTEN
 
-NEED = {"folders": ("transformers", "peft")}
+NEED = {"folders": ("transformers", "peft"), "4_bits": ("transformers",)}
 
 
 @pytest.mark.parametrize("name", WRITTEN)

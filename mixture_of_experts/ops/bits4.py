@@ -32,12 +32,17 @@ def sizes(p: int, q: int, group: int, block: int) -> dict[str, tuple[int, ...]]:
 
 
 def pack(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
-    """Numbers `(p, q)`, in float32, as nibbles `(q / b, p, b / 2)`, and step and zero of each group `(p / g, q, 4)`,
-    both as bytes, so that no cast of a model changes them."""
-    weight = F.pad(weight, (0, -weight.shape[1] % WIDEST))
+    """Numbers `(p, q)`, in float32, rounded to the nearest levels and stored."""
     levels, step, zero = nearest(weight.unflatten(0, (-1, group)))
+    return stored(levels, step, zero, block)
+
+
+def stored(levels: Tensor, step: Tensor, zero: Tensor, block: int) -> dict[str, Tensor]:
+    """Levels `(p / g, g, q)` as nibbles `(q / b, p, b / 2)`, and step and zero of each group, `(p / g, 1, q)` both, as
+    bytes `(p / g, q, 4)`, so that no cast of a model changes them."""
+    levels, step, zero = (F.pad(part, (0, -part.shape[-1] % WIDEST)) for part in (levels, step, zero))
     groups = torch.cat([step, zero], dim=1).mT.bfloat16().contiguous().view(torch.uint8)
-    return {"packed": nibbles_of(levels.to(torch.uint8).view(weight.shape), block), "groups": groups}
+    return {"packed": nibbles_of(levels.to(torch.uint8).flatten(0, 1), block), "groups": groups}
 
 
 def nearest(weight: Tensor) -> Iterator[Tensor]:

@@ -188,13 +188,13 @@ def read_exported(folder: Path) -> Tensors:
 IDS = (torch.arange(18) * 7 % 32).view(2, 9)
 
 
-def tiny(kind: str) -> Any:
+def tiny(kind: str, dim: int = DIM) -> Any:
     import transformers
 
     settings = dict(
         vocab_size=32,
-        hidden_size=DIM,
-        intermediate_size=16,
+        hidden_size=dim,
+        intermediate_size=2 * dim,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
@@ -207,10 +207,10 @@ def tiny(kind: str) -> Any:
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
 
 
-def upcycled() -> Any:
+def upcycled(dim: int = DIM) -> Any:
     from mixture_of_experts.huggingface import upcycle
 
-    model = tiny("Llama")
+    model = tiny("Llama", dim)
     upcycle(model, num_experts=EXPERTS, noise=0.1, redraw=0.5)
     return model
 
@@ -250,12 +250,46 @@ def read_folders(folder: Path) -> Tensors:
         return {name: model.eval()(IDS).logits for name, model in found.items()}
 
 
+# Experts in 4 bits: a state and a pickle, with the bytes as a CPU wants them, and a folder, with plain ones
+
+
+GROUP = 32  # the smallest, which divides all sizes
+
+
+def layer_in_4_bits() -> Any:
+    return quantize_experts(MoE(GROUP, gate=TopKGating(GROUP, EXPERTS)).requires_grad_(False), 4, group=GROUP)
+
+
+def write_4_bits(folder: Path) -> None:
+    layer = layer_in_4_bits()
+    torch.save(layer.state_dict(), folder / "state.pt")
+    torch.save(layer, folder / "layer.pt")
+    quantize_experts(upcycled(GROUP).requires_grad_(False), 4, group=GROUP).save_pretrained(folder / "folder")
+
+
+def read_4_bits(folder: Path) -> Tensors:
+    """In float64, in which no CPU multiplies with the bytes."""
+    from transformers import AutoModelForCausalLM
+
+    import mixture_of_experts.huggingface  # noqa: F401  (it reads the folder)
+
+    torch.manual_seed(1)
+    loaded = layer_in_4_bits()
+    loaded.load_state_dict(torch.load(folder / "state.pt", weights_only=True))
+    layers = {"state": loaded, "pickle": torch.load(folder / "layer.pt", weights_only=False)}
+    x = tokens(2, 10, GROUP).double()
+    with torch.no_grad():
+        found = {name: layer.double().eval()(x)[0] for name, layer in layers.items()}
+        return found | {"folder": AutoModelForCausalLM.from_pretrained(folder / "folder").double()(IDS).logits}
+
+
 WRITTEN = {
     "states": Written(write_states, read_states),
     "pickles": Written(write_pickles, read_pickles),
     "dcp": Written(write_dcp, read_dcp),
     "exported": Written(write_exported, read_exported),
     "folders": Written(write_folders, read_folders),
+    "4_bits": Written(write_4_bits, read_4_bits),
 }
 
 
