@@ -76,7 +76,7 @@ def one_row(dtype: torch.dtype, p: int, q: int, rounds: int) -> dict[str, float]
     weights = torch.randn(COLD // (p * q * dtype.itemsize), p, q).to(dtype)
     x, expert, decision = torch.randn(1, p).to(dtype), torch.zeros(1, dtype=torch.int64), random.Random(0)
     ways: dict[str, Callable[[int], object]] = {
-        "sum": lambda i: decode.Bags.of(expert + i, weights).products(x, weights),
+        "sum": lambda i: decode.Bags.of(expert + i, weights).sums(x, weights),
         "product": lambda i: product_by_expert(x, weights, [(i, 1)]),
     }
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -3,6 +3,8 @@
 Products of other sizes than those of this module are compared by `size_of_block` itself, when they are made first.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from support import strategies as make
@@ -93,16 +95,16 @@ def test_few_tokens_have_these_bits_by_sums_and_by_blocks(monkeypatch):
     torch.manual_seed(0)
     layer, x, sizes = KEEP["wide"]().eval(), torch.randn(1, 12, 400), (torch.float32, torch.get_num_threads(), 400, 64)
 
-    def same(one_row=batch_invariant.one_row):
-        monkeypatch.setattr(batch_invariant, "one_row", one_row)
+    def same(one_by_one=batch_invariant.one_by_one):
+        monkeypatch.setattr(batch_invariant, "one_by_one", one_by_one)
         with ops.use("batch_invariant"), torch.no_grad():
             return torch.equal(torch.cat([layer(token)[0] for token in x.split(1, dim=1)], dim=1), layer(x)[0])
 
     size = row_blocks.size_of_block(*sizes)
     assert same()
-    assert same(lambda expert, _: batch_invariant.Blocks(expert.tolist(), size))
-    assert size == 1 or not same(lambda expert, _: batch_invariant.Blocks(expert.tolist(), 1))
-    assert not same(lambda expert, weight: decode.Bags.of(expert, weight, 40))
+    assert same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), size))
+    assert size == 1 or not same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), 1))
+    assert not same(lambda expert, weight: decode.Bags.of(expert, weight, 40).sums)
 
 
 def test_threads_do_not_share_a_function_of_single_numbers():

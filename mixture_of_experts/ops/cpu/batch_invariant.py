@@ -9,8 +9,8 @@ Axes: r rows, e experts, p inner and q outer dimension of a weight.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +44,7 @@ def run(call: Call) -> Tensor:
     network, decision, hidden_dim = call.network, call.decision, call.network.w_out.shape[-2]
     whole = hidden_dim % VECTOR == 0 and decision.weight.numel() * hidden_dim < GRAIN  # vectors, in one thread
     if whole and decode.serves(call) and decode.has_few_tokens(call):
-        y = decode.rows_of(call, *[one_row(decision.expert, weight) for weight in (network.w_in[0], network.w_out)])
+        y = decode.rows_of(call, *[one_by_one(decision.expert, w) for w in (network.w_in[0], network.w_out)])
         row = torch.arange(len(y)).view(len(call.x), -1)
         return fused.sum_of_choices(F.pad(y, (0, 0, 0, 1)), decision.weight, row)
     block = block_of([*network.w_in, network.w_out], hidden_dim)
@@ -52,26 +52,20 @@ def run(call: Call) -> Tensor:
     return fused.run(call._replace(network=replace(network, activation=activation)), block=block)
 
 
-class Blocks(NamedTuple):
-    """Products of a block for each row."""
-
-    experts: list[int]
-    size: int
-
-    def products(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`(r, q)`, of rows `(r, p)` and the weights `(e, p, q)` of their experts."""
-        blocks = F.pad(x.unsqueeze(1), (0, 0, 0, self.size - 1))
-        out = x.new_empty(len(x), self.size, weight.shape[-1])
-        for expert, rows, result in zip(self.experts, blocks, out, strict=True):
-            multiply(rows, weight[expert], result)
-        return out[:, 0].contiguous()
-
-
-def one_row(expert: Tensor, weight: Tensor) -> decode.OneRow:
+def one_by_one(expert: Tensor, weight: Tensor) -> decode.OneByOne:
     """The fastest products, for rows of these experts `(r,)`, that have the bits of blocks."""
     sizes = weight.dtype, torch.get_num_threads(), *weight.shape[-2:]
-    piece = piece_of(*sizes)
-    return Blocks(expert.tolist(), size_of_block(*sizes)) if piece is None else decode.Bags.of(expert, weight, piece)
+    if (piece := piece_of(*sizes)) is not None:
+        return decode.Bags.of(expert, weight, piece).sums
+    return partial(products_of_blocks, expert.tolist(), size_of_block(*sizes))
+
+
+def products_of_blocks(experts: list[int], size: int, x: Tensor, weight: Tensor) -> Tensor:
+    """`(r, q)`, of rows x `(r, p)` and the weights `(e, p, q)` of their experts, a block for each row."""
+    blocks, out = F.pad(x.unsqueeze(1), (0, 0, 0, size - 1)), x.new_empty(len(x), size, weight.shape[-1])
+    for expert, rows, result in zip(experts, blocks, out, strict=True):
+        multiply(rows, weight[expert], result)
+    return out[:, 0].contiguous()
 
 
 @cache
@@ -80,12 +74,10 @@ def piece_of(dtype: torch.dtype, threads: int, p: int, q: int) -> int | None:
     number does. As `size_of_block` this samples, and does not prove. In 16 bits a piece's sum would be rounded."""
     if dtype.itemsize < 4:
         return None
-    generator = torch.Generator().manual_seed(0)
-    x, weight = (torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((MOST_ROWS, p), (1, p, q)))
-    expected = torch.mm(x, weight[0])
-    expert = torch.zeros(8, dtype=torch.int64)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    x, weight, expert = draw(MOST_ROWS, p), draw(1, p, q), torch.zeros(8, dtype=torch.int64)
+    expected = torch.mm(x, weight[0])[:8]
     for piece in (p, PIECE, -(-p // 2)):
-        bags = decode.Bags.of(expert, weight, piece)
-        if torch.equal(bags.products(x[:8], weight), expected[:8]):
+        if torch.equal(decode.Bags.of(expert, weight, piece).sums(x[:8], weight), expected):
             return piece
     return None

@@ -11,7 +11,8 @@ mode without gradients only: in training a recomputation must give the same bits
 from __future__ import annotations
 
 from collections import Counter
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch import Tensor
 from mixture_of_experts.ops.grouped import product_by_expert
 from mixture_of_experts.ops.network import Call
 
+OneByOne = Callable[[Tensor, Tensor], Tensor]
 MOST_ROWS = 32
 MOST_TOKENS = 4  # of more rows that share an expert, one product is faster than sums
 LEAST_NUMEL = 1 << 16  # of an expert's weight; of a smaller one a product is faster than sums
@@ -50,33 +52,25 @@ def row_by_row(call: Call) -> Tensor:
     """Compute a call of few tokens; return `(t, o)`."""
     (t, _), decision = call.x.shape, call.decision
     assert decision.k is not None
-    y = rows_of(call, *[Bags.of(decision.expert, weight) for weight in (call.network.w_in[0], call.network.w_out)])
+    y = rows_of(call, *[Bags.of(decision.expert, w).sums for w in (call.network.w_in[0], call.network.w_out)])
     y = y * decision.weight.to(torch.promote_types(decision.weight.dtype, torch.float32)).unsqueeze(-1)
     return (y if decision.k == 1 else y.view(t, decision.k, -1).sum(dim=1)).to(call.x.dtype)
 
 
-def rows_of(call: Call, into: OneRow, out_of: OneRow) -> Tensor:
-    """The outputs `(t k, o)` of a call's experts, in the order of the choices, by products into and out of the hidden
-    layer."""
+def rows_of(call: Call, into: OneByOne, out_of: OneByOne) -> Tensor:
+    """The outputs `(t k, o)` of a call's experts, in the order of the choices. `into` the hidden layer and `out_of` it
+    lead products of rows `(r, p)`, each with its own expert's weight of `(e, p, q)`."""
     x, network, decision = call.x, call.network, call.decision
     assert decision.k is not None
     (t, d), k, expert = x.shape, decision.k, decision.expert
 
-    def product(rows: Tensor, w: Tensor, b: Tensor | None, by: OneRow) -> Tensor:
-        out = by.products(rows, w)
+    def product(rows: Tensor, w: Tensor, b: Tensor | None, by: OneByOne) -> Tensor:
+        out = by(rows, w)
         return out if b is None else out.add_(b.index_select(0, expert))
 
     rows = x if k == 1 else x.unsqueeze(1).expand(t, k, d).reshape(t * k, d)
     hidden = network.hidden([product(rows, w, b, into) for w, b in zip(network.w_in, network.b_in, strict=True)])
     return product(hidden, network.w_out, network.b_out, out_of)
-
-
-class OneRow(Protocol):
-    """Products of rows, each with the weight of its own expert."""
-
-    def products(self, x: Tensor, weight: Tensor) -> Tensor:
-        """`(r, q)`, of rows `(r, p)` and weights `(e, p, q)`, summed in float32 at least."""
-        ...
 
 
 class Bags(NamedTuple):
@@ -111,7 +105,8 @@ class Bags(NamedTuple):
             start = (start.unsqueeze(-1) + torch.arange(0, p, piece, device=device)).view(-1)
         return Bags(place.view(-1), start, parts, len(start) // (r * parts))
 
-    def products(self, x: Tensor, weight: Tensor) -> Tensor:
+    def sums(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`(r, q)`, each row of x `(r, p)` times the weight of its own expert, summed in float32 at least."""
         rows = weight.view(-1, weight.shape[-1] // self.parts)
         scale = (x if self.parts == 1 else x.repeat_interleave(self.parts, dim=0)).contiguous().view(-1)
         sums = torch.embedding_bag(rows, self.place, self.start, False, 0, False, scale)[0]
