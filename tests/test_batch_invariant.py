@@ -3,6 +3,8 @@
 Products of other sizes than those of this module are compared by `size_of_block` itself, when they are made first.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from support import strategies as make
@@ -19,6 +21,7 @@ from mixture_of_experts.gating import (
     TopKGating,
     TopPGating,
 )
+from mixture_of_experts.ops.cpu import batch_invariant, decode
 from mixture_of_experts.quantize import quantize_experts
 from mixture_of_experts.support import same_bits
 from mixture_of_experts.verify import verify
@@ -29,6 +32,8 @@ KEEP = {
     "deepseek_v3": lambda: recipes.deepseek_v3(64, 16, 32),
     "gpt_oss": lambda: recipes.gpt_oss(64, 16, 48, k=2),
     "odd": lambda: MoE(36, gate=TopKGating(36, 5, score="sqrt_softplus"), experts=GatedExperts(36, 5, 20)),
+    "wide": lambda: MoE(400, gate=TopKGating(400, 4, k=3), experts=GatedExperts(400, 4, 64, bias=True)),
+    "one choice": lambda: MoE(256, gate=TopKGating(256, 4, k=1), experts=Experts(256, 4, 192)),
     "latent": lambda: MoE(
         48,
         gate=TopKGating(48, 8),
@@ -78,11 +83,28 @@ def test_in_other_dtypes(name, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["deepseek_v3", "odd"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "odd", "wide", "one choice"])
 def test_with_two_threads(name):
     torch.manual_seed(0)
     with ops.use("batch_invariant"):
         assert verdict(KEEP[name](), threads=2) == "holds"
+
+
+def test_few_tokens_have_these_bits_by_sums_and_by_blocks(monkeypatch):
+    """By sums in pieces of another length, and by blocks that are too small, they have not: the checks are needed."""
+    torch.manual_seed(0)
+    layer, x, sizes = KEEP["wide"]().eval(), torch.randn(1, 12, 400), (torch.float32, torch.get_num_threads(), 400, 64)
+
+    def same(one_by_one=batch_invariant.one_by_one):
+        monkeypatch.setattr(batch_invariant, "one_by_one", one_by_one)
+        with ops.use("batch_invariant"), torch.no_grad():
+            return torch.equal(torch.cat([layer(token)[0] for token in x.split(1, dim=1)], dim=1), layer(x)[0])
+
+    size = same_bits.size_of_block(*sizes)
+    assert same()
+    assert same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), size))
+    assert size == 1 or not same(lambda expert, _: partial(batch_invariant.products_of_blocks, expert.tolist(), 1))
+    assert not same(lambda expert, weight: decode.Bags.of(expert, weight, 40).sums)
 
 
 def test_threads_do_not_share_a_function_of_single_numbers():
@@ -150,6 +172,7 @@ def test_a_block_that_threads_would_share_is_refused():
 
 
 def test_a_cpu_without_such_blocks_is_told(monkeypatch):
-    monkeypatch.setattr(same_bits, "has_equal_bits", lambda *_: False)
+    """Planted are products whose last bits depend on the number of rows, whatever it is."""
+    monkeypatch.setattr(torch, "mm", lambda x, weight: (x @ weight) * (1 + len(x) * 2.0**-20))
     with pytest.raises(RuntimeError, match=r"17 x 23.*another number of threads"):
         same_bits.size_of_block(torch.float32, 1, 17, 23)

@@ -37,6 +37,7 @@ from experiments import batch_invariant, cpu_constants  # noqa: E402
 from mixture_of_experts.ops import few_tokens  # noqa: E402
 from mixture_of_experts.ops.cpu import batches  # noqa: E402
 from mixture_of_experts.ops.triton import schedule  # noqa: E402
+from mixture_of_experts.support.same_bits import size_of_block  # noqa: E402
 
 TOYS = {case.name: case for case in choose("toy", quick=False)}
 
@@ -456,3 +457,21 @@ def test_the_cost_of_the_same_bits_is_printed(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * len(batch_invariant.CASES)
     assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_the_experts_of_decoding_have_the_bits_of_the_prefill():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mixture_of_experts.huggingface import upcycle
+
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=256, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True))
+    upcycle(model, num_experts=4, noise=0.1)
+    tokens = torch.randint(64, (1, 16))
+    experts = {way: list(batch_invariant.bits(model, tokens, way))[:3] for way in batch_invariant.WAYS}
+    assert all(line.startswith("experts of 0 of 32") for line in experts["batch_invariant"])
+    if size_of_block(torch.float32, torch.get_num_threads(), 256, 320) > 1:
+        assert all(line.startswith("experts of 32 of 32") for line in experts["auto"][:1])

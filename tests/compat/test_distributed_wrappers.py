@@ -32,7 +32,7 @@ def workers() -> Iterator[Workers]:
 def lists_can_be_sharded(request: pytest.FixtureRequest) -> None:
     given = request.node.callspec.params
     alone = given.get("wrap") in ("experts", "parts and layer") or "test_sharded_experts" in request.node.name
-    if alone and given["path"].experts == "ExpertList" and not SHARDS_LISTS:
+    if alone and "path" in given and given["path"].experts == "ExpertList" and not SHARDS_LISTS:
         pytest.skip("this torch shards no list of modules, whatever its forward")
 
 
@@ -79,6 +79,11 @@ def test_recomputed(workers: Workers, path: Path, wrap: str):
 @paths
 def test_bfloat16(workers: Workers, path: Path, wrap: str):
     workers.run(checks.check_bfloat16, checks.RANKS, path, wrap)
+
+
+@pytest.mark.parametrize("wrap", ["DDP", "layer", "parts and layer"])
+def test_the_same_bits_in_any_batch(workers: Workers, wrap: str):
+    workers.run(checks.check_the_same_bits, checks.RANKS, wrap)
 
 
 @pytest.mark.parametrize("path", SOME_PATHS, ids=str)

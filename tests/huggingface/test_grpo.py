@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.measured_grpo import measured
 from support.transformers_models import VOCABULARY
 from support.transformers_trainers import dataset, settings, texts, tokenizer
 from torch import Tensor
@@ -36,49 +37,12 @@ def llama() -> Any:
     return model
 
 
-def measured() -> Any:
-    """A trainer that keeps the largest differences of log-probabilities in each training forward: to those that it
-    sampled with, and to the old ones that it divides by."""
-    from trl import GRPOTrainer
-    from trl.trainer.utils import pad
-
-    class Measured(GRPOTrainer):
-        def _generate_single_turn(self, *args: Any) -> Any:
-            logits: list[Tensor] = []
-            model: Any = self.model
-            model = model.get_base_model() if hasattr(model, "get_base_model") else model
-            hook = model.register_forward_hook(lambda _, args, out: logits.append(out.logits[:, -1].float()))
-            ids, rest = super()._generate_single_turn(*args)
-            hook.remove()
-            logps = torch.stack(logits, dim=1).log_softmax(-1)
-            self.sampled = pad([logps[i, range(len(row)), row] for i, row in enumerate(ids)], 0.0, "right")
-            return ids, rest
-
-        def _generate_and_score_completions(self, inputs: Any) -> Any:
-            return {**super()._generate_and_score_completions(inputs), "sampled": self.sampled}
-
-        def _compute_loss(self, model: Any, inputs: Any) -> Tensor:
-            self.inputs = inputs
-            return super()._compute_loss(model, inputs)
-
-        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-            found = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            if torch.is_grad_enabled():
-                there, logps = self.inputs["completion_mask"].bool(), found[0].detach()
-                old = self.inputs.get("old_per_token_logps", logps)
-                self.found.append([float((logps - o)[there].abs().max()) for o in (self.inputs["sampled"], old)])
-            return found
-
-    return Measured
-
-
 def train(
     folder: Path, *mixins: type, weights: bool = False, peft: Any = None, rollout: Any = None, **more: Any
 ) -> list[list[float]]:
     from trl import GRPOConfig
 
-    found: list[list[float]] = []
-    Trainer = type("Trainer", (*mixins, measured()), dict(found=found, replay_weights=weights))
+    Trainer = type("Trainer", (*mixins, measured()), dict(replay_weights=weights))
     common = {**settings(2, folder), "per_device_train_batch_size": 4, "max_steps": 2}
     config = GRPOConfig(**{**common, **dict(num_generations=4, max_completion_length=12, bf16=True), **more})
     data = dataset([{"prompt": text} for text in texts(True)])
@@ -92,7 +56,7 @@ def train(
     if peft is not None:
         fast_lora(trainer.model)
     trainer.train()
-    return found
+    return [[float(difference.abs().max()) for difference in pair] for pair in trainer.found]
 
 
 @pytest.mark.slow

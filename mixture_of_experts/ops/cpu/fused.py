@@ -172,9 +172,16 @@ class ChunkProducts:
 
     def collect(self) -> Tensor:
         """Each token's weighted sum `(t, o)` of the totals."""
-        plan, weight = self.plan, self.plan.weight.detach()  # otherwise `embedding_bag` prepares for a backward
-        if plan.k is None or self.rows.dtype != weight.dtype:  # `sum_rows` sums in float32
-            weight = plan.row_weight().detach() if plan.k is None else weight
-            return sum_rows(self.rows[:-1], weight, plan.token, plan.row, plan.k, plan.num_tokens)
-        shape = plan.num_tokens, plan.k
-        return F.embedding_bag(plan.row.view(shape), self.rows, per_sample_weights=weight.view(shape), mode="sum")
+        plan = self.plan
+        if plan.k is None:
+            return sum_rows(self.rows[:-1], plan.row_weight().detach(), plan.token, plan.row, None, plan.num_tokens)
+        return sum_of_choices(self.rows, plan.weight, plan.row.view(plan.num_tokens, plan.k))
+
+
+def sum_of_choices(rows: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+    """The weighted sum `(t, o)` of each token's rows, which `row` `(t, k)` finds in rows `(r + 1, o)`, the last of them
+    zeros; summed in float32 at least."""
+    weight = weight.detach().view(row.shape)  # otherwise `embedding_bag` prepares for a backward
+    if rows.dtype != weight.dtype:
+        return sum_rows(rows[:-1], weight, row, row, row.shape[1], len(row))
+    return F.embedding_bag(row, rows, per_sample_weights=weight, mode="sum")
