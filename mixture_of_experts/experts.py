@@ -116,13 +116,14 @@ def dim_out_of(experts: nn.Module) -> int | None:
 
 def check_tokens_returned(experts: nn.Module, out: Any, x: Tensor) -> Tensor:
     """`out` `(t, o)`, which experts returned for tokens x `(t, d)`; copied if it may share memory with x."""
-    wanted = (x.shape[0], dim_out_of(experts) or x.shape[1])
+    inner = unwrapped(experts)
+    wanted = (x.shape[0], getattr(inner, "dim_out", None) or x.shape[1])
     if not isinstance(out, Tensor) or out.shape != wanted:
         raise ValueError(
             f"{type(experts).__name__} must return {wanted}, as many tokens as it gets, of width dim_out, got "
             f"{shape_of(out)}"
         )
-    return out if getattr(unwrapped(experts), "makes_outputs", False) else out.clone()
+    return out if getattr(inner, "makes_outputs", False) else out.clone()
 
 
 def binds_decision(forward: Callable) -> bool:
