@@ -6,7 +6,7 @@ python -m experiments.cpu_constants --rows       # only one row: a sum of bags, 
 
 A ratio above 1 is slower than the package's value, which is timed twice: how far its two ratios are apart is the noise.
 At the end stands each value's median over the shapes, and whether it is faster than the package's by more than that.
-Where `ATEN_CPU_CAPABILITY` holds torch to less than the CPU has, sums of bags are not held: `--rows` then disagrees.
+`ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 FBGEMM_ENABLE_INSTRUCTIONS=AVX2` measures as on a CPU without AVX-512.
 """
 
 from __future__ import annotations

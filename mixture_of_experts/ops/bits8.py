@@ -18,10 +18,10 @@ from torch import Tensor
 from mixture_of_experts.support.private_torch import sum_of_packed_rows, unpacked_rows
 
 EXTRA = 8  # bytes of a packed row behind its steps
-#: of an expert; for more, a product with the unpacked weight is faster. 16 rows take 0.58 to 0.80 of its time with
-#: AVX-512 (EPYC, five shapes, cold, one thread), in bfloat16 0.79 to 1.22; with AVX2 (Zen 3) 1.6 of the product alone.
-#: `torch._weight_int8pack_mm` takes 138 microseconds for one row and 2048 x 768, where this takes 106 (AVX2: 290 and
-#: 410), and 387 for 16 rows. But it reads transposed weights, which would have to be kept beside these
+#: of an expert; for more, a product with the unpacked weight is faster. A layer of 8 experts with 12 rows each takes
+#: 0.64 to 0.86 of its time if 16 are few, with AVX-512 (EPYC, one thread), but 1.08 to 1.14 if held to AVX2.
+#: `torch._weight_int8pack_mm` takes 138 microseconds for one row and a cold weight of 2048 x 768 where this takes 106,
+#: with AVX2 154 and 250 (Zen 3: 290 and 410). But it reads transposed weights, which would be kept beside these
 FEW_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
