@@ -205,13 +205,16 @@ def test_counts_of_a_toy() -> None:
     }
 
 
-def test_other_constants_of_the_batches_are_timed_and_put_back(capsys) -> None:
+def test_other_constants_of_the_batches_are_timed_and_put_back(capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_constants, "ONE_ROW", ())
     before = (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
     cpu_constants.main(["--rounds", "2"], {"tiny": (64, 8, 4, 16, 2, True)})
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("tiny: ")
-    assert len(lines) == 3 + sum(map(len, cpu_constants.VALUES.values()))
+    each = 2 + sum(map(len, cpu_constants.VALUES.values()))
+    assert len(lines) == 2 * (1 + each)
     assert lines[1].split() == ["as", "it", "is", "1.000"]
+    assert [line.removesuffix(", faster") for line in lines[2 + each :]] == lines[1 : 1 + each]  # of one shape
     assert before == (batches.CHUNK, batches.PADDING, batches.FREE_ROWS)
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.utils.flop_counter import FlopCounterMode
 
 from mixture_of_experts.ops import bits4, bits8
 from mixture_of_experts.support import private_torch
@@ -18,6 +19,7 @@ from mixture_of_experts.support import private_torch
 #: importing the package must not load these: each takes a tenth of a second or more, or is an extra
 HEAVY = (
     *("torch._dynamo", "torch._inductor", "sympy", "torch.fx.experimental.symbolic_shapes", "torch.distributed.tensor"),
+    *("torch.utils.flop_counter", "triton"),
     *("transformers", "matplotlib", "numpy.testing", "mixture_of_experts.parallel", "mixture_of_experts.huggingface"),
     "mixture_of_experts.stats",
 )
@@ -51,6 +53,13 @@ def test_stand_ins():
     assert not private_torch.is_fake(torch.ones(2))
     with FakeTensorMode():
         assert private_torch.is_fake(torch.ones(2))
+
+
+def test_flop_counters_are_told():
+    with FlopCounterMode(display=False) as counter:
+        private_torch.count_flops(torch.ops.aten.add, lambda *_, **__: 7)
+        torch.ones(2).add(1)
+    assert counter.get_total_flops() == 7
 
 
 def test_packed_rows():

@@ -1,5 +1,8 @@
 """The experts' products over rows against one product an expert, and which of them the CPU computes together."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -53,6 +56,28 @@ def test_flops_are_counted(padding, monkeypatch):
     rows = 4 * max(counts) if padding else 2 * 64
     assert len(set(counts)) > 1
     assert counter.get_total_flops() == 6 * 2 * rows * 8 * 16 + 3 * 2 * 64 * 8 * 4
+
+
+COUNTER, OURS = "from torch.utils.flop_counter import FlopCounterMode", "import torch; from mixture_of_experts import *"
+COUNTED = """
+from mixture_of_experts import ops
+gate, x = TopKGating(8, 4, 2), torch.randn(2, 32, 8, requires_grad=True)
+layer = MoE(8, 4, gate=gate, experts=Experts(8, 4, 16))
+with ops.use("grouped"), FlopCounterMode(display=False) as counter:
+    layer(x)[0].sum().backward()
+print({str(name): count for name, count in counter.get_flop_counts()["Global"].items()})
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(COUNTER, OURS), (OURS, COUNTER)], ids=["counter", "ours"])
+def test_flops_are_counted_whichever_is_imported_first(first, second):
+    """The counter knows nothing of this package, whose import does not load the counter's module."""
+    code = "\n".join([first, second, COUNTED])
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    product = 2 * (2 * 64) * 8 * 16  # rows of two choices a token
+    own = {f"mixture_of_experts.rows_by_{name}": n * product for name, n in (("weights", 4), ("rows", 2))}
+    assert eval(found) == {"aten.mm": 3 * 2 * 64 * 8 * 4} | own
 
 
 @given(counts=st.lists(st.integers(0, 6), min_size=1, max_size=5), past=st.integers(0, 3), weigh=st.booleans())

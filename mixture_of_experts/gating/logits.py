@@ -216,9 +216,9 @@ def _product(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _has_wide_product(x: Tensor, weight: Tensor) -> bool:
     """Whether `_wide_product` takes these operands. AMD's libraries and DTensors do not have such a product."""
-    alike = x.dtype == weight.dtype and x.ndim == weight.ndim
-    plain = not any(map(is_wrapper_subclass, (x, weight)))
-    return x.is_cuda and torch.version.hip is None and alike and plain
+    if not x.is_cuda or torch.version.hip is not None:
+        return False
+    return x.dtype == weight.dtype and x.ndim == weight.ndim and not any(map(is_wrapper_subclass, (x, weight)))
 
 
 def _wide_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,14 +14,13 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.products import multiply
-from mixture_of_experts.support.private_torch import exporting, is_wrapped
+from mixture_of_experts.support.private_torch import count_flops, exporting, is_wrapped
 from mixture_of_experts.support.tracing import capability
 
 AMD = ("gfx942", "gfx950")
@@ -144,7 +143,10 @@ class _Grouped(torch.autograd.Function):
     def forward(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor, is_outer: bool) -> Tensor:
         """x `(r, p)` times weights y `(e, p, q)`: `(r, q)`. If `is_outer`, `x^T y` of rows y `(r, q)`: `(e, p, q)`."""
         if not x.is_cuda:
-            return (rows_by_rows if is_outer else rows_by_weights)(x, y, num_tokens_per_expert)
+            own = torch.ops.mixture_of_experts
+            operator = own.rows_by_rows if is_outer else own.rows_by_weights
+            count_flops(operator, _flops)
+            return operator(x, y, num_tokens_per_expert)
         ends = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         if is_outer:
             return outer_on_cuda(x, y, num_tokens_per_expert, ends)
@@ -207,10 +209,9 @@ def _(x: Tensor, y: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
     return x.new_empty(num_tokens_per_expert.shape[0], x.shape[-1], y.shape[-1])
 
 
-@register_flop_formula([torch.ops.mixture_of_experts.rows_by_weights, torch.ops.mixture_of_experts.rows_by_rows])
-def _flops(x: tuple[int, ...], y: tuple[int, ...], *_, **__) -> int:
-    """2 r p q, from the shapes of x `(r, p)` and of a weight `(..., p, q)` or rows `(r, q)`."""
-    return 2 * x[0] * x[1] * y[-1]
+def _flops(x: Tensor, y: Tensor, *_, **__) -> int:
+    """2 r p q, of x `(r, p)` and a weight `(..., p, q)` or rows `(r, q)`."""
+    return 2 * x.shape[0] * x.shape[1] * y.shape[-1]
 
 
 def product_by_expert(x: Tensor, weight: Tensor, used: list[tuple[int, int]]) -> Tensor:
