@@ -9,7 +9,6 @@ once; all pairs are slow.
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -273,17 +272,6 @@ def test_every_refusal_and_every_pair_exists():
     assert set(REFUSED) | set(IMPOSSIBLE) | NOT_YET <= set(PAIRS)
     assert {carrier for _, carrier in DIAGONAL} == set(CHEAP)
     assert {ability for ability, _ in DIAGONAL} == set(ABILITIES)
-
-
-def test_a_copy_made_in_a_context_can_be_pickled():
-    case = CARRIERS["plain"]()
-    with track_routing(case.model):
-        case.model(case.inputs[0])
-        pickled = pickle.dumps(case.model)
-        made = copy.deepcopy(case.model)
-    for each in (pickle.loads(pickled), pickle.loads(pickle.dumps(made))):
-        assert hooks_of(each) == 0
-        torch.testing.assert_close(each(case.inputs[0]), case.twin(case.inputs[0]))
 
 
 def test_the_comparison_sees_a_wrong_number():

@@ -141,9 +141,6 @@ def test_jitter_is_uniform_in_low_precision_too(dtype):
     assert factor.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
 
 
-# Two levels of any two routers, against the same composition of dense tensors
-
-
 def test_expert_choice_is_refused_at_both_levels():
     for level in ("gate_outer", "gate_inner"):
         with pytest.raises(ValueError, match=rf"{level} must be a router of token choice"):
@@ -191,26 +188,6 @@ def test_losses_of_topk(k, over, score):
     assert losses_of(gate, cyclic(e, 1e-5))["total"] == pytest.approx(1.0, rel=1e-4)
     assert losses_of(gate, of_everyone(*[60.0] * k, *[-60.0] * (e - k)))["total"] == pytest.approx(e / k, rel=1e-4)
     assert losses_of(gate, cyclic(e, 5.0))["total"] == pytest.approx(1.0, rel=1e-4)  # f uniform, P of one token not
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_losses_of_noisy_topk(k):
-    e = 6
-    gate = NoisyTopKGating(e, e, k=k)
-    balanced = losses_of(gate, cyclic(e, 1.0))
-    assert balanced["importance"] == pytest.approx(0.0, abs=1e-6)
-    assert balanced["load"] == pytest.approx(0.0, abs=1e-6)
-    shared = losses_of(gate, of_everyone(*[60.0] * k, *[0.0] * (e - k)))
-    assert shared["importance"] == pytest.approx(e / k - 1, rel=1e-4)
-    assert shared["load"] == pytest.approx(e / k - 1, rel=1e-4)
-    one_takes_all = losses_of(gate, of_everyone(*[90.0 - 30 * i for i in range(k)], *[-90.0] * (e - k)))
-    assert one_takes_all["importance"] == pytest.approx(e - 1, rel=1e-4)
-
-
-def test_losses_of_expert_choice():
-    gate = ExpertChoiceGating(4, 4)
-    for logits in (cyclic(4, 1e-5), of_everyone(90.0, 0.0, 0.0, 0.0)):
-        assert losses_of(gate, logits)["total"] == 0.0
 
 
 @pytest.mark.parametrize("kind", [TopKGating, Top2Gating])
@@ -275,14 +252,6 @@ def test_coefficient_of_the_published_layer_and_mesh_tensorflow(batch):
     torch.testing.assert_close(with_weights(TopKGating(6, 8, k=1), weights)(x).balance_loss, expected)
 
 
-def test_coefficient_of_gshard(batch):
-    """As printed in the paper, for one group of S tokens: (1 / E) Σ (c_e / S) m_e."""
-    x, weights = batch
-    counts, probs = counts_and_probs(x[0], weights, 1)
-    printed = (counts / 12 * probs.mean(dim=0)).mean()
-    torch.testing.assert_close(with_weights(Top2Gating(6, 8), weights)(x[:1]).balance_loss / 8**2, printed)
-
-
 def test_coefficient_of_megatron(batch):
     """aux_loss: Σ (sum of p) (tokens of the expert) · e / (k T²) of the micro-batch; seq_aux_loss: of each sequence."""
     x, weights = batch
@@ -295,16 +264,6 @@ def test_coefficient_of_megatron(batch):
     torch.testing.assert_close(over_batch(x).balance_loss, aux_loss(x))
     by_sequence = with_weights(TopKGating(6, 8, k=2), weights)
     torch.testing.assert_close(by_sequence(x).balance_loss, (aux_loss(x[0]) + aux_loss(x[1])) / 2)
-
-
-def test_coefficient_of_megablocks(batch):
-    """e / (L T k) Σ over layers and experts of (tokens of the expert) (mean of p): the mean over layers."""
-    x, weights = batch
-    layers = [weights, weights.flip(1) * 2]
-    counted = [counts_and_probs(x, layer, 2) for layer in layers]
-    expected = sum((counts * probs.mean(dim=0)).sum() for counts, probs in counted) * 8 / (2 * 24 * 2)
-    gates = [with_weights(TopKGating(6, 8, k=2, balance_over="batch"), layer) for layer in layers]
-    torch.testing.assert_close(sum(gate(x).balance_loss for gate in gates) / 2, expected)
 
 
 def test_coefficient_of_deepseek_v3(batch):
