@@ -170,6 +170,7 @@ def test_peak_of_a_known_step() -> None:
     assert peak == 2 * 256 * 64 * 4  # product and exponential, then exponential and the product's gradient
 
 
+@pytest.mark.slow
 def test_counts_of_a_toy() -> None:
     rows = {(row["what"], row["note"]): row for row in counts.against_rivals(TOYS["toy/train"])}
     assert rows["FLOPs", "layer ÷ router + products"]["value"] <= 1.0

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.carriers import CARRIERS, EXPERTS, OF_TRANSFORMERS, ONE_RANK, Carried, K, observe, run
 from torch import Tensor
 
@@ -30,13 +29,6 @@ pytestmark = [  # torch's own, while it traces
     # gradients of logits are enough here
     pytest.mark.filterwarnings("ignore:a gradient reached the outputs of feed-forward networks:UserWarning"),
 ]
-
-
-@pytest.fixture
-def one_rank(tmp_path) -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/ranks")
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
@@ -254,7 +246,7 @@ def test_ability_over_carrier(ability: str, carrier: str, request: pytest.Fixtur
     if "PEFT" in carrier:
         pytest.importorskip("peft")
     if carrier in ONE_RANK:
-        request.getfixturevalue("one_rank")
+        request.getfixturevalue("one_process")
     case = CARRIERS[carrier]()
     if (ability, carrier) not in REFUSED:
         ABILITIES[ability](case)

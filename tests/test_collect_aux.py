@@ -59,12 +59,13 @@ def x() -> Tensor:
     return torch.randn(2, 6, DIM)
 
 
-@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "checkpointing"])
-def test_the_sum_and_its_gradient(x, reentrant):
-    """Also of weighted sums, and with the backward inside the context, where checkpointing runs layers again."""
-    model = Model(reentrant)
+@pytest.mark.parametrize("within", [None, "blocks", "model"])
+def test_the_sum_and_its_gradient(x, within):
+    """Also of weighted sums, and with the backward inside the context, where a checkpoint of blocks, or around the
+    model, runs layers again: that is no other forward."""
+    model = Model(False if within == "blocks" else None)
     with collect_aux(model) as aux:
-        out = model(x)
+        out = checkpoint(model, x, use_reentrant=False) if within == "model" else model(x)
         loss = aux.take()
         found = gradients(model, 0.3 * out.square().mean() + 0.7 * loss)
         with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
@@ -115,19 +116,6 @@ def test_a_model_in_a_checkpoint_of_another_implementation_counts_once(x):
         foreign_checkpoint.checkpoint(model, x.requires_grad_()).sum().backward()
         found = aux.take()
     torch.testing.assert_close(found, by_hand(model, x)[1].detach())
-
-
-def test_a_model_that_runs_in_a_checkpoint_counts_once(x):
-    """Its recomputation is no other forward."""
-    model = Model()
-    with collect_aux(model) as aux:
-        out = checkpoint(model, x, use_reentrant=False)
-        loss = aux.take()
-        found = gradients(model, out.square().mean() + loss)
-        with pytest.raises(RuntimeError, match="no auxiliary loss was collected"):
-            aux.take()
-    expected_out, expected = by_hand(model, x)
-    torch.testing.assert_close(found, gradients(model, expected_out.square().mean() + expected))
 
 
 def test_calls_beside_the_model_are_refused(x):

@@ -31,13 +31,6 @@ from support.parallel_workers import Workers
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
-
-
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()

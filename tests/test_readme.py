@@ -228,6 +228,7 @@ def test_changelog_begins_with_this_version():
     assert newest[1] == mixture_of_experts.__version__
 
 
+@pytest.mark.slow
 def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The script finds the story that the picture tells in the gate's own numbers, and writes an image."""
     picture = tmp_path / "moe.png"
@@ -241,6 +242,7 @@ def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_pictures_for_contributors_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Every room of the package is in the picture of it, on its floor."""
     monkeypatch.setattr(sys, "argv", ["draw_package.py", "--out", str(tmp_path)])
@@ -255,6 +257,7 @@ def test_pictures_for_contributors_are_drawn(tmp_path: Path, monkeypatch: pytest
     assert sorted(heights, key=min) == heights
 
 
+@pytest.mark.slow
 def test_pictures_of_concepts_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Each has its file, and the gate does what the pictures of capacity and causality tell."""
     monkeypatch.setattr(sys, "argv", ["draw_concepts.py", "--out", str(tmp_path)])

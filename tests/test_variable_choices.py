@@ -6,7 +6,6 @@ others run.
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
@@ -326,14 +325,3 @@ def test_levels_capacity_and_statistics(kind: str, factor: float | None):
     assert 0 < record.choices_per_token < 2
     if factor is not None:
         assert not torch.equal(seen[0].chosen, seen[0].kept)
-
-
-def test_copies_and_state():
-    gate = ReLUGating(DIM, E, k=3, mean_choices=1)
-    gate.l1_coef.fill_(0.5)
-    again = copy.deepcopy(gate)
-    fresh = ReLUGating(DIM, E, k=3, mean_choices=1)
-    fresh.load_state_dict(gate.state_dict())
-    assert again.l1_coef == fresh.l1_coef == 0.5
-    shown = "score=relu, normalize=False, balance_over='batch', mean_choices=1"
-    assert repr(gate) == f"ReLUGating(6, 5, k=3, dropless, {shown})"
