@@ -179,33 +179,6 @@ def test_losses_of_top2(e):
     )
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("over", ["group", "batch"])
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_losses_of_topk(k, over, score):
-    e = 8
-    gate = TopKGating(e, e, k=k, score=score, balance_over=over)
-    assert losses_of(gate, cyclic(e, 1e-5))["total"] == pytest.approx(1.0, rel=1e-4)
-    assert losses_of(gate, of_everyone(*[60.0] * k, *[-60.0] * (e - k)))["total"] == pytest.approx(e / k, rel=1e-4)
-    assert losses_of(gate, cyclic(e, 5.0))["total"] == pytest.approx(1.0, rel=1e-4)  # f uniform, P of one token not
-
-
-@pytest.mark.parametrize("kind", [TopKGating, Top2Gating])
-@pytest.mark.parametrize("n", [20, 400], ids=["few", "many"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_z_loss_and_its_gradients(kind, n, masked):
-    """The mean of `logsumexp(logits)^2`, whatever it is read from."""
-    torch.manual_seed(0)
-    gate = kind(6, 7).double()
-    x = (3 * torch.randn(2, n, 6, dtype=torch.float64)).requires_grad_()
-    mask = torch.arange(n) < torch.tensor([[n - 3], [5]]) if masked else torch.ones(2, n, dtype=torch.bool)
-    expected = (x @ gate.w_gating).logsumexp(dim=-1).square()[mask].mean()
-    found = gate(x, mask=mask if masked else None).z_loss
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(*(torch.autograd.grad(loss, (x, gate.w_gating)) for loss in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
-
-
 @pytest.mark.parametrize(("k", "factor", "share"), [(1, None, 1.0), (2, None, 0.5), (2, 1.0, 0.5), (2, 2.0, 0.25)])
 def test_losses_of_two_levels(k, factor, share):
     """The inner loss is q² of its own when balanced, q the share of its tokens that are first choices."""
@@ -266,18 +239,6 @@ def test_coefficient_of_megatron(batch):
     torch.testing.assert_close(by_sequence(x).balance_loss, (aux_loss(x[0]) + aux_loss(x[1])) / 2)
 
 
-def test_coefficient_of_deepseek_v3(batch):
-    """Equations 17 to 20 of its report, of one sequence: Σ f_i P_i, f scaled by N / (K T), P of normalised sigmoids."""
-    x, weights = batch
-    terms = []
-    for sequence in x:
-        scores = (sequence @ weights).sigmoid()
-        f = scores.topk(2).indices.flatten().bincount(minlength=8) * 8 / (2 * len(sequence))
-        terms.append((f * (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
-    gate = with_weights(TopKGating(6, 8, k=2, score="sigmoid"), weights)
-    torch.testing.assert_close(gate(x).balance_loss, torch.stack(terms).mean())
-
-
 def test_coefficients_of_shazeer(batch):
     """w_importance and w_load times squared coefficients of variation, over the whole batch."""
     x, weights = batch
@@ -290,19 +251,6 @@ def test_coefficients_of_shazeer(batch):
 
 
 # Capacity
-
-
-@pytest.mark.parametrize("n", [16, 33, 64])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 2.0])
-def test_capacity_factors(n, factor):
-    x = torch.randn(1, n, 4)
-    least = {"capacity_factor_train": factor, "min_expert_capacity": 1}
-    assert Top2Gating(4, 8, **least)(x).capacity == int(n * factor / 8)
-    assert TopKGating(4, 8, k=2, **least)(x).capacity == int(2 * n * factor / 8)
-    assert NoisyTopKGating(4, 8, k=3, **least)(x).capacity == int(3 * n * factor / 8)
-    assert ExpertChoiceGating(4, 8, capacity_factor=factor)(x).capacity == int(n * factor / 8)
-    half = {**least, "capacity_factor_train": factor / 2}
-    assert TopKGating(4, 8, k=2, **half)(x).capacity == Top2Gating(4, 8, **least)(x).capacity
 
 
 def test_factor_that_keeps_all_when_balanced():
