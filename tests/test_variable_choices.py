@@ -162,6 +162,7 @@ def test_what_is_counted_and_how_the_coefficient_moves():
     moe.gate.update_l1(1.5)
     assert moe.gate.l1_coef.item() == pytest.approx(0.8e-8)
     assert moe.bfloat16().gate.l1_coef.dtype == torch.float32
+    assert "mean_choices=1.5" in repr(moe.gate)
     moe.reset_parameters()
     assert moe.gate.l1_coef.item() == pytest.approx(1e-8)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
 
 from mixture_of_experts import MoE, TopKGating, balance_experts, collect_aux, force_routing
@@ -212,6 +213,24 @@ class Count:
 
     def __call__(self, *_: object) -> None:
         self.seen.append(1)
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_copies_of_a_parametrized_gate_carry_nothing(name):
+    """Its class has a way of its own to be copied."""
+    model, x = Model(), torch.randn(1, 3, DIM)
+    parametrize.register_parametrization(model.first.gate, "w_gating", nn.Identity())
+    bare = hooks_of(copy.deepcopy(model))
+    with CONTEXTS[name](model):
+        expected = model(x)
+        made = copy.deepcopy(model)
+        assert name == "force_routing" or torch.equal(made(x), expected)
+    assert hooks_of(made) == hooks_of(model) == bare
+    assert made.first.gate.forced is None
+    assert made.first.gate is not model.first.gate
+    made.first.gate.parametrizations.w_gating.original.data.zero_()
+    assert model.first.gate.w_gating.any()
+    assert not any("copy__" in name for module in (*made.modules(), *model.modules()) for name in vars(module))
 
 
 def test_contexts_that_are_left_in_another_order():
