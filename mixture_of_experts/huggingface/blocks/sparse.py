@@ -15,7 +15,7 @@ from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFe
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
 from mixture_of_experts.huggingface.private_transformers import capture_alike
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
-from mixture_of_experts.huggingface.replacement.replace import join, replace
+from mixture_of_experts.huggingface.replacement.replace import join, set_attribute
 from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.router_config import give_back, take_over
 from mixture_of_experts.huggingface.saving.configuration import forget
@@ -155,7 +155,7 @@ def router_path(block: nn.Module) -> str:
 
 def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
-        replace(model, path, new)
+        set_attribute(model, path, new)
 
 
 # Back

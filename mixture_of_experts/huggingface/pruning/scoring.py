@@ -83,7 +83,7 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
     with Attached() as attached, torch.no_grad(), uncompiled(model):
         for site in sites:
             attached.after(site.called, partial(watch.decided, site))
-            attached.before(computing(site.stands[0].layer), partial(watch.read, site))
+            attached.before(computing(site.locations[0].layer), partial(watch.read, site))
         watch.follow(model, attached)
         try:
             model.eval()

@@ -473,15 +473,15 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
     adapter = place.adapter
     if adapter.slot:
         for path in adapter.bypass:
-            replace(place.module, path, One() if path == adapter.ones else nn.Identity())
+            set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
         dropout = adapter.hidden_dropout
         if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
             off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
-            replace(place.module, dropout, off)
+            set_attribute(place.module, dropout, off)
     # a network that several layers share becomes one MoE
     paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
     for path in paths:
-        replace(model, place._replace(name=path).target, feed_forward)
+        set_attribute(model, place._replace(name=path).target, feed_forward)
 
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
@@ -514,7 +514,7 @@ class One(nn.Module):
         return x.new_ones(())
 
 
-def replace(module: nn.Module, path: str, value: Any) -> None:
+def set_attribute(module: nn.Module, path: str, value: Any) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, value)
 
