@@ -1,8 +1,11 @@
 """Options and fixtures of the whole suite; its marks are in pyproject.toml."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch.distributed as dist
 from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
+from support.parallel_workers import Workers
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
 
@@ -13,6 +16,14 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """Processes that are started for the first test of a module and end with its last one."""
+    started = Workers()
+    yield started
+    started.stop()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -75,6 +75,22 @@ def test_device_and_dtype(kind):
     assert all(value.device.type == "cpu" for value in made.values())
 
 
+TOP2 = dict(second_policy_train="all", second_policy_eval="none", second_threshold_train=0.3, second_place_loss=True)
+TOP2 |= dict(second_threshold_eval=0.4, capacity_factor_train=0.7, capacity_factor_eval=None, min_expert_capacity=2)
+TOP2 |= dict(priority="token")
+
+
+@pytest.mark.parametrize("of_level_two", [None, 1.5])
+def test_gating_settings_come_to_the_gates(of_level_two):
+    """All of them; level two may have a capacity of its own."""
+    moe = HeirarchicalMoE(8, (2, 3), capacity_factor_second_level=of_level_two, **TOP2)
+    wanted = {field.name: TOP2[field.name] for field in fields(Top2Settings)}
+    for gate in (MoE(8, 4, **TOP2).gate, moe.gate_outer, moe.gate_inner):
+        if gate is moe.gate_inner and of_level_two is not None:
+            wanted |= dict(capacity_factor_train=of_level_two, capacity_factor_eval=of_level_two)
+        assert {name: getattr(gate, name) for name in wanted} == wanted
+
+
 # ---- one gate of two ----
 
 

@@ -119,47 +119,6 @@ GATES = {
 }
 
 
-def dense(moe: Any, x: Tensor) -> Tensor:
-    """Every expert on every token, as its wrapper is defined, weighted by the combine tensor."""
-    experts: Any = moe.experts
-    weight = moe.gate(x).combine_tensor().sum(-1)  # (b, n, e)
-
-    def each(inner: Any, x: Tensor) -> Tensor:
-        return inner(x.flatten(0, 1).expand(inner.num_experts, -1, -1)).view(inner.num_experts, *x.shape[:2], -1)
-
-    if isinstance(experts, LatentExperts):
-        assert experts.before is not None
-        assert experts.after is not None
-        mixed = torch.einsum("bne,ebnd->bnd", weight, each(experts.experts, experts.before(x)))
-        routed = (weight != 0).any(-1) | moe.gate(x).chosen.view(*x.shape[:2], -1).any(-1) if moe.gate.k else None
-        return torch.where(routed.unsqueeze(-1), experts.after(mixed), 0)
-    if isinstance(experts, ZeroComputationExperts):
-        mixed = torch.einsum("bne,ebnd->bnd", weight[..., : E - 2], each(experts.experts, x))
-        last = weight[..., E - 1, None]
-        if experts.num_constant:
-            mixed = mixed + last * experts.constant(0, x.flatten(0, 1)).view(x.shape)
-        return mixed + weight[..., E - 2, None] * x
-    if isinstance(experts, NormedExperts):
-        return torch.einsum("bne,ebnd->bnd", weight, experts.norm(each(experts.experts, x)))
-    read = x.unsqueeze(0) * weight.permute(2, 0, 1).unsqueeze(-1)
-    result = experts.experts(read.flatten(1, 2)).view(E, *x.shape)
-    return (result * (weight != 0).permute(2, 0, 1).unsqueeze(-1)).sum(0)
-
-
-@pytest.mark.parametrize("gate", ["dropless", "capacity"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_against_every_expert_on_every_token(wrapper, gate):
-    torch.manual_seed(0)
-    moe = MoE(D, gate=GATES[gate](), experts=WRAPPERS[wrapper]()).double()
-    x = torch.randn(2, 9, D, dtype=torch.float64, requires_grad=True)
-    wanted = [x, *moe.experts.parameters()]
-    found = [
-        [out, *torch.autograd.grad(out.square().sum(), wanted, allow_unused=True)] for out in (moe(x)[0], dense(moe, x))
-    ]
-    for ours, expected in zip(*found, strict=True):
-        torch.testing.assert_close(ours, expected)
-
-
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_masks_empty_inputs_and_every_weight_is_trained(wrapper, gate):

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from support.mixed_calls import in_threads
 from torch import Tensor, nn
 
 from mixture_of_experts.whole_model import call_stack
@@ -54,18 +52,6 @@ class Model(nn.Module):
 def masks(number: int) -> list[Tensor]:
     gen = torch.Generator().manual_seed(1)
     return [torch.randint(2, (5,), generator=gen).float() for _ in range(number)]
-
-
-def in_threads(work: Callable[[int], None], threads: int) -> None:
-    start = threading.Barrier(threads)
-
-    def begin(number: int) -> None:
-        start.wait(60)
-        work(number)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(begin, number) for number in range(threads)]:
-            future.result()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,14 +9,12 @@ once; all pairs are slow.
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.carriers import CARRIERS, EXPERTS, OF_TRANSFORMERS, ONE_RANK, Carried, K, observe, run
 from torch import Tensor
 
@@ -31,13 +29,6 @@ pytestmark = [  # torch's own, while it traces
     # gradients of logits are enough here
     pytest.mark.filterwarnings("ignore:a gradient reached the outputs of feed-forward networks:UserWarning"),
 ]
-
-
-@pytest.fixture
-def one_rank(tmp_path) -> Iterator[None]:
-    dist.init_process_group("gloo", rank=0, world_size=1, init_method=f"file://{tmp_path}/ranks")
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
@@ -255,7 +246,7 @@ def test_ability_over_carrier(ability: str, carrier: str, request: pytest.Fixtur
     if "PEFT" in carrier:
         pytest.importorskip("peft")
     if carrier in ONE_RANK:
-        request.getfixturevalue("one_rank")
+        request.getfixturevalue("one_process")
     case = CARRIERS[carrier]()
     if (ability, carrier) not in REFUSED:
         ABILITIES[ability](case)
@@ -273,17 +264,6 @@ def test_every_refusal_and_every_pair_exists():
     assert set(REFUSED) | set(IMPOSSIBLE) | NOT_YET <= set(PAIRS)
     assert {carrier for _, carrier in DIAGONAL} == set(CHEAP)
     assert {ability for ability, _ in DIAGONAL} == set(ABILITIES)
-
-
-def test_a_copy_made_in_a_context_can_be_pickled():
-    case = CARRIERS["plain"]()
-    with track_routing(case.model):
-        case.model(case.inputs[0])
-        pickled = pickle.dumps(case.model)
-        made = copy.deepcopy(case.model)
-    for each in (pickle.loads(pickled), pickle.loads(pickle.dumps(made))):
-        assert hooks_of(each) == 0
-        torch.testing.assert_close(each(case.inputs[0]), case.twin(case.inputs[0]))
 
 
 def test_the_comparison_sees_a_wrong_number():

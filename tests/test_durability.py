@@ -1,8 +1,7 @@
-"""`experiments.durability` finds what it looks for: each fault is planted. The runs themselves take half an hour."""
+"""`experiments.durability` finds what it looks for. The runs themselves take half an hour."""
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -33,40 +32,10 @@ def test_half_precision_of_few_steps(tmp_path: Path):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_and_one_that_loses_too_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_that_is_killed(tmp_path: Path):
     settings = replace(durability.SETTINGS, steps=80)
     (row,) = durability.kills(tmp_path, settings, times=1)
     assert row["kills"] == 1
     assert row["steps lost at most"] <= row["checkpoint every"] == 20
     (record,) = (tmp_path / "killed" / "kills.jsonl").read_text().splitlines()
     assert json.loads(record)["lost"] == row["steps lost at most"]
-    with pytest.raises(SystemExit, match="the run ended before its 1 kills"):
-        durability.kills(tmp_path, settings, times=1)
-    monkeypatch.setattr(durability, "step_reached", lambda out, ranks: 0)
-    monkeypatch.setattr(durability, "start_ranks", lambda log, options, ranks: [Sleeping(log)])
-    with pytest.raises(SystemExit, match="100 steps lost, with a checkpoint every 20"):
-        durability.kill_once(tmp_path / "other", replace(settings, checkpoint_every=20), AtAStep(), ranks=1)
-
-
-class Sleeping:
-    """A run that has come to step 100 and saved nothing."""
-
-    def __init__(self, log: Path) -> None:
-        log.parent.mkdir()
-        log.write_text("".join(f"{step} 0\n" for step in range(1, 101)))
-
-    def poll(self) -> None: ...
-
-    def send_signal(self, number: int) -> None: ...
-
-    def wait(self, seconds: float) -> int:
-        return -9
-
-    stderr = io.StringIO()
-
-
-class AtAStep(durability.random.Random):
-    """Kills while steps are made."""
-
-    def random(self) -> float:
-        return 0.5

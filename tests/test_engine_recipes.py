@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,6 @@ from support import engine_recipes as recipes
 from support.parallel_workers import Workers
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
 
 
 @pytest.mark.parametrize("one_file", [False, True], ids=["folder", "file"])

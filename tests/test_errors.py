@@ -128,35 +128,63 @@ def test_gate_inputs():
         inner(torch.zeros(2, 1, 5, 8))
 
 
-def test_gate_beside_gating_arguments():
-    with pytest.raises(ValueError, match=r"capacity_factor_train=1.0 would do nothing"):
-        MoE(8, gate=TopKGating(8, 4), capacity_factor_train=1.0)
-    with pytest.raises(ValueError, match=r"priority='token'"):
-        MoE(8, gate=TopKGating(8, 4), priority="token")
-    outer, inner = TopKGating(8, 2), TopKGating(8, 3, outer_expert_dims=(2,))
-    with pytest.raises(ValueError, match=r"second_place_loss=True"):
-        HeirarchicalMoE(8, (2, 3), gate_outer=outer, gate_inner=inner, second_place_loss=True)
-    with pytest.raises(ValueError, match=r"capacity_factor_second_level=2.0"):
-        HeirarchicalMoE(8, (2, 3), gate_inner=inner, capacity_factor_second_level=2.0)
+LINEAR = nn.Linear(8, 8)
+REFUSED = [
+    # arguments beside a gate that has them
+    (ValueError, "capacity_factor_train=1.0 would do nothing", lambda: MoE(8, gate=FOUR, capacity_factor_train=1.0)),
+    (ValueError, "priority='token'", lambda: MoE(8, gate=FOUR, priority="token")),
+    (
+        ValueError,
+        "second_place_loss=True",
+        lambda: HeirarchicalMoE(8, (2, 3), gate_outer=TopKGating(8, 2), gate_inner=THREE, second_place_loss=True),
+    ),
+    (
+        ValueError,
+        "capacity_factor_second_level=2.0",
+        lambda: HeirarchicalMoE(8, (2, 3), gate_inner=THREE, capacity_factor_second_level=2.0),
+    ),
+    # sizes that disagree
+    (ValueError, "gate has num_experts=8, the layer num_experts=4", lambda: MoE(8, 4, gate=TopKGating(8, 8))),
+    (ValueError, "gate has dim=16, the layer dim=8", lambda: MoE(8, gate=TopKGating(16, 4))),
+    (ValueError, "experts has num_experts=3, the layer num_experts=4", lambda: MoE(8, 4, experts=Experts(8, 3))),
+    (ValueError, "experts has dim=16, the layer dim=8", lambda: MoE(8, 4, experts=GatedExperts(16, 4))),
+    (ValueError, "experts has num_experts=3", lambda: MoE(8, 4, experts=[LINEAR] * 3)),
+    (ValueError, "experts has num_experts=3", lambda: HeirarchicalMoE(8, (2, 2), experts=[LINEAR] * 3)),
+    (ValueError, r"gate_inner has outer_expert_dims=\(\)", lambda: HeirarchicalMoE(8, gate_inner=TopKGating(8, 4))),
+    (ValueError, "token choice", lambda: HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))),
+    # things that are no modules
+    (TypeError, r"experts must be a module or a list .*got str", lambda: MoE(8, 4, experts="relu")),
+    (TypeError, r"experts must be a module .*got dict", lambda: MoE(8, 4, experts={"a": LINEAR})),
+    (TypeError, r"experts must be a module .*got ModuleDict", lambda: MoE(8, 4, experts=nn.ModuleDict({"a": LINEAR}))),
+    (TypeError, r"experts must be a module .*got int", lambda: MoE(8, 4, experts=3)),
+    (TypeError, "gate must be a gate", lambda: MoE(8, 4, gate=torch.nn.functional.relu)),
+    (TypeError, "activation", lambda: MoE(8, 4, activation="gelu")),
+    (TypeError, r"expert 1 of the list must .* got 1", lambda: MoE(8, 2, experts=[LINEAR, 1])),
+    (TypeError, r"expert 1 .* class Linear: make an instance", lambda: MoE(8, 2, experts=[LINEAR, nn.Linear])),
+    (TypeError, r"expert 1 of the list must .* got <built-in", lambda: MoE(8, 2, experts=[LINEAR, torch.relu])),
+    (TypeError, "experts must be a list of modules, got a int", lambda: ExpertList(3)),
+    (ValueError, "at least one module", lambda: ExpertList([])),
+    (TypeError, r"shared_expert must be a module or None, got .*nn.Seq", lambda: MoE(8, 4, shared_expert=0)),
+    (TypeError, r"shared_expert must be a module or None, got .*nn.Seq", lambda: MoE(8, 4, shared_expert=[LINEAR])),
+    # routers
+    (ValueError, "k must be at most num_experts=4, got 5", lambda: TopKGating(8, 4, 5)),
+    (ValueError, r"score must be one of 'softmax', .*got 'relu'", lambda: TopKGating(8, 4, score="relu")),
+    (ValueError, "num_groups and top_groups go together", lambda: TopKGating(8, 4, num_groups=2)),
+    (ValueError, "num_groups=3 must divide num_experts=4", lambda: TopKGating(8, 4, num_groups=3, top_groups=1)),
+    (ValueError, r"top_groups=1 of num_groups=4 .*k=2", lambda: TopKGating(8, 4, 2, num_groups=4, top_groups=1)),
+    (RuntimeError, "expert_bias=True", lambda: TopKGating(8, 4).update_bias(0.001)),
+    (ValueError, "rate", lambda: TopKGating(8, 4, expert_bias=True).update_bias(-1.0)),
+    (ValueError, "k must be below num_experts=4, got 4", lambda: NoisyTopKGating(8, 4, 4)),
+    (ValueError, r"capacity_factor.*None", lambda: ExpertChoiceGating(8, 4, capacity_factor=None)),
+    (ValueError, "importance", lambda: ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))),
+]
+FOUR, THREE = TopKGating(8, 4), TopKGating(8, 3, outer_expert_dims=(2,))
 
 
-def test_sizes_that_disagree():
-    with pytest.raises(ValueError, match=r"gate has num_experts=8, the layer num_experts=4"):
-        MoE(8, 4, gate=TopKGating(8, 8))
-    with pytest.raises(ValueError, match=r"gate has dim=16, the layer dim=8"):
-        MoE(8, gate=TopKGating(16, 4))
-    with pytest.raises(ValueError, match=r"experts has num_experts=3, the layer num_experts=4"):
-        MoE(8, 4, experts=Experts(8, 3))
-    with pytest.raises(ValueError, match=r"experts has dim=16, the layer dim=8"):
-        MoE(8, 4, experts=GatedExperts(16, 4))
-    with pytest.raises(ValueError, match=r"experts has num_experts=3"):
-        MoE(8, 4, experts=[nn.Linear(8, 8) for _ in range(3)])
-    with pytest.raises(ValueError, match=r"experts has num_experts=3"):
-        HeirarchicalMoE(8, (2, 2), experts=[nn.Linear(8, 8) for _ in range(3)])
-    with pytest.raises(ValueError, match=r"gate_inner has outer_expert_dims=\(\)"):
-        HeirarchicalMoE(8, (2, 2), gate_inner=TopKGating(8, 2))
-    with pytest.raises(ValueError, match=r"token choice"):
-        HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))
+@pytest.mark.parametrize(("error", "says", "make"), REFUSED)
+def test_what_cannot_be_made(error, says, make):
+    with pytest.raises(error, match=says):
+        make()
 
 
 def test_numbers_follow_the_parts_that_are_given():
@@ -179,28 +207,6 @@ def test_experts_that_change_the_shape(kind):
         layer(kind, experts=[nn.Linear(8, 7) for _ in range(4)])(torch.randn(1, 6, 8))
     with pytest.raises(ValueError, match=r"shared_expert must keep the shape"):
         layer(kind, shared_expert=nn.Linear(8, 7))(torch.randn(1, 6, 8))
-
-
-def test_things_that_are_no_modules():
-    with pytest.raises(TypeError, match=r"experts must be a module or a list .*got str"):
-        MoE(8, 4, experts="relu")
-    with pytest.raises(TypeError, match=r"gate must be a gate"):
-        MoE(8, 4, gate=torch.nn.functional.relu)
-    with pytest.raises(TypeError, match=r"activation"):
-        MoE(8, 4, activation="gelu")
-    for experts in ({"a": nn.Linear(8, 8)}, nn.ModuleDict({"a": nn.Linear(8, 8)}), 3):
-        with pytest.raises(TypeError, match=rf"experts must be a module .*got {type(experts).__name__}"):
-            MoE(8, 4, experts=experts)
-    for expert, got in ((1, "1"), (nn.Linear, "the class Linear: make an instance"), (torch.relu, "<built-in")):
-        with pytest.raises(TypeError, match=rf"expert 1 of the list must .* got {got}"):
-            MoE(8, 2, experts=[nn.Linear(8, 8), expert])
-    with pytest.raises(TypeError, match=r"experts must be a list of modules, got a int"):
-        ExpertList(3)
-    with pytest.raises(ValueError, match=r"at least one module"):
-        ExpertList([])
-    for shared in (0, [nn.Linear(8, 8)], nn.Linear, nn.ModuleList([nn.Linear(8, 8)])):
-        with pytest.raises(TypeError, match=r"shared_expert must be a module or None, got .*nn.Sequential"):
-            MoE(8, 4, shared_expert=shared)
 
 
 def entered(context):
@@ -262,29 +268,6 @@ def test_a_list_with_a_forward_of_its_own_is_called():
     doubled = MoE(8, 4, experts=Doubled(linear), gate=plain.gate).eval()
     x = torch.randn(2, 9, 8)
     torch.testing.assert_close(doubled(x)[0], 2 * plain(x)[0])
-
-
-def test_routers():
-    with pytest.raises(ValueError, match=r"k must be at most num_experts=4, got 5"):
-        TopKGating(8, 4, 5)
-    with pytest.raises(ValueError, match=r"score must be one of 'softmax', .*got 'relu'"):
-        TopKGating(8, 4, score="relu")
-    with pytest.raises(ValueError, match=r"num_groups and top_groups go together"):
-        TopKGating(8, 4, num_groups=2)
-    with pytest.raises(ValueError, match=r"num_groups=3 must divide num_experts=4"):
-        TopKGating(8, 4, num_groups=3, top_groups=1)
-    with pytest.raises(ValueError, match=r"top_groups=1 of num_groups=4 .*k=2"):
-        TopKGating(8, 4, 2, num_groups=4, top_groups=1)
-    with pytest.raises(RuntimeError, match=r"expert_bias=True"):
-        TopKGating(8, 4).update_bias(0.001)
-    with pytest.raises(ValueError, match=r"rate"):
-        TopKGating(8, 4, expert_bias=True).update_bias(-1.0)
-    with pytest.raises(ValueError, match=r"k must be below num_experts=4, got 4"):
-        NoisyTopKGating(8, 4, 4)
-    with pytest.raises(ValueError, match=r"capacity_factor.*None"):
-        ExpertChoiceGating(8, 4, capacity_factor=None)
-    with pytest.raises(ValueError, match=r"importance"):
-        ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))
 
 
 class Returns(TokenChoiceGate):

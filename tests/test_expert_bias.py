@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from support.parallel_workers import Workers, this_rank
-from support.recipes import recipe
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import GatedExperts, HeirarchicalMoE, MoE, TopKGating, balance_experts
 from mixture_of_experts.verify import assert_holds
@@ -138,38 +133,6 @@ def test_checkpointing_counts_once():
     assert_holds(build(), "counts_checkpointing", "recomputation")
 
 
-# torch's own deprecated calls while it traces an autograd.Function or imports a backend
-compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.mark.slow
-@compiles
-@pytest.mark.parametrize("frozen", [False, True])
-def test_compiled_counts_once(frozen):
-    moe, parts = build(), [tokens(seed) for seed in range(2)]
-    moe.gate.requires_grad_(not frozen)
-    compiled: Any = torch.compile(moe, fullgraph=True, backend="aot_eager")
-    for part in parts:
-        step(compiled, part)
-    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
-    compiled.eval()
-    step(compiled, parts[0])
-    assert torch.equal(moe.gate.expert_counts, load(moe, *parts))
-
-
-@pytest.mark.slow
-@compiles
-def test_compiled_checkpoint_counts_once():
-    moe, x = build(), tokens().requires_grad_()
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def block(x: Tensor) -> Tensor:
-        return checkpoint(lambda x: moe(x)[0], x, use_reentrant=False)
-
-    block(x).square().sum().backward()
-    assert torch.equal(moe.gate.expert_counts, load(moe, x))
-
-
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
 def test_function_transforms_count():
     """`torch.func.grad`, and per-sample gradients by `vmap` of it."""
@@ -246,7 +209,7 @@ def test_another_default_dtype():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_module_counts_and_moves_in_float32(dtype):
     moe, x = build().to(dtype), tokens().to(dtype)
-    for _ in range(100):
+    for _ in range(20):
         step(moe, x)
         moe.gate.update_bias(1e-4)
     steps = moe.gate.expert_bias.double() / 1e-4
@@ -284,29 +247,6 @@ def test_bias_is_for_choosing_only():
     torch.testing.assert_close(chosen_first, (x @ moe.gate.w_gating).sigmoid()[..., 1])
 
 
-def test_recipe_moves_the_bias_once_for_each_step():
-    names = recipe("DeepSeek-V3")
-    moe, optimizer = names["moe"], names["optimizer"]
-    gate = moe.gate
-    for number in (1, 2):
-        for _ in range(2):  # two micro-batches
-            step(moe, torch.randn(2, 32, 64))
-        assert gate.expert_counts.sum() == 2 * 2 * 32 * 8
-        optimizer.step()
-        assert not gate.expert_counts.any()
-        assert gate.expert_bias.abs().max() <= number * 1e-3 + 1e-9
-    assert gate.expert_bias.any()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_balances_a_skewed_router_without_a_loss(seed):
-    train = recipe("Expert bias")["train"]
-    before, after = train(rate=2e-3, seed=seed)
-    assert before > 4
-    assert after < 1.2
-
-
 # Two processes
 
 
@@ -315,9 +255,6 @@ def run_two() -> None:
     rank = dist.get_rank()
     check_update_over_group(rank)
     check_a_group_of_one_waits_for_nobody(rank)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-        check_data_parallel(rank)
 
 
 def of_rank(rank: int) -> list[Tensor]:
@@ -355,32 +292,10 @@ def check_a_group_of_one_waits_for_nobody(rank: int) -> None:
     dist.barrier()
 
 
-def check_data_parallel(rank: int) -> None:
-    """Gradient accumulation in DDP: with `no_sync()`, or with every micro-batch synchronised and no buffers copied."""
-    for use_no_sync in (True, False):
-        moe = build()
-        parallel = DistributedDataParallel(moe, broadcast_buffers=use_no_sync)
-        first, last = of_rank(rank)
-        for _ in range(2):  # the second round starts from a bias that has moved
-            expected = load(moe, first, last)
-            if use_no_sync:
-                with parallel.no_sync():
-                    step(parallel, first)
-            else:
-                step(parallel, first)
-            step(parallel, last)
-            assert torch.equal(moe.gate.expert_counts, expected)
-            moe.gate.update_bias(1e-2, group=dist.group.WORLD)
-
-
 @pytest.mark.slow
-def test_two_processes():
+def test_two_processes(workers: Workers):
     """Neither ends while the other may still be in a collective: a process that does can abort."""
-    workers = Workers()
-    try:
-        workers.run(run_two, 2)
-    finally:
-        workers.stop()
+    workers.run(run_two, 2)
 
 
 def test_a_rate_of_zero_starts_counting_anew():

@@ -313,22 +313,6 @@ def test_what_the_first_hour_tries_is_clean(check: Checks, card: str, height: in
 
 @needs_triton
 @pytest.mark.slow
-def test_a_dry_run_of_the_first_hour_decides(check: Checks):
-    """On a made-up card that is fast with tiles of 64 rows, and with blocks of two kernels that the schedule has not:
-    the report says so for real shapes, once for all of them."""
-    told = check("first_hour_checks.dry_run", (9, 0), 2)
-    high = next(line for line in told.splitlines() if line.startswith("Schedule(rows=128"))
-    assert "hidden_grads=Blocks(n=128, c=64, warps=8, stages=3)" in high
-    assert "weight_grads=WeightBlocks(m=128, n=256, c=64, warps=8, stages=3)" in high
-    assert "up=Blocks(n=128, c=64, warps=8, stages=3), down=Blocks(n=256, c=64, warps=8, stages=3)" in high  # they stay
-    assert "| 64 | 128, 64 | 1.33, 1.00 | 1.33, 1.00 |" in told
-    assert "| 2048 | 128, 128 | 1.12, 1.00 |  |" in told
-    assert "- tiles of 128, hidden_grads: (128, 64, 8, 3) ÷ (64, 64, 8, 3): qwen3-30b-a3b 0.80, readme 0.80" in told
-    assert "- `LOW`: tiles have up to 32 rows for experts of up to 16 rows" in told
-
-
-@needs_triton
-@pytest.mark.slow
 def test_programs_over_numbers_of_tokens(check: Checks):
     """Over mean rows of 5 to 300: those of four kernels depend on the height of tiles, the others on nothing."""
     programs = check("triton_machine_code.programs_over_lengths", 60)

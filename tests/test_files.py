@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from support.paths import make_experts
 from torch import nn
 
@@ -209,13 +208,6 @@ def assert_same(state: dict[str, Any], before: dict[str, Any]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in state.items())
 
 
-@pytest.fixture
-def one_rank(tmp_path: Path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 def damaged(path: Path, damage: str) -> None:
     """Damage a folder that `save_checkpoint` wrote: its metadata, its weights or `extra.pt`."""
     what, _, file = damage.partition(" ")
@@ -229,7 +221,7 @@ def damaged(path: Path, damage: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.10 says so of itself
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize(
     "damage",
     [f"{what} {file}" for file in ("metadata", "weights") for what in ("cut", "empty", "missing")]
@@ -251,7 +243,7 @@ def test_folder_of_a_distributed_checkpoint(tmp_path: Path, damage: str):
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # torch 2.10 says so of itself
-@pytest.mark.usefixtures("one_rank")
+@pytest.mark.usefixtures("one_process")
 def test_numbers_of_a_distributed_checkpoint_run_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An entry that is no tensor, which torch would unpickle."""
     moe = MoE(8, 4)

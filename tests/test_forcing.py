@@ -124,20 +124,6 @@ def test_recomputed_choices_are_the_same():
     torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it traces
-def test_a_compiled_layer_is_forced_and_set_free():
-    """Whenever it was compiled."""
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4)), torch.randn(2, 6, DIM)
-    compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
-    free = compiled(x)[0]
-    with force_routing(moe):
-        forced = compiled(x)[0]
-        torch.testing.assert_close(forced, moe(x)[0])
-    assert not torch.allclose(forced, free)
-    torch.testing.assert_close(compiled(x)[0], free)
-
-
 def test_ranks_begin_where_others_end(monkeypatch):
     """Four ranks of one token each, as decoding has them, meet all eight experts."""
     found = []

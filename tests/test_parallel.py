@@ -31,13 +31,6 @@ from support.parallel_workers import Workers
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
-
-
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -140,17 +133,9 @@ def test_state_dict_of_one_process_loads_into_lists(workers: Workers):
     workers.run(saves.check_state_dict_of_a_list_loads_into_the_layer, 4)
 
 
-def test_published_checkpoint_loads(workers: Workers):
-    workers.run(saves.check_published_checkpoint, 2)
-
-
 def test_part_that_a_rank_of_others_saved_is_named(workers: Workers, tmp_path: Path):
     workers.run(saves.save_own_part, 4, tmp_path)
     workers.run(saves.check_part_of_other_ranks, 2, tmp_path, 4)
-
-
-def test_wrong_shape_in_a_state_dict_is_named(workers: Workers):
-    workers.run(saves.check_wrong_shape_is_named, 2)
 
 
 @pytest.mark.parametrize("check", [hub.check_saved_model_is_whole, hub.check_lists_are_refused])
@@ -165,7 +150,7 @@ def test_swapped_model_saved_on_one_rank(workers: Workers, tmp_path: Path):
     assert seconds(first) < LIMIT + 2
 
 
-# ---- setting up, copies, collectives, gradients ----
+# ---- setting up, copies, collectives, gradients, the benchmark, compilation ----
 
 CHECKS = {
     4: (
@@ -200,6 +185,12 @@ CHECKS = {
         odd.check_counts_under_ddp,
         odd.check_gradients_that_are_not_there,
         odd.check_norm_of_parameters_without_gradients,
+        saves.check_published_checkpoint,
+        saves.check_wrong_shape_is_named,
+        checks.check_benchmark,
+        checks.check_a_call_is_not_seen,
+        checks.check_the_same_bits_are_refused,
+        checks.check_compiles,
     ),
     1: (checks.check_one_rank_has_no_collective,),
 }
@@ -231,7 +222,7 @@ def test_pickled_gate_elsewhere(workers: Workers):
     workers.run(checks.check_pickle_from_another_job, 2, data)
 
 
-# ---- the recipes of the documentation, the benchmark, compilation ----
+# ---- the recipes of the documentation ----
 
 DOCUMENT = (Path(__file__).parent.parent / "docs" / "many_gpus.md").read_text()
 
@@ -254,22 +245,6 @@ def test_recipe_runs(workers: Workers, tmp_path: Path, number: int):
     assert len(set(norms)) == 1
     found = checkpoint_recipe.checkpoints(tmp_path / "run")
     assert [path.name for path in found] == ["step-000000001", "step-000000002"]
-
-
-def test_benchmark_counts_the_least(workers: Workers):
-    workers.run(checks.check_benchmark, 2)
-
-
-def test_a_call_is_not_seen_on_the_layer(workers: Workers):
-    workers.run(checks.check_a_call_is_not_seen, 2)
-
-
-def test_the_same_bits_in_any_batch_are_refused(workers: Workers):
-    workers.run(checks.check_the_same_bits_are_refused, 2)
-
-
-def test_compiles_without_a_break(workers: Workers):
-    workers.run(checks.check_compiles, 2)
 
 
 # ---- the example ----

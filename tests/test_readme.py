@@ -228,47 +228,21 @@ def test_changelog_begins_with_this_version():
     assert newest[1] == mixture_of_experts.__version__
 
 
-def test_picture_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The script finds the story that the picture tells in the gate's own numbers, and writes an image."""
-    picture = tmp_path / "moe.png"
-    monkeypatch.setattr(sys, "argv", ["draw_moe.py", str(picture)])
-    script = runpy.run_path(str(ROOT / "docs" / "draw_moe.py"), run_name="__main__")
-    _, choices, capacity = script["route"]()
-    kept = {word: [c.kept for c in choices if c.token == token] for token, word in enumerate(script["TOKENS"])}
-    assert capacity == 3
-    assert kept[script["FOLLOWED"]] == [True, True]
-    assert kept[script["DROPPED"]] == [False, False]
-    assert picture.read_bytes().startswith(b"\x89PNG")
+PICTURES = {"draw_moe.py": "README.md", "draw_package.py": "CONTRIBUTING.md", "draw_concepts.py": "docs/concepts.md"}
 
 
-def test_pictures_for_contributors_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Every room of the package is in the picture of it, on its floor."""
-    monkeypatch.setattr(sys, "argv", ["draw_package.py", "--out", str(tmp_path)])
-    script = runpy.run_path(str(ROOT / "docs" / "draw_package.py"), run_name="__main__")
-    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"\]\(docs/images/(\w+\.png)\)", page)) == {path.name for path in tmp_path.iterdir()}
-    texts = [(text.get_text(), text.get_position()[1]) for text in script["draw_package"]().axes[0].texts]
-    places = dict(texts)
-    house = script["floors"](script["sources"]())
-    heights = [{places[room or "__init__"] for room in rooms} for rooms in house]
-    assert all(len(of_floor) == 1 for of_floor in heights)
-    assert sorted(heights, key=min) == heights
-
-
-def test_pictures_of_concepts_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Each has its file, and the gate does what the pictures of capacity and causality tell."""
-    monkeypatch.setattr(sys, "argv", ["draw_concepts.py", "--out", str(tmp_path)])
-    script = runpy.run_path(str(ROOT / "docs" / "draw_concepts.py"), run_name="__main__")
-    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
-    assert re.findall(r"\]\(images/(\w+)\.png\)", page) == list(script["PICTURES"])
-    for name in script["PICTURES"]:
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-    limited = script["route"](script["WORDS"], factor=1.75)
-    assert limited.capacity == 3
-    assert limited.queued.tolist() == [[4, 5, 3, 2]]
-    words = list(script["TOKENS"])
-    for priority, kept in (("choice", ["quick", "jumps"]), ("token", ["the", "quick"])):
-        queue = script["queues_of"](script["route"](words, factor=1.0, priority=priority))[1]
-        served = sorted((choice for choice in queue if choice.kept), key=lambda choice: choice.slot)
-        assert [words[choice.token] for choice in served] == kept
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures_are_drawn(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Each that the page shows. Scripts find the stories that the pictures tell in a gate's own numbers."""
+    given = [str(tmp_path / "moe.png")] if name == "draw_moe.py" else ["--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", [name, *given])
+    script = runpy.run_path(str(ROOT / "docs" / name), run_name="__main__")
+    shown = set(re.findall(r"(?:\]\(|src=\")(?:docs/)?(?:images/)?(\w+\.png)", (ROOT / PICTURES[name]).read_text()))
+    assert {path.name for path in tmp_path.iterdir()} == (shown if name != "draw_moe.py" else {"moe.png"} & shown)
+    if name == "draw_moe.py":
+        _, choices, capacity = script["route"]()
+        kept = {word: [c.kept for c in choices if c.token == token] for token, word in enumerate(script["TOKENS"])}
+        assert capacity == 3
+        assert kept[script["FOLLOWED"]] == [True, True]
+        assert kept[script["DROPPED"]] == [False, False]

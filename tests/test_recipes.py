@@ -141,9 +141,6 @@ def test_jitter_is_uniform_in_low_precision_too(dtype):
     assert factor.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
 
 
-# Two levels of any two routers, against the same composition of dense tensors
-
-
 def test_expert_choice_is_refused_at_both_levels():
     for level in ("gate_outer", "gate_inner"):
         with pytest.raises(ValueError, match=rf"{level} must be a router of token choice"):
@@ -180,53 +177,6 @@ def test_losses_of_top2(e):
     assert losses_of(with_second, collapsed) == pytest.approx(
         {"balance": 1.5 * e, "first_place": e, "second_place": e / 2, "total": 1.5 * e, "z": 30.0**2}, rel=1e-3
     )
-
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("over", ["group", "batch"])
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_losses_of_topk(k, over, score):
-    e = 8
-    gate = TopKGating(e, e, k=k, score=score, balance_over=over)
-    assert losses_of(gate, cyclic(e, 1e-5))["total"] == pytest.approx(1.0, rel=1e-4)
-    assert losses_of(gate, of_everyone(*[60.0] * k, *[-60.0] * (e - k)))["total"] == pytest.approx(e / k, rel=1e-4)
-    assert losses_of(gate, cyclic(e, 5.0))["total"] == pytest.approx(1.0, rel=1e-4)  # f uniform, P of one token not
-
-
-@pytest.mark.parametrize("k", [1, 2, 3])
-def test_losses_of_noisy_topk(k):
-    e = 6
-    gate = NoisyTopKGating(e, e, k=k)
-    balanced = losses_of(gate, cyclic(e, 1.0))
-    assert balanced["importance"] == pytest.approx(0.0, abs=1e-6)
-    assert balanced["load"] == pytest.approx(0.0, abs=1e-6)
-    shared = losses_of(gate, of_everyone(*[60.0] * k, *[0.0] * (e - k)))
-    assert shared["importance"] == pytest.approx(e / k - 1, rel=1e-4)
-    assert shared["load"] == pytest.approx(e / k - 1, rel=1e-4)
-    one_takes_all = losses_of(gate, of_everyone(*[90.0 - 30 * i for i in range(k)], *[-90.0] * (e - k)))
-    assert one_takes_all["importance"] == pytest.approx(e - 1, rel=1e-4)
-
-
-def test_losses_of_expert_choice():
-    gate = ExpertChoiceGating(4, 4)
-    for logits in (cyclic(4, 1e-5), of_everyone(90.0, 0.0, 0.0, 0.0)):
-        assert losses_of(gate, logits)["total"] == 0.0
-
-
-@pytest.mark.parametrize("kind", [TopKGating, Top2Gating])
-@pytest.mark.parametrize("n", [20, 400], ids=["few", "many"])
-@pytest.mark.parametrize("masked", [False, True])
-def test_z_loss_and_its_gradients(kind, n, masked):
-    """The mean of `logsumexp(logits)^2`, whatever it is read from."""
-    torch.manual_seed(0)
-    gate = kind(6, 7).double()
-    x = (3 * torch.randn(2, n, 6, dtype=torch.float64)).requires_grad_()
-    mask = torch.arange(n) < torch.tensor([[n - 3], [5]]) if masked else torch.ones(2, n, dtype=torch.bool)
-    expected = (x @ gate.w_gating).logsumexp(dim=-1).square()[mask].mean()
-    found = gate(x, mask=mask if masked else None).z_loss
-    torch.testing.assert_close(found, expected)
-    for one, other in zip(*(torch.autograd.grad(loss, (x, gate.w_gating)) for loss in (found, expected)), strict=True):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(("k", "factor", "share"), [(1, None, 1.0), (2, None, 0.5), (2, 1.0, 0.5), (2, 2.0, 0.25)])
@@ -275,14 +225,6 @@ def test_coefficient_of_the_published_layer_and_mesh_tensorflow(batch):
     torch.testing.assert_close(with_weights(TopKGating(6, 8, k=1), weights)(x).balance_loss, expected)
 
 
-def test_coefficient_of_gshard(batch):
-    """As printed in the paper, for one group of S tokens: (1 / E) Σ (c_e / S) m_e."""
-    x, weights = batch
-    counts, probs = counts_and_probs(x[0], weights, 1)
-    printed = (counts / 12 * probs.mean(dim=0)).mean()
-    torch.testing.assert_close(with_weights(Top2Gating(6, 8), weights)(x[:1]).balance_loss / 8**2, printed)
-
-
 def test_coefficient_of_megatron(batch):
     """aux_loss: Σ (sum of p) (tokens of the expert) · e / (k T²) of the micro-batch; seq_aux_loss: of each sequence."""
     x, weights = batch
@@ -297,28 +239,6 @@ def test_coefficient_of_megatron(batch):
     torch.testing.assert_close(by_sequence(x).balance_loss, (aux_loss(x[0]) + aux_loss(x[1])) / 2)
 
 
-def test_coefficient_of_megablocks(batch):
-    """e / (L T k) Σ over layers and experts of (tokens of the expert) (mean of p): the mean over layers."""
-    x, weights = batch
-    layers = [weights, weights.flip(1) * 2]
-    counted = [counts_and_probs(x, layer, 2) for layer in layers]
-    expected = sum((counts * probs.mean(dim=0)).sum() for counts, probs in counted) * 8 / (2 * 24 * 2)
-    gates = [with_weights(TopKGating(6, 8, k=2, balance_over="batch"), layer) for layer in layers]
-    torch.testing.assert_close(sum(gate(x).balance_loss for gate in gates) / 2, expected)
-
-
-def test_coefficient_of_deepseek_v3(batch):
-    """Equations 17 to 20 of its report, of one sequence: Σ f_i P_i, f scaled by N / (K T), P of normalised sigmoids."""
-    x, weights = batch
-    terms = []
-    for sequence in x:
-        scores = (sequence @ weights).sigmoid()
-        f = scores.topk(2).indices.flatten().bincount(minlength=8) * 8 / (2 * len(sequence))
-        terms.append((f * (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=0)).sum())
-    gate = with_weights(TopKGating(6, 8, k=2, score="sigmoid"), weights)
-    torch.testing.assert_close(gate(x).balance_loss, torch.stack(terms).mean())
-
-
 def test_coefficients_of_shazeer(batch):
     """w_importance and w_load times squared coefficients of variation, over the whole batch."""
     x, weights = batch
@@ -331,19 +251,6 @@ def test_coefficients_of_shazeer(batch):
 
 
 # Capacity
-
-
-@pytest.mark.parametrize("n", [16, 33, 64])
-@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25, 2.0])
-def test_capacity_factors(n, factor):
-    x = torch.randn(1, n, 4)
-    least = {"capacity_factor_train": factor, "min_expert_capacity": 1}
-    assert Top2Gating(4, 8, **least)(x).capacity == int(n * factor / 8)
-    assert TopKGating(4, 8, k=2, **least)(x).capacity == int(2 * n * factor / 8)
-    assert NoisyTopKGating(4, 8, k=3, **least)(x).capacity == int(3 * n * factor / 8)
-    assert ExpertChoiceGating(4, 8, capacity_factor=factor)(x).capacity == int(n * factor / 8)
-    half = {**least, "capacity_factor_train": factor / 2}
-    assert TopKGating(4, 8, k=2, **half)(x).capacity == Top2Gating(4, 8, **least)(x).capacity
 
 
 def test_factor_that_keeps_all_when_balanced():

@@ -703,21 +703,6 @@ def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-def test_compiled():
-    """In one graph each."""
-    torch.manual_seed(0)
-    moe, x = LAYERS["two levels"](), torch.randn(3, 6, DIM)
-    compiled = torch.compile(moe, backend="eager", fullgraph=True)
-    with record_routing(moe) as records:
-        out = compiled(x, MASK)[0]
-    assert records.lengths(records.layers[0]) == [6, 3, 4]
-    torch.compiler.reset()
-    with replay_routing(moe, records):
-        torch.testing.assert_close(compiled(x, MASK)[0], out)
-
-
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("part", ["layer", "model"])
 def test_graphs_from_before_are_refused(part):

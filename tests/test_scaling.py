@@ -1,19 +1,16 @@
 """The scaling experiment: equal active parameters, no record twice, and tables that are those of the records."""
 
 import json
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 
-from experiments import modelled_step, regime, scaling, step_times
+from experiments import regime, scaling, step_times
 from experiments.language_model.model import count_parameters
 from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
 from experiments.scaling_plan import MODELS, Run, Stage
 from experiments.sizes import SIZES
-from experiments.upcycling import upcycle
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 BASE = scaling.base_settings("0.07m")
@@ -34,58 +31,7 @@ def test_models_have_equal_active_parameters_and_the_wide_one_those_of_32_expert
     assert wide > 9 * max(active)
 
 
-# ---- upcycling ----
-
-
-@pytest.mark.parametrize("width", [140, 160])
-def test_an_upcycled_mixture_computes_what_the_dense_model_does(width: int) -> None:
-    dense = make_trainee("dense", BASE).model
-    torch.nn.init.normal_(dense.to_logits.weight)  # begins at 0
-    mixture = make_trainee("moe", replace(BASE, width=width, seed=1)).model
-    text = torch.randint(256, (2, 30))
-    assert (mixture(text)[0] - dense(text)[0]).abs().max() > 1
-    upcycle(mixture, dense)
-    torch.testing.assert_close(mixture(text)[0], dense(text)[0], atol=1e-4, rtol=1e-4)
-    for block in mixture.blocks:
-        routing = block.ffn.gate(torch.randn(1, 50, BASE.dim))
-        copies = routing.dispatch_tensor().any(-1).view(50, 16, 2)  # (b n, copies, slices)
-        assert (copies[..., 0] == copies[..., 1]).all()
-        assert (copies[..., 0].sum(-1) == 1).all()
-        assert copies[..., 0].any(0).sum() > 5
-
-
 # ---- what is reported ----
-
-
-def test_the_regime_says_from_which_length_on_a_mixture_wins(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Dense runs of 3,000 and 12,500 steps: 32 experts have their losses after 3,000 steps, and after 6,000 of theirs.
-
-    A step of theirs takes 1.5 times as long. So they lose the short race by half, and win the long one.
-    """
-    ends = {
-        ("dense", 3000): 2.1,
-        ("dense", 12_500): 1.9,
-        ("moe32", 2000): 2.2,
-        ("moe32", 3000): 2.1,
-        ("moe32", 6000): 1.9,
-    }
-    with open(tmp_path / "scaling_0.07m.jsonl", "w") as file:
-        for (model, steps), bits in ends.items():
-            run = Run(model, 0, 0.01, steps)
-            record = {"run": run, "settings": asdict(run.settings(BASE)), "held_out": [[steps, bits]]}
-            file.write(json.dumps({**record, "active_parameters": 2048 * 100}) + "\n")
-    times = {"dense": {"step": 0.1}, "moe32": {"step": 0.15}}
-    (tmp_path / "step_times_0.07m.json").write_text(json.dumps(times))
-    picture = tmp_path / "regime.png"
-    assert regime.main([f"--records={tmp_path}", f"--picture={picture}"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines() if "32 experts" in line]
-    assert [line[3:] for line in lines] == [
-        ["3,000", "30", "1.00", "one", "1.50", "1.50"],
-        ["12,500", "125", "0.48", "one", "1.50", "0.72"],
-    ]
-    assert picture.stat().st_size > 10_000
 
 
 def test_the_page_on_training_has_the_table_of_the_records() -> None:
@@ -156,14 +102,3 @@ def test_step_times_say_where_the_seconds_go() -> None:
     assert calls["moe8"]["optimizer", "_fused_adamw_"] == 3  # a group of parameters each
     text = step_times.table(results) + step_times.parts_table(results) + step_times.operators_table(results, "moe8")
     assert "8 experts, more" in text
-
-
-def test_a_model_of_a_large_layer_is_bound_by_products_and_of_a_small_one_by_launches() -> None:
-    shapes = {shape.label: shape for shape in modelled_step.SHAPES}
-    card = modelled_step.CARDS["H100"]
-    small, large = shapes["0.3 million active"], shapes["Mixtral's"]
-    assert modelled_step.milliseconds(*modelled_step.grouped(small), card) == pytest.approx(110 * 0.004)
-    flops = 6 * 3 * large.t * large.d * large.k * large.h
-    least = 1000 * flops / (0.65 * card.peak)
-    assert least < modelled_step.milliseconds(*modelled_step.dense(large), card) < 1.1 * least
-    assert "DeepSeek-V3" in modelled_step.table()

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -14,6 +15,7 @@ SIZES = dict(dim=32, depth=1, context=32, batch=2, seconds=0.4)
 SMALL = ["--device", "cpu", "--eager", *(part for name, value in SIZES.items() for part in (f"--{name}", str(value)))]
 
 
+@pytest.mark.slow
 def test_it_trains_both_models(capsys) -> None:
     train_gpu.main(SMALL)
     told = capsys.readouterr().out

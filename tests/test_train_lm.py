@@ -1,11 +1,8 @@
-"""The small language model: causal as a whole, resumable to the bit, honest about parameters and text."""
+"""The small language model: causal as a whole, and honest about parameters and text."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import torch
 from experiments import compare_seeds, train_lm
 from experiments.language_model import corpus as corpora
 from experiments.language_model import training as trainings
-from experiments.language_model.model import ByteLM, count_parameters
+from experiments.language_model.model import ByteLM
 from experiments.language_model.routers import ROUTERS
 from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
@@ -46,23 +43,6 @@ def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="module")
 def corpus(text_files: list[Path]) -> corpora.Corpus:
     return corpora.load_corpus(text_files)
-
-
-def run_in_new_process(*options: str) -> str:
-    """What `train_lm.py` printed."""
-    result = subprocess.run(command(*options), capture_output=True, text=True, env=environment(), check=False)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def command(*options: str) -> list[str]:
-    return [sys.executable, "-W", "error", "-m", "experiments.train_lm", *TINY_OPTIONS, *options]
-
-
-def environment() -> dict[str, str]:
-    """One thread, and the package that the tests import."""
-    package = str(Path(sys.modules["mixture_of_experts"].__file__ or "").parent.parent)
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": package}
 
 
 # ---- causality ----
@@ -101,16 +81,6 @@ def test_no_logit_depends_on_a_later_byte(router: str, training: bool) -> None:
 # ---- the two models ----
 
 
-def test_models_share_their_start_and_their_active_parameters() -> None:
-    dense, moe = (make_trainee(name, TINY).model for name in ("dense", "moe"))
-    assert count_parameters(dense, 2)[0] == count_parameters(dense, 2)[1] == count_parameters(moe, 2)[1]
-    others = dict(moe.named_parameters())
-    shared = [name for name, _ in dense.named_parameters() if ".ffn." not in name]
-    assert len(shared) == 3 + 4 * TINY.layers
-    for name in shared:
-        assert torch.equal(dense.get_parameter(name), others[name]), name
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path) -> None:
     training = trainings.Training(
@@ -123,84 +93,21 @@ def test_every_router_learns(router: str, corpus: corpora.Corpus, tmp_path: Path
     assert moe["total_parameters"] > 1.5 * dense["total_parameters"] - 2 * 256 * 16
 
 
-# ---- stopping and going on ----
-
-
-def checkpoint(folder: Path) -> dict:
-    return torch.load(folder / trainings.CHECKPOINT, weights_only=True)
-
-
-def assert_same_state(one: Path, other: Path) -> None:
-    """Both folders' checkpoints agree in everything but times, to the bit."""
-    first, second = checkpoint(one), checkpoint(other)
-    for name, trainee in first["trainees"].items():
-        twin = second["trainees"][name]
-        for part in ("model", "optimizer"):
-            assert_equal(trainee[part], twin[part], f"{name}.{part}")
-        for part in ("train", "held_out", "loads"):
-            assert_equal(trainee["history"][part], twin["history"][part], f"{name}.{part}")
-    for part in ("step", "data_position", "rng"):
-        assert_equal(first[part], second[part], part)
-
-
-def assert_equal(one: object, other: object, where: str) -> None:
-    """Nested dicts and lists of tensors and numbers are the same, to the bit."""
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{where}[{index}]")
-    else:
-        assert one == other, where
-
-
-@pytest.fixture(scope="module")
-def straight(text_files: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 60 steps without a stop, of a router that draws random numbers."""
-    out = tmp_path_factory.mktemp("straight")
-    run_in_new_process(*run_options(text_files, out))
-    return out
-
-
-def run_options(text_files: list[Path], out: Path) -> list[str]:
-    texts = [str(path) for path in text_files]
-    return ["--steps", "60", "--router", "gshard", "--checkpoint-every", "4", "--out", str(out), "--text", *texts]
-
-
-def test_killed_and_resumed_is_bit_equal(straight: Path, text_files: list[Path], tmp_path: Path) -> None:
-    options = run_options(text_files, tmp_path)
-    process = subprocess.Popen(
-        command(*options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 300
-    while not (tmp_path / trainings.CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 0 < checkpoint(tmp_path)["step"] < 60
-    run_in_new_process("--resume", *options)
-    assert_same_state(straight, tmp_path)
-
-
 def test_a_finished_run_reports_a_table_numbers_and_a_picture(
-    straight: Path, text_files: list[Path], capsys: pytest.CaptureFixture[str]
+    text_files: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    options = [*TINY_OPTIONS, "--steps=60", "--router=gshard", "--checkpoint-every=4", f"--out={tmp_path}"]
+    options += ["--text", *map(str, text_files)]
+    assert train_lm.main(options) == 0
     for file in ("result.json", "train_lm.png"):
-        (straight / file).unlink()
-    options = [*TINY_OPTIONS, *run_options(text_files, straight)]
+        (tmp_path / file).unlink()
     assert train_lm.main(["--resume", *options]) == 0  # trains no more, only reports again
     lines = capsys.readouterr().out.splitlines()
     start = next(index for index, line in enumerate(lines) if "held-out bits/byte" in line)
     assert [line.split()[0] for line in lines[start + 2 : start + 4]] == ["dense", "mixture"]
-    numbers = json.loads((straight / "result.json").read_text())
+    numbers = json.loads((tmp_path / "result.json").read_text())
     assert [entry["model"] for entry in numbers["results"]] == ["dense", "moe"]
-    assert (straight / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "train_lm.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- text ----
@@ -232,7 +139,7 @@ def test_evaluation_by_hand_and_without_a_trace(corpus: corpora.Corpus, tmp_path
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ---- pictures and the comparison of seeds ----
+# ---- commands ----
 
 
 def test_compare_seeds_prints_every_seed_and_repeats_no_run(

@@ -103,27 +103,10 @@ def test_wrong_kernels_are_seen(check: Checks, layout: str, activation: str, dty
     check("check_self_check", layout, activation, dtype, choices)
 
 
-def test_the_self_check_uses_every_buffer_again_and_sees_a_vector(check: Checks):
-    check("check_lengths_of_the_self_check")
-
-
-@pytest.mark.slow
-def test_pieces_of_the_first_hour(check: Checks):
-    check("check_first_hour")
-
-
-def test_heights_of_tiles(check: Checks):
-    check("check_heights")
-
-
 def test_tiles_have_the_height_of_the_least_estimated_time():
     """Small experts would leave high tiles empty."""
     heights = [schedule.find_schedule(schedule.HALF[9, 0], rows).rows for rows in (1, 16, 64, 512)]
     assert heights == [16, 32, 128, 128]
-
-
-def test_no_more_tiles_than_there_can_be(check: Checks):
-    check("check_most_tiles")
 
 
 @pytest.mark.parametrize(
@@ -147,11 +130,6 @@ def test_every_access_to_memory(check: Checks, layout: str, options: dict):
     check("check_memory", layout, "clamped" if layout == "interleaved" else "silu", **options)
 
 
-@slow
-def test_faults_of_memory_are_seen(check: Checks):
-    check("check_faults")
-
-
 @pytest.mark.parametrize(
     "routing",
     [
@@ -169,10 +147,6 @@ def test_plans(check: Checks, experts: int, routing: str):
 @pytest.mark.parametrize(("limited", "mask"), [(True, False), pytest.param(False, True, marks=slow)])
 def test_plans_of_two_levels(check: Checks, limited: bool, mask: bool):
     check("check_plan_of_two_levels", limited, mask)
-
-
-def test_plans_with_slots_of_nobody(check: Checks):
-    check("check_plan_with_slots_of_nobody")
 
 
 @pytest.mark.parametrize("sizes", [(5, 2, 70), *(pytest.param(s, marks=slow) for s in ((1, 1, 1), (257, 3, 50)))])
@@ -256,25 +230,6 @@ def test_few_tokens(check: Checks, layer: str):
     check("check_few_tokens", layer)
 
 
-@slow
-def test_operands_as_they_come(check: Checks):
-    check("check_operands_as_they_come")
-
-
-def test_no_tokens(check: Checks):
-    check("check_nothing")
-
-
-@slow
-def test_gradients_that_nobody_asks_for(check: Checks):
-    check("check_frozen")
-
-
-@slow
-def test_operators_are_what_torch_wants(check: Checks):
-    check("check_operators")
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -287,27 +242,32 @@ def test_a_layer_is_the_plain_one(check: Checks, layer: str):
 
 
 @slow
-def test_one_graph_for_all_lengths(check: Checks):
-    check("check_compiled")
-
-
-def test_what_is_refused(check: Checks):
-    check("check_refusals")
-
-
-def test_what_int32_does_not_hold(check: Checks):
-    check("check_too_large")
-
-
-def test_the_last_rows(check: Checks):
-    check("check_last_rows")
-
-
-def test_two_devices(check: Checks):
-    check("check_devices")
-
-
-@slow
 @pytest.mark.parametrize("activation", ["relu", "relu_squared"])
 def test_what_is_no_number(check: Checks, activation: str):
     check("check_nan", activation)
+
+
+CHECKS = {
+    "the self-check uses every buffer again and sees a vector": "check_lengths_of_the_self_check",
+    "heights of tiles": "check_heights",
+    "no more tiles than there can be": "check_most_tiles",
+    "plans with slots of nobody": "check_plan_with_slots_of_nobody",
+    "no tokens": "check_nothing",
+    "what is refused": "check_refusals",
+    "what int32 does not hold": "check_too_large",
+    "the last rows": "check_last_rows",
+    "two devices": "check_devices",
+}
+SLOW_CHECKS = {
+    "pieces of the first hour": "check_first_hour",
+    "faults of memory are seen": "check_faults",
+    "operands as they come": "check_operands_as_they_come",
+    "gradients that nobody asks for": "check_frozen",
+    "operators are what torch wants": "check_operators",
+    "one graph for all lengths": "check_compiled",
+}
+
+
+@pytest.mark.parametrize("name", [*CHECKS, *(pytest.param(name, marks=slow) for name in SLOW_CHECKS)])
+def test_what_has_no_parameters(check: Checks, name: str):
+    check({**CHECKS, **SLOW_CHECKS}[name])

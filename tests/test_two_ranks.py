@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,13 +11,6 @@ from support import parallel_odd_models as odd
 from support.parallel_workers import Workers
 
 from mixture_of_experts.parallel.exchange import by_expert
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
 
 
 @pytest.mark.parametrize("layer", ["top2", "top-k, dropless", "top2, list", "two levels"])

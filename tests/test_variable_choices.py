@@ -6,13 +6,11 @@ others run.
 
 from __future__ import annotations
 
-import copy
 import warnings
 
 import pytest
 import torch
 from support.paths import run
-from support.recipes import recipe
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -70,28 +68,6 @@ def inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
 # Top-p
 
 
-def test_top_p_by_hand():
-    """p = 0.6, at most three: one is sure, two need two, and for the last three are not enough."""
-    rows = [[0.7, 0.1, 0.1, 0.1], [0.1, 0.4, 0.3, 0.2], [0.5, 0.1, 0.1, 0.3], [0.25, 0.25, 0.25, 0.25]]
-    gate = TopPGating(4, 4, k=3, p=0.6)
-    gate.w_gating.data.copy_(torch.tensor(rows).log())
-    routing = gate(torch.eye(4).unsqueeze(0), losses=["entropy", "balance_group"])
-    assert routing.chosen.view(4, 3).sum(dim=-1).tolist() == [1, 2, 2, 3]
-    assert [routing.expert[0, 3 * i : 3 * i + n].tolist() for i, n in enumerate([1, 2, 2, 3])] == [
-        [0],
-        [1, 2],
-        [0, 3],
-        [0, 1, 2],
-    ]
-    torch.testing.assert_close(routing.weight.view(4, 3)[1], torch.tensor([0.4, 0.3, 0.0]))  # as they are
-    f = [3 / 4, 2 / 4, 2 / 4, 1 / 4]
-    p = [sum(row[i] for row in rows) / 4 for i in range(4)]
-    assert routing.balance_loss.item() == pytest.approx(4 * sum(a * b for a, b in zip(f, p, strict=True)))
-    torch.testing.assert_close(routing.losses["balance_group"], routing.balance_loss)
-    entropy = torch.distributions.Categorical(probs=torch.tensor(rows)).entropy().mean()
-    torch.testing.assert_close(routing.losses["entropy"], entropy)
-
-
 @pytest.mark.parametrize("masked", [False, True])
 def test_top_p_is_the_papers(masked: bool):
     """Sum of P_i e_i(x) over the shortest list of experts that reaches p; e sum f Q of each group; entropy."""
@@ -114,18 +90,6 @@ def test_top_p_is_the_papers(masked: bool):
         losses.append(E * sum(f[i] * sum(probs[b, t, i] for t in tokens) / len(tokens) for i in range(E)))
     entropy = sum(-(probs[place] * probs[place].log()).sum() for place in real) / len(real)
     compare(moe, x, mask, out, 0.3 * sum(losses) / 2 + 0.2 * entropy)
-
-
-def test_top_p_is_the_router_of_the_docs():
-    own = recipe("A router of your own")["SureGating"](DIM, E, k=3, p=0.55)
-    gate = TopPGating(DIM, E, k=3, p=0.55)
-    gate.load_state_dict(own.state_dict())
-    x, mask = torch.randn(2, 9, DIM), torch.rand(2, 9) < 0.7
-    ours, theirs = gate(x, mask=mask, losses=["entropy"]), own(x, mask=mask)
-    assert torch.equal(ours.kept, theirs.kept)
-    assert torch.equal(ours.expert[ours.kept], theirs.expert[theirs.kept])
-    torch.testing.assert_close(ours.weight, theirs.weight)
-    torch.testing.assert_close(ours.losses, theirs.losses)
 
 
 def test_normalized_weights_are_those_of_the_choices_that_are_made():
@@ -199,6 +163,7 @@ def test_what_is_counted_and_how_the_coefficient_moves():
     moe.gate.update_l1(1.5)
     assert moe.gate.l1_coef.item() == pytest.approx(0.8e-8)
     assert moe.bfloat16().gate.l1_coef.dtype == torch.float32
+    assert "mean_choices=1.5" in repr(moe.gate)
     moe.reset_parameters()
     assert moe.gate.l1_coef.item() == pytest.approx(1e-8)
 
@@ -328,14 +293,3 @@ def test_levels_capacity_and_statistics(kind: str, factor: float | None):
     assert 0 < record.choices_per_token < 2
     if factor is not None:
         assert not torch.equal(seen[0].chosen, seen[0].kept)
-
-
-def test_copies_and_state():
-    gate = ReLUGating(DIM, E, k=3, mean_choices=1)
-    gate.l1_coef.fill_(0.5)
-    again = copy.deepcopy(gate)
-    fresh = ReLUGating(DIM, E, k=3, mean_choices=1)
-    fresh.load_state_dict(gate.state_dict())
-    assert again.l1_coef == fresh.l1_coef == 0.5
-    shown = "score=relu, normalize=False, balance_over='batch', mean_choices=1"
-    assert repr(gate) == f"ReLUGating(6, 5, k=3, dropless, {shown})"

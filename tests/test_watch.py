@@ -215,16 +215,11 @@ class Count:
         self.seen.append(1)
 
 
-class Same(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight
-
-
 @pytest.mark.parametrize("name", CONTEXTS)
 def test_copies_of_a_parametrized_gate_carry_nothing(name):
     """Its class has a way of its own to be copied."""
     model, x = Model(), torch.randn(1, 3, DIM)
-    parametrize.register_parametrization(model.first.gate, "w_gating", Same())
+    parametrize.register_parametrization(model.first.gate, "w_gating", nn.Identity())
     bare = hooks_of(copy.deepcopy(model))
     with CONTEXTS[name](model):
         expected = model(x)

@@ -10,7 +10,6 @@ from mixture_of_experts import (
     ExpertChoiceGating,
     Experts,
     GatedExperts,
-    HeirarchicalMoE,
     MoE,
     Top2Gating,
     TopKGating,
@@ -94,18 +93,6 @@ def test_way_without_a_backward(way, experts):
         expected = layer(x)[0]
     with ops.use(way), torch.no_grad():
         torch.testing.assert_close(layer(x)[0], expected)
-
-
-@pytest.mark.parametrize("experts", EXPERTS)
-@pytest.mark.parametrize("factor", [None, 1.0])
-@pytest.mark.parametrize("way", WAYS)
-def test_way_of_two_levels(way, factor, experts):
-    torch.manual_seed(0)
-    settings = {"capacity_factor_train": factor, "second_policy_train": "all", "priority": "token"}
-    layer = perturbed(HeirarchicalMoE(DIM, (2, 3), experts=EXPERTS[experts](num_experts=(2, 3)), **settings))
-    x = torch.randn(2, 17, DIM, dtype=torch.float64, requires_grad=True)
-    for mask in (None, torch.rand(2, 17) < 0.7):
-        torch.testing.assert_close(results(layer, way, x, mask), results(layer, "plain", x, mask))
 
 
 @pytest.mark.parametrize("way", WAYS)

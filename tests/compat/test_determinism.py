@@ -52,6 +52,7 @@ def test_two_runs_of_routers(router):
     check(lambda: layer_with_router(router), *Path("MoE", "Experts", "capacity", "masked").inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer_name", ["MoE", "HeirarchicalMoE"])
 def test_threads(layer_name):
     """Large enough that the work is shared by two threads."""

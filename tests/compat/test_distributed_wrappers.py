@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,13 +18,6 @@ from mixture_of_experts.parallel import shard_routers
 pytestmark = pytest.mark.slow
 paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    started = Workers()
-    yield started
-    started.stop()
 
 
 @pytest.fixture(autouse=True)

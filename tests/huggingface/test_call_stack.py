@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 import warnings
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.mixed_calls import in_threads
 from support.transformers_models import ARCHITECTURES, without_dropout
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,19 +22,6 @@ from .test_losses import batch_of, gradients
 from .test_padding import build
 
 THREADS, FORWARDS = 3, 10
-
-
-def in_threads(work: Callable[[int], None], threads: int = THREADS) -> None:
-    """All at once; what one of them raises is raised."""
-    start = threading.Barrier(threads)
-
-    def begin(number: int) -> None:
-        start.wait()
-        work(number)
-
-    with ThreadPoolExecutor(threads) as pool:
-        for future in [pool.submit(begin, number) for number in range(threads)]:
-            future.result()
 
 
 def batches(number: int = THREADS) -> list[dict[str, Tensor]]:
@@ -72,7 +57,7 @@ def test_each_thread_collects_its_own():
                 model(**given[number])
                 torch.testing.assert_close(aux.take(), expected[number], atol=1e-6, rtol=1e-5)
 
-    in_threads(work)
+    in_threads(work, THREADS)
 
 
 @pytest.mark.slow
@@ -91,7 +76,7 @@ def test_statistics_count_every_thread_once(theirs):
             model(**given[number]).loss.backward()
 
     with track_routing(model) as found:
-        in_threads(work)
+        in_threads(work, THREADS)
     for layer in found.layers:
         assert [record.forwards for record in found.records(layer)] == [1] * 5 * THREADS
         seen = sorted(tuple(record.load.tolist()) for record in found.records(layer))

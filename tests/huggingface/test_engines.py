@@ -17,16 +17,12 @@ from mixture_of_experts.huggingface.distributed.style import STYLE, SpreadsExper
 
 
 @pytest.mark.slow
-def test_models_are_those_of_one_process(tmp_path: Path):
+def test_models_are_those_of_one_process(workers: Workers, tmp_path: Path):
     """One start of two processes for all: torch keeps meshes of process groups that ended."""
     engines.save_models(tmp_path, [engines.FIRST, *engines.OTHERS, *engines.STOCK, *engines.RANDOM])
     engines.build(engines.Cell(), num_experts=3).save_pretrained(tmp_path / "three")
     engines_trainers.build().save_pretrained(tmp_path / "trainers")
-    workers = Workers()
-    try:
-        workers.run(engines_trainers.check_all, 2, tmp_path)
-    finally:
-        workers.stop()
+    workers.run(engines_trainers.check_all, 2, tmp_path)
 
 
 def test_plans_know_of_layers_with_experts():

@@ -5,7 +5,6 @@ Their weights are trained: channels are large, texts are sensible, and configura
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -14,25 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors import safe_open
 from support.pretrained import MINILM, SMOLLM2, folder_of
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    DataCollatorForLanguageModeling,
     MixtralForCausalLM,
-    Trainer,
-    TrainingArguments,
 )
 
-from mixture_of_experts.huggingface import aux_loss, export, fast_lora, upcycle
-from mixture_of_experts.huggingface.feed_forward import feed_forwards
-from mixture_of_experts.replay import record_routing, replay_routing
-from mixture_of_experts.stats import track_routing
-from mixture_of_experts.unstack import unstack
+from mixture_of_experts.huggingface import export, upcycle
 
 pytestmark = [
     pytest.mark.slow,
@@ -98,15 +88,6 @@ def moe(upcycled) -> Any:
     return AutoModelForCausalLM.from_pretrained(upcycled, dtype=torch.float32).eval()
 
 
-@pytest.fixture
-def trainable() -> Any:
-    """SmolLM2 with experts in its last layer, which alone trains."""
-    model = smollm2()
-    upcycle(model.requires_grad_(False), num_experts=4, layers=[29])
-    model.model.layers[29].requires_grad_()
-    return model
-
-
 def batch_of(tokenizer: Any, side: str = "left") -> Any:
     tokenizer.padding_side = side
     return tokenizer(TEXTS, return_tensors="pt", padding=True)
@@ -149,94 +130,6 @@ def test_equal_text(dense, moe, tokenizer, cache):
     assert moe.generate(**batch, **settings, num_beams=2).equal(dense.generate(**batch, **settings, num_beams=2))
 
 
-def test_gradients_are_those_of_the_dense_model(tokenizer):
-    """Of the weights below the experts, through padding on the left."""
-    batch, grads = batch_of(tokenizer), []
-    model = smollm2().train()
-    for _ in range(2):
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        loss = model(**batch, labels=labels).loss - (aux_loss(model) if grads else 0)
-        grads.append(torch.autograd.grad(loss, model.model.layers[20].self_attn.q_proj.weight)[0])
-        if len(grads) == 1:
-            upcycle(model, num_experts=4, layers=range(20, 30))
-    close(grads[1], grads[0])
-
-
-def rows(tokenizer: Any) -> list[dict[str, Any]]:
-    return [{"input_ids": tokenizer(text)["input_ids"]} for text in TEXTS * 4]
-
-
-def trainer(model: nn.Module, tokenizer: Any, folder: Path, **settings: Any) -> Trainer:
-    settings = (
-        dict(output_dir=str(folder), use_cpu=True, report_to=[], disable_tqdm=True, learning_rate=1e-3) | settings
-    )
-    settings |= dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=2, logging_steps=1)
-    arguments = TrainingArguments(**settings)
-    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
-    return Trainer(model, arguments, train_dataset=rows(tokenizer), data_collator=collate)
-
-
-def test_the_trainer_resumes_exactly(trainable, tokenizer, tmp_path):
-    other = copy.deepcopy(trainable)
-    trainer(trainable, tokenizer, tmp_path, max_steps=3).train()
-    trainer(other, tokenizer, tmp_path, max_steps=3).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    mine, its = (feed_forwards(model)[0].moe.state_dict() for model in (trainable, other))
-    assert all(its[name].equal(value) for name, value in mine.items())
-
-
-def test_the_trainer_in_bfloat16_learns(trainable, tokenizer, tmp_path):
-    made = trainer(trainable, tokenizer, tmp_path, max_steps=6, bf16=True, activation_checkpointing=True)
-    made.train()
-    losses = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-    assert losses[-1] < losses[0] - 0.2
-
-
-def test_trl(trainable, tokenizer, tmp_path):
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
-
-    chats = [
-        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]} for text in TEXTS
-    ]
-    settings = SFTConfig(str(tmp_path), max_steps=2, use_cpu=True, bf16=False, report_to=[], disable_tqdm=True)
-    before = feed_forwards(trainable)[0].moe.gate.w_gating.clone()
-    SFTTrainer(trainable, args=settings, train_dataset=Dataset.from_list(chats * 8), processing_class=tokenizer).train()
-    assert not feed_forwards(trainable)[0].moe.gate.w_gating.equal(before)
-
-
-def test_peft(tokenizer):
-    model = smollm2()
-    upcycle(model, num_experts=4, layers=[28, 29])
-    batch = batch_of(tokenizer)
-    wanted = model.eval()(**batch).logits.detach()
-    experts = ["experts.w1", "experts.w3", "experts.w2"]
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], target_parameters=experts))
-    close(adapted(**batch).logits.detach(), wanted)
-    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        losses.append(adapted.train()(**batch, labels=batch["input_ids"]).loss)
-        losses[-1].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
-    losses, grads = [], []
-    for _ in range(2):
-        losses.append(adapted(**batch, labels=batch["input_ids"]).loss)
-        losses[-1].backward()
-        grads.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.grad is not None})
-        optimizer.zero_grad()
-        fast_lora(adapted)  # the second computes inside the layer
-    close(losses[1].detach(), losses[0].detach())
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], grad, rtol=1e-3, atol=1e-3 * grad.abs().max().item(), msg=name)
-    with torch.no_grad():
-        wanted = adapted.eval()(**batch).logits
-        close(adapted.merge_and_unload()(**batch).logits, wanted)
-
-
 FRESH = """
 import sys, torch, transformers, mixture_of_experts.huggingface
 folder = sys.argv[1]
@@ -254,16 +147,6 @@ def test_a_fresh_process_loads_it_by_auto_classes_and_pipeline(upcycled):
     assert printed[1].startswith("The capital of France is Paris")
 
 
-def test_saved_again_it_is_the_same(moe, upcycled, tmp_path):
-    moe.save_pretrained(tmp_path, max_shard_size="400MB")
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
-    before = json.loads((upcycled / "model.safetensors.index.json").read_text())["weight_map"]
-    assert index.keys() == before.keys()
-    for name in list(index)[::20]:
-        with safe_open(tmp_path / index[name], "pt") as its, safe_open(upcycled / before[name], "pt") as mine:
-            assert its.get_tensor(name).equal(mine.get_tensor(name))
-
-
 @torch.no_grad()
 def test_exported(moe, tokenizer, upcycled, tmp_path):
     """The stock class has equal logits, at padding too, and equal text; so has what the command writes."""
@@ -276,57 +159,6 @@ def test_exported(moe, tokenizer, upcycled, tmp_path):
     subprocess.run([sys.executable, "-m", "mixture_of_experts.huggingface", *words], check=True)
     stock = MixtralForCausalLM.from_pretrained(tmp_path / "mixtral", dtype=torch.float32).eval()
     close(stock(**batch).logits, moe(**batch).logits)
-
-
-@torch.no_grad()
-def test_statistics_and_report(moe, tokenizer, tmp_path):
-    batch = batch_of(tokenizer)
-    with track_routing(moe) as stats:
-        moe(**batch)
-    assert {record.tokens for record in stats.latest()} == {int(batch["attention_mask"].sum())}
-    assert len(stats.latest()) == 30
-    stats.report(tmp_path / "routing.html")
-    assert "model.layers.29.mlp" in (tmp_path / "routing.html").read_text()
-
-
-@torch.no_grad()
-def test_a_replay_from_bfloat16(tokenizer):
-    """Choices that bfloat16 made bring float32 nearer to it."""
-    batch = batch_of(tokenizer)
-    real, wanted = batch["attention_mask"].bool(), smollm2()
-    upcycle(wanted, num_experts=4)
-    for module in feed_forwards(wanted):  # of copies it would not matter which are chosen
-        module.moe.experts.w2 *= torch.linspace(0.2, 1.8, 4).view(-1, 1, 1)
-    small = copy.deepcopy(wanted).bfloat16()
-    with record_routing(small) as records:
-        made = small(**batch).logits.float().log_softmax(-1)[real]
-    with replay_routing(wanted, records):
-        replayed = wanted(**batch).logits.log_softmax(-1)[real]
-    alone = wanted(**batch).logits.log_softmax(-1)[real]
-    assert (replayed - made).abs().mean() < 0.6 * (alone - made).abs().mean()
-
-
-@torch.no_grad()
-def test_unstacked(tokenizer):
-    model = smollm2()
-    batch = batch_of(tokenizer)
-    upcycle(model, num_experts=4, layers=range(5))
-    wanted = model(**batch).logits
-    unstack(model)
-    assert sum(isinstance(module, nn.Linear) for module in feed_forwards(model)[0].modules()) == 12
-    close(model(**batch).logits, wanted)
-
-
-@torch.no_grad()
-# torch makes an object of every autograd function that it traces, and warns of that itself
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiled(tokenizer):
-    """In one graph, with padding."""
-    model = smollm2()
-    batch = batch_of(tokenizer)
-    upcycle(model, num_experts=4, layers=[0, 29])
-    wanted = model(**batch, use_cache=False).logits
-    close(torch.compile(model, fullgraph=True, backend="aot_eager")(**batch, use_cache=False).logits, wanted)
 
 
 @torch.no_grad()

@@ -233,12 +233,6 @@ def test_others_are_compiled_while_it_measures():
     assert ran == [*2 * ["MainThread"], "another"]
 
 
-@pytest.mark.parametrize("by", ["reap", "frequency", "random"])
-def test_rules_are_compared_in_a_loop(by):
-    moe = layer(TopKGating(D, E))
-    assert len(prune(moe, 4, by, calibration=torch.randn(2, 9, D, dtype=torch.float64))["gate"]) == 4
-
-
 def test_unstacked_experts_are_stacked_again_after():
     moe, x = unstack(layer(TopKGating(D, E))), torch.randn(2, 9, D, dtype=torch.float64)
     prune(moe, by={"gate": [0, 3, 5]})

@@ -5,11 +5,10 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from support.transformers_models import ARCHITECTURES, DIM, ONE_PLACE, two_lengths, without_dropout
+from support.transformers_models import ARCHITECTURES, ONE_PLACE, two_lengths, without_dropout
 from torch import Tensor, nn
 
 from mixture_of_experts.huggingface import (
-    aux_loss,
     export,
     from_transformers,
     prune,
@@ -89,9 +88,6 @@ def test_compile_with_checkpointing():
     torch.compiler.reset()
 
 
-# DDP
-
-
 # PEFT
 
 
@@ -146,40 +142,3 @@ def test_peft_brings_mask_and_loss():
     alone, padded = two_lengths("right")
     logits = wrapped.eval()(**padded).logits[1, : alone[1].shape[1]]
     torch.testing.assert_close(logits, wrapped(alone[1]).logits[0], atol=2e-5, rtol=0)
-
-
-EXPERTS = ["experts.w1", "experts.w2", "experts.w3"]
-
-
-@pytest.mark.parametrize("square", [False, True])
-def test_lora_on_attention_and_experts(square):
-    """Trained and merged it is what it was unmerged. LoRA's matrices have the experts' orientation, also where a square
-    weight would hide a mistake."""
-    model = without_dropout(ARCHITECTURES["llama"].build(**({"intermediate_size": DIM} if square else {}))).train()
-    upcycle(model, num_experts=4)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], target_parameters=EXPERTS)
-    wrapped = peft.get_peft_model(model, config)
-    batch = labelled()
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=0.05)
-    before = wrapped(**batch).loss.item()
-    for _ in range(5):
-        optimizer.zero_grad()
-        wrapped(**batch).loss.backward()
-        optimizer.step()
-    trained = [name for name, p in wrapped.named_parameters() if p.grad is not None]
-    assert any("experts" in name for name in trained)
-    assert any("q_proj" in name for name in trained)
-    assert all("lora_" in name for name in trained)
-    assert wrapped(**batch).loss.item() < before - 0.1
-    for name, module in wrapped.named_modules():
-        if type(module).__name__ == "ParamWrapper":
-            e, rows, columns = module.get_param().shape  # in, out
-            assert module.lora_A["default"].weight.shape == (2 * e, rows), name
-            assert module.lora_B["default"].weight.shape == (columns, 2 * e), name
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    unmerged = wrapped.eval()(**inputs).logits
-    merged = wrapped.merge_and_unload()
-    assert not any("lora" in name for name, _ in merged.named_parameters())
-    torch.testing.assert_close(merged(**inputs).logits, unmerged, atol=1e-5, rtol=1e-5)
-    assert merged.train()(**batch).loss > 0
-    assert aux_loss(merged) > 0

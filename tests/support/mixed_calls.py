@@ -34,6 +34,19 @@ def turns_at_every_chance() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def in_threads(work: Callable[[int], None], threads: int) -> None:
+    """All at once; what one of them raises is raised."""
+    start = threading.Barrier(threads)
+
+    def begin(number: int) -> None:
+        start.wait(60)
+        work(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(begin, number) for number in range(threads)]:
+            future.result()
+
+
 def counts(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.named_buffers() if name.endswith("expert_counts")}
 

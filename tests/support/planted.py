@@ -61,6 +61,10 @@ class Mixture(nn.Module):
     Gate: type[Router] = Router
     Experts: type[Bank] = Bank
     counts: Tensor
+    breaks: tuple[str, ...]
+
+    def __init_subclass__(cls, breaks: tuple[str, ...]) -> None:
+        cls.breaks = breaks
 
     def __init__(self, dim: int = 8, num_experts: int = 4, hidden_dim: int = 8) -> None:
         super().__init__()
@@ -113,10 +117,8 @@ class Mixture(nn.Module):
 # ---- faults ----
 
 
-class CountsPadding(Mixture):
+class CountsPadding(Mixture, breaks=("padding",)):
     """Megatron #6114."""
-
-    breaks = ("padding",)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if mask is not None and self.training:
@@ -124,26 +126,20 @@ class CountsPadding(Mixture):
         return super().forward(inputs, mask)
 
 
-class LossOfPadding(Mixture):
-    breaks = ("padding",)
-
+class LossOfPadding(Mixture, breaks=("padding",)):
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
         return super().loss(chosen, probs, torch.ones_like(real))
 
 
-class LossOfSum(Mixture):
+class LossOfSum(Mixture, breaks=("loss_mean",)):
     """Megatron #5798: it depends on how large the batch is."""
-
-    breaks = ("loss_mean",)
 
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
         return super().loss(chosen, probs, real) * real.sum()
 
 
-class CountsInEval(Mixture):
+class CountsInEval(Mixture, breaks=("counts_eval", "raised")):
     """torchtitan #4148."""
-
-    breaks = ("counts_eval", "raised")
 
     def count(self, chosen: Tensor, out: Tensor | None) -> None:
         super().count(chosen, out)
@@ -151,10 +147,8 @@ class CountsInEval(Mixture):
             self.counts += chosen.sum(dim=0)
 
 
-class CountsInForward(Mixture):
+class CountsInForward(Mixture, breaks=("counts_checkpointing", "raised")):
     """A recomputation counts again, and so does a forward that fails later."""
-
-    breaks = ("counts_checkpointing", "raised")
 
     def count(self, chosen: Tensor, out: Tensor | None) -> None:
         if self.training and out is None:
@@ -173,30 +167,24 @@ class Attach(torch.autograd.Function):
         return grad, torch.ones(())
 
 
-class LossBesideTheScale(Mixture):
+class LossBesideTheScale(Mixture, breaks=("loss_scale",)):
     """A loss that reaches the gradient through the output, unscaled."""
-
-    breaks = ("loss_scale",)
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out, loss = super().forward(inputs, mask)
         return Attach.apply(out, loss), loss.detach()  # pyright: ignore[reportReturnType]
 
 
-class TwiceTheGradient(Mixture):
+class TwiceTheGradient(Mixture, breaks=("gradients",)):
     """Megatron #5956: gradients of experts that are multiplied by the size of a group."""
-
-    breaks = ("gradients",)
 
     class Experts(Bank):
         def combine(self, y: Tensor, weights: Tensor) -> Tensor:
             return super().combine(2 * y - y.detach(), weights)
 
 
-class KeepsLosses(Mixture):
+class KeepsLosses(Mixture, breaks=("loss_accumulation", "bits", "threads", "deepcopy", "save_load", "inference_mode")):
     """A list of losses that somebody is to empty."""
-
-    breaks = ("loss_accumulation", "bits", "threads", "deepcopy", "save_load", "inference_mode")
 
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
@@ -207,13 +195,15 @@ class KeepsLosses(Mixture):
         return torch.stack(self.losses).sum()
 
 
-class OwnRandomNumbers(Mixture):
+SEEN_BY_A_COUNTER = (
+    *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "bits", "raised"),
+    *("threads", "deepcopy", "output_eval"),
+)
+
+
+class OwnRandomNumbers(Mixture, breaks=SEEN_BY_A_COUNTER):
     """Noise by a counter of its own: a recomputation gets other noise."""
 
-    breaks = (
-        *("loss_accumulation", "loss_checkpointing", "counts_checkpointing", "recomputation", "bits", "raised"),
-        *("threads", "deepcopy", "output_eval"),
-    )
     calls = 0
 
     def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
@@ -225,39 +215,31 @@ class OwnRandomNumbers(Mixture):
         return x * (1 + noise.to(x))
 
 
-class RoundedRouter(Mixture):
+class RoundedRouter(Mixture, breaks=("router_bfloat16",)):
     """Logits in the module's dtype."""
-
-    breaks = ("router_bfloat16",)
 
     class Gate(Router):
         def logits(self, x: Tensor) -> Tensor:
             return F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32))
 
 
-class RouterUnderAutocast(Mixture):
+class RouterUnderAutocast(Mixture, breaks=("router_autocast",)):
     """Autocast rounds the router's product."""
-
-    breaks = ("router_autocast",)
 
     class Gate(Router):
         guards = False
 
 
-class SharedCapacity(Mixture):
+class SharedCapacity(Mixture, breaks=("order", "batch", "causal", "decoding")):
     """All sequences of a batch queue for the same slots."""
-
-    breaks = ("order", "batch", "causal", "decoding")
 
     def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
         capacity = (5 * K * real.sum() + 4 * chosen.shape[-1] - 1) // (4 * chosen.shape[-1])
         return chosen * (chosen.cumsum(dim=0) <= capacity)
 
 
-class FewSlots(Mixture):
+class FewSlots(Mixture, breaks=("decoding", "even_load")):
     """A capacity for one choice of each token, where it makes two."""
-
-    breaks = ("decoding", "even_load")
 
     def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
         by_sequence = chosen.view(*real.shape, chosen.shape[-1])
@@ -265,10 +247,8 @@ class FewSlots(Mixture):
         return (by_sequence * (by_sequence.cumsum(dim=1) <= capacity)).view_as(chosen)
 
 
-class SeesTheFuture(Mixture):
+class SeesTheFuture(Mixture, breaks=("causal", "decoding", "even_load")):
     """Weights relative to the largest of the sequence."""
-
-    breaks = ("causal", "decoding", "even_load")
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
         if not weights.numel():
@@ -277,35 +257,27 @@ class SeesTheFuture(Mixture):
         return (by_sequence / by_sequence.amax(dim=(1, 2), keepdim=True).clamp(min=1e-9)).view_as(weights)
 
 
-class NaNTimesZero(Mixture):
-    breaks = ("nan_padding",)
-
+class NaNTimesZero(Mixture, breaks=("nan_padding",)):
     def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
         return inputs * real.unsqueeze(-1)
 
 
-class FailsOnNothing(Mixture):
-    breaks = ("no_tokens",)
-
+class FailsOnNothing(Mixture, breaks=("no_tokens",)):
     def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
         assert chosen.max() <= 1
         return chosen
 
 
-class FailsOnOneToken(Mixture):
+class FailsOnOneToken(Mixture, breaks=("decoding", "every_choice", "one_token", "output_eval")):
     """A squeeze that takes away one axis too many."""
-
-    breaks = ("decoding", "every_choice", "one_token", "output_eval")
 
     class Experts(Bank):
         def combine(self, y: Tensor, weights: Tensor) -> Tensor:
             return torch.einsum("ted,te->td", y.squeeze().to(weights), weights)
 
 
-class FailsOnOneExpert(Mixture):
+class FailsOnOneExpert(Mixture, breaks=("no_tokens", "one_token", "one_expert", "magnitude")):
     """Logits that all are the same have no deviation."""
-
-    breaks = ("no_tokens", "one_token", "one_expert", "magnitude")
 
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
         together = probs.flatten()[::7]
@@ -313,20 +285,16 @@ class FailsOnOneExpert(Mixture):
         return super().loss(chosen, probs, real) + 0 * together.sum() * spread.sqrt()
 
 
-class KeepsOutput(Mixture):
+class KeepsOutput(Mixture, breaks=("deepcopy",)):
     """What it computed last stays on it, and cannot be copied."""
-
-    breaks = ("deepcopy",)
 
     def finish(self, out: Tensor) -> Tensor:
         self.last = out
         return out
 
 
-class TableLeftOut(Mixture):
+class TableLeftOut(Mixture, breaks=("meta",)):
     """A table that is not saved."""
-
-    breaks = ("meta",)
 
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
@@ -336,10 +304,9 @@ class TableLeftOut(Mixture):
         return weights * self.table
 
 
-class NumberLeftOut(Mixture):
+class NumberLeftOut(Mixture, breaks=("save_load",)):
     """A number that training changes, and that is no buffer."""
 
-    breaks = ("save_load",)
     steps = 0
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
@@ -350,10 +317,8 @@ class NumberLeftOut(Mixture):
         return out
 
 
-class SharesAShelf(Mixture):
+class SharesAShelf(Mixture, breaks=("threads",)):
     """What one method leaves on the module another takes from it."""
-
-    breaks = ("threads",)
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
         self.shelf = weights.sum(dim=-1, keepdim=True).detach()
@@ -364,20 +329,16 @@ class SharesAShelf(Mixture):
         return out * shelf.view(*out.shape[:-1], 1).to(out.dtype) if shelf.numel() == out[..., 0].numel() else out
 
 
-class AnyOrder(Mixture):
+class AnyOrder(Mixture, breaks=("bits",)):
     """The last bits change from run to run, as sums by atomic additions do."""
-
-    breaks = ("bits",)
 
     class Experts(Bank):
         def combine(self, y: Tensor, weights: Tensor) -> Tensor:
             return super().combine(y, weights) * (1 + 1e-6 * random.random())
 
 
-class EightBits(Mixture):
+class EightBits(Mixture, breaks=("bfloat16",)):
     """Where tokens are bfloat16, experts' outputs have three bits of mantissa."""
-
-    breaks = ("bfloat16",)
 
     class Experts(Bank):
         def combine(self, y: Tensor, weights: Tensor) -> Tensor:
@@ -386,38 +347,31 @@ class EightBits(Mixture):
             return super().combine(y, weights)
 
 
-class LossOfChoices(Mixture):
+class LossOfChoices(Mixture, breaks=("loss_accumulation",)):
     """The squares of the load: no gradient reaches the router."""
-
-    breaks = ("loss_accumulation",)
 
     def loss(self, chosen: Tensor, probs: Tensor, real: Tensor) -> Tensor:
         return (chosen.sum(dim=0) / real.sum().clamp(min=1)).square().sum()
 
 
-class LastExpert(Mixture):
+class LastExpert(Mixture, breaks=("every_choice",)):
     """`out[t] = expert(x)` in a loop over experts, where `+=` was meant."""
-
-    breaks = ("every_choice",)
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
         later = (weights > 0).flip(-1).cumsum(dim=-1).flip(-1)
         return weights * (later == 1)
 
 
-class LastChoice(Mixture):
+class LastChoice(Mixture, breaks=("every_choice",)):
     """The same in a loop over choices."""
-
-    breaks = ("every_choice",)
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
         return weights * (weights < weights.amax(dim=-1, keepdim=True))
 
 
-class EveryFourthCall(Mixture):
+class EveryFourthCall(Mixture, breaks=("bits",)):
     """The output depends on how often the layer ran."""
 
-    breaks = ("bits",)
     calls = 0
 
     def finish(self, out: Tensor) -> Tensor:
@@ -425,10 +379,9 @@ class EveryFourthCall(Mixture):
         return out * 2 if self.calls % 4 == 0 else out
 
 
-class SizesOfTheFirstCall(Mixture):
+class SizesOfTheFirstCall(Mixture, breaks=("bits",)):
     """A capacity that was right for the first batch."""
 
-    breaks = ("bits",)
     capacity = 0
 
     def keep(self, chosen: Tensor, real: Tensor) -> Tensor:
@@ -436,28 +389,22 @@ class SizesOfTheFirstCall(Mixture):
         return chosen * (chosen.cumsum(dim=0) <= self.capacity)
 
 
-class SeedsTheGenerator(Mixture):
-    breaks = ("seeds",)
-
+class SeedsTheGenerator(Mixture, breaks=("seeds",)):
     def finish(self, out: Tensor) -> Tensor:
         torch.manual_seed(0)
         return out
 
 
-class MeanOfNoTokens(Mixture):
+class MeanOfNoTokens(Mixture, breaks=("padding", "nan_padding", "no_tokens")):
     """The mean of a wholly masked sequence is NaN."""
-
-    breaks = ("padding", "nan_padding", "no_tokens")
 
     def forward(self, inputs: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         out, loss = super().forward(inputs, mask)
         return out, loss if mask is None else loss * (mask.sum(dim=1) / mask.sum(dim=1)).mean()
 
 
-class OverflowingLogits(Mixture):
+class OverflowingLogits(Mixture, breaks=("magnitude",)):
     """A softmax that does not subtract the largest logit."""
-
-    breaks = ("magnitude",)
 
     class Gate(Router):
         def logits(self, x: Tensor) -> Tensor:
@@ -465,10 +412,8 @@ class OverflowingLogits(Mixture):
             return logits - logits.exp().sum(dim=-1, keepdim=True).log()
 
 
-class CosineRouter(Mixture):
+class CosineRouter(Mixture, breaks=("padding", "nan_padding", "no_tokens", "magnitude")):
     """Tokens of zeros have no direction."""
-
-    breaks = ("padding", "nan_padding", "no_tokens", "magnitude")
 
     class Gate(Router):
         def logits(self, x: Tensor) -> Tensor:
@@ -476,17 +421,13 @@ class CosineRouter(Mixture):
             return super().logits(x / x.norm(dim=-1, keepdim=True))
 
 
-class InferenceModeDiffers(Mixture):
-    breaks = ("inference_mode",)
-
+class InferenceModeDiffers(Mixture, breaks=("inference_mode",)):
     def finish(self, out: Tensor) -> Tensor:
         return out * 2 if torch.is_inference_mode_enabled() else out
 
 
-class KeepsInferenceTensor(Mixture):
+class KeepsInferenceTensor(Mixture, breaks=("inference_mode",)):
     """A table that is made once: what inference mode made, gradients may not save."""
-
-    breaks = ("inference_mode",)
 
     def finish(self, out: Tensor) -> Tensor:
         if not hasattr(self, "ones"):
@@ -494,17 +435,13 @@ class KeepsInferenceTensor(Mixture):
         return out * self.ones.to(out)
 
 
-class ScaledInEval(Mixture):
-    breaks = ("output_eval",)
-
+class ScaledInEval(Mixture, breaks=("output_eval",)):
     def finish(self, out: Tensor) -> Tensor:
         return out if self.training else out / 2
 
 
-class MovesWhileChoosing(Mixture):
+class MovesWhileChoosing(Mixture, breaks=("counts_checkpointing", "bits")):
     """A bias that a forward moves: too little for these tokens to choose otherwise, until there are more of them."""
-
-    breaks = ("counts_checkpointing", "bits")
 
     class Gate(Router):
         def __init__(self, dim: int, num_experts: int) -> None:
@@ -519,10 +456,8 @@ class MovesWhileChoosing(Mixture):
             return logits + self.bias
 
 
-class MovesInEval(Mixture):
+class MovesInEval(Mixture, breaks=("counts_eval",)):
     """A mean of the tokens that goes on in eval."""
-
-    breaks = ("counts_eval",)
 
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
@@ -534,10 +469,8 @@ class MovesInEval(Mixture):
         return out
 
 
-class OverwritesGradients(Mixture):
+class OverwritesGradients(Mixture, breaks=("loss_accumulation",)):
     """A backward that sets a gradient where it should add one."""
-
-    breaks = ("loss_accumulation",)
 
     def finish(self, out: Tensor) -> Tensor:
         if out.requires_grad:
@@ -545,10 +478,8 @@ class OverwritesGradients(Mixture):
         return out
 
 
-class OldCopy(Mixture):
+class OldCopy(Mixture, breaks=("save_load",)):
     """What was packed without gradients stays when other weights are loaded."""
-
-    breaks = ("save_load",)
 
     class Experts(Bank):
         packed: Any = None
@@ -560,29 +491,23 @@ class OldCopy(Mixture):
             return super().combine(y, weights) * self.packed / self.w2.norm()
 
 
-class FirstThousandTokens(Mixture):
+class FirstThousandTokens(Mixture, breaks=("order",)):
     """A kernel for as many tokens as fit."""
-
-    breaks = ("order",)
 
     def weigh(self, weights: Tensor, shape: torch.Size) -> Tensor:
         return weights * (torch.arange(len(weights)) < 1024).unsqueeze(-1)
 
 
-class IgnoresStrides(Mixture):
+class IgnoresStrides(Mixture, breaks=("decoding", "strides")):
     """A kernel that takes memory as it lies."""
-
-    breaks = ("decoding", "strides")
 
     def clean(self, inputs: Tensor, real: Tensor) -> Tensor:
         flat = inputs.as_strided(inputs.shape, torch.empty(inputs.shape, device="meta").stride())
         return super().clean(flat, real)
 
 
-class WideOutput(Mixture):
+class WideOutput(Mixture, breaks=("bfloat16",)):
     """Weights in float32 make outputs in float32."""
-
-    breaks = ("bfloat16",)
 
     def finish(self, out: Tensor) -> Tensor:
         return out.to(torch.promote_types(out.dtype, torch.float32))
