@@ -122,10 +122,7 @@ class PrunableLayer:
                 f"each group, of which those open to a token hold at least {self.least}"
             )
         if number == self.groups > 1 and getattr(self.gate, "group_score", None) == "two_best":
-            raise ValueError(
-                f"{of}: each of its num_groups={self.groups} groups is scored by its two best experts, so it keeps two "
-                "at least"
-            )
+            raise ValueError(f"{of}: a group is scored by its two best experts, so it keeps two at least")
 
     def best(self, scores: Tensor, number: int) -> list[int]:
         """The experts of the largest scores `(e,)`, equally many of each expert group; of equals the first."""

@@ -5,7 +5,8 @@ Axes: d model dim, h hidden dim, e experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -82,9 +83,8 @@ class Dense:
         return self.w1.shape[1]
 
     def compute(self, x: Tensor) -> Tensor:
-        """The output `(..., d)` of the network in evaluation, for tokens `(..., d)`."""
-        activation = self.activation.eval()
-        hidden = activation(linear(x, self.w1, self.b1))
+        """The output `(..., d)` of the network for tokens `(..., d)`."""
+        hidden = self.activation(linear(x, self.w1, self.b1))
         if self.w3 is not None:
             hidden = hidden * linear(x, self.w3, self.b3)
         return linear(hidden, self.w2, self.b2)
@@ -196,6 +196,19 @@ def computes_as_linear(layer: Any) -> bool:
     except Exception:  # unknown code raises: it is no linear layer
         return False
     return isinstance(found, Tensor) and close(found, linear(x, weight, layer.bias))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, of modules and what is in them, while the context lasts."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def random_tokens(weight: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
     close,
+    evaluating,
     part,
     random_tokens,
     read_dense,
@@ -450,17 +451,13 @@ def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
     """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
     if dense.w1.is_meta:
         return
-    modules = (*place.module.modules(), *dense.activation.modules())  # an adapter may bring an activation
-    x, modes = random_tokens(dense.w1), [(module, module.training) for module in modules]
-    try:
-        found = place.module.eval()(x)
-    except Exception as error:  # for example its forward needs more arguments
-        raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
-    else:
+    x = random_tokens(dense.w1)
+    with evaluating(place.module, dense.activation):  # an adapter may bring an activation
+        try:
+            found = place.module(x)
+        except Exception as error:  # for example its forward needs more arguments
+            raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
         alike = isinstance(found, Tensor) and close(found, dense.compute(x))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not alike:
         raise ValueError(
             f"{place.name} is no feed-forward network, or its adapter is wrong: it returns something else than "
