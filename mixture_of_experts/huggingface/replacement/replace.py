@@ -10,7 +10,7 @@ import numbers
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as replace_fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
 from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
+    NetworkSite,
     close,
     evaluating,
     part,
@@ -40,19 +41,6 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
-
-
-class NetworkSite(NamedTuple):
-    """A feed-forward network in a model."""
-
-    name: str  # path of the module that the adapter describes
-    module: nn.Module
-    adapter: Adapter
-
-    @property
-    def target(self) -> str:
-        """The path at which the MoE will stand."""
-        return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
 def replace_ffn(
@@ -228,7 +216,8 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     found, misses = search(model, [*known, *(miss.name for miss in seconds)])
     misses += [miss for miss in seconds if miss.name not in known]
     places = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known.items()]
-    places = sorted([*places, *(NetworkSite(*network[:3]) for network in found)], key=order_in(model))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    places = sorted([*places, *found], key=lambda place: order[place.name])
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     misses = [miss for miss in misses if not miss.narrow]
@@ -257,12 +246,6 @@ def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapt
     if not isinstance(adapters, Mapping) or not all(isinstance(adapter, Adapter) for adapter in adapters.values()):
         raise TypeError(f"adapters must be a dict {{class name: Adapter(...)}}, got {adapters!r:.99}")
     return adapters
-
-
-def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
-    """A sort key: the order of sites in the model."""
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return lambda place: order[place.name]
 
 
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
@@ -421,11 +404,10 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
     built = []
     refuse_ties(model, places)
     for place in places:
-        adapter = place.adapter
-        dense = read_dense(place.module, adapter)
-        if not adapter.slot:
+        dense = read_dense(place.module, place.adapter)
+        if not place.adapter.slot:
             refuse_unequal(place, dense)
-        stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
+        stands_for = "" if place.adapter.slot else place.adapter.linears()["1"]
         moe, masked = build(place, dense), is_masked(model, place.target)
         feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
         feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
@@ -468,17 +450,22 @@ def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
 def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
     """Put a layer into the model, and replace the network's other parts by identities."""
     adapter = place.adapter
-    if adapter.slot:
-        for path in adapter.bypass:
-            replace(place.module, path, One() if path == adapter.ones else nn.Identity())
-        dropout = adapter.hidden_dropout
-        if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
-            off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
-            replace(place.module, dropout, off)
-    # a network that several layers share becomes one MoE
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
-    for path in paths:
-        replace(model, place._replace(name=path).target, feed_forward)
+    if not adapter.slot:
+        put_everywhere(model, place.module, feed_forward)
+        return
+    for path in adapter.bypass:
+        replace(place.module, path, One() if path == adapter.ones else nn.Identity())
+    dropout = adapter.hidden_dropout
+    if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
+        off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
+        replace(place.module, dropout, off)
+    replace(place.module, adapter.down, feed_forward)
+
+
+def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module at all paths of another one: a network that several layers share becomes one MoE."""
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
+        replace(model, path, new)
 
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
@@ -498,10 +485,8 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
 
 
 def linears(module: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
-    """The linear layers of a network, by their number in experts: "1", "2", "3"."""
-    paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
-    paths |= {} if adapter.gate is None else {"3": adapter.up}
-    return {number: part(module, path) for number, path in paths.items()}
+    """The linear layers of a network, by their number in experts."""
+    return {number: part(module, path) for number, path in adapter.linears().items()}
 
 
 class One(nn.Module):

@@ -22,7 +22,7 @@ from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.blocks.convert import differences, to_block
 from mixture_of_experts.huggingface.blocks.sparse import in_memory
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import forget_conversions
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_wrapped
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
@@ -137,7 +137,7 @@ def below(path: str, name: str) -> bool:
 def plan_export(model: Any) -> Export:
     """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
     name = type(model).__name__
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    layers = layers_by_path(model)
     if not layers:
         raise ValueError(f"{name} has no layers with experts: there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
@@ -237,12 +237,13 @@ def as_block(moe: Any, shared_expert: bool) -> MoE:
             like.experts._parameters = {**moe.experts._parameters, "w2": nn.Parameter(moe.experts.w2 * moe.gate.scale)}
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
         w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
-        with torch.device("meta"):
-            parts = SharedExpert(moe.dim, 1, dtype=w.dtype), nn.Linear(moe.dim, 1, bias=False, dtype=w.dtype)
-        shared, gate = (part.to_empty(device=w.device).requires_grad_(False) for part in parts)
-        for weight in (*shared.parameters(), *gate.parameters()):
-            weight.zero_()
-        shared: Any = shared if moe.shared_expert is None else copy.deepcopy(moe.shared_expert)
+        factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
+        shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
+        if shared is None:
+            shared = SharedExpert(moe.dim, 1, **factory)
+            for weight in shared.parameters():
+                weight.zero_()
+        gate.weight.zero_()
         shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
         like.shared_expert = TokenGated(shared, gate)
     return like

@@ -25,7 +25,7 @@ from transformers import AutoConfig
 
 from mixture_of_experts.huggingface.blocks.convert import to_layer
 from mixture_of_experts.huggingface.blocks.sparse import from_transformers
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
 from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts
@@ -134,7 +134,7 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
             stock, weights, model = empty_model(config), WeightFiles(source), from_transformers(empty_model(config))
             weights.find(stock)
 
-        layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+        layers = layers_by_path(model)
 
         def change(path: str) -> dict[str, Tensor]:
             layer = layers[path]
