@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -208,23 +209,13 @@ class Chain(NamedTuple):
         whole, outer = self._after()
         inner = self._inner_dropout()
         place = None if inner is None else place_of(self.calls, inner)
+        found = Adapter(target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves)
         if whole:
-            return Adapter(
-                target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves
-            )
+            return found
         bypass = self._bypass()
-        return Adapter(
-            up=target(up),
-            down=target(self.down),
-            gate=gate and target(gate),
-            activation=activation,
-            hidden_dropout=place,
-            output_dropout=None if inner is None else self._other_use(inner),
-            slot=True,
-            bypass=bypass,
-            ones=target(up) if gate is not None and target(up) in bypass else None,
-            halves=halves,
-        )
+        output_dropout = None if inner is None else self._other_use(inner)
+        ones = target(up) if gate is not None and target(up) in bypass else None
+        return replace(found, output_dropout=output_dropout, slot=True, bypass=bypass, ones=ones)
 
     def _check_alone(self) -> None:
         """Check that nothing else reads results inside the network, and that no layer is called twice."""

@@ -28,7 +28,7 @@ from mixture_of_experts.huggingface.blocks.sparse import from_transformers
 from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
-from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts
+from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
 from mixture_of_experts.huggingface.saving.export import below, plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
@@ -124,7 +124,7 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
     """
     with finished(target) as folder:
         config = read_config(source)
-        method = (getattr(config, "quantization_config", None) or {}).get("quant_method", NAME)
+        method = quantization_of(config).get("quant_method", NAME)
         if method != NAME:
             raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
         if layers_with_experts(config):

@@ -45,8 +45,8 @@ def put_experts(
                 "describe: pass gate=, the function that was given to replace_ffn, to "
                 "mixture_of_experts.huggingface.from_pretrained"
             )
-    places = {find_place(model, name): entry for entry in layers for name in entry["layers"]}
-    entries = {place: entry for place, entry in places.items() if place is not None}
+    places = [(find_place(model, name), entry) for entry in layers for name in entry["layers"]]
+    entries = {place: entry for place, entry in places if place is not None}
     if not entries:
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
