@@ -222,7 +222,7 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
-        some = patterns(place.target for place in places)
+        some = ", ".join({pattern(place.target): None for place in places})
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
             f"{why(model, misses)}. Or name the networks that you want by layers="
@@ -268,22 +268,14 @@ def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
     names = {place.name for place in places}
     misses = []
     for name, module in model.named_modules():
-        if (pattern(name), type(module)) in found and name not in names and not holds_routed(module):
+        if (pattern(name), type(module)) in found and name not in names and not any(map(is_routed, module.modules())):
             misses.append(Miss(name, type(module).__name__, "it differs from others of its class"))
     return misses
-
-
-def holds_routed(module: nn.Module) -> bool:
-    return any(map(is_routed, module.modules()))
 
 
 def pattern(name: str) -> str:
     """A path with a star for each number."""
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
-
-
-def patterns(names: Iterable[str]) -> str:
-    return ", ".join({pattern(name): None for name in names})
 
 
 def refuse_chunks(model: nn.Module) -> None:
