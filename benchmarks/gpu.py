@@ -25,7 +25,7 @@ DECODED = 8  # tokens, of as many sequences
 CHECKED = 256  # rows of an expert on which contestants are compared: tiles are the highest, as where they are timed
 TOLERANCE = 3e-2  # relative norm, for bfloat16
 GAP = 0.05  # between the last logit chosen and the next: a router that rounds in bfloat16 may swap closer ones
-WAYS = ("triton", "grouped", "lean")
+WAYS = ("triton", "grouped", "batched")
 RIVALS = ("transformers grouped_mm", "ScatterMoE", "SonicMoE", "Liger")
 MODES = ("train", "forward", "decode")
 

@@ -221,7 +221,7 @@ def gates(device: Device, shape: Shape, tokens: int, training: bool = True) -> t
             total = made.weight.square().sum() + sum(made.losses.values())
             return torch.autograd.grad(total, [x, *gate.parameters()]) if training else made
 
-    return by_way("triton", step), by_way("lean", step)
+    return by_way("triton", step), by_way("batched", step)
 
 
 def plans(device: Device, shape: Shape, number: int, kernel: str) -> tuple[Callable[[], Any], ...]:
@@ -234,6 +234,6 @@ def plans(device: Device, shape: Shape, number: int, kernel: str) -> tuple[Calla
     by_queues = by_way("triton", partial(plan_of, decision, 0))
     return {
         "rank_rows": (by_way("triton", partial(plan_of, decision, number)), by_queues),
-        "find_rows": (by_queues, by_way("lean", decision.without_gaps)),
-        "queueing.py": (by_way("triton", queues), by_way("lean", queues)),
+        "find_rows": (by_queues, by_way("batched", decision.without_gaps)),
+        "queueing.py": (by_way("triton", queues), by_way("batched", queues)),
     }[kernel]

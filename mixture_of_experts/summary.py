@@ -18,7 +18,7 @@ from mixture_of_experts.moe import HeirarchicalMoE
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.support.private_peft import parts_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
-from mixture_of_experts.whole_model.sites import Site, Stand, all_sites, places, serve
+from mixture_of_experts.whole_model.sites import Location, Site, all_sites, places, serve
 
 Shares = dict[nn.Module, dict[nn.Module, float]]  # of each layer: the part, 0 to 1, of its modules that a token uses
 
@@ -114,11 +114,11 @@ def summary(model: nn.Module) -> Summary:
     """
     sites = serve(all_sites(model), "summary", why_not_counted, takes_gates=False)
     refuse_unknown_blocks(model, sites)
-    layers: dict[nn.Module, dict[Site, Stand]] = {}  # the sites of each, with their place in it
+    layers: dict[nn.Module, dict[Site, Location]] = {}  # the sites of each, with their place in it
     for site in sites:
-        for stand in site.stands:
-            if stand.layer is not None:
-                layers.setdefault(unwrapped(stand.layer), {}).setdefault(site, stand)
+        for location in site.locations:
+            if location.layer is not None:
+                layers.setdefault(unwrapped(location.layer), {}).setdefault(site, location)
     used = Used({}, set(), {module for site in sites if site.external for module in with_weights(site)})
     for layer, its in layers.items():
         found = [choices(site) for site in its]
@@ -130,13 +130,13 @@ def summary(model: nn.Module) -> Summary:
 
 def why_not_counted(site: Site) -> str | None:
     """Why nobody can tell what a token uses at a site; None if one can."""
-    known = not site.external or (site.k is not None and all(stand.experts is not None for stand in site.stands))
+    known = not site.external or (site.k is not None and all(one.experts is not None for one in site.locations))
     return None if known else "its block is not known, so nobody can tell how much of the experts a token uses"
 
 
 def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
     """Refuse blocks of `transformers` whose experts no site chooses."""
-    known = {stand.experts for site in sites for stand in site.stands}
+    known = {location.experts for site in sites for location in site.locations}
     for place in places(model):
         experts = getattr(place.module, "experts", None)
         of_transformers = wrapped_class(place.module).__module__.startswith("transformers.")
@@ -150,16 +150,16 @@ def refuse_unknown_blocks(model: nn.Module, sites: list[Site]) -> None:
 def with_weights(site: Site) -> Iterator[nn.Module]:
     """The modules of a router of `transformers` and of its experts."""
     yield from site.gate.modules()
-    for stand in site.stands:
-        assert stand.experts is not None
-        yield from stand.experts.modules()
+    for location in site.locations:
+        assert location.experts is not None
+        yield from location.experts.modules()
 
 
-def shares_of(layer: Any, sites: Mapping[Site, Stand], numbers: list[float]) -> dict[nn.Module, float]:
+def shares_of(layer: Any, sites: Mapping[Site, Location], numbers: list[float]) -> dict[nn.Module, float]:
     """The part, 0 to 1, of a layer's experts and of its inner gates that a token uses, by its choices at each level."""
     numbers = [min(number, site.num_experts) for number, site in zip(numbers, sites, strict=True)]
     if not isinstance(layer, HeirarchicalMoE):
-        return {stand.experts: numbers[0] / site.num_experts for site, stand in sites.items() if stand.experts}
+        return {location.experts: numbers[0] / site.num_experts for site, location in sites.items() if location.experts}
     (outer, inner), (eo, ei) = numbers, layer.num_experts
     served = min(outer, 1.0) * inner + max(outer - 1.0, 0.0)  # the first choice makes all at level two, others one
     return {layer.experts: served / (eo * ei), layer.gate_inner: outer / eo}

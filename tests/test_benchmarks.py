@@ -232,11 +232,11 @@ def small(index: int) -> card.Shape:
 def test_the_field_of_gpus_runs_anywhere(mode: str):
     """At a small size on the CPU; what needs a GPU is missing by name, and nobody is wrong."""
     record = gpu.run(small(1), mode, no_card.NoCard())
-    assert {"layer", "layer, grouped", "layer, lean", "products"} <= set(record["contestants"])
+    assert {"layer", "layer, grouped", "layer, batched", "products"} <= set(record["contestants"])
     assert not any("WRONG" in said for said in record["missing"].values())
     assert "NVIDIA" in record["missing"]["layer, triton"]
     assert all(name in record["contestants"] or "pip install" in record["missing"][name] for name in gpu.RIVALS)
-    assert record["contestants"]["layer, lean"]["error"] < gpu.TOLERANCE
+    assert record["contestants"]["layer, batched"]["error"] < gpu.TOLERANCE
 
 
 @pytest.mark.parametrize("fault", [1.1, float("nan")])
@@ -260,9 +260,9 @@ def test_what_is_checked_is_what_is_timed(monkeypatch: pytest.MonkeyPatch):
         return 1.1 * right(call)
 
     monkeypatch.setattr(few_tokens, "run", wrong)
-    monkeypatch.setattr(gpu, "CONTESTANTS", {"layer, lean": gpu.by_way("lean")})
+    monkeypatch.setattr(gpu, "CONTESTANTS", {"layer, batched": gpu.by_way("batched")})
     shape = replace(small(0), t=2048)
-    assert "WRONG" in gpu.run(shape, "decode", no_card.NoCard())["missing"]["layer, lean"]
+    assert "WRONG" in gpu.run(shape, "decode", no_card.NoCard())["missing"]["layer, batched"]
     assert called == [gpu.DECODED]
     for mode in ("train", "forward"):
         assert not gpu.run(shape, mode, no_card.NoCard())["missing"]
@@ -377,7 +377,7 @@ def test_a_piece_of_the_first_hour(name: str, tmp_path: Path) -> None:
     elif name == "tests":
         assert "exit status 5" in found["tests"]["ended"]  # no test of this name
     elif name == "decoding/readme":
-        assert found["1 tokens, lean"]["graph"] > 0
+        assert found["1 tokens, batched"]["graph"] > 0
         assert "NVIDIA" in found["1 tokens, triton"]["ended"]
     else:
         assert found["queueing.py: 64 assignments"]["host of operators"] > 0

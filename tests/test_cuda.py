@@ -79,13 +79,13 @@ def can(layer: nn.Module, x: Tensor, way: str) -> bool:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("experts", EXPERTS)
 @pytest.mark.parametrize("gate", [*GATES, "two levels"])
-@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
 def test_ways(way: str, gate: str, experts: str, dtype: torch.dtype):
     """Outputs, losses and gradients are those of plain operators in the next wider dtype; nothing waits for the GPU."""
     check_way(way, gate, experts, dtype, 100)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
 def test_queues_of_many_assignments(way: str):
     """More than kernels compare with each other."""
     check_way(way, "top 2, capacity", "gated", torch.bfloat16, 1500)
@@ -108,7 +108,7 @@ def check_way(way: str, gate: str, experts: str, dtype: torch.dtype, length: int
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
-@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "batched"])
 def test_another_card_than_the_current_one(way: str):
     layer = make("top 3", "gated", torch.bfloat16)
     x = torch.randn(2, 100, DIM, device="cuda", dtype=torch.bfloat16)
@@ -122,7 +122,7 @@ def test_another_card_than_the_current_one(way: str):
 def test_training_by_every_way():
     """A layer learns another network's outputs, from the same start: losses agree."""
     found = {}
-    for way in ("plain", "auto", "triton", "grouped", "lean"):
+    for way in ("plain", "auto", "triton", "grouped", "batched"):
         torch.manual_seed(0)
         layer = MoE(256, gate=TopKGating(256, 16, 2), experts=GatedExperts(256, 16, 256)).cuda()
         teacher = nn.Sequential(nn.Linear(256, 256), nn.GELU(), nn.Linear(256, 256)).cuda()
@@ -148,7 +148,7 @@ def test_training_by_every_way():
 
 @pytest.mark.parametrize("tokens", [1, 4, 64])
 @pytest.mark.parametrize("gate", ["top 3", "top 2, capacity", "two levels"])
-@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["auto", "triton", "grouped", "batched"])
 @torch.no_grad()
 def test_decoding(way: str, gate: str, tokens: int):
     """A few tokens in eval: what plain operators compute, and nothing waits for the GPU once kernels are checked."""
@@ -169,7 +169,7 @@ def test_decoding(way: str, gate: str, tokens: int):
         assert (got.double() - want).norm() < 3 * TOLERANCE[torch.bfloat16] * want.norm().clamp(min=1e-6)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
 def test_the_same_bits_on_every_run(way: str):
     layer = make("top 3", "gated, biases", torch.bfloat16)
     x = torch.randn(2, 500, DIM, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -181,7 +181,7 @@ def test_the_same_bits_on_every_run(way: str):
             assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
 def test_a_graph_captures_a_call(way: str):
     layer = make("top 3", "gated", torch.bfloat16).eval()
     x = torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16)
@@ -203,7 +203,7 @@ def test_a_graph_captures_a_call(way: str):
             torch.testing.assert_close(out, layer(x)[0])
 
 
-@pytest.mark.parametrize("way", ["triton", "grouped", "lean"])
+@pytest.mark.parametrize("way", ["triton", "grouped", "batched"])
 def test_one_compiled_graph(way: str):
     layer = make("top 3", "gated", torch.bfloat16)
     if not can(layer, torch.randn(2, 64, DIM, device="cuda", dtype=torch.bfloat16), way):

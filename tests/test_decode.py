@@ -154,7 +154,7 @@ def test_few_tokens_without_a_plan(name, copied, monkeypatch):
         mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
         for masked in (None, mask):
             taken.clear()
-            with torch.no_grad(), ops.use("lean"):
+            with torch.no_grad(), ops.use("batched"):
                 found = run(layer, x, masked)
             assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few_tokens.MOST_TOKENS)
             with torch.no_grad(), ops.use("plain"):
@@ -168,7 +168,7 @@ def test_few_tokens_leave_out_what_nobody_chose(per_copy, monkeypatch):
     w1, w2, x = torch.randn(4, 8, 8), torch.randn(4, 8, 8), torch.randn(3, 8)
     w1[2:] = torch.nan
     expert, weight = torch.tensor([[0, 1], [1, 1], [4, 0]]), torch.rand(3, 2)
-    with torch.no_grad(), ops.use("lean"):
+    with torch.no_grad(), ops.use("batched"):
         found = ops.moe_ffn(x, expert, weight, w1, w2, activation=nn.SiLU())
     with ops.use("plain"):
         torch.testing.assert_close(found, ops.moe_ffn(x, expert, weight, w1, w2, activation=nn.SiLU()))

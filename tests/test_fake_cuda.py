@@ -90,20 +90,20 @@ def test_statistics(check: Checks):
         ("f16", "A100", "triton", None),
         ("bf16", "RTX 4090", "triton", None),
         ("f16", "RTX 5090", "triton", None),
-        ("f32", "A100", "lean", "unless they are asked for"),
-        ("f64", "A100", "lean", "not torch.float64"),
-        ("f16", "H100", "lean", "unless they are asked for"),
+        ("f32", "A100", "batched", "unless they are asked for"),
+        ("f64", "A100", "batched", "not torch.float64"),
+        ("f16", "H100", "batched", "unless they are asked for"),
         ("bf16", "Orin", "triton", None),
         ("bf16", "GB10", "triton", None),
         ("bf16", "B300", "grouped", "unless they are asked for"),
-        ("bf16", "Thor", "lean", "unless they are asked for"),
-        ("bf16", "RTX 2080", "lean", "unless they are asked for"),
+        ("bf16", "Thor", "batched", "unless they are asked for"),
+        ("bf16", "RTX 2080", "batched", "unless they are asked for"),
     ],
 )
 def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: str | None):
     reasons = {} if of_triton is None else {"triton": of_triton}
     capability = {**CARDS, **OF_FAMILIES, "RTX 2080": (7, 5)}[card]
-    check("check_way", dtype, capability, way, reasons | ({"grouped": "torch's"} if way == "lean" else {}))
+    check("check_way", dtype, capability, way, reasons | ({"grouped": "torch's"} if way == "batched" else {}))
 
 
 @needs_triton
@@ -115,7 +115,7 @@ def test_which_way(check: Checks, dtype: str, card: str, way: str, of_triton: st
         ("bf16", "B200", 40, "triton"),
         ("bf16", "B200", 64, "grouped"),  # 24 rows of an expert: tiles of 64 rows
         ("bf16", "H100", 65, "grouped"),
-        ("f32", "H100", 1, "lean"),
+        ("f32", "H100", 1, "batched"),
     ],
 )
 def test_which_way_decodes(check: Checks, dtype: str, card: str, tokens: int, way: str):
@@ -140,7 +140,12 @@ def test_decoding_is_one_graph(check: Checks):
 
 @pytest.mark.parametrize(
     ("arch", "asked", "way"),
-    [("gfx942", True, "grouped"), ("gfx950", True, "grouped"), ("gfx942", False, "lean"), ("gfx1100", True, "lean")],
+    [
+        ("gfx942", True, "grouped"),
+        ("gfx950", True, "grouped"),
+        ("gfx942", False, "batched"),
+        ("gfx1100", True, "batched"),
+    ],
 )
 def test_gpus_of_amd(check: Checks, arch: str, asked: bool, way: str):
     check("check_amd", arch, asked, way)
@@ -197,26 +202,26 @@ def test_the_self_check_judges_what_is_launched(check: Checks, capability: tuple
 def test_a_thousand_experts_are_no_error(check: Checks):
     """torch's grouped product raises for 1,024."""
     check("check_many_experts", 1023, "grouped")
-    check("check_many_experts", 1024, "lean")
+    check("check_many_experts", 1024, "batched")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("way", [pytest.param("triton", marks=needs_triton), "lean"])
+@pytest.mark.parametrize("way", [pytest.param("triton", marks=needs_triton), "batched"])
 def test_ways_that_are_asked_for(check: Checks, way: str, dtype: str):
     for capacity in (None, 1.0):
         check("check_forced", way, "gated with biases", capacity, dtype)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
 def test_one_graph(check: Checks, way: str):
     check("check_compiled", way, "many experts", None, "bf16")
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["bf16", "f32"])
-@pytest.mark.parametrize("way", ["lean", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("way", ["batched", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("router", [*ROUTERS, "expert choice", "two levels"])
 def test_one_graph_of_every_router(check: Checks, router: str, way: str, dtype: str):
     for capacity in (None, 1.0):
@@ -360,7 +365,7 @@ def documented() -> dict[tuple[str, str], float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton), "plain"])
+@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton), "plain"])
 def test_costs_are_those_of_the_guide(check: Checks, way: str):
     """None is above its budget, and no budget is far above what is."""
     found = {size: check("costs", way, size) for size in ("small", "large", "fine")}
@@ -372,7 +377,7 @@ def test_costs_are_those_of_the_guide(check: Checks, way: str):
 
 
 @pytest.mark.parametrize(
-    ("way", "most"), [("grouped", 30), ("lean", 30), pytest.param("triton", 12, marks=needs_triton)]
+    ("way", "most"), [("grouped", 30), ("batched", 30), pytest.param("triton", 12, marks=needs_triton)]
 )
 def test_decoding_is_few_launches(check: Checks, way: str, most: int):
     """Of a layer of 128 experts, for 1 to 64 sequences, with the gate and its losses."""
@@ -389,14 +394,14 @@ def test_two_choices_are_few_launches(check: Checks):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
-@pytest.mark.parametrize(("way", "more"), [("grouped", (9, 25)), ("lean", (20, 48))])
+@pytest.mark.parametrize(("way", "more"), [("grouped", (9, 25)), ("batched", (20, 48))])
 def test_lora_is_few_launches_more(check: Checks, way: str, more: tuple[int, int]):
     """Forward and backward, on three weights; a host sync would raise."""
     assert check("launches_of_lora", way) == (way, *more)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["grouped", "lean", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("way", ["grouped", "batched", pytest.param("triton", marks=needs_triton)])
 def test_finer_experts_keep_the_same(check: Checks, way: str):
     """To 5 %: what is more are weights and tables of rows, not the router's scores."""
     assert check("costs", way, "fine")["kept"] <= 1.05 * check("costs", way, "large")["kept"]

@@ -80,13 +80,13 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "lean", "plain"])
+@pytest.mark.parametrize("way", ["auto", "cpu", "grouped", "batched", "plain"])
 @pytest.mark.parametrize("call", CALLS)
 def test_moe_ffn(call, way):
     """Outputs and all gradients; ids that are nobody's, an expert twice, one that gets nothing."""
     torch.manual_seed(0)
     arguments = CALLS[call]()
-    if way in ("cpu", "lean") and call == "a function of one's own":
+    if way in ("cpu", "batched") and call == "a function of one's own":
         pytest.skip("no kernel for it")
     x, w2 = randn(T, D), randn(E, H, OUT)
     expert = torch.randint(0, E + 2, (T, K))
@@ -188,7 +188,7 @@ def test_explain():
     assert "not cpu: the activation Tanh" in str(odd)
     assert ops.explain_call(MoE(D, E, experts=[nn.Linear(D, D) for _ in range(E)]), x).way == "module"
     meta = ops.explain_call(HeirarchicalMoE(D, (2, 2)).to("meta"), x.to("meta"))
-    assert meta.way == "lean"
+    assert meta.way == "batched"
     assert meta.reasons == {
         "cpu": "the tokens are on meta",
         "triton": "kernels are for NVIDIA GPUs",
@@ -292,10 +292,10 @@ def test_use_ends_in_any_order():
 
     def other() -> None:
         steps.wait(60)  # 1: the first one is open
-        with ops.use("lean"):
+        with ops.use("batched"):
             steps.wait(60)  # 2: both are
             steps.wait(60)  # 3: the first one is closed
-            assert ops.explain_call(layer, x).way == "lean"
+            assert ops.explain_call(layer, x).way == "batched"
 
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(other)
@@ -303,12 +303,12 @@ def test_use_ends_in_any_order():
             assert ops.explain_call(layer, x).way == "plain"
             steps.wait(60)
             steps.wait(60)
-            assert ops.explain_call(layer, x).way == "lean"  # for all threads
+            assert ops.explain_call(layer, x).way == "batched"  # for all threads
         steps.wait(60)
         future.result()
     assert ops.explain_call(layer, x).way == before != "plain"
-    with ops.use("plain"), ops.use("lean"):
-        assert ops.explain_call(layer, x).way == "lean"
+    with ops.use("plain"), ops.use("batched"):
+        assert ops.explain_call(layer, x).way == "batched"
     assert ops.explain_call(layer, x).way == before
 
 

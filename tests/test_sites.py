@@ -89,8 +89,8 @@ def test_layers_levels_and_gates_alone():
     outer, inner, one, alone = find_sites(both, "this")
     assert names(both) == [("two.gate_outer",), ("two.gate_inner",), ("one.gate",), ("alone",)]
     assert (inner.level_one, inner.outer, inner.num_experts, inner.k) == (outer, (2,), 3, 2)
-    assert (one.stands[0].layer, one.stands[0].experts) == (both["one"], both["one"].experts)
-    assert (alone.stands[0].layer, alone.external, alone.bias) == (None, False, None)
+    assert (one.locations[0].layer, one.locations[0].experts) == (both["one"], both["one"].experts)
+    assert (alone.locations[0].layer, alone.external, alone.bias) == (None, False, None)
     assert names(TopKGating(DIM, 4)) == [("gate",)]
     assert find_sites(TopKGating(DIM, 4, expert_bias=True), "this")[0].bias is not None
 

@@ -171,7 +171,7 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
 #: contexts of the second call
 AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
-    **{f"way {way}": lambda way=way: ops.use(way) for way in ("plain", "lean", "grouped", "cpu")},
+    **{f"way {way}": lambda way=way: ops.use(way) for way in ("plain", "batched", "grouped", "cpu")},
     "no gradients": torch.no_grad,
     "inference mode": torch.inference_mode,
 }

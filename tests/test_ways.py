@@ -20,7 +20,7 @@ from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import batches
 
-WAYS = ["cpu", "grouped", "lean"]  # a new way joins here
+WAYS = ["cpu", "grouped", "batched"]  # a new way joins here
 DIM, E, HIDDEN = 8, 7, 12
 
 GATES = {
@@ -152,7 +152,7 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
 
 
 @pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("way", ["cpu", "lean"])
+@pytest.mark.parametrize("way", ["cpu", "batched"])
 def test_plans_of_saved_tensors(way, gate, monkeypatch):
     """As they are saved on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
     torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
-def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
+def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
     """What a GPU takes unasked, forward and backward, saved as there."""
     monkeypatch.setattr(autograd, "tables_to_save", Plan.tensors_to_save)
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_lean_is_one_graph_for_all_lengths(gate, monkeypatch):
     frames = set()
     for length in (12, 17, 30):
         x = torch.randn(2, length, DIM, dtype=torch.float64, requires_grad=True)
-        for got, wanted in zip(results(compiled, "lean", x, None), results(layer, "plain", x, None), strict=True):
+        for got, wanted in zip(results(compiled, "batched", x, None), results(layer, "plain", x, None), strict=True):
             torch.testing.assert_close(got, wanted)
         frames.add(counter.frame_count)
     assert len(frames) == 1 or not ONE_DYNAMIC_GRAPH

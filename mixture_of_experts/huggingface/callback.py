@@ -56,7 +56,7 @@ class RoutingCallback(TrainerCallback):
             return
         latest = self.stats.latest()
         records = [record for record in latest if record.step == max(other.step for other in latest)]
-        values = summary(records)
+        values = mean_scalars(records)
         if self.layers:
             for record in records:
                 values |= {f"routing/{record.layer}/{name}": value for name, value in record.scalars().items()}
@@ -82,7 +82,7 @@ def log_routing(trainer: Trainer, layers: bool = False) -> RoutingCallback:
     return callback
 
 
-def summary(records: list[Record]) -> dict[str, float]:
+def mean_scalars(records: list[Record]) -> dict[str, float]:
     """The numbers of all layers together."""
     requested = sum(int(record.requested.sum()) for record in records)
     dropped = sum(record.dropped * int(record.requested.sum()) for record in records)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision, decision_on
 from mixture_of_experts.kernels import launching, row_blocks
-from mixture_of_experts.ops import cpu, grouped, lean, plain, triton
+from mixture_of_experts.ops import batched, cpu, grouped, plain, triton
 from mixture_of_experts.ops.activations import (
     ActivationLike,
     ClampedGLU,
@@ -33,7 +33,7 @@ from mixture_of_experts.ops.activations import (
 )
 from mixture_of_experts.ops.cpu import batch_invariant
 from mixture_of_experts.ops.grouped import grouped_product
-from mixture_of_experts.ops.network import Call, Halves, Network, cast_operands
+from mixture_of_experts.ops.network import Call, GateUpLayout, Network, cast_operands
 from mixture_of_experts.ops.plain import bias_of_rows
 from mixture_of_experts.support.checks import check_choice, check_size, check_sizes
 from mixture_of_experts.support.explaining import Explanation, first_way, listening, tell
@@ -55,13 +55,13 @@ __all__ = [
 ]
 
 # the fastest way comes first; "plain" takes every call, so that a way behind it is taken by `use` alone
-WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "lean": lean, "plain": plain}
+WAYS: dict[str, Any] = {"cpu": cpu, "triton": triton, "grouped": grouped, "batched": batched, "plain": plain}
 WAYS |= {row_blocks.WAY: batch_invariant}
 check_choice(launching.VARIABLE, launching.FROM_START, ("auto", *WAYS))
 
 
 @contextmanager
-def use(way: Literal["auto", "cpu", "triton", "grouped", "lean", "plain", "batch_invariant"]) -> Iterator[None]:
+def use(way: Literal["auto", "cpu", "triton", "grouped", "batched", "plain", "batch_invariant"]) -> Iterator[None]:
     """Compute every call of `routed_ffn` and `moe_ffn` by one way, while the context lasts.
 
     "auto" takes the fastest way for each call. "batch_invariant" gives each token of a dropless layer, on a CPU, the
@@ -105,9 +105,9 @@ def explain_call(layer: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Expl
         >>> explain_call(MoE(dim=32, num_experts=4), torch.randn(2, 10, 32)).way
         'cpu'
     """
-    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), listening() as told:
+    with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []), listening() as explanations:
         layer(x, *args, **kwargs)
-    return _explained(told)
+    return _explained(explanations)
 
 
 def prepare(
@@ -145,7 +145,7 @@ def prepare(
         with (
             torch.random.fork_rng([weight.device] if weight.is_cuda else []),
             torch.set_grad_enabled(layer.training),
-            listening() as told,
+            listening() as explanations,
         ):
             x = torch.randn(*shape, dim, device=weight.device, dtype=dtype, requires_grad=layer.training)
             made = torch.func.functional_call(layer, buffers, (x,))
@@ -153,16 +153,16 @@ def prepare(
                 total = sum(part.float().square().sum() for part in (made if isinstance(made, tuple) else (made,)))
                 leaves = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
                 torch.autograd.grad(total, leaves, allow_unused=True)  # type: ignore[arg-type]
-        found[shape] = _explained(told)
+        found[shape] = _explained(explanations)
     return found
 
 
-def _explained(told: Sequence[tuple[str, Explanation]]) -> Explanation:
+def _explained(explanations: Sequence[tuple[str, Explanation]]) -> Explanation:
     """The explanation of the first call of experts, and of the gates before it."""
-    parts = [part for part, _ in told]
+    parts = [part for part, _ in explanations]
     first = parts.index("experts") if "experts" in parts else len(parts)
-    gates = tuple(found for part, found in told[:first] if part == "gate")
-    return replace(told[first][1] if first < len(parts) else Explanation("module"), gates=gates)
+    gates = tuple(found for part, found in explanations[:first] if part == "gate")
+    return replace(explanations[first][1] if first < len(parts) else Explanation("module"), gates=gates)
 
 
 def routed_ffn(
@@ -208,7 +208,7 @@ def moe_ffn(
     w3: Tensor | None = None,
     *,
     activation: ActivationLike,
-    gate_up: Halves | None = None,
+    gate_up: GateUpLayout | None = None,
     b1: Tensor | None = None,
     b2: Tensor | None = None,
     b3: Tensor | None = None,
@@ -271,7 +271,7 @@ def _check_call(
     b_in: Sequence[Tensor | None],
     b2: Tensor | None,
     activation: ActivationLike,
-    gate_up: Halves | None,
+    gate_up: GateUpLayout | None,
 ) -> None:
     """Check that shapes fit each other."""
     if not x.is_floating_point():

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.dispatch.plan import Plan
-from mixture_of_experts.ops import lean, plain
+from mixture_of_experts.ops import batched, plain
 from mixture_of_experts.ops.network import Call
 from mixture_of_experts.ops.products import multiply
 from mixture_of_experts.support.private_torch import exporting, is_wrapped
@@ -38,12 +38,12 @@ def why_not(call: Call) -> str | None:
 
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    if call.x.is_cuda and lean.why_not(call) is None:
-        return lean.run(call, GroupedProducts)
+    if call.x.is_cuda and batched.why_not(call) is None:
+        return batched.run(call, GroupedProducts)
     return plain.compute(call.x, plain.plan_of(call.decision), call.network, grouped_product)
 
 
-class GroupedProducts(lean.SlotProducts):
+class GroupedProducts(batched.SlotProducts):
     """`rows.Products` of rows without gaps, by torch's grouped product on CUDA. Rows past the last expert's may hold
     anything; nothing reads them."""
 

@@ -17,7 +17,7 @@ from mixture_of_experts.dispatch.decision import Decision
 from mixture_of_experts.ops.activations import ActivationLike, hidden_layer, why_unknown
 from mixture_of_experts.support import private_torch
 
-Halves = Literal["concatenated", "interleaved"]
+GateUpLayout = Literal["concatenated", "interleaved"]
 W_IN, B_IN = ("w_in.0", "w_in.1"), ("b_in.0", "b_in.1")  # names of a network's input weights and their biases
 
 
@@ -31,7 +31,7 @@ class Network:
         activation: a function of one tensor, or of `(gate, up)`.
         b_in: for each weight `(e, d, q)` of `w_in` a bias `(e, q)` or None; no biases by default.
         b_out: `(e, o)` or None.
-        halves: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
+        gate_up: how one weight holds gate and up projection, "concatenated" or "interleaved"; None if it does not.
         dropout: share of the hidden layer's numbers that are set to 0, at random; the others are scaled up.
     """
 
@@ -40,7 +40,7 @@ class Network:
     activation: ActivationLike
     b_in: tuple[Tensor | None, ...] = ()
     b_out: Tensor | None = None
-    halves: Halves | None = None
+    gate_up: GateUpLayout | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Network:
 
     @property
     def gated(self) -> bool:
-        return len(self.w_in) == 2 or self.halves is not None
+        return len(self.w_in) == 2 or self.gate_up is not None
 
     def tensors(self) -> dict[str, Tensor]:
         """All weights and biases but None, by name: "w_in.0", "w_in.1", "w_out", "b_in.0", "b_in.1", "b_out"."""
@@ -62,7 +62,7 @@ class Network:
         number, get = len(self.w_in), tensors.get
         w_in: Any = tuple([get(name) for name in W_IN[:number]])
         b_in = tuple([get(name) for name in B_IN[:number]])
-        settings: Any = dict(w_out=get("w_out"), b_in=b_in, b_out=get("b_out"), halves=self.halves)
+        settings: Any = dict(w_out=get("w_out"), b_in=b_in, b_out=get("b_out"), gate_up=self.gate_up)
         return Network(w_in, activation=self.activation, dropout=self.dropout, **settings)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Network:
@@ -75,9 +75,9 @@ class Network:
 
     def projections(self, pre: Sequence[Tensor]) -> Sequence[Tensor]:
         """Gate and up (or the one tensor) as views of `pre`, the products with each weight of `w_in`."""
-        if self.halves is None:
+        if self.gate_up is None:
             return pre
-        return pre[0].chunk(2, dim=-1) if self.halves == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
+        return pre[0].chunk(2, dim=-1) if self.gate_up == "concatenated" else (pre[0][..., ::2], pre[0][..., 1::2])
 
     def hidden(self, pre: Sequence[Tensor]) -> Tensor:
         """The hidden layer `(..., h)` from `pre`, the products with each weight of `w_in`."""

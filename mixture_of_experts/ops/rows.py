@@ -1,4 +1,4 @@
-"""The network on rows sorted by expert, and its gradients, for the ways `cpu` and `lean`.
+"""The network on rows sorted by expert, and its gradients, for the ways `cpu` and `batched`.
 
 Axes: r rows, e experts, d model dim, h hidden dim, o dim of the outputs, p inner and q outer dimension of a weight.
 
@@ -77,7 +77,7 @@ def forward(
         if b is not None:
             products.add_bias(pre[-1], b)
     parts = network.projections(pre)
-    hidden = parts[0].new_empty(parts[0].shape) if save or network.halves else parts[0]
+    hidden = parts[0].new_empty(parts[0].shape) if save or network.gate_up else parts[0]
     KNOWN[type(network.activation)](network.activation).forward(parts, hidden)
     y = products.total([(hidden, network.w_out)])
     if network.b_out is not None:
@@ -111,8 +111,8 @@ def backward(
     grad_hidden = products.by_weights(grad_rows, network.w_out.mT)
     hidden = torch.empty_like(grad_hidden)
     # the gradient of the gate overwrites that of the hidden layer, unless gate and up share a tensor
-    others = [torch.empty_like(part) for part in (pre if network.halves else pre[1:])]
-    grad_pre = others if network.halves else [grad_hidden, *others]
+    others = [torch.empty_like(part) for part in (pre if network.gate_up else pre[1:])]
+    grad_pre = others if network.gate_up else [grad_hidden, *others]
     parts, grad_parts = network.projections(pre), network.projections(grad_pre)
     act.recompute(parts, grad_hidden, grad_parts, hidden)
 

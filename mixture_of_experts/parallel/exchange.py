@@ -182,8 +182,8 @@ def exchange_slots(
     s, d = x.shape[-2:]
     sizes, returned = [s] * ranks, DTYPES[header.returned]
     if not equal or channel.debug:
-        told = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
-        sizes, returned = told.sizes, told.returned
+        exchanged = exchange_sizes(header, x.new_zeros(math.prod(dims), dtype=torch.int64), channel)
+        sizes, returned = exchanged.sizes, exchanged.returned
         if equal and len(set(sizes)) > 1:
             raise ValueError(f"static_shapes=True needs as many slots on every rank, got {sizes}: pad the batches")
     local_dims = (dims[0] // ranks, *dims[1:])
@@ -213,12 +213,12 @@ def exchange_rows(x: Tensor, counts: Tensor, compute: Compute, channel: Channel,
         signed = channel._replace(shared_batch=None, batch=sign_choices(counts, shared))
         result = exchange_rows(part, own_counts, compute, signed, header)
         return whole_of(result, 0, x.shape[0], shared)
-    told = exchange_sizes(header, counts, channel)
-    num_rows = sum(told.send)
-    rows = channel.move(x[:num_rows], told.send, told.receive)
-    order, inverse = by_expert(told.counts, sum(told.receive))
-    result = compute(_Permute.apply(rows, order, inverse), told.counts.sum(dim=0)).to(told.returned)
-    result = channel.move(_Permute.apply(result, inverse, order), told.receive, told.send)
+    exchanged = exchange_sizes(header, counts, channel)
+    num_rows = sum(exchanged.send)
+    rows = channel.move(x[:num_rows], exchanged.send, exchanged.receive)
+    order, inverse = by_expert(exchanged.counts, sum(exchanged.receive))
+    result = compute(_Permute.apply(rows, order, inverse), exchanged.counts.sum(dim=0)).to(exchanged.returned)
+    result = channel.move(_Permute.apply(result, inverse, order), exchanged.receive, exchanged.send)
     return torch.cat([result, result.new_zeros(x.shape[0] - num_rows, result.shape[-1])])
 
 
@@ -249,10 +249,10 @@ def exchange_sizes(header: CallHeader, counts: Tensor, channel: Channel) -> Exch
     sent = counts.view(ranks, -1)
     batch = sent.new_zeros(2) if channel.batch is None else channel.batch
     own = torch.cat([torch.tensor(header, device=counts.device), batch]).expand(ranks, -1)
-    told = channel.transfer(torch.cat([own, sent], dim=1), [1] * ranks, [1] * ranks)
-    received = told[:, width:]
+    exchanged = channel.transfer(torch.cat([own, sent], dim=1), [1] * ranks, [1] * ranks)
+    received = exchanged[:, width:]
     sums = [sent.sum(dim=1, keepdim=True), received.sum(dim=1, keepdim=True)]
-    table = torch.cat([told[:, :width], *sums], dim=1).tolist()  # the host sync
+    table = torch.cat([exchanged[:, :width], *sums], dim=1).tolist()  # the host sync
     headers = [CallHeader(*row[: width - 2]) for row in table]
     for rank, other in enumerate(headers):
         if other.agreed != header.agreed:

@@ -18,7 +18,7 @@ from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
 from mixture_of_experts.whole_model.model_tokens import TokensAround, TokensReader
-from mixture_of_experts.whole_model.sites import Gates, Site, Stand, find_sites, places, serve
+from mixture_of_experts.whole_model.sites import Gates, Location, Site, find_sites, places, serve
 
 Seen = Callable[[tuple[Any, ...], Mapping[str, Any]], "Tensor | int"]
 LAYER, BARE = ("inputs", "mask"), ("x", "importance", "mask")
@@ -63,11 +63,11 @@ def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[Ch
     if gates is None:
         sites = [site for site in sites if not chosen_by_ids(site)]
     found = {
-        (site, stand.layer): ChoiceSite(
-            stand.name, site, called_of(site, stand), site.k or 0, stand.name.rpartition(".")[0]
+        (site, location.layer): ChoiceSite(
+            location.name, site, called_of(site, location), site.k or 0, location.name.rpartition(".")[0]
         )
         for site in serve(sites, ability, why_no_choices)
-        for stand in reversed(site.stands)  # a layer at two paths has the name of the first
+        for location in reversed(site.locations)  # a layer at two paths has the name of the first
     }
     order = {place.name: number for number, place in enumerate(places(model))}
     return sorted(found.values(), key=lambda one: order.get(one.name, 0))
@@ -77,10 +77,10 @@ def chosen_by_ids(site: Site) -> bool:
     return site.block is not None and site.block.experts_of_id is not None
 
 
-def called_of(site: Site, stand: Stand) -> nn.Module:
+def called_of(site: Site, location: Location) -> nn.Module:
     """The module whose arguments tell of the tokens of a gate."""
     unknown = site.external and site.block is None
-    return site.called if stand.layer is None or unknown else stand.layer
+    return site.called if location.layer is None or unknown else location.layer
 
 
 def why_no_choices(site: Site) -> str | None:

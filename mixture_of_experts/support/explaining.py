@@ -42,10 +42,10 @@ LISTENERS = Listeners()
 @contextmanager
 def listening() -> Iterator[list[tuple[str, Explanation]]]:
     """The ways taken in this context, in a list: "gate" or "experts", and which."""
-    told: list[tuple[str, Explanation]] = []
-    LISTENERS.lists.append(told)
+    explanations: list[tuple[str, Explanation]] = []
+    LISTENERS.lists.append(explanations)
     try:
-        yield told
+        yield explanations
     finally:
         LISTENERS.lists.pop()
 

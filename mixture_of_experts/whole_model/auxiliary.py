@@ -54,7 +54,7 @@ def collect_aux(model: nn.Module, *, gates: Gates | None = None) -> Iterator[Aux
         >>> loss = out.square().mean() + aux.take()
     """
     sites = serve(find_sites(model, "collect_aux", gates), "collect_aux", why_not_collected)
-    layers = dict.fromkeys(stand.layer for site in sites for stand in site.stands if stand.layer is not None)
+    layers = dict.fromkeys(one.layer for site in sites for one in site.locations if one.layer is not None)
     aux = AuxLosses()
     collecting = Collecting(aux)
     with Attached() as hooks:
@@ -72,7 +72,7 @@ def why_not_collected(site: Site) -> str | None:
             "its block returns no auxiliary loss. Call the model with output_router_logits=True and its own loss has "
             "one, or convert the block with from_transformers"
         )
-    alone = all(stand.layer is None for stand in site.stands)
+    alone = all(location.layer is None for location in site.locations)
     return "it stands in no MoE layer, so its caller has its losses" if alone else None
 
 

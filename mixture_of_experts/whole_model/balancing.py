@@ -162,7 +162,7 @@ def why_not_balanced(site: Site) -> str | None:
     """Why a site cannot be balanced; None if it can."""
     if site.bias is None:
         return "it has no expert bias"
-    beside = not site.external or site.block is not None or all(stand.experts is not None for stand in site.stands)
+    beside = not site.external or site.block is not None or all(one.experts is not None for one in site.locations)
     return None if beside else "it has a bias for choosing experts, but no experts stand beside it"
 
 
@@ -262,7 +262,7 @@ class BlockBias:
             self.hooked = [site.called]
             hooks.after(site.called, self.after_router)
             return
-        self.hooked = [experts for stand in site.stands if (experts := stand.experts) is not None]
+        self.hooked = [experts for location in site.locations if (experts := location.experts) is not None]
         for experts in dict.fromkeys(self.hooked):
             hooks.before(experts, self.before_experts)
 
@@ -275,7 +275,7 @@ class BlockBias:
 
     def check_scores(self, name: str) -> Any:
         """By what the router chooses; ValueError if that is not known or does not fit the rule."""
-        kind, block = type(self.site.stands[0].layer).__name__, self.site.block
+        kind, block = type(self.site.locations[0].layer).__name__, self.site.block
         if block is None:
             raise ValueError(
                 f"{self.rule!r} reads scores, and those of {kind}, which has {name}, are not known: balance it by "

@@ -28,7 +28,7 @@ ROUTER = re.compile(r"Top[kK]Router$")
 BIASES = ("e_score_correction_bias", "expert_bias")
 
 
-class Stand(NamedTuple):
+class Location(NamedTuple):
     """A place in which a gate stands."""
 
     name: str  # its path, without wrappers
@@ -44,7 +44,7 @@ class Site:
     called: nn.Module  #: the outermost wrapper, or the gate itself: a hook on it runs once for each call of a layer
     num_experts: int
     around: nn.Module  #: the nearest model of transformers that reads a mask, else the model
-    stands: tuple[Stand, ...]
+    locations: tuple[Location, ...]
     outer: tuple[int, ...] = ()  #: leading dimensions of the weights, a router for each index
     level_one: Site | None = None  #: for level two: the site of level one
     external: bool = False  #: whether it is no gate of this package: a router of transformers, or another one
@@ -53,11 +53,11 @@ class Site:
 
     @property
     def name(self) -> str:
-        return self.stands[0].name
+        return self.locations[0].name
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(stand.name for stand in self.stands))
+        return tuple(dict.fromkeys(location.name for location in self.locations))
 
     @property
     def kind(self) -> str:
@@ -73,7 +73,7 @@ class Site:
     @property
     def is_level(self) -> bool:
         """Whether it is level one or two of a layer."""
-        layers = (stand.layer for stand in self.stands)
+        layers = (location.layer for location in self.locations)
         return any(layer is not None and isinstance(unwrapped(layer), HeirarchicalMoE) for layer in layers)
 
     @property
@@ -132,10 +132,10 @@ def serve(
     """
     reasons = {site: reason for site in sites if (reason := why_not(site)) is not None}
     if reasons:
-        told = "; ".join(f"{site.name!r} ({site.kind}): {reason}" for site, reason in reasons.items())
+        refused = "; ".join(f"{site.name!r} ({site.kind}): {reason}" for site, reason in reasons.items())
         rest = [site.name for site in sites if site not in reasons]
         remedy = f". For the other gates alone pass gates={rest}" if rest and takes_gates else ""
-        raise TypeError(f"{ability} cannot serve {told}{remedy}")
+        raise TypeError(f"{ability} cannot serve {refused}{remedy}")
     return sites
 
 
@@ -157,7 +157,7 @@ def chosen(sites: list[Site], ability: str, gates: Gates) -> list[Site]:
 def is_named(site: Site, one: Any) -> bool:
     if isinstance(one, str):
         return one in site.names
-    modules = [site.gate, site.called, *(stand.layer for stand in site.stands)]
+    modules = [site.gate, site.called, *(location.layer for location in site.locations)]
     return any(one is module or (module is not None and one is unwrapped(module)) for module in modules)
 
 
@@ -212,8 +212,8 @@ def sites_at(place: Place, found: dict[nn.Module, Site]) -> Iterator[Site]:
     elif module in found:
         return  # a part of a layer or a block
     elif isinstance(module, Gate):
-        stand = Stand(place.name or "gate")
-        yield Site(module, place.called, module.num_experts, place.around, (stand,), outer=module.outer_expert_dims)
+        location = Location(place.name or "gate")
+        yield Site(module, place.called, module.num_experts, place.around, (location,), outer=module.outer_expert_dims)
     elif is_router(module) or holds_bias(module, found.values()):
         yield site_of_unknown(place)
 
@@ -222,16 +222,16 @@ def site_of_gate(place: Place, attribute: str, num_experts: int) -> Site:
     """The site of a gate in a layer of this package."""
     name, called = place.part(attribute)
     gate, layer = unwrapped(called), place.module
-    stand = Stand(name, place.called, getattr(layer, "experts"))  # noqa: B009
-    return Site(gate, called, num_experts, place.around, (stand,))
+    location = Location(name, place.called, getattr(layer, "experts"))  # noqa: B009
+    return Site(gate, called, num_experts, place.around, (location,))
 
 
 def site_of_block(place: Place, block: BlockSettings) -> Site:
     """The site of a router in a known block of `transformers`."""
     path = next(name for name in KEEPS["router"] if isinstance(getattr(block.module, name, None), nn.Module))
     name, called = place.part(path)
-    stand = Stand(name, block.module, block.attribute("experts"))
-    return Site(unwrapped(called), called, num_logits(block), place.around, (stand,), external=True, block=block)
+    location = Location(name, block.module, block.attribute("experts"))
+    return Site(unwrapped(called), called, num_logits(block), place.around, (location,), external=True, block=block)
 
 
 def site_of_unknown(place: Place) -> Site:
@@ -245,17 +245,17 @@ def site_of_unknown(place: Place) -> Site:
     num_experts = getattr(called, "num_experts", None)
     if not isinstance(num_experts, int):
         num_experts = 0 if bias is None else bias.numel()
-    stand = Stand(name, block, find(block, "experts"))
+    location = Location(name, block, find(block, "experts"))
     holder = None if bias is None else place.module
-    return Site(unwrapped(called), called, num_experts, place.around, (stand,), external=True, holder=holder)
+    return Site(unwrapped(called), called, num_experts, place.around, (location,), external=True, holder=holder)
 
 
 def joined(one: Site, other: Site) -> Site:
     """One site of a gate that stands in several places."""
     called = one.called if one.called is other.called else one.gate
-    stands = [stand for stand in dict.fromkeys((*one.stands, *other.stands)) if stand.layer is not None]
+    locations = [each for each in dict.fromkeys((*one.locations, *other.locations)) if each.layer is not None]
     holder = one.holder if other.holder is None else other.holder
-    return replace(other, called=called, stands=tuple(stands) or one.stands, around=one.around, holder=holder)
+    return replace(other, called=called, locations=tuple(locations) or one.locations, around=one.around, holder=holder)
 
 
 def is_router(module: nn.Module) -> bool:

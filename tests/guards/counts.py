@@ -164,7 +164,7 @@ def launches_on_fake_cuda() -> dict[str, float]:
     from tests.support import fake_cuda_checks as checks
 
     found = {}
-    for way in ("grouped", "triton", "lean", "plain"):
+    for way in ("grouped", "triton", "batched", "plain"):
         found |= {f"GPU, {way}: {what}": value for what, value in checks.costs(way).items()}
         found |= {f"GPU, {way}, capacity: {what}": value for what, value in checks.costs_with_capacity(way).items()}
         found |= {f"GPU, {way}: decoding, {t} tokens": checks.launches_of_decoding(way, t) for t in (1, 64)}

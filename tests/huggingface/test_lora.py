@@ -114,7 +114,7 @@ def test_the_numbers_of_peft(name, transposed, way):
         moe.experts.is_transposed = True  # as in models of transformers: PEFT's A is then at the other side
     slow, fast = both(prepared(moe))
     x = torch.randn(2, TOKENS // 2, DIM, dtype=torch.float64)
-    if name == "unknown activation" and way in ("cpu", "lean"):
+    if name == "unknown activation" and way in ("cpu", "batched"):
         with ops.use(way), pytest.raises(ValueError, match="the activation Mish is none of"):
             fast(x)
         return

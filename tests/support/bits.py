@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixture_of_experts import GatedExperts, MoE, TopKGating, ops
 
-WAYS = ("cpu", "grouped", "lean", "plain")
+WAYS = ("cpu", "grouped", "batched", "plain")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 SIZES = ((8, 16, 4), (64, 96, 8), (256, 512, 8))  # d, h, e
 MANY, FEW = (6, 16), (6, 2)  # sequences and their lengths: an expert has a dozen rows or more, or 3 to 6 on average
@@ -30,7 +30,7 @@ OF_EQUAL_SHAPES = ("other sequences beside it", "one thread or two")
 KEPT = {
     "cpu": ALWAYS,
     "grouped": ALWAYS,
-    "lean": (*ALWAYS, *OF_EQUAL_SHAPES, "another place in the batch"),
+    "batched": (*ALWAYS, *OF_EQUAL_SHAPES, "another place in the batch"),
     "plain": (*ALWAYS, *OF_EQUAL_SHAPES),
 }
 

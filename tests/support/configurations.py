@@ -32,7 +32,7 @@ from . import reference
 from . import strategies as make
 from .strategies import Bank, Router
 
-WAYS = ("auto", "cpu", "grouped", "lean", "plain", "triton")
+WAYS = ("auto", "cpu", "grouped", "batched", "plain", "triton")
 RUNS = ("eager", "compiled", "exported")
 
 # dtype of the module, what autocast casts to, tolerance beside the largest number of a tensor, and what of a router's
@@ -164,7 +164,7 @@ def refused_way(c: Configuration) -> str | None:
     known = c.bank.activation in make.KNOWN_ACTIVATIONS
     possible = {
         "cpu": c.run == "eager" and known,
-        "lean": c.run != "exported" and known,
+        "batched": c.run != "exported" and known,
         "grouped": c.run != "exported",
         "triton": False,  # its interpreter is a process' own: tests/test_triton.py
     }[c.way]

@@ -217,13 +217,13 @@ def check_amd(arch: str, asked: bool, way: str) -> None:
 
 
 def check_other_device(device: str) -> None:
-    """On Intel's and Apple's GPUs the lean way computes; only forwards, as a process has gradients on one kind of
+    """On Intel's and Apple's GPUs the batched way computes; only forwards, as a process has gradients on one kind of
     device."""
     with fake_gpu(torch.bfloat16), torch.device(device):
         for router in (*ROUTERS, "two levels"):
             layer, x = make_layer(router, "gated", 1.0), torch.empty(2, 40, DIM)
             told = way_of(layer, x)
-            assert told.way == "lean"
+            assert told.way == "batched"
             assert "NVIDIA" in told.reasons["triton"]
             assert device in told.reasons["grouped"]
             for training in (True, False):
@@ -464,7 +464,7 @@ SIZES = {
     "fine": (32768, 2048, 96, 1024, 64),
     "fine, grouped": (32768, 2048, 96, 1016, 64),
 }
-CARD = {"grouped": (9, 0), "triton": (9, 0), "lean": (8, 0), "plain": (8, 0)}
+CARD = {"grouped": (9, 0), "triton": (9, 0), "batched": (8, 0), "plain": (8, 0)}
 
 
 def costs(way: str, size: str = "small") -> dict[str, float]:

@@ -609,7 +609,7 @@ def check_queues(e: int, k: int, n: int) -> None:
             patch.setattr(queueing, "queue_in_line", lambda *args: queued.append(1) or queue_in_line(*args))
             patch.setattr(queues.CHECK, "verdicts", {expert.device: None})
             found = queues.queue_up(expert, chosen, e, k, priority, score)
-        with ops.use("lean"):
+        with ops.use("batched"):
             wanted = queues.queue_up(expert, chosen, e, k, priority, score)
         same = found.position == wanted.position
         assert (same if chosen is None else same | ~chosen).all()
@@ -638,7 +638,7 @@ def check_wrong_queues(fault: str) -> None:
         if fault in arguments:
             arguments[fault][-1, -1] += 1
 
-    with ops.use("lean"):
+    with ops.use("batched"):
         wanted = queues.queue_up(expert, None, 5, 2)
     with pytest.MonkeyPatch.context() as patch, ops.use("triton"):
         patch.setattr(queues.CHECK, "verdicts", {})

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mixture_of_experts.huggingface.lora import rows
 from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
-from mixture_of_experts.ops import cpu, grouped, lean, plain
+from mixture_of_experts.ops import batched, cpu, grouped, plain
 from mixture_of_experts.ops.cpu import fused
 from mixture_of_experts.ops.network import Call
 
@@ -30,8 +30,8 @@ def why_not_grouped(call: Call) -> str | None:
 
 def run_grouped(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
-    if call.x.is_cuda and lean.why_not(call) is None:
-        return lean.run_rows(call, grouped.GroupedProducts, rows)
+    if call.x.is_cuda and batched.why_not(call) is None:
+        return batched.run_rows(call, grouped.GroupedProducts, rows)
     return run_operators(call, grouped.grouped_product)
 
 
@@ -57,6 +57,6 @@ def adapted(call: Call) -> AdaptedNetwork:
 WAYS = {
     "cpu": Way(cpu.why_not, lambda call: fused.run(call, rows)),
     "grouped": Way(why_not_grouped, run_grouped),
-    "lean": Way(lean.why_not, lambda call: lean.run_rows(call, on_rows=rows)),
+    "batched": Way(batched.why_not, lambda call: batched.run_rows(call, on_rows=rows)),
     "plain": Way(plain.why_not, run_operators),
 }

@@ -47,9 +47,9 @@ def why_not_cut(site: Site) -> str | None:
     """Why the experts of a site cannot be fewer, whichever stay; None if they can."""
     if site.external:
         return "it is no gate of this package: make its block a layer by from_transformers"
-    if not all(isinstance(stand.layer, nn.Module) for stand in site.stands):
+    if not all(isinstance(location.layer, nn.Module) for location in site.locations):
         return "it stands in no layer"
-    layers = {unwrapped(stand.layer) for stand in site.stands if stand.layer is not None}
+    layers = {unwrapped(location.layer) for location in site.locations if location.layer is not None}
     if len(layers) > 1:
         return f"it routes for several layers ({', '.join(site.names)})"
     layer: Any = layers.pop()
@@ -104,9 +104,9 @@ class PrunableLayer:
     e: int
 
     def __init__(self, site: Site) -> None:
-        assert site.stands[0].layer is not None
+        assert site.locations[0].layer is not None
         self.name, self.gate, self.e = site.name, site.gate, site.num_experts
-        self.moe: Any = unwrapped(site.stands[0].layer)
+        self.moe: Any = unwrapped(site.locations[0].layer)
         k: Any = getattr(self.gate, "k", 1)
         self.least: int = k + isinstance(self.gate, NoisyTopKGating)  # experts with which the gate works
         self.groups: int = getattr(self.gate, "num_groups", None) or 1

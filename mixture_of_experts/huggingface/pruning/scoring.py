@@ -64,7 +64,7 @@ def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> d
     with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
         for site, each in zip(sites, calibrations.values(), strict=True):
             attached.after(site.called, each.decided)
-            attached.before(computing(site.stands[0].layer), each.read)
+            attached.before(computing(site.locations[0].layer), each.read)
         for batch in batches:
             run(model, batch)
     if unused := [name for name, each in calibrations.items() if not each.total[0].any()]:

@@ -446,18 +446,18 @@ def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> N
         put_everywhere(model, place.module, feed_forward)
         return
     for path in adapter.bypass:
-        replace(place.module, path, One() if path == adapter.ones else nn.Identity())
+        set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
     dropout = adapter.hidden_dropout
     if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
         off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
-        replace(place.module, dropout, off)
-    replace(place.module, adapter.down, feed_forward)
+        set_attribute(place.module, dropout, off)
+    set_attribute(place.module, adapter.down, feed_forward)
 
 
 def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put a module at all paths of another one: a network that several layers share becomes one MoE."""
     for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
-        replace(model, path, new)
+        set_attribute(model, path, new)
 
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
@@ -488,7 +488,7 @@ class One(nn.Module):
         return x.new_ones(())
 
 
-def replace(module: nn.Module, path: str, value: Any) -> None:
+def set_attribute(module: nn.Module, path: str, value: Any) -> None:
     parent, _, name = path.rpartition(".")
     setattr(module.get_submodule(parent), name, value)
 

@@ -18,7 +18,7 @@ from mixture_of_experts.huggingface.replacement.replace import (
     find,
     gates_of_layers,
     make_moe,
-    replace,
+    set_attribute,
     swap,
 )
 from mixture_of_experts.huggingface.saving.layer_settings import FORMS, GateFactory, gate_factory, set_changed
@@ -60,7 +60,7 @@ def put_experts(
         for path, form in entry.get("forms", {}).items():
             arguments = {"class": form} if isinstance(form, str) else dict(form)
             make = FORMS[arguments.pop("class")]
-            replace(layer, path, make(layer.get_submodule(path), **arguments))
+            set_attribute(layer, path, make(layer.get_submodule(path), **arguments))
         set_changed(layer, entry)
     plan_experts(model)
 

@@ -41,7 +41,7 @@ class Form(NamedTuple):
 def form_of(network: Network) -> Form | None:
     """The form of a network; None if no kernel has its activation. A subclass of a known activation is unknown."""
     activation: Any = network.activation
-    layout = network.halves or ("gated" if network.gated else "plain")
+    layout = network.gate_up or ("gated" if network.gated else "plain")
     kernel = KNOWN[type(activation)](activation).kernel if type(activation) in KNOWN else None
     if kernel == "clamped_swiglu":
         return Form(layout, kernel, activation.alpha, activation.limit) if network.gated else None

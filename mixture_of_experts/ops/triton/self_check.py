@@ -3,7 +3,7 @@
 Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o output dim.
 
 A `Kind` describes what the kernels' programs depend on. For each kind and each entry of the schedule, kernels compute
-outputs and all gradients of made-up tokens, three times. Every row of each is compared with that of the lean way in
+outputs and all gradients of made-up tokens, three times. Every row of each is compared with that of the batched way in
 float32, and all times have to have equal bits. The sums are long enough that each buffer of a pipeline is used several
 times. If anything differs, or raises, the Triton way is off for the process, with a warning. An illegal access ends the
 CUDA context, and a kernel that hangs hangs here: these a process cannot survive, and the check does not see them.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import Decision, decision_on
 from mixture_of_experts.kernels.launching import SelfCheck
-from mixture_of_experts.ops import lean
+from mixture_of_experts.ops import batched
 from mixture_of_experts.ops.activations import ActivationLike, ClampedSwiGLU, SquaredReLU
 from mixture_of_experts.ops.network import Call, Network
 from mixture_of_experts.ops.triton.form import Form
@@ -31,7 +31,7 @@ from mixture_of_experts.support.private_torch import constant_in_graphs
 ROWS, DIM = 512, 704  # least sizes of the made-up call; to DIM a kind's `sizes` are added
 BUSIEST = 0.6  # share of the rows of the first expert, so that sums over its rows are long
 TIMES = 3  # how often the kernels compute it
-#: largest difference of a row between the kernels and the lean way in float32, relative to its norm
+#: largest difference of a row between the kernels and the batched way in float32, relative to its norm
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 5e-3, torch.float32: 5e-3}
 FAR = 1 << 31  # more elements than int32 can index
 
@@ -142,7 +142,7 @@ def fault_of(call: Call, kind: Kind, entry: Schedule, far: bool) -> str | None:
     for name, got in found.items():
         error = error_of_rows(got, wanted[name.partition(", ")[0]])
         if not error < TOLERANCE[kind.dtype]:
-            return f"{said} a row of {name} differs from the lean way's by {error:.1e} of its norm"
+            return f"{said} a row of {name} differs from the batched way's by {error:.1e} of its norm"
     del wanted
     for _ in range(TIMES - 1):
         for name, again in by_kernels(call, kind).items():
@@ -275,7 +275,7 @@ def writes_far(call: Call, entry: Schedule) -> bool:
 
 
 def by_operators(call: Call) -> dict[str, Tensor]:
-    """The same by the lean way in float32."""
+    """The same by the batched way in float32."""
 
     def leaf(tensor: Tensor) -> Tensor:
         return tensor.detach().float().requires_grad_()
@@ -284,6 +284,6 @@ def by_operators(call: Call) -> dict[str, Tensor]:
     x, weight, network = leaf(call.x), leaf(given.weight), call.network.map(leaf)
     expert = torch.where(given.kept, given.expert, -1)
     decision = decision_on(expert.view(-1, k), weight.view(-1, k), network.w_out.shape[0])
-    out, leaves = lean.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
+    out, leaves = batched.run(Call(x, decision, network, True)), {"x": x, "weights": weight, **network.tensors()}
     grads = torch.autograd.grad(out, list(leaves.values()), gradient_for(out, call.x.dtype))
     return {"the output": out.detach(), **dict(zip((f"the gradient of {name}" for name in leaves), grads, strict=True))}
