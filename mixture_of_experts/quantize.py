@@ -250,8 +250,8 @@ class QuantizedExperts(RoutedExperts):
             with without_autocast(x.device):
                 out = _ByPacked.apply(x, *stored, num_tokens_per_expert, False)
                 if name in parts:
-                    down, up, scaling = parts[name]
-                    thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert) * scaling
+                    down, up = parts[name]
+                    thin = grouped_product(x, down.to(x.dtype), num_tokens_per_expert)
                     out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
             return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
 

@@ -31,41 +31,22 @@ class ModelCall(ForwardCall):
         around: the call of a larger model around this one.
     """
 
-    tokens: TokensAround
-    with_gradients: bool
-    reached: Reached
+    config: Any = None  # the part of the model's configuration that tells of routers
+    share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
+    training = False  # whether the model trains
+    asked = False  # whether the caller asks for the auxiliary loss
+    declined = False  # whether the caller computes its own loss and wants none of these
+    added = False  # whether the loss that the model returned holds them
+    remembered = False  # whether activation checkpointing stores the call for a recomputation
+    again = False  # whether this is such a recomputation
 
     def __init__(self, tokens: TokensAround | None = None, around: ModelCall | None = None) -> None:
-        self.tokens = TokensAround() if tokens is None else tokens
+        self.tokens: TokensAround = TokensAround() if tokens is None else tokens
         self.around = around
-        self.with_gradients = torch.is_grad_enabled()
-        self.training = False  # whether the model trains
-        self.config: Any = None  # the part of the model's configuration that tells of routers
-        self.share: Tensor | None = None  # of its labels in those of the batch, if a trainer tells their number
+        self.with_gradients: bool = torch.is_grad_enabled()
         self.losses: list[Tensor] = []  # auxiliary losses of the feed-forward networks that ran
-        self.asked = False  # whether the caller asks for the auxiliary loss
-        self.declined = False  # whether the caller computes its own loss and wants none of these
-        self.added = False  # whether the loss that the model returned holds them
-        self.reached = Reached() if around is None else around.reached
-        self.remembered = False  # whether activation checkpointing stores the call for a recomputation
-        self.again = False  # whether this is such a recomputation
-
-
-class Reached:
-    """Hooks on tensors that note whether a backward reached outputs and auxiliary loss; they hold no tensors."""
-
-    output: bool
-    loss: bool
-
-    def __init__(self) -> None:
-        self.output = False
-        self.loss = False
-
-    def at_output(self, grad: Tensor) -> None:
-        self.output = True
-
-    def at_loss(self, grad: Tensor) -> None:
-        self.loss = True
+        #: what a backward reached: "outputs" of networks, their "losses"
+        self.reached: set[str] = set() if around is None else around.reached
 
 
 class Replaced(nn.Module):
@@ -155,8 +136,9 @@ class MoEFeedForward(Replaced):
         if call.with_gradients or not call.keys:  # without gradients nothing can be lost
             refuse_reentrant(self.moe, call.remembered)
         if not torch.compiler.is_compiling() and out.requires_grad and aux_loss.requires_grad and not in_transform():
-            out.register_hook(call.reached.at_output)
-            aux_loss.register_hook(call.reached.at_loss)
+            reached = call.reached  # the hooks hold no tensors
+            out.register_hook(lambda _: reached.add("outputs"))
+            aux_loss.register_hook(lambda _: reached.add("losses"))
 
     def _told(self, mask: Tensor | None) -> dict[str, Tensor | None]:
         """The mask, by the argument that tells the layer what to do with padding.
@@ -247,6 +229,16 @@ class SparseFeedForward(MoEFeedForward):
 
 #: blocks that return router scores too, which nobody reads
 PAIRS = ("GptOssMLP", "Llama4TextMoe", "OpenAIPrivacyFilterMLP")
+
+
+def layers_by_path(model: nn.Module) -> dict[str, Any]:
+    """All `MoEFeedForward` modules of a model, by their paths."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+
+
+def tensors_of(module: nn.Module, recurse: bool = True) -> dict[str, Tensor]:
+    """The parameters and buffers of a module by name."""
+    return dict((*module.named_parameters(recurse=recurse), *module.named_buffers(recurse=recurse)))
 
 
 def add_below(module: nn.Module, path: str, child: nn.Module) -> None:

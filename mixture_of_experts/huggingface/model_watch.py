@@ -83,12 +83,12 @@ class LastCall(threading.local):
 def watch_model(model: nn.Module, names: Sequence[str]) -> None:
     """Set watches on a model, which returns the losses, and on the models around the named modules."""
     last = last_calls(model)[0] if last_calls(model) else LastCall()
-    for around in {model: True, **{reader_around(model, name): True for name in names}}:
+    readers = {reader_around(model, name) for name in names}
+    for around in {model, *readers}:
         if watch_of(around) is None:
             watch = ModelWatch(around, last)
             set_hooks(around, NAME, watch.begin, watch.end)
-    for around in {reader_around(model, name): True for name in names}:
-        watch_of(around).reads = True
+        watch_of(around).reads |= around in readers
     watch_of(model).adds = True
 
 
@@ -248,7 +248,7 @@ class ModelWatch(Watch):
             return
         config = text_config(model)
         switched_off = config is not None and getattr(config, "router_aux_loss_coef", 1.0) == 0
-        if last.reached.output and not last.reached.loss and not switched_off:
+        if last.reached == {"outputs"} and not switched_off:
             self.warned = True
             warnings.warn(
                 "a gradient reached the outputs of feed-forward networks, but not their auxiliary loss: "

@@ -513,7 +513,7 @@ def launches_of_lora(way: str) -> tuple[str, int, int]:
     """Of a layer with low-rank parts of three weights, in training: the way, and how many launches more than the frozen
     layer forward and backward are, each."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # PEFT and transformers about each other
-    from mixture_of_experts.huggingface.lora.wrapper import AdaptedFFN, LowRankPart
+    from mixture_of_experts.huggingface.lora.wrapper import AdaptedFFN
 
     with on_gpu(torch.bfloat16, CARD[way]), ops.use(way):
         experts, rank = GatedExperts(512, 16, 1024), 16
@@ -521,7 +521,7 @@ def launches_of_lora(way: str) -> tuple[str, int, int]:
         for name, weight in zip(("w_in.0", "w_in.1", "w_out"), experts.requires_grad_(False).parameters(), strict=True):
             e, p, q = weight.shape
             down, up = torch.empty(e, p, rank, requires_grad=True), torch.empty(e, rank, q, requires_grad=True)
-            parts[name] = LowRankPart(down, up, 2.0)
+            parts[name] = (down, up)
         layer, forward = MoE(512, gate=TopKGating(512, 16, 2), experts=experts), experts.forward
         x = torch.empty(1, 4096, 512, requires_grad=True)
         frozen = count(lambda: layer(x), [x])

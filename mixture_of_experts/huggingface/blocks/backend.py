@@ -8,7 +8,8 @@ Axes: t tokens, k choices, e experts, d model dim, h hidden dim, o dim of the ou
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +24,6 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 ACTIVATIONS: dict[str, nn.Module] = {
     name: make() for name, make in OF_TORCH.items()
 }  # these modules have no parameters
-
-
-class Gating(NamedTuple):
-    """The activation and the layout of gate and up, as arguments of `moe_ffn`."""
-
-    activation: Callable[..., Tensor]
-    gate_up: Any  # "concatenated", "interleaved" or None
 
 
 def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -54,13 +48,9 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     b1 = b2 = None
     if self.has_bias:
         b1, b2 = (self.gate_up_proj_bias if self.has_gate else self.up_proj_bias), self.down_proj_bias
-    gating = read_gating(self)
-
-    def compute(x: Tensor, expert: Tensor, weight: Tensor) -> Tensor:
-        return moe_ffn(
-            x, expert, weight, first, down, activation=gating.activation, gate_up=gating.gate_up, b1=b1, b2=b2,
-            training=self.training,
-        )  # fmt: skip
+    activation, gate_up = read_gating(self)
+    settings = dict(activation=activation, gate_up=gate_up, b1=b1, b2=b2, training=self.training)
+    compute: Any = partial(moe_ffn, w1=first, w2=down, **settings)
 
     x = hidden_states.to(first.dtype)
     if not self.has_post_expert_norm:
@@ -73,17 +63,16 @@ def experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k
     return (self.post_expert_norm(results).unflatten(0, (-1, k)) * weight).sum(dim=1).to(hidden_states.dtype)
 
 
-def read_gating(experts: Any) -> Gating:
-    """The gating of a class of experts; an activation that `ops` knows, if there is one."""
-    gate_up = "concatenated" if experts.is_concatenated else "interleaved"
-    if not experts.has_gate:
-        return Gating(known(experts.act_fn), None)
-    if splits_halves(experts):
-        return Gating(known(experts.act_fn), "concatenated")
+def read_gating(experts: Any) -> tuple[Callable[..., Tensor], Any]:
+    """The activation of a class of experts, one that `ops` knows if there is one, and the layout of gate and up, as
+    arguments of `moe_ffn`."""
+    if not experts.has_gate or splits_halves(experts):
+        activation: Any = ACTIVATIONS.get(type(experts.act_fn).__name__, experts.act_fn)
+        return activation, "concatenated" if experts.has_gate else None
     if type(experts).__name__ == "GptOssExperts":
-        return Gating(ClampedSwiGLU(experts.alpha, experts.limit), "interleaved")
-
-    return Gating(OwnGating(experts, gate_up), gate_up)
+        return ClampedSwiGLU(experts.alpha, experts.limit), "interleaved"
+    gate_up = "concatenated" if experts.is_concatenated else "interleaved"
+    return OwnGating(experts, gate_up), gate_up
 
 
 class OwnGating(nn.Module):
@@ -103,11 +92,6 @@ class OwnGating(nn.Module):
         if self.gate_up == "concatenated":
             return applies_gate(self.experts, torch.cat([gate, up], dim=-1))
         return applies_gate(self.experts, torch.stack([gate, up], dim=-1).flatten(-2))
-
-
-def known(activation: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The module of torch that computes an activation of `transformers`; the activation itself if there is none."""
-    return ACTIVATIONS.get(type(activation).__name__, activation)
 
 
 ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)

@@ -24,6 +24,7 @@ from mixture_of_experts.around import (
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import HashGating, RouterLogits, TopKGating
 from mixture_of_experts.gating.steps import LearnedScale
+from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.huggingface.replacement.adapters import read_activation
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.ops import ClampedGLU, ClampedSwiGLU
@@ -145,7 +146,7 @@ class BlockLayer:
     def views(self, of: Of = lambda tensor: tensor) -> dict[str, Pieces]:
         """The block's weights by this package's names and in its layout; or what `of` returns for each of them."""
         block = {id(tensor) for tensor in (*self.block.parameters(), *self.block.buffers())}
-        named = (*self.layer.named_parameters(), *self.layer.named_buffers())
+        named = tensors_of(self.layer).items()
         found: dict[str, Pieces] = {name: [(..., of(tensor))] for name, tensor in named if id(tensor) in block}
         path = next(name for name, module in self.layer.named_modules() if module is self.stack)
         found |= {f"{path}.{name}": pieces for name, pieces in self.weights(of).items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.around import with_inner
 from mixture_of_experts.huggingface.blocks.block_layer import BlockLayer, Pieces
+from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.huggingface.replacement.adapters import refuse_offloaded
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.recipes import BLOCKS, KEEPS
@@ -40,7 +41,7 @@ def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     with torch.enable_grad():  # views tell what is frozen
         views = read.views()
     moe = copy.deepcopy(read.layer)
-    wanted = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    wanted = tensors_of(moe)
     state = {name: joined(pieces, wanted[name]) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
@@ -56,7 +57,7 @@ def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
 def to_block(moe: MoE, block: nn.Module) -> nn.Module:
     """Copy the weights of a layer into a block that computes the same; return the block."""
     check_alike(moe, block)
-    own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    own = tensors_of(moe)
     for name, pieces in read_block(block).views().items():
         for index, view in pieces:
             view.copy_(own[name][index])
@@ -84,7 +85,7 @@ def told(moe: MoE, left_out: Collection[str]) -> dict[str, str]:
     gate, parts = moe.gate, with_inner(moe.experts)
     settings = {name: getattr(gate, name, None) for name in COMPARED if name not in left_out}
     settings |= {} if closes_groups(gate) or "num_groups" in left_out else {"num_groups": None}
-    weights = {name: tensor for name, tensor in (*moe.named_parameters(), *moe.named_buffers()) if name != COUNTS}
+    weights = {name: tensor for name, tensor in tensors_of(moe).items() if name != COUNTS}
     return {
         "the gate is": type(gate).__name__,
         **{f"the gate has {name}": repr(value) for name, value in settings.items()},

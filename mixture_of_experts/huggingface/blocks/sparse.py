@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from mixture_of_experts.huggingface.blocks.convert import check_alike, read_block, to_block, to_layer
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, feed_forwards
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path, tensors_of
 from mixture_of_experts.huggingface.model_watch import is_masked, remove_watches
 from mixture_of_experts.huggingface.private_transformers import capture_alike
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_offloaded, refuse_wrapped
-from mixture_of_experts.huggingface.replacement.replace import join, set_attribute
+from mixture_of_experts.huggingface.replacement.replace import join, put_everywhere
 from mixture_of_experts.huggingface.replacement.search import is_routed
 from mixture_of_experts.huggingface.router_config import give_back, take_over
 from mixture_of_experts.huggingface.saving.configuration import forget
@@ -153,19 +153,14 @@ def router_path(block: nn.Module) -> str:
     return ".".join([name, *paths[0].split(".")[:-1]]) if paths else ""
 
 
-def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
-        set_attribute(model, path, new)
-
-
 # Back
 
 
 @torch.inference_mode(False)  # what is made in that mode cannot be trained
 def to_stock(model: PreTrainedModel) -> PreTrainedModel:
     """Put stock blocks in the places of a model's layers, and remove all that `from_transformers` added."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseFeedForward)}
-    others = [module for module in feed_forwards(model) if not isinstance(module, SparseFeedForward)]
+    layers = layers_by_path(model)
+    others = any(not isinstance(layer, SparseFeedForward) for layer in layers.values())
     if not layers or others:
         why = "has layers of replace_ffn or upcycle" if others else "has no layer that was a block"
         raise ValueError(f"{type(model).__name__} {why}: only what from_transformers changed has a stock class")
@@ -205,14 +200,12 @@ def stock_model(model: PreTrainedModel) -> tuple[Any, dict[int, Any]]:
 def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     """The block, from the meta device to that of a layer. Each weight gets the dtype of the layer's weight, and is
     frozen if that is."""
-    own = {**dict(moe.named_parameters()), **dict(moe.named_buffers())}
+    own = tensors_of(moe)
     device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
     views = ((name, piece) for name, pieces in read_block(block).views().items() for _, piece in pieces)
     like = {id(piece if piece._base is None else piece._base): own[name] for name, piece in views}
     for module in block.modules():
-        for name, weight in [*module._parameters.items(), *module._buffers.items()]:
-            if weight is None:
-                continue
+        for name, weight in tensors_of(module, recurse=False).items():
             ours = like.get(id(weight))
             kind = (dtype if ours is None else ours.dtype) if weight.is_floating_point() else weight.dtype
             value = torch.zeros(weight.shape, dtype=kind, device=device)

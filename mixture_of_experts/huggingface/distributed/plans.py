@@ -13,7 +13,7 @@ from transformers.distributed.parallel_utils import replace_layer_number_by_wild
 
 from mixture_of_experts.gating import Gate
 from mixture_of_experts.huggingface.distributed.style import STYLE
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, feed_forwards, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import mesh_of_data
 from mixture_of_experts.parallel.style import spread_part
 
@@ -24,7 +24,7 @@ def plan_experts(model: Any) -> None:
     The experts get a rule in `ep_plan`. Rules for what was replaced go: a rule names all layers of a model, so a dense
     network beside layers with experts is then whole on every rank under tensor parallelism.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    layers = layers_by_path(model)
     for block in dict.fromkeys(block_around(name) for name in layers):
         start, left = f"{generic(block)}.", parts_left(model.get_submodule(block))
         for plan in (model.tp_plan, model.ep_plan):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -125,16 +125,10 @@ def weights_shown(model: nn.Module) -> Iterator[None]:
         raise ValueError(
             f"{type(model).__name__} has no QuantizedExperts: PEFT finds the weights of other experts itself"
         )
-    names = {  # that no context around this one shows
-        experts: [n for n in ("w1", "w3", "w2") if hasattr(experts, f"{n}_packed") and not hasattr(experts, n)]
-        for experts in found
-    }
-    try:
-        for experts, weights in names.items():
-            for name in weights:
-                experts.register_parameter(name, nn.Parameter(experts.like(name), requires_grad=False))
+    with ExitStack() as shown:
+        for experts in found:
+            for name in ("w1", "w3", "w2"):
+                if hasattr(experts, f"{name}_packed") and not hasattr(experts, name):  # that no context around shows
+                    experts.register_parameter(name, nn.Parameter(experts.like(name), requires_grad=False))
+                    shown.callback(experts._parameters.pop, name, None)
         yield
-    finally:
-        for experts, weights in names.items():
-            for name in weights:
-                experts._parameters.pop(name, None)

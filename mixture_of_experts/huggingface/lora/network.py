@@ -1,4 +1,4 @@
-"""A network whose weights have low-rank parts, `w + scaling * down @ up` for each expert; only these are trained.
+"""A network whose weights have low-rank parts, `w + down @ up` for each expert; only these are trained.
 
 Axes: e experts, p inner and q outer dimension of a weight, k rank.
 """
@@ -41,19 +41,16 @@ class AdaptedNetwork(Network):
     Attributes:
         parts: for each such weight, by its name in `Network.tensors`, "down." and "up." with that name: `(e, p, k)` and
             `(e, k, q)`.
-        scaling: factor of all products of down and up.
     """
 
     parts: Mapping[str, Any] = field(default_factory=dict)
-    scaling: float = 1.0
 
     def tensors(self) -> dict[str, Tensor]:
         return super().tensors() | {name: part for name, part in self.parts.items() if part is not None}
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> AdaptedNetwork:
-        stored = super().with_tensors(tensors)
         parts = {name: tensors.get(name) for name in self.parts}
-        return AdaptedNetwork(**vars(stored), parts=parts, scaling=self.scaling)
+        return AdaptedNetwork(**vars(super().with_tensors(tensors)), parts=parts)
 
     def adapted(self) -> list[LowRank]:
         """Every weight with its part; those of `w_in` come first."""
@@ -70,6 +67,5 @@ class AdaptedNetwork(Network):
         tensors = super().tensors()
         for name, w, down, up in self.adapted():
             if down is not None and up is not None:
-                tensors[name] = torch.baddbmm(w, down, up, alpha=self.scaling)
-        fields = {name: getattr(self, name) for name in Network.__dataclass_fields__}
-        return Network(**fields).with_tensors(tensors)
+                tensors[name] = torch.baddbmm(w, down, up)
+        return super().with_tensors(tensors)

@@ -30,7 +30,7 @@ def forward(
 ) -> tuple[list[Tensor], Tensor]:
     """`ops.rows.forward`; the rows times each down stand behind the pre-activations."""
     number = len(network.w_in)
-    adapted: Any = AdaptedProducts(products, network.scaling, out[number:])
+    adapted: Any = AdaptedProducts(products, out[number:])
     pre, y = rows.forward(adapted, x, network.spelled(), save, out[:number])
     return [*pre, *adapted.thin.values()], y
 
@@ -48,8 +48,8 @@ def backward(
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """`ops.rows.backward`, with the gradients of low-rank parts; `saved` is what `forward` returned."""
     number, (*_, w_out) = len(network.w_in), network.adapted()
-    adapted: Any = GradientProducts(products, network.scaling)
-    adapted.x, adapted.factor = x, (scale * network.scaling).to(x.dtype)
+    adapted: Any = GradientProducts(products)
+    adapted.x, adapted.scale, adapted.grads = x, scale.to(x.dtype), {}
     adapted.saved = dict(zip((w.name for w in network.adapted() if w.down is not None), saved[number:], strict=True))
     adapted.wanted, adapted.out = wanted, {} if out is None else out
     names = {"x"} if w_out.down is None else {"x", "w_out"}
@@ -66,14 +66,13 @@ class AdaptedProducts:
     """
 
     products: rows.Products
-    scaling: float
     memory: Iterator[Tensor]
     gather: Any
     add_bias: Any
     sums: Any
 
-    def __init__(self, products: rows.Products, scaling: float, memory: Sequence[Tensor] = ()) -> None:
-        self.products, self.scaling, self.memory = products, scaling, iter(memory)
+    def __init__(self, products: rows.Products, memory: Sequence[Tensor] = ()) -> None:
+        self.products, self.memory = products, iter(memory)
         self.gather, self.add_bias, self.sums = products.gather, products.add_bias, products.sums
         self.thin: dict[str, Tensor] = {}  # rows times each down, by the name of the weight
 
@@ -89,16 +88,16 @@ class AdaptedProducts:
         if thin is None or weight.up is None:
             return out
         if not isinstance(products, ChunkProducts):
-            return out.add_(products.by_weights(thin, weight.up), alpha=self.scaling)
+            return out.add_(products.by_weights(thin, weight.up))
         for experts, few, many in zip(products.experts, products.parts(thin), products.parts(out), strict=True):
-            multiply(few, weight.up[experts], many, add=True, alpha=self.scaling)
+            multiply(few, weight.up[experts], many, add=True)
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, LowRank]]) -> Tensor:
         terms = []
         for x, weight in pairs:
             thin = self.narrow(x, weight)
-            terms += [(x, weight.weight)] if thin is None else [(x, weight.weight), (thin * self.scaling, weight.up)]
+            terms += [(x, weight.weight)] if thin is None else [(x, weight.weight), (thin, weight.up)]
         return self.products.total(terms)
 
 
@@ -106,18 +105,15 @@ class GradientProducts(AdaptedProducts):
     """The same in a backward, where it notes the gradients of the parts."""
 
     x: Tensor  # (t, d), tokens
-    factor: Tensor  # (r, 1), weight of each row times `scaling`
+    scale: Tensor  # (r, 1), weight of each row
     saved: dict[str, Tensor]  # rows times each down, of the forward
     wanted: Collection[str]
     out: Mapping[str, Tensor]
-
-    def __init__(self, products: rows.Products, scaling: float) -> None:
-        super().__init__(products, scaling)
-        self.grads: dict[str, Tensor] = {}
+    grads: dict[str, Tensor]
 
     def by_rows(self, x: Tensor, y: Tensor, out: LowRank) -> None:
         """In the place of the gradient of `w_out`; the rows y are weighed."""
-        self.note(out, x, y, self.scaling)
+        self.note(out, x, y, self.saved[out.name])
 
     def total(self, pairs: Sequence[tuple[Tensor, LowRank]]) -> Tensor:
         """Beside the gradients of tokens, those of the parts of `w_in`; pairs have their weights transposed."""
@@ -125,14 +121,14 @@ class GradientProducts(AdaptedProducts):
         tokens = self.gather(self.x) if self.thin.keys() - {"w_out"} else None
         for y, w in pairs:
             if tokens is not None and w.down is not None:
-                self.note(w.mT, tokens, y, self.factor)
+                self.note(w.mT, tokens, y, self.saved[w.name] * self.scale)
         return total
 
-    def note(self, w: LowRank, x: Tensor, y: Tensor, of_y: Tensor | float) -> None:
+    def note(self, w: LowRank, x: Tensor, y: Tensor, thin: Tensor) -> None:
         """Note the gradients of down and up of a weight, by which x is multiplied, from those of the products."""
         for name, left, right in (
-            (f"down.{w.name}", x, self.thin[w.name] * self.factor),
-            (f"up.{w.name}", self.saved[w.name] * of_y, y),
+            (f"down.{w.name}", x, self.thin[w.name] * self.scale),
+            (f"up.{w.name}", thin, y),
         ):
             if name in self.wanted:
                 self.grads[name] = self.products.by_rows(left, right, self.out.get(name))

@@ -37,17 +37,15 @@ def run_grouped(call: Call) -> Tensor:
 
 def run_operators(call: Call, product: plain.Product = plain.expert_product) -> Tensor:
     """Compute a call in operators that autograd differentiates; return `(t, o)`."""
-    network = adapted(call)
 
     def multiply(x: Tensor, weight: Any, num_tokens_per_expert: Tensor | None) -> Tensor:
         w: LowRank = weight
         out = product(x, w.weight, num_tokens_per_expert)
         if w.down is None or w.up is None:
             return out
-        thin = product(x, w.down, num_tokens_per_expert) * network.scaling
-        return out + product(thin, w.up, num_tokens_per_expert)
+        return out + product(product(x, w.down, num_tokens_per_expert), w.up, num_tokens_per_expert)
 
-    return plain.compute(call.x, plain.plan_of(call.decision), network.spelled(), multiply)
+    return plain.compute(call.x, plain.plan_of(call.decision), adapted(call).spelled(), multiply)
 
 
 def adapted(call: Call) -> AdaptedNetwork:

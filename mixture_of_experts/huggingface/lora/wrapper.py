@@ -6,7 +6,7 @@ Axes: e experts, p inner and q outer dimension of a weight, k rank.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer
@@ -23,28 +23,20 @@ WEIGHTS = {"w1": "w_in.0", "w3": "w_in.1", "w2": "w_out"}  # names in `Network.t
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class LowRankPart(NamedTuple):
-    """`scaling * down @ up`, which is added to a weight: down `(e, p, k)`, up `(e, k, q)`."""
-
-    down: Tensor
-    up: Tensor
-    scaling: float
+Factors = tuple[Tensor, Tensor]  # down `(e, p, k)` and up `(e, k, q)`, whose product is added to a weight
 
 
 class AdaptedFFN:
     """Computes tokens as `routed_ffn` does, by a network with parts of its weights."""
 
-    def __init__(self, parts: Mapping[str, LowRankPart]) -> None:
-        self.parts: dict[str, LowRankPart] = dict(parts)
+    def __init__(self, parts: Mapping[str, Factors]) -> None:
+        self.parts: dict[str, Factors] = dict(parts)
 
     def __call__(self, x: Tensor, decision: Decision, network: Network, *, training: bool = False) -> Tensor:
-        scalings = {part.scaling for part in self.parts.values()}
-        alike = len(scalings) == 1
-        factors = {}
-        for name, (down, up, scaling) in self.parts.items():
-            factors |= {f"down.{name}": down if alike else down * scaling, f"up.{name}": up}
-        scaling = scalings.pop() if alike else 1.0
-        whole = AdaptedNetwork(**vars(network), parts=factors, scaling=scaling)
+        parts = {}
+        for name, (down, up) in self.parts.items():
+            parts |= {f"down.{name}": down, f"up.{name}": up}
+        whole = AdaptedNetwork(**vars(network), parts=parts)
         if any(stored.requires_grad for stored in network.tensors().values()):  # gradients of the sums are wanted
             return routed_ffn(x, decision, whole.merged(), training=training)
         return routed_ffn(x, decision, whole, training=training, ways=WAYS)
@@ -91,25 +83,25 @@ class ParamWrapper(layer.ParamWrapper):
                 "or load them into the model that is not quantised, and merge there"
             )
 
-    def part(self, adapters: list[str]) -> LowRankPart:
+    def part(self, adapters: list[str]) -> Factors:
         """What active adapters together add to the weight."""
-        first, *others = [self.part_of(name) for name in adapters]
+        first, *others = map(self.part_of, adapters)
         if not others:
             return first
-        downs, ups = zip(*[(down * scaling, up) for down, up, scaling in (first, *others)], strict=True)
-        return LowRankPart(torch.cat(downs, -1), torch.cat(ups, -2), 1.0)
+        downs, ups = zip(first, *others, strict=True)
+        return torch.cat(downs, -1), torch.cat(ups, -2)
 
-    def part_of(self, adapter: str) -> LowRankPart:
+    def part_of(self, adapter: str) -> Factors:
         """What an adapter adds to the weight.
 
         PEFT stores A `(e k, width)`, expert by expert, and B `(width, k e)`, where experts come last; which of them
         the weight's inner dimension has depends on `is_transposed` of the experts.
         """
-        a: Tensor = self.lora_A[adapter].weight  # type: ignore[assignment]
+        a: Tensor = self.lora_A[adapter].weight * self.scaling[adapter]  # type: ignore[operator]
         b: Tensor = self.lora_B[adapter].weight  # type: ignore[assignment]
         e, dtype = self.num_experts, self.get_param().dtype
         a = a.reshape(e, -1, a.shape[-1])  # (e, k, width of A)
         # a copy of two dimensions, the fastest of the kind
         b = b.reshape(-1, e).t().contiguous().view(e, b.shape[0], -1)  # (e, width of B, k)
         down, up = (b, a) if goes_down_by_b(self) else (a.mT, b.mT)
-        return LowRankPart(down.to(dtype), up.to(dtype), self.scaling[adapter])
+        return down.to(dtype), up.to(dtype)

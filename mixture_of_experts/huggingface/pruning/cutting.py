@@ -25,6 +25,7 @@ from mixture_of_experts.gating import (
     TopPGating,
 )
 from mixture_of_experts.gating.steps import LearnedScale, NormalizeBy, named
+from mixture_of_experts.huggingface.feed_forward import tensors_of
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.support.private_torch import is_wrapper_subclass, unwrapped, wrapped_class
@@ -68,7 +69,7 @@ def why_not_gate(gate: Any) -> str | None:
             return f"{name}={named(step)} may depend on the number of experts"
     if getattr(getattr(gate, "bias_rule", None), "shares", None) is not None:
         return "its bias_rule has a share for each expert: give it another rule first"
-    tensors = {**dict(gate.named_parameters()), **dict(gate.named_buffers())}
+    tensors = tensors_of(gate)
     if unknown := sorted(tensors.keys() - GATE_AXES.keys() - {*NO_AXIS}):
         return f"of {', '.join(unknown)} it is not known what belongs to which expert"
     if (logits := getattr(gate, "logits", None)) is not None and wrapped_class(logits) is not RouterLogits:
@@ -84,7 +85,7 @@ def why_not_experts(experts: nn.Module) -> str | None:
         return why_not_tensors(stack.parameters())
     if wrapped_class(stack) not in (Experts, GatedExperts):
         return f"its experts are {wrapped_class(stack).__name__}"
-    tensors = {**dict(stack.named_parameters()), **dict(stack.named_buffers())}
+    tensors = tensors_of(stack)
     if unknown := sorted(name for name in tensors if name not in STACKS and not name.startswith("act.")):
         return f"its experts also hold {', '.join(unknown)}: merge adapters, and remove parametrizations, first"
     return why_not_tensors(tensors.values())
@@ -122,10 +123,7 @@ class PrunableLayer:
                 f"each group, of which those open to a token hold at least {self.least}"
             )
         if number == self.groups > 1 and getattr(self.gate, "group_score", None) == "two_best":
-            raise ValueError(
-                f"{of}: each of its num_groups={self.groups} groups is scored by its two best experts, so it keeps two "
-                "at least"
-            )
+            raise ValueError(f"{of}: a group is scored by its two best experts, so it keeps two at least")
 
     def best(self, scores: Tensor, number: int) -> list[int]:
         """The experts of the largest scores `(e,)`, equally many of each expert group; of equals the first."""

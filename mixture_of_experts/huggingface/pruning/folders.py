@@ -44,10 +44,10 @@ def prune_folder(
         sites = prunable(model, list(by) if isinstance(by, Mapping) else None)
         names = {module: name for name, module in model.named_modules()}
         axes = {
-            weights.named(f"{names[module]}.{name}", model): (site.name, axis)
+            stored: (site.name, axis)
             for site in sites
             for module, name, axis in PrunableLayer(site).tensors()
-            if name not in module._non_persistent_buffers_set
+            for stored in weights.names.get(f"{names[module]}.{name}", ())  # none for a buffer that is not saved
         }
         kept = prune_sites(model, sites, keep, by)
         writer = Shards(folder, max_shard_size)
@@ -55,7 +55,7 @@ def prune_folder(
             gate, axis = axes.get(stored, (None, 0))
             value = weights[stored]
             writer.add(stored, value if gate is None else value.index_select(axis, torch.tensor(kept[gate])))
-        finish(model, weights, weights, writer, source)
+        finish(model, writer, source)
         return kept
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -13,14 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from mixture_of_experts.around import with_inner
-from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards
+from mixture_of_experts.huggingface.feed_forward import SparseFeedForward, feed_forwards, layers_by_path
 from mixture_of_experts.huggingface.pruning.cutting import PrunableLayer, why_not_cut
 from mixture_of_experts.huggingface.pruning.scoring import MEASURED, MeasuredRule, measure
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta
 from mixture_of_experts.huggingface.router_config import reports_routers, text_config
-from mixture_of_experts.huggingface.saving.configuration import forget, note
+from mixture_of_experts.huggingface.saving.configuration import note
 from mixture_of_experts.support.checks import check_choice, check_model, check_size
-from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
 
 PruneRule = Literal["reap", "frequency", "random"]
@@ -185,9 +183,8 @@ def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, in
         ValueError: layers would differ, and the configuration has one number for all; or none of its settings tells it.
     """
     holder: Any = next(models_of(model), None)
-    blocks = {
-        name: module for name, module in (holder or model).named_modules() if isinstance(module, SparseFeedForward)
-    }
+    layers = {} if holder is None else layers_by_path(holder)
+    blocks = {name: layer for name, layer in layers.items() if isinstance(layer, SparseFeedForward)}
     if holder is None or not any(block.moe in numbers for block in blocks.values()):
         return {}
     new = sorted({numbers.get(block.moe, block.moe.num_experts) for block in blocks.values()})
@@ -196,18 +193,12 @@ def config_changes(model: nn.Module, numbers: Mapping[Any, int]) -> dict[str, in
             f"the layers of {type(holder).__name__} were blocks, whose configuration has one number of experts "
             f"for all: keep equally many in each, got {new}"
         )
-    config, old = copy.deepcopy(holder.config), next(iter(blocks.values())).moe.num_experts
-    forget(config)
-    text = config.get_text_config()
+    text, old = holder.config.get_text_config(), next(iter(blocks.values())).moe.num_experts
     changes = {name: new[0] for name, value in vars(text).items() if NUMBER.search(name) and value == old}
-    for name in changes:
-        setattr(text, name, new[0])
-    with torch.device("meta"):
-        stock: Any = type(holder)(config)
-    for name in blocks:
-        block = stock.get_submodule(name)
-        if (recipe := recipe_of(block)) is None or BlockSettings(block, recipe).num_experts != new[0]:
-            raise ValueError(f"no setting of {type(config).__name__} is known to tell the {old} experts of {name}")
+    if not changes:
+        raise ValueError(
+            f"no setting of {type(text).__name__} is known to tell the {old} experts of {', '.join(blocks)}"
+        )
     return changes
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,48 +16,31 @@ from mixture_of_experts.around import with_inner
 from mixture_of_experts.dispatch.decision import Decision, decision_of
 from mixture_of_experts.dispatch.moving import dispatch
 from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.huggingface.replacement.adapters import evaluating
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.private_torch import uncompiled, unwrapped
-from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, current, within
 from mixture_of_experts.whole_model.sites import Site
 
 MeasuredRule = Literal["reap", "frequency"]
 MEASURED = ("reap", "frequency")
 
 
-class CalibrationCall(ForwardCall):
-    """A forward on the text: what each gate decided, and the numbers `(2, e)` of each layer, in its order."""
+class Calibration:
+    """Counts the tokens of each expert of a site, and sums the sizes of what it adds to them."""
 
-    def __init__(self) -> None:
-        self.routings: dict[Site, Routing] = {}
-        self.numbers: list[tuple[Site, Tensor]] = []
+    total: Tensor  # (2, e)
+    routing: Routing  # of the gate's last call
 
-
-class Calibration(Watch):
-    """Counts the tokens of each expert, and sums the sizes of what it adds to them, over forwards that end well."""
-
-    totals: dict[Site, Tensor]
-
-    def __init__(self, sites: list[Site], by: str) -> None:
-        super().__init__(owner=self)
+    def __init__(self, num_experts: int, by: str) -> None:
         self.by = by
-        self.totals = {site: torch.zeros(2, site.num_experts, dtype=torch.float64) for site in sites}
+        self.total = torch.zeros(2, num_experts, dtype=torch.float64)
 
-    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> CalibrationCall:
-        return CalibrationCall()
+    def decided(self, gate: nn.Module, args: object, routing: Routing) -> None:
+        self.routing = routing
 
-    def ended(self, call: CalibrationCall, output: Any) -> None:
-        for site, numbers in call.numbers:
-            self.totals[site] += numbers.cpu()
-
-    def decided(self, site: Site, gate: nn.Module, args: object, routing: Routing) -> None:
-        if (call := current(self)) is not None:
-            call.routings[site] = routing
-
-    def read(self, site: Site, experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
-        if (call := current(self)) is not None and site in call.routings:
-            without_padding = decision_of(replace(call.routings[site], uncounted=None))
-            call.numbers.append((site, self.numbers_of(experts, args[0], without_padding)))
+    def read(self, experts: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        without_padding = decision_of(replace(self.routing, uncounted=None))
+        self.total += self.numbers_of(experts, args[0], without_padding).cpu()
 
     def numbers_of(self, experts: Any, x: Tensor, decision: Decision) -> Tensor:
         """`(2, e)`: the tokens that each expert computes, and the sum over them of weight times norm of its output."""
@@ -78,25 +60,17 @@ class Calibration(Watch):
 
 def measure(model: nn.Module, sites: list[Site], by: str, calibration: Any) -> dict[str, Tensor]:
     """The scores `(e,)` float64 of each site's experts, by its name."""
-    batches, watch = as_batches(calibration), Calibration(sites, by)
-    modes = [(module, module.training) for module in model.modules()]
-    with Attached() as attached, torch.no_grad(), uncompiled(model):
-        for site in sites:
-            attached.after(site.called, partial(watch.decided, site))
-            attached.before(computing(site.locations[0].layer), partial(watch.read, site))
-        watch.follow(model, attached)
-        try:
-            model.eval()
-            for batch in batches:
-                with within([(watch, ForwardCall())]):
-                    run(model, batch)
-        finally:
-            for module, mode in modes:
-                module.training = mode
-    if unused := [site.name for site, (counts, _) in watch.totals.items() if not counts.any()]:
+    batches, calibrations = as_batches(calibration), {site.name: Calibration(site.num_experts, by) for site in sites}
+    with Attached() as attached, evaluating(model), torch.no_grad(), uncompiled(model):
+        for site, each in zip(sites, calibrations.values(), strict=True):
+            attached.after(site.called, each.decided)
+            attached.before(computing(site.locations[0].layer), each.read)
+        for batch in batches:
+            run(model, batch)
+    if unused := [name for name, each in calibrations.items() if not each.total[0].any()]:
         raise ValueError(f"calibration has no tokens for {', '.join(unused)}: give batches that reach these gates")
-    scores = {site.name: (counts, sums / counts.clamp(min=1)) for site, (counts, sums) in watch.totals.items()}
-    return {name: mean if by == "reap" else counts for name, (counts, mean) in scores.items()}
+    totals = {name: each.total for name, each in calibrations.items()}
+    return {name: sums / counts.clamp(min=1) if by == "reap" else counts for name, (counts, sums) in totals.items()}
 
 
 def as_batches(calibration: Any) -> Iterable[Any]:
@@ -112,21 +86,15 @@ def as_batches(calibration: Any) -> Iterable[Any]:
 
 
 def run(model: nn.Module, batch: Any) -> None:
-    if not isinstance(batch, Tensor | Mapping | tuple | list) or is_plain(batch):
+    """Call the model on a batch."""
+    named, several = isinstance(batch, Mapping), isinstance(batch, tuple | list)
+    parts = batch.values() if named else batch if several else [batch]
+    if not any(isinstance(part, Tensor) for part in parts):
         raise TypeError(
             "a batch of calibration is a tensor, or a dict or tuple with tensors (a tokenizer returns them with "
             f"return_tensors='pt'), got {batch!r:.99}"
         )
-    if isinstance(batch, Mapping):
-        model(**batch)
-    else:
-        model(*([batch] if isinstance(batch, Tensor) else batch))
-
-
-def is_plain(batch: Any) -> bool:
-    """Whether there is nothing but numbers and words, and lists of them."""
-    parts = list(batch.values()) if isinstance(batch, Mapping) else batch
-    return all(map(is_plain, parts)) if isinstance(parts, list | tuple) else isinstance(parts, int | float | str | None)
+    _ = model(**batch) if named else model(*parts)
 
 
 def computing(layer: Any) -> nn.Module:

@@ -5,9 +5,10 @@ Axes: d model dim, h hidden dim, e experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,9 +53,23 @@ class Adapter:
     ones: str | None = None
     halves: Halves = "gate_up"
 
-    def linears(self) -> list[str]:
-        """The paths of the linear layers."""
-        return list(dict.fromkeys(path for path in (self.gate, self.up, self.down) if path is not None))
+    def linears(self) -> dict[str, str]:
+        """The paths of the linear layers, by their number in experts: "1", "2", "3"."""
+        paths = {"1": self.gate or self.up, "2": self.down}
+        return paths if self.gate is None else {**paths, "3": self.up}
+
+
+class NetworkSite(NamedTuple):
+    """A feed-forward network in a model."""
+
+    name: str  # path of the module that the adapter describes
+    module: nn.Module
+    adapter: Adapter
+
+    @property
+    def target(self) -> str:
+        """The path at which the MoE will stand."""
+        return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
 @dataclass(frozen=True)
@@ -82,9 +97,8 @@ class Dense:
         return self.w1.shape[1]
 
     def compute(self, x: Tensor) -> Tensor:
-        """The output `(..., d)` of the network in evaluation, for tokens `(..., d)`."""
-        activation = self.activation.eval()
-        hidden = activation(linear(x, self.w1, self.b1))
+        """The output `(..., d)` of the network for tokens `(..., d)`."""
+        hidden = self.activation(linear(x, self.w1, self.b1))
         if self.w3 is not None:
             hidden = hidden * linear(x, self.w3, self.b3)
         return linear(hidden, self.w2, self.b2)
@@ -102,7 +116,7 @@ def read_dense(module: nn.Module, adapter: Adapter) -> Dense:
         TypeError: a part is no plain linear layer, for example quantised or under a LoRA adapter.
         ValueError: weights are not in memory.
     """
-    for path in adapter.linears():
+    for path in adapter.linears().values():
         refuse_offloaded(part(module, path), f"{path} of {type(module).__name__}")
     w2, b2 = read_linear(module, adapter.down)
     w3 = b3 = None
@@ -196,6 +210,19 @@ def computes_as_linear(layer: Any) -> bool:
     except Exception:  # unknown code raises: it is no linear layer
         return False
     return isinstance(found, Tensor) and close(found, linear(x, weight, layer.bias))
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Evaluation mode, of modules and what is in them, while the context lasts."""
+    modes = {part: part.training for module in modules for part in module.modules()}
+    try:
+        for module in modules:
+            module.eval()
+        yield
+    finally:
+        for part, mode in modes.items():
+            part.training = mode
 
 
 def random_tokens(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numbers
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace as replace_fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from mixture_of_experts.huggingface.model_watch import is_masked, watch_model
 from mixture_of_experts.huggingface.replacement.adapters import (
     Adapter,
     Dense,
+    NetworkSite,
     close,
+    evaluating,
     part,
     random_tokens,
     read_dense,
@@ -39,19 +41,6 @@ from mixture_of_experts.recipes import SharedExpert
 from mixture_of_experts.support.checks import check_model, check_number, check_optional_size, check_size
 
 Layers = Iterable[str | int] | Callable[[str], bool] | None
-
-
-class NetworkSite(NamedTuple):
-    """A feed-forward network in a model."""
-
-    name: str  # path of the module that the adapter describes
-    module: nn.Module
-    adapter: Adapter
-
-    @property
-    def target(self) -> str:
-        """The path at which the MoE will stand."""
-        return f"{self.name}.{self.adapter.down}".removeprefix(".") if self.adapter.slot else self.name
 
 
 def replace_ffn(
@@ -227,12 +216,13 @@ def find(model: nn.Module, layers: Layers, adapters: Mapping[str, Adapter] | Non
     found, misses = search(model, [*known, *(miss.name for miss in seconds)])
     misses += [miss for miss in seconds if miss.name not in known]
     places = [NetworkSite(name, model.get_submodule(name), adapter) for name, adapter in known.items()]
-    places = sorted([*places, *(NetworkSite(*network[:3]) for network in found)], key=order_in(model))
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    places = sorted([*places, *found], key=lambda place: order[place.name])
     if not places:
         raise ValueError(f"no feed-forward network was found in {type(model).__name__}{why(model, misses)}")
     misses = [miss for miss in misses if not miss.narrow]
     if layers is None and (misses or (misses := torn(model, places))):
-        some = patterns(place.target for place in places)
+        some = ", ".join({pattern(place.target): None for place in places})
         raise ValueError(
             f"some feed-forward networks of {type(model).__name__} can be replaced ({some}), others cannot"
             f"{why(model, misses)}. Or name the networks that you want by layers="
@@ -258,12 +248,6 @@ def check_adapters(adapters: Mapping[str, Adapter] | None) -> Mapping[str, Adapt
     return adapters
 
 
-def order_in(model: nn.Module) -> Callable[[NetworkSite], int]:
-    """A sort key: the order of sites in the model."""
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return lambda place: order[place.name]
-
-
 def why(model: nn.Module, misses: Collection[Miss]) -> str:
     """Why networks of a model cannot be replaced, for an error."""
     modules = list(model.modules())
@@ -284,22 +268,14 @@ def torn(model: nn.Module, places: list[NetworkSite]) -> list[Miss]:
     names = {place.name for place in places}
     misses = []
     for name, module in model.named_modules():
-        if (pattern(name), type(module)) in found and name not in names and not holds_routed(module):
+        if (pattern(name), type(module)) in found and name not in names and not any(map(is_routed, module.modules())):
             misses.append(Miss(name, type(module).__name__, "it differs from others of its class"))
     return misses
-
-
-def holds_routed(module: nn.Module) -> bool:
-    return any(map(is_routed, module.modules()))
 
 
 def pattern(name: str) -> str:
     """A path with a star for each number."""
     return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "*", name)
-
-
-def patterns(names: Iterable[str]) -> str:
-    return ", ".join({pattern(name): None for name in names})
 
 
 def refuse_chunks(model: nn.Module) -> None:
@@ -420,11 +396,10 @@ def swap(model: nn.Module, places: list[NetworkSite], build: Callable[[NetworkSi
     built = []
     refuse_ties(model, places)
     for place in places:
-        adapter = place.adapter
-        dense = read_dense(place.module, adapter)
-        if not adapter.slot:
+        dense = read_dense(place.module, place.adapter)
+        if not place.adapter.slot:
             refuse_unequal(place, dense)
-        stands_for = "" if adapter.slot else (adapter.gate or adapter.up)
+        stands_for = "" if place.adapter.slot else place.adapter.linears()["1"]
         moe, masked = build(place, dense), is_masked(model, place.target)
         feed_forward = MoEFeedForward(moe, dense.output_dropout, masked=masked, stands_for=stands_for)
         feed_forward.to(device=dense.w1.device, dtype=dense.w1.dtype)
@@ -450,17 +425,13 @@ def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
     """Refuse a module that does not compute, on random tokens, what the network read from it computes."""
     if dense.w1.is_meta:
         return
-    modules = (*place.module.modules(), *dense.activation.modules())  # an adapter may bring an activation
-    x, modes = random_tokens(dense.w1), [(module, module.training) for module in modules]
-    try:
-        found = place.module.eval()(x)
-    except Exception as error:  # for example its forward needs more arguments
-        raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
-    else:
+    x = random_tokens(dense.w1)
+    with evaluating(place.module, dense.activation):  # an adapter may bring an activation
+        try:
+            found = place.module(x)
+        except Exception as error:  # for example its forward needs more arguments
+            raise TypeError(f"{place.name} cannot be replaced: it does not take tokens alone ({error})") from error
         alike = isinstance(found, Tensor) and close(found, dense.compute(x))
-    finally:
-        for module, mode in modes:
-            module.training = mode
     if not alike:
         raise ValueError(
             f"{place.name} is no feed-forward network, or its adapter is wrong: it returns something else than "
@@ -471,17 +442,22 @@ def refuse_unequal(place: NetworkSite, dense: Dense) -> None:
 def put(model: nn.Module, place: NetworkSite, feed_forward: MoEFeedForward) -> None:
     """Put a layer into the model, and replace the network's other parts by identities."""
     adapter = place.adapter
-    if adapter.slot:
-        for path in adapter.bypass:
-            set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
-        dropout = adapter.hidden_dropout
-        if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
-            off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
-            set_attribute(place.module, dropout, off)
-    # a network that several layers share becomes one MoE
-    paths = [path for path, module in model.named_modules(remove_duplicate=False) if module is place.module]
-    for path in paths:
-        set_attribute(model, place._replace(name=path).target, feed_forward)
+    if not adapter.slot:
+        put_everywhere(model, place.module, feed_forward)
+        return
+    for path in adapter.bypass:
+        set_attribute(place.module, path, One() if path == adapter.ones else nn.Identity())
+    dropout = adapter.hidden_dropout
+    if isinstance(dropout, str) and not any(dropout.startswith(f"{path}.") for path in adapter.bypass):
+        off: Any = 0.0 if isinstance(part(place.module, dropout), float | int) else nn.Identity()
+        set_attribute(place.module, dropout, off)
+    set_attribute(place.module, adapter.down, feed_forward)
+
+
+def put_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module at all paths of another one: a network that several layers share becomes one MoE."""
+    for path in [path for path, module in model.named_modules(remove_duplicate=False) if module is old]:
+        set_attribute(model, path, new)
 
 
 def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
@@ -501,10 +477,8 @@ def refuse_ties(model: nn.Module, places: list[NetworkSite]) -> None:
 
 
 def linears(module: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
-    """The linear layers of a network, by their number in experts: "1", "2", "3"."""
-    paths = {"1": adapter.gate or adapter.up, "2": adapter.down}
-    paths |= {} if adapter.gate is None else {"3": adapter.up}
-    return {number: part(module, path) for number, path in paths.items()}
+    """The linear layers of a network, by their number in experts."""
+    return {number: part(module, path) for number, path in adapter.linears().items()}
 
 
 class One(nn.Module):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from transformers.pytorch_utils import Conv1D
 
-from mixture_of_experts.huggingface.replacement.adapters import Adapter, Halves
+from mixture_of_experts.huggingface.replacement.adapters import Adapter, Halves, NetworkSite
 from mixture_of_experts.huggingface.replacement.symbolic import Bench, BlockCalls, Setting, Within, is_linear, record
 from mixture_of_experts.ops.activations import SquaredReLU
 
@@ -41,53 +42,37 @@ class Miss(NamedTuple):
     narrow: bool = False  # whether it is a bottleneck, which is no feed-forward network of a block as a rule
 
 
-class Found(NamedTuple):
-    """A network that was found, and where its parts are."""
-
-    name: str  # path of the module that calls it
-    module: nn.Module
-    adapter: Adapter
-    linears: tuple[nn.Module, ...]
-
-
-def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[Found], list[Miss]]:
+def search(model: nn.Module, given: Iterable[str] = ()) -> tuple[list[NetworkSite], list[Miss]]:
     """The networks of a model that can be replaced, and those that cannot.
 
     Args:
         given: paths of modules whose networks are known already.
     """
-    found: list[Found] = []
+    found: list[NetworkSite] = []
     misses: list[Miss] = []
     names = {module: name for name, module in model.named_modules()}
     skipped = tuple(f"{name}." for name in given)
-    routed = tuple(f"{name}." for name, module in model.named_modules() if name and is_routed(module))
+    skipped += tuple(f"{name}." for name, module in model.named_modules() if name and is_routed(module))
     seen: set[nn.Module] = set()
-    for name, module in inside_out(model):
-        if not is_place(name, module) or f"{name}.".startswith((*skipped, *routed)):
-            continue
-        if not own_linears(module) - seen:
+    for name, module in reversed(list(model.named_modules())):  # each after the modules inside it
+        if not is_place(name, module) or f"{name}.".startswith(skipped) or not own_linears(module) - seen:
             continue
         calls = record(module)
-        for network in [] if calls is None else networks(calls):
-            parts = network.linears
-            last = f"{names[parts[-1]]}."
+        for parts, adapter in [] if calls is None else networks(calls):
+            last = names[parts[-1]]
+            if any(part in seen for part in parts) or APART.search(last) or f"{last}.".startswith(skipped):
+                continue
             if not is_of_stream(model, last, parts):
                 continue
-            if any(part in seen for part in parts) or APART.search(last) or last.startswith((*skipped, *routed)):
-                continue
-            if isinstance(network, Lost):
-                misses.append(Miss(names[parts[-1]], type(module).__name__, network.reason, network.narrow))
-            if not (isinstance(network, Lost) and network.narrow):
-                seen.update(parts)
-            if isinstance(network, Kept):
-                found.append(Found(name, module, network.adapter, parts))
-    order = {name: i for i, name in enumerate(names.values())}
-    return sorted(found, key=lambda place: order[place.name]), misses
-
-
-def inside_out(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules with their paths, each after the modules inside it."""
-    return reversed(list(model.named_modules()))
+            if isinstance(adapter, Adapter):
+                found.append(NetworkSite(name, module, adapter))
+            else:
+                narrow = isinstance(adapter, NarrowError)
+                misses.append(Miss(last, type(module).__name__, str(adapter), narrow))
+                if narrow:
+                    continue
+            seen.update(parts)
+    return found, misses
 
 
 NUMBER = re.compile(r"(^|\.)\d+(\.|$)")
@@ -104,10 +89,10 @@ def is_place(name: str, module: nn.Module) -> bool:
 
 def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> bool:
     """Whether a network is as wide as a norm or another linear layer of its block."""
-    path = name.split(".")
-    around = next(
-        model.get_submodule(".".join(path[:end])) for end in range(len(path) - 1, -1, -1) if is_item(model, path[:end])
-    )
+    around = inside = model
+    for part in name.split("."):
+        outside, inside = inside, inside.get_submodule(part)
+        around = inside if isinstance(outside, nn.ModuleList) else around
     widths: set[int] = set()
     for module in around.modules():
         if is_linear(module) and module not in parts:
@@ -115,13 +100,6 @@ def is_of_stream(model: nn.Module, name: str, parts: tuple[nn.Module, ...]) -> b
         elif not is_linear(module):
             widths.update(len(p) for p in module.parameters(recurse=False) if p.ndim == 1)
     return not widths or sizes(parts[-1])[1] in widths
-
-
-def is_item(model: nn.Module, path: list[str]) -> bool:
-    """Whether the path, split at its points, is that of a numbered block."""
-    if not path:
-        return True
-    return isinstance(model.get_submodule(".".join(path[:-1])), nn.ModuleList) and path[-1].isdigit()
 
 
 def is_routed(module: nn.Module) -> bool:
@@ -136,35 +114,23 @@ def own_linears(module: nn.Module) -> set[nn.Module]:
     return own.union(*(own_linears(child) for child in within))
 
 
-class Kept(NamedTuple):
-    adapter: Adapter
-    linears: tuple[nn.Module, ...]
-
-
-class Lost(NamedTuple):
-    reason: str
-    linears: tuple[nn.Module, ...]
-    narrow: bool = False
-
-
-def networks(calls: BlockCalls) -> Iterator[Kept | Lost]:
-    """The networks whose last linear layer a module calls."""
-    for node in calls.graph.nodes:
-        if is_linear(calls.called(node)):
-            chain = Chain.before(calls, node)
-            if chain is None:
-                continue
-            if chain.is_narrow():
-                yield Lost(chain.narrowness(), chain.linears, narrow=True)
-                continue
-            try:
-                yield Kept(chain.adapter(), chain.linears)
-            except UnfitError as unfit:
-                yield Lost(str(unfit), chain.linears)
-
-
 class UnfitError(Exception):
     """Says why a network cannot be replaced."""
+
+
+class NarrowError(UnfitError):
+    """Its hidden layer is narrower than its inputs."""
+
+
+def networks(calls: BlockCalls) -> Iterator[tuple[tuple[nn.Module, ...], Adapter | UnfitError]]:
+    """The networks whose last linear layer a module calls: their linear layers, and the adapter that tells where the
+    parts are, or why they cannot be replaced."""
+    for node in calls.graph.nodes:
+        if is_linear(calls.called(node)) and (chain := Chain.before(calls, node)) is not None:
+            try:
+                yield chain.linears, chain.adapter()
+            except UnfitError as unfit:
+                yield chain.linears, unfit
 
 
 class Chain(NamedTuple):
@@ -214,14 +180,6 @@ class Chain(NamedTuple):
         fits = widths == {(d, h)} or (len(self.ups) == 1 and width == 2 * h)
         return fits and out == d
 
-    def is_narrow(self) -> bool:
-        h, d = sizes(self.linears[-1])
-        return h < d
-
-    def narrowness(self) -> str:
-        h, d = sizes(self.linears[-1])
-        return f"its hidden layer of {h} units is narrower than its {d} inputs, as that of an adapter"
-
     @property
     def linears(self) -> tuple[nn.Module, ...]:
         """The linear layers, in the order of their calls."""
@@ -243,28 +201,21 @@ class Chain(NamedTuple):
         Raises:
             UnfitError: the network cannot be replaced.
         """
+        h, d = sizes(self.linears[-1])
+        if h < d:
+            raise NarrowError(f"its hidden layer of {h} units is narrower than its {d} inputs, as that of an adapter")
         self._check_alone()
         activation, gate, up, halves = self._hidden()
         whole, outer = self._after()
         inner = self._inner_dropout()
         place = None if inner is None else place_of(self.calls, inner)
+        found = Adapter(target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves)
         if whole:
-            return Adapter(
-                target(up), target(self.down), gate and target(gate), activation, place, outer, halves=halves
-            )
+            return found
         bypass = self._bypass()
-        return Adapter(
-            up=target(up),
-            down=target(self.down),
-            gate=gate and target(gate),
-            activation=activation,
-            hidden_dropout=place,
-            output_dropout=None if inner is None else self._other_use(inner),
-            slot=True,
-            bypass=bypass,
-            ones=target(up) if gate is not None and target(up) in bypass else None,
-            halves=halves,
-        )
+        output_dropout = None if inner is None else self._other_use(inner)
+        ones = target(up) if gate is not None and target(up) in bypass else None
+        return replace(found, output_dropout=output_dropout, slot=True, bypass=bypass, ones=ones)
 
     def _check_alone(self) -> None:
         """Check that nothing else reads results inside the network, and that no layer is called twice."""

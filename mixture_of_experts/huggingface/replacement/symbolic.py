@@ -52,18 +52,6 @@ class Setting(float):
     path: str
 
 
-class Symbol(Proxy):
-    """A tensor of which only dtype and device are known."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tracer.dtype  # pyright: ignore[reportAttributeAccessIssue]
-
-    @property
-    def device(self) -> torch.device:
-        return self.tracer.device  # pyright: ignore[reportAttributeAccessIssue]
-
-
 class Recorder(GraphAppendingTracer):
     """Writes the calls of symbols into a graph."""
 
@@ -77,8 +65,10 @@ class Recorder(GraphAppendingTracer):
         self.children: list[Within] = []
         self.asked = 0
 
-    def proxy(self, node: Node) -> Symbol:
-        return Symbol(node, self)
+    def proxy(self, node: Node) -> Proxy:
+        symbol: Any = Proxy(node, self)
+        symbol.dtype, symbol.device = self.dtype, self.device  # all that is known of a tensor
+        return symbol
 
     def to_bool(self, obj: Proxy) -> bool:
         """A condition on values, such as a check for infinities, is False."""

@@ -93,22 +93,22 @@ def empty(plain: type[PreTrainedConfig]) -> Any:
 
 def layers_with_experts(config: Any) -> list[dict[str, Any]]:
     """The description of layers with experts in a configuration, of a model in memory or from a file; [] if none."""
-    found = getattr(config, KEY, None)
-    if found is None:
-        read = getattr(config, "quantization_config", None)
-        read = read if isinstance(read, dict) else vars(read) if read is not None else {}
-        found = read.get("layers") if read.get("quant_method") == NAME else None
-    return list(found or [])
+    found, read = getattr(config, KEY, None), quantization_of(config)
+    return list((found if found is not None or read.get("quant_method") != NAME else read.get("layers")) or [])
+
+
+def quantization_of(config: Any) -> dict[str, Any]:
+    """The settings of a quantiser in a configuration; {} if there is none."""
+    read = getattr(config, "quantization_config", None) or {}
+    return read if isinstance(read, dict) else vars(read)
 
 
 def refuse_quantised(config: Any) -> None:
     """Refuse to save a model that was quantised when it was loaded: its file would not tell."""
-    read = getattr(config, "quantization_config", None)
-    method = read.get("quant_method") if isinstance(read, dict) else getattr(read, "quant_method", NAME)
-    if method != NAME:
+    if quantization_of(config).get("quant_method", NAME) != NAME:
         raise ValueError(
-            f"a model with experts that is quantised ({type(read).__name__}) cannot be saved: save the model before it "
-            "is quantised, and of this one adapters alone"
+            f"a model with experts that is quantised ({type(config.quantization_config).__name__}) cannot be saved: "
+            "save the model before it is quantised, and of this one adapters alone"
         )
 
 

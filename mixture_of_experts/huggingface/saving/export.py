@@ -22,9 +22,10 @@ from mixture_of_experts.experts import GatedExperts
 from mixture_of_experts.gating import TopKGating
 from mixture_of_experts.huggingface.blocks.convert import differences, to_block
 from mixture_of_experts.huggingface.blocks.sparse import in_memory
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path
 from mixture_of_experts.huggingface.private_transformers import forget_conversions
 from mixture_of_experts.huggingface.replacement.adapters import refuse_meta, refuse_wrapped
+from mixture_of_experts.huggingface.replacement.replace import number
 from mixture_of_experts.huggingface.router_config import ANNOUNCED
 from mixture_of_experts.huggingface.saving.configuration import KEY
 from mixture_of_experts.moe import MoE
@@ -137,7 +138,7 @@ def below(path: str, name: str) -> bool:
 def plan_export(model: Any) -> Export:
     """Find the class for a model; ValueError if it lacks something that the model has. No weight is read."""
     name = type(model).__name__
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+    layers = layers_by_path(model)
     if not layers:
         raise ValueError(f"{name} has no layers with experts: there is nothing to export")
     if any(isinstance(layer, SparseFeedForward) for layer in layers.values()):
@@ -169,7 +170,7 @@ def split_name(name: str) -> tuple[str, str]:
 def find_problems(model: Any, target: Target, layers: Layers, stock: Any) -> Iterator[str]:
     """What the model has and the target has not, in words; equal layers give the same words."""
     config = model.config
-    dense = [i for i in range(config.num_hidden_layers) if i not in map(layer_number, layers)]
+    dense = [i for i in range(config.num_hidden_layers) if i not in map(number, layers)]
     if target.all_layers and dense:
         yield f"layers without experts ({', '.join(map(str, dense))})"
     for path, layer in layers.items():
@@ -183,11 +184,6 @@ def find_problems(model: Any, target: Target, layers: Layers, stock: Any) -> Ite
     for name, default in defaults.items():  # a name that the dense class does not know is a note
         if name not in kept and name not in NOT_COMPARED and getattr(config, name) != default:
             yield f"{name}={getattr(config, name)!r} of the configuration"
-
-
-def layer_number(path: str) -> int:
-    found = re.search(r"(?:^|\.)layers\.(\d+)\.", path)
-    return -1 if found is None else int(found[1])
 
 
 def carried(config: Any, target: Target) -> dict[str, Any]:
@@ -206,7 +202,7 @@ def stock_model(model: Any, target: Target, head: str, layers: Layers) -> Any:
     settings |= {"num_experts_per_tok": getattr(moe.gate, "k", 1)}
     settings["norm_topk_prob"] = bool(getattr(moe.gate, "normalize", True))
     if not target.all_layers:
-        sparse = set(map(layer_number, layers))
+        sparse = set(map(number, layers))
         settings["mlp_only_layers"] = [i for i in range(model.config.num_hidden_layers) if i not in sparse]
         settings |= {"decoder_sparse_step": 1, "use_sliding_window": False, "sliding_window": None}
     if target.shared:
@@ -237,12 +233,13 @@ def as_block(moe: Any, shared_expert: bool) -> MoE:
             like.experts._parameters = {**moe.experts._parameters, "w2": nn.Parameter(moe.experts.w2 * moe.gate.scale)}
     if shared_expert and (moe.shared_expert is None or type(moe.shared_expert) is SharedExpert):
         w = next(moe.experts.parameters(), next(moe.parameters()))  # quantised experts have none
-        with torch.device("meta"):
-            parts = SharedExpert(moe.dim, 1, dtype=w.dtype), nn.Linear(moe.dim, 1, bias=False, dtype=w.dtype)
-        shared, gate = (part.to_empty(device=w.device).requires_grad_(False) for part in parts)
-        for weight in (*shared.parameters(), *gate.parameters()):
-            weight.zero_()
-        shared: Any = shared if moe.shared_expert is None else copy.deepcopy(moe.shared_expert)
+        factory: dict[str, Any] = dict(device=w.device, dtype=w.dtype)
+        shared, gate = copy.deepcopy(moe.shared_expert), nn.Linear(moe.dim, 1, bias=False, **factory)
+        if shared is None:
+            shared = SharedExpert(moe.dim, 1, **factory)
+            for weight in shared.parameters():
+                weight.zero_()
+        gate.weight.zero_()
         shared.down_proj.weight.mul_(2)  # the sigmoid of its gate is 1/2
         like.shared_expert = TokenGated(shared, gate)
     return like

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from transformers import AutoConfig
 
 from mixture_of_experts.huggingface.blocks.convert import to_layer
 from mixture_of_experts.huggingface.blocks.sparse import from_transformers
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import as_saved, load_some
 from mixture_of_experts.huggingface.replacement.replace import find, upcycle
-from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts
+from mixture_of_experts.huggingface.saving.configuration import NAME, layers_with_experts, quantization_of
 from mixture_of_experts.huggingface.saving.export import below, plan_export
 from mixture_of_experts.huggingface.saving.loader import saved_class
 from mixture_of_experts.huggingface.saving.names import in_files
@@ -62,27 +62,18 @@ def upcycle_folder(
         if layers_with_experts(config):
             raise ValueError(f"{source} has experts already")
         config.dtype = config.dtype if dtype is None else dtype
-        model, weights = empty_model(config), WeightFiles(source, dtype)
-        weights.check_whole(model)
+        model, weights = empty_model(config), WeightFiles(source)
+        weights.fill(model)
         places = find(model, settings.pop("layers", None), settings.get("adapters"))
-        writer = Shards(folder, max_shard_size)
-        written: set[str] = set()
-        for place in tqdm(places, desc="layers", unit="layer"):
-            name = place.target
-            parts = [f"{place.name}.{path}" for path in place.adapter.linears()]
-            inside = {n: p for n, p in model.named_parameters() if any(below(path, n) for path in parts)}
-            read = {parameter: weights.named(parameter, model) for parameter in inside}
-            for parameter, stored in read.items():
-                parent, _, leaf = parameter.rpartition(".")
-                value = nn.Parameter(weights[stored].clone(), requires_grad=inside[parameter].requires_grad)
-                setattr(model.get_submodule(parent), leaf, value)
-            upcycle(model, layers=[name], **settings)
-            written.update(read.values())
-            made = {key: value for key, value in model.state_dict().items() if below(name, key)}
-            for key, value in as_saved(model, made).items():
-                writer.add(weights.without_head(key, model), value)
-            model.get_submodule(place.name).to("meta")
-        finish(model, weights, written, writer, source)
+        around = {place.target: place.name for place in places}
+
+        def change(path: str) -> dict[str, Tensor]:
+            upcycle(model, layers=[path], **settings)
+            state = named(path, model.get_submodule(path).to(dtype=dtype))
+            model.get_submodule(around[path]).to("meta")
+            return state
+
+        rewrite(model, weights, around, change, Shards(folder, max_shard_size), dtype)
 
 
 def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9) -> None:
@@ -101,14 +92,15 @@ def export_folder(source: Path, target: Path, *, max_shard_size: int = 5 * 10**9
     with finished(target) as folder:
         model, weights = empty_with_experts(source, "export")
         plan = plan_export(model)
-        writer, written = Shards(folder, max_shard_size), set()
-        for path, layer in tqdm(plan.layers.items(), desc="layers", unit="layer"):
-            written |= weights.fill(layer, path, model)
-            for name, value in as_saved(plan.stock, plan.block(path)).items():
-                writer.add(name, value)
-            for module in (layer, plan.stock.get_submodule(path)):
+        weights.fill(model)
+
+        def change(path: str) -> dict[str, Tensor]:
+            state = plan.block(path)
+            for module in (plan.layers[path], plan.stock.get_submodule(path)):
                 module.to("meta")
-        finish(plan.stock, weights, written, writer, source)
+            return state
+
+        rewrite(plan.stock, weights, plan.layers, change, Shards(folder, max_shard_size))
 
 
 def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, **settings: Any) -> None:
@@ -132,26 +124,31 @@ def quantize_folder(source: Path, target: Path, *, max_shard_size: int = 10**9, 
     """
     with finished(target) as folder:
         config = read_config(source)
-        method = (getattr(config, "quantization_config", None) or {}).get("quant_method", NAME)
+        method = quantization_of(config).get("quant_method", NAME)
         if method != NAME:
             raise ValueError(f"{source} is quantised already ({method}): give the folder of the model before that")
         if layers_with_experts(config):
             stock, (model, weights) = None, empty_with_experts(source, "quantize")
+            weights.fill(model)
         else:
             stock, weights, model = empty_model(config), WeightFiles(source), from_transformers(empty_model(config))
-            weights.check_whole(stock)
-        writer, written = Shards(folder, max_shard_size), set()
-        layers = {path: module for path, module in model.named_modules() if isinstance(module, MoEFeedForward)}
-        for path, layer in tqdm(layers.items(), desc="layers", unit="layer"):
-            written |= weights.fill(layer, path, model) if stock is None else fill_by_block(layer, path, stock, weights)
+            weights.find(stock)
+
+        layers = layers_by_path(model)
+
+        def change(path: str) -> dict[str, Tensor]:
+            layer = layers[path]
+            if stock is not None:
+                fill_by_block(layer, path, stock, weights)
             quantize_experts(layer.requires_grad_(False), **settings)
             for module in layer.modules():
                 if isinstance(module, QuantizedExperts):
                     module.rearrange(PLAIN)
-            for key, value in as_saved(model, named(path, layer)).items():
-                writer.add(weights.without_head(key, model), value)
+            state = named(path, layer)
             layer.to("meta")
-        finish(model, weights, written, writer, source)
+            return state
+
+        rewrite(model, weights, layers, change, Shards(folder, max_shard_size))
 
 
 def named(path: str, module: nn.Module) -> dict[str, Tensor]:
@@ -159,19 +156,38 @@ def named(path: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.{key}": value for key, value in module.state_dict(keep_vars=True).items()}
 
 
-def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> set[str]:
-    """Fill a layer from the files of the block that it stands for; return the names of its weights there."""
+def fill_by_block(layer: Any, path: str, stock: Any, weights: WeightFiles) -> None:
+    """Fill a layer from the files of the block that it stands for."""
     block, own = stock.get_submodule(path), named(path, stock.get_submodule(path))
     for name, tensor in own.items():  # which is loaded in the dtype of its file
-        tensor.data = tensor.data.to(weights[weights.named(name, stock)].dtype)
-    names = in_files(stock, own).keys() & weights.keys()
-    load_some(stock, {name: weights[name] for name in names})
+        tensor.data = tensor.data.to(weights[weights.names[name][0]].dtype)
+    load_some(stock, {stored: weights[stored] for name in own for stored in weights.names[name]})
     layer.moe.load_state_dict(to_layer(block, "batch").state_dict(), assign=True)
     block.to("meta")
     for name, rest in layer.named_buffers():
         if rest.is_meta:  # of `Replaced`
             layer.get_submodule(name.rpartition(".")[0]).weight = torch.zeros_like(rest, device="cpu")
-    return {*names}
+
+
+def rewrite(
+    model: Any,
+    weights: WeightFiles,
+    paths: Collection[str],
+    change: Callable[[str], dict[str, Tensor]],
+    writer: Shards,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a folder: the layers at some paths as `change` returns them, by the names in the changed model; all other
+    weights as they are, or in `dtype`."""
+    for path in tqdm(paths, desc="layers", unit="layer"):
+        for key, value in as_saved(model, change(path)).items():
+            writer.add(weights.without_head(key, model), value)
+    kept = {name for name in model.state_dict() if not any(below(path, name) for path in paths)}
+    gone = {stored for name, all_stored in weights.names.items() if name not in kept for stored in all_stored}
+    for stored in tqdm([stored for stored in weights if stored not in gone], desc="others", unit="weight"):
+        value = weights[stored]
+        writer.add(stored, value.to(dtype) if value.is_floating_point() else value)
+    finish(model, writer, weights.folder)
 
 
 def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
@@ -187,7 +203,7 @@ def empty_with_experts(source: Path, verb: str) -> tuple[Any, WeightFiles]:
     vars(config).pop("quantization_config", None)
     model, weights = empty_model(config), WeightFiles(source)
     put_experts(model, layers)
-    weights.check_whole(model)
+    weights.find(model)
     return model, weights
 
 
@@ -229,10 +245,8 @@ def empty_model(config: Any) -> Any:
     return model.to(config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32).eval()
 
 
-def finish(model: Any, weights: WeightFiles, written: Collection[str], writer: Shards, source: Path) -> None:
-    """Write the other weights, the model's configuration, and copies of the other files: tokenizer and so on."""
-    for stored in tqdm([stored for stored in weights if stored not in written], desc="others", unit="weight"):
-        writer.add(stored, weights[stored])
+def finish(model: Any, writer: Shards, source: Path) -> None:
+    """Write the model's configuration, and copies of the other files: tokenizer and so on."""
     writer.close()
     for file in source.iterdir():
         if file.is_file() and not file.name.endswith(WEIGHTS) and file.name != "config.json":
@@ -266,11 +280,12 @@ def check_weight_map(files: Any) -> dict[str, str]:
 
 
 class WeightFiles(Mapping[str, Tensor]):
-    """The weights of a folder by name, in `dtype` or their own; each is read only when it is asked for."""
+    """The weights of a folder by name. They are parts of the files, of which only what is used is read."""
 
     files: dict[str, str]
+    names: dict[str, list[str]]
 
-    def __init__(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, folder: Path) -> None:
         index = folder / INDEX
         if index.exists():
             with readable(index):
@@ -281,13 +296,11 @@ class WeightFiles(Mapping[str, Tensor]):
         else:
             raise ValueError(f"{folder} has neither model.safetensors nor {INDEX}: save the model with safetensors")
         self.folder = folder
-        self.dtype = dtype
         self.files = dict(sorted(files.items(), key=lambda item: item[1]))
 
     def __getitem__(self, name: str) -> Tensor:
         with opened(self.folder / self.files[name]) as file:
-            weight = file.get_tensor(name)
-        return weight.to(self.dtype) if self.dtype is not None and weight.is_floating_point() else weight
+            return file.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.files)
@@ -295,25 +308,25 @@ class WeightFiles(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def named(self, name: str, model: Any) -> str:
-        """The name of a model's weight in the files, which differs from the model's own name for some classes."""
-        for stored in in_files(model, {name: model.get_parameter_or_buffer(name)}):
-            if stored in self.files:
-                return stored
-        raise ValueError(
-            f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
-        )
+    def find(self, model: Any) -> None:
+        """Find the names of an empty model's weights in the files, which differ from its own for some classes.
 
-    def fill(self, layer: nn.Module, path: str, model: Any) -> set[str]:
-        """Fill a layer of a model, at a path; return the names of its weights in the files."""
-        names = {key: self.named(f"{path}.{key}", model) for key in layer.state_dict()}
-        layer.load_state_dict({key: self[stored] for key, stored in names.items()}, assign=True)
-        return {*names.values()}
-
-    def check_whole(self, model: Any) -> None:
-        """Raise ValueError if a weight of the model is in none of the files, and tied to none that is."""
+        Raises:
+            ValueError: a weight is in none of the files, and tied to none that is.
+        """
+        self.names = {}
         for name in sorted(model.state_dict().keys() - set(model.all_tied_weights_keys)):
-            self.named(name, model)
+            stored = in_files(model, {name: model.get_parameter_or_buffer(name)})
+            self.names[name] = [name for name in stored if name in self.files]
+            if not self.names[name]:
+                raise ValueError(
+                    f"{self.folder} has no {name}: load the model by transformers and save it, which renames weights"
+                )
+
+    def fill(self, model: Any) -> None:
+        """Give an empty model its weights."""
+        self.find(model)
+        model.load_state_dict({name: self[stored[0]] for name, stored in self.names.items()}, strict=False, assign=True)
 
     def without_head(self, name: str, model: Any) -> str:
         """The name without its first word, if the files are of a model without a head; else the name itself."""

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from mixture_of_experts import gating
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward
+from mixture_of_experts.huggingface.feed_forward import MoEFeedForward, SparseFeedForward, layers_by_path
 from mixture_of_experts.quantize import QuantizedExperts
 from mixture_of_experts.recipes import arguments_of
 from mixture_of_experts.support.private_torch import unwrapped, wrapped_class
@@ -81,7 +81,7 @@ class Layers(Sequence[dict[str, Any]]):
     """The description of all layers with experts in a model, read from them; those of equal settings share an entry."""
 
     def __init__(self, model: nn.Module) -> None:
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, MoEFeedForward)}
+        layers = layers_by_path(model)
         for layer in layers.values():
             if layer.record is None or layer.record.layer() is not layer:
                 layer.record = LayerRecord(layer)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mixture_of_experts.huggingface.feed_forward import MoEFeedForward
+from mixture_of_experts.huggingface.feed_forward import layers_by_path
 from mixture_of_experts.huggingface.private_transformers import Rename, as_saved, merges
 
 MARK = "\0"  # of a name that no renaming of transformers knows
@@ -23,7 +23,7 @@ def keep_names(model: Any, conversions: list[Any]) -> list[Any]:
     Raises:
         ValueError: a weight of a layer is loaded as a part of another weight of the model.
     """
-    layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, MoEFeedForward))
+    layers = tuple(f"{name}." for name in layers_by_path(model))
     weights = [name for name in model.state_dict() if name.startswith(layers)]
     for name in weights:
         if any(merges(conversion, name) for conversion in conversions):

@@ -11,11 +11,10 @@ from torch import nn
 
 from mixture_of_experts.huggingface.blocks.sparse import put_layers
 from mixture_of_experts.huggingface.distributed.plans import plan_experts, share_batch
-from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards
+from mixture_of_experts.huggingface.feed_forward import Replaced, feed_forwards, tensors_of
 from mixture_of_experts.huggingface.private_transformers import was_loaded
-from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense
+from mixture_of_experts.huggingface.replacement.adapters import Adapter, Dense, NetworkSite
 from mixture_of_experts.huggingface.replacement.replace import (
-    NetworkSite,
     find,
     gates_of_layers,
     make_moe,
@@ -46,8 +45,8 @@ def put_experts(
                 "describe: pass gate=, the function that was given to replace_ffn, to "
                 "mixture_of_experts.huggingface.from_pretrained"
             )
-    places = {find_place(model, name): entry for entry in layers for name in entry["layers"]}
-    entries = {place: entry for place, entry in places.items() if place is not None}
+    places = [(find_place(model, name), entry) for entry in layers for name in entry["layers"]]
+    entries = {place: entry for place, entry in places if place is not None}
     if not entries:
         names = ", ".join(name for entry in layers for name in entry["layers"])
         raise ValueError(f"{type(model).__name__} has no place for the experts of {names}")
@@ -124,7 +123,7 @@ def initialise_missing(model: nn.Module) -> None:
             module.weight.zero_()  # after a dense checkpoint it may be memory as it was found
     for feed_forward in feed_forwards(model):
         for module in feed_forward.moe.modules():
-            own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            own = tensors_of(module, recurse=False)
             gone = {name for name, value in own.items() if not (was_loaded(value) or value.is_meta)}
             gone -= module._non_persistent_buffers_set
             if not gone:
