@@ -91,7 +91,7 @@ class DepthAveragedGating(TopKGating):
         if self.outer_expert_dims:
             raise ValueError(f"{type(self).__name__} is one router: it takes no outer_expert_dims, and no second level")
         self.state_dim, self.first = r, check_flag("first", first)
-        self.down = nn.Linear(dim, r, **factory)
+        self.down: nn.Linear = nn.Linear(dim, r, **factory)
         self.state_scale = None if self.first else nn.Parameter(torch.ones(r, **factory))
 
     def reset_parameters(self) -> None:
