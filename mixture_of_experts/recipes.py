@@ -152,7 +152,12 @@ MODELS: dict[str, Recipe] = {
         "2006.16668",
         says="GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668).",
         router=Top2Gating,
-        gate=dict(capacity_factor_train=2.0, capacity_factor_eval=None, second_policy_eval="all"),
+        gate=dict(
+            capacity_factor_train=2.0,
+            capacity_factor_eval=None,
+            second_threshold_train=0.5,  # algorithm 1: sent if 2 g2 > a random number
+            second_policy_eval="all",
+        ),
         experts=dict(activation="relu", gated=False),
         layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
         published=Published("GShard, 36 layers", 2048, None, 600),
