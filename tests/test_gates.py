@@ -34,19 +34,21 @@ DIM = 6
 @pytest.mark.parametrize("policy", ["all", "threshold", "random"])
 def test_of_one_expert_there_is_no_second_choice(policy, priority):
     settings = dict(second_policy_train=policy, second_threshold_train=0.0, priority=priority)
-    gate = Top2Gating(DIM, 1, capacity_factor_train=1.0, **settings)
-    routing = gate(torch.randn(2, 100, DIM))
+    gate, x = Top2Gating(DIM, 1, capacity_factor_train=1.0, **settings), torch.randn(2, 100, DIM)
+    x[1, 50] = torch.nan
+    routing = gate(x)
     assert routing.capacity == 100
     assert routing.queued.tolist() == [[100], [100]]
     assert routing.chosen.equal(routing.kept)
     assert routing.kept.view(2, 100, 2).all(dim=1).tolist() == [[True, False]] * 2
 
 
+@pytest.mark.parametrize("scale", [1.0, torch.nan])
 @pytest.mark.parametrize("policy", ["all", "none"])
-def test_of_one_expert_a_later_choice_is_made(policy):
+def test_of_one_expert_a_later_choice_is_made(policy, scale):
     """A token of importance between 0 and 1 has no first choice; its second one, if any, is the expert there is."""
     gate = Top2Gating(DIM, 1, second_policy_train=policy)
-    routing = gate(torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
+    routing = gate(scale * torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
     assert routing.kept.tolist() == [[True, False, False, policy == "all", False, False]]
 
 

@@ -190,7 +190,7 @@ def test_wrong_choices_are_seen(check: Checks, fault: str):
     [
         ("random", 5, torch.float32),
         ("threshold", 33, torch.bfloat16),
-        ("random", 1, torch.float32),
+        ("all", 1, torch.float32),
         ("none", 2, torch.float16),
         ("all", 16, torch.float32),
         *(

@@ -235,7 +235,11 @@ class Top2Gating(TokenChoiceGate):
             full = full.unsqueeze(-1)
             p_1, same = torch.where(full, p_1, 0.0), same & full
         p_2 = p_2.masked_fill(same, 0.0)
-        return torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
+        weight = torch.cat([p_1, p_2], dim=-1) / (p_1 + p_2 + self.eps)
+        if self.num_experts > 1:  # where a token of NaN makes two choices
+            return weight
+        # 0 by a sum of NaN is NaN, and a weight that is not 0 is a choice
+        return weight.masked_fill(torch.cat([torch.zeros_like(same), same], dim=-1), 0.0)
 
     def _sent(self, weight: Tensor) -> Tensor | None:
         """`(..., b, n, 2)` bool, the choices that the current mode's policy sends, by their `weight`; None if all."""

@@ -75,6 +75,7 @@ def choose_two(
         p_1, p_2 = tl.where(is_full, p_1, 0.0), tl.where(same, 0.0, p_2)
         # rounded as IEEE says: the weights of a tie are 0.5 and not more, which a division by `/` does not promise
         weights = tl.div_rn(tl.join(p_1, p_2), (p_1 + p_2 + eps)[:, None])
+        weights = tl.where(same[:, None] & ~is_first, 0.0, weights)  # 0 by a sum of NaN too
 
         if POLICY == "none":
             sent = is_first
