@@ -12,13 +12,18 @@ from mixture_of_experts.gating.logits import RouterLogits, router_logits
 LOW = [torch.bfloat16, torch.float16]
 
 
+def logits_of(x, weight):
+    """Logits `(..., t, e)` of tokens `(..., t, d)`, as one group."""
+    return router_logits(x.unsqueeze(-3), weight).squeeze(-3)
+
+
 @pytest.mark.parametrize("outer", [(), (2,)], ids=["one router", "two"])
 @pytest.mark.parametrize("dtype", LOW)
 def test_values_and_gradients_are_those_of_the_product_in_float32(dtype, outer):
     torch.manual_seed(0)
     x = torch.randn(*outer, 9, 6, dtype=dtype, requires_grad=True)
     weight = torch.randn(*outer, 6, 5, dtype=dtype, requires_grad=True)
-    logits = router_logits(x, weight, torch.float32)
+    logits = logits_of(x, weight)
     wanted = x.float() @ weight.float()
     assert torch.equal(logits, wanted)
     grad = torch.randn_like(logits)
@@ -34,7 +39,7 @@ def test_no_copy_of_the_tokens_is_kept(dtype):
     weight = torch.randn(6, 5, dtype=dtype, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        router_logits(x, weight, torch.float32)
+        logits_of(x, weight)
     assert [tensor.untyped_storage().data_ptr() for tensor in kept] == [
         tensor.untyped_storage().data_ptr() for tensor in (x, weight)
     ]
@@ -69,7 +74,7 @@ def test_a_product_that_is_summed_in_float32_takes_its_gradients_from_there(monk
     monkeypatch.setattr(logits_module, "_wide_product", lambda x, weight: x.float() @ weight.float())
     x, weight = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((9, 6), (6, 5)))
     grad = torch.randn(9, 5)
-    found = torch.autograd.grad(router_logits(x, weight, torch.float32), [x, weight], grad)
+    found = torch.autograd.grad(logits_of(x, weight), [x, weight], grad)
     wanted = logits_module._narrow_grads(x.detach(), weight.detach(), grad, True, True)
     assert all(map(torch.equal, found, wanted))
 
@@ -87,7 +92,7 @@ def test_gradients_under_autocast_stay_in_float32():
     weight = torch.randn(6, 5, requires_grad=True)
     grad = torch.randn(9, 5)
     with torch.autocast("cpu", torch.bfloat16):
-        logits = router_logits(x, weight, torch.float32)
+        logits = logits_of(x, weight)
         (got,) = torch.autograd.grad(logits, weight, grad)
     assert torch.equal(got, x.float().mT @ grad)
 

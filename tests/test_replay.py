@@ -28,7 +28,7 @@ from mixture_of_experts import (
     TopKGating,
     recipes,
 )
-from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGating, base
+from mixture_of_experts.gating import BALANCE_LOSSES, SparseMixerGating, TopPGating, logits
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.replay import RoutingRecords, record_routing, replay_routing, save_choices
@@ -682,13 +682,13 @@ def test_choices_are_saved_for_a_recomputation(name, saved, monkeypatch):
     """A router whose product differs from run to run, as on some cards: by the policy choices are made once, without it
     some are made otherwise the second time."""
     torch.manual_seed(0)
-    generator, product = torch.Generator().manual_seed(1), base.router_logits
+    generator, product = torch.Generator().manual_seed(1), logits._differentiable
 
     def differs(*arguments: Any) -> Tensor:
-        logits = product(*arguments)
-        return logits + 0.3 * torch.randn(logits.shape, generator=generator)
+        result = product(*arguments)
+        return result + 0.3 * torch.randn(result.shape, generator=generator)
 
-    monkeypatch.setattr(base, "router_logits", differs)
+    monkeypatch.setattr(logits, "_differentiable", differs)
     contexts = dict(context_fn=partial(create_selective_checkpoint_contexts, save_choices)) if saved else {}
     model, chosen = Checkpointed(CHOOSING[name](), **contexts), []
     for gate in (module for module in model.modules() if isinstance(module, TokenChoiceGate)):
