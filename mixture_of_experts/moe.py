@@ -35,7 +35,7 @@ from mixture_of_experts.experts import Experts, run_experts
 from mixture_of_experts.gating import BALANCE_LOSSES, Top2Gating, offers_of, reads_of
 from mixture_of_experts.gating.balance_losses import OF_EXPERT_GROUPS
 from mixture_of_experts.gating.base import losses_known
-from mixture_of_experts.gating.depth_averaged import STATE
+from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.levels import check_slots_have_tokens, second_level, side_inputs_of_levels
 from mixture_of_experts.gating.top2 import SecondPolicy, Top2Settings
 from mixture_of_experts.ops.activations import ActivationLike

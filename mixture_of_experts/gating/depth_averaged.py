@@ -13,12 +13,11 @@ from torch import nn
 
 from mixture_of_experts.gating.base import Tokens
 from mixture_of_experts.gating.choices import Choices
+from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.gating.logits import in_dtype
 from mixture_of_experts.gating.topk import TopKGating
 from mixture_of_experts.support.checks import check_flag, check_size, shape_of
 from mixture_of_experts.support.tracing import without_autocast
-
-STATE = "router_state"  # the side input
 
 
 class DepthAveragedGating(TopKGating):

@@ -27,6 +27,7 @@ from mixture_of_experts.support.tracing import can_read
 GIVEN, GIVEN_WEIGHTS = "given_experts", "given_weights"  # a token's choices, and their weights
 OPEN = "open_experts"  # the experts among which a token chooses
 COUNTED = "counted"  # the tokens that count, where all are computed
+STATE = "router_state"  # what the router of the layer before hands on
 LIVE = -(1 << 15)  # the least of int16
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mixture_of_experts.gating import reads_of
 from mixture_of_experts.gating.base import COUNTED
-from mixture_of_experts.gating.depth_averaged import STATE
+from mixture_of_experts.gating.given import STATE
 from mixture_of_experts.moe import MoE
 from mixture_of_experts.support.private_torch import in_transform
 from mixture_of_experts.support.tracing import in_checkpoint
