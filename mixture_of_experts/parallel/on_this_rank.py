@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,6 @@ from torch.distributed.tensor import DTensor
 
 from mixture_of_experts.parallel.exchange import scale_gradient
 from mixture_of_experts.parallel.sharding import ExpertSharding
-
-TABLES = ("_parameters", "_buffers", "_modules")  # of a module
 
 
 @contextmanager
@@ -35,7 +33,7 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
     with exchanged(stand_in, sharding, local_class):
         yield stand_in
     for module, its in stand_ins.items():
-        keep_changes(module, its)
+        keep_changes(module, its, stand_ins)
 
 
 def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -48,11 +46,19 @@ def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Modul
     return made[module]
 
 
-def keep_changes(module: nn.Module, its: nn.Module) -> None:
-    """Set on a module the attributes and buffers that were set on its stand-in."""
-    for before, now in ((module._buffers, its._buffers), (module.__dict__, its.__dict__)):
-        changed = {name: value for name, value in now.items() if before.get(name, module) is not value}
-        before.update({name: value for name, value in changed.items() if name not in TABLES})
+def keep_changes(module: nn.Module, its: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
+    """Set on a module what was set on its stand-in."""
+    originals = {stand_in: original for original, stand_in in made.items()}
+    children = {name: originals.get(part, part) for name, part in its._modules.items() if part is not None}
+    tables = {"_parameters": its._parameters, "_buffers": its._buffers, "_modules": children}
+    for table, now in tables.items():
+        before = module.__dict__[table]
+        before.update({name: value for name, value in now.items() if before.get(name, module) is not value})
+    for name, value in its.__dict__.items():
+        if name not in tables and module.__dict__.get(name, module) is not value:
+            module.__dict__[name] = value
+    for name in module.__dict__.keys() - its.__dict__.keys():
+        del module.__dict__[name]
 
 
 @contextmanager
