@@ -175,6 +175,7 @@ CHECKS = {
         odd.check_tied_experts,
         odd.check_buffer_that_looks_stacked,
         odd.check_attributes_set_in_a_forward,
+        odd.check_attributes_set_beside_a_forward,
         odd.check_pickling_says_what_to_do,
         odd.check_layer_called_twice,
         odd.check_calls_without_gradients,

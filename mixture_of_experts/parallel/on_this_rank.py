@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,11 +18,12 @@ from mixture_of_experts.parallel.sharding import ExpertSharding
 @contextmanager
 def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type[nn.Module]) -> Iterator[nn.Module]:
     """A context with a stand-in for a module: it is of the module's own class, holds this rank's part of each stack,
-    and tells the number of its experts. What a forward sets on it is set on the module at the end.
+    and tells the number of its experts. At the end the module gets what a forward set on the stand-in, and loses what
+    it deleted there.
 
-    Other threads may read the module, which stays as it is meanwhile. A graph cannot hold another object, so it is
-    traced on the module itself. `torch.func.functional_call` would exchange the tensors alone, and call hooks, which
-    run around the whole forward.
+    Other threads may read the module, which stays as it is meanwhile, and what they set on it stays. A graph cannot
+    hold another object, so it is traced on the module itself. `torch.func.functional_call` would exchange the tensors
+    alone, and call hooks, which run around the whole forward.
     """
     if torch.compiler.is_compiling():
         with exchanged(experts, sharding, local_class):
@@ -30,10 +31,22 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
         return
     stand_ins: dict[nn.Module, nn.Module] = {}
     stand_in = stand_in_of(experts, stand_ins)
+    began = {its: [{**table} for table in tables_of(its)] for its in stand_ins.values()}
     with exchanged(stand_in, sharding, local_class):
         yield stand_in
-    for module, its in stand_ins.items():
-        keep_changes(module, its, stand_ins)
+    originals = {its: module for module, its in stand_ins.items()}
+    for its, module in originals.items():
+        for table, now, before in zip(tables_of(module), tables_of(its), began[its], strict=True):
+            for name, value in now.items():
+                if name not in before or before[name] is not value:
+                    table[name] = originals.get(value, value) if isinstance(value, nn.Module) else value
+            for name in before.keys() - now.keys():
+                table.pop(name, None)
+
+
+def tables_of(module: nn.Module) -> list[dict[str, Any]]:
+    """Where a module keeps its attributes, parameters, buffers and parts."""
+    return [module.__dict__, module._parameters, module._buffers, module._modules]
 
 
 def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -44,21 +57,6 @@ def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Modul
         children = {name: None if part is None else stand_in_of(part, made) for name, part in module._modules.items()}
         its.__dict__["_modules"] = children
     return made[module]
-
-
-def keep_changes(module: nn.Module, its: nn.Module, made: Mapping[nn.Module, nn.Module]) -> None:
-    """Set on a module what was set on its stand-in."""
-    originals = {stand_in: original for original, stand_in in made.items()}
-    children = {name: originals.get(part, part) for name, part in its._modules.items() if part is not None}
-    tables = {"_parameters": its._parameters, "_buffers": its._buffers, "_modules": children}
-    for table, now in tables.items():
-        before = module.__dict__[table]
-        before.update({name: value for name, value in now.items() if before.get(name, module) is not value})
-    for name, value in its.__dict__.items():
-        if name not in tables and module.__dict__.get(name, module) is not value:
-            module.__dict__[name] = value
-    for name in module.__dict__.keys() - its.__dict__.keys():
-        del module.__dict__[name]
 
 
 @contextmanager

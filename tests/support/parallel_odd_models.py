@@ -233,6 +233,20 @@ def check_attributes_set_in_a_forward() -> None:
     assert torch.equal(together.experts.load, expected)
 
 
+def check_attributes_set_beside_a_forward() -> None:
+    """What another thread sets on the layer while a forward runs stays: here a hook sets it within the forward."""
+    together = spread(top2(experts=RememberingExperts()), make_mesh(), replicated=["shared_scale"])
+    whole = together.experts
+    whole.changed = "before"
+
+    def beside(*_: object) -> None:
+        whole.changed, whole.attached = "after", True
+
+    whole.inner.register_forward_hook(beside)
+    together(own_part(batch()[0]))
+    assert (whole.changed, whole.attached, whole.seen) == ("after", True, 1)
+
+
 def check_pickling_says_what_to_do() -> None:
     for name in ("top2", "top2, list"):
         layer = spread(make(name), make_mesh())
