@@ -197,8 +197,8 @@ class Gate(FixedShapes):
         check_mask(counted, x.shape[:-1], COUNTED)
 
     def product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Logits `(..., b, n, e)` of tokens x by a matrix, in float32 (float64 for float64 weights), also under
-        autocast: `logits.router_logits`, for a gate of your own."""
+        """Return logits `(..., b, n, e)` of tokens x by a matrix, in float32 (float64 for float64 weights), also under
+        autocast. A gate of your own calls it."""
         return router_logits(x, weight, bias)
 
 

@@ -30,7 +30,7 @@ from mixture_of_experts.support.same_bits import (
     size_of_block,
 )
 
-PIECE = 192  # rows of a weight that MKL's products of float32 sum in one go; of fewer than twice as many, a half
+PIECE = 192  # MKL sums a float32 product in pieces of so many rows of the weight; in halves, if they are fewer than two
 
 
 def why_not(call: Call) -> str | None:
@@ -49,8 +49,9 @@ def why_not(call: Call) -> str | None:
 def run(call: Call) -> Tensor:
     """Compute a call; return `(t, o)`."""
     network, decision, hidden_dim = call.network, call.decision, call.network.w_out.shape[-2]
-    whole = hidden_dim % VECTOR == 0 and decision.weight.numel() * hidden_dim < GRAIN  # vectors, in one thread
-    if whole and call.is_inference() and decode.has_few_tokens(call):
+    # of whole vectors, in one thread, the activation's bits do not depend on the batch
+    needs_no_steps = hidden_dim % VECTOR == 0 and decision.weight.numel() * hidden_dim < GRAIN
+    if needs_no_steps and call.is_inference() and decode.has_few_tokens(call):
         y = decode.rows_of(call, *[one_by_one(decision.expert, w) for w in (network.w_in[0], network.w_out)])
         row = torch.arange(len(y)).view(len(call.x), -1)
         return fused.sum_of_choices(F.pad(y, (0, 0, 0, 1)), decision.weight, row)
