@@ -36,9 +36,10 @@ SHAPES: dict[str, Shape] = {
 VALUES = {
     "CHUNK": [2 << 20, 3 << 20, 6 << 20, 8 << 20, 32 << 20],
     "PADDING": [0, 1 << 16, 1 << 20, 1 << 23],
+    "MOST_PADDING": [8, 16, 64, 256],
     "FREE_ROWS": [0, 8],
 }
-FOR_THREADS = {"SHARING": [8, 64, 128, 512]}
+FOR_THREADS = {"SHARING": [1, 8, 64, 128]}
 
 
 def layer_of(
@@ -46,7 +47,9 @@ def layer_of(
 ) -> tuple[nn.Module, torch.Tensor]:
     torch.manual_seed(0)
     kind = GatedExperts if gated else Experts
-    gate = TopKGating(dim, num_experts, k) if k else None
+    gate = TopKGating(dim, num_experts, k, bias=True) if k else None
+    if gate is not None and gate.b_gating is not None:
+        nn.init.normal_(gate.b_gating)  # experts get unequal numbers of tokens, as those of trained routers
     layer = MoE(dim, num_experts, gate=gate, experts=kind(dim, num_experts, hidden))
     return layer, torch.randn(4, tokens // 4, dim, requires_grad=True)
 

@@ -17,10 +17,13 @@ CAST = 1 << 20  # most numbers of an operand or result that are in float32 at a 
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1) -> None:
-    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` n products, times
+    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` the products, times
     `alpha`."""
     if private_torch.multiplies(x.dtype):
-        out.baddbmm_(x, y, alpha=alpha) if add else (torch.bmm if x.ndim == 3 else torch.mm)(x, y, out=out)
+        if add:
+            (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y, alpha=alpha)
+        else:
+            (torch.bmm if x.ndim == 3 else torch.mm)(x, y, out=out)
         return
     if x.ndim == 2:
         x, y, out = x.unsqueeze(0), y.unsqueeze(0), out.unsqueeze(0)

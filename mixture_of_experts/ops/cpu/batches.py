@@ -11,6 +11,7 @@ from typing import NamedTuple
 # `python -m experiments.cpu_constants` times steps with other values of these
 PADDING = 1 << 18  # so many multiplications of padding take as long as one more product
 SHARING = 32  # factor of PADDING with several threads, which share one expert's product badly
+MOST_PADDING = 32  # rows of a batch, however small its products: empty rows are moved and activated too
 FREE_ROWS = 2  # rows of padding for each expert that cost nothing beside reading its weights
 CHUNK = 4 << 20  # most bytes of a thread's chunk (tokens and pre-activations), so that it stays in the caches
 
@@ -35,7 +36,7 @@ def batches_of(counts: list[int], row_work: int, threads: int, most_rows: int) -
         most_rows: most rows of a batch of several experts.
     """
     batches: list[Batch] = []
-    free = PADDING * (1 if threads == 1 else SHARING) // row_work
+    free = min(MOST_PADDING, PADDING * (1 if threads == 1 else SHARING) // row_work)
     start = row = 0
     while start < len(counts):
         stop, filled = start + 1, counts[start]

@@ -112,8 +112,8 @@ class ChunkProducts:
     token: Tensor  # of the chunk, as are the others that follow
     y: Tensor
     padding: Tensor
-    experts: list[slice]  # of each batch of the chunk, and its first row there, number of experts and rows of each
-    batches: list[tuple[int, int, int]]
+    chunk: list[Batch]
+    sizes: list[int]  # rows of each batch
 
     def __init__(self, x: Tensor, plan: Plan, width: int) -> None:
         self.plan, self.rows = plan, x.new_empty(plan.num_rows + 1, width)
@@ -126,43 +126,43 @@ class ChunkProducts:
         here = slice(chunk[0].start, chunk[-1].stop)
         self.token, self.y = self.tokens[here], self.rows[here]
         self.padding = self.empty[here].nonzero().squeeze(-1)
-        self.experts = [batch.experts for batch in chunk]
-        self.batches = [(batch.start - here.start, batch.number, batch.width) for batch in chunk]
+        self.chunk, self.sizes = chunk, [batch.stop - batch.start for batch in chunk]
         return here
 
     def parts(self, rows: Tensor) -> list[Tensor]:
-        """The rows `(number, width, p)` of each batch, in half the time of a slice and a view of each."""
-        (row, column), p, offset, view = rows.stride(), rows.shape[1], rows.storage_offset(), rows.as_strided
-        return [
-            view((number, width, p), (width * row, row, column), offset + start * row)
-            for start, number, width in self.batches
-        ]
+        """The rows of each batch: `(m, p)` of one expert, `(number, m, p)` of several."""
+        split = zip(self.chunk, rows.split(self.sizes), strict=True)
+        return [part if one.number == 1 else part.view(one.number, one.width, -1) for one, part in split]
+
+    def of_experts(self, stack: Tensor) -> list[Tensor]:
+        """The part of each batch in a stack `(e, ...)`: `(...)` of one expert, `(number, ...)` of several."""
+        return [stack.select(0, one.experts.start) if one.number == 1 else stack[one.experts] for one in self.chunk]
 
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
     def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
-        for experts, part, result in zip(self.experts, self.parts(x), self.parts(out), strict=True):
-            multiply(part, weight[experts], result)
+        for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
+            multiply(part, matrix, result)
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         (x, weight), *others = pairs
         self.by_weights(x, weight, self.y)
         for x, weight in others:
-            for experts, part, result in zip(self.experts, self.parts(x), self.parts(self.y), strict=True):
-                multiply(part, weight[experts], result, add=True)
+            for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(self.y), strict=True):
+                multiply(part, matrix, result, add=True)
         return self.y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
-        for experts, part in zip(self.experts, self.parts(rows), strict=True):
-            part.add_(bias[experts].unsqueeze(1))
+        for part, own in zip(self.parts(rows), self.of_experts(bias), strict=True):
+            part.add_(own.unsqueeze(-2))
 
     def by_rows(self, x: Tensor, y: Tensor, out: Tensor | None) -> Tensor:
         assert out is not None
-        for experts, part, other in zip(self.experts, self.parts(x), self.parts(y), strict=True):
-            multiply(part.mT, other, out[experts])
+        for part, other, result in zip(self.parts(x), self.parts(y), self.of_experts(out), strict=True):
+            multiply(part.mT, other, result)
         return out
 
     def sums(self, scale: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
