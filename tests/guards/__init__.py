@@ -13,4 +13,4 @@ A difference ends the command with 1.
 """
 
 #: the commit before the core was rebuilt
-BASE = "2f1c65b"
+BASE = "584ea63"
