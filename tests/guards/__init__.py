@@ -12,5 +12,5 @@ A difference ends the command with 1.
     counts    operators, our functions, files and objects, graphs of torch.compile, launches on a GPU, peak memory
 """
 
-#: the commit before the core was rebuilt
+#: the commit that bits, ranks and counts are held against
 BASE = "584ea63"
