@@ -101,7 +101,8 @@ class Decision:
         """The queue `(a,)` of each assignment and its position `(a,)` there, any number where it is not kept; and how
         many rows each queue needs, `(e b,)`."""
         if self.routing is None:
-            expert, k = self.expert, self.k or 1  # in the order in which they are stored
+            assert self._expert is not None
+            expert, k = self._expert, self.k or 1  # in the order in which they are stored
             queues = queue_up(expert, self.kept, math.prod(self.num_experts), k, "token")
             return expert, queues.position, queues.length
         length = rows_of_queues(self.routing)

@@ -197,16 +197,14 @@ def routed_ffn(
         raise ValueError(f"tokens are on {x.device}, the experts' weights on {network.w_out.device}: move one of them")
     x, network = cast_operands(x, network)
     call = Call(x, decision, network, training)
-    return ways[_choose(call, ways)].run(call).to(dtype)
-
-
-def _choose(call: Call, ways: Mapping[str, Any]) -> str:
     if (way := asked_for()) == "auto":
-        return first_way("experts", ways, call)
-    reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
-    if reason is not None:
-        raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
-    return tell("experts", way, {})
+        way = first_way("experts", ways, call)
+    else:
+        reason = ways[way].why_not(call) if way in ways else "it computes another kind of network"
+        if reason is not None:
+            raise ValueError(f"{way!r} was asked for and cannot compute this call: {reason}; ask for 'auto'")
+        tell("experts", way, {})
+    return ways[way].run(call).to(dtype)
 
 
 def moe_ffn(

@@ -16,12 +16,11 @@ from mixture_of_experts.support import private_torch
 CAST = 1 << 20  # most numbers of an operand or result that are in float32 at a time, so that they lie in the caches
 
 
-def multiply(x: Tensor, y: Tensor, out: Tensor, *, add: bool = False, alpha: float = 1) -> None:
-    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` the products, times
-    `alpha`."""
+def multiply(x: Tensor, y: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """Write `x @ y`, of x `(n, m, p)` and y `(n, p, q)` or of one matrix each, to `out`; or `add` it."""
     if private_torch.multiplies(x.dtype):
         if add:
-            (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y, alpha=alpha)
+            (out.baddbmm_ if x.ndim == 3 else out.addmm_)(x, y)
         else:
             (torch.bmm if x.ndim == 3 else torch.mm)(x, y, out=out)
         return
@@ -36,4 +35,4 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, *, add: bool = False, alpha: flo
         rows = x[some].float()
         for j in range(0, q, columns):
             here, part = out[some, :, j : j + columns], y[some, :, j : j + columns].float()
-            here.copy_(torch.baddbmm(here.float(), rows, part, alpha=alpha) if add else torch.bmm(rows, part))
+            here.copy_(torch.baddbmm(here.float(), rows, part) if add else torch.bmm(rows, part))

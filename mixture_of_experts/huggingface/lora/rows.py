@@ -17,7 +17,6 @@ from torch import Tensor
 from mixture_of_experts.huggingface.lora.network import AdaptedNetwork, LowRank
 from mixture_of_experts.ops import rows
 from mixture_of_experts.ops.cpu.fused import ChunkProducts
-from mixture_of_experts.ops.products import multiply
 
 
 def saved_widths(network: AdaptedNetwork) -> list[int]:
@@ -87,11 +86,9 @@ class AdaptedProducts:
         out = products.by_weights(x, weight.weight, out)
         if thin is None or weight.up is None:
             return out
-        if not isinstance(products, ChunkProducts):
-            return out.add_(products.by_weights(thin, weight.up))
-        for experts, few, many in zip(products.experts, products.parts(thin), products.parts(out), strict=True):
-            multiply(few, weight.up[experts], many, add=True)
-        return out
+        if isinstance(products, ChunkProducts):
+            return products.by_weights(thin, weight.up, out, add=True)
+        return out.add_(products.by_weights(thin, weight.up))
 
     def total(self, pairs: Sequence[tuple[Tensor, LowRank]]) -> Tensor:
         terms = []

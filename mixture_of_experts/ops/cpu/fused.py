@@ -141,18 +141,16 @@ class ChunkProducts:
     def gather(self, x: Tensor) -> Tensor:
         return x.index_select(0, self.token).index_fill_(0, self.padding, 0)
 
-    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    def by_weights(self, x: Tensor, weight: Tensor, out: Tensor | None = None, *, add: bool = False) -> Tensor:
+        """`Products.by_weights`; or `add` it to what `out` holds."""
         out = x.new_empty(x.shape[0], weight.shape[-1]) if out is None else out
         for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(out), strict=True):
-            multiply(part, matrix, result)
+            multiply(part, matrix, result, add=add)
         return out
 
     def total(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        (x, weight), *others = pairs
-        self.by_weights(x, weight, self.y)
-        for x, weight in others:
-            for part, matrix, result in zip(self.parts(x), self.of_experts(weight), self.parts(self.y), strict=True):
-                multiply(part, matrix, result, add=True)
+        for i, (x, weight) in enumerate(pairs):
+            self.by_weights(x, weight, self.y, add=i > 0)
         return self.y
 
     def add_bias(self, rows: Tensor, bias: Tensor) -> None:
