@@ -5,8 +5,9 @@ Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE, check_given
 from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.hooks import ChoiceHooks
-from mixture_of_experts.replay.recording import sequences_of, why_no_weights
+from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
     ChoiceSite,
@@ -33,8 +34,7 @@ from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.sites import Gates, serve
+from mixture_of_experts.whole_model.sites import Gates
 
 Beyond = Literal["error", "choose"]
 BEYOND: tuple[Beyond, ...] = ("error", "choose")
@@ -94,15 +94,12 @@ def replay_routing(
             f"records must be RoutingRecords, as record_routing yields, got a {type(records).__name__}: "
             "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
         )
-    sites = choice_sites(model, "replay_routing", gates)
-    if records.weights is not None:
-        serve([one.site for one in sites], "replay_routing of weights", why_no_weights)
+    sites = choice_sites(model, "replay_routing", gates, records.weights is not None)
     replay = Replay(sites, match(sites, records), beyond)
     with Attached() as hooks:
         hooks.callback(replay.close)
         replay.start(hooks, seen)
-        with call_stack.within([(replay, call_stack.ForwardCall())]):
-            yield
+        yield
 
 
 class Table:
@@ -130,28 +127,25 @@ class Table:
         return self.values.gather(1, inside.expand(-1, -1, self.values.shape[-1]))
 
 
+@dataclass(eq=False)
 class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    sites: Sequence[ChoiceSite]
+    sites: list[ChoiceSite]
     tables: dict[str, list[Table]]
     beyond: Beyond
-    closed: bool
+    closed: bool = False
+    to_run_again: dict[str, Tensor] = field(default_factory=dict)  # choices of blocks that a backward may run again
+    waiting: set[str] = field(default_factory=set)  # blocks that no backward has run again yet
     outermost = True  # so that a recording at the same time sees what is replayed
-
-    def __init__(self, sites: list[ChoiceSite], tables: dict[str, list[Table]], beyond: Beyond) -> None:
-        self.sites, self.tables, self.beyond = sites, tables, beyond
-        self.closed = False
-        self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
 
     # gates of this package
 
-    def before_layer(self, site: ChoiceSite, call: SequencesCall | None, args: Any, kwargs: Any) -> Any:
-        if call is None and not runs_again():
+    def before_layer(self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None) -> Any:
+        if kwargs is None or ((call := sequences.call(site)) is None and not runs_again()):
             return None
         x, sizes, mask = site.tokens(args, kwargs)
         given = self.given(site, call, sizes, mask, x.device)
@@ -166,19 +160,15 @@ class Replay(ChoiceHooks):
 
     # blocks of transformers
 
-    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, args: Any) -> Choosing | None:
+    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, hidden: Tensor) -> Choosing | None:
         if call is None:
             self.waiting.discard(site.name)
             return Choosing(site, self.to_run_again[site.name]) if runs_again() else None
-        hidden = args[0] if args else None
-        b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
-        sequences_of(site, call, b * n)
-        device = next(site.called.parameters()).device
-        (given,) = self.given(site, call, (b, n), call.tokens.mask, device)
-        given = given.view(b * n, site.k)
+        shape = sequences_of(site, call, hidden.shape[:-1].numel())
+        (given,) = self.given(site, call, shape, call.tokens.mask, hidden.device)
+        given = given.flatten(0, 1)
         if site.called.training and in_checkpoint():
-            before = self.to_run_again.get(site.name)
-            if site.name in self.waiting and before is not None and not before.equal(given):
+            if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
                 raise RuntimeError(
                     f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
                     "backward, which could not tell them apart: call the backward of the first one first"
@@ -223,8 +213,7 @@ class Replay(ChoiceHooks):
                 f"{site.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
                 "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
             )
-        known = [found for found, lengths in call.checked if found is mask and lengths == table.lengths]
-        if known:
+        if any(found is mask and lengths == table.lengths for found, lengths in call.checked):
             return
         real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
         for i, (length, new, read) in enumerate(zip(table.lengths, real, call.read_before(shape[0]), strict=True)):
@@ -272,7 +261,7 @@ def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, list[Ta
 def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
     e, found = records.num_experts(layer), records[layer]
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
-    if not site.external and GIVEN not in reads_of(site.site.gate):
+    if not site.site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
@@ -286,5 +275,5 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
             check_given(record.long().unflatten(-1, (-1, site.k)), site.num_experts)
         except ValueError as error:
             raise ValueError(f"{of}: in the records, {error}") from error
-        if site.external and bool(((record < 0) & (record != LIVE)).any()):
+        if site.site.external and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")
