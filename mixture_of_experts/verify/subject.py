@@ -114,7 +114,7 @@ class Subject:
             x = 0.4 * x + torch.randn(self.dim, generator=generator)
         return Sample(*(each.to(self.like.device, dtype or self.like.dtype) for each in (x, cotangent)))
 
-    def call(self, module: nn.Module, sample: Sample, run: Run | None = None) -> tuple[Tensor, Tensor | None]:
+    def call(self, module: nn.Module, sample: Sample, run: Run | None = None) -> Outcome:
         """The output, in the shape of the inputs, and the loss if it is told."""
         mask, tell, loss = sample.mask, self.told.get("mask"), self.told.get("loss")
 
@@ -130,7 +130,8 @@ class Subject:
             loss = loss(module, returned)
         elif loss is not None:
             loss = getattr(returned, loss) if isinstance(loss, str) else returned[loss]
-        return out.reshape(sample.x.shape), loss.sum() if isinstance(loss, Tensor) else None
+        found = {"output": out.reshape(sample.x.shape)}
+        return found | {"loss": loss.sum()} if isinstance(loss, Tensor) else found
 
     def counted(self, module: nn.Module) -> Outcome:
         """The counts of a module, if they are told."""
@@ -193,8 +194,8 @@ class Trial(NamedTuple):
         module, sample = self.fresh() if module is None else module, sample or self.sample()
         torch.manual_seed(seed)
         with torch.set_grad_enabled(module.training):
-            out, loss = self.subject.call(module, sample)
-        return {"output": out.detach()} | ({} if loss is None else {"loss": loss.detach()})
+            found = self.subject.call(module, sample)
+        return {name: tensor.detach() for name, tensor in found.items()}
 
     def step(
         self,
@@ -209,10 +210,11 @@ class Trial(NamedTuple):
         module, sample = self.fresh() if module is None else module, sample or self.sample()
         x = sample.x.detach().requires_grad_()  # strides stay
         torch.manual_seed(0)
-        out, loss = self.subject.call(module, replace(sample, x=x), run)
-        total = (out * sample.cotangent).sum() * (of != "loss")  # a loss may reach its gradient through the output
-        found = {"output": out} | ({} if loss is None else {"loss": loss})
-        total = total if loss is None or of == "output" else total + loss
+        found = self.subject.call(module, replace(sample, x=x), run)
+        total = (found["output"] * sample.cotangent).sum()
+        total = total * (of != "loss")  # a loss may reach its gradient through the output
+        if "loss" in found and of != "output":
+            total = total + found["loss"]
         if total.requires_grad:
             (total * scale).backward()
         leaves = {INPUTS: x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -259,15 +261,21 @@ def in_checkpoint(reentrant: bool) -> Run:
             return tuple(made[0].values()) if isinstance(made[0], dict) else made[0]
 
         out: Any = checkpoint(flat, x, use_reentrant=reentrant)
+        kind = type(made[0])
         if isinstance(made[0], dict):
-            return type(made[0])(**dict(zip(made[0], out, strict=True)))
-        return type(made[0])(*out) if hasattr(made[0], "_fields") else out
+            return kind(**dict(zip(made[0], out, strict=True)))
+        return kind(*out) if hasattr(kind, "_fields") else out
 
     return run
 
 
 #: both kinds, by what is said where one of them differs
 CHECKPOINTS = {f", use_reentrant={reentrant}": in_checkpoint(reentrant) for reentrant in (False, True)}
+
+
+def without_tokens(outcome: Outcome) -> Outcome:
+    """An outcome without what has an entry for each token."""
+    return {name: tensor for name, tensor in outcome.items() if name not in OF_TOKENS}
 
 
 def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:
