@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.left import hooks_of
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.optim.swa_utils import AveragedModel
@@ -52,10 +53,6 @@ def fail(error: type[BaseException]) -> Callable[[], None]:
         raise error
 
     return act
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(value) for module in model.modules() for name, value in vars(module).items() if "_hooks" in name)
 
 
 @pytest.mark.parametrize("error", [ArithmeticError, KeyboardInterrupt])

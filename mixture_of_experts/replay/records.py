@@ -136,8 +136,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
-        wrong = [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]
-        if wrong:
+        if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers):
@@ -261,14 +260,9 @@ def tensors_of(name: str, given: Any) -> dict[str, list[Tensor]]:
 def read_request(request: Any, number: int, shape: tuple[int, int] | None, floating: bool = False) -> Tensor:
     """The choices `(s, l, k)` of a request, or their weights, float32."""
     kind = "floating point" if floating else "integers"
-    if isinstance(request, tuple):
-        parts = [read_request(part, number, shape, floating) for part in request]
-        if len({part.shape[1:] for part in parts}) != 1:
-            raise ValueError(
-                f"parts of request {number} must agree in layers and k, got {[(*p.shape,) for p in parts]}"
-            )
-        return torch.cat(parts)
     try:
+        if isinstance(request, tuple):
+            return torch.cat([read_request(part, number, shape, floating) for part in request])
         array = from_base64(request, shape) if isinstance(request, str) else torch.as_tensor(request)
         if array.ndim != 3 or not (array.is_floating_point() if floating else is_integer(array)):
             raise ValueError(f"{array.dtype} {tuple(array.shape)}")

@@ -57,7 +57,7 @@ class Forwards(Watch):
 
     def count(self, module: nn.Module) -> bool:
         """Whether forwards in the current mode of `module` are recorded."""
-        return self.when == "always" or self.when == ("training" if module.training else "eval")
+        return self.when in ("always", "training" if module.training else "eval")
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
         if not torch.compiler.is_compiling() and number_of_backward() != -1:

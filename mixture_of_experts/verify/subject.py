@@ -232,9 +232,7 @@ def counted_by_gates(module: nn.Module) -> Tensor:
 def chosen_by_gate(module: nn.Module, x: Tensor) -> Tensor:
     """The experts that compute each token, by the one gate that the package knows in a module."""
     (routing,) = routing_of(module, x).values()
-    counts = torch.zeros_like(routing.probs, dtype=torch.int64).flatten(-2)
-    counts.scatter_add_(-1, routing.token * routing.num_experts + routing.expert, routing.kept.to(torch.int64))
-    return counts > 0
+    return routing.dispatch_tensor().any(dim=-1)
 
 
 def integers_of(module: nn.Module, path: str, x: Tensor) -> Tensor:
