@@ -27,7 +27,7 @@ class ChoiceHooks:
             arguments. They are None while the hook is being set or taken off.
         follow_layer: `(site, sequences, hooks)`, sets more hooks on a layer.
         begin_block: `(site, call, hidden)`, returns the mode in which a block of transformers runs, or None.
-        end_block: `(site, call, expert, output)`, after a block that chose experts `(..., k)`.
+        ended: `(site, call, output, expert)`, after a block that chose experts `(..., k)`.
     """
 
     sites: list[ChoiceSite]
@@ -35,7 +35,7 @@ class ChoiceHooks:
     before_layer: Callable[..., Any]
     follow_layer: Callable[..., None]
     begin_block: Callable[..., Choosing | None]
-    end_block: Callable[..., None]
+    ended: Callable[..., None]
 
     def start(self, hooks: Attached, seen: Seen | None) -> None:
         """Set the hooks, for forwards of this thread."""
@@ -80,7 +80,7 @@ class BlockWatch(Watch):
                 "experts by torch.topk, so its choices can be neither recorded nor replayed: convert it by "
                 "from_transformers"
             )
-        self.choices.end_block(site, self.sequences.call(site), call.expert, output)
+        self.choices.ended(site, self.sequences.call(site), output, call.expert)
 
     def lost(self, call: Choosing) -> None:
         call.over = True

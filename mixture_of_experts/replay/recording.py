@@ -126,7 +126,7 @@ class Recording(ChoiceHooks):
     def begin_block(self, site: ChoiceSite, call: SequencesCall | None, hidden: object) -> Choosing | None:
         return None if call is None else Choosing(site)
 
-    def end_block(self, site: ChoiceSite, call: SequencesCall | None, expert: Tensor, output: object) -> None:
+    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: object, expert: Tensor) -> None:
         if call is not None:
             expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
             self.note(site, call, call.tokens.mask, {"experts": expert})

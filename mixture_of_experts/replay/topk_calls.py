@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mixture_of_experts.gating.given import LIVE
@@ -63,5 +63,4 @@ class Choosing(TorchFunctionMode, ForwardCall):
     def groups_of(self, given: Tensor, groups: int) -> Tensor:
         """`(t, g)` bool, the expert groups of the given experts: these groups are open, whatever their scores are."""
         group = torch.where(given == LIVE, groups, given // (self.site.num_experts // groups))
-        is_open = torch.zeros(len(given), groups + 1, dtype=torch.bool, device=given.device)
-        return is_open.scatter(-1, group, True)[:, :groups]
+        return nn.functional.one_hot(group, groups + 1).any(dim=1)[:, :groups]

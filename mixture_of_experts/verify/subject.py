@@ -37,11 +37,6 @@ class Gap(NamedTuple):
     number: float
     where: str = ""
 
-    @property
-    def rank(self) -> float:
-        """The number, with NaN as the largest."""
-        return self.number if self.number == self.number else float("inf")
-
 
 class Case(NamedTuple):
     """Sizes and seed of a batch. Sample of a crowd are alike, so that they ask for the same experts."""
@@ -102,7 +97,7 @@ class Subject:
         self.draws = {training: self._draws(training) for training in MODES}
         self.limit = min(max(LIMIT, 4 * self._rounding()), 0.05)  # no module rounds more
 
-    def fresh(self, training: bool = True) -> nn.Module:
+    def fresh(self, training: bool) -> nn.Module:
         """A copy of the module, in one mode."""
         return copy.deepcopy(self.module).train(training)
 
@@ -161,14 +156,14 @@ class Subject:
     def _draws(self, training: bool) -> bool:
         trials = [Trial(self, case, training) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # many near a tie
         gaps = (gap(trial.forward(seed=seed), trial.forward()) for trial in trials for seed in (1, 2))
-        return any(each.rank > 1e-5 for each in gaps)
+        return any(each.number > 1e-5 for each in gaps)
 
     def _rounding(self) -> float:
         """The second difference of the output along the inputs: large only of a module that computes in bfloat16."""
         trial = Trial(self, Case(2, 16, 0), training=False)
         sample, module = trial.sample(), trial.fresh()
         a, b, c = (trial.forward(replace(sample, x=sample.x * by), module)["output"] for by in (0.9999, 1, 1.0001))
-        return gap({"output": (a + c) / 2}, {"output": b}).rank
+        return gap({"output": (a + c) / 2}, {"output": b}).number
 
 
 class Trial(NamedTuple):
@@ -278,7 +273,7 @@ def without_tokens(outcome: Outcome) -> Outcome:
 
 def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:
     """The largest difference of two outcomes, relative to the largest number of its tensor, or to a thousandth of the
-    largest gradient.
+    largest gradient; infinite if one is NaN.
 
     Args:
         of: compares only tensors whose names begin so.
@@ -290,6 +285,8 @@ def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:
         if not name.startswith(of) or not tensor.numel():
             continue
         floor = max(1e-3 * largest if name.startswith("gradient") else 0.0, 1e-7)
-        number = ((found[name].to(tensor.dtype) - tensor).abs() / tensor.abs().max().clamp(min=floor)).max().item()
-        worst = max(worst, Gap(number, name + how), key=lambda each: each.rank)
+        far = (found[name].to(tensor.dtype) - tensor).abs() / tensor.abs().max().clamp(min=floor)
+        number = far.nan_to_num(torch.inf, torch.inf).max().item()
+        if number > worst.number:
+            worst = Gap(number, name + how)
     return worst
