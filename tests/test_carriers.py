@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from support.carriers import CARRIERS, EXPERTS, OF_TRANSFORMERS, ONE_RANK, Carried, K, observe, run
+from support.left import hooks_of
 from torch import Tensor
 
 from mixture_of_experts import balance_experts, collect_aux, force_routing
@@ -36,11 +37,6 @@ def fresh_graphs() -> Iterator[None]:
     torch.compiler.reset()
     yield
     torch.compiler.reset()
-
-
-def hooks_of(model: torch.nn.Module) -> int:
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
 
 
 # Abilities. Each takes what is carried, and asserts.

@@ -158,13 +158,14 @@ def test_text():
 
 def test_errors(stats: RoutingStats, monkeypatch: pytest.MonkeyPatch):
     routing = identity_gate(2, k=1)(torch.randn(1, 4, 2))
-    with pytest.raises(ValueError, match="there are 3 tokens, but the routing has 4"):
-        plot_routing("abc", routing)
-    with pytest.raises(ValueError, match=r"4 tokens, .*8: give the model one sequence"):
-        plot_routing("abcd", identity_gate(2, k=1)(torch.randn(2, 4, 2)))
-    gate = TopKGating(DIM, 2, outer_expert_dims=(3,))
-    with pytest.raises(ValueError, match="a router for each outer expert"):
-        plot_routing("abcd", gate(torch.randn(3, 1, 4, DIM)))
+    of_outer = TopKGating(DIM, 2, outer_expert_dims=(3,))(torch.randn(3, 1, 4, DIM))
+    for text, wrong, message in (
+        ("abc", routing, "there are 3 tokens, but the routing has 4"),
+        ("abcd", identity_gate(2, k=1)(torch.randn(2, 4, 2)), "4 tokens, .*8: give the model one sequence"),
+        ("abcd", of_outer, "a router for each outer expert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            plot_routing(text, wrong)
     with pytest.raises(KeyError, match="no gate 'gat'"):
         stats.plot("gat")
 

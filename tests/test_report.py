@@ -148,41 +148,27 @@ def test_a_text_has_every_choice(tmp_path: Path):
             assert ("line-through" in style) == (f"background:{NOBODY}" in style) == (not of_token)
 
 
-class Fixed(nn.Module):
-    """Logits that are the tokens."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.moe = MoE(4, gate=TopKGating(4, 4, k=1))
-        with torch.no_grad():
-            self.moe.gate.w_gating.copy_(torch.eye(4))
-
-    def forward(self, experts: list[int]) -> None:
-        self.moe(5 * torch.eye(4)[experts].unsqueeze(0))
-
-
-def test_it_says_which_experts_are_dead(tmp_path: Path):
-    model = Fixed()
-    with track_routing(model) as stats:
-        for step in range(8):
-            model([0, 1, 2] if step < 4 else [0, 1, 1])
-    text = text_of(page_of(stats, tmp_path))
-    assert "moe.gate: 1 expert computed no token in any step: 3" in text
-    assert "moe.gate: 1 expert computed no token in the last 2 steps: 2" in text
-
-
-def crowded(share: float, steps: int = 8, tokens: int = 800) -> RoutingStats:
-    """A gate of 8 experts of which, in the last quarter of the steps, so large a share of the tokens asks expert 3."""
+def asked(*steps: Tensor) -> RoutingStats:
+    """A gate of 8 experts whose tokens ask for these, a tensor of experts for each step."""
     model = MoE(8, gate=TopKGating(8, 8, k=1))
     with torch.no_grad():
         model.gate.w_gating.copy_(torch.eye(8))
-    evenly = torch.arange(tokens) % 8
     with track_routing(model) as stats:
-        for step in range(steps):
-            crowd = step >= steps - max(steps // 4, 1)
-            experts = evenly.where(torch.arange(tokens) >= share * tokens, 3) if crowd else evenly
+        for experts in steps:
             model(5 * torch.eye(8)[experts].unsqueeze(0))
     return stats
+
+
+def test_it_says_which_experts_are_dead(tmp_path: Path):
+    text = text_of(page_of(asked(*[torch.arange(7)] * 4, *[torch.arange(7).clamp(max=5)] * 4), tmp_path))
+    assert "gate: 1 expert computed no token in any step: 7" in text
+    assert "gate: 1 expert computed no token in the last 2 steps: 6" in text
+
+
+def crowded(share: float) -> RoutingStats:
+    """In the last two of eight steps so large a share of the tokens asks for expert 3."""
+    evenly, crowd = torch.arange(800) % 8, torch.arange(800) < share * 800
+    return asked(*[evenly] * 6, *[evenly.where(~crowd, 3)] * 2)
 
 
 def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
@@ -197,13 +183,13 @@ def test_it_says_which_experts_are_asked_for_too_often(tmp_path: Path):
             text = text_of(page_of(stats, tmp_path))
             assert (note in text) == told
             assert ("in late steps none is requested over twice a balanced load" in text) != told
-    assert "warning" not in crowded(0.0, steps=1, tokens=8).summary()
+    assert "warning" not in asked(torch.arange(8)).summary()
 
 
 def test_a_gate_of_nan_is_named(tmp_path: Path):
     """The page, the summary and the file of JSON stay readable, and no advice is given that means nothing."""
     torch.manual_seed(0)
-    model = Stack(MoE(DIM, gate=TopKGating(DIM, 4)), MoE(DIM, gate=TopKGating(DIM, 4)))
+    model = Stack(*(MoE(DIM, gate=TopKGating(DIM, 4)) for _ in range(2)))
     with track_routing(model) as stats:
         for step in range(5):
             if step == 3:
@@ -231,40 +217,31 @@ def test_a_gate_of_nan_is_named(tmp_path: Path):
 def test_what_came_before_nan_is_still_told(tmp_path: Path):
     """A dead expert and a crowded one, in the steps that mean something."""
     torch.manual_seed(0)
-    model = Stack(MoE(DIM, gate=TopKGating(DIM, 4, k=1, bias=True)))
-    (gate,) = (layer.gate for layer in model.layers.values())
+    gate = TopKGating(DIM, 4, k=1, bias=True)
+    model = MoE(DIM, gate=gate)
     with track_routing(model) as stats:
         for step in range(6):
             gate.b_gating.data.copy_(torch.tensor([3.0, 0.0, 0.0, -99.0] if step < 4 else [torch.nan] * 4))
             model(torch.randn(2, 64, DIM))
             stats.step()
-    (name,) = stats.layers
     text = text_of(page_of(stats, tmp_path))
-    for said in (
-        f"{name} computed probabilities that are NaN, first in step 4",
-        f"{name}: 1 expert computed no token in any step: 3",
-        "times a balanced load in the last step before NaN",
-    ):
-        assert said in text
-    assert "times a balanced load in the last step before NaN" in stats.summary()
+    assert "gate computed probabilities that are NaN, first in step 4" in text
+    assert "gate: 1 expert computed no token in any step: 3" in text
+    assert all("times a balanced load in the last step before NaN" in each for each in (text, stats.summary()))
 
 
 def test_errors(tmp_path: Path):
     moe = MoE(DIM, 4)
-    stats, path = tracked(moe, 1), tmp_path / "routing.html"
-    routing = routing_of(moe, torch.randn(1, 5, DIM))
-    with pytest.raises(ValueError, match="tokens and routing belong together"):
-        stats.report(path, tokens="hello")
-    with pytest.raises(ValueError, match="tokens and routing belong together"):
-        stats.report(path, routing=routing)
-    with pytest.raises(ValueError, match=r"4 tokens, but .*'gate' has 5"):
-        stats.report(path, tokens="four", routing=routing)
-    with pytest.raises(ValueError, match="has no gate"):
-        routing_of(nn.Linear(DIM, DIM), torch.randn(1, DIM))
-    two = HeirarchicalMoE(DIM, (2, 2))
-    stats, told = tracked(two, 1), routing_of(two, torch.randn(1, 5, DIM))
-    with pytest.raises(ValueError, match="give the routing of 'gate_outer' too"):
-        stats.report(path, tokens="hello", routing={"gate_inner": told["gate_inner"]})
+    two, path, x = HeirarchicalMoE(DIM, (2, 2)), tmp_path / "routing.html", torch.randn(1, 5, DIM)
+    routing, told = routing_of(moe, x), routing_of(two, x)
+    for model, more, message in (
+        (moe, {"tokens": "hello"}, "tokens and routing belong together"),
+        (moe, {"routing": routing}, "tokens and routing belong together"),
+        (moe, {"tokens": "four", "routing": routing}, "4 tokens, but .*'gate' has 5"),
+        (two, {"tokens": "hello", "routing": {"gate_inner": told["gate_inner"]}}, "the routing of 'gate_outer' too"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tracked(model, 1).report(path, **more)
     with pytest.raises(RuntimeError, match="no forward of a gate was recorded"), track_routing(moe) as stats:
         stats.report(path)
     assert not path.exists()  # a bad call writes nothing

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,14 +18,7 @@ from support.strategies import RecordDraws
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixture_of_experts import (
-    ExpertChoiceGating,
-    HeirarchicalMoE,
-    MoE,
-    NoisyTopKGating,
-    Routing,
-    TopKGating,
-)
+from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, TopKGating
 from mixture_of_experts.stats import Record, track_routing
 from mixture_of_experts.stats.record import STATISTICS, measure
 
@@ -32,23 +27,17 @@ DIM = 8
 
 
 class Stack(nn.Module):
-    """Residual layers, each optionally under activation checkpointing; returns a loss."""
+    """Residual layers, each optionally run by a function; returns a loss."""
 
-    def __init__(self, *layers: nn.Module, reentrant: Any = None):
+    def __init__(self, *layers: nn.Module, run: Any = None):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
+        self.layers, self.run = nn.ModuleList(layers), run
         self.scale = nn.Parameter(torch.ones(()))
-        self.reentrant = reentrant
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         x, total = x * self.scale, x.new_zeros(())
         for layer in self.layers:
-            if self.reentrant is None:
-                out, aux_loss = layer(x, mask)
-            else:
-                own = callable(self.reentrant)
-                run = self.reentrant if own else partial(checkpoint, use_reentrant=self.reentrant)
-                out, aux_loss = run(layer, x, mask)
+            out, aux_loss = layer(x, mask) if self.run is None else self.run(layer, x, mask)
             x, total = x + out, total + aux_loss
         return x.square().mean() + total
 
@@ -107,13 +96,9 @@ def track_once(model: nn.Module, *args: Tensor) -> dict[str, Record]:
 def test_by_hand():
     """Four tokens, three for expert 0 that has two slots: all numbers can be checked by eye."""
     gate = TopKGating(2, 2, k=1, capacity_factor_train=1.0, min_expert_capacity=1)
-    moe = MoE(2, gate=gate)
     with torch.no_grad():
         gate.w_gating.copy_(math.log(3) * torch.eye(2))  # probabilities 3/4 and 1/4
-    x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]])
-    with track_routing(moe) as stats:
-        moe(x)
-    record = stats.last("gate")
+    record = track_once(MoE(2, gate=gate), torch.eye(2)[[0, 0, 1, 0]].unsqueeze(0))["gate"]
     assert record.load.tolist() == [2, 1]
     assert record.requested.tolist() == [3, 1]
     assert (record.tokens, record.forwards, record.step) == (4, 1, 0)
@@ -132,8 +117,7 @@ def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
     """The same numbers by loops over assignments; what is computed is read from the dense dispatch tensor."""
     dispatch = routing.dispatch_tensor().detach()
     b, n, e, _ = dispatch.shape
-    requested, lost = [0] * e, 0
-    beyond, uneven = 0, []
+    requested, lost, beyond, uneven = [0] * e, 0, 0, []
     for g in range(b):
         limit = n if routing.capacity is None else routing.capacity
         limit = limit if routing.limit is None else int(routing.limit[g])
@@ -165,14 +149,11 @@ def slow_numbers(routing: Routing, real: Tensor) -> dict[str, object]:
 @pytest.mark.parametrize("name", make_layers())
 @pytest.mark.parametrize("masked", [False, True])
 def test_numbers_of_every_router(name: str, masked: bool):
-    layer = make_layers()[name]
+    layer, routings = make_layers()[name], []
     x = 2 * torch.randn(3, 11, DIM)
     real = torch.rand(3, 11) < 0.7 if masked else torch.ones(3, 11, dtype=torch.bool)
-    routings = []
-    handle = layer.gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
-    record = track_once(layer, x, real if masked else None)["gate"]
-    handle.remove()
-    record = record.to_dict()
+    layer.gate.register_forward_hook(lambda gate, args, routing: routings.append(routing))
+    record = track_once(layer, x, real if masked else None)["gate"].to_dict()
     for key, wanted in slow_numbers(routings[0], real).items():
         assert record[key] == pytest.approx(wanted, rel=1e-5), key
     assert set(record["losses"]) == set(routings[0].losses)
@@ -195,14 +176,11 @@ def test_hierarchy(group_size: int | None, masked: bool):
     x = torch.randn(2, 12, DIM)
     real = torch.rand(2, 12) < 0.8 if masked else torch.ones(2, 12, dtype=torch.bool)
     told: list[tuple[Tensor, Tensor]] = []
-    handle = layer.gate_inner.register_forward_hook(
+    layer.gate_inner.register_forward_hook(
         lambda gate, args, kwargs, routing: told.append((kwargs["importance"] > 0, routing.kept)), with_kwargs=True
     )
-    with track_routing(layer) as stats:
-        layer(x, real if masked else None)
-    handle.remove()
+    outer, inner = track_once(layer, x, real if masked else None).values()
     ((slots, kept),) = told
-    outer, inner = stats.last("gate_outer"), stats.last("gate_inner")
     assert outer.tokens == int(real.sum())
     assert inner.load.shape == (3, 4)
     # every choice that level one kept is a token of level two, and its experts are that outer expert's
@@ -223,9 +201,8 @@ def test_hierarchy(group_size: int | None, masked: bool):
 @pytest.mark.parametrize("case", ["empty", "masked"])
 def test_nothing_to_count_is_zero(name: str, case: str):
     layer = hierarchy() if name == "hierarchy" else make_layers()[name]
-    x, mask = torch.randn(2, 0 if case == "empty" else 5, DIM), None
-    if case == "masked":
-        mask = torch.zeros(2, 5, dtype=torch.bool)
+    x = torch.randn(2, 0 if case == "empty" else 5, DIM)
+    mask = torch.zeros(2, 5, dtype=torch.bool) if case == "masked" else None
     for record in track_once(layer, x, mask).values():
         assert record.tokens == record.dropped == record.unseen == record.entropy == record.confidence == 0
         assert record.unavoidable == record.imbalance == record.worst_imbalance == 0
@@ -236,14 +213,10 @@ def test_nothing_to_count_is_zero(name: str, case: str):
 
 def test_gate_of_ones_own():
     moe = MoE(DIM, 3, gate=OneExpert())
-    with track_routing(nn.Sequential(moe)) as stats:
-        stats_model = stats  # the context's value is the object that is read afterwards
-        with pytest.raises(RuntimeError, match="not within a forward of the module"):
-            moe(torch.randn(2, 5, DIM))
-    with track_routing(moe) as stats:
+    with track_routing(nn.Sequential(moe)) as stats, pytest.raises(RuntimeError, match="not within a forward"):
         moe(torch.randn(2, 5, DIM))
-    record = stats.last("gate")
-    assert stats_model.layers == ("0.gate",)
+    assert stats.layers == ("0.gate",)
+    record = track_once(moe, torch.randn(2, 5, DIM))["gate"]
     assert record.load.tolist() == [0, 8, 0]
     assert (record.dead, record.unseen) == ([0, 2], 0.2)
     assert record.losses == {"balance": 3.0, "z": 0.0}  # a gate that names no parts
@@ -261,10 +234,10 @@ def train(model: nn.Module, steps: int = 2) -> list[Tensor]:
     return [parameter.grad.clone() for parameter in model.parameters()]
 
 
-def make_stack(reentrant: Any = None) -> Stack:
+def make_stack(run: Any = None) -> Stack:
     two_levels = hierarchy()  # seeds what follows, too
     gate = TopKGating(DIM, 4, k=2, capacity_factor_train=0.7, min_expert_capacity=1)
-    return Stack(two_levels, MoE(DIM, gate=gate), reentrant=reentrant)
+    return Stack(two_levels, MoE(DIM, gate=gate), run=run)
 
 
 @pytest.mark.slow
@@ -297,7 +270,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("around", ["model", "layer"])
 def test_a_recomputation_does_not_count(how: str, around: str):
     """Of the tracked model, or within it."""
-    model = make_stack(reentrant=CHECKPOINTS[how] if around == "layer" else None)
+    model = make_stack(CHECKPOINTS[how] if around == "layer" else None)
     x = torch.randn(1, 4, DIM, requires_grad=True)
     with track_routing(model) as stats:
         for _ in range(2):
@@ -314,12 +287,8 @@ def test_results_and_random_numbers_are_the_same():
     for tracked in (False, True):
         torch.manual_seed(2)
         model = Stack(MoE(DIM, 4), hierarchy(second_policy_train="random"))
-        with RecordDraws() as draws:
-            if tracked:
-                with track_routing(model):
-                    gradients = train(model)
-            else:
-                gradients = train(model)
+        with RecordDraws() as draws, track_routing(model) if tracked else nullcontext():
+            gradients = train(model)
         outcomes.append((len(draws.values), torch.rand(()), *gradients))
     for one, other in zip(*outcomes, strict=True):
         assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
@@ -490,23 +459,12 @@ def test_scalars_are_those_of_the_last_step(stats):
     assert all(isinstance(value, int | float) for value in scalars.values())
 
 
-def logger_lines(name: str) -> str:
-    """The documented lines for a logger."""
-    text = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
-    (block,) = [block for block in re.findall(r"```py\n(.*?)```", text, re.DOTALL) if name in block]
-    assert len(block.splitlines()) == 2
-    return block
-
-
-def test_wandb_lines(stats):
-    class Wandb:
-        @staticmethod
-        def log(values: dict[str, float], step: int) -> None:
-            logged.append((values, step))
-
-    logged: list[tuple[dict[str, float], int]] = []
-    exec(logger_lines("wandb"), {"wandb": Wandb, "stats": stats, "step": 7})
-    assert logged == [(stats.scalars(), 7)]
+def test_the_documented_lines_for_a_logger(stats):
+    page = (ROOT / "docs" / "statistics.md").read_text(encoding="utf-8")
+    (lines,) = [block for block in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "wandb" in block]
+    wandb = Mock()
+    exec(lines, {"wandb": wandb, "stats": stats, "step": 7})
+    wandb.log.assert_called_once_with(stats.scalars(), step=7)
 
 
 # Errors
@@ -514,12 +472,13 @@ def test_wandb_lines(stats):
 
 def test_errors():
     moe = MoE(DIM, 4)
-    with pytest.raises(ValueError, match="Linear has no gate"), track_routing(nn.Linear(2, 2)):
-        pass
-    with pytest.raises(ValueError, match=r"keep must be .*at least 1, got 0"), track_routing(moe, keep=0):
-        pass
-    with pytest.raises(ValueError, match="when must be one of 'always'"), track_routing(moe, when="train"):
-        pass
+    for model, settings, message in (
+        (nn.Linear(2, 2), {}, "Linear has no gate"),
+        (moe, {"keep": 0}, "keep must be .*at least 1, got 0"),
+        (moe, {"when": "train"}, "when must be one of 'always'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            track_routing(model, **settings).__enter__()
     with track_routing(moe) as stats:
         with pytest.raises(RuntimeError, match="no forward of a gate was recorded"):
             stats.summary()
@@ -529,15 +488,8 @@ def test_errors():
 
 
 def test_a_gate_that_did_not_run():
-    class Skips(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = MoE(DIM, 4), MoE(DIM, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.used(x)[0]
-
-    model = Skips()
+    model = nn.ModuleDict({"used": MoE(DIM, 4), "unused": MoE(DIM, 4)})
+    model.forward = lambda x: model["used"](x)
     with track_routing(model) as stats:
         model(torch.randn(1, 4, DIM))
     *known, rest = stats.summary().splitlines()[-1].split(maxsplit=3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from mixture_of_experts.replay.sequences import ChoiceSite, Seen, Sequences
 from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.private_torch import function_modes
-from mixture_of_experts.whole_model.call_stack import Watch
+from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch, within
 
 
 class ChoiceHooks:
@@ -23,21 +23,22 @@ class ChoiceHooks:
     Attributes:
         sites: where the model chooses.
         outermost: whether it stands outside of other hooks on blocks of transformers.
-        before_layer: `(site, call, args, kwargs)`, before a layer, or a gate without one; it may change the arguments.
+        before_layer: `(site, sequences, layer, args, kwargs)`, before a layer, or a gate without one; it may change the
+            arguments. They are None while the hook is being set or taken off.
         follow_layer: `(site, sequences, hooks)`, sets more hooks on a layer.
-        begin_block: `(site, call, args)`, returns the mode in which a block of transformers runs, or None.
-        end_block: `(site, call, expert, output)`, after a block that chose experts `(..., k)`.
+        begin_block: `(site, call, hidden)`, returns the mode in which a block of transformers runs, or None.
+        ended: `(site, call, output, expert)`, after a block that chose experts `(..., k)`.
     """
 
-    sites: Sequence[ChoiceSite]
+    sites: list[ChoiceSite]
     outermost: bool
     before_layer: Callable[..., Any]
     follow_layer: Callable[..., None]
     begin_block: Callable[..., Choosing | None]
-    end_block: Callable[..., None]
+    ended: Callable[..., None]
 
     def start(self, hooks: Attached, seen: Seen | None) -> None:
-        """Set the hooks."""
+        """Set the hooks, for forwards of this thread."""
         if seen is not None and not callable(seen):
             raise TypeError(
                 f"seen must be a function (args, kwargs) that returns the number of tokens read before, got {seen!r}"
@@ -45,18 +46,14 @@ class ChoiceHooks:
         around = {site.site.around: Sequences(self, site.site.around, seen) for site in self.sites}
         for site in self.sites:
             sequences = around[site.site.around]
-            if site.external:
+            if site.site.external:
                 BlockWatch(self, site, sequences).follow(site.called, hooks, first=self.outermost)
                 continue
-            hooks.before(site.called, partial(self._before_layer, site, sequences))
+            hooks.before(site.called, partial(self.before_layer, site, sequences))
             self.follow_layer(site, sequences, hooks)
         for model, sequences in around.items():
             sequences.follow(model, hooks)
-
-    def _before_layer(
-        self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None
-    ) -> Any:
-        return None if kwargs is None else self.before_layer(site, sequences.call(site), args, kwargs)
+        hooks.enter_context(within([(self, ForwardCall())]))
 
 
 @dataclass(eq=False)
@@ -67,11 +64,11 @@ class BlockWatch(Watch):
     site: ChoiceSite
     sequences: Sequences
 
-    def begins(self, module: nn.Module, args: object, kwargs: object) -> Choosing | None:
+    def begins(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choosing | None:
         call, site = self.sequences.call(self.site), self.site
         if torch.compiler.is_compiling():
             raise RuntimeError(f"choices of {site.name!r} cannot be part of a graph: compile without fullgraph=True")
-        mode = self.choices.begin_block(site, call, args)
+        mode = self.choices.begin_block(site, call, (*args, *kwargs.values())[0])
         return None if mode is None else mode.__enter__()
 
     def ended(self, call: Choosing, output: Any) -> None:
@@ -83,7 +80,7 @@ class BlockWatch(Watch):
                 "experts by torch.topk, so its choices can be neither recorded nor replayed: convert it by "
                 "from_transformers"
             )
-        self.choices.end_block(site, self.sequences.call(site), call.expert, output)
+        self.choices.ended(site, self.sequences.call(site), output, call.expert)
 
     def lost(self, call: Choosing) -> None:
         call.over = True

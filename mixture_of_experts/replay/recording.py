@@ -5,18 +5,17 @@ Axes: b sequences, n tokens of a forward, k choices of a token; of level two als
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.dispatch.routing import Routing
-from mixture_of_experts.gating import reads_of
-from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE
 from mixture_of_experts.gating.levels import GIVEN
 from mixture_of_experts.replay.hooks import ChoiceHooks
@@ -25,8 +24,7 @@ from mixture_of_experts.replay.sequences import ChoiceSite, Seen, Sequences, Seq
 from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_flag
-from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.sites import Gates, Site, serve
+from mixture_of_experts.whole_model.sites import Gates
 
 
 @contextmanager
@@ -74,43 +72,31 @@ def record_routing(
         ...     bool((moe(x)[0] == out).all())
         True
     """
-    sites = choice_sites(model, "record_routing", gates)
-    if check_flag("weights", weights):
-        serve([one.site for one in sites], "record_routing(weights=True)", why_no_weights)
-    recording = Recording(sites, weights)
+    recording = Recording(choice_sites(model, "record_routing", gates, check_flag("weights", weights)), weights)
     with Attached() as hooks:
         recording.start(hooks, seen)
-        with call_stack.within([(recording, call_stack.ForwardCall())]):
-            yield recording.records
+        yield recording.records
 
 
-class Part(NamedTuple):
-    """The choices of a gate in one forward."""
-
-    name: str
-    values: tuple[Tensor, ...]  # (b, n, k) each: the choices, and the weights if they are recorded
-    mask: Tensor | None  # (b, n)
-    call: SequencesCall
-
-
+@dataclass(eq=False)
 class Recording(ChoiceHooks):
     """The choices that `record_routing` has stored and not yet moved to the records."""
 
-    outermost = False
-    sites: Sequence[ChoiceSite]
+    sites: list[ChoiceSite]
     weights: bool
-    records: RoutingRecords
+    calls: list[SequencesCall] = field(default_factory=list)  # with what they chose
+    outermost = False
 
-    def __init__(self, sites: list[ChoiceSite], weights: bool) -> None:
-        self.sites, self.weights = sites, weights
-        self.calls: list[SequencesCall] = []  # with what they chose
-        none: dict[str, list[Tensor]] = {site.name: [] for site in sites}
-        numbers = {site.name: site.num_experts for site in sites}
-        self.records = RoutingRecords(none, numbers, none if weights else None)
+    def __post_init__(self) -> None:
+        none: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        numbers = {site.name: site.num_experts for site in self.sites}
+        self.records: RoutingRecords = RoutingRecords(none, numbers, none if self.weights else None)
         self.records._unread = self.hand_over
 
-    def before_layer(self, site: ChoiceSite, call: SequencesCall | None, args: Any, kwargs: Any) -> None:
-        if call is not None:
+    def before_layer(
+        self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None
+    ) -> None:
+        if kwargs is not None and (call := sequences.call(site)) is not None:
             call.layer, call.sizes[site.name] = site.layer, site.tokens(args, kwargs)[1:]
 
     def follow_layer(self, site: ChoiceSite, sequences: Sequences, hooks: Attached) -> None:
@@ -132,41 +118,36 @@ class Recording(ChoiceHooks):
         if site.site.level_one is not None:
             expert = of_level_two(expert, call.outer)
         call.outer = routing
-        weight = (routing.weight.detach().reshape(*shape, site.k),) if self.weights else ()
-        self.note(site, call, expert.reshape(*shape, site.choices), mask, *weight)
+        values = {"experts": expert.reshape(*shape, site.choices)}
+        if self.weights:
+            values["weights"] = routing.weight.detach().reshape(*shape, site.k)
+        self.note(site, call, mask, values)
 
-    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, args: object) -> Choosing | None:
+    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, hidden: object) -> Choosing | None:
         return None if call is None else Choosing(site)
 
-    def end_block(self, site: ChoiceSite, call: SequencesCall | None, expert: Tensor, output: object) -> None:
+    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: object, expert: Tensor) -> None:
         if call is not None:
             expert = expert.reshape(*sequences_of(site, call, expert.numel() // site.k), site.k)
-            self.note(site, call, expert, call.tokens.mask)
+            self.note(site, call, call.tokens.mask, {"experts": expert})
 
-    def note(self, site: ChoiceSite, call: SequencesCall, expert: Tensor, mask: Tensor | None, *weight: Tensor) -> None:
+    def note(self, site: ChoiceSite, call: SequencesCall, mask: Tensor | None, values: dict[str, Tensor]) -> None:
+        """Store what a gate chose in a forward: values `(b, n, k)` by kind, of the tokens of a mask `(b, n)`."""
         call.once(site.name)
         small = torch.int16 if site.num_experts < 1 << 14 else torch.int32
-        if not call.parts:
+        values["experts"] = values["experts"].detach().to(small)
+        if not call.chosen:
             self.calls.append(call)
-        call.parts.append(Part(site.name, (expert.detach().to(small), *weight), mask, call))
+        call.chosen[site.name] = values, mask
 
-    def hand_over(self, records: RoutingRecords) -> None:
-        """Move the stored choices of forwards that ended well from the device to the records."""
-        parts = [part for call in self.calls if call.ended for part in call.parts]
+    def hand_over(self, kept: dict[str, dict[str, list[Tensor]]]) -> None:
+        """Move the stored values of forwards that ended well from the device to what records keep."""
+        ended = [call for call in self.calls if call.ended]
         self.calls = [call for call in self.calls if not call.ended]
-        for place, kept in enumerate(records._kept):
-            for name, sequences in kept.items():
-                if of_gate := [part for part in parts if part.name == name]:
-                    kept[name] = joined(name, sequences, of_gate, place)
-
-
-def why_no_weights(site: Site) -> str | None:
-    """Why the weights of a site can be neither recorded nor replayed; None if they can."""
-    if site.external:
-        return "its own code computes the weights: convert the block by from_transformers"
-    if site.is_level:
-        return "in a layer of two levels only choices are recorded"
-    return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
+        for kind, of_gates in kept.items():
+            for name, sequences in of_gates.items():
+                if calls := [call for call in ended if name in call.chosen]:
+                    of_gates[name] = joined(name, kind, sequences, calls)
 
 
 def sequences_of(site: ChoiceSite, call: SequencesCall, num_tokens: int) -> tuple[int, int]:
@@ -185,19 +166,19 @@ def of_level_two(expert: Tensor, outer: Routing) -> Tensor:
     return none.index_copy(0, slots.assignment.to(torch.int64), expert.reshape(-1, k))[:-1]
 
 
-def joined(name: str, before: list[Tensor], parts: list[Part], place: int) -> list[Tensor]:
-    """The recorded sequences of a gate after new forwards, which begin sequences or continue some: the choices, or the
-    weights, by their place in the values of each part."""
+def joined(name: str, kind: str, before: list[Tensor], calls: list[SequencesCall]) -> list[Tensor]:
+    """What records keep of a gate, experts or weights, after forwards that begin sequences or continue some."""
     pieces = [[record] for record in before]
-    for part in parts:
-        found = part.values[place].cpu()
-        rows = list(found) if part.mask is None else [*map(Tensor.__getitem__, found, part.mask.cpu())]
-        if not part.call.continues:
+    for call in calls:
+        values, mask = call.chosen[name]
+        found = values[kind].cpu()
+        rows = list(found) if mask is None else [*map(Tensor.__getitem__, found, mask.cpu())]
+        if not call.continues:
             pieces += [[row.clone()] for row in rows]
             continue
         if len(rows) > len(pieces):
             raise RuntimeError(f"{name!r}: a forward continues {len(rows)} sequences, {len(pieces)} were recorded")
-        seen = part.call.read_before(len(rows))
+        seen = call.read_before(len(rows))
         for piece, row, read in zip(pieces[len(pieces) - len(rows) :], rows, seen, strict=True):
             have = sum(map(len, piece))
             if have < read:

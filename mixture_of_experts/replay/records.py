@@ -55,10 +55,10 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         num_experts: Mapping[str, int | None] | None = None,
         weights: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
-        of_gates = tensors_of("experts", experts)
+        self._experts = of_gates = tensors_of("experts", experts)
+        self._weights = None if weights is None else tensors_of("weights", weights)
         self._num_experts = dict(num_experts or {})
-        self._experts, self._weights = of_gates, None if weights is None else tensors_of("weights", weights)
-        self._unread: Callable[[RoutingRecords], None] | None = None  # moves what a recording stored to these records
+        self._unread: Callable[[dict[str, Any]], None] | None = None  # moves what a recording stored to these records
         numbers = {name: len(sequences) for name, sequences in of_gates.items()}
         if not numbers or len(set(numbers.values())) > 1:
             raise ValueError(f"every gate needs a record of every sequence, got numbers of sequences {numbers}")
@@ -70,8 +70,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             if len({record.shape[1] for record in sequences}) > 1:
                 raise ValueError(f"records of {name!r} have different numbers of choices")
             check_optional_size(f"num_experts[{name!r}]", self._num_experts.get(name))
-        for of_weights in self._kept[1:]:
-            floating = {name: [w.shape for w in of if w.is_floating_point()] for name, of in of_weights.items()}
+        if self._weights is not None:
+            floating = {name: [w.shape for w in of if w.is_floating_point()] for name, of in self._weights.items()}
             wanted = {name: [record.shape for record in of] for name, of in of_gates.items()}
             if floating != wanted:
                 raise ValueError(f"weights must be floating point {wanted}, as the choices are, got {floating}")
@@ -79,7 +79,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     @property
     def layers(self) -> tuple[str, ...]:
         """The gates, in the model's order."""
-        return tuple(self._read()[0])
+        return tuple(self._read()["experts"])
 
     def num_experts(self, layer: str) -> int | None:
         """The number of experts of a gate; None if it is not known."""
@@ -89,7 +89,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def weights(self) -> dict[str, list[Tensor]] | None:
         """For each gate the weights `(s, k)` of its choices in each sequence, 0 where an expert does not compute; None
         if choices alone were recorded."""
-        return self._read()[1] if len(self._kept) > 1 else None
+        return self._read().get("weights")
 
     def lengths(self, layer: str) -> list[int]:
         """The number of recorded tokens of each sequence at a gate."""
@@ -121,15 +121,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_sequences} sequences, {len(self)} gates)"
 
-    @property
-    def _kept(self) -> tuple[dict[str, list[Tensor]], ...]:
-        return (self._experts,) if self._weights is None else (self._experts, self._weights)
-
-    def _read(self) -> tuple[dict[str, list[Tensor]], ...]:
-        """The choices of all gates, and the weights if there are any, after what a recording still holds was moved."""
+    def _read(self) -> dict[str, dict[str, list[Tensor]]]:
+        """The "experts" of all gates, and "weights" if there are any, with what a recording still held."""
+        kept = {"experts": self._experts} | ({} if self._weights is None else {"weights": self._weights})
         if self._unread is not None:
-            self._unread(self)
-        return self._kept
+            self._unread(kept)
+        return kept
 
     def select(self, sequences: Sequence[int] | slice, tokens: Sequence[int] | None = None) -> RoutingRecords:
         """The records of some sequences, in the order that you give, for another batch.
@@ -139,8 +136,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             tokens: for each of these sequences how many tokens to take, from its beginning; by default all.
         """
         numbers = list(range(self.num_sequences)[sequences]) if isinstance(sequences, slice) else list(sequences)
-        wrong = [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]
-        if wrong:
+        if wrong := [number for number in numbers if not -self.num_sequences <= number < self.num_sequences]:
             raise IndexError(f"no sequence {wrong[0]}: there are {self.num_sequences}")
         cuts = [None] * len(numbers) if tokens is None else list(tokens)
         if len(cuts) != len(numbers):
@@ -150,10 +146,11 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             for number, cut in of_gate:
                 if cut is not None and not 0 <= cut <= len(records[number]):
                     raise ValueError(f"sequence {number} has {len(records[number])} tokens at {name!r}, not {cut}")
-        experts, *weights = (
-            {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()} for kept in self._read()
-        )
-        return RoutingRecords(experts, self._num_experts, *weights)
+        selected = {
+            kind: {name: [of[number][:cut] for number, cut in of_gate] for name, of in kept.items()}
+            for kind, kept in self._read().items()
+        }
+        return RoutingRecords(**selected, num_experts=self._num_experts)
 
     @classmethod
     def from_requests(
@@ -197,7 +194,7 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         if len(shapes) > 1:
             raise ValueError(f"requests differ in layers or choices: (l, k) are {sorted(shapes)}")
         of_all = range(arrays[0].shape[1])
-        chosen = list(of_all) if layers is None else list(layers)
+        chosen = of_all if layers is None else layers
         if wrong := [layer for layer in chosen if not isinstance(layer, Integral) or layer not in of_all]:
             raise ValueError(f"layers has {wrong[0]!r}, the requests have 0 to {len(of_all) - 1}")
 
@@ -218,8 +215,8 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
         layers: dict[str, dict[str, Any]] = {}
         for name in self:
             layers[name] = {"num_experts": self.num_experts(name), "lengths": torch.tensor(self.lengths(name)).long()}
-            for part, kept in zip(("experts", "weights"), self._read(), strict=False):
-                layers[name][part] = torch.cat(kept[name] or [torch.zeros(0, 0, dtype=torch.int16)])
+            for kind, kept in self._read().items():
+                layers[name][kind] = torch.cat(kept[name] or [torch.zeros(0, 0, dtype=torch.int16)])
         torch.save({"format": FORMAT, "layers": layers}, path)
 
     @classmethod
@@ -234,16 +231,12 @@ class RoutingRecords(Mapping[str, list[Tensor]]):
             if found["format"] != FORMAT:
                 raise ValueError(f"its format is {found['format']!r}, wanted {FORMAT!r}")
             layers = found["layers"]
-            first, lengths = (
-                next(iter(layers.values())),
-                {name: part["lengths"].tolist() for name, part in layers.items()},
-            )
-            experts, *weights = (
-                {name: part[kind].split(lengths[name]) for name, part in layers.items()}
-                for kind in ("experts", "weights")
-                if kind == "experts" or kind in first
-            )
-            return cls(experts, {name: part["num_experts"] for name, part in layers.items()}, *weights)
+            weighed = any("weights" in part for part in layers.values())
+            kept = {
+                kind: {name: part[kind].split(part["lengths"].tolist()) for name, part in layers.items()}
+                for kind in (("experts", "weights") if weighed else ("experts",))
+            }
+            return cls(**kept, num_experts={name: part["num_experts"] for name, part in layers.items()})
         except (FileNotFoundError, IsADirectoryError, PermissionError):
             raise
         except Exception as error:  # for a cut file torch.load raises OSError, EOFError, TypeError and others
@@ -267,14 +260,9 @@ def tensors_of(name: str, given: Any) -> dict[str, list[Tensor]]:
 def read_request(request: Any, number: int, shape: tuple[int, int] | None, floating: bool = False) -> Tensor:
     """The choices `(s, l, k)` of a request, or their weights, float32."""
     kind = "floating point" if floating else "integers"
-    if isinstance(request, tuple):
-        parts = [read_request(part, number, shape, floating) for part in request]
-        if len({part.shape[1:] for part in parts}) != 1:
-            raise ValueError(
-                f"parts of request {number} must agree in layers and k, got {[(*p.shape,) for p in parts]}"
-            )
-        return torch.cat(parts)
     try:
+        if isinstance(request, tuple):
+            return torch.cat([read_request(part, number, shape, floating) for part in request])
         array = from_base64(request, shape) if isinstance(request, str) else torch.as_tensor(request)
         if array.ndim != 3 or not (array.is_floating_point() if floating else is_integer(array)):
             raise ValueError(f"{array.dtype} {tuple(array.shape)}")

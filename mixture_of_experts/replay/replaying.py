@@ -5,10 +5,11 @@ Axes: b sequences, n tokens of a forward, s tokens of the longest record, k choi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from mixture_of_experts.gating.base import GIVEN_WEIGHTS
 from mixture_of_experts.gating.given import LIVE, check_given
 from mixture_of_experts.gating.levels import GIVEN, GIVEN_INNER
 from mixture_of_experts.replay.hooks import ChoiceHooks
-from mixture_of_experts.replay.recording import sequences_of, why_no_weights
+from mixture_of_experts.replay.recording import sequences_of
 from mixture_of_experts.replay.records import RoutingRecords
 from mixture_of_experts.replay.sequences import (
     ChoiceSite,
@@ -33,11 +34,9 @@ from mixture_of_experts.replay.topk_calls import Choosing
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.support.checks import check_choice
 from mixture_of_experts.support.tracing import in_checkpoint
-from mixture_of_experts.whole_model import call_stack
-from mixture_of_experts.whole_model.sites import Gates, serve
+from mixture_of_experts.whole_model.sites import Gates
 
 Beyond = Literal["error", "choose"]
-BEYOND: tuple[Beyond, ...] = ("error", "choose")
 
 
 @contextmanager
@@ -88,70 +87,40 @@ def replay_routing(
         >>> chosen
         [[[3, 1, 0, 2]]]
     """
-    check_choice("beyond", beyond, BEYOND)
+    check_choice("beyond", beyond, get_args(Beyond))
     if not isinstance(records, RoutingRecords):
         raise TypeError(
             f"records must be RoutingRecords, as record_routing yields, got a {type(records).__name__}: "
             "RoutingRecords.load reads a file, and RoutingRecords(...) takes a dict"
         )
-    sites = choice_sites(model, "replay_routing", gates)
-    if records.weights is not None:
-        serve([one.site for one in sites], "replay_routing of weights", why_no_weights)
-    replay = Replay(sites, match(sites, records), beyond)
+    sites = choice_sites(model, "replay_routing", gates, records.weights is not None)
+    replay = Replay(sites, *match(sites, records), beyond)
     with Attached() as hooks:
         hooks.callback(replay.close)
         replay.start(hooks, seen)
-        with call_stack.within([(replay, call_stack.ForwardCall())]):
-            yield
+        yield
 
 
-class Table:
-    """The records of one gate.
-
-    Args:
-        records: the record `(s, k)` of each sequence: experts, or weights.
-        k: number of choices of a token.
-        live: the value that means "the gate's own" choice, or weight; it stands behind the end of each record.
-    """
-
-    lengths: list[int]
-    values: Tensor
-
-    def __init__(self, records: list[Tensor], k: int, live: float) -> None:
-        self.lengths = [len(record) for record in records]
-        longer = torch.full((max([0, *self.lengths]) + 1, k), live)
-        self.values = pad_sequence([*records, longer], batch_first=True, padding_value=live)[:-1]
-
-    def at(self, index: Tensor) -> Tensor:
-        """`(b, n, k)`, the values of tokens `index` `(b, n)`."""
-        if self.values.device != index.device:
-            self.values = self.values.to(index.device)
-        inside = index.clamp(0, self.values.shape[1] - 1).unsqueeze(-1)
-        return self.values.gather(1, inside.expand(-1, -1, self.values.shape[-1]))
-
-
+@dataclass(eq=False)
 class Replay(ChoiceHooks):
     """Gives the gates of a model their choices; made by `replay_routing`."""
 
-    sites: Sequence[ChoiceSite]
-    tables: dict[str, list[Table]]
+    sites: list[ChoiceSite]
+    tables: dict[str, list[Tensor]]  # (b, s + 1, k), the choices of each gate, and their weights if there are any
+    lengths: dict[str, list[int]]  # of their sequences
     beyond: Beyond
-    closed: bool
+    closed: bool = False
+    to_run_again: dict[str, Tensor] = field(default_factory=dict)  # choices of blocks that a backward may run again
+    waiting: set[str] = field(default_factory=set)  # blocks that no backward has run again yet
     outermost = True  # so that a recording at the same time sees what is replayed
-
-    def __init__(self, sites: list[ChoiceSite], tables: dict[str, list[Table]], beyond: Beyond) -> None:
-        self.sites, self.tables, self.beyond = sites, tables, beyond
-        self.closed = False
-        self.to_run_again: dict[str, Tensor] = {}  # choices of blocks that a backward may run again
-        self.waiting: set[str] = set()  # blocks that no backward has run again yet
 
     def close(self) -> None:
         self.closed = True
 
     # gates of this package
 
-    def before_layer(self, site: ChoiceSite, call: SequencesCall | None, args: Any, kwargs: Any) -> Any:
-        if call is None and not runs_again():
+    def before_layer(self, site: ChoiceSite, sequences: Sequences, layer: object, args: Any, kwargs: Any = None) -> Any:
+        if kwargs is None or ((call := sequences.call(site)) is None and not runs_again()):
             return None
         x, sizes, mask = site.tokens(args, kwargs)
         given = self.given(site, call, sizes, mask, x.device)
@@ -166,19 +135,15 @@ class Replay(ChoiceHooks):
 
     # blocks of transformers
 
-    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, args: Any) -> Choosing | None:
+    def begin_block(self, site: ChoiceSite, call: SequencesCall | None, hidden: Tensor) -> Choosing | None:
         if call is None:
             self.waiting.discard(site.name)
             return Choosing(site, self.to_run_again[site.name]) if runs_again() else None
-        hidden = args[0] if args else None
-        b, n = call.tokens.shape or (1, 0 if hidden is None else hidden.numel() // hidden.shape[-1])
-        sequences_of(site, call, b * n)
-        device = next(site.called.parameters()).device
-        (given,) = self.given(site, call, (b, n), call.tokens.mask, device)
-        given = given.view(b * n, site.k)
+        shape = sequences_of(site, call, hidden.shape[:-1].numel())
+        (given,) = self.given(site, call, shape, call.tokens.mask, hidden.device)
+        given = given.flatten(0, 1)
         if site.called.training and in_checkpoint():
-            before = self.to_run_again.get(site.name)
-            if site.name in self.waiting and before is not None and not before.equal(given):
+            if site.name in self.waiting and not self.to_run_again[site.name].equal(given):
                 raise RuntimeError(
                     f"{site.name!r} runs under activation checkpointing on two batches of other padding before a "
                     "backward, which could not tell them apart: call the backward of the first one first"
@@ -186,9 +151,6 @@ class Replay(ChoiceHooks):
             self.to_run_again[site.name] = given
             self.waiting.add(site.name)
         return Choosing(site, given)
-
-    def end_block(self, site: ChoiceSite, call: SequencesCall | None, expert: Tensor, output: Any) -> None:
-        self.ended(site, call, output)
 
     # both
 
@@ -199,21 +161,23 @@ class Replay(ChoiceHooks):
         tables, seen = self.tables[site.name], 0 if call is None else call.seen
         if call is not None:
             call.once(site.name)
-            self.check(site, tables[0], call, shape, mask)
+            self.check(site, call, shape, mask)
         if mask is None:
             index = torch.arange(shape[1], device=device).expand(shape)
         else:
             index = mask.to(device).cumsum(dim=-1) - 1
         index = index + (seen.to(device).unsqueeze(-1) if isinstance(seen, Tensor) else seen)
-        return [table.at(index) for table in tables]
+        if tables[0].device != device:
+            tables[:] = [table.to(device) for table in tables]
+        inside = index.clamp(0, tables[0].shape[1] - 1).unsqueeze(-1).expand(*shape, site.choices)
+        return [table.gather(1, inside) for table in tables]
 
-    def check(
-        self, site: ChoiceSite, table: Table, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None
-    ) -> None:
+    def check(self, site: ChoiceSite, call: SequencesCall, shape: tuple[int, int], mask: Tensor | None) -> None:
         """Check that a forward has as many sequences and tokens as the records; in a graph only sequences."""
-        if shape[0] != len(table.lengths):
+        lengths = self.lengths[site.name]
+        if shape[0] != len(lengths):
             raise ValueError(
-                f"a forward of {shape[0]} sequences came to {site.name!r}, the records have {len(table.lengths)}: "
+                f"a forward of {shape[0]} sequences came to {site.name!r}, the records have {len(lengths)}: "
                 "records.select(...) takes the sequences of a batch"
             )
         if torch.compiler.is_compiling():
@@ -223,20 +187,19 @@ class Replay(ChoiceHooks):
                 f"{site.name!r} runs under reentrant checkpointing, or under checkpointing with a cache, where a "
                 "backward would not know what to replay: pass use_reentrant=False and use_cache=False"
             )
-        known = [found for found, lengths in call.checked if found is mask and lengths == table.lengths]
-        if known:
+        if any(found is mask and fit == lengths for found, fit in call.checked):
             return
         real = [shape[1]] * shape[0] if mask is None else mask.sum(dim=-1).tolist()
-        for i, (length, new, read) in enumerate(zip(table.lengths, real, call.read_before(shape[0]), strict=True)):
+        for i, (length, new, read) in enumerate(zip(lengths, real, call.read_before(shape[0]), strict=True)):
             short = new + read < length and not call.cached
             if short or (new + read > length and self.beyond == "error"):
                 remedy = "records.select(sequences, tokens) cuts them" if short else 'beyond="choose" lets gates choose'
                 raise ValueError(
                     f"sequence {i} has {new + read} real tokens at {site.name!r}, its record has {length}: {remedy}"
                 )
-        call.checked.append((mask, table.lengths))
+        call.checked.append((mask, lengths))
 
-    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: Any) -> None:
+    def ended(self, site: ChoiceSite, call: SequencesCall | None, output: Any, expert: object = None) -> None:
         """Have a backward after the context raise an error: without hooks, recomputed gates would choose themselves."""
         if torch.compiler.is_compiling() or call is None or not in_checkpoint():
             return
@@ -253,26 +216,33 @@ class Replay(ChoiceHooks):
             )
 
 
-def match(sites: list[ChoiceSite], records: RoutingRecords) -> dict[str, list[Table]]:
-    """The records of each gate, choices and if there are any weights, by its name, after a check that they fit."""
+def match(sites: list[ChoiceSite], records: RoutingRecords) -> tuple[dict[str, list[Tensor]], dict[str, list[int]]]:
+    """The tables of each gate and the lengths of their sequences, by its name, after a check that they fit."""
     layers, names = records.layers, [site.name for site in sites]
     if len(layers) != len(sites):
         raise ValueError(
             f"the model has {len(sites)} gates ({', '.join(names)}), the records {len(layers)} ({', '.join(layers)})"
         )
-    tables = {}
+    tables, lengths = {}, {}
     for site, layer in zip(sites, names if set(layers) == set(names) else layers, strict=True):
         check_records(site, layer, records)
-        tables[site.name] = [Table([record.long() for record in records[layer]], site.choices, LIVE)]
+        lengths[site.name] = records.lengths(layer)
+        tables[site.name] = [padded([record.long() for record in records[layer]], site.choices, LIVE)]
         if (weights := records.weights) is not None:
-            tables[site.name].append(Table(weights[layer], site.choices, torch.nan))
-    return tables
+            tables[site.name].append(padded(weights[layer], site.choices, torch.nan))
+    return tables, lengths
+
+
+def padded(records: list[Tensor], k: int, live: float) -> Tensor:
+    """`(b, s + 1, k)`, the record `(s, k)` of each sequence, and behind its end what means "the gate's own"."""
+    longer = torch.full((max([0, *map(len, records)]) + 1, k), live)
+    return pad_sequence([*records, longer], batch_first=True, padding_value=live)[:-1]
 
 
 def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None:
     e, found = records.num_experts(layer), records[layer]
     of = f"{site.name!r}" + ("" if layer == site.name else f" (the records' {layer!r})")
-    if not site.external and GIVEN not in reads_of(site.site.gate):
+    if not site.site.external and GIVEN not in reads_of(site.site.gate):
         raise ValueError(
             f"{of} is a {site.site.kind}, which cannot be given choices: let its `decide` choose by "
             f"`self.merge_given(tokens, expert)`, and add {GIVEN!r} to its `reads`"
@@ -286,5 +256,5 @@ def check_records(site: ChoiceSite, layer: str, records: RoutingRecords) -> None
             check_given(record.long().unflatten(-1, (-1, site.k)), site.num_experts)
         except ValueError as error:
             raise ValueError(f"{of}: in the records, {error}") from error
-        if site.external and bool(((record < 0) & (record != LIVE)).any()):
+        if site.site.external and bool(((record < 0) & (record != LIVE)).any()):
             raise ValueError(f"{of} makes {site.k} choices for every token, in the records some are not made")

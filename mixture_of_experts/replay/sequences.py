@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from mixture_of_experts.gating import ExpertChoiceGating
-from mixture_of_experts.gating.base import COUNTED
+from mixture_of_experts.gating import ExpertChoiceGating, reads_of
+from mixture_of_experts.gating.base import COUNTED, GIVEN_WEIGHTS
 from mixture_of_experts.support.private_torch import number_of_backward
 from mixture_of_experts.whole_model import call_stack
 from mixture_of_experts.whole_model.call_stack import ForwardCall, Watch
@@ -32,15 +32,11 @@ class ChoiceSite(NamedTuple):
     site: Site
     called: nn.Module  # that module: the layer; a gate without a layer; a block of transformers, or its router
     k: int
-    layer: str  # its path, which tells the places of a gate in several layers apart
+    layer: str  # its path, which tells the places of a gate in several layers apart, in a graph too
 
     @property
     def num_experts(self) -> int:
         return self.site.num_experts
-
-    @property
-    def external(self) -> bool:
-        return self.site.external
 
     @property
     def choices(self) -> int:
@@ -57,17 +53,25 @@ class ChoiceSite(NamedTuple):
         return x, sizes, None if mask is None else mask.reshape(sizes)
 
 
-def choice_sites(model: nn.Module, ability: str, gates: Gates | None) -> list[ChoiceSite]:
+def choice_sites(model: nn.Module, ability: str, gates: Gates | None, weights: bool) -> list[ChoiceSite]:
     """A site for each layer in which a gate of the model stands, in the model's order. Blocks that choose by a table of
-    token ids are left out, unless `gates` asks for them."""
+    token ids are left out, unless `gates` asks for them.
+
+    Args:
+        model, ability, gates: see `find_sites`.
+        weights: whether the weights of choices have to be served too.
+    """
     sites = find_sites(model, ability, gates)
     if gates is None:
         sites = [site for site in sites if not chosen_by_ids(site)]
+    serve(sites, ability, why_no_choices)
+    if weights:
+        serve(sites, f"{ability} of weights", why_no_weights)
     found = {
         (site, location.layer): ChoiceSite(
             location.name, site, called_of(site, location), site.k or 0, location.name.rpartition(".")[0]
         )
-        for site in serve(sites, ability, why_no_choices)
+        for site in sites
         for location in reversed(site.locations)  # a layer at two paths has the name of the first
     }
     order = {place.name: number for number, place in enumerate(places(model))}
@@ -95,6 +99,15 @@ def why_no_choices(site: Site) -> str | None:
     return None
 
 
+def why_no_weights(site: Site) -> str | None:
+    """Why the weights of a site can be neither recorded nor replayed; None if they can."""
+    if site.external:
+        return "its own code computes the weights: convert the block by from_transformers"
+    if site.is_level:
+        return "in a layer of two levels only choices are recorded"
+    return None if GIVEN_WEIGHTS in reads_of(site.gate) else f"its forward takes no {GIVEN_WEIGHTS}"
+
+
 # Calls
 
 
@@ -106,7 +119,7 @@ class SequencesCall(ForwardCall):
     seen: Tensor | int  # number of real tokens of each sequence in its cache, `(b,)` or one number for all
     cached: bool  # whether it has a cache
     cache: Any  # that of transformers, if it has one
-    parts: list[Any] = field(default_factory=list)  # what was recorded of it
+    chosen: dict[str, Any] = field(default_factory=dict)  # what was recorded of it by gate, and the mask of its tokens
     ended: bool = False
     sizes: dict[str, Any] = field(default_factory=dict)  # of tokens of layers, and their masks, by gate
     gates: set[str] = field(default_factory=set)  # gates that ran

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mixture_of_experts.gating.given import LIVE
@@ -36,8 +36,7 @@ class Choosing(TorchFunctionMode, ForwardCall):
         self.expert: Tensor | None = None
         self.over = False  # whether the forward has ended; another mode may still stand on this one
         block: Any = site.site.block
-        groups, best = (None, None) if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
-        self.groups = (groups, best) if groups and best else None
+        self.groups = None if block is None else (block.attribute("num_groups"), block.attribute("top_groups"))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -57,10 +56,6 @@ class Choosing(TorchFunctionMode, ForwardCall):
         self.expert = found.indices
         if given is None:
             return found
-        if given.shape[0] * size != input.numel():
-            raise ValueError(
-                f"{self.site.name!r} chooses for {input.numel() // size} tokens, but the model got {given.shape[0]}"
-            )
         given = given.view_as(self.expert)
         self.expert = torch.where(given == LIVE, self.expert, given)
         return torch.return_types.topk((input.gather(-1, self.expert), self.expert))
@@ -68,5 +63,4 @@ class Choosing(TorchFunctionMode, ForwardCall):
     def groups_of(self, given: Tensor, groups: int) -> Tensor:
         """`(t, g)` bool, the expert groups of the given experts: these groups are open, whatever their scores are."""
         group = torch.where(given == LIVE, groups, given // (self.site.num_experts // groups))
-        is_open = torch.zeros(len(given), groups + 1, dtype=torch.bool, device=given.device)
-        return is_open.scatter(-1, group, True)[:, :groups]
+        return nn.functional.one_hot(group, groups + 1).any(dim=1)[:, :groups]

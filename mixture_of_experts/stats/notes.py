@@ -45,7 +45,8 @@ def notes_of(steps: Sequence[Step], record: Callable[[Sequence[Step]], Record]) 
     for idle, since in ((dead, "in any step"), ((late.load == 0) & ~dead, when)):
         if names := [".".join(map(str, expert)) for expert in idle.nonzero().tolist()]:
             listed = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-            yield Note(f": {plural(len(names), 'expert')} computed no token {since}: {listed}", is_warning=False)
+            experts = "1 expert" if len(names) == 1 else f"{len(names)} experts"
+            yield Note(f": {experts} computed no token {since}: {listed}", is_warning=False)
     if total.dropped - total.unavoidable > HIGH_DROPS:
         yield Note(
             f" dropped {total.dropped:.0%} of its choices; of a balanced load it would have dropped "
@@ -59,7 +60,3 @@ def notes_of(steps: Sequence[Step], record: Callable[[Sequence[Step]], Record]) 
             f": expert {expert} was requested {most / mean:.1f} times a balanced load {when}: raise loss_coef, or "
             "balance by an expert bias"
         )
-
-
-def plural(number: int, name: str) -> str:
-    return f"{number} {name}{'' if number == 1 else 's'}"

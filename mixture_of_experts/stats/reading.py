@@ -19,7 +19,7 @@ from torch import nn
 
 from mixture_of_experts import losses
 from mixture_of_experts.dispatch.queues import Length, queue_up
-from mixture_of_experts.dispatch.routing import Routing
+from mixture_of_experts.dispatch.routing import Routing, check_routing
 from mixture_of_experts.gating.steps import SCORES
 from mixture_of_experts.support.attached import Attached
 from mixture_of_experts.whole_model.block_settings import read_output
@@ -50,9 +50,9 @@ class Reader(TokensOfCall):
             proxy = torch.where(real.unsqueeze(-1), probs, 0.0)
         expert = torch.where(chosen, expert, 0)
         balance_loss = losses.load_balance_of(expert, chosen, proxy.sum(dim=-2), length, k)
-        kept, chosen, expert = chosen.flatten(-2), chosen.flatten(-2), expert.flatten(-2)
-        capacity, queues = None if block is None else block.capacity, None
-        if capacity is not None:
+        chosen, expert = chosen.flatten(-2), expert.flatten(-2)
+        kept, queues = chosen, None
+        if (capacity := None if block is None else block.capacity) is not None:
             queues = queue_up(expert, chosen, e, k)
             kept = chosen & (queues.position < capacity)
         return Routing(
@@ -81,9 +81,7 @@ def follow_gates(sites: Sequence[Site], tell: Callable[..., None], hooks: Attach
                 return  # the hook is being set or taken off
             importance = None if site.external else kwargs.get("importance", args[1] if len(args) > 1 else None)
             routing = readers[site.around].routing(site, output) if site.external else output
-            if not isinstance(routing, Routing):
-                raise TypeError(f"{site.name!r} must return a Routing to be read, got {type(routing).__name__}")
-            tell(site, gate, routing, importance)
+            tell(site, gate, check_routing(repr(site.name), routing), importance)
 
         hooks.after(site.called, hook, with_kwargs=True)
     for reader in readers.values():  # routers in the same model share one

@@ -159,7 +159,7 @@ def statistics_of(numbers: Tensor, shape: Sequence[int]) -> dict[str, Any]:
 def cells_of(total: Record, steps: Sequence[Record]) -> dict[str, str]:
     """A gate's line in the summary and in the report, by headers: all steps together, and the worst of them."""
     first = {"gate": total.layer, "experts": "x".join(map(str, total.load.shape)), "forwards": f"{total.forwards}"}
-    values = {**vars(total), "dead": len(total.dead), "most_entropy": math.log(total.load.shape[-1])}
+    values = vars(total) | {"dead": len(total.dead), "most_entropy": math.log(total.load.shape[-1])}
     values |= {"requested": span(total.relative_requested), "load": span(total.relative_load)}
     worst, at = max(((float(record.relative_requested.max()), -record.step) for record in steps), default=(0, 0))
     rest = {

@@ -38,6 +38,7 @@ class TrackedCall(ForwardCall):
     clocks: dict[GateRing, Tensor] = field(default_factory=dict)  # as they were at its beginning
 
 
+@dataclass(eq=False)
 class Forwards(Watch):
     """Numbers the forwards of the tracked model. What one of them wrote before it raised does not count.
 
@@ -46,14 +47,9 @@ class Forwards(Watch):
     """
 
     when: str
-    was_called: bool
-    thread: int
-
-    def __init__(self, when: str) -> None:
-        self.when = when
-        self.rings: list[GateRing] = []
-        self.was_called = False
-        self.thread = threading.get_ident()  # of the context
+    rings: list[GateRing] = field(default_factory=list)
+    was_called: bool = False
+    thread: int = field(default_factory=threading.get_ident)  # of the context
 
     def stop(self) -> None:
         """Stop recording. A compiled graph keeps its hooks, but it is guarded by `when`, and so traced again."""
@@ -61,7 +57,7 @@ class Forwards(Watch):
 
     def count(self, module: nn.Module) -> bool:
         """Whether forwards in the current mode of `module` are recorded."""
-        return self.when == "always" or self.when == ("training" if module.training else "eval")
+        return self.when in ("always", "training" if module.training else "eval")
 
     def begins(self, module: nn.Module, args: object, kwargs: object) -> TrackedCall | None:
         if not torch.compiler.is_compiling() and number_of_backward() != -1:
@@ -88,6 +84,7 @@ def exclusively() -> AbstractContextManager[Any]:
     return nullcontext() if torch.compiler.is_compiling() else WRITING
 
 
+@dataclass(eq=False)
 class GateRing:
     """The last rows of one gate. A row has the numbers of the step and of the forward, the losses, and the statistics'
     numbers. It is float32, which counts up to 16 million choices of one forward exactly."""
@@ -95,27 +92,21 @@ class GateRing:
     site: Site
     forwards: Forwards
     keep: int
-    name: str
-    shape: tuple[int, ...]
-    learn_names: Any
-    rows: Tensor
-    clock: Tensor
-    written: Tensor
+    losses: tuple[str, ...] = ()  # their names
 
-    def __init__(self, site: Site, forwards: Forwards, keep: int) -> None:
-        self.site, self.forwards, self.keep = site, forwards, keep
-        self.name = site.name  # `torch.compile` reads it
-        self.shape = (*site.outer, site.num_experts)  # of the load
-        self.losses: tuple[str, ...] = ()
+    def __post_init__(self) -> None:
+        site = self.site
+        self.name: str = site.name  # `torch.compile` reads it
+        self.shape: tuple[int, ...] = (*site.outer, site.num_experts)  # of the load
         # a traced graph cannot store names, but it calls a constant function, which no method is
-        self.learn_names = constant_in_graphs(lambda losses: self._learn_names(losses))
-        with torch.inference_mode(False):  # inference tensors cannot be written to outside of that mode
+        self.learn_names: Any = constant_in_graphs(lambda losses: self._learn_names(losses))
+        with torch.inference_mode(False), site.device:  # inference tensors cannot be written to outside of that mode
             # one row more than `keep`: the oldest shows whether the step after it is complete
-            rows = torch.full((keep + 1, HEAD + sum(sizes_of(self.shape))), LOST, dtype=torch.float32)
-            clock = torch.tensor([0, -1], dtype=torch.float32)  # the numbers of the step and of the forward
-            self.rows, self.clock = rows.to(site.device), clock.to(site.device)
-            self.written = torch.zeros(1, dtype=torch.int64, device=site.device)
-        forwards.rings.append(self)
+            size = self.keep + 1, HEAD + sum(sizes_of(self.shape))
+            self.rows: Tensor = torch.full(size, LOST, dtype=torch.float32)
+            self.clock: Tensor = torch.tensor([0.0, -1.0], dtype=torch.float32)  # numbers of the step and the forward
+            self.written: Tensor = torch.zeros(1, dtype=torch.int64)
+        self.forwards.rings.append(self)
 
     def _learn_names(self, losses: tuple[str, ...]) -> None:
         if len(losses) > MOST_LOSSES:

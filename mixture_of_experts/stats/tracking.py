@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 When = Literal["always", "training", "eval"]
-WHEN: tuple[When, ...] = ("always", "training", "eval")
 MOST_COLUMNS = 120  # of a picture of one gate's steps
 NOTHING = (
     "no forward of a gate was recorded: call the model that was given to track_routing inside the context. If it was "
@@ -93,7 +92,7 @@ class RoutingStats:
 
     def __init__(self, sites: Sequence[Site], keep: int, when: When) -> None:
         check_size("keep", keep)
-        check_choice("when", when, WHEN)
+        check_choice("when", when, get_args(When))
         self._forwards, self._by_steps = Forwards(when), False
         self._rings = {site.name: GateRing(site, self._forwards, keep) for site in sites}
 
@@ -209,9 +208,9 @@ class RoutingStats:
             if ax is None:
                 ax = new_axes(6, 0.3 * len(totals), left=0.085 * max(map(len, totals)), below=0.5, right=0.6)
             return draw_gates(ax, totals)
-        records, end = self.records(layer, MOST_COLUMNS), self.last(layer).step + 1
+        records = self.records(layer, MOST_COLUMNS)
+        edges = [*(record.step - 0.5 for record in records), self.last(layer).step + 0.5]
         ax = new_axes(4.6, 1.8, left=0.6, below=0.5, right=0.6) if ax is None else ax
-        edges = [record.step - 0.5 for record in records] + [end - 0.5]
         over_steps = torch.stack([loads(record) for record in records], dim=1)
         return draw_steps(ax, edges, over_steps, records[0].load.shape[-1])
 

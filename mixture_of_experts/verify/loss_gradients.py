@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mixture_of_experts.verify.properties import TRAINING, keeps
-from mixture_of_experts.verify.subject import CHECKPOINTS, OF_TOKENS, Case, Gap, Trial, gap
+from mixture_of_experts.verify.subject import CHECKPOINTS, Case, Gap, Trial, gap, without_tokens
 
 LARGE = (Case(4, 64, 0),)
 OF_BFLOAT16 = 0.2  # a choice that rounding turns is one of many tokens
@@ -20,7 +20,7 @@ def loss_accumulation(trial: Trial) -> Iterator[Gap]:
         module = trial.fresh()
         for i in (0, 1):
             found = trial.step(trial.sample(i), module=module, of=of)
-        sums = {name: first[name] + tensor for name, tensor in second.items() if name not in ("loss", *OF_TOKENS)}
+        sums = {name: first[name] + tensor for name, tensor in without_tokens(second).items() if name != "loss"}
         yield gap(found, second | sums, how=f", of the {of}")
     flat = not any(first[name].any() for name in first if name.startswith("gradient"))
     yield Gap(gap(first, second, of="loss").number * flat, "loss of two batches, though it has no gradient")
@@ -34,10 +34,9 @@ def loss_checkpointing(trial: Trial) -> Iterator[Gap]:
 
 @keeps("autocast only rounds the loss and its gradient", "loss", cases=LARGE, modes=TRAINING, limit=OF_BFLOAT16)
 def loss_autocast(trial: Trial) -> Iterator[Gap]:
-    wanted = trial.step(of="loss")
     with torch.autocast(trial.subject.like.device.type, torch.bfloat16):
         found = trial.step(of="loss")
-    yield gap(found, {name: tensor for name, tensor in wanted.items() if name not in OF_TOKENS})
+    yield gap(found, without_tokens(trial.step(of="loss")))
 
 
 @keeps("a loss times a number gives gradients times that number", modes=TRAINING)
@@ -50,5 +49,4 @@ def loss_scale(trial: Trial) -> Iterator[Gap]:
 def loss_mean(trial: Trial) -> Iterator[Gap]:
     sample = trial.sample()
     twice = sample.at([*range(trial.case.sequences)] * 2)
-    wanted = trial.step(sample, of="loss")
-    yield gap(trial.step(twice, of="loss"), {name: tensor for name, tensor in wanted.items() if name not in OF_TOKENS})
+    yield gap(trial.step(twice, of="loss"), without_tokens(trial.step(sample, of="loss")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from mixture_of_experts.verify.properties import EVAL, keeps
 from mixture_of_experts.verify.subject import INPUTS, Case, DoesNotApplyError, Gap, Sample, Trial, gap
 
+Choose = Callable[[Tensor], Tensor]
 STEPS = (1e-3, 1e-4, 1e-5)  # of a difference, relative to the size of what moves
 CLOSE, ROUGH = 1e-4, 1e-3
 BATCH, MANY = (Case(4, 32, 0),), (Case(512, 1, 0),)
@@ -64,28 +66,27 @@ def bfloat16(trial: Trial) -> Iterator[Gap]:
 
 @keeps("in bfloat16 tokens choose as in float64", "router", cases=MANY, modes=EVAL, steady=True, limit=A_TIE)
 def router_bfloat16(trial: Trial) -> Iterator[Gap]:
-    low, exact = in_both(trial)
-    x = near_ties(lambda x: trial.subject.chosen(exact, x.double()), trial.sample(dtype=torch.bfloat16).x)
-    yield turned(trial.subject.chosen(low, x), trial.subject.chosen(exact, x.double()))
+    (low, exact), chosen = in_both(trial), trial.subject.chosen
+    yield turned(partial(chosen, low), lambda x: chosen(exact, x.double()), trial.sample(dtype=torch.bfloat16).x)
 
 
 @keeps("under autocast tokens choose as without", "router", cases=MANY, modes=EVAL, steady=True, limit=A_TIE)
 def router_autocast(trial: Trial) -> Iterator[Gap]:
-    module = trial.fresh()
-    x = near_ties(lambda x: trial.subject.chosen(module, x), trial.sample().x)
-    with torch.autocast(x.device.type, torch.bfloat16):
-        found = trial.subject.chosen(module, x)
-    yield turned(found, trial.subject.chosen(module, x))
+    x, choose = trial.sample().x, partial(trial.subject.chosen, trial.fresh())
+    yield turned(torch.autocast(x.device.type, torch.bfloat16)(choose), choose, x)
 
 
-def near_ties(choose: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Tokens between neighbours of `x` that choose otherwise, close to where the choice turns."""
-    first, second, start = x, x.roll(1, 0), choose(x)
+def turned(choose: Choose, exactly: Choose, x: Tensor) -> Gap:
+    """How many tokens choose otherwise than exactly, of tokens near a tie: between neighbours of `x` whose exact
+    choices differ, close to where the choice turns."""
+    first, second, start = x, x.roll(1, 0), exactly(x)
     for _ in range(HALVINGS):
         middle = (first + second) / 2
-        like_first = ~differ(choose(middle), start).unsqueeze(-1)
+        like_first = ~differ(exactly(middle), start).unsqueeze(-1)
         first, second = torch.where(like_first, middle, first), torch.where(like_first, second, middle)
-    return torch.cat([first, second])
+    x = torch.cat([first, second])
+    share = differ(choose(x), exactly(x)).double().mean().item()
+    return Gap(share, f"{share:.1%} of the tokens near a tie choose other experts")
 
 
 def converted(trial: Trial, dtype: torch.dtype) -> nn.Module:
@@ -103,11 +104,6 @@ def in_both(trial: Trial) -> tuple[nn.Module, nn.Module]:
     low, exact = converted(trial, torch.bfloat16), converted(trial, torch.float64)
     exact.load_state_dict(low.state_dict())
     return low, exact
-
-
-def turned(found: Tensor, wanted: Tensor) -> Gap:
-    share = differ(found, wanted).double().mean().item()
-    return Gap(share, f"{share:.1%} of the tokens near a tie choose other experts")
 
 
 def differ(first: Tensor, second: Tensor) -> Tensor:

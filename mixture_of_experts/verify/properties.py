@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -82,8 +83,8 @@ class Property:
         try:
             for trial in (Trial(subject, case, training) for case in self.cases for training in modes):
                 for gap in self.measure(trial):
-                    if gap.rank > limit:
-                        number = gap.number if gap.rank < float("inf") else None
+                    if not gap.number <= limit:
+                        number = gap.number if math.isfinite(gap.number) else None
                         return say("fails", number, limit, f"{trial}: {gap.where}")
                     worst = max(worst, gap.number)
         except DoesNotApplyError as reason:

@@ -7,7 +7,6 @@ import io
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
@@ -87,23 +86,24 @@ def refuse(module: nn.Module, inputs: object) -> None:
 
 @keeps("forwards of two threads do not meet", cases=ONE, steady=True)
 def threads(trial: Trial) -> Iterator[Gap]:
-    """One forward stops at a part of the module, or at its end, until another thread's forward is over."""
     wanted = [trial.forward(trial.sample(i)) for i in (0, 1)]
     for path in [*parts(trial), ""]:
-        module, pool, begun = trial.fresh(), ThreadPoolExecutor(1), []
-
-        def stop(*hooked: object, module=module, pool=pool, begun: list[Any] = begun) -> None:
-            if not begun:
-                begun.append(None)
-                begun.append(pool.submit(trial.forward, trial.sample(1), module))
-                wait(begun[1:], PATIENCE)  # a module that locks others out may do so
-
-        part = module.get_submodule(path)
-        hook = part.register_forward_pre_hook(stop) if path else part.register_forward_hook(stop)
-        first = trial.forward(module=module)
-        hook.remove()
-        for outcome, right in zip([first, begun[1].result(PATIENCE)], wanted, strict=True):
+        for outcome, right in zip(of_two_threads(trial, path), wanted, strict=True):
             yield gap(outcome, right, how=f", while the other is at {path or 'its end'}")
+
+
+def of_two_threads(trial: Trial, path: str) -> list[Outcome]:
+    """A forward that stops at a part of the module, or at its end, until another thread's forward is over; and that."""
+    module, pool, other = trial.fresh(), ThreadPoolExecutor(1), []
+
+    def stop(*hooked: object) -> None:
+        hook.remove()
+        other.append(pool.submit(trial.forward, trial.sample(1), module))
+        wait(other, PATIENCE)  # a module that locks others out may do so
+
+    part = module.get_submodule(path)
+    hook = part.register_forward_pre_hook(stop) if path else part.register_forward_hook(stop)
+    return [trial.forward(module=module), other[0].result(PATIENCE)]
 
 
 def parts(trial: Trial) -> list[str]:

@@ -37,11 +37,6 @@ class Gap(NamedTuple):
     number: float
     where: str = ""
 
-    @property
-    def rank(self) -> float:
-        """The number, with NaN as the largest."""
-        return self.number if self.number == self.number else float("inf")
-
 
 class Case(NamedTuple):
     """Sizes and seed of a batch. Sample of a crowd are alike, so that they ask for the same experts."""
@@ -102,7 +97,7 @@ class Subject:
         self.draws = {training: self._draws(training) for training in MODES}
         self.limit = min(max(LIMIT, 4 * self._rounding()), 0.05)  # no module rounds more
 
-    def fresh(self, training: bool = True) -> nn.Module:
+    def fresh(self, training: bool) -> nn.Module:
         """A copy of the module, in one mode."""
         return copy.deepcopy(self.module).train(training)
 
@@ -114,7 +109,7 @@ class Subject:
             x = 0.4 * x + torch.randn(self.dim, generator=generator)
         return Sample(*(each.to(self.like.device, dtype or self.like.dtype) for each in (x, cotangent)))
 
-    def call(self, module: nn.Module, sample: Sample, run: Run | None = None) -> tuple[Tensor, Tensor | None]:
+    def call(self, module: nn.Module, sample: Sample, run: Run | None = None) -> Outcome:
         """The output, in the shape of the inputs, and the loss if it is told."""
         mask, tell, loss = sample.mask, self.told.get("mask"), self.told.get("loss")
 
@@ -130,7 +125,8 @@ class Subject:
             loss = loss(module, returned)
         elif loss is not None:
             loss = getattr(returned, loss) if isinstance(loss, str) else returned[loss]
-        return out.reshape(sample.x.shape), loss.sum() if isinstance(loss, Tensor) else None
+        found = {"output": out.reshape(sample.x.shape)}
+        return found | {"loss": loss.sum()} if isinstance(loss, Tensor) else found
 
     def counted(self, module: nn.Module) -> Outcome:
         """The counts of a module, if they are told."""
@@ -160,14 +156,14 @@ class Subject:
     def _draws(self, training: bool) -> bool:
         trials = [Trial(self, case, training) for case in (Case(4, 48, 0), Case(3, 32, 5, True))]  # many near a tie
         gaps = (gap(trial.forward(seed=seed), trial.forward()) for trial in trials for seed in (1, 2))
-        return any(each.rank > 1e-5 for each in gaps)
+        return any(each.number > 1e-5 for each in gaps)
 
     def _rounding(self) -> float:
         """The second difference of the output along the inputs: large only of a module that computes in bfloat16."""
         trial = Trial(self, Case(2, 16, 0), training=False)
         sample, module = trial.sample(), trial.fresh()
         a, b, c = (trial.forward(replace(sample, x=sample.x * by), module)["output"] for by in (0.9999, 1, 1.0001))
-        return gap({"output": (a + c) / 2}, {"output": b}).rank
+        return gap({"output": (a + c) / 2}, {"output": b}).number
 
 
 class Trial(NamedTuple):
@@ -193,8 +189,8 @@ class Trial(NamedTuple):
         module, sample = self.fresh() if module is None else module, sample or self.sample()
         torch.manual_seed(seed)
         with torch.set_grad_enabled(module.training):
-            out, loss = self.subject.call(module, sample)
-        return {"output": out.detach()} | ({} if loss is None else {"loss": loss.detach()})
+            found = self.subject.call(module, sample)
+        return {name: tensor.detach() for name, tensor in found.items()}
 
     def step(
         self,
@@ -209,10 +205,11 @@ class Trial(NamedTuple):
         module, sample = self.fresh() if module is None else module, sample or self.sample()
         x = sample.x.detach().requires_grad_()  # strides stay
         torch.manual_seed(0)
-        out, loss = self.subject.call(module, replace(sample, x=x), run)
-        total = (out * sample.cotangent).sum() * (of != "loss")  # a loss may reach its gradient through the output
-        found = {"output": out} | ({} if loss is None else {"loss": loss})
-        total = total if loss is None or of == "output" else total + loss
+        found = self.subject.call(module, replace(sample, x=x), run)
+        total = (found["output"] * sample.cotangent).sum()
+        total = total * (of != "loss")  # a loss may reach its gradient through the output
+        if "loss" in found and of != "output":
+            total = total + found["loss"]
         if total.requires_grad:
             (total * scale).backward()
         leaves = {INPUTS: x} | {name: p for name, p in module.named_parameters() if p.requires_grad}
@@ -230,9 +227,7 @@ def counted_by_gates(module: nn.Module) -> Tensor:
 def chosen_by_gate(module: nn.Module, x: Tensor) -> Tensor:
     """The experts that compute each token, by the one gate that the package knows in a module."""
     (routing,) = routing_of(module, x).values()
-    counts = torch.zeros_like(routing.probs, dtype=torch.int64).flatten(-2)
-    counts.scatter_add_(-1, routing.token * routing.num_experts + routing.expert, routing.kept.to(torch.int64))
-    return counts > 0
+    return routing.dispatch_tensor().any(dim=-1)
 
 
 def integers_of(module: nn.Module, path: str, x: Tensor) -> Tensor:
@@ -259,9 +254,10 @@ def in_checkpoint(reentrant: bool) -> Run:
             return tuple(made[0].values()) if isinstance(made[0], dict) else made[0]
 
         out: Any = checkpoint(flat, x, use_reentrant=reentrant)
+        kind = type(made[0])
         if isinstance(made[0], dict):
-            return type(made[0])(**dict(zip(made[0], out, strict=True)))
-        return type(made[0])(*out) if hasattr(made[0], "_fields") else out
+            return kind(**dict(zip(made[0], out, strict=True)))
+        return kind(*out) if hasattr(kind, "_fields") else out
 
     return run
 
@@ -270,9 +266,14 @@ def in_checkpoint(reentrant: bool) -> Run:
 CHECKPOINTS = {f", use_reentrant={reentrant}": in_checkpoint(reentrant) for reentrant in (False, True)}
 
 
+def without_tokens(outcome: Outcome) -> Outcome:
+    """An outcome without what has an entry for each token."""
+    return {name: tensor for name, tensor in outcome.items() if name not in OF_TOKENS}
+
+
 def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:
     """The largest difference of two outcomes, relative to the largest number of its tensor, or to a thousandth of the
-    largest gradient.
+    largest gradient; infinite if one is NaN.
 
     Args:
         of: compares only tensors whose names begin so.
@@ -284,6 +285,8 @@ def gap(found: Outcome, wanted: Outcome, of: str = "", how: str = "") -> Gap:
         if not name.startswith(of) or not tensor.numel():
             continue
         floor = max(1e-3 * largest if name.startswith("gradient") else 0.0, 1e-7)
-        number = ((found[name].to(tensor.dtype) - tensor).abs() / tensor.abs().max().clamp(min=floor)).max().item()
-        worst = max(worst, Gap(number, name + how), key=lambda each: each.rank)
+        far = (found[name].to(tensor.dtype) - tensor).abs() / tensor.abs().max().clamp(min=floor)
+        number = far.nan_to_num(torch.inf, torch.inf).max().item()
+        if number > worst.number:
+            worst = Gap(number, name + how)
     return worst

@@ -59,13 +59,13 @@ def run_rank(rank: int, trial: Trial, wrap: Run, folder: str) -> None:
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
     try:
         more = {"mesh": init_device_mesh("cpu", (RANKS,))} if wrap is fully_shard else {}
-        outcome = trial.step(trial.sample(rank), module=wrap(trial.fresh(), **more))
-        outcome = {
-            name.replace("of module.", "of "): outcome[name] for name in outcome if name not in ("loss", "counts")
+        outcome = trial.step(trial.sample(rank), module=wrap(trial.fresh(), **more), of="sum")
+        whole = {
+            name.replace("of module.", "of "): getattr(tensor, "full_tensor", tensor.clone)()
+            for name, tensor in outcome.items()
+            if name != "loss"
         }
-        torch.save(
-            {name: getattr(each, "full_tensor", each.clone)() for name, each in outcome.items()}, f"{folder}/{rank}"
-        )
+        torch.save(whole, f"{folder}/{rank}")
     finally:
         dist.destroy_process_group()
     os._exit(0)  # threads of the group outlive it, and torch may abort where Python ends the process

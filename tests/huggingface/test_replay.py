@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.left import assert_equal, recorded
 from support.transformers_blocks import BLOCKS, LEFT_OUT, InModel, make
 from support.transformers_models import ARCHITECTURES, two_lengths, without_dropout
 from torch import Tensor, nn
@@ -46,12 +47,6 @@ def other_router(model: nn.Module) -> Any:
     return model
 
 
-def assert_equal(one: RoutingRecords, other: RoutingRecords) -> None:
-    assert one.layers == other.layers
-    assert len(one) == len(other)
-    assert all(a.equal(b) for layer in one for a, b in zip(one[layer], other[layer], strict=True))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_whatever_the_padding_is(name):
     """Padded on the left, then on the right, then alone; by the model, and by one whose router is another."""
@@ -64,9 +59,9 @@ def test_whatever_the_padding_is(name):
         wanted = model(**left).logits[of_left]
     assert records.lengths(records.layers[0]) == [alone[0].shape[1], alone[1].shape[1]]
     for one in (model, other_router(model)):
-        with replay_routing(one, records), record_routing(one) as recorded:
+        with replay_routing(one, records), record_routing(one) as again:
             padded = one(**right).logits[of_right]
-        assert_equal(recorded, records)
+        assert_equal(again, records)
         with replay_routing(one, records.select([1])):
             single = one(alone[1]).logits[0]
         torch.testing.assert_close(single, padded[-len(single) :], atol=1e-5, rtol=1e-5)
@@ -85,9 +80,7 @@ def test_a_generation(name):
         tokens = model.generate(**batch, **settings)
     assert records.lengths(records.layers[0]) == [9 + 3, 4 + 3]
     mask = torch.cat([batch["attention_mask"], torch.ones(2, 4, dtype=torch.int64)], dim=1)
-    with record_routing(model) as whole:
-        model(tokens, attention_mask=mask)
-    assert_equal(whole.select([0, 1], tokens=[12, 7]), records)
+    assert_equal(recorded(model, tokens, attention_mask=mask).select([0, 1], tokens=[12, 7]), records)
     other = other_router(model)
     with replay_routing(other, records), record_routing(other) as again:
         steps = other.generate(**batch, **settings, output_logits=True, return_dict_in_generate=True)
@@ -96,10 +89,8 @@ def test_a_generation(name):
     with replay_routing(other, records), torch.no_grad():
         logits = other(steps.sequences[:, :-1], attention_mask=mask).logits[:, -4:]
     torch.testing.assert_close(torch.stack(steps.logits, dim=1), logits, atol=1e-4, rtol=1e-4)
-    with (
-        pytest.raises(ValueError, match=r"sequence 0 has 13 real tokens at .*, its record has 12: beyond="),
-        replay_routing(other, records),
-    ):
+    message = "sequence 0 has 13 real tokens at .*, its record has 12: beyond="
+    with pytest.raises(ValueError, match=message), replay_routing(other, records):
         other(tokens, attention_mask=torch.cat([mask, mask[:, -1:]], dim=1))
 
 
@@ -112,12 +103,8 @@ def test_beams_are_refused(name, settings):
     with pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"), record_routing(model):
         model.generate(**batch, **more)
     prompts = {key: value.repeat_interleave(2, dim=0) for key, value in batch.items()}
-    with record_routing(model) as records:
-        model(**prompts)
-    with (
-        pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"),
-        replay_routing(model, records, beyond="choose"),
-    ):
+    replay = replay_routing(model, recorded(model, **prompts), beyond="choose")
+    with pytest.raises(RuntimeError, match=r"as beam search does \(num_beams > 1\)"), replay:
         model.generate(**batch, **more)
     model.generate(**batch, **more)  # nothing is left behind
 
@@ -143,21 +130,17 @@ def test_a_cache_that_is_cut_or_copied_is_not_one_of_beams():
 def test_training_with_checkpointing(name):
     """Gradients of the router's weights too are those without checkpointing."""
     model, (_, batch) = MODELS[name](), two_lengths("left")
-    with record_routing(other_router(model)) as records:
-        pass
-    other = other_router(model)
-    with record_routing(other) as records:
-        other(**batch)
+    records = recorded(other_router(model), **batch)
     model.train()
     results = []
     for checkpointed in (False, True):
         if checkpointed:
             model.activation_checkpointing_enable()
         torch.manual_seed(1)  # padding, which records leave out, may choose at random
-        with replay_routing(model, records), record_routing(model) as recorded:
+        with replay_routing(model, records), record_routing(model) as again:
             loss = model(**batch, labels=batch["input_ids"], use_cache=False).loss
             grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
-        assert_equal(recorded, records)
+        assert_equal(again, records)
         results.append([loss, *(grad for grad in grads if grad is not None)])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other)
@@ -171,8 +154,7 @@ def test_two_batches_of_other_padding_before_a_backward():
     """A block knows no mask when it runs again."""
     model, (_, left) = build_sparse("Mixtral").train(), two_lengths("left")
     right = {"input_ids": left["input_ids"], "attention_mask": left["attention_mask"].flip(-1)}
-    with record_routing(model) as records:
-        model(**left)
+    records = recorded(model, **left)
     model.activation_checkpointing_enable()
     with replay_routing(model, records):
         for batch in (left, right):
@@ -196,12 +178,11 @@ def replays_by_its_own_rule(name: str) -> None:
     torch.manual_seed(0)
     block, x = make(name), torch.randn(2, 7, 16)
     moe, model = from_transformers(block).eval(), InModel(block).eval()
-    with record_routing(model) as records:
-        model(torch.randn(2, 7, 16))
-    with replay_routing(model, records), record_routing(model) as recorded, torch.no_grad():
+    records = recorded(model, torch.randn(2, 7, 16))
+    with replay_routing(model, records), record_routing(model) as again, torch.no_grad():
         out = model(x)
         wanted = given_to_ours(moe, records, x)
-    assert_equal(recorded, records)
+    assert_equal(again, records)
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(out, moe(x)[0], atol=1e-3)
 
@@ -233,8 +214,7 @@ def test_blocks_that_choose_in_another_way_are_refused(name):
 
 def test_choices_that_are_not_made_are_no_blocks():
     model = build_sparse("Mixtral")
-    with record_routing(model) as records:
-        model(torch.randint(3, 64, (1, 5)))
+    records = recorded(model, torch.randint(3, 64, (1, 5)))
     dropped = {layer: [record.clone().fill_(-1) for record in records[layer]] for layer in records}
     with pytest.raises(ValueError, match="makes 2 choices for every token, in the records some are not made"):
         replay_routing(model, RoutingRecords(dropped)).__enter__()
@@ -262,8 +242,7 @@ def test_choices_are_saved_for_a_recomputation(saved):
 def test_a_gate_of_ours_in_a_layer_of_theirs():
     """Names tell gates apart where a model has both kinds, or their order where names differ."""
     model = build_replaced()
-    with record_routing(model.model) as records:
-        model.model(torch.randint(3, 64, (1, 5)))
+    records = recorded(model.model, torch.randint(3, 64, (1, 5)))
     assert records.layers != tuple(f"model.{layer}" for layer in records)
     with replay_routing(model, records), record_routing(model) as again:
         model(torch.randint(3, 64, (1, 5)))
