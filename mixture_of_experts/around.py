@@ -182,9 +182,8 @@ class ZeroComputationExperts(ExpertsAround):
 
     def reset_parameters(self) -> None:
         """Draw the weights of constant experts (standard deviation 1 / sqrt(d))."""
-        for weight in (self.constants, self.w_constant):
-            if weight is not None:
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for weight in self.parameters(recurse=False):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
         """Refuse outputs of another width than the tokens', which identities and constants return."""

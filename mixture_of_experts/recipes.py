@@ -251,27 +251,28 @@ def build(
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
         refuse_unused("gate", changes)
+    make_activation = (lambda: make_activation_of(recipe)) if activation is None else activation
     if experts is None:
-        experts = _make_experts(recipe, d, e, h, spare, latent_dim, activation, factory)
+        experts = _make_experts(recipe, d, e, h, spare, latent_dim, make_activation, factory)
     else:
         unused = dict(latent_dim=latent_dim)
         if not recipe.shared or "shared_expert" in of_layer:
             unused |= dict(hidden_dim=hidden_dim, activation=activation)
         refuse_unused("experts", {name: value for name, value in unused.items() if value is not None})
-    if "shared_expert" not in of_layer:
-        of_layer["shared_expert"] = _make_shared_expert(recipe, d, h, activation, factory)
-    return MoE(
-        d, gate=gate, experts=experts, **{**_coefficients(recipe, gate, layers, "loss_coef" in of_layer), **of_layer}
-    )
+    settings = _coefficients(recipe, gate, layers, "loss_coef" in of_layer)
+    if recipe.shared and "shared_expert" not in of_layer:
+        gated, width = recipe.experts.get("gated", True), round(recipe.shared * h)
+        shared: nn.Module = SharedExpert(d, width, make_activation, gated, **factory)
+        shared_gate = nn.Linear(d, 1, bias=False, **factory) if recipe.shared_gate else None
+        settings["shared_expert"] = shared if shared_gate is None else TokenGated(shared, shared_gate)
+    return MoE(d, gate=gate, experts=experts, **settings | of_layer)
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
     """Refuse so few experts that the published number of choices takes them all. One that is asked for may do so."""
     k, total = recipe.gate.get("k"), e + spare
-    if k is None or "k" in changes or total > k:
-        return
-    is_bound = recipe.router in (TopPGating, ReLUGating)  # tokens make fewer choices
-    if total == k and (is_bound or k == 1):
+    may_be_all = k == 1 or recipe.router in (TopPGating, ReLUGating)  # tokens make fewer choices than k
+    if k is None or "k" in changes or total > k or (total == k and may_be_all):
         return
     beside = f" and {spare} beside them" if spare else ""
     raise ValueError(
@@ -295,8 +296,7 @@ def _make_experts(
         latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
     kind: Any = GatedExperts if recipe.experts.get("gated", True) else Experts
-    act = make_activation_of(recipe) if activation is None else activation
-    experts = kind(width, e, h, act, bias=recipe.experts.get("bias", False), **factory)
+    experts = kind(width, e, h, activation, bias=recipe.experts.get("bias", False), **factory)
     if recipe.weigh_input:
         experts = InputWeightedExperts(experts)
     if any(spare):
@@ -306,15 +306,6 @@ def _make_experts(
         after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if recipe.latent else wide
         experts = LatentExperts(experts, before=narrow, after=after)
     return experts
-
-
-def _make_shared_expert(recipe: Recipe, d: int, h: int, activation: Any, factory: dict[str, Any]) -> nn.Module | None:
-    """The shared expert of a recipe; None if it has none."""
-    if not recipe.shared:
-        return None
-    act = make_activation_of(recipe) if activation is None else activation
-    shared = SharedExpert(d, round(recipe.shared * h), act, recipe.experts.get("gated", True), **factory)
-    return TokenGated(shared, nn.Linear(d, 1, bias=False, **factory)) if recipe.shared_gate else shared
 
 
 def _coefficients(recipe: Recipe, gate: Any, layers: int | None, given: bool) -> dict[str, Any]:
@@ -369,7 +360,7 @@ def make_activation_of(recipe: Recipe) -> nn.Module:
     """The activation of a recipe's experts."""
     name, limit = recipe.experts.get("activation", "silu"), recipe.experts.get("limit")
     if name == "clamped_swiglu":
-        return ClampedSwiGLU(recipe.experts["alpha"], recipe.experts["limit"])
+        return ClampedSwiGLU(recipe.experts["alpha"], limit)
     activation = ACTIVATIONS[name]()
     return activation if limit is None else ClampedGLU(activation, limit, after=recipe.experts.get("after", False))
 
@@ -396,7 +387,7 @@ def _recipe(name: str, *first: Any, **fields: Any) -> RecipeFunction:
 
 
 BATCH = dict(balance_over="batch")
-SIGMOID = dict(score="sigmoid", expert_bias=True)
+SIGMOID = dict(normalize=True, score="sigmoid", expert_bias=True)
 PLAIN_RELU = dict(activation="relu", gated=False)
 #: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
 COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
@@ -513,7 +504,7 @@ deepseek_v3: RecipeFunction = _recipe(
     "deepseek_v3",
     "2412.19437",
     "DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv 2412.19437).",
-    dict(k=8, normalize=True, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
+    dict(k=8, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
     shared=1.0,
     **COMPLEMENTARY,
     blocks=(
@@ -538,7 +529,7 @@ deepseek_v3: RecipeFunction = _recipe(
 )
 _recipe(
     "glm5_next",
-    gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
+    gate=dict(k=8, scale=2.5, **SIGMOID),
     experts=dict(activation="silu", limit=10.0),
     shared=1.0,
     **COMPLEMENTARY,
@@ -559,7 +550,7 @@ nemotron_h: RecipeFunction = _recipe(
     "2512.20848",
     "Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` "
     "(arXiv 2512.20848).",
-    dict(k=6, normalize=True, scale=2.5, **SIGMOID),
+    dict(k=6, scale=2.5, **SIGMOID),
     experts=dict(activation="relu2", gated=False),
     shared=2.0,
     loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss beside the bias
@@ -570,7 +561,7 @@ kimi_k2: RecipeFunction = _recipe(
     "kimi_k2",
     "2507.20534",
     "Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534).",
-    dict(k=8, normalize=True, scale=2.827, **SIGMOID),
+    dict(k=8, scale=2.827, **SIGMOID),
     shared=1.0,
     loss_coef=0.0,
     loss_coefs=dict(balance_score=1e-3),  # `aux_loss_alpha` of config.json
@@ -581,7 +572,7 @@ kimi_k3: RecipeFunction = _recipe(
     "kimi_k3",
     says="Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, "
     "SiTU, and shared experts. Move the bias by `balance_experts(model, optimizer, 'quantile')`.",
-    gate=dict(k=16, normalize=True, **SIGMOID),
+    gate=dict(k=16, **SIGMOID),
     experts=dict(activation="situ"),
     latent=0.5,
     shared=2.0,
@@ -590,7 +581,7 @@ kimi_k3: RecipeFunction = _recipe(
 )
 _recipe(
     "hy_v3",
-    gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
+    gate=dict(k=8, scale=2.5, **SIGMOID),
     shared=1.0,
     **COMPLEMENTARY,
     blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
@@ -598,14 +589,14 @@ _recipe(
 minimax_m2: RecipeFunction = _recipe(
     "minimax_m2",
     says="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
-    gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
+    gate=dict(k=8, eps=0.0, **SIGMOID, **BATCH),
     router_aux_loss_coef=(0.001, 62),
     blocks=("MiniMaxM2SparseMoeBlock",),
     published=Published("MiniMax-M2", 256, 10, 230),
 )
 _recipe(
     "minimax_m3",
-    gate=dict(k=4, normalize=True, eps=0.0, scale=2.0, **SIGMOID),
+    gate=dict(k=4, eps=0.0, scale=2.0, **SIGMOID),
     experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
     shared=1.0,
     router_aux_loss_coef=(0.001, 60),
@@ -613,12 +604,12 @@ _recipe(
 )
 _recipe(
     "step3",
-    gate=dict(k=8, normalize=True, eps=0.0, scale=3.0, **SIGMOID),
+    gate=dict(k=8, eps=0.0, scale=3.0, **SIGMOID),
     experts=dict(activation="silu", limit=7.0, after=True),
     shared=1.0,
     blocks=("Step3p7SparseMoeBlock",),
 )
-_recipe("lfm2", gate=dict(k=4, normalize=True, eps=1e-6, **SIGMOID), blocks=("Lfm2MoeSparseMoeBlock",))
+_recipe("lfm2", gate=dict(k=4, eps=1e-6, **SIGMOID), blocks=("Lfm2MoeSparseMoeBlock",))
 _recipe("flint", gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",))
 ernie4_5: RecipeFunction = _recipe(
     "ernie4_5",
@@ -664,7 +655,7 @@ _recipe(
 )
 _recipe(
     "kolibri1",
-    gate=dict(k=8, select="logits", normalize=True, eps=0.0, **SIGMOID),
+    gate=dict(k=8, select="logits", eps=0.0, **SIGMOID),
     shared=1.0,
     blocks=("Kolibri1SparseMoeBlock",),
 )
@@ -681,14 +672,14 @@ llama4: RecipeFunction = _recipe(
 )
 _recipe(
     "laguna",
-    gate=dict(k=8, normalize=True, eps=0.0, scale=2.5, **SIGMOID),
+    gate=dict(k=8, eps=0.0, scale=2.5, **SIGMOID),
     logits=dict(softcap=30.0),
     shared=1.0,
     blocks=("LagunaSparseMoeBlock",),
 )
 _recipe(
     "muse_spark",
-    gate=dict(k=8, normalize=True, eps=1e-15, scale=2.5, **SIGMOID),
+    gate=dict(k=8, eps=1e-15, scale=2.5, **SIGMOID),
     logits=dict(multiplier=1.0),
     blocks=("MuseSparkMoE",),
 )
@@ -703,7 +694,7 @@ gemma4: RecipeFunction = _recipe(
     blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
     published=Published("Gemma-4-26B-A4B", 128, 3.8, 25.2),
 )
-_recipe("inkling", gate=dict(k=6, scale=2.5, **SIGMOID), scales="all", blocks=("InklingMoE",))
+_recipe("inkling", gate=dict(k=6, scale=2.5, score="sigmoid", expert_bias=True), scales="all", blocks=("InklingMoE",))
 _recipe(
     "inkling2",
     gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
