@@ -374,10 +374,10 @@ class RecipeFunction(Protocol):
 MODELS: dict[str, Recipe] = {}
 
 
-def _recipe(name: str, *first: Any, **fields: Any) -> RecipeFunction:
+def _recipe(name: str, *first: Any, blocks: str = "", **fields: Any) -> RecipeFunction:
     """Write the `Recipe` of these fields into `MODELS`, with arguments of `MoE` as its `layer`; return its function."""
     layer = {key: fields.pop(key) for key in OF_LAYER if key in fields}
-    recipe = MODELS[name] = Recipe(*first, layer=layer, **fields)
+    recipe = MODELS[name] = Recipe(*first, layer=layer, blocks=tuple(blocks.split()), **fields)
 
     def make(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
         return build(recipe, dim, num_experts, hidden_dim, **changes)
@@ -414,7 +414,7 @@ switch: RecipeFunction = _recipe(
     dict(k=1, jitter=0.01, capacity_factor_train=1.25),
     experts=PLAIN_RELU,
     loss_coef=1e-2,  # section 2.2
-    blocks=("SwitchTransformersSparseMLP",),
+    blocks="SwitchTransformersSparseMLP",
     returns=(None, None, "logits"),
     published=Published("Switch-C", 2048, None, 1571),
 )
@@ -443,7 +443,7 @@ mixtral: RecipeFunction = _recipe(
     "Mixtral: two choices, softmax normalised (arXiv 2401.04088).",
     dict(k=2, normalize=True, **BATCH),
     router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
-    blocks=("MixtralSparseMoeBlock", "MiniMaxSparseMoeBlock", "Qwen3VLMoeTextSparseMoeBlock"),
+    blocks="MixtralSparseMoeBlock MiniMaxSparseMoeBlock Qwen3VLMoeTextSparseMoeBlock",
     published=Published("Mixtral-8x7B", 8, 12.9, 46.7),
 )
 olmoe: RecipeFunction = _recipe(
@@ -453,7 +453,7 @@ olmoe: RecipeFunction = _recipe(
     dict(k=8, normalize=False, **BATCH),
     z_loss_coef=1e-3,  # both as in the paper, section 2
     router_aux_loss_coef=(0.01, 16),
-    blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
+    blocks="OlmoeSparseMoeBlock FlexOlmoSparseMoeBlock JambaSparseMoeBlock",
     published=Published("OLMoE-1B-7B", 64, 1.3, 6.9),
 )
 qwen2: RecipeFunction = _recipe(
@@ -464,7 +464,7 @@ qwen2: RecipeFunction = _recipe(
     router_aux_loss_coef=(0.001, 24),
     shared=4.0,
     shared_gate=True,
-    blocks=("Qwen2MoeSparseMoeBlock", "Qwen3OmniMoeTalkerTextSparseMoeBlock"),
+    blocks="Qwen2MoeSparseMoeBlock Qwen3OmniMoeTalkerTextSparseMoeBlock",
     published=Published("Qwen1.5-MoE-A2.7B", 60, 2.7, 14.3),
 )
 qwen3: RecipeFunction = _recipe(
@@ -473,7 +473,7 @@ qwen3: RecipeFunction = _recipe(
     "Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388).",
     dict(k=8, normalize=True, **BATCH),
     router_aux_loss_coef=(0.001, 48),
-    blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
+    blocks="Qwen3MoeSparseMoeBlock MellumSparseMoeBlock Qwen3OmniMoeThinkerTextSparseMoeBlock",
     published=Published("Qwen3-30B-A3B", 128, 3.3, 30.5),
 )
 qwen3_next: RecipeFunction = _recipe(
@@ -483,11 +483,11 @@ qwen3_next: RecipeFunction = _recipe(
     router_aux_loss_coef=(0.001, 48),
     shared=1.0,
     shared_gate=True,
-    blocks=("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock", "Qwen4ExpTextSparseMoeBlock"),
+    blocks="Qwen3NextSparseMoeBlock Qwen3_5MoeSparseMoeBlock Qwen4ExpTextSparseMoeBlock",
     published=Published("Qwen3-Next-80B-A3B", 512, 3, 80),
 )
-_recipe("lara_mini", gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks=("LaraMiniSparseMoeBlock",))
-_recipe("hunyuan", "2411.02265", gate=dict(k=1, normalize=True, **BATCH), shared=1.0, blocks=("HunYuanMoEV1Moe",))
+_recipe("lara_mini", gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks="LaraMiniSparseMoeBlock")
+_recipe("hunyuan", "2411.02265", gate=dict(k=1, normalize=True, **BATCH), shared=1.0, blocks="HunYuanMoEV1Moe")
 deepseek_v2: RecipeFunction = _recipe(
     "deepseek_v2",
     "2405.04434",
@@ -497,7 +497,7 @@ deepseek_v2: RecipeFunction = _recipe(
     # alpha 1 to 3, section 3.1.2
     loss_coef=3e-3,
     loss_coefs=dict(balance_device=0.05, balance_communication=0.02),
-    blocks=("DeepseekV2Moe", "DeepseekOcr2TextMoe", "UnlimitedOcrTextMoe"),
+    blocks="DeepseekV2Moe DeepseekOcr2TextMoe UnlimitedOcrTextMoe",
     published=Published("DeepSeek-V2", 160, 21, 236),
 )
 deepseek_v3: RecipeFunction = _recipe(
@@ -507,24 +507,11 @@ deepseek_v3: RecipeFunction = _recipe(
     dict(k=8, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
     shared=1.0,
     **COMPLEMENTARY,
-    blocks=(
-        "AXK1MoE",
-        "AXK2MoE",
-        "BailingHybridMoE",
-        "BeamMoE",
-        "DeepseekV3MoE",
-        "DeepseekV32MoE",
-        "Dots1MoE",
-        "Dots3NoteTextMoE",
-        "ExaoneMoeSparseMoEBlock",
-        "Glm4MoeLiteMoE",
-        "Glm4MoeMoE",
-        "Glm4vMoeTextMoE",
-        "GlmMoeDsaMoE",
-        "KimiLinearMoE",
-        "MiMoV2FlashMoE",
-        "SolarOpenMoE",
-    ),
+    blocks="""
+    AXK1MoE AXK2MoE BailingHybridMoE BeamMoE DeepseekV3MoE DeepseekV32MoE Dots1MoE Dots3NoteTextMoE
+    ExaoneMoeSparseMoEBlock Glm4MoeLiteMoE Glm4MoeMoE Glm4vMoeTextMoE GlmMoeDsaMoE KimiLinearMoE MiMoV2FlashMoE
+    SolarOpenMoE
+    """,
     published=Published("DeepSeek-V3", 256, 37, 671),
 )
 _recipe(
@@ -533,7 +520,7 @@ _recipe(
     experts=dict(activation="silu", limit=10.0),
     shared=1.0,
     **COMPLEMENTARY,
-    blocks=("Glm5NextTextMoE", "HYV4MoE", "HYV4VLMoE"),
+    blocks="Glm5NextTextMoE HYV4MoE HYV4VLMoE",
 )
 deepseek_v4: RecipeFunction = _recipe(
     "deepseek_v4",
@@ -542,7 +529,7 @@ deepseek_v4: RecipeFunction = _recipe(
     experts=dict(activation="silu", limit=10.0),
     shared=1.0,
     **COMPLEMENTARY,
-    blocks=("DeepseekV4SparseMoeBlock",),
+    blocks="DeepseekV4SparseMoeBlock",
     published=Published("DeepSeek-V4-Flash", 256, 13, 284),
 )
 nemotron_h: RecipeFunction = _recipe(
@@ -554,7 +541,7 @@ nemotron_h: RecipeFunction = _recipe(
     experts=dict(activation="relu2", gated=False),
     shared=2.0,
     loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss beside the bias
-    blocks=("NemotronHMoE",),
+    blocks="NemotronHMoE",
     published=Published("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
 )
 kimi_k2: RecipeFunction = _recipe(
@@ -584,14 +571,14 @@ _recipe(
     gate=dict(k=8, scale=2.5, **SIGMOID),
     shared=1.0,
     **COMPLEMENTARY,
-    blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
+    blocks="HYV3MoE Dots3NoteVisionMoE AfmoeSparseMoeBlock",
 )
 minimax_m2: RecipeFunction = _recipe(
     "minimax_m2",
     says="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
     gate=dict(k=8, eps=0.0, **SIGMOID, **BATCH),
     router_aux_loss_coef=(0.001, 62),
-    blocks=("MiniMaxM2SparseMoeBlock",),
+    blocks="MiniMaxM2SparseMoeBlock",
     published=Published("MiniMax-M2", 256, 10, 230),
 )
 _recipe(
@@ -600,40 +587,40 @@ _recipe(
     experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
     shared=1.0,
     router_aux_loss_coef=(0.001, 60),
-    blocks=("MiniMaxM3VLSparseMoeBlock",),
+    blocks="MiniMaxM3VLSparseMoeBlock",
 )
 _recipe(
     "step3",
     gate=dict(k=8, eps=0.0, scale=3.0, **SIGMOID),
     experts=dict(activation="silu", limit=7.0, after=True),
     shared=1.0,
-    blocks=("Step3p7SparseMoeBlock",),
+    blocks="Step3p7SparseMoeBlock",
 )
-_recipe("lfm2", gate=dict(k=4, eps=1e-6, **SIGMOID), blocks=("Lfm2MoeSparseMoeBlock",))
-_recipe("flint", gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",))
+_recipe("lfm2", gate=dict(k=4, eps=1e-6, **SIGMOID), blocks="Lfm2MoeSparseMoeBlock")
+_recipe("flint", gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks="FlintSparseMoeBlock")
 ernie4_5: RecipeFunction = _recipe(
     "ernie4_5",
     says="Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts.",
     gate=dict(k=6, expert_bias=True, **BATCH),
     shared=2.0,
     router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
-    blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
+    blocks="Ernie4_5_MoeSparseMoeBlock Ernie4_5_VLMoeSparseMoeBlock",
     published=Published("ERNIE-4.5-21B-A3B", 64, 3, 21),
 )
-_recipe("mistral4", gate=dict(k=4, normalize=True), shared=1.0, blocks=("Mistral4MoE", "MistralLarge4TextMoE"))
+_recipe("mistral4", gate=dict(k=4, normalize=True), shared=1.0, blocks="Mistral4MoE MistralLarge4TextMoE")
 granite4: RecipeFunction = _recipe(
     "granite4",
     says="Granite 4: 8 choices, softmax over the chosen.",
     gate=dict(k=8, weigh="softmax", **BATCH),
     router_aux_loss_coef=(0.001, 32),
-    blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
+    blocks="GraniteMoeMoE GraniteMoeHybridMoE GraniteMoeSharedMoE GraniteMoeSWAMoE",
 )
-_recipe("aria", "2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks=("AriaTextMoELayer",))
+_recipe("aria", "2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks="AriaTextMoELayer")
 _recipe(
     "jetmoe",
     "2404.07413",
     gate=dict(k=2, weigh="softmax"),
-    blocks=("JetMoeMoE",),
+    blocks="JetMoeMoE",
     returns=(None, None, None, None, "logits"),
     keeps={"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
 )
@@ -644,20 +631,20 @@ gpt_oss: RecipeFunction = _recipe(
     dict(k=4, weigh="softmax", bias=True, **BATCH),
     experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
     router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
-    blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
+    blocks="GptOssMLP OpenAIPrivacyFilterMLP",
     published=Published("gpt-oss-120b", 128, 5.1, 117),
 )
 _recipe(
     "cohere2",
     gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0),
     shared=1.0,
-    blocks=("Cohere2MoeSparseMoeBlock",),
+    blocks="Cohere2MoeSparseMoeBlock",
 )
 _recipe(
     "kolibri1",
     gate=dict(k=8, select="logits", eps=0.0, **SIGMOID),
     shared=1.0,
-    blocks=("Kolibri1SparseMoeBlock",),
+    blocks="Kolibri1SparseMoeBlock",
 )
 llama4: RecipeFunction = _recipe(
     "llama4",
@@ -666,7 +653,7 @@ llama4: RecipeFunction = _recipe(
     weigh_input=True,
     shared=1.0,
     router_aux_loss_coef=(0.001, 48),
-    blocks=("Llama4TextMoe",),
+    blocks="Llama4TextMoe",
     returns=(None, "logits"),
     published=Published("Llama-4-Scout", 16, 17, 109),
 )
@@ -675,13 +662,13 @@ _recipe(
     gate=dict(k=8, eps=0.0, scale=2.5, **SIGMOID),
     logits=dict(softcap=30.0),
     shared=1.0,
-    blocks=("LagunaSparseMoeBlock",),
+    blocks="LagunaSparseMoeBlock",
 )
 _recipe(
     "muse_spark",
     gate=dict(k=8, eps=1e-15, scale=2.5, **SIGMOID),
     logits=dict(multiplier=1.0),
-    blocks=("MuseSparkMoE",),
+    blocks="MuseSparkMoE",
 )
 gemma4: RecipeFunction = _recipe(
     "gemma4",
@@ -691,14 +678,14 @@ gemma4: RecipeFunction = _recipe(
     scales="expert",
     experts=dict(activation="gelu_tanh"),
     returns=("probs", "weights", "experts"),
-    blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
+    blocks="Gemma4TextDecoderLayer DiffusionGemmaEncoderTextLayer DiffusionGemmaDecoderTextLayer",
     published=Published("Gemma-4-26B-A4B", 128, 3.8, 25.2),
 )
-_recipe("inkling", gate=dict(k=6, scale=2.5, score="sigmoid", expert_bias=True), scales="all", blocks=("InklingMoE",))
+_recipe("inkling", gate=dict(k=6, scale=2.5, score="sigmoid", expert_bias=True), scales="all", blocks="InklingMoE")
 _recipe(
     "inkling2",
     gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
-    blocks=("Inkling2SparseMoeBlock", "Inkling2LoopSparseMoeBlock"),
+    blocks="Inkling2SparseMoeBlock Inkling2LoopSparseMoeBlock",
 )
 phi3_5: RecipeFunction = _recipe(
     "phi3_5",
@@ -707,14 +694,14 @@ phi3_5: RecipeFunction = _recipe(
     dict(k=2, tolerance=0.01),
     router=SparseMixerGating,
     router_aux_loss_coef=(0.001, 32),
-    blocks=("PhimoeSparseMoeBlock",),
+    blocks="PhimoeSparseMoeBlock",
     published=Published("Phi-3.5-MoE", 16, 6.6, 42),
 )
 _recipe(
     "dbrx",
     gate=dict(k=4, normalize=True, **BATCH),
     router_aux_loss_coef=(0.05, 40),
-    blocks=("DbrxFFN",),
+    blocks="DbrxFFN",
     returns=("logits",),
 )
 longcat_flash: RecipeFunction = _recipe(
@@ -724,7 +711,7 @@ longcat_flash: RecipeFunction = _recipe(
     dict(k=12, normalize=False, expert_bias=True, scale=6.0),
     identity=0.5,
     loss_coef=1e-4,  # no coefficient of its device-level loss is published
-    blocks=("LongcatFlashMoE",),
+    blocks="LongcatFlashMoE",
     published=Published("LongCat-Flash", 512, 27, 560),
 )
 dynamic_moe: RecipeFunction = _recipe(
@@ -754,7 +741,7 @@ zaya: RecipeFunction = _recipe(
     router=DepthAveragedGating,
     zero=1,  # in the published weights
     loss_coef=0.0,  # the bias alone balances, section II-A
-    blocks=("ZayaSparseMoeBlock",),
+    blocks="ZayaSparseMoeBlock",
     published=Published("ZAYA1-8B", 16, 0.76, 8.4),
 )
 
