@@ -108,39 +108,37 @@ class Recipe:
 
 #: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
 KEEPS: dict[str, tuple[str, ...]] = {
-    "router": ("gate", "router"),
-    "experts": ("experts",),
-    # settings
-    "k": ("top_k",),
-    "normalize": ("norm_topk_prob",),
-    "scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
-    "num_groups": ("num_group",),
-    "top_groups": ("topk_group",),
-    "multiplier": ("output_multiplier",),
-    "softcap": ("router_logit_softcapping",),
-    "limit": ("limit", "swiglu_limit"),
-    "alpha": ("alpha", "swiglu_alpha"),
-    "tolerance": ("router_jitter_noise",),
-    "jitter": ("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),
-    # weights of the router
-    "weight": ("weight", "classifier.weight", "layer.weight", "wg.weight", "gate.weight", "proj.weight"),
-    "expert_bias": (
-        "e_score_correction_bias",
-        "expert_bias",
-        "balancing_biases",
-        "moe_statics.e_score_correction_bias",
-    ),
-    "experts_of_id": ("tid2eid",),
-    "norm_weight": ("scale",),
-    "scales": ("per_expert_scale", "global_scale"),
-    # modules
-    "shared": ("shared_experts", "shared_expert", "shared_mlp"),
-    "shared_gate": ("shared_expert_gate",),
-    "before": ("fc1_latent_proj", "pre_expert_proj", "pre_feedforward_layernorm_2"),
-    "before_norm": ("pre_expert_norm",),
-    "after": ("fc2_latent_proj", "post_expert_proj", "post_feedforward_layernorm_2"),
-    "last": ("post_mlp_layernorm",),  # runs after the shared expert's output is added
-    "shift": ("bias",),
+    part: tuple(names.split())
+    for part, names in {
+        "router": "gate router",
+        "experts": "experts",
+        # settings
+        "k": "top_k",
+        "normalize": "norm_topk_prob",
+        "scale": "routed_scaling_factor route_scale router_scaling_factor",
+        "num_groups": "num_group",
+        "top_groups": "topk_group",
+        "multiplier": "output_multiplier",
+        "softcap": "router_logit_softcapping",
+        "limit": "limit swiglu_limit",
+        "alpha": "alpha swiglu_alpha",
+        "tolerance": "router_jitter_noise",
+        "jitter": "jitter_noise input_jitter_noise moe_jitter_eps",
+        # weights of the router
+        "weight": "weight classifier.weight layer.weight wg.weight gate.weight proj.weight",
+        "expert_bias": "e_score_correction_bias expert_bias balancing_biases moe_statics.e_score_correction_bias",
+        "experts_of_id": "tid2eid",
+        "norm_weight": "scale",
+        "scales": "per_expert_scale global_scale",
+        # modules
+        "shared": "shared_experts shared_expert shared_mlp",
+        "shared_gate": "shared_expert_gate",
+        "before": "fc1_latent_proj pre_expert_proj pre_feedforward_layernorm_2",
+        "before_norm": "pre_expert_norm",
+        "after": "fc2_latent_proj post_expert_proj post_feedforward_layernorm_2",
+        "last": "post_mlp_layernorm",  # runs after the shared expert's output is added
+        "shift": "bias",
+    }.items()
 }
 
 
