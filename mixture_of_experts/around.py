@@ -169,7 +169,7 @@ class ZeroComputationExperts(ExpertsAround):
         for name, number in numbers.items():
             if check_number(name, number, at_least=0) != int(number):
                 raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
-        self.num_identity, self.num_zero, self.num_constant = int(num_identity), int(num_zero), int(num_constant)
+            setattr(self, name, int(number))
         self.num_computing = self.num_experts
         self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
         self._check_widths(getattr(experts, "dim", None), self.dim_out)

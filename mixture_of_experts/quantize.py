@@ -195,7 +195,7 @@ class QuantizedExperts(RoutedExperts):
         self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
             key = f"w{number}"
-            choose = None if rounding is None else partial(rounding, key)
+            choose = rounding and partial(rounding, key)
             for name, value in pack(getattr(experts, key), bits, group, block, choose).items():
                 self.register_buffer(f"{key}_{name}", value)
             bias = getattr(experts, f"b{number}")
