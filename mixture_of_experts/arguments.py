@@ -75,13 +75,16 @@ def refuse_gating_arguments(name: str, settings: Top2Settings) -> None:
 
 
 def refuse_expert_arguments(hidden_dim: int | None, activation: Any) -> None:
-    """Refuse arguments that describe the default experts when experts are given: they would do nothing."""
+    """Refuse arguments that describe the default experts when experts are given."""
     given = {} if hidden_dim is None else {"hidden_dim": hidden_dim}
-    if activation is not nn.GELU:
-        given["activation"] = activation
+    refuse_unused("experts", given if activation is nn.GELU else {**given, "activation": activation})
+
+
+def refuse_unused(part: str, given: Mapping[str, Any]) -> None:
+    """Refuse arguments that describe a part which is given itself: they would do nothing."""
     if given:
         written = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        raise ValueError(f"experts is given, so {written} would do nothing: set it on those experts instead")
+        raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
 
 
 OTHER_NAMES_OF_K = ("top_k", "topk", "num_experts_per_tok", "num_selects")  # in other libraries

@@ -169,7 +169,7 @@ class ZeroComputationExperts(ExpertsAround):
         for name, number in numbers.items():
             if check_number(name, number, at_least=0) != int(number):
                 raise ValueError(f"{name} must be an integer of at least 0, got {number!r}")
-        self.num_identity, self.num_zero, self.num_constant = int(num_identity), int(num_zero), int(num_constant)
+            setattr(self, name, int(number))
         self.num_computing = self.num_experts
         self.num_experts = self.num_computing + self.num_identity + self.num_zero + self.num_constant
         self._check_widths(getattr(experts, "dim", None), self.dim_out)
@@ -182,9 +182,8 @@ class ZeroComputationExperts(ExpertsAround):
 
     def reset_parameters(self) -> None:
         """Draw the weights of constant experts (standard deviation 1 / sqrt(d))."""
-        for weight in (self.constants, self.w_constant):
-            if weight is not None:
-                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for weight in self.parameters(recurse=False):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def _check_widths(self, dim: int | None, dim_out: int | None) -> None:
         """Refuse outputs of another width than the tokens', which identities and constants return."""

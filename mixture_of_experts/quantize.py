@@ -9,7 +9,6 @@ stored, `ops/bits8.py` and `ops/bits4.py` say.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, Literal, TypeVar
@@ -31,7 +30,7 @@ from mixture_of_experts.support.checks import check_model
 from mixture_of_experts.support.private_torch import wrapped_module
 from mixture_of_experts.support.same_bits import refuse_same_bits
 from mixture_of_experts.support.tracing import can_read, without_autocast
-from mixture_of_experts.unstack import exchange
+from mixture_of_experts.unstack import exchange, plain_weights
 
 Model = TypeVar("Model", bound=nn.Module)
 Chosen = tuple[Tensor, Tensor, Tensor]  # levels, step and zero of 4 bits
@@ -39,7 +38,7 @@ Rounding = Callable[[str, int, Tensor], Chosen | None]  # of a stack's name, an 
 
 LARGEST = 65280  # number that bfloat16 and float16 hold
 MOST_TOKENS, MOST_ROWS = 4, 32  # that are computed without sorting them by expert
-UNPACKED = 1 << 21  # most numbers of a weight that are unpacked at a time
+UNPACKED = 1 << 21  # most numbers of a weight that are packed or unpacked at a time
 AXES = {"packed": -2, "groups": -3}  # of a weight's inputs, in what is stored of it
 
 
@@ -109,9 +108,7 @@ def quantized(
     experts: StackedExperts, name: str, bits: int, group: int, fallback: int | None, rounding: Rounding | None
 ) -> QuantizedExperts:
     """The experts in few bits, after a check that their weights are plain, frozen and in memory, and fit."""
-    for key, weight in experts.named_parameters(recurse=False):
-        if type(weight) is not nn.Parameter:
-            raise TypeError(f"{name}.{key} is a {type(weight).__name__}: quantise before experts are spread")
+    for key, weight in plain_weights(experts, name).items():
         if weight.requires_grad:
             raise ValueError(
                 f"{name}.{key} is trainable, {bits} bits are not: call requires_grad_(False) of the experts"
@@ -193,13 +190,12 @@ class QuantizedExperts(RoutedExperts):
         rounding: Rounding | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.dim_out, self.hidden_dim = experts.dim, experts.dim_out, experts.hidden_dim
-        self.num_experts, self.expert_dims = experts.num_experts, experts.expert_dims
-        self.act, self.dropout, self.gated = experts.act, experts.dropout, experts.gated
+        for name in (*experts.sizes, "act", "dropout", "gated"):
+            setattr(self, name, getattr(experts, name))
         self.is_transposed = getattr(experts, "is_transposed", False)  # PEFT reads it
         for number in (1, 3, 2) if self.gated else (1, 2):
             key = f"w{number}"
-            choose = None if rounding is None else partial(rounding, key)
+            choose = rounding and partial(rounding, key)
             for name, value in pack(getattr(experts, key), bits, group, block, choose).items():
                 self.register_buffer(f"{key}_{name}", value)
             bias = getattr(experts, f"b{number}")
@@ -220,16 +216,19 @@ class QuantizedExperts(RoutedExperts):
     def rearrange(self, block: int | None = None) -> None:
         """Put numbers of 4 bits in other blocks; by default in those of this machine's operator, if they are on a CPU:
         they may come from another machine."""
-        for name, value in self._buffers.items() if self.bits == 4 else ():
-            if name.endswith("_packed") and value is not None and (block or value.is_cpu):
+        for name, value in self._packed_in_4_bits():
+            if block or value.is_cpu:
                 self._buffers[name] = bits4.rearranged(value, block or bits4.block_of_cpu())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, value in self._buffers.items() if self.bits == 4 else ():
+        for name, value in self._packed_in_4_bits():
             given = state_dict.get(prefix + name)
-            if name.endswith("_packed") and given is not None and value is not None and given.ndim == value.ndim:
+            if given is not None and given.ndim == value.ndim:
                 state_dict[prefix + name] = bits4.rearranged(given, 2 * value.shape[-1])
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _packed_in_4_bits(self) -> list[tuple[str, Tensor]]:
+        return [part for part in self.named_buffers(recurse=False) if self.bits == 4 and part[0].endswith("_packed")]
 
     def forward(self, x: Tensor, decision: Decision | None = None, *, ffn: Any = None) -> Tensor:
         """Map as `RoutedExperts` does; adapters may give `ffn`, whose `parts` are added to weights."""
@@ -239,13 +238,10 @@ class QuantizedExperts(RoutedExperts):
             return super().forward(x)
         if ffn is None and self._has_few(x, decision):
             return self._row_by_row(x, decision)
-        plan = decision.without_gaps()
-        counts = plan.rows_per_expert
-        assert counts is not None
-        rows = dispatch(x, plan)
-        return combine(self.compute(rows, counts, {} if ffn is None else ffn.parts), plan)
+        plan: Any = decision.without_gaps()
+        return combine(self.compute(dispatch(x, plan), plan.rows_per_expert, () if ffn is None else ffn.parts), plan)
 
-    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = None) -> Tensor:
+    def compute(self, rows: Tensor, num_tokens_per_expert: Tensor, parts: Any = ()) -> Tensor:
         def linear(x: Tensor, name: str, stored: list[Any], bias: Tensor | None) -> Tensor:
             with without_autocast(x.device):
                 out = _ByPacked.apply(x, *stored, num_tokens_per_expert, False)
@@ -255,16 +251,15 @@ class QuantizedExperts(RoutedExperts):
                     out = out + grouped_product(thin, up.to(x.dtype), num_tokens_per_expert)
             return out if bias is None else out + bias_of_rows(bias.to(x.dtype), num_tokens_per_expert, x.shape[0])
 
-        parts, dtype = parts or {}, dtype_of_operands(rows.device.type, rows.dtype)
+        dtype = dtype_of_operands(rows.device.type, rows.dtype)
         return self._feed_forward(rows.to(dtype), linear).to(rows.dtype)
 
     def _has_few(self, x: Tensor, decision: Decision) -> bool:
         """Whether a call has so few tokens that each of its rows is multiplied with the bytes."""
         inference = not (self.training or torch.is_grad_enabled() or decision.k is None)
         form = bits8 if self.bits == 8 else bits4
-        if not (
-            inference and can_read(x) and form.is_direct(self.get_buffer("w1_packed"))
-        ):  # a traced graph must not compare lengths
+        # a traced graph must not compare lengths
+        if not (inference and can_read(x) and form.is_direct(self.get_buffer("w1_packed"))):
             return False
         # it computes in float32, where weights of an activation may have another dtype
         fits = x.dtype == torch.float32 or (x.dtype != torch.float64 and next(self.act.parameters(), None) is None)
@@ -321,29 +316,22 @@ def pack(
 ) -> dict[str, Tensor]:
     """What is stored of weights `(*e, p, q)`: "packed", with 4 bits "groups", and the "scale" `(*e, q)` of outputs,
     which is 1 where `choose` gave the numbers of a matrix."""
-    *dims, p, q = weight.shape
-    low, high = weight.amin(dim=-2), weight.amax(dim=-2)
-    scale = torch.maximum(high, -low).to(torch.bfloat16)  # or a later cast would round it
+    scale = torch.maximum(weight.amax(dim=-2), -weight.amin(dim=-2)).to(torch.bfloat16)  # or a cast would round it
     scale = scale.clamp_(max=LARGEST).to(weight.dtype)
-    form: Any = bits8 if bits == 8 else bits4
-    settings = {} if bits == 8 else {"group": group, "block": block or bits4.block_of_cpu()}
-    sizes = form.sizes(p, q, **settings)
-    whole = {name: weight.new_empty(math.prod(dims), *size, dtype=torch.uint8) for name, size in sizes.items()}
-    for i, matrix in enumerate(() if weight.is_meta else weight.flatten(0, -3)):
-        own = scale.flatten(0, -2)[i]
-        given = choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group)))
-        if given:
+    block = block or bits4.block_of_cpu()
+
+    def packed(i: int, matrix: Tensor, own: Tensor) -> dict[str, Tensor]:
+        if given := choose and choose(i, matrix.to(torch.float32, copy=True).unflatten(0, (-1, group))):
             own.fill_(1)
-            parts = [(slice(0, p), bits4.stored(*given, settings["block"]))]
-        else:
-            by = torch.where(own == 0, 1, own.float())
-            parts = ((part, form.pack(matrix[part].float() / by, **settings)) for part in in_parts(p, q))
-        for inputs, stored in parts:
-            for name, part in stored.items():
-                length = part.shape[AXES[name]]
-                start = inputs.start * length // (inputs.stop - inputs.start)
-                whole[name][i].narrow(AXES[name], start, length).copy_(part)
-    return {**{name: value.view(*dims, *sizes[name]) for name, value in whole.items()}, "scale": scale}
+            return bits4.stored(*given, block)
+        numbers = (matrix[part].float() / torch.where(own == 0, 1, own.float()) for part in in_parts(*matrix.shape))
+        parts = [bits8.pack(some) if bits == 8 else bits4.pack(some, group, block) for some in numbers]
+        return {name: torch.cat([part[name] for part in parts], dim=AXES[name]) for name in parts[0]}
+
+    every = list(zip(weight.flatten(0, -3), scale.flatten(0, -2), strict=True))
+    made = [packed(0, *every[0])] * len(every) if weight.is_meta else [packed(i, *each) for i, each in enumerate(every)]
+    stacks = {name: torch.stack([each[name] for each in made]) for name in made[0]}
+    return {**{name: stack.unflatten(0, weight.shape[:-2]) for name, stack in stacks.items()}, "scale": scale}
 
 
 def in_parts(p: int, q: int) -> Iterator[slice]:
@@ -357,7 +345,7 @@ def unpack(packed: Tensor, groups: Tensor | None, scale: Tensor) -> Iterator[tup
     """The numbers of one weight `(p, q)` without its scale, in float32, in parts: some inputs, and their numbers."""
     p, q = packed.shape[-2], scale.shape[-1]
     for inputs in in_parts(p, q):
-        some = packed.narrow(-2, inputs.start, inputs.stop - inputs.start)
+        some = packed[..., inputs, :]
         if groups is None:
             yield inputs, bits8.unpack(some)
         else:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from mixture_of_experts.arguments import refuse_unused
 from mixture_of_experts.around import InputWeightedExperts, LatentExperts, TokenGated, ZeroComputationExperts
 from mixture_of_experts.experts import Experts, GatedExperts
 from mixture_of_experts.gating import (
@@ -107,406 +108,39 @@ class Recipe:
 
 #: attributes in which blocks of `transformers`, or their routers, keep settings, weights and modules
 KEEPS: dict[str, tuple[str, ...]] = {
-    "router": ("gate", "router"),
-    "experts": ("experts",),
-    # settings
-    "k": ("top_k",),
-    "normalize": ("norm_topk_prob",),
-    "scale": ("routed_scaling_factor", "route_scale", "router_scaling_factor"),
-    "num_groups": ("num_group",),
-    "top_groups": ("topk_group",),
-    "multiplier": ("output_multiplier",),
-    "softcap": ("router_logit_softcapping",),
-    "limit": ("limit", "swiglu_limit"),
-    "alpha": ("alpha", "swiglu_alpha"),
-    "tolerance": ("router_jitter_noise",),
-    "jitter": ("jitter_noise", "input_jitter_noise", "moe_jitter_eps"),
-    # weights of the router
-    "weight": ("weight", "classifier.weight", "layer.weight", "wg.weight", "gate.weight", "proj.weight"),
-    "expert_bias": (
-        "e_score_correction_bias",
-        "expert_bias",
-        "balancing_biases",
-        "moe_statics.e_score_correction_bias",
-    ),
-    "experts_of_id": ("tid2eid",),
-    "norm_weight": ("scale",),
-    "scales": ("per_expert_scale", "global_scale"),
-    # modules
-    "shared": ("shared_experts", "shared_expert", "shared_mlp"),
-    "shared_gate": ("shared_expert_gate",),
-    "before": ("fc1_latent_proj", "pre_expert_proj", "pre_feedforward_layernorm_2"),
-    "before_norm": ("pre_expert_norm",),
-    "after": ("fc2_latent_proj", "post_expert_proj", "post_feedforward_layernorm_2"),
-    "last": ("post_mlp_layernorm",),  # runs after the shared expert's output is added
-    "shift": ("bias",),
+    part: tuple(names.split())
+    for part, names in {
+        "router": "gate router",
+        "experts": "experts",
+        # settings
+        "k": "top_k",
+        "normalize": "norm_topk_prob",
+        "scale": "routed_scaling_factor route_scale router_scaling_factor",
+        "num_groups": "num_group",
+        "top_groups": "topk_group",
+        "multiplier": "output_multiplier",
+        "softcap": "router_logit_softcapping",
+        "limit": "limit swiglu_limit",
+        "alpha": "alpha swiglu_alpha",
+        "tolerance": "router_jitter_noise",
+        "jitter": "jitter_noise input_jitter_noise moe_jitter_eps",
+        # weights of the router
+        "weight": "weight classifier.weight layer.weight wg.weight gate.weight proj.weight",
+        "expert_bias": "e_score_correction_bias expert_bias balancing_biases moe_statics.e_score_correction_bias",
+        "experts_of_id": "tid2eid",
+        "norm_weight": "scale",
+        "scales": "per_expert_scale global_scale",
+        # modules
+        "shared": "shared_experts shared_expert shared_mlp",
+        "shared_gate": "shared_expert_gate",
+        "before": "fc1_latent_proj pre_expert_proj pre_feedforward_layernorm_2",
+        "before_norm": "pre_expert_norm",
+        "after": "fc2_latent_proj post_expert_proj post_feedforward_layernorm_2",
+        "last": "post_mlp_layernorm",  # runs after the shared expert's output is added
+        "shift": "bias",
+    }.items()
 }
 
-BATCH = dict(balance_over="batch")
-SIGMOID = dict(score="sigmoid", expert_bias=True)
-#: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
-COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
-
-MODELS: dict[str, Recipe] = {
-    "gshard": Recipe(
-        "2006.16668",
-        says="GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668).",
-        router=Top2Gating,
-        gate=dict(
-            capacity_factor_train=2.0,
-            capacity_factor_eval=None,
-            second_threshold_train=0.5,  # algorithm 1: sent if 2 g2 > a random number
-            second_policy_eval="all",
-        ),
-        experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=1e-2),  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
-        published=Published("GShard, 36 layers", 2048, None, 600),
-    ),
-    "switch": Recipe(
-        "2101.03961",
-        says="Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv "
-        "2101.03961).",
-        gate=dict(k=1, jitter=0.01, capacity_factor_train=1.25),
-        experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=1e-2),  # section 2.2
-        blocks=("SwitchTransformersSparseMLP",),
-        returns=(None, None, "logits"),
-        published=Published("Switch-C", 2048, None, 1571),
-    ),
-    "shazeer": Recipe(
-        "1701.06538",
-        says="Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses "
-        "(arXiv 1701.06538).",
-        router=NoisyTopKGating,
-        gate=dict(k=4),
-        experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=0.1),  # w_importance = w_load, appendix C
-    ),
-    "expert_choice": Recipe(
-        "2202.09368",
-        says="Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that "
-        "generate.",
-        router=ExpertChoiceGating,
-        gate=dict(capacity_factor=2.0),
-        experts=dict(activation="relu", gated=False),
-        layer=dict(loss_coef=0.0),
-    ),
-    "mixtral": Recipe(
-        "2401.04088",
-        says="Mixtral: two choices, softmax normalised (arXiv 2401.04088).",
-        gate=dict(k=2, normalize=True, **BATCH),
-        router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
-        blocks=(
-            "MixtralSparseMoeBlock",
-            "MiniMaxSparseMoeBlock",
-            "Qwen3VLMoeTextSparseMoeBlock",
-        ),
-        published=Published("Mixtral-8x7B", 8, 12.9, 46.7),
-    ),
-    "olmoe": Recipe(
-        "2409.02060",
-        says="OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060).",
-        gate=dict(k=8, normalize=False, **BATCH),
-        layer=dict(z_loss_coef=1e-3),  # both as in the paper, section 2
-        router_aux_loss_coef=(0.01, 16),
-        blocks=("OlmoeSparseMoeBlock", "FlexOlmoSparseMoeBlock", "JambaSparseMoeBlock"),
-        published=Published("OLMoE-1B-7B", 64, 1.3, 6.9),
-    ),
-    "qwen2": Recipe(
-        "2407.10671",
-        says="Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671).",
-        gate=dict(k=4, normalize=False, **BATCH),
-        router_aux_loss_coef=(0.001, 24),
-        shared=4.0,
-        shared_gate=True,
-        blocks=("Qwen2MoeSparseMoeBlock", "Qwen3OmniMoeTalkerTextSparseMoeBlock"),
-        published=Published("Qwen1.5-MoE-A2.7B", 60, 2.7, 14.3),
-    ),
-    "qwen3": Recipe(
-        "2505.09388",
-        says="Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388).",
-        gate=dict(k=8, normalize=True, **BATCH),
-        router_aux_loss_coef=(0.001, 48),
-        blocks=("Qwen3MoeSparseMoeBlock", "MellumSparseMoeBlock", "Qwen3OmniMoeThinkerTextSparseMoeBlock"),
-        published=Published("Qwen3-30B-A3B", 128, 3.3, 30.5),
-    ),
-    "qwen3_next": Recipe(
-        says="Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token.",
-        gate=dict(k=10, normalize=True, **BATCH),
-        router_aux_loss_coef=(0.001, 48),
-        shared=1.0,
-        shared_gate=True,
-        blocks=("Qwen3NextSparseMoeBlock", "Qwen3_5MoeSparseMoeBlock", "Qwen4ExpTextSparseMoeBlock"),
-        published=Published("Qwen3-Next-80B-A3B", 512, 3, 80),
-    ),
-    "lara_mini": Recipe(gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks=("LaraMiniSparseMoeBlock",)),
-    "hunyuan": Recipe(
-        "2411.02265",
-        gate=dict(k=1, normalize=True, **BATCH),
-        shared=1.0,
-        blocks=("HunYuanMoEV1Moe",),
-    ),
-    "deepseek_v2": Recipe(
-        "2405.04434",
-        says="DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts (arXiv "
-        "2405.04434).",
-        gate=dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
-        shared=2.0,
-        # alpha 1 to 3, section 3.1.2
-        layer=dict(loss_coef=3e-3, loss_coefs=dict(balance_device=0.05, balance_communication=0.02)),
-        blocks=("DeepseekV2Moe", "DeepseekOcr2TextMoe", "UnlimitedOcrTextMoe"),
-        published=Published("DeepSeek-V2", 160, 21, 236),
-    ),
-    "deepseek_v3": Recipe(
-        "2412.19437",
-        says="DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv "
-        "2412.19437).",
-        gate=dict(k=8, normalize=True, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
-        shared=1.0,
-        layer=COMPLEMENTARY,
-        blocks=(
-            "AXK1MoE",
-            "AXK2MoE",
-            "BailingHybridMoE",
-            "BeamMoE",
-            "DeepseekV3MoE",
-            "DeepseekV32MoE",
-            "Dots1MoE",
-            "Dots3NoteTextMoE",
-            "ExaoneMoeSparseMoEBlock",
-            "Glm4MoeLiteMoE",
-            "Glm4MoeMoE",
-            "Glm4vMoeTextMoE",
-            "GlmMoeDsaMoE",
-            "KimiLinearMoE",
-            "MiMoV2FlashMoE",
-            "SolarOpenMoE",
-        ),
-        published=Published("DeepSeek-V3", 256, 37, 671),
-    ),
-    "glm5_next": Recipe(
-        gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
-        experts=dict(activation="silu", limit=10.0),
-        shared=1.0,
-        layer=COMPLEMENTARY,
-        blocks=("Glm5NextTextMoE", "HYV4MoE", "HYV4VLMoE"),
-    ),
-    "deepseek_v4": Recipe(
-        says="DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use "
-        "`HashGating`.",
-        gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
-        experts=dict(activation="silu", limit=10.0),
-        shared=1.0,
-        layer=COMPLEMENTARY,
-        blocks=("DeepseekV4SparseMoeBlock",),
-        published=Published("DeepSeek-V4-Flash", 256, 13, 284),
-    ),
-    "nemotron_h": Recipe(
-        "2512.20848",
-        says="Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` "
-        "(arXiv 2512.20848).",
-        gate=dict(k=6, normalize=True, scale=2.5, **SIGMOID),
-        experts=dict(activation="relu2", gated=False),
-        shared=2.0,
-        layer=dict(loss_coef=1e-4),  # report of Nemotron 3 Nano: the standard loss beside the bias
-        blocks=("NemotronHMoE",),
-        published=Published("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
-    ),
-    "kimi_k2": Recipe(
-        "2507.20534",
-        says="Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534).",
-        gate=dict(k=8, normalize=True, scale=2.827, **SIGMOID),
-        shared=1.0,
-        layer=dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-3)),  # `aux_loss_alpha` of config.json
-        published=Published("Kimi-K2", 384, 32, 1040),
-    ),
-    # config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
-    "kimi_k3": Recipe(
-        says="Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, "
-        "SiTU, and shared experts. Move the bias by `balance_experts(model, optimizer, 'quantile')`.",
-        gate=dict(k=16, normalize=True, **SIGMOID),
-        experts=dict(activation="situ"),
-        latent=0.5,
-        shared=2.0,
-        layer=dict(loss_coef=0.0),
-        published=Published("Kimi-K3", 896, None, 2800),
-    ),
-    "hy_v3": Recipe(
-        gate=dict(k=8, normalize=True, scale=2.5, **SIGMOID),
-        shared=1.0,
-        layer=COMPLEMENTARY,
-        blocks=("HYV3MoE", "Dots3NoteVisionMoE", "AfmoeSparseMoeBlock"),
-    ),
-    "minimax_m2": Recipe(
-        says="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
-        gate=dict(k=8, normalize=True, eps=0.0, **SIGMOID, **BATCH),
-        router_aux_loss_coef=(0.001, 62),
-        blocks=("MiniMaxM2SparseMoeBlock",),
-        published=Published("MiniMax-M2", 256, 10, 230),
-    ),
-    "minimax_m3": Recipe(
-        gate=dict(k=4, normalize=True, eps=0.0, scale=2.0, **SIGMOID),
-        experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
-        shared=1.0,
-        router_aux_loss_coef=(0.001, 60),
-        blocks=("MiniMaxM3VLSparseMoeBlock",),
-    ),
-    "step3": Recipe(
-        gate=dict(k=8, normalize=True, eps=0.0, scale=3.0, **SIGMOID),
-        experts=dict(activation="silu", limit=7.0, after=True),
-        shared=1.0,
-        blocks=("Step3p7SparseMoeBlock",),
-    ),
-    "lfm2": Recipe(
-        gate=dict(k=4, normalize=True, eps=1e-6, **SIGMOID),
-        blocks=("Lfm2MoeSparseMoeBlock",),
-    ),
-    "flint": Recipe(
-        gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks=("FlintSparseMoeBlock",)
-    ),
-    "ernie4_5": Recipe(
-        says="Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts.",
-        gate=dict(k=6, expert_bias=True, **BATCH),
-        shared=2.0,
-        router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
-        blocks=("Ernie4_5_MoeSparseMoeBlock", "Ernie4_5_VLMoeSparseMoeBlock"),
-        published=Published("ERNIE-4.5-21B-A3B", 64, 3, 21),
-    ),
-    "mistral4": Recipe(
-        gate=dict(k=4, normalize=True),
-        shared=1.0,
-        blocks=("Mistral4MoE", "MistralLarge4TextMoE"),
-    ),
-    "granite4": Recipe(
-        says="Granite 4: 8 choices, softmax over the chosen.",
-        gate=dict(k=8, weigh="softmax", **BATCH),
-        router_aux_loss_coef=(0.001, 32),
-        blocks=("GraniteMoeMoE", "GraniteMoeHybridMoE", "GraniteMoeSharedMoE", "GraniteMoeSWAMoE"),
-    ),
-    "aria": Recipe("2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks=("AriaTextMoELayer",)),
-    "jetmoe": Recipe(
-        "2404.07413",
-        gate=dict(k=2, weigh="softmax"),
-        blocks=("JetMoeMoE",),
-        returns=(None, None, None, None, "logits"),
-        keeps={"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
-    ),
-    "gpt_oss": Recipe(
-        "2508.10925",
-        says="GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv "
-        "2508.10925).",
-        gate=dict(k=4, weigh="softmax", bias=True, **BATCH),
-        experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
-        router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
-        blocks=("GptOssMLP", "OpenAIPrivacyFilterMLP"),
-        published=Published("gpt-oss-120b", 128, 5.1, 117),
-    ),
-    "cohere2": Recipe(
-        gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0),
-        shared=1.0,
-        blocks=("Cohere2MoeSparseMoeBlock",),
-    ),
-    "kolibri1": Recipe(
-        gate=dict(k=8, select="logits", normalize=True, eps=0.0, **SIGMOID),
-        shared=1.0,
-        blocks=("Kolibri1SparseMoeBlock",),
-    ),
-    "llama4": Recipe(
-        says="Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert.",
-        gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
-        weigh_input=True,
-        shared=1.0,
-        router_aux_loss_coef=(0.001, 48),
-        blocks=("Llama4TextMoe",),
-        returns=(None, "logits"),
-        published=Published("Llama-4-Scout", 16, 17, 109),
-    ),
-    "laguna": Recipe(
-        gate=dict(k=8, normalize=True, eps=0.0, scale=2.5, **SIGMOID),
-        logits=dict(softcap=30.0),
-        shared=1.0,
-        blocks=("LagunaSparseMoeBlock",),
-    ),
-    "muse_spark": Recipe(
-        gate=dict(k=8, normalize=True, eps=1e-15, scale=2.5, **SIGMOID),
-        logits=dict(multiplier=1.0),
-        blocks=("MuseSparkMoE",),
-    ),
-    "gemma4": Recipe(
-        says="Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are "
-        "left out.",
-        gate=dict(k=8, **BATCH),
-        logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
-        scales="expert",
-        experts=dict(activation="gelu_tanh"),
-        returns=("probs", "weights", "experts"),
-        blocks=("Gemma4TextDecoderLayer", "DiffusionGemmaEncoderTextLayer", "DiffusionGemmaDecoderTextLayer"),
-        published=Published("Gemma-4-26B-A4B", 128, 3.8, 25.2),
-    ),
-    "inkling": Recipe(
-        gate=dict(k=6, scale=2.5, **SIGMOID),
-        scales="all",
-        blocks=("InklingMoE",),
-    ),
-    "inkling2": Recipe(
-        gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
-        blocks=("Inkling2SparseMoeBlock", "Inkling2LoopSparseMoeBlock"),
-    ),
-    "phi3_5": Recipe(
-        "2409.12136",
-        says="Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136).",
-        router=SparseMixerGating,
-        gate=dict(k=2, tolerance=0.01),
-        router_aux_loss_coef=(0.001, 32),
-        blocks=("PhimoeSparseMoeBlock",),
-        published=Published("Phi-3.5-MoE", 16, 6.6, 42),
-    ),
-    "dbrx": Recipe(
-        gate=dict(k=4, normalize=True, **BATCH),
-        router_aux_loss_coef=(0.05, 40),
-        blocks=("DbrxFFN",),
-        returns=("logits",),
-    ),
-    "longcat_flash": Recipe(
-        "2509.01322",
-        says="LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token (arXiv "
-        "2509.01322).",
-        gate=dict(k=12, normalize=False, expert_bias=True, scale=6.0),
-        identity=0.5,
-        layer=dict(loss_coef=1e-4),  # no coefficient of its device-level loss is published
-        blocks=("LongcatFlashMoE",),
-        published=Published("LongCat-Flash", 512, 27, 560),
-    ),
-    "dynamic_moe": Recipe(
-        "2403.07652",
-        says="MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652).",
-        router=TopPGating,
-        gate=dict(k=8, p=0.4),
-        layer=dict(loss_coef=1e-2, loss_coefs=dict(entropy=1e-4)),  # section 4.1
-    ),
-    "remoe": Recipe(
-        "2412.14711",
-        says="ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average "
-        "(arXiv 2412.14711).",
-        router=ReLUGating,
-        gate=dict(k=8, mean_choices=1),
-        layer=dict(loss_coef=1.0),
-    ),
-    "zaya": Recipe(
-        "2605.05365",
-        says="ZAYA1: one choice by a network on a state that passes from layer to layer, an expert bias, and an added "
-        "expert that returns zero (arXiv 2605.05365). All layers but the first are made with `first=False`.",
-        router=DepthAveragedGating,
-        gate=dict(k=1, normalize=False, expert_bias=True),
-        zero=1,  # in the published weights
-        layer=dict(loss_coef=0.0),  # the bias alone balances, section II-A
-        blocks=("ZayaSparseMoeBlock",),
-        published=Published("ZAYA1-8B", 16, 0.76, 8.4),
-    ),
-}
-
-#: the recipe of each class of a block
-BLOCKS: dict[str, Recipe] = {block: model for model in MODELS.values() for block in model.blocks}
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": nn.GELU,
@@ -614,41 +248,35 @@ def build(
         _check_published_k(recipe, e, sum(spare), changes)
         gate = make_gate(recipe, d, e + sum(spare), changes, factory)
     else:
-        _refuse_changes("gate", changes)
+        refuse_unused("gate", changes)
+    make_activation = (lambda: make_activation_of(recipe)) if activation is None else activation
     if experts is None:
-        experts = _make_experts(recipe, d, e, h, spare, latent_dim, activation, factory)
+        experts = _make_experts(recipe, d, e, h, spare, latent_dim, make_activation, factory)
     else:
         unused = dict(latent_dim=latent_dim)
         if not recipe.shared or "shared_expert" in of_layer:
             unused |= dict(hidden_dim=hidden_dim, activation=activation)
-        _refuse_changes("experts", {name: value for name, value in unused.items() if value is not None})
-    if "shared_expert" not in of_layer:
-        of_layer["shared_expert"] = _make_shared_expert(recipe, d, h, activation, factory)
-    return MoE(
-        d, gate=gate, experts=experts, **{**_coefficients(recipe, gate, layers, "loss_coef" in of_layer), **of_layer}
-    )
+        refuse_unused("experts", {name: value for name, value in unused.items() if value is not None})
+    settings = _coefficients(recipe, gate, layers, "loss_coef" in of_layer)
+    if recipe.shared and "shared_expert" not in of_layer:
+        gated, width = recipe.experts.get("gated", True), round(recipe.shared * h)
+        shared: nn.Module = SharedExpert(d, width, make_activation, gated, **factory)
+        shared_gate = nn.Linear(d, 1, bias=False, **factory) if recipe.shared_gate else None
+        settings["shared_expert"] = shared if shared_gate is None else TokenGated(shared, shared_gate)
+    return MoE(d, gate=gate, experts=experts, **settings | of_layer)
 
 
 def _check_published_k(recipe: Recipe, e: int, spare: int, changes: Mapping[str, Any]) -> None:
     """Refuse so few experts that the published number of choices takes them all. One that is asked for may do so."""
     k, total = recipe.gate.get("k"), e + spare
-    if k is None or "k" in changes or total > k:
-        return
-    is_bound = recipe.router in (TopPGating, ReLUGating)  # tokens make fewer choices
-    if total == k and (is_bound or k == 1):
+    may_be_all = k == 1 or recipe.router in (TopPGating, ReLUGating)  # tokens make fewer choices than k
+    if k is None or "k" in changes or total > k or (total == k and may_be_all):
         return
     beside = f" and {spare} beside them" if spare else ""
     raise ValueError(
         f"num_experts={e}{beside} must be more than the published model's k={k} choices of a token: give more experts, "
         f"or a k of your own, such as k={max(total // 4, 1)} (k={total} if every expert is to compute every token)"
     )
-
-
-def _refuse_changes(part: str, changes: Mapping[str, Any]) -> None:
-    """Refuse settings of a part that is given: they would do nothing."""
-    if changes:
-        written = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-        raise ValueError(f"{part} is given, so {written} would do nothing: set it on the given {part} instead")
 
 
 def _make_experts(
@@ -666,8 +294,7 @@ def _make_experts(
         latent_dim = round(recipe.latent * d)
     width = d if latent_dim is None else check_size("latent_dim", latent_dim)
     kind: Any = GatedExperts if recipe.experts.get("gated", True) else Experts
-    act = make_activation_of(recipe) if activation is None else activation
-    experts = kind(width, e, h, act, bias=recipe.experts.get("bias", False), **factory)
+    experts = kind(width, e, h, activation, bias=recipe.experts.get("bias", False), **factory)
     if recipe.weigh_input:
         experts = InputWeightedExperts(experts)
     if any(spare):
@@ -677,15 +304,6 @@ def _make_experts(
         after = nn.Sequential(nn.RMSNorm(width, eps=1e-5, **factory), wide) if recipe.latent else wide
         experts = LatentExperts(experts, before=narrow, after=after)
     return experts
-
-
-def _make_shared_expert(recipe: Recipe, d: int, h: int, activation: Any, factory: dict[str, Any]) -> nn.Module | None:
-    """The shared expert of a recipe; None if it has none."""
-    if not recipe.shared:
-        return None
-    act = make_activation_of(recipe) if activation is None else activation
-    shared = SharedExpert(d, round(recipe.shared * h), act, recipe.experts.get("gated", True), **factory)
-    return TokenGated(shared, nn.Linear(d, 1, bias=False, **factory)) if recipe.shared_gate else shared
 
 
 def _coefficients(recipe: Recipe, gate: Any, layers: int | None, given: bool) -> dict[str, Any]:
@@ -740,7 +358,7 @@ def make_activation_of(recipe: Recipe) -> nn.Module:
     """The activation of a recipe's experts."""
     name, limit = recipe.experts.get("activation", "silu"), recipe.experts.get("limit")
     if name == "clamped_swiglu":
-        return ClampedSwiGLU(recipe.experts["alpha"], recipe.experts["limit"])
+        return ClampedSwiGLU(recipe.experts["alpha"], limit)
     activation = ACTIVATIONS[name]()
     return activation if limit is None else ClampedGLU(activation, limit, after=recipe.experts.get("after", False))
 
@@ -751,39 +369,379 @@ class RecipeFunction(Protocol):
     def __call__(self, dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE: ...
 
 
-def _function(name: str) -> RecipeFunction:
-    """The function of a recipe, with its docstring."""
+MODELS: dict[str, Recipe] = {}
+
+
+def _recipe(name: str, *first: Any, blocks: str = "", **fields: Any) -> RecipeFunction:
+    """Write the `Recipe` of these fields into `MODELS`, with arguments of `MoE` as its `layer`; return its function."""
+    layer = {key: fields.pop(key) for key in OF_LAYER if key in fields}
+    recipe = MODELS[name] = Recipe(*first, layer=layer, blocks=tuple(blocks.split()), **fields)
 
     def make(dim: int, num_experts: int, hidden_dim: int | None = None, **changes: Any) -> MoE:
-        return build(MODELS[name], dim, num_experts, hidden_dim, **changes)
+        return build(recipe, dim, num_experts, hidden_dim, **changes)
 
-    make.__name__, make.__qualname__, make.__doc__ = name, name, MODELS[name].says
+    make.__name__, make.__qualname__, make.__doc__ = name, name, recipe.says
     return make
 
 
-gshard: RecipeFunction = _function("gshard")
-switch: RecipeFunction = _function("switch")
-shazeer: RecipeFunction = _function("shazeer")
-expert_choice: RecipeFunction = _function("expert_choice")
-mixtral: RecipeFunction = _function("mixtral")
-olmoe: RecipeFunction = _function("olmoe")
-qwen2: RecipeFunction = _function("qwen2")
-qwen3: RecipeFunction = _function("qwen3")
-qwen3_next: RecipeFunction = _function("qwen3_next")
-deepseek_v2: RecipeFunction = _function("deepseek_v2")
-deepseek_v3: RecipeFunction = _function("deepseek_v3")
-deepseek_v4: RecipeFunction = _function("deepseek_v4")
-nemotron_h: RecipeFunction = _function("nemotron_h")
-kimi_k2: RecipeFunction = _function("kimi_k2")
-kimi_k3: RecipeFunction = _function("kimi_k3")
-minimax_m2: RecipeFunction = _function("minimax_m2")
-ernie4_5: RecipeFunction = _function("ernie4_5")
-granite4: RecipeFunction = _function("granite4")
-gpt_oss: RecipeFunction = _function("gpt_oss")
-llama4: RecipeFunction = _function("llama4")
-gemma4: RecipeFunction = _function("gemma4")
-phi3_5: RecipeFunction = _function("phi3_5")
-longcat_flash: RecipeFunction = _function("longcat_flash")
-dynamic_moe: RecipeFunction = _function("dynamic_moe")
-remoe: RecipeFunction = _function("remoe")
-zaya: RecipeFunction = _function("zaya")
+BATCH = dict(balance_over="batch")
+SIGMOID = dict(normalize=True, score="sigmoid", expert_bias=True)
+PLAIN_RELU = dict(activation="relu", gated=False)
+#: the complementary loss of DeepSeek-V3 (arXiv 2412.19437, section 4.2: alpha = 0.0001)
+COMPLEMENTARY = dict(loss_coef=0.0, loss_coefs=dict(balance_score=1e-4))
+
+gshard: RecipeFunction = _recipe(
+    "gshard",
+    "2006.16668",
+    "GShard: two choices, the second one random in training; in eval all are computed (arXiv 2006.16668).",
+    dict(
+        capacity_factor_train=2.0,
+        capacity_factor_eval=None,
+        second_threshold_train=0.5,  # algorithm 1: sent if 2 g2 > a random number
+        second_policy_eval="all",
+    ),
+    router=Top2Gating,
+    experts=PLAIN_RELU,
+    loss_coef=1e-2,  # Mesh TensorFlow's `moe_loss_coef`; the paper names none
+    published=Published("GShard, 36 layers", 2048, None, 600),
+)
+switch: RecipeFunction = _recipe(
+    "switch",
+    "2101.03961",
+    "Switch Transformer: one choice, with a capacity in training; in eval all are computed (arXiv 2101.03961).",
+    dict(k=1, jitter=0.01, capacity_factor_train=1.25),
+    experts=PLAIN_RELU,
+    loss_coef=1e-2,  # section 2.2
+    blocks="SwitchTransformersSparseMLP",
+    returns=(None, None, "logits"),
+    published=Published("Switch-C", 2048, None, 1571),
+)
+shazeer: RecipeFunction = _recipe(
+    "shazeer",
+    "1701.06538",
+    "Shazeer et al. 2017: k choices by noisy logits, softmax over the chosen, importance and load losses "
+    "(arXiv 1701.06538).",
+    dict(k=4),
+    router=NoisyTopKGating,
+    experts=PLAIN_RELU,
+    loss_coef=0.1,  # w_importance = w_load, appendix C
+)
+expert_choice: RecipeFunction = _recipe(
+    "expert_choice",
+    "2202.09368",
+    "Expert choice: every expert takes its best tokens of a group (arXiv 2202.09368). Not for models that generate.",
+    dict(capacity_factor=2.0),
+    router=ExpertChoiceGating,
+    experts=PLAIN_RELU,
+    loss_coef=0.0,
+)
+mixtral: RecipeFunction = _recipe(
+    "mixtral",
+    "2401.04088",
+    "Mixtral: two choices, softmax normalised (arXiv 2401.04088).",
+    dict(k=2, normalize=True, **BATCH),
+    router_aux_loss_coef=(0.02, 32),  # config.json of Mixtral-8x7B
+    blocks="MixtralSparseMoeBlock MiniMaxSparseMoeBlock Qwen3VLMoeTextSparseMoeBlock",
+    published=Published("Mixtral-8x7B", 8, 12.9, 46.7),
+)
+olmoe: RecipeFunction = _recipe(
+    "olmoe",
+    "2409.02060",
+    "OLMoE: 8 choices, softmax not normalised (arXiv 2409.02060).",
+    dict(k=8, normalize=False, **BATCH),
+    z_loss_coef=1e-3,  # both as in the paper, section 2
+    router_aux_loss_coef=(0.01, 16),
+    blocks="OlmoeSparseMoeBlock FlexOlmoSparseMoeBlock JambaSparseMoeBlock",
+    published=Published("OLMoE-1B-7B", 64, 1.3, 6.9),
+)
+qwen2: RecipeFunction = _recipe(
+    "qwen2",
+    "2407.10671",
+    "Qwen2-MoE: 4 choices, and a shared expert with a gate of each token (arXiv 2407.10671).",
+    dict(k=4, normalize=False, **BATCH),
+    router_aux_loss_coef=(0.001, 24),
+    shared=4.0,
+    shared_gate=True,
+    blocks="Qwen2MoeSparseMoeBlock Qwen3OmniMoeTalkerTextSparseMoeBlock",
+    published=Published("Qwen1.5-MoE-A2.7B", 60, 2.7, 14.3),
+)
+qwen3: RecipeFunction = _recipe(
+    "qwen3",
+    "2505.09388",
+    "Qwen3-MoE: 8 choices, softmax normalised, balanced over the batch (arXiv 2505.09388).",
+    dict(k=8, normalize=True, **BATCH),
+    router_aux_loss_coef=(0.001, 48),
+    blocks="Qwen3MoeSparseMoeBlock MellumSparseMoeBlock Qwen3OmniMoeThinkerTextSparseMoeBlock",
+    published=Published("Qwen3-30B-A3B", 128, 3.3, 30.5),
+)
+qwen3_next: RecipeFunction = _recipe(
+    "qwen3_next",
+    says="Qwen3-Next, Qwen3.5: 10 choices, softmax normalised, and a shared expert with a gate of each token.",
+    gate=dict(k=10, normalize=True, **BATCH),
+    router_aux_loss_coef=(0.001, 48),
+    shared=1.0,
+    shared_gate=True,
+    blocks="Qwen3NextSparseMoeBlock Qwen3_5MoeSparseMoeBlock Qwen4ExpTextSparseMoeBlock",
+    published=Published("Qwen3-Next-80B-A3B", 512, 3, 80),
+)
+_recipe("lara_mini", gate=dict(k=8, normalize=True, **BATCH), shared=1.0, blocks="LaraMiniSparseMoeBlock")
+_recipe("hunyuan", "2411.02265", gate=dict(k=1, normalize=True, **BATCH), shared=1.0, blocks="HunYuanMoEV1Moe")
+deepseek_v2: RecipeFunction = _recipe(
+    "deepseek_v2",
+    "2405.04434",
+    "DeepSeek-V2: 6 choices in the 3 of 8 expert groups with the best experts; shared experts (arXiv 2405.04434).",
+    dict(k=6, normalize=False, num_groups=8, top_groups=3, group_score="best", scale=16.0),
+    shared=2.0,
+    # alpha 1 to 3, section 3.1.2
+    loss_coef=3e-3,
+    loss_coefs=dict(balance_device=0.05, balance_communication=0.02),
+    blocks="DeepseekV2Moe DeepseekOcr2TextMoe UnlimitedOcrTextMoe",
+    published=Published("DeepSeek-V2", 160, 21, 236),
+)
+deepseek_v3: RecipeFunction = _recipe(
+    "deepseek_v3",
+    "2412.19437",
+    "DeepSeek-V3: 8 choices in 4 of 8 expert groups, sigmoid, an expert bias, a shared expert (arXiv 2412.19437).",
+    dict(k=8, scale=2.5, num_groups=8, top_groups=4, **SIGMOID),
+    shared=1.0,
+    **COMPLEMENTARY,
+    blocks="""
+    AXK1MoE AXK2MoE BailingHybridMoE BeamMoE DeepseekV3MoE DeepseekV32MoE Dots1MoE Dots3NoteTextMoE
+    ExaoneMoeSparseMoEBlock Glm4MoeLiteMoE Glm4MoeMoE Glm4vMoeTextMoE GlmMoeDsaMoE KimiLinearMoE MiMoV2FlashMoE
+    SolarOpenMoE
+    """,
+    published=Published("DeepSeek-V3", 256, 37, 671),
+)
+_recipe(
+    "glm5_next",
+    gate=dict(k=8, scale=2.5, **SIGMOID),
+    experts=dict(activation="silu", limit=10.0),
+    shared=1.0,
+    **COMPLEMENTARY,
+    blocks="Glm5NextTextMoE HYV4MoE HYV4VLMoE",
+)
+deepseek_v4: RecipeFunction = _recipe(
+    "deepseek_v4",
+    says="DeepSeek-V4: 6 choices by sqrt(softplus). Its first layers choose by token id: for them use `HashGating`.",
+    gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=1.5),
+    experts=dict(activation="silu", limit=10.0),
+    shared=1.0,
+    **COMPLEMENTARY,
+    blocks="DeepseekV4SparseMoeBlock",
+    published=Published("DeepSeek-V4-Flash", 256, 13, 284),
+)
+nemotron_h: RecipeFunction = _recipe(
+    "nemotron_h",
+    "2512.20848",
+    "Nemotron 3: 6 choices, sigmoid, an expert bias, squared ReLU; latent experts with `latent_dim=` "
+    "(arXiv 2512.20848).",
+    dict(k=6, scale=2.5, **SIGMOID),
+    experts=dict(activation="relu2", gated=False),
+    shared=2.0,
+    loss_coef=1e-4,  # report of Nemotron 3 Nano: the standard loss beside the bias
+    blocks="NemotronHMoE",
+    published=Published("Nemotron-3-Nano-30B-A3B", 128, 3.2, 31.6),
+)
+kimi_k2: RecipeFunction = _recipe(
+    "kimi_k2",
+    "2507.20534",
+    "Kimi K2: 8 choices, sigmoid, an expert bias, and a shared expert (arXiv 2507.20534).",
+    dict(k=8, scale=2.827, **SIGMOID),
+    shared=1.0,
+    loss_coef=0.0,
+    loss_coefs=dict(balance_score=1e-3),  # `aux_loss_alpha` of config.json
+    published=Published("Kimi-K2", 384, 32, 1040),
+)
+# config.json as in torchtitan's flavor 2p8t, SiTU as in vLLM; balanced by quantile, no loss is published
+kimi_k3: RecipeFunction = _recipe(
+    "kimi_k3",
+    says="Kimi K3: 16 choices, sigmoid, an expert bias, experts in half the width with a norm behind them, "
+    "SiTU, and shared experts. Move the bias by `balance_experts(model, optimizer, 'quantile')`.",
+    gate=dict(k=16, **SIGMOID),
+    experts=dict(activation="situ"),
+    latent=0.5,
+    shared=2.0,
+    loss_coef=0.0,
+    published=Published("Kimi-K3", 896, None, 2800),
+)
+_recipe(
+    "hy_v3",
+    gate=dict(k=8, scale=2.5, **SIGMOID),
+    shared=1.0,
+    **COMPLEMENTARY,
+    blocks="HYV3MoE Dots3NoteVisionMoE AfmoeSparseMoeBlock",
+)
+minimax_m2: RecipeFunction = _recipe(
+    "minimax_m2",
+    says="MiniMax-M2: 8 choices, sigmoid normalised, an expert bias.",
+    gate=dict(k=8, eps=0.0, **SIGMOID, **BATCH),
+    router_aux_loss_coef=(0.001, 62),
+    blocks="MiniMaxM2SparseMoeBlock",
+    published=Published("MiniMax-M2", 256, 10, 230),
+)
+_recipe(
+    "minimax_m3",
+    gate=dict(k=4, eps=0.0, scale=2.0, **SIGMOID),
+    experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0),
+    shared=1.0,
+    router_aux_loss_coef=(0.001, 60),
+    blocks="MiniMaxM3VLSparseMoeBlock",
+)
+_recipe(
+    "step3",
+    gate=dict(k=8, eps=0.0, scale=3.0, **SIGMOID),
+    experts=dict(activation="silu", limit=7.0, after=True),
+    shared=1.0,
+    blocks="Step3p7SparseMoeBlock",
+)
+_recipe("lfm2", gate=dict(k=4, eps=1e-6, **SIGMOID), blocks="Lfm2MoeSparseMoeBlock")
+_recipe("flint", gate=dict(k=4, score="sigmoid", normalize=True, eps=0.0), shared=1.0, blocks="FlintSparseMoeBlock")
+ernie4_5: RecipeFunction = _recipe(
+    "ernie4_5",
+    says="Ernie 4.5: 6 choices, softmax with an expert bias, and shared experts.",
+    gate=dict(k=6, expert_bias=True, **BATCH),
+    shared=2.0,
+    router_aux_loss_coef=(0.001, 27),  # the first of 28 layers is dense
+    blocks="Ernie4_5_MoeSparseMoeBlock Ernie4_5_VLMoeSparseMoeBlock",
+    published=Published("ERNIE-4.5-21B-A3B", 64, 3, 21),
+)
+_recipe("mistral4", gate=dict(k=4, normalize=True), shared=1.0, blocks="Mistral4MoE MistralLarge4TextMoE")
+granite4: RecipeFunction = _recipe(
+    "granite4",
+    says="Granite 4: 8 choices, softmax over the chosen.",
+    gate=dict(k=8, weigh="softmax", **BATCH),
+    router_aux_loss_coef=(0.001, 32),
+    blocks="GraniteMoeMoE GraniteMoeHybridMoE GraniteMoeSharedMoE GraniteMoeSWAMoE",
+)
+_recipe("aria", "2410.05993", gate=dict(k=6, weigh="softmax"), shared=2.0, blocks="AriaTextMoELayer")
+_recipe(
+    "jetmoe",
+    "2404.07413",
+    gate=dict(k=2, weigh="softmax"),
+    blocks="JetMoeMoE",
+    returns=(None, None, None, None, "logits"),
+    keeps={"gate_up": "input_linear.weight", "down": "output_linear.weight", "activation": "activation"},
+)
+gpt_oss: RecipeFunction = _recipe(
+    "gpt_oss",
+    "2508.10925",
+    "GPT-OSS: 4 choices, softmax over the chosen, a router bias, clamped SwiGLU with biases (arXiv 2508.10925).",
+    dict(k=4, weigh="softmax", bias=True, **BATCH),
+    experts=dict(activation="clamped_swiglu", alpha=1.702, limit=7.0, bias=True),
+    router_aux_loss_coef=(0.9, 36),  # config.json of gpt-oss-120b
+    blocks="GptOssMLP OpenAIPrivacyFilterMLP",
+    published=Published("gpt-oss-120b", 128, 5.1, 117),
+)
+_recipe(
+    "cohere2",
+    gate=dict(k=8, score="sigmoid", select="logits", normalize=True, eps=0.0),
+    shared=1.0,
+    blocks="Cohere2MoeSparseMoeBlock",
+)
+_recipe(
+    "kolibri1",
+    gate=dict(k=8, select="logits", eps=0.0, **SIGMOID),
+    shared=1.0,
+    blocks="Kolibri1SparseMoeBlock",
+)
+llama4: RecipeFunction = _recipe(
+    "llama4",
+    says="Llama 4: one choice; the sigmoid of its logit multiplies what the expert reads; a shared expert.",
+    gate=dict(k=1, score="sigmoid", select="logits", normalize=False, **BATCH),
+    weigh_input=True,
+    shared=1.0,
+    router_aux_loss_coef=(0.001, 48),
+    blocks="Llama4TextMoe",
+    returns=(None, "logits"),
+    published=Published("Llama-4-Scout", 16, 17, 109),
+)
+_recipe(
+    "laguna",
+    gate=dict(k=8, eps=0.0, scale=2.5, **SIGMOID),
+    logits=dict(softcap=30.0),
+    shared=1.0,
+    blocks="LagunaSparseMoeBlock",
+)
+_recipe(
+    "muse_spark",
+    gate=dict(k=8, eps=1e-15, scale=2.5, **SIGMOID),
+    logits=dict(multiplier=1.0),
+    blocks="MuseSparkMoE",
+)
+gemma4: RecipeFunction = _recipe(
+    "gemma4",
+    says="Gemma 4: a norm before the router, 8 choices, learned scales of experts. The layer's own norms are left out.",
+    gate=dict(k=8, **BATCH),
+    logits=dict(norm_eps=1e-6, multiplier="1/sqrt(d)"),
+    scales="expert",
+    experts=dict(activation="gelu_tanh"),
+    returns=("probs", "weights", "experts"),
+    blocks="Gemma4TextDecoderLayer DiffusionGemmaEncoderTextLayer DiffusionGemmaDecoderTextLayer",
+    published=Published("Gemma-4-26B-A4B", 128, 3.8, 25.2),
+)
+_recipe("inkling", gate=dict(k=6, scale=2.5, score="sigmoid", expert_bias=True), scales="all", blocks="InklingMoE")
+_recipe(
+    "inkling2",
+    gate=dict(k=6, score="sqrt_softplus", expert_bias=True, normalize=True, scale=2.5),
+    blocks="Inkling2SparseMoeBlock Inkling2LoopSparseMoeBlock",
+)
+phi3_5: RecipeFunction = _recipe(
+    "phi3_5",
+    "2409.12136",
+    "Phi-3.5-MoE: SparseMixer, two choices (arXiv 2409.12136).",
+    dict(k=2, tolerance=0.01),
+    router=SparseMixerGating,
+    router_aux_loss_coef=(0.001, 32),
+    blocks="PhimoeSparseMoeBlock",
+    published=Published("Phi-3.5-MoE", 16, 6.6, 42),
+)
+_recipe(
+    "dbrx",
+    gate=dict(k=4, normalize=True, **BATCH),
+    router_aux_loss_coef=(0.05, 40),
+    blocks="DbrxFFN",
+    returns=("logits",),
+)
+longcat_flash: RecipeFunction = _recipe(
+    "longcat_flash",
+    "2509.01322",
+    "LongCat-Flash: 12 choices, an expert bias, and e / 2 added experts that return the token (arXiv 2509.01322).",
+    dict(k=12, normalize=False, expert_bias=True, scale=6.0),
+    identity=0.5,
+    loss_coef=1e-4,  # no coefficient of its device-level loss is published
+    blocks="LongcatFlashMoE",
+    published=Published("LongCat-Flash", 512, 27, 560),
+)
+dynamic_moe: RecipeFunction = _recipe(
+    "dynamic_moe",
+    "2403.07652",
+    "MoE-Dynamic: as many choices as together reach a probability of 0.4, at most 8 (arXiv 2403.07652).",
+    dict(k=8, p=0.4),
+    router=TopPGating,
+    loss_coef=1e-2,
+    loss_coefs=dict(entropy=1e-4),  # section 4.1
+)
+remoe: RecipeFunction = _recipe(
+    "remoe",
+    "2412.14711",
+    "ReMoE: all experts of positive logits, at most 8; `control_sparsity` holds them to one on average "
+    "(arXiv 2412.14711).",
+    dict(k=8, mean_choices=1),
+    router=ReLUGating,
+    loss_coef=1.0,
+)
+zaya: RecipeFunction = _recipe(
+    "zaya",
+    "2605.05365",
+    "ZAYA1: one choice by a network on a state that passes from layer to layer, an expert bias, and an added "
+    "expert that returns zero (arXiv 2605.05365). All layers but the first are made with `first=False`.",
+    dict(k=1, normalize=False, expert_bias=True),
+    router=DepthAveragedGating,
+    zero=1,  # in the published weights
+    loss_coef=0.0,  # the bias alone balances, section II-A
+    blocks="ZayaSparseMoeBlock",
+    published=Published("ZAYA1-8B", 16, 0.76, 8.4),
+)
+
+#: the recipe of each class of a block
+BLOCKS: dict[str, Recipe] = {block: model for model in MODELS.values() for block in model.blocks}

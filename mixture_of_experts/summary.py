@@ -75,8 +75,8 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         rows = [("", "parameters", "active", "FLOPs a token")]
-        rows += [(name or "(itself)", *cells(cost)) for name, cost in self.layers.items()]
-        rows.append(("in all", *cells(self.model)))
+        costs = (*self.layers.items(), ("in all", self.model))
+        rows += [(name or "(itself)", *cells(cost)) for name, cost in costs]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])

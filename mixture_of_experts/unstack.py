@@ -8,7 +8,9 @@ Axes: e experts, d model dim, h hidden dim, o dim of the outputs.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -143,30 +145,38 @@ def exchange(model: Model, kind: type[nn.Module], make: Callable[[Any, str], nn.
     return model
 
 
+def plain_weights(experts: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The stacked weights and biases of experts, after a check that they are plain parameters."""
+    weights = dict(experts.named_parameters(recurse=False))
+    for key, weight in weights.items():
+        if type(weight) is not nn.Parameter:
+            raise TypeError(f"{name}.{key} is a {type(weight).__name__}: unstack or quantise before experts are spread")
+    return weights
+
+
 @torch.no_grad()
 def to_list(stacked: StackedExperts, name: str = "") -> UnstackedExperts:
-    matrices: dict[str, list[Tensor]] = {}  # by name, one for each expert; biases too
-    for key, stack in stacked.named_parameters(recurse=False):
-        if type(stack) is not nn.Parameter:
-            raise TypeError(f"{name}.{key} is a {type(stack).__name__}: unstack before experts are spread or quantised")
-        matrices[key] = list(stack.flatten(0, len(stacked.expert_dims) - 1).unbind(0))
-    needs = {key: stack.requires_grad for key, stack in stacked.named_parameters(recurse=False)}
+    stacks, last = plain_weights(stacked, name), len(stacked.expert_dims) - 1
 
-    def layer(number: str, i: int) -> nn.Linear | None:
+    def parameter(key: str, i: int) -> nn.Parameter:
+        matrix = stacks[key].flatten(0, last)[i]
+        matrix = matrix.mT if key.startswith("w") else matrix
+        return nn.Parameter(matrix.clone(memory_format=torch.contiguous_format), stacks[key].requires_grad)
+
+    def layer(number: str, i: int) -> Any:
         weight, bias = f"w{number}", f"b{number}"
-        if weight not in matrices:
+        if weight not in stacks:
             return None
-        linear = nn.Linear(*matrices[weight][i].shape, bias=bias in matrices, device="meta")
-        linear.weight = nn.Parameter(matrices[weight][i].mT.clone(memory_format=torch.contiguous_format), needs[weight])
-        if bias in matrices:
-            linear.bias = nn.Parameter(matrices[bias][i].clone(), needs[bias])
+        linear = nn.Linear(*stacks[weight].shape[-2:], bias=bias in stacks, device="meta")
+        linear.weight = parameter(weight, i)
+        if bias in stacks:
+            linear.bias = parameter(bias, i)
         return linear
 
     empty = copy.copy(stacked)
     empty.__dict__["_parameters"] = dict.fromkeys(stacked._parameters)
-    parts = [[layer(number, i) for number in "123"] for i in range(len(matrices["w1"]))]
-    settings = stacked.act, stacked.dropout
-    experts = [FeedForward(w1, w2, w3, *settings) for w1, w2, w3 in parts if w1 is not None and w2 is not None]
+    numbers, act = range(math.prod(stacked.expert_dims)), (stacked.act, stacked.dropout)
+    experts = [FeedForward(layer("1", i), layer("2", i), layer("3", i), *act) for i in numbers]
     return UnstackedExperts(experts, empty).train(stacked.training)
 
 
@@ -176,17 +186,18 @@ def to_stack(unstacked: UnstackedExperts, name: str) -> StackedExperts:
     stacked = copy.copy(empty)
     stacked.__dict__["_parameters"] = dict(empty._parameters)
     for key in empty._parameters:
-        part, of = ("weight", f"w{key[1]}") if key[0] == "w" else ("bias", f"w{key[1]}")
+        part, of = "weight" if key.startswith("w") else "bias", f"w{key[1]}"
         layers: list[Any] = [getattr(expert, of) for expert in unstacked]
         for i, layer in enumerate(layers):
-            if layer is not None and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
-                what = type(layer).__name__ if type(layer) is not nn.Linear else type(layer.weight).__name__
-                raise TypeError(
-                    f"{name}.{i}.{of} is a {what}, no plain linear layer: merge adapters, or stay unstacked"
-                )
+            for each in (layer, getattr(layer, "weight", None)):
+                if type(each) not in (nn.Linear, nn.Parameter, NoneType):
+                    raise TypeError(
+                        f"{name}.{i}.{of} is a {type(each).__name__}, no plain linear layer: merge adapters, or stay "
+                        "unstacked"
+                    )
         values = [getattr(layer, part) for layer in layers if getattr(layer, part, None) is not None]
         if values:
             stack = torch.stack([value.mT if part == "weight" else value for value in values])
-            stack = stack.view(*stacked.expert_dims, *stack.shape[1:])
+            stack = stack.unflatten(0, stacked.expert_dims)
             stacked._parameters[key] = nn.Parameter(stack, values[0].requires_grad)
     return stacked.train(unstacked.training)

@@ -24,6 +24,7 @@ from mixture_of_experts import (
     collect_aux,
 )
 from mixture_of_experts.dispatch.groups import group_shape
+from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.replay import record_routing
 from mixture_of_experts.stats import routing_of, track_routing
 from mixture_of_experts.summary import summary
@@ -151,7 +152,8 @@ REFUSED = [
     (ValueError, "experts has num_experts=3", lambda: MoE(8, 4, experts=[LINEAR] * 3)),
     (ValueError, "experts has num_experts=3", lambda: HeirarchicalMoE(8, (2, 2), experts=[LINEAR] * 3)),
     (ValueError, r"gate_inner has outer_expert_dims=\(\)", lambda: HeirarchicalMoE(8, gate_inner=TopKGating(8, 4))),
-    (ValueError, "token choice", lambda: HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))),
+    (ValueError, "gate_outer .*token choice", lambda: HeirarchicalMoE(8, (2, 2), gate_outer=ExpertChoiceGating(8, 2))),
+    (ValueError, "gate_inner .*token choice", lambda: HeirarchicalMoE(8, (2, 2), gate_inner=ExpertChoiceGating(8, 2))),
     # things that are no modules
     (TypeError, r"experts must be a module or a list .*got str", lambda: MoE(8, 4, experts="relu")),
     (TypeError, r"experts must be a module .*got dict", lambda: MoE(8, 4, experts={"a": LINEAR})),
@@ -164,8 +166,20 @@ REFUSED = [
     (TypeError, r"expert 1 of the list must .* got <built-in", lambda: MoE(8, 2, experts=[LINEAR, torch.relu])),
     (TypeError, "experts must be a list of modules, got a int", lambda: ExpertList(3)),
     (ValueError, "at least one module", lambda: ExpertList([])),
-    (TypeError, r"shared_expert must be a module or None, got .*nn.Seq", lambda: MoE(8, 4, shared_expert=0)),
-    (TypeError, r"shared_expert must be a module or None, got .*nn.Seq", lambda: MoE(8, 4, shared_expert=[LINEAR])),
+    # values that would do nothing or harm
+    (ValueError, "hidden_dim=5 would do nothing", lambda: MoE(8, 2, experts=Experts(8, 2), hidden_dim=5)),
+    (ValueError, "activation=.*ReLU.* would do", lambda: MoE(8, 2, experts=Experts(8, 2), activation=nn.ReLU)),
+    (ValueError, "hidden_dim=5 wou", lambda: HeirarchicalMoE(8, (2, 2), experts=Experts(8, (2, 2)), hidden_dim=5)),
+    (ValueError, "jitter must .* at least 0.0 and below 1.0, got 2.0", lambda: TopKGating(8, 4, jitter=2.0)),
+    (ValueError, "alpha must be a finite number, got 'x'", lambda: ClampedSwiGLU("x", None)),
+    (ValueError, "limit must be a finite number above 0.0, got 0.0", lambda: ClampedSwiGLU(1.0, 0.0)),
+    (ValueError, "bias must be True or False, got 'none'", lambda: TopKGating(8, 4, bias="none")),
+    (ValueError, "expert_bias must be True or False, got 1", lambda: TopKGating(8, 4, expert_bias=1)),
+    (ValueError, "second_place_loss must be True or False, got 0.5", lambda: MoE(8, 4, second_place_loss=0.5)),
+    (ValueError, "num_gates must be an integer of at least 1, got 0", lambda: Top2Gating(8, 0)),
+    (ValueError, "outer_expert_dims must be an.*, got 0", lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0))),
+    (TypeError, r"dtype must be a floating torch\.dtype such as", lambda: MoE(8, 2, dtype="float32")),
+    (TypeError, r"dtype must be a floating torch\.dtype such as", lambda: Experts(8, 2, dtype=torch.int64)),
     # routers
     (ValueError, "k must be at most num_experts=4, got 5", lambda: TopKGating(8, 4, 5)),
     (ValueError, r"score must be one of 'softmax', .*got 'relu'", lambda: TopKGating(8, 4, score="relu")),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pickle
@@ -113,14 +114,13 @@ def test_killed_save_keeps_the_checkpoint_before(workers: Workers, tmp_path: Pat
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000003", "step-000000004"]
 
 
-@pytest.mark.parametrize("check", [odd.check_what_is_written_stays, odd.check_extra_that_could_not_be_read])
+FOLDERS = {odd.check_what_is_written_stays: 2, odd.check_extra_that_could_not_be_read: 2}
+FOLDERS |= {odd.check_same_step_again: 1, odd.check_old_checkpoints_are_removed: 1}
+
+
+@pytest.mark.parametrize("check", FOLDERS)
 def test_folder_of_checkpoints(workers: Workers, tmp_path: Path, check: Callable[[Path], None]):
-    workers.run(check, 2, tmp_path)
-
-
-@pytest.mark.parametrize("check", [odd.check_same_step_again, odd.check_old_checkpoints_are_removed])
-def test_folder_of_checkpoints_of_one_rank(workers: Workers, tmp_path: Path, check: Callable[[Path], None]):
-    workers.run(check, 1, tmp_path)
+    workers.run(check, FOLDERS[check], tmp_path)
 
 
 @pytest.mark.parametrize("layout", ["expert_parallel_only", "ddp_replicas", "fsdp", "fsdp_replicas"])
@@ -152,58 +152,29 @@ def test_swapped_model_saved_on_one_rank(workers: Workers, tmp_path: Path):
 
 # ---- setting up, copies, collectives, gradients, the benchmark, compilation ----
 
+ON_FOUR = """
+    refusals what_is_spread source_rank_none list_is_placed meta_start group_of_gates copies_and_pickles norms averages
+    balance_of_each_rank replay
+"""
+ELSEWHERE = """
+    unequal_sizes_are_tested experts_that_return_other_dtypes rank_with_sequences_of_no_length
+    state_dict_of_a_list_loads_into_the_layer one_rank_has_no_collective
+"""
 CHECKS = {
-    4: (
-        checks.check_refusals,
-        checks.check_what_is_spread,
-        checks.check_source_rank_none,
-        checks.check_list_is_placed,
-        checks.check_meta_start,
-        checks.check_group_of_gates,
-        checks.check_copies_and_pickles,
-        checks.check_norms,
-        checks.check_averages,
-        checks.check_balance_of_each_rank,
-        checks.check_replay,
-    ),
-    2: (
-        checks.check_number_of_collectives,
-        checks.check_static_shapes,
-        checks.check_autocast_sends_half,
-        checks.check_side_inputs_under_fsdp2,
-        odd.check_ranks_without_a_gradient_of_their_own,
-        odd.check_tied_experts,
-        odd.check_buffer_that_looks_stacked,
-        odd.check_attributes_set_in_a_forward,
-        odd.check_attributes_set_beside_a_forward,
-        odd.check_pickling_says_what_to_do,
-        odd.check_layer_called_twice,
-        odd.check_calls_without_gradients,
-        odd.check_calls_without_any_token,
-        odd.check_second_derivatives,
-        odd.check_refusals_change_nothing,
-        odd.check_more_refusals,
-        odd.check_counts_under_ddp,
-        odd.check_gradients_that_are_not_there,
-        odd.check_norm_of_parameters_without_gradients,
-        saves.check_published_checkpoint,
-        saves.check_wrong_shape_is_named,
-        checks.check_benchmark,
-        checks.check_a_call_is_not_seen,
-        checks.check_the_same_bits_are_refused,
-        checks.check_compiles,
-    ),
-    1: (checks.check_one_rank_has_no_collective,),
+    name.removeprefix("check_"): check
+    for module in (checks, odd, saves)
+    for name, check in vars(module).items()
+    if name.startswith("check_") and check.__module__ == module.__name__ and not inspect.signature(check).parameters
 }
 
 
-@pytest.mark.parametrize(
-    ("ranks", "check"),
-    [(ranks, check) for ranks, some in CHECKS.items() for check in some],
-    ids=lambda value: getattr(value, "__name__", str(value)),
-)
-def test_on_ranks(workers: Workers, ranks: int, check: Callable[[], None]):
-    workers.run(check, ranks)
+@pytest.mark.parametrize("name", sorted(CHECKS.keys() - ELSEWHERE.split()))
+def test_on_ranks(workers: Workers, name: str):
+    workers.run(CHECKS[name], 4 if name in ON_FOUR.split() else 2)
+
+
+def test_on_one_rank(workers: Workers):
+    workers.run(checks.check_one_rank_has_no_collective, 1)
 
 
 def test_gradients_of_the_sum(workers: Workers):

@@ -6,12 +6,10 @@ import re
 
 import pytest
 import torch
-from support.recipe_tables import CONCEPTS, with_routers
 from support.recipes import DOCS, recipe
 from torch import Tensor, nn
 
 from mixture_of_experts import (
-    ExpertChoiceGating,
     Experts,
     HeirarchicalMoE,
     MoE,
@@ -57,11 +55,6 @@ def cheat_sheet() -> dict[tuple[str, bool], list[str]]:
     text = (DOCS / "concepts.md").read_text(encoding="utf-8").split("## Routing\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)`(.*?) \| (.*) \|$", text, re.MULTILINE)
     return {(router, "expert bias" in variant): cells.split(" | ") for router, variant, cells in rows}
-
-
-def test_the_cheat_sheet_names_who_uses_a_router():
-    text = CONCEPTS.read_text(encoding="utf-8")
-    assert with_routers(text) == text, "`python -m tests.write` writes it"
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -139,12 +132,6 @@ def test_jitter_is_uniform_in_low_precision_too(dtype):
     assert len(factor.unique()) > 1000
     assert (factor.min().item(), factor.max().item()) == pytest.approx((0.99, 1.01), abs=1e-4)
     assert factor.std().item() == pytest.approx(0.01 / 3**0.5, rel=0.05)
-
-
-def test_expert_choice_is_refused_at_both_levels():
-    for level in ("gate_outer", "gate_inner"):
-        with pytest.raises(ValueError, match=rf"{level} must be a router of token choice"):
-            HeirarchicalMoE(8, (4, 4), **{level: ExpertChoiceGating(8, 4)})
 
 
 # The table of losses

@@ -1,5 +1,5 @@
-"""Writes what is made from the code: functions of recipes.py, exports of routers, tables of the pages of recipes and
-concepts, lines of the public surface.
+"""Writes what is made from the code: exports of routers, tables of the pages of recipes and concepts, lines of
+the public surface.
 
     python -m tests.write
 
@@ -9,25 +9,15 @@ them: `pytest tests/compat -m "" -k NAME --write-table`.
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-from mixture_of_experts import gating, recipes
+from mixture_of_experts import gating
 from tests.support import public_surface, recipe_tables
 from tests.support.strategies import KINDS
 
-SOURCE = Path(recipes.__file__)
 EXPORTS = Path(gating.__file__)
-
-
-def with_functions(source: str) -> str:
-    """The code of recipes.py with a function for each recipe that says what its layers do. Type checkers read it."""
-    lines = [f'{name}: RecipeFunction = _function("{name}")\n' for name, model in recipes.MODELS.items() if model.says]
-    source, found = re.subn(r"\n(?:\w+: RecipeFunction = .*\n)+", "\n" + "".join(lines), source)
-    assert found == 1
-    return source
 
 
 def with_routers(source: str) -> str:
@@ -43,8 +33,7 @@ def with_routers(source: str) -> str:
 
 
 def write_code() -> None:
-    for file, written in {SOURCE: with_functions, EXPORTS: with_routers}.items():
-        file.write_text(written(file.read_text(encoding="utf-8")), encoding="utf-8")
+    EXPORTS.write_text(with_routers(EXPORTS.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def write_pages() -> None:

@@ -25,12 +25,6 @@ FEW_ROWS = 32  # of an expert; for more, a product with the unpacked weight is a
 PLAIN, WIDEST = 2, 64  # outputs of a block; there are as many outputs as fill the widest, the last ones of zeros
 
 
-def sizes(p: int, q: int, group: int, block: int) -> dict[str, tuple[int, ...]]:
-    """Of what `pack` returns."""
-    q += -q % WIDEST
-    return {"packed": (q // block, p, block // 2), "groups": (p // group, q, 4)}
-
-
 def pack(weight: Tensor, group: int, block: int) -> dict[str, Tensor]:
     """Numbers `(p, q)`, in float32, rounded to the nearest levels and stored."""
     levels, step, zero = nearest(weight.unflatten(0, (-1, group)))

@@ -25,11 +25,6 @@ EXTRA = 8  # bytes of a packed row behind its steps
 FEW_ROWS = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 
-def sizes(p: int, q: int) -> dict[str, tuple[int, ...]]:
-    """Of what `pack` returns."""
-    return {"packed": (p, q + EXTRA)}
-
-
 def pack(weight: Tensor) -> dict[str, Tensor]:
     """Numbers `(p, q)`, in float32, in bytes `(p, q + 8)`."""
     low, high = weight.aminmax(dim=-1, keepdim=True)

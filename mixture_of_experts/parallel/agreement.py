@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -25,33 +25,21 @@ def check_ranks_agree(describe: Callable[[], dict[str, Any]], mesh: DeviceMesh) 
         description = describe()
     except Exception as error:  # raised below, after the other ranks know of it
         problem = error
-    descriptions = [(description, str(problem or ""))]
+    told, group = [(description, str(problem or ""))] * mesh.size(), mesh.get_group()
     if mesh.size() > 1:
-        descriptions = gather_from_ranks((description, str(problem or "")), mesh.get_group())
+        try:
+            dist.all_gather_object(told, told[0], group=group)
+        except RuntimeError as error:
+            what = "expert parallelism: a rank could not compare its layers with the others'"
+            raise waited_in_vain(what, error, group) from error
     if problem is not None:
         raise problem
-    for rank, (other, message) in enumerate(descriptions):
+    first = told[0][0]
+    for rank, (other, message) in enumerate(told):
         if message:
             raise ValueError(f"expert parallelism: rank {rank} cannot be set up: {message}")
-        if differing := differences(descriptions[0][0], other):
-            shown = [f"{key}: {first} on rank 0, {its} on rank {rank}" for key, first, its in differing[:MOST]]
+        both = [(key, first.get(key, "missing"), other.get(key, "missing")) for key in {**first, **other}]
+        differing = [f"{key}: {one} on rank 0, {its} on rank {rank}" for key, one, its in both if one != its]
+        if differing:
             more = f"; and {len(differing) - MOST} more" if len(differing) > MOST else ""
-            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(shown)}{more}")
-
-
-def differences(first: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """The keys of two descriptions whose values differ, each with both values."""
-    pairs = ((key, first.get(key, "missing"), other.get(key, "missing")) for key in {**first, **other})
-    return [(key, mine, its) for key, mine, its in pairs if mine != its]
-
-
-def gather_from_ranks(value: Any, group: dist.ProcessGroup) -> list[Any]:
-    """The values of all ranks, in the order of the ranks."""
-    values: list[Any] = [None] * group.size()
-    try:
-        dist.all_gather_object(values, value, group=group)
-    except RuntimeError as error:
-        raise waited_in_vain(
-            "expert parallelism: a rank could not compare its layers with the others'", error, group
-        ) from error
-    return values
+            raise ValueError(f"expert parallelism: the ranks' layers differ in {'; '.join(differing[:MOST])}{more}")

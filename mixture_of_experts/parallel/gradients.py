@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from functools import reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -68,18 +69,16 @@ def average_gradients(parameters: Iterable[Tensor], group: dist.ProcessGroup | D
     if group.size() == 1:
         return
     for bucket in _buckets(parameter for parameter in parameters if parameter.requires_grad):
-        parts = [_local(p) if p.grad is None else _local(p.grad) for p in bucket]
-        values = [torch.zeros_like(part) if p.grad is None else part for p, part in zip(bucket, parts, strict=True)]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket]
+        parts = [_local(grad) for grad in grads]
         present = parts[0].new_tensor([p.grad is not None for p in bucket])
-        flat = torch.cat([*(value.flatten() for value in values), present])
+        flat = torch.cat([*(part.flatten() for part in parts), present])
         dist.all_reduce(flat, group=group)
         *sums, present = flat.split([*(part.numel() for part in parts), len(bucket)])
-        for i, (parameter, total) in enumerate(zip(bucket, sums, strict=True)):
-            if parameter.grad is None and not present[i]:
-                continue
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            _local(parameter.grad).copy_((total / group.size() if op == "mean" else total).view_as(parts[i]))
+        for parameter, grad, part, total, there in zip(bucket, grads, parts, sums, present, strict=True):
+            if parameter.grad is not None or there:
+                parameter.grad = grad
+                part.copy_((total / group.size() if op == "mean" else total).view_as(part))
 
 
 @torch.no_grad()
@@ -102,7 +101,7 @@ def clip_grad_norm_(
     if not norm_type > 0:
         raise ValueError(f"norm_type must be above 0, or inf, got {norm_type}")
     every = _as_list(parameters)
-    totals = [_norm_of_group(members, norm_type) for members in _by_owners(every).values()]
+    totals = [_norm_of_group(members, groups, norm_type) for groups, members in _by_owners(every).items()]
     totals = [total.to(totals[0].device) for total in totals]
     total = torch.linalg.vector_norm(torch.stack(totals), norm_type) if totals else torch.zeros(())
     if error_if_nonfinite and not bool(torch.isfinite(total)):
@@ -129,7 +128,7 @@ def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], 
 
     Parameters without a gradient are sorted too, so that all ranks come to the same collectives.
     """
-    owners: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
+    owners: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         groups = []
         if isinstance(parameter, DTensor):
@@ -141,7 +140,7 @@ def _by_owners(parameters: list[Tensor]) -> dict[tuple[dist.ProcessGroup, ...], 
     return owners  # in the order of the model, the same on every rank
 
 
-def _norm_of_group(parameters: list[Tensor], norm_type: float) -> Tensor:
+def _norm_of_group(parameters: list[Tensor], groups: Iterable[dist.ProcessGroup], norm_type: float) -> Tensor:
     """The norm of the gradients of parameters that are spread over the same process groups."""
     # the dtype of all parameters, as ranks may have gradients of different ones
     dtype = reduce(torch.promote_types, (parameter.dtype for parameter in parameters), torch.float32)
@@ -151,18 +150,14 @@ def _norm_of_group(parameters: list[Tensor], norm_type: float) -> Tensor:
             norm = torch.linalg.vector_norm(_local(parameter.grad), norm_type, dtype=dtype)
             norms.append(norm.to(norms[0].device))
     total = torch.linalg.vector_norm(torch.stack(norms), norm_type)
-    for group in next(iter(_by_owners(parameters[:1]))):
-        total = _norm_over_ranks(total, norm_type, group)
+    for group in groups:
+        if math.isinf(norm_type):
+            dist.all_reduce(total, dist.ReduceOp.MAX, group)
+        else:
+            total = total**norm_type
+            dist.all_reduce(total, group=group)
+            total = total ** (1 / norm_type)
     return total
-
-
-def _norm_over_ranks(norm: Tensor, norm_type: float, group: dist.ProcessGroup) -> Tensor:
-    if math.isinf(norm_type):
-        dist.all_reduce(norm, dist.ReduceOp.MAX, group)
-        return norm
-    power = norm**norm_type
-    dist.all_reduce(power, group=group)
-    return power ** (1 / norm_type)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -174,14 +169,14 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
-def _buckets(parameters: Iterable[Tensor], most: int = 2**25) -> Iterable[list[Tensor]]:
-    """Lists of parameters of one dtype and device, of about `most` elements each: few collectives, little memory."""
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+def _buckets(parameters: Iterable[Tensor]) -> Iterable[list[Tensor]]:
+    """Lists of parameters of one dtype and device, of about 2**25 elements each: few collectives, little memory."""
+    open_buckets: dict[Any, list[Tensor]] = {}
     for parameter in parameters:
         local = _local(parameter)
         kind = (local.dtype, local.device)
         bucket = open_buckets.setdefault(kind, [])
         bucket.append(parameter)
-        if sum(_local(member).numel() for member in bucket) >= most:
+        if sum(_local(member).numel() for member in bucket) >= 2**25:
             yield open_buckets.pop(kind)
     yield from open_buckets.values()

@@ -29,11 +29,14 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
         with exchanged(experts, sharding, local_class):
             yield experts
         return
-    stand_ins: dict[nn.Module, nn.Module] = {}
-    stand_in = stand_in_of(experts, stand_ins)
+    stand_ins: dict[Any, nn.Module] = {module: object.__new__(type(module)) for module in experts.modules()}
+    for module, its in stand_ins.items():
+        parts = {name: stand_ins.get(part) for name, part in module._modules.items()}
+        own = dict(_parameters={**module._parameters}, _buffers={**module._buffers}, _modules=parts)
+        its.__dict__.update(module.__dict__, **own)
     began = {its: [{**table} for table in tables_of(its)] for its in stand_ins.values()}
-    with exchanged(stand_in, sharding, local_class):
-        yield stand_in
+    with exchanged(stand_ins[experts], sharding, local_class):
+        yield stand_ins[experts]
     originals = {its: module for module, its in stand_ins.items()}
     for its, module in originals.items():
         for table, now, before in zip(tables_of(module), tables_of(its), began[its], strict=True):
@@ -47,16 +50,6 @@ def on_this_rank(experts: nn.Module, sharding: ExpertSharding, local_class: type
 def tables_of(module: nn.Module) -> list[dict[str, Any]]:
     """Where a module keeps its attributes, parameters, buffers and parts."""
     return [module.__dict__, module._parameters, module._buffers, module._modules]
-
-
-def stand_in_of(module: nn.Module, made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module with the attributes and tensors of another, in tables of its own; it is noted in `made`."""
-    if module not in made:
-        made[module] = its = object.__new__(type(module))
-        its.__dict__.update(module.__dict__, _parameters={**module._parameters}, _buffers={**module._buffers})
-        children = {name: None if part is None else stand_in_of(part, made) for name, part in module._modules.items()}
-        its.__dict__["_modules"] = children
-    return made[module]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def parallelize_module(
 def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelStyle]) -> dict[str, Any]:
     """Everything in which the ranks' models must agree; raises for a wrong plan, or a layer that cannot be spread."""
     description: dict[str, Any] = {}
-    owner: dict[int, tuple[str, str]] = {}
+    owner: dict[Any, tuple[str, str]] = {}
     for key, style in plan.items():
         found = matching_submodules(module, key)
         if not found:
@@ -66,7 +66,7 @@ def describe_plan(module: nn.Module, mesh: DeviceMesh, plan: dict[str, ParallelS
                 sharding = style.sharding(layer, mesh)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{name}: {error}" if name else str(error)) from error
-            first = owner.setdefault(id(layer.experts), (key, name))
+            first = owner.setdefault(layer.experts, (key, name))
             if first != (key, name):
                 raise ValueError(
                     f"{name} (by {key!r}) has the experts of {first[1]} (by {first[0]!r}): give each layer its own, "
@@ -87,8 +87,10 @@ def matching_submodules(module: nn.Module, key: str) -> dict[str, nn.Module]:
             for name, child in parent.named_children()
             if fnmatch(name, part)
         }
-    first = {id(submodule): name for name, submodule in reversed(found.items())}
-    return {name: submodule for name, submodule in found.items() if first[id(submodule)] == name}
+    first: dict[nn.Module, str] = {}
+    for name, submodule in found.items():
+        first.setdefault(submodule, name)
+    return {name: submodule for submodule, name in first.items()}
 
 
 def save_whole(module: nn.Module) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, reduce
 from typing import Any
 
@@ -30,7 +31,6 @@ from mixture_of_experts.parallel.exchange import (
     exchange_rows,
     exchange_slots,
     scale_gradient,
-    with_backward_to,
 )
 from mixture_of_experts.parallel.on_this_rank import on_this_rank
 from mixture_of_experts.parallel.sharding import ExpertSharding
@@ -109,19 +109,19 @@ class ExpertParallelExperts(nn.Module):
             return torch.get_autocast_dtype(device), torch.get_autocast_dtype(device)
         return x.dtype, reduce(torch.promote_types, weights)
 
-    def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Compute slots `(*l, s, d)` or rows by this rank's experts. Hooks on the experts run around the whole forward,
-        not here."""
-        out = self._run_own_code(*((x,) if counts is None else (x, counts)))
+    def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
+        """Compute slots `(*l, s, d)`, or rows with their counts, by this rank's experts. Hooks on the experts run
+        around the whole forward, not here."""
+        local: Any = self.local_class
+        with self._on_this_rank() as here:
+            out = (local.compute if counts else local.forward)(here, x, *counts)
         wanted = (*x.shape[:-1], getattr(self, "dim_out", None) or x.shape[-1])
         if not isinstance(out, Tensor) or out.shape != wanted:
             raise ValueError(f"experts must return shape {wanted} for {tuple(x.shape)}, got {shape_of(out)}")
         return out
 
-    def _run_own_code(self, *given: Tensor) -> Any:
-        local: Any = self.local_class
-        with on_this_rank(self, self.expert_parallel, local) as here:
-            return local.forward(here, *given) if len(given) == 1 else local.compute(here, *given)
+    def _on_this_rank(self) -> AbstractContextManager[nn.Module]:
+        return on_this_rank(self, self.expert_parallel, self.local_class)
 
     def own_parameter_names(self) -> set[str]:
         """Names of the parameters of which every rank has its own part."""
@@ -162,9 +162,7 @@ class ExpertParallelExperts(nn.Module):
                 continue
             if ranks := ranks_of_part(whole, parameter):
                 errors.append(SAVED_ELSEWHERE.format(name=prefix + name, ranks=ranks, here=self.expert_parallel.ranks))
-            if isinstance(whole, DTensor):
-                continue
-            if whole.shape == parameter.shape:  # super() reports a wrong shape
+            if not isinstance(whole, DTensor) and whole.shape == parameter.shape:  # super() reports a wrong shape
                 mesh, placements = parameter.device_mesh, parameter.placements
                 state_dict[prefix + name] = distribute_tensor(whole, mesh, placements, src_data_rank=None)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -188,25 +186,27 @@ class SpreadList(ExpertParallelExperts):
     """The base that `parallel_class` puts before a list of experts. A rank keeps its own modules, under the keys of the
     whole list."""
 
-    num_experts: int
+    @property
+    def num_experts(self) -> int:
+        return math.prod(self.expert_parallel.dims)
 
     def _travelling_dtypes(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
         sent, widest = super()._travelling_dtypes(x)
         # modules of other ranks may have weights of other dtypes: without an exchange, x's dtype is the one all know
         return sent, x.dtype if self.expert_parallel.static_shapes else widest
 
-    def _compute(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
+    def _compute(self, x: Tensor, *counts: Tensor) -> Tensor:
         # scaling the gradients of inputs and outputs scales the parameters' gradients, without a change of the modules
         factor = self.expert_parallel.factor
-        result = scale_gradient(super()._compute(scale_gradient(x, 1 / factor), counts), factor)
+        result = super()._compute(scale_gradient(x, 1 / factor), *counts)
         # if this rank's modules are all frozen or constant, other ranks still wait for its backward
-        return with_backward_to(result, x)
+        return scale_gradient(result, factor, reached=x)
 
-    def _run_own_code(self, *given: Tensor) -> Any:
-        view: Any = object.__new__(self.local_class)
+    def _on_this_rank(self) -> AbstractContextManager[nn.Module]:
+        view = object.__new__(self.local_class)
         own = {str(i): module for i, module in enumerate(self._modules.values())}
-        view.__dict__.update({**self.__dict__, "_modules": own})
-        return view.forward(*given) if len(given) == 1 else view.compute(*given)
+        view.__dict__.update(self.__dict__, _modules=own)
+        return nullcontext(view)
 
     def own_parameter_names(self) -> set[str]:
         return {name for name, _ in self.named_parameters()}
@@ -232,21 +232,16 @@ class SpreadList(ExpertParallelExperts):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Load a state dict; of all modules, saved by one process, leave out those of other ranks."""
-        saved = {key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
-        saved = {index for index in saved if index.isdigit()}
-        strict, errors = args[1], args[-1]
-        if strict and saved and self._modules.keys() - saved:
-            ranks, here = self.num_experts / len(saved), self.expert_parallel.ranks
-            errors.append(SAVED_ELSEWHERE.format(name=prefix + "*", ranks=f"{ranks:g}", here=here))
-        for key in list(state_dict):
-            if key.startswith(prefix) and self.has_elsewhere(key.removeprefix(prefix)):
+        of_key = {key: key.removeprefix(prefix).partition(".")[0] for key in state_dict if key.startswith(prefix)}
+        expert = {key: int(index) for key, index in of_key.items() if index.isdigit()}
+        (_, strict, *_, errors), saved, here = args, {*expert.values()}, self.expert_parallel.experts
+        if strict and saved and not saved.issuperset(here):
+            ranks = f"{self.num_experts / len(saved):g}"
+            errors.append(SAVED_ELSEWHERE.format(name=prefix + "*", ranks=ranks, here=self.expert_parallel.ranks))
+        for key, index in expert.items():
+            if index not in here and index < self.num_experts:
                 del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def has_elsewhere(self, key: str) -> bool:
-        """Whether a key of the whole list's state dict belongs to an expert of another rank."""
-        index, sharding = key.partition(".")[0], self.expert_parallel
-        return index.isdigit() and int(index) < math.prod(sharding.dims) and int(index) not in sharding.experts
 
 
 @cache
@@ -254,8 +249,6 @@ def parallel_class(cls: type[nn.Module]) -> type[nn.Module]:
     """Return a subclass of `cls` whose experts are spread over ranks."""
     kind = SpreadList if issubclass(cls, ExpertList) else ExpertParallelExperts
     members: dict[str, Any] = {"local_class": cls, "__module__": cls.__module__, "__doc__": cls.__doc__}
-    if kind is SpreadList:
-        members["num_experts"] = property(lambda self: math.prod(self.expert_parallel.dims))
     if hasattr(cls, "reset_parameters"):
         members["reset_parameters"] = reset_parameters
     bases = (kind, cls) if issubclass(cls, RoutedExperts) else (kind, cls, RoutedExperts)

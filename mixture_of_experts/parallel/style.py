@@ -19,7 +19,7 @@ from mixture_of_experts.moe import HeirarchicalMoE, MoE
 from mixture_of_experts.parallel.agreement import check_ranks_agree
 from mixture_of_experts.parallel.sharding import ExpertSharding, Gradient
 from mixture_of_experts.parallel.spread_experts import ExpertParallelExperts, parallel_class
-from mixture_of_experts.support.checks import check_choice
+from mixture_of_experts.support.checks import check_choice, check_sizes
 
 
 class ExpertParallel(ParallelStyle):
@@ -72,8 +72,7 @@ class ExpertParallel(ParallelStyle):
 
     def sharding(self, module: nn.Module, mesh: DeviceMesh) -> ExpertSharding:
         """How the experts of a layer will be spread; raises if they cannot be, and changes nothing."""
-        dims = check_layer(module, mesh)
-        _, experts = spread_part(module)
+        dims, experts = check_layer(module, mesh)
         stacked: frozenset[str] = frozenset()
         if isinstance(experts, ExpertList):
             check_expert_list(experts, math.prod(dims) // mesh.size())
@@ -96,18 +95,15 @@ class ExpertParallel(ParallelStyle):
     def _prepare_gates(self, module: nn.Module, group: dist.ProcessGroup) -> None:
         for gate in module.modules():
             if isinstance(gate, Gate):
-                if self.batch_group is not None:
-                    gate.process_group = self.batch_group
-                elif gate.process_group is None and group.size() > 1:
-                    gate.process_group = group
+                own = gate.process_group or (group if group.size() > 1 else None)
+                gate.process_group = self.batch_group or own
 
     def _replicate(self, module: nn.Module, but: Collection[str], mesh: DeviceMesh) -> None:
         """Give whole parameters and buffers, all but those named, the values of the rank `src_data_rank`."""
-        whole = {name: tensor for name, tensor in named_tensors(module) if name not in but}
         if self.src_data_rank is None or mesh.size() == 1:
             return
-        for tensor in whole.values():
-            if not tensor.is_meta and not isinstance(tensor, DTensor):
+        for name, tensor in named_tensors(module):
+            if name not in but and not tensor.is_meta and not isinstance(tensor, DTensor):
                 value = tensor.detach().to(mesh.device_type).contiguous()
                 dist.broadcast(value, group=mesh.get_group(), group_src=self.src_data_rank)
                 tensor.detach().copy_(value)
@@ -133,8 +129,8 @@ def check_mesh(mesh: DeviceMesh) -> None:
         )
 
 
-def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
-    """The layer's number of experts as a tuple; raises if they cannot be spread over the mesh."""
+def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[tuple[int, ...], nn.Module]:
+    """The layer's number of experts as a tuple, and the experts; raises if they cannot be spread over the mesh."""
     if not isinstance(module, MoE | HeirarchicalMoE):
         raise TypeError(
             f"ExpertParallel spreads a MoE or HeirarchicalMoE, got {type(module).__name__}: let the plan's key name "
@@ -143,12 +139,12 @@ def check_layer(module: nn.Module, mesh: DeviceMesh) -> tuple[int, ...]:
     path, experts = spread_part(module)
     if isinstance(experts, ExpertParallelExperts):
         raise ValueError("the experts of this layer are spread over ranks already: apply ExpertParallel once")
-    dims = module.num_experts if isinstance(module.num_experts, tuple) else (module.num_experts,)
+    dims = check_sizes("num_experts", module.num_experts)
     check_divides(dims, mesh)
     for name, parameter in experts.named_parameters():
         if isinstance(parameter, DTensor):
             raise ValueError(f"{path}.{name} is a DTensor already: apply ExpertParallel first, then fully_shard")
-    return dims
+    return dims, experts
 
 
 def check_divides(dims: Sequence[int], mesh: DeviceMesh) -> None:
@@ -170,14 +166,18 @@ def spread_part(layer: nn.Module) -> tuple[str, nn.Module]:
 
 def describe_layer(module: nn.Module, sharding: ExpertSharding) -> dict[str, Any]:
     """Everything in which the ranks' layers must agree: shapes and dtypes of tensors, and what modules print."""
-    description: dict[str, Any] = {"number of experts": sharding.dims}
-    for name, tensor in named_tensors(module):
-        description[name] = f"{tuple(tensor.shape)} {tensor.dtype}"
     path, _ = spread_part(module)
-    description.update((f"{path}.{name}, stacked", True) for name in sorted(sharding.stacked))
-    for name, part in module.named_modules():
-        description[name or "the layer"] = without_places(f"{type(part).__name__}({part.extra_repr()})")
-    return {**description, "gradient": sharding.gradient, "static_shapes": sharding.static_shapes}
+    modules = {
+        name or "the layer": f"{type(part).__name__}({part.extra_repr()})" for name, part in module.named_modules()
+    }
+    return {
+        "number of experts": sharding.dims,
+        **{name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named_tensors(module)},
+        **{f"{path}.{name}, stacked": True for name in sorted(sharding.stacked)},
+        **{name: without_places(text) for name, text in modules.items()},
+        "gradient": sharding.gradient,
+        "static_shapes": sharding.static_shapes,
+    }
 
 
 def without_places(text: str) -> str:
@@ -227,17 +227,15 @@ def sharded_parameters(experts: nn.Module, sharding: ExpertSharding) -> list[str
 
 def shard(experts: nn.Module, names: Iterable[str], mesh: DeviceMesh, src_data_rank: int | None) -> None:
     """Replace stacked parameters by this rank's parts; a parameter with two names stays one parameter."""
-    made: dict[int, nn.Parameter] = {}
-    replaced = []  # holds them, so that no other object gets the id of one
+    made: dict[Tensor, nn.Parameter] = {}
     for name in names:
         path, _, own_name = name.rpartition(".")
         owner = experts.get_submodule(path)
         parameter = owner._parameters[own_name]
         assert parameter is not None
-        replaced.append(parameter)
-        if id(parameter) not in made:
-            made[id(parameter)] = nn.Parameter(own_shard(parameter, mesh, src_data_rank), parameter.requires_grad)
-        owner._parameters[own_name] = made[id(parameter)]
+        if parameter not in made:
+            made[parameter] = nn.Parameter(own_shard(parameter, mesh, src_data_rank), parameter.requires_grad)
+        owner._parameters[own_name] = made[parameter]
 
 
 def own_shard(parameter: Tensor, mesh: DeviceMesh, src_data_rank: int | None) -> DTensor:
@@ -262,10 +260,10 @@ def check_expert_list(experts: ExpertList, each: int) -> None:
     Ranks must share no parameter: a gradient would not reach the other rank's copy. Every rank must have a parameter,
     as one without would not know that the others sum a norm over the ranks.
     """
-    owner: dict[int, int] = {}
+    owner: dict[Tensor, int] = {}
     for index, expert in enumerate(experts):
         for name, parameter in expert.named_parameters():
-            if owner.setdefault(id(parameter), index // each) != index // each:
+            if owner.setdefault(parameter, index // each) != index // each:
                 raise ValueError(f"parameter {name} of expert {index} belongs to an expert of another rank too")
     without = sorted(set(range(len(experts) // each)) - set(owner.values()))
     if owner and without:
