@@ -124,7 +124,6 @@ def test_8_bits(dtype, narrow, never):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_a_compiled_graph(narrow):
     moe, x = layer(torch.bfloat16), torch.randn(2, 20, DIM).bfloat16()
     compiled = torch.compile(moe, fullgraph=True, backend="eager")

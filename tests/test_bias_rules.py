@@ -194,7 +194,6 @@ def test_the_histogram_is_no_part_of_the_state_dict():
 
 
 def test_it_balances_in_a_few_steps():
-    torch.manual_seed(0)
     of = TopKGating(32, 16, score="sigmoid", expert_bias=True)
     of.bias_rule = "quantile"
     common = torch.nn.functional.normalize(torch.randn(32), dim=0)

@@ -138,8 +138,6 @@ def test_records_leave_padding_out_and_a_replay_lets_it_choose():
 
 
 @pytest.mark.slow
-# torch makes an object of every autograd function that it traces, and warns of that itself
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_exported():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)).eval(), tokens().detach()
 

@@ -48,7 +48,6 @@ def check_few(layer, x, mask=None, few=True, **tolerance):
 @pytest.mark.parametrize("name", ROUTERS)
 def test_few_rows(experts, name, dtype):
     """With every router, masked and not, down to no token at all."""
-    torch.manual_seed(0)
     bias = name == "TopK"
     layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16, bias=bias)).to(dtype).eval()
     for bias in (layer.experts.b1, layer.experts.b2):
@@ -137,7 +136,6 @@ def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
 @pytest.mark.parametrize("name", [*ROUTERS, "two levels"])
 def test_few_tokens_without_a_plan(name, copied, monkeypatch):
     """As GPUs decode by torch's operators: what the definition computes, and an expert without a row is not touched."""
-    torch.manual_seed(0)
     monkeypatch.setattr(few_tokens, "PER_COPY", 0 if copied else 1 << 20)
     taken, way = [], few_tokens.run
     monkeypatch.setattr(few_tokens, "run", lambda call: taken.append(call) or way(call))

@@ -192,7 +192,6 @@ OUTER = {
 @pytest.mark.parametrize("outer", OUTER)
 def test_a_dropless_level_hands_on_in_the_order_of_tokens(outer, priority):
     """So an inner gate with a capacity and priority 'token' is causal, whatever the outer gate's priority is."""
-    torch.manual_seed(0)
     gate_outer = OUTER[outer](capacity_factor_train=None, priority=priority)
     settings = dict(capacity_factor_train=0.4, min_expert_capacity=1, priority="token")
     gate_inner = TopKGating(DIM, 4, k=2, outer_expert_dims=3, **settings)

@@ -70,21 +70,6 @@ def test_padding_changes_nothing(kind, data):
     make.assert_same_gradients(loss, (expected * cotangent).sum() + expected_loss, {"x": batch.plain, **parameters})
 
 
-@each_layer("expert_choice")
-@given(data=st.data())
-@settings(max_examples=10)
-def test_a_batch_of_mixed_lengths_is_its_sequences(kind, data):
-    """Every sequence comes out as if it had been alone."""
-    layer = data.draw(quiet_layers(kind))
-    gen = make.generator(data.draw(make.seeds))
-    lengths = data.draw(st.lists(make.lengths, min_size=2, max_size=4))
-    sequences = [make.normal(gen, 1, n, layer.dim) for n in lengths]
-    parts = [make.pad(x, max(lengths) + 1 - x.shape[1], gen) for x in sequences]
-    out, _ = layer(torch.cat([p.x for p in parts]), mask=torch.cat([p.mask for p in parts]))
-    for i, (x, part) in enumerate(zip(sequences, parts, strict=True)):
-        make.assert_same(part.tokens(out[i : i + 1]), layer(x)[0], f"sequence {i}")
-
-
 @each_layer()
 @given(data=st.data())
 @settings(max_examples=10)

@@ -84,7 +84,6 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS)
 def test_moe_ffn(call, way):
     """Outputs and all gradients; ids that are nobody's, an expert twice, one that gets nothing."""
-    torch.manual_seed(0)
     arguments = CALLS[call]()
     if way in ("cpu", "batched") and call == "a function of one's own":
         pytest.skip("no kernel for it")
@@ -117,10 +116,8 @@ def test_the_gradient_of_a_fused_weight_is_one_tensor_in_its_strides():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gate_up", ["concatenated", "interleaved"])
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_moe_ffn_compiled(gate_up):
     """In one graph, for every length."""
-    torch.manual_seed(0)
     w1, w2, b1 = randn(E, D, 2 * H), randn(E, H, OUT), randn(E, 2 * H)
     graphs = []
 
@@ -409,7 +406,6 @@ class OfTwo(nn.Module):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own
 def test_an_activation_of_two_of_ones_own():
     """A class and a function, eager and compiled."""
     x = torch.randn(2, 5, D, requires_grad=True)
@@ -481,7 +477,6 @@ def test_a_subclass_with_the_old_forward_is_given_slots(signature):
     assert [shape[::2] for shape in shapes] == [(E, D)]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # the compiler's own warnings
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_wrapped_experts_are_given_tokens():
     """By `torch.compile` and by checkpointing, as the wrapped ones would be."""
@@ -623,7 +618,6 @@ class Slots(nn.Module):
 
 @pytest.mark.parametrize("tokens", [0, 1, 64])
 def test_dropless_slots_are_as_many_as_the_fullest_expert_needs(tokens, monkeypatch):
-    torch.manual_seed(0)
     moe, x = MoE(D, gate=TopKGating(D, E), experts=Slots()).double(), torch.randn(2, tokens, D, dtype=torch.float64)
     found = {}
     for readable in (True, False):

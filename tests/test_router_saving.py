@@ -51,7 +51,6 @@ def results(gate: nn.Module, x: torch.Tensor, mask: torch.Tensor | None) -> list
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("router", ROUTERS)
 def test_it_is_the_same_to_the_bit(router, dtype, masked, recomputing, monkeypatch):
-    torch.manual_seed(0)
     gate, x = ROUTERS[router]().to(dtype), torch.randn(3, 9, DIM, dtype=dtype, requires_grad=True)
     mask = torch.rand(3, 9) < 0.7 if masked else None
     anew = results(gate, x, mask)
@@ -105,7 +104,6 @@ def test_weights_of_one_forward_are_those_of_its_backward(router, recomputing):
 
 
 def test_transforms_and_batches_of_gradients(recomputing):
-    torch.manual_seed(0)
     gate, x = TopKGating(DIM, NUM_EXPERTS, 2), torch.randn(2, 5, DIM, requires_grad=True)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
@@ -120,7 +118,6 @@ def test_transforms_and_batches_of_gradients(recomputing):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_compiled_gate_recomputes_too(dtype, monkeypatch):
     """In one graph, in which torch marks what is computed anew."""

@@ -43,7 +43,6 @@ def test_a_routing_is_a_tree_of_its_tensors():
     assert (half.balance_loss.item(), half.z_loss.item(), half.losses["own"].item()) == (1.0, 2.0, 3.0)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
     class Wrapper(torch.nn.Module):

@@ -147,7 +147,6 @@ def test_a_gate_reads_another_tensor_than_its_experts(name):
         torch.testing.assert_close(moe(other, router_input=other)[0], moe(other)[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 @pytest.mark.parametrize("kind", [pytest.param("compiled", marks=pytest.mark.slow), "checkpointed"])
 def test_paths(kind):
     moe = MoE(DIM, gate=IdGate(3))
@@ -275,7 +274,6 @@ def test_open_experts_beside_padding():
     torch.testing.assert_close(aux_loss, alone_loss)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
     gate, x = TopKGating(DIM, 4, k=3), torch.randn(1, 3, DIM)
     is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])
@@ -291,7 +289,6 @@ def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_open_experts_compiled():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=3)), torch.randn(1, 3, DIM)
     is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])

@@ -49,7 +49,6 @@ def test_in_eval_the_best_weighs_its_share_of_those_that_are_near(logits, expert
 
 def test_in_training_one_of_them_is_drawn():
     """By its probability, which it weighs if it is the best one or, one time in four, all the same; else a third."""
-    torch.manual_seed(0)
     n, gate = 20_000, gate_of(LOGITS, k=1)
     expert, weight = (found.squeeze(-1) for found in decided(gate, n))
     other = expert == 0
@@ -79,7 +78,6 @@ def test_an_expert_that_is_given_is_one_of_those_that_are_near():
 
 
 def test_without_tolerance_experts_probabilities_and_losses_are_those_of_top_k():
-    torch.manual_seed(0)
     gate, other = SparseMixerGating(8, 5, 3, tolerance=0.0).eval(), TopKGating(8, 5, 3).eval()
     other.load_state_dict(gate.state_dict())
     x, mask = torch.randn(2, 7, 8), torch.rand(2, 7) < 0.7

@@ -231,7 +231,6 @@ def test_a_norm_before_the_product():
 
 @pytest.mark.parametrize("outer", [(), (3,)])
 def test_a_module_of_nothing_but_the_matrix_is_the_matrix(outer):
-    torch.manual_seed(0)
     gate = TopKGating(5, 4, outer_expert_dims=outer)
     other = TopKGating(5, 4, outer_expert_dims=outer, logits=RouterLogits(5, 4, outer_expert_dims=outer))
     other.logits.weight.data.copy_(gate.w_gating.data)

@@ -71,7 +71,6 @@ def perturbed(layer):
 @pytest.mark.parametrize("way", WAYS)
 def test_way(way, gate, experts, monkeypatch):
     """Masked and not, padded to batches or not, in one chunk or many, down to no token at all."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=EXPERTS[experts](num_experts=E)))
     for shape, chunk, padding in [((2, 33), 1, 1 << 20), ((2, 33), 1 << 30, 0), ((3, 1), 1, 1), ((0, 4), 1, 1)]:
         monkeypatch.setattr(batches, "CHUNK", chunk)
@@ -86,7 +85,6 @@ def test_way(way, gate, experts, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_way_without_a_backward(way, experts):
     """Nothing is kept then, and the hidden layer may lie where what it is computed from did."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=TopKGating(DIM, E, 2), experts=EXPERTS[experts](num_experts=E)))
     x = torch.randn(2, 33, DIM, dtype=torch.float64)
     with ops.use("plain"):
@@ -98,7 +96,6 @@ def test_way_without_a_backward(way, experts):
 @pytest.mark.parametrize("way", WAYS)
 def test_way_with_all_tokens_at_one_expert(way):
     """The others have no rows, and gradients of exactly 0, on memory that was used before too."""
-    torch.manual_seed(0)
     layer = MoE(DIM, E, gate=TopKGating(DIM, E, 1, bias=True), experts=GatedExperts(DIM, E, HIDDEN, bias=True)).double()
     with torch.no_grad():
         layer.gate.b_gating[3] = 50.0
@@ -115,7 +112,6 @@ def test_way_with_all_tokens_at_one_expert(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("experts", ["gated, biases", "clamped"])
 def test_second_derivatives_and_many_gradients_at_once(way, experts):
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=EXPERTS[experts](num_experts=E)))
     x = torch.randn(1, 5, DIM, dtype=torch.float64, requires_grad=True)
 
@@ -142,7 +138,6 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
 @pytest.mark.parametrize("way", ["cpu", "batched"])
 def test_plans_of_saved_tensors(way, gate, monkeypatch):
     """As they are saved on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=Experts(DIM, E, HIDDEN, bias=True)))
     x, mask = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True), torch.rand(2, 33) < 0.7
 
@@ -167,7 +162,6 @@ def test_plans_of_saved_tensors(way, gate, monkeypatch):
 @pytest.mark.parametrize("frozen", ["w1", "w2", "w3", "b1", "b2", "b3", "x", "weights"])
 def test_what_needs_no_gradient_gets_none(way, frozen):
     """Of experts in part frozen, as in fine-tuning, the other gradients are the same."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=GatedExperts(DIM, E, HIDDEN, bias=True)))
     x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=frozen != "x")
     for name, parameter in layer.named_parameters():
@@ -181,8 +175,6 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
     torch.testing.assert_close(gradients(way), gradients("plain"))
 
 
-# torch's own, of what it traces
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
 def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
