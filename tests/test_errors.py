@@ -24,6 +24,7 @@ from mixture_of_experts import (
     collect_aux,
 )
 from mixture_of_experts.dispatch.groups import group_shape
+from mixture_of_experts.ops import ClampedSwiGLU
 from mixture_of_experts.replay import record_routing
 from mixture_of_experts.stats import routing_of, track_routing
 from mixture_of_experts.summary import summary
@@ -62,20 +63,6 @@ def test_bad_argument(kind, options, message):
     with pytest.raises(ValueError, match=message) as error:
         layer(kind, **options)
     assert next(iter(options)) in str(error.value)
-
-
-@pytest.mark.parametrize("num_experts", [0, -1, 1.5, "4", True])
-def test_bad_number_of_experts(num_experts):
-    with pytest.raises(ValueError, match=r"num_experts must be an integer of at least 1"):
-        MoE(8, num_experts)
-    with pytest.raises(ValueError, match=r"num_experts"):
-        Experts(8, num_experts)
-
-
-@pytest.mark.parametrize("num_experts", [4, (4,), (2, 2, 2), "ab", (2, 0)])
-def test_hierarchy_needs_a_pair(num_experts):
-    with pytest.raises(ValueError, match=r"num_experts"):
-        HeirarchicalMoE(8, num_experts)
 
 
 def test_both_spellings_are_one_class():
@@ -128,21 +115,30 @@ def test_gate_inputs():
         inner(torch.zeros(2, 1, 5, 8))
 
 
-LINEAR = nn.Linear(8, 8)
+LINEAR, NO_DTYPES = nn.Linear(8, 8), ("float32", torch.int64, float)
 REFUSED = [
     # arguments beside a gate that has them
     (ValueError, "capacity_factor_train=1.0 would do nothing", lambda: MoE(8, gate=FOUR, capacity_factor_train=1.0)),
     (ValueError, "priority='token'", lambda: MoE(8, gate=FOUR, priority="token")),
-    (
-        ValueError,
-        "second_place_loss=True",
-        lambda: HeirarchicalMoE(8, (2, 3), gate_outer=TopKGating(8, 2), gate_inner=THREE, second_place_loss=True),
-    ),
-    (
-        ValueError,
-        "capacity_factor_second_level=2.0",
-        lambda: HeirarchicalMoE(8, (2, 3), gate_inner=THREE, capacity_factor_second_level=2.0),
-    ),
+    (ValueError, "second_place_loss=True", lambda: levels(gate_outer=TopKGating(8, 2), second_place_loss=True)),
+    (ValueError, "capacity_factor_second_level=2.0", lambda: levels(capacity_factor_second_level=2.0)),
+    (ValueError, "hidden_dim=5 would do nothing", lambda: MoE(8, 2, experts=Experts(8, 2), hidden_dim=5)),
+    (ValueError, "activation=.*ReLU.* would do", lambda: MoE(8, 2, experts=Experts(8, 2), activation=nn.ReLU)),
+    (ValueError, "hidden_dim=5 would", lambda: HeirarchicalMoE(8, (2, 2), experts=Experts(8, (2, 2)), hidden_dim=5)),
+    # numbers and choices
+    *((ValueError, "num_experts must be an integer", lambda e=e: MoE(8, e)) for e in (0, -1, 1.5, "4", True)),
+    *((ValueError, "num_experts", lambda e=e: Experts(8, e)) for e in (0, -1, 1.5, "4", True)),
+    *((ValueError, "num_experts", lambda e=e: HeirarchicalMoE(8, e)) for e in (4, (4,), (2, 2, 2), "ab", (2, 0))),
+    (ValueError, "bias must be True or False, got 'none'", lambda: TopKGating(8, 4, bias="none")),
+    (ValueError, "expert_bias must be True or False, got 1", lambda: TopKGating(8, 4, expert_bias=1)),
+    (ValueError, "second_place_loss must be True or False, got 0.5", lambda: MoE(8, 4, second_place_loss=0.5)),
+    (ValueError, "num_gates must be an integer of at least 1, got 0", lambda: Top2Gating(8, 0)),
+    (ValueError, "outer_expert_dims must be .*, got 0", lambda: Top2Gating(8, 4, outer_expert_dims=(2, 0))),
+    (ValueError, "jitter must be .* below 1.0, got 2.0", lambda: TopKGating(8, 4, jitter=2.0)),
+    (ValueError, "alpha must be a finite number, got 'x'", lambda: ClampedSwiGLU("x", None)),
+    (ValueError, "limit must be .* above 0.0, got 0.0", lambda: ClampedSwiGLU(1.0, 0.0)),
+    *((TypeError, "dtype must be a floating torch.dtype", lambda d=d: MoE(8, 2, dtype=d)) for d in NO_DTYPES),
+    *((TypeError, "dtype must be a floating torch.dtype", lambda d=d: Experts(8, 2, dtype=d)) for d in NO_DTYPES),
     # sizes that disagree
     (ValueError, "gate has num_experts=8, the layer num_experts=4", lambda: MoE(8, 4, gate=TopKGating(8, 8))),
     (ValueError, "gate has dim=16, the layer dim=8", lambda: MoE(8, gate=TopKGating(16, 4))),
@@ -179,6 +175,10 @@ REFUSED = [
     (ValueError, "importance", lambda: ExpertChoiceGating(8, 4)(torch.zeros(1, 5, 8), importance=torch.ones(1, 5))),
 ]
 FOUR, THREE = TopKGating(8, 4), TopKGating(8, 3, outer_expert_dims=(2,))
+
+
+def levels(**options):
+    return HeirarchicalMoE(8, (2, 3), gate_inner=THREE, **options)
 
 
 @pytest.mark.parametrize(("error", "says", "make"), REFUSED)

@@ -75,25 +75,6 @@ def test_a_graph_kept_for_a_second_backward_counts_once():
     assert torch.equal(moe.gate.expert_counts, load(moe, x))
 
 
-def test_eval_and_no_grad_count_nothing():
-    moe, x = build(), tokens()
-    with torch.no_grad():
-        moe(x)
-    with torch.inference_mode():
-        moe(x)
-    moe.eval()
-    step(moe, x)
-    assert not moe.gate.expert_counts.any()
-
-
-def test_masked_tokens_are_not_counted():
-    moe, x = build(), tokens()
-    mask = torch.rand(x.shape[:2], generator=torch.Generator().manual_seed(3)) < 0.6
-    step(moe, torch.where(mask.unsqueeze(-1), x, torch.nan), mask=mask)
-    assert torch.equal(moe.gate.expert_counts, load(moe, x, mask=mask))
-    assert moe.gate.expert_counts.sum() == mask.sum() * 2
-
-
 def test_two_levels_count_for_each_outer_expert():
     moe = HeirarchicalMoE(
         DIM,
@@ -120,16 +101,13 @@ def test_frozen_router_counts(input_has_gradient):
     assert moe.experts.w1.grad.any()
 
 
-def test_frozen_layer_rests_in_eval():
-    moe = build().requires_grad_(False).eval()
-    assert not moe(tokens())[0].requires_grad
-
-
 # Checkpointing, compilation, function transforms
 
 
-def test_checkpointing_counts_once():
-    assert_holds(build(), "counts_checkpointing", "recomputation")
+def test_what_counts_and_what_does_not():
+    """Neither padding, nor evaluation, nor what is computed anew."""
+    held = "padding", "nan_padding", "counts_eval", "inference_mode", "counts_checkpointing", "recomputation"
+    assert_holds(build(), *held)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap

@@ -1,4 +1,4 @@
-"""What both layers guarantee, over many random configurations (float64); tests/test_matrix.py has the reference."""
+"""What layers and routers guarantee, over many random configurations (float64); test_matrix.py has the reference."""
 
 import itertools
 from typing import Any
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support import strategies as make
 from torch import Tensor, nn
 
-from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts import HeirarchicalMoE, MoE, TopKGating
 
 LEVEL = st.sampled_from([3, 2, 4, 1])  # experts of one level of two
 
@@ -50,26 +50,6 @@ def each_layer(*more):
     return pytest.mark.parametrize("kind", kinds, ids=lambda kind: kind if isinstance(kind, str) else "-".join(kind))
 
 
-@each_layer("expert_choice")
-@given(data=st.data())
-@settings(max_examples=12)
-def test_padding_changes_nothing(kind, data):
-    """Outputs, losses and gradients of a padded batch are those of the batch, NaN in the padding notwithstanding."""
-    layer = data.draw(quiet_layers(kind))
-    batch = data.draw(make.padded_batches(layer.dim))
-    (out, aux_loss), (expected, expected_loss) = layer(batch.x, mask=batch.mask), layer(batch.plain)
-    real = batch.tokens(out)
-    make.assert_same(real, expected, "out")
-    make.assert_same(aux_loss, expected_loss, "aux_loss")
-    assert out[~batch.mask].count_nonzero() == 0
-    cotangent = make.normal(make.generator(1), *expected.shape)
-    loss = (out.masked_fill(~batch.mask.unsqueeze(-1), 0) * 0).sum() + (real * cotangent).sum() + aux_loss
-    (of_padding,) = make.gradients(loss, [batch.x])
-    assert of_padding[~batch.mask].count_nonzero() == 0
-    parameters = dict(layer.named_parameters())
-    make.assert_same_gradients(loss, (expected * cotangent).sum() + expected_loss, {"x": batch.plain, **parameters})
-
-
 @each_layer()
 @given(data=st.data())
 @settings(max_examples=10)
@@ -84,22 +64,6 @@ def test_token_priority_is_causal(kind, data):
     mask = data.draw(make.masks(2, n))
     before, after = (layer(v, mask=mask)[0][:, : t + 1] for v in (x, changed))
     make.assert_same(after, before, "out")
-
-
-@each_layer()
-@given(data=st.data())
-@settings(max_examples=8)
-def test_a_nan_stays_in_its_token_when_dropless(kind, data):
-    layer = data.draw(quiet_layers(kind, dropless=True))
-    n = data.draw(st.sampled_from([8, 5, 2]))
-    x = make.normal(make.generator(data.draw(make.seeds)), 2, n, layer.dim)
-    broken = x.clone()
-    broken[0, n // 2] = torch.nan
-    expected, found = layer(x)[0], layer(broken)[0]
-    assert found[0, n // 2].isnan().all()
-    others = torch.ones(2, n, dtype=torch.bool)
-    others[0, n // 2] = False
-    make.assert_same(found[others], expected[others], "other tokens")
 
 
 def build_layer(kind: str, name: str, **options) -> nn.Module:
@@ -131,19 +95,6 @@ LAYERS = ("one level", "two levels")
 COMBINATIONS = [
     (kind, name) for kind in LAYERS for name in ANY_ROUTER if (kind, name) != ("two levels", "expert choice")
 ]
-
-
-@pytest.mark.parametrize(("kind", "name"), COMBINATIONS)
-def test_router_learns_from_the_task_alone(kind, name):
-    """With both loss coefficients 0 every gate still gets a gradient, through the weights of the combination."""
-    layer = build_layer(kind, name, loss_coef=0.0, z_loss_coef=0.0).train()
-    x = make.normal(make.generator(2), 2, 9, 3)
-    out, aux_loss = layer(x)
-    assert aux_loss == 0
-    (out.square().sum() + aux_loss).backward()
-    for path, parameter in layer.named_parameters():
-        if path.endswith("w_gating"):
-            assert parameter.grad.abs().max() > 1e-6, path
 
 
 EXTREMES = {
@@ -210,3 +161,64 @@ def test_a_tie_of_level_one_has_no_first_choice_at_level_two():
     layer(torch.ones(1, 2, 2))
     assert seen[0].balance_loss == 0
     assert seen[0].kept.sum() == 4  # two tokens at each of two outer experts
+
+
+# Queues of routers
+
+
+@st.composite
+def quiet_gates(draw, kind, **limits):
+    """A router that draws nothing, and its gate in eval."""
+    num_experts = draw(make.counts_for(kind))
+    router = draw(make.routers(kind, num_experts, policies=make.QUIET, **limits))
+    return router, router.build(draw(make.dims), num_experts, draw(make.seeds)).eval()
+
+
+def top_scores(router, gate, x) -> list[float]:
+    """What priority 'score' sorts the tokens (n, d) by: the top probability, or the top sigmoid, of an expert that may
+    be chosen."""
+    logits = (x @ gate.w_gating).detach()
+    if getattr(gate, "b_gating", None) is not None:
+        logits = logits + gate.b_gating.detach()
+    if router.kind == "noisy" and gate.k > 1:  # a probability among the k best
+        logits = logits.topk(gate.k).values
+    scores = logits.sigmoid() if router.arguments.get("score") == "sigmoid" else logits.softmax(-1)
+    if getattr(gate, "num_groups", None) is not None:
+        bias = 0 if gate.expert_bias is None else gate.expert_bias
+        parts = (scores + bias).unflatten(-1, (gate.num_groups, -1))
+        sums = parts.topk(min(2, parts.shape[-1])).values.sum(-1)
+        best = sums.sort(descending=True, stable=True).indices[:, : gate.top_groups]
+        is_open = torch.zeros_like(sums).scatter(-1, best, 1.0)
+        scores = (scores.unflatten(-1, (gate.num_groups, -1)) * is_open.unsqueeze(-1)).flatten(-2)
+    return scores.amax(-1).tolist()
+
+
+@pytest.mark.parametrize("kind", make.TOKEN_CHOICE)
+@given(data=st.data())
+def test_who_gets_the_slots(kind, data):
+    """What each priority promises, stated without a queue; an expert is never idle while a choice of it is dropped."""
+    router, gate = data.draw(quiet_gates(kind, dropless=False))
+    n = data.draw(st.sampled_from([8, 5, 11, 3, 2]))
+    x = make.normal(make.generator(data.draw(make.seeds)), 1, n, gate.dim)
+    routing = gate(x, importance=data.draw(make.importances(1, n)))
+    top = top_scores(router, gate, x[0])
+    comes_first = {
+        "token": lambda token, order: (token, order),
+        "choice": lambda token, order: (order, token),
+        "score": lambda token, order: (order, -top[token], token),
+    }[router.arguments["priority"]]
+    for expert in range(routing.num_experts):
+        asking = [i for i in range(n * routing.k) if routing.chosen[0, i] and routing.expert[0, i] == expert]
+        place = {i: comes_first(*divmod(i, routing.k)) for i in asking}
+        slots = {i: routing.slot[0, i].item() for i in asking}
+        served = [i for i in asking if slots[i] < routing.capacity]
+        assert sorted(slots[i] for i in served) == list(range(min(len(asking), routing.capacity)))
+        refused = [place[i] for i in asking if i not in served]
+        assert all(place[i] < other for i in served for other in refused)
+
+
+def test_score_priority_goes_by_the_sigmoid_itself():
+    """Normalised over the experts, both scores would be 1."""
+    gate = TopKGating(1, 1, k=1, score="sigmoid", priority="score", capacity_factor_eval=1.0).double().eval()
+    gate.w_gating.data.fill_(1.0)
+    assert gate(torch.tensor([[[0.0], [1.0]]], dtype=torch.float64)).slot.tolist() == [[1, 0]]

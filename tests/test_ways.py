@@ -180,7 +180,6 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
 def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
     """What a GPU takes unasked, forward and backward, saved as there."""
     monkeypatch.setattr(autograd, "tables_to_save", Plan.tensors_to_save)
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
+from support.paths import PATHS, PATHS_AND_ROUTERS, Path, gradients, run
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,15 +41,9 @@ def check(build, x, mask):
 
 
 @pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
-@paths
+@pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
 def test_two_runs(path):
     check(path.build, *path.inputs())
-
-
-@pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
-@pytest.mark.parametrize("router", ROUTERS)
-def test_two_runs_of_routers(router):
-    check(lambda: layer_with_router(router), *Path("MoE", "Experts", "capacity", "masked").inputs())
 
 
 @pytest.mark.slow

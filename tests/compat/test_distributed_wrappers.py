@@ -19,38 +19,34 @@ pytestmark = pytest.mark.slow
 paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
 
+OF_LAYER = "`fully_shard` on the layer, and on gates, experts and layer: likewise"
+FEATURES = {
+    "gates": "`fully_shard` (FSDP2) on the gates alone: learns as one process does (two processes)",
+    "experts": "`fully_shard` on the experts alone: likewise",
+    "layer": OF_LAYER,
+    "parts and layer": OF_LAYER,
+    "DDP": DDP,
+}
+
 
 @pytest.fixture(autouse=True)
 def lists_can_be_sharded(request: pytest.FixtureRequest) -> None:
     given = request.node.callspec.params
-    alone = given.get("wrap") in ("experts", "parts and layer") or "test_sharded_experts" in request.node.name
-    if alone and "path" in given and given["path"].experts == "ExpertList" and not SHARDS_LISTS:
+    if (
+        given.get("wrap") in ("experts", "parts and layer")
+        and "path" in given
+        and given["path"].experts == "ExpertList"
+        and not SHARDS_LISTS
+    ):
         pytest.skip("this torch shards no list of modules, whatever its forward")
 
 
-@pytest.mark.feature("`fully_shard` (FSDP2) on the gates alone: learns as one process does (two processes)")
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(wrap, marks=pytest.mark.feature(feature)) for wrap, feature in FEATURES.items()]
+)
 @paths
-def test_sharded_gates(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "gates")
-
-
-@pytest.mark.feature("`fully_shard` on the experts alone: likewise")
-@paths
-def test_sharded_experts(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "experts")
-
-
-@pytest.mark.feature("`fully_shard` on the layer, and on gates, experts and layer: likewise")
-@pytest.mark.parametrize("wrap", ["layer", "parts and layer"])
-@paths
-def test_sharded_layer(workers: Workers, path: Path, wrap: str):
+def test_wrapped(workers: Workers, path: Path, wrap: str):
     workers.run(checks.check_wrapped, checks.RANKS, path, wrap)
-
-
-@pytest.mark.feature(DDP)
-@paths
-def test_ddp(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "DDP")
 
 
 @pytest.mark.feature(DDP)

@@ -807,16 +807,3 @@ def slot_groups(gate, outer: int, groups, slots: dict, source: dict, x: Tensor, 
         tokens = [token for token in part if token is not None]
         made.append(Group(tokens, len(tokens), (outer, index)))
     return made
-
-
-# Views
-
-
-def dense(decision: Decision, shape: Sequence[int], slots: int) -> Tensor:
-    """The combine tensor (*outer, b, n, e, slots) of a decision; `shape` is (*outer, b, n, e)."""
-    combine = decision.balance_loss.new_zeros((*shape, slots))
-    kept = [c for c in decision.choices if c.kept and c.weight != 0]
-    if not kept:
-        return combine
-    places = [(*c.group.index, c.token.position, c.expert, c.slot) for c in kept]
-    return combine.index_put(tuple(torch.tensor(places).unbind(1)), torch.stack([c.weight for c in kept]))

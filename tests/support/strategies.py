@@ -523,40 +523,6 @@ def poisoned(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
 
 
-@dataclass
-class Padded:
-    """Sequences with padding strewn among their tokens, and the same without."""
-
-    plain: Tensor  # (b, n, d) a leaf
-    x: Tensor  # (b, n + padding, d) made from it, NaN in the padding
-    mask: Tensor  # (b, n + padding)
-    rows: Tensor  # (b, n) and
-    positions: Tensor  # (b, n): where plain's tokens stand in x
-
-    def tokens(self, values: Tensor) -> Tensor:
-        """What belongs to the real tokens: (b, n + padding, ...) -> (b, n, ...)."""
-        return values[self.rows, self.positions]
-
-
-@st.composite
-def padded_batches(draw, dim: int) -> Padded:
-    b, n, padding = draw(st.sampled_from([2, 3, 1])), draw(lengths), draw(st.sampled_from([3, 1, 6]))
-    gen = generator(draw(seeds))
-    plain = normal(gen, b, n, dim).requires_grad_()
-    return pad(plain, padding, gen)
-
-
-def pad(plain: Tensor, padding: int, gen: torch.Generator) -> Padded:
-    """Spread each row's tokens over `padding` more positions, in order."""
-    b, n, dim = plain.shape
-    shuffled = torch.rand(b, n + padding, generator=gen).argsort(dim=1)
-    positions = shuffled[:, :n].sort(dim=1).values
-    rows = torch.arange(b).unsqueeze(1).expand(b, n)
-    x = torch.full((b, n + padding, dim), torch.nan, dtype=plain.dtype).index_put((rows, positions), plain)
-    mask = torch.zeros(b, n + padding, dtype=torch.bool).index_put((rows, positions), torch.tensor(True))
-    return Padded(plain, x, mask, rows, positions)
-
-
 # Experts
 
 
