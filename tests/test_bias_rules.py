@@ -226,20 +226,6 @@ def test_compiled_it_counts_the_same_once(checkpointed):
     assert wanted.sum() == 18 * 4
 
 
-@pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
-def test_function_transforms_count():
-    moe, x = MoE(6, gate=gate()), torch.randn(2, 9, 6)
-    moe.gate.bias_rule = "quantile"
-    moe(x)[0].sum().backward()
-    wanted = moe.gate.expert_histogram.clone()
-
-    def loss(parameters: dict, x: Tensor) -> Tensor:
-        return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
-
-    torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(dict(moe.named_parameters()), x.unsqueeze(1))
-    assert torch.equal(moe.gate.expert_histogram, 2 * wanted)
-
-
 @pytest.mark.parametrize(
     ("settings", "why"),
     [

@@ -111,18 +111,23 @@ def test_what_counts_and_what_does_not():
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted")  # a hint of torch's about speed under vmap
-def test_function_transforms_count():
+@pytest.mark.parametrize("rule", ["sign", "quantile"])
+def test_function_transforms_count(rule):
     """`torch.func.grad`, and per-sample gradients by `vmap` of it."""
     moe, x = build(), tokens()
+    moe.gate.bias_rule = rule
     parameters = dict(moe.named_parameters())
+    step(moe, x)
+    expected = moe.gate.bias_counts.clone()
+    moe.gate.bias_counts.zero_()
 
     def loss(parameters: dict, x: Tensor) -> Tensor:
         return torch.func.functional_call(moe, parameters, (x,))[0].square().sum()
 
     torch.func.grad(loss)(parameters, x)
-    assert torch.equal(moe.gate.expert_counts, load(moe, x))
+    assert torch.equal(moe.gate.bias_counts, expected)
     torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x.unsqueeze(1))
-    assert torch.equal(moe.gate.expert_counts, 2 * load(moe, x))
+    assert torch.equal(moe.gate.bias_counts, 2 * expected)
 
 
 # Casts, copies, checkpoints

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import json
 import os
 import pickle
 import random
@@ -15,12 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import make_experts
 from torch import nn
 
-from mixture_of_experts import HeirarchicalMoE, MoE, NoisyTopKGating, TopKGating
+from mixture_of_experts import MoE
 from mixture_of_experts.replay import RoutingRecords
-from mixture_of_experts.stats import track_routing
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
@@ -56,29 +53,6 @@ def test_no_pickle_is_trusted():
                 assert given.get("weights_only") == "True", f"{source} line {call.lineno}"
                 weights_only.append(source)
     assert len(weights_only) > 5
-
-
-# ---- what layers and statistics write ----
-
-
-def test_states_of_layers_load_as_weights(tmp_path: Path):
-    layers = [MoE(8, experts=make_experts(kind, 4)) for kind in ("Experts", "GatedExperts", "ExpertList", "custom")]
-    layers += [HeirarchicalMoE(8, (2, 2)), MoE(8, gate=NoisyTopKGating(8, 4), num_experts=4)]
-    layers += [MoE(8, 4, gate=TopKGating(8, 4, expert_bias=True, bias=True)), MoE(8, 4, shared_expert=nn.Linear(8, 8))]
-    for layer in layers:
-        torch.save(layer.state_dict(), tmp_path / "state.pt")
-        state = torch.load(tmp_path / "state.pt", weights_only=True)
-        assert layer.load_state_dict(state, strict=True)
-        assert all(torch.equal(value, layer.state_dict()[name]) for name, value in state.items())
-
-
-def test_records_of_statistics_are_json(tmp_path: Path):
-    moe = MoE(8, 4)
-    with track_routing(moe) as tracker:
-        moe(torch.randn(2, 16, 8))
-    tracker.to_jsonl(tmp_path / "records.jsonl")
-    (record,) = map(json.loads, (tmp_path / "records.jsonl").read_text().splitlines())
-    assert record == json.loads(json.dumps(tracker.last("gate").to_dict()))
 
 
 # ---- files that are damaged, foreign, or made to do harm ----

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.strategies import generator, normal
 
 from mixture_of_experts import ExpertChoiceGating, HeirarchicalMoE, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 B, N, D, EXPERTS = 2, 6, 3, 4
-
-
-def test_a_single_expert_gets_each_token_once():
-    gate = TopKGating(D, 1, k=1).double()
-    outer = gate(normal(generator(0), B, N, D))
-    found = second_level(normal(generator(0), B, N, D), outer, plan_slots_of(outer), None, {})
-    assert found["length"].parts.tolist() == [[N, N]]
 
 
 def test_expert_choice_hands_on_nothing():

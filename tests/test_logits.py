@@ -7,7 +7,7 @@ import mixture_of_experts.gating.choices as choices_module
 import mixture_of_experts.gating.logits as logits_module
 from mixture_of_experts.dispatch.queues import stable_order
 from mixture_of_experts.gating.choices import top_choices
-from mixture_of_experts.gating.logits import RouterLogits, router_logits
+from mixture_of_experts.gating.logits import router_logits
 
 LOW = [torch.bfloat16, torch.float16]
 
@@ -110,8 +110,3 @@ def test_beyond_the_cpu_more_than_two_choices_are_one_sort(choices, monkeypatch)
     assert calls == [{"descending": True}] * (choices > 2)
     assert found.shape == (2, choices)
     assert found.is_contiguous()
-
-
-def test_logits_have_no_bias_unless_asked_for():
-    assert RouterLogits(4, 3).bias is None
-    assert RouterLogits(4, 3, bias=True).bias is not None

@@ -1,4 +1,4 @@
-"""Losses: over ranks those of the whole batch, gradients too; and of few tokens, worked out by hand."""
+"""Losses: over ranks those of the whole batch, gradients too; test_matrix.py holds them to the slow reference."""
 
 from __future__ import annotations
 
@@ -97,15 +97,3 @@ def test_ranks_average_to_the_whole_batch(name, outer, masked, monkeypatch):
     for i, (one, other, wanted) in enumerate(zip(*found, expected, strict=True)):
         make.assert_same((one + other) / 2, wanted, f"number {i}")
     assert any(value.count_nonzero() for value in expected)
-
-
-def test_squared_variation_by_hand():
-    """Of the outer experts that got anything, also a mean of 1 each; its gradient at balance is 0."""
-    values = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]], dtype=torch.float64, requires_grad=True)
-    found = losses.squared_variation(values)
-    assert found.item() == pytest.approx((2 / 3 + 0) / 2)
-    (grad,) = torch.autograd.grad(found, values)
-    assert grad[1:].count_nonzero() == 0
-    alone = values[0].detach().requires_grad_()
-    expected = alone.var(unbiased=False) / alone.mean() ** 2
-    make.assert_same_gradients(losses.squared_variation(alone), expected, {"values": alone})

@@ -9,7 +9,7 @@ import torch
 from support.recipes import recipe
 from torch import nn
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating, gating
 from mixture_of_experts.gating import Choices, TokenChoiceGate
 from mixture_of_experts.losses import z_loss
 
@@ -108,12 +108,6 @@ def test_importance_cannot_be_forgotten():
     assert routing.z_loss == routing.balance_loss == 0  # it reports none
 
 
-def test_losses_of_a_gate_in_the_first_form_by_name():
-    routing = CarelessForward()(torch.randn(1, 3, DIM))
-    assert list(routing.losses) == ["balance", "z"]
-    assert routing.losses["balance"] is routing.balance_loss
-
-
 def test_a_gate_without_a_method_says_which():
     class Empty(TokenChoiceGate):
         pass
@@ -125,8 +119,9 @@ def test_a_gate_without_a_method_says_which():
 # ---- a loss of one's own ----
 
 
-def test_a_loss_of_ones_own():
-    moe = layer(TopPGating(DIM, 5, k=3))
+@pytest.mark.parametrize("kind", [TopPGating, gating.TopPGating])
+def test_a_loss_of_ones_own(kind):
+    moe = layer(kind(DIM, 5, k=3))
     x, mask = torch.randn(2, 9, DIM, dtype=torch.float64), torch.rand(2, 9) < 0.6
     probs = (x @ moe.gate.w_gating).softmax(dim=-1)
     entropy = torch.distributions.Categorical(probs=probs[mask]).entropy().mean()

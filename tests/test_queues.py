@@ -8,12 +8,7 @@ from support.strategies import PRIORITIES, generator
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.queues import (
-    FEW,
-    Length,
-    queue_up,
-    stable_order,
-)
+from mixture_of_experts.dispatch.queues import FEW, Length, queue_up, stable_order
 
 
 def by_hand(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):

@@ -86,7 +86,3 @@ def test_without_tolerance_experts_probabilities_and_losses_are_those_of_top_k()
     torch.testing.assert_close(ours.weight, theirs.kept.to(ours.weight.dtype))
     torch.testing.assert_close((ours.probs, ours.losses, ours.z_loss), (theirs.probs, theirs.losses, theirs.z_loss))
     assert SparseMixerGating(8, 2, 2)(x).k == 2
-
-
-def test_the_tolerance_is_that_of_phi_unless_said():
-    assert SparseMixerGating(1, 4).tolerance == 0.01

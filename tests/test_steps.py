@@ -219,18 +219,6 @@ def test_a_norm_before_the_product():
     torch.testing.assert_close(found, torch.tensor([[[3.0, 8.0]]]) / math.sqrt(12.5))
 
 
-@pytest.mark.parametrize("outer", [(), (3,)])
-def test_a_module_of_nothing_but_the_matrix_is_the_matrix(outer):
-    gate = TopKGating(5, 4, outer_expert_dims=outer)
-    other = TopKGating(5, 4, outer_expert_dims=outer, logits=RouterLogits(5, 4, outer_expert_dims=outer))
-    other.logits.weight.data.copy_(gate.w_gating.data)
-    x = torch.randn(*outer, 2, 6, 5)
-    for ours, theirs in zip(vars(gate(x)).items(), vars(other(x)).items(), strict=True):
-        assert ours[0] == theirs[0]
-        if isinstance(ours[1], Tensor):
-            torch.testing.assert_close(ours[1], theirs[1])
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_a_network_as_router(dtype):
     """Its logits are float32 at least, also under autocast, and all its weights are trained."""

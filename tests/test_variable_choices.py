@@ -68,30 +68,6 @@ def inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
 # Top-p
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_top_p_is_the_papers(masked: bool):
-    """Sum of P_i e_i(x) over the shortest list of experts that reaches p; e sum f Q of each group; entropy."""
-    moe = layer(TopPGating(DIM, E, k=E, p=0.5), loss_coef=0.3, loss_coefs={"entropy": 0.2})
-    x, mask, real = inputs(masked)
-    probs, outputs = (x @ moe.gate.w_gating).softmax(dim=-1), expert_outputs(moe, x)
-    out, chosen = torch.zeros_like(x), {}
-    for b, t in real:
-        ranked, total = sorted(range(E), key=lambda i: -probs[b, t, i].item()), 0.0
-        while total < 0.5:
-            chosen.setdefault((b, t), []).append(ranked[0])
-            total += probs[b, t, ranked.pop(0)].item()
-        value = sum(probs[b, t, i] * outputs[b, t, i] for i in chosen[b, t])
-        out = out.index_put((torch.tensor(b), torch.tensor(t)), value)
-    assert {len(experts) for experts in chosen.values()} > {1}
-    losses = []
-    for b in range(2):
-        tokens = [t for c, t in real if c == b]
-        f = [sum(i in chosen[b, t] for t in tokens) / len(tokens) for i in range(E)]
-        losses.append(E * sum(f[i] * sum(probs[b, t, i] for t in tokens) / len(tokens) for i in range(E)))
-    entropy = sum(-(probs[place] * probs[place].log()).sum() for place in real) / len(real)
-    compare(moe, x, mask, out, 0.3 * sum(losses) / 2 + 0.2 * entropy)
-
-
 def test_normalized_weights_are_those_of_the_choices_that_are_made():
     gate = TopPGating(DIM, E, k=3, normalize=True)
     weight = gate(torch.randn(2, 9, DIM)).weight.view(18, 3)

@@ -6,15 +6,7 @@ from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mixture_of_experts import (
-    ExpertChoiceGating,
-    Experts,
-    GatedExperts,
-    MoE,
-    Top2Gating,
-    TopKGating,
-    ops,
-)
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, Top2Gating, TopKGating, ops
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import batches
@@ -50,6 +42,16 @@ def results(layer, way, x, mask, seed=0):
         grad = torch.sin(torch.arange(out.numel(), dtype=out.dtype)).view_as(out)
         gradients = torch.autograd.grad((out * grad).sum() + aux, [x, *layer.parameters()])
     return out, aux, *gradients
+
+
+def second(layer, way, x, mask=None):
+    """Second derivatives."""
+    torch.manual_seed(0)
+    with ops.use(way):
+        out, aux = layer(x, mask=mask)
+    leaves = [x, *layer.parameters()]
+    first = torch.autograd.grad(out.square().sum() + aux, leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
 
 
 def perturbed(layer):
@@ -115,14 +117,7 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
     layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=EXPERTS[experts](num_experts=E)))
     x = torch.randn(1, 5, DIM, dtype=torch.float64, requires_grad=True)
 
-    def second(name):
-        with ops.use(name):
-            out, _ = layer(x)
-            leaves = [x, *layer.parameters()]
-            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-            return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    torch.testing.assert_close(second(way), second("plain"))
+    torch.testing.assert_close(second(layer, way, x), second(layer, "plain", x))
 
     def batched(name):
         with ops.use(name):
@@ -141,16 +136,9 @@ def test_plans_of_saved_tensors(way, gate, monkeypatch):
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=Experts(DIM, E, HIDDEN, bias=True)))
     x, mask = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True), torch.rand(2, 33) < 0.7
 
-    def second():
-        torch.manual_seed(0)
-        with ops.use(way):
-            out, aux = layer(x, mask=mask)
-        grads = torch.autograd.grad(out.square().sum() + aux, [x, *layer.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), [x, *layer.parameters()])
-
-    wanted, saved = (*results(layer, way, x, mask), *second()), []
+    wanted, saved = (*results(layer, way, x, mask), *second(layer, way, x, mask)), []
     monkeypatch.setattr(autograd, "tables_to_save", lambda plan: saved.append(plan.tensors_to_save()) or saved[-1])
-    for got, want in zip((*results(layer, way, x, mask), *second()), wanted, strict=True):
+    for got, want in zip((*results(layer, way, x, mask), *second(layer, way, x, mask)), wanted, strict=True):
         assert torch.equal(got, want)
     for tables in saved:
         assert tables["assignment"].dtype == torch.int32

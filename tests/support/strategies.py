@@ -7,9 +7,7 @@ that gradients of both can be taken with respect to one list of tensors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -704,19 +702,3 @@ def gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 def assert_same(got: Tensor, expected: Tensor, what: str, atol: float = ATOL) -> None:
     torch.testing.assert_close(got, expected, atol=atol, rtol=atol, msg=lambda text: f"{what}: {text}")
-
-
-def assert_same_gradients(loss: Tensor, expected_loss: Tensor, tensors: dict[str, Tensor], atol: float = ATOL) -> None:
-    """Both losses have the same gradients with respect to all these tensors."""
-    found = gradients(loss, list(tensors.values()))
-    expected = gradients(expected_loss, list(tensors.values()))
-    for name, one, other in zip(tensors, found, expected, strict=True):
-        assert_same(one, other, f"gradient of {name}", atol)
-
-
-@contextmanager
-def uneven_groups_allowed():
-    """`group_size` warns when a length splits badly; here every length is wanted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="group_size")
-        yield
