@@ -9,7 +9,7 @@ import torch
 from support.recipes import recipe
 from torch import nn
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating, gating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, TopKGating, gating
 from mixture_of_experts.gating import Choices, TokenChoiceGate
 from mixture_of_experts.losses import z_loss
 
@@ -203,29 +203,6 @@ def test_an_unknown_loss_is_named():
 
 
 # ---- what a Routing promises ----
-
-
-def test_what_a_second_level_is_told():
-    """Three tokens by hand: sure of one expert, tied between two, and dropped."""
-    gate = TopKGating(2, 2, k=2, capacity_factor_train=1.0, min_expert_capacity=2)
-    gate.w_gating.data.copy_(torch.eye(2))
-    routing = gate(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]]))
-    assert routing.capacity == 3
-    assert routing.importance.tolist() == [[1.0, 0.5] * 3]  # a token's first choice, and its second
-
-    top2 = Top2Gating(2, 2, capacity_factor_train=0.1, min_expert_capacity=2, second_policy_train="all")
-    top2.w_gating.data.copy_(torch.eye(2))
-    routing = top2(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [3.0, 0.0]]]))
-    assert routing.importance.tolist() == [[1.0, 0.5, 0.5, 0.5, 0.0, 0.0]]  # by weight: above a half
-
-
-def test_a_gate_says_what_is_first():
-    class SecondFirst(Careless):
-        def decide(self, tokens) -> Choices:
-            made = super().decide(tokens)
-            return made._replace(primary=made.expert == 1)
-
-    assert SecondFirst(2)(torch.randn(1, 3, DIM)).importance.tolist() == [[0.5, 1.0] * 3]
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])

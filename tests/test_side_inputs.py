@@ -10,7 +10,6 @@ from mixture_of_experts import (
     Choices,
     ExpertChoiceGating,
     HashGating,
-    HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
     TokenChoiceGate,
@@ -174,19 +173,11 @@ def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
         gate(x, open_experts=is_open[..., :3])
 
 
-@pytest.mark.slow
-def test_open_experts_compiled():
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=3)), torch.randn(1, 3, DIM)
-    is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])
-    out, aux_loss = torch.compile(moe, backend="aot_eager", fullgraph=True)(x, open_experts=is_open)
-    torch.testing.assert_close((out, aux_loss), moe(x, open_experts=is_open))
-
-
 def test_a_hash_layer():
     """An id has its experts wherever it stands; experts have equally many ids, give or take one."""
     moe = MoE(DIM, gate=HashGating(DIM, 5, k=2, num_ids=33))
     table = moe.gate.experts_of_id
-    assert table.flatten().bincount(minlength=5).tolist() in ([14, 13, 13, 13, 13], *_rotations([14, 13, 13, 13, 13]))
+    assert sorted(table.flatten().bincount(minlength=5).tolist()) == [13, 13, 13, 13, 14]
     assert all(len(set(row)) == 2 for row in table.tolist())
     ids = torch.randint(0, 33, (2, 6))
     routing = moe.gate(torch.randn(2, 6, DIM), token_ids=ids)
@@ -208,17 +199,3 @@ def test_the_table_of_a_hash_layer_that_was_empty_is_drawn():
     gate.experts_of_id.fill_(-7)
     gate.reset_parameters()
     assert gate.experts_of_id.flatten().bincount(minlength=5).sort().values.tolist() == [13, 13, 13, 13, 14]
-
-
-def _rotations(values):
-    return [values[i:] + values[:i] for i in range(len(values))]
-
-
-def test_a_hash_layer_at_level_two():
-    """Empty slots have id 0 and make no choice."""
-    inner = HashGating(DIM, 3, k=1, num_ids=7, outer_expert_dims=(2,))
-    moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2, 1, capacity_factor_train=4.0), gate_inner=inner)
-    routings = []
-    inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
-    moe(torch.randn(1, 6, DIM), token_ids=torch.arange(1, 7).view(1, 6))
-    assert int(routings[0].kept.sum()) == 6
