@@ -177,16 +177,6 @@ def test_few_tokens_leave_out_what_nobody_chose(per_copy, monkeypatch):
     assert found.isfinite().all()
 
 
-@pytest.mark.parametrize("length", [1, 3, 40])
-def test_the_default_device_does_not_matter(length):
-    layer = MoE(DIM, NUM_EXPERTS, second_policy_eval="all").eval()
-    x = torch.randn(1, length, DIM)
-    with torch.no_grad():
-        expected = layer(x)
-        with torch.device("meta"):
-            torch.testing.assert_close(layer(x), expected)
-
-
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
 @pytest.mark.parametrize("mapped", ["gate", "experts", "all", "inputs"])
 def test_few_rows_of_an_ensemble(experts, mapped):

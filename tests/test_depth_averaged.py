@@ -196,17 +196,17 @@ def test_checkpointing_of_each_layer():
     assert all(map(torch.equal, *grads))
 
 
+class Stack(nn.Module):
+    def __init__(self, number: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers(number))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return run(self.layers, x)
+
+
 def test_records_replays_statistics_and_losses():
     """Replayed choices do not touch states, and losses are collected as ever. Who gives no state gets none."""
-
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(layers())
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-            return run(self.layers, x)
-
     model, x = Stack().train(), torch.randn(2, 9, DIM, dtype=torch.float64)
     with record_routing(model) as records, track_routing(model) as stats, collect_aux(model) as aux:
         _, total, states = model(x)
@@ -252,18 +252,8 @@ def test_a_gate_of_ones_own_has_a_state():
 
 @pytest.mark.slow
 def test_one_graph_and_an_exported_program():
-    stack = nn.ModuleList(layers(2))
-    x = torch.randn(2, 9, DIM, dtype=torch.float64)
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stack = stack
-
-        def forward(self, x: Tensor) -> Tensor:
-            return run(self.stack, x)[2][-1]
-
-    model, wanted = Both(), run(stack, x)[2][-1]
+    model, x = Stack(2), torch.randn(2, 9, DIM, dtype=torch.float64)
+    wanted = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted)
 

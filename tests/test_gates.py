@@ -81,11 +81,13 @@ def test_all_is_where_the_tokens_are(name, masked):
             routing, (out, aux_loss) = gate(x, mask=mask, **asked), layer(x, mask)
             total = sum([routing.weight.square().sum(), *routing.losses.values(), out.square().sum(), aux_loss])
             gradients = torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True)
+            with torch.no_grad():  # as in decoding
+                few = layer(x[:1, :1])
         told = [value for value in vars(routing).values() if isinstance(value, Tensor)]
         counts = [buffer.clone() for buffer in gate.buffers()]
         for buffer, was in zip(gate.buffers(), before, strict=True):
             buffer.copy_(was)
-        return [out, aux_loss, *told, *routing.losses.values(), *gradients, *counts]
+        return [out, aux_loss, *few, *told, *routing.losses.values(), *gradients, *counts]
 
     for gate.training in (True, False):
         for ours, theirs in zip(found("meta"), found("cpu"), strict=True):

@@ -221,7 +221,7 @@ def top2_routers(draw, policies=("all", "none", "threshold", "random"), **limits
 
 
 @st.composite
-def topk_routers(draw, num_experts: int, jitter: bool = True, **limits) -> Router:
+def topk_routers(draw, num_experts: int, **limits) -> Router:
     groups = draw(st.sampled_from([None, *(g for g in range(1, num_experts + 1) if num_experts % g == 0)]))
     top_groups = None if groups is None else draw(st.integers(1, groups))
     open_experts = num_experts if groups is None else num_experts // groups * top_groups
@@ -234,7 +234,7 @@ def topk_routers(draw, num_experts: int, jitter: bool = True, **limits) -> Route
             "normalize": draw(st.sampled_from([None, True, False])),
             "scale": draw(st.sampled_from([1.0, 2.5])),
             "bias": draw(st.booleans()),
-            "jitter": draw(st.sampled_from([0.0, 0.1])) if jitter else 0.0,
+            "jitter": draw(st.sampled_from([0.0, 0.1])),
             "num_groups": groups,
             "top_groups": top_groups,
             "expert_bias": draw(st.booleans()),
@@ -668,12 +668,6 @@ class Bank:
 
 def rms_normed(x: Tensor) -> Tensor:
     return x / (x.square().mean() + 0.5).sqrt()
-
-
-@st.composite
-def banks(draw) -> Bank:
-    kind = draw(st.sampled_from(["ffn", "gated", "list", "gated", "ffn", "custom"]))
-    return Bank(kind, draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))))
 
 
 AROUND = ("input_weighted", "identity", "enclosed", "normed")
