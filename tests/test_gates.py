@@ -1,4 +1,4 @@
-"""Gates at their edges: one expert, where tensors are made, and choices that do not fit."""
+"""Gates at their edges: one expert, where tensors are made, two levels, and choices that do not fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from support.recipes import recipe
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mixture_of_experts import Experts, MoE, Top2Gating, TopKGating
+from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
+from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.gating import Choices, SparseMixerGating, TokenChoiceGate, offers_of
+from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 DIM = 6
 
@@ -111,6 +113,44 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
     assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
 
 
+# ---- two levels; test_matrix.py has layers of both ----
+
+
+def test_expert_choice_hands_on_nothing():
+    outer = ExpertChoiceGating(DIM, 4)(torch.randn(2, 6, DIM))
+    with pytest.raises(ValueError, match="router of token choice"):
+        second_level(torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {})
+
+
+def test_each_level_is_given_choices_under_a_name_of_its_own():
+    given = ("router_input", "given_experts")
+    assert side_inputs_of_levels(given, given) == ({*given}, {"router_input", "given_experts_inner"})
+    assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
+    outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
+    for shape in ((2, 6, 3, 2), (2, 6, 2)):
+        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
+            second_level(
+                torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {"given_experts_inner": torch.zeros(shape)}
+            )
+
+
+def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
+    """It ignores importance and mask; the same gate that reads them is taken."""
+
+    class Heedless(Top2Gating):
+        heedless = True
+
+        def forward(self, x, importance=None, mask=None, length=None, losses=(), **side):
+            return super().forward(x) if self.heedless else super().forward(x, importance, mask, length, losses, **side)
+
+    gate = Heedless(DIM, 2, outer_expert_dims=(4,))
+    moe, x = HeirarchicalMoE(DIM, (4, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(2, 6, DIM)
+    with pytest.raises(ValueError, match=r"a Heedless, chose experts for \d+ slots"):
+        moe(x)
+    gate.heedless = False
+    assert moe(x)[0].isfinite().all()
+
+
 # ---- choices that do not fit ----
 
 
@@ -142,22 +182,18 @@ class Given(TokenChoiceGate):
         ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as shape \(1,\), wanted a tensor of no dimensions"),
         ({"losses": {"mine": 0.5}}, r"loss 'mine' as float"),
         ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as shape \(1, 4\)"),
+        ({"expert": torch.zeros(1, 4, 2)}, r"expert .*float32, wanted int64"),
+        ({"chosen": torch.ones(1, 4, 2)}, r"chosen .*float32, wanted bool"),
         ({"expert": torch.full((1, 4, 2), 1)}, r"one expert twice for a token"),
         ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"chose experts 0 to 3, there are 0 to 2"),
         ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),
     ],
 )
 def test_choices_that_do_not_fit(made, message):
-    with pytest.raises(ValueError, match=f"Given .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"Given .*{message}"):
         Given(**made)(torch.randn(1, 4, DIM))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoE(DIM, gate=Given(**made))(torch.randn(1, 4, DIM))
-
-
-@pytest.mark.parametrize("made", [{"expert": torch.zeros(1, 4, 2)}, {"chosen": torch.ones(1, 4, 2)}])
-def test_choices_of_another_dtype(made):
-    with pytest.raises(TypeError, match=r"Given gave \w+ .*float32, wanted (int64|bool)"):
-        Given(**made)(torch.randn(1, 4, DIM))
 
 
 @pytest.mark.parametrize("weight", [torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])

@@ -59,7 +59,7 @@ def test_ddp_with_starved_experts(workers: Workers, path: Path):
 @pytest.mark.parametrize("wrap", ["experts", "parts and layer", "DDP"])
 @paths
 def test_recomputed(workers: Workers, path: Path, wrap: str):
-    workers.run(checks.check_recomputed, checks.RANKS, path, wrap)
+    workers.run(checks.check_wrapped, checks.RANKS, path, wrap, checks.call_recomputed)
 
 
 @pytest.mark.feature("`fully_shard` with bfloat16 parameters, on the experts and on the layer (two processes)")
