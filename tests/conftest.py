@@ -1,13 +1,25 @@
 """Options and fixtures of the whole suite; its marks are in pyproject.toml."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from support.compat_table import Table, limit  # noqa: F401  (a fixture is found where it is named)
 from support.parallel_workers import Workers
 
 collect_ignore = ["guards", "support"]  # commands and helpers, which have no tests
+
+
+@pytest.fixture(autouse=True)
+def fresh_start() -> Iterator[None]:
+    """Every test starts from the same seed, and leaves torch's threads and default dtype as they were."""
+    threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    torch.set_default_dtype(dtype)
 
 
 @pytest.fixture
@@ -16,6 +28,16 @@ def one_process(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A dozen small files of real text, for the language model of the experiments."""
+    folder = tmp_path_factory.mktemp("text")
+    source = (Path(__file__).parent.parent / "experiments" / "language_model" / "training.py").read_bytes()
+    for i in range(12):
+        (folder / f"part{i}.txt").write_bytes(source[i * 500 : (i + 1) * 500])
+    return [folder / f"part{i}.txt" for i in range(12)]
 
 
 @pytest.fixture(scope="module")

@@ -91,13 +91,14 @@ def test_parts_make_the_whole(n, m, p, q, dtype, add, narrow):
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_decoding(dtype, narrow, never):
-    moe = layer(dtype).eval()
-    x = torch.randn(1, 7, DIM).to(dtype)
-    with torch.no_grad():
-        exact = copy.deepcopy(moe).double()(x.double())[0]
-        for length in (1, 2, 7):
-            assert_near([moe(x[:, :length])[0]], [exact[:, :length]], 0.03)
+def test_decoding_and_8_bits(dtype, narrow, never):
+    in_8_bits = quantize_experts(layer(torch.float32).requires_grad_(False))
+    for moe in (layer(dtype).eval(), in_8_bits.to(dtype)):
+        x = torch.randn(1, 40, DIM).to(dtype)
+        with torch.no_grad():
+            exact = copy.deepcopy(moe).double()(x.double())[0]
+            for length in (1, 2, 7, 40):
+                assert_near([moe(x[:, :length])[0]], [exact[:, :length]], 0.03)
 
 
 def test_autocast_leaves_weights_in_float32(narrow, never):
@@ -115,16 +116,7 @@ def test_autocast_leaves_weights_in_float32(narrow, never):
     assert torch.equal(under, bits(x)[0])
 
 
-@pytest.mark.parametrize("dtype", NARROW)
-def test_8_bits(dtype, narrow, never):
-    moe = quantize_experts(layer(torch.float32).requires_grad_(False)).to(dtype)
-    x = torch.randn(2, 20, DIM).to(dtype)
-    expected = copy.deepcopy(moe).double()(x.double())[0]
-    assert_near([moe(x)[0]], [expected], 0.03)
-
-
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own
 def test_a_compiled_graph(narrow):
     moe, x = layer(torch.bfloat16), torch.randn(2, 20, DIM).bfloat16()
     compiled = torch.compile(moe, fullgraph=True, backend="eager")

@@ -134,7 +134,6 @@ def test_a_gates_own_loss_is_one_of_them(over):
 )
 def test_any_gate_of_token_choice_reports_them(make):
     """Of the choices that are made: without second ones, a Top-2 gate has half of its load."""
-    torch.manual_seed(0)
     gate, x = make().float(), torch.randn(2, 9, 6)
     routing = gate(x, losses=["balance_batch"])
     made = routing.expert[routing.chosen] if isinstance(gate, Top2Gating) else routing.expert
@@ -143,7 +142,6 @@ def test_any_gate_of_token_choice_reports_them(make):
 
 
 def test_a_layer_weighs_several_and_shows_them():
-    torch.manual_seed(0)
     coefs = {"balance_batch": 0.5, "balance_device": 0.05, "balance_communication": 0.0}
     moe = MoE(6, gate=make_gate("softmax").float(), loss_coef=0.1, loss_coefs=coefs)
     x = torch.randn(2, 9, 6)
@@ -160,7 +158,6 @@ def test_a_layer_weighs_several_and_shows_them():
 
 
 def test_two_levels_add_theirs_up():
-    torch.manual_seed(0)
     inner = TopKGating(6, 4, num_groups=2, top_groups=2, outer_expert_dims=(3,))
     moe = HeirarchicalMoE(6, (3, 4), gate_inner=inner, loss_coef=0, loss_coefs={"balance_rank": 0.5})
     seen = []

@@ -11,33 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import no_card
+
+from benchmarks import blocks, card, counts, documented, field, first_hour, gpu, kept, report, timing
+from benchmarks.cases import Figure, choose, every_case
+from benchmarks.contest import Contestant, MissingError
+from benchmarks.field import PUBLISHED, ST_MOE
+from benchmarks.timing import AGAIN, Samples
+from experiments import batch_invariant, cpu_constants
+from mixture_of_experts.ops.cpu import batches
+from mixture_of_experts.ops.triton import schedule
+from mixture_of_experts.support.same_bits import size_of_block
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from support import no_card  # noqa: E402
-
-from benchmarks import (  # noqa: E402
-    blocks,
-    card,
-    counts,
-    documented,
-    field,
-    first_hour,
-    gpu,
-    kept,
-    report,
-    timing,
-)
-from benchmarks.cases import Figure, choose, every_case  # noqa: E402
-from benchmarks.contest import Contestant, MissingError  # noqa: E402
-from benchmarks.field import PUBLISHED, ST_MOE  # noqa: E402
-from benchmarks.timing import AGAIN, Samples  # noqa: E402
-from experiments import batch_invariant, cpu_constants  # noqa: E402
-from mixture_of_experts.ops.cpu import batches  # noqa: E402
-from mixture_of_experts.ops.triton import schedule  # noqa: E402
-from mixture_of_experts.support.same_bits import size_of_block  # noqa: E402
-
 TOYS = {case.name: case for case in choose("toy", quick=False)}
 
 
@@ -374,11 +360,7 @@ def test_a_pretrained_model_beside_dense_ones_and_mixtral(tmp_path: Path, capsys
 
 
 def test_the_cost_of_the_same_bits_is_printed(capsys):
-    threads = torch.get_num_threads()
-    try:
-        batch_invariant.main(["--rounds", "1"], dim=32, hidden_dim=64)
-    finally:
-        torch.set_num_threads(threads)
+    batch_invariant.main(["--rounds", "1"], dim=32, hidden_dim=64)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 * len(batch_invariant.CASES)
     assert all(float(line.split(": ")[1].split()[0]) > 0 for line in lines)

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from mixture_of_experts import HeirarchicalMoE, MoE, Top2Gating, TopKGating
 from mixture_of_experts.dispatch.queues import Length, bounded_ratio, expert_capacity, group_capacity
 
-FACTORS = st.one_of(st.sampled_from([0.29, 0.7, 1.0, 1.1, 1.25, 2.0, 1e-9, 1e9]), st.floats(1e-3, 100))
+FACTORS = st.one_of(st.sampled_from([0.29, 0.7, 1.0, 1.1, 1.25, 2.0, 2.0**-20, 1e-9, 1e9]), st.floats(1e-3, 100))
 
 
 @pytest.mark.parametrize(("n", "factor", "expected"), [(100, 0.29, 29), (10, 0.7, 7), (16, 1.25, 20), (3, 1 / 3, 1)])
@@ -22,14 +22,17 @@ def test_a_factor_is_what_is_written(n, factor, expected):
     assert expert_capacity(n, bounded_ratio(factor), num_experts=1, minimum=1) == min(n, expected)
 
 
-@given(n=st.integers(1, 10_000), factor=FACTORS, e=st.integers(1, 300), k=st.integers(1, 8), minimum=st.integers(1, 5))
+@given(n=st.integers(0, 10_000), factor=FACTORS, e=st.integers(1, 300), k=st.integers(1, 8), minimum=st.integers(1, 5))
 def test_one_rule(n, factor, e, k, minimum):
+    """`max(min(n, int(k n factor / e)), minimum)`, in fractions; of no token none."""
     ratio = bounded_ratio(factor)
-    exact = k * n * Fraction(*ratio) / e
-    expected = max(min(n, int(exact)), minimum)
+    expected = max(min(n, int(k * n * Fraction(*ratio) / e)), minimum) if n else 0
     assert expert_capacity(n, ratio, e, minimum, k) == expected
     assert group_capacity(Length(torch.tensor([n, 0])), ratio, e, minimum, k).tolist() == [expected, 0]
-    assert ratio[0] / ratio[1] == pytest.approx(factor, rel=1e-3) or factor < 1e-6
+    if k == 1:  # as is, if nothing else is said
+        assert expert_capacity(n, ratio, e, minimum) == expected
+        assert group_capacity(Length(torch.tensor([n])), ratio, e, minimum).tolist() == [expected]
+    assert ratio[0] / ratio[1] == pytest.approx(factor, rel=1e-3) or ratio == (1, 1 << 20)
 
 
 @given(n=st.integers(1, 1000), factor=FACTORS, e=st.integers(1, 50), outer=st.integers(1, 7), k=st.integers(1, 3))

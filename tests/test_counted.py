@@ -138,22 +138,13 @@ def test_records_leave_padding_out_and_a_replay_lets_it_choose():
 
 
 @pytest.mark.slow
-# torch makes an object of every autograd function that it traces, and warns of that itself
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_and_exported():
     moe, x = MoE(DIM, gate=TopKGating(DIM, 4)).eval(), tokens().detach()
-
-    class Layer(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.moe = moe
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            return self.moe(x, counted=mask)[0]
-
-    wanted = moe(x)[0]
-    close(torch.compile(Layer(), fullgraph=True, backend="eager")(x, MASK), wanted)
-    close(torch.export.export(Layer(), (x, MASK)).module()(x, MASK), wanted)
+    for traced in (
+        torch.compile(moe, fullgraph=True, backend="eager"),
+        torch.export.export(moe, (x,), {"counted": MASK}).module(),
+    ):
+        close(traced(x, counted=MASK)[0], moe(x)[0])
 
 
 def test_where_it_does_not_fit_it_is_refused():

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -39,26 +40,38 @@ def check_few(layer, x, mask=None, few=True, **tolerance):
     return planned
 
 
+def made(name: str, experts: type[Experts], dtype: torch.dtype) -> nn.Module:
+    """A layer with a router by name in eval; the biases of some experts are not 0."""
+    if name == "two levels":
+        layer = HeirarchicalMoE(DIM, (2, 4), experts=experts(DIM, (2, 4), 16), second_policy_eval="all")
+    else:
+        layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16, bias=name == "TopK"))
+    for bias in (layer.experts.b1, layer.experts.b2):
+        if bias is not None:
+            nn.init.normal_(bias)
+    return layer.to(dtype).eval()
+
+
+def calls(shapes: list[tuple[int, int]], dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Tokens of these shapes, all real and some masked."""
+    for shape in shapes:
+        x = torch.randn(*shape, DIM, dtype=dtype)
+        yield x, None
+        yield x, torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
+
+
 @pytest.mark.parametrize(
     "dtype",
     [torch.float64, *(pytest.param(low, marks=pytest.mark.slow) for low in (torch.float32, torch.bfloat16))],
     ids=str,
 )
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])
-@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("name", [*ROUTERS, "two levels"])
 def test_few_rows(experts, name, dtype):
     """With every router, masked and not, down to no token at all."""
-    torch.manual_seed(0)
-    bias = name == "TopK"
-    layer = MoE(DIM, gate=ROUTERS[name](), experts=experts(DIM, NUM_EXPERTS, 16, bias=bias)).to(dtype).eval()
-    for bias in (layer.experts.b1, layer.experts.b2):
-        if bias is not None:
-            torch.nn.init.normal_(bias)
-    for shape in [(1, 1), (2, 1), (1, 5), (3, 4), (0, 1), (1, 0)]:
-        x = torch.randn(*shape, DIM, dtype=dtype)
-        mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
-        for masked in (None, mask):
-            check_few(layer, x, masked, few=name != "ExpertChoice")
+    layer, shapes = made(name, experts, dtype), [(1, 1), (2, 1), (1, 5), (3, 4), (0, 1), (1, 0)]
+    for x, mask in calls(shapes[:2] if name == "two levels" else shapes, dtype):  # whose tokens have four choices
+        check_few(layer, x, mask, few=name != "ExpertChoice")
 
 
 @pytest.mark.parametrize("capability", ["DEFAULT", "AVX2", "AVX512"])
@@ -137,28 +150,17 @@ def test_rows_are_shared_among_threads(t, k, h, o, threads, monkeypatch):
 @pytest.mark.parametrize("name", [*ROUTERS, "two levels"])
 def test_few_tokens_without_a_plan(name, copied, monkeypatch):
     """As GPUs decode by torch's operators: what the definition computes, and an expert without a row is not touched."""
-    torch.manual_seed(0)
     monkeypatch.setattr(few_tokens, "PER_COPY", 0 if copied else 1 << 20)
     taken, way = [], few_tokens.run
     monkeypatch.setattr(few_tokens, "run", lambda call: taken.append(call) or way(call))
-    if name == "two levels":
-        layer = HeirarchicalMoE(DIM, (2, 4), 16, second_policy_eval="all")
-    else:
-        layer = MoE(DIM, gate=ROUTERS[name](), experts=GatedExperts(DIM, NUM_EXPERTS, 16, bias=name == "TopK"))
-    layer = layer.double().eval()
-    for bias in (layer.experts.b1, layer.experts.b2):
-        if bias is not None:
-            nn.init.normal_(bias)
-    for shape in [(1, 1), (64, 1), (1, 5), (3, 4), (0, 1), (1, 0), (1, 65)]:
-        x = torch.randn(*shape, DIM, dtype=torch.float64)
-        mask = torch.arange(x.shape[0] * x.shape[1]).view(shape) % 3 != 1
-        for masked in (None, mask):
-            taken.clear()
-            with torch.no_grad(), ops.use("batched"):
-                found = run(layer, x, masked)
-            assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few_tokens.MOST_TOKENS)
-            with torch.no_grad(), ops.use("plain"):
-                torch.testing.assert_close(found, run(layer, x, masked))
+    layer = made(name, GatedExperts, torch.float64)
+    for x, mask in calls([(1, 1), (64, 1), (1, 5), (3, 4), (0, 1), (1, 0), (1, 65)], torch.float64):
+        taken.clear()
+        with torch.no_grad(), ops.use("batched"):
+            found = run(layer, x, mask)
+        assert len(taken) == (name != "ExpertChoice" and x.shape[0] * x.shape[1] <= few_tokens.MOST_TOKENS)
+        with torch.no_grad(), ops.use("plain"):
+            torch.testing.assert_close(found, run(layer, x, mask))
 
 
 @pytest.mark.parametrize("per_copy", [0, 1 << 20])
@@ -173,23 +175,6 @@ def test_few_tokens_leave_out_what_nobody_chose(per_copy, monkeypatch):
     with ops.use("plain"):
         torch.testing.assert_close(found, ops.moe_ffn(x, expert, weight, w1, w2, activation=nn.SiLU()))
     assert found.isfinite().all()
-
-
-@pytest.mark.parametrize("length", [1, 3, 40])
-def test_the_default_device_does_not_matter(length):
-    layer = MoE(DIM, NUM_EXPERTS, second_policy_eval="all").eval()
-    x = torch.randn(1, length, DIM)
-    with torch.no_grad():
-        expected = layer(x)
-        with torch.device("meta"):
-            torch.testing.assert_close(layer(x), expected)
-
-
-@pytest.mark.parametrize("shape", [(1, 1), (2, 1)])
-def test_few_rows_of_two_levels(shape):
-    """The product of both levels' choices is read as those of one level are."""
-    layer = HeirarchicalMoE(DIM, (2, 2), second_policy_eval="all").eval()
-    check_few(layer, torch.randn(*shape, DIM))
 
 
 @pytest.mark.parametrize("experts", [Experts, GatedExperts])

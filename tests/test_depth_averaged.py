@@ -152,7 +152,6 @@ def test_what_is_refused():
 
 
 def test_two_levels_hand_on_the_state_of_level_one():
-    torch.manual_seed(0)
     first, second = (
         HeirarchicalMoE(
             DIM,
@@ -197,17 +196,17 @@ def test_checkpointing_of_each_layer():
     assert all(map(torch.equal, *grads))
 
 
+class Stack(nn.Module):
+    def __init__(self, number: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers(number))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        return run(self.layers, x)
+
+
 def test_records_replays_statistics_and_losses():
     """Replayed choices do not touch states, and losses are collected as ever. Who gives no state gets none."""
-
-    class Stack(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.ModuleList(layers())
-
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-            return run(self.layers, x)
-
     model, x = Stack().train(), torch.randn(2, 9, DIM, dtype=torch.float64)
     with record_routing(model) as records, track_routing(model) as stats, collect_aux(model) as aux:
         _, total, states = model(x)
@@ -252,27 +251,15 @@ def test_a_gate_of_ones_own_has_a_state():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it compiles
 def test_one_graph_and_an_exported_program():
-    stack = nn.ModuleList(layers(2))
-    x = torch.randn(2, 9, DIM, dtype=torch.float64)
-
-    class Both(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.stack = stack
-
-        def forward(self, x: Tensor) -> Tensor:
-            return run(self.stack, x)[2][-1]
-
-    model, wanted = Both(), run(stack, x)[2][-1]
+    model, x = Stack(2), torch.randn(2, 9, DIM, dtype=torch.float64)
+    wanted = model(x)
     torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), wanted)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), wanted)
 
 
 def test_bfloat16_and_autocast():
     """A state is float32, also under autocast; the results are those of the same numbers in float64."""
-    torch.manual_seed(0)
     gate, x = DepthAveragedGating(DIM, E, state_dim=R), torch.randn(2, 9, DIM)
     with torch.autocast("cpu", torch.bfloat16):
         routing = gate(x)

@@ -106,7 +106,6 @@ def test_linear_layers_drop_too(kind):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 @pytest.mark.parametrize("factors", FACTORS)
 def test_compiled_in_one_graph(factors):
     moe, x = layer(**FACTORS[factors]), torch.randn(2, 30, D)

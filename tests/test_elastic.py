@@ -15,16 +15,7 @@ pytestmark = pytest.mark.slow
 def test_a_node_is_killed_and_the_other_one_goes_on(tmp_path: Path):
     """At most the steps since the last checkpoint are lost. When they are done again, their losses are the same."""
     pytest.importorskip("transformers")
-    options = [
-        "--steps",
-        "64",
-        "--context",
-        "16",
-        "--save-every",
-        str(elastic.SAVE_EVERY),
-        "--timeout",
-        str(elastic.TIMEOUT),
-    ]
+    options = f"--steps 64 --context 16 --save-every {elastic.SAVE_EVERY} --timeout {elastic.TIMEOUT}".split()
     run = elastic.Run(tmp_path / "run", options, kills=1, addresses=("127.0.0.1", "127.0.0.2"))
     (row,) = run.disturb(random.Random(1), ["kill"])
     assert 0 <= row["steps lost"] <= elastic.SAVE_EVERY

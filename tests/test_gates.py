@@ -1,4 +1,4 @@
-"""Gates at their edges: one expert, who is served first, two levels in order, and choices that do not fit."""
+"""Gates at their edges: one expert, where tensors are made, two levels, and choices that do not fit."""
 
 from __future__ import annotations
 
@@ -12,17 +12,10 @@ from support.recipes import recipe
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from mixture_of_experts import (
-    ExpertChoiceGating,
-    Experts,
-    HeirarchicalMoE,
-    MoE,
-    NoisyTopKGating,
-    Routing,
-    Top2Gating,
-    TopKGating,
-)
+from mixture_of_experts import ExpertChoiceGating, Experts, HeirarchicalMoE, MoE, Top2Gating, TopKGating
+from mixture_of_experts.dispatch.decision import plan_slots_of
 from mixture_of_experts.gating import Choices, SparseMixerGating, TokenChoiceGate, offers_of
+from mixture_of_experts.gating.levels import second_level, side_inputs_of_levels
 
 DIM = 6
 
@@ -50,24 +43,6 @@ def test_of_one_expert_a_later_choice_is_made(policy, scale):
     gate = Top2Gating(DIM, 1, second_policy_train=policy)
     routing = gate(scale * torch.randn(1, 3, DIM), importance=torch.tensor([[1.0, 0.5, 0.0]]))
     assert routing.kept.tolist() == [[True, False, False, policy == "all", False, False]]
-
-
-@pytest.mark.parametrize("sizes", [(1, 3), (3, 1), (1, 1)])
-def test_one_expert_at_either_level_drops_nothing_more(sizes):
-    """As many slots as tokens at both levels: every token that level one sends is computed."""
-    moe = HeirarchicalMoE(
-        DIM,
-        sizes,
-        second_policy_train="all",
-        priority="token",
-        capacity_factor_train=float(sizes[0]),
-        capacity_factor_second_level=float(sizes[1]),
-    )
-    found: list[Routing] = []
-    for gate in (moe.gate_outer, moe.gate_inner):
-        gate.register_forward_hook(lambda gate, args, routing: found.append(routing))
-    moe(torch.randn(1, 20, DIM))
-    assert not any((routing.chosen & ~routing.kept).any() for routing in found)
 
 
 def test_two_weights_are_divided_by_their_sum_and_epsilon():
@@ -108,11 +83,13 @@ def test_all_is_where_the_tokens_are(name, masked):
             routing, (out, aux_loss) = gate(x, mask=mask, **asked), layer(x, mask)
             total = sum([routing.weight.square().sum(), *routing.losses.values(), out.square().sum(), aux_loss])
             gradients = torch.autograd.grad(total, [x, *layer.parameters()], allow_unused=True)
+            with torch.no_grad():  # as in decoding
+                few = layer(x[:1, :1])
         told = [value for value in vars(routing).values() if isinstance(value, Tensor)]
         counts = [buffer.clone() for buffer in gate.buffers()]
         for buffer, was in zip(gate.buffers(), before, strict=True):
             buffer.copy_(was)
-        return [out, aux_loss, *told, *routing.losses.values(), *gradients, *counts]
+        return [out, aux_loss, *few, *told, *routing.losses.values(), *gradients, *counts]
 
     for gate.training in (True, False):
         for ours, theirs in zip(found("meta"), found("cpu"), strict=True):
@@ -136,87 +113,42 @@ def test_dropless_a_choice_of_no_weight_is_none(masked):
     assert routing.kept.tolist() == routing.chosen.tolist() == [[True, False, not masked, False]]
 
 
-def test_experts_choose_by_the_real_length():
-    """Half of the tokens each, rounded down, and of a short group one at least."""
-    lengths = torch.tensor([6, 3, 1])
-    gate = ExpertChoiceGating(DIM, 2, capacity_factor=1.0)
-    routing = gate(torch.randn(3, 6, DIM), mask=torch.arange(6) < lengths.unsqueeze(-1))
-    assert (routing.capacity, routing.limit.tolist()) == (3, [3, 1, 1])
-    assert routing.chosen.view(3, 2, 3).sum(dim=-1).tolist() == routing.queued.tolist() == [[3, 3], [1, 1], [1, 1]]
-    assert (routing.token[routing.chosen] < lengths.repeat_interleave(torch.tensor([6, 2, 2]))).all()
+# ---- two levels; test_matrix.py has layers of both ----
 
 
-# ---- who is served first ----
+def test_expert_choice_hands_on_nothing():
+    outer = ExpertChoiceGating(DIM, 4)(torch.randn(2, 6, DIM))
+    with pytest.raises(ValueError, match="router of token choice"):
+        second_level(torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {})
 
 
-def served(gate: TokenChoiceGate, logits: Tensor) -> list[int]:
-    """Tokens that the one slot of each expert goes to, of unit vectors that a gate gives these logits `(n, e)`."""
-    gate.w_gating.data.copy_(logits)
-    routing = gate.eval()(torch.eye(len(logits)).unsqueeze(0))
-    assert routing.capacity == 1
-    return sorted(routing.token[routing.kept].tolist())
+def test_each_level_is_given_choices_under_a_name_of_its_own():
+    given = ("router_input", "given_experts")
+    assert side_inputs_of_levels(given, given) == ({*given}, {"router_input", "given_experts_inner"})
+    assert side_inputs_of_levels(given, ("router_input", "ids")) == ({*given}, {"router_input", "ids"})
+    outer = TopKGating(DIM, 4)(torch.randn(2, 6, DIM))
+    for shape in ((2, 6, 3, 2), (2, 6, 2)):
+        with pytest.raises(ValueError, match=r"given_experts_inner must have shape \(\.\.\., n, 2, k of level two\)"):
+            second_level(
+                torch.randn(2, 6, DIM), outer, plan_slots_of(outer), None, {"given_experts_inner": torch.zeros(shape)}
+            )
 
 
-ONE_SLOT = dict(capacity_factor_eval=0.1, min_expert_capacity=1, priority="score")
+def test_a_gate_of_ones_own_that_fills_empty_slots_is_refused():
+    """It ignores importance and mask; the same gate that reads them is taken."""
 
+    class Heedless(Top2Gating):
+        heedless = True
 
-def test_the_surest_of_a_single_noisy_choice_is_served_first():
-    gate = NoisyTopKGating(3, 3, k=1, **ONE_SLOT)
-    assert served(gate, torch.tensor([[5.0, 4.9, 0.0], [3.0, -5.0, -5.0], [2.0, 0.0, 0.0]])) == [1]
+        def forward(self, x, importance=None, mask=None, length=None, losses=(), **side):
+            return super().forward(x) if self.heedless else super().forward(x, importance, mask, length, losses, **side)
 
-
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
-def test_experts_that_are_closed_do_not_make_a_token_sure(score):
-    """Token 0 has the best score of all, but its best group is the other, where token 1 is surer."""
-    gate = TopKGating(2, 4, k=1, score=score, num_groups=2, top_groups=1, **ONE_SLOT)
-    logits = torch.tensor([[1.5, 1.5, 2.0, -9.0], [1.8, 1.8, -9.0, -9.0]])
-    assert served(gate, logits) == [1]
-
-
-def test_who_is_surest_is_told_by_scores_as_they_are():
-    """Token 0 has the larger sigmoid, token 1 the larger share of its own sigmoids."""
-    gate = TopKGating(2, 4, k=1, score="sigmoid", **ONE_SLOT)
-    assert served(gate, torch.tensor([[2.0, 1.9, 1.9, 1.9], [1.0, -9.0, -9.0, -9.0]])) == [0]
-
-
-# ---- two levels ----
-
-
-OUTER = {
-    "top2": lambda **settings: Top2Gating(DIM, 3, second_policy_train="all", **settings),
-    "topk": lambda **settings: TopKGating(DIM, 3, k=2, **settings),
-}
-
-
-@pytest.mark.parametrize("priority", ["choice", "token", "score"])
-@pytest.mark.parametrize("outer", OUTER)
-def test_a_dropless_level_hands_on_in_the_order_of_tokens(outer, priority):
-    """So an inner gate with a capacity and priority 'token' is causal, whatever the outer gate's priority is."""
-    torch.manual_seed(0)
-    gate_outer = OUTER[outer](capacity_factor_train=None, priority=priority)
-    settings = dict(capacity_factor_train=0.4, min_expert_capacity=1, priority="token")
-    gate_inner = TopKGating(DIM, 4, k=2, outer_expert_dims=3, **settings)
-    moe = HeirarchicalMoE(DIM, gate_outer=gate_outer, gate_inner=gate_inner).double()
-    x = torch.randn(1, 16, DIM, dtype=torch.float64)
-    out, _ = moe(x)
-    for t in range(1, 16):
-        changed = torch.cat([x[:, :t], torch.randn(1, 16 - t, DIM, dtype=torch.float64)], dim=1)
-        torch.testing.assert_close(moe(changed)[0][:, :t], out[:, :t])
-
-
-@pytest.mark.parametrize("factor", [4.0, 1e9])
-def test_after_a_dropless_level_an_inner_expert_has_at_most_the_balanced_share(factor):
-    """All 40 tokens go to one outer expert of four and one inner one: its slots are 40 / 4, whatever the factor."""
-    gate_outer, gate_inner = TopKGating(DIM, 4, k=1), TopKGating(DIM, 2, k=1, outer_expert_dims=4)
-    moe = HeirarchicalMoE(DIM, gate_outer=gate_outer, gate_inner=gate_inner)
-    for gate in (gate_outer, gate_inner):
-        gate.w_gating.data.zero_()  # the first of each is taken
-    found: list[Routing] = []
-    gate_inner.register_forward_hook(lambda gate, args, routing: found.append(routing))
-    for inner_factor in (factor, None):
-        gate_inner.capacity_factor_train = inner_factor
-        moe(torch.randn(1, 40, DIM))
-    assert [int(routing.kept.sum()) for routing in found] == [10, 40]
+    gate = Heedless(DIM, 2, outer_expert_dims=(4,))
+    moe, x = HeirarchicalMoE(DIM, (4, 2), capacity_factor_train=8.0, gate_inner=gate), torch.randn(2, 6, DIM)
+    with pytest.raises(ValueError, match=r"a Heedless, chose experts for \d+ slots"):
+        moe(x)
+    gate.heedless = False
+    assert moe(x)[0].isfinite().all()
 
 
 # ---- choices that do not fit ----
@@ -250,22 +182,18 @@ class Given(TokenChoiceGate):
         ({"losses": {"mine": torch.ones(1)}}, r"loss 'mine' as shape \(1,\), wanted a tensor of no dimensions"),
         ({"losses": {"mine": 0.5}}, r"loss 'mine' as float"),
         ({"losses": {"balance": torch.ones(1, 4)}}, r"loss 'balance' as shape \(1, 4\)"),
+        ({"expert": torch.zeros(1, 4, 2)}, r"expert .*float32, wanted int64"),
+        ({"chosen": torch.ones(1, 4, 2)}, r"chosen .*float32, wanted bool"),
         ({"expert": torch.full((1, 4, 2), 1)}, r"one expert twice for a token"),
         ({"expert": torch.tensor([0, 3]).expand(1, 4, 2)}, r"chose experts 0 to 3, there are 0 to 2"),
         ({"expert": torch.tensor([-1, 2]).expand(1, 4, 2)}, r"chose experts -1 to 2"),
     ],
 )
 def test_choices_that_do_not_fit(made, message):
-    with pytest.raises(ValueError, match=f"Given .*{message}"):
+    with pytest.raises((ValueError, TypeError), match=f"Given .*{message}"):
         Given(**made)(torch.randn(1, 4, DIM))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         MoE(DIM, gate=Given(**made))(torch.randn(1, 4, DIM))
-
-
-@pytest.mark.parametrize("made", [{"expert": torch.zeros(1, 4, 2)}, {"chosen": torch.ones(1, 4, 2)}])
-def test_choices_of_another_dtype(made):
-    with pytest.raises(TypeError, match=r"Given gave \w+ .*float32, wanted (int64|bool)"):
-        Given(**made)(torch.randn(1, 4, DIM))
 
 
 @pytest.mark.parametrize("weight", [torch.tensor([0.5, 0.0]), torch.tensor([0.5, 0.5])])
@@ -274,10 +202,6 @@ def test_a_second_choice_that_is_not_made_may_be_any(weight):
     chosen = torch.tensor([True, False]).expand(1, 4, 2) if weight[1] else None
     gate = Given(expert=torch.full((1, 4, 2), 1), weight=weight.expand(1, 4, 2), chosen=chosen)
     assert gate(torch.randn(1, 4, DIM)).kept.tolist() == [[True, False] * 4]
-
-
-def test_choices_that_fit():
-    assert MoE(DIM, gate=Given())(torch.randn(1, 4, DIM))[0].shape == (1, 4, DIM)
 
 
 def test_a_look_at_values_is_left_out_where_there_are_none():

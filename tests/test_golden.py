@@ -129,17 +129,14 @@ def test_one_level_layer(name):
     case = Case(name)
     dim, e = case["w_gate"].shape
     arguments = layer_arguments(case)
+    hidden_dim, activation = arguments.pop("hidden_dim"), arguments.pop("activation")
     if name == "v1_geglu":
         # recorded: wi_0 goes through a tanh-approximated GELU, wi_1 is linear
-        experts = GatedExperts(dim, e, arguments["hidden_dim"], nn.GELU(approximate="tanh"))
-        set_weights(experts, w1=case["wi_0"], w3=case["wi_1"], w2=case["wo"])
-        named = {"wi_0": experts.w1, "wi_1": experts.w3, "wo": experts.w2}
+        experts = GatedExperts(dim, e, hidden_dim, nn.GELU(approximate="tanh"))
+        names = {"w1": "wi_0", "w3": "wi_1", "w2": "wo"}
     else:
-        experts = Experts(dim, e, arguments["hidden_dim"], nn.ReLU)
-        set_weights(experts, w1=case["wi"], w2=case["wo"])
-        named = {"wi": experts.w1, "wo": experts.w2}
-    for of_experts in ("hidden_dim", "activation"):
-        del arguments[of_experts]
+        experts, names = Experts(dim, e, hidden_dim, activation), {"w1": "wi", "w2": "wo"}
+    set_weights(experts, **{ours: case[theirs] for ours, theirs in names.items()})
     moe = MoE(dim, e, experts=experts, **arguments).train(case.mode == "train")
     set_weights(moe, gate__w_gating=case["w_gate"])
     x = case["inputs"].requires_grad_()
@@ -150,7 +147,8 @@ def test_one_level_layer(name):
     assert torch.equal(dispatch, case["gate_dispatch"][0])
     check(combine, case["gate_combine"][0], "combine")
     check(balance_loss, case["gate_loss"], "loss")
-    named = {"inputs": x, "w_gate": moe.gate.w_gating, **named}
+    named = {"inputs": x, "w_gate": moe.gate.w_gating}
+    named |= {theirs: experts.get_parameter(ours) for ours, theirs in names.items()}
     check_gradients(case, (out * case["cotangent"]).sum() + aux_loss, named)
 
 

@@ -1,4 +1,4 @@
-"""Losses: over ranks those of the whole batch, gradients too; and of few tokens, worked out by hand."""
+"""Losses: over ranks those of the whole batch, gradients too; test_matrix.py holds them to the slow reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from support import strategies as make
 from torch import Tensor
 
 from mixture_of_experts import ExpertChoiceGating, NoisyTopKGating, Top2Gating, TopKGating, losses
-from mixture_of_experts.dispatch.queues import Length
 from mixture_of_experts.gating import RouterLogits, SparseMixerGating, offers_of
 
 DIM, EXPERTS, OUTER = 4, 3, 2
@@ -98,71 +97,3 @@ def test_ranks_average_to_the_whole_batch(name, outer, masked, monkeypatch):
     for i, (one, other, wanted) in enumerate(zip(*found, expected, strict=True)):
         make.assert_same((one + other) / 2, wanted, f"number {i}")
     assert any(value.count_nonzero() for value in expected)
-
-
-def test_means_of_nothing_are_zero():
-    zero = torch.zeros(())
-    assert losses.mean(zero, 0) == losses.mean(zero, torch.tensor(0)) == 0
-    three = torch.tensor(3.0)
-    assert losses.mean(three, 4, each=2.0) == losses.mean(three, torch.tensor(4), each=2.0) == 0.375
-    assert losses.mean(three, 1) == losses.mean(three, torch.tensor(1)) == 3
-
-
-def test_z_loss_is_read_off_any_expert():
-    """With gradients and without, of all tokens and of some."""
-    logits = make.normal(make.generator(0), 2, 4, 3).requires_grad_()
-    expert, counted = torch.tensor([[0, 1, 2, 0], [1, 1, 0, 2]]).unsqueeze(-1), torch.ones(2, 4, dtype=torch.bool)
-    counted[0, 1] = counted[1, 3] = False
-    total, prob = logits.logsumexp(-1), logits.softmax(-1).gather(-1, expert)
-    make.assert_same(losses.log_total_at(logits.gather(-1, expert), prob), total, "total")
-    make.assert_same_gradients(
-        losses.log_total_at(logits.gather(-1, expert), prob).sum(), total.sum(), {"logits": logits}
-    )
-    with torch.no_grad():
-        make.assert_same(losses.log_total_at(logits.gather(-1, expert), prob), total, "total without gradients")
-    for seen in (None, counted):
-        expected = (total if seen is None else total[seen]).square().mean()
-        make.assert_same(losses.z_loss(logits, seen), expected, "z-loss")
-        make.assert_same_gradients(losses.z_loss(logits, seen), expected, {"logits": logits})
-
-
-def test_balance_by_hand():
-    """Two outer experts, two groups, three inner ones: of unequal lengths, one group and one outer expert empty."""
-    load = torch.tensor([[[2, 1, 1], [0, 3, 1]], [[1, 0, 0], [0, 0, 0]]])
-    proxy = torch.tensor([[[0.5, 1.0, 0.5], [0.2, 0.6, 1.2]], [[0.3, 0.4, 0.3], [0.0, 0.0, 0.0]]], dtype=torch.float64)
-    k, n = 2, 2
-    products = (load * proxy).sum(-1)  # (2, 2)
-    assert losses.load_balance(load, proxy, n, k) == pytest.approx((products.sum() * 3 / k / n**2 / 4).item())
-    lengths = torch.tensor([[4, 2], [1, 0]])  # in half tokens
-    tokens = lengths / 2
-    by_group = products[lengths > 0] / tokens[lengths > 0] ** 2 * 3 / k
-    assert losses.load_balance(load, proxy, Length(lengths, 2), k) == pytest.approx(by_group.mean().item())
-    over = (load.sum(1) * proxy.sum(1)).sum(-1)  # (2,)
-    batch = losses.load_balance_over_batch(load, proxy, n, k)
-    assert batch == pytest.approx((over / (2 * n) ** 2 * 3 / k).mean().item())
-    batch = losses.load_balance_over_batch(load, proxy, Length(lengths, 2), k)
-    assert batch == pytest.approx((over / tokens.sum(1) ** 2 * 3 / k).mean().item())
-    for function in (losses.load_balance, losses.load_balance_over_batch):  # k is 1 if nothing else is said
-        assert function(load, proxy, n) == pytest.approx(k * function(load, proxy, n, k).item())
-    first_of_all = torch.zeros(2, 2, n, 1, dtype=torch.int64)  # of every token expert 0
-    of_choices = losses.load_balance_of(first_of_all, None, proxy, n)
-    assert of_choices == pytest.approx(losses.load_balance(n * torch.eye(3)[0].expand(2, 2, 3), proxy, n).item())
-    nothing = losses.load_balance_over_batch(load[1:] * 0, proxy[1:] * 0, Length(lengths[1:] * 0, 2), k)
-    first = torch.tensor([[1], [0]])
-    one = losses.load_balance_over_batch(
-        load * first[..., None], proxy * first[..., None], Length(lengths * first, 2), k
-    )
-    assert nothing == 0
-    assert one == pytest.approx((over[0] / tokens[0].sum() ** 2 * 3 / k).item())
-
-
-def test_squared_variation_by_hand():
-    """Of the outer experts that got anything, also a mean of 1 each; its gradient at balance is 0."""
-    values = torch.tensor([[0.0, 2.0, 1.0], [0.0, 0.0, 0.0], [2.0, 2.0, 2.0]], dtype=torch.float64, requires_grad=True)
-    found = losses.squared_variation(values)
-    assert found.item() == pytest.approx((2 / 3 + 0) / 2)
-    (grad,) = torch.autograd.grad(found, values)
-    assert grad[1:].count_nonzero() == 0
-    alone = values[0].detach().requires_grad_()
-    expected = alone.var(unbiased=False) / alone.mean() ** 2
-    make.assert_same_gradients(losses.squared_variation(alone), expected, {"values": alone})

@@ -159,7 +159,6 @@ def test_a_gate_of_ones_own_decides_itself():
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_a_compiled_layer_decodes():
     layer = MoE(DIM, gate=gate_of(), experts=GatedExperts(DIM, E, 9)).eval()
     compiled, x = torch.compile(layer, fullgraph=True, backend="aot_eager"), torch.randn(1, 1, DIM)

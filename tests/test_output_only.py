@@ -47,7 +47,5 @@ def test_as_an_expert_and_as_the_shared_expert():
     ):
         out, aux_loss = MoE(D, **settings)(x)  # type: ignore[arg-type]
         assert (out.shape, aux_loss.shape) == (x.shape, ())
-    with pytest.raises(ValueError, match=r"shared_expert must keep .*into OutputOnly"):
-        MoE(D, 3, shared_expert=MoE(D, 2))(x)
     with pytest.raises(TypeError, match=r"moe must be a layer such as MoE\(\.\.\.\), got <class"):
         OutputOnly(MoE)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ import torch
 from support.recipes import recipe
 from torch import nn
 
-from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, Top2Gating, TopKGating
+from mixture_of_experts import Experts, HeirarchicalMoE, MoE, NoisyTopKGating, Routing, TopKGating, gating
 from mixture_of_experts.gating import Choices, TokenChoiceGate
 from mixture_of_experts.losses import z_loss
 
@@ -108,12 +108,6 @@ def test_importance_cannot_be_forgotten():
     assert routing.z_loss == routing.balance_loss == 0  # it reports none
 
 
-def test_losses_of_a_gate_in_the_first_form_by_name():
-    routing = CarelessForward()(torch.randn(1, 3, DIM))
-    assert list(routing.losses) == ["balance", "z"]
-    assert routing.losses["balance"] is routing.balance_loss
-
-
 def test_a_gate_without_a_method_says_which():
     class Empty(TokenChoiceGate):
         pass
@@ -125,8 +119,9 @@ def test_a_gate_without_a_method_says_which():
 # ---- a loss of one's own ----
 
 
-def test_a_loss_of_ones_own():
-    moe = layer(TopPGating(DIM, 5, k=3))
+@pytest.mark.parametrize("kind", [TopPGating, gating.TopPGating])
+def test_a_loss_of_ones_own(kind):
+    moe = layer(kind(DIM, 5, k=3))
     x, mask = torch.randn(2, 9, DIM, dtype=torch.float64), torch.rand(2, 9) < 0.6
     probs = (x @ moe.gate.w_gating).softmax(dim=-1)
     entropy = torch.distributions.Categorical(probs=probs[mask]).entropy().mean()
@@ -208,29 +203,6 @@ def test_an_unknown_loss_is_named():
 
 
 # ---- what a Routing promises ----
-
-
-def test_what_a_second_level_is_told():
-    """Three tokens by hand: sure of one expert, tied between two, and dropped."""
-    gate = TopKGating(2, 2, k=2, capacity_factor_train=1.0, min_expert_capacity=2)
-    gate.w_gating.data.copy_(torch.eye(2))
-    routing = gate(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [0.0, 3.0]]]))
-    assert routing.capacity == 3
-    assert routing.importance.tolist() == [[1.0, 0.5] * 3]  # a token's first choice, and its second
-
-    top2 = Top2Gating(2, 2, capacity_factor_train=0.1, min_expert_capacity=2, second_policy_train="all")
-    top2.w_gating.data.copy_(torch.eye(2))
-    routing = top2(torch.tensor([[[3.0, 0.0], [0.0, 0.0], [3.0, 0.0]]]))
-    assert routing.importance.tolist() == [[1.0, 0.5, 0.5, 0.5, 0.0, 0.0]]  # by weight: above a half
-
-
-def test_a_gate_says_what_is_first():
-    class SecondFirst(Careless):
-        def decide(self, tokens) -> Choices:
-            made = super().decide(tokens)
-            return made._replace(primary=made.expert == 1)
-
-    assert SecondFirst(2)(torch.randn(1, 3, DIM)).importance.tolist() == [[0.5, 1.0] * 3]
 
 
 @pytest.mark.parametrize("factor", [None, 1.0])

@@ -47,7 +47,6 @@ def test_flops_are_counted(padding, monkeypatch):
     """Six products of a dropless layer's rows (and of the padding of its batches), and the router's three."""
     monkeypatch.setattr(batches, "PADDING", padding)
     monkeypatch.setattr(batches, "FREE_ROWS", 0)
-    torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 2), experts=Experts(8, 4, 16))
     x = torch.randn(2, 32, 8, requires_grad=True)
     counts = layer.gate(x).queued.sum(dim=0).tolist()
@@ -166,7 +165,6 @@ def test_an_infinite_gradient_concerns_its_expert_only(padding, monkeypatch):
     """Nor do rows that are padding carry it to others."""
     monkeypatch.setattr(batches, "PADDING", padding)
     monkeypatch.setattr(batches, "FREE_ROWS", 0)
-    torch.manual_seed(0)
     layer = MoE(8, 4, gate=TopKGating(8, 4, 1), experts=Experts(8, 4, 16))
     x = torch.randn(1, 23, 8)
     expert = layer.gate(x).expert[0]
@@ -184,18 +182,14 @@ def test_threads_may_change_between_forward_and_backward(monkeypatch):
     """The backward reads what the forward kept, in the layout of the forward."""
     monkeypatch.setattr(batches, "CHUNK", 1)
     monkeypatch.setattr(batches, "PADDING", 1 << 20)
-    torch.manual_seed(0)
     layer = MoE(16, 5, gate=TopKGating(16, 5, 2))
     x, grad = torch.randn(2, 50, 16, requires_grad=True), torch.randn(2, 50, 16)
     leaves = [x, *layer.parameters()]
-    threads, found = torch.get_num_threads(), []
-    try:
-        for number in (1, 3):
-            torch.set_num_threads(1)
-            out = layer(x)[0]
-            torch.set_num_threads(number)
-            found.append(torch.autograd.grad(out, leaves, grad))
-    finally:
-        torch.set_num_threads(threads)
+    found = []
+    for number in (1, 3):
+        torch.set_num_threads(1)
+        out = layer(x)[0]
+        torch.set_num_threads(number)
+        found.append(torch.autograd.grad(out, leaves, grad))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)

@@ -6,7 +6,7 @@ A change on purpose writes the snapshot anew, `python -m tests.write`, in the co
 
 import pytest
 
-from mixture_of_experts import HeirarchicalMoE, MoE
+from mixture_of_experts import MoE
 from tests.support.public_surface import SNAPSHOT, documented, lines_of, public_names, signature_of, surface
 
 pytest.importorskip("transformers")  # the reference shows the part for it
@@ -44,21 +44,3 @@ def test_a_changed_default_a_new_argument_and_a_lost_attribute_are_seen():
     assert "Layer.forward(self, inputs, mask=None, **side)" in lines
     assert {"Layer.first", "Layer.second"} <= lines
     assert "loss_coef=0.01" in next(lines_of("MoE", MoE))
-
-
-def test_parts_and_settings_have_their_published_names():
-    moe, grid = MoE(dim=8, num_experts=4), HeirarchicalMoE(dim=8, num_experts=(2, 2))
-    assert (moe.gate.num_gates, moe.num_experts, moe.loss_coef) == (4, 4, 1e-2)
-    assert (grid.num_experts_outer, grid.num_experts_inner) == (2, 2)
-    assert {name: tuple(weight.shape) for name, weight in moe.state_dict().items()} == {
-        "gate.w_gating": (8, 4),
-        "experts.w1": (4, 8, 32),
-        "experts.w2": (4, 32, 8),
-    }
-    assert {name: tuple(weight.shape) for name, weight in grid.state_dict().items()} == {
-        "gate_outer.w_gating": (8, 2),
-        "gate_inner.w_gating": (2, 8, 2),
-        "experts.w1": (2, 2, 8, 32),
-        "experts.w2": (2, 2, 32, 8),
-    }
-    assert callable(moe.experts.act)

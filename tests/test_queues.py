@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
-
 import pytest
 import torch
 from support.strategies import PRIORITIES, generator
 from torch import Tensor
 
 from mixture_of_experts.dispatch import queues
-from mixture_of_experts.dispatch.queues import (
-    FEW,
-    Length,
-    bounded_ratio,
-    expert_capacity,
-    group_capacity,
-    queue_up,
-    stable_order,
-)
+from mixture_of_experts.dispatch.queues import FEW, Length, queue_up, stable_order
 
 
 def by_hand(expert: list[list[int]], chosen: list[list[bool]], e: int, order: list[tuple[int, int]]):
@@ -104,29 +94,6 @@ def test_stable_order(descending, onnx, monkeypatch):
     if not onnx:
         equal = (torch.arange(1000) // 100).flip(0) % 2
         assert stable_order(equal, descending)[:3].tolist() == ([0, 1, 2] if descending else [100, 101, 102])
-
-
-def test_capacity_equals_its_formula():
-    """`max(min(n, int(k n factor / e)), minimum)`, in fractions; the same of each group, where tokens are halves."""
-    for factor in (1.0, 1.25, 0.1, 3.0):
-        ratio = Fraction(*bounded_ratio(factor))
-        for n in (0, 1, 2, 9, 10):
-            for e, k, minimum in ((4, 1, 1), (3, 2, 4), (1, 1, 2), (2, 2, 1)):
-                wanted = 0 if n == 0 else max(min(n, int(k * n * ratio / e)), minimum)
-                sizes = (bounded_ratio(factor), e, minimum, k)
-                assert expert_capacity(n, *sizes) == wanted
-                assert group_capacity(Length(torch.tensor([2 * n]), 2), *sizes).tolist() == [wanted]
-                half = max(min(n // 2, int(k * Fraction(n, 2) * ratio / e)), minimum) if n else 0
-                assert group_capacity(Length(torch.tensor([[n]]), 2), *sizes).tolist() == [[half]]
-    assert expert_capacity(10, (1, 1), 4, 1) == 2  # one choice, if nothing else is said
-    assert group_capacity(Length(torch.tensor([10])), (1, 1), 4, 1).tolist() == [2]
-
-
-def test_ratios_are_bounded():
-    assert bounded_ratio(1.25) == (5, 4)
-    assert bounded_ratio(0.1) == (1, 10)
-    assert bounded_ratio(1e-9) == (1, 1 << 20)
-    assert bounded_ratio(2.0**-20) == (1, 1 << 20)
 
 
 def test_length_in_parts():

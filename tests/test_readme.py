@@ -67,6 +67,7 @@ def blocks_of(file: Path) -> list[Block]:
 
 
 BLOCKS = [block for file in DOCUMENTS for block in blocks_of(file)]
+IN_YOUR_MODEL = [block for block in BLOCKS if block.file.name == "in_your_model.md"]
 
 
 def why_not(block: Block) -> str | None:
@@ -81,7 +82,6 @@ def why_not(block: Block) -> str | None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")  # in PEFT
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # likewise
 @pytest.mark.filterwarnings("ignore:The following .*_pattern keys did not match:RuntimeWarning")  # PEFT's, of stacks
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: f"{block.file.name}:{block.line}")
@@ -104,13 +104,9 @@ def test_every_output_is_compared():
     assert len([block for block in BLOCKS if block.prints]) == told > 2
 
 
-def in_your_model() -> list[Block]:
-    return [block for block in BLOCKS if block.file.name == "in_your_model.md"]
-
-
 def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
     """After a training forward, whose graph is still there."""
-    (block,) = (block for block in in_your_model() if "collect_aux" in block.code)
+    (block,) = (block for block in IN_YOUR_MODEL if "collect_aux" in block.code)
     names = block.run()
     layers, x = names["layers"], torch.randn(2, 5, 64)
     with names["collect_aux"](layers) as aux:
@@ -126,7 +122,7 @@ def test_layers_of_the_recipe_for_a_loss_that_is_not_handed_up_can_be_copied():
 
 
 def test_initial_weights_of_the_recipe_reach_the_experts():
-    (block,) = (block for block in in_your_model() if "def init_weights" in block.code)
+    (block,) = (block for block in IN_YOUR_MODEL if "def init_weights" in block.code)
     experts = block.run()["model"][1].experts
     assert [round(parameter.std().item(), 3) for parameter in experts.parameters()] == [0.02, 0.02]
 

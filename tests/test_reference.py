@@ -195,9 +195,8 @@ def test_two_levels_by_hand(who, factor):
         gates = {"gate_outer": gate_outer, "gate_inner": gate_inner}
         out, aux_loss = HeirarchicalMoE(2, (2, 2), loss_coef=1.0, experts=PowersOfTen(), **gates)(x)
     else:
-        result = reference.hierarchical_moe(
-            x, slow_outer, slow_inner, lambda pair, row: row * 10.0 ** (2 * pair[0] + pair[1]), loss_coef=1.0
-        )
+        experts = lambda pair, row: row * 10.0 ** (2 * pair[0] + pair[1])  # noqa: E731
+        result = reference.layer(x, (slow_outer, slow_inner), experts, loss_coef=1.0)
         out, aux_loss = result.out, result.aux_loss
     # Outer 0 gets tokens 0, 1 as firsts; both want inner 0, token 0 has the slot. Outer 1 gets both as seconds
     # (importance 0.5): token 0 goes to inner 1, token 1 to inner 0 on a tie.

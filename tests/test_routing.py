@@ -18,13 +18,10 @@ def a_routing(**more) -> Routing:
     return Routing(**{**given, "losses": {"balance": torch.tensor(1.0), "z": torch.tensor(2.0)}, **more})
 
 
-def test_losses_have_names():
+def test_losses_have_names_by_which_they_are_replaced():
     own = a_routing(losses={"own": torch.tensor(3.0), "balance": torch.tensor(1.0)})
     assert {name: loss.item() for name, loss in own.losses.items()} == {"own": 3.0, "balance": 1.0, "z": 0.0}
     assert (own.balance_loss.item(), own.z_loss.item()) == (1.0, 0.0)
-
-
-def test_a_loss_is_replaced_by_name():
     routing = a_routing()
     found = replace(routing, losses={**routing.losses, "z": torch.tensor(6.0), "own": torch.tensor(4.0)})
     assert {name: loss.item() for name, loss in found.losses.items()} == {"balance": 1.0, "z": 6.0, "own": 4.0}
@@ -43,7 +40,6 @@ def test_a_routing_is_a_tree_of_its_tensors():
     assert (half.balance_loss.item(), half.z_loss.item(), half.losses["own"].item()) == (1.0, 2.0, 3.0)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch.compile
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_layer_weighs_what_a_wrapper_replaced(compiled):
     class Wrapper(torch.nn.Module):

@@ -12,7 +12,6 @@ from experiments.language_model.trainee import make_trainee
 from experiments.scaling_plan import MODELS, Run, Stage
 from experiments.sizes import SIZES
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 BASE = scaling.base_settings("0.07m")
 TINY = ["--context=16", "--batch-size=2", "--eval-windows=2", "--steps=5", "--learning-rate=0.3"]
 
@@ -46,27 +45,19 @@ def test_the_page_on_training_has_the_table_of_the_records() -> None:
 # ---- the command ----
 
 
-@pytest.fixture
-def text_files(tmp_path: Path) -> list[str]:
-    paths = [tmp_path / f"part{i}.txt" for i in range(6)]
-    for i, path in enumerate(paths):
-        path.write_bytes((EXPERIMENTS / "language_model" / "training.py").read_bytes()[i * 500 : (i + 1) * 500])
-    return ["--text", *map(str, paths)]
-
-
 @pytest.mark.slow
 def test_the_command_trains_what_is_missing_and_reports_all(
-    text_files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text_files: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first call trains the dense model, the second one the mixture, and a third one nothing more."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     records, picture = tmp_path / "records.jsonl", tmp_path / "scaling.png"
     files = [f"--records={records}", f"--picture={picture}", f"--out={tmp_path / 'out'}"]
     stages = (Stage("dense", 1, rates=1), Stage("moe32", 0.6, rates=1))
-    texts = []
+    given, texts = ["--text", *map(str, text_files[:6])], []
     for part in (stages[:1], stages, stages):
         monkeypatch.setitem(SIZES, "0.07m", SIZES["0.07m"]._replace(stages=part))
-        assert scaling.main([*TINY, *text_files, *files, "--only", "dense", "moe32"]) == 0
+        assert scaling.main([*TINY, *given, *files, "--only", "dense", "moe32"]) == 0
         texts.append(records.read_text())
     assert texts[1].startswith(texts[0])
     assert texts[2] == texts[1]
@@ -81,7 +72,7 @@ def test_the_command_trains_what_is_missing_and_reports_all(
     assert picture.stat().st_size > 10_000
 
     with pytest.raises(SystemExit, match="another text"):
-        scaling.main([*TINY, *text_files[:-1], *files])
+        scaling.main([*TINY, *given[:-1], *files])
     assert scaling.main([*TINY, *files, "--report"]) == 0
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from mixture_of_experts import (
     Choices,
     ExpertChoiceGating,
     HashGating,
-    HeirarchicalMoE,
     MoE,
     NoisyTopKGating,
     TokenChoiceGate,
@@ -35,8 +33,7 @@ class IdGate(TokenChoiceGate):
         self.seen: list = []
 
     def decide(self, tokens):
-        if not torch.compiler.is_compiling():
-            self.seen.append({"x": tokens.x, **tokens.side})
+        self.seen.append(tokens.side)
         score = self.product(tokens.x, self.w_gating).sigmoid()
         expert = (tokens.side["token_ids"] % self.num_experts).unsqueeze(-1)
         probs = score / score.sum(dim=-1, keepdim=True)
@@ -67,50 +64,6 @@ def test_they_are_grouped_and_masked_like_tokens():
     assert seen["features"].equal(torch.where(mask[..., None, None], features, 0.0).view(3, 4, 2, 3))
 
 
-@pytest.mark.parametrize("group_size", [None, 3])
-@pytest.mark.parametrize("factor", [None, 1.0])
-def test_level_two_gets_those_of_the_tokens_in_its_slots(factor, group_size):
-    """Recognised by the token itself; an empty slot makes no choice, whatever id stands there."""
-    outer = TopKGating(DIM, 2, 2, capacity_factor_train=factor)
-    inner = IdGate(3, outer_expert_dims=(2,))
-    moe = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=inner, group_size=group_size)
-    x, ids = torch.randn(2, 6, DIM), torch.arange(1, 13).view(2, 6)
-    moe(x, token_ids=ids)
-    seen = inner.seen[0]
-    known = {tuple(token.tolist()): int(i) for token, i in zip(x.flatten(0, 1), ids.flatten(), strict=True)}
-    empty = (0.0,) * DIM
-    found = [
-        (known.get(tuple(token.tolist()), 0), int(i))
-        for token, i in zip(seen["x"].detach().flatten(0, -2), seen["token_ids"].flatten(), strict=True)
-    ]
-    assert all(wanted == got for wanted, got in found)
-    assert {got for _, got in found} >= set(range(1, 13))
-    assert all(any(token) or tuple(token.tolist()) == empty for token in seen["x"].flatten(0, -2))
-
-
-@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
-def test_two_levels_of_no_tokens(shape):
-    ids, features = torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, 2)
-    given = torch.zeros(*shape, 2, 1, dtype=torch.int64)
-    for inner, side in (
-        (IdGate(3, outer_expert_dims=(2,)), {"token_ids": ids, "features": features}),
-        (TopKGating(DIM, 3, k=1, outer_expert_dims=(2,)), {"given_experts_inner": given}),
-    ):
-        moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2), gate_inner=inner)
-        out, aux_loss = moe(torch.zeros(*shape, DIM), **side)
-        assert out.shape == (*shape, DIM)
-        assert aux_loss == 0
-
-
-def test_an_empty_slot_makes_no_choice():
-    outer = TopKGating(DIM, 2, 1, capacity_factor_train=4.0)  # six tokens, and twelve slots
-    moe = HeirarchicalMoE(DIM, gate_outer=outer, gate_inner=IdGate(3, outer_expert_dims=(2,)))
-    routings = []
-    moe.gate_inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
-    moe(torch.randn(1, 6, DIM), token_ids=torch.arange(6).view(1, 6))
-    assert int(routings[0].kept.sum()) == 6
-
-
 def test_names_and_shapes_are_checked():
     moe, x = MoE(DIM, gate=IdGate(3)), torch.randn(2, 6, DIM)
     with pytest.raises(TypeError, match=r"no side input 'ids': it reads counted, features, .*token_ids"):
@@ -121,80 +74,13 @@ def test_names_and_shapes_are_checked():
         MoE(DIM, 4)(x, token_ids=torch.zeros(2, 6))
     with pytest.raises(TypeError, match="TopKGating reads no side input 'maks': it reads router_input"):
         TopKGating(DIM, 4)(x, maks=torch.ones(2, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"given_experts must be int64 .*\(2, 6, 2\), got .* \(2, 6, 3\)"):
+        MoE(DIM, gate=TopKGating(DIM, 4))(x, given_experts=torch.zeros(2, 6, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="ExpertChoiceGating reads no side input 'losses': it reads router_input"):
         ExpertChoiceGating(DIM, 4)(x, losses=("balance_group",))
 
 
-GATES = {
-    "top2": lambda: Top2Gating(DIM, 4, second_policy_train="all"),
-    "topk": lambda: TopKGating(DIM, 4),
-    "expert choice": lambda: ExpertChoiceGating(DIM, 4),
-}
-
-
-@pytest.mark.parametrize("name", GATES)
-def test_a_gate_reads_another_tensor_than_its_experts(name):
-    moe = MoE(DIM, gate=GATES[name]())
-    x, other = (torch.randn(2, 6, DIM, requires_grad=True) for _ in range(2))
-    out, aux_loss = moe(x, router_input=other)
-    wanted, given = moe.gate(other), moe.gate(x, router_input=other)
-    assert given.expert.equal(wanted.expert)
-    torch.testing.assert_close(given.weight, wanted.weight)
-    (out.square().sum() + aux_loss).backward()
-    assert x.grad.any()
-    assert other.grad.any()
-    with torch.no_grad():
-        torch.testing.assert_close(moe(other, router_input=other)[0], moe(other)[0])
-
-
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
-@pytest.mark.parametrize("kind", [pytest.param("compiled", marks=pytest.mark.slow), "checkpointed"])
-def test_paths(kind):
-    moe = MoE(DIM, gate=IdGate(3))
-    x, ids = torch.randn(2, 6, DIM, requires_grad=True), torch.arange(12).view(2, 6)
-    wanted = torch.autograd.grad(moe(x, token_ids=ids)[0].sum(), x)
-    if kind == "compiled":
-        compiled = torch.compile(moe, backend="aot_eager", fullgraph=True)
-        got = torch.autograd.grad(compiled(x, token_ids=ids)[0].sum(), x)
-    else:
-        got = torch.autograd.grad(checkpoint(moe, x, token_ids=ids, use_reentrant=False)[0].sum(), x)
-    torch.testing.assert_close(got, wanted)
-
-
 # ---- given experts ----
-
-
-def test_given_experts_are_weighed_by_the_live_scores():
-    gate, x = TopKGating(DIM, 4, k=2), torch.randn(1, 3, DIM, requires_grad=True)
-    given = torch.tensor([[[3, 0], [1, -1], [2, 1]]])
-    routing = gate(x, given_experts=given)
-    probs = (x @ gate.w_gating).softmax(-1)[0]
-    for token, experts in enumerate([[3, 0], [1], [2, 1]]):
-        mine = routing.token[0] == token
-        assert routing.expert[0][mine & routing.kept[0]].tolist() == experts
-        wanted = probs[token, experts] / probs[token, experts].sum()
-        torch.testing.assert_close(routing.weight[0][mine & routing.kept[0]], wanted)
-    routing.weight.square().sum().backward()
-    assert gate.w_gating.grad.any()
-
-
-@pytest.mark.parametrize("settings", [{}, {"score": "sigmoid", "capacity_factor_train": 1.0}, {"weigh": "softmax"}])
-@pytest.mark.parametrize("masked", [False, True])
-def test_given_what_it_would_choose_it_does_the_same(settings, masked):
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2, **settings)), torch.randn(2, 6, DIM)
-    mask = torch.rand(2, 6) < 0.7 if masked else None
-    routing = moe.gate(x, mask=mask)
-    given = torch.where(routing.chosen, routing.expert, -1).view(2, 6, 2)
-    for got, wanted in zip(moe(x, mask=mask, given_experts=given), moe(x, mask=mask), strict=True):
-        torch.testing.assert_close(got, wanted)
-
-
-def test_a_choice_that_is_not_given_counts_in_no_loss():
-    """Of four choices only two are made, both of expert 2; the others are no choices of expert 0."""
-    gate, x = TopKGating(DIM, 4, k=2), torch.randn(1, 2, DIM)
-    routing = gate(x, given_experts=torch.tensor([[[2, -1], [2, -1]]]))
-    load = torch.tensor([0.0, 0.0, 1.0, 0.0])  # choices a token
-    torch.testing.assert_close(routing.balance_loss, 4 / 2 * (load * routing.probs[0].mean(dim=0)).sum())
 
 
 def test_a_choice_that_is_not_given_is_none_of_expert_0():
@@ -230,12 +116,6 @@ def test_given_choices_join_own_ones():
     assert expert.tolist() == [[0, 1, 0, 3]]
     assert chosen.tolist() == [[True, False, False, True]]
     assert is_computed(torch.tensor([LIVE, -1, 0, 5, -2, -7])).tolist() == [True, True, True, True, False, False]
-
-
-def test_given_experts_are_checked():
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=2)), torch.randn(2, 6, DIM)
-    with pytest.raises(ValueError, match=r"given_experts must be int64 .*\(2, 6, 2\), got .* \(2, 6, 3\)"):
-        moe(x, given_experts=torch.zeros(2, 6, 3, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("kind", ["matrix", "module"])
@@ -275,7 +155,6 @@ def test_open_experts_beside_padding():
     torch.testing.assert_close(aux_loss, alone_loss)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, while it traces
 def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
     gate, x = TopKGating(DIM, 4, k=3), torch.randn(1, 3, DIM)
     is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])
@@ -290,20 +169,11 @@ def test_a_token_makes_as_many_choices_as_experts_are_open_to_it():
         gate(x, open_experts=is_open[..., :3])
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_open_experts_compiled():
-    moe, x = MoE(DIM, gate=TopKGating(DIM, 4, k=3)), torch.randn(1, 3, DIM)
-    is_open = torch.tensor([[[True, False, False, False], [True, True, False, False], [True, True, True, True]]])
-    out, aux_loss = torch.compile(moe, backend="aot_eager", fullgraph=True)(x, open_experts=is_open)
-    torch.testing.assert_close((out, aux_loss), moe(x, open_experts=is_open))
-
-
 def test_a_hash_layer():
     """An id has its experts wherever it stands; experts have equally many ids, give or take one."""
     moe = MoE(DIM, gate=HashGating(DIM, 5, k=2, num_ids=33))
     table = moe.gate.experts_of_id
-    assert table.flatten().bincount(minlength=5).tolist() in ([14, 13, 13, 13, 13], *_rotations([14, 13, 13, 13, 13]))
+    assert sorted(table.flatten().bincount(minlength=5).tolist()) == [13, 13, 13, 13, 14]
     assert all(len(set(row)) == 2 for row in table.tolist())
     ids = torch.randint(0, 33, (2, 6))
     routing = moe.gate(torch.randn(2, 6, DIM), token_ids=ids)
@@ -325,17 +195,3 @@ def test_the_table_of_a_hash_layer_that_was_empty_is_drawn():
     gate.experts_of_id.fill_(-7)
     gate.reset_parameters()
     assert gate.experts_of_id.flatten().bincount(minlength=5).sort().values.tolist() == [13, 13, 13, 13, 14]
-
-
-def _rotations(values):
-    return [values[i:] + values[:i] for i in range(len(values))]
-
-
-def test_a_hash_layer_at_level_two():
-    """Empty slots have id 0 and make no choice."""
-    inner = HashGating(DIM, 3, k=1, num_ids=7, outer_expert_dims=(2,))
-    moe = HeirarchicalMoE(DIM, gate_outer=TopKGating(DIM, 2, 1, capacity_factor_train=4.0), gate_inner=inner)
-    routings = []
-    inner.register_forward_hook(lambda *arguments: routings.append(arguments[-1]))
-    moe(torch.randn(1, 6, DIM), token_ids=torch.arange(1, 7).view(1, 6))
-    assert int(routings[0].kept.sum()) == 6

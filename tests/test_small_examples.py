@@ -12,6 +12,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import gpt  # noqa: E402
+import train_gpu  # noqa: E402
 import train_table  # noqa: E402
 import train_vision  # noqa: E402
 
@@ -53,6 +54,29 @@ def test_a_gpt_learns_and_writes(capsys: pytest.CaptureFixture[str]) -> None:
     later = torch.cat((text[:, :6], (text[:, 6:] + 1) % 256), dim=1)
     torch.testing.assert_close(model(text)[0][:, :6], model(later)[0][:, :6])  # it is causal
     assert not torch.allclose(model(text)[0][:, 6:], model(later)[0][:, 6:])
+
+
+SIZES = dict(dim=32, depth=1, context=32, batch=2, seconds=0.4)
+SMALL = ["--device", "cpu", "--eager", *(part for name, value in SIZES.items() for part in (f"--{name}", str(value)))]
+
+
+@pytest.mark.slow
+def test_the_example_for_a_gpu_trains_both_models_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    train_gpu.main(SMALL)
+    told = capsys.readouterr().out
+    of_dense, of_mixture = told.split("mixture:")
+    for part in (of_dense, of_mixture):
+        losses = [float(line.split()[-4]) for line in part.splitlines() if line.endswith("bits a byte")]
+        assert len(losses) >= 2
+        assert all(0 < loss < 9 for loss in losses)
+
+
+def test_both_models_of_that_example_have_as_many_active_parameters() -> None:
+    dense, mixture = train_gpu.Dense(64, 256), train_gpu.mixture(64, 256, experts=8, k=4)
+    weights = sum(weight.numel() for weight in dense.parameters() if weight.ndim == 2)
+    active = sum(weight.numel() for weight in mixture.experts.parameters()) * 4 // 8
+    assert weights == active
+    assert dense(torch.ones(1, 2, 64))[0].shape == mixture(torch.ones(1, 2, 64))[0].shape
 
 
 def imported(path: Path) -> set[str]:

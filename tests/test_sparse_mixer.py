@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixture_of_experts import TopKGating
 from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.gating.given import LIVE
 
@@ -49,7 +48,6 @@ def test_in_eval_the_best_weighs_its_share_of_those_that_are_near(logits, expert
 
 def test_in_training_one_of_them_is_drawn():
     """By its probability, which it weighs if it is the best one or, one time in four, all the same; else a third."""
-    torch.manual_seed(0)
     n, gate = 20_000, gate_of(LOGITS, k=1)
     expert, weight = (found.squeeze(-1) for found in decided(gate, n))
     other = expert == 0
@@ -76,19 +74,3 @@ def test_an_expert_that_is_given_is_one_of_those_that_are_near():
     assert expert.tolist() == [[1, 2]]
     share = math.exp(1.0) / (math.exp(1.0) + math.exp(3.5) + math.exp(4.0))
     torch.testing.assert_close(weight, torch.tensor([[share, 1 - SECOND_BEST]]))
-
-
-def test_without_tolerance_experts_probabilities_and_losses_are_those_of_top_k():
-    torch.manual_seed(0)
-    gate, other = SparseMixerGating(8, 5, 3, tolerance=0.0).eval(), TopKGating(8, 5, 3).eval()
-    other.load_state_dict(gate.state_dict())
-    x, mask = torch.randn(2, 7, 8), torch.rand(2, 7) < 0.7
-    ours, theirs = gate(x, mask=mask), other(x, mask=mask)
-    assert torch.equal(ours.expert, theirs.expert)
-    torch.testing.assert_close(ours.weight, theirs.kept.to(ours.weight.dtype))
-    torch.testing.assert_close((ours.probs, ours.losses, ours.z_loss), (theirs.probs, theirs.losses, theirs.z_loss))
-    assert SparseMixerGating(8, 2, 2)(x).k == 2
-
-
-def test_the_tolerance_is_that_of_phi_unless_said():
-    assert SparseMixerGating(1, 4).tolerance == 0.01

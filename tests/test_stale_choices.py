@@ -78,95 +78,89 @@ class OtherGate(TopKGating):
         return super().own_choices(tokens, -ranked, probs)
 
 
-def other_class(layer: Any) -> None:
-    layer.gate.__class__ = OtherGate
+def capped_logits(layer: Any) -> None:
+    layer.gate = TopKGating(DIM, EXPERTS, logits=RouterLogits(DIM, EXPERTS, softcap=2.0))
 
 
+def transposed_weights(layer: Any) -> None:
+    layer.experts.w1.data = layer.experts.w1.data.mT.contiguous().mT * 2
+
+
+def loaded(layer: Any) -> None:
+    layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()})
+
+
+def sets(path: str, value: Any) -> Callable[[Any], None]:
+    """Set an attribute of a layer's part."""
+    *owners, name = path.split(".")
+    return lambda layer: setattr(functools.reduce(getattr, owners, layer), name, value)
+
+
+def sets_modes(name: str, value: Any) -> Callable[[Any], None]:
+    """Set a gate's attribute of both modes."""
+    return lambda layer: [setattr(layer.gate, f"{name}_{mode}", value) for mode in ("train", "eval")]
+
+
+def hooked(part: str, hook: Callable[..., Any]) -> Callable[[Any], None]:
+    return lambda layer: layer.get_submodule(part).register_forward_hook(hook)
+
+
+ALL, OF_TOPK, DEEPSEEK, TOP2 = tuple(LAYERS), ("topk", "deepseek"), ("deepseek",), ("top2",)
 #: by name: what is changed, and the layers on which it can be
 CHANGES: dict[str, tuple[Callable[[Any], Any], tuple[str, ...]]] = {
-    "scale": (lambda layer: setattr(layer.gate, "scale", 3.0), ("topk", "deepseek")),
-    "normalize": (lambda layer: setattr(layer.gate, "normalize", False), ("topk", "deepseek")),
-    "eps": (lambda layer: setattr(layer.gate, "eps", 0.5), ("topk", "deepseek")),
-    "jitter": (lambda layer: setattr(layer.gate, "jitter", 0.5), ("topk", "deepseek")),
-    "score": (lambda layer: setattr(layer.gate, "score", "sqrt_softplus"), ("topk", "deepseek")),
-    "weigh": (lambda layer: setattr(layer.gate, "weigh", "softmax"), ("deepseek",)),
-    "select": (lambda layer: setattr(layer.gate, "select", lambda logits, score, bias: -logits), ("topk", "deepseek")),
-    "group score": (lambda layer: setattr(layer.gate, "group_score", "best"), ("deepseek",)),
-    "balance over": (lambda layer: setattr(layer.gate, "balance_over", "batch"), ("topk", "deepseek")),
-    "policy": (
-        lambda layer: (
-            setattr(layer.gate, "second_policy_train", "none"),
-            setattr(layer.gate, "second_policy_eval", "none"),
-        ),
-        ("top2",),
-    ),
-    "no capacity": (
-        lambda layer: [setattr(layer.gate, f"capacity_factor_{mode}", None) for mode in ("train", "eval")],
-        ("top2",),
-    ),
-    "capacity": (
-        lambda layer: [setattr(layer.gate, f"capacity_factor_{mode}", 0.4) for mode in ("train", "eval")],
-        tuple(LAYERS),
-    ),
-    "least capacity": (lambda layer: setattr(layer.gate, "min_expert_capacity", 1), ("top2",)),
-    "priority": (lambda layer: setattr(layer.gate, "priority", "token"), ("top2",)),
-    "forced": (lambda layer: setattr(layer.gate, "forced", "balanced"), tuple(LAYERS)),
-    "expert bias": (lambda layer: layer.gate.expert_bias.copy_(torch.linspace(-1, 1, EXPERTS)), ("deepseek",)),
-    "group size": (lambda layer: setattr(layer, "group_size", 6), ("top2",)),
-    "loss coefficient": (lambda layer: setattr(layer, "loss_coef", 0.7), tuple(LAYERS)),
-    "z coefficient": (lambda layer: setattr(layer, "z_loss_coef", 0.7), tuple(LAYERS)),
-    "named losses": (lambda layer: setattr(layer, "loss_coefs", {"balance_batch": 0.7}), tuple(LAYERS)),
-    "activation": (lambda layer: setattr(layer.experts, "act", nn.ReLU()), tuple(LAYERS)),
-    "unknown activation": (lambda layer: setattr(layer.experts, "act", nn.Tanh()), tuple(LAYERS)),
-    "activation's setting": (lambda layer: setattr(layer.experts.act, "approximate", "tanh"), ("top2",)),
-    "dropout": (lambda layer: setattr(layer.experts, "dropout", 0.5), tuple(LAYERS)),
-    "hook on the activation": (lambda layer: layer.experts.act.register_forward_hook(scaled_hook(2)), tuple(LAYERS)),
-    "hook on the experts": (lambda layer: layer.experts.register_forward_hook(scaled_hook(2)), tuple(LAYERS)),
-    "hook on the gate": (lambda layer: layer.gate.register_forward_hook(weighs_more), tuple(LAYERS)),
+    "scale": (sets("gate.scale", 3.0), OF_TOPK),
+    "normalize": (sets("gate.normalize", False), OF_TOPK),
+    "eps": (sets("gate.eps", 0.5), OF_TOPK),
+    "jitter": (sets("gate.jitter", 0.5), OF_TOPK),
+    "score": (sets("gate.score", "sqrt_softplus"), OF_TOPK),
+    "weigh": (sets("gate.weigh", "softmax"), DEEPSEEK),
+    "select": (sets("gate.select", lambda logits, score, bias: -logits), OF_TOPK),
+    "group score": (sets("gate.group_score", "best"), DEEPSEEK),
+    "balance over": (sets("gate.balance_over", "batch"), OF_TOPK),
+    "policy": (sets_modes("second_policy", "none"), TOP2),
+    "no capacity": (sets_modes("capacity_factor", None), TOP2),
+    "capacity": (sets_modes("capacity_factor", 0.4), ALL),
+    "least capacity": (sets("gate.min_expert_capacity", 1), TOP2),
+    "priority": (sets("gate.priority", "token"), TOP2),
+    "forced": (sets("gate.forced", "balanced"), ALL),
+    "expert bias": (lambda layer: layer.gate.expert_bias.copy_(torch.linspace(-1, 1, EXPERTS)), DEEPSEEK),
+    "group size": (sets("group_size", 6), TOP2),
+    "loss coefficient": (sets("loss_coef", 0.7), ALL),
+    "z coefficient": (sets("z_loss_coef", 0.7), ALL),
+    "named losses": (sets("loss_coefs", {"balance_batch": 0.7}), ALL),
+    "activation": (lambda layer: setattr(layer.experts, "act", nn.ReLU()), ALL),
+    "unknown activation": (lambda layer: setattr(layer.experts, "act", nn.Tanh()), ALL),
+    "activation's setting": (sets("experts.act.approximate", "tanh"), TOP2),
+    "dropout": (sets("experts.dropout", 0.5), ALL),
+    "hook on the activation": (hooked("experts.act", scaled_hook(2)), ALL),
+    "hook on the experts": (hooked("experts", scaled_hook(2)), ALL),
+    "hook on the gate": (hooked("gate", weighs_more), ALL),
     "hook before the gate": (
         lambda layer: layer.gate.register_forward_pre_hook(lambda gate, args: (2 * args[0],)),
-        tuple(LAYERS),
+        ALL,
     ),
-    "hook on the shared expert": (
-        lambda layer: layer.shared_expert.register_forward_hook(scaled_hook(2)),
-        ("deepseek",),
-    ),
-    "parametrized experts": (
-        lambda layer: parametrize.register_parametrization(layer.experts, "w1", Doubled()),
-        tuple(LAYERS),
-    ),
-    "parametrized router": (
-        lambda layer: parametrize.register_parametrization(layer.gate, "w_gating", Doubled()),
-        tuple(LAYERS),
-    ),
-    "another weight": (lambda layer: another_weight(layer.experts, "w2"), tuple(LAYERS)),
-    "another router's weight": (lambda layer: another_weight(layer.gate, "w_gating"), tuple(LAYERS)),
-    "weights in place": (lambda layer: in_place(layer.experts, "w1"), tuple(LAYERS)),
-    "weights as a view": (
-        lambda layer: setattr(layer.experts.w1, "data", layer.experts.w1.data.mT.contiguous().mT * 2),
-        tuple(LAYERS),
-    ),
-    "router's weight in place": (lambda layer: in_place(layer.gate, "w_gating"), tuple(LAYERS)),
-    "another gate": (lambda layer: setattr(layer, "gate", TopKGating(DIM, EXPERTS, k=3)), tuple(LAYERS)),
-    "logits of a module": (
-        lambda layer: setattr(layer, "gate", TopKGating(DIM, EXPERTS, logits=RouterLogits(DIM, EXPERTS, softcap=2.0))),
-        tuple(LAYERS),
-    ),
-    "other experts": (lambda layer: setattr(layer, "experts", GatedExperts(DIM, EXPERTS, 64)), tuple(LAYERS)),
-    "a shared expert": (lambda layer: setattr(layer, "shared_expert", nn.Linear(DIM, DIM)), tuple(LAYERS)),
-    "a gate's class": (other_class, ("topk", "deepseek")),
-    "frozen experts": (lambda layer: layer.experts.requires_grad_(False), tuple(LAYERS)),
-    "frozen router": (lambda layer: layer.gate.requires_grad_(False), tuple(LAYERS)),
-    "loaded weights": (
-        lambda layer: layer.load_state_dict({name: 1.5 * value for name, value in layer.state_dict().items()}),
-        tuple(LAYERS),
-    ),
-    "meta and back": (meta_and_back, tuple(LAYERS)),
-    "bfloat16": (lambda layer: layer.bfloat16(), tuple(LAYERS)),
-    "float64": (lambda layer: layer.double(), tuple(LAYERS)),
-    "router in float64": (lambda layer: layer.gate.double(), tuple(LAYERS)),
-    "mode of the experts": (lambda layer: layer.experts.train(not layer.experts.training), tuple(LAYERS)),
-    "mode of the gate": (lambda layer: layer.gate.train(not layer.gate.training), tuple(LAYERS)),
+    "hook on the shared expert": (hooked("shared_expert", scaled_hook(2)), DEEPSEEK),
+    "parametrized experts": (lambda each: parametrize.register_parametrization(each.experts, "w1", Doubled()), ALL),
+    "parametrized router": (lambda each: parametrize.register_parametrization(each.gate, "w_gating", Doubled()), ALL),
+    "another weight": (lambda layer: another_weight(layer.experts, "w2"), ALL),
+    "another router's weight": (lambda layer: another_weight(layer.gate, "w_gating"), ALL),
+    "weights in place": (lambda layer: in_place(layer.experts, "w1"), ALL),
+    "weights as a view": (transposed_weights, ALL),
+    "router's weight in place": (lambda layer: in_place(layer.gate, "w_gating"), ALL),
+    "another gate": (lambda layer: setattr(layer, "gate", TopKGating(DIM, EXPERTS, k=3)), ALL),
+    "logits of a module": (capped_logits, ALL),
+    "other experts": (lambda layer: setattr(layer, "experts", GatedExperts(DIM, EXPERTS, 64)), ALL),
+    "a shared expert": (lambda layer: setattr(layer, "shared_expert", nn.Linear(DIM, DIM)), ALL),
+    "a gate's class": (sets("gate.__class__", OtherGate), OF_TOPK),
+    "frozen experts": (lambda layer: layer.experts.requires_grad_(False), ALL),
+    "frozen router": (lambda layer: layer.gate.requires_grad_(False), ALL),
+    "loaded weights": (loaded, ALL),
+    "meta and back": (meta_and_back, ALL),
+    "bfloat16": (lambda layer: layer.bfloat16(), ALL),
+    "float64": (lambda layer: layer.double(), ALL),
+    "router in float64": (lambda layer: layer.gate.double(), ALL),
+    "mode of the experts": (lambda layer: layer.experts.train(not layer.experts.training), ALL),
+    "mode of the gate": (lambda layer: layer.gate.train(not layer.gate.training), ALL),
 }
 #: contexts of the second call
 AROUND: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {

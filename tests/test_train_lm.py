@@ -17,8 +17,6 @@ from experiments.language_model.routers import ROUTERS
 from experiments.language_model.settings import Settings
 from experiments.language_model.trainee import make_trainee
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
-
 pytestmark = pytest.mark.slow
 
 TINY = Settings(
@@ -27,17 +25,6 @@ TINY = Settings(
 )
 TINY_OPTIONS = ["--router=top2", "--num-experts=8", "--dim=16", "--width=32", "--layers=2", "--heads=2"]
 TINY_OPTIONS += ["--context=32", "--batch-size=4", "--eval-every=20", "--eval-windows=6"]
-
-
-@pytest.fixture(scope="module")
-def text_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """A dozen small files of real text."""
-    folder = tmp_path_factory.mktemp("text")
-    source = (EXPERIMENTS / "language_model" / "training.py").read_bytes()
-    paths = [folder / f"part{i}.txt" for i in range(12)]
-    for i, path in enumerate(paths):
-        path.write_bytes(source[i * 500 : (i + 1) * 500])
-    return paths
 
 
 @pytest.fixture(scope="module")

@@ -68,30 +68,6 @@ def inputs(masked: bool) -> tuple[Tensor, Tensor | None, list[tuple[int, int]]]:
 # Top-p
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_top_p_is_the_papers(masked: bool):
-    """Sum of P_i e_i(x) over the shortest list of experts that reaches p; e sum f Q of each group; entropy."""
-    moe = layer(TopPGating(DIM, E, k=E, p=0.5), loss_coef=0.3, loss_coefs={"entropy": 0.2})
-    x, mask, real = inputs(masked)
-    probs, outputs = (x @ moe.gate.w_gating).softmax(dim=-1), expert_outputs(moe, x)
-    out, chosen = torch.zeros_like(x), {}
-    for b, t in real:
-        ranked, total = sorted(range(E), key=lambda i: -probs[b, t, i].item()), 0.0
-        while total < 0.5:
-            chosen.setdefault((b, t), []).append(ranked[0])
-            total += probs[b, t, ranked.pop(0)].item()
-        value = sum(probs[b, t, i] * outputs[b, t, i] for i in chosen[b, t])
-        out = out.index_put((torch.tensor(b), torch.tensor(t)), value)
-    assert {len(experts) for experts in chosen.values()} > {1}
-    losses = []
-    for b in range(2):
-        tokens = [t for c, t in real if c == b]
-        f = [sum(i in chosen[b, t] for t in tokens) / len(tokens) for i in range(E)]
-        losses.append(E * sum(f[i] * sum(probs[b, t, i] for t in tokens) / len(tokens) for i in range(E)))
-    entropy = sum(-(probs[place] * probs[place].log()).sum() for place in real) / len(real)
-    compare(moe, x, mask, out, 0.3 * sum(losses) / 2 + 0.2 * entropy)
-
-
 def test_normalized_weights_are_those_of_the_choices_that_are_made():
     gate = TopPGating(DIM, E, k=3, normalize=True)
     weight = gate(torch.randn(2, 9, DIM)).weight.view(18, 3)
@@ -122,7 +98,6 @@ def test_relu_is_the_papers(masked: bool, over: str):
 
 
 def test_the_bound_leaves_the_largest_and_the_loss_counts_all():
-    torch.manual_seed(0)
     whole, bounded = (ReLUGating(DIM, E, k=k, mean_choices=1) for k in (E, 2))
     bounded.load_state_dict(whole.state_dict())
     x = torch.randn(2, 9, DIM)
@@ -258,10 +233,7 @@ def test_errors():
 
 def test_the_coefficient_in_another_default_dtype():
     torch.set_default_dtype(torch.float16)
-    try:
-        assert loud().gate.l1_coef.item() == pytest.approx(1e-8)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    assert loud().gate.l1_coef.item() == pytest.approx(1e-8)
 
 
 def test_counts_are_a_ranks_own():
@@ -276,7 +248,6 @@ def test_counts_are_a_ranks_own():
 @pytest.mark.parametrize("factor", [None, 0.4])
 def test_levels_capacity_and_statistics(kind: str, factor: float | None):
     """The mean number of choices is what the gates chose, before capacity."""
-    torch.manual_seed(0)
     more = {"p": 0.5} if kind == "top-p" else {"mean_choices": 1.5}
     make = {"top-p": TopPGating, "relu": ReLUGating}[kind]
     more |= {"capacity_factor_train": factor, "min_expert_capacity": 1}

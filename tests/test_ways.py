@@ -6,15 +6,7 @@ from support.versions import ONE_DYNAMIC_GRAPH
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mixture_of_experts import (
-    ExpertChoiceGating,
-    Experts,
-    GatedExperts,
-    MoE,
-    Top2Gating,
-    TopKGating,
-    ops,
-)
+from mixture_of_experts import ExpertChoiceGating, Experts, GatedExperts, MoE, Top2Gating, TopKGating, ops
 from mixture_of_experts.dispatch.plan import Plan
 from mixture_of_experts.ops import ClampedSwiGLU, autograd
 from mixture_of_experts.ops.cpu import batches
@@ -52,6 +44,16 @@ def results(layer, way, x, mask, seed=0):
     return out, aux, *gradients
 
 
+def second(layer, way, x, mask=None):
+    """Second derivatives."""
+    torch.manual_seed(0)
+    with ops.use(way):
+        out, aux = layer(x, mask=mask)
+    leaves = [x, *layer.parameters()]
+    first = torch.autograd.grad(out.square().sum() + aux, leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in first), leaves)
+
+
 def perturbed(layer):
     """Biases that are not 0."""
     for name, parameter in layer.experts.named_parameters():
@@ -71,7 +73,6 @@ def perturbed(layer):
 @pytest.mark.parametrize("way", WAYS)
 def test_way(way, gate, experts, monkeypatch):
     """Masked and not, padded to batches or not, in one chunk or many, down to no token at all."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=EXPERTS[experts](num_experts=E)))
     for shape, chunk, padding in [((2, 33), 1, 1 << 20), ((2, 33), 1 << 30, 0), ((3, 1), 1, 1), ((0, 4), 1, 1)]:
         monkeypatch.setattr(batches, "CHUNK", chunk)
@@ -86,7 +87,6 @@ def test_way(way, gate, experts, monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_way_without_a_backward(way, experts):
     """Nothing is kept then, and the hidden layer may lie where what it is computed from did."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=TopKGating(DIM, E, 2), experts=EXPERTS[experts](num_experts=E)))
     x = torch.randn(2, 33, DIM, dtype=torch.float64)
     with ops.use("plain"):
@@ -98,7 +98,6 @@ def test_way_without_a_backward(way, experts):
 @pytest.mark.parametrize("way", WAYS)
 def test_way_with_all_tokens_at_one_expert(way):
     """The others have no rows, and gradients of exactly 0, on memory that was used before too."""
-    torch.manual_seed(0)
     layer = MoE(DIM, E, gate=TopKGating(DIM, E, 1, bias=True), experts=GatedExperts(DIM, E, HIDDEN, bias=True)).double()
     with torch.no_grad():
         layer.gate.b_gating[3] = 50.0
@@ -115,18 +114,10 @@ def test_way_with_all_tokens_at_one_expert(way):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("experts", ["gated, biases", "clamped"])
 def test_second_derivatives_and_many_gradients_at_once(way, experts):
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=EXPERTS[experts](num_experts=E)))
     x = torch.randn(1, 5, DIM, dtype=torch.float64, requires_grad=True)
 
-    def second(name):
-        with ops.use(name):
-            out, _ = layer(x)
-            leaves = [x, *layer.parameters()]
-            first = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
-            return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
-
-    torch.testing.assert_close(second(way), second("plain"))
+    torch.testing.assert_close(second(layer, way, x), second(layer, "plain", x))
 
     def batched(name):
         with ops.use(name):
@@ -142,20 +133,12 @@ def test_second_derivatives_and_many_gradients_at_once(way, experts):
 @pytest.mark.parametrize("way", ["cpu", "batched"])
 def test_plans_of_saved_tensors(way, gate, monkeypatch):
     """As they are saved on a GPU: not a bit of a gradient, or of a gradient's gradient, changes."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES[gate](), experts=Experts(DIM, E, HIDDEN, bias=True)))
     x, mask = torch.randn(2, 33, DIM, dtype=torch.float64, requires_grad=True), torch.rand(2, 33) < 0.7
 
-    def second():
-        torch.manual_seed(0)
-        with ops.use(way):
-            out, aux = layer(x, mask=mask)
-        grads = torch.autograd.grad(out.square().sum() + aux, [x, *layer.parameters()], create_graph=True)
-        return torch.autograd.grad(sum(grad.square().sum() for grad in grads), [x, *layer.parameters()])
-
-    wanted, saved = (*results(layer, way, x, mask), *second()), []
+    wanted, saved = (*results(layer, way, x, mask), *second(layer, way, x, mask)), []
     monkeypatch.setattr(autograd, "tables_to_save", lambda plan: saved.append(plan.tensors_to_save()) or saved[-1])
-    for got, want in zip((*results(layer, way, x, mask), *second()), wanted, strict=True):
+    for got, want in zip((*results(layer, way, x, mask), *second(layer, way, x, mask)), wanted, strict=True):
         assert torch.equal(got, want)
     for tables in saved:
         assert tables["assignment"].dtype == torch.int32
@@ -167,7 +150,6 @@ def test_plans_of_saved_tensors(way, gate, monkeypatch):
 @pytest.mark.parametrize("frozen", ["w1", "w2", "w3", "b1", "b2", "b3", "x", "weights"])
 def test_what_needs_no_gradient_gets_none(way, frozen):
     """Of experts in part frozen, as in fine-tuning, the other gradients are the same."""
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, E, gate=GATES["dropless"](), experts=GatedExperts(DIM, E, HIDDEN, bias=True)))
     x = torch.randn(2, 9, DIM, dtype=torch.float64, requires_grad=frozen != "x")
     for name, parameter in layer.named_parameters():
@@ -181,14 +163,11 @@ def test_what_needs_no_gradient_gets_none(way, frozen):
     torch.testing.assert_close(gradients(way), gradients("plain"))
 
 
-# torch's own, of what it traces
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 @pytest.mark.parametrize("gate", ["dropless", "capacity"])
 def test_batched_is_one_graph_for_all_lengths(gate, monkeypatch):
     """What a GPU takes unasked, forward and backward, saved as there."""
     monkeypatch.setattr(autograd, "tables_to_save", Plan.tensors_to_save)
-    torch.manual_seed(0)
     layer = perturbed(MoE(DIM, gate=GATES[gate](), experts=EXPERTS["gated, biases"](num_experts=E)))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(layer, backend=counter, fullgraph=True, dynamic=True)

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, Path, assert_all_equal, gradients, layer_with_router, run
+from support.paths import PATHS_AND_ROUTERS, Path, assert_all_equal, gradients, run
 from torch.utils.checkpoint import checkpoint
 
-paths = pytest.mark.parametrize("path", PATHS, ids=str)
-routers = pytest.mark.parametrize("router", ROUTERS)
-MASKED = Path("MoE", "Experts", "dropless", "masked")
+paths_and_routers = pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
 
 
 def loss_of(out, aux_loss):
@@ -37,16 +35,10 @@ def check_both_kinds(layer, x, mask):
         assert_all_equal(gradients_by_backward(layer, x, loss_of(*actual)), expected_grads)
 
 
-@pytest.mark.feature("activation checkpointing of both kinds, policy random: the same bits")
-@paths
+@pytest.mark.feature("activation checkpointing of both kinds (random policy, jitter, noise): the same bits")
+@paths_and_routers
 def test_checkpointing(path):
     check_both_kinds(path.build(), *path.inputs())
-
-
-@pytest.mark.feature("activation checkpointing of both kinds (random policy, jitter, noise): the same bits")
-@routers
-def test_checkpointing_of_routers(router):
-    check_both_kinds(layer_with_router(router), *MASKED.inputs())
 
 
 @pytest.mark.parametrize("experts", ["Experts", "GatedExperts"])
@@ -87,15 +79,9 @@ def check_recomputed(layer, x, mask):
 
 
 @pytest.mark.feature("reversible layers (no_grad, then again with the same state of the generator): the same bits")
-@paths
+@paths_and_routers
 def test_reversible(path):
     check_recomputed(path.build(), *path.inputs())
-
-
-@pytest.mark.feature("reversible layers (no_grad, then again with the same state of the generator): the same bits")
-@routers
-def test_reversible_with_routers(router):
-    check_recomputed(layer_with_router(router), *MASKED.inputs())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, Path, gradients, layer_with_router, run
+from support.paths import PATHS, PATHS_AND_ROUTERS, Path, gradients, run
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -41,15 +41,9 @@ def check(build, x, mask):
 
 
 @pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
-@paths
+@pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
 def test_two_runs(path):
     check(path.build, *path.inputs())
-
-
-@pytest.mark.feature("two runs, the same bits (`use_deterministic_algorithms`, memory poisoned with NaN)")
-@pytest.mark.parametrize("router", ROUTERS)
-def test_two_runs_of_routers(router):
-    check(lambda: layer_with_router(router), *Path("MoE", "Experts", "capacity", "masked").inputs())
 
 
 @pytest.mark.slow
@@ -58,12 +52,8 @@ def test_threads(layer_name):
     """Large enough that the work is shared by two threads."""
     path = Path(layer_name, "Experts", "capacity", "plain")
     x, _ = path.inputs(8, 512)
-    before = torch.get_num_threads()
     torch.set_num_threads(2)
-    try:
-        check(path.build, x, None)
-    finally:
-        torch.set_num_threads(before)
+    check(path.build, x, None)
 
 
 @pytest.mark.feature("on CUDA two backwards give the same bits (many tokens, no deterministic mode asked for)")

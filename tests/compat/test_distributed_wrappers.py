@@ -19,38 +19,34 @@ pytestmark = pytest.mark.slow
 paths = pytest.mark.parametrize("path", some_first(PATHS), ids=str)
 DDP = "DDP, with ranks without tokens, experts without tokens on one rank or on all (two processes)"
 
+OF_LAYER = "`fully_shard` on the layer, and on gates, experts and layer: likewise"
+FEATURES = {
+    "gates": "`fully_shard` (FSDP2) on the gates alone: learns as one process does (two processes)",
+    "experts": "`fully_shard` on the experts alone: likewise",
+    "layer": OF_LAYER,
+    "parts and layer": OF_LAYER,
+    "DDP": DDP,
+}
+
 
 @pytest.fixture(autouse=True)
 def lists_can_be_sharded(request: pytest.FixtureRequest) -> None:
     given = request.node.callspec.params
-    alone = given.get("wrap") in ("experts", "parts and layer") or "test_sharded_experts" in request.node.name
-    if alone and "path" in given and given["path"].experts == "ExpertList" and not SHARDS_LISTS:
+    if (
+        given.get("wrap") in ("experts", "parts and layer")
+        and "path" in given
+        and given["path"].experts == "ExpertList"
+        and not SHARDS_LISTS
+    ):
         pytest.skip("this torch shards no list of modules, whatever its forward")
 
 
-@pytest.mark.feature("`fully_shard` (FSDP2) on the gates alone: learns as one process does (two processes)")
+@pytest.mark.parametrize(
+    "wrap", [pytest.param(wrap, marks=pytest.mark.feature(feature)) for wrap, feature in FEATURES.items()]
+)
 @paths
-def test_sharded_gates(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "gates")
-
-
-@pytest.mark.feature("`fully_shard` on the experts alone: likewise")
-@paths
-def test_sharded_experts(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "experts")
-
-
-@pytest.mark.feature("`fully_shard` on the layer, and on gates, experts and layer: likewise")
-@pytest.mark.parametrize("wrap", ["layer", "parts and layer"])
-@paths
-def test_sharded_layer(workers: Workers, path: Path, wrap: str):
+def test_wrapped(workers: Workers, path: Path, wrap: str):
     workers.run(checks.check_wrapped, checks.RANKS, path, wrap)
-
-
-@pytest.mark.feature(DDP)
-@paths
-def test_ddp(workers: Workers, path: Path):
-    workers.run(checks.check_wrapped, checks.RANKS, path, "DDP")
 
 
 @pytest.mark.feature(DDP)
@@ -63,7 +59,7 @@ def test_ddp_with_starved_experts(workers: Workers, path: Path):
 @pytest.mark.parametrize("wrap", ["experts", "parts and layer", "DDP"])
 @paths
 def test_recomputed(workers: Workers, path: Path, wrap: str):
-    workers.run(checks.check_recomputed, checks.RANKS, path, wrap)
+    workers.run(checks.check_wrapped, checks.RANKS, path, wrap, checks.call_recomputed)
 
 
 @pytest.mark.feature("`fully_shard` with bfloat16 parameters, on the experts and on the layer (two processes)")
@@ -88,7 +84,6 @@ def test_residual_in_place(workers: Workers, path: Path):
 def test_routers_under_mixed_precision(apart, one_process):
     """Sharded apart they choose as in float32, on the same tokens of bfloat16; within a larger unit they do not. Torch
     warns of a module that returns a view: that would fail the test."""
-    torch.manual_seed(0)
     layer = MoE(64, gate=TopKGating(64, 64, 8), experts=GatedExperts(64, 64, 16))
     alone, x = copy.deepcopy(layer.gate), torch.randn(2, 512, 64)
     if apart:

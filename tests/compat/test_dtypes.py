@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, Path, assert_all_close, gradients, layer_with_router, run, some_first
+from support.paths import (
+    MASKED,
+    PATHS,
+    PATHS_AND_ROUTERS,
+    ROUTERS,
+    assert_all_close,
+    gradients,
+    layer_with_router,
+    run,
+    some_first,
+)
 
 from mixture_of_experts.support.private_torch import multiplies
 
@@ -60,7 +70,7 @@ def test_module_dtypes(path):
 def test_router_is_exact(router):
     for dtype in LOW:
         layer = layer_with_router(router).to(dtype).eval()
-        x, mask = Path("MoE", "Experts", "capacity", "masked").inputs(dtype=dtype)
+        x, mask = MASKED.inputs(dtype=dtype)
         routing = layer.gate(x, mask=mask)
         double, double_x = in_double(layer, x)
         expected = double.gate(double_x, mask=mask)
@@ -116,7 +126,7 @@ def test_autocast(path):
 @routers
 def test_router_ignores_autocast(router):
     layer = layer_with_router(router)
-    x, mask = Path("MoE", "Experts", "capacity", "masked").inputs()
+    x, mask = MASKED.inputs()
     torch.manual_seed(2)
     expected = layer.gate(x, mask=mask)
     for dtype in LOW:
@@ -160,19 +170,10 @@ def as_function(layer, mask):
 
 
 @pytest.mark.feature("gradcheck in float64")
-@paths
+@pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
 def test_gradcheck(path):
     layer = path.build().double()
     x, mask = path.inputs(dtype=torch.float64)
-    function, parameters = as_function(layer, mask)
-    assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
-
-
-@pytest.mark.feature("gradcheck in float64")
-@routers
-def test_gradcheck_of_routers(router):
-    layer = layer_with_router(router).double()
-    x, mask = Path("MoE", "Experts", "capacity", "masked").inputs(dtype=torch.float64)
     function, parameters = as_function(layer, mask)
     assert torch.autograd.gradcheck(function, (x, *parameters), fast_mode=True)
 

@@ -6,7 +6,17 @@ import pickle
 
 import pytest
 import torch
-from support.paths import PATHS, ROUTERS, Path, assert_all_close, assert_all_equal, gradients, layer_with_router, run
+from support.paths import (
+    MASKED,
+    PATHS,
+    PATHS_AND_ROUTERS,
+    ROUTERS,
+    assert_all_close,
+    assert_all_equal,
+    gradients,
+    layer_with_router,
+    run,
+)
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -16,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
 routers = pytest.mark.parametrize("router", ROUTERS)
-MASKED = Path("MoE", "Experts", "capacity", "masked")
+paths_and_routers = pytest.mark.parametrize("path", PATHS_AND_ROUTERS, ids=str)
 
 
 def everything(layer, x, mask):
@@ -32,7 +42,10 @@ def saved_and_loaded(layer):
     return torch.load(file, weights_only=False)
 
 
-def check_copies(layer, x, mask):
+@pytest.mark.feature("`copy.deepcopy`, `pickle`, `torch.save`, also after a backward")
+@paths_and_routers
+def test_copies(path):
+    layer, (x, mask) = path.build(), path.inputs()
     expected = everything(layer, x, mask)
     for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), saved_and_loaded(layer)):
         assert_all_equal(everything(duplicate, x, mask), expected)
@@ -41,36 +54,14 @@ def check_copies(layer, x, mask):
         assert_all_equal(everything(layer, x, mask), expected)
 
 
-@pytest.mark.feature("`copy.deepcopy`, `pickle`, `torch.save`, also after a backward")
-@paths
-def test_copies(path):
-    check_copies(path.build(), *path.inputs())
-
-
-@pytest.mark.feature("`copy.deepcopy`, `pickle`, `torch.save`, also after a backward")
-@routers
-def test_copies_of_routers(router):
-    check_copies(layer_with_router(router), *MASKED.inputs())
-
-
-def check_deferred(build, x, mask):
-    layer = build()
+@pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
+@paths_and_routers
+def test_assign(path):
+    layer, (x, mask) = path.build(), path.inputs()
     with torch.device("meta"):
-        deferred = build()
+        deferred = path.build()
     deferred.load_state_dict(layer.state_dict(), assign=True)
     assert_all_equal(everything(deferred, x, mask), everything(layer, x, mask))
-
-
-@pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
-@paths
-def test_assign(path):
-    check_deferred(path.build, *path.inputs())
-
-
-@pytest.mark.feature("`load_state_dict(assign=True)` into a layer on the meta device")
-@routers
-def test_assign_with_routers(router):
-    check_deferred(lambda: layer_with_router(router), *MASKED.inputs())
 
 
 def check_materialised(build, x, mask):

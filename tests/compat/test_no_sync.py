@@ -6,12 +6,12 @@ backward. The second, on the meta device, also shows copies between host and dev
 the CUDA device itself need a torch built for it.)
 """
 
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
-from support.paths import DIM, PATHS, ROUTERS, Path, gradients, layer_with_router, run
+from support.paths import DIM, MASKED, PATHS, ROUTERS, gradients, layer_with_router, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -20,7 +20,6 @@ from torch.utils._pytree import tree_leaves
 NO_SYNC = "no host sync on CUDA, forward and backward (captures without a GPU)"
 gpu_needed = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 paths = pytest.mark.parametrize("path", PATHS, ids=str)
-routers = pytest.mark.parametrize("router", ROUTERS)
 
 
 class Record(TorchDispatchMode):
@@ -53,26 +52,12 @@ def claim_cuda(monkeypatch):
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: SimpleNamespace(major=9, minor=0))
 
 
-@contextmanager
-def new_tensors(device, dtype):
-    """Layers and tensors made inside are on that device and in that dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-MASKED = Path("MoE", "Experts", "capacity", "masked")
-
-
 def capture(build, path=MASKED, dtype=torch.float32, device="cpu"):
     """The operators of forward and backward, on tensors without values."""
     x, mask = path.inputs()
     without_values = FakeTensorMode() if device == "cpu" else nullcontext()
-    with new_tensors(device, dtype), without_values:
+    torch.set_default_dtype(dtype)
+    with torch.device(device), without_values:
         layer = build()
         x = torch.empty(x.shape, requires_grad=True)
         mask = None if mask is None else torch.empty(mask.shape, dtype=torch.bool)
@@ -106,13 +91,10 @@ def test_captures(path, training, dtype, limit):
 @pytest.mark.slow
 @pytest.mark.feature(NO_SYNC)
 @pytest.mark.usefixtures("claim_cuda")
-@routers
+@pytest.mark.parametrize("router", ROUTERS)
 def test_captures_of_routers(router):
-    def build():
-        return layer_with_router(router)
-
-    assert "bmm" in capture(build).names
-    assert capture(build, device="meta").between_devices == set()
+    assert "bmm" in capture(lambda: layer_with_router(router)).names
+    assert capture(lambda: layer_with_router(router), device="meta").between_devices == set()
 
 
 class Bad(torch.nn.Linear):

@@ -126,34 +126,24 @@ def compiled(module: nn.Module) -> Any:
     return torch.compile(module, backend="eager")
 
 
-def compile_gate(block: Any) -> None:
-    block.moe.gate = compiled(block.moe.gate)
+def with_gates(wrap: Callable[[nn.Module], Any]) -> Callable[[TwoBlocks], TwoBlocks]:
+    return each_block(lambda block: setattr(block.moe, "gate", wrap(block.moe.gate)))
 
 
-def compile_layer(block: Any) -> None:
-    block.moe = compiled(block.moe)
+def with_layers(wrap: Callable[[nn.Module], Any]) -> Callable[[TwoBlocks], TwoBlocks]:
+    return each_block(lambda block: setattr(block, "moe", wrap(block.moe)))
 
 
-def compile_blocks(model: Any) -> Any:
-    model.blocks = nn.ModuleList([compiled(block) for block in model.blocks])
-    return model
+def with_blocks(wrap: Callable[[nn.Module], Any]) -> Callable[[Any], Any]:
+    def wrapped(model: Any) -> Any:
+        model.blocks = nn.ModuleList([wrap(block) for block in model.blocks])
+        return model
+
+    return wrapped
 
 
 def compile_in_place(model: Any) -> Any:
     model.compile(backend="eager")
-    return model
-
-
-def checkpoint_gate(block: Any) -> None:
-    block.moe.gate = checkpoint_wrapper(block.moe.gate)
-
-
-def checkpoint_layer(block: Any) -> None:
-    block.moe = checkpoint_wrapper(block.moe)
-
-
-def checkpoint_blocks(model: Any) -> Any:
-    model.blocks = nn.ModuleList([checkpoint_wrapper(block) for block in model.blocks])
     return model
 
 
@@ -254,14 +244,14 @@ def mixtral() -> Carried:
 
 CARRIERS: Mapping[str, Callable[[], Carried]] = {
     "plain": lambda: carried(lambda model: model),
-    "compiled gate": lambda: carried(each_block(compile_gate)),
-    "compiled layer": lambda: carried(each_block(compile_layer)),
-    "compiled block": lambda: carried(compile_blocks),
+    "compiled gate": lambda: carried(with_gates(compiled)),
+    "compiled layer": lambda: carried(with_layers(compiled)),
+    "compiled block": lambda: carried(with_blocks(compiled)),
     "compiled model": lambda: carried(compiled),
     "compiled in place": lambda: carried(compile_in_place),
-    "checkpointed gate": lambda: carried(each_block(checkpoint_gate)),
-    "checkpointed layer": lambda: carried(each_block(checkpoint_layer)),
-    "checkpointed block": lambda: carried(checkpoint_blocks),
+    "checkpointed gate": lambda: carried(with_gates(checkpoint_wrapper)),
+    "checkpointed layer": lambda: carried(with_layers(checkpoint_wrapper)),
+    "checkpointed block": lambda: carried(with_blocks(checkpoint_wrapper)),
     "gate saved by PEFT": saved_by_peft,
     "parametrized gate": lambda: carried(each_block(parametrize_gate)),
     "subclasses": lambda: carried(lambda model: model, lambda: layer(TheirMoE, TheirGating)),

@@ -1,8 +1,8 @@
 """The table of tests/compat/table.md, which the tests in `compat` write and are held to.
 
-A test marked `feature("...")` with a parameter `path` or `router` stands for one cell of the table. When it passes, the
-cell must say so; when it has shown a limitation (fixture `limit`), the cell must give that reason. With `--write-table`
-the cells are written instead.
+A test marked `feature("...")` with a parameter `path` (or `router`, a name) stands for one cell of the table. When it
+passes, the cell must say so; when it has shown a limitation (fixture `limit`), the cell must give that reason. With
+`--write-table` the cells are written instead.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def cell_of(item: pytest.Item) -> Cell | None:
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if mark is None:
         return None
-    if "path" in parameters:
-        return "layers", mark.args[0], parameters["path"].column
-    return "routers", mark.args[0], parameters["router"]
+    table, column = parameters["path"].cell if "path" in parameters else ("routers", parameters["router"])
+    return table, mark.args[0], column
 
 
 def read(text: str) -> dict[Cell, str]:

@@ -341,16 +341,12 @@ def run_reference(c: Configuration, layer: Any, call: Call, draws: make.RecordDr
     options = {
         **c.options,
         "mask": exact.mask,
-        "draws": taken[0],
+        "draws": taken,
         "side": exact.side,
         "after": getattr(slow.experts, "after", None) if c.bank.kind == "enclosed" else None,
         "shared_expert": slow.shared_expert,
     }
-    if len(routers) == 1:
-        found = reference.moe(exact.x, *routers, experts, **options)
-    else:
-        found = reference.hierarchical_moe(exact.x, *routers, experts, inner_draws=taken[1], **options)
-    return found, leaves
+    return reference.layer(exact.x, routers, experts, **options), leaves
 
 
 def decided(decisions: list[reference.Decision]) -> list[tuple]:

@@ -46,14 +46,6 @@ class Case:
     def mode(self) -> str:
         return "train" if self.meta["train"] else "eval"
 
-    @property
-    def policy(self) -> str:
-        return self.hyper[f"moe_second_policy_{self.mode}"]
-
-    @property
-    def threshold(self) -> float:
-        return self.hyper[f"moe_second_threshold_{self.mode}"]
-
     @cached_property
     def k(self) -> int:
         """Choices a token, for the gate cases."""

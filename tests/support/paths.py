@@ -72,9 +72,9 @@ class Path(NamedTuple):
         return "-".join(self)
 
     @property
-    def column(self) -> str:
-        """The column of the table in the documentation."""
-        return f"{self.experts}, {self.capacity}"
+    def cell(self) -> tuple[str, str]:
+        """The table and the column in the documentation."""
+        return "layers", f"{self.experts}, {self.capacity}"
 
     def build(
         self, num_experts: int | tuple[int, int] | None = None, policy: str = "random", seed: int = 0, **settings
@@ -192,6 +192,31 @@ def layer_with_router(name: str, seed: int = 0) -> MoE:
         for weight in layer.gate.parameters():  # some start at zero
             weight.normal_(std=0.5)
     return layer
+
+
+MASKED = Path("MoE", "Experts", "capacity", "masked")
+
+
+class RouterPath(NamedTuple):
+    """A one-level layer with a router by name, on masked tokens."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def cell(self) -> tuple[str, str]:
+        return "routers", self.name
+
+    def build(self) -> MoE:
+        return layer_with_router(self.name)
+
+    def inputs(self, *shape: int, **options) -> tuple[Tensor, Tensor | None]:
+        return MASKED.inputs(*shape, **options)
+
+
+PATHS_AND_ROUTERS = [*PATHS, *map(RouterPath, ROUTERS)]
 
 
 def run(layer, x: Tensor, mask: Tensor | None = None, seed: int = 2) -> tuple[Tensor, Tensor]:

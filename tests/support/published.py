@@ -1,4 +1,7 @@
-"""The layers that are recorded: name, experts and options of each. Read by `record_published.py` and by the test."""
+"""The layers that are recorded: name, experts and options of each.
+
+`tests/support/record_published.py` of commit 7c862a9 recorded them with mixture-of-experts 0.2.3 alone.
+"""
 
 from torch import nn
 

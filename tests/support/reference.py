@@ -688,9 +688,9 @@ def weighted_losses(decisions: list[Decision], loss_coef: float, z_loss_coef: fl
     return torch.stack([loss_coef * d.balance_loss + z_loss_coef * d.z_loss for d in decisions]).sum()
 
 
-def moe(
+def layer(
     inputs,
-    gate,
+    gates,
     experts,
     *,
     mask=None,
@@ -698,57 +698,34 @@ def moe(
     shared_expert=None,
     loss_coef=1e-2,
     z_loss_coef=0.0,
-    draws=None,
+    draws=(),
     side=None,
     after=None,
 ):
-    """The one-level layer. `draws`: random numbers by name (uniforms, noise, jitter), each shaped like the groups;
-    `side`: side inputs by name, shaped like the inputs; `after`: on the sum of a token's experts."""
-    x, real = regroup(inputs, mask, group_size)
-    decision = gate.decide(make_groups(x, mask=real, **(draws or {}), **regroup_side(side, inputs, x)))
-    parts = defaultdict(list)
-    for choice in decision.choices:
-        if choice.kept and choice.weight != 0:
-            position = choice.group.index[-1] * x.shape[1] + choice.token.position
-            parts[position].append(weighted(experts, choice.weight, choice.expert, choice.token.x))
-    out = finish(inputs, mask, parts, shared_expert, after)
-    return Output(out, weighted_losses([decision], loss_coef, z_loss_coef), [decision])
+    """The layer of one gate or two; of two, experts are called with the pair (outer expert, inner expert).
 
-
-def hierarchical_moe(
-    inputs,
-    outer_gate,
-    inner_gate,
-    experts,
-    *,
-    mask=None,
-    group_size=None,
-    shared_expert=None,
-    loss_coef=1e-2,
-    z_loss_coef=0.0,
-    draws=None,
-    inner_draws=None,
-    side=None,
-    after=None,
-):
-    """The two-level layer; experts are called with the pair (outer expert, inner expert).
-
-    `inner_draws` are shaped (eo, groups, slots of a group, ...), as level two sees its tokens.
+    `draws`: of each gate random numbers by name (uniforms, noise, jitter), each shaped like the groups, at level two
+    (eo, groups, slots of a group, ...); `side`: side inputs by name, shaped like the inputs; `after`: on the sum of a
+    token's experts.
     """
     x, real = regroup(inputs, mask, group_size)
-    groups = make_groups(x, mask=real, **(draws or {}), **regroup_side(side, inputs, x))
-    first = outer_gate.decide(groups)
-    inner_groups, source = second_level_groups(outer_gate, groups, first.choices, x, group_size, inner_draws or {})
-    second = inner_gate.decide(inner_groups)
+    first_draws, inner_draws = [*(of_gate or {} for of_gate in draws), {}, {}][:2]
+    groups = make_groups(x, mask=real, **first_draws, **regroup_side(side, inputs, x))
+    decisions, source = [gates[0].decide(groups)], {}
+    if len(gates) == 2:
+        inner_groups, source = second_level_groups(gates[0], groups, decisions[0].choices, x, group_size, inner_draws)
+        decisions.append(gates[1].decide(inner_groups))
     parts = defaultdict(list)
-    for choice in second.choices:
-        above = source.get(choice.token)
+    for choice in decisions[-1].choices:
         if choice.kept and choice.weight != 0:
-            position = above.group.index[-1] * x.shape[1] + above.token.position
-            pair = (choice.group.outer[0], choice.expert)
-            parts[position].append(weighted(experts, above.weight * choice.weight, pair, above.token.x))
+            first, weight, expert = choice, choice.weight, choice.expert
+            if len(gates) == 2:
+                first = source[choice.token]
+                weight, expert = first.weight * weight, (choice.group.outer[0], expert)
+            position = first.group.index[-1] * x.shape[1] + first.token.position
+            parts[position].append(weighted(experts, weight, expert, first.token.x))
     out = finish(inputs, mask, parts, shared_expert, after)
-    return Output(out, weighted_losses([first, second], loss_coef, z_loss_coef), [first, second])
+    return Output(out, weighted_losses(decisions, loss_coef, z_loss_coef), decisions)
 
 
 def second_level_groups(gate, groups, choices, x, group_size, draws) -> tuple[list[Group], dict[Token, Choice]]:
@@ -807,16 +784,3 @@ def slot_groups(gate, outer: int, groups, slots: dict, source: dict, x: Tensor, 
         tokens = [token for token in part if token is not None]
         made.append(Group(tokens, len(tokens), (outer, index)))
     return made
-
-
-# Views
-
-
-def dense(decision: Decision, shape: Sequence[int], slots: int) -> Tensor:
-    """The combine tensor (*outer, b, n, e, slots) of a decision; `shape` is (*outer, b, n, e)."""
-    combine = decision.balance_loss.new_zeros((*shape, slots))
-    kept = [c for c in decision.choices if c.kept and c.weight != 0]
-    if not kept:
-        return combine
-    places = [(*c.group.index, c.token.position, c.expert, c.slot) for c in kept]
-    return combine.index_put(tuple(torch.tensor(places).unbind(1)), torch.stack([c.weight for c in kept]))

@@ -7,9 +7,7 @@ that gradients of both can be taken with respect to one list of tensors.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -223,7 +221,7 @@ def top2_routers(draw, policies=("all", "none", "threshold", "random"), **limits
 
 
 @st.composite
-def topk_routers(draw, num_experts: int, jitter: bool = True, **limits) -> Router:
+def topk_routers(draw, num_experts: int, **limits) -> Router:
     groups = draw(st.sampled_from([None, *(g for g in range(1, num_experts + 1) if num_experts % g == 0)]))
     top_groups = None if groups is None else draw(st.integers(1, groups))
     open_experts = num_experts if groups is None else num_experts // groups * top_groups
@@ -236,7 +234,7 @@ def topk_routers(draw, num_experts: int, jitter: bool = True, **limits) -> Route
             "normalize": draw(st.sampled_from([None, True, False])),
             "scale": draw(st.sampled_from([1.0, 2.5])),
             "bias": draw(st.booleans()),
-            "jitter": draw(st.sampled_from([0.0, 0.1])) if jitter else 0.0,
+            "jitter": draw(st.sampled_from([0.0, 0.1])),
             "num_groups": groups,
             "top_groups": top_groups,
             "expert_bias": draw(st.booleans()),
@@ -523,40 +521,6 @@ def poisoned(x: Tensor, mask: Tensor | None) -> Tensor:
     return x if mask is None else torch.where(mask.unsqueeze(-1), x, torch.nan)
 
 
-@dataclass
-class Padded:
-    """Sequences with padding strewn among their tokens, and the same without."""
-
-    plain: Tensor  # (b, n, d) a leaf
-    x: Tensor  # (b, n + padding, d) made from it, NaN in the padding
-    mask: Tensor  # (b, n + padding)
-    rows: Tensor  # (b, n) and
-    positions: Tensor  # (b, n): where plain's tokens stand in x
-
-    def tokens(self, values: Tensor) -> Tensor:
-        """What belongs to the real tokens: (b, n + padding, ...) -> (b, n, ...)."""
-        return values[self.rows, self.positions]
-
-
-@st.composite
-def padded_batches(draw, dim: int) -> Padded:
-    b, n, padding = draw(st.sampled_from([2, 3, 1])), draw(lengths), draw(st.sampled_from([3, 1, 6]))
-    gen = generator(draw(seeds))
-    plain = normal(gen, b, n, dim).requires_grad_()
-    return pad(plain, padding, gen)
-
-
-def pad(plain: Tensor, padding: int, gen: torch.Generator) -> Padded:
-    """Spread each row's tokens over `padding` more positions, in order."""
-    b, n, dim = plain.shape
-    shuffled = torch.rand(b, n + padding, generator=gen).argsort(dim=1)
-    positions = shuffled[:, :n].sort(dim=1).values
-    rows = torch.arange(b).unsqueeze(1).expand(b, n)
-    x = torch.full((b, n + padding, dim), torch.nan, dtype=plain.dtype).index_put((rows, positions), plain)
-    mask = torch.zeros(b, n + padding, dtype=torch.bool).index_put((rows, positions), torch.tensor(True))
-    return Padded(plain, x, mask, rows, positions)
-
-
 # Experts
 
 
@@ -706,12 +670,6 @@ def rms_normed(x: Tensor) -> Tensor:
     return x / (x.square().mean() + 0.5).sqrt()
 
 
-@st.composite
-def banks(draw) -> Bank:
-    kind = draw(st.sampled_from(["ffn", "gated", "list", "gated", "ffn", "custom"]))
-    return Bank(kind, draw(st.booleans()), draw(st.sampled_from(sorted(ACTIVATIONS))))
-
-
 AROUND = ("input_weighted", "identity", "enclosed", "normed")
 
 
@@ -738,19 +696,3 @@ def gradients(loss: Tensor, wanted: list[Tensor]) -> list[Tensor]:
 
 def assert_same(got: Tensor, expected: Tensor, what: str, atol: float = ATOL) -> None:
     torch.testing.assert_close(got, expected, atol=atol, rtol=atol, msg=lambda text: f"{what}: {text}")
-
-
-def assert_same_gradients(loss: Tensor, expected_loss: Tensor, tensors: dict[str, Tensor], atol: float = ATOL) -> None:
-    """Both losses have the same gradients with respect to all these tensors."""
-    found = gradients(loss, list(tensors.values()))
-    expected = gradients(expected_loss, list(tensors.values()))
-    for name, one, other in zip(tensors, found, expected, strict=True):
-        assert_same(one, other, f"gradient of {name}", atol)
-
-
-@contextmanager
-def uneven_groups_allowed():
-    """`group_size` warns when a length splits badly; here every length is wanted."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="group_size")
-        yield

@@ -20,15 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
-from mixture_of_experts import (
-    ExpertList,
-    Experts,
-    GatedExperts,
-    HeirarchicalMoE,
-    MoE,
-    TopKGating,
-    recipes,
-)
+from mixture_of_experts import ExpertList, Experts, GatedExperts, HeirarchicalMoE, MoE, TopKGating, recipes
 from mixture_of_experts.around import InputWeightedExperts, LatentExperts, NormedExperts, ZeroComputationExperts
 from mixture_of_experts.gating import SparseMixerGating
 from mixture_of_experts.quantize import quantize_experts
