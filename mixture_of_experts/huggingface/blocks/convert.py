@@ -24,15 +24,10 @@ from mixture_of_experts.support.private_peft import from_peft
 from mixture_of_experts.whole_model.block_settings import BlockSettings, recipe_of
 
 COUNTS = "gate.expert_counts"  # which no block has
-COMPARED = ("k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups")
-COMPARED += (
-    "group_score",
-    "tolerance",
-    "logits",
-    "capacity_factor_train",
-    "capacity_factor_eval",
-    "min_expert_capacity",
-)
+COMPARED = (
+    "k", "score", "select", "weigh", "normalize", "eps", "scale", "num_groups", "top_groups", "group_score",
+    "tolerance", "logits", "capacity_factor_train", "capacity_factor_eval", "min_expert_capacity",
+)  # fmt: skip
 
 
 def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
@@ -41,15 +36,14 @@ def to_layer(block: nn.Module, balance_over: Any, **coefs: Any) -> MoE:
     with torch.enable_grad():  # views tell what is frozen
         views = read.views()
     moe = copy.deepcopy(read.layer)
-    wanted = tensors_of(moe)
-    state = {name: joined(pieces, wanted[name]) for name, pieces in views.items()}
+    state = {name: joined(pieces) for name, pieces in views.items()}
     if "gate.expert_bias" in state:
         state["gate.expert_bias"] = state["gate.expert_bias"].float()  # it moves by small steps
         state[COUNTS] = torch.zeros_like(state["gate.expert_bias"], dtype=torch.int64)
     moe.load_state_dict(state, assign=True)  # keeps the block's dtypes and device
     for name, parameter in moe.named_parameters():
         parameter.grad = None
-        parameter.requires_grad_(any(piece.requires_grad for _, piece in views[name]))
+        parameter.requires_grad_(any(piece.requires_grad for piece in views[name]))
     return moe.train(block.training)
 
 
@@ -59,8 +53,8 @@ def to_block(moe: MoE, block: nn.Module) -> nn.Module:
     check_alike(moe, block)
     own = tensors_of(moe)
     for name, pieces in read_block(block).views().items():
-        for index, view in pieces:
-            view.copy_(own[name][index])
+        for view, part in zip(pieces, own[name].split(list(map(len, pieces))), strict=True):
+            view.copy_(part)
     return block
 
 
@@ -108,15 +102,11 @@ def without_effect(gate: Any) -> set[str]:
     return found | ({"min_expert_capacity"} if dropless else set())
 
 
-def joined(pieces: Pieces, like: Tensor) -> Tensor:
-    """The pieces as one tensor like `like`, with memory of its own."""
-    (index, first), *rest = pieces
-    if index is Ellipsis and not rest:
-        return first.detach().clone(memory_format=torch.contiguous_format)
-    whole = torch.zeros(like.shape, dtype=first.dtype, device=first.device)
-    for index, piece in pieces:
-        whole[index] = piece.detach()
-    return whole
+def joined(pieces: Pieces) -> Tensor:
+    """The pieces as one tensor with memory of its own."""
+    if len(pieces) > 1:
+        return torch.cat([piece.detach() for piece in pieces])
+    return pieces[0].detach().clone(memory_format=torch.contiguous_format)
 
 
 def read_block(block: nn.Module, balance_over: Any = "batch", **coefs: Any) -> BlockLayer:

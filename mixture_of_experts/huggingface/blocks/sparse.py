@@ -202,8 +202,8 @@ def in_memory(block: nn.Module, moe: MoE) -> nn.Module:
     frozen if that is."""
     own = tensors_of(moe)
     device, dtype = next(moe.parameters()).device, next(moe.experts.parameters()).dtype
-    views = ((name, piece) for name, pieces in read_block(block).views().items() for _, piece in pieces)
-    like = {id(piece if piece._base is None else piece._base): own[name] for name, piece in views}
+    views = read_block(block).views()
+    like = {id(piece if piece._base is None else piece._base): own[name] for name in views for piece in views[name]}
     for module in block.modules():
         for name, weight in tensors_of(module, recurse=False).items():
             ours = like.get(id(weight))
