@@ -15,8 +15,8 @@ from mixture_of_experts.gating.relu import MOST, ReLUGating
 from mixture_of_experts.support.checks import check_number
 from mixture_of_experts.support.private_torch import is_fake
 from mixture_of_experts.whole_model.balancing import leave_counts_alone
-from mixture_of_experts.whole_model.each_step import EachStep, as_factor
-from mixture_of_experts.whole_model.sites import Gates, Site, find_sites, serve
+from mixture_of_experts.whole_model.each_step import EachStep, as_factor, sites_to_move
+from mixture_of_experts.whole_model.sites import Gates, Site
 
 LOOK = 100  # steps between two looks at numbers of the device
 
@@ -77,9 +77,6 @@ class SparsityControl(EachStep):
         rate: the factor, above 1.
     """
 
-    gates: tuple[str, ...]
-    rate: float
-
     def __init__(
         self,
         model: nn.Module,
@@ -89,16 +86,9 @@ class SparsityControl(EachStep):
         gates: Gates | None,
     ) -> None:
         super().__init__(optimizer, group)
-        self.rate = check_number("rate", rate, above=1.0)
-        sites = find_sites(model, "control_sparsity", gates)
-        if gates is None:
-            sites = [site for site in sites if isinstance(site.gate, ReLUGating)]
-        if not sites:
-            raise ValueError(
-                f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
-            )
-        serve(sites, "control_sparsity", why_not_controlled)
-        self.gates = tuple(site.name for site in sites)
+        self.rate: float = check_number("rate", rate, above=1.0)
+        none = f"{type(model).__name__} has no ReLUGating: give control_sparsity a model with ReLU routers"
+        sites = sites_to_move(model, "control_sparsity", gates, why_not_controlled, none)
         self._routers: list[Any] = [site.gate for site in sites]
         self._steps = 0
         leave_counts_alone(model)
